@@ -1,0 +1,46 @@
+"""Fast Llama inference with kernels written only in Triton, checked against a reference."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use: `import fastllama` touches no device and imports neither torch nor Triton.
+_HOME = {
+    "LLM": "fastllama.runtime.llm",
+    "SamplingParams": "fastllama.runtime.params",
+    "RequestOutput": "fastllama.runtime.outputs",
+    "CompletionOutput": "fastllama.runtime.outputs",
+    "LlamaConfig": "fastllama.layers.config",
+    "LlamaForCausalLM": "fastllama.layers.model",
+    "load_model": "fastllama.io.load",
+    "save_model": "fastllama.io.save",
+    "load_tokenizer": "fastllama.io.tokenizer",
+}
+__all__ = ["LLM", "CompletionOutput", "LlamaConfig", "LlamaForCausalLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ += ["load_model", "load_tokenizer", "save_model"]
+
+if TYPE_CHECKING:
+    from fastllama.io.load import load_model
+    from fastllama.io.save import save_model
+    from fastllama.io.tokenizer import load_tokenizer
+    from fastllama.layers.config import LlamaConfig
+    from fastllama.layers.model import LlamaForCausalLM
+    from fastllama.runtime.llm import LLM
+    from fastllama.runtime.outputs import CompletionOutput, RequestOutput
+    from fastllama.runtime.params import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fastllama' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""Checks at the public boundary: one sentence that names the argument, the value seen and what is legal.
+
+Free of torch, so that the scheduler and the command line can use it; tensors are only asked for `shape`, `dtype`, `stride`, `device`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is broken or does not hold the model it declares; the message names the file and the tensor."""
+
+
+class ExtraRequiredError(ImportError):
+    """An optional dependency is missing; the message names the pip extra that brings it."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the package {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
+
+
+def nearest(word: str, legal: Iterable[str]) -> str | None:
+    """The legal word most like `word`, or None when nothing is close."""
+    found = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def check_choice(name: str, value: Any, legal: Iterable[Any]) -> None:
+    """Raise ValueError unless `value` is one of `legal`."""
+    legal = list(legal)
+    if value not in legal:
+        hint = nearest(value, [word for word in legal if isinstance(word, str)]) if isinstance(value, str) else None
+        meant = f" (did you mean {hint!r}?)" if hint else ""
+        raise ValueError(f"{name} is {value!r}{meant}; legal values: {', '.join(map(repr, legal))}")
+
+
+def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless low <= value (<= high). NaN is never in range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (low <= value and (high is None or value <= high)):
+        raise ValueError(f"{name} is {value!r}; legal: {f'at least {low}' if high is None else f'{low} to {high}'}")
+
+
+def reject_unknown(owner: str, unknown: Iterable[str], legal: Iterable[str]) -> None:
+    """Raise TypeError for the first unknown option, naming the nearest legal one."""
+    legal = list(legal)
+    for word in unknown:
+        hint = nearest(word, legal)
+        meant = f"; did you mean {hint!r}?" if hint else f"; legal options: {', '.join(legal)}"
+        raise TypeError(f"{owner} got an unknown option {word!r}{meant}")
+
+
+def check_shape(name: str, tensor: Any, shape: Sequence[int | str]) -> None:
+    """Raise ValueError unless `tensor.shape` matches `shape`, where a string names a dimension of any size."""
+    seen = tensor.shape
+    if len(seen) == len(shape):
+        for have, want in zip(seen, shape, strict=True):
+            if have != want and not isinstance(want, str):
+                break
+        else:
+            return
+    raise ValueError(f"{name} has shape {list(seen)}; legal: [{', '.join(map(str, shape))}]")
+
+
+def check_dtype(name: str, tensor: Any, legal: Sequence[Any]) -> None:
+    """Raise TypeError unless `tensor.dtype` is one of `legal`."""
+    if tensor.dtype not in legal:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {', '.join(map(str, legal))}")
+
+
+def check_rows(name: str, tensor: Any) -> None:
+    """Raise ValueError unless the last dimension is contiguous; every other stride is honoured."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has strides {list(tensor.stride())}; the last dimension must be contiguous (stride 1)")
+
+
+def check_device(name: str, tensor: Any, other_name: str, other: Any) -> None:
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; legal: one device for all tensors")
