@@ -1,0 +1,1 @@
+"""Makes the packaged tiny Llama from one seed: stories, tokenizer, training, evaluation, export."""
