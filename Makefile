@@ -1,0 +1,67 @@
+# Every target sets itself up (a virtual environment with the pinned set) and then runs. `make` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+# The tiers differ by this variable, so a value left in the caller's shell must not leak into the others.
+NO_INTERPRETER := env -u TRITON_INTERPRET
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-reference test-interpreter test-compile lint types format bench-cpu tiny-model docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): requirements-dev.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastllama needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); choose another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing the pinned set into $(VENV), once (some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(STAMP) ## make the virtual environment and install the pinned set and this package
+
+demo: $(STAMP) ## write text with the bundled model, greedy and sampled, and check it against the reference
+	$(BIN)/fastllama generate --prompt "Once upon a time" --temperature 0 --max-tokens 120
+	$(BIN)/fastllama generate --prompt "Once upon a time" --temperature 0.8 --seed 1 --max-tokens 120
+	$(BIN)/fastllama verify --quiet
+
+test: test-reference test-interpreter test-compile ## run the three tiers that need no GPU
+
+test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
+	$(NO_INTERPRETER) $(PYTEST) -n $(WORKERS)
+
+test-interpreter: $(STAMP) ## the Triton kernels' logic, in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+
+test-compile: $(STAMP) ## the Triton kernels compiled ahead of time for NVIDIA and AMD
+	$(NO_INTERPRETER) $(PYTEST) -m compile
+
+lint: $(STAMP) ## check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP) ## check types
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite to style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers, in one run
+	$(BIN)/python -m benchmarks.cpu_decode
+
+tiny-model: $(STAMP) ## write the stories, train the bundled model and export it (about an hour)
+	$(BIN)/python -m tools.tiny_model
+
+docs: $(STAMP) ## write the generated pages again
+	$(BIN)/python -m fastllama.env > docs/env.md
+
+clean: ## remove everything that make and the tools made, the virtual environment included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m fastllama` is the `fastllama` command."""
+
+from fastllama.cli.main import main
+
+raise SystemExit(main())

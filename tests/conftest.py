@@ -1,0 +1,54 @@
+"""What every test gets: its tier, the same random numbers each time, and outputs poisoned until they are written."""
+
+from __future__ import annotations
+
+import sys
+
+import hypothesis
+import pytest
+
+from fastllama import env
+
+# A busy machine is slow, not wrong: no deadline. The printed blob reproduces a failure seen elsewhere.
+hypothesis.settings.register_profile("fastllama", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fastllama")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _belongs_here(item: pytest.Item) -> bool:
+    """Triton decides when a kernel is defined whether to interpret it: a process holds one of these tiers, not two."""
+    if item.get_closest_marker("gpu"):
+        return _has_gpu() and not env.triton_interpret()
+    if item.get_closest_marker("compile"):
+        return not env.triton_interpret()
+    return env.triton_interpret() or not item.get_closest_marker("interpreter")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what another tier runs. Not skip: where nothing is left, the run must fail (exit status 5)."""
+    strangers = [item for item in items if not _belongs_here(item)]
+    config.hook.pytest_deselected(items=strangers)
+    items[:] = [item for item in items if item not in strangers]
+
+
+def pytest_report_header() -> str:
+    """Say which tiers this process can run, so that a deselected test explains itself."""
+    return f"tiers: reference, {'interpreter' if env.triton_interpret() else 'compile, gpu where there is one'}"
+
+
+@pytest.fixture(autouse=True)
+def _poison_and_seed() -> None:
+    """An output that a kernel forgets to write turns the test red, instead of holding an earlier right answer.
+
+    In torch's deterministic mode every uninitialised tensor starts as NaN, or as the largest integer. A run that never
+    loads torch (scheduler, contracts) does not pay for it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,44 @@
+"""Contract: fastllama/env.py alone reads the environment, and docs/env.md is what it writes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fastllama import env
+
+ROOT = Path(__file__).parents[2]
+DOORS = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+
+
+def uses_of_the_environment(source: str) -> list[int]:
+    """The lines on which `source` touches the process environment through `os`."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        names = {node.attr} if isinstance(node, ast.Attribute) else set()
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            names = {alias.name for alias in node.names}
+        if names & DOORS:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("folder", ["fastllama", "benchmarks", "tools"])
+def test_only_env_reads_the_environment(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths, f"{folder} holds no Python file"
+    readers = [
+        str(path.relative_to(ROOT)) for path in paths if uses_of_the_environment(path.read_text(encoding="utf-8"))
+    ]
+    assert readers == (["fastllama/env.py"] if folder == "fastllama" else [])
+
+
+def test_the_search_sees_every_door() -> None:
+    source = "import os\nfrom os import environ\nos.environ['A']\nos.getenv('A')\nos.environ.get('A')\n"
+    assert sorted(uses_of_the_environment(source)) == [2, 3, 4, 5]
+
+
+def test_the_page_is_what_env_writes() -> None:
+    assert (ROOT / "docs" / "env.md").read_text(encoding="utf-8") == env.markdown(), "run `make docs`"

@@ -1,0 +1,130 @@
+"""Contract: imports go one way through the rooms of docs/architecture.md, and what promises to be light is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "fastllama"
+
+# Each room with the rooms it may import. Who wants one more should ask whether the code stands in the right room.
+BASE = {"errors", "env"}
+MAY_IMPORT = {
+    "errors": set(),
+    "env": {"errors"},
+    "kernels": BASE,
+    "testing": BASE | {"kernels"},
+    "quant": BASE | {"kernels"},
+    "layers": BASE | {"kernels", "quant"},
+    "io": BASE | {"kernels", "quant", "layers"},
+    "runtime": BASE | {"kernels", "quant", "layers", "io"},
+    "integrations": BASE | {"kernels", "quant", "layers", "io", "runtime"},
+    "serve": BASE | {"kernels", "quant", "layers", "io", "runtime"},
+    "verify": BASE | {"kernels", "quant", "layers", "io", "runtime", "testing"},
+    "cli": BASE | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "testing"},
+}
+# The planning half of the runtime is testable in microseconds because it knows no tensors.
+TORCH_FREE = [f"fastllama.runtime.{name}" for name in ("params", "outputs", "sequence", "block_pool", "scheduler")]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of it, in absolute spelling."""
+    here = module_name(path).split(".")
+    if path.name != "__init__.py":
+        here = here[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            # `from fastllama import env` imports the module fastllama.env: keep both readings
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rooms(modules: set[str]) -> set[str]:
+    return {parts[1] for module in modules if (parts := module.split("."))[0] == "fastllama" and len(parts) > 1}
+
+
+def sources() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem in MAY_IMPORT]
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
+    room = module_name(path).split(".")[1]
+    assert room in MAY_IMPORT, f"{room} is a new room: give it its place in MAY_IMPORT and in docs/architecture.md"
+    known = {other.stem for other in PACKAGE.iterdir()}
+    wrong = (rooms(imported(path)) & known) - MAY_IMPORT[room] - {room}
+    assert not wrong, f"{module_name(path)} imports {sorted(wrong)}"
+
+
+def test_only_the_entries_stand_beside_the_rooms() -> None:
+    beside = {path.stem for path in PACKAGE.glob("*.py")} - set(MAY_IMPORT)
+    assert beside == {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels" / "reference").glob("*.py")), ids=module_name)
+def test_the_reference_knows_neither_triton_nor_the_kernels(path: Path) -> None:
+    modules = imported(path)
+    assert not {module for module in modules if module.split(".")[0] == "triton"}
+    kernels = {module for module in modules if module.startswith("fastllama.kernels.")}
+    wrong = {module for module in kernels if not module.startswith("fastllama.kernels.reference")}
+    assert not wrong, f"an oracle that shares code with what it judges proves nothing: {sorted(wrong)}"
+
+
+def run(code: str, *blocked: str) -> str:
+    """What a fresh interpreter prints for `code` when the packages `blocked` cannot be imported."""
+    block = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by the test)", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+    command = [sys.executable, "-c", block + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_planning_imports_without_torch() -> None:
+    assert run(f"import {', '.join(TORCH_FREE)}; print('ok')", "torch", "numpy", "triton") == "ok\n"
+
+
+def test_import_fastllama_loads_nothing_heavy() -> None:
+    heavy = "torch", "triton", "transformers", "numpy", "safetensors", "sentencepiece", "huggingface_hub"
+    assert run(f"import fastllama; print(sorted(set({heavy!r}) & set(sys.modules)))") == "[]\n"
+
+
+def test_import_fastllama_is_quick() -> None:
+    """Under 0.15 s; the best of several processes, since a busy machine can make any one of them late."""
+    code = "import time; start = time.perf_counter(); import fastllama; print(time.perf_counter() - start)"
+    best = 1e9
+    for _ in range(5):
+        best = min(best, float(run(code)))
+        if best < 0.15:
+            return
+    pytest.fail(f"import fastllama takes {best:.3f} s at best")
+
+
+def test_ops_work_without_triton() -> None:
+    code = """
+import torch, fastllama, fastllama.kernels
+x = torch.tensor([[3.0, 4.0]])
+print(fastllama.kernels.rms_norm(x, torch.ones(2), 0.0).tolist())
+"""
+    root_mean_square = 12.5**0.5
+    assert eval(run(code, "triton")) == [pytest.approx([3 / root_mean_square, 4 / root_mean_square])]

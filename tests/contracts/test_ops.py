@@ -1,0 +1,92 @@
+"""Contract: every op has one public function with its documentation, a reference of the same name and inputs, and a test."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import torch
+
+from fastllama import kernels
+from fastllama.kernels import reference
+from fastllama.kernels.op import OPS
+
+TESTS = Path(__file__).parents[1] / "kernels"
+# Public functions that are no ops, and why.
+HELPERS = {
+    "backend_of": "says what runs an op",
+    "cos_sin_cache": "builds once, in fp64, the table that rope reads",
+}
+DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")
+SHAPE = re.compile(r"\w+: \[[^\]]+\]")
+REFERENCE_TO = re.compile(r"as (?:for )?`(\w+)`")
+
+
+def names(function: FunctionType) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def inputs_and_outputs(op: str) -> tuple[list[str], list[str]]:
+    """The argument names of an op's schema; the outputs come last."""
+    arguments = [argument.name for argument in getattr(torch.ops.fastllama, op).default._schema.arguments]
+    count = len(arguments) - OPS[op].num_outputs
+    return arguments[:count], arguments[count:]
+
+
+def test_public_functions_and_ops_are_the_same() -> None:
+    functions = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), FunctionType)}
+    assert functions - set(HELPERS) == set(OPS)
+    assert set(HELPERS) <= functions
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_it_has_a_reference_of_the_same_inputs(op: str) -> None:
+    assert op in reference.__all__
+    assert names(getattr(reference, op)) == inputs_and_outputs(op)[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_its_function_adds_only_outputs(op: str) -> None:
+    inputs, outputs = inputs_and_outputs(op)
+    parameters = inspect.signature(getattr(kernels, op)).parameters
+    assert [name for name in parameters if name in inputs] == inputs
+    added = {name: parameter for name, parameter in parameters.items() if name not in inputs}
+    assert set(added) <= {*outputs, *(f"return_{name}" for name in outputs)}
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in added.values())
+    assert all(parameter.default in (None, False) for parameter in added.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_its_defaults_are_the_references(op: str) -> None:
+    public = inspect.signature(getattr(kernels, op)).parameters
+    for name, parameter in inspect.signature(getattr(reference, op)).parameters.items():
+        if parameter.default is not parameter.empty:
+            assert public[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_its_docstring_is_a_contract(op: str) -> None:
+    """Every parameter described (or left to another op's docstring, named), shapes, dtypes, errors and source."""
+    own = inspect.getdoc(getattr(kernels, op)) or ""
+    text, todo, seen = "", [op], set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        docstring = inspect.getdoc(getattr(kernels, name)) or ""
+        text += docstring
+        todo += [other for other in REFERENCE_TO.findall(docstring) if other not in seen]
+    assert SHAPE.search(own), "no shape like `x: [..., H]`"
+    assert DTYPE.search(own), "no dtype"
+    assert "Returns" in text or "returns" in text
+    assert "Raises ValueError" in own
+    assert re.search(r"^Source: \S", own, re.MULTILINE), "no line `Source: ...`"
+    assert [name for name in names(getattr(kernels, op)) if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_it_has_a_test(op: str) -> None:
+    called = re.compile(rf"\b{op}\b")
+    assert any(called.search(path.read_text(encoding="utf-8")) for path in TESTS.rglob("test_*.py")), f"no test of {op}"
