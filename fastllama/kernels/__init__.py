@@ -1,0 +1,26 @@
+"""Pure functions on tensors: every op that Llama needs, on any device, with no knowledge of modules, models or requests."""
+
+from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen
+from fastllama.kernels.matmul import embedding, matmul
+from fastllama.kernels.norm import add_rms_norm, rms_norm
+from fastllama.kernels.op import Implementation, backend_of
+from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
+from fastllama.kernels.sampling import sample
+from fastllama.kernels.swiglu import silu_mul
+
+__all__ = [
+    "Implementation",
+    "add_rms_norm",
+    "attention_decode",
+    "attention_prefill",
+    "attention_varlen",
+    "backend_of",
+    "cos_sin_cache",
+    "embedding",
+    "matmul",
+    "rms_norm",
+    "rope",
+    "rope_and_write_kv",
+    "sample",
+    "silu_mul",
+]

@@ -1,0 +1,87 @@
+"""rms_norm and add_rms_norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_dtype, check_rows, check_shape
+from fastllama.kernels import reference
+from fastllama.kernels.op import Op
+
+_RMS_NORM = Op(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
+    reference=reference.rms_norm,
+    triton="norm:rms_norm",
+)
+_ADD_RMS_NORM = Op(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
+    reference=reference.add_rms_norm,
+    triton="norm:add_rms_norm",
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None) -> Tensor:
+    """Root-mean-square normalisation over the last dimension: weight * cast(x / sqrt(mean(x^2) + eps)).
+
+    x: [..., H], fp32, fp16 or bf16 (fp64 on the reference), last dimension contiguous. weight: [H], x's dtype or fp32.
+    out: like x, may be x itself; allocated when None. Returns out.
+    Accumulates in fp32 and casts to x's dtype before the weight multiplies, as Hugging Face's LlamaRMSNorm does.
+    Raises ValueError for a shape or stride, TypeError for a dtype.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+    """
+    _check(x, weight)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    else:
+        _check_like("out", out, x)
+    _RMS_NORM(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and the norm after it in one pass: returns (rms_norm(x + residual), x + residual).
+
+    x, residual: [..., H], one dtype, last dimension contiguous. weight: [H], x's dtype or fp32.
+    out, residual_out: like x; allocated when None. residual_out=residual updates the residual in place; out may be x.
+    The sum is rounded to x's dtype before it is normalised, as it is when the two are separate ops.
+    Raises ValueError for a shape or stride, TypeError for a dtype.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+    """
+    _check(x, weight)
+    _check_like("residual", residual, x)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    else:
+        _check_like("out", out, x)
+    if residual_out is None:
+        residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    elif residual_out is not residual:
+        _check_like("residual_out", residual_out, x)
+    _ADD_RMS_NORM(x, residual, weight, eps, out, residual_out)
+    return out, residual_out
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        check_shape("weight", weight, x.shape[-1:])
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., H]")
+    if weight.dtype != x.dtype:
+        check_dtype("weight", weight, (x.dtype, torch.float32))
+    check_rows("x", x)
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape != x.shape:
+        check_shape(name, tensor, x.shape)
+    if tensor.dtype != x.dtype:
+        check_dtype(name, tensor, (x.dtype,))
+    check_rows(name, tensor)

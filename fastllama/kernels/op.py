@@ -1,0 +1,118 @@
+"""Binds the implementations of one op, picks one by the tensors' device, and makes it opaque to torch.compile.
+
+Every implementation writes into tensors its caller passes and returns nothing: so an op allocates nothing, aliases nothing, needs no fake
+beyond "no result", and can be captured in a CUDA graph. `torch.library.Library` rather than `custom_op`, and a direct call in eager, because
+the dispatcher costs 2 us a call that way and up to 35 us that way, more than many of the kernels themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastllama import env
+
+Function = Callable[..., None]
+
+_LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What runs an op on one kind of device: `backend` is "triton", "cpu" or "reference"; `reason` says why it was chosen."""
+
+    backend: str
+    run: Function
+    reason: str
+
+
+class Op:
+    """One op in its out-form.
+
+    schema: torch's schema language, outputs last: "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()".
+    reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
+    cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
+    triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so that Triton stays optional.
+    """
+
+    def __init__(
+        self, schema: str, *, reference: Callable[..., Any], cpu: Function | None = None, triton: str | None = None
+    ) -> None:
+        self.name, parameters = schema.removesuffix(") -> ()").split("(", 1)
+        self.num_outputs = sum(kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in parameters.split(", "))
+        self._reference, self._cpu, self._triton = reference, cpu, triton
+        self._bound: dict[str, Function] = {}
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
+        self._opaque = getattr(torch.ops.fastllama, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._opaque(*args)
+            return
+        if torch.is_grad_enabled():
+            self._refuse_grad(args)
+        self._run(*args)
+
+    def _run(self, *args: Any) -> None:
+        device = args[0].device.type
+        run = self._bound.get(device)
+        if run is None:
+            run = self._bound[device] = self.implementation(device).run
+        run(*args)
+
+    def implementation(self, device: str) -> Implementation:
+        """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select. Raises RuntimeError when the
+        variable asks for what is not there."""
+        wanted = env.BACKEND.read()
+        if wanted == "reference":
+            return Implementation("reference", self._run_reference, "FASTLLAMA_BACKEND=reference")
+        if wanted == "triton":
+            return Implementation("triton", self.launcher(device), "FASTLLAMA_BACKEND=triton")
+        if device == "cpu":
+            if self._cpu is not None:
+                return Implementation("cpu", self._cpu, "tensors on cpu")
+            return Implementation("reference", self._run_reference, "tensors on cpu; the reference is the CPU backend")
+        if device == "cuda" and self._triton is not None:
+            return Implementation("triton", self.launcher(device), "tensors on cuda")
+        missing = "no Triton kernel yet" if device == "cuda" else f"no kernels for {device}"
+        return Implementation("reference", self._run_reference, missing)
+
+    def launcher(self, device: str) -> Function:
+        """The Triton launcher. Raises RuntimeError where it cannot run on `device`."""
+        if self._triton is None:
+            raise RuntimeError(f"op {self.name} has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference")
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError(f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference")
+        if device == "cpu" and not env.triton_interpret():
+            raise RuntimeError(f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1")
+        module, function = self._triton.split(":")
+        launcher: Function = getattr(importlib.import_module(f"fastllama.kernels.triton.{module}"), function)
+        return launcher
+
+    def _run_reference(self, *args: Any) -> None:
+        outputs = args[-self.num_outputs :] if self.num_outputs else ()
+        results = self._reference(*args[: len(args) - self.num_outputs])
+        for output, result in zip(outputs, (results,) if len(outputs) == 1 else results or (), strict=True):
+            if output is not None:
+                output.copy_(result)
+
+    def _refuse_grad(self, args: tuple[Any, ...]) -> None:
+        if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            raise RuntimeError(f"op {self.name} has no backward: call it under torch.inference_mode() or torch.no_grad()")
+
+
+def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implementation]:
+    """What runs each op for a tensor or a device, by op name."""
+    if isinstance(device, torch.Tensor):
+        device = device.device
+    kind = torch.device(device).type
+    return {name: op.implementation(kind) for name, op in sorted(OPS.items())}

@@ -1,0 +1,74 @@
+"""Drawing tokens: temperature, top-k, top-p, min-p, and a counter-based random number for each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.reference.numerics import wide
+
+_MASK = 0xFFFFFFFF
+
+
+def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product, for values below 2^32 held in int64 (wrapping keeps the low 64 bits right)."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(seed: Tensor, offset: Tensor) -> Tensor:
+    """Uniform fp32 in [0, 1) per row: the first word of Philox4x32-10 with key `seed` and counter `offset` (both int64 [B]).
+
+    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); the counter's words and the scaling are those of
+    Triton's tl.rand, so a kernel draws the same numbers.
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1 = offset & _MASK, torch.zeros_like(offset)
+    c2, c3 = torch.zeros_like(offset), torch.zeros_like(offset)
+    for _ in range(10):
+        high_a, low_a = _multiply_32(c0, 0xD2511F53)
+        high_b, low_b = _multiply_32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    signed = torch.where(c0 >= 1 << 31, c0 - (1 << 32), c0)
+    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+
+
+def filter_probs(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """probs [B, V] with everything outside top-k, then top-p of what is left, then min-p set to 0 (not renormalised).
+
+    Each filter keeps all tokens at least as likely as the last one it needs, so ties at a threshold stay together.
+    """
+    vocab = probs.shape[-1]
+    ranked = probs.sort(dim=-1, descending=True).values
+    last = torch.where((top_k > 0) & (top_k < vocab), top_k.long(), vocab) - 1
+    floor = ranked.gather(1, last[:, None])
+    mass = torch.where(ranked >= floor, ranked, 0).cumsum(-1)
+    needed = (mass < top_p[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=vocab - 1)
+    floor = torch.maximum(floor, torch.where(top_p[:, None] < 1, ranked.gather(1, needed), 0))
+    floor = torch.maximum(floor, ranked[:, :1] * min_p[:, None])
+    return torch.where(probs >= floor, probs, 0)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [B] and their log-probabilities [B] under softmax(logits); temperature 0 takes the first largest logit.
+
+    The drawn token is the first, in vocabulary order, at which the cumulative filtered mass exceeds philox(seed, offset) of its total.
+    """
+    scores = wide(logits)
+    greedy = temperature <= 0
+    tokens = scores.argmax(-1)
+    if not bool(greedy.all()):
+        heat = torch.where(greedy, 1.0, temperature).to(scores.dtype)[:, None]
+        probs = filter_probs(torch.softmax(scores / heat, -1), top_k, top_p.to(scores.dtype), min_p.to(scores.dtype))
+        mass = probs.cumsum(-1)
+        bar = philox(seed, offset).to(mass.dtype)[:, None] * mass[:, -1:]
+        drawn = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)
+        # Rounding of the cumulative sum can end it on a token that was filtered out: step back to the last that was kept.
+        kept = torch.where(probs > 0, torch.arange(probs.shape[-1], device=probs.device), -1).cummax(-1).values
+        drawn = kept.gather(1, drawn[:, None])[:, 0]
+        tokens = torch.where(greedy, tokens, drawn)
+    logprobs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+    return tokens, logprobs

@@ -1,0 +1,126 @@
+"""rope, rope_and_write_kv, and the cos/sin cache both read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_dtype, check_rows, check_shape
+from fastllama.kernels import cpu, reference
+from fastllama.kernels.op import Op
+
+_INTEGERS = (torch.int32, torch.int64)
+
+_ROPE = Op(
+    "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
+    reference=reference.rope,
+)
+_ROPE_AND_WRITE_KV = Op(
+    "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(c!) k_pages, Tensor(d!) v_pages, "
+    "bool interleaved, Tensor(a!) q_out) -> ()",
+    reference=reference.rope_and_write_kv,
+    cpu=cpu.rope_and_write_kv,
+)
+
+
+def cos_sin_cache(
+    inv_freq: Sequence[float], num_positions: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The cache that rope reads: [num_positions, R] fp32 (or fp64 for the oracle), cosines then sines of position * inv_freq.
+
+    inv_freq: R/2 angular frequencies in radians per position; scaled rope changes only these. Computed in fp64, rounded once.
+    """
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), torch.tensor(inv_freq, dtype=torch.float64))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool = False,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys.
+
+    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] fp32, R even, R <= D
+    (`cos_sin_cache`); dimensions past R pass through. positions: [T] int32 or int64, each below max_position.
+    interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
+    q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
+    Rotates in fp32 and rounds once. Raises ValueError for a shape or stride, TypeError for a dtype.
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
+    """
+    check_shape("q", q, ("T", "Hq", "D"))
+    check_shape("k", k, (q.shape[0], "Hkv", q.shape[2]))
+    check_dtype("k", k, (q.dtype,))
+    check_rows("q", q)
+    check_rows("k", k)
+    _check_angles(cos_sin, positions, q.shape[0], q.shape[2])
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
+    check_shape("q_out", q_out, q.shape)
+    check_shape("k_out", k_out, k.shape)
+    _ROPE(q, k, cos_sin, positions, interleaved, q_out, k_out)
+    return q_out, k_out
+
+
+def rope_and_write_kv(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    interleaved: bool = False,
+    q_out: Tensor | None = None,
+) -> Tensor:
+    """Rotate q and k out of the fused projection's output and write k and v into their pages, in one pass.
+
+    qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
+    slots: [T] int32 or int64, page * page_size + offset of each token; negative slots are padding and are not written.
+    k_pages, v_pages: [P, Hkv, page_size, D], written in place, last dimension contiguous. q_out: [T, Hq, D]; allocated when None.
+    Returns q_out. Raises ValueError for a shape or stride, TypeError for a dtype; nothing is written then.
+    Source: RoFormer (Su et al., 2021); paged keys and values as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
+    """
+    check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
+    if v_pages.shape != k_pages.shape:
+        check_shape("v_pages", v_pages, k_pages.shape)
+    _, num_kv_heads, _, head_dim = k_pages.shape
+    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
+        raise ValueError(
+            f"qkv has shape {list(qkv.shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, from k_pages"
+        )
+    tokens = qkv.shape[0]
+    check_rows("qkv", qkv)
+    check_rows("k_pages", k_pages)
+    check_rows("v_pages", v_pages)
+    _check_angles(cos_sin, positions, tokens, head_dim)
+    if slots.shape != positions.shape:
+        check_shape("slots", slots, (tokens,))
+    if slots.dtype not in _INTEGERS:
+        check_dtype("slots", slots, _INTEGERS)
+    shape = (tokens, qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    if q_out is None:
+        q_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    else:
+        check_shape("q_out", q_out, shape)
+        check_dtype("q_out", q_out, (qkv.dtype,))
+    _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved, q_out)
+    return q_out
+
+
+def _check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int) -> None:
+    if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
+        raise ValueError(f"cos_sin has shape {list(cos_sin.shape)}; legal: [max_position, R] with R even and at most {head_dim}")
+    if cos_sin.dtype != torch.float32:
+        check_dtype("cos_sin", cos_sin, (torch.float32, torch.float64))
+    if positions.shape != (tokens,):
+        check_shape("positions", positions, (tokens,))
+    if positions.dtype not in _INTEGERS:
+        check_dtype("positions", positions, _INTEGERS)

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, in out-form; imported only when an op first needs one."""
