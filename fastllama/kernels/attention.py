@@ -138,7 +138,9 @@ def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, T
         check_dtype("out", out, (q.dtype,))
     if not return_lse:
         return out, None
-    return out, torch.empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+    return out, torch.empty(
+        q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device
+    )
 
 
 def _check_heads(q: Tensor, num_kv_heads: int) -> None:

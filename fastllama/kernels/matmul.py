@@ -9,7 +9,9 @@ from fastllama.errors import check_dtype, check_rows, check_shape
 from fastllama.kernels import cpu, reference
 from fastllama.kernels.op import Op
 
-_MATMUL = Op("matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", reference=reference.matmul, cpu=cpu.matmul)
+_MATMUL = Op(
+    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", reference=reference.matmul, cpu=cpu.matmul
+)
 _EMBEDDING = Op("embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()", reference=reference.embedding)
 
 

@@ -91,9 +91,13 @@ class Op:
         if self._triton is None:
             raise RuntimeError(f"op {self.name} has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference")
         if importlib.util.find_spec("triton") is None:
-            raise RuntimeError(f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference")
+            raise RuntimeError(
+                f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference"
+            )
         if device == "cpu" and not env.triton_interpret():
-            raise RuntimeError(f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1")
+            raise RuntimeError(
+                f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1"
+            )
         module, function = self._triton.split(":")
         launcher: Function = getattr(importlib.import_module(f"fastllama.kernels.triton.{module}"), function)
         return launcher
@@ -107,7 +111,9 @@ class Op:
 
     def _refuse_grad(self, args: tuple[Any, ...]) -> None:
         if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            raise RuntimeError(f"op {self.name} has no backward: call it under torch.inference_mode() or torch.no_grad()")
+            raise RuntimeError(
+                f"op {self.name} has no backward: call it under torch.inference_mode() or torch.no_grad()"
+            )
 
 
 def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implementation]:

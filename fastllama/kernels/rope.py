@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,15 +23,15 @@ _ROPE_AND_WRITE_KV = Op(
 )
 
 
-def cos_sin_cache(
-    inv_freq: Sequence[float], num_positions: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The cache that rope reads: [num_positions, R] fp32 (or fp64 for the oracle), cosines then sines of position * inv_freq.
+def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
+    """The cache that rope reads: [num_positions, R] fp32, cosines then sines of position * inv_freq.
 
-    inv_freq: R/2 angular frequencies in radians per position; scaled rope changes only these. Computed in fp64, rounded once.
+    inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are fp32 products, as Meta and Hugging Face
+    compute them: more exact ones would be other ones than the model was trained with (6e-5 apart at position 1000).
     """
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), torch.tensor(inv_freq, dtype=torch.float64))
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
+    check_shape("inv_freq", inv_freq, ("R/2",))
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=inv_freq.device), inv_freq.float())
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def rope(
@@ -117,7 +115,9 @@ def rope_and_write_kv(
 
 def _check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int) -> None:
     if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
-        raise ValueError(f"cos_sin has shape {list(cos_sin.shape)}; legal: [max_position, R] with R even and at most {head_dim}")
+        raise ValueError(
+            f"cos_sin has shape {list(cos_sin.shape)}; legal: [max_position, R] with R even and at most {head_dim}"
+        )
     if cos_sin.dtype != torch.float32:
         check_dtype("cos_sin", cos_sin, (torch.float32, torch.float64))
     if positions.shape != (tokens,):

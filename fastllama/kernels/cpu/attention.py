@@ -53,7 +53,14 @@ def attention_prefill(
 
 
 def attention_decode(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, out: Tensor, lse: Tensor | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
     """See kernels.attention_decode."""
     lengths = seq_lens.tolist()

@@ -46,7 +46,13 @@ def gather_pages(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
 
 
 def attention_prefill(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """New queries attend to the cached prefix and, causally, to themselves; their keys are in the pages already."""
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))

@@ -1,0 +1,43 @@
+"""Self-attention over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastllama import kernels
+from fastllama.layers.batch import BatchMeta, LayerKV
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.linear import Linear
+
+
+class LlamaAttention(nn.Module):
+    """Fused qkv projection, rotary embedding and KV write, attention, output projection."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.qkv_proj = Linear(config.hidden_size, config.qkv_size, config.attention_bias, dtype, device)
+        self.o_proj = Linear(config.q_size, config.hidden_size, config.attention_bias, dtype, device)
+
+    def forward(self, hidden: Tensor, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+        """hidden [T, H] -> [T, H]; writes the batch's keys and values into kv."""
+        q = kernels.rope_and_write_kv(
+            self.qkv_proj(hidden), cos_sin, batch.positions, batch.slots, kv.k_pages, kv.v_pages
+        )
+        out = torch.empty_like(q)
+        split, total = batch.num_decodes, batch.seq_lens.shape[0]
+        if split:
+            kernels.attention_decode(
+                q[:split], kv.k_pages, kv.v_pages, batch.page_table[:split], batch.seq_lens[:split], out=out[:split]
+            )
+        if split < total:
+            kernels.attention_prefill(
+                q[split:],
+                kv.k_pages,
+                kv.v_pages,
+                batch.page_table[split:],
+                batch.seq_lens[split:],
+                batch.cu_seqlens_q,
+                out=out[split:],
+            )
+        return self.o_proj(out.flatten(1))

@@ -1,0 +1,66 @@
+"""What one forward pass computes and where it keeps keys and values: plain values, passed as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastllama.layers.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class BatchMeta:
+    """The ragged tokens of several sequences, without padding; sequences with one new token come first.
+
+    positions: [T] int64, of each token in its sequence. slots: [T] int64, page * page_size + offset where its key goes.
+    page_table: [B, max_pages] int32. seq_lens: [B] int32, tokens of each sequence including the new ones.
+    num_decodes: how many of the B sequences have one new token. cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the other
+    sequences' tokens, counted from token num_decodes. logits_rows: [R] int64, tokens whose logits are wanted.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    num_decodes: int
+    cu_seqlens_q: Tensor
+    logits_rows: Tensor
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """Keys and values of one layer: two tensors [num_pages, num_kv_heads, page_size, head_dim], a page of one head contiguous."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The paged keys and values of all layers."""
+
+    layers: tuple[LayerKV, ...]
+
+    @classmethod
+    def allocate(
+        cls, config: LlamaConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVCache:
+        """Uninitialised pages: a slot is read only after it was written."""
+        shape = (num_pages, config.num_key_value_heads, page_size, config.head_dim)
+        pages = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)]
+        return cls(tuple(map(LayerKV, pages[::2], pages[1::2])))
+
+    @staticmethod
+    def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        return 2 * config.num_hidden_layers * config.kv_size * dtype.itemsize
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy (source, destination) pages in every layer; no page is both."""
+        sources, destinations = (list(ids) for ids in zip(*copies, strict=True))
+        for layer in self.layers:
+            for pages in (layer.k_pages, layer.v_pages):
+                pages[destinations] = pages[sources]

@@ -1,0 +1,79 @@
+"""The whole model: tokens in, logits of the wanted rows out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastllama import kernels
+from fastllama.errors import check_range
+from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.layers.block import LlamaBlock
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.linear import Linear, RMSNorm, parameter
+from fastllama.layers.rope import rotary_cache
+
+
+class Embedding(nn.Module):
+    """Token embeddings [vocab_size, hidden_size]."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, H]."""
+        return kernels.embedding(ids, self.weight)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Llama over a paged KV cache, weights uninitialised until `layers.weights.load_weights` fills them.
+
+    q, k, v are one matrix and gate, up another. With tied embeddings lm_head.weight is embed_tokens.weight itself.
+    """
+
+    cos_sin: Tensor
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype, device)
+        self.layers = nn.ModuleList(LlamaBlock(config, dtype, device) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        if config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, "meta")
+            self.lm_head.weight = self.embed_tokens.weight
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
+        self.set_max_model_len(config.max_position_embeddings)
+
+    def set_max_model_len(self, max_model_len: int) -> None:
+        """Make the rotary cache cover so many positions; beyond the configuration's only where its rope is dynamic."""
+        config = self.config
+        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+        check_range("max_model_len", max_model_len, 1, None if dynamic else config.max_position_embeddings)
+        cache = rotary_cache(config, max_model_len, self.embed_tokens.weight.device)
+        self.register_buffer("cos_sin", cache, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and activations."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
+        """ids [T] -> logits [R, V] of batch.logits_rows, in the model's dtype; keys and values are written into kv."""
+        hidden, residual = self.embed_tokens(ids), None
+        for block, layer_kv in zip(self.layers, kv.layers, strict=True):
+            hidden, residual = block(hidden, residual, batch, layer_kv, self.cos_sin)
+        rows = batch.logits_rows
+        if rows.shape[0] != ids.shape[0]:
+            hidden, residual = hidden.index_select(0, rows), residual.index_select(0, rows)
+        hidden, _ = self.norm(hidden, residual)
+        return self.lm_head(hidden)
