@@ -1,4 +1,4 @@
-"""Pure functions on tensors: every op that Llama needs, on any device, with no knowledge of modules, models or requests."""
+"""Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
 
 from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen
 from fastllama.kernels.matmul import embedding, matmul

@@ -12,14 +12,14 @@ from fastllama.kernels import cpu, reference
 from fastllama.kernels.op import Op
 
 _VARLEN = Op(
-    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal, "
-    "Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
+    "bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     reference=reference.attention_varlen,
     cpu=cpu.attention_varlen,
 )
 _PREFILL = Op(
-    "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q, "
-    "float scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
+    "Tensor cu_seqlens_q, float scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
 )
@@ -45,10 +45,11 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed sequences with contiguous keys and values: softmax(scale * q k^T) v.
 
-    q: [Tq, Hq, D], k, v: [Tk, Hkv, D], one floating dtype, last dimension contiguous, Hq a multiple of Hkv (query head h reads
-    key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1] int32, row bounds of each sequence, from 0.
-    scale: defaults to 1 / sqrt(D). causal: bottom-right aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no
-    key gives 0. out: like q; allocated when None. Returns out, or (out, lse [Tq, Hq] fp32, natural log) with return_lse.
+    q: [Tq, Hq, D], k, v: [Tk, Hkv, D], one floating dtype, last dimension contiguous, Hq a multiple of Hkv (query head
+    h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1] int32, row bounds of each sequence, from 0;
+    rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D). causal: bottom-right
+    aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no key gives 0 and the log-sum-exp -inf.
+    out: like q; allocated when None. Returns out, or (out, lse [Tq, Hq] fp32, natural log) with return_lse.
     Softmax and accumulation in fp32. Raises ValueError for a shape or stride, TypeError for a dtype.
     Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
     """
@@ -83,10 +84,11 @@ def attention_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of new queries over paged keys and values: the cached prefix and the queries' own tokens.
 
-    q: [T, Hq, D], last dimension contiguous. k_pages, v_pages: [P, Hkv, page_size, D], any strides but the last; the new tokens'
-    keys and values are written already. page_table: [B, max_pages] int32, pages of each sequence in order; entries past its
-    length are not read. seq_lens: [B] int32, tokens of each sequence including the new ones. cu_seqlens_q: [B + 1] int32, row
-    bounds of each sequence's queries, which are its last tokens. scale, out, return_lse, numerics: as `attention_varlen`.
+    q: [T, Hq, D], last dimension contiguous. k_pages, v_pages: [P, Hkv, page_size, D], any strides but the last; the
+    new tokens' keys and values are written already. page_table: [B, max_pages] int32, pages of each sequence in order;
+    entries past its length are not read. seq_lens: [B] int32, tokens of each sequence including the new ones.
+    cu_seqlens_q: [B + 1] int32, row bounds of each sequence's queries, which are its last tokens.
+    scale, out, return_lse, numerics: as `attention_varlen`.
     Raises ValueError for a shape or stride, TypeError for a dtype.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
@@ -111,7 +113,8 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens, the same few for each sequence, over paged keys and values.
 
-    q: [B * Q, Hq, D], Q (1 when decoding, more when verifying drafts) rows for each sequence, its last Q tokens, causal.
+    q: [B * Q, Hq, D], Q (1 when decoding, more when verifying drafts) rows for each sequence, its last Q tokens,
+    causal.
     A sequence of length 0 is padding and gives 0. Everything else: as `attention_prefill`.
     Raises ValueError for a shape or stride, TypeError for a dtype.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).

@@ -18,8 +18,8 @@ _EMBEDDING = Op("embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()", re
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """x @ weight^T (+ bias): a linear layer, and the logits when weight is the output embedding.
 
-    x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one floating dtype.
-    out: [..., N]; allocated when None. Returns out. Accumulates in fp32 and rounds once.
+    x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one
+    floating dtype. out: [..., N]; allocated when None. Returns out. Accumulates in fp32 and rounds once.
     Raises ValueError for a shape or stride, TypeError for a dtype.
     Source: y = x W^T + b.
     """

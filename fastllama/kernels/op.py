@@ -1,8 +1,9 @@
 """Binds the implementations of one op, picks one by the tensors' device, and makes it opaque to torch.compile.
 
-Every implementation writes into tensors its caller passes and returns nothing: so an op allocates nothing, aliases nothing, needs no fake
-beyond "no result", and can be captured in a CUDA graph. `torch.library.Library` rather than `custom_op`, and a direct call in eager, because
-the dispatcher costs 2 us a call that way and up to 35 us that way, more than many of the kernels themselves.
+Every implementation writes into tensors its caller passes and returns nothing: so an op allocates nothing, aliases
+nothing, needs no fake beyond "no result", and can be captured in a CUDA graph. Eager calls go straight to it: the
+dispatcher costs 2 us a call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than
+many of the kernels themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """What runs an op on one kind of device: `backend` is "triton", "cpu" or "reference"; `reason` says why it was chosen."""
+    """What runs an op on one kind of device: `backend` is "triton", "cpu" or "reference"; `reason` says why."""
 
     backend: str
     run: Function
@@ -35,10 +36,11 @@ class Implementation:
 class Op:
     """One op in its out-form.
 
-    schema: torch's schema language, outputs last: "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()".
+    schema: torch's schema language, "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()". Outputs come
+    last and are (a!) and (b!); inputs that are updated in place are (c!) and on.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
     cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
-    triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so that Triton stays optional.
+    triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so Triton stays optional.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Op:
         run(*args)
 
     def implementation(self, device: str) -> Implementation:
-        """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select. Raises RuntimeError when the
-        variable asks for what is not there."""
+        """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
+
+        Raises RuntimeError when the variable asks for what is not there.
+        """
         wanted = env.BACKEND.read()
         if wanted == "reference":
             return Implementation("reference", self._run_reference, "FASTLLAMA_BACKEND=reference")

@@ -12,12 +12,13 @@ from fastllama.kernels.op import Op
 _INTEGERS = (torch.int32, torch.int64)
 
 _ROPE = Op(
-    "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
+    "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, "
+    "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     reference=reference.rope,
 )
 _ROPE_AND_WRITE_KV = Op(
-    "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(c!) k_pages, Tensor(d!) v_pages, "
-    "bool interleaved, Tensor(a!) q_out) -> ()",
+    "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, "
+    "Tensor(c!) k_pages, Tensor(d!) v_pages, bool interleaved, Tensor(a!) q_out) -> ()",
     reference=reference.rope_and_write_kv,
     cpu=cpu.rope_and_write_kv,
 )
@@ -26,8 +27,9 @@ _ROPE_AND_WRITE_KV = Op(
 def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
     """The cache that rope reads: [num_positions, R] fp32, cosines then sines of position * inv_freq.
 
-    inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are fp32 products, as Meta and Hugging Face
-    compute them: more exact ones would be other ones than the model was trained with (6e-5 apart at position 1000).
+    inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are fp32 products, as Meta and
+    Hugging Face compute them: more exact ones would be other ones than the model was trained with (6e-5 apart at
+    position 1000).
     """
     check_shape("inv_freq", inv_freq, ("R/2",))
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=inv_freq.device), inv_freq.float())
@@ -46,8 +48,9 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys.
 
-    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] fp32, R even, R <= D
-    (`cos_sin_cache`); dimensions past R pass through. positions: [T] int32 or int64, each below max_position.
+    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] fp32, R
+    even, R <= D (`cos_sin_cache`); dimensions past R pass through. positions: [T] int32 or int64, each below
+    max_position.
     interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
     q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
     Rotates in fp32 and rounds once. Raises ValueError for a shape or stride, TypeError for a dtype.
@@ -82,9 +85,9 @@ def rope_and_write_kv(
 
     qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
     slots: [T] int32 or int64, page * page_size + offset of each token; negative slots are padding and are not written.
-    k_pages, v_pages: [P, Hkv, page_size, D], written in place, last dimension contiguous. q_out: [T, Hq, D]; allocated when None.
-    Returns q_out. Raises ValueError for a shape or stride, TypeError for a dtype; nothing is written then.
-    Source: RoFormer (Su et al., 2021); paged keys and values as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
+    k_pages, v_pages: [P, Hkv, page_size, D], written in place, last dimension contiguous. q_out: [T, Hq, D]; allocated
+    when None. Returns q_out. Raises ValueError for a shape or stride, TypeError for a dtype; nothing is written then.
+    Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
     """
     check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
     if v_pages.shape != k_pages.shape:
@@ -92,7 +95,8 @@ def rope_and_write_kv(
     _, num_kv_heads, _, head_dim = k_pages.shape
     if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
         raise ValueError(
-            f"qkv has shape {list(qkv.shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, from k_pages"
+            f"qkv has shape {list(qkv.shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
+            "by the shape of k_pages"
         )
     tokens = qkv.shape[0]
     check_rows("qkv", qkv)

@@ -38,15 +38,16 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token for each row, each row with its own parameters and its own random number.
 
-    logits: [B, V], any floating dtype. temperature: [B] fp32, 0 means greedy (the first largest logit). top_k: [B] int32 or int64,
-    0 means off. top_p: [B] fp32, 1 means off. min_p: [B] fp32, a fraction of the largest probability, 0 means off.
-    seed, offset: [B] int64: key and counter of Philox4x32-10, so a row draws the same token alone and in any batch.
-    tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their natural-log
-    probabilities under softmax(logits), before temperature and filters.
-    Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are all kept.
-    Raises ValueError for a shape, TypeError for a dtype.
-    Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning Up the Heat (2024);
-    Philox: Salmon et al. (2011).
+    logits: [B, V], any floating dtype, at least one finite in each row. temperature: [B] fp32, 0 means greedy (the
+    first largest logit). top_k: [B] int32 or int64, 0 means off. top_p: [B] fp32, 1 means off. min_p: [B] fp32, a
+    fraction of the largest probability, 0 means off. seed, offset: [B] int64: key and counter (its low 32 bits) of
+    Philox4x32-10, so a row draws the same token alone and in any batch.
+    tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their
+    natural-log probabilities under softmax(logits), before temperature and filters.
+    Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are
+    all kept. Raises ValueError for a shape, TypeError for a dtype.
+    Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
+    Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
     check_shape("logits", logits, ("B", "V"))
     if logits.shape[1] == 0:

@@ -13,7 +13,7 @@ _SILU_MUL = Op("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=refer
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, where gate_up = [gate | up] along the last dimension: the output of the fused gate and up projection.
+    """silu(gate) * up of the fused gate and up projection, gate_up = [gate | up] along the last dimension.
 
     gate_up: [..., 2I], any floating dtype, last dimension contiguous. out: [..., I]; allocated when None. Returns out.
     Computed in fp32, rounded to the input's dtype at the end.

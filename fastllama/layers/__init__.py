@@ -1,1 +1,1 @@
-"""Llama as modules: a configuration, a batch passed as an argument, and layers that call ops and know nothing of requests."""
+"""Llama as modules: a configuration, a batch passed as an argument, layers that call ops and know no requests."""

@@ -17,8 +17,9 @@ class BatchMeta:
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, page * page_size + offset where its key goes.
     page_table: [B, max_pages] int32. seq_lens: [B] int32, tokens of each sequence including the new ones.
-    num_decodes: how many of the B sequences have one new token. cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the other
-    sequences' tokens, counted from token num_decodes. logits_rows: [R] int64, tokens whose logits are wanted.
+    num_decodes: how many of the B sequences have one new token. cu_seqlens_q: [B - num_decodes + 1] int32, bounds of
+    the other sequences' tokens, counted from token num_decodes. logits_rows: [R] int64, the tokens whose logits are
+    wanted, ascending and each once.
     """
 
     positions: Tensor
@@ -32,7 +33,7 @@ class BatchMeta:
 
 @dataclass(frozen=True)
 class LayerKV:
-    """Keys and values of one layer: two tensors [num_pages, num_kv_heads, page_size, head_dim], a page of one head contiguous."""
+    """Keys and values of one layer, each [num_pages, num_kv_heads, page_size, head_dim]."""
 
     k_pages: Tensor
     v_pages: Tensor

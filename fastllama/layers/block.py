@@ -27,7 +27,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention and MLP. The sum of both inputs is the residual stream: whoever norms next adds them, in one op."""
+    """Attention and MLP. The sum of both results is the residual stream; the next norm adds them, in one op."""
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LlamaBlock(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(hidden [T, H], residual [T, H] or None in the first block) -> the same for the next; both are overwritten."""
+        """(hidden [T, H], residual [T, H], None in the first block) -> the same for the next; both are overwritten."""
         hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, batch, kv, cos_sin)
         hidden, residual = self.post_attention_layernorm(hidden, residual)

@@ -72,6 +72,7 @@ class LlamaForCausalLM(nn.Module):
         hidden, residual = self.embed_tokens(ids), None
         for block, layer_kv in zip(self.layers, kv.layers, strict=True):
             hidden, residual = block(hidden, residual, batch, layer_kv, self.cos_sin)
+        assert residual is not None  # a configuration has at least one layer
         rows = batch.logits_rows
         if rows.shape[0] != ids.shape[0]:
             hidden, residual = hidden.index_select(0, rows), residual.index_select(0, rows)

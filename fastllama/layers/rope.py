@@ -14,8 +14,8 @@ from fastllama.layers.config import LlamaConfig, RopeScaling
 def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
     """Angular frequencies [head_dim / 2] fp32, radians per position, computed in fp32 as Meta and Hugging Face do.
 
-    Dynamic NTK scaling takes its base from max_model_len once, so that cached keys stay valid: within the trained context that
-    is the plain base; beyond it, transformers moves the base with every new length instead.
+    Dynamic NTK scaling takes its base from max_model_len once, so that cached keys stay valid: within the trained
+    context that is the plain base; beyond it, transformers moves the base with every new length instead.
     Sources: linear, Chen et al. 2023; dynamic NTK, bloc97 2023; llama3, the Llama 3.1 model card.
     """
     theta, scaling, dim = config.rope_theta, config.rope_scaling, config.head_dim

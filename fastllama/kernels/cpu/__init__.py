@@ -1,4 +1,4 @@
-"""Faster CPU implementations, in out-form, of ops for which the reference is measurably slower; every other op runs the reference."""
+"""Faster CPU implementations, in out-form, of the ops whose reference is measurably slower; the others run it."""
 
 from fastllama.kernels.cpu.attention import attention_decode, attention_prefill, attention_varlen
 from fastllama.kernels.cpu.matmul import matmul

@@ -1,7 +1,7 @@
 """Attention on a CPU: torch's blocked kernel for prompts, two batched products over grouped heads for single queries.
 
-Keys and values are widened to fp32 first: products in bf16 and fp16 run at a fifth of fp32's rate on CPUs without hardware for them, and
-scaled_dot_product_attention spends 250 us on one query where the two products need 30.
+Keys and values are widened to fp32 first: products in bf16 and fp16 run at a fifth of fp32's rate on CPUs without
+hardware for them, and scaled_dot_product_attention spends 250 us on one query where the two products need 30.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def attention_varlen(
         lse[bounds_q[-1] :].fill_(float("-inf"))
     for b in range(len(bounds_q) - 1):
         rows, keys = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
-        heads_first = (wide(x[keys]).transpose(0, 1) for x in (k, v))
-        _attend(q[rows], *heads_first, scale, causal, out[rows], None if lse is None else lse[rows])
+        k_b, v_b = (wide(x[keys]).transpose(0, 1) for x in (k, v))
+        _attend(q[rows], k_b, v_b, scale, causal, out[rows], None if lse is None else lse[rows])
 
 
 def attention_prefill(

@@ -1,7 +1,8 @@
-"""Dense products on a CPU, where torch's own linear layer reaches memory speed neither for one row nor, without bf16 hardware, for many.
+"""Dense products on a CPU, where torch's linear layer is slow for one row and, without bf16 hardware, for many.
 
-Measured on two AVX2 cores at N, K = 11264, 2048 (docs/tuning.md): one bf16 row takes 4.1 ms through F.linear and 2.3 ms through mv (memory
-speed); 128 rows take 273 ms in bf16 and a quarter of that when blocks of the weight are widened to fp32 on the way.
+Measured on two AVX2 cores at N, K = 11264, 2048 (docs/tuning.md): one bf16 row takes 4.1 ms through F.linear and 2.3 ms
+through mv (memory speed); 128 rows take 273 ms in bf16 and a quarter of that when blocks of the weight are widened to
+fp32 on the way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def _widened(rows: Tensor, weight: Tensor, result: Tensor) -> None:
-    """Widen the weight to fp32 a block of rows at a time and multiply there: 16-bit products without hardware run at scalar speed."""
+    """Widen the weight to fp32 a block of rows at a time: 16-bit products without hardware run at scalar speed."""
     rows = rows.float()
     buffer = torch.empty(min(BLOCK, weight.shape[0]), weight.shape[1])
     for start in range(0, weight.shape[0], BLOCK):
@@ -40,7 +41,7 @@ def _widened(rows: Tensor, weight: Tensor, result: Tensor) -> None:
 
 
 def _runs_natively(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix instructions for a 16-bit dtype that torch uses (AVX-512 BF16 or FP16, AMX, Arm BF16)."""
+    """Whether torch has this CPU's matrix instructions for a 16-bit dtype (AVX-512 BF16 or FP16, AMX, Arm BF16)."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -1,4 +1,4 @@
-"""Torch-only definitions of every op: the oracle for tests (fp64 in, fp64 throughout) and, in the inputs' dtype, the CPU backend."""
+"""Torch-only definitions of every op: the oracle of tests (fp64 in, fp64 throughout) and the CPU backend."""
 
 from fastllama.kernels.reference.attention import attention_decode, attention_prefill, attention_varlen
 from fastllama.kernels.reference.matmul import embedding, matmul

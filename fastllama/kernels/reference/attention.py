@@ -9,9 +9,10 @@ from fastllama.kernels.reference.numerics import wide
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """One sequence: q [Lq, Hq, D], k and v [Lk, Hkv, D] -> out [Lq, Hq, D] in q's dtype, log-sum-exp [Lq, Hq] (natural log).
+    """One sequence: q [Lq, Hq, D], k and v [Lk, Hkv, D] -> out [Lq, Hq, D] in q's dtype, log-sum-exp [Lq, Hq].
 
-    Causal masks are aligned to the bottom right: query i sees keys up to i + Lk - Lq. A query that sees no key gives 0 and -inf.
+    Causal masks are aligned to the bottom right: query i sees keys up to i + Lk - Lq. A query that sees no key gives 0
+    and -inf.
     """
     (len_q, num_q_heads, head_dim), (len_k, num_kv_heads, _) = q.shape, k.shape
     group = num_q_heads // num_kv_heads
@@ -29,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b owns rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q, and likewise of k and v; rows of no sequence give 0 and -inf."""
+    """Sequence b owns rows bounds[b] : bounds[b + 1] of q, k and v; rows of no sequence give 0 and -inf."""
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):
@@ -39,7 +40,7 @@ def attention_varlen(
 
 
 def gather_pages(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
-    """The first `length` tokens [length, heads, D] of a sequence whose pages are pages[page_ids] of [P, heads, page, D]."""
+    """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids]; pages [P, heads, page_size, D]."""
     _, heads, page_size, head_dim = pages.shape
     held = pages.index_select(0, page_ids[: -(-length // page_size)])
     return held.transpose(1, 2).reshape(-1, heads, head_dim)[:length]
@@ -67,7 +68,7 @@ def attention_prefill(
 def attention_decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """attention_prefill with the same number of queries, q.shape[0] // B, for each sequence; length 0 gives 0 and -inf."""
+    """attention_prefill with the same number of queries, q.shape[0] // B, for each sequence."""
     num_seqs = seq_lens.shape[0]
     queries = q.shape[0] // max(num_seqs, 1)
     bounds = torch.arange(num_seqs + 1, dtype=torch.int32) * queries

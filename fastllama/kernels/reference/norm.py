@@ -9,7 +9,7 @@ from fastllama.kernels.reference.numerics import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """weight * cast(x / sqrt(mean(x^2) + eps)), the cast to x's dtype before the weight multiplies, as Hugging Face does."""
+    """weight * cast(x / sqrt(mean(x^2) + eps)), cast to x's dtype before the weight, as Hugging Face does."""
     h = wide(x)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (weight * h.to(x.dtype)).to(x.dtype)

@@ -9,7 +9,7 @@ from fastllama.kernels.reference.numerics import wide
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first 2 * cos.shape[-1] dimensions of x [T, heads, D] by angles [T, 1, R/2]; the others pass through."""
+    """Rotate the first R dimensions of x [T, heads, D] by angles [T, 1, R/2]; the others pass through."""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
@@ -22,7 +22,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """Rotate pairs (x_i, x_{i+R/2}) (half-split) or (x_2i, x_2i+1) (interleaved) by positions * inv_freq_i, in at least fp32."""
+    """Rotate pairs (x_i, x_{i+R/2}), or interleaved (x_2i, x_2i+1), by positions * inv_freq_i, in at least fp32."""
     cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
     rotated = (_rotate(wide(x), cos, sin, interleaved).to(x.dtype) for x in (q, k))
     return next(rotated), next(rotated)
@@ -37,7 +37,7 @@ def rope_and_write_kv(
     v_pages: Tensor,
     interleaved: bool = False,
 ) -> Tensor:
-    """Split qkv, rotate q and k, write k and v into k_pages and v_pages at `slots` (negative: nowhere), return q [T, Hq, D]."""
+    """Split qkv, rotate q and k, write k and v into their pages at `slots` (negative: nowhere), return q [T, Hq, D]."""
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
     num_q_heads = heads.shape[1] - 2 * num_kv_heads

@@ -11,16 +11,16 @@ _MASK = 0xFFFFFFFF
 
 
 def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product, for values below 2^32 held in int64 (wrapping keeps the low 64 bits right)."""
+    """High and low 32 bits of the product of values below 2^32 held in int64 (wrapping keeps all 64 bits right)."""
     product = a * b
     return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(seed: Tensor, offset: Tensor) -> Tensor:
-    """Uniform fp32 in [0, 1) per row: the first word of Philox4x32-10 with key `seed` and counter `offset` (both int64 [B]).
+    """Uniform fp32 in [0, 1) per row: the first word of Philox4x32-10 with key `seed` and counter `offset`, int64 [B].
 
-    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); the counter's words and the scaling are those of
-    Triton's tl.rand, so a kernel draws the same numbers.
+    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); the counter's words (the low 32 bits of
+    `offset`, then zeros) and the scaling are those of Triton's tl.rand, so a kernel draws the same numbers.
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = offset & _MASK, torch.zeros_like(offset)
@@ -53,9 +53,10 @@ def filter_probs(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [B] and their log-probabilities [B] under softmax(logits); temperature 0 takes the first largest logit.
+    """Token ids int64 [B] and their log-probabilities [B] under softmax(logits).
 
-    The drawn token is the first, in vocabulary order, at which the cumulative filtered mass exceeds philox(seed, offset) of its total.
+    Temperature 0 takes the first largest logit. Otherwise the token is the first, in vocabulary order, at which the
+    cumulative filtered mass exceeds philox(seed, offset) of its total.
     """
     scores = wide(logits)
     greedy = temperature <= 0
@@ -66,7 +67,7 @@ def sample(
         mass = probs.cumsum(-1)
         bar = philox(seed, offset).to(mass.dtype)[:, None] * mass[:, -1:]
         drawn = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)
-        # Rounding of the cumulative sum can end it on a token that was filtered out: step back to the last that was kept.
+        # Rounding of the cumulative sum can end it on a filtered token: step back to the last that was kept.
         kept = torch.where(probs > 0, torch.arange(probs.shape[-1], device=probs.device), -1).cummax(-1).values
         drawn = kept.gather(1, drawn[:, None])[:, 0]
         tokens = torch.where(greedy, tokens, drawn)

@@ -42,7 +42,7 @@ def norm_kernel(
 
 
 def num_warps(size: int) -> int:
-    """Warps for a row of `size` elements: 8 to 32 elements for a thread, so that a row stays in registers in 128-bit accesses."""
+    """Warps for a row of `size` elements: at most 32 elements a thread up to 8192, so that a row fits in registers."""
     return min(max(triton.next_power_of_2(size) // 512, 1), 16)
 
 
@@ -56,26 +56,35 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     _launch(x, residual, weight, eps, out, residual_out)
 
 
+def _rows(name: str, tensor: Tensor, size: int) -> Tensor:
+    """`tensor` as [rows, size]; refused where that needs a copy, never copied behind the caller's back."""
+    try:
+        return tensor.view(-1, size)
+    except RuntimeError:
+        raise ValueError(f"{name} has strides {list(tensor.stride())}; legal: all rows at one stride") from None
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
 ) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"x has dtype {x.dtype}; legal for the Triton kernel: float32, float16, bfloat16")
     size = x.shape[-1]
-    # view, not reshape: rows that do not lie at one stride are refused, never copied behind the caller's back.
-    rows = [None if tensor is None else tensor.view(-1, size) for tensor in (out, residual_out, x, residual)]
     if x.numel() == 0:
         return
-    norm_kernel[(rows[2].shape[0],)](
-        out_ptr=rows[0],
-        residual_out_ptr=rows[1],
-        x_ptr=rows[2],
-        residual_ptr=rows[3],
+    named = {"out": out, "residual_out": residual_out, "x": x, "residual": residual}
+    rows = {name: _rows(name, tensor, size) for name, tensor in named.items() if tensor is not None}
+    strides = {name: tensor.stride(0) for name, tensor in rows.items()}
+    norm_kernel[(rows["x"].shape[0],)](
+        out_ptr=rows["out"],
+        residual_out_ptr=rows.get("residual_out"),
+        x_ptr=rows["x"],
+        residual_ptr=rows.get("residual"),
         weight_ptr=weight,
-        out_row_stride=rows[0].stride(0),
-        residual_out_row_stride=0 if rows[1] is None else rows[1].stride(0),
-        x_row_stride=rows[2].stride(0),
-        residual_row_stride=0 if rows[3] is None else rows[3].stride(0),
+        out_row_stride=strides["out"],
+        residual_out_row_stride=strides.get("residual_out", 0),
+        x_row_stride=strides["x"],
+        residual_row_stride=strides.get("residual", 0),
         eps=eps,
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
