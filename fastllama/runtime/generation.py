@@ -1,0 +1,139 @@
+"""A request as its caller sees it: text, tokens and log-probabilities of each sample as they grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastllama.io.detokenizer import IncrementalDetokenizer
+from fastllama.io.tokenizer import Tokenizer
+from fastllama.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.sequence import Request, Sequence
+
+
+class TextStream:
+    """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self._stops = tuple(params.stop)
+        self._held = ""
+        self._released: list[str] = []
+        self._num_taken = 0
+
+    @property
+    def text(self) -> str:
+        """Everything released so far."""
+        return "".join(self._released)
+
+    def take(self) -> str:
+        """What was released since the last call."""
+        new = "".join(self._released[self._num_taken :])
+        self._num_taken = len(self._released)
+        return new
+
+    def push(self, token_id: int) -> str | None:
+        """Add a token; the stop string that the text has now reached, cut off with all behind it, or None."""
+        return self._take(self._detokenizer.push(token_id))
+
+    def close(self) -> str | None:
+        """No token follows: release what is held. The stop string that the last characters complete, or None."""
+        stop = self._take(self._detokenizer.flush())
+        self._released.append(self._held)
+        self._held = ""
+        return stop
+
+    def _take(self, text: str) -> str | None:
+        self._held += text
+        found = [(self._held.index(stop), stop) for stop in self._stops if stop in self._held]
+        if found:
+            cut, stop = min(found)
+            self._released.append(self._held[:cut])
+            self._held = ""
+            return stop
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        self._released.append(self._held[: len(self._held) - keep])
+        self._held = self._held[len(self._held) - keep :]
+        return None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+@dataclass
+class Sample:
+    """One sample so far; `stream` is None without a tokenizer."""
+
+    seq: Sequence
+    stream: TextStream | None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def output(self) -> CompletionOutput:
+        """The sample as a value."""
+        seq = self.seq
+        return CompletionOutput(
+            index=seq.index,
+            text=self.stream.text if self.stream else "",
+            token_ids=tuple(seq.token_ids[seq.num_prompt_tokens :]),
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+            logprobs=tuple(self.logprobs) if seq.request.params.logprobs is not None else None,
+        )
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request in the engine: hold on to it to follow or abort it."""
+
+    request: Request
+    prompt: str | None
+    tokenizer: Tokenizer | None
+    samples: dict[int, Sample] = field(default_factory=dict)
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; the first token has none
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its samples are."""
+        return self.request.finished
+
+    def sample(self, seq: Sequence) -> Sample:
+        """The sample that a sequence grows."""
+        found = self.samples.get(seq.index)
+        if found is None:
+            request = self.request
+            stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
+            found = self.samples[seq.index] = Sample(seq, stream)
+        return found
+
+    def output(self) -> RequestOutput:
+        """The request as a value, finished or not."""
+        request = self.request
+        outputs = tuple(self.sample(seq).output() for seq in request.sequences)
+        metrics = RequestMetrics(
+            arrival_time=request.arrival,
+            first_token_time=self.first_token_time,
+            finish_time=self.finish_time,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_cached_tokens=request.num_cached_tokens or 0,
+            num_generated_tokens=sum(len(output.token_ids) for output in outputs),
+        )
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(map(self.prompt_logprobs.get, range(len(request.prompt_token_ids))))
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            prompt_logprobs=prompt_logprobs,
+            metrics=metrics,
+        )

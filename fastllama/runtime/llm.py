@@ -1,0 +1,263 @@
+"""The blocking face: a model by name, prompts in, texts out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from fastllama.errors import check_choice, check_range, reject_unknown
+from fastllama.io.chat import Message, encode_chat
+from fastllama.io.hub import resolve_model
+from fastllama.io.load import load_model
+from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.layers.batch import KVCache
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.engine import Engine, EngineOptions
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.memory import available_bytes
+from fastllama.runtime.outputs import RequestOutput
+from fastllama.runtime.params import SamplingParams
+
+logger = logging.getLogger("fastllama")
+
+KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
+
+
+class LLM:
+    """A Llama with its tokenizer and runtime.
+
+    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM.
+    tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
+    dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
+    device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
+    max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
+    kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
+    page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
+    max_num_batched_tokens: tokens of one step. seed: of the draws of requests that bring none.
+    progress: bars on stderr; None shows them on a terminal only.
+
+    Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
+    broken model. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LlamaForCausalLM = "tiny",
+        *,
+        tokenizer: str | Path | Tokenizer | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        max_model_len: int | None = None,
+        kv_cache_tokens: int | None = None,
+        page_size: int = 64,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+        progress: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            legal = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "unknown")]
+            reject_unknown("LLM", unknown, legal)
+        check_range("page_size", page_size, 16, 256)
+        self._progress = progress
+        path = None if isinstance(model, LlamaForCausalLM) else resolve_model(str(model))
+        # The tokenizer first: a wrong path should not cost the minute that weights take.
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _find_tokenizer(tokenizer, path)
+        if isinstance(model, LlamaForCausalLM):
+            loaded = model
+        else:
+            loaded = load_model(model, dtype=dtype, device=resolve_device(device), progress=progress)
+        if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
+                "legal: the tokenizer that the model was trained with"
+            )
+        max_model_len, kv_cache_tokens = _sizes(loaded, max_model_len, kv_cache_tokens, max_num_seqs, page_size)
+        options = EngineOptions(
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_cache_tokens,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+        )
+        self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below. Raises RuntimeError once the LLM is closed."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed; make a new one")
+        return self._engine
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's configuration."""
+        return self.engine.model.config
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
+
+        prompts: a text, texts, token ids, or lists of token ids. params: one for all, or one for each prompt.
+        Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ.
+        """
+        given = _as_list(prompts)
+        if params is None:
+            params = SamplingParams()
+        each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(given):
+            raise ValueError(
+                f"params has {len(each)} entries for {len(given)} prompts; legal: one for all, or one for each"
+            )
+        generations: list[Generation] = []
+        try:
+            for prompt, own in zip(given, each, strict=True):
+                generations.append(self._add(prompt, own))
+            self._finish(generations)
+        except BaseException:
+            for generation in generations:
+                self.engine.abort(generation)
+            raise
+        return [generation.output() for generation in generations]
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation in Llama 2's chat format; messages: [{"role": "user", "content": ...}, ...]."""
+        return self.generate([encode_chat(self._needed_tokenizer(), messages)], params)[0]
+
+    def stream(
+        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
+
+        Closing the iterator aborts the request. Raises ValueError where params.n is not 1.
+        """
+        return self.follow(self.start(prompt, params))
+
+    def start(
+        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+    ) -> Generation:
+        """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
+        params = params or SamplingParams()
+        tokenizer = self._needed_tokenizer()
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; legal for a stream: 1")
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
+            return self._add(encode_chat(tokenizer, cast(Sequence[Message], prompt)), params)
+        return self._add(cast("str | Sequence[int]", prompt), params)
+
+    def follow(self, generation: Generation) -> Iterator[str]:
+        """The text of a started request in pieces; closing the iterator aborts it."""
+        try:
+            while True:
+                for sample in generation.samples.values():
+                    if sample.stream is not None and (piece := sample.stream.take()):
+                        yield piece
+                if generation.finished:
+                    return
+                self.engine.step()
+        finally:
+            if self._engine is not None:
+                self._engine.abort(generation)
+
+    def close(self) -> None:
+        """Free the model and the KV cache. May be called twice."""
+        self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _add(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+        if isinstance(prompt, str):
+            return self.engine.add_request(self._needed_tokenizer().encode(prompt), params, prompt=prompt)
+        return self.engine.add_request(prompt, params)
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is None and there is none with the model; legal for text: tokenizer=PATH")
+        return self.tokenizer
+
+    def _finish(self, generations: list[Generation]) -> None:
+        """Run until these requests have finished."""
+        disable = len(generations) < 2 or (None if self._progress is None else not self._progress)
+        pending = set(generations)
+        with tqdm(total=len(generations), desc="Generating", unit="prompt", disable=disable, leave=False) as bar:
+            while pending:
+                ended = {generation for generation in self.engine.step() if generation.finished} & pending
+                pending -= ended
+                bar.update(len(ended))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that `device` names; "auto" is cuda where there is one. Raises ValueError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...") from None
+    check_choice("device type", resolved.type, ("cpu", "cuda"))
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise ValueError(
+            f"device is {str(device)!r}, and torch sees {count} CUDA devices; legal here: 'cpu' or a device it sees"
+        )
+    return resolved
+
+
+def _find_tokenizer(tokenizer: str | Path | None, model: Path | None) -> Tokenizer | None:
+    """The tokenizer at a path, else the one beside the model, else None."""
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    folder = None if model is None else model if model.is_dir() else model.parent
+    if folder is None:
+        return None
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _as_list(prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [cast("str | Sequence[int]", prompts)]
+    return list(cast("Sequence[str] | Sequence[Sequence[int]]", prompts))
+
+
+def _sizes(
+    model: LlamaForCausalLM, max_model_len: int | None, kv_cache_tokens: int | None, max_num_seqs: int, page_size: int
+) -> tuple[int, int]:
+    """max_model_len and kv_cache_tokens, from the model and the free memory where they were not given."""
+    length = model.config.max_position_embeddings if max_model_len is None else max_model_len
+    if kv_cache_tokens is None:
+        per_token = KVCache.bytes_per_token(model.config, model.dtype)
+        fits = int(available_bytes(model.device) * KV_SHARE[model.device.type] / per_token)
+        pages = min(fits // page_size, -(-length // page_size) * max_num_seqs)
+        kv_cache_tokens = max(pages, 1) * page_size
+        logger.info("KV cache: %d tokens, %.2f GB", kv_cache_tokens, kv_cache_tokens * per_token / 1e9)
+    if kv_cache_tokens < length:
+        if max_model_len is not None:
+            raise ValueError(
+                f"max_model_len is {max_model_len} and the KV cache holds {kv_cache_tokens} tokens; "
+                "legal: at most kv_cache_tokens"
+            )
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", kv_cache_tokens, length)
+        length = kv_cache_tokens
+    return length, kv_cache_tokens
