@@ -9,8 +9,10 @@ import pytest
 
 from fastllama import env
 
-# A busy machine is slow, not wrong: no deadline. The printed blob reproduces a failure seen elsewhere.
-hypothesis.settings.register_profile("fastllama", deadline=None, print_blob=True)
+# A busy machine is slow, not wrong. The printed blob reproduces a failure seen elsewhere.
+hypothesis.settings.register_profile(
+    "fastllama", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
 hypothesis.settings.load_profile("fastllama")
 
 

@@ -1,4 +1,4 @@
-"""Contract: every op has one public function with its documentation, a reference of the same name and inputs, and a test."""
+"""Contract: every op has a documented public function, a reference of the same name and inputs, and a test."""
 
 from __future__ import annotations
 

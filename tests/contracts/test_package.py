@@ -65,9 +65,19 @@ def test_it_declares_what_it_needs(metadata: email.message.Message) -> None:
 def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import runpy; runpy.run_module('fastllama', alter_sys=True)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    # `python -m` looks in the working directory first: this package is the one that runs.
+    command = [
+        sys.executable,
+        "-m",
+        "fastllama",
+        "generate",
+        "--prompt",
+        "Once",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
+    assert done.stdout.strip()
