@@ -1,0 +1,57 @@
+"""From a model's name to a model ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastllama.errors import check_choice
+from fastllama.io.checkpoint import Checkpoint, open_checkpoint
+from fastllama.io.hub import resolve_model
+from fastllama.layers.config import DTYPES, LlamaConfig
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.weights import load_weights, slots
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    progress: bool | None = None,
+) -> LlamaForCausalLM:
+    """Load a model in evaluation mode: "tiny", a path (Hugging Face or Meta folder, llama2.c file) or a Hub id.
+
+    dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32". progress: a bar on stderr; None shows it
+    on a terminal only. Host memory peaks at the model (if on the CPU) plus one mapped shard; Meta's tensors are spread
+    over all its files, which stay mapped. Raises FileNotFoundError, or CheckpointError naming file and tensor.
+    """
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    built = LlamaForCausalLM(checkpoint.config, resolve_dtype(dtype, checkpoint.config), torch.device(device))
+    load_weights(built, _counted(checkpoint, built, progress), file_of=checkpoint.file_of)
+    return built.eval()
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: LlamaConfig) -> torch.dtype:
+    """The dtype to compute in. "auto" is the checkpoint's own on every device, float32 when it does not say."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    check_choice("dtype", name, ("auto", *DTYPES))
+    resolved = getattr(torch, (config.dtype or "float32") if name == "auto" else name)
+    assert isinstance(resolved, torch.dtype)
+    return resolved
+
+
+def _counted(checkpoint: Checkpoint, model: LlamaForCausalLM, progress: bool | None) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors, with a bar that counts the bytes of the model they fill."""
+    parameters, table = dict(model.named_parameters()), slots(checkpoint.config)
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    disable = None if progress is None else not progress  # None: tqdm shows itself on a terminal only
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        for name, tensor in checkpoint.tensors():
+            yield name, tensor
+            if name in table:
+                bar.update(tensor.numel() * parameters[table[name].parameter].element_size())

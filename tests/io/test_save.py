@@ -1,0 +1,160 @@
+"""save_model: transformers computes the same logits from what it writes, and an interrupted save leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from fastllama.io import save
+from fastllama.io.checkpoint import open_checkpoint
+from fastllama.io.load import load_model
+from fastllama.io.save import save_model
+from fastllama.layers.model import LlamaForCausalLM
+from tests.io.checkpoints import SHAPES, random_llama, write_llama2c
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> LlamaForCausalLM:
+    return load_model(write_llama2c(random_llama(), tmp_path / "model.bin", version=1))
+
+
+def logits(model: transformers.LlamaForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(12).view(2, 6)).logits
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kv_heads", SHAPES.values(), ids=SHAPES)
+def test_transformers_computes_the_same_logits(tmp_path: Path, kv_heads: int, tied: bool) -> None:
+    original = random_llama(kv_heads=kv_heads, tied=tied)
+    original.save_pretrained(tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours")
+    back, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(logits(back), logits(original))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        {
+            "max_position_embeddings": 64,
+            "rope_theta": 100.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        {"eos_token_id": [2, 5]},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_survive(tmp_path: Path, settings: dict[str, object]) -> None:
+    original = random_llama(**settings)
+    original.save_pretrained(tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours")
+    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert back.dtype == original.dtype
+    assert back.generation_config.eos_token_id == original.config.eos_token_id
+    assert torch.equal(logits(back), logits(original))
+    assert open_checkpoint(tmp_path / "ours").config == open_checkpoint(tmp_path / "theirs").config
+
+
+def test_shards_have_an_index_and_a_size(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    original = random_llama()
+    save_model(model, tmp_path / "out", max_shard_size=100_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == set(files)
+    size = 0
+    for file in files:
+        with safe_open(tmp_path / "out" / file, "pt") as handle:
+            names = list(handle.keys())
+            bytes_here = sum(handle.get_tensor(name).nbytes for name in names)
+        assert {index["weight_map"][name] for name in names} == {file}
+        assert bytes_here <= 100_000 or len(names) == 1
+        size += bytes_here
+    assert index["metadata"] == {"total_size": size}
+    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(back), logits(original))
+
+
+def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    save_model(model, tmp_path / "out", max_shard_size=1)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3 + 2 * 9
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "README.md"):
+        (source / name).write_text(name)
+    save_model(model, tmp_path / "folder", source)
+    save_model(model, tmp_path / "file", source / "tokenizer.model")
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    found = {path.name for path in (tmp_path / "folder").iterdir()}
+    assert found == weights | {"tokenizer.model", "tokenizer_config.json"}
+    assert (tmp_path / "folder" / "tokenizer.model").read_text() == "tokenizer.model"
+    assert {path.name for path in (tmp_path / "file").iterdir()} == weights | {"tokenizer.model"}
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for tokenizer in ("nowhere", "empty"):
+        with pytest.raises(FileNotFoundError, match=rf"tokenizer is '.*{tokenizer}'; legal: a tokenizer file"):
+            save_model(model, tmp_path / "out", tmp_path / tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_exists_is_not_overwritten(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    for name in ("full", "model.bin"):
+        with pytest.raises(ValueError, match="which exists; legal: a new or an empty folder"):
+            save_model(model, tmp_path / name)
+
+
+def test_missing_parents_and_an_empty_folder_are_fine(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    save_model(model, tmp_path / "a" / "b")
+    save_model(model, tmp_path / "c" / "d")
+    assert open_checkpoint(tmp_path / "a" / "b").config == open_checkpoint(tmp_path / "c" / "d").config
+
+
+def test_a_shard_size_must_be_positive(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="max_shard_size is 0; legal: at least 1"):
+        save_model(model, tmp_path / "out", max_shard_size=0)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_interrupted_save_leaves_nothing(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    write, calls = save.save_file, 0
+
+    def interrupted(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(save, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, tmp_path / "out", max_shard_size=100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]

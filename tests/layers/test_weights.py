@@ -1,0 +1,178 @@
+"""The name table and the copy along it, with every way a tensor can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.errors import CheckpointError
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.weights import hf_tensors, load_weights, slots
+
+GQA = LlamaConfig(
+    vocab_size=11,
+    hidden_size=12,
+    intermediate_size=10,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=4,
+)
+CONFIGS = {
+    "gqa": GQA,
+    "mha": replace(GQA, num_key_value_heads=6),
+    "mqa": replace(GQA, num_key_value_heads=1),
+    "tied": replace(GQA, tie_word_embeddings=True),
+    "biased": replace(GQA, attention_bias=True, mlp_bias=True),
+}
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def fresh(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return LlamaForCausalLM(config, dtype, torch.device("cpu"))
+
+
+def random_tensors(config: LlamaConfig) -> dict[str, Tensor]:
+    """Hugging Face tensors of the shapes that transformers gives them."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    rows = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size, "o_proj": hidden}
+    rows |= {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
+    columns = {"o_proj": config.q_size, "down_proj": inner}
+    found = {
+        "model.embed_tokens.weight": torch.randn(config.vocab_size, hidden),
+        "model.norm.weight": torch.randn(hidden),
+    }
+    for i in range(config.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{i}.{norm}.weight"] = torch.randn(hidden)
+        for name in rows:
+            mlp = name in ("gate_proj", "up_proj", "down_proj")
+            at = f"model.layers.{i}.{'mlp' if mlp else 'self_attn'}.{name}"
+            found[f"{at}.weight"] = torch.randn(rows[name], columns.get(name, hidden))
+            if config.mlp_bias if mlp else config.attention_bias:
+                found[f"{at}.bias"] = torch.randn(rows[name])
+    if not config.tie_word_embeddings:
+        found["lm_head.weight"] = torch.randn(config.vocab_size, hidden)
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_table_covers_every_parameter_once(config: LlamaConfig) -> None:
+    model = fresh(config)
+    covered = {name: torch.zeros(parameter.shape[0], dtype=torch.int) for name, parameter in model.named_parameters()}
+    for slot in slots(config).values():
+        covered[slot.parameter][slot.start : slot.start + slot.rows] += 1
+    assert all(bool((rows == 1).all()) for rows in covered.values())
+    assert slots(config).keys() == random_tensors(config).keys()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_what_is_loaded_comes_out_again(config: LlamaConfig) -> None:
+    model, tensors = fresh(config), random_tensors(config)
+    load_weights(model, reversed(tensors.items()))
+    found = dict(hf_tensors(model))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_projections_are_fused_in_the_documented_order() -> None:
+    model, tensors = fresh(GQA), random_tensors(GQA)
+    load_weights(model, tensors.items())
+    parameters = dict(model.named_parameters())
+    at = "model.layers.1"
+    q, k, v = (tensors[f"{at}.self_attn.{name}_proj.weight"] for name in "qkv")
+    gate, up = (tensors[f"{at}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    assert torch.equal(parameters["layers.1.self_attn.qkv_proj.weight"], torch.cat([q, k, v]))
+    assert torch.equal(parameters["layers.1.mlp.gate_up_proj.weight"], torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_are_cast_to_the_parameters(source: torch.dtype, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(source) for name, tensor in random_tensors(GQA).items()}
+    model = fresh(GQA, dtype)
+    load_weights(model, tensors.items())
+    for name, tensor in hf_tensors(model):
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, tensors[name].to(dtype)), name
+
+
+def test_the_head_of_a_tied_model_is_its_embedding() -> None:
+    config = CONFIGS["tied"]
+    model, tensors = fresh(config), random_tensors(config)
+    load_weights(model, [*tensors.items(), ("lm_head.weight", torch.randn(11, 12))])
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_recomputed_rotary_frequencies_are_ignored() -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((2,), float("nan"))}
+    load_weights(fresh(GQA), (random_tensors(GQA) | extra).items())
+
+
+def broken(name: str, value: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """All tensors but Q, then the named one if it has a value."""
+    yield from (item for item in random_tensors(GQA).items() if item[0] != Q)
+    if value is not None:
+        yield name, value
+
+
+def with_value(value: float) -> Tensor:
+    tensor = torch.zeros(24, 12)
+    tensor[-1, -1] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (Q, torch.zeros(12, 24), "has shape [12, 24], expected [24, 12] by the configuration"),
+        (Q, torch.zeros(24), "has shape [24], expected [24, 12] by the configuration"),
+        (Q, None, "is missing; the checkpoint is incomplete"),
+        ("model.layers.2.input_layernorm.weight", torch.zeros(12), "is unexpected"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(24), "is unexpected"),
+        (Q, torch.zeros(24, 12, dtype=torch.int8), "has dtype torch.int8, expected floating point"),
+        (Q, with_value(float("nan")), "holds NaN or infinity"),
+        (Q, with_value(float("inf")), "holds NaN or infinity"),
+        (Q, with_value(float("-inf")), "holds NaN or infinity"),
+        (Q, with_value(7e4), "reaches 7e+04, beyond torch.float16's 6.55e+04; load it as bfloat16 or float32"),
+        (Q, with_value(-7e4), "reaches 7e+04, beyond torch.float16's 6.55e+04; load it as bfloat16 or float32"),
+    ],
+)
+def test_a_wrong_tensor_is_named_and_not_written(name: str, value: Tensor | None, message: str) -> None:
+    model = fresh(GQA, torch.float16)
+    for parameter in model.parameters():
+        parameter.data.fill_(3)
+    with pytest.raises(CheckpointError) as raised:
+        load_weights(model, broken(name, value))
+    assert str(raised.value).startswith(f"tensor {name} {message}")
+    assert bool((dict(hf_tensors(model))[Q] == 3).all())
+
+
+def test_a_tensor_that_comes_twice_is_refused() -> None:
+    tensors = random_tensors(GQA)
+    with pytest.raises(CheckpointError, match=rf"tensor {Q} appears twice"):
+        load_weights(fresh(GQA), [*tensors.items(), (Q, tensors[Q])])
+
+
+def test_all_that_is_missing_is_counted() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor model.embed_tokens.weight is missing, and so are 20 others"):
+        load_weights(fresh(GQA), [])
+
+
+def test_a_tied_model_refuses_a_head_of_another_shape() -> None:
+    config = CONFIGS["tied"]
+    tensors = random_tensors(config) | {"lm_head.weight": torch.zeros(12, 12)}
+    with pytest.raises(CheckpointError, match=r"tensor lm_head.weight has shape \[12, 12\], expected \[11, 12\]"):
+        load_weights(fresh(config), tensors.items())
+
+
+def test_the_file_is_named_where_it_is_known() -> None:
+    with pytest.raises(CheckpointError, match=rf"^part-2: tensor {Q} is missing"):
+        load_weights(fresh(GQA), broken(Q, None), file_of={Q: "part-2"}.__getitem__)
