@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_dtype, check_rows, check_shape
 from fastllama.kernels import reference
+from fastllama.kernels.checks import FLOATS, check_tensor
 from fastllama.kernels.op import Op
 
 _RMS_NORM = Op(
@@ -25,16 +25,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None
     """Root-mean-square normalisation over the last dimension: weight * cast(x / sqrt(mean(x^2) + eps)).
 
     x: [..., H], fp32, fp16 or bf16 (fp64 on the reference), last dimension contiguous. weight: [H], x's dtype or fp32.
-    out: like x, may be x itself; allocated when None. Returns out.
+    eps: added to the mean square. out: like x, may be x itself; allocated when None. Returns out.
     Accumulates in fp32 and casts to x's dtype before the weight multiplies, as Hugging Face's LlamaRMSNorm does.
-    Raises ValueError for a shape or stride, TypeError for a dtype.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
     _check(x, weight)
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    else:
-        _check_like("out", out, x)
+        out = torch.empty_like(x)
+    elif out is not x:
+        check_tensor("out", out, x.shape, (x.dtype,))
     _RMS_NORM(x, weight, eps, out)
     return out
 
@@ -50,38 +50,28 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and the norm after it in one pass: returns (rms_norm(x + residual), x + residual).
 
-    x, residual: [..., H], one dtype, last dimension contiguous. weight: [H], x's dtype or fp32.
+    x, residual: [..., H], one dtype, last dimension contiguous. weight, eps: as for `rms_norm`.
     out, residual_out: like x; allocated when None. residual_out=residual updates the residual in place; out may be x.
     The sum is rounded to x's dtype before it is normalised, as it is when the two are separate ops.
-    Raises ValueError for a shape or stride, TypeError for a dtype.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
     _check(x, weight)
-    _check_like("residual", residual, x)
+    check_tensor("residual", residual, x.shape, (x.dtype,))
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    else:
-        _check_like("out", out, x)
+        out = torch.empty_like(x)
+    elif out is not x:
+        check_tensor("out", out, x.shape, (x.dtype,))
     if residual_out is None:
-        residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        residual_out = torch.empty_like(x)
     elif residual_out is not residual:
-        _check_like("residual_out", residual_out, x)
+        check_tensor("residual_out", residual_out, x.shape, (x.dtype,))
     _ADD_RMS_NORM(x, residual, weight, eps, out, residual_out)
     return out, residual_out
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        check_shape("weight", weight, x.shape[-1:])
-        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., H]")
-    if weight.dtype != x.dtype:
-        check_dtype("weight", weight, (x.dtype, torch.float32))
-    check_rows("x", x)
-
-
-def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.shape != x.shape:
-        check_shape(name, tensor, x.shape)
-    if tensor.dtype != x.dtype:
-        check_dtype(name, tensor, (x.dtype,))
-    check_rows(name, tensor)
+    if x.dim() == 0:
+        raise ValueError("x has shape []; legal: [..., H]")
+    check_tensor("x", x, x.shape, FLOATS)
+    check_tensor("weight", weight, x.shape[-1:], (x.dtype, torch.float32))

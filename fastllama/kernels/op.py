@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastllama import env
+from fastllama.errors import check_device
 
 Function = Callable[..., None]
 
@@ -47,9 +48,12 @@ class Op:
         self, schema: str, *, reference: Callable[..., Any], cpu: Function | None = None, triton: str | None = None
     ) -> None:
         self.name, parameters = schema.removesuffix(") -> ()").split("(", 1)
-        self.num_outputs = sum(kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in parameters.split(", "))
+        kinds, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
+        self.num_outputs = sum(kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in kinds)
+        self._names = names
+        self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self._reference, self._cpu, self._triton = reference, cpu, triton
-        self._bound: dict[str, Function] = {}
+        self._bound: dict[torch.device, Function] = {}
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
@@ -57,18 +61,23 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._opaque(*args)
-            return
+        device = args[0].device
+        for i in self._tensors:
+            tensor = args[i]
+            if tensor is not None and tensor.device != device:
+                check_device(self._names[i], tensor, self._names[0], args[0])
         if torch.is_grad_enabled():
             self._refuse_grad(args)
-        self._run(*args)
+        if torch.compiler.is_compiling():
+            self._opaque(*args)
+        else:
+            self._run(*args)
 
     def _run(self, *args: Any) -> None:
-        device = args[0].device.type
+        device = args[0].device
         run = self._bound.get(device)
         if run is None:
-            run = self._bound[device] = self.implementation(device).run
+            run = self._bound[device] = self.implementation(device.type).run
         run(*args)
 
     def implementation(self, device: str) -> Implementation:
@@ -114,10 +123,12 @@ class Op:
                 output.copy_(result)
 
     def _refuse_grad(self, args: tuple[Any, ...]) -> None:
-        if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            raise RuntimeError(
-                f"op {self.name} has no backward: call it under torch.inference_mode() or torch.no_grad()"
-            )
+        for i in self._tensors:
+            if args[i] is not None and args[i].requires_grad:
+                raise RuntimeError(
+                    f"{self._names[i]} requires grad, and op {self.name} has no backward: "
+                    "call it under torch.inference_mode() or torch.no_grad()"
+                )
 
 
 def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implementation]:

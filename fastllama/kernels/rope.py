@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_dtype, check_rows, check_shape
+from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_tensor
 from fastllama.kernels.op import Op
-
-_INTEGERS = (torch.int32, torch.int64)
 
 _ROPE = Op(
     "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, "
@@ -29,7 +28,7 @@ def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
 
     inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are fp32 products, as Meta and
     Hugging Face compute them: more exact ones would be other ones than the model was trained with (6e-5 apart at
-    position 1000).
+    position 1000). Returns the cache on inv_freq's device. Raises ValueError for a shape.
     """
     check_shape("inv_freq", inv_freq, ("R/2",))
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=inv_freq.device), inv_freq.float())
@@ -53,19 +52,25 @@ def rope(
     max_position.
     interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
     q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
-    Rotates in fp32 and rounds once. Raises ValueError for a shape or stride, TypeError for a dtype.
+    Rotates in fp32 and rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is
+    written then.
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
     """
-    check_shape("q", q, ("T", "Hq", "D"))
-    check_shape("k", k, (q.shape[0], "Hkv", q.shape[2]))
-    check_dtype("k", k, (q.dtype,))
-    check_rows("q", q)
-    check_rows("k", k)
-    _check_angles(cos_sin, positions, q.shape[0], q.shape[2])
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
-    check_shape("q_out", q_out, q.shape)
-    check_shape("k_out", k_out, k.shape)
+    if q.dim() != 3 or k.dim() != 3:
+        check_shape("q", q, ("T", "Hq", "D"))
+        check_shape("k", k, ("T", "Hkv", "D"))
+    tokens, _, head_dim = q.shape
+    check_tensor("q", q, q.shape, FLOATS)
+    check_tensor("k", k, (tokens, k.shape[1], head_dim), (q.dtype,))
+    _check_angles(q, cos_sin, positions, head_dim)
+    if q_out is None:
+        q_out = torch.empty_like(q)
+    elif q_out is not q:
+        check_tensor("q_out", q_out, q.shape, (q.dtype,))
+    if k_out is None:
+        k_out = torch.empty_like(k)
+    elif k_out is not k:
+        check_tensor("k_out", k_out, k.shape, (q.dtype,))
     _ROPE(q, k, cos_sin, positions, interleaved, q_out, k_out)
     return q_out, k_out
 
@@ -85,46 +90,41 @@ def rope_and_write_kv(
 
     qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
     slots: [T] int32 or int64, page * page_size + offset of each token; negative slots are padding and are not written.
-    k_pages, v_pages: [P, Hkv, page_size, D], written in place, last dimension contiguous. q_out: [T, Hq, D]; allocated
-    when None. Returns q_out. Raises ValueError for a shape or stride, TypeError for a dtype; nothing is written then.
+    k_pages, v_pages: [P, Hkv, page_size, D], qkv's dtype, any strides but the last; written in place.
+    q_out: [T, Hq, D], may be qkv's own q heads; allocated when None. Returns q_out.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
     """
-    check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
-    if v_pages.shape != k_pages.shape:
-        check_shape("v_pages", v_pages, k_pages.shape)
+    if k_pages.dim() != 4 or not k_pages.numel():
+        check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
+        raise ValueError(f"k_pages has shape {list(k_pages.shape)}; legal: [P, Hkv, page_size, D], each at least 1")
     _, num_kv_heads, _, head_dim = k_pages.shape
     if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
         raise ValueError(
             f"qkv has shape {list(qkv.shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
             "by the shape of k_pages"
         )
-    tokens = qkv.shape[0]
-    check_rows("qkv", qkv)
-    check_rows("k_pages", k_pages)
-    check_rows("v_pages", v_pages)
-    _check_angles(cos_sin, positions, tokens, head_dim)
-    if slots.shape != positions.shape:
-        check_shape("slots", slots, (tokens,))
-    if slots.dtype not in _INTEGERS:
-        check_dtype("slots", slots, _INTEGERS)
-    shape = (tokens, qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    tokens, width = qkv.shape
+    dtype = (qkv.dtype,)
+    check_tensor("qkv", qkv, (tokens, width), FLOATS)
+    check_tensor("k_pages", k_pages, k_pages.shape, dtype)
+    check_tensor("v_pages", v_pages, k_pages.shape, dtype)
+    _check_angles(qkv, cos_sin, positions, head_dim)
+    check_tensor("slots", slots, (tokens,), INTEGERS)
+    shape = (tokens, width // head_dim - 2 * num_kv_heads, head_dim)
     if q_out is None:
         q_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     else:
-        check_shape("q_out", q_out, shape)
-        check_dtype("q_out", q_out, (qkv.dtype,))
+        check_tensor("q_out", q_out, shape, dtype)
     _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved, q_out)
     return q_out
 
 
-def _check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int) -> None:
+def _check_angles(x: Tensor, cos_sin: Tensor, positions: Tensor, head_dim: int) -> None:
     if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
         raise ValueError(
             f"cos_sin has shape {list(cos_sin.shape)}; legal: [max_position, R] with R even and at most {head_dim}"
         )
-    if cos_sin.dtype != torch.float32:
-        check_dtype("cos_sin", cos_sin, (torch.float32, torch.float64))
-    if positions.shape != (tokens,):
-        check_shape("positions", positions, (tokens,))
-    if positions.dtype not in _INTEGERS:
-        check_dtype("positions", positions, _INTEGERS)
+    exact = x.dtype == torch.float64  # the oracle's angles may be
+    check_tensor("cos_sin", cos_sin, cos_sin.shape, (torch.float32, torch.float64) if exact else (torch.float32,))
+    check_tensor("positions", positions, x.shape[:1], INTEGERS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_dtype, check_shape
+from fastllama.errors import check_shape
 from fastllama.kernels import reference
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_tensor
 from fastllama.kernels.op import Op
 
 _SAMPLE = Op(
@@ -14,14 +15,14 @@ _SAMPLE = Op(
     "Tensor(a!) tokens, Tensor(b!) logprobs) -> ()",
     reference=reference.sample,
 )
-_PARAMETERS = {
-    "temperature": (torch.float32,),
-    "top_k": (torch.int32, torch.int64),
-    "top_p": (torch.float32,),
-    "min_p": (torch.float32,),
-    "seed": (torch.int64,),
-    "offset": (torch.int64,),
-}
+_PARAMETERS = (
+    ("temperature", (torch.float32,)),
+    ("top_k", INTEGERS),
+    ("top_p", (torch.float32,)),
+    ("min_p", (torch.float32,)),
+    ("seed", (torch.int64,)),
+    ("offset", (torch.int64,)),
+)
 
 
 def sample(
@@ -45,25 +46,25 @@ def sample(
     tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their
     natural-log probabilities under softmax(logits), before temperature and filters.
     Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are
-    all kept. Raises ValueError for a shape, TypeError for a dtype.
+    all kept. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
     Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    check_shape("logits", logits, ("B", "V"))
-    if logits.shape[1] == 0:
+    if logits.dim() != 2 or not logits.shape[1]:
+        check_shape("logits", logits, ("B", "V"))
         raise ValueError(f"logits has shape {list(logits.shape)}; legal: [B, V] with V >= 1")
-    rows = (logits.shape[0],)
-    given = (temperature, top_k, top_p, min_p, seed, offset)
-    for (name, legal), tensor in zip(_PARAMETERS.items(), given, strict=True):
-        if tensor.shape != rows:
-            check_shape(name, tensor, rows)
-        if tensor.dtype not in legal:
-            check_dtype(name, tensor, legal)
+    check_tensor("logits", logits, logits.shape, FLOATS)
+    rows = logits.shape[:1]
+    parameters = (temperature, top_k, top_p, min_p, seed, offset)
+    for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
+        check_tensor(name, tensor, rows, dtypes)
     if tokens is None:
-        tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        tokens = torch.empty_like(seed)
+    else:
+        check_tensor("tokens", tokens, rows, (torch.int64,))
     if logprobs is None:
-        logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    check_shape("tokens", tokens, rows)
-    check_shape("logprobs", logprobs, rows)
-    _SAMPLE(logits, *given, tokens, logprobs)
+        logprobs = torch.empty_like(temperature)
+    else:
+        check_tensor("logprobs", logprobs, rows, (torch.float32,))
+    _SAMPLE(logits, *parameters, tokens, logprobs)
     return tokens, logprobs

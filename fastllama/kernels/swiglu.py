@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_dtype, check_rows, check_shape
 from fastllama.kernels import reference
+from fastllama.kernels.checks import FLOATS, check_tensor
 from fastllama.kernels.op import Op
 
 _SILU_MUL = Op("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=reference.silu_mul)
@@ -17,18 +17,16 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
     gate_up: [..., 2I], any floating dtype, last dimension contiguous. out: [..., I]; allocated when None. Returns out.
     Computed in fp32, rounded to the input's dtype at the end.
-    Raises ValueError for an odd last dimension, a shape or a stride, TypeError for a dtype.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
-    width = gate_up.shape[-1] if gate_up.dim() else 1
-    if width % 2:
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
-    check_rows("gate_up", gate_up)
-    shape = (*gate_up.shape[:-1], width // 2)
+    *leading, width = gate_up.shape
+    check_tensor("gate_up", gate_up, gate_up.shape, FLOATS)
     if out is None:
-        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
+        out = torch.empty((*leading, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     else:
-        check_shape("out", out, shape)
-        check_dtype("out", out, (gate_up.dtype,))
+        check_tensor("out", out, (*leading, width // 2), (gate_up.dtype,))
     _SILU_MUL(gate_up, out)
     return out

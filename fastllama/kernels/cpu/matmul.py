@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastllama.kernels.checks import as_rows
+
 ROW_LIMIT = 8  # up to so many rows, a pass over the 16-bit weight for each row beats one pass that widens it
 BLOCK = 1024  # weight rows widened at a time: 8 MB at K = 2048, inside the shared cache
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """See kernels.matmul."""
-    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    rows, result = as_rows("x", x), as_rows("out", out)
     if rows.shape[0] == 1:
         torch.mv(weight, rows[0], out=result[0])
     elif x.dtype in (torch.float32, torch.float64) or _runs_natively(x.dtype):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
+from fastllama.kernels.reference.numerics import wide
 
 
 def rope_and_write_kv(
@@ -25,18 +25,18 @@ def rope_and_write_kv(
         return
     tokens, num_q_heads = q_out.shape[:2]
     num_rotated = num_q_heads + num_kv_heads
-    halves = qkv[:, : num_rotated * head_dim].view(tokens, num_rotated, 2, head_dim // 2).to(cos_sin.dtype)
+    halves = wide(qkv[:, : num_rotated * head_dim].view(tokens, num_rotated, 2, head_dim // 2))
     cos, sin = cos_sin.index_select(0, positions).view(tokens, 1, 2, head_dim // 2).unbind(2)
     turned = halves * cos[:, :, None]
     turned[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
     turned[:, :, 1].addcmul_(halves[:, :, 0], sin)
     rotated = turned.view(tokens, num_rotated, head_dim)
     q_out.copy_(rotated[:, :num_q_heads])
-    k = rotated[:, num_q_heads:].to(k_pages.dtype)
-    v = qkv[:, num_rotated * head_dim :].view(tokens, num_kv_heads, head_dim).to(v_pages.dtype)
-    if int(slots.min()) < 0 if tokens else True:
+    k = rotated[:, num_q_heads:].to(qkv.dtype)
+    v = qkv[:, num_rotated * head_dim :].view(tokens, num_kv_heads, head_dim)
+    if tokens and int(slots.min()) < 0:
         kept = slots >= 0
         slots, k, v = slots[kept], k[kept], v[kept]
-    page, offset = torch.div(slots, page_size, rounding_mode="floor"), slots % page_size
+    page, offset = slots // page_size, slots % page_size
     k_pages[page, :, offset] = k
     v_pages[page, :, offset] = v

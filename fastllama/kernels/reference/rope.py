@@ -47,6 +47,6 @@ def rope_and_write_kv(
     if not bool(kept.all()):
         slots, k, v = slots[kept], k[kept], v[kept]
     page, offset = slots // page_size, slots % page_size
-    k_pages[page, :, offset] = k.to(k_pages.dtype)
-    v_pages[page, :, offset] = v.to(v_pages.dtype)
+    k_pages[page, :, offset] = k
+    v_pages[page, :, offset] = v
     return q

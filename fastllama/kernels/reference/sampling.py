@@ -59,6 +59,7 @@ def sample(
     cumulative filtered mass exceeds philox(seed, offset) of its total.
     """
     scores = wide(logits)
+    scores = scores - scores.amax(-1, keepdim=True)  # softmax is the same, and no temperature makes it overflow
     greedy = temperature <= 0
     tokens = scores.argmax(-1)
     if not bool(greedy.all()):
@@ -71,5 +72,4 @@ def sample(
         kept = torch.where(probs > 0, torch.arange(probs.shape[-1], device=probs.device), -1).cummax(-1).values
         drawn = kept.gather(1, drawn[:, None])[:, 0]
         tokens = torch.where(greedy, tokens, drawn)
-    logprobs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
-    return tokens, logprobs
+    return tokens, scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

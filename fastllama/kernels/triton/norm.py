@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllama.kernels.checks import as_rows
+
 
 # One program owns one row.
 @triton.jit
@@ -56,24 +58,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     _launch(x, residual, weight, eps, out, residual_out)
 
 
-def _rows(name: str, tensor: Tensor, size: int) -> Tensor:
-    """`tensor` as [rows, size]; refused where that needs a copy, never copied behind the caller's back."""
-    try:
-        return tensor.view(-1, size)
-    except RuntimeError:
-        raise ValueError(f"{name} has strides {list(tensor.stride())}; legal: all rows at one stride") from None
-
-
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
 ) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"x has dtype {x.dtype}; legal for the Triton kernel: float32, float16, bfloat16")
-    size = x.shape[-1]
+    named = {"out": out, "residual_out": residual_out, "x": x, "residual": residual}
+    rows = {name: as_rows(name, tensor) for name, tensor in named.items() if tensor is not None}
     if x.numel() == 0:
         return
-    named = {"out": out, "residual_out": residual_out, "x": x, "residual": residual}
-    rows = {name: _rows(name, tensor, size) for name, tensor in named.items() if tensor is not None}
+    size = x.shape[-1]
     strides = {name: tensor.stride(0) for name, tensor in rows.items()}
     norm_kernel[(rows["x"].shape[0],)](
         out_ptr=rows["out"],
