@@ -1,0 +1,57 @@
+"""Token ids to text, one id at a time: what streaming prints and stop strings are matched against."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterable
+
+from fastllama.io.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """The text that generated ids add to a prompt's, in pieces, each a whole number of characters.
+
+    The pieces of `push` and a last `flush` join to `decode(prompt + generated)[len(decode(prompt)):]`. Each id stands
+    for fixed bytes, so the state is an incremental UTF-8 decoder (at most three bytes wait in it) and whether the
+    leading space has been dropped: constant work per id, however long the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int], *, skip_special_tokens: bool = True) -> None:
+        """`prompt_ids`: what comes before the generated ids; its text is not emitted."""
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = tokenizer.adds_leading_space
+        self._emitted = io.StringIO()
+        for token_id in prompt_ids:
+            self._decode(token_id)
+        # A prompt that ends inside a character already shows it, as U+FFFD: whatever it becomes is not new text.
+        self._already_shown = len(self._decoder.getstate()[0].decode("utf-8", "replace"))
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain: "" while a character is incomplete. ValueError for an id without a piece."""
+        return self._emit(self._decode(token_id))
+
+    def flush(self) -> str:
+        """The end of the text: U+FFFD if it stopped inside a character, else ""."""
+        return self._emit(self._decoder.decode(b"", final=True))
+
+    @property
+    def text(self) -> str:
+        """All text emitted so far."""
+        return self._emitted.getvalue()
+
+    def _decode(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip)
+        if self._drops_space and data:
+            self._drops_space = False
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
+
+    def _emit(self, text: str) -> str:
+        if self._already_shown and text:
+            text = text[self._already_shown :]
+            self._already_shown = 0
+        self._emitted.write(text)
+        return text
