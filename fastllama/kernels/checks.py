@@ -23,9 +23,13 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequen
     """ValueError unless `tensor` has the shape and contiguous rows, TypeError unless it has one of the dtypes."""
     if tensor.shape != shape:
         check_shape(name, tensor, shape)
-    if tensor.dtype not in dtypes:
+    check_elements(name, tensor, dtypes)
+
+
+def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """check_tensor for a tensor whose shape the caller has checked."""
+    if tensor.dtype not in dtypes or not tensor.is_contiguous():
         check_dtype(name, tensor, dtypes)
-    if not tensor.is_contiguous():
         check_rows(name, tensor)
 
 

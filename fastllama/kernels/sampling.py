@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_tensor
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _SAMPLE = Op(
@@ -50,11 +49,11 @@ def sample(
     Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
     Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    if logits.dim() != 2 or not logits.shape[1]:
-        check_shape("logits", logits, ("B", "V"))
-        raise ValueError(f"logits has shape {list(logits.shape)}; legal: [B, V] with V >= 1")
-    check_tensor("logits", logits, logits.shape, FLOATS)
-    rows = logits.shape[:1]
+    shape = logits.shape
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"logits has shape {list(shape)}; legal: [B, V] with V >= 1")
+    check_elements("logits", logits, FLOATS)
+    rows = (shape[0],)
     parameters = (temperature, top_k, top_p, min_p, seed, offset)
     for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
         check_tensor(name, tensor, rows, dtypes)
