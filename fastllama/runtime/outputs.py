@@ -1,0 +1,67 @@
+"""What a request gives back: texts, tokens, log-probabilities and timings. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token; top: the likeliest (token id, log-probability) in its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample of a prompt, finished when `finish_reason` is set.
+
+    text: without the stop string that ended it.  stop_reason: that string, or the stop token id, or what the
+    error was.
+    logprobs: one entry per generated token; None where none were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times in seconds on one monotonic clock, None until they come; token counts summed over the samples."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finish_time: float | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
+    num_generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request and its samples so far, in order of their index.
+
+    prompt: None where token ids were given.
+    prompt_logprobs: one entry per prompt token, None for the first; None where none were asked for.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample is."""
+        return all(output.finish_reason is not None for output in self.outputs)

@@ -1,0 +1,254 @@
+"""Continuous batching: which tokens of which sequences the next forward pass computes, and in which KV pages."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastllama.errors import check_range
+from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.sequence import Request, Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence. `samples` draw their next token from the logits of its last row.
+
+    samples: () while a prompt is unfinished, then (seq,); all n sequences where a prompt with n > 1 ends.
+    """
+
+    seq: Sequence
+    start: int
+    length: int
+    samples: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass: chunks, those of length 1 first (`num_decodes` of them).
+
+    copies: (source page, destination page), executed before the forward pass in any order, for no page is both.
+    """
+
+    chunks: tuple[Chunk, ...]
+    num_decodes: int
+    copies: tuple[tuple[int, int], ...]
+
+
+class Scheduler:
+    """One step: `schedule()`, run it, `commit()` (or `rollback()` if it failed), `append()` or `finish()` each sample.
+
+    There are no phases: a decode is a chunk of one token. Every running decode gets its token; chunks of prompts
+    share what that leaves of max_num_batched_tokens; what then remains admits waiting requests in order of arrival.
+    An admitted sequence has pages for all its known tokens, so only a decode can lack one. Then the newest running
+    sequence gives up its pages and is recomputed later, through the prefix cache where they survive. Hence every
+    running sequence is older than every waiting one, the oldest is never preempted, and each request ends.
+    Chunked prefill: Agrawal et al. 2023 (arXiv 2308.16369); paging, preemption: Kwon et al. 2023 (arXiv 2309.06180).
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        check_range("max_num_seqs", max_num_seqs, 1)
+        check_range("max_num_batched_tokens", max_num_batched_tokens, max_num_seqs)  # or some decode would have to wait
+        check_range("max_model_len", max_model_len, 2)
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        self._waiting: deque[Sequence] = deque()  # oldest first, as is _running
+        self._running: list[Sequence] = []
+        self._num_seats = 0  # taken by running sequences
+        self._seq_ids = itertools.count()
+        self._in_flight: Step | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError, and nothing changed, if it could never run."""
+        assert not request.sequences, f"request {request.request_id!r} was added before"
+        length, n, max_tokens = len(request.prompt_token_ids), request.params.n, request.params.max_tokens
+        if length == 0:
+            raise ValueError("the prompt has 0 tokens; legal: at least 1")
+        if length >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {length} tokens; legal: at most {self.max_model_len - 1}, one less than max_model_len"
+            )
+        if n > self.max_num_seqs:
+            raise ValueError(f"n is {n}; legal: at most {self.max_num_seqs}, which is max_num_seqs")
+        max_length = min(length + max_tokens, self.max_model_len)
+        if self.pool.pages_for(max_length) > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {length} tokens with max_tokens {max_tokens} may grow to {max_length} tokens; "
+                f"legal: at most {self.pool.num_pages * self.pool.page_size}, the size of the KV cache"
+            )
+        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n)
+        request.sequences.append(seq)
+        self._waiting.append(seq)
+
+    def schedule(self) -> Step | None:
+        """The next step, to be run and then committed or rolled back; None if there is no work."""
+        assert self._in_flight is None, "schedule() before the last step was committed or rolled back"
+        num_preemptions = self.num_preemptions
+        single: list[tuple[Sequence, int]] = []
+        longer: list[tuple[Sequence, int]] = []
+        prefills: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
+        for seq in self._running:  # a preemption takes from its end: the present sequence, or one not yet looked at
+            pending = len(seq.token_ids) - seq.num_computed
+            if pending > 1:
+                prefills.append(seq)
+            else:
+                assert pending == 1, f"sequence {seq.seq_id} was neither given a token nor finished"
+                if self._make_writable(seq, copies):
+                    single.append((seq, 1))
+        budget = self.max_num_batched_tokens - len(single)
+        # No admission beside a preemption: what was just taken from a sequence would go to it again.
+        admitted = self._admissions() if self.num_preemptions == num_preemptions else iter(())
+        candidates = itertools.chain(prefills, admitted)
+        while budget and (candidate := next(candidates, None)):
+            length = min(len(candidate.token_ids) - candidate.num_computed, budget)
+            budget -= length
+            (single if length == 1 else longer).append((candidate, length))
+        if not single and not longer:
+            assert not self.has_work, "nothing can be scheduled although there is work"
+            return None
+        assert not {source for source, _ in copies} & {destination for _, destination in copies}
+        chunks = tuple(self._chunk(seq, length) for seq, length in itertools.chain(single, longer))
+        self._in_flight = Step(chunks, len(single), tuple(copies))
+        return self._in_flight
+
+    def commit(self, step: Step) -> None:
+        """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
+        self._leave(step)
+        size = self.pool.page_size
+        for chunk in step.chunks:
+            end = chunk.start + chunk.length
+            for seq in chunk.samples or (chunk.seq,):
+                if seq.status is Status.RUNNING:
+                    seq.num_computed = end
+                    while (seq.num_published + 1) * size <= end:
+                        self._publish_next(seq)
+
+    def rollback(self, step: Step) -> None:
+        """The step failed: what it wrote and copied is unknown, so all running sequences are preempted."""
+        self._leave(step)
+        while self._running:
+            self._preempt_newest()
+
+    def append(self, seq: Sequence, token_id: int) -> None:
+        """Give a sequence the token drawn for it; it is fed in the next step."""
+        assert seq.status is Status.RUNNING, f"a token for sequence {seq.seq_id}, which is {seq.status.name}"
+        assert seq.num_computed == len(seq.token_ids), f"a second token for sequence {seq.seq_id}"
+        assert seq.num_computed < seq.max_length, f"sequence {seq.seq_id} has reached its length"
+        seq.token_ids.append(token_id)
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End a sequence, wherever it stands, and return its pages at once. Without effect on a finished one."""
+        if seq.status is Status.RUNNING:
+            self._running.remove(seq)
+            self._release(seq)
+        elif seq.status is Status.WAITING:
+            self._waiting.remove(seq)
+        else:
+            return
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+
+    def abort(self, request: Request) -> None:
+        """End all sequences of a request that have not finished with the reason "abort"."""
+        for seq in request.sequences:
+            self.finish(seq, "abort")
+
+    def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
+        page_ids, index = seq.page_ids, seq.num_computed // self.pool.page_size
+        # Asked anew after each preemption: it may free a page, or end the sharing that made one needed.
+        while (fresh := index == len(page_ids)) or self.pool.is_shared(page_ids[index]):
+            if self.pool.num_available == 0:
+                if self._preempt_newest() is seq:
+                    return False
+                continue
+            page_id = self.pool.allocate()
+            if fresh:
+                page_ids.append(page_id)
+            else:
+                copies.append((page_ids[index], page_id))
+                self.pool.free(page_ids[index : index + 1])
+                page_ids[index] = page_id
+        return True
+
+    def _preempt_newest(self) -> Sequence:
+        seq = self._running.pop()
+        self._release(seq)
+        seq.status = Status.WAITING
+        self._waiting.appendleft(seq)
+        self.num_preemptions += 1
+        return seq
+
+    def _admissions(self) -> Iterator[Sequence]:
+        """Admit waiting sequences one by one, each with its pages, until the oldest finds no seat or too few pages."""
+        while self._waiting:
+            seq = self._waiting[0]
+            if self._num_seats + seq.num_seats > self.max_num_seqs:
+                return
+            # Prompt log-probabilities need the logits of every row, so all rows must be computed.
+            reuse = seq.request.params.prompt_logprobs is None
+            prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], ROOT)
+            page_ids = self.pool.acquire(len(seq.token_ids), prefix)
+            if page_ids is None:
+                return
+            seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
+            seq.num_computed = seq.num_published * self.pool.page_size
+            if seq.request.num_cached_tokens is None:
+                seq.request.num_cached_tokens = seq.num_computed
+            seq.status = Status.RUNNING
+            self._num_seats += seq.num_seats
+            self._running.append(self._waiting.popleft())
+            yield seq
+
+    def _chunk(self, seq: Sequence, length: int) -> Chunk:
+        if seq.num_computed + length < len(seq.token_ids):
+            samples: tuple[Sequence, ...] = ()
+        else:
+            samples = (seq,) if seq.num_seats == 1 else self._fork(seq)
+        return Chunk(seq, seq.num_computed, length, samples)
+
+    def _fork(self, seq: Sequence) -> tuple[Sequence, ...]:
+        """All n sequences of the request: the children share the first one's pages, and its age: they run beside it."""
+        request = seq.request
+        seq.num_seats = 1
+        children = [seq.fork(next(self._seq_ids), index) for index in range(1, request.params.n)]
+        for child in children:
+            self.pool.share(child.page_ids)
+        behind = self._running.index(seq) + 1
+        self._running[behind:behind] = children
+        request.sequences.extend(children)
+        return tuple(request.sequences)
+
+    def _publish_next(self, seq: Sequence) -> None:
+        size, index = self.pool.page_size, seq.num_published
+        tokens = tuple(seq.token_ids[index * size : (index + 1) * size])
+        seq.prefix_id = self.pool.publish(seq.page_ids[index], seq.prefix_id, tokens)
+        seq.num_published += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self._num_seats -= seq.num_seats
+        self.pool.free(seq.release_pages())
+
+    def _leave(self, step: Step) -> None:
+        assert step is self._in_flight, "the step is not the one in flight"
+        self._in_flight = None

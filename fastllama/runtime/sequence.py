@@ -1,0 +1,75 @@
+"""A request, and the sequences (one per sample) that grow from its prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+
+from fastllama.runtime.block_pool import ROOT
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
+
+
+class Status(enum.Enum):
+    """Where a sequence stands with the scheduler: only a running one owns pages."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a caller asked for. The scheduler makes its first sequence when it is added, the rest as the prompt ends."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: float  # seconds, on the caller's clock
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+    sequences: list[Sequence] = field(default_factory=list, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request was added and all its sequences have finished."""
+        return bool(self.sequences) and all(seq.status is Status.FINISHED for seq in self.sequences)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Prompt and generated tokens of one sample, and the KV pages that hold the first `num_computed` of them.
+
+    The slot of position p is page_ids[p // page_size] * page_size + p % page_size. Only the scheduler changes it.
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    token_ids: list[int]
+    max_length: int  # tokens, prompt included, at which its caller must finish it with "length"
+    num_seats: int  # running sequences it stands for: all n of its request until the prompt is computed, then itself
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    num_published: int = 0  # leading pages that the prefix cache knows
+    prefix_id: int = ROOT  # its name for the tokens in those pages
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    def fork(self, seq_id: int, index: int) -> Sequence:
+        """A sibling that holds the same tokens in the same pages (the caller counts the references)."""
+        return dataclasses.replace(
+            self, seq_id=seq_id, index=index, token_ids=list(self.token_ids), page_ids=list(self.page_ids)
+        )
+
+    def release_pages(self) -> list[int]:
+        """Forget everything computed and hand over the pages that held it."""
+        page_ids, self.page_ids = self.page_ids, []
+        self.num_computed = self.num_published = 0
+        self.prefix_id = ROOT
+        return page_ids

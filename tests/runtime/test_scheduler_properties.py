@@ -1,0 +1,322 @@
+"""Scheduler and pool under thousands of random requests: a fake KV memory is written and read back as the steps say."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.scheduler import Scheduler, Step
+from fastllama.runtime.sequence import Request, Sequence, Status
+
+GARBAGE = -1
+
+
+class Simulation:
+    """Drives a scheduler as an engine would, and checks every step against what it knows by itself.
+
+    What a real model would keep at a position depends on all tokens up to it, so the fake memory keeps a hash of them:
+    a page shared, overwritten, not copied, or reused for another prefix cannot read back right.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, budget: int, seqs: int, length: int) -> None:
+        self.pool = BlockPool(num_pages, page_size)
+        self.scheduler = Scheduler(self.pool, max_num_batched_tokens=budget, max_num_seqs=seqs, max_model_len=length)
+        self.memory = [[GARBAGE] * page_size for _ in range(num_pages)]
+        self.requests: list[Request] = []  # in order of arrival
+        self.live: list[Request] = []  # those of them that have not finished
+        self.num_computed: dict[Sequence, int] = {}
+        self.num_copies = 0
+        self._contents: defaultdict[Sequence, list[int]] = defaultdict(list)
+
+    def sequences(self, *statuses: Status) -> list[Sequence]:
+        """Of live requests, oldest first."""
+        return [seq for request in self.live for seq in request.sequences if seq.status in statuses]
+
+    def contents(self, seq: Sequence) -> list[int]:
+        """What the memory must hold at each position of a sequence."""
+        contents = self._contents[seq]
+        for token_id in seq.token_ids[len(contents) :]:
+            contents.append(hash((contents[-1] if contents else 0, token_id)))
+        return contents
+
+    def add(self, prompt: list[int], **params: Any) -> None:
+        request = Request(str(len(self.requests)), tuple(prompt), SamplingParams(**params), arrival=0.0)
+        limit = self.scheduler.max_model_len
+        length = min(len(prompt) + request.params.max_tokens, limit)
+        fits = length <= self.pool.num_pages * self.pool.page_size and request.params.n <= self.scheduler.max_num_seqs
+        if 0 < len(prompt) < limit and fits:
+            self.scheduler.add(request)
+            self.requests.append(request)
+            self.live.append(request)
+        else:
+            with pytest.raises(ValueError, match="legal: "):
+                self.scheduler.add(request)
+            assert not request.sequences
+
+    def schedule(self) -> Step | None:
+        """A step, if there is work, with all that can be said about it before it runs."""
+        before, unfinished = self.sequences(Status.RUNNING), self.sequences(Status.RUNNING, Status.WAITING)
+        num_preemptions = self.scheduler.num_preemptions
+        step = self.scheduler.schedule()
+        if step is None:
+            assert not unfinished
+            return None
+        lengths = [chunk.length for chunk in step.chunks]
+        assert sum(lengths) <= self.scheduler.max_num_batched_tokens
+        assert min(lengths) > 0
+        assert [length == 1 for length in lengths] == [k < step.num_decodes for k in range(len(lengths))]
+        chosen = [chunk.seq for chunk in step.chunks]
+        assert len(set(chosen)) == len(chosen)
+        assert unfinished[0] in chosen, "the oldest always advances"
+        for seq in before:
+            if seq.status is Status.RUNNING and self.num_computed[seq] == len(seq.token_ids) - 1:
+                assert seq in chosen, "a decode was left out"
+        preempted = [seq for seq in before if seq.status is Status.WAITING]
+        assert preempted == before[len(before) - len(preempted) :], "an older one gave way to a newer one"
+        assert self.scheduler.num_preemptions == num_preemptions + len(preempted)
+        for seq in preempted:
+            del self.num_computed[seq]
+        if not preempted and sum(lengths) < self.scheduler.max_num_batched_tokens:
+            self._check_that_nobody_else_fits()
+        return step
+
+    def _check_that_nobody_else_fits(self) -> None:
+        running, waiting = self.sequences(Status.RUNNING), self.sequences(Status.WAITING)
+        if not waiting:
+            return
+        head = waiting[0]
+        reuse = head.request.params.prompt_logprobs is None
+        prefix = self.pool.match_prefix(head.token_ids) if reuse else Prefix([], ROOT)
+        held = {page_id for seq in running for page_id in seq.page_ids}
+        need = self.pool.pages_for(len(head.token_ids)) - len(held & set(prefix.page_ids))
+        seats = sum(map(self.seats, running)) + self.seats(head)
+        assert seats > self.scheduler.max_num_seqs or need > self.pool.num_available
+
+    @staticmethod
+    def seats(seq: Sequence) -> int:
+        return 1 if len(seq.request.sequences) == seq.request.params.n else seq.request.params.n
+
+    def run(self, step: Step, fails: bool = False) -> None:
+        """Execute a step on the fake memory."""
+        size, memory = self.pool.page_size, self.memory
+        sources, destinations = [source for source, _ in step.copies], [page_id for _, page_id in step.copies]
+        assert len(set(destinations)) == len(destinations)
+        assert not set(sources) & set(destinations)
+        self.num_copies += len(step.copies)
+        for source, destination in step.copies:
+            memory[destination] = [GARBAGE] * size if fails else list(memory[source])
+        written: set[tuple[int, int]] = set()
+        for chunk in step.chunks:
+            seq, end = chunk.seq, chunk.start + chunk.length
+            if seq in self.num_computed:
+                assert chunk.start == self.num_computed[seq], "a position is computed twice, or never"
+            else:
+                assert chunk.start % size == 0, "newly admitted: only full pages can be reused"
+                assert chunk.start == 0 or seq.request.params.prompt_logprobs is None
+            for position in range(chunk.start, end):
+                page_id, offset = seq.page_ids[position // size], position % size
+                assert (page_id, offset) not in written
+                written.add((page_id, offset))
+                memory[page_id][offset] = GARBAGE if fails else self.contents(seq)[position]
+            self.num_computed[seq] = end
+            if end < len(seq.token_ids):
+                assert chunk.samples == ()
+                continue
+            assert chunk.samples[0] is seq
+            first_draw = seq.index == 0 and len(seq.token_ids) == seq.num_prompt_tokens
+            siblings = set(seq.request.sequences) if first_draw else {seq}
+            assert siblings >= set(chunk.samples)
+            for sample in chunk.samples:
+                assert sample.token_ids == seq.token_ids
+                self.num_computed[sample] = end
+                if not fails:
+                    self.check_contents(sample, end)
+
+    def check_contents(self, seq: Sequence, end: int) -> None:
+        """The sequence reads its own past through its pages."""
+        size = self.pool.page_size
+        held = [value for page_id in seq.page_ids for value in self.memory[page_id]]
+        assert len(seq.page_ids) * size == len(held) >= end
+        assert held[:end] == self.contents(seq)[:end]
+
+    def settle(self, step: Step, rng: random.Random, fails: bool = False) -> None:
+        """What an engine does after a step: each sample ends or gets a token."""
+        if fails:
+            self.scheduler.rollback(step)
+            self.num_computed.clear()
+            return
+        self.scheduler.commit(step)
+        for chunk in step.chunks:
+            for seq in chunk.samples:
+                if seq.status is Status.FINISHED:
+                    continue
+                if rng.random() < 0.05:
+                    self.scheduler.finish(seq, "stop")
+                    continue
+                self.scheduler.append(seq, rng.randrange(2))
+                if len(seq.token_ids) == seq.max_length:
+                    self.scheduler.finish(seq, "length")
+
+    def step(self, rng: random.Random, *, fails: bool = False, abort: int | None = None) -> bool:
+        """A whole step; `abort` ends a request while it runs. False if there was no work."""
+        step = self.schedule()
+        if step is None:
+            return False
+        self.run(step, fails)
+        if abort is not None:
+            self.abort(abort)
+        self.settle(step, rng, fails)
+        self.check()
+        return True
+
+    def abort(self, index: int) -> None:
+        if self.requests:
+            request = self.requests[index % len(self.requests)]
+            self.scheduler.abort(request)
+            assert request.finished
+
+    def check(self) -> None:
+        """What must hold between steps."""
+        running, waiting = self.sequences(Status.RUNNING), self.sequences(Status.WAITING)
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (len(running), len(waiting))
+        assert [*running, *waiting] == self.sequences(Status.RUNNING, Status.WAITING), "somebody was overtaken"
+        assert sum(map(self.seats, running)) <= self.scheduler.max_num_seqs
+        assert not any(seq.page_ids for seq in self.sequences(Status.WAITING, Status.FINISHED))
+        self.live = [request for request in self.live if not request.finished]
+        self.pool.check_invariants()
+        holders: defaultdict[int, list[tuple[Sequence, int]]] = defaultdict(list)
+        for seq in running:
+            assert self.num_computed[seq] == seq.num_computed
+            self.check_contents(seq, seq.num_computed)
+            for index, page_id in enumerate(seq.page_ids):
+                holders[page_id].append((seq, index))
+        assert self.pool.num_available == self.pool.num_pages - len(holders), "a page is lost"
+        for page_id, holding in holders.items():
+            assert self.pool.is_shared(page_id) == (len(holding) > 1)
+            if len(holding) > 1:
+                self._check_sharing(holding)
+
+    def _check_sharing(self, holding: list[tuple[Sequence, int]]) -> None:
+        (one, index), *others = holding
+        end = (index + 1) * self.pool.page_size
+        for other, other_index in others:
+            assert other_index == index
+            if end > min(one.num_computed, other.num_computed):
+                assert one.request is other.request, "only samples of one prompt share a page that is not full"
+                assert one.num_computed == other.num_computed == one.num_prompt_tokens, "written before it was copied"
+            assert one.token_ids[: min(end, one.num_computed)] == other.token_ids[: min(end, other.num_computed)]
+
+    def drain(self, rng: random.Random) -> None:
+        """Everything ends, and every page comes back."""
+        # The oldest sequence advances in every step and is never set back, so there are no more steps than tokens.
+        tokens = sum(seq.max_length * self.seats(seq) for seq in self.sequences(Status.RUNNING, Status.WAITING))
+        for _ in range(tokens):
+            if not self.step(rng):
+                break
+        assert not self.scheduler.has_work
+        assert all(request.finished and len(request.sequences) > 0 for request in self.requests)
+        assert self.pool.num_available == self.pool.num_pages
+        self.pool.check_invariants()
+
+
+PROMPTS = st.lists(st.integers(0, 1), max_size=14)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """The same simulation with hypothesis at the wheel, so that a failure shrinks to a few operations."""
+
+    @initialize(
+        sizes=st.tuples(
+            st.integers(1, 12), st.integers(1, 4), st.integers(1, 12), st.integers(1, 4), st.integers(2, 20)
+        ),
+        rng=st.randoms(use_true_random=False),
+    )
+    def start(self, sizes: tuple[int, int, int, int, int], rng: random.Random) -> None:
+        num_pages, page_size, budget, seqs, length = sizes
+        self.rng = random.Random(rng.randrange(2**32))
+        self.simulation = Simulation(num_pages, page_size, max(budget, seqs), seqs, length)
+
+    @rule(
+        prompt=PROMPTS,
+        n=st.integers(1, 4),
+        max_tokens=st.integers(1, 12),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+    )
+    def add(self, **params: Any) -> None:
+        self.simulation.add(params.pop("prompt"), **params)
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.simulation.step(self.rng)
+
+    @rule(fails=st.booleans(), abort=st.integers(0, 5))
+    def step_with_an_end_on_the_way(self, fails: bool, abort: int) -> None:
+        self.simulation.step(self.rng, fails=fails, abort=abort)
+
+    @rule(abort=st.integers(0, 5))
+    def abort(self, abort: int) -> None:
+        self.simulation.abort(abort)
+
+    @precondition(lambda self: self.simulation.scheduler.has_work)
+    @rule(which=st.integers(0, 5))
+    def finish(self, which: int) -> None:
+        unfinished = self.simulation.sequences(Status.RUNNING, Status.WAITING)
+        self.simulation.scheduler.finish(unfinished[which % len(unfinished)], "stop")
+
+    @invariant()
+    def all_is_well(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.drain(self.rng)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30)
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "page_size", "budget", "seqs", "length"),
+    [
+        (6, 1, 4, 4, 6),
+        (7, 2, 3, 3, 14),
+        (9, 3, 8, 4, 27),
+        (12, 2, 16, 8, 20),
+        (16, 4, 7, 5, 40),
+        (40, 1, 24, 8, 24),
+        (64, 2, 32, 16, 30),
+    ],
+    ids=str,
+)
+def test_a_storm_of_requests(num_pages: int, page_size: int, budget: int, seqs: int, length: int) -> None:
+    rng = random.Random(num_pages)
+    simulation = Simulation(num_pages, page_size, budget, seqs, length)
+    systems = [[rng.randrange(2) for _ in range(rng.randint(0, length // 2))] for _ in range(4)]
+    while len(simulation.requests) < 400:
+        if rng.random() < 0.4:
+            prompt = rng.choice(systems) + [rng.randrange(2) for _ in range(rng.randint(0, length // 3))]
+            simulation.add(
+                prompt,
+                n=rng.choice([1, 1, 1, 2, seqs]),
+                max_tokens=rng.randint(1, length),
+                prompt_logprobs=rng.choice([None] * 9 + [0]),
+            )
+        if rng.random() < 0.05:
+            simulation.abort(len(simulation.requests) - rng.randint(1, 10))
+        abort = rng.randrange(1000) if rng.random() < 0.02 else None
+        simulation.step(rng, fails=rng.random() < 0.01, abort=abort)
+    simulation.drain(rng)
+    pool, scheduler = simulation.pool, simulation.scheduler
+    assert min(scheduler.num_preemptions, pool.num_hit_tokens, pool.num_evictions) > 20, "the storm was a breeze"
+    assert simulation.num_copies > 20 or page_size == 1
