@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, check_tensor
+from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _INT32 = (torch.int32,)
@@ -30,6 +30,7 @@ _DECODE = Op(
     "Tensor(a!) out, Tensor(b!)? lse) -> ()",
     reference=reference.attention_decode,
     cpu=cpu.attention_decode,
+    numba="attention:attention_decode",
 )
 
 
@@ -56,14 +57,12 @@ def attention_varlen(
     is written then.
     Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
     """
-    if q.dim() != 3 or k.dim() != 3:
-        check_shape("q", q, ("Tq", "Hq", "D"))
-        check_shape("k", k, ("Tk", "Hkv", "D"))
-    _check_keys(q, k, v, ("k", "v"), (k.shape[0], k.shape[1], q.shape[2]))
-    if cu_seqlens_q.dim() != 1 or not cu_seqlens_q.numel():
-        raise ValueError(f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)}; legal: [B + 1]")
-    check_tensor("cu_seqlens_q", cu_seqlens_q, cu_seqlens_q.shape, _INT32)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, _INT32)
+    _check_heads(q, k, v, ("k", "v"), ("Tk", "Hkv", "D"))
+    bounds = cu_seqlens_q.shape
+    if len(bounds) != 1 or not bounds[0]:
+        raise ValueError(f"cu_seqlens_q has shape {list(bounds)}; legal: [B + 1]")
+    check_elements("cu_seqlens_q", cu_seqlens_q, _INT32)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, _INT32)
     out, lse = _outputs(q, out, return_lse)
     _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, out, lse)
     return out if lse is None else (out, lse)
@@ -91,8 +90,8 @@ def attention_prefill(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    _check_paged(q, k_pages, v_pages, page_table, seq_lens)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (seq_lens.shape[0] + 1,), _INT32)
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), _INT32)
     out, lse = _outputs(q, out, return_lse)
     _PREFILL(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, _scale(scale, q), out, lse)
     return out if lse is None else (out, lse)
@@ -116,10 +115,9 @@ def attention_decode(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    _check_paged(q, k_pages, v_pages, page_table, seq_lens)
-    num_seqs = seq_lens.shape[0]
-    if q.shape[0] != num_seqs and (num_seqs == 0 or q.shape[0] % num_seqs):
-        raise ValueError(f"q has {q.shape[0]} rows; legal: a multiple of the {num_seqs} sequences in seq_lens")
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
+    if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
+        raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
     out, lse = _outputs(q, out, return_lse)
     _DECODE(q, k_pages, v_pages, page_table, seq_lens, _scale(scale, q), out, lse)
     return out if lse is None else (out, lse)
@@ -140,26 +138,29 @@ def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, T
     return out, torch.empty(q.shape[:2], dtype=dtype, device=q.device)
 
 
-def _check_keys(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], shape: tuple[int, ...]) -> None:
-    """q [T, Hq, D] and keys and values with heads in dimension 1, of the given shape."""
-    check_tensor("q", q, q.shape, FLOATS)
-    check_tensor(names[0], k, shape, (q.dtype,))
-    check_tensor(names[1], v, shape, (q.dtype,))
-    _, num_q_heads, head_dim = q.shape
-    if not (shape[1] and head_dim) or num_q_heads % shape[1]:
-        raise ValueError(
-            f"q has shape {list(q.shape)}; legal: [T, Hq, D] with D >= 1 and Hq a multiple of the {shape[1]} heads "
-            f"of {names[0]}"
-        )
-
-
-def _check_paged(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor) -> None:
-    if q.dim() != 3 or k_pages.dim() != 4 or not k_pages.shape[2]:
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: tuple[str, ...]) -> None:
+    """q [T, Hq, D]; keys and values with dimensions `dims`, heads in the second and q's D in the last."""
+    shape, keys, dtype = q.shape, k.shape, (q.dtype,)
+    if len(shape) != 3 or len(keys) != len(dims) or keys[-1] != shape[2]:
         check_shape("q", q, ("T", "Hq", "D"))
-        check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
-        raise ValueError(f"k_pages has shape {list(k_pages.shape)}; legal: [P, Hkv, page_size, D] with page_size >= 1")
-    _check_keys(q, k_pages, v_pages, ("k_pages", "v_pages"), (*k_pages.shape[:3], q.shape[2]))
-    if page_table.dim() != 2:
+        check_shape(names[0], k, (*dims[:-1], shape[2]))
+    heads = keys[1]
+    if not (heads and keys[2] and keys[-1]) or shape[1] % heads:
+        raise ValueError(
+            f"{names[0]} has shape {list(keys)}; legal: [{', '.join(dims)}], all but the first at least 1, "
+            f"and Hkv a divisor of q's {shape[1]} heads"
+        )
+    check_elements("q", q, FLOATS)
+    check_elements(names[0], k, dtype)
+    check_tensor(names[1], v, keys, dtype)
+
+
+def _check_paged(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor) -> int:
+    """The number of sequences."""
+    _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"))
+    shape = page_table.shape
+    if len(shape) != 2:
         check_shape("page_table", page_table, ("B", "max_pages"))
-    check_tensor("page_table", page_table, page_table.shape, _INT32)
-    check_tensor("seq_lens", seq_lens, page_table.shape[:1], _INT32)
+    check_elements("page_table", page_table, _INT32)
+    check_tensor("seq_lens", seq_lens, (shape[0],), _INT32)
+    return shape[0]

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_tensor
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _MATMUL = Op(
-    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", reference=reference.matmul, cpu=cpu.matmul
+    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    reference=reference.matmul,
+    cpu=cpu.matmul,
+    numba="matmul:matmul",
 )
 _EMBEDDING = Op("embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()", reference=reference.embedding)
 
@@ -24,19 +27,21 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b.
     """
-    if x.dim() == 0 or weight.dim() != 2:
-        check_shape("weight", weight, ("N", "K"))
+    *leading, size = x.shape or (None,)
+    if size is None:
         raise ValueError("x has shape []; legal: [..., K]")
-    *leading, size = x.shape
-    rows, dtype = weight.shape[0], (x.dtype,)
-    check_tensor("x", x, x.shape, FLOATS)
-    check_tensor("weight", weight, (rows, size), dtype)
+    matrix, dtype = weight.shape, (x.dtype,)
+    if len(matrix) != 2 or matrix[1] != size:
+        check_shape("weight", weight, ("N", size))
+    check_elements("x", x, FLOATS)
+    check_elements("weight", weight, dtype)
     if bias is not None:
-        check_tensor("bias", bias, (rows,), dtype)
+        check_tensor("bias", bias, matrix[:1], dtype)
+    shape = (*leading, matrix[0])
     if out is None:
-        out = torch.empty((*leading, rows), dtype=x.dtype, device=x.device)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
     else:
-        check_tensor("out", out, (*leading, rows), dtype)
+        check_tensor("out", out, shape, dtype)
     _MATMUL(x, weight, bias, out)
     return out
 
@@ -53,8 +58,8 @@ def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tens
         check_shape("ids", ids, ("T",))
         check_shape("weight", weight, ("V", "H"))
     shape = (ids.shape[0], weight.shape[1])
-    check_tensor("ids", ids, ids.shape, INTEGERS)
-    check_tensor("weight", weight, weight.shape, FLOATS)
+    check_elements("ids", ids, INTEGERS)
+    check_elements("weight", weight, FLOATS)
     if out is None:
         out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     else:

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.checks import FLOATS, check_tensor
+from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _RMS_NORM = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
     reference=reference.rms_norm,
+    numba="norm:rms_norm",
     triton="norm:rms_norm",
 )
 _ADD_RMS_NORM = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
     reference=reference.add_rms_norm,
+    numba="norm:add_rms_norm",
     triton="norm:add_rms_norm",
 )
 
@@ -71,7 +73,8 @@ def add_rms_norm(
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x has shape []; legal: [..., H]")
-    check_tensor("x", x, x.shape, FLOATS)
-    check_tensor("weight", weight, x.shape[-1:], (x.dtype, torch.float32))
+    check_elements("x", x, FLOATS)
+    check_tensor("weight", weight, (shape[-1],), (x.dtype, torch.float32))

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastllama import env
-from fastllama.errors import check_device
+from fastllama.errors import BackendError, check_device
 
 Function = Callable[..., None]
 
@@ -27,7 +29,7 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """What runs an op on one kind of device: `backend` is "triton", "cpu" or "reference"; `reason` says why."""
+    """What runs an op on one kind of device: "triton", "numba", "cpu" or "reference"; `reason` says why."""
 
     backend: str
     run: Function
@@ -41,21 +43,28 @@ class Op:
     last and are (a!) and (b!); inputs that are updated in place are (c!) and on.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
     cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
+    numba: "module:launcher" under kernels/numba, in out-form, for CPU tensors where the extra [cpu] is installed.
     triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so Triton stays optional.
     """
 
     def __init__(
-        self, schema: str, *, reference: Callable[..., Any], cpu: Function | None = None, triton: str | None = None
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        cpu: Function | None = None,
+        numba: str | None = None,
+        triton: str | None = None,
     ) -> None:
         self.name, parameters = schema.removesuffix(") -> ()").split("(", 1)
         kinds, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
         self.num_outputs = sum(kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in kinds)
         self._names = names
-        self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
-        self._reference, self._cpu, self._triton = reference, cpu, triton
+        self._tensors = tuple(i for i, kind in enumerate(kinds) if i and kind.startswith("Tensor"))  # after the first
+        self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
         self._bound: dict[torch.device, Function] = {}
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         self._opaque = getattr(torch.ops.fastllama, self.name).default
         OPS[self.name] = self
@@ -66,54 +75,61 @@ class Op:
             tensor = args[i]
             if tensor is not None and tensor.device != device:
                 check_device(self._names[i], tensor, self._names[0], args[0])
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             self._refuse_grad(args)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._opaque(*args)
         else:
-            self._run(*args)
+            (self._bound.get(device) or self._bind(device))(*args)
 
-    def _run(self, *args: Any) -> None:
+    def _dispatched(self, *args: Any) -> None:
         device = args[0].device
-        run = self._bound.get(device)
-        if run is None:
-            run = self._bound[device] = self.implementation(device.type).run
-        run(*args)
+        (self._bound.get(device) or self._bind(device))(*args)
+
+    def _bind(self, device: torch.device) -> Function:
+        return self._bound.setdefault(device, self.implementation(device.type).run)
 
     def implementation(self, device: str) -> Implementation:
         """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
 
-        Raises RuntimeError when the variable asks for what is not there.
+        Raises BackendError when the variable asks for what is not there.
         """
         wanted = env.BACKEND.read()
         if wanted == "reference":
             return Implementation("reference", self._run_reference, "FASTLLAMA_BACKEND=reference")
         if wanted == "triton":
             return Implementation("triton", self.launcher(device), "FASTLLAMA_BACKEND=triton")
+        return self.implementations(device)[0]
+
+    def implementations(self, device: str) -> list[Implementation]:
+        """Everything that runs the op on a device type, the preferred first and the reference last."""
+        found = []
+        missing = f"no kernels for {device}"
         if device == "cpu":
+            if self._numba is not None and importlib.util.find_spec("numba") is not None:
+                found.append(Implementation("numba", _load("numba", self._numba), "tensors on cpu, Numba is installed"))
             if self._cpu is not None:
-                return Implementation("cpu", self._cpu, "tensors on cpu")
-            return Implementation("reference", self._run_reference, "tensors on cpu; the reference is the CPU backend")
-        if device == "cuda" and self._triton is not None:
-            return Implementation("triton", self.launcher(device), "tensors on cuda")
-        missing = "no Triton kernel yet" if device == "cuda" else f"no kernels for {device}"
-        return Implementation("reference", self._run_reference, missing)
+                found.append(Implementation("cpu", self._cpu, "tensors on cpu"))
+            missing = "tensors on cpu; the reference is the CPU backend"
+        elif device == "cuda":
+            if self._triton is not None:
+                found.append(Implementation("triton", self.launcher(device), "tensors on cuda"))
+            missing = "no Triton kernel yet"
+        return [*found, Implementation("reference", self._run_reference, missing)]
 
     def launcher(self, device: str) -> Function:
-        """The Triton launcher. Raises RuntimeError where it cannot run on `device`."""
+        """The Triton launcher. Raises BackendError where it cannot run on `device`."""
         if self._triton is None:
-            raise RuntimeError(f"op {self.name} has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference")
+            raise BackendError(f"op {self.name} has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference")
         if importlib.util.find_spec("triton") is None:
-            raise RuntimeError(
+            raise BackendError(
                 f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference"
             )
         if device == "cpu" and not env.triton_interpret():
-            raise RuntimeError(
+            raise BackendError(
                 f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1"
             )
-        module, function = self._triton.split(":")
-        launcher: Function = getattr(importlib.import_module(f"fastllama.kernels.triton.{module}"), function)
-        return launcher
+        return _load("triton", self._triton)
 
     def _run_reference(self, *args: Any) -> None:
         outputs = args[-self.num_outputs :] if self.num_outputs else ()
@@ -123,12 +139,18 @@ class Op:
                 output.copy_(result)
 
     def _refuse_grad(self, args: tuple[Any, ...]) -> None:
-        for i in self._tensors:
+        for i in (0, *self._tensors):
             if args[i] is not None and args[i].requires_grad:
                 raise RuntimeError(
                     f"{self._names[i]} requires grad, and op {self.name} has no backward: "
                     "call it under torch.inference_mode() or torch.no_grad()"
                 )
+
+
+def _load(room: str, target: str) -> Function:
+    module, function = target.split(":")
+    launcher: Function = getattr(importlib.import_module(f"fastllama.kernels.{room}.{module}"), function)
+    return launcher
 
 
 def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implementation]:

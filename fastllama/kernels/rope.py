@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import check_shape
-from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_tensor
+from fastllama.kernels import reference
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _ROPE = Op(
@@ -19,8 +19,10 @@ _ROPE_AND_WRITE_KV = Op(
     "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, "
     "Tensor(c!) k_pages, Tensor(d!) v_pages, bool interleaved, Tensor(a!) q_out) -> ()",
     reference=reference.rope_and_write_kv,
-    cpu=cpu.rope_and_write_kv,
+    numba="rope:rope_and_write_kv",
 )
+
+_ANGLES = (torch.float32,)
 
 
 def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
@@ -56,21 +58,21 @@ def rope(
     written then.
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
     """
-    if q.dim() != 3 or k.dim() != 3:
+    q_shape, k_shape, dtype = q.shape, k.shape, (q.dtype,)
+    if len(q_shape) != 3 or len(k_shape) != 3 or k_shape[0] != q_shape[0] or k_shape[2] != q_shape[2]:
         check_shape("q", q, ("T", "Hq", "D"))
-        check_shape("k", k, ("T", "Hkv", "D"))
-    tokens, _, head_dim = q.shape
-    check_tensor("q", q, q.shape, FLOATS)
-    check_tensor("k", k, (tokens, k.shape[1], head_dim), (q.dtype,))
-    _check_angles(q, cos_sin, positions, head_dim)
+        check_shape("k", k, (q_shape[0], "Hkv", q_shape[2]))
+    check_elements("q", q, FLOATS)
+    check_elements("k", k, dtype)
+    _check_angles(cos_sin, positions, q_shape[0], q_shape[2], dtype)
     if q_out is None:
         q_out = torch.empty_like(q)
     elif q_out is not q:
-        check_tensor("q_out", q_out, q.shape, (q.dtype,))
+        check_tensor("q_out", q_out, q_shape, dtype)
     if k_out is None:
         k_out = torch.empty_like(k)
     elif k_out is not k:
-        check_tensor("k_out", k_out, k.shape, (q.dtype,))
+        check_tensor("k_out", k_out, k_shape, dtype)
     _ROPE(q, k, cos_sin, positions, interleaved, q_out, k_out)
     return q_out, k_out
 
@@ -95,36 +97,37 @@ def rope_and_write_kv(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
     """
-    if k_pages.dim() != 4 or not k_pages.numel():
-        check_shape("k_pages", k_pages, ("P", "Hkv", "page_size", "D"))
-        raise ValueError(f"k_pages has shape {list(k_pages.shape)}; legal: [P, Hkv, page_size, D], each at least 1")
-    _, num_kv_heads, _, head_dim = k_pages.shape
-    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
+    pages, shape, dtype = k_pages.shape, qkv.shape, (qkv.dtype,)
+    if len(pages) != 4 or 0 in pages:
+        raise ValueError(f"k_pages has shape {list(pages)}; legal: [P, Hkv, page_size, D], each at least 1")
+    _, num_kv_heads, _, head_dim = pages
+    if len(shape) != 2 or shape[1] % head_dim or shape[1] // head_dim <= 2 * num_kv_heads:
         raise ValueError(
-            f"qkv has shape {list(qkv.shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
+            f"qkv has shape {list(shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
             "by the shape of k_pages"
         )
-    tokens, width = qkv.shape
-    dtype = (qkv.dtype,)
-    check_tensor("qkv", qkv, (tokens, width), FLOATS)
-    check_tensor("k_pages", k_pages, k_pages.shape, dtype)
-    check_tensor("v_pages", v_pages, k_pages.shape, dtype)
-    _check_angles(qkv, cos_sin, positions, head_dim)
+    tokens, width = shape
+    check_elements("qkv", qkv, FLOATS)
+    check_elements("k_pages", k_pages, dtype)
+    check_tensor("v_pages", v_pages, pages, dtype)
+    _check_angles(cos_sin, positions, tokens, head_dim, dtype)
     check_tensor("slots", slots, (tokens,), INTEGERS)
-    shape = (tokens, width // head_dim - 2 * num_kv_heads, head_dim)
+    heads = (tokens, width // head_dim - 2 * num_kv_heads, head_dim)
     if q_out is None:
-        q_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+        q_out = torch.empty(heads, dtype=qkv.dtype, device=qkv.device)
     else:
-        check_tensor("q_out", q_out, shape, dtype)
+        check_tensor("q_out", q_out, heads, dtype)
     _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved, q_out)
     return q_out
 
 
-def _check_angles(x: Tensor, cos_sin: Tensor, positions: Tensor, head_dim: int) -> None:
-    if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
+def _check_angles(
+    cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int, dtype: tuple[torch.dtype, ...]
+) -> None:
+    shape = cos_sin.shape
+    if len(shape) != 2 or shape[1] % 2 or shape[1] > head_dim:
         raise ValueError(
-            f"cos_sin has shape {list(cos_sin.shape)}; legal: [max_position, R] with R even and at most {head_dim}"
+            f"cos_sin has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_dim}"
         )
-    exact = x.dtype == torch.float64  # the oracle's angles may be
-    check_tensor("cos_sin", cos_sin, cos_sin.shape, (torch.float32, torch.float64) if exact else (torch.float32,))
-    check_tensor("positions", positions, x.shape[:1], INTEGERS)
+    check_elements("cos_sin", cos_sin, _ANGLES if dtype != (torch.float64,) else (*_ANGLES, torch.float64))
+    check_tensor("positions", positions, (tokens,), INTEGERS)

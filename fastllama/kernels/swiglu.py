@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.checks import FLOATS, check_tensor
+from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
-_SILU_MUL = Op("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=reference.silu_mul)
+_SILU_MUL = Op(
+    "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=reference.silu_mul, numba="swiglu:silu_mul"
+)
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -20,13 +22,14 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+    *leading, width = gate_up.shape or (1,)
+    if width % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
-    *leading, width = gate_up.shape
-    check_tensor("gate_up", gate_up, gate_up.shape, FLOATS)
+    check_elements("gate_up", gate_up, FLOATS)
+    shape = (*leading, width // 2)
     if out is None:
-        out = torch.empty((*leading, width // 2), dtype=gate_up.dtype, device=gate_up.device)
+        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
     else:
-        check_tensor("out", out, (*leading, width // 2), (gate_up.dtype,))
+        check_tensor("out", out, shape, (gate_up.dtype,))
     _SILU_MUL(gate_up, out)
     return out

@@ -1,0 +1,114 @@
+"""16-bit floats in Numba, which has none, an exponential that LLVM can vectorise, and pointers.
+
+bf16 travels as uint16 and fp16 as int16, so that a kernel has one source for every dtype: widen and narrow go by type.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+# What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
+LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
+SERIAL_ELEMENTS = 1 << 15  # waking the other threads costs as much as going over so many elements
+# Sums may be reordered and contracted, which lets LLVM vectorise a dot product; infinities and NaN keep their meaning.
+FAST = {"reassoc", "contract"}
+# cache: compiled once for a machine and signature; nogil: other Python threads go on meanwhile.
+jit = numba.njit(fastmath=FAST, cache=True, nogil=True)
+parallel_jit = numba.njit(fastmath=FAST, cache=True, nogil=True, parallel=True)
+
+
+def match_threads() -> None:
+    """Let parallel kernels use as many threads as torch does."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
+
+
+@intrinsic
+def pointer(context, address, offset, like):
+    """The address (an integer) plus `offset` elements as a pointer to elements of like's type."""
+
+    def generate(context, builder, signature, args):
+        element = context.get_value_type(signature.args[2])
+        return builder.gep(builder.inttoptr(args[0], element.as_pointer()), [args[1]])
+
+    return types.CPointer(like)(address, types.int64, like), generate
+
+
+@numba.njit(inline="always")
+def vector(address, offset, size, like):
+    """`size` elements from `offset` on, as an array.
+
+    Kernels take addresses and strides, as Triton's do: making a NumPy array of a tensor takes 2 us, and an op has five.
+    """
+    return numba.carray(pointer(address, offset, like), size)
+
+
+@intrinsic
+def widen(context, value):
+    """A float32 from a float32, from the bits of a bf16 (uint16) or of an fp16 (int16)."""
+
+    def generate(_, builder, signature, args):
+        bits = args[0]
+        if signature.args[0] == types.uint16:
+            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(wide, ir.FloatType())
+        if signature.args[0] == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(context, value, like):
+    """A float32 as whatever `like` is (float32, or the bits of a bf16 or fp16), rounded to nearest even."""
+
+    def generate(_, builder, signature, args):
+        number, target = args[0], signature.args[1]
+        if target == types.uint16:
+            i32 = ir.IntType(32)
+            bits = builder.bitcast(number, i32)
+            odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, i32(0x7FFF)), odd), i32(16))
+            is_nan = builder.icmp_unsigned(">", builder.and_(bits, i32(0x7FFFFFFF)), i32(0x7F800000))
+            return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
+        if target == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+        return number
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
+def _power_of_two(context, n):
+    """2^n for a whole float32 n in [-126, 127]. Written in 32 bits: Numba's integers would widen to 64 on the way."""
+
+    def generate(_, builder, signature, args):
+        i32 = ir.IntType(32)
+        biased = builder.add(builder.fptosi(args[0], i32), i32(127))
+        return builder.bitcast(builder.shl(biased, i32(23)), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def exp(x):
+    """exp(x) to 2 ulp, x clamped to [-87, 88]: 2^n times a polynomial in the rest; coefficients of Cephes' expf."""
+    x = x if x > np.float32(-87.0) else np.float32(-87.0)
+    x = x if x < np.float32(88.0) else np.float32(88.0)
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return (p * r * r + r + np.float32(1.0)) * _power_of_two(n)
