@@ -101,6 +101,12 @@ def test_a_config_without_dtype_takes_that_of_the_weights(tmp_path: Path, dtype:
     assert f"torch.{open_checkpoint(tmp_path).config.dtype}" == str(dtype)
 
 
+def test_weights_in_a_dtype_nothing_runs_in_leave_it_open(tmp_path: Path) -> None:
+    path = write_hf_bin(random_llama(dtype=torch.float64), tmp_path / "bin")
+    edit_config(path, dtype=None)
+    assert open_checkpoint(path).config.dtype is None
+
+
 def test_rope_scaling_is_read_as_transformers_5_writes_it(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     random_llama(rope_parameters=rope).save_pretrained(tmp_path)

@@ -102,7 +102,7 @@ def test_bin_is_fetched_only_without_safetensors(
 
     def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert repo_id == REPO
-        found = ["config.json", "tokenizer.model", *weights, "README.md", "original/consolidated.00.pth"]
+        found = ["config.json", "tokenizer.model", *weights, "README.md", "original/params.json"]
         for name in huggingface_hub.utils.filter_repo_objects(
             found, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import subprocess
 import sys
@@ -104,12 +105,27 @@ def test_the_bar_counts_the_bytes_of_the_model(tmp_path: Path, monkeypatch: pyte
     assert counts[0] == (total, total)
 
 
-@pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("progress", "stderr", "shown"),
+    [
+        (None, io.StringIO(), False),
+        (None, Terminal(), True),
+        (False, Terminal(), False),
+        (True, io.StringIO(), True),
+    ],
+    ids=["pipe", "terminal", "forbidden", "asked"],
+)
 def test_the_bar_shows_itself_on_a_terminal_unless_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool | None, shown: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool | None, stderr: io.StringIO, shown: bool
 ) -> None:
+    monkeypatch.setattr("sys.stderr", stderr)
     load_model(write_llama2c(random_llama(), tmp_path / "model.bin", version=1), progress=progress)
-    assert ("Loading weights" in capsys.readouterr().err) == shown  # a captured stderr is no terminal
+    assert ("Loading weights" in stderr.getvalue()) == shown
 
 
 def test_a_bad_tensor_is_named_with_its_file(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "uneven parts": (
         lambda path: edit(path, SECOND, lambda s: s.update({WQ: torch.zeros(8, 64)})),
-        f"tensor {WQ} has sha",
+        f"tensor {WQ} has shapes [[32, 64], [8, 64]]",
     ),
     "odd rows": (
         lambda path: [

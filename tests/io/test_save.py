@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -71,6 +72,12 @@ def test_settings_survive(tmp_path: Path, settings: dict[str, object]) -> None:
     assert open_checkpoint(tmp_path / "ours").config == open_checkpoint(tmp_path / "theirs").config
 
 
+def test_the_dtype_written_is_that_of_the_weights(tmp_path: Path) -> None:
+    write_llama2c(random_llama(), tmp_path / "fp32.bin", version=1)
+    save_model(load_model(tmp_path / "fp32.bin", dtype="bfloat16"), tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").config.dtype == "bfloat16"
+
+
 def test_shards_have_an_index_and_a_size(tmp_path: Path, model: LlamaForCausalLM) -> None:
     original = random_llama()
     save_model(model, tmp_path / "out", max_shard_size=100_000)
@@ -79,15 +86,16 @@ def test_shards_have_an_index_and_a_size(tmp_path: Path, model: LlamaForCausalLM
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     assert len(files) > 2
     assert set(index["weight_map"].values()) == set(files)
-    size = 0
+    sizes = []
     for file in files:
         with safe_open(tmp_path / "out" / file, "pt") as handle:
             names = list(handle.keys())
             bytes_here = sum(handle.get_tensor(name).nbytes for name in names)
         assert {index["weight_map"][name] for name in names} == {file}
         assert bytes_here <= 100_000 or len(names) == 1
-        size += bytes_here
-    assert index["metadata"] == {"total_size": size}
+        sizes.append(bytes_here)
+    assert all(size + after > 100_000 for size, after in itertools.pairwise(sizes)), "a shard was closed too early"
+    assert index["metadata"] == {"total_size": sum(sizes)}
     back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(back), logits(original))
 

@@ -215,6 +215,11 @@ def test_to_hf_is_read_back_by_us_and_by_transformers(config: LlamaConfig) -> No
     assert LlamaConfig.from_hf(theirs.to_dict()) == config
 
 
+@pytest.mark.parametrize(("eos", "written"), [((2,), 2), ((2, 5), [2, 5]), ((), None)])
+def test_to_hf_writes_one_eos_as_a_number(eos: tuple[int, ...], written: object) -> None:
+    assert replace(SMALL, eos_token_ids=eos).to_hf()["eos_token_id"] == written
+
+
 META_7B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 META_70B = {
     "dim": 8192,

@@ -28,7 +28,8 @@ CONFIGS = {
     "mha": replace(GQA, num_key_value_heads=6),
     "mqa": replace(GQA, num_key_value_heads=1),
     "tied": replace(GQA, tie_word_embeddings=True),
-    "biased": replace(GQA, attention_bias=True, mlp_bias=True),
+    "attention bias": replace(GQA, attention_bias=True),
+    "mlp bias": replace(GQA, mlp_bias=True),
 }
 Q = "model.layers.0.self_attn.q_proj.weight"
 
