@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import cpu
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, match_threads, narrow, parallel_jit, vector, widen
+from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, match_threads, parallel_jit, store
 
 
 @jit
@@ -65,43 +65,40 @@ def decode_kernel(
     illegal = first_illegal(page_table, seq_lens, num_pages, page_size)
     work = seq_lens.shape[0] * num_kv_heads if illegal < 0 else 0
     for item in numba.prange(work):
-        seq, kv_head = item // num_kv_heads, item % num_kv_heads
+        seq, kv_head = np.int64(item) // num_kv_heads, np.int64(item) % num_kv_heads
         scores = np.empty((group, max(seq_lens[seq], 1)), np.float32)
         queries, result = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
         for query in range(num_queries):
             row = seq * num_queries + query
             visible = max(seq_lens[seq] - num_queries + query + 1, 0)
             for g in range(group):
-                q = vector(q_ptr, row * q_strides[0] + (kv_head * group + g) * q_strides[1], head_dim, like)
+                at = row * q_strides[0] + (kv_head * group + g) * q_strides[1]
                 for i in range(head_dim):
-                    queries[g, i] = widen(q[i]) * np.float32(scale)
+                    queries[g, i] = load(q_ptr, at + i, like) * np.float32(scale)
             for token in range(visible):
                 page, offset = page_table[seq, token // page_size], token % page_size
                 at = page * k_strides[0] + kv_head * k_strides[1] + offset * k_strides[2]
-                key = vector(k_pages_ptr, at, head_dim, like)
                 for g in range(group):
                     score = np.float32(0)
                     for i in range(head_dim):
-                        score += queries[g, i] * widen(key[i])
+                        score += queries[g, i] * load(k_pages_ptr, at + i, like)
                     scores[g, token] = score
             for g in range(group):
                 total = softmax(scores[g, :visible]) if visible > 0 else np.float32(-np.inf)
                 if lse_ptr != 0:
-                    head = row * num_kv_heads * group + kv_head * group + g
-                    vector(lse_ptr, head, 1, np.float32(0))[0] = total
+                    store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
             result[:] = np.float32(0)
             for token in range(visible):
                 page, offset = page_table[seq, token // page_size], token % page_size
                 at = page * v_strides[0] + kv_head * v_strides[1] + offset * v_strides[2]
-                value = vector(v_pages_ptr, at, head_dim, like)
                 for g in range(group):
                     weight = scores[g, token]
                     for i in range(head_dim):
-                        result[g, i] += weight * widen(value[i])
+                        result[g, i] += weight * load(v_pages_ptr, at + i, like)
             for g in range(group):
-                out = vector(out_ptr, row * out_strides[0] + (kv_head * group + g) * out_strides[1], head_dim, like)
+                at = row * out_strides[0] + (kv_head * group + g) * out_strides[1]
                 for i in range(head_dim):
-                    out[i] = narrow(result[g, i], like)
+                    store(out_ptr, at + i, result[g, i], like)
     return illegal
 
 

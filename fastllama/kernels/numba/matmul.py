@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, match_threads, narrow, parallel_jit, vector, widen
+from fastllama.kernels.numba.numerics import LIKE, load, match_threads, parallel_jit, store
 
 ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 product is as fast
 
@@ -20,59 +20,50 @@ ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 product is
 # One iteration owns four output features: a value of x, loaded once, serves four rows of the weight.
 @parallel_jit
 def one_row_kernel(weight_ptr, x_ptr, out_ptr, weight_stride, features, size, like):
-    x, out = vector(x_ptr, 0, size, np.float32(0)), vector(out_ptr, 0, features, like)
-    quads = features // 4
-    for quad in numba.prange(quads + 1):
-        n = 4 * quad
-        if quad < quads:
-            weight_a = vector(weight_ptr, n * weight_stride, size, like)
-            weight_b = vector(weight_ptr, (n + 1) * weight_stride, size, like)
-            weight_c = vector(weight_ptr, (n + 2) * weight_stride, size, like)
-            weight_d = vector(weight_ptr, (n + 3) * weight_stride, size, like)
-            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for k in range(size):
-                value = x[k]
-                a += widen(weight_a[k]) * value
-                b += widen(weight_b[k]) * value
-                c += widen(weight_c[k]) * value
-                d += widen(weight_d[k]) * value
-            out[n] = narrow(a, like)
-            out[n + 1] = narrow(b, like)
-            out[n + 2] = narrow(c, like)
-            out[n + 3] = narrow(d, like)
+    for quad in numba.prange((features + 3) // 4):
+        n = 4 * np.int64(quad)
+        row_a, row_b = n * weight_stride, min(n + 1, features - 1) * weight_stride
+        row_c, row_d = min(n + 2, features - 1) * weight_stride, min(n + 3, features - 1) * weight_stride
+        a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for k in range(size):
+            value = load(x_ptr, k, np.float32(0))
+            a += load(weight_ptr, row_a + k, like) * value
+            b += load(weight_ptr, row_b + k, like) * value
+            c += load(weight_ptr, row_c + k, like) * value
+            d += load(weight_ptr, row_d + k, like) * value
+        store(out_ptr, n, a, like)
+        if n + 3 < features:
+            store(out_ptr, n + 1, b, like)
+            store(out_ptr, n + 2, c, like)
+            store(out_ptr, n + 3, d, like)
         else:
-            for last in range(n, features):
-                weight_a = vector(weight_ptr, last * weight_stride, size, like)
-                a = np.float32(0)
-                for k in range(size):
-                    a += widen(weight_a[k]) * x[k]
-                out[last] = narrow(a, like)
+            if n + 1 < features:
+                store(out_ptr, n + 1, b, like)
+            if n + 2 < features:
+                store(out_ptr, n + 2, c, like)
 
 
 # One iteration owns two output features for all rows of x, two at a time, while the weights stay in the first cache.
 @parallel_jit
 def rows_kernel(weight_ptr, x_ptr, out_ptr, weight_stride, out_stride, rows, features, size, like):
     for pair in numba.prange((features + 1) // 2):
-        n = 2 * pair
+        n = 2 * np.int64(pair)
         next_n = min(n + 1, features - 1)
-        weight_a = vector(weight_ptr, n * weight_stride, size, like)
-        weight_b = vector(weight_ptr, next_n * weight_stride, size, like)
+        row_a, row_b = n * weight_stride, next_n * weight_stride
         for m in range(0, rows, 2):
             next_m = min(m + 1, rows - 1)
-            x_a, x_b = vector(x_ptr, m * size, size, np.float32(0)), vector(x_ptr, next_m * size, size, np.float32(0))
             a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for k in range(size):
-                first, second = widen(weight_a[k]), widen(weight_b[k])
-                a += first * x_a[k]
-                b += second * x_a[k]
-                c += first * x_b[k]
-                d += second * x_b[k]
-            out_a = vector(out_ptr, m * out_stride, features, like)
-            out_b = vector(out_ptr, next_m * out_stride, features, like)
-            out_a[n] = narrow(a, like)
-            out_a[next_n] = narrow(b, like)
-            out_b[n] = narrow(c, like)
-            out_b[next_n] = narrow(d, like)
+                weight_a, weight_b = load(weight_ptr, row_a + k, like), load(weight_ptr, row_b + k, like)
+                x_a, x_b = load(x_ptr, m * size + k, np.float32(0)), load(x_ptr, next_m * size + k, np.float32(0))
+                a += weight_a * x_a
+                b += weight_b * x_a
+                c += weight_a * x_b
+                d += weight_b * x_b
+            store(out_ptr, m * out_stride + n, a, like)
+            store(out_ptr, m * out_stride + next_n, b, like)
+            store(out_ptr, next_m * out_stride + n, c, like)
+            store(out_ptr, next_m * out_stride + next_n, d, like)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -8,51 +8,53 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, jit, match_threads, narrow, parallel_jit, vector, widen
+from fastllama.kernels.numba.numerics import LIKE, jit, load, match_threads, parallel_jit, rounded, store
 
 
+# One row: out = weight * cast(x / its rms), the cast to x's dtype. Starts and strides count elements.
 @jit
-def norm_row(out, x, weight, eps, like):
-    """out = weight * cast(x / its rms), the cast to x's dtype."""
-    size = x.shape[0]
+def norm_row_kernel(out_ptr, x_ptr, weight_ptr, out_start, x_start, size, eps, like, weight_like):
     square = np.float32(0)
     for i in range(size):
-        value = widen(x[i])
+        value = load(x_ptr, x_start + i, like)
         square += value * value
     scale = np.float32(1) / np.sqrt(square / np.float32(size) + np.float32(eps))
     for i in range(size):
-        normed = widen(narrow(widen(x[i]) * scale, like))
-        out[i] = narrow(normed * widen(weight[i]), like)
+        normed = rounded(load(x_ptr, x_start + i, like) * scale, like)
+        store(out_ptr, out_start + i, normed * load(weight_ptr, i, weight_like), like)
 
 
+# One row: total = x + residual, rounded; out = the norm of that.
 @jit
-def add_row(total, x, residual, like):
-    """total = x + residual, rounded."""
-    for i in range(x.shape[0]):
-        total[i] = narrow(widen(x[i]) + widen(residual[i]), like)
+def add_norm_row_kernel(
+    out_ptr,
+    total_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_start,
+    total_start,
+    x_start,
+    residual_start,
+    size,
+    eps,
+    like,
+    weight_like,
+):
+    for i in range(size):
+        total = load(x_ptr, x_start + i, like) + load(residual_ptr, residual_start + i, like)
+        store(total_ptr, total_start + i, total, like)
+    norm_row_kernel(out_ptr, total_ptr, weight_ptr, out_start, total_start, size, eps, like, weight_like)
 
 
-# The _row_ kernels own one row and one thread, the others a row for each iteration. Strides count elements.
-@jit
-def norm_row_kernel(out_ptr, x_ptr, weight_ptr, size, eps, like, weight_like):
-    out, x = vector(out_ptr, 0, size, like), vector(x_ptr, 0, size, like)
-    norm_row(out, x, vector(weight_ptr, 0, size, weight_like), eps, like)
-
-
+# One iteration owns one row.
 @parallel_jit
 def norm_kernel(out_ptr, x_ptr, weight_ptr, out_stride, x_stride, rows, size, eps, like, weight_like):
     for row in numba.prange(rows):
-        out, x = vector(out_ptr, row * out_stride, size, like), vector(x_ptr, row * x_stride, size, like)
-        norm_row(out, x, vector(weight_ptr, 0, size, weight_like), eps, like)
+        norm_row_kernel(out_ptr, x_ptr, weight_ptr, row * out_stride, row * x_stride, size, eps, like, weight_like)
 
 
-@jit
-def add_norm_row_kernel(out_ptr, total_ptr, x_ptr, residual_ptr, weight_ptr, size, eps, like, weight_like):
-    total = vector(total_ptr, 0, size, like)
-    add_row(total, vector(x_ptr, 0, size, like), vector(residual_ptr, 0, size, like), like)
-    norm_row(vector(out_ptr, 0, size, like), total, vector(weight_ptr, 0, size, weight_like), eps, like)
-
-
+# One iteration owns one row.
 @parallel_jit
 def add_norm_kernel(
     out_ptr,
@@ -71,10 +73,21 @@ def add_norm_kernel(
     weight_like,
 ):
     for row in numba.prange(rows):
-        total, x = vector(total_ptr, row * total_stride, size, like), vector(x_ptr, row * x_stride, size, like)
-        add_row(total, x, vector(residual_ptr, row * residual_stride, size, like), like)
-        out = vector(out_ptr, row * out_stride, size, like)
-        norm_row(out, total, vector(weight_ptr, 0, size, weight_like), eps, like)
+        add_norm_row_kernel(
+            out_ptr,
+            total_ptr,
+            x_ptr,
+            residual_ptr,
+            weight_ptr,
+            row * out_stride,
+            row * total_stride,
+            row * x_stride,
+            row * residual_stride,
+            size,
+            eps,
+            like,
+            weight_like,
+        )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -85,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         return
     likes = (like, LIKE[weight.dtype])
     if x.numel() == size:
-        norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), size, eps, *likes)
+        norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), 0, 0, size, eps, *likes)
     else:
         x, out = as_rows("x", x), as_rows("out", out)
         match_threads()
@@ -103,7 +116,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     tensors = (out, residual_out, x, residual)
     likes = (like, LIKE[weight.dtype])
     if x.numel() == size:
-        add_norm_row_kernel(*(t.data_ptr() for t in tensors), weight.data_ptr(), size, eps, *likes)
+        add_norm_row_kernel(*(t.data_ptr() for t in tensors), weight.data_ptr(), 0, 0, 0, 0, size, eps, *likes)
     else:
         names = ("out", "residual_out", "x", "residual")
         rows = [as_rows(name, tensor) for name, tensor in zip(names, tensors, strict=True)]

@@ -1,6 +1,7 @@
-"""16-bit floats in Numba, which has none, an exponential that LLVM can vectorise, and pointers.
+"""What Numba lacks: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
 
-bf16 travels as uint16 and fp16 as int16, so that a kernel has one source for every dtype: widen and narrow go by type.
+bf16 is carried as uint16 and fp16 as int16; an argument `like` of that type tells load and store what they are to do, so
+that a kernel has one source for every dtype.
 """
 
 from __future__ import annotations
@@ -30,60 +31,82 @@ def match_threads() -> None:
         numba.set_num_threads(threads)
 
 
+def _widened(builder, bits, element):
+    """The float32 that an element holds."""
+    if element == types.uint16:
+        wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+    if element == types.int16:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+    return bits
+
+
+def _narrowed(builder, number, element):
+    """A float32 as an element, rounded to nearest even."""
+    if element == types.uint16:
+        i32 = ir.IntType(32)
+        bits = builder.bitcast(number, i32)
+        odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, i32(0x7FFF)), odd), i32(16))
+        is_nan = builder.icmp_unsigned(">", builder.and_(bits, i32(0x7FFFFFFF)), i32(0x7F800000))
+        return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
+    if element == types.int16:
+        return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+    return number
+
+
+def _element_pointer(context, builder, address, index, element):
+    return builder.gep(builder.inttoptr(address, context.get_value_type(element).as_pointer()), [index])
+
+
 @intrinsic
-def pointer(context, address, offset, like):
-    """The address (an integer) plus `offset` elements as a pointer to elements of like's type."""
+def load(context, address, index, like):
+    """Element `index` of the memory at `address` (an integer), as a float32.
+
+    Kernels take addresses and strides, as Triton's do: making a NumPy array of a tensor takes 2 us, and an op has five;
+    and Numba drops stores to an array that it thinks nobody reads.
+    """
 
     def generate(context, builder, signature, args):
-        element = context.get_value_type(signature.args[2])
-        return builder.gep(builder.inttoptr(args[0], element.as_pointer()), [args[1]])
+        element = signature.args[2]
+        return _widened(builder, builder.load(_element_pointer(context, builder, *args[:2], element)), element)
 
-    return types.CPointer(like)(address, types.int64, like), generate
-
-
-@numba.njit(inline="always")
-def vector(address, offset, size, like):
-    """`size` elements from `offset` on, as an array.
-
-    Kernels take addresses and strides, as Triton's do: making a NumPy array of a tensor takes 2 us, and an op has five.
-    """
-    return numba.carray(pointer(address, offset, like), size)
+    return types.float32(address, types.int64, like), generate
 
 
 @intrinsic
-def widen(context, value):
-    """A float32 from a float32, from the bits of a bf16 (uint16) or of an fp16 (int16)."""
+def store(context, address, index, value, like):
+    """Make a float32, rounded to nearest even, element `index` of the memory at `address`."""
 
-    def generate(_, builder, signature, args):
-        bits = args[0]
-        if signature.args[0] == types.uint16:
-            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        if signature.args[0] == types.int16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-        return bits
+    def generate(context, builder, signature, args):
+        element = signature.args[3]
+        target = _element_pointer(context, builder, *args[:2], element)
+        builder.store(_narrowed(builder, args[2], element), target)
+        return context.get_dummy_value()
 
-    return types.float32(value), generate
+    return types.void(address, types.int64, types.float32, like), generate
 
 
 @intrinsic
-def narrow(context, value, like):
-    """A float32 as whatever `like` is (float32, or the bits of a bf16 or fp16), rounded to nearest even."""
+def rounded(context, value, like):
+    """A float32 as it comes back from a store."""
 
     def generate(_, builder, signature, args):
-        number, target = args[0], signature.args[1]
-        if target == types.uint16:
-            i32 = ir.IntType(32)
-            bits = builder.bitcast(number, i32)
-            odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
-            rounded = builder.lshr(builder.add(builder.add(bits, i32(0x7FFF)), odd), i32(16))
-            is_nan = builder.icmp_unsigned(">", builder.and_(bits, i32(0x7FFFFFFF)), i32(0x7F800000))
-            return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
-        if target == types.int16:
-            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
-        return number
+        element = signature.args[1]
+        return _widened(builder, _narrowed(builder, args[0], element), element)
 
-    return like(types.float32, like), generate
+    return types.float32(types.float32, like), generate
+
+
+@intrinsic
+def load_integer(context, address, index, like):
+    """Element `index` of int32 or int64 memory, as an int64."""
+
+    def generate(context, builder, signature, args):
+        number = builder.load(_element_pointer(context, builder, *args[:2], signature.args[2]))
+        return number if number.type.width == 64 else builder.sext(number, ir.IntType(64))
+
+    return types.int64(address, types.int64, like), generate
 
 
 @intrinsic
@@ -98,7 +121,7 @@ def _power_of_two(context, n):
     return types.float32(types.float32), generate
 
 
-@numba.njit(fastmath=FAST, inline="always")
+@numba.njit(fastmath=FAST)
 def exp(x):
     """exp(x) to 2 ulp, x clamped to [-87, 88]: 2^n times a polynomial in the rest; coefficients of Cephes' expf."""
     x = x if x > np.float32(-87.0) else np.float32(-87.0)

@@ -9,21 +9,23 @@ import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.numba.numerics import INTEGER_LIKE, LIKE, jit, narrow, vector, widen
+from fastllama.kernels.numba.numerics import INTEGER_LIKE, LIKE, jit, load, load_integer, store
 
 
 @jit
-def rotate(x, out, angles, interleaved, like):
-    """One head: x, out [D]; angles [R], cosines then sines; dimensions past R pass through."""
-    half = angles.shape[0] // 2
+def rotate(x_ptr, out_ptr, cos_sin_ptr, x_start, out_start, angles_start, head_dim, rotary_dim, interleaved, like):
+    """One head of head_dim elements from each start on; dimensions past rotary_dim pass through."""
+    half = rotary_dim // 2
     step = 2 if interleaved else 1
     apart = 1 if interleaved else half
     for i in range(half):
-        a, b = widen(x[i * step]), widen(x[i * step + apart])
-        out[i * step] = narrow(a * angles[i] - b * angles[half + i], like)
-        out[i * step + apart] = narrow(b * angles[i] + a * angles[half + i], like)
-    for i in range(2 * half, x.shape[0]):
-        out[i] = x[i]
+        a, b = load(x_ptr, x_start + i * step, like), load(x_ptr, x_start + i * step + apart, like)
+        cos = load(cos_sin_ptr, angles_start + i, np.float32(0))
+        sin = load(cos_sin_ptr, angles_start + half + i, np.float32(0))
+        store(out_ptr, out_start + i * step, a * cos - b * sin, like)
+        store(out_ptr, out_start + i * step + apart, b * cos + a * sin, like)
+    for i in range(rotary_dim, head_dim):
+        store(out_ptr, out_start + i, load(x_ptr, x_start + i, like), like)
 
 
 # Strides count elements. Returns the first token whose position or slot does not exist, having written nothing, or -1.
@@ -55,30 +57,29 @@ def rope_and_write_kv_kernel(
     position_like,
     slot_like,
 ):
-    positions = vector(positions_ptr, 0, tokens, position_like)
-    slots = vector(slots_ptr, 0, tokens, slot_like)
     for token in range(tokens):
-        if not 0 <= positions[token] < num_positions or slots[token] >= num_pages * page_size:
+        position = load_integer(positions_ptr, token, position_like)
+        if not 0 <= position < num_positions or load_integer(slots_ptr, token, slot_like) >= num_pages * page_size:
             return token
+    shape = (head_dim, rotary_dim, interleaved, like)
     for token in range(tokens):
-        angles = vector(cos_sin_ptr, positions[token] * cos_sin_position_stride, rotary_dim, np.float32(0))
+        angles = load_integer(positions_ptr, token, position_like) * cos_sin_position_stride
         first = token * qkv_token_stride
         for head in range(num_q_heads):
-            x = vector(qkv_ptr, first + head * head_dim, head_dim, like)
-            at = token * q_out_token_stride + head * q_out_head_stride
-            rotate(x, vector(q_out_ptr, at, head_dim, like), angles, interleaved, like)
-        if slots[token] < 0:
+            to = token * q_out_token_stride + head * q_out_head_stride
+            rotate(qkv_ptr, q_out_ptr, cos_sin_ptr, first + head * head_dim, to, angles, *shape)
+        slot = load_integer(slots_ptr, token, slot_like)
+        if slot < 0:
             continue
-        page, offset = slots[token] // page_size, slots[token] % page_size
+        page, offset = slot // page_size, slot % page_size
         for head in range(num_kv_heads):
-            k = vector(qkv_ptr, first + (num_q_heads + head) * head_dim, head_dim, like)
-            at = page * k_strides[0] + head * k_strides[1] + offset * k_strides[2]
-            rotate(k, vector(k_pages_ptr, at, head_dim, like), angles, interleaved, like)
-            v = vector(qkv_ptr, first + (num_q_heads + num_kv_heads + head) * head_dim, head_dim, like)
-            at = page * v_strides[0] + head * v_strides[1] + offset * v_strides[2]
-            v_out = vector(v_pages_ptr, at, head_dim, like)
+            k = first + (num_q_heads + head) * head_dim
+            to = page * k_strides[0] + head * k_strides[1] + offset * k_strides[2]
+            rotate(qkv_ptr, k_pages_ptr, cos_sin_ptr, k, to, angles, *shape)
+            v = k + num_kv_heads * head_dim
+            to = page * v_strides[0] + head * v_strides[1] + offset * v_strides[2]
             for i in range(head_dim):
-                v_out[i] = v[i]
+                store(v_pages_ptr, to + i, load(qkv_ptr, v + i, like), like)
     return -1
 
 
