@@ -21,6 +21,10 @@ class ExtraRequiredError(ImportError):
         super().__init__(f"{feature} needs the package {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
 
 
+class BackendError(RuntimeError):
+    """FASTLLAMA_BACKEND, or the device, asks for an implementation of an op that cannot run here."""
+
+
 def nearest(word: str, legal: Iterable[str]) -> str | None:
     """The legal word most like `word`, or None when nothing is close."""
     found = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.5)

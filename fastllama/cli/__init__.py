@@ -1,0 +1,1 @@
+"""The `fastllama` command: one file for each subcommand, and no heavy import before one of them runs."""

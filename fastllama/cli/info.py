@@ -1,0 +1,110 @@
+"""`fastllama info`: what is installed, on what it runs, and what runs each op."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fastllama
+from fastllama import env
+from fastllama.cli.parser import add_command as add
+from fastllama.errors import BackendError
+
+PACKAGES = ("torch", "triton", "numba", "transformers", "safetensors", "sentencepiece", "huggingface_hub")
+
+
+def add_command(commands: Any) -> None:
+    """Define the subcommand."""
+    parser = add(
+        commands, "info", "show versions, devices, and what runs each op and why", run, examples=("", "--json")
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known, and return the exit status."""
+    versions, devices = _versions(), _devices()
+    variables = {variable.name: variable.read() for variable in env.VARIABLES}
+    ops = {device["type"]: _ops(device["type"]) for device in devices}
+    if args.json:
+        found = {"versions": versions, "devices": devices, "environment": variables, "ops": ops}
+        print(json.dumps(found), flush=True)
+        return 0
+    sections = [
+        [(name, version or "not installed") for name, version in versions.items()],
+        [(device["name"], _describe(device)) for device in devices],
+        list(variables.items()),
+    ]
+    for kind, table in ops.items():
+        lines = [(name, f"{row['backend']}: {row['reason']}") for name, row in table.items()]
+        sections.append([(f"op on {kind}", "runs on"), *lines])
+    width = max(len(name) for section in sections for name, _ in section)
+    print("\n\n".join("\n".join(f"{name:{width}}  {value}" for name, value in section) for section in sections))
+    return 0
+
+
+def _versions() -> dict[str, str | None]:
+    """Version by package; None where it is not installed. Nothing is imported for it."""
+    versions: dict[str, str | None] = {"fastllama": fastllama.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The CPU and every GPU that torch sees; memory_bytes is what it has, not what is free."""
+    import torch
+
+    cpu = {
+        "type": "cpu",
+        "name": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [cpu] + [
+        {
+            "type": "cuda",
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_bytes": gpu.total_memory,
+        }
+        for gpu in gpus
+    ]
+
+
+def _describe(device: dict[str, Any]) -> str:
+    kind, capability, memory = device["type"], device["capability"], device["memory_bytes"] / 2**30
+    units = f"{device['threads']} threads" if kind == "cpu" else f"{device['multiprocessors']} multiprocessors"
+    return f"{kind}, capability {capability}, {units}, {memory:.1f} GiB"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _ops(kind: str) -> dict[str, dict[str, str]]:
+    """What runs each op for tensors on a kind of device, and why."""
+    from fastllama.kernels.op import OPS
+
+    table = {}
+    for name, op in sorted(OPS.items()):
+        try:
+            found = op.implementation(kind)
+            table[name] = {"backend": found.backend, "reason": found.reason}
+        except BackendError as error:
+            table[name] = {"backend": "nothing", "reason": str(error)}
+    return table

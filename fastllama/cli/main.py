@@ -1,0 +1,104 @@
+"""The entry of the command: its arguments, its exit statuses, and one line for every mistake of its user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import fastllama
+from fastllama.cli import chat, generate, info, verify
+from fastllama.cli.parser import Parser
+from fastllama.errors import BackendError, ExtraRequiredError
+
+USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+STATUSES = f"""exit status:
+  0 success, {verify.DISAGREEMENT} verify found a disagreement, {USER_ERROR} a wrong argument, file or checkpoint,
+  {BUG} a bug of fastllama, {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output went away"""
+EXAMPLES = """examples:
+  fastllama generate --prompt "Once upon a time"
+  fastllama chat --model meta-llama/Llama-2-7b-chat-hf
+  fastllama info
+  fastllama verify --model path/to/model --dtype bfloat16"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (by default the process's own) and return its exit status."""
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    debug = "--debug" in argv  # by hand, so that it also covers what is wrong with the arguments
+    try:
+        args = _parser().parse_args(argv)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # an answer that the terminal cannot show is no reason to end it
+        with _log_to_stderr(logging.INFO if debug else logging.ERROR if args.quiet else logging.WARNING):
+            status: int = args.run(args)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:
+        # What is still buffered would be written at exit, and fail again, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        message = _users_mistake(error)
+        if message is None:
+            traceback.print_exc()
+            print("fastllama: this is a bug in fastllama; please report it with the lines above", file=sys.stderr)
+            return BUG
+        print(f"fastllama: error: {' '.join(message.split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fastllama",
+        description="Fast Llama inference. `fastllama COMMAND --help` says more.",
+        epilog=f"{EXAMPLES}\n\n{STATUSES}",
+    )
+    parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
+    for module in (generate, chat, info, verify):
+        module.add_command(commands)
+    return parser
+
+
+def _users_mistake(error: Exception) -> str | None:
+    """What to tell the user, None where the fault is ours. Arguments are typed here, so a TypeError never is his."""
+    # torch has a class for memory of a GPU only; for a CPU's it has words.
+    words = "out of memory", "can't allocate memory", "Cannot allocate memory"
+    exhausted = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if exhausted or isinstance(error, MemoryError):
+        return f"out of memory: try --dtype bfloat16 or a smaller --max-model-len ({error})"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError, BackendError, ExtraRequiredError)):
+        return str(error)
+    return None
+
+
+@contextmanager
+def _log_to_stderr(level: int) -> Iterator[None]:
+    """Show the library's own log, as `fastllama: warning: ...`, while the command runs."""
+    logger = logging.getLogger("fastllama")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line())
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"fastllama: {record.levelname.lower()}: {record.getMessage()}"

@@ -1,0 +1,103 @@
+"""Options that several subcommands share: which model, on what, and how its tokens are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastllama.runtime.outputs import CompletionOutput
+from fastllama.runtime.params import SamplingParams
+
+if TYPE_CHECKING:
+    from fastllama.io.tokenizer import Tokenizer
+    from fastllama.runtime.llm import LLM
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --tokenizer, --dtype, --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="tiny",
+        metavar="M",
+        help="'tiny' (packaged, the default), a Hugging Face or Meta folder, a llama2.c file, or a Hub id owner/name",
+    )
+    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+    group.add_argument(
+        "--dtype", default="auto", metavar="D", help="float32, bfloat16, float16 (default: the checkpoint's own)"
+    )
+    group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, how many, and where they end; the context length, which bounds them too."""
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default 256)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (default 0.8)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default 0: all)")
+    add("--top-p", type=float, default=0.95, metavar="P", help="draw from this much probability (default 0.95; 1: all)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="least share of the likeliest's probability (default 0)",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default 0)")
+    add("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
+    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's)")
+
+
+def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
+    """The sampling options, checked: what SamplingParams refuses is refused before a model is loaded."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    return SamplingParams(**{name: getattr(args, name) for name in names} | more)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can answer in text: its runtime, what runs its ops ("8 triton, 3 reference"), seconds it took."""
+
+    name: str
+    llm: LLM
+    tokenizer: Tokenizer
+    backend: str
+    seconds: float
+
+    def describe(self) -> str:
+        """One line of statistics."""
+        model = self.llm.engine.model
+        size, dtype = sum(parameter.numel() for parameter in model.parameters()), str(model.dtype).split(".")[1]
+        conditions = f"{dtype} on {model.device} (ops: {self.backend})"
+        return f"{self.name}: {size / 1e6:,.1f} M parameters, {conditions}, loaded in {self.seconds:.2f} s"
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Load the model that the options name. Raises ValueError where it has no tokenizer, and what LLM raises."""
+    from fastllama.kernels import backend_of
+    from fastllama.runtime.llm import LLM
+
+    start = time.perf_counter()
+    llm = LLM(
+        args.model,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        seed=args.seed,
+        progress=False if args.quiet else None,
+    )
+    if llm.tokenizer is None:
+        raise ValueError(f"there is no tokenizer with {args.model}; give one with --tokenizer")
+    counts = Counter(implementation.backend for implementation in backend_of(llm.engine.model.device).values())
+    backend = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return Loaded(args.model, llm, llm.tokenizer, backend, time.perf_counter() - start)
+
+
+def no_numbers(sample: CompletionOutput) -> str:
+    """What to tell the user when a sample ended in an error."""
+    return f"{sample.stop_reason}; if the dtype is float16, try --dtype bfloat16 or float32"

@@ -1,0 +1,58 @@
+"""How long a request took, and how fast that was."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastllama.runtime.outputs import RequestOutput
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Counts of tokens, seconds, tokens per second (None where nothing was timed).
+
+    prompt_s runs until the first token is there. The rate of the prompt leaves out what the prefix cache held; the rate
+    of the answer leaves out each sample's first token, which came with the prompt.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    prompt_s: float
+    decode_s: float
+    prompt_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> Timings:
+        """The timings of a request that has ended."""
+        metrics = output.metrics
+        assert metrics.finish_time is not None
+        first = metrics.first_token_time or metrics.finish_time
+        prompt_s, decode_s = first - metrics.arrival_time, metrics.finish_time - first
+        fresh = metrics.num_prompt_tokens - metrics.num_cached_tokens
+        decoded = metrics.num_generated_tokens - len(output.outputs)
+        return cls(
+            prompt_tokens=metrics.num_prompt_tokens,
+            cached_tokens=metrics.num_cached_tokens,
+            generated_tokens=metrics.num_generated_tokens,
+            prompt_s=prompt_s,
+            decode_s=decode_s,
+            prompt_tokens_per_s=fresh / prompt_s if prompt_s > 0 else None,
+            decode_tokens_per_s=decoded / decode_s if decode_s > 0 and decoded > 0 else None,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One line of statistics."""
+        cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
+        prompt = f"prompt: {self.prompt_tokens} tokens{cached}{_rate(self.prompt_tokens_per_s)}"
+        return f"{prompt}; generated: {self.generated_tokens} tokens{_rate(self.decode_tokens_per_s)}"
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f", {rate:,.1f} tokens/s"

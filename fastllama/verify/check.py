@@ -1,0 +1,56 @@
+"""The whole check: weights, ops, layers, logits, tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from fastllama.io.checkpoint import open_checkpoint
+from fastllama.io.hub import resolve_model
+from fastllama.runtime.llm import LLM
+from fastllama.verify import model as whole
+from fastllama.verify import ops
+from fastllama.verify.report import Report
+
+
+def check(
+    model: str | Path = "tiny",
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: bool | None = None,
+) -> Report:
+    """Judge every op, layer, logit and token of a model on a device against explicit formulas in fp64.
+
+    model, tokenizer, dtype, device, progress: as for LLM. A bound is twice the error of plain torch in the same dtype,
+    measured in the same run, and one rounding. Memory beyond the model: one weight matrix in fp64 and the activations
+    of 128 tokens. Raises what LLM raises.
+    """
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    total = sum(whole.lengths(checkpoint.config))
+    with LLM(
+        model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        max_model_len=total,
+        kv_cache_tokens=total,
+        max_num_seqs=1,
+        max_num_batched_tokens=whole.CHUNK,
+        progress=progress,
+    ) as llm:
+        built = llm.engine.model
+        with torch.inference_mode():
+            found = [*ops.rows(built.dtype, built.device), whole.weight_row(llm, checkpoint)]
+        found += whole.rows(llm, progress=progress)
+    return Report(
+        model=str(model),
+        dtype=str(built.dtype).removeprefix("torch."),
+        device=str(built.device),
+        seconds=time.perf_counter() - start,
+        rows=tuple(found),
+    )

@@ -1,0 +1,132 @@
+"""Layer by layer, then logits, then tokens: the whole runtime on a held-out text, against the dense oracle."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastllama.io.checkpoint import Checkpoint
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.weights import hf_tensors
+from fastllama.runtime.llm import LLM
+from fastllama.runtime.params import SamplingParams
+from fastllama.verify import oracle
+from fastllama.verify.report import Row, bound_of, error_of
+
+NUM_TOKENS = 128  # of text and answer together: two pages of the KV cache, so that both are crossed
+NUM_GREEDY = 32
+CHUNK = 40  # prompt tokens of one step: the text takes three, at bounds that no page shares
+
+
+def lengths(config: LlamaConfig) -> tuple[int, int]:
+    """Tokens of text and of greedy answer, fewer where the model's context holds fewer."""
+    total = min(NUM_TOKENS, config.max_position_embeddings)
+    answer = min(NUM_GREEDY, total // 4)
+    return total - answer, answer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the runtime computed for ids [T]: the residual stream [T, H] after each layer, logits [T, V], T in order.
+
+    answer: the tokens it drew from the last logits; trouble: why it drew no more of them, where it should have.
+    """
+
+    ids: Tensor
+    layers: list[Tensor]
+    logits: Tensor
+    answer: tuple[int, ...]
+    trouble: str | int | None
+
+
+def weight_row(llm: LLM, checkpoint: Checkpoint) -> Row:
+    """Whether the model holds the checkpoint's tensors, cast to its dtype, bit for bit."""
+    held = dict(hf_tensors(llm.engine.model))
+    error, count = 0.0, 0
+    for name, tensor in checkpoint.tensors():
+        if name in held:
+            ours = held[name]
+            error = max(error, error_of(ours.flatten(), tensor.to(ours.device, ours.dtype).flatten()))
+            count += 1
+    return Row("weights", "weights", f"{count} tensors", error if count == len(held) else math.inf, 0.0)
+
+
+def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
+    """A row for each layer, one for the logits, one for the greedy tokens. progress: a bar; None: on a terminal."""
+    model, max_model_len = llm.engine.model, llm.engine.scheduler.max_model_len
+    count, num_answer = lengths(llm.config)
+    run = _observe(llm, _text_ids(llm, count), num_answer)
+    weights = dict(hf_tensors(model))
+    exact, plain = (
+        oracle.forward(llm.config, weights, run.ids, dtype, max_model_len) for dtype in (torch.float64, model.dtype)
+    )
+    disable = None if progress is None else not progress
+    with torch.inference_mode(), tqdm(total=len(run.layers), desc="Layers", disable=disable, leave=False) as bar:
+        for i, ours in enumerate(run.layers):
+            reference = next(exact)
+            bound = bound_of(next(plain), reference, model.dtype)
+            yield Row("layer", f"layer {i}", f"{ours.shape[0]} tokens", error_of(ours, reference), bound)
+            bar.update()
+        reference = next(exact)
+        bound = bound_of(next(plain), reference, model.dtype)
+        yield Row("logits", "logits", f"{run.logits.shape[0]} tokens", error_of(run.logits, reference), bound)
+        yield _token_row(run, reference, 0.0 if model.dtype == torch.float32 else 2 * bound)
+
+
+def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
+    """How far the oracle rates our tokens below its own choice after the same text.
+
+    In fp32 each must be its choice. In 16 bits, logits that may each be off by their bound leave ties up to twice it.
+    """
+    case = f"{len(run.answer)} greedy tokens"
+    if run.trouble is not None:
+        return Row("tokens", "tokens", f"{case}, then {run.trouble}", math.inf, bound)
+    logits = logits[-len(run.answer) :]
+    best, ours = logits.amax(-1), logits.gather(1, torch.tensor(run.answer, device=logits.device)[:, None])[:, 0]
+    gaps = (best - ours) / logits.abs().amax(-1)
+    if ties := int((gaps > 0).sum()):
+        case += f", {ties} of them near-ties" if float(gaps.max()) <= bound else f", {ties} of them others"
+    return Row("tokens", "tokens", case, float(gaps.max()), bound)
+
+
+def _text_ids(llm: LLM, count: int) -> list[int]:
+    """The start of the held-out text; without a tokenizer, ids from a seed."""
+    if llm.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(llm.config.vocab_size, (count,), generator=generator).tolist()
+    text = importlib.resources.files("fastllama").joinpath("assets", "tiny", "heldout_seed.txt")
+    return llm.tokenizer.encode(text.read_text(encoding="utf-8")[: 40 * count])[:count]
+
+
+def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
+    """Complete ids greedily through the engine, and write down what passes by on the way."""
+    model = llm.engine.model
+    streams: list[list[Tensor]] = [[] for _ in model.layers]
+    logits: list[Tensor] = []
+
+    def note(stream: list[Tensor], output: Any) -> None:
+        stream.append(output[0] + output[1])  # a new tensor: the next layer overwrites both
+
+    handles = [model.register_forward_hook(lambda module, args, output: logits.append(output.clone()))]
+    for block, stream in zip(model.layers, streams, strict=True):
+
+        def hook(module: nn.Module, args: Any, output: Any, stream: list[Tensor] = stream) -> None:
+            note(stream, output)
+
+        handles.append(block.register_forward_hook(hook))
+    params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True, prompt_logprobs=0)
+    try:
+        (result,) = llm.generate(ids, params)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sample, seen = result.outputs[0], torch.cat(logits)
+    fed = torch.tensor([*ids, *sample.token_ids][: seen.shape[0]], device=model.device)
+    return Run(fed, [torch.cat(stream) for stream in streams], seen, sample.token_ids, sample.stop_reason)

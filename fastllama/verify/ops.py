@@ -1,0 +1,41 @@
+"""Op by op: the implementation that runs on this device, against explicit formulas in fp64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from fastllama import kernels
+from fastllama.verify.cases import Case, Results, all_cases
+from fastllama.verify.report import Row, bound_of, error_of
+
+
+def rows(dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """One row for each op: its worst case. dtype: of the inputs; device: where they are."""
+    backends = kernels.backend_of(device)
+    for op, cases in itertools.groupby(all_cases(dtype), key=lambda case: case.op):
+        worst = max((row for case in cases for row in _judge(case.to(device))), key=lambda row: row.strain)
+        yield replace(worst, backend=backends[op].backend)
+
+
+def _judge(case: Case) -> Iterator[Row]:
+    """A row for each output of the op."""
+    try:
+        found = _run(case)
+    except Exception as error:  # a kernel that cannot run is a finding, not the end of the report
+        yield Row("op", case.op, f"{case.label}: {type(error).__name__}: {error}", math.inf, 0.0)
+        return
+    exact, plain = (case.view(case.formula(*given.args)) for given in (case.to(torch.float64), case))
+    for ours, theirs, reference in zip(found, plain, exact, strict=False):  # a formula may give more: the log-sum-exp
+        yield Row("op", case.op, case.label, error_of(ours, reference), bound_of(theirs, reference, ours.dtype))
+
+
+def _run(case: Case) -> Results:
+    args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    results = getattr(kernels, case.op)(*args, **case.options)
+    results = results if isinstance(results, tuple) else (results,)
+    return case.view((*results, *(args[place] for place in case.written)))

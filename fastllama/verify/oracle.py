@@ -1,0 +1,131 @@
+"""Llama in explicit formulas over plain torch: dense, without pages, sharing no code with what it judges.
+
+Every function computes in the dtype of its tensors. In fp64 it is the oracle. In the model's own dtype it is what plain
+torch makes of the same formulas (norms, rotation and softmax in at least fp32, each result rounded once): the yardstick
+of how much error is honest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.layers.config import LlamaConfig
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp64 if it is fp64, else in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, rounded before the weight, as Hugging Face does."""
+    h = wide(x)
+    return weight * (h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up of [gate | up] along the last dimension."""
+    gate, up = gate_up.tensor_split(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn pairs of x [T, heads, D] as complex numbers: (a + bi)(cos + i sin), angles [T, R/2].
+
+    Pairs are (x_i, x_{i+R/2}), or neighbours (x_2i, x_2i+1) if interleaved; dimensions from R on stay.
+    """
+    half = cos.shape[-1]
+    first, second = slice(half), slice(half, 2 * half)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    a, b = wide(x[..., first]), wide(x[..., second])
+    cos, sin = cos[:, None], sin[:, None]
+    turned = x.clone()
+    turned[..., first] = (a * cos - b * sin).to(x.dtype)
+    turned[..., second] = (a * sin + b * cos).to(x.dtype)
+    return turned
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v of one sequence, and the log-sum-exp of the scores.
+
+    q: [Lq, Hq, D], k, v: [Lk, Hkv, D] -> [Lq, Hq, D], [Lq, Hq]. Causal: query i sees the keys up to i + Lk - Lq; one
+    that sees none gives 0 and -inf. The softmax is rounded to v's dtype before it meets v, as it is on tensor cores.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, Lk, D]
+    scores = scale * (wide(q).transpose(0, 1) @ wide(k).transpose(1, 2))  # [Hq, Lq, Lk]
+    if causal:
+        len_q, len_k = scores.shape[1:]
+        seen = torch.arange(len_k, device=q.device) <= torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
+        scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # NaN: -inf - -inf, a query that sees no key
+    return (weights.to(v.dtype) @ v).transpose(0, 1), lse.transpose(0, 1)
+
+
+def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor:
+    """[T, head_dim / 2] radians, position times frequency.
+
+    The frequencies and this product are fp32 by definition, as Meta and Hugging Face compute them: a model was trained
+    with these angles, and more exact ones would be others (6e-5 apart at position 1000).
+    Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card.
+    """
+    theta, scaling, dim = config.rope_theta, config.rope_scaling, config.head_dim
+    exponents = torch.arange(0, dim, 2, device=positions.device).float() / dim
+    if scaling is not None and scaling.kind == "dynamic":
+        trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+        grown = max(max_model_len / trained, 1.0)
+        theta = theta * (1 + scaling.factor * (grown - 1)) ** (dim / (dim - 2))
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    if scaling is not None and scaling.kind == "llama3":
+        assert scaling.original_max_position_embeddings is not None
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = frequencies * scaling.original_max_position_embeddings / math.tau
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return torch.outer(positions.float(), frequencies)
+
+
+def forward(
+    config: LlamaConfig, weights: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype, max_model_len: int
+) -> Iterator[Tensor]:
+    """The residual stream [T, hidden_size] after each layer, then the logits [T, vocab_size], of one sequence ids [T].
+
+    weights: by Hugging Face name. They are cast to `dtype` one matrix at a time and let go again, so that memory
+    stays bounded by the largest of them, whatever the size of the model.
+    """
+
+    def weight(name: str) -> Tensor:
+        return weights[name].to(dtype)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        bias = f"{name}.bias"
+        return F.linear(x, weight(f"{name}.weight"), weight(bias) if bias in weights else None)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, config.head_dim))
+
+    turns = angles(config, torch.arange(ids.shape[0], device=ids.device), max_model_len)
+    turns = turns.double() if dtype == torch.float64 else turns
+    cos, sin = turns.cos(), turns.sin()
+    x = weights["model.embed_tokens.weight"][ids].to(dtype)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        h = rms_norm(x, weight(f"{layer}.input_layernorm.weight"), config.rms_norm_eps)
+        q, k, v = (heads(linear(h, f"{layer}.self_attn.{kind}_proj")) for kind in "qkv")
+        out, _ = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, 1 / math.sqrt(config.head_dim))
+        x = x + linear(out.flatten(1), f"{layer}.self_attn.o_proj")
+        h = rms_norm(x, weight(f"{layer}.post_attention_layernorm.weight"), config.rms_norm_eps)
+        gate_up = torch.cat([linear(h, f"{layer}.mlp.{kind}_proj") for kind in ("gate", "up")], dim=-1)
+        x = x + linear(silu_mul(gate_up), f"{layer}.mlp.down_proj")
+        yield x
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    yield F.linear(rms_norm(x, weight("model.norm.weight"), config.rms_norm_eps), weight(head))
