@@ -1,6 +1,6 @@
 """What Numba lacks: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
 
-bf16 is carried as uint16 and fp16 as int16; an argument `like` of that type tells load and store what they are to do, so
+bf16 is carried as uint16, fp16 as int16: an argument `like` of that type tells load and store what they are to do, so
 that a kernel has one source for every dtype.
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 # What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
@@ -88,6 +89,21 @@ def store(context, address, index, value, like):
 
 
 @intrinsic
+def prefetch(context, address, index, like):
+    """Ask for the cache line of an element. Lines past the end of memory do no harm."""
+
+    def generate(context, builder, signature, args):
+        i8, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        line = builder.bitcast(_element_pointer(context, builder, *args[:2], signature.args[2]), i8)
+        builder.call(function, [line, i32(0), i32(3), i32(1)])  # a read, kept in all caches, of data
+        return context.get_dummy_value()
+
+    return types.void(address, types.int64, like), generate
+
+
+@intrinsic
 def rounded(context, value, like):
     """A float32 as it comes back from a store."""
 
@@ -124,6 +140,7 @@ def _power_of_two(context, n):
 @numba.njit(fastmath=FAST)
 def exp(x):
     """exp(x) to 2 ulp, x clamped to [-87, 88]: 2^n times a polynomial in the rest; coefficients of Cephes' expf."""
+    given = x
     x = x if x > np.float32(-87.0) else np.float32(-87.0)
     x = x if x < np.float32(88.0) else np.float32(88.0)
     n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
@@ -134,4 +151,5 @@ def exp(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1.0)) * _power_of_two(n)
+    power = (p * r * r + r + np.float32(1.0)) * _power_of_two(n)
+    return power if given == given else given  # NaN stays NaN, which the clamps would hide

@@ -1,0 +1,156 @@
+"""Greedy decoding of a 1.1B Llama with random weights at batch 1 on this CPU, beside transformers in the same run.
+
+python -m benchmarks.cpu_decode [--rounds 3] [--tokens 32] [--prompt-tokens 128] [--dtype bfloat16] [--output FILE]
+
+Both hold the same weights and take turns, a round each, so that a machine whose speed drifts hurts both. Decode time
+is from the first token to the last; transformers is timed twice, through `generate` and its bare forward pass with a
+cache, and the ratio is to the faster of the two. The floor is the time that the weights take at the read bandwidth
+measured in every round: no decoder that reads them all for each token can be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.environment import environment
+from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama.layers.weights import load_weights
+
+Timing = dict[str, float]  # seconds: "prefill" until the first token, "decode" from there to the last
+
+
+def build(dtype: torch.dtype, layers: int | None) -> tuple[LLM, transformers.LlamaForCausalLM]:
+    """The same random TinyLlama-1.1B, in ours and in transformers."""
+    config = LlamaConfig.preset("tinyllama-1.1b").to_hf()
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=dtype).eval()
+    ours = LlamaForCausalLM(LlamaConfig.from_hf(config), dtype)
+    load_weights(ours, theirs.state_dict().items())
+    return LLM(ours, max_model_len=1024, kv_cache_tokens=1024), theirs
+
+
+def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Timing:
+    """LLM.generate; its own clock says when the first token came."""
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    start = time.monotonic()
+    metrics = llm.generate(prompt, params)[0].metrics
+    assert metrics.first_token_time is not None
+    assert metrics.finish_time is not None
+    return {"prefill": metrics.first_token_time - start, "decode": metrics.finish_time - metrics.first_token_time}
+
+
+class _Clock:
+    """A streamer for transformers that notes when each token comes; its first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.monotonic())
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+@torch.inference_mode()
+def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Timing:
+    """transformers' generate."""
+    clock, ids = _Clock(), torch.tensor([prompt])
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    start = time.monotonic()
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+    return {"prefill": clock.times[1] - start, "decode": clock.times[-1] - clock.times[1]}
+
+
+@torch.inference_mode()
+def time_forward(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Timing:
+    """transformers' forward pass in the barest greedy loop."""
+    cache, ids, times = transformers.DynamicCache(), torch.tensor([prompt]), []
+    start = time.monotonic()
+    for _ in range(tokens):
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        times.append(time.monotonic())
+    return {"prefill": times[0] - start, "decode": times[-1] - times[0]}
+
+
+def read_bandwidth(memory: torch.Tensor) -> float:
+    """Bytes per second at which all threads together read memory: the best of three sums."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - start)
+    return memory.nbytes / min(seconds)
+
+
+def main() -> None:
+    """Take the measurements, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    options = parser.parse_args()
+    llm, theirs = build(getattr(torch, options.dtype), options.layers)
+    runs: dict[str, Callable[[list[int]], Timing]] = {
+        "fastllama": lambda prompt: time_ours(llm, prompt, options.tokens),
+        "transformers generate": lambda prompt: time_generate(theirs, prompt, options.tokens),
+        "transformers forward": lambda prompt: time_forward(theirs, prompt, options.tokens),
+    }
+    generator = torch.Generator().manual_seed(0)
+    samples: dict[str, list[Timing]] = {name: [] for name in runs}
+    memory, bandwidths = torch.ones(1 << 27), []
+    for round_number in range(options.rounds + 1):
+        bandwidths.append(read_bandwidth(memory))
+        for name, run in runs.items():
+            # A new prompt each time: no prefix is found in the cache.
+            prompt = torch.randint(3, 32000, (options.prompt_tokens,), generator=generator).tolist()
+            timing = run(prompt)
+            if round_number:  # the first is the warm-up
+                samples[name].append(timing)
+    model = llm.engine.model
+    step_bytes = sum(p.nbytes for p in model.parameters()) - model.embed_tokens.weight.nbytes
+    floor = statistics.median(bandwidths) / step_bytes
+    print_table(samples, options.prompt_tokens, options.tokens, floor)
+    if options.output:
+        record: dict[str, Any] = {
+            "benchmark": "cpu_decode",
+            "model": "TinyLlama-1.1B shape, random weights",
+            "conditions": {key: value for key, value in vars(options).items() if key != "output"},
+            "environment": environment(),
+            "bytes_per_token": step_bytes,
+            "read_bytes_per_second": bandwidths,
+            "samples": samples,
+        }
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def print_table(samples: dict[str, list[Timing]], prompt_tokens: int, tokens: int, floor: float) -> None:
+    """Medians of tokens/s, ours over the better of theirs, and the share of what the memory allows."""
+    decode = {name: statistics.median((tokens - 1) / t["decode"] for t in taken) for name, taken in samples.items()}
+    prefill = {name: statistics.median(prompt_tokens / t["prefill"] for t in taken) for name, taken in samples.items()}
+    print(f"{'':24}{'decode tok/s':>14}{'prefill tok/s':>15}")
+    for name in samples:
+        print(f"{name:24}{decode[name]:14.2f}{prefill[name]:15.1f}")
+    for what, rates in (("decode", decode), ("prefill", prefill)):
+        best = max(rate for name, rate in rates.items() if name != "fastllama")
+        print(f"{what}: {rates['fastllama'] / best:.2f} times transformers")
+    print(f"memory allows {floor:.2f} tok/s: fastllama decodes at {100 * decode['fastllama'] / floor:.0f} % of it")
+
+
+if __name__ == "__main__":
+    main()
