@@ -19,8 +19,18 @@ _HOME = {
     "save_model": "fastllama.io.save",
     "load_tokenizer": "fastllama.io.tokenizer",
 }
-__all__ = ["LLM", "CompletionOutput", "LlamaConfig", "LlamaForCausalLM", "RequestOutput", "SamplingParams", "__version__"]
-__all__ += ["load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]
 
 if TYPE_CHECKING:
     from fastllama.io.load import load_model

@@ -1,6 +1,7 @@
 """Checks at the public boundary: one sentence that names the argument, the value seen and what is legal.
 
-Free of torch, so that the scheduler and the command line can use it; tensors are only asked for `shape`, `dtype`, `stride`, `device`.
+Free of torch, so that the scheduler and the command line can use it; of tensors only shape, dtype, strides and device
+are read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class ExtraRequiredError(ImportError):
     """An optional dependency is missing; the message names the pip extra that brings it."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(f"{feature} needs the package {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
+        super().__init__(f"{feature} needs {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
 
 
 class BackendError(RuntimeError):
@@ -78,10 +79,10 @@ def check_dtype(name: str, tensor: Any, legal: Sequence[Any]) -> None:
 def check_rows(name: str, tensor: Any) -> None:
     """Raise ValueError unless the last dimension is contiguous; every other stride is honoured."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name} has strides {list(tensor.stride())}; the last dimension must be contiguous (stride 1)")
+        raise ValueError(f"{name} has strides {list(tensor.stride())}; legal: a contiguous last dimension (stride 1)")
 
 
 def check_device(name: str, tensor: Any, other_name: str, other: Any) -> None:
     """Raise ValueError unless both tensors are on one device."""
     if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; legal: one device for all tensors")
+        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}; legal: one device for all")
