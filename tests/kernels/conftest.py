@@ -1,0 +1,28 @@
+"""What every test of a kernel gets: one thread, and compiled kernels that are those of the sources here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+# Numba's cache notices a change in a kernel's own file and not in the helpers it inlines from others: a cache for each
+# state of all of them. Set before anything imports Numba.
+_SOURCES = sorted((ROOT / "fastllama" / "kernels" / "numba").glob("*.py"))
+_STATE = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+os.environ["NUMBA_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"numba-{_STATE}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only waits, and on a busy machine it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

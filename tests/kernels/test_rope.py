@@ -1,0 +1,186 @@
+"""rope and rope_and_write_kv against Hugging Face's rotation (half-split) and complex numbers (interleaved)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from fastllama.kernels import cos_sin_cache, reference
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, double, on_cpu, public
+
+POSITIONS = 600
+UNTOUCHED = 7.0
+HUGE = 3e4
+
+
+def cache(rotated: int) -> Tensor:
+    return cos_sin_cache(10000.0 ** -(torch.arange(0, rotated, 2) / rotated), POSITIONS)
+
+
+def rotated_half(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Hugging Face's rotation of the first R dimensions, in at least fp32, rounded once."""
+    cos, sin = (part.repeat(1, 2)[positions][None] for part in cos_sin.chunk(2, -1))
+    size = cos_sin.shape[1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    head_first = wide[..., :size].transpose(0, 1)[None]
+    turned, _ = apply_rotary_pos_emb(head_first, head_first, cos.to(wide.dtype), sin.to(wide.dtype))
+    return torch.cat((turned[0].transpose(0, 1), wide[..., size:]), -1).to(x.dtype)
+
+
+def rotated_complex(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Meta's rotation: neighbours are complex numbers, turned by a product with cos + i sin."""
+    size = cos_sin.shape[1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide[..., :size].unflatten(-1, (-1, 2)).contiguous())
+    turns = torch.complex(*cos_sin.to(wide.dtype)[positions].chunk(2, -1))[:, None]
+    return torch.cat((torch.view_as_real(pairs * turns).flatten(-2), wide[..., size:]), -1).to(x.dtype)
+
+
+FORMULAS = {False: rotated_half, True: rotated_complex}
+both_pairings = pytest.mark.parametrize("interleaved", FORMULAS, ids=["half", "interleaved"])
+# tokens, query heads, key heads, D, R: MHA, GQA 4 and 8, MQA, odd halves, partial rotation, none, nothing
+SHAPES = [(5, 4, 4, 64, 64), (3, 8, 2, 16, 16), (1, 8, 1, 128, 128), (4, 3, 1, 10, 6), (2, 2, 1, 8, 0), (0, 2, 1, 8, 8)]
+
+
+def queries_and_keys(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, num_q_heads, num_kv_heads, head_dim, rotated = shape
+    q, k = (torch.randn(tokens, heads, head_dim).to(dtype) for heads in (num_q_heads, num_kv_heads))
+    return q, k, cache(rotated), torch.randint(0, POSITIONS, (tokens,))
+
+
+def test_the_cache_is_cosines_then_sines_of_fp32_angles() -> None:
+    """The angles are the fp32 products that models were trained with; their cosines are as exact as fp32 can be."""
+    inv_freq = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+    angles = torch.arange(5000).float()[:, None] * inv_freq
+    cos_sin = cos_sin_cache(inv_freq, 5000)
+    assert cos_sin.dtype == torch.float32
+    exact = torch.cat((angles.double().cos(), angles.double().sin()), -1)
+    assert (cos_sin - exact).abs().max() <= 1.5 * torch.finfo(torch.float32).eps / 2
+
+
+@both_pairings
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula(shape: tuple[int, ...], interleaved: bool) -> None:
+    q, k, cos_sin, positions = double(*queries_and_keys(shape, torch.float32))
+    for found, x in zip(reference.rope(q, k, cos_sin, positions, interleaved), (q, k), strict=True):
+        expected = FORMULAS[interleaved](x, cos_sin, positions)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@both_pairings
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", on_cpu("rope"))
+def test_rope(backend: str, dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool) -> None:
+    q, k, cos_sin, positions = queries_and_keys(shape, dtype)
+    found = public("rope", backend)(q, k, cos_sin, positions, interleaved=interleaved)
+    exact = reference.rope(*double(q, k, cos_sin, positions), interleaved)
+    for ours, oracle, x in zip(found, exact, (q, k), strict=True):
+        assert_honest(ours, FORMULAS[interleaved](x, cos_sin, positions), oracle)
+
+
+@both_pairings
+@pytest.mark.parametrize("backend", on_cpu("rope"))
+def test_rope_in_place_on_slices_with_int32_positions(backend: str, interleaved: bool) -> None:
+    q, k, cos_sin, positions = queries_and_keys(SHAPES[1], torch.bfloat16)
+    buffer = torch.full((3, 14, 16), UNTOUCHED, dtype=q.dtype)
+    q_view, k_view = buffer[:, 1:9], buffer[:, 10:12]
+    q_view.copy_(q)
+    k_view.copy_(k)
+    expected = public("rope", backend)(q, k, cos_sin, positions, interleaved=interleaved)
+    found = public("rope", backend)(
+        q_view, k_view, cos_sin, positions.int(), interleaved=interleaved, q_out=q_view, k_out=k_view
+    )
+    assert found == (q_view, k_view)
+    assert_equal(q_view, expected[0])
+    assert_equal(k_view, expected[1])
+    assert (buffer[:, [0, 9, 12, 13]] == UNTOUCHED).all()
+
+
+def pages_of(order: str, num_pages: int, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Pages [P, H, page_size, D]: HND lies so in memory, NHD as [P, page_size, H, D]."""
+    if order == "HND":
+        return torch.full((num_pages, heads, page_size, head_dim), UNTOUCHED, dtype=dtype)
+    return torch.full((num_pages, page_size, heads, head_dim), UNTOUCHED, dtype=dtype).transpose(1, 2)
+
+
+@both_pairings
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+def test_rope_and_write_kv(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], page_size: int, order: str, interleaved: bool
+) -> None:
+    """Shuffled slots, every second one padding; q and the written slots are right, all other slots untouched."""
+    tokens, _, num_kv_heads, head_dim, _ = shape
+    q, k, cos_sin, positions = queries_and_keys(shape, dtype)
+    v = torch.randn(k.shape).to(dtype)
+    qkv = torch.cat((q, k, v), 1).flatten(1)
+    k_pages, v_pages = (pages_of(order, 3, num_kv_heads, page_size, head_dim, dtype) for _ in "kv")
+    slots = torch.randperm(3 * page_size)[:tokens]
+    slots[1::2] = -1
+    q_out = public("rope_and_write_kv", backend)(
+        qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved=interleaved
+    )
+
+    expected_k, expected_v = (torch.full((3, num_kv_heads, page_size, head_dim), UNTOUCHED).double() for _ in "kv")
+    plain_k = torch.full(expected_k.shape, UNTOUCHED, dtype=dtype)
+    exact_q, exact_k = reference.rope(*double(q, k, cos_sin, positions), interleaved)
+    rotated_k = FORMULAS[interleaved](k, cos_sin, positions)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            page, offset = divmod(slot, page_size)
+            expected_k[page, :, offset] = exact_k[token]
+            expected_v[page, :, offset] = v[token].double()
+            plain_k[page, :, offset] = rotated_k[token]
+    assert_honest(q_out, FORMULAS[interleaved](q, cos_sin, positions), exact_q)
+    assert_honest(k_pages, plain_k, expected_k)
+    assert_equal(v_pages.double(), expected_v)
+
+
+@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+def test_the_oracle_of_rope_and_write_kv_is_fp64_throughout(backend: str) -> None:
+    q, k, cos_sin, positions = double(*queries_and_keys((4, 4, 2, 16, 16), torch.float32))
+    k_pages, v_pages = (pages_of("HND", 1, 2, 4, 16, torch.float64) for _ in "kv")
+    qkv = torch.cat((q, k, k), 1).flatten(1)
+    for angles in (cos_sin, cos_sin.float()):  # exact angles, and the model's own
+        q_out = public("rope_and_write_kv", backend)(qkv, angles, positions, torch.arange(4), k_pages, v_pages)
+        for found, x in ((q_out, q), (k_pages[0].transpose(0, 1), k)):
+            expected = rotated_half(x, angles.double(), positions)
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+def test_rope_and_write_kv_in_place_with_int32_indices(backend: str) -> None:
+    """q rotated where it lies in the projection's output, the projection itself a slice of a wider buffer."""
+    q, k, cos_sin, positions = queries_and_keys(SHAPES[1], torch.float16)
+    qkv = torch.cat((q, k, k), 1).flatten(1)
+    pages = [pages_of("HND", 2, 2, 4, 16, torch.float16) for _ in range(4)]
+    slots = torch.tensor([6, -1, 0])
+    run = public("rope_and_write_kv", backend)
+    expected = run(qkv, cos_sin, positions, slots, *pages[:2])
+    buffer = torch.full((3, 200), HUGE, dtype=torch.float16)
+    view = buffer[:, 4:196]
+    view.copy_(qkv)
+    q_out = view[:, :128].view(3, 8, 16)
+    assert run(view, cos_sin, positions.int(), slots.int(), *pages[2:], q_out=q_out) is q_out
+    assert_equal(q_out, expected)
+    assert_equal(pages[2], pages[0])
+    assert_equal(pages[3], pages[1])
+    assert (buffer[:, :4] == HUGE).all()
+    assert (buffer[:, 196:] == HUGE).all()
+
+
+@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+@pytest.mark.parametrize(("position", "slot"), [(POSITIONS, 0), (0, 8)])
+def test_what_lies_outside_is_not_read_or_written(backend: str, position: int, slot: int) -> None:
+    """A position past the cache or a slot past the pages is an error on a CPU, never memory of somebody else."""
+    pages = [pages_of("HND", 2, 2, 4, 16, torch.float32) for _ in range(2)]
+    with pytest.raises((ValueError, IndexError)):
+        public("rope_and_write_kv", backend)(
+            torch.randn(1, 96), cache(16), torch.tensor([position]), torch.tensor([slot]), *pages
+        )
