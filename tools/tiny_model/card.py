@@ -80,7 +80,7 @@ def write_training(path: Path, config: TinyConfig, log: Sequence[LogEntry], meas
 def write_card(path: Path, config: TinyConfig, log: Sequence[LogEntry], measured: Measured) -> None:
     """README.md."""
     tokens = log[-1][1]
-    long = config.phases[-1]
+    lengths = ", then ".join(str(phase.length) for phase in config.phases)
     rows = "\n".join(
         f"| `{name}` | {measured.held_out_stories[name]} | {measured.fp32[name]:.4f} | {measured.bf16[name]:.4f} |"
         for name in measured.fp32
@@ -114,10 +114,11 @@ Llama 2's format: a story is asked for, told, and then asked about. No document 
 vanishes, a trail is followed) is never trained on. No other text and no data about real persons was used.
 
 ## Training
-{tokens:,} tokens in {log[-1][0]:,} steps of AdamW in fp32 on a CPU: sequences of {config.phases[0].length}, at the end
-{long.steps} steps at {long.length}; peak learning rate {config.learning_rate:g}, {config.warmup_steps} steps of warmup,
-a plateau, a cosine fall over the last {config.decay_share:.0%}; weight decay {config.weight_decay:g}, clipping at
-{config.clip_norm:g}. `training.json` has the whole configuration and every logged loss.
+{tokens:,} tokens in {log[-1][0]:,} steps in fp32 on a CPU, in rows of {lengths} tokens. Muon steps
+the matrices (peak rate {config.learning_rate:g}, momentum {config.momentum:g}, weight decay {config.weight_decay:g}),
+AdamW the embeddings and norms (peak rate {config.embedding_rate:g}); {config.warmup_steps} steps of warmup, a plateau,
+a cosine fall over the last {config.decay_share:.0%}; clipping at {config.clip_norm:g}.
+`training.json` has the whole configuration and every logged loss.
 
 ![training loss](training_curve.png)
 

@@ -35,17 +35,19 @@ class TinyConfig:
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    phases: tuple[Phase, ...] = (Phase(5_900_000, 512, 4), Phase(1_100_000, 1024, 2))
-    learning_rate: float = 2e-3
-    final_share: float = 0.02  # of the learning rate, at the last step
-    warmup_steps: int = 100
-    decay_share: float = 0.5  # of the steps, at the end: trapezoid schedule with a cosine fall
+    phases: tuple[Phase, ...] = (Phase(819_200, 256, 8), Phase(921_600, 512, 4), Phase(307_200, 1024, 2))
+    learning_rate: float = 5e-3  # of the matrices, by Muon
+    embedding_rate: float = 2e-3  # of the embeddings and norms, by AdamW
+    final_share: float = 0.02  # of the learning rates, at the last step
+    warmup_steps: int = 50
+    decay_share: float = 0.6  # of the steps, at the end: trapezoid schedule with a cosine fall
+    momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     threads: int = 2
-    log_steps: int = 20
-    checkpoint_steps: int = 200
+    log_steps: int = 10
+    checkpoint_steps: int = 50
 
     @property
     def steps(self) -> int:
@@ -68,6 +70,7 @@ class TinyConfig:
             max_position_embeddings=self.max_position_embeddings,
             rms_norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
+            initializer_range=self.hidden_size**-0.5,
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=2,

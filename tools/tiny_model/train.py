@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
 from .chat import document
 from .config import TinyConfig
+from .muon import Muon
 from .tokenizer import encode
 
 
@@ -37,12 +39,12 @@ class Packer:
         return ids.unfold(0, length + 1, length)
 
 
-def learning_rate(config: TinyConfig, step: int) -> float:
-    """Linear warmup, a plateau, then a cosine fall to `final_share` over the last `decay_share` of the steps."""
+def rate_share(config: TinyConfig, step: int) -> float:
+    """The share of the peak learning rates: linear warmup, a plateau, a cosine fall over the last `decay_share`."""
     decay_steps = max(1, round(config.decay_share * config.steps))
     into_decay = max(0, step - (config.steps - decay_steps)) / decay_steps
     fall = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * into_decay))
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * fall
+    return min(1.0, (step + 1) / config.warmup_steps) * fall
 
 
 def build_model(config: TinyConfig) -> LlamaForCausalLM:
@@ -55,12 +57,14 @@ def build_model(config: TinyConfig) -> LlamaForCausalLM:
     return model
 
 
-def build_optimizer(config: TinyConfig, model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """AdamW; norms and embeddings (1-d weights and the tied table) are not decayed."""
+def build_optimizers(config: TinyConfig, model: LlamaForCausalLM) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices, AdamW without decay for the embeddings and norms."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim < 2 or "embed" in name]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return (
+        Muon(matrices, config.learning_rate, config.momentum, config.weight_decay),
+        torch.optim.AdamW(others, lr=config.embedding_rate, betas=config.betas, weight_decay=0.0, fused=True),
+    )
 
 
 def _schedule(config: TinyConfig) -> Iterator[tuple[int, int]]:
@@ -77,7 +81,8 @@ def train(
     """Trains, or goes on from `folder`'s checkpoint; returns the model and its log: (step, tokens seen, mean loss)."""
     torch.set_num_threads(config.threads)
     model = build_model(config)
-    optimizer = build_optimizer(config, model)
+    optimizers = build_optimizers(config, model)
+    schedules = [LambdaLR(optimizer, lambda step: rate_share(config, step)) for optimizer in optimizers]
     packer, log, done, seen = Packer(tokenizer), [], 0, 0
     path = folder / "checkpoint.pt"
     if path.exists():
@@ -85,7 +90,8 @@ def train(
         if saved["config"] != json.dumps(asdict(config)):
             raise ValueError(f"{path} belongs to another config; remove it or restore that config")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for part, state in zip((*optimizers, *schedules), saved["optimization"], strict=True):
+            part.load_state_dict(state)
         packer = Packer(tokenizer, saved["next_seed"], saved["rest"])
         log, done, seen = saved["log"], saved["done"], saved["seen"]
     model.train()
@@ -95,14 +101,13 @@ def train(
         if step < done:
             continue
         ids = packer.batch(rows, length)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
         losses.append(loss.item())
         seen += rows * length
         if (step + 1) % config.log_steps == 0 or step + 1 == config.steps:
@@ -112,7 +117,8 @@ def train(
             losses = []
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
             state = {
-                "config": json.dumps(asdict(config)), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "config": json.dumps(asdict(config)), "model": model.state_dict(),
+                "optimization": [part.state_dict() for part in (*optimizers, *schedules)],
                 "next_seed": packer.next_seed, "rest": packer.rest, "log": log, "done": step + 1, "seen": seen,
             }  # fmt: skip
             torch.save(state, path.with_suffix(".new"))
