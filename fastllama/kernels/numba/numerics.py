@@ -70,7 +70,7 @@ def load(context, address, index, like):
 
     def generate(context, builder, signature, args):
         element = signature.args[2]
-        return _widened(builder, builder.load(_element_pointer(context, builder, *args[:2], element)), element)
+        return _widened(builder, builder.load(_element_pointer(context, builder, args[0], args[1], element)), element)
 
     return types.float32(address, types.int64, like), generate
 
@@ -81,7 +81,7 @@ def store(context, address, index, value, like):
 
     def generate(context, builder, signature, args):
         element = signature.args[3]
-        target = _element_pointer(context, builder, *args[:2], element)
+        target = _element_pointer(context, builder, args[0], args[1], element)
         builder.store(_narrowed(builder, args[2], element), target)
         return context.get_dummy_value()
 
@@ -96,7 +96,7 @@ def prefetch(context, address, index, like):
         i8, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [i8, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        line = builder.bitcast(_element_pointer(context, builder, *args[:2], signature.args[2]), i8)
+        line = builder.bitcast(_element_pointer(context, builder, args[0], args[1], signature.args[2]), i8)
         builder.call(function, [line, i32(0), i32(3), i32(1)])  # a read, kept in all caches, of data
         return context.get_dummy_value()
 
@@ -119,7 +119,7 @@ def load_integer(context, address, index, like):
     """Element `index` of int32 or int64 memory, as an int64."""
 
     def generate(context, builder, signature, args):
-        number = builder.load(_element_pointer(context, builder, *args[:2], signature.args[2]))
+        number = builder.load(_element_pointer(context, builder, args[0], args[1], signature.args[2]))
         return number if number.type.width == 64 else builder.sext(number, ir.IntType(64))
 
     return types.int64(address, types.int64, like), generate
