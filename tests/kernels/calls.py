@@ -1,0 +1,91 @@
+"""One legal call of every public op, with all its outputs given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastllama.kernels import cos_sin_cache
+
+# tokens, query heads, key heads, head dimension, pages, page size
+T, HQ, HKV, D, P, PAGE = 3, 4, 2, 8, 5, 4
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def arguments(op: str) -> dict[str, Any]:
+    """Every tensor of the op's schema by name but an optional log-sum-exp, and its scalars."""
+    hidden, weight = torch.randn(T, D), torch.randn(D)
+    q, k = torch.randn(T, HQ, D), torch.randn(T, HKV, D)
+    pages = {"k_pages": torch.randn(P, HKV, PAGE, D), "v_pages": torch.randn(P, HKV, PAGE, D)}
+    turns = {"cos_sin": cos_sin_cache(torch.rand(D // 2), 16), "positions": torch.arange(T)}
+    # the last sequence is padding
+    table = {"page_table": int32(4, 0, 2, 1, 3, 3).view(3, 2), "seq_lens": int32(6, 3, 0)}
+    return {
+        "rms_norm": {"x": hidden, "weight": weight, "eps": 1e-5, "out": torch.empty(T, D)},
+        "add_rms_norm": {
+            "x": hidden,
+            "residual": torch.randn(T, D),
+            "weight": weight,
+            "eps": 1e-5,
+            "out": torch.empty(T, D),
+            "residual_out": torch.empty(T, D),
+        },
+        "rope": {
+            "q": q,
+            "k": k,
+            **turns,
+            "interleaved": False,
+            "q_out": torch.empty_like(q),
+            "k_out": torch.empty_like(k),
+        },
+        "rope_and_write_kv": {
+            "qkv": torch.randn(T, (HQ + 2 * HKV) * D),
+            **turns,
+            "slots": torch.tensor([0, -1, 7]),
+            **pages,
+            "interleaved": False,
+            "q_out": torch.empty_like(q),
+        },
+        "attention_varlen": {
+            "q": q,
+            "k": k,
+            "v": torch.randn(T, HKV, D),
+            "cu_seqlens_q": int32(0, 1, 3),
+            "cu_seqlens_k": int32(0, 1, 3),
+            "scale": 0.3,
+            "causal": True,
+            "out": torch.empty_like(q),
+        },
+        "attention_prefill": {
+            "q": q,
+            **pages,
+            **table,
+            "cu_seqlens_q": int32(0, 2, 3, 3),
+            "scale": 0.3,
+            "out": torch.empty_like(q),
+        },
+        "attention_decode": {"q": q, **pages, **table, "scale": 0.3, "out": torch.empty_like(q)},
+        "matmul": {
+            "x": hidden,
+            "weight": torch.randn(6, D),
+            "bias": torch.randn(6),
+            "out": torch.empty(T, 6),
+        },
+        "embedding": {"ids": torch.tensor([3, 0, 5]), "weight": torch.randn(6, D), "out": torch.empty(T, D)},
+        "silu_mul": {"gate_up": torch.randn(T, 2 * D), "out": torch.empty(T, D)},
+        "sample": {
+            "logits": torch.randn(T, 9),
+            "temperature": torch.tensor([0.0, 1.0, 0.5]),
+            "top_k": int32(0, 5, 2),
+            "top_p": torch.tensor([1.0, 0.9, 1.0]),
+            "min_p": torch.tensor([0.0, 0.0, 0.1]),
+            "seed": torch.arange(T),
+            "offset": torch.arange(T),
+            "tokens": torch.empty(T, dtype=torch.int64),
+            "logprobs": torch.empty(T),
+        },
+    }[op]

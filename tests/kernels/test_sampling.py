@@ -1,0 +1,262 @@
+"""sample against plain Python: lists, sets and exact integers instead of tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels.reference.sampling import filter_probs, philox
+from tests.kernels.honest import DTYPES, assert_equal, error, on_cpu, public
+
+BACKENDS = on_cpu("sample")
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+WORD = 0xFFFFFFFF
+# Random123's tests/kat_vectors for philox4x32-10: counter, key, result
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+SEEDS = [0, 1, -1, 7, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63), 0x123456789ABCDEF]
+OFFSETS = [0, 1, 1000, (1 << 31) - 1, 1 << 31, WORD]
+
+
+def philox_4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (second >> 32) ^ b ^ k, second & WORD, (first >> 32) ^ d ^ m, first & WORD
+        k, m = (k + 0x9E3779B9) & WORD, (m + 0xBB67AE85) & WORD
+    return a, b, c, d
+
+
+def uniform(seed: int, offset: int) -> float:
+    """The first word as a signed integer, folded to 31 bits and scaled to [0, 1)."""
+    word = philox_4x32_10((offset & WORD, 0, 0, 0), (seed & WORD, seed >> 32 & WORD))[0]
+    return min(word, WORD - word) / 2**31
+
+
+def survivors(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """The tokens that all filters keep, with their share of what is left."""
+    top = max(logits)
+    probs = {i: math.exp((logit - top) / temperature) for i, logit in enumerate(logits)}
+    if 0 < top_k < len(probs):
+        last = sorted(probs.values(), reverse=True)[top_k - 1]
+        probs = {i: p for i, p in probs.items() if p >= last}
+    if top_p < 1:
+        total, mass = math.fsum(probs.values()), 0.0
+        for last in sorted(probs.values(), reverse=True):
+            mass += last
+            if mass >= top_p * total:
+                break
+        probs = {i: p for i, p in probs.items() if p >= last}
+    probs = {i: p for i, p in probs.items() if p >= min_p * max(probs.values())}
+    total = math.fsum(probs.values())
+    return {i: p / total for i, p in probs.items()}
+
+
+def rows(count: int, **given: Any) -> list[Tensor]:
+    """The six parameter tensors for `count` rows; a list gives each row its own value."""
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "offset": 0}
+    dtypes = [torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64]
+    values = (defaults | given).values()
+    return [
+        torch.tensor(value if isinstance(value, list) else [value] * count, dtype=dtype)
+        for value, dtype in zip(values, dtypes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_the_integers_here_are_philox(counter: tuple[int, ...], key: tuple[int, ...], result: tuple[int, ...]) -> None:
+    assert philox_4x32_10(counter, key) == result
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_philox(seed: int) -> None:
+    """fp32 keeps 24 of 31 bits, rounded: never 1."""
+    found = philox(torch.tensor([seed] * len(OFFSETS)), torch.tensor(OFFSETS))
+    assert found.dtype == torch.float32
+    assert ((found >= 0) & (found < 1)).all()
+    expected = torch.tensor([uniform(seed, offset) for offset in OFFSETS], dtype=torch.float64)
+    assert ((found - expected).abs() <= 2 * torch.finfo(torch.float32).eps * expected).all()
+
+
+def test_the_largest_draw_is_below_one() -> None:
+    """The scale is fp32's next below 2^-31: 2^31 - 1 rounds up to 2^31 and must not give 1."""
+    assert torch.tensor(2**31 - 1).float() * 4.6566127342e-10 < 1
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_greedy_takes_the_first_largest(backend: str, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [-3.0, -9.0, -3.0, -3.0], [0.0, 0.0, 0.0, 1e-3]]).to(dtype)
+    for others in ({}, {"top_k": 1, "top_p": 0.1, "min_p": 1.0, "seed": 5, "offset": 9}):
+        tokens, _ = public("sample", backend)(logits, *rows(3, temperature=0.0, **others))
+        assert tokens.dtype == torch.int64
+        assert tokens.tolist() == [1, 0, 3]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logprobs_are_those_of_the_logits_as_given(backend: str, dtype: torch.dtype) -> None:
+    """Before temperature and filters, in fp32, whatever was drawn; beside log_softmax in fp32."""
+    logits = (5 * torch.randn(20, 300)).to(dtype)
+    parameters = rows(20, temperature=[0.0, 0.5] * 10, top_k=7, top_p=0.8, min_p=0.01, offset=list(range(20)))
+    tokens, logprobs = public("sample", backend)(logits, *parameters)
+    assert logprobs.dtype == torch.float32
+    plain, exact = (x.log_softmax(-1).gather(1, tokens[:, None])[:, 0] for x in (logits.float(), logits.double()))
+    bound = 2 * error(plain[:, None], exact[:, None]) + torch.finfo(torch.float32).eps
+    assert error(logprobs[:, None], exact[:, None]) <= bound
+
+
+# probabilities that are sums of powers of two: every comparison is exact, thresholds included
+EXACT = [
+    # probs, top_k, top_p, min_p, kept
+    ([0.5, 0.25, 0.125, 0.125], 0, 1.0, 0.0, [0, 1, 2, 3]),
+    ([0.125, 0.5, 0.25, 0.125], 1, 1.0, 0.0, [1]),
+    ([0.125, 0.5, 0.25, 0.125], 2, 1.0, 0.0, [1, 2]),
+    ([0.125, 0.5, 0.25, 0.125], 3, 1.0, 0.0, [0, 1, 2, 3]),  # a tie for the third place
+    ([0.25, 0.25, 0.25, 0.25], 1, 1.0, 0.0, [0, 1, 2, 3]),
+    ([0.5, 0.25, 0.125, 0.125], 9, 1.0, 0.0, [0, 1, 2, 3]),  # more than there are
+    ([0.5, 0.25, 0.125, 0.125], 0, 0.5, 0.0, [0]),  # reached exactly
+    ([0.5, 0.25, 0.125, 0.125], 0, 0.50001, 0.0, [0, 1]),
+    ([0.5, 0.25, 0.125, 0.125], 0, 0.75, 0.0, [0, 1]),
+    ([0.5, 0.25, 0.125, 0.125], 0, 0.76, 0.0, [0, 1, 2, 3]),  # one of a tie is needed
+    ([0.5, 0.25, 0.125, 0.125], 0, 0.0, 0.0, [0]),
+    ([0.25, 0.5, 0.25, 0.0], 0, 0.99999, 0.0, [0, 1, 2]),
+    ([0.5, 0.25, 0.125, 0.125], 0, 1.0, 0.5, [0, 1]),
+    ([0.5, 0.25, 0.125, 0.125], 0, 1.0, 0.25, [0, 1, 2, 3]),
+    ([0.5, 0.25, 0.125, 0.125], 0, 1.0, 1.0, [0]),
+    ([0.5, 0.25, 0.125, 0.125], 2, 0.66, 0.0, [0]),  # of what top-k leaves: 0.5 of 0.75 is 0.667
+    ([0.5, 0.25, 0.125, 0.125], 2, 0.67, 0.0, [0, 1]),
+    ([0.5, 0.25, 0.125, 0.125], 3, 0.99, 0.26, [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("probs", "top_k", "top_p", "min_p", "kept"), EXACT)
+def test_filters_at_their_thresholds(
+    probs: list[float], top_k: int, top_p: float, min_p: float, kept: list[int]
+) -> None:
+    _, *filters, _, _ = rows(1, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = filter_probs(torch.tensor([probs]), *filters)[0]
+    assert found.tolist() == [p if i in kept else 0.0 for i, p in enumerate(probs)]
+
+
+@on_every_backend
+@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_the_draw_is_the_inverse_of_the_filtered_distribution(backend: str, temperature: float, ties: bool) -> None:
+    """Every combination of filters: the first token, in vocabulary order, whose cumulative share exceeds the draw."""
+    vocab = 23
+    combinations = [(k, p, m) for k in (0, 1, 5, 22, 23, 99) for p in (0.0, 0.3, 0.9, 1.0) for m in (0.0, 0.05, 0.4)]
+    logits = 2 * torch.randn(len(combinations), vocab, dtype=torch.float64)
+    logits = logits.round() if ties else logits
+    top_k, top_p, min_p = (list(column) for column in zip(*combinations, strict=True))
+    offsets = list(range(100, 100 + len(combinations)))
+    parameters = rows(
+        len(combinations), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=3, offset=offsets
+    )
+    tokens, _ = public("sample", backend)(logits, *parameters)
+    heat, _, share, floor, _, _ = (parameter.double().tolist() for parameter in parameters)
+    for b, token in enumerate(tokens.tolist()):
+        kept = survivors(logits[b].tolist(), heat[b], top_k[b], share[b], floor[b])
+        draw, mass = uniform(3, offsets[b]), 0.0
+        for expected in sorted(kept):
+            mass += kept[expected]
+            if mass > draw:
+                break
+        assert token == expected, combinations[b]
+
+
+@on_every_backend
+@pytest.mark.parametrize("varied", ["seed", "offset"])
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0.8}, {"temperature": 3.0, "top_k": 6}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
+)
+def test_draws_follow_the_distribution(backend: str, filters: dict[str, Any], varied: str) -> None:
+    """Pearson's chi-square of 20000 draws, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
+    count, logits = 20000, torch.tensor([2.0, -1.0, 0.5, 0.5, 1.5, 0.0, -3.0, 1.0])
+    parameters = rows(count, **filters, **{varied: list(range(count))})
+    tokens, _ = public("sample", backend)(logits.expand(count, 8), *parameters)
+    expected = survivors(logits.tolist(), *(parameter[0].item() for parameter in parameters[:4]))
+    counts = torch.bincount(tokens, minlength=8).tolist()
+    assert {i for i, seen in enumerate(counts) if seen} == set(expected)
+    chi_square = sum((counts[i] - count * p) ** 2 / (count * p) for i, p in expected.items())
+    freedom = len(expected) - 1
+    normal_quantile, spread = 3.719, 2 / (9 * freedom)
+    assert chi_square < freedom * (1 - spread + normal_quantile * math.sqrt(spread)) ** 3
+
+
+@on_every_backend
+def test_a_draw_does_not_depend_on_the_batch(backend: str) -> None:
+    """Alone, reversed or among others of every kind, a row gives the same token and the same logprob, bit for bit."""
+    logits = torch.randn(12, 500).to(torch.bfloat16)
+    parameters = rows(
+        12,
+        temperature=[0.0, 1.0, 0.7] * 4,
+        top_k=[0, 40, 3] * 4,
+        top_p=[1.0, 0.9, 0.5, 0.1] * 3,
+        min_p=[0.0, 0.02] * 6,
+        seed=list(range(-6, 6)),
+        offset=list(range(12)),
+    )
+    run = public("sample", backend)
+    together = run(logits, *parameters)
+    backwards = run(logits.flip(0), *(parameter.flip(0) for parameter in parameters))
+    for found, expected in zip(backwards, together, strict=True):
+        assert_equal(found.flip(0), expected)
+    for b in range(12):
+        alone = run(logits[b : b + 1], *(parameter[b : b + 1] for parameter in parameters))
+        for found, expected in zip(alone, together, strict=True):
+            assert_equal(found, expected[b : b + 1])
+
+
+@on_every_backend
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.7, 1e30])
+def test_extreme_logits(backend: str, temperature: float) -> None:
+    """Logits far apart leave one token; tokens at -inf are never drawn, at any temperature."""
+    far = torch.tensor([[-1e30, 1e30, 0.0, -1e30]])
+    masked = torch.tensor([[-math.inf, -math.inf, 3.0, -math.inf], [-math.inf, 0.0, 0.0, -math.inf]])
+    for offset in range(8):
+        parameters = rows(1, temperature=temperature, top_p=0.99, offset=offset)
+        if temperature < 1e30:
+            tokens, logprobs = public("sample", backend)(far, *parameters)
+            assert (tokens.tolist(), logprobs.tolist()) == ([1], [0.0])
+        tokens, logprobs = public("sample", backend)(masked, *(p.expand(2).contiguous() for p in parameters))
+        assert tokens[0] == 2
+        assert tokens[1] in (1, 2)
+        torch.testing.assert_close(logprobs, torch.tensor([0.0, -math.log(2)]))
+
+
+@on_every_backend
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_vocabulary_of_one_and_a_batch_of_none(backend: str, temperature: float) -> None:
+    run = public("sample", backend)
+    tokens, logprobs = run(torch.tensor([[-7.0], [1e30]]), *rows(2, temperature=temperature, top_k=1, top_p=0.5))
+    assert (tokens.tolist(), logprobs.tolist()) == ([0, 0], [0.0, 0.0])
+    tokens, logprobs = run(torch.empty(0, 9), *rows(0, temperature=temperature))
+    assert tokens.shape == logprobs.shape == (0,)
+
+
+@on_every_backend
+def test_strided_logits_and_given_outputs(backend: str) -> None:
+    logits = torch.randn(5, 33)
+    wide = torch.full((5, 40), math.nan)
+    wide[:, 3:36] = logits
+    parameters = rows(5, temperature=[0.0, 1.0, 2.0, 0.5, 0.0], offset=list(range(5)))
+    run = public("sample", backend)
+    tokens, logprobs = torch.empty(5, dtype=torch.int64), torch.empty(5)
+    found = run(wide[:, 3:36], *parameters, tokens=tokens, logprobs=logprobs)
+    assert found[0] is tokens
+    assert found[1] is logprobs
+    for result, expected in zip(found, run(logits, *parameters), strict=True):
+        assert_equal(result, expected)

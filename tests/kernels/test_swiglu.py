@@ -1,0 +1,64 @@
+"""silu_mul against torch's silu."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastllama.kernels import reference
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, on_cpu, public
+
+SHAPES = [(1, 2), (3, 126), (2, 5, 100), (1, 11008), (7, 64), (0, 64), (2, 0, 64), (3, 0), (10,)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula(shape: tuple[int, ...]) -> None:
+    gate_up = 4 * torch.randn(shape, dtype=torch.float64)
+    gate, up = gate_up[..., : shape[-1] // 2], gate_up[..., shape[-1] // 2 :]
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(reference.silu_mul(gate_up), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+def test_silu_mul(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate_up = (4 * torch.randn(shape)).to(dtype)
+    gate, up = gate_up.tensor_split(2, -1)
+    assert_honest(public("silu_mul", backend)(gate_up), F.silu(gate) * up, reference.silu_mul(gate_up.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+def test_the_product_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    """Within half a unit in the last place and fp32's own errors; rounding silu as well as the product needs more."""
+    gate_up = torch.randn(50, 128).to(dtype)
+    found, exact = public("silu_mul", backend)(gate_up), reference.silu_mul(gate_up.double())
+    unit = torch.finfo(dtype).eps * 2 ** exact.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
+    assert ((found - exact).abs() <= 0.501 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+def test_far_from_zero_it_is_zero_or_the_identity(backend: str, dtype: torch.dtype) -> None:
+    gate = torch.tensor([-6e4, -200.0, 200.0, 6e4, math.nan]).to(dtype)
+    found = public("silu_mul", backend)(torch.cat((gate, torch.ones_like(gate))))
+    assert (found[:2].float().abs() < 1e-30).all()
+    assert_equal(found[2:], gate[2:])
+
+
+@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+def test_strided_rows_and_output(backend: str) -> None:
+    gate_up = torch.randn(6, 20).to(torch.bfloat16)
+    wide = torch.full((6, 50), math.nan, dtype=torch.bfloat16)
+    wide[:, 7:27] = gate_up
+    buffer = torch.full((6, 30), 7.0, dtype=torch.bfloat16)
+    out = buffer[:, 5:15]
+    run = public("silu_mul", backend)
+    assert run(wide[:, 7:27], out=out) is out
+    assert_equal(out, run(gate_up))
+    buffer[:, 5:15] = 7.0
+    assert (buffer == 7.0).all()
