@@ -2,7 +2,7 @@
 
 python -m benchmarks.cpu_matmul [--dtype bfloat16] [--output FILE]
 
-The shapes are the gate and up projection of TinyLlama-1.1B and of Llama-2-7B. Calls go through enough copies of the weight
+The shapes are the gate and up projection of TinyLlama-1.1B and Llama-2-7B. Calls go through enough copies of the weight
 that none is found in the cache. The medians of alternating calls are printed.
 """
 
