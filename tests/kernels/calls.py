@@ -8,8 +8,8 @@ import torch
 
 from fastllama.kernels import cos_sin_cache
 
-# tokens, query heads, key heads, head dimension, pages, page size
-T, HQ, HKV, D, P, PAGE = 3, 4, 2, 8, 5, 4
+# tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another
+T, HQ, HKV, D, P, PAGE = 3, 6, 2, 8, 5, 7
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -54,8 +54,8 @@ def arguments(op: str) -> dict[str, Any]:
             "q": q,
             "k": k,
             "v": torch.randn(T, HKV, D),
-            "cu_seqlens_q": int32(0, 1, 3),
-            "cu_seqlens_k": int32(0, 1, 3),
+            "cu_seqlens_q": int32(0, 1, 3, 3),
+            "cu_seqlens_k": int32(0, 1, 3, 3),
             "scale": 0.3,
             "causal": True,
             "out": torch.empty_like(q),
