@@ -105,7 +105,7 @@ def error_of(found: Tensor, exact: Tensor) -> float:
     if exact.numel() == 0:
         return 0.0
     found, exact = found.detach().double(), exact.detach().double()
-    difference = (found - exact).abs().masked_fill(found == exact, 0.0).nan_to_num(nan=math.inf)
+    difference = (found - exact).abs().masked_fill(found == exact, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
     size = exact.abs().masked_fill(exact.isinf(), 0.0).amax(-1)
     return float((difference.amax(-1) / size.where(size > 0, 1.0)).max())
 

@@ -1,0 +1,156 @@
+"""Whatever a user gets wrong: nothing on standard output, one line on standard error, exit status 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Command
+from tests.cli.models import write_model
+
+Spoil = Callable[[Path], None]
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return spoil
+
+
+def change_config(**changes: object) -> Spoil:
+    def spoil(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def write(name: str, data: bytes) -> Spoil:
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
+    "truncated": (truncate, "model.safetensors is not a complete safetensors file"),
+    "NaN": (
+        change_weights(lambda weights: weights["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(float("nan"))),
+        "tensor model.layers.1.mlp.up_proj.weight holds NaN or infinity",
+    ),
+    "missing tensor": (
+        change_weights(lambda weights: weights.pop("model.norm.weight")),
+        "model.norm.weight is missing",
+    ),
+    "extra tensor": (change_weights(lambda weights: weights.update(extra=torch.ones(2))), "tensor extra is unexpected"),
+    "wrong shape": (change_config(hidden_size=128), "expected [300, 128] by the configuration"),
+    "not a Llama": (change_config(model_type="gpt2"), "the model is of type 'gpt2'"),
+    "wrong type in config": (change_config(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
+    "config no JSON": (write("config.json", b"{"), "config.json is not valid JSON"),
+    "broken tokenizer": (write("tokenizer.model", b"\xff" * 50), "broken or not a SentencePiece tokenizer.model"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "give one with --tokenizer"),
+}
+
+# arguments, standard input, what the line says; {model} and {folder} are filled in
+ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
+    "unknown option": (
+        "generate --tempreature 1",
+        b"",
+        "unknown argument '--tempreature'; did you mean --temperature?",
+    ),
+    "unknown option with value": ("verify --modle=x", b"", "'--modle=x'; did you mean --model?"),
+    "unknown option like none": ("info --zzz", b"", "unknown argument '--zzz' (see fastllama info --help)"),
+    "abbreviated option": ("generate --temp 1", b"", "unknown argument '--temp'"),
+    "unknown command": ("genrate", b"", "invalid choice: 'genrate' (choose from"),
+    "option before command": ("--prompt x", b"", "see fastllama --help"),
+    "stray text": ("generate hello", b"", "unknown argument 'hello'; legal: '-' for standard input"),
+    "value missing": ("generate --prompt", b"", "argument --prompt: expected one argument"),
+    "no number": ("generate --temperature hot", b"", "argument --temperature: invalid float value: 'hot'"),
+    "no integer": ("chat --max-tokens 1.5", b"", "argument --max-tokens: invalid int value: '1.5'"),
+    "two prompts": ("generate --prompt x --prompt-file y", b"", "--prompt-file: not allowed with argument --prompt"),
+    "prompt and input": ("generate --prompt x -", b"x", "not allowed with argument"),
+    "temperature": ("generate --temperature -1", b"", "temperature is -1.0; legal: at least 0"),
+    "temperature nan": ("generate --temperature nan", b"", "temperature is nan; legal: at least 0"),
+    "top-k": ("generate --top-k -3", b"", "top_k is -3; legal: at least 0"),
+    "top-p": ("generate --top-p 1.5", b"", "top_p is 1.5; legal: 0 to 1"),
+    "top-p 0": ("generate --top-p 0", b"", "top_p is 0.0; legal: above 0"),
+    "min-p": ("generate --min-p 2", b"", "min_p is 2.0; legal: 0 to 1"),
+    "max-tokens": ("generate --max-tokens 0", b"", "max_tokens is 0; legal: at least 1"),
+    "n": ("generate --n 0", b"", "n is 0; legal: at least 1"),
+    "n too large": ("generate --model {model} --n 1000", b"", "n is 1000; legal: at most"),
+    "seed": ("generate --seed -1", b"", "seed is -1; legal: 0 to"),
+    "chat's seed": ("chat --model {model} --seed -1", b"", "seed is -1; legal: at least 0"),
+    "stop": ("generate --stop=", b"", "legal: strings of at least one character"),
+    "max-model-len": ("generate --model {model} --max-model-len 1", b"", "max_model_len is 1; legal: at least 2"),
+    "max-model-len beyond": ("generate --model {model} --max-model-len 9999", b"", "max_model_len is 9999"),
+    "dtype": ("generate --model {model} --dtype float61", b"", "did you mean 'float16'?"),
+    "device": ("generate --model {model} --device gpu", b"", "device is 'gpu'; legal: 'auto', 'cpu', 'cuda'"),
+    "device not there": ("verify --model {model} --device cuda:9", b"", "device is 'cuda:9'"),
+    "model not there": ("generate --model ./nowhere", b"", "model is './nowhere', but no such file or folder exists"),
+    "model no name": ("chat --model tiyn", b"", "did you mean 'tiny'?"),
+    "model empty": ("verify --model=", b"", "model is ''"),
+    "model a folder of nothing": ("generate --model {folder}", b"", "holds neither config.json"),
+    "model a weight file": ("info --model {model}", b"", "unknown argument '--model'"),
+    "tokenizer not there": ("generate --model {model} --tokenizer {folder}/no.model", b"", "no.model"),
+    "prompt file not there": ("generate --prompt-file {folder}/no.txt", b"", "no.txt: No such file or directory"),
+    "prompt file a folder": ("generate --prompt-file {folder}", b"", "Is a directory"),
+    "empty input": ("generate --model {model} -", b"", "standard input is empty; legal: text"),
+    "input no UTF-8": ("generate --model {model} -", b"ab\xffc", "standard input is not UTF-8: byte 0xff at offset 2"),
+    "chat's input no UTF-8": (
+        "chat --quiet --model {model} --max-tokens 1",
+        b"\xc3\n",
+        "line 1 of standard input is not UTF-8: byte 0xc3 at offset 0",
+    ),
+    "prompt too long": (
+        "generate --model {model} -",
+        b"once upon a time " * 100,
+        "legal: at most 255, one less than max_model_len",
+    ),
+    "prompt no Unicode": ("generate --model {model} --prompt \udcff", b"", "lone surrogate U+DCFF at index 0"),
+}
+
+
+def check_line(command: Command, args: list[str], stdin: bytes, says: str) -> None:
+    done = command(*args, stdin=stdin)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("fastllama: error: ")
+    assert done.err.endswith("\n")
+    assert done.err.count("\n") == 1, done.err
+    assert says in done.err
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_wrong_argument_is_one_line(command: Command, model: str, tmp_path: Path, name: str) -> None:
+    line, stdin, says = ARGUMENTS[name]
+    check_line(command, [word.format(model=model, folder=tmp_path) for word in line.split()], stdin, says)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_broken_checkpoint_is_one_line(command: Command, model: str, tmp_path: Path, name: str) -> None:
+    spoil, says = CHECKPOINTS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    spoil(folder)
+    check_line(command, ["generate", "--model", str(folder), "--max-tokens", "1"], b"", says)
+
+
+def test_a_tokenizer_of_another_model_is_one_line(command: Command, model: str, tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small", tokenizer=False, vocab_size=200)
+    args = ["generate", "--model", str(small), "--tokenizer", model]
+    check_line(command, args, b"", "tokenizer has 300 pieces, the model 200 embeddings")
+
+
+def test_a_file_in_place_of_a_folder_is_one_line(command: Command, model: str) -> None:
+    check_line(command, ["generate", "--model", f"{model}/model.safetensors"], b"", "give the folder that holds it")

@@ -1,0 +1,80 @@
+"""fastllama info: what it says is what is there."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+
+import pytest
+import torch
+
+import fastllama
+from fastllama import kernels
+from tests.cli.conftest import Command
+
+
+def test_json_says_what_runs_each_op_and_why(command: Command) -> None:
+    done = command("info", "--json")
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found["versions"]["fastllama"] == fastllama.__version__
+    assert found["versions"]["python"] == platform.python_version()
+    assert found["versions"]["torch"] == metadata.version("torch")
+    cpu = found["devices"][0]
+    assert (cpu["type"], cpu["threads"]) == ("cpu", torch.get_num_threads())
+    assert cpu["name"]
+    assert cpu["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert cpu["memory_bytes"] > 0
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    assert [device["name"] for device in found["devices"][1:]] == gpus
+    assert set(found["ops"]) == ({"cpu", "cuda"} if gpus else {"cpu"})
+    for device, table in found["ops"].items():
+        expected = {
+            name: {"backend": implementation.backend, "reason": implementation.reason}
+            for name, implementation in kernels.backend_of(device).items()
+        }
+        assert table == expected
+
+
+def test_the_text_says_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+
+    def without_transformers(name: str) -> str:
+        if name == "transformers":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", without_transformers)
+    done = command("info")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert f"fastllama {fastllama.__version__}" in lines
+    assert f"torch {torch.__version__}" in lines
+    assert "transformers not installed" in lines
+    assert "FASTLLAMA_BACKEND auto" in lines
+    for name, implementation in kernels.backend_of("cpu").items():
+        assert f"{name} {implementation.backend}: {implementation.reason}" in lines
+    assert max(map(len, done.out.splitlines())) < 120
+
+
+def test_a_forced_backend_shows_which_ops_lack_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
+    done = command("info", "--json")
+    assert done.status == 0
+    found = json.loads(done.out)
+    assert found["environment"]["FASTLLAMA_BACKEND"] == "triton"
+    assert found["ops"]["cpu"]["embedding"]["backend"] == "nothing"
+    assert "embedding has no Triton kernel" in found["ops"]["cpu"]["embedding"]["reason"]
+
+
+def test_gpus_are_listed_with_what_they_have(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, multi_processor_count, total_memory = "NVIDIA H200", 9, 0, 132, 139 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    found = json.loads(command("info", "--json").out)
+    assert [device["type"] for device in found["devices"]] == ["cpu", "cuda", "cuda"]
+    assert set(found["ops"]) == {"cpu", "cuda"}
+    lines = [" ".join(line.split()) for line in command("info").out.splitlines()]
+    assert lines.count("NVIDIA H200 cuda, capability 9.0, 132 multiprocessors, 139.0 GiB") == 2

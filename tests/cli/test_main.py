@@ -1,0 +1,190 @@
+"""The entry: help, exit statuses, what happens to exceptions, signals and readers that go away."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastllama
+from fastllama.cli import info, main
+from fastllama.errors import BackendError, ExtraRequiredError
+from fastllama.runtime import memory
+from tests.cli.conftest import Command
+
+ROOT = Path(fastllama.__file__).parents[1]
+COMMANDS = ("generate", "chat", "info", "verify")
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    """`python -m fastllama`, as a shell would run it, with the ops that start fastest."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTLLAMA_BACKEND": "reference"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastllama", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `info` raise."""
+
+    def run(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(info, "_versions", lambda: run(None))
+
+
+@pytest.mark.parametrize("args", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
+    code = f"""
+import sys
+from fastllama.cli.main import main
+try:
+    main({args!r})
+except SystemExit as done:
+    heavy = {{"torch", "numpy", "triton", "numba", "sentencepiece", "transformers", "huggingface_hub", "tqdm"}}
+    print(done.code, sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr == "0 []\n"
+    assert (fastllama.__version__ if args == ["--version"] else "usage: fastllama") in done.stdout
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_the_help_names_every_command_with_examples(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main.main(args)
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in COMMANDS)
+    assert "examples:\n  fastllama generate --prompt" in shown
+    assert "70 a bug" in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The examples in the help of a command, given to its own parser."""
+    with pytest.raises(SystemExit):
+        main.main([name, "--help"])
+    examples = capsys.readouterr().out.split("examples:\n")[1].splitlines()
+    assert examples
+    for example in examples:
+        words = shlex.split(example.split(" < ")[0])
+        assert words[:2] == ["fastllama", name]
+        assert main._parser().parse_args(words[1:]).command == name
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("n is 0;\n  legal: 1"), "n is 0; legal: 1"),
+        (FileNotFoundError("there is no model"), "there is no model"),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (OSError("the disk is gone"), "the disk is gone"),
+        (BackendError("no Triton kernel"), "no Triton kernel"),
+        (
+            ExtraRequiredError("this", "tokenizers", "hf"),
+            "this needs 'tokenizers', which is not installed: pip install",
+        ),
+        (MemoryError(), "out of memory: try --dtype bfloat16 or a smaller --max-model-len"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --dtype"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try --dtype"),
+    ],
+    ids=repr,
+)
+def test_a_mistake_of_the_user_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    fails_with(error, monkeypatch)
+    done = command("info")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"fastllama: error: {says}")
+    assert done.err.count("\n") == 1
+    with pytest.raises(type(error)):
+        main.main(["info", "--debug"])
+
+
+def test_debug_covers_the_arguments_too() -> None:
+    with pytest.raises(ValueError, match="unknown argument '--zzz'"):
+        main.main(["info", "--zzz", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("odd"), TypeError("odd"), KeyError("odd"), RuntimeError("odd")], ids=repr
+)
+def test_a_bug_is_shown_in_full(command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    fails_with(error, monkeypatch)
+    done = command("info")
+    assert done.status == 70
+    assert done.err.startswith("Traceback")
+    assert done.err.endswith("fastllama: this is a bug in fastllama; please report it with the lines above\n")
+    with pytest.raises(type(error)):
+        main.main(["info", "--debug"])
+
+
+def test_an_impossible_backend_is_one_line(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
+    for args in (("generate", "--model", model), ("verify", "--model", model)):
+        done = command(*args)
+        assert (done.status, done.out) == (2, "")
+        assert done.err.startswith("fastllama: error: op ")
+        assert done.err.count("\n") == 1
+    monkeypatch.setenv("FASTLLAMA_BACKEND", "fastest")
+    assert command("info").err.startswith("fastllama: error: environment variable FASTLLAMA_BACKEND is 'fastest'")
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], True), (["--quiet"], False)])
+def test_the_log_is_shown_unless_quiet(
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch, options: list[str], shown: bool
+) -> None:
+    # 16 tokens of KV cache are less than the model's context, which is worth a warning
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 16 * 512 * 4)
+    logger = logging.getLogger("fastllama")
+    before = list(logger.handlers), logger.level
+    done = command("generate", "--model", model, "--max-tokens", "2", *options)
+    assert done.status == 0
+    assert ("fastllama: warning: max_model_len is " in done.err) == shown
+    assert (logger.handlers, logger.level) == before
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_shown_in_part(
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert command("generate", "--model", model, "--prompt", "Zoë", "--max-tokens", "1").status == 0
+    assert terminal.buffer.getvalue().startswith(b"Zo?")
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(model: str) -> None:
+    """What `fastllama generate | head -c 4` does."""
+    with start("generate", "--model", model, "--prompt", "once", "--max-tokens", "200") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == "o"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    fifo = tmp_path / "prompt"
+    os.mkfifo(fifo)
+    # Opening a FIFO returns when the other side has opened it too; the command then waits for the text of its prompt.
+    with start("generate", "--prompt-file", str(fifo)) as process, fifo.open("w"):
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == "\n"
+    assert process.returncode == 130

@@ -1,0 +1,62 @@
+"""fastllama verify: what it prints, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from fastllama.kernels.op import OPS
+from tests.cli.conftest import Command
+
+
+def test_quiet_is_one_line(command: Command, model: str) -> None:
+    done = command("verify", "--model", model, "--quiet")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == (
+        f"parity: {len(OPS)} ops, 2 layers, logits and 32 greedy tokens agree with the reference (float32, cpu)\n"
+    )
+
+
+def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> None:
+    done = command("verify", "--model", model, "--dtype", "bfloat16", "--json")
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found["ok"]
+    assert (found["model"], found["dtype"], found["device"]) == (model, "bfloat16", "cpu")
+    names = [row["name"] for row in found["rows"]]
+    assert set(names) == {*OPS, "weights", "layer 0", "layer 1", "logits", "tokens"}
+    table = command("verify", "--model", model, "--dtype", "bfloat16").out
+    for row in found["rows"]:
+        cells = [row["name"], row["backend"], row["case"], f"{row['error']:.1e}", f"{row['bound']:.1e}", "ok"]
+        assert re.search("^" + r"\s+".join(map(re.escape, filter(None, cells))) + "$", table, re.MULTILINE), row["name"]
+    assert table.endswith(f"\n\n{found['summary']}\n")
+
+
+def test_a_wrong_kernel_fails_it_and_is_named(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An up projection that is a thousandth too large."""
+    op = OPS["silu_mul"]
+    right = op.implementation("cpu").run
+
+    def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        right(gate_up, out)
+        out *= 1.001
+
+    monkeypatch.setitem(op._bound, torch.device("cpu"), wrong)
+    done = command("verify", "--model", model, "--quiet")
+    assert done.status == 1
+    assert done.out.startswith("parity: FAILED in silu_mul (gate_up ")
+    assert "layer 0" in done.out
+    assert "rms_norm" not in done.out
+    assert command("verify", "--model", model).out.count("  FAILED\n") >= 3
+    rows = json.loads(command("verify", "--model", model, "--json").out)["rows"]
+    assert {row["name"] for row in rows if not row["ok"]} >= {"silu_mul", "layer 0", "layer 1", "logits"}
+
+
+def test_the_bundled_model_agrees(command: Command) -> None:
+    """The line that `make demo` ends with."""
+    done = command("verify", "--quiet")
+    assert done.status == 0, done.out
+    assert "agree with the reference" in done.out
