@@ -18,7 +18,7 @@ from .train import train
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "tiny_model"
 TARGET = ROOT / "fastllama" / "assets" / "tiny"
-QUESTIONS = 200
+QUESTIONS = 100
 
 
 def main() -> None:

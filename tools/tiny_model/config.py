@@ -1,4 +1,4 @@
-"""The run that made the packaged model: every number in one place. The same config gives the same model."""
+"""The run that made the packaged model: every number in one place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from transformers import LlamaConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: `tokens` seen in sequences of `length`, `batch` of them a step."""
+    """A stretch of training: `tokens` seen in rows of `length`, `batch` of them a step.
+
+    `optimizer` ("adamw" or "muon") steps the matrices at the peak `rate`; AdamW always steps embeddings and norms.
+    When a phase begins, Gaussian noise of deviation `embedding_noise` is added to the embeddings: names occur alike and
+    so stay nearly the same vector, and what cannot be told apart cannot be copied.
+    """
 
     tokens: int
     length: int
     batch: int
+    optimizer: str
+    rate: float
+    embedding_rate: float
+    embedding_noise: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -35,12 +44,17 @@ class TinyConfig:
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    phases: tuple[Phase, ...] = (Phase(819_200, 256, 8), Phase(921_600, 512, 4), Phase(307_200, 1024, 2))
-    learning_rate: float = 5e-3  # of the matrices, by Muon
-    embedding_rate: float = 2e-3  # of the embeddings and norms, by AdamW
-    final_share: float = 0.02  # of the learning rates, at the last step
-    warmup_steps: int = 50
-    decay_share: float = 0.6  # of the steps, at the end: trapezoid schedule with a cosine fall
+    phases: tuple[Phase, ...] = (
+        Phase(1_433_600, 512, 4, "adamw", 2e-3, 2e-3),
+        Phase(512_000, 128, 16, "adamw", 2e-3, 2e-3),
+        Phase(204_800, 128, 16, "adamw", 2e-3, 2e-3, embedding_noise=0.06),
+        Phase(614_400, 256, 16, "muon", 1e-3, 5e-4),
+        Phase(409_600, 512, 8, "muon", 1e-3, 5e-4),
+        Phase(204_800, 1024, 4, "muon", 1e-3, 5e-4),
+    )
+    warmup_steps: int = 100
+    decay_steps: int = 150  # at the end, along a cosine
+    final_share: float = 0.02  # of the rates, at the last step
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -70,7 +84,6 @@ class TinyConfig:
             max_position_embeddings=self.max_position_embeddings,
             rms_norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
-            initializer_range=self.hidden_size**-0.5,
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=2,
