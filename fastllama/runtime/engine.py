@@ -15,6 +15,7 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import sampler
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.memory import cache_sizes
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.scheduler import Scheduler
@@ -23,21 +24,32 @@ from fastllama.runtime.sequence import Request
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of the runtime. kv_cache_tokens is rounded up to whole pages."""
+    """Sizes of the runtime, checked as far as they can be without the model; None is chosen from model and memory.
 
-    max_model_len: int
-    kv_cache_tokens: int
+    kv_cache_tokens is rounded up to whole pages.
+    """
+
+    max_model_len: int | None = None
+    kv_cache_tokens: int | None = None
     page_size: int = 64
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "kv_cache_tokens", "page_size", "max_num_seqs", "max_num_batched_tokens", "seed"):
-            value = getattr(self, name)
-            check_range(name, value, 0 if name == "seed" else 1)
-            if not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+        for name in ("max_model_len", "kv_cache_tokens"):
+            if getattr(self, name) is not None:
+                self._check(name, 2)  # a prompt of one token and its answer
+        self._check("page_size", 16, 256)
+        self._check("max_num_seqs", 1)
+        self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
+        self._check("seed", 0)
+
+    def _check(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        check_range(name, value, low, high)
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 class Engine:
@@ -47,14 +59,17 @@ class Engine:
     """
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
-        model.set_max_model_len(options.max_model_len)
-        self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.pool = BlockPool(-(-options.kv_cache_tokens // options.page_size), options.page_size)
+        max_model_len, kv_cache_tokens = cache_sizes(
+            model, options.max_model_len, options.kv_cache_tokens, options.max_num_seqs, options.page_size
+        )
+        model.set_max_model_len(max_model_len)
+        self.model, self.tokenizer = model, tokenizer
+        self.pool = BlockPool(-(-kv_cache_tokens // options.page_size), options.page_size)
         self.scheduler = Scheduler(
             self.pool,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_seqs=options.max_num_seqs,
-            max_model_len=options.max_model_len,
+            max_model_len=max_model_len,
         )
         self._runner = Runner(model, self.pool.num_pages, options.page_size)
         self._generations: dict[str, Generation] = {}
@@ -73,7 +88,7 @@ class Engine:
         ids = tuple(prompt_token_ids)
         vocab = self.model.config.vocab_size
         for place, token_id in enumerate(ids):
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
                 raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
         for token_id in (*(params.logit_bias or ()), *params.stop_token_ids):
             check_range("a token id in logit_bias or stop_token_ids", token_id, 0, vocab - 1)
@@ -81,10 +96,10 @@ class Engine:
             raise ValueError(
                 f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
             )
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
         request = Request(str(next(self._numbers)), ids, params, time.monotonic())
         self.scheduler.add(request)
+        if params.seed is None:
+            request.params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
         generation = Generation(request, prompt, self.tokenizer)
         self._generations[request.request_id] = generation
         return generation
@@ -94,6 +109,7 @@ class Engine:
         if self._generations.pop(generation.request.request_id, None) is None:
             return
         self.scheduler.abort(generation.request)
+        generation.finish_time = time.monotonic()
         for sample in generation.samples.values():
             if sample.stream is not None and sample.seq.finish_reason == "abort":
                 sample.stream.close()
@@ -110,30 +126,34 @@ class Engine:
         except BaseException:
             self.scheduler.rollback(step)
             raise
+        for drawn in draws:
+            if not drawn.finite:  # before the commit, which would offer its pages to other requests
+                self.scheduler.finish(drawn.seq, "error", "the model's logits are not finite numbers")
         self.scheduler.commit(step)
         for seq, first, logprobs in prompt_logprobs:
             self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
         now = time.monotonic()
-        touched = {draw.seq.request.request_id: self._accept(draw, now) for draw in draws}
+        touched = {drawn.seq.request.request_id: self._accept(drawn, now) for drawn in draws}
         for generation in touched.values():
             if generation.finished:
                 generation.finish_time = now
                 del self._generations[generation.request.request_id]
         return list(touched.values())
 
-    def _accept(self, draw: sampler.Draw, now: float) -> Generation:
+    def _accept(self, drawn: sampler.Draw, now: float) -> Generation:
         """Give a sequence its token and see whether it ends there."""
-        seq, token_id = draw.seq, draw.token_id
+        seq, token_id = drawn.seq, drawn.token_id
         generation = self._generations[seq.request.request_id]
         sample, params = generation.sample(seq), seq.request.params
-        if not draw.finite:
-            self.scheduler.finish(seq, "error", "the model's logits are not finite numbers")
+        if not drawn.finite:
+            if sample.stream is not None:
+                sample.stream.close()
             return generation
         if generation.first_token_time is None:
             generation.first_token_time = now
         self.scheduler.append(seq, token_id)
-        if draw.logprob is not None:
-            sample.logprobs.append(draw.logprob)
+        if drawn.logprob is not None:
+            sample.logprobs.append(drawn.logprob)
         ends = token_id in params.stop_token_ids
         stop: str | int | None = token_id if ends else None
         ends = ends or (not params.ignore_eos and token_id in self.model.config.eos_token_ids)

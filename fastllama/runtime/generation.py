@@ -12,11 +12,17 @@ from fastllama.runtime.sequence import Request, Sequence
 
 
 class TextStream:
-    """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not."""
+    """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not.
+
+    A model may have more embeddings than its tokenizer has pieces; an id without a piece adds no text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
+        self._num_pieces = tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens
+            tokenizer,
+            (token_id for token_id in prompt_ids if token_id < self._num_pieces),
+            skip_special_tokens=params.skip_special_tokens,
         )
         self._stops = tuple(params.stop)
         self._held = ""
@@ -36,7 +42,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str | None:
         """Add a token; the stop string that the text has now reached, cut off with all behind it, or None."""
-        return self._take(self._detokenizer.push(token_id))
+        return self._take(self._detokenizer.push(token_id) if token_id < self._num_pieces else "")
 
     def close(self) -> str | None:
         """No token follows: release what is held. The stop string that the last characters complete, or None."""
@@ -47,10 +53,11 @@ class TextStream:
 
     def _take(self, text: str) -> str | None:
         self._held += text
-        found = [(self._held.index(stop), stop) for stop in self._stops if stop in self._held]
-        if found:
-            cut, stop = min(found)
-            self._released.append(self._held[:cut])
+        ends = [(self._held.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
+        if ends:
+            # The first to be complete, the longest of those: so it does not matter how tokens divide the text.
+            end, _, stop = min(ends)
+            self._released.append(self._held[: end - len(stop)])
             self._held = ""
             return stop
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -12,29 +11,24 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from fastllama.errors import check_choice, check_range, reject_unknown
+from fastllama.errors import check_choice, reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
-from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.engine import Engine, EngineOptions
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.memory import available_bytes
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
-
-logger = logging.getLogger("fastllama")
-
-KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
 
 
 class LLM:
     """A Llama with its tokenizer and runtime.
 
-    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM.
+    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, whose
+    rotary cache is then made anew for max_model_len.
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
     device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
@@ -67,21 +61,7 @@ class LLM:
         if unknown:
             legal = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "unknown")]
             reject_unknown("LLM", unknown, legal)
-        check_range("page_size", page_size, 16, 256)
-        self._progress = progress
-        path = None if isinstance(model, LlamaForCausalLM) else resolve_model(str(model))
-        # The tokenizer first: a wrong path should not cost the minute that weights take.
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _find_tokenizer(tokenizer, path)
-        if isinstance(model, LlamaForCausalLM):
-            loaded = model
-        else:
-            loaded = load_model(model, dtype=dtype, device=resolve_device(device), progress=progress)
-        if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
-            raise ValueError(
-                f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
-                "legal: the tokenizer that the model was trained with"
-            )
-        max_model_len, kv_cache_tokens = _sizes(loaded, max_model_len, kv_cache_tokens, max_num_seqs, page_size)
+        # What needs no weights first: a wrong option or path should not cost the minute that they take.
         options = EngineOptions(
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache_tokens,
@@ -90,6 +70,21 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
         )
+        self._progress = progress
+        if isinstance(model, LlamaForCausalLM):
+            for name, value in (("dtype", dtype), ("device", device)):
+                if value != "auto":
+                    raise ValueError(f"{name} is {value!r} beside a loaded model, which has its own; legal: 'auto'")
+            self.tokenizer, loaded = _find_tokenizer(tokenizer, None), model
+        else:
+            target, path = resolve_device(device), resolve_model(str(model))
+            self.tokenizer = _find_tokenizer(tokenizer, path)
+            loaded = load_model(path, dtype=dtype, device=target, progress=progress)
+        if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
+                "legal: the tokenizer that the model was trained with"
+            )
         self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
 
     @property
@@ -115,13 +110,7 @@ class LLM:
         Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ.
         """
         given = _as_list(prompts)
-        if params is None:
-            params = SamplingParams()
-        each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(given):
-            raise ValueError(
-                f"params has {len(each)} entries for {len(given)} prompts; legal: one for all, or one for each"
-            )
+        each = _params_of_each(params, len(given))
         generations: list[Generation] = []
         try:
             for prompt, own in zip(given, each, strict=True):
@@ -150,24 +139,33 @@ class LLM:
         self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
-        params = params or SamplingParams()
+        (params,) = _params_of_each(params, 1)
         tokenizer = self._needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
+        if prompt and isinstance(prompt[0], Mapping):
             return self._add(encode_chat(tokenizer, cast(Sequence[Message], prompt)), params)
         return self._add(cast("str | Sequence[int]", prompt), params)
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it."""
+        pieces = self._follow(generation)
+        next(pieces)  # into its try: closing an iterator that was never asked for a piece aborts the request too
+        return pieces
+
+    def _follow(self, generation: Generation) -> Iterator[str]:
         try:
+            yield ""
             while True:
-                for sample in generation.samples.values():
-                    if sample.stream is not None and (piece := sample.stream.take()):
-                        yield piece
-                if generation.finished:
+                streams = [sample.stream for sample in generation.samples.values()]
+                if piece := "".join(stream.take() for stream in streams if stream is not None):
+                    yield piece
+                elif generation.finished:
                     return
-                self.engine.step()
+                else:
+                    self.engine.step()
         finally:
             if self._engine is not None:
                 self._engine.abort(generation)
@@ -222,8 +220,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _find_tokenizer(tokenizer: str | Path | None, model: Path | None) -> Tokenizer | None:
-    """The tokenizer at a path, else the one beside the model, else None."""
+def _find_tokenizer(tokenizer: str | Path | Tokenizer | None, model: Path | None) -> Tokenizer | None:
+    """The tokenizer that is given or lies at a path, else the one beside the model, else None."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
     if tokenizer is not None:
         return load_tokenizer(tokenizer)
     folder = None if model is None else model if model.is_dir() else model.parent
@@ -236,28 +236,22 @@ def _find_tokenizer(tokenizer: str | Path | None, model: Path | None) -> Tokeniz
 
 
 def _as_list(prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [cast("str | Sequence[int]", prompts)]
-    return list(cast("Sequence[str] | Sequence[Sequence[int]]", prompts))
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+        if len(prompts) > 0 and isinstance(prompts[0], int):
+            return [cast("Sequence[int]", prompts)]
+        if all(isinstance(prompt, Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
+            return list(cast("Sequence[str] | Sequence[Sequence[int]]", prompts))
+    raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
 
 
-def _sizes(
-    model: LlamaForCausalLM, max_model_len: int | None, kv_cache_tokens: int | None, max_num_seqs: int, page_size: int
-) -> tuple[int, int]:
-    """max_model_len and kv_cache_tokens, from the model and the free memory where they were not given."""
-    length = model.config.max_position_embeddings if max_model_len is None else max_model_len
-    if kv_cache_tokens is None:
-        per_token = KVCache.bytes_per_token(model.config, model.dtype)
-        fits = int(available_bytes(model.device) * KV_SHARE[model.device.type] / per_token)
-        pages = min(fits // page_size, -(-length // page_size) * max_num_seqs)
-        kv_cache_tokens = max(pages, 1) * page_size
-        logger.info("KV cache: %d tokens, %.2f GB", kv_cache_tokens, kv_cache_tokens * per_token / 1e9)
-    if kv_cache_tokens < length:
-        if max_model_len is not None:
-            raise ValueError(
-                f"max_model_len is {max_model_len} and the KV cache holds {kv_cache_tokens} tokens; "
-                "legal: at most kv_cache_tokens"
-            )
-        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", kv_cache_tokens, length)
-        length = kv_cache_tokens
-    return length, kv_cache_tokens
+def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    each = [params] * count if isinstance(params, SamplingParams) else params
+    if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
+        raise TypeError(f"params is {params!r:.99}; legal: SamplingParams, or a list of one for each prompt")
+    if len(each) != count:
+        raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
+    return list(each)

@@ -1,11 +1,19 @@
-"""How much memory there is for the KV cache."""
+"""How much memory there is for the KV cache, and how many tokens that makes."""
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import torch
+
+from fastllama.layers.batch import KVCache
+from fastllama.layers.model import LlamaForCausalLM
+
+logger = logging.getLogger("fastllama")
+
+KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
 
 
 def available_bytes(device: torch.device) -> int:
@@ -18,3 +26,28 @@ def available_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def cache_sizes(
+    model: LlamaForCausalLM, max_model_len: int | None, kv_cache_tokens: int | None, max_num_seqs: int, page_size: int
+) -> tuple[int, int]:
+    """max_model_len and kv_cache_tokens, from the model and the free memory where they are None.
+
+    Raises ValueError where a sequence of max_model_len could never fit.
+    """
+    length = model.config.max_position_embeddings if max_model_len is None else max_model_len
+    if kv_cache_tokens is None:
+        per_token = KVCache.bytes_per_token(model.config, model.dtype)
+        fits = int(available_bytes(model.device) * KV_SHARE[model.device.type] / per_token)
+        pages = min(fits // page_size, -(-length // page_size) * max_num_seqs)
+        kv_cache_tokens = max(pages, 1) * page_size
+        logger.info("KV cache: %d tokens, %.2f GB", kv_cache_tokens, kv_cache_tokens * per_token / 1e9)
+    if kv_cache_tokens < length:
+        if max_model_len is not None:
+            raise ValueError(
+                f"max_model_len is {max_model_len} and the KV cache holds {kv_cache_tokens} tokens; "
+                "legal: at most kv_cache_tokens"
+            )
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", kv_cache_tokens, length)
+        length = kv_cache_tokens
+    return length, kv_cache_tokens

@@ -37,10 +37,12 @@ def draw(step: StepLogits) -> list[Draw]:
     sequences = [seq for seq, _ in step.samples]
     rows = [row for _, row in step.samples]
     raw = step.logits if rows == list(range(step.logits.shape[0])) else step.logits[rows]
-    tokens, chosen = _sample(_adjusted(raw, sequences), sequences)
-    finite = torch.isfinite(chosen).tolist()
+    adjusted = _adjusted(raw, sequences)
+    # The largest logit is NaN if any is: a finite one means a distribution that can be drawn from.
+    finite = torch.isfinite(adjusted.amax(-1))
+    tokens = _sample(torch.where(finite[:, None], adjusted, 0), sequences)
     reports = _reports(raw, sequences, tokens)
-    return [Draw(*drawn) for drawn in zip(sequences, tokens.tolist(), finite, reports, strict=True)]
+    return [Draw(*drawn) for drawn in zip(sequences, tokens.tolist(), finite.tolist(), reports, strict=True)]
 
 
 @torch.inference_mode()
@@ -55,7 +57,7 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     return found
 
 
-def _sample(logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+def _sample(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     params = [seq.request.params for seq in sequences]
     keys = [((p.seed or 0) + seq.index * _ODD) % 2**63 for p, seq in zip(params, sequences, strict=True)]
     offsets = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
@@ -63,7 +65,7 @@ def _sample(logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     def tensor(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)
 
-    return kernels.sample(
+    tokens, _ = kernels.sample(
         logits,
         temperature=tensor([p.temperature for p in params], torch.float32),
         top_k=tensor([p.top_k for p in params], torch.int64),
@@ -72,31 +74,42 @@ def _sample(logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
         seed=tensor(keys, torch.int64),
         offset=tensor(offsets, torch.int64),
     )
+    return tokens
 
 
 def _adjusted(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits in fp32 with penalties and biases; the same tensor where no sequence wants any."""
-    adjusted = None
+    """Logits in fp32 (fp64 stays) with penalties and biases; the same tensor where no sequence wants any."""
+    scaled: list[tuple[int, int, float]] = []  # row, token id, repetition penalty
+    added: list[tuple[int, int, float]] = []  # row, token id, bias
     for row, seq in enumerate(sequences):
         params = seq.request.params
-        counted = params.presence_penalty or params.frequency_penalty
-        if params.repetition_penalty == 1 and not counted and not params.logit_bias:
-            continue
-        if adjusted is None:
-            adjusted = logits.to(torch.float32, copy=True)
-        scores = adjusted[row]
         if params.repetition_penalty != 1:
-            seen = torch.tensor(list(set(seq.token_ids)), device=scores.device)
-            values, penalty = scores[seen], params.repetition_penalty
-            scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        changes = dict(params.logit_bias or {})
-        if counted:
-            for token_id, count in Counter(seq.token_ids[seq.num_prompt_tokens :]).items():
-                penalty = params.presence_penalty + count * params.frequency_penalty
-                changes[token_id] = changes.get(token_id, 0.0) - penalty
-        if changes:
-            scores[list(changes)] += torch.tensor(list(changes.values()), dtype=torch.float32, device=scores.device)
-    return logits if adjusted is None else adjusted
+            scaled.extend((row, token_id, params.repetition_penalty) for token_id in set(seq.token_ids))
+        if params.logit_bias:
+            added.extend((row, token_id, bias) for token_id, bias in params.logit_bias.items())
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(seq.token_ids[seq.num_prompt_tokens :])
+            added.extend(
+                (row, token_id, -params.presence_penalty - count * params.frequency_penalty)
+                for token_id, count in counts.items()
+            )
+    if not scaled and not added:
+        return logits
+    adjusted = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if scaled:
+        where, penalty = _places(scaled, adjusted)
+        values = adjusted[where]
+        adjusted[where] = torch.where(values > 0, values / penalty, values * penalty)
+    if added:
+        adjusted.index_put_(*_places(added, adjusted), accumulate=True)
+    return adjusted
+
+
+def _places(changes: list[tuple[int, int, float]], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(rows, token ids) and values of some changes, ready to index `logits`."""
+    rows, token_ids, values = zip(*changes, strict=True)
+    where = (torch.tensor(rows, device=logits.device), torch.tensor(token_ids, device=logits.device))
+    return where, torch.tensor(values, dtype=logits.dtype, device=logits.device)
 
 
 def _reports(logits: Tensor, sequences: list[Sequence], tokens: Tensor) -> list[TokenLogprob | None]:
@@ -111,10 +124,10 @@ def _reports(logits: Tensor, sequences: list[Sequence], tokens: Tensor) -> list[
 
 
 def _logprobs(logits: Tensor, targets: list[int], tops: list[int]) -> list[TokenLogprob]:
-    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens."""
+    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V)."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
-    best = logprobs.topk(max(tops), dim=-1)
+    best = logprobs.topk(min(max(tops), logprobs.shape[1]), dim=-1)
     values, ids = best.values.tolist(), best.indices.tolist()
     return [
         TokenLogprob(target, logprob, tuple(zip(ids[row][:top], values[row][:top], strict=True)))

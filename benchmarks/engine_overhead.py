@@ -1,0 +1,91 @@
+"""What a decode step costs beside the model: scheduling, tensors of the batch, the draw, text.
+
+python -m benchmarks.engine_overhead [--batch 1 64] [--vocab 32 32000] [--steps 200] [--output FILE]
+
+The model returns fixed logits at once. With a vocabulary of 32 the draw is next to nothing and the figure is the host's
+work; with 32000 it holds the draw too, here on the CPU. One thread: two would wait for each other at such sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment
+from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama.layers.batch import BatchMeta, KVCache
+
+PROMPT_TOKENS = 128
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8, "top_p": 0.95},
+    "penalties, logprobs": {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.1, "logprobs": 5},
+}
+
+
+class NullModel(LlamaForCausalLM):
+    """A Llama that computes nothing."""
+
+    logits: Tensor
+
+    def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
+        """The same logits for each row."""
+        return self.logits[: batch.logits_rows.shape[0]]
+
+
+def null_model(vocab_size: int, rows: int) -> NullModel:
+    """A null model of one narrow layer."""
+    model = NullModel(LlamaConfig(vocab_size, 8, 8, 1, 1, 1, head_dim=8, eos_token_ids=()))
+    model.logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def time_steps(batch: int, vocab_size: int, kind: str, steps: int) -> list[float]:
+    """Seconds of each decode step with `batch` sequences."""
+    length = PROMPT_TOKENS + steps + 1
+    with LLM(null_model(vocab_size, batch), max_model_len=length, kv_cache_tokens=batch * (length + 64)) as llm:
+        params = SamplingParams(max_tokens=steps + 1, seed=0, **KINDS[kind])
+        for number in range(batch):
+            llm.engine.add_request([number % vocab_size] * PROMPT_TOKENS, params)
+        while llm.engine.scheduler.num_waiting:
+            llm.engine.step()
+        times = []
+        for _ in range(steps // 2):  # those that began first have ended by the end
+            start = time.perf_counter()
+            llm.engine.step()
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    """Take the measurements, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32, 32000])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    samples = []
+    print(f"{'batch':>5} {'vocab':>6} {'parameters':20} {'ms/step':>8} {'p90':>8}")
+    for batch in options.batch:
+        for vocab_size in options.vocab:
+            for kind in KINDS:
+                times = time_steps(batch, vocab_size, kind, options.steps)
+                median, p90 = statistics.median(times), statistics.quantiles(times, n=10)[-1]
+                print(f"{batch:5} {vocab_size:6} {kind:20} {1e3 * median:8.3f} {1e3 * p90:8.3f}", flush=True)
+                samples.append({"batch": batch, "vocab": vocab_size, "parameters": kind, "seconds": times})
+    if options.output:
+        record = {"benchmark": "engine_overhead", "environment": environment(), "samples": samples}
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

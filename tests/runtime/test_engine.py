@@ -1,0 +1,252 @@
+"""The engine among failures: what breaks one request or one step leaves the others, their tokens, the pages whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
+from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.runtime.engine import Engine
+from fastllama.runtime.generation import Generation
+from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running
+
+NEW_TOKENS = 10
+# no two sequences are ever at the same position, so that a position names a request
+PROMPTS = [prompt_of(length, seed=2) for length in (2, 20, 40)]
+HOT = SamplingParams(temperature=3.0, seed=3, max_tokens=NEW_TOKENS)
+
+
+class Flaky(LlamaForCausalLM):
+    """A model whose calls `failures` raise after everything was written, and whose logits at `broken` are `value`."""
+
+    failures: dict[int, BaseException]
+    broken: tuple[int, ...] = ()
+    value = float("nan")
+    num_calls = 0
+
+    def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
+        logits = super().forward(ids, batch, kv)
+        self.num_calls += 1
+        if self.num_calls - 1 in self.failures:
+            for layer in kv.layers:  # a step that failed may have left anything in its slots
+                layer.k_pages[batch.slots // 16, :, batch.slots % 16] = torch.nan
+            raise self.failures[self.num_calls - 1]
+        broken = torch.isin(batch.positions[batch.logits_rows], torch.tensor(self.broken, dtype=torch.int64))
+        logits[broken] = self.value
+        return logits
+
+
+def flaky(failures: dict[int, BaseException] | None = None) -> Flaky:
+    model = ours(kind=Flaky)
+    assert isinstance(model, Flaky)
+    model.failures = failures or {}
+    return model
+
+
+def tokens_of(output: RequestOutput) -> list[tuple[int, ...]]:
+    return [sample.token_ids for sample in output.outputs]
+
+
+def alone(prompt: Sequence[int], params: SamplingParams = HOT) -> list[tuple[int, ...]]:
+    """The tokens of a request that has an LLM of its own."""
+    with running(ours()) as llm:
+        return tokens_of(llm.generate(list(prompt), params)[0])
+
+
+def finish(engine: Engine, *generations: Generation) -> None:
+    while not all(generation.finished for generation in generations):
+        assert engine.has_work
+        engine.step()
+
+
+def num_held(llm: LLM) -> int:
+    return llm.engine.pool.num_pages - llm.engine.pool.num_available
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_broken_logits_end_one_request(value: float, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=NEW_TOKENS)
+    model = flaky()
+    model.broken, model.value = (22,), value
+    with running(model) as llm:
+        first, broken, last = llm.generate(PROMPTS, params)
+    assert tokens_of(first) == alone(PROMPTS[0], params)
+    assert tokens_of(last) == alone(PROMPTS[2], params)
+    assert tokens_of(broken) == [alone(PROMPTS[1], params)[0][:3]]
+    end = broken.outputs[0]
+    assert (end.finish_reason, end.stop_reason) == ("error", "the model's logits are not finite numbers")
+    assert broken.finished
+    assert broken.metrics.finish_time is not None
+
+
+def test_one_broken_logit_is_enough() -> None:
+    model = flaky()
+    with running(model) as llm:
+        forward = model.forward
+        model.forward = lambda *given: forward(*given).index_fill(1, torch.tensor([5]), torch.nan)  # type: ignore[method-assign]
+        outputs = llm.generate(PROMPTS, HOT)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 3
+
+
+def test_broken_logits_of_a_prompt_end_all_its_samples() -> None:
+    model = flaky()
+    model.broken = (19,)
+    with running(model) as llm:
+        params = SamplingParams(n=3, max_tokens=NEW_TOKENS)
+        broken, other = llm.generate([PROMPTS[1], PROMPTS[2]], [params, HOT])
+    assert [sample.finish_reason for sample in broken.outputs] == ["error"] * 3
+    assert tokens_of(broken) == [()] * 3
+    assert tokens_of(other) == alone(PROMPTS[2])
+
+
+def test_pages_behind_broken_logits_are_not_offered_to_others() -> None:
+    model = flaky()
+    model.broken = (31,)  # the token that fills the second page of sixteen
+    with running(model) as llm:
+        output = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))[0]
+        tokens = [*PROMPTS[1], *output.outputs[0].token_ids]
+        assert len(tokens) == 32
+        assert len(llm.engine.pool.match_prefix([*tokens, 3]).page_ids) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("budget", [6, 1000])
+def test_requests_outlive_a_failed_step(error: BaseException, budget: int) -> None:
+    model = flaky(dict.fromkeys((0, 2, 3, 9, 11), error))
+    with running(model, max_num_seqs=6, max_num_batched_tokens=budget) as llm:
+        params = [HOT, SamplingParams(temperature=3.0, seed=5, n=3, max_tokens=NEW_TOKENS), HOT]
+        generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, params, strict=True)]
+        caught = 0
+        while not all(generation.finished for generation in generations):
+            try:
+                llm.engine.step()
+            except type(error):
+                caught += 1
+                assert num_held(llm) == 0
+                llm.engine.pool.check_invariants()
+        found = [tokens_of(generation.output()) for generation in generations]
+    assert caught == 5
+    assert found == [alone(prompt, own) for prompt, own in zip(PROMPTS, params, strict=True)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_generate_returns_its_pages_when_a_step_fails(error: BaseException) -> None:
+    with running(flaky({2: error})) as llm:
+        other = llm.engine.add_request(PROMPTS[2], HOT)
+        with pytest.raises(type(error)):
+            llm.generate(PROMPTS[:2], HOT)
+        finish(llm.engine, other)
+        assert tokens_of(other.output()) == alone(PROMPTS[2])
+        assert [tokens_of(output) for output in llm.generate(PROMPTS, HOT)] == [alone(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("num_steps", range(0, 12, 2))
+@pytest.mark.parametrize("victim", range(3))
+def test_a_request_can_be_aborted_at_any_time(victim: int, num_steps: int) -> None:
+    params = SamplingParams(temperature=3.0, seed=3, max_tokens=NEW_TOKENS, n=2)
+    with running(ours(), max_num_seqs=4, max_num_batched_tokens=30) as llm:  # so some wait, some run, some have ended
+        generations = [llm.engine.add_request(prompt, params) for prompt in PROMPTS]
+        for _ in range(num_steps):
+            llm.engine.step()
+        done = generations[victim].finished
+        before = tokens_of(generations[victim].output())
+        for _ in range(2):
+            llm.engine.abort(generations[victim])
+            llm.engine.pool.check_invariants()
+        finish(llm.engine, *generations)
+        outputs = [generation.output() for generation in generations]
+    assert tokens_of(outputs[victim]) == before
+    assert {sample.finish_reason for sample in outputs[victim].outputs} == {"length" if done else "abort"}
+    assert outputs[victim].metrics.finish_time is not None
+    for number in {0, 1, 2} - {victim}:
+        assert tokens_of(outputs[number]) == alone(PROMPTS[number], params)
+
+
+def test_samples_share_the_pages_of_their_prompt_until_they_write() -> None:
+    params = SamplingParams(temperature=3.0, seed=3, n=4, max_tokens=NEW_TOKENS, logprobs=0)
+    with running(ours()) as llm:
+        generation = llm.engine.add_request(PROMPTS[2], params)
+        llm.engine.step()
+        assert num_held(llm) == 3, "40 tokens are two full pages and a half one, whoever holds them"
+        llm.engine.step()
+        assert num_held(llm) == 2 + 4, "each sample writes to a half page of its own"
+        finish(llm.engine, generation)
+        output = generation.output()
+        again = llm.generate(PROMPTS[2], params)[0]
+    assert len(set(tokens_of(output))) == 4
+    assert tokens_of(again) == tokens_of(output)
+    for sample in output.outputs:
+        assert sample.logprobs is not None
+        logprobs = logits_of([*PROMPTS[2], *sample.token_ids]).log_softmax(-1)[39:-1]
+        expected = logprobs[range(NEW_TOKENS), list(sample.token_ids)].tolist()
+        assert [report.logprob for report in sample.logprobs] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(15, 0), (16, 0), (17, 16), (48, 32), (49, 48), (60, 48)])
+def test_a_prompt_seen_before_is_taken_from_the_cache(length: int, cached: int) -> None:
+    prompt = prompt_of(length, seed=3)
+    with running(ours()) as llm:
+        outputs = [llm.generate(prompt, HOT)[0] for _ in range(2)]
+        assert [output.metrics.num_cached_tokens for output in outputs] == [0, cached]
+        assert [tokens_of(output) for output in outputs] == [alone(prompt)] * 2
+        other = [*prompt[:-1], 96 - prompt[-1]]
+        found = llm.generate(other, HOT)[0]
+    assert (found.metrics.num_cached_tokens, tokens_of(found)) == (cached, alone(other))
+
+
+def test_the_next_turn_of_a_conversation_finds_the_last_answer() -> None:
+    with running(ours()) as llm:
+        answer = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))[0].outputs[0].token_ids
+        turn = [*PROMPTS[1], *answer, 9, 8, 7]
+        output = llm.generate(turn, HOT)[0]
+    # The last token of the answer was drawn but never fed: 49 of 50 tokens are computed, 48 fill pages.
+    assert (output.metrics.num_cached_tokens, tokens_of(output)) == (48, alone(turn))
+
+
+def test_a_step_tells_who_gained_a_token() -> None:
+    with running(ours(), max_num_seqs=3, max_num_batched_tokens=21) as llm:
+        short, long = (llm.engine.add_request(prompt, HOT) for prompt in (PROMPTS[0], PROMPTS[2]))
+        assert llm.engine.step() == [short], "the long prompt is not through"
+        assert llm.engine.has_work
+        assert llm.engine.step() == [short]
+        assert set(llm.engine.step()) == {short, long}
+        finish(llm.engine, short, long)
+        assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt has 0 tokens; legal: at least 1"),
+        ([1, VOCAB], {}, f"prompt token 1 is {VOCAB}; legal: integers from 0 to {VOCAB - 1}"),
+        ([-1], {}, f"prompt token 0 is -1; legal: integers from 0 to {VOCAB - 1}"),
+        ([1, 2.0], {}, f"prompt token 1 is 2.0; legal: integers from 0 to {VOCAB - 1}"),
+        ([True], {}, f"prompt token 0 is True; legal: integers from 0 to {VOCAB - 1}"),
+        ([1] * 256, {}, "the prompt has 256 tokens; legal: at most 255, one less than max_model_len"),
+        ([1], {"n": 65}, "n is 65; legal: at most 64, which is max_num_seqs"),
+        ([1], {"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no stop strings, only stop_token_ids"),
+        (
+            [1],
+            {"stop_token_ids": [VOCAB]},
+            f"a token id in logit_bias or stop_token_ids is {VOCAB}; legal: 0 to {VOCAB - 1}",
+        ),
+        (
+            [1],
+            {"logit_bias": {VOCAB: 1}},
+            f"a token id in logit_bias or stop_token_ids is {VOCAB}; legal: 0 to {VOCAB - 1}",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(prompt: list[Any], params: dict[str, Any], message: str) -> None:
+    with running(ours()) as llm:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            llm.engine.add_request(prompt, SamplingParams(**params))
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            llm.generate([[1, 2], prompt], [HOT, SamplingParams(**params)])
+        assert not llm.engine.has_work, "the good prompt before it is not queued either"
