@@ -17,12 +17,16 @@ from numba.extending import intrinsic
 # What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
 LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
-SERIAL_ELEMENTS = 1 << 15  # waking the other threads costs as much as going over so many elements
 # Sums may be reordered and contracted, which lets LLVM vectorise a dot product; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract"}
 # cache: compiled once for a machine and signature; nogil: other Python threads go on meanwhile.
 jit = numba.njit(fastmath=FAST, cache=True, nogil=True)
 parallel_jit = numba.njit(fastmath=FAST, cache=True, nogil=True, parallel=True)
+
+# Starting Numba's threads sets OpenMP's number of them, which is torch's too: give torch back what it had.
+_TORCH_THREADS = torch.get_num_threads()
+numba.get_num_threads()
+torch.set_num_threads(_TORCH_THREADS)
 
 
 def match_threads() -> None:
