@@ -18,8 +18,8 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.memory import cache_sizes
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.runner import Runner
-from fastllama.runtime.scheduler import Scheduler
-from fastllama.runtime.sequence import Request
+from fastllama.runtime.scheduler import Chunk, Scheduler, Step
+from fastllama.runtime.sequence import Request, Sequence
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ class Engine:
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
+
+    def warm_up(self) -> None:
+        """Run two rows and one row once, in a page that nobody has yet: what compiles on first use does so now."""
+        assert not self.has_work, "a page that a request may hold would be overwritten"
+        request = Request("warm-up", (0, 0), SamplingParams(max_tokens=1, seed=0), time.monotonic())
+        seq = Sequence(0, request, 0, [0, 0], max_length=2, num_seats=1, page_ids=[0])
+        for start, length in ((0, 2), (1, 1)):
+            step = Step((Chunk(seq, start, length, (seq,)),), num_decodes=int(length == 1), copies=())
+            sampler.draw(self._runner.run(step))
 
     @property
     def has_work(self) -> bool:

@@ -86,6 +86,7 @@ class LLM:
                 "legal: the tokenizer that the model was trained with"
             )
         self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
+        self._engine.warm_up()
 
     @property
     def engine(self) -> Engine:
