@@ -93,7 +93,7 @@ def check_same(found: RequestOutput, expected: RequestOutput) -> None:
     assert numbers(found.prompt_logprobs) == pytest.approx(numbers(expected.prompt_logprobs), rel=1e-6)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     wanted=st.lists(orders(), min_size=1, max_size=6),
     num_pages=st.integers(5, 14),
