@@ -1,0 +1,317 @@
+"""The story grammar, the training loop on a toy model, and the packaged model folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tools.tiny_model.chat import CHAT_SHARE, document, turn
+from tools.tiny_model.config import Phase, TinyConfig
+from tools.tiny_model.evaluate import HELD_OUT_SEED, held_out_texts
+from tools.tiny_model.export import CHAT_TEMPLATE, model_config, replace_folder
+from tools.tiny_model.muon import orthogonalized
+from tools.tiny_model.plots import HELD_OUT, TRAINED
+from tools.tiny_model.stories import MAX_WORDS, MIN_WORDS, held_out_story, story
+from tools.tiny_model.tell import article, listed
+from tools.tiny_model.tokenizer import encode, load_tokenizer, train_tokenizer
+from tools.tiny_model.train import Packer, build_model, rate_share, train
+
+TINY = Path(__file__).parents[2] / "fastllama" / "assets" / "tiny"
+TOY = TinyConfig(
+    vocab_size=512,
+    tokenizer_documents=60,
+    hidden_size=32,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    max_position_embeddings=64,
+    phases=(
+        Phase(32 * 4 * 30, 32, 4, "adamw", 2e-2, 2e-2),
+        Phase(32 * 4 * 35, 32, 4, "muon", 2e-2, 2e-2, embedding_noise=0.01),
+        Phase(64 * 2 * 5, 64, 2, "muon", 2e-2, 2e-2),
+    ),
+    warmup_steps=4,
+    decay_steps=20,
+    threads=1,
+    log_steps=10,
+    checkpoint_steps=40,
+)
+MARKS = re.compile(r"[{}<>_]|\bNone\b|  |\.\.|[,.?!]\.|[?!],|\s[,.?!]|\b[aA] [aeiou]|\b[aA]n [^aeiou\W]|\b(\w+) \1\b")
+
+
+@pytest.fixture(scope="module")
+def stories() -> list:
+    return [story(seed) for seed in range(500)]
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[tuple[str, ...]]:
+    return [document(seed) for seed in range(1500)]
+
+
+@pytest.fixture(scope="module")
+def toy_tokenizer():
+    return load_tokenizer(train_tokenizer(TOY.tokenizer_documents, TOY.vocab_size))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer((TINY / "tokenizer.model").read_bytes())
+
+
+def test_a_seed_names_one_story_and_one_document(stories, documents):
+    assert [story(seed) for seed in range(20)] == stories[:20]
+    assert [document(seed) for seed in range(20)] == documents[:20]
+
+
+def test_no_two_stories_are_alike(stories):
+    assert len({told.text for told in stories}) == len(stories)
+
+
+def test_every_trained_plot_is_told_about_equally_often(stories):
+    counts = Counter(told.plot for told in stories)
+    assert set(counts) == {plot.__name__ for plot in TRAINED}
+    assert min(counts.values()) > len(stories) / len(TRAINED) / 2
+
+
+def test_wording_varies(stories):
+    """Of the word 4-grams of one story, more than a quarter are in no other of 500; a fixed text would have none."""
+    grams = [set(zip(*(told.text.split()[i:] for i in range(4)), strict=False)) for told in stories]
+    seen = Counter(gram for one in grams for gram in one)
+    fresh = sum(sum(seen[gram] == 1 for gram in one) for one in grams) / sum(map(len, grams))
+    assert fresh > 0.1
+    assert len(seen) / sum(len(told.text.split()) for told in stories) > 0.2
+
+
+def test_stories_keep_to_their_length(stories):
+    assert all(MIN_WORDS <= len(told.text.split()) <= MAX_WORDS for told in stories)
+
+
+@pytest.mark.parametrize("teller", [story, held_out_story])
+def test_text_is_clean_english(teller):
+    for seed in range(300):
+        text = teller(seed).text
+        assert not (found := MARKS.search(text)), (seed, found)
+        assert text.count('"') % 2 == 0
+        assert re.fullmatch(r'[A-Za-z ,.?!:"\']+[.!"]', text)
+
+
+def test_facts_speak_of_the_story(stories):
+    """An answer's names and content words stand in the story it is about."""
+    for told in stories:
+        said = set(re.findall(r"\w+", told.text))
+        for question, answer in told.facts:
+            names = set(re.findall(r"\b[A-Z]\w+", answer)[1:])
+            assert names <= said, (told.text, question, answer)
+            assert question.endswith("?")
+            assert answer.endswith(".")
+
+
+def test_held_out_plot_is_not_in_training(documents):
+    """No six words in a row of the held-out plot's own sentences occur in a training document."""
+    signs = ("hungry babies", "four little ones", "taking the food", "the food was gone")
+    told = [held_out_story(seed).text for seed in range(50)]
+    assert all(any(sign in text for sign in signs) for text in told)
+    assert not any(sign in piece for pieces in documents for piece in pieces for sign in signs)
+    assert HELD_OUT not in TRAINED
+
+
+def test_held_out_texts_are_not_in_training(documents):
+    pieces = {piece for pieces in documents for piece in pieces}
+    for lines in held_out_texts().values():
+        assert not any(line in piece for line in lines[:20] for piece in pieces)
+    assert len(documents) < HELD_OUT_SEED
+
+
+def test_chats_are_about_a_fifth_and_in_llama_2_format(documents):
+    chats = [pieces for pieces in documents if pieces[0].startswith("[INST]")]
+    assert len(chats) / len(documents) == pytest.approx(CHAT_SHARE, abs=0.04)
+    exchange = re.compile(r"\[INST\] (<<SYS>>\n[^<]+\n<</SYS>>\n\n)?[^<\[\]\n]+ \[/INST\] [^<\[\]\n]+ ")
+    for pieces in chats:
+        assert all(exchange.fullmatch(piece) for piece in pieces)
+        assert not any("<<SYS>>" in piece for piece in pieces[1:])
+    assert any(len(pieces) > 4 for pieces in chats)
+
+
+def test_turn_strips_as_meta_does():
+    assert turn(" Hi ", "Yes. ", "Be kind.") == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n Hi [/INST] Yes. "
+
+
+def test_articles_and_lists():
+    assert [article("owl"), article("fox")] == ["an owl", "a fox"]
+    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_tokenizer_training_is_deterministic(toy_tokenizer):
+    assert train_tokenizer(TOY.tokenizer_documents, TOY.vocab_size) == toy_tokenizer.serialized_model_proto()
+
+
+def test_packer_loses_no_target_and_resumes(toy_tokenizer):
+    packer = Packer(toy_tokenizer)
+    first, again = packer.batch(2, 16), Packer(toy_tokenizer)
+    again.batch(2, 16)
+    stream = [token for seed in range(3) for token in encode(toy_tokenizer, document(seed))]
+    assert first.flatten().tolist() == stream[:17] + stream[16:33]
+    resumed = Packer(toy_tokenizer, packer.next_seed, packer.rest)
+    assert torch.equal(resumed.batch(3, 8), again.batch(3, 8))
+
+
+def test_rates_warm_up_hold_and_fall():
+    config = replace(TOY, phases=(Phase(40 * 32, 32, 1, "adamw", 1.0, 1.0),), warmup_steps=10, decay_steps=20)
+    shares = [rate_share(config, step) for step in range(config.steps)]
+    assert shares[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert shares[10:20] == [1.0] * 10
+    assert shares[20:] == sorted(shares[20:], reverse=True)
+    assert config.final_share < shares[-1] < 0.05
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5)])
+def test_orthogonalized_keeps_directions_and_levels_their_sizes(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    core = left.T @ orthogonalized(matrix) @ right.T
+    assert torch.allclose(core, torch.diag(core.diagonal()), atol=1e-4)
+    # the quintic's coefficients aim at 1 and are known to leave 0.7 to 1.2 (Jordan et al. 2024)
+    assert (core.diagonal()[sizes > 0.1 * sizes[0]] - 0.95).abs().max() < 0.3
+
+
+@pytest.fixture
+def own_threads():
+    """Training sets torch's thread count; the tests after it get theirs back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_training_learns_and_resumes_to_the_same_weights(toy_tokenizer, tmp_path):
+    straight, log = train(TOY, toy_tokenizer, tmp_path, lambda line: None)
+    assert log[-1][2] < math.log(TOY.vocab_size) - 1
+    assert log[-1][:2] == (TOY.steps, sum(phase.steps * phase.length * phase.batch for phase in TOY.phases))
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_60(line: str) -> None:
+        if line.startswith("step 60/"):
+            raise Stop
+
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    with pytest.raises(Stop):
+        train(TOY, toy_tokenizer, interrupted, stop_at_60)
+    resumed, resumed_log = train(TOY, toy_tokenizer, interrupted, lambda line: None)
+    assert resumed_log == log
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_a_checkpoint_of_another_config_is_refused(toy_tokenizer, tmp_path):
+    short = replace(TOY, phases=TOY.phases[-1:])
+    train(short, toy_tokenizer, tmp_path, lambda line: None)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another config"):
+        train(replace(short, seed=1), toy_tokenizer, tmp_path, lambda line: None)
+
+
+def test_replace_folder_leaves_nothing_of_the_old(tmp_path):
+    new, target = tmp_path / "new", tmp_path / "target"
+    for folder, name in ((new, "b"), (target, "a")):
+        folder.mkdir()
+        (folder / name).touch()
+    replace_folder(new, target)
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces ",
+        "tab\tand\nnewline\r\n",
+        "1234567890",
+        "héllo ✨ 日本語 🦙",
+        "\x00\x7f\u200d\ufeff",
+        "ﬁ Å ½",
+    ],
+)
+def test_tokenizer_round_trips_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_is_the_one_the_config_trains(tokenizer):
+    config = TinyConfig()
+    assert tokenizer.serialized_model_proto() == train_tokenizer(config.tokenizer_documents, config.vocab_size)
+    assert [tokenizer.id_to_piece(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert tokenizer.get_piece_size() == config.vocab_size
+
+
+def test_transformers_reads_the_same_ids(tokenizer, documents):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY)
+    for text in [piece for pieces in documents[:100] for piece in pieces] + ["", "héllo ✨\n\n日本 12  x "]:
+        assert theirs(text)["input_ids"] == [1, *tokenizer.encode(text)]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Hello! "},
+        {"role": "assistant", "content": "Hi there."},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    open_turn = [tokenizer.bos_id(), *tokenizer.encode("[INST] Who are you? [/INST]")]
+    expected = encode(tokenizer, [turn(" Hello! ", "Hi there.", "Be kind.")]) + open_turn
+    assert theirs.apply_chat_template(messages, return_dict=False) == expected
+    with pytest.raises(Exception, match="alternate"):
+        theirs.apply_chat_template(messages[2:], return_dict=False)
+    assert theirs.chat_template == CHAT_TEMPLATE
+
+
+def test_packaged_weights_have_the_shapes_of_their_config():
+    config = TinyConfig()
+    assert json.loads((TINY / "config.json").read_text()) == model_config(config)
+    expected = {name: tuple(weight.shape) for name, weight in build_model(config).state_dict().items()}
+    del expected["lm_head.weight"]  # tied
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in shapes} == {"BF16"}
+        assert all(torch.isfinite(file.get_tensor(name)).all() for name in shapes)
+    assert shapes == expected
+    assert all(size % 128 == 0 for name, shape in shapes.items() if len(shape) == 2 for size in shape), shapes
+
+
+def test_packaged_folder_is_small_and_complete():
+    sizes = {path.name: path.stat().st_size for path in TINY.iterdir()}
+    assert set(sizes) == {
+        "README.md", "config.json", "generation_config.json", "heldout_branch.txt", "heldout_seed.txt",
+        "model.safetensors", "tokenizer.model", "tokenizer_config.json", "training.json", "training_curve.png",
+    }  # fmt: skip
+    assert sum(sizes.values()) < 11e6
+    assert sizes["model.safetensors"] <= 10e6
+    assert sizes["training_curve.png"] < 60e3
+
+
+def test_packaged_held_out_texts_are_the_grammars():
+    for name, lines in held_out_texts().items():
+        assert (TINY / name).read_text() == "".join(f"{line}\n" for line in lines)
+        assert 40e3 < (TINY / name).stat().st_size < 80e3
+
+
+def test_packaged_training_record_is_of_this_config():
+    record = json.loads((TINY / "training.json").read_text())
+    config = TinyConfig()
+    assert record["steps"] == config.steps
+    assert record["config"]["seed"] == config.seed
+    assert [phase["tokens"] for phase in record["config"]["phases"]] == [phase.tokens for phase in config.phases]
+    losses = [loss for _, _, loss in record["losses"]["rows"]]
+    assert losses[-1] < losses[0] / 5
+    assert record["perplexity"]["bf16_weights"].keys() == {"heldout_seed.txt", "heldout_branch.txt"}
