@@ -17,7 +17,7 @@ from tools.tiny_model.chat import CHAT_SHARE, document, turn
 from tools.tiny_model.config import Phase, TinyConfig
 from tools.tiny_model.evaluate import HELD_OUT_SEED, held_out_texts
 from tools.tiny_model.export import CHAT_TEMPLATE, model_config, replace_folder
-from tools.tiny_model.muon import orthogonalized
+from tools.tiny_model.muon import Muon, orthogonalized
 from tools.tiny_model.plots import HELD_OUT, TRAINED
 from tools.tiny_model.stories import MAX_WORDS, MIN_WORDS, held_out_story, story
 from tools.tiny_model.tell import article, listed
@@ -161,6 +161,7 @@ def test_packer_loses_no_target_and_resumes(toy_tokenizer):
     again.batch(2, 16)
     stream = [token for seed in range(3) for token in encode(toy_tokenizer, document(seed))]
     assert first.flatten().tolist() == stream[:17] + stream[16:33]
+    assert packer.rest[0] == first[-1, -1], "the last target is the next batch's first input"
     resumed = Packer(toy_tokenizer, packer.next_seed, packer.rest)
     assert torch.equal(resumed.batch(3, 8), again.batch(3, 8))
 
@@ -190,6 +191,18 @@ def own_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def test_muon_remembers_its_gradients():
+    """A second step with no gradient still moves along the first one's momentum."""
+    weight = torch.nn.Parameter(torch.zeros(3, 5))
+    optimizer = Muon([weight], 0.1, 0.9, 0.0)
+    weight.grad = torch.eye(3, 5)
+    optimizer.step()
+    first = weight.detach().clone()
+    weight.grad = torch.zeros(3, 5)
+    optimizer.step()
+    assert torch.allclose(weight, 2 * first)  # equal directions: orthogonalizing levels their sizes
 
 
 @pytest.mark.usefixtures("own_threads")
