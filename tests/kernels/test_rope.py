@@ -107,8 +107,7 @@ def pages_of(order: str, num_pages: int, heads: int, page_size: int, head_dim: i
 
 
 @both_pairings
-@pytest.mark.parametrize("order", ["HND", "NHD"])
-@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize(("page_size", "order"), [(5, "HND"), (16, "NHD"), (64, "HND")])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
