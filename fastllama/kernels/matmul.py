@@ -23,8 +23,9 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     """x @ weight^T (+ bias): a linear layer, and the logits when weight is the output embedding.
 
     x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one
-    floating dtype, last dimension contiguous. out: [..., N]; allocated when None. Returns out. Accumulates in fp32 and
-    rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    floating dtype, last dimension contiguous, rows at one stride. out: [..., N]; allocated when None. Returns out.
+    Accumulates in fp32; a bias is added before or after the rounding.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b.
     """
     *leading, size = x.shape or (None,)

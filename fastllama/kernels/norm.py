@@ -26,8 +26,9 @@ _ADD_RMS_NORM = Op(
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None) -> Tensor:
     """Root-mean-square normalisation over the last dimension: weight * cast(x / sqrt(mean(x^2) + eps)).
 
-    x: [..., H], fp32, fp16 or bf16 (fp64 on the reference), last dimension contiguous. weight: [H], x's dtype or fp32.
-    eps: added to the mean square. out: like x, may be x itself; allocated when None. Returns out.
+    x: [..., H], fp32, fp16 or bf16 (fp64 on the reference), last dimension contiguous, rows at one stride (any on the
+    reference). weight: [H], x's dtype or fp32. eps: added to the mean square. out: like x, may be x itself; allocated
+    when None. Returns out.
     Accumulates in fp32 and casts to x's dtype before the weight multiplies, as Hugging Face's LlamaRMSNorm does.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
@@ -52,7 +53,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and the norm after it in one pass: returns (rms_norm(x + residual), x + residual).
 
-    x, residual: [..., H], one dtype, last dimension contiguous. weight, eps: as for `rms_norm`.
+    x, residual: [..., H], one dtype, strides as for `rms_norm`. weight, eps: as for `rms_norm`.
     out, residual_out: like x; allocated when None. residual_out=residual updates the residual in place; out may be x.
     The sum is rounded to x's dtype before it is normalised, as it is when the two are separate ops.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.

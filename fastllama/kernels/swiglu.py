@@ -15,7 +15,8 @@ _SILU_MUL = Op("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=refer
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up of the fused gate and up projection, gate_up = [gate | up] along the last dimension.
 
-    gate_up: [..., 2I], any floating dtype, last dimension contiguous. out: [..., I]; allocated when None. Returns out.
+    gate_up: [..., 2I], any floating dtype, last dimension contiguous, rows at one stride (any on the reference).
+    out: [..., I]; allocated when None. Returns out.
     Computed in fp32, rounded to the input's dtype at the end.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.kernels.op import OPS
 from tests.kernels.calls import HKV, PAGE, D, T, arguments
-from tests.kernels.honest import assert_equal
+from tests.kernels.honest import assert_equal, on_cpu, public
 
 TENSORS = [(op, name) for op in OPS for name, value in arguments(op).items() if isinstance(value, Tensor)]
 OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "k_pages", "v_pages")
@@ -133,6 +133,35 @@ def test_sizes_that_mean_nothing(op: str, name: str, shape: tuple[int, ...], mes
     if name == "k_pages":
         given["v_pages"] = value.clone()
     refuse(op, given, ValueError, re.escape(message))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("rms_norm", "x"),
+        ("add_rms_norm", "residual"),
+        ("add_rms_norm", "residual_out"),
+        ("silu_mul", "gate_up"),
+        ("silu_mul", "out"),
+        ("matmul", "x"),
+        ("matmul", "out"),
+    ],
+)
+def test_rows_at_two_strides(op: str, name: str) -> None:
+    """Kernels over rows refuse what they could read only as a copy; the reference takes it."""
+    given = {
+        key: value.expand(2, *value.shape).clone() if isinstance(value, Tensor) and value.shape[0] == T else value
+        for key, value in arguments(op).items()
+    }
+    expected = getattr(kernels, op)(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()})
+    given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
+    for backend in on_cpu(op):
+        if backend == "reference":
+            found = public(op, backend)(**given)
+            torch.testing.assert_close(found, expected)
+        else:
+            with pytest.raises(ValueError, match=rf"^{name} has strides \[.*\]; legal: all rows at one stride"):
+                public(op, backend)(**given)
 
 
 def test_the_frequencies_of_the_cache_are_a_vector() -> None:

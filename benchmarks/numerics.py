@@ -1,0 +1,66 @@
+"""The error of every implementation beside plain torch's, as a table in Markdown: `python -m benchmarks.numerics`.
+
+The cases and the fp64 formulas are those of `fastllama verify`; docs/numerics.md says how the error is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from unittest import mock
+
+import torch
+
+from fastllama import kernels
+from fastllama.kernels.op import OPS, Implementation
+from fastllama.verify.cases import Case, Results, all_cases
+from fastllama.verify.report import error_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CPU = torch.device("cpu")
+
+
+def run(case: Case, implementation: Implementation) -> Results:
+    """The outputs of the public op on one implementation, and what it writes in place."""
+    args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    with mock.patch.dict(OPS[case.op]._bound, {CPU: implementation.run}):
+        results = getattr(kernels, case.op)(*args, **case.options)
+    results = results if isinstance(results, tuple) else (results,)
+    return case.view((*results, *(args[place] for place in case.written)))
+
+
+def worst(found: Results, exact: Results) -> float:
+    """The largest error of any output."""
+    return max(error_of(ours, theirs) for ours, theirs in zip(found, exact, strict=False))
+
+
+def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """op -> "plain torch" or backend -> its worst error over the cases, each relative to the largest of its row."""
+    table: dict[str, dict[str, float]] = {}
+    for op, cases in itertools.groupby(all_cases(dtype), key=lambda case: case.op):
+        found: dict[str, float] = defaultdict(float)
+        for case in cases:
+            exact = case.view(case.formula(*case.to(torch.float64).args))
+            plain = case.view(case.formula(*case.args))
+            found["plain torch"] = max(found["plain torch"], worst(plain, exact))
+            for each in OPS[op].implementations("cpu"):
+                found[each.backend] = max(found[each.backend], worst(run(case, each), exact))
+        table[op] = found
+    return table
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        tables = {dtype: errors(dtype) for dtype in DTYPES}
+    columns = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    print(f"torch {torch.__version__}, CPU, {torch.backends.cpu.get_cpu_capability()}\n")
+    print(f"| op | implementation | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for op in sorted(OPS):
+        for implementation in tables[DTYPES[0]][op]:
+            cells = [f"{tables[dtype][op][implementation]:.1e}" for dtype in DTYPES]
+            print(f"| {op} | {implementation} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
