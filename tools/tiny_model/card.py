@@ -135,7 +135,7 @@ vanishes, a trail is followed) is never trained on. No other text and no data ab
 bit for bit the same. The weights do not: this schedule was put together while the run was under way (copying names was
 not being learned with AdamW, so noise and Muon came in), with the optimizer states dropped at step 1,200 and losses
 logged more sparsely at first. A run from scratch should agree with it in losses and perplexities; that has not been
-tried. Interrupted and straight runs of a toy config agree bit for bit on one thread (a test checks it); other torch
+tried. Interrupted and straight runs of a toy config agree (a test checks it, in fp64); other torch
 versions, thread counts and CPU types round differently.
 
 ## Evaluation
