@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
 
 
 def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor:
-    """[T, head_dim / 2] radians, position times frequency.
+    """[T, head_dim / 2] radians in fp64, position times frequency.
 
     The frequencies and this product are fp32 by definition, as Meta and Hugging Face compute them: a model was trained
     with these angles, and more exact ones would be others (6e-5 apart at position 1000).
@@ -91,7 +91,7 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor
         turns = frequencies * scaling.original_max_position_embeddings / math.tau
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return torch.outer(positions.float(), frequencies)
+    return torch.outer(positions.float(), frequencies).double()
 
 
 def forward(
@@ -114,8 +114,7 @@ def forward(
         return x.unflatten(-1, (-1, config.head_dim))
 
     turns = angles(config, torch.arange(ids.shape[0], device=ids.device), max_model_len)
-    turns = turns.double() if dtype == torch.float64 else turns
-    cos, sin = turns.cos(), turns.sin()
+    cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in (turns.cos(), turns.sin()))
     x = weights["model.embed_tokens.weight"][ids].to(dtype)
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"

@@ -70,7 +70,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
         b"",
         "unknown argument '--tempreature'; did you mean --temperature?",
     ),
-    "unknown option with value": ("verify --modle=x", b"", "'--modle=x'; did you mean --model?"),
+    "unknown option with value": ("verify --modle=a/b/c/d/e/f", b"", "'--modle=a/b/c/d/e/f'; did you mean --model?"),
     "unknown option like none": ("info --zzz", b"", "unknown argument '--zzz' (see fastllama info --help)"),
     "abbreviated option": ("generate --temp 1", b"", "unknown argument '--temp'"),
     "unknown command": ("genrate", b"", "invalid choice: 'genrate' (choose from"),

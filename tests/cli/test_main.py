@@ -34,6 +34,7 @@ def start(*args: str) -> subprocess.Popen[str]:
         text=True,
         cwd=ROOT,
         env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child would ignore it
     )
 
 

@@ -67,7 +67,15 @@ def test_dynamic_rope_grows_its_base_beyond_the_trained_length() -> None:
     base = 10000.0 * 3 ** (config.head_dim / (config.head_dim - 2))
     exponents = [-2 * i / config.head_dim for i in range(config.head_dim // 2)]
     expected = torch.tensor([[position * base**exponent for exponent in exponents] for position in range(64)])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+
+
+def test_angles_are_fp32_products_and_exact_from_there() -> None:
+    config = LlamaConfig.preset("llama-2-7b")
+    found = oracle.angles(config, torch.tensor([0, 1, 1000]), 4096)
+    frequency = 1.0 / 10000.0 ** (torch.arange(0, 128, 2).float() / 128)
+    assert found.dtype == torch.float64
+    assert torch.equal(found[2], (1000.0 * frequency).double())
 
 
 def test_a_low_dtype_is_rounded_in_every_step() -> None:
