@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import cpu
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, match_threads, parallel_jit, store
+from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, parallel_jit, store, use_threads
 
 
 @jit
@@ -121,7 +121,7 @@ def attention_decode(
     if rows == 0:
         return
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    match_threads()
+    use_threads(2 * q.numel() * page_table.shape[1] * page_size)
     illegal = decode_kernel(
         q.data_ptr(),
         k_pages.data_ptr(),

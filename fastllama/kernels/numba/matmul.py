@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, load, match_threads, parallel_jit, prefetch, store
+from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, prefetch, store, use_threads
 
 ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 product is as fast
 
@@ -84,7 +84,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if not 1 <= rows <= ROW_LIMIT or like is None:
         cpu.matmul(x, weight, bias, out)
         return
-    match_threads()
+    use_threads(rows * weight.numel())
     if rows == 1:
         one_row_kernel(weight.data_ptr(), x.data_ptr(), out.data_ptr(), weight.stride(0), features, size, like)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, jit, load, match_threads, parallel_jit, rounded, store
+from fastllama.kernels.numba.numerics import LIKE, jit, load, parallel_jit, rounded, store, use_threads
 
 
 # One row: out = weight * cast(x / its rms), the cast to x's dtype. Starts and strides count elements.
@@ -101,7 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), 0, 0, size, eps, *likes)
     else:
         x, out = as_rows("x", x), as_rows("out", out)
-        match_threads()
+        use_threads(x.numel())
         strides = (out.stride(0), x.stride(0))
         norm_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), *strides, x.shape[0], size, eps, *likes)
 
@@ -120,6 +120,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     else:
         names = ("out", "residual_out", "x", "residual")
         rows = [as_rows(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-        match_threads()
+        use_threads(x.numel())
         pointers, strides = (t.data_ptr() for t in rows), (t.stride(0) for t in rows)
         add_norm_kernel(*pointers, weight.data_ptr(), *strides, rows[0].shape[0], size, eps, *likes)

@@ -23,15 +23,19 @@ FAST = {"reassoc", "contract"}
 jit = numba.njit(fastmath=FAST, cache=True, nogil=True)
 parallel_jit = numba.njit(fastmath=FAST, cache=True, nogil=True, parallel=True)
 
+SERIAL_WORK = 1 << 17  # multiplications: about 10 us of one thread
 # Starting Numba's threads sets OpenMP's number of them, which is torch's too: give torch back what it had.
 _TORCH_THREADS = torch.get_num_threads()
 numba.get_num_threads()
 torch.set_num_threads(_TORCH_THREADS)
 
 
-def match_threads() -> None:
-    """Let parallel kernels use as many threads as torch does."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+def use_threads(work: int) -> None:
+    """Give the next kernel torch's number of threads, or one where its multiplications are few.
+
+    A second thread has to be woken, and on a busy machine waited for: 10 ms in place of 10 us.
+    """
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if work > SERIAL_WORK else 1
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, match_threads, parallel_jit, store
+from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, parallel_jit, store, use_threads
 
 
 @jit
@@ -35,7 +35,7 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         row_kernel(gate_up.data_ptr(), out.data_ptr(), 0, 0, size, like)
     else:
         source, target = as_rows("gate_up", gate_up), as_rows("out", out)
-        match_threads()
+        use_threads(8 * out.numel())
         rows_kernel(
             source.data_ptr(), target.data_ptr(), source.stride(0), target.stride(0), source.shape[0], size, like
         )
