@@ -90,11 +90,25 @@ def test_nan_stays_in_its_row(backend: str) -> None:
     assert public("rms_norm", backend)(x, torch.ones(16), EPS).isnan().any(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+def test_the_normalised_value_is_rounded_before_the_weight(backend: str, op: str, dtype: torch.dtype) -> None:
+    """The mean of 1, 49, 1, 49... is 25, so the scale is 1/5 up to fp32's last bit, which no rounding here can see."""
+    x, weight = torch.tensor([1.0, 7.0, -1.0, -7.0] * 16, dtype=dtype), torch.randn(64).to(dtype)
+    expected = (x.double() / 5).to(dtype) * weight
+    assert (expected != (x.double() / 5 * weight).to(dtype)).any()
+    if op == "rms_norm":
+        assert_equal(public(op, backend)(x, weight, 0.0), expected)
+    else:
+        assert_equal(public(op, backend)(x - 2, torch.full_like(x, 2), weight, 0.0)[0], expected)
+
+
 @pytest.mark.parametrize("backend", on_cpu("add_rms_norm"))
 def test_strided_rows_and_outputs(backend: str) -> None:
     """Slices of wider buffers are read and written where they lie, and their neighbours left alone."""
     x, residual, weight = inputs((6, 48), torch.bfloat16)
-    wide = [torch.full((6, 100), 7.0, dtype=x.dtype) for _ in range(4)]
+    wide = [torch.full((6, width), 7.0, dtype=x.dtype) for width in (60, 70, 80, 100)]
     for buffer, values in zip(wide, (x, residual), strict=False):
         buffer[:, 8:56] = values
     views = [buffer[:, 8:56] for buffer in wide]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.kernels.reference import sampling
 from fastllama.kernels.reference.sampling import filter_probs, philox
 from tests.kernels.honest import DTYPES, assert_equal, error, on_cpu, public
 
@@ -27,6 +28,9 @@ KNOWN_ANSWERS = [
 ]
 SEEDS = [0, 1, -1, 7, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63), 0x123456789ABCDEF]
 OFFSETS = [0, 1, 1000, (1 << 31) - 1, 1 << 31, WORD]
+# Counters of seed 0, found by trying: the words 0xFFFFF561, small when folded, and 0x80000025, which rounds up to 2^31.
+FOLDED_SMALL, FOLDED_LARGE = 880909, 9297664
+BELOW_2_31 = 2**-31 * (1 - 2**-24)  # the fp32 number before 2^-31, as one times 2^31 must not be 1
 
 
 def philox_4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
@@ -40,9 +44,9 @@ def philox_4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int,
 
 
 def uniform(seed: int, offset: int) -> float:
-    """The first word as a signed integer, folded to 31 bits and scaled to [0, 1)."""
+    """The first word folded to 31 bits, rounded to fp32 and scaled to [0, 1), rounded again."""
     word = philox_4x32_10((offset & WORD, 0, 0, 0), (seed & WORD, seed >> 32 & WORD))[0]
-    return min(word, WORD - word) / 2**31
+    return (torch.tensor(min(word, WORD - word)).float().double() * BELOW_2_31).float().item()
 
 
 def survivors(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
@@ -82,17 +86,24 @@ def test_the_integers_here_are_philox(counter: tuple[int, ...], key: tuple[int, 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_philox(seed: int) -> None:
-    """fp32 keeps 24 of 31 bits, rounded: never 1."""
-    found = philox(torch.tensor([seed] * len(OFFSETS)), torch.tensor(OFFSETS))
-    assert found.dtype == torch.float32
-    assert ((found >= 0) & (found < 1)).all()
-    expected = torch.tensor([uniform(seed, offset) for offset in OFFSETS], dtype=torch.float64)
-    assert ((found - expected).abs() <= 2 * torch.finfo(torch.float32).eps * expected).all()
+    offsets = [*OFFSETS, FOLDED_SMALL, FOLDED_LARGE]
+    found = philox(torch.tensor([seed] * len(offsets)), torch.tensor(offsets))
+    assert_equal(found, torch.tensor([uniform(seed, offset) for offset in offsets]))
 
 
 def test_the_largest_draw_is_below_one() -> None:
-    """The scale is fp32's next below 2^-31: 2^31 - 1 rounds up to 2^31 and must not give 1."""
-    assert torch.tensor(2**31 - 1).float() * 4.6566127342e-10 < 1
+    assert philox(torch.tensor([0]), torch.tensor([FOLDED_LARGE])).item() == 1 - 2**-24
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.24, 1), (0.25, 3), (0.74, 3), (0.75, 4), (1 - 2**-24, 4)])
+def test_a_draw_at_the_edge_of_a_token_is_the_next_ones(
+    monkeypatch: pytest.MonkeyPatch, draw: float, token: int
+) -> None:
+    """Shares 0, 1/4, 0, 1/2, 1/4, 0: a token without a share is never drawn, not even by 0 or by the largest draw."""
+    monkeypatch.setattr(sampling, "philox", lambda seed, offset: torch.full(seed.shape, draw))
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, math.log(2), 0.0, -math.inf]], dtype=torch.float64)
+    tokens, _ = sampling.sample(logits, *rows(1))
+    assert tokens.tolist() == [token]
 
 
 @on_every_backend
@@ -139,6 +150,7 @@ EXACT = [
     ([0.5, 0.25, 0.125, 0.125], 2, 0.66, 0.0, [0]),  # of what top-k leaves: 0.5 of 0.75 is 0.667
     ([0.5, 0.25, 0.125, 0.125], 2, 0.67, 0.0, [0, 1]),
     ([0.5, 0.25, 0.125, 0.125], 3, 0.99, 0.26, [0, 1]),
+    ([1.0, 2.0**-40, 2.0**-60, 0.5], 0, 1.0, 0.0, [0, 1, 2, 3]),  # off: what rounds away in a sum stays
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels.reference.attention import attend
+from fastllama.kernels.reference.attention import attend, check_lengths
 from fastllama.kernels.reference.numerics import wide
 
 
@@ -80,6 +80,7 @@ def _paged(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
+    check_lengths(lengths, page_table, k_pages.shape[2])
     out[bounds[-1] :].zero_()
     if lse is not None:
         lse[bounds[-1] :].fill_(float("-inf"))
@@ -99,7 +100,7 @@ def _gather(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:
     """One sequence: q, out [Lq, Hq, D]; k, v [Hkv, Lk, D] in fp32; lse [Lq, Hq] or None."""
     (len_q, num_q_heads, head_dim), (num_kv_heads, len_k, _) = q.shape, k.shape
-    if len_q == 1 and len_k > 0:
+    if len_q == 1:
         scores = torch.bmm(wide(q).view(num_kv_heads, -1, head_dim) * scale, k.transpose(1, 2))
         if lse is not None:
             lse.copy_(scores.logsumexp(-1).view(1, num_q_heads))

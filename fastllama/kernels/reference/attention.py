@@ -39,6 +39,15 @@ def attention_varlen(
     return out, lse
 
 
+def check_lengths(lengths: list[int], page_table: Tensor, page_size: int) -> None:
+    """Raise ValueError for a sequence longer than its pages, whose last tokens would be missing without a word."""
+    if lengths and max(lengths) > page_table.shape[1] * page_size:
+        raise ValueError(
+            f"seq_lens has a length of {max(lengths)}; legal: at most {page_table.shape[1] * page_size}, "
+            f"{page_table.shape[1]} pages of {page_size}"
+        )
+
+
 def gather_pages(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
     """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids]; pages [P, heads, page_size, D]."""
     _, heads, page_size, head_dim = pages.shape
@@ -57,8 +66,9 @@ def attention_prefill(
 ) -> tuple[Tensor, Tensor]:
     """New queries attend to the cached prefix and, causally, to themselves; their keys are in the pages already."""
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
-    bounds = cu_seqlens_q.tolist()
-    for b, length in enumerate(seq_lens.tolist()):
+    bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
+    check_lengths(lengths, page_table, k_pages.shape[2])
+    for b, length in enumerate(lengths):
         rows = slice(bounds[b], bounds[b + 1])
         k, v = (gather_pages(pages, page_table[b], length) for pages in (k_pages, v_pages))
         out[rows], lse[rows] = attend(q[rows], k, v, scale, causal=True)
