@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from .card import Measured, draw_curve, write_card, write_training
 from .config import TinyConfig
-from .evaluate import answer_questions, held_out_texts, perplexities, samples
+from .evaluate import answer_questions, held_out_texts, loss_by_position, perplexities, samples
 from .export import replace_folder, write_model
 from .tokenizer import load_tokenizer, train_tokenizer
 from .train import train
@@ -39,11 +39,12 @@ def main() -> None:
         parameters=model.num_parameters(),
         fp32=perplexities(model, tokenizer, texts),
         bf16=perplexities(shipped, tokenizer, texts),
+        by_position=loss_by_position(shipped, tokenizer, config.max_position_embeddings),
         answers=answer_questions(shipped, tokenizer, QUESTIONS),
         samples=samples(shipped, tokenizer),
         held_out_stories={name: len(lines) for name, lines in texts.items()},
     )
-    draw_curve(folder / "training_curve.png", log, config)
+    draw_curve(folder / "training_curve.png", log)
     write_training(folder / "training.json", config, log, measured)
     write_card(folder / "README.md", config, log, measured)
     replace_folder(folder, TARGET)

@@ -16,6 +16,7 @@ from .chat import ASKS, turn
 from .stories import held_out_story, story
 from .tell import Story
 from .tokenizer import encode
+from .train import Packer
 
 HELD_OUT_SEED = 1_000_000_000  # training counts its seeds up from 0
 HELD_OUT_BYTES = 60_000
@@ -51,6 +52,26 @@ def perplexities(
 ) -> dict[str, float]:
     """Perplexity by file name, `exp` of `mean_loss`."""
     return {name: math.exp(mean_loss(model, tokenizer, lines)) for name, lines in texts.items()}
+
+
+@torch.inference_mode()
+def loss_by_position(
+    model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, length: int, parts: int = 4, rows: int = 64
+) -> list[float]:
+    """Mean loss in each of `parts` stretches of rows of `length` tokens, unseen documents run together as in training.
+
+    The document changes within a row, so every stretch holds the same kind of text; what differs is the position.
+    """
+    ids = Packer(tokenizer, HELD_OUT_SEED).batch(rows, length)
+    losses = torch.stack(
+        [
+            functional.cross_entropy(
+                model(input_ids=row[None, :-1], use_cache=False).logits[0].float(), row[1:], reduction="none"
+            )
+            for row in ids
+        ]
+    )
+    return losses.mean(0).view(parts, -1).mean(1).tolist()
 
 
 @torch.inference_mode()
