@@ -22,6 +22,10 @@ class ExtraRequiredError(ImportError):
         super().__init__(f"{feature} needs {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
 
 
+class TuningError(ValueError):
+    """A file of tuned launch configurations that is broken or meant for something else; names the file and field."""
+
+
 class BackendError(RuntimeError):
     """FASTLLAMA_BACKEND, or the device, asks for an implementation of an op that cannot run here."""
 

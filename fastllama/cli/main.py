@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
         return status
     except BrokenPipeError:
-        # What is still buffered would be written at exit, and fail again, with a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -53,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("fastllama: this is a bug in fastllama; please report it with the lines above", file=sys.stderr)
             return BUG
         print(f"fastllama: error: {' '.join(message.split())}", file=sys.stderr)
+        _drop_output()
         return USER_ERROR
 
 
@@ -69,6 +69,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _drop_output() -> None:
+    """Give up what can no longer be written: at exit it would be tried again, and fail with a traceback."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _users_mistake(error: Exception) -> str | None:
     """What to tell the user, None where the fault is ours. Arguments are typed here, so a TypeError never is his."""
     # torch has a class for memory of a GPU only; for a CPU's it has words.
@@ -76,8 +84,8 @@ def _users_mistake(error: Exception) -> str | None:
     exhausted = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     if exhausted or isinstance(error, MemoryError):
         return f"out of memory: try --dtype bfloat16 or a smaller --max-model-len ({error})"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, BackendError, ExtraRequiredError)):
         return str(error)
     return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
+from fastllama.kernels import tuning
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import sampler
 from fastllama.runtime.block_pool import BlockPool
@@ -55,7 +56,9 @@ class EngineOptions:
 class Engine:
     """Requests in, tokens out, one step at a time, on the caller's thread.
 
-    step() may raise what the model raises; the requests then stay, and are recomputed by the next step.
+    step() may raise what the model raises; the requests then stay, and are recomputed by the next step. What breaks
+    into the bookkeeping instead (Ctrl-C, a bug) leaves nobody knowing which pages belong to whom: the next call ends
+    every request with "abort" and starts with an empty pool.
     """
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
@@ -64,26 +67,49 @@ class Engine:
         )
         model.set_max_model_len(max_model_len)
         self.model, self.tokenizer = model, tokenizer
-        self.pool = BlockPool(-(-kv_cache_tokens // options.page_size), options.page_size)
-        self.scheduler = Scheduler(
-            self.pool,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_num_seqs=options.max_num_seqs,
-            max_model_len=max_model_len,
-        )
+        self._options, self._max_model_len = options, max_model_len
+        self._start_anew(-(-kv_cache_tokens // options.page_size))
         self._runner = Runner(model, self.pool.num_pages, options.page_size)
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
 
-    def warm_up(self) -> None:
-        """Run two rows and one row once, in a page that nobody has yet: what compiles on first use does so now."""
+    def _start_anew(self, num_pages: int) -> None:
+        options = self._options
+        self.pool = BlockPool(num_pages, options.page_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_model_len=self._max_model_len,
+        )
+        self._torn = False
+
+    def _begin(self) -> None:
+        """Before a change of several parts, which sets _torn to False again when it is whole."""
+        if self._torn:
+            for generation in self._generations.values():
+                generation.abort()
+            self._generations.clear()
+            self._start_anew(self.pool.num_pages)
+        self._torn = True
+
+    def warm_up(self) -> float:
+        """Run steps of one row, two, four and on, in pages that nobody has yet: what compiles on first use does so now.
+
+        Returns the seconds it took.
+        """
         assert not self.has_work, "a page that a request may hold would be overwritten"
-        request = Request("warm-up", (0, 0), SamplingParams(max_tokens=1, seed=0), time.monotonic())
-        seq = Sequence(0, request, 0, [0, 0], max_length=2, num_seats=1, page_ids=[0])
-        for start, length in ((0, 2), (1, 1)):
-            step = Step((Chunk(seq, start, length, (seq,)),), num_decodes=int(length == 1), copies=())
-            sampler.draw(self._runner.run(step))
+        most = min(self._options.max_num_batched_tokens, self._max_model_len, self.pool.num_pages * self.pool.page_size)
+        return tuning.warm_up(self._run_rows, most, self.model.device)
+
+    def _run_rows(self, rows: int) -> None:
+        ids = (0,) * rows
+        request = Request("warm-up", ids, SamplingParams(max_tokens=1, seed=0), time.monotonic())
+        pages = list(range(-(-rows // self.pool.page_size)))
+        seq = Sequence(0, request, 0, list(ids), max_length=rows, num_seats=1, page_ids=pages)
+        step = Step((Chunk(seq, 0, rows, (seq,)),), num_decodes=int(rows == 1), copies=())
+        sampler.draw(self._runner.run(step))
 
     @property
     def has_work(self) -> bool:
@@ -106,27 +132,33 @@ class Engine:
                 f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
             )
         request = Request(str(next(self._numbers)), ids, params, time.monotonic())
-        self.scheduler.add(request)
+        self._begin()
+        try:
+            self.scheduler.add(request)
+        except ValueError:
+            self._torn = False
+            raise
         if params.seed is None:
             request.params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
         generation = Generation(request, prompt, self.tokenizer)
         self._generations[request.request_id] = generation
+        self._torn = False
         return generation
 
     def abort(self, generation: Generation) -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
-        if self._generations.pop(generation.request.request_id, None) is None:
-            return
-        self.scheduler.abort(generation.request)
-        generation.finish_time = time.monotonic()
-        for sample in generation.samples.values():
-            if sample.stream is not None and sample.seq.finish_reason == "abort":
-                sample.stream.close()
+        self._begin()
+        if self._generations.pop(generation.request.request_id, None) is not None:
+            self.scheduler.abort(generation.request)
+            generation.abort()
+        self._torn = False
 
     def step(self) -> list[Generation]:
         """Advance every request that can run; returns those that gained a token."""
+        self._begin()
         step = self.scheduler.schedule()
         if step is None:
+            self._torn = False
             return []
         try:
             logits = self._runner.run(step)
@@ -134,6 +166,7 @@ class Engine:
             draws = sampler.draw(logits)
         except BaseException:
             self.scheduler.rollback(step)
+            self._torn = False
             raise
         for drawn in draws:
             if not drawn.finite:  # before the commit, which would offer its pages to other requests
@@ -147,6 +180,7 @@ class Engine:
             if generation.finished:
                 generation.finish_time = now
                 del self._generations[generation.request.request_id]
+        self._torn = False
         return list(touched.values())
 
     def _accept(self, drawn: sampler.Draw, now: float) -> Generation:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.sequence import Request, Sequence
+from fastllama.runtime.sequence import Request, Sequence, Status
 
 
 class TextStream:
@@ -120,6 +121,16 @@ class Generation:
             stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
             found = self.samples[seq.index] = Sample(seq, stream)
         return found
+
+    def abort(self) -> None:
+        """End now: what has not finished does with "abort", and its text is all that is certain of it."""
+        for seq in self.request.sequences:
+            if seq.status is not Status.FINISHED:
+                seq.status, seq.finish_reason = Status.FINISHED, "abort"
+        for sample in self.samples.values():
+            if sample.stream is not None and sample.seq.finish_reason == "abort":
+                sample.stream.close()
+        self.finish_time = time.monotonic()
 
     def output(self) -> RequestOutput:
         """The request as a value, finished or not."""

@@ -38,6 +38,7 @@ class LLM:
     max_num_batched_tokens: tokens of one step. seed: of the draws of requests that bring none.
     progress: bars on stderr; None shows them on a terminal only.
 
+    Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
     Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
     broken model. One thread at a time.
     """
@@ -86,7 +87,7 @@ class LLM:
                 "legal: the tokenizer that the model was trained with"
             )
         self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
-        self._engine.warm_up()
+        self.warm_up_seconds = self._engine.warm_up()
 
     @property
     def engine(self) -> Engine:

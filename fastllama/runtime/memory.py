@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +22,43 @@ def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device (on a CPU: without swapping, as far as the system tells)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min([_system_bytes(), *container_bytes()])
+
+
+def _system_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def container_bytes(root: Path = Path("/")) -> Iterator[int]:
+    """What each Linux control group around this process, and so its container, still allows; nothing where none limits.
+
+    root: where proc and sys lie. A file cache that nobody uses counts as free, as in MemAvailable.
+    Source: Linux kernel documentation, admin-guide: cgroup-v1/memory and cgroup-v2.
+    """
+    membership = root / "proc/self/cgroup"
+    if not membership.exists():
+        return
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            mount, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file "
+        else:
+            continue
+        # A container sees its own group as the mount's root, whatever path the host gave it.
+        for group in (Path(path), *Path(path).parents):
+            folder = root / mount / group.relative_to("/")
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                allowed = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = (folder / "memory.stat").read_text().splitlines()
+                yield allowed + sum(int(line.split()[1]) for line in stat if line.startswith(cache))
 
 
 def cache_sizes(

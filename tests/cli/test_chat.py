@@ -79,6 +79,11 @@ def test_the_history_is_kept(talk: Talk, asked: list[Generation], model: str) ->
     assert done.out == f"{first.lstrip()}\n{second.lstrip()}\n{third.lstrip()}\n"
 
 
+def test_the_space_before_an_answer_is_not_shown(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "follow", lambda self, generation: iter([" ", " \n", " a ", " b"]))
+    assert talk("tell me").out == "a  b\n"
+
+
 def test_keys_and_values_of_earlier_turns_are_used_again(talk: Talk, asked: list[Generation]) -> None:
     done = talk("once upon a time there was a small fox who lived in the forest " * 2, "and then")
     found = [STATISTICS.fullmatch(line) for line in done.err.splitlines() if line.startswith("[")]

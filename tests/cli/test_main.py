@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -20,16 +21,18 @@ from fastllama.runtime import memory
 from tests.cli.conftest import Command
 
 ROOT = Path(fastllama.__file__).parents[1]
+FULL = Path("/dev/full")
 COMMANDS = ("generate", "chat", "info", "verify")
 
 
-def start(*args: str) -> subprocess.Popen[str]:
+def start(*args: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     """`python -m fastllama`, as a shell would run it, with the ops that start fastest."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTLLAMA_BACKEND": "reference"}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is still buffered at exit is what these tests are about
     return subprocess.Popen(
         [sys.executable, "-m", "fastllama", *args],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -94,6 +97,7 @@ def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixtu
         (FileNotFoundError("there is no model"), "there is no model"),
         (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
         (OSError("the disk is gone"), "the disk is gone"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (BackendError("no Triton kernel"), "no Triton kernel"),
         (
             ExtraRequiredError("this", "tokenizers", "hf"),
@@ -178,6 +182,14 @@ def test_a_reader_that_goes_away_ends_it_quietly(model: str) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with FULL.open("w") as full, start("info", stdout=full) as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == "fastllama: error: No space left on device\n"
+    assert process.returncode == 2
 
 
 def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:

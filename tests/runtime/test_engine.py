@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.runtime import engine as engine_module
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running
@@ -144,6 +149,67 @@ def test_generate_returns_its_pages_when_a_step_fails(error: BaseException) -> N
         finish(llm.engine, other)
         assert tokens_of(other.output()) == alone(PROMPTS[2])
         assert [tokens_of(output) for output in llm.generate(PROMPTS, HOT)] == [alone(prompt) for prompt in PROMPTS]
+
+
+RUNTIME = Path(engine_module.__file__).parent
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[list[int]]:
+    """Ctrl-C when the runtime's files have run so many lines; gives a list that counts them, up to that one."""
+    count = [0]
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "call":
+            return trace if Path(frame.f_code.co_filename).parent == RUNTIME else None
+        if event == "line":
+            count[0] += 1
+            if count[0] == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
+
+
+def until_the_end(llm: LLM, generations: list[Generation]) -> None:
+    """Run them all but the last, which is aborted after three steps."""
+    steps = 0
+    while not all(generation.finished for generation in generations):
+        llm.engine.step()
+        steps += 1
+        if steps == 3:
+            llm.engine.abort(generations[-1])
+
+
+THREE = (HOT, SamplingParams(temperature=3.0, seed=5, n=2, max_tokens=NEW_TOKENS), HOT)
+
+
+@pytest.fixture(scope="module")
+def each_alone() -> list[list[tuple[int, ...]]]:
+    return [alone(prompt, params) for prompt, params in zip(PROMPTS, THREE, strict=True)]
+
+
+@pytest.mark.parametrize("line", range(1, 1500, 31))
+def test_an_interrupt_anywhere_leaves_a_whole_engine(line: int, each_alone: list[list[tuple[int, ...]]]) -> None:
+    # Fewer pages than the requests want, so that some are preempted.
+    with running(ours(), kv_cache_tokens=96, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=20) as llm:
+        generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, THREE, strict=True)]
+        with suppress(KeyboardInterrupt), interrupted_at(line) as count:
+            until_the_end(llm, generations)
+        assert count[0] == line, "the run is shorter than that"
+        until_the_end(llm, generations)
+        for generation, whole in zip(generations, each_alone, strict=True):
+            assert generation.finish_time is not None
+            for sample in generation.output().outputs:
+                length = len(sample.token_ids)
+                assert sample.token_ids == whole[sample.index][:length]
+                assert sample.finish_reason == ("length" if length == NEW_TOKENS else "abort")
+        assert tokens_of(llm.generate(PROMPTS[0], HOT)[0]) == each_alone[0]
 
 
 @pytest.mark.parametrize("num_steps", range(0, 12, 2))

@@ -86,7 +86,7 @@ def test_prompt_and_answer_go_through_the_runtime(path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Runner, "run", watched)
     report = check(path)
-    assert chunks == [2, 1, 40, 40, 16, *[1] * 31]  # LLM warms up with two rows and one
+    assert chunks == [1, 2, 40, 40, 16, *[1] * 31]  # LLM warms up with one row and two
     assert [row.case for row in report.rows] == ["30 tensors", *["127 tokens"] * 4, "32 greedy tokens"]
 
 
