@@ -1,0 +1,50 @@
+"""The honest bound: as exact as plain torch in the same dtype, twice over, and never a loose absolute number.
+
+error(x) = max over rows (vectors along the last dimension) of max |x - exact| / max |exact|, exact computed in fp64.
+An implementation passes if error(ours) <= 2 * error(plain torch in the same dtype) + one rounding of it (eps / 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """The largest relative error of any row; inf where one is NaN and the other is not. Equal infinities are equal.
+
+    found, exact: one shape, [..., N].
+    """
+    if found.shape != exact.shape:
+        raise AssertionError(f"the result has shape {list(found.shape)}, the exact one {list(exact.shape)}")
+    if not exact.numel():
+        return 0.0
+    found, exact = found.double(), exact.double()
+    difference = (found - exact).abs().masked_fill(found == exact, 0.0)
+    difference = difference.masked_fill(difference.isnan(), math.inf).masked_fill(found.isnan() & exact.isnan(), 0.0)
+    size = exact.abs().masked_fill(~exact.isfinite(), 0.0).amax(-1)
+    return float((difference.amax(-1) / size.where(size > 0, 1.0)).max())
+
+
+def assert_honest(found: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless `found` is as near to `exact` as the bound asks.
+
+    found: [..., N], ours. plain: what plain torch gives in that dtype. exact: fp64, from the same inputs.
+    """
+    if found.dtype != plain.dtype:
+        raise AssertionError(f"the result has dtype {found.dtype}, plain torch's {plain.dtype}")
+    if exact.dtype != torch.float64:
+        raise AssertionError(f"the exact result has dtype {exact.dtype}; legal: torch.float64")
+    ours, theirs, rounding = error(found, exact), error(plain, exact), torch.finfo(plain.dtype).eps / 2
+    bound = 2 * theirs + rounding
+    if not ours <= bound:
+        raise AssertionError(
+            f"error {ours:.3g}; legal: {bound:.3g} (twice plain torch's {theirs:.3g}, and {rounding:.3g})"
+        )
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    """Raise AssertionError unless both are the same bit for bit, dtype included; NaN equals NaN."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,161 @@
+"""What a kernel's launches take of GPUs that need not be here: registers, spills, shared memory, instructions.
+
+`python -m fastllama.testing.compile_report module:function` reports on the launches that a function without arguments
+makes (docs/testing.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastllama.testing import triton_api
+from fastllama.testing.recorder import Launch, record
+from fastllama.testing.resources import Report, compile_launch
+from fastllama.testing.targets import TARGETS, target
+
+CACHE = Path("build", "compile_reports")
+
+
+def compile_report(
+    function: Callable[[], Any], targets: Iterable[str] = tuple(TARGETS), cache: Path | None = CACHE
+) -> list[Report]:
+    """Reports on every launch that `function` makes (see recorder.record), equal launches once, for each target.
+
+    cache: a folder where reports are kept by the content of what they depend on; None keeps nothing.
+    Raises ValueError for an unknown target, and where `function` launches nothing.
+    """
+    reports: dict[tuple[str, str], Report] = {}
+    for name in targets:
+        with record(target(name)) as launches:
+            function()
+        if not launches:
+            raise ValueError("the function launched no Triton kernel")
+        for launch in launches:
+            key = _key(launch)
+            if (name, key) not in reports:
+                reports[name, key] = _report(launch, None if cache is None else cache / f"{key}.json")
+    return sorted(reports.values(), key=lambda report: report.launch)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """{"128": 6, "async 128": 2} as "6x128 2xasync 128"."""
+    return " ".join(f"{count}x{name}" for name, count in counts.items()) or "-"
+
+
+def _per_byte(report: Report) -> str:
+    found = report.hot.instructions_per_byte
+    return "-" if found is None else f"{found:.2f}"
+
+
+# Counts are those of the hot loop, or of the whole program where there is no loop.
+COLUMNS: dict[str, Callable[[Report], str]] = {
+    "target": lambda report: report.target,
+    "warps": lambda report: str(report.num_warps),
+    "stages": lambda report: str(report.num_stages),
+    "registers": lambda report: str(report.registers),
+    "spilled B": lambda report: str(report.spilled_bytes),
+    "stack B": lambda report: str(report.stack_bytes),
+    "shared KiB": lambda report: f"{report.shared_bytes / 1024:.1f} of {report.shared_limit // 1024}",
+    "occupancy": lambda report: f"{report.occupancy.percent} % ({report.occupancy.limiter})",
+    "loads": lambda report: _counts(report.hot.loads),
+    "stores": lambda report: _counts(report.hot.stores),
+    "tensor cores": lambda report: _counts(report.hot.matrix),
+    "instructions": lambda report: f"{report.hot.instructions} a {'loop' if report.loops else 'program'}",
+    "a byte": _per_byte,
+}
+
+
+def cells(report: Report) -> list[str]:
+    """A report as the row of a table under COLUMNS; dashes where it is an error."""
+    return [report.target, *("-" if report.error else text(report) for text in list(COLUMNS.values())[1:])]
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Plain text: for each launch its rows, and below them what is wrong."""
+    lines = []
+    for launch in dict.fromkeys(report.launch for report in reports):
+        own = [report for report in reports if report.launch == launch]
+        rows = [list(COLUMNS), *map(cells, own)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append(launch)
+        for row in rows:
+            padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(padded).rstrip())
+        lines += [f"  {report.target}: {problem}" for report in own for problem in report.problems()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status, 1 where there is any problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastllama.testing.compile_report",
+        description="Compile what a function launches for GPUs that need not be here, and report what it takes.",
+    )
+    parser.add_argument("function", metavar="module:function", help="without arguments; tensors may be on `meta`")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of kept reports; default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        reports = compile_report(_function(options.function), options.targets.split(","), options.cache)
+    except (ValueError, ImportError, RuntimeError) as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps([{**report.to_json(), "problems": report.problems()} for report in reports], indent=1))
+    else:
+        print(table(reports))
+    return int(any(report.problems() for report in reports))
+
+
+def _function(name: str) -> Callable[[], Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"function is {name!r}; legal: module:function")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not callable(found):
+        raise ValueError(f"module {module} has no function {attribute!r}")
+    return found
+
+
+def _report(launch: Launch, path: Path | None) -> Report:
+    """From the file at `path` where it exists, else made and written there."""
+    if path is not None and path.exists():
+        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        report = compile_launch(launch)
+    except triton_api.ToolMissingError as error:
+        return Report(str(launch), launch.target.name, error=f"cannot be compiled here: {error}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Processes share the folder: one sees the whole file of another, or none.
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            json.dump(report.to_json(), file)
+        os.replace(file.name, path)
+    return report
+
+
+def _key(launch: Launch) -> str:
+    """Of all that a report follows from: the source, its specialisation, the options, Triton, and what reads it."""
+    parts = (launch.source.hash(), sorted(map(str, launch.options.items())), launch.target, str(launch), _reader())
+    return hashlib.sha256(repr((*parts, triton_api.compiler_state())).encode()).hexdigest()
+
+
+@functools.cache
+def _reader() -> str:
+    """The content of the files that read machine code."""
+    names = ("machine_code.py", "resources.py", "targets.py", "triton_api.py")
+    return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Planted faults: edits of a source file that must turn tests red, and a runner that says which survive.
+
+    python -m fastllama.testing.mutants tests/kernels/triton/mutants.py [-k WORD] [--jobs N]
+
+The table is a Python file that defines MUTANTS, a sequence of Mutant; paths are relative to the working directory. The
+edits are made in a copy of it, so the working tree stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT = 600.0  # seconds; a kernel that never ends is caught too
+_NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "venv", "*.egg-info")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: `old`, which stands exactly once in the file `path`, becomes `new`.
+
+    tests: pytest's arguments, of tests that pass without the fault; at least one must fail with it.
+    interpreter: whether they run with TRITON_INTERPRET=1.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    interpreter: bool = True
+
+    def edited(self, root: Path) -> str:
+        """The file's text with the fault. Raises ValueError unless `old` stands in it exactly once."""
+        text = (root / self.path).read_text(encoding="utf-8")
+        count = text.count(self.old)
+        if count != 1 or self.old == self.new:
+            raise ValueError(f"mutant {self.name!r}: {self.old!r} stands {count} times in {self.path}; legal: once")
+        return text.replace(self.old, self.new)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: "killed" by `test`, "survived", or "broken" where the tests could not run."""
+
+    mutant: Mutant
+    outcome: str
+    test: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.outcome:8} {self.seconds:5.1f} s  {self.mutant.path}: {self.mutant.name}  {self.test}".rstrip()
+
+
+def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdict]:
+    """Plant each mutant in a copy of `root` and run its tests.
+
+    Raises ValueError where a mutant does not fit its file, RuntimeError where tests fail without any fault.
+    """
+    for mutant in mutants:
+        mutant.edited(root)
+    with ExitStack() as stack:
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for _ in range(jobs):
+            copies.put(stack.enter_context(_copy(root)))
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+
+        def sound(tests: tuple[tuple[str, ...], bool]) -> None:
+            copy = copies.get()
+            code, output = _pytest(copy, *tests)
+            copies.put(copy)
+            if code != 0:
+                raise RuntimeError(f"pytest {' '.join(tests[0])} fails without any mutant:\n{output[-2000:]}")
+
+        def verdict(mutant: Mutant) -> Verdict:
+            copy, start = copies.get(), time.perf_counter()
+            path = copy / mutant.path
+            original = path.read_text(encoding="utf-8")
+            path.write_text(mutant.edited(copy), encoding="utf-8")
+            code, output = _pytest(copy, mutant.tests, mutant.interpreter)
+            path.write_text(original, encoding="utf-8")
+            copies.put(copy)
+            outcome = {0: "survived", 1: "killed"}.get(code, "broken")
+            return Verdict(mutant, outcome, _first_failure(output), time.perf_counter() - start)
+
+        list(pool.map(sound, dict.fromkeys((mutant.tests, mutant.interpreter) for mutant in mutants)))
+        yield from pool.map(verdict, mutants)
+
+
+@contextmanager
+def _copy(root: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copytree(root, Path(folder, "copy"), ignore=_NOT_COPIED))
+
+
+def _pytest(root: Path, tests: Iterable[str], interpreter: bool) -> tuple[int, str]:
+    """pytest's exit status and output; 1 where it does not end."""
+    variables = ["TRITON_INTERPRET=1"] if interpreter else ["-u", "TRITON_INTERPRET"]
+    # Without bytecode: an edit of the same length in the same second would be taken for the file it was.
+    python = ["env", *variables, "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-m", "pytest"]
+    command = [*python, "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return 1, f"FAILED after {TIMEOUT:.0f} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def _first_failure(output: str) -> str:
+    failures = (line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return next(failures, "").split(" - ")[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for every mutant; 1 where one is not killed."""
+    parser = argparse.ArgumentParser(prog="python -m fastllama.testing.mutants", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("table", type=Path, help="a Python file that defines MUTANTS")
+    parser.add_argument("-k", dest="word", default="", help="only mutants with this word in their name or path")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
+    options = parser.parse_args(arguments)
+    table: Sequence[Mutant] = runpy.run_path(str(options.table))["MUTANTS"]
+    chosen = [mutant for mutant in table if options.word in f"{mutant.path}: {mutant.name}"]
+    if not chosen:
+        parser.error(f"no mutant has {options.word!r} in its name or path; there are {len(table)}")
+    killed = 0
+    for verdict in run(chosen, Path.cwd(), options.jobs):
+        print(verdict, flush=True)
+        killed += verdict.outcome == "killed"
+    print(f"{killed} of {len(chosen)} mutants killed")
+    return int(killed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

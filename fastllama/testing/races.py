@@ -1,0 +1,74 @@
+"""Races between the programs of one launch: what two of them touch and one writes, in an order that no GPU promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastllama.testing.floats import Array
+
+
+@dataclass
+class Log:
+    """Who touched what in one launch: per kind of access, (program, size, unique addresses) of every program."""
+
+    accesses: dict[str, list[tuple[int, int, Array]]] = field(
+        default_factory=lambda: {"load": [], "store": [], "atomic": []}
+    )
+
+    def add(self, kind: str, program: int, size: int, addresses: Array) -> None:
+        self.accesses[kind].append((program, size, addresses))
+
+    def race(self) -> tuple[str, int, int, int] | None:
+        """What is wrong, the address and the two programs; None when every order of the programs gives the same."""
+        stored, storers = self._cells("store")
+        atomic, updaters = self._cells("atomic")
+        loaded, loaders = self._cells("load")
+        if not stored.size and not atomic.size:
+            return None
+        stored, storers = _sorted(stored, storers)
+        twice = (stored[1:] == stored[:-1]) & (storers[1:] != storers[:-1])
+        if twice.any():
+            i = int(np.argmax(twice))
+            return "two programs write", int(stored[i]), int(storers[i]), int(storers[i + 1])
+        return (
+            _meeting("one program reads what another writes,", stored, storers, loaded, loaders)
+            or _meeting("one program updates atomically what another writes,", stored, storers, atomic, updaters)
+            or _meeting(
+                "one program reads what another updates atomically,", *_sorted(atomic, updaters), loaded, loaders
+            )
+        )
+
+    def _cells(self, kind: str) -> tuple[Array, Array]:
+        """Addresses in steps of the narrowest access of the launch, and the program of each."""
+        entries = self.accesses[kind]
+        cell = min((size for each in self.accesses.values() for _, size, _ in each), default=1)
+        addresses = [_split(each, size, cell) for _, size, each in entries]
+        programs = [np.full(each.size, program) for (program, _, _), each in zip(entries, addresses, strict=True)]
+        empty = np.empty(0, np.int64)
+        return np.concatenate([*addresses, empty]), np.concatenate([*programs, empty])
+
+
+def _split(addresses: Array, size: int, cell: int) -> Array:
+    cells: Array = (addresses.astype(np.int64)[:, None] + np.arange(0, size, cell)).ravel()
+    return cells
+
+
+def _sorted(addresses: Array, programs: Array) -> tuple[Array, Array]:
+    order = np.lexsort((programs, addresses))
+    return addresses[order], programs[order]
+
+
+def _meeting(
+    what: str, addresses: Array, programs: Array, others: Array, other_programs: Array
+) -> tuple[str, int, int, int] | None:
+    """The first of `others` that a different program has at one of the sorted `addresses`."""
+    for side in ("left", "right"):  # where several programs share an address, one of its two ends is another program
+        at = np.searchsorted(addresses, others, side=side) - (side == "right")
+        at = np.clip(at, 0, max(addresses.size - 1, 0))
+        clash = (addresses[at] == others) & (programs[at] != other_programs) if addresses.size else np.zeros(0, bool)
+        if clash.any():
+            i = int(np.argmax(clash))
+            return what, int(others[i]), int(programs[at[i]]), int(other_programs[i])
+    return None

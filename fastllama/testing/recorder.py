@@ -1,0 +1,156 @@
+"""Records what real launch code would compile and launch on a GPU that need not be here.
+
+The launch code itself decides the specialisation: which pointers and integers are multiples of 16, which arguments are
+constants, the warps and the stages. Nothing is compiled and nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from fastllama import env
+from fastllama.testing.targets import Target
+from fastllama.testing.triton_api import quiet
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a jit function: what is compiled for it, and with what options."""
+
+    kernel: str
+    target: Target
+    source: Any  # triton's ASTSource
+    options: Mapping[str, Any]  # as triton.compile takes them: num_warps, num_stages, ...
+
+    def __str__(self) -> str:
+        """The kernel with its specialised arguments: `add(x_ptr: *bf16 % 16, n: i32, BLOCK=64)`.
+
+        Of tuples only the elements' types are shown.
+        """
+        constants = {path[0]: value for path, value in self.source.constants.items() if len(path) == 1}
+        hinted = {path[0] for path, hints in self.source.attrs.items() if ["tt.divisibility", 16] in hints}
+        arguments = [
+            f"{name}={getattr(constants[i], 'value', constants[i])}"
+            if i in constants
+            else f"{name}: {kind}{' % 16' if i in hinted else ''}"
+            for i, (name, kind) in enumerate(self.source.signature.items())
+        ]
+        return f"{self.kernel}({', '.join(arguments)})"
+
+
+@contextmanager
+def record(target: Target) -> Iterator[list[Launch]]:
+    """Inside, a launch of a jit function is appended to the list, and returns None, instead of running.
+
+    Tensors may be on the CPU, on the meta device or fake: read are the dtype, the address modulo 16 (of a tensor
+    without memory: its offset in its storage) and, for AMD, whether the storage is under 2 GiB. A kernel under
+    `triton.autotune` is recorded once for each configuration that its pruning keeps.
+    Raises RuntimeError where TRITON_INTERPRET is set: an interpreted kernel cannot be compiled.
+    """
+    if env.triton_interpret():
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted here; record launches without it")
+    launches: list[Launch] = []
+    stock_run = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        del warmup
+        args = tuple(_addressed(value) for value in args)
+        kwargs = {name: _addressed(value) for name, value in kwargs.items()}
+        self.device_caches[driver.active.get_current_device()]  # makes self.compile, which the next line replaces
+        with mock.patch.object(self, "compile", _capture):
+            try:
+                stock_run(self, *args, grid=grid, warmup=True, **kwargs)
+            except _CapturedError as captured:
+                launches.append(Launch(self.__name__, target, captured.source, captured.options))
+
+    def run_every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))  # what pruning reads
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    active = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", run),
+            mock.patch.object(Autotuner, "run", run_every_configuration),
+            quiet(),
+        ):
+            yield launches
+    finally:
+        driver._active = active
+
+
+class _CapturedError(Exception):
+    """Leaves Triton's launch code where it would start to compile."""
+
+    def __init__(self, source: Any, options: Mapping[str, Any]) -> None:
+        self.source, self.options = source, dict(options)
+
+
+def _capture(source: Any, target: Any, options: Mapping[str, Any], **unused: Any) -> None:
+    raise _CapturedError(source, options)
+
+
+class _Addressed:
+    """A tensor without memory, at the address its storage would have if that began at 0."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
+        self._bytes = tensor.untyped_storage().nbytes()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        """Triton's AMD backend asks this for whether 32 bits can address the whole storage."""
+        return self._bytes
+
+
+def _addressed(value: Any) -> Any:
+    """Fake tensors refuse to tell an address."""
+    return _Addressed(value) if isinstance(value, FakeTensor) else value
+
+
+class _Driver:
+    """The questions that launch code asks of a GPU's driver, answered from a Target."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.utils = SimpleNamespace(get_device_properties=self._properties)
+
+    def _properties(self, device: Any) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._target.shared_per_block,
+            "max_num_regs": 4 * self._target.registers,
+            "multiprocessor_count": self._target.multiprocessors,
+            "warpSize": self._target.warp_size,
+        }
+
+    def get_current_target(self) -> Any:
+        return self._target.triton
+
+    def get_current_device(self) -> str:
+        """Triton keeps what it knows of a kernel by this: a name of its own leaves that of real devices alone."""
+        return f"recorded {self._target.name}"
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"launch code asks the driver for {name!r}, and there is no GPU while launches are recorded")

@@ -1,0 +1,79 @@
+"""The runner of mutants, on a toy project: what is caught, what survives, what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastllama.testing import mutants
+from fastllama.testing.mutants import Mutant
+
+MODULE = "def double(x):\n    return 2 * x\n\n\ndef unused():\n    return 1\n"
+TESTS = """
+import os
+import toy
+
+def test_double():
+    assert toy.double(3) == 6
+
+def test_tier():
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+"""
+TABLE = """
+from fastllama.testing.mutants import Mutant
+MUTANTS = (
+    Mutant("adds", "toy.py", "2 * x", "2 + x", ("test_toy.py",)),
+    Mutant("not tested", "toy.py", "return 1", "return 2", ("test_toy.py",)),
+)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "toy.py").write_text(MODULE)
+    (tmp_path / "test_toy.py").write_text(TESTS)
+    (tmp_path / "table.py").write_text(TABLE)
+    return tmp_path
+
+
+def mutant(old: str, new: str, tests: str = "test_toy.py::test_double", interpreter: bool = True) -> Mutant:
+    return Mutant("planted", "toy.py", old, new, (tests,), interpreter)
+
+
+def test_verdicts(project: Path) -> None:
+    """The second edit is as long as the first, and made in the same second: bytecode must not be taken for it."""
+    planted = [
+        mutant("return 1", "return 2"),
+        mutant("2 * x", "2 + x", "test_toy.py"),
+        mutant("2 * x", "2 *"),
+        mutant("2 * x", "2 + x", interpreter=False),
+    ]
+    found = list(mutants.run(planted, project))
+    assert [each.mutant for each in found] == planted
+    assert [each.outcome for each in found] == ["survived", "killed", "broken", "killed"]
+    failed = "FAILED test_toy.py::test_double"
+    assert [each.test for each in found] == ["", failed, "ERROR test_toy.py", failed]
+    assert (project / "toy.py").read_text() == MODULE
+
+
+def test_tests_that_fail_without_a_fault_prove_nothing(project: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^pytest test_toy.py fails without any mutant:"):
+        list(mutants.run([mutant("2 * x", "2 + x", "test_toy.py", interpreter=False)], project))
+
+
+@pytest.mark.parametrize(("old", "count"), [("3 * x", 0), ("return", 2), ("2 * x", 1)])
+def test_a_mutant_that_does_not_fit_is_refused(project: Path, old: str, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^mutant 'planted': .* stands {count} times in toy.py; legal: once$"):
+        list(mutants.run([mutant(old, old)], project))
+
+
+def test_the_command(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(project)
+    assert mutants.main(["table.py", "--jobs", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["killed", "survived", "1"]
+    assert lines[2] == "1 of 2 mutants killed"
+    with pytest.raises(SystemExit, match=r"^2$"):
+        mutants.main(["table.py", "-k", "no such"])
+    assert "no mutant has 'no such' in its name or path; there are 2" in capsys.readouterr().err
