@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastllama.errors import check_choice
 
@@ -42,12 +43,24 @@ TRITON_INTERPRET = Variable(
     "Triton's own variable: `1` runs Triton kernels in its NumPy interpreter, on CPU tensors. Slow; for tests. "
     "Triton reads it when a kernel is defined, so set it before Python starts.",
 )
-VARIABLES = (BACKEND, TRITON_INTERPRET)
+XDG_CACHE_HOME = Variable(
+    "XDG_CACHE_HOME",
+    "~/.cache",
+    "Where caches lie, a variable of the XDG Base Directory Specification: launch configurations tuned on this machine "
+    "are read from its folder `fastllama/tuned/<gpu>`. Empty or not absolute counts as not set, as it demands.",
+)
+VARIABLES = (BACKEND, TRITON_INTERPRET, XDG_CACHE_HOME)
 
 
 def triton_interpret() -> bool:
     """Whether Triton kernels run in the interpreter, by Triton's own rule for the variable."""
     return TRITON_INTERPRET.read().lower() in ("1", "true", "on", "yes", "y")
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again, by the XDG rule; it need not exist."""
+    given = Path(XDG_CACHE_HOME.read())
+    return (given if given.is_absolute() else Path(XDG_CACHE_HOME.default).expanduser()) / "fastllama"
 
 
 def markdown() -> str:

@@ -5,7 +5,7 @@ from fastllama.kernels.matmul import embedding, matmul
 from fastllama.kernels.norm import add_rms_norm, rms_norm
 from fastllama.kernels.op import Implementation, backend_of
 from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
-from fastllama.kernels.sampling import sample
+from fastllama.kernels.sampling import sample, sample_workspace
 from fastllama.kernels.swiglu import silu_mul
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "rope",
     "rope_and_write_kv",
     "sample",
+    "sample_workspace",
     "silu_mul",
 ]

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from fastllama.errors import check_dtype, check_rows, check_shape
 
-FLOATS = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float64,
-)  # fp64 is the oracle's: no Triton kernel takes it
+KERNEL_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (*KERNEL_FLOATS, torch.float64)  # fp64 is the oracle's: no Triton kernel takes it
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -33,8 +29,16 @@ def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> 
         check_rows(name, tensor)
 
 
+def check_kernel_dtype(name: str, tensor: Tensor) -> None:
+    """TypeError for fp64, which a Triton kernel does not take."""
+    if tensor.dtype not in KERNEL_FLOATS:
+        check_dtype(name, tensor, KERNEL_FLOATS)
+
+
 def as_rows(name: str, tensor: Tensor) -> Tensor:
     """`tensor` [..., H] as [rows, H], never copied: ValueError where its rows do not lie at one stride."""
+    if tensor.dim() == 2:
+        return tensor
     *leading, size = tensor.shape
     try:
         return tensor.view(math.prod(leading), size)

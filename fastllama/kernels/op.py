@@ -40,7 +40,8 @@ class Op:
     """One op in its out-form.
 
     schema: torch's schema language, "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()". Outputs come
-    last and are (a!) and (b!); inputs that are updated in place are (c!) and on.
+    last and are (a!) and (b!); inputs that are updated in place are (c!) and on. Scratch memory comes after them,
+    `Tensor(c!)? workspace`: a launcher that needs some allocates it when None, and only then allocates anything.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
     cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
     numba: "module:launcher" under kernels/numba, in out-form, for CPU tensors where the extra [cpu] is installed.
@@ -58,7 +59,9 @@ class Op:
     ) -> None:
         self.name, parameters = schema.removesuffix(") -> ()").split("(", 1)
         kinds, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
-        self.num_outputs = sum(kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in kinds)
+        is_output = [kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in kinds]
+        self.num_outputs = sum(is_output)
+        self._inputs = is_output.index(True) if self.num_outputs else len(kinds)
         self._names = names
         self._tensors = tuple(i for i, kind in enumerate(kinds) if i and kind.startswith("Tensor"))  # after the first
         self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
@@ -88,6 +91,11 @@ class Op:
 
     def _bind(self, device: torch.device) -> Function:
         return self._bound.setdefault(device, self.implementation(device.type).run)
+
+    @property
+    def has_triton(self) -> bool:
+        """Whether there is a Triton kernel."""
+        return self._triton is not None
 
     def implementation(self, device: str) -> Implementation:
         """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
@@ -132,8 +140,8 @@ class Op:
         return _load("triton", self._triton)
 
     def _run_reference(self, *args: Any) -> None:
-        outputs = args[-self.num_outputs :] if self.num_outputs else ()
-        results = self._reference(*args[: len(args) - self.num_outputs])
+        outputs = args[self._inputs : self._inputs + self.num_outputs]
+        results = self._reference(*args[: self._inputs])
         for output, result in zip(outputs, (results,) if len(outputs) == 1 else results or (), strict=True):
             if output is not None:
                 output.copy_(result)

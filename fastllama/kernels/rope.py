@@ -14,15 +14,19 @@ _ROPE = Op(
     "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, "
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     reference=reference.rope,
+    triton="rope:rope",
 )
 _ROPE_AND_WRITE_KV = Op(
     "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, "
-    "Tensor(c!) k_pages, Tensor(d!) v_pages, bool interleaved, Tensor(a!) q_out) -> ()",
+    "Tensor(c!) k_pages, Tensor(d!) v_pages, Tensor(e!)? k_scales, Tensor(f!)? v_scales, bool interleaved, "
+    "Tensor(a!) q_out) -> ()",
     reference=reference.rope_and_write_kv,
     numba="rope:rope_and_write_kv",
+    triton="rope:rope_and_write_kv",
 )
 
-_ANGLES = (torch.float32,)
+_FP32 = (torch.float32,)
+_CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
@@ -84,6 +88,8 @@ def rope_and_write_kv(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     interleaved: bool = False,
     q_out: Tensor | None = None,
@@ -92,7 +98,11 @@ def rope_and_write_kv(
 
     qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
     slots: [T] int32 or int64, page * page_size + offset of each token; negative slots are padding and are not written.
-    k_pages, v_pages: [P, Hkv, page_size, D], qkv's dtype, any strides but the last; written in place.
+    k_pages, v_pages: [P, Hkv, page_size, D], qkv's dtype, any strides but the last; written in place. Quantized pages
+    are int8 or float8_e4m3fn, with k_scales, v_scales: [P, Hkv, page_size] fp32, one scale for each token and head: the
+    largest magnitude (of k after its rotation) over the largest code, 127 or 448. A code is the quotient rounded to
+    nearest even, so that code * scale is off by half a step at most. A head that holds an infinity or a NaN gets codes
+    0 and a scale of that kind: it reads back as NaN.
     q_out: [T, Hq, D], may be qkv's own q heads; allocated when None. Returns q_out.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
@@ -108,8 +118,11 @@ def rope_and_write_kv(
         )
     tokens, width = shape
     check_elements("qkv", qkv, FLOATS)
-    check_elements("k_pages", k_pages, dtype)
-    check_tensor("v_pages", v_pages, pages, dtype)
+    check_elements("k_pages", k_pages, (*_CODES, *dtype))
+    check_tensor("v_pages", v_pages, pages, (k_pages.dtype,))
+    if k_scales is not None or v_scales is not None or k_pages.dtype in _CODES:
+        _check_scales("k_scales", k_scales, k_pages)
+        _check_scales("v_scales", v_scales, k_pages)
     _check_angles(cos_sin, positions, tokens, head_dim, dtype)
     check_tensor("slots", slots, (tokens,), INTEGERS)
     heads = (tokens, width // head_dim - 2 * num_kv_heads, head_dim)
@@ -117,8 +130,18 @@ def rope_and_write_kv(
         q_out = torch.empty(heads, dtype=qkv.dtype, device=qkv.device)
     else:
         check_tensor("q_out", q_out, heads, dtype)
-    _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved, q_out)
+    _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, k_scales, v_scales, interleaved, q_out)
     return q_out
+
+
+def _check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
+    """Scales where pages hold codes, and only there."""
+    shape, quantized = pages.shape[:3], pages.dtype in _CODES
+    if scales is None or not quantized:
+        seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
+        legal = f"a tensor {list(shape)}" if quantized else "None"
+        raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
+    check_tensor(name, scales, shape, _FP32)
 
 
 def _check_angles(
@@ -129,5 +152,5 @@ def _check_angles(
         raise ValueError(
             f"cos_sin has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_dim}"
         )
-    check_elements("cos_sin", cos_sin, _ANGLES if dtype != (torch.float64,) else (*_ANGLES, torch.float64))
+    check_elements("cos_sin", cos_sin, _FP32 if dtype != (torch.float64,) else (*_FP32, torch.float64))
     check_tensor("positions", positions, (tokens,), INTEGERS)

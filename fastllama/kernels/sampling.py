@@ -1,4 +1,4 @@
-"""sample."""
+"""sample and its workspace."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from fastllama.kernels.op import Op
 
 _SAMPLE = Op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset, "
-    "Tensor(a!) tokens, Tensor(b!) logprobs) -> ()",
+    "Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!)? workspace) -> ()",
     reference=reference.sample,
+    numba="sampling:sample",
+    triton="sampling:sample",
 )
 _PARAMETERS = (
     ("temperature", (torch.float32,)),
@@ -35,15 +37,18 @@ def sample(
     *,
     tokens: Tensor | None = None,
     logprobs: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token for each row, each row with its own parameters and its own random number.
 
-    logits: [B, V], any floating dtype, at least one finite in each row. temperature: [B] fp32, 0 means greedy (the
+    logits: [B, V], fp32, fp16 or bf16 (fp64 on the CPU), the largest of a row finite: a row with a NaN, with +inf or of
+    -inf alone gives token 0 and logprob NaN. temperature: [B] fp32, 0 means greedy (the
     first largest logit). top_k: [B] int32 or int64, 0 means off. top_p: [B] fp32, 1 means off. min_p: [B] fp32, a
     fraction of the largest probability, 0 means off. seed, offset: [B] int64: key and counter (its low 32 bits) of
     Philox4x32-10, so a row draws the same token alone and in any batch.
     tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their
     natural-log probabilities under softmax(logits), before temperature and filters.
+    workspace: scratch memory of `sample_workspace` for as many rows or more; allocated when None and needed.
     Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are
     all kept. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
@@ -65,5 +70,20 @@ def sample(
         logprobs = torch.empty_like(temperature)
     else:
         check_tensor("logprobs", logprobs, rows, (torch.float32,))
-    _SAMPLE(logits, *parameters, tokens, logprobs)
+    if workspace is not None:
+        check_tensor("workspace", workspace, workspace.shape[:1], (torch.int64,))
+    _SAMPLE(logits, *parameters, tokens, logprobs, workspace)
     return tokens, logprobs
+
+
+def sample_workspace(logits: Tensor) -> Tensor:
+    """Scratch memory with which `sample` allocates nothing for logits [B, V] like these or for fewer rows: int64 [N].
+
+    About 4 bytes for each logit where a Triton kernel runs, nothing elsewhere. Not to be shared by calls that overlap.
+    """
+    size = 0
+    if _SAMPLE.implementation(logits.device.type).backend == "triton":
+        from fastllama.kernels.triton.sampling import workspace_size
+
+        size = workspace_size(logits)
+    return torch.empty(size, dtype=torch.int64, device=logits.device)

@@ -9,7 +9,12 @@ from fastllama.kernels import reference
 from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
-_SILU_MUL = Op("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", reference=reference.silu_mul, numba="swiglu:silu_mul")
+_SILU_MUL = Op(
+    "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
+    reference=reference.silu_mul,
+    numba="swiglu:silu_mul",
+    triton="swiglu:silu_mul",
+)
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:

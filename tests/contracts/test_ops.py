@@ -19,6 +19,7 @@ TESTS = Path(__file__).parents[1] / "kernels"
 HELPERS = {
     "backend_of": "says what runs an op",
     "cos_sin_cache": "builds once, in fp64, the table that rope reads",
+    "sample_workspace": "allocates what sample may scribble on",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")
 SHAPE = re.compile(r"\w+: \[[^\]]+\]")
@@ -30,8 +31,9 @@ def names(function: FunctionType) -> list[str]:
 
 
 def inputs_and_outputs(op: str) -> tuple[list[str], list[str]]:
-    """The argument names of an op's schema; the outputs come last."""
+    """The argument names of an op's schema but its scratch memory; the outputs come last."""
     arguments = [argument.name for argument in getattr(torch.ops.fastllama, op).default._schema.arguments]
+    arguments = [name for name in arguments if name != "workspace"]
     count = len(arguments) - OPS[op].num_outputs
     return arguments[:count], arguments[count:]
 
@@ -54,7 +56,7 @@ def test_its_function_adds_only_outputs(op: str) -> None:
     parameters = inspect.signature(getattr(kernels, op)).parameters
     assert [name for name in parameters if name in inputs] == inputs
     added = {name: parameter for name, parameter in parameters.items() if name not in inputs}
-    assert set(added) <= {*outputs, *(f"return_{name}" for name in outputs)}
+    assert set(added) <= {*outputs, *(f"return_{name}" for name in outputs), "workspace"}
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in added.values())
     assert all(parameter.default in (None, False) for parameter in added.values())
 

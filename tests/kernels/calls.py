@@ -47,6 +47,8 @@ def arguments(op: str) -> dict[str, Any]:
             **turns,
             "slots": torch.tensor([0, -1, 7]),
             **pages,
+            "k_scales": None,
+            "v_scales": None,
             "interleaved": False,
             "q_out": torch.empty_like(q),
         },
@@ -87,5 +89,6 @@ def arguments(op: str) -> dict[str, Any]:
             "offset": torch.arange(T),
             "tokens": torch.empty(T, dtype=torch.int64),
             "logprobs": torch.empty(T),
+            "workspace": None,
         },
     }[op]

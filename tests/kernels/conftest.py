@@ -1,11 +1,14 @@
-"""What every test of a kernel gets: one thread, and compiled kernels that are those of the sources here."""
+"""What every test of a kernel gets: one thread, compiled kernels of the sources here, Triton's kernels checked."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -17,3 +20,15 @@ _STATE = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdig
 os.environ["NUMBA_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"numba-{_STATE}")
 
 torch.set_num_threads(1)  # tensors here are tiny, and the tests may run in several processes
+
+
+@pytest.fixture(autouse=True)
+def checked(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Interpreter tests run repaired, every access checked; `def test_...(checked: Report)` reads their bytes."""
+    if request.node.get_closest_marker("interpreter") is None:
+        yield None
+        return
+    from fastllama.testing.checks import checks  # loads Triton, which the other tests need not wait for
+
+    with checks() as report:
+        yield report

@@ -1,47 +1,22 @@
-"""The honest bound, and public ops on one chosen implementation.
-
-error(x) = max over rows (vectors along the last dimension) of max |x - exact| / max |exact|, exact the fp64 reference.
-An implementation passes if error(ours) <= 2 * error(plain torch in the same dtype) + one rounding of it (eps / 2).
-"""
+"""What a test of an op needs: the honest bound (fastllama/testing/bounds.py), and public ops on one implementation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.op import OPS
+from fastllama.testing.bounds import assert_equal, assert_honest, error
+
+__all__ = ["DTYPES", "assert_equal", "assert_honest", "backends", "double", "error", "on_cpu", "public"]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    """The largest relative error of any row; inf where one is NaN and the other is not. Equal infinities are equal."""
-    assert found.shape == exact.shape
-    if not exact.numel():
-        return 0.0
-    found, exact = found.double(), exact.double()
-    difference = (found - exact).abs().masked_fill(found == exact, 0.0).nan_to_num(nan=math.inf)
-    size = exact.abs().masked_fill(exact.isinf(), 0.0).amax(-1)
-    return float((difference.amax(-1) / size.where(size > 0, 1.0)).max())
-
-
-def assert_honest(found: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Ours against the oracle, in the shape and dtype of plain torch's."""
-    assert found.dtype == plain.dtype
-    assert exact.dtype == torch.float64
-    bound = 2 * error(plain, exact) + torch.finfo(plain.dtype).eps / 2
-    assert error(found, exact) <= bound
-
-
-def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """Bit for bit, dtype included."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def on_cpu(op: str) -> list[str]:
@@ -49,9 +24,22 @@ def on_cpu(op: str) -> list[str]:
     return [each.backend for each in OPS[op].implementations("cpu")]
 
 
+def backends(op: str) -> list[Any]:
+    """Parameters: everything that runs an op on CPU tensors, and its Triton kernel where the interpreter can."""
+    return [*on_cpu(op), pytest.param("triton", marks=pytest.mark.interpreter)]
+
+
+def implementation(op: str, backend: str) -> Callable[..., None]:
+    """What runs an op on CPU tensors on one backend."""
+    if backend == "triton":
+        return OPS[op].launcher("cpu")
+    (run,) = (each.run for each in OPS[op].implementations("cpu") if each.backend == backend)
+    return run
+
+
 def public(op: str, backend: str) -> Callable[..., Any]:
     """The public function of an op, on one backend."""
-    (run,) = (each.run for each in OPS[op].implementations("cpu") if each.backend == backend)
+    run = implementation(op, backend)
 
     def call(*args: Any, **options: Any) -> Any:
         with mock.patch.dict(OPS[op]._bound, {torch.device("cpu"): run}):

@@ -212,6 +212,25 @@ def test_decode_of_several_queries(backend: str, dtype: torch.dtype) -> None:
     assert_both_honest(public("attention_decode", backend)(*args, return_lse=True), batch)
 
 
+@pytest.mark.parametrize("head_dim", [1, 10, 128])
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, each) for op in ("attention_varlen", "attention_prefill", "attention_decode") for each in on_cpu(op)],
+)
+def test_head_dimensions(op: str, backend: str, head_dim: int) -> None:
+    lengths = [9, 33]
+    queries = [1, 1] if op == "attention_decode" else [9, 12]
+    batch = packed(queries, lengths, "GQA 4", torch.bfloat16, head_dim)
+    cache = paged(batch, 16)
+    tables = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
+    args = {
+        "attention_varlen": (batch.k, batch.v, bounds(queries), bounds(lengths)),
+        "attention_prefill": (*tables, bounds(queries)),
+        "attention_decode": tables,
+    }[op]
+    assert_both_honest(public(op, backend)(batch.q, *args, return_lse=True), batch)
+
+
 @pytest.mark.parametrize("poison", [math.nan, 3e4])
 @pytest.mark.parametrize("op", ["attention_decode", "attention_prefill"])
 def test_poison_would_be_seen(op: str, poison: float) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.kernels import reference
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, double, on_cpu, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, public
 
 EPS = 1e-5
 # one value, odd, above one vector, a power of two, Llama 2 13B's
@@ -43,7 +43,7 @@ def test_the_reference_rounds_where_hugging_face_does(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, _, weight = inputs(shape, dtype)
     exact = reference.rms_norm(*double(x, weight), EPS)
@@ -52,7 +52,7 @@ def test_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("add_rms_norm"))
+@pytest.mark.parametrize("backend", backends("add_rms_norm"))
 def test_add_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, residual, weight = inputs(shape, dtype)
     normed, total = public("add_rms_norm", backend)(x, residual, weight, EPS)
@@ -61,7 +61,7 @@ def test_add_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     assert_honest(normed, hugging_face(total, weight), reference.rms_norm(*double(total, weight), EPS))
 
 
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_eps_keeps_a_row_of_zeros_zero_and_counts_in_small_rows(backend: str) -> None:
     x = torch.stack([torch.zeros(8), torch.full((8,), 1e-3)])
     normed = public("rms_norm", backend)(x, torch.ones(8), 1e-6)
@@ -69,21 +69,21 @@ def test_eps_keeps_a_row_of_zeros_zero_and_counts_in_small_rows(backend: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_the_weight_may_be_fp32(backend: str, dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 100).to(dtype), torch.randn(100)
     exact = reference.rms_norm(*double(x, weight), EPS)
     assert_honest(public("rms_norm", backend)(x, weight, EPS), hugging_face(x, weight), exact)
 
 
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_large_values_do_not_overflow(backend: str) -> None:
     """The squares of fp16 values leave fp16's range; in fp32 they do not."""
     x = torch.full((2, 64), 6e4, dtype=torch.float16)
     assert_equal(public("rms_norm", backend)(x, torch.ones(64, dtype=x.dtype), EPS), torch.ones_like(x))
 
 
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_nan_stays_in_its_row(backend: str) -> None:
     x = torch.randn(3, 16)
     x[1, 3] = torch.nan
@@ -92,7 +92,7 @@ def test_nan_stays_in_its_row(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_the_normalised_value_is_rounded_before_the_weight(backend: str, op: str, dtype: torch.dtype) -> None:
     """The mean of 1, 49, 1, 49... is 25, so the scale is 1/5 up to fp32's last bit, which no rounding here can see."""
     x, weight = torch.tensor([1.0, 7.0, -1.0, -7.0] * 16, dtype=dtype), torch.randn(64).to(dtype)
@@ -104,7 +104,7 @@ def test_the_normalised_value_is_rounded_before_the_weight(backend: str, op: str
         assert_equal(public(op, backend)(x - 2, torch.full_like(x, 2), weight, 0.0)[0], expected)
 
 
-@pytest.mark.parametrize("backend", on_cpu("add_rms_norm"))
+@pytest.mark.parametrize("backend", backends("add_rms_norm"))
 def test_strided_rows_and_outputs(backend: str) -> None:
     """Slices of wider buffers are read and written where they lie, and their neighbours left alone."""
     x, residual, weight = inputs((6, 48), torch.bfloat16)
@@ -122,7 +122,7 @@ def test_strided_rows_and_outputs(backend: str) -> None:
         assert (buffer == 7.0).all()
 
 
-@pytest.mark.parametrize("backend", on_cpu("add_rms_norm"))
+@pytest.mark.parametrize("backend", backends("add_rms_norm"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(backend: str, dtype: torch.dtype) -> None:
     """The form the layers use: the norm lands in x, the sum in the residual."""
@@ -137,7 +137,7 @@ def test_in_place(backend: str, dtype: torch.dtype) -> None:
     assert_equal(x, alone)
 
 
-@pytest.mark.parametrize("backend", on_cpu("rms_norm"))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 def test_a_row_does_not_depend_on_the_others(backend: str) -> None:
     x, _, weight = inputs((9, 300), torch.bfloat16)
     together = public("rms_norm", backend)(x, weight, EPS)

@@ -51,12 +51,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **installed: bool) -> None:
         ("matmul", "cpu", "auto", True, "numba", "tensors on cpu, Numba is installed"),
         ("matmul", "cpu", "auto", False, "cpu", "tensors on cpu"),
         ("attention_prefill", "cpu", "auto", True, "cpu", "tensors on cpu"),
-        ("rope", "cpu", "auto", True, "reference", "tensors on cpu; the reference is the CPU backend"),
+        ("embedding", "cpu", "auto", True, "reference", "tensors on cpu; the reference is the CPU backend"),
         ("rms_norm", "cpu", "reference", True, "reference", "FASTLLAMA_BACKEND=reference"),
         ("rms_norm", "cuda", "auto", True, "triton", "tensors on cuda"),
         ("rms_norm", "cuda", "triton", True, "triton", "FASTLLAMA_BACKEND=triton"),
         ("rms_norm", "cuda", "reference", True, "reference", "FASTLLAMA_BACKEND=reference"),
-        ("rope", "cuda", "auto", True, "reference", "no Triton kernel yet"),
+        ("embedding", "cuda", "auto", True, "reference", "no Triton kernel yet"),
         ("rms_norm", "mps", "auto", True, "reference", "no kernels for mps"),
     ],
 )
@@ -104,8 +104,20 @@ def test_the_reference_comes_last_and_once() -> None:
             True,
             "op rms_norm: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1",
         ),
-        ("rope", "cpu", "triton", True, "op rope has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference"),
-        ("rope", "cuda", "triton", True, "op rope has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference"),
+        (
+            "embedding",
+            "cpu",
+            "triton",
+            True,
+            "op embedding has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference",
+        ),
+        (
+            "embedding",
+            "cuda",
+            "triton",
+            True,
+            "op embedding has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_raises(

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastllama.kernels import cos_sin_cache, reference
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, double, on_cpu, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, on_cpu, public
 
 POSITIONS = 600
 UNTOUCHED = 7.0
@@ -72,7 +72,7 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...], interleaved: bool)
 @both_pairings
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("rope"))
+@pytest.mark.parametrize("backend", backends("rope"))
 def test_rope(backend: str, dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool) -> None:
     q, k, cos_sin, positions = queries_and_keys(shape, dtype)
     found = public("rope", backend)(q, k, cos_sin, positions, interleaved=interleaved)
@@ -82,7 +82,7 @@ def test_rope(backend: str, dtype: torch.dtype, shape: tuple[int, ...], interlea
 
 
 @both_pairings
-@pytest.mark.parametrize("backend", on_cpu("rope"))
+@pytest.mark.parametrize("backend", backends("rope"))
 def test_rope_in_place_on_slices_with_int32_positions(backend: str, interleaved: bool) -> None:
     q, k, cos_sin, positions = queries_and_keys(SHAPES[1], torch.bfloat16)
     buffer = torch.full((3, 14, 16), UNTOUCHED, dtype=q.dtype)
@@ -99,6 +99,19 @@ def test_rope_in_place_on_slices_with_int32_positions(backend: str, interleaved:
     assert (buffer[:, [0, 9, 12, 13]] == UNTOUCHED).all()
 
 
+@both_pairings
+@pytest.mark.parametrize("backend", backends("rope"))
+def test_what_is_not_rotated_passes_through_whatever_it_is(backend: str, interleaved: bool) -> None:
+    """An infinity or a minus zero past the rotary dimensions is copied, and disturbs no neighbour."""
+    q, k = torch.randn(2, 3, 10), torch.randn(2, 1, 10)
+    q[..., 6:] = torch.tensor([torch.inf, -0.0, torch.nan, -torch.inf])
+    positions = torch.tensor([3, 500])
+    found, _ = public("rope", backend)(q, k, cache(6), positions, interleaved=interleaved)
+    assert_equal(found[..., 6:], q[..., 6:])
+    assert_equal(found[..., 6:].signbit(), q[..., 6:].signbit())
+    assert found[..., :6].isfinite().all()
+
+
 def pages_of(order: str, num_pages: int, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Pages [P, H, page_size, D]: HND lies so in memory, NHD as [P, page_size, H, D]."""
     if order == "HND":
@@ -110,7 +123,7 @@ def pages_of(order: str, num_pages: int, heads: int, page_size: int, head_dim: i
 @pytest.mark.parametrize(("page_size", "order"), [(5, "HND"), (16, "NHD"), (64, "HND")])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+@pytest.mark.parametrize("backend", backends("rope_and_write_kv"))
 def test_rope_and_write_kv(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...], page_size: int, order: str, interleaved: bool
 ) -> None:
@@ -153,7 +166,7 @@ def test_the_oracle_of_rope_and_write_kv_is_fp64_throughout(backend: str) -> Non
             torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
+@pytest.mark.parametrize("backend", backends("rope_and_write_kv"))
 def test_rope_and_write_kv_in_place_with_int32_indices(backend: str) -> None:
     """q rotated where it lies in the projection's output, the projection itself a slice of a wider buffer."""
     q, k, cos_sin, positions = queries_and_keys(SHAPES[1], torch.float16)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastllama.kernels.reference import sampling
 from fastllama.kernels.reference.sampling import filter_probs, philox
-from tests.kernels.honest import DTYPES, assert_equal, error, on_cpu, public
+from fastllama.verify.sampling import Draw, miss
+from tests.kernels.honest import DTYPES, assert_equal, backends, error, on_cpu, public
 
-BACKENDS = on_cpu("sample")
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+on_every_backend = pytest.mark.parametrize("backend", backends("sample"))
+on_the_cpu = pytest.mark.parametrize("backend", on_cpu("sample"))
 WORD = 0xFFFFFFFF
 # Random123's tests/kat_vectors for philox4x32-10: counter, key, result
 KNOWN_ANSWERS = [
@@ -107,7 +108,7 @@ def test_a_draw_at_the_edge_of_a_token_is_the_next_ones(
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy_takes_the_first_largest(backend: str, dtype: torch.dtype) -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [-3.0, -9.0, -3.0, -3.0], [0.0, 0.0, 0.0, 1e-3]]).to(dtype)
     for others in ({}, {"top_k": 1, "top_p": 0.1, "min_p": 1.0, "seed": 5, "offset": 9}):
@@ -163,7 +164,7 @@ def test_filters_at_their_thresholds(
     assert found.tolist() == [p if i in kept else 0.0 for i, p in enumerate(probs)]
 
 
-@on_every_backend
+@on_the_cpu
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_draw_is_the_inverse_of_the_filtered_distribution(backend: str, temperature: float, ties: bool) -> None:
@@ -189,7 +190,7 @@ def test_the_draw_is_the_inverse_of_the_filtered_distribution(backend: str, temp
         assert token == expected, combinations[b]
 
 
-@on_every_backend
+@on_the_cpu
 @pytest.mark.parametrize("varied", ["seed", "offset"])
 @pytest.mark.parametrize(
     "filters", [{}, {"temperature": 0.8}, {"temperature": 3.0, "top_k": 6}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
@@ -206,6 +207,57 @@ def test_draws_follow_the_distribution(backend: str, filters: dict[str, Any], va
     freedom = len(expected) - 1
     normal_quantile, spread = 3.719, 2 / (9 * freedom)
     assert chi_square < freedom * (1 - spread + normal_quantile * math.sqrt(spread)) ** 3
+
+
+# Rows of a vocabulary that takes three programs, as many of tokens that matter as the spread of the logits leaves:
+# at 0.01 all weights lie in one octave, at 40 most of them below 2^-31.
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [0.01, 3, 40])
+def test_every_filter_on_a_large_vocabulary(backend: str, spread: float, dtype: torch.dtype) -> None:
+    """The number falls into the share of the token drawn, but for the rounding of weights in fp32."""
+    filters = [(1, 1.0, 0.0), (50, 1.0, 0.0), (8000, 1.0, 0.0), (0, 0.1, 0.0), (0, 0.9, 0.0), (0, 0.9999, 0.0)]
+    filters += [(50, 0.7, 0.0), (8000, 0.95, 0.0), (8000, 0.2, 0.1), (0, 1.0, 0.3), (0, 1.0, 1.0), (0, 1.0, 0.0)]
+    logits = (spread * torch.randn(len(filters), 9001)).to(dtype)
+    top_k, top_p, min_p = (list(column) for column in zip(*filters, strict=True))
+    heat = [0.7, 1.0, 1.6] * 4
+    parameters = rows(12, temperature=heat, top_k=top_k, top_p=top_p, min_p=min_p, offset=list(range(12)))
+    tokens, _ = public("sample", backend)(logits, *parameters)
+    for row, token in enumerate(tokens.tolist()):
+        draw = Draw(*(parameter[row].item() for parameter in parameters))
+        assert miss(token, logits[row].double(), draw) <= 2 * torch.finfo(torch.float32).eps, filters[row]
+
+
+@on_every_backend
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}, {"min_p": 1.0}], ids=str)
+def test_ties_of_the_largest_are_kept_together(backend: str, filters: dict[str, Any]) -> None:
+    """Whatever filter leaves the least: every token of a flat row, every largest one of another, at equal shares."""
+    vocab, offsets = 300, list(range(10))
+    flat = torch.full((10, vocab), -5.5)
+    parameters = rows(10, temperature=1.3, seed=2, offset=offsets, **filters)
+    tokens, logprobs = public("sample", backend)(flat, *parameters)
+    assert tokens.tolist() == [int(uniform(2, offset) * vocab) for offset in offsets]
+    torch.testing.assert_close(logprobs, torch.full((10,), -math.log(vocab)))
+    largest = torch.tensor([17, 18, 100, 299])
+    some = flat.index_fill(1, largest, -5.25)
+    tokens, _ = public("sample", backend)(some, *parameters)
+    assert tokens.tolist() == [largest[int(uniform(2, offset) * 4)] for offset in offsets]
+
+
+@on_every_backend
+@pytest.mark.parametrize("filters", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}], ids=str)
+def test_a_row_that_is_no_distribution_gives_token_0_and_nan(backend: str, filters: dict[str, Any]) -> None:
+    logits = torch.randn(5, 9)
+    logits[0, 4] = math.nan
+    logits[1] = math.nan
+    logits[2, 8] = math.inf
+    logits[3] = -math.inf
+    tokens, logprobs = public("sample", backend)(logits, *rows(5, **filters))
+    assert tokens[:4].tolist() == [0, 0, 0, 0]
+    assert logprobs[:4].isnan().all()
+    alone = public("sample", backend)(logits[4:], *rows(1, **filters))
+    assert_equal(tokens[4:], alone[0])
+    assert_equal(logprobs[4:], alone[1])
 
 
 @on_every_backend

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastllama.kernels import reference
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, on_cpu, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, public
 
 SHAPES = [(1, 2), (3, 126), (2, 5, 100), (1, 11008), (7, 64), (0, 64), (2, 0, 64), (3, 0), (10,)]
 
@@ -24,7 +24,7 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+@pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_silu_mul(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     gate_up = (4 * torch.randn(shape)).to(dtype)
     gate, up = gate_up.tensor_split(2, -1)
@@ -32,7 +32,7 @@ def test_silu_mul(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+@pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_the_product_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
     """Within half a unit in the last place and fp32's own errors; rounding silu as well as the product needs more."""
     gate_up = torch.randn(50, 128).to(dtype)
@@ -42,7 +42,7 @@ def test_the_product_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+@pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_far_from_zero_it_is_zero_or_the_identity(backend: str, dtype: torch.dtype) -> None:
     gate = torch.tensor([-6e4, -200.0, 200.0, 6e4, math.nan]).to(dtype)
     found = public("silu_mul", backend)(torch.cat((gate, torch.ones_like(gate))))
@@ -50,7 +50,7 @@ def test_far_from_zero_it_is_zero_or_the_identity(backend: str, dtype: torch.dty
     assert_equal(found[2:], gate[2:])
 
 
-@pytest.mark.parametrize("backend", on_cpu("silu_mul"))
+@pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_strided_rows_and_output(backend: str) -> None:
     gate_up = torch.randn(6, 20).to(torch.bfloat16)
     wide = torch.full((6, 50), math.nan, dtype=torch.bfloat16)

@@ -54,7 +54,7 @@ def test_so_does_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def spoiled(op: str, spoil: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch, output: int = 0) -> None:
     """Let an op be right but for what `spoil` does to one of its outputs, 0 or 1."""
-    run, first = OPS[op].implementation("cpu").run, -OPS[op].num_outputs
+    run, first = OPS[op].implementation("cpu").run, OPS[op]._inputs
 
     def wrong(*args: Any) -> None:
         run(*args)

@@ -1,7 +1,7 @@
 """What Numba lacks: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
 
-bf16 is carried as uint16, fp16 as int16: an argument `like` of that type tells load and store what they are to do, so
-that a kernel has one source for every dtype.
+bf16 is carried as uint16, fp16 as int16, float8_e4m3fn as uint8: an argument `like` of that type tells load and store
+what they are to do, so that a kernel has one source for every dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 # What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
 LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+CODE_LIKE = {torch.int8: np.int8(0), torch.float8_e4m3fn: np.uint8(0)}  # only stored
 INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
 # Sums may be reordered and contracted, which lets LLVM vectorise a dot product; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract"}
@@ -61,7 +62,28 @@ def _narrowed(builder, number, element):
         return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
     if element == types.int16:
         return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+    if element == types.int8:
+        rounded = builder.fadd(number, ir.Constant(ir.FloatType(), 12582912.0))  # 1.5 * 2^23: the lowest bits are units
+        return builder.trunc(builder.bitcast(rounded, ir.IntType(32)), ir.IntType(8))
+    if element == types.uint8:
+        return _e4m3(builder, number)
     return number
+
+
+def _e4m3(builder, number):
+    """The bits of float8_e4m3fn of a float32 of magnitude up to 448."""
+    i32 = ir.IntType(32)
+    bits = builder.bitcast(number, i32)
+    magnitude = builder.and_(bits, i32(0x7FFFFFFF))
+    # from 2^-6 on: rebias exponents from 127 to 7, round away 20 of 23 bits of mantissa
+    odd = builder.and_(builder.lshr(magnitude, i32(20)), i32(1))
+    normal = builder.lshr(builder.add(builder.add(magnitude, i32(0x7FFFF - (120 << 23))), odd), i32(20))
+    # below, codes count units of 2^-9, the last place of 2^14
+    shifted = builder.fadd(builder.bitcast(magnitude, ir.FloatType()), ir.Constant(ir.FloatType(), 16384.0))
+    small = builder.and_(builder.bitcast(shifted, i32), i32(0xF))
+    code = builder.select(builder.icmp_unsigned("<", magnitude, i32(121 << 23)), small, normal)
+    sign = builder.and_(builder.lshr(bits, i32(24)), i32(0x80))
+    return builder.trunc(builder.or_(code, sign), ir.IntType(8))
 
 
 def _element_pointer(context, builder, address, index, element):

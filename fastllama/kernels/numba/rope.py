@@ -6,14 +6,18 @@ One thread: a token of a 1.1B model takes 2 us, its layer's products a hundred t
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.numba.numerics import INTEGER_LIKE, LIKE, jit, load, load_integer, store
+from fastllama.kernels.numba.numerics import CODE_LIKE, INTEGER_LIKE, LIKE, jit, load, load_integer, store
+from fastllama.kernels.reference.quantize import LARGEST_CODE, SMALLEST_ABSMAX
 
 
 @jit
-def rotate(x_ptr, out_ptr, cos_sin_ptr, x_start, out_start, angles_start, head_dim, rotary_dim, interleaved, like):
+def rotate(
+    x_ptr, out_ptr, cos_sin_ptr, x_start, out_start, angles_start, out_like, head_dim, rotary_dim, interleaved, like
+):
     """One head of head_dim elements from each start on; dimensions past rotary_dim pass through."""
     half = rotary_dim // 2
     step = 2 if interleaved else 1
@@ -22,13 +26,29 @@ def rotate(x_ptr, out_ptr, cos_sin_ptr, x_start, out_start, angles_start, head_d
         a, b = load(x_ptr, x_start + i * step, like), load(x_ptr, x_start + i * step + apart, like)
         cos = load(cos_sin_ptr, angles_start + i, np.float32(0))
         sin = load(cos_sin_ptr, angles_start + half + i, np.float32(0))
-        store(out_ptr, out_start + i * step, a * cos - b * sin, like)
-        store(out_ptr, out_start + i * step + apart, b * cos + a * sin, like)
+        store(out_ptr, out_start + i * step, a * cos - b * sin, out_like)
+        store(out_ptr, out_start + i * step + apart, b * cos + a * sin, out_like)
     for i in range(rotary_dim, head_dim):
-        store(out_ptr, out_start + i, load(x_ptr, x_start + i, like), like)
+        store(out_ptr, out_start + i, load(x_ptr, x_start + i, like), out_like)
 
 
-# Strides count elements. Returns the first token whose position or slot does not exist, having written nothing, or -1.
+@jit
+def quantize(x_ptr, codes_ptr, scales_ptr, codes_start, scale_at, size, largest, code_like):
+    """One head in fp32 to its codes and its scale; see reference.quantize."""
+    absmax = np.float32(SMALLEST_ABSMAX)
+    for i in range(size):
+        x = abs(load(x_ptr, i, np.float32(0)))
+        if x > absmax or x != x:  # a NaN stays
+            absmax = x
+    finite, inverse = absmax < np.float32(np.inf), largest / absmax
+    for i in range(size):
+        scaled = load(x_ptr, i, np.float32(0)) * inverse if finite else np.float32(0)
+        store(codes_ptr, codes_start + i, scaled, code_like)
+    store(scales_ptr, scale_at, absmax / largest, np.float32(0))
+
+
+# Strides count elements. scratch_ptr: head_dim fp32 where pages hold codes, else 0. Returns the first token whose
+# position or slot does not exist, having written nothing, or -1.
 @jit
 def rope_and_write_kv_kernel(
     qkv_ptr,
@@ -37,11 +57,16 @@ def rope_and_write_kv_kernel(
     slots_ptr,
     k_pages_ptr,
     v_pages_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    scratch_ptr,
     q_out_ptr,
     qkv_token_stride,
     cos_sin_position_stride,
     k_strides,
     v_strides,
+    k_scale_strides,
+    v_scale_strides,
     q_out_token_stride,
     q_out_head_stride,
     tokens,
@@ -53,7 +78,9 @@ def rope_and_write_kv_kernel(
     head_dim,
     num_q_heads,
     interleaved,
+    largest,
     like,
+    page_like,
     position_like,
     slot_like,
 ):
@@ -61,25 +88,43 @@ def rope_and_write_kv_kernel(
         position = load_integer(positions_ptr, token, position_like)
         if not 0 <= position < num_positions or load_integer(slots_ptr, token, slot_like) >= num_pages * page_size:
             return token
-    shape = (head_dim, rotary_dim, interleaved, like)
     for token in range(tokens):
         angles = load_integer(positions_ptr, token, position_like) * cos_sin_position_stride
         first = token * qkv_token_stride
         for head in range(num_q_heads):
             to = token * q_out_token_stride + head * q_out_head_stride
-            rotate(qkv_ptr, q_out_ptr, cos_sin_ptr, first + head * head_dim, to, angles, *shape)
+            x = first + head * head_dim
+            rotate(qkv_ptr, q_out_ptr, cos_sin_ptr, x, to, angles, like, head_dim, rotary_dim, interleaved, like)
         slot = load_integer(slots_ptr, token, slot_like)
         if slot < 0:
             continue
         page, offset = slot // page_size, slot % page_size
-        for head in range(num_kv_heads):
-            k = first + (num_q_heads + head) * head_dim
-            to = page * k_strides[0] + head * k_strides[1] + offset * k_strides[2]
-            rotate(qkv_ptr, k_pages_ptr, cos_sin_ptr, k, to, angles, *shape)
-            v = k + num_kv_heads * head_dim
-            to = page * v_strides[0] + head * v_strides[1] + offset * v_strides[2]
-            for i in range(head_dim):
-                store(v_pages_ptr, to + i, load(qkv_ptr, v + i, like), like)
+        for head in range(2 * num_kv_heads):
+            x = first + (num_q_heads + head) * head_dim
+            is_key = head < num_kv_heads
+            turned = rotary_dim if is_key else 0
+            pages_ptr, scales_ptr = (k_pages_ptr, k_scales_ptr) if is_key else (v_pages_ptr, v_scales_ptr)
+            strides, scale_strides = (k_strides, k_scale_strides) if is_key else (v_strides, v_scale_strides)
+            kv_head = head if is_key else head - num_kv_heads
+            to = page * strides[0] + kv_head * strides[1] + offset * strides[2]
+            if scratch_ptr:
+                rotate(
+                    qkv_ptr,
+                    scratch_ptr,
+                    cos_sin_ptr,
+                    x,
+                    0,
+                    angles,
+                    np.float32(0),
+                    head_dim,
+                    turned,
+                    interleaved,
+                    like,
+                )
+                scale_at = page * scale_strides[0] + kv_head * scale_strides[1] + offset
+                quantize(scratch_ptr, pages_ptr, scales_ptr, to, scale_at, head_dim, largest, page_like)
+            else:
+                rotate(qkv_ptr, pages_ptr, cos_sin_ptr, x, to, angles, page_like, head_dim, turned, interleaved, like)
     return -1
 
 
@@ -90,17 +135,31 @@ def rope_and_write_kv(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     interleaved: bool,
     q_out: Tensor,
 ) -> None:
     """See kernels.rope_and_write_kv. Raises ValueError for a position or slot that does not exist, writing nothing."""
     like = LIKE.get(qkv.dtype)
     if like is None:
-        q_out.copy_(reference.rope_and_write_kv(qkv, cos_sin, positions, slots, k_pages, v_pages, interleaved))
+        q_out.copy_(
+            reference.rope_and_write_kv(
+                qkv, cos_sin, positions, slots, k_pages, v_pages, k_scales, v_scales, interleaved
+            )
+        )
         return
     num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     tokens, num_q_heads, _ = q_out.shape
     num_positions, rotary_dim = cos_sin.shape
+    scales = (0, 0, 0)
+    scale_strides: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0))
+    page_like, largest = like, np.float32(0)
+    if k_scales is not None and v_scales is not None:
+        scratch = torch.empty(head_dim, dtype=torch.float32)
+        scales = (k_scales.data_ptr(), v_scales.data_ptr(), scratch.data_ptr())
+        scale_strides = (k_scales.stride(), v_scales.stride())
+        page_like, largest = CODE_LIKE[k_pages.dtype], np.float32(LARGEST_CODE[k_pages.dtype])
     illegal = rope_and_write_kv_kernel(
         qkv.data_ptr(),
         cos_sin.data_ptr(),
@@ -108,11 +167,13 @@ def rope_and_write_kv(
         slots.data_ptr(),
         k_pages.data_ptr(),
         v_pages.data_ptr(),
+        *scales,
         q_out.data_ptr(),
         qkv.stride(0),
         cos_sin.stride(0),
         k_pages.stride(),
         v_pages.stride(),
+        *scale_strides,
         q_out.stride(0),
         q_out.stride(1),
         tokens,
@@ -124,7 +185,9 @@ def rope_and_write_kv(
         head_dim,
         num_q_heads,
         interleaved,
+        largest,
         like,
+        page_like,
         INTEGER_LIKE[positions.dtype],
         INTEGER_LIKE[slots.dtype],
     )

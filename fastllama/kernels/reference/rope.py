@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.reference.numerics import wide
+from fastllama.kernels.reference.quantize import quantize_heads
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -21,11 +22,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def _rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """`rope` before it rounds."""
+    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
+    return _rotate(wide(q), cos, sin, interleaved), _rotate(wide(k), cos, sin, interleaved)
+
+
 def rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """Rotate pairs (x_i, x_{i+R/2}), or interleaved (x_2i, x_2i+1), by positions * inv_freq_i, in at least fp32."""
-    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
-    rotated = (_rotate(wide(x), cos, sin, interleaved).to(x.dtype) for x in (q, k))
-    return next(rotated), next(rotated)
+    rotated_q, rotated_k = _rope(q, k, cos_sin, positions, interleaved)
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
 
 def rope_and_write_kv(
@@ -35,18 +41,29 @@ def rope_and_write_kv(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Split qkv, rotate q and k, write k and v into their pages at `slots` (negative: nowhere), return q [T, Hq, D]."""
+    """Split qkv, rotate q and k, write k and v into their pages at `slots` (negative: nowhere), return q [T, Hq, D].
+
+    With scales [P, Hkv, page_size] the pages hold codes (`quantize_heads`), of k before it is rounded to qkv's dtype.
+    """
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
-    q, k = rope(q, k, cos_sin, positions, interleaved)
+    q, k = _rope(q, k, cos_sin, positions, interleaved)
     kept = slots >= 0
     if not bool(kept.all()):
         slots, k, v = slots[kept], k[kept], v[kept]
     page, offset = slots // page_size, slots % page_size
-    k_pages[page, :, offset] = k
-    v_pages[page, :, offset] = v
-    return q
+    for pages, scales, x in ((k_pages, k_scales, k), (v_pages, v_scales, v)):
+        if scales is None:
+            pages[page, :, offset] = x.to(pages.dtype)
+        else:
+            codes, scale = quantize_heads(wide(x), pages.dtype)
+            # bytes: torch does not index float8
+            pages.view(torch.uint8)[page, :, offset] = codes.view(torch.uint8)
+            scales[page, :, offset] = scale.to(scales.dtype)
+    return q.to(qkv.dtype)

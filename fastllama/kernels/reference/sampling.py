@@ -56,10 +56,14 @@ def sample(
     """Token ids int64 [B] and their log-probabilities [B] under softmax(logits).
 
     Temperature 0 takes the first largest logit. Otherwise the token is the first, in vocabulary order, at which the
-    cumulative filtered mass exceeds philox(seed, offset) of its total.
+    cumulative filtered mass exceeds philox(seed, offset) of its total. A row whose largest logit is not finite gives
+    token 0 and NaN.
     """
     scores = wide(logits)
-    scores = scores - scores.amax(-1, keepdim=True)  # softmax is the same, and no temperature makes it overflow
+    largest = scores.amax(-1, keepdim=True)  # NaN if any is
+    legal = largest.isfinite()
+    # Less their largest, softmax is the same and no temperature makes it overflow.
+    scores = torch.where(legal, scores - largest, 0)
     greedy = temperature <= 0
     tokens = scores.argmax(-1)
     if not bool(greedy.all()):
@@ -72,4 +76,7 @@ def sample(
         kept = torch.where(probs > 0, torch.arange(probs.shape[-1], device=probs.device), -1).cummax(-1).values
         drawn = kept.gather(1, drawn[:, None])[:, 0]
         tokens = torch.where(greedy, tokens, drawn)
-    return tokens, scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    legal = legal[:, 0]
+    tokens = torch.where(legal, tokens, 0)
+    logprobs = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return tokens, torch.where(legal, logprobs, torch.nan)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.checks import as_rows
+from fastllama.kernels import tuning
+from fastllama.kernels.checks import as_rows, check_kernel_dtype
 
 
-# One program owns one row.
+# One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
 @triton.jit
 def norm_kernel(
     out_ptr,
@@ -22,66 +22,72 @@ def norm_kernel(
     residual_out_row_stride,
     x_row_stride,
     residual_row_stride,
+    num_rows,
     eps,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)  # [BLOCK]
-    mask = cols < SIZE
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1]
+    col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    mask = (row < num_rows) & (col < SIZE)  # [ROWS, BLOCK]
     dtype = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    x = tl.load(x_ptr + row * x_row_stride + col, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + row * residual_row_stride + col, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=col < SIZE, other=0.0).to(tl.float32)  # [1, BLOCK]
+    if HAS_RESIDUAL:
         total = x.to(dtype)
-        tl.store(residual_out_ptr + row * residual_out_row_stride + cols, total, mask=mask)
+        tl.store(residual_out_ptr + row * residual_out_row_stride + col, total, mask=mask)
         x = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]  # [ROWS, 1]
     normed = (x * scale).to(dtype).to(tl.float32)  # the cast before the weight is Hugging Face's
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_row_stride + cols, (normed * weight).to(dtype), mask=mask)
+    tl.store(out_ptr + row * out_row_stride + col, (normed * weight).to(dtype), mask=mask)
 
 
-def num_warps(size: int) -> int:
-    """Warps for a row of `size` elements: at most 32 elements a thread up to 8192, so that a row fits in registers."""
-    return min(max(triton.next_power_of_2(size) // 512, 1), 16)
+def rows_per_program(block: int, num_warps: int) -> int:
+    """Rows of `block` elements that give each thread 16 of them: two 128-bit accesses of a 16-bit dtype."""
+    return max(16 * 32 * num_warps // block, 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     """See kernels.rms_norm."""
-    _launch(x, None, weight, eps, out, None)
+    check_kernel_dtype("x", x)
+    _launch(as_rows("x", x), None, weight, eps, as_rows("out", out), None)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor) -> None:
     """See kernels.add_rms_norm."""
-    _launch(x, residual, weight, eps, out, residual_out)
+    check_kernel_dtype("x", x)
+    x, residual = as_rows("x", x), as_rows("residual", residual)
+    _launch(x, residual, weight, eps, as_rows("out", out), as_rows("residual_out", residual_out))
 
 
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
 ) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x has dtype {x.dtype}; legal for the Triton kernel: float32, float16, bfloat16")
-    named = {"out": out, "residual_out": residual_out, "x": x, "residual": residual}
-    rows = {name: as_rows(name, tensor) for name, tensor in named.items() if tensor is not None}
-    if x.numel() == 0:
+    num_rows, size = x.shape
+    if not (num_rows and size):
         return
-    size = x.shape[-1]
-    strides = {name: tensor.stride(0) for name, tensor in rows.items()}
-    norm_kernel[(rows["x"].shape[0],)](
-        out_ptr=rows["out"],
-        residual_out_ptr=rows.get("residual_out"),
-        x_ptr=rows["x"],
-        residual_ptr=rows.get("residual"),
+    launch = tuning.norm(x.device, size=size, itemsize=x.element_size())
+    block = tuning.power_of_2(size)
+    rows = rows_per_program(block, launch.num_warps)
+    norm_kernel[(tuning.ceil_div(num_rows, rows),)](
+        out_ptr=out,
+        residual_out_ptr=residual_out,
+        x_ptr=x,
+        residual_ptr=residual,
         weight_ptr=weight,
-        out_row_stride=strides["out"],
-        residual_out_row_stride=strides.get("residual_out", 0),
-        x_row_stride=strides["x"],
-        residual_row_stride=strides.get("residual", 0),
+        out_row_stride=out.stride(0),
+        residual_out_row_stride=0 if residual_out is None else residual_out.stride(0),
+        x_row_stride=x.stride(0),
+        residual_row_stride=0 if residual is None else residual.stride(0),
+        num_rows=num_rows,
         eps=eps,
         SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
+        ROWS=rows,
+        BLOCK=block,
         HAS_RESIDUAL=residual is not None,
-        num_warps=num_warps(size),
+        num_warps=launch.num_warps,
     )

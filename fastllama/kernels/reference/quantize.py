@@ -1,0 +1,24 @@
+"""Quantized keys and values: 8-bit codes with one fp32 scale for each token and head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST_ABSMAX = 2.0**-100  # smaller ones count as this, so that every scale has a finite reciprocal
+
+
+def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., D] as (codes [..., D], scales [...]): x is about codes * scales, absmax the largest code.
+
+    Codes are rounded to nearest even. A head that holds an infinity or a NaN gets codes 0 and a scale of that kind, so
+    that it comes back as NaN and disturbs no other.
+    """
+    absmax = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX)
+    largest = torch.full_like(absmax, LARGEST_CODE[dtype])  # not a number: torch rounds that quotient twice
+    scaled = torch.where(absmax < math.inf, x * (largest / absmax), 0.0)
+    codes = scaled.round() if dtype == torch.int8 else scaled
+    return codes.to(dtype), (absmax / largest).squeeze(-1)

@@ -1,0 +1,45 @@
+"""Rounding of fp32 to 8-bit codes under a scale, for kernels that write quantized keys and values."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, to nearest even, in the lowest bits
+SMALLEST_BITS = tl.constexpr((127 - 100) << 23)  # of 2^-100: its reciprocal and those of larger numbers are finite
+
+
+# Both halves [HEADS, PAIRS] of heads in fp32 -> their codes, and each head's scale [HEADS, 1]: absmax / largest code.
+# Heads that hold an infinity or a NaN get codes 0 and that scale. int8, or uint8 for the bits of float8_e4m3fn.
+@triton.jit
+def quantized(first, second, dtype: tl.constexpr):
+    LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    # as integers, the bits of magnitudes have the order of the numbers, then infinity, then NaN, which tl.max loses
+    first_bits = first.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    second_bits = second.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most = tl.max(tl.maximum(tl.maximum(first_bits, second_bits), SMALLEST_BITS), 1, keep_dims=True)
+    absmax = most.to(tl.float32, bitcast=True)  # [HEADS, 1]
+    finite = absmax < float("inf")
+    inverse = tl.div_rn(tl.full(absmax.shape, LARGEST, tl.float32), absmax)
+    first = encoded(tl.where(finite, first * inverse, 0.0), dtype)
+    second = encoded(tl.where(finite, second * inverse, 0.0), dtype)
+    return first, second, tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
+
+
+@triton.jit
+def encoded(x, dtype: tl.constexpr):
+    return (x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8) if dtype == tl.int8 else e4m3(x)
+
+
+# The bits of float8_e4m3fn of x, at most 448 in magnitude, rounded to nearest even. In integers, because sm_80 and
+# gfx942 have no instruction for it.
+@triton.jit
+def e4m3(x):
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # from 2^-6 on: rebias exponents from 127 to 7, round away 20 of 23 bits of mantissa
+    normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
+    # below, codes count units of 2^-9, the last place of 2^14
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(magnitude < (121 << 23), small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -1,0 +1,50 @@
+"""silu(gate) * up of the packed projection in Triton, in one pass over memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels import tuning
+from fastllama.kernels.checks import as_rows, check_kernel_dtype
+
+
+# One program owns BLOCK columns of one row; programs of one row follow each other, as its memory does.
+@triton.jit
+def silu_mul_kernel(
+    out_ptr,
+    gate_up_ptr,
+    out_row_stride,
+    gate_up_row_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = tl.cdiv(SIZE, BLOCK)
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    col = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = col < SIZE
+    gate_ptrs = gate_up_ptr + row * gate_up_row_stride + col
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    up = tl.load(gate_ptrs + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * out_row_stride + col, product.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """See kernels.silu_mul."""
+    check_kernel_dtype("gate_up", gate_up)
+    gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
+    rows, size = out.shape
+    if not (rows and size):
+        return
+    launch = tuning.swiglu(out.device, rows=rows, size=size, itemsize=out.element_size())
+    silu_mul_kernel[(rows * tuning.ceil_div(size, launch.block),)](
+        out_ptr=out,
+        gate_up_ptr=gate_up,
+        out_row_stride=out.stride(0),
+        gate_up_row_stride=gate_up.stride(0),
+        SIZE=size,
+        BLOCK=launch.block,
+        num_warps=launch.num_warps,
+    )

@@ -1,0 +1,186 @@
+"""How each Triton kernel is launched: the user's tuned file, else the packaged one for this GPU, else a heuristic.
+
+A launcher asks `norm(x.device, size=..., itemsize=...)` and its like: a cached lookup that costs well under a
+microsecond, times nothing and compiles nothing. To give another kernel its configuration, write a frozen dataclass, a
+heuristic from numbers, an entry in FAMILIES and a function that launchers call.
+
+What may be in a shape: an op that sums (norm, sample) must not see the number of rows, or a request's numbers would
+depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fastllama import env
+from fastllama.kernels.device import Device, device_info
+from fastllama.kernels.tuned import Shape, nearest, read
+
+PACKAGED = Path(__file__).parent / "configs"
+MAX_THREADS = 1024  # of a block, on NVIDIA and AMD alike
+
+
+@dataclass(frozen=True)
+class NormLaunch:
+    """rms_norm and add_rms_norm: one program for each row."""
+
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RopeLaunch:
+    """rope and rope_and_write_kv: one program for `heads` heads (a power of two) of a token."""
+
+    heads: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class SwigluLaunch:
+    """silu_mul: one program for `block` columns (a power of two) of a row."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class SampleLaunch:
+    """sample: one program for `block` logits (a power of two, at least 16) of a row."""
+
+    block: int
+    num_warps: int
+
+
+Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one kernel family needs: its configuration, the names in its shape, and the heuristic from both."""
+
+    launch: type[Any]
+    shape: tuple[str, ...]
+    heuristic: Callable[..., Launch]
+
+
+def norm_heuristic(device: Device, *, size: int, itemsize: int) -> NormLaunch:
+    """16 elements a thread (two 128-bit accesses of a 16-bit dtype) while a block has threads enough: 32 at 16384."""
+    return NormLaunch(_warps(device, power_of_2(size) // 16, most=512))
+
+
+def rope_heuristic(device: Device, *, rows: int, heads: int, head_dim: int, itemsize: int) -> RopeLaunch:
+    """Heads for one 128-bit access a thread and half: 128 threads where the device is filled so, else one warp."""
+    pair_bytes = max(power_of_2(head_dim) // 2 * itemsize, 1)
+    for threads in (128, 64):
+        group = min(max(16 * threads // pair_bytes, 1), power_of_2(heads))
+        if rows * ceil_div(heads, group) >= 4 * device.num_sms:
+            return RopeLaunch(group, _warps(device, group * pair_bytes // 16))
+    group = min(max(16 * device.warp_size // pair_bytes, 1), power_of_2(heads))
+    return RopeLaunch(group, _warps(device, group * pair_bytes // 16))
+
+
+def swiglu_heuristic(device: Device, *, rows: int, size: int, itemsize: int) -> SwigluLaunch:
+    """One 128-bit access of gate and of up a thread; the widest block that still gives every multiprocessor four."""
+    widest = power_of_2(size)
+    for threads in (256, 128):
+        block = threads * 16 // itemsize
+        if block <= widest and rows * ceil_div(size, block) >= 4 * device.num_sms:
+            return SwigluLaunch(block, _warps(device, threads))
+    block = min(64 * 16 // itemsize, widest)
+    return SwigluLaunch(block, _warps(device, block * itemsize // 16))
+
+
+def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> SampleLaunch:
+    """16 logits a thread: 8 programs for the smallest vocabulary of a Llama, 64 for one of 262144."""
+    block = min(max(power_of_2(vocab_size), 16), 4096)
+    return SampleLaunch(block, _warps(device, block // 16))
+
+
+FAMILIES = {
+    "norm": Family(NormLaunch, ("size", "itemsize"), norm_heuristic),
+    "rope": Family(RopeLaunch, ("rows", "heads", "head_dim", "itemsize"), rope_heuristic),
+    "swiglu": Family(SwigluLaunch, ("rows", "size", "itemsize"), swiglu_heuristic),
+    "sample": Family(SampleLaunch, ("vocab_size", "itemsize"), sample_heuristic),
+}
+
+
+def norm(device: torch.device, *, size: int, itemsize: int) -> NormLaunch:
+    """The launch for rows of `size` elements of `itemsize` bytes."""
+    return cast(NormLaunch, _launch("norm", device, size, itemsize))
+
+
+def rope(device: torch.device, *, rows: int, heads: int, head_dim: int, itemsize: int) -> RopeLaunch:
+    """The launch for `rows` tokens of `heads` heads, those of queries, keys and (when written) values together."""
+    return cast(RopeLaunch, _launch("rope", device, power_of_2(rows), heads, head_dim, itemsize))
+
+
+def swiglu(device: torch.device, *, rows: int, size: int, itemsize: int) -> SwigluLaunch:
+    """The launch for outputs [rows, size]."""
+    return cast(SwigluLaunch, _launch("swiglu", device, power_of_2(rows), size, itemsize))
+
+
+def sample(device: torch.device, *, vocab_size: int, itemsize: int) -> SampleLaunch:
+    """The launch for logits of `itemsize` bytes."""
+    return cast(SampleLaunch, _launch("sample", device, vocab_size, itemsize))
+
+
+def user_folder(device: Device) -> Path:
+    """Where the user's tuned files for a device lie, in the same format as the packaged ones."""
+    return env.cache_dir() / "tuned" / device.name
+
+
+def row_counts(most: int) -> Iterator[int]:
+    """The numbers of rows, up to `most`, among which every launch that depends on rows occurs."""
+    rows = 1
+    while rows < most:
+        yield rows
+        rows *= 2
+    yield most
+
+
+def warm_up(run: Callable[[int], Any], most: int, device: torch.device) -> float:
+    """Run `run(rows)` for every number of rows up to `most` at which kernels are launched differently.
+
+    So all that they need is compiled before a first request waits for it. On a CPU rows decide nothing beyond one or
+    more. Returns the seconds it took.
+    """
+    start = time.perf_counter()
+    for rows in row_counts(most if device.type == "cuda" else min(most, 2)):
+        run(rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _launch(family: str, device: torch.device, *values: int) -> Launch:
+    facts, kind = device_info(device), FAMILIES[family]
+    shape: Shape = dict(zip(kind.shape, values, strict=True))
+    for folder in (user_folder(facts), PACKAGED / facts.name):
+        found = nearest(read(folder / f"{family}.json", family, facts.name, kind.shape, kind.launch), shape)
+        if found is not None:
+            return cast(Launch, found)
+    return kind.heuristic(facts, **shape)
+
+
+# Launchers use these two: triton.next_power_of_2 and triton.cdiv take 5 us each on the host, a third of a launch.
+def power_of_2(count: int) -> int:
+    """The smallest power of two that is at least `count`; 1 for 0."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`."""
+    return -(-count // size)
+
+
+def _warps(device: Device, threads: int, most: int = MAX_THREADS) -> int:
+    """Warps for a number of threads that is a power of two."""
+    return max(min(threads, most) // device.warp_size, 1)

@@ -1,0 +1,165 @@
+"""The shipped launches: every Triton kernel as Llama 2 calls it, for the compile tier and docs/kernels.md.
+
+To add a kernel: a generator of `Shipped` with tensors on the meta device (only dtypes, strides and alignment count),
+and its name in FAMILIES. Then `make kernels-report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels import tuning
+from fastllama.kernels.device import Device
+from fastllama.kernels.triton import norm as norm_kernels
+from fastllama.kernels.triton import rope as rope_kernels
+from fastllama.kernels.triton import sampling as sampling_kernels
+from fastllama.kernels.triton import swiglu as swiglu_kernels
+from fastllama.testing.resources import NARROW
+from fastllama.testing.targets import Target, target
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a Llama 2 decides its launches."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    vocab: int = 32000
+
+    def qkv(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        """The fused projection, as heads."""
+        return meta(tokens, self.heads + 2 * self.kv_heads, self.head_dim, dtype=dtype)
+
+
+MODELS = (Model("7B", 4096, 11008, 32, 32), Model("13B", 5120, 13824, 40, 40), Model("70B", 8192, 28672, 64, 8))
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+# The tuned configurations of a GPU are packaged under its name: these are the ones that a target's launches use.
+GPUS = {
+    "sm_80": "nvidia-a100-sxm4-80gb",
+    "sm_89": "nvidia-geforce-rtx-4090",
+    "sm_90": "nvidia-h200",
+    "sm_100": "nvidia-b200",
+    "gfx942": "amd-instinct-mi300x",
+}
+STEPS = {"decode": 1, "prefill": 8192}  # tokens, at the extremes
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One call of a launcher. Global accesses have at least `narrowest` bits a thread, `besides` so many of a kind."""
+
+    name: str
+    call: Callable[[], Any]
+    narrowest: int = NARROW
+    besides: Mapping[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def on(name: str) -> Iterator[Target]:
+    """Inside, launchers choose their configurations for a target's usual GPU, and take nobody's own tuned ones."""
+    gpu = target(name)
+    facts = Device(GPUS[name], name, gpu.multiprocessors, gpu.warp_size, gpu.shared_per_block, l2_cache=32 << 20)
+    tuning._launch.cache_clear()
+    with ExitStack() as stack:
+        stack.callback(tuning._launch.cache_clear)
+        stack.enter_context(mock.patch.object(tuning, "device_info", return_value=facts))
+        stack.enter_context(mock.patch.object(tuning, "user_folder", return_value=tuning.PACKAGED / facts.name))
+        yield gpu
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def angles(model: Model, tokens: int) -> tuple[Tensor, Tensor]:
+    """The cos/sin cache of 4096 positions, and the tokens' positions."""
+    return meta(4096, model.head_dim, dtype=FP32), meta(tokens, dtype=torch.int64)
+
+
+def norm() -> Iterator[Shipped]:
+    """A row's program does not depend on the number of rows. fp32, and an fp32 weight, occur in tests alone."""
+
+    def norms(hidden: int, dtype: torch.dtype, weight_dtype: torch.dtype, add: bool) -> None:
+        x, weight = meta(8192, hidden, dtype=dtype), meta(hidden, dtype=weight_dtype)
+        if add:
+            norm_kernels.add_rms_norm(x, x, weight, 1e-5, x, x)
+        else:
+            norm_kernels.rms_norm(x, weight, 1e-5, x)
+
+    kinds = [(model, BF16, BF16) for model in MODELS]
+    kinds += [(MODELS[0], FP16, FP16), (MODELS[0], BF16, FP32), (MODELS[0], FP32, FP32)]
+    for add in (False, True):
+        for model, dtype, weight_dtype in kinds:
+            weight = "" if weight_dtype == dtype else f", weight {SHORT[weight_dtype]}"
+            name = f"{'add_rms_norm' if add else 'rms_norm'} {model.name} {SHORT[dtype]}{weight}"
+            yield Shipped(name, partial(norms, model.hidden, dtype, weight_dtype, add), narrowest=128)
+
+
+def rope() -> Iterator[Shipped]:
+    """In place in the fused projection, and with the keys and values into pages: 8192 of 64 tokens."""
+
+    def turn(model: Model, tokens: int, dtype: torch.dtype) -> None:
+        q, k, _ = model.qkv(tokens, dtype).split((model.heads, model.kv_heads, model.kv_heads), dim=1)
+        rope_kernels.rope(q, k, *angles(model, tokens), False, q, k)
+
+    def turn_and_write(model: Model, tokens: int, dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
+        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=pages_dtype)
+        scales = None if pages_dtype == dtype else meta(8192, model.kv_heads, 64, dtype=FP32)
+        qkv = model.qkv(tokens, dtype)
+        slots, q_out = meta(tokens, dtype=torch.int64), meta(tokens, model.heads, model.head_dim, dtype=dtype)
+        turned = angles(model, tokens)
+        rope_kernels.rope_and_write_kv(qkv.flatten(1), *turned, slots, pages, pages, scales, scales, False, q_out)
+
+    for step, tokens in STEPS.items():
+        for model in MODELS:
+            yield Shipped(f"rope {model.name} bf16 {step}", partial(turn, model, tokens, BF16))
+            for pages_dtype in (BF16, torch.int8, torch.float8_e4m3fn)[: 1 if model.name == "13B" else 3]:
+                name = f"rope_and_write_kv {model.name} bf16 {step}, pages {SHORT[pages_dtype]}"
+                yield Shipped(name, partial(turn_and_write, model, tokens, BF16, pages_dtype))
+
+
+def swiglu() -> Iterator[Shipped]:
+    """Every access is of 128 bits."""
+
+    def multiply(model: Model, tokens: int, dtype: torch.dtype) -> None:
+        gate_up = meta(tokens, 2 * model.intermediate, dtype=dtype)
+        swiglu_kernels.silu_mul(gate_up, meta(tokens, model.intermediate, dtype=dtype))
+
+    for step, tokens in STEPS.items():
+        for model in MODELS:
+            call = partial(multiply, model, tokens, BF16)
+            yield Shipped(f"silu_mul {model.name} bf16 {step}", call, narrowest=128)
+    yield Shipped("silu_mul 7B fp16 prefill", partial(multiply, MODELS[0], STEPS["prefill"], FP16), narrowest=128)
+
+
+def sampling() -> Iterator[Shipped]:
+    """Several kernels; a row's programs do not depend on the number of rows. The chosen logit is one load by itself."""
+
+    def sample(vocab: int, dtype: torch.dtype) -> None:
+        rows = 64
+        real, whole = meta(rows, dtype=FP32), meta(rows, dtype=torch.int64)
+        top_k = meta(rows, dtype=torch.int32)
+        sampling_kernels.sample(
+            meta(rows, vocab, dtype=dtype), real, top_k, real, real, whole, whole, whole, real, None
+        )
+
+    for vocab, dtype in ((32000, FP32), (32000, BF16)):
+        chosen = {"load 16": 1} if dtype == BF16 else {}
+        yield Shipped(f"sample V={vocab} {SHORT[dtype]}", partial(sample, vocab, dtype), besides=chosen)
+
+
+FAMILIES = {"norm": norm, "rope": rope, "swiglu": swiglu, "sampling": sampling}
+SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

@@ -1,0 +1,162 @@
+"""What holds for every Triton launcher: refusals before a launch, torch.compile, memory beyond 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.kernels.op import OPS
+from fastllama.testing.monitor import Report
+from tests.kernels.calls import arguments
+from tests.kernels.honest import assert_equal, public
+from tests.kernels.test_compile import OUTPUTS, copy, same
+from tests.kernels.test_rope import cache
+
+OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul"]
+every_op = pytest.mark.parametrize("op", OURS)
+FAR = 1 << 30  # elements; two of it are more than int32 counts
+
+
+@pytest.fixture
+def _bound(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS[op]._bound, torch.device("cpu"), OPS[op].launcher("cpu"))
+
+
+@pytest.mark.interpreter
+@every_op
+def test_fp64_is_the_references_alone(op: str) -> None:
+    given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    first = next(iter(given))
+    message = f"^{first} has dtype torch.float64; legal: torch.bfloat16, torch.float16, torch.float32$"
+    with pytest.raises(TypeError, match=message):
+        public(op, "triton")(**given)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("rms_norm", "x"),
+        ("rms_norm", "out"),
+        ("add_rms_norm", "x"),
+        ("add_rms_norm", "residual"),
+        ("add_rms_norm", "out"),
+        ("add_rms_norm", "residual_out"),
+        ("silu_mul", "gate_up"),
+        ("silu_mul", "out"),
+    ],
+)
+def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, name: str) -> None:
+    given = arguments(op)
+    rows = {key for key, value in given.items() if isinstance(value, Tensor) and value.dim() == 2}
+    given |= {key: given[key].expand(4, *given[key].shape).clone() for key in rows}
+    given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
+    before = copy(given)
+    with pytest.raises(ValueError, match=rf"^{name} has strides \[.*\]; legal: all rows at one stride"):
+        public(op, "triton")(**given)
+    same(given, before)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_bound")
+@every_op
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, tuple(arguments(op).values()))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_bound")
+@every_op
+def test_compiled_is_eager(op: str) -> None:
+    given = {name: value for name, value in arguments(op).items() if name not in OUTPUTS}
+    function = getattr(kernels, op)
+    ours, theirs = copy(given), copy(given)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **args: function(**args), fullgraph=True, backend="aot_eager")
+    same(compiled(**ours), function(**theirs))
+    same(ours, theirs)
+
+
+@pytest.fixture
+def _lazy_memory() -> Iterator[None]:
+    """Uninitialised memory that takes none until it is touched; poison would touch it all."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def far_rows(values: Tensor) -> Tensor:
+    """A tensor [3, ...] of values whose last row starts past 2^31 elements."""
+    inner = values[0]
+    buffer = torch.empty(2 * FAR + 64 + inner.numel(), dtype=values.dtype)
+    view = buffer.as_strided(values.shape, (FAR + 16, *inner.stride()))
+    return view.copy_(values)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_lazy_memory")
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("rms_norm", "x"),
+        ("rms_norm", "out"),
+        ("add_rms_norm", "residual"),
+        ("add_rms_norm", "residual_out"),
+        ("silu_mul", "gate_up"),
+        ("silu_mul", "out"),
+        ("rope", "q"),
+        ("rope", "k"),
+        ("rope", "q_out"),
+        ("rope", "k_out"),
+        ("rope_and_write_kv", "qkv"),
+        ("rope_and_write_kv", "q_out"),
+    ],
+)
+def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
+    run = public(op, "triton")
+    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    if "cos_sin" in given:
+        given["cos_sin"] = given["cos_sin"].float()
+    expected, far = copy(given), copy(given)
+    far[name] = far_rows(given[name])
+    same(run(**far), run(**expected))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_lazy_memory")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_pool_past_two_to_the_31_elements(dtype: torch.dtype, checked: Report) -> None:
+    """Its last slot is written, by a byte for each element; the pool itself takes no memory."""
+    heads, page_size, head_dim = 8, 64, 128
+    num_pages = (1 << 31) // (heads * page_size * head_dim) + 2
+    pages = [torch.empty(num_pages, heads, page_size, head_dim, dtype=torch.int8).view(dtype) for _ in "kv"]
+    scales = [torch.empty(num_pages, heads, page_size) for _ in "kv"]
+    small = [torch.zeros(1, heads, page_size, head_dim, dtype=torch.int8).view(dtype) for _ in "kv"]
+    small += [torch.zeros(1, heads, page_size) for _ in "kv"]
+    qkv, cos_sin, position = torch.randn(1, 3 * heads * head_dim), cache(head_dim), torch.tensor([5])
+    run = public("rope_and_write_kv", "triton")
+    run(qkv, cos_sin, position, torch.tensor([page_size - 1]), *small)
+    run(qkv, cos_sin, position, torch.tensor([num_pages * page_size - 1]), *pages, *scales)
+    for found, expected in zip((*pages, *scales), small, strict=True):
+        assert_equal(found[-1, :, -1].float(), expected[0, :, -1].float())
+    assert checked.launches[-1].stored["k_pages_ptr"] == heads * head_dim
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_lazy_memory")
+def test_pages_far_apart() -> None:
+    """Pages of one layer in a pool of all layers: few of them, past 2^31 elements by their stride."""
+    buffers = [torch.empty(2 * FAR + (1 << 20), dtype=torch.float16) for _ in "kv"]
+    pages = [buffer.as_strided((3, 2, 4, 16), (FAR + 16, 64, 16, 1)) for buffer in buffers]
+    small = [torch.zeros(3, 2, 4, 16, dtype=torch.float16) for _ in "kv"]
+    qkv, position, slot = torch.randn(1, 6 * 16).half(), torch.tensor([5]), torch.tensor([11])
+    run = public("rope_and_write_kv", "triton")
+    run(qkv, cache(16), position, slot, *small)
+    run(qkv, cache(16), position, slot, *pages)
+    for found, expected in zip(pages, small, strict=True):
+        assert_equal(found[2, :, 3], expected[2, :, 3])

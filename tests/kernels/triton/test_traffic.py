@@ -1,0 +1,64 @@
+"""Each element is read once and written once: the interpreter counts the bytes that docs/tuning.md calls the floor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastllama.testing.monitor import Report
+from tests.kernels.honest import public
+from tests.kernels.test_rope import cache
+
+ROWS, HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
+
+
+@pytest.mark.interpreter
+def test_the_norm_reads_and_writes_each_row_once(checked: Report) -> None:
+    x = torch.randn(ROWS, 5120).bfloat16()
+    public("add_rms_norm", "triton")(x, x.clone(), x[0].clone())
+    (launch,) = checked.launches
+    row = 2 * 5120
+    assert launch.loaded == {"x_ptr": ROWS * row, "residual_ptr": ROWS * row, "weight_ptr": ROWS * row}  # weight: L2
+    assert launch.stored == {"out_ptr": ROWS * row, "residual_out_ptr": ROWS * row}
+
+
+@pytest.mark.interpreter
+def test_silu_mul_reads_two_and_writes_one(checked: Report) -> None:
+    public("silu_mul", "triton")(torch.randn(ROWS, 2 * 13824).bfloat16())
+    (launch,) = checked.launches
+    assert launch.loaded == {"gate_up_ptr": ROWS * 2 * 2 * 13824}
+    assert launch.stored == {"out_ptr": ROWS * 2 * 13824}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rotation_reads_the_projection_once_and_writes_it_once(
+    quantized: bool, interleaved: bool, checked: Report
+) -> None:
+    """Padding is not even read; quantized pages take one byte for an element, and four for a head."""
+    dtype = torch.int8 if quantized else torch.bfloat16
+    qkv = torch.randn(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
+    held = [torch.zeros(1, KV_HEADS, 16, HEAD_DIM, dtype=dtype) for _ in "kv"]
+    held += [torch.zeros(1, KV_HEADS, 16) for _ in "kv"] if quantized else []
+    slots = torch.tensor([3, -1, 9])
+    public("rope_and_write_kv", "triton")(
+        qkv, cache(HEAD_DIM), torch.arange(ROWS), slots, *held, interleaved=interleaved
+    )
+    (launch,) = checked.launches
+    written = ROWS - 1
+    heads = written * KV_HEADS
+    assert launch.loaded["qkv_ptr"] == 2 * HEAD_DIM * (ROWS * HEADS + 2 * heads)
+    assert launch.stored["q_out_ptr"] == 2 * HEAD_DIM * ROWS * HEADS
+    for name in ("k", "v"):
+        assert launch.stored[f"{name}_pages_ptr"] == dtype.itemsize * HEAD_DIM * heads
+        assert launch.stored[f"{name}_scales_ptr"] == (4 * heads if quantized else 0)
+
+
+@pytest.mark.interpreter
+def test_rope_reads_and_writes_each_head_once(checked: Report) -> None:
+    q, k = (torch.randn(ROWS, heads, HEAD_DIM).bfloat16() for heads in (HEADS, KV_HEADS))
+    public("rope", "triton")(q, k, cache(HEAD_DIM), torch.arange(ROWS))
+    (launch,) = checked.launches
+    for name, tensor in (("q", q), ("k", k)):
+        assert launch.loaded[f"{name}_ptr"] == launch.stored[f"{name}_out_ptr"] == 2 * tensor.numel()

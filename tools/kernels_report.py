@@ -1,0 +1,71 @@
+"""Writes docs/kernels.md: what every shipped launch takes of every target, so that a changed kernel shows as a diff."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import triton
+
+from fastllama.testing.compile_report import CACHE, COLUMNS, cells, compile_report
+from fastllama.testing.targets import TARGETS
+from tests.kernels.triton.launches import SHIPPED, Shipped, on
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+
+HEAD = """# What each kernel takes
+
+Made with Triton {version}. Written by `make kernels-report` from the launches in `tests/kernels/triton/launches.py`,
+compiled ahead of time for GPUs that need not be there; the compile tier of the tests says when a row is out of date.
+
+Registers, spills and stack are those of one thread; shared memory is that of one block, of what it may take; occupancy
+is the share of a multiprocessor's warps that are resident, and what allows no more. Loads and stores are of global
+memory, by width in bits, and counted, like the instructions, in the longest loop that touches it, or in the whole
+program where there is none. The last column divides those instructions by the bytes that their loads and stores move.
+"""
+
+
+def rows(shipped: Shipped, target: str) -> list[str]:
+    """The page's rows on one launch for one target. Raises RuntimeError where it does not compile."""
+    with on(target):
+        reports = compile_report(shipped.call, [target], ROOT / CACHE)
+    for report in reports:
+        if report.error:
+            raise RuntimeError(f"{shipped.name} for {target}: {report.error}")
+    names = [report.launch.split("(")[0] for report in reports]
+    several = len(reports) > 1
+    return [
+        _row([f"{shipped.name}: {name}" if several else shipped.name, *cells(report)])
+        for name, report in zip(names, reports, strict=True)
+    ]
+
+
+def page() -> str:
+    """The text of docs/kernels.md."""
+    parts = [HEAD.format(version=triton.__version__)]
+    for family, launches in SHIPPED.items():
+        body = [row for shipped in launches for target in TARGETS for row in rows(shipped, target)]
+        rule = "|" + "---|" * (len(COLUMNS) + 1)
+        parts.append("\n".join([f"## {family}\n", _row(["launch", *COLUMNS]), rule, *body]) + "\n")
+    return "\n".join(parts)
+
+
+def listed(text: str) -> set[tuple[str, str]]:
+    """The launches and targets that a page has rows on."""
+    found = re.findall(r"^\| ([^|:]+?)(?:: \w+)? \| (sm_\d+|gfx\w+) \|", text, re.MULTILINE)
+    return set(found)
+
+
+def version(text: str) -> str:
+    """The Triton version that a page was made with."""
+    (found,) = re.findall(r"^Made with Triton ([\w.+]+)\. ", text, re.MULTILINE)
+    return str(found)
+
+
+def _row(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
