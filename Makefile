@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+MINUTES ?= 8
+OUT ?= build/gpu
+# Proved beside the pinned Triton: the one that GPU machines still have, and the newest.
+TRITON ?= 3.6.0 3.9.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reference test-interpreter test-compile lint types format bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-reference test-interpreter test-compile test-triton mutants kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,13 +38,31 @@ demo: $(STAMP) ## write text with the bundled model, greedy and sampled, and che
 test: test-reference test-interpreter test-compile ## run the three tiers that need no GPU
 
 test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
-	$(NO_INTERPRETER) $(PYTEST) -n $(WORKERS)
+	$(NO_INTERPRETER) $(PYTEST) -m "not compile" -n $(WORKERS)
 
 test-interpreter: $(STAMP) ## the Triton kernels' logic, in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 
 test-compile: $(STAMP) ## the Triton kernels compiled ahead of time for NVIDIA and AMD
-	$(NO_INTERPRETER) $(PYTEST) -m compile
+	$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS)
+
+build/triton/%: | $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $@.part triton==$*
+	@mv $@.part $@
+
+test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile tiers on other Tritons: make test-triton TRITON=3.6.0
+	@for version in $(TRITON); do \
+		export PYTHONPATH=build/triton/$$version; \
+		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', triton.__version__)" && \
+		TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels tests/testing && \
+		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/kernels tests/testing || exit 1; \
+	done
+
+mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices
+	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS)
+
+kernels-report: $(STAMP) ## write docs/kernels.md: what each Triton kernel takes of each GPU, compiled ahead of time
+	$(NO_INTERPRETER) $(BIN)/python -m tools.kernels_report
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check
@@ -52,6 +74,12 @@ types: $(STAMP) ## check types
 format: $(STAMP) ## rewrite to style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+gpu: ## on a machine with a GPU: test and measure all in MINUTES, by any PYTHON with torch and triton, into OUT
+	$(NO_INTERPRETER) PYTHONPATH=. $(PYTHON) -m benchmarks.run --minutes $(MINUTES) --out $(OUT)
+
+gpu-dry: $(STAMP) ## walk the plan of `make gpu` at toy sizes on this CPU
+	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.run --dry --minutes 5 --out build/gpu-dry
 
 bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers, in one run
 	$(BIN)/python -m benchmarks.cpu_decode

@@ -11,7 +11,6 @@ measured in every round: no decoder that reads them all for each token can be fa
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_record
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers.weights import load_weights
 
@@ -136,7 +135,7 @@ def main() -> None:
             "read_bytes_per_second": bandwidths,
             "samples": samples,
         }
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.output, record)
 
 
 def print_table(samples: dict[str, list[Timing]], prompt_tokens: int, tokens: int, floor: float) -> None:

@@ -9,16 +9,16 @@ that none is found in the cache. The medians of alternating calls are printed.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.environment import environment
+from benchmarks import timing
+from benchmarks.environment import environment, write_record
 from fastllama import kernels
 
 SHAPES = ((11264, 2048), (22016, 4096))  # [N, K]
@@ -37,14 +37,9 @@ def measure(rows: int, features: int, size: int, dtype: torch.dtype) -> dict[str
         "fastllama": lambda weight: kernels.matmul(x, weight),
         "F.linear": lambda weight: F.linear(x, weight),
     }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(CALLS + 1):
-        for offset, (name, call) in enumerate(calls.items()):
-            start = time.perf_counter()
-            call(weights[(2 * number + offset) % copies])
-            if number:  # the first is the warm-up
-                samples[name].append(time.perf_counter() - start)
-    return samples
+    next_weight = itertools.cycle(weights).__next__
+    samplers = {name: timing.wall(lambda call=call: call(next_weight())) for name, call in calls.items()}
+    return timing.in_turns(samplers, CALLS)
 
 
 def main() -> None:
@@ -68,7 +63,7 @@ def main() -> None:
             records.append({"rows": rows, "features": features, "size": size, "seconds": samples})
     if options.output:
         found = {"benchmark": "cpu_matmul", "dtype": options.dtype, "environment": environment(), "samples": records}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        write_record(options.output, found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ work; with 32000 it holds the draw too, here on the CPU. One thread: two would w
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_record
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
 
@@ -84,7 +83,7 @@ def main() -> None:
                 samples.append({"batch": batch, "vocab": vocab_size, "parameters": kind, "seconds": times})
     if options.output:
         record = {"benchmark": "engine_overhead", "environment": environment(), "samples": samples}
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.output, record)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ import fastllama
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads and device."""
-    found: dict[str, Any] = {"fastllama": fastllama.__version__, "python": platform.python_version()}
+    """Versions, source, processor, load, threads and device."""
+    found: dict[str, Any] = {
+        "fastllama": fastllama.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+    }
     for package in ("torch", "triton", "transformers", "numpy"):
         try:
             found[package] = metadata.version(package)
@@ -23,8 +30,49 @@ def environment() -> dict[str, Any]:
     found["processor"] = _processor()
     found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     found["threads"] = torch.get_num_threads()
+    found["load"] = os.getloadavg()[0]
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["gpu"] = gpu()
     return found
+
+
+def gpu() -> dict[str, Any] | None:
+    """What the first GPU is, and how warm and fast it runs now; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    found: dict[str, Any] = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
+    query = f"--query-gpu={','.join(fields)}"
+    seen = _output("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+    return found | dict(zip(fields, seen.split(", "), strict=False) if seen else ())
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a result with its conditions as JSON."""
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with a mark where they differ from it; None outside a repository."""
+    root = str(Path(__file__).parents[1])
+    return _output("git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """The error of every implementation beside plain torch's, as a table in Markdown: `python -m benchmarks.numerics`.
 
-The cases and the fp64 formulas are those of `fastllama verify`; docs/numerics.md says how the error is measured.
+The cases and the fp64 formulas are those of `fastllama verify`; docs/numerics.md says how the error is measured. With
+TRITON_INTERPRET=1 the Triton kernels are among the implementations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from unittest import mock
 
 import torch
 
-from fastllama import kernels
+from benchmarks.micro import implementations, interpreted
+from fastllama import env, kernels
 from fastllama.kernels.op import OPS, Implementation
 from fastllama.verify.cases import Case, Results, all_cases
 from fastllama.verify.report import error_of
@@ -43,7 +45,7 @@ def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
             exact = case.view(case.formula(*case.to(torch.float64).args))
             plain = case.view(case.formula(*case.args))
             found["plain torch"] = max(found["plain torch"], worst(plain, exact))
-            for each in OPS[op].implementations("cpu"):
+            for each in implementations(op, CPU):
                 found[each.backend] = max(found[each.backend], worst(run(case, each), exact))
         table[op] = found
     return table
@@ -51,7 +53,7 @@ def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with torch.inference_mode():
+    with torch.inference_mode(), interpreted(env.triton_interpret()):
         tables = {dtype: errors(dtype) for dtype in DTYPES}
     columns = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     print(f"torch {torch.__version__}, CPU, {torch.backends.cpu.get_cpu_capability()}\n")

@@ -9,13 +9,13 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 
+from benchmarks import timing
 from fastllama import kernels
 from fastllama.kernels.op import OPS
 
@@ -42,7 +42,7 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
         "add_rms_norm": ((x, x.clone(), weight, 1e-5), {}, {"out": x.clone(), "residual_out": x.clone()}),
         "rope": ((q, k, cos_sin, positions), {"interleaved": False}, {"q_out": q.clone(), "k_out": k.clone()}),
         "rope_and_write_kv": (
-            (qkv, cos_sin, positions, positions, *pages),
+            (qkv, cos_sin, positions, positions, *pages, None, None),
             {"interleaved": False},
             {"q_out": q.clone()},
         ),
@@ -58,14 +58,8 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
 
 def microseconds(functions: list[Callable[[], Any]], rounds: int, calls: int) -> list[float]:
     """Median of each function's time over rounds of `calls` calls, taken in turn so that noise meets them all."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, samples in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            samples.append((time.perf_counter() - start) / calls * 1e6)
-    return [statistics.median(samples) for samples in times]
+    samplers = {str(place): timing.wall(function, calls) for place, function in enumerate(functions)}
+    return [1e6 * statistics.median(samples) for samples in timing.in_turns(samplers, rounds).values()]
 
 
 def overheads(op: str, rounds: int, calls: int) -> tuple[float, float, float]:
@@ -75,8 +69,8 @@ def overheads(op: str, rounds: int, calls: int) -> tuple[float, float, float]:
     """
     args, options, outputs = cases()[op]
     public, run = getattr(kernels, op), OPS[op].implementation("cpu").run
-    lse = (None,) if op.startswith("attention") else ()
-    bare = (*args, *options.values(), *outputs.values(), *lse)
+    unset = (None,) if op == "sample" or op.startswith("attention") else ()  # workspace, lse
+    bare = (*args, *options.values(), *outputs.values(), *unset)
     (implementation,) = microseconds([lambda: run(*bare)], rounds, calls)
 
     def nothing(*args: Any) -> None:

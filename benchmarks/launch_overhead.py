@@ -1,0 +1,110 @@
+"""What the host does to launch a Triton kernel through the public op: `python -m benchmarks.launch_overhead`.
+
+The goal is 15 us in eager. On a GPU the whole call is timed: checks, dispatch, launch configuration, Triton, driver. On
+a CPU the launch itself is left out (Triton's launcher is replaced by one that does nothing): what is timed is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import timing
+from benchmarks.environment import environment, write_record
+from benchmarks.judge import OUTPUTS
+from benchmarks.registry import OPS as MEASURED
+from benchmarks.registry import Case, toy_cases
+from fastllama import kernels
+from fastllama.kernels.op import OPS
+
+CALLS = 50  # in a row: fewer than the launches that a GPU queues before the host must wait
+
+
+def triton_ops() -> list[str]:
+    """The ops that have a Triton kernel."""
+    return [op for op in MEASURED if OPS[op].has_triton]
+
+
+@contextmanager
+def launching(op: str, device: torch.device) -> Iterator[None]:
+    """The op runs its Triton launcher, on a CPU up to the launch itself."""
+    from triton.runtime.jit import JITFunction
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(OPS[op]._bound, {device: OPS[op].launcher("cuda")}))
+        if device.type == "cpu":
+            stack.enter_context(mock.patch.object(JITFunction, "run", _nothing))
+        yield
+
+
+def _nothing(*args: Any, **options: Any) -> None:
+    """In place of a launch: a mock would keep the arguments of each call."""
+
+
+def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
+    """Wall-clock time of CALLS calls; then the GPU's queue is emptied, so that no call waits for room in it."""
+    timed = timing.wall(call, CALLS)
+
+    def sample() -> float:
+        seconds = timed()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return seconds
+
+    return sample
+
+
+@torch.inference_mode()
+def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Microseconds of each call, outputs given and allocated."""
+    inputs = case.make(device, seed=0)
+    fewer = {name: value for name, value in inputs.items() if name not in OUTPUTS}
+    public = getattr(kernels, case.op)
+    calls = {"outputs given": lambda: public(**inputs), "allocated": lambda: public(**fewer)}
+    with launching(case.op, device):
+        taken = timing.in_turns({name: _emptied(call, device) for name, call in calls.items()}, rounds)
+    microseconds = {name: [1e6 * seconds for seconds in samples] for name, samples in taken.items()}
+    return {name: {"us": samples, **timing.quantiles(samples)} for name, samples in microseconds.items()}
+
+
+def main() -> None:
+    """Measure every op, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    options = parser.parse_args()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16
+    torch.set_num_threads(1)
+    found = {case.op: measure(case, device, options.rounds) for case in toy_cases(dtype, tuple(triton_ops()))}
+    what = "whole launches" if device.type == "cuda" else "without Triton and the driver"
+    x = torch.randn(1, 16)
+    add = (
+        1e6 * timing.quantiles([timing.wall(lambda: torch.add(x, x), CALLS)() for _ in range(options.rounds)])["median"]
+    )
+    print(
+        f"three rows, {dtype}, {device.type}, {what}; medians of {options.rounds} rounds of {CALLS} calls; "
+        f"torch.add on the CPU: {add:.2f} us"
+    )
+    print(f"{'op':20} {'outputs given us':>17} {'allocated us':>13}")
+    for op, figures in found.items():
+        print(f"{op:20} {figures['outputs given']['median']:17.2f} {figures['allocated']['median']:13.2f}")
+    if options.output:
+        record = {
+            "benchmark": "launch_overhead",
+            "environment": environment(),
+            "device": device.type,
+            "torch_add_us": add,
+            "ops": found,
+        }
+        write_record(options.output, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One op at one shape: ours and its peers, judged, then timed in turns; every sample is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import timing
+from benchmarks.inputs import Inputs
+from benchmarks.peers import Function, peers
+from benchmarks.registry import Case
+from fastllama import env, kernels
+from fastllama.kernels.device import device_info
+from fastllama.kernels.op import OPS, Implementation
+
+OURS = "fastllama"
+ROUNDS = 30
+SECONDS = 3.0  # of samples for one way of timing; reached by the slowest shapes alone
+GRAPH_CALLS = 20
+CALLS_UNTIL_COLD = 64  # most input sets to rotate through: small ones never leave the L2 cache in a decode step either
+
+
+def implementations(op: str, device: torch.device) -> list[Implementation]:
+    """Everything that runs an op: the Triton kernel first wherever it can, on a CPU in the interpreter."""
+    found = OPS[op].implementations(device.type)
+    if device.type == "cpu" and env.triton_interpret() and OPS[op].has_triton:
+        found.insert(0, Implementation("triton", OPS[op].launcher("cpu"), "TRITON_INTERPRET=1"))
+    return found
+
+
+def implementation(op: str, device: torch.device) -> Implementation:
+    """What is measured: the Triton kernel wherever it runs, else what a user would get."""
+    return implementations(op, device)[0]
+
+
+def interpreted(wanted: bool) -> AbstractContextManager[None]:
+    """Where Triton kernels are to run in its interpreter, one that is right in bf16 as well."""
+    if not wanted:
+        return nullcontext()
+    from fastllama.testing.interpreter import repaired  # loads Triton's interpreter, which a GPU has no use for
+
+    return repaired()
+
+
+@contextmanager
+def running(op: str, device: torch.device) -> Iterator[Function]:
+    """The public op on that implementation."""
+    public: Callable[..., Any] = getattr(kernels, op)
+    with mock.patch.dict(OPS[op]._bound, {device: implementation(op, device).run}):
+        yield lambda inputs: public(**inputs)
+
+
+def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The figures of one case, as JSON values. What a contender fails at is said in place of its samples."""
+    sets = list(input_sets(case, device))
+    found: dict[str, Any] = {
+        "op": case.op,
+        "model": case.model.name,
+        "rows": case.rows,
+        "context": case.context,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "label": case.label,
+        "backend": implementation(case.op, device).backend,
+        "bytes": case.bytes(sets[0]),
+        "flops": case.flops,
+        "input_sets": len(sets),
+    }
+    with torch.inference_mode(), running(case.op, device) as ours:
+        contenders, judged = _ready(case, device, {OURS: lambda: ours} | peers(case.op, device))
+        ways = _samplers(contenders, sets, device, captured=found["backend"] != "reference")
+        for way, samplers in ways.items():
+            for name, failure in samplers.items():
+                if isinstance(failure, str):
+                    judged[name][way] = {"failed": failure}
+            timed = {name: sampler for name, sampler in samplers.items() if not isinstance(sampler, str)}
+            for name, seconds in timing.in_turns(timed, rounds, SECONDS).items():
+                judged[name][way] = {"seconds": seconds, **timing.quantiles(seconds)}
+    found["contenders"] = judged
+    return found
+
+
+def input_sets(case: Case, device: torch.device) -> Iterator[Inputs]:
+    """Inputs that together are four times the L2 cache, at least two."""
+    first = case.make(device, seed=1)
+    yield first
+    wanted = 4 * device_info(device).l2_cache // max(case.bytes(first), 1) + 1
+    for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)):
+        yield case.make(device, seed)
+
+
+def _ready(
+    case: Case, device: torch.device, offered: dict[str, Callable[[], Function]]
+) -> tuple[dict[str, Function], dict[str, dict[str, Any]]]:
+    """Those that load, run and are right; and of all, error, bound and seconds until judged, or what failed."""
+    ready: dict[str, Function] = {}
+    judged: dict[str, dict[str, Any]] = {}
+    for name, load in offered.items():
+        start = time.monotonic()
+        try:
+            function = load()
+            error, bound = case.judge(function, device)
+        except Exception as failure:  # a peer that cannot run is a finding, not the end of the run
+            judged[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            continue
+        judged[name] = {"error": error, "bound": bound, "judged_seconds": time.monotonic() - start}
+        if error <= bound:
+            ready[name] = function
+        else:
+            judged[name]["failed"] = f"wrong: error {error:.2g}, bound {bound:.2g}"
+    return ready, judged
+
+
+def _samplers(
+    contenders: dict[str, Function], sets: list[Inputs], device: torch.device, captured: bool
+) -> dict[str, dict[str, timing.Sampler | str]]:
+    """By way of timing and contender; a text where that way fails. captured: whether ours can be."""
+    calls = {name: timing.rotating(function, sets) for name, function in contenders.items()}
+    if device.type == "cpu":
+        return {"eager": {name: timing.wall(call) for name, call in calls.items()}}
+    scratch = torch.empty(2 * device_info(device).l2_cache, dtype=torch.int8, device=device)
+    graphs: dict[str, timing.Sampler | str] = {}
+    for name, call in calls.items():
+        if name == OURS and not captured:
+            graphs[name] = "not captured: the torch reference reads lengths on the host"
+            continue
+        try:
+            graphs[name] = timing.graph(call, max(GRAPH_CALLS, len(sets)))
+        except Exception as failure:  # capture fails in as many ways as there are peers
+            graphs[name] = f"{type(failure).__name__}: {failure}"[:500]
+    return {"graph": graphs, "eager": {name: timing.events(call, scratch) for name, call in calls.items()}}
+
+
+def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
+    """What the device reaches: bytes read and written in a large copy, operations in a large product, each a second."""
+    elements, size = (1 << 16, 64) if toy else (1 << 30, 8192)
+    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.matmul(a, b, out=c)}
+    if device.type == "cpu":
+        samplers = {name: timing.wall(call) for name, call in calls.items()}
+    else:
+        scratch = torch.empty(2 * device_info(device).l2_cache, dtype=torch.int8, device=device)
+        samplers = {name: timing.events(call, scratch) for name, call in calls.items()}
+    with torch.inference_mode():
+        seconds = timing.in_turns(samplers, rounds=10)
+    copy, product = (timing.quantiles(seconds[name])["median"] for name in ("copy", "product"))
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / copy,
+        "bf16_flops_per_second": 2 * size**3 / product,
+        "seconds": seconds,
+    }

@@ -1,0 +1,138 @@
+"""Every op at the shapes of Llama 2: inputs, the bytes it must move, the arithmetic it must do, and who judges it.
+
+Bytes count each input read once and each output written once: time at the device's copy bandwidth is the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import inputs as make
+from benchmarks.inputs import PAGE, Inputs, Maker, Model
+from benchmarks.judge import judge
+
+JUDGED_ROWS = 1024  # where the fp64 copies of all rows would not fit
+JUDGE_BYTES = 40  # of memory for each byte of the case, at most: fp64 is four times bf16, and formulas have temporaries
+LLAMA_2 = tuple(Model.of(f"llama-2-{size}") for size in ("7b", "70b", "13b"))
+TOY = Model("toy", hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=128)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. rows: tokens, or sequences where the op has a row for each (sample, attention_decode)."""
+
+    op: str
+    model: Model
+    rows: int
+    context: int  # tokens that attention sees; 0 where there is none
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        """The shape in words."""
+        context = f", {self.context} tokens of context" if self.context else ""
+        return f"{self.model.name}, {self.rows} rows{context}"
+
+    def make(self, device: torch.device, seed: int, rows: int | None = None) -> Inputs:
+        """Fresh random inputs, and poisoned outputs; `rows` in place of the case's own."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return _OPS[self.op].make(Maker(self.model, rows or self.rows, self.context, self.dtype, device, generator))
+
+    def bytes(self, inputs: Inputs) -> int:
+        """The bytes that must move."""
+        return _OPS[self.op].bytes(self, inputs)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the op's products; 0 where its arithmetic is beside the point."""
+        return _OPS[self.op].flops(self)
+
+    def judge(self, function: Callable[[Inputs], Any], device: torch.device) -> tuple[float, float]:
+        """The error of function(inputs) against the fp64 reference, and what plain torch's own error allows.
+
+        As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
+        """
+        inputs = self.make(device, seed=0)
+        if device.type == "cuda" and JUDGE_BYTES * self.bytes(inputs) > torch.cuda.mem_get_info(device)[0]:
+            inputs = self.make(device, seed=0, rows=min(self.rows, JUDGED_ROWS))
+        return judge(self.op, function, inputs)
+
+
+@dataclass(frozen=True)
+class _Op:
+    make: Callable[[Maker], Inputs]
+    bytes: Callable[[Case, Inputs], int]
+    rows: tuple[int, ...]
+    flops: Callable[[Case], int] = lambda case: 0
+    context: int = 0
+
+
+def _all_bytes(case: Case, inputs: Inputs) -> int:
+    """Every tensor once but scratch memory, and of the cos/sin cache only the rows that are read."""
+    tensors = {name: value.nbytes for name, value in inputs.items() if isinstance(value, Tensor)}
+    tensors.pop("workspace", None)
+    if "cos_sin" in tensors:
+        tensors["cos_sin"] = case.rows * case.model.head_dim * 4
+    return sum(tensors.values())
+
+
+def _page_bytes(case: Case, inputs: Inputs) -> int:
+    """Of the pages only the slots that are written."""
+    pages = sum(inputs[name].nbytes for name in ("k_pages", "v_pages"))
+    slots = case.rows / inputs["k_pages"].shape[0] / PAGE
+    return _all_bytes(case, inputs) - pages + round(pages * slots)
+
+
+def _row_bytes(case: Case, inputs: Inputs) -> int:
+    """Of the table only the rows that are read."""
+    return inputs["ids"].nbytes + 2 * inputs["out"].nbytes
+
+
+def _matmul_flops(case: Case) -> int:
+    return 2 * case.rows * case.model.hidden * 2 * case.model.intermediate
+
+
+def _causal_flops(case: Case) -> int:
+    return 2 * case.model.heads * case.model.head_dim * case.rows * (case.rows + 1)
+
+
+def _decode_flops(case: Case) -> int:
+    return 4 * case.model.heads * case.model.head_dim * case.rows * case.context
+
+
+ROWS = (8192, 1, 64, 1024)  # the most telling first
+_OPS = {
+    "add_rms_norm": _Op(make.add_rms_norm, _all_bytes, ROWS),
+    "rope_and_write_kv": _Op(make.rope_and_write_kv, _page_bytes, ROWS),
+    "silu_mul": _Op(make.silu_mul, _all_bytes, ROWS),
+    "sample": _Op(make.sample, _all_bytes, (64, 1, 256)),
+    "rms_norm": _Op(make.rms_norm, _all_bytes, ROWS),
+    "rope": _Op(make.rope, _all_bytes, ROWS),
+    "attention_decode": _Op(make.attention_decode, _all_bytes, (1, 16), _decode_flops, context=4096),
+    "attention_varlen": _Op(make.attention_varlen, _all_bytes, (2048,), _causal_flops),
+    "attention_prefill": _Op(make.attention_prefill, _all_bytes, (2048,), _causal_flops),
+    "matmul": _Op(make.matmul, _all_bytes, (1, 64, 1024), _matmul_flops),
+    "embedding": _Op(make.embedding, _row_bytes, (64, 1024)),
+}
+OPS = tuple(_OPS)
+
+
+def cases(dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> Iterator[Case]:
+    """The cases of Llama 2, the most valuable first: large before small shapes, 7B before 70B and 13B."""
+    most = max(len(_OPS[op].rows) for op in ops)
+    for rank in range(most + len(LLAMA_2)):
+        for place, model in enumerate(LLAMA_2):
+            for op in ops:
+                if 0 <= rank - place < len(_OPS[op].rows):
+                    yield Case(op, model, _OPS[op].rows[rank - place], _OPS[op].context, dtype)
+
+
+def toy_cases(dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> Iterator[Case]:
+    """One small case of each op, to walk the plan."""
+    for op in ops:
+        yield Case(op, TOY, 3, 2 * PAGE if _OPS[op].context else 0, dtype)

@@ -1,0 +1,187 @@
+"""Find launch configurations for this GPU by timing them, and write those that win to the user's cache folder.
+
+python -m benchmarks.tune [--families norm ...] [--minutes 10] [--dtype bfloat16] [--out FOLDER] [--dry]
+
+Every candidate of a family's space is timed at Llama 2's shapes, in turns with the heuristic's, in CUDA graphs over
+inputs that leave the cache. A candidate is written where it beats the heuristic by more than 2 %: less is noise. A
+launch that no number of rows may change (norm, sample) is judged by all of them together. What is found is read by the
+next process; `--out` writes elsewhere, to fastllama/kernels/configs/<gpu> for one to ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import micro, timing
+from benchmarks.environment import environment
+from benchmarks.inputs import Inputs
+from benchmarks.peers import Function
+from benchmarks.registry import Case, cases, toy_cases
+from fastllama.kernels import tuned, tuning
+from fastllama.kernels.device import Device, device_info
+
+OPS = {"norm": "add_rms_norm", "rope": "rope_and_write_kv", "swiglu": "silu_mul", "sample": "sample"}
+VALUES = {"num_warps": (1, 2, 4, 8, 16, 32), "heads": (1, 2, 4, 8, 16, 32), "block": tuple(2**n for n in range(7, 15))}
+LEAST_ELEMENTS, MOST_ELEMENTS = 2, 64  # a thread's share: with less most threads idle, with more registers spill
+WORTH_IT = 1.02
+Asked = tuple[int, ...]  # the values of a family's shape
+
+
+def candidates(family: str, shape: tuned.Shape, device: Device) -> Iterator[Any]:
+    """The launches worth timing, the heuristic's first."""
+    kind = tuning.FAMILIES[family]
+    first = kind.heuristic(device, **shape)
+    yield first
+    names = [each.name for each in fields(kind.launch)]
+    for values in itertools.product(*(VALUES[name] for name in names)):
+        launch = kind.launch(**dict(zip(names, values, strict=True)))
+        threads = launch.num_warps * device.warp_size
+        fits = LEAST_ELEMENTS * threads <= _share(launch, shape) <= MOST_ELEMENTS * threads
+        if launch != first and threads <= tuning.MAX_THREADS and fits:
+            yield launch
+
+
+def _share(launch: Any, shape: tuned.Shape) -> int:
+    """Elements that one program holds."""
+    if isinstance(launch, tuning.RopeLaunch):
+        return launch.heads * shape["head_dim"]
+    return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
+
+
+def asked(family: str, case: Case, device: torch.device) -> Asked:
+    """The shape for which a case's launcher asks."""
+    seen: list[Asked] = []
+
+    def remember(family: str, device: torch.device, *values: int) -> Any:
+        seen.append(values)
+        kind = tuning.FAMILIES[family]
+        return kind.heuristic(device_info(device), **dict(zip(kind.shape, values, strict=True)))
+
+    with mock.patch.object(tuning, "_launch", remember), micro.running(case.op, device) as run:
+        run(case.make(device, seed=0))
+    (values,) = set(seen)
+    return values
+
+
+@contextmanager
+def launching(case: Case, device: torch.device, launch: Any) -> Iterator[Function]:
+    """The op of a case with one launch."""
+    with mock.patch.object(tuning, "_launch", partial(_given, launch)), micro.running(case.op, device) as run:
+        yield run
+
+
+def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
+    """In place of a lookup."""
+    return launch
+
+
+def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
+    """Median seconds of a case with each launch; None where it cannot run."""
+    sets = list(micro.input_sets(case, device))
+    samplers: dict[str, timing.Sampler] = {}
+    for number, launch in enumerate(launches):
+        call = timing.rotating(partial(_run, case, device, launch), sets)
+        try:
+            call()
+            calls = max(micro.GRAPH_CALLS, len(sets))
+            samplers[str(number)] = timing.wall(call) if device.type == "cpu" else timing.graph(call, calls)
+        except Exception as failure:  # too much shared memory, say: this launch is none
+            print(f"  {launch}: {type(failure).__name__}: {str(failure)[:99]}", flush=True)
+    taken = timing.in_turns(samplers, rounds)
+    return [statistics.median(taken[str(n)]) if str(n) in taken else None for n in range(len(launches))]
+
+
+def _run(case: Case, device: torch.device, launch: Any, inputs: Inputs) -> None:
+    with launching(case, device, launch) as run:
+        run(inputs)
+
+
+def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | None:
+    """The launch with the lowest geometric mean over the cases, in microseconds; None where the heuristic's will do."""
+    means = {
+        launch: statistics.geometric_mean([1e6 * each for each in seconds if each is not None])
+        for launch, seconds in times.items()
+        if None not in seconds
+    }
+    if heuristic not in means:
+        raise RuntimeError(f"the heuristic's {heuristic} cannot run here")
+    launch = min(means, key=lambda each: means[each])
+    if means[heuristic] < WORTH_IT * means[launch]:
+        return None
+    return tuned.Entry({}, launch, round(means[launch], 3), round(means[heuristic], 3))
+
+
+def tune(
+    family: str, found: list[Case], device: torch.device, rounds: int, deadline: float, most: int | None
+) -> list[tuned.Entry]:
+    """Entries for the shapes of the cases that the time allows. most: of candidates, all when None."""
+    kind, groups = tuning.FAMILIES[family], defaultdict(list)
+    for case in found:
+        groups[asked(family, case, device)].append(case)
+    entries = []
+    for values, group in groups.items():
+        if time.monotonic() > deadline:
+            print(f"{family}: no time for {values}", flush=True)
+            continue
+        shape = dict(zip(kind.shape, values, strict=True))
+        launches = list(itertools.islice(candidates(family, shape, device_info(device)), most))
+        columns = [timed(case, device, launches, rounds) for case in group]
+        entry = best(dict(zip(launches, map(list, zip(*columns, strict=True)), strict=True)), launches[0])
+        print(f"{family} {shape}: {'the heuristic will do' if entry is None else asdict(entry)}", flush=True)
+        if entry is not None:
+            for case in group:
+                with launching(case, device, entry.launch) as run:
+                    error, bound = case.judge(run, device)
+                if error > bound:
+                    raise RuntimeError(f"{case.op}, {case.label}: wrong with {entry.launch}: {error:.2g} > {bound:.2g}")
+            entries.append(tuned.Entry(shape, entry.launch, entry.microseconds, entry.heuristic_microseconds))
+    return entries
+
+
+def main() -> None:
+    """Tune the families, most valuable first, and write a file for each that gained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=tuple(OPS), default=list(OPS))
+    parser.add_argument("--minutes", type=float, default=10.0, help="time budget")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder of the files; by default the user's cache")
+    parser.add_argument("--dry", action="store_true", help="walk two candidates of a toy on a CPU; needs --out")
+    options = parser.parse_args()
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --dry walks the plan without one")
+    if options.dry and options.out is None:
+        parser.error("--dry needs --out: its times mean nothing and must not be found")
+    device = torch.device("cpu") if options.dry else torch.device("cuda", 0)
+    facts, seen = device_info(device), environment()
+    folder = options.out or tuning.user_folder(facts)
+    provenance = {name: str(seen[name]) for name in ("fastllama", "commit", "torch", "triton", "device")}
+    provenance["date"] = datetime.now(timezone.utc).date().isoformat()
+    provenance["command"] = f"python -m benchmarks.tune --dtype {options.dtype}"
+    deadline = time.monotonic() + 60 * options.minutes
+    source, rounds, most = (toy_cases, 1, 2) if options.dry else (cases, 15, None)
+    for family in options.families:
+        found = list(source(getattr(torch, options.dtype), (OPS[family],)))
+        with torch.inference_mode(), micro.interpreted(options.dry):
+            entries = tune(family, found, device, rounds, deadline, most)
+        if entries:
+            path = folder / f"{family}.json"
+            tuned.write(path, family, facts.name, provenance, entries)
+            print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

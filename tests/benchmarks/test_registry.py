@@ -1,0 +1,80 @@
+"""The registry: all ops, legal inputs, and bytes and operations counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.registry import LLAMA_2, OPS, TOY, Case, cases, toy_cases
+from fastllama import kernels
+from fastllama.kernels.op import OPS as BOUND
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+
+def test_every_op_is_measured() -> None:
+    assert set(OPS) == set(BOUND)
+    assert {case.op for case in cases(BF16)} == set(OPS)
+    assert [case.op for case in toy_cases(BF16)] == list(OPS)
+
+
+def test_the_most_valuable_comes_first() -> None:
+    found = list(cases(BF16))
+    assert (found[0].op, found[0].model.name, found[0].rows) == ("add_rms_norm", "llama-2-7b", 8192)
+    assert len(set(found)) == len(found)
+    for op in OPS:
+        models = [case.model.name for case in found if case.op == op]
+        assert models[0] == "llama-2-7b"
+        assert set(models) == {model.name for model in LLAMA_2}
+        assert len(models) % 3 == 0, "a shape is measured for one model and not for another"
+    assert [case.op for case in cases(BF16, ("rope",))] == ["rope"] * 12
+
+
+# x, residual, out and the sum of 5 rows, and a weight, of 64 bf16; and so on
+BYTES = {
+    "add_rms_norm": 4 * 5 * 64 * 2 + 64 * 2,
+    "rms_norm": 2 * 5 * 64 * 2 + 64 * 2,
+    "rope_and_write_kv": 5 * (2 * (4 + 2 * 2) * 16 * 2 + 16 * 4 + 8 + 8),
+    "rope": 5 * (2 * (4 + 2) * 16 * 2 + 16 * 4 + 8),
+    "silu_mul": 5 * 3 * 96 * 2,
+    "sample": 5 * (128 * 2 + 3 * 4 + 4 + 2 * 8 + 8 + 4),
+    "attention_decode": 5 * (2 * 4 * 16 * 2 + 2 * 128 * 2 * 16 * 2 + 2 * 4 + 4),
+    "attention_varlen": 5 * (2 * 4 + 2 * 2) * 16 * 2 + 2 * 2 * 4,
+    "attention_prefill": 5 * 2 * 4 * 16 * 2 + 2 * 64 * 2 * 16 * 2 + 4 + 4 + 8,
+    "matmul": (5 * 64 + 192 * 64 + 5 * 192) * 2,
+    "embedding": 5 * (8 + 2 * 64 * 2),
+}
+FLOPS = {
+    "matmul": 2 * 5 * 64 * 192,
+    "attention_decode": 4 * 4 * 16 * 5 * 128,
+    "attention_varlen": 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5),
+    "attention_prefill": 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bytes_and_operations(op: str) -> None:
+    case = Case(op, TOY, 5, 128 if op == "attention_decode" else 0, BF16)
+    assert case.bytes(case.make(CPU, seed=0)) == BYTES[op]
+    assert case.flops == FLOPS.get(op, 0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_legal_and_every_output_is_written(op: str) -> None:
+    (case,) = toy_cases(torch.float32, (op,))
+    inputs = case.make(CPU, seed=0)
+    results = getattr(kernels, op)(**inputs)
+    for result in results if isinstance(results, tuple) else (results,):
+        assert any(result is value for value in inputs.values()), "an output was not given"
+        if result.dtype.is_floating_point:
+            assert result.isfinite().all()
+        else:
+            assert (result < torch.iinfo(result.dtype).max).all()
+
+
+def test_seeds_make_other_inputs_and_the_same_again() -> None:
+    (case,) = toy_cases(torch.float32, ("rms_norm",))
+    first, again, other = (case.make(CPU, seed)["x"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,135 @@
+"""Every op on the device: right at odd and at Llama's shapes, fit for a CUDA graph, and silent towards the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.inputs import Inputs
+from benchmarks.judge import copied, written
+from benchmarks.micro import running
+from benchmarks.registry import LLAMA_2, OPS, TOY, Case, cases
+from fastllama import kernels
+from fastllama.kernels.op import OPS as BOUND
+from fastllama.verify.ops import rows
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TRITON = [op for op in OPS if BOUND[op].has_triton]
+MODEL = LLAMA_2[0]
+
+triton_ops = pytest.mark.parametrize("op", TRITON)
+
+
+def case(op: str, rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> Case:
+    return Case(op, MODEL, rows, 0, dtype)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@triton_ops
+def test_the_triton_kernel_is_what_runs(op: str) -> None:
+    assert kernels.backend_of(DEVICE)[op].backend == "triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_shapes(dtype: torch.dtype) -> None:
+    """The cases of `fastllama verify`."""
+    assert [row for row in rows(dtype, DEVICE) if not row.ok] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@triton_ops
+def test_llamas_shapes(op: str, dtype: torch.dtype) -> None:
+    """Those of the benchmarks: 1 to 8192 rows of every Llama 2, so every launch that the heuristics choose for them."""
+    for each in cases(dtype, (op,)):
+        with running(op, DEVICE) as function:
+            error, bound = each.judge(function, DEVICE)
+        assert error <= bound, each.label
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@triton_ops
+def test_few_rows_of_a_small_model(op: str, rows: int) -> None:
+    small = Case(op, TOY, rows, 0, torch.float32)
+    with running(op, DEVICE) as function:
+        error, bound = small.judge(function, DEVICE)
+    assert error <= bound
+
+
+def run(op: str, inputs: Inputs) -> list[torch.Tensor]:
+    with running(op, DEVICE) as function:
+        return written(inputs, function(inputs))
+
+
+@triton_ops
+def test_captured_and_replayed_with_new_inputs(op: str) -> None:
+    """A graph reads what its inputs hold when it is replayed, and gives what an eager call gives, bit for bit."""
+    inputs = case(op).make(DEVICE, seed=0)
+    run(op, copied(inputs))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(op, inputs)
+    for seed in (1, 2):
+        fresh = case(op).make(DEVICE, seed)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(fresh[name])
+        graph.replay()
+        for found, expected in zip(results, run(op, fresh), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@triton_ops
+def test_nothing_waits_and_nothing_is_allocated(op: str) -> None:
+    """With its outputs given an op neither synchronises with the host nor asks for memory."""
+    inputs = case(op).make(DEVICE, seed=0)
+    run(op, inputs)  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(op, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("op", [op for op in TRITON if op != "rope_and_write_kv"])
+def test_a_row_alone_is_the_row_in_a_batch(op: str) -> None:
+    """Bit for bit, whatever else is in the batch; rope_and_write_kv's rows are in the pages, at slots of their own."""
+    many = case(op, rows=300).make(DEVICE, seed=0)
+    whole = run(op, copied(many))
+    for row in (0, 7, 299):
+        one = {
+            name: value[row : row + 1] if isinstance(value, torch.Tensor) and value.shape[0] == 300 else value
+            for name, value in copied(many).items()
+        }
+        for found, expected in zip(run(op, one), whole, strict=True):
+            torch.testing.assert_close(found, expected[row : row + 1], rtol=0, atol=0)
+
+
+@triton_ops
+def test_a_launch_goes_to_the_current_stream(op: str) -> None:
+    """There it waits its turn: behind it, the inputs get their values only after 10 ms or so."""
+    values, inputs = (case(op).make(DEVICE, seed) for seed in (0, 1))
+    expected = run(op, copied(values))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # cycles
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(values[name])
+        found = run(op, inputs)
+    stream.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
