@@ -90,7 +90,10 @@ class Op:
         (self._bound.get(device) or self._bind(device))(*args)
 
     def _bind(self, device: torch.device) -> Function:
-        return self._bound.setdefault(device, self.implementation(device.type).run)
+        run = self.implementation(device.type).run
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            run = _on(device.index, run)
+        return self._bound.setdefault(device, run)
 
     @property
     def has_triton(self) -> bool:
@@ -153,6 +156,19 @@ class Op:
                     f"{self._names[i]} requires grad, and op {self.name} has no backward: "
                     "call it under torch.inference_mode() or torch.no_grad()"
                 )
+
+
+def _on(index: int, run: Function) -> Function:
+    """`run` where GPU `index` is the current one: Triton launches there, wherever the tensors are."""
+
+    def guarded(*args: Any) -> None:
+        if torch.cuda.current_device() == index:  # asked first: to switch and back costs more
+            run(*args)
+        else:
+            with torch.cuda.device(index):
+                run(*args)
+
+    return guarded
 
 
 def _load(room: str, target: str) -> Function:

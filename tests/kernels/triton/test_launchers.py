@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +163,69 @@ def test_pages_far_apart() -> None:
     run(qkv, cache(16), position, slot, *pages)
     for found, expected in zip(pages, small, strict=True):
         assert_equal(found[2, :, 3], expected[2, :, 3])
+
+
+class TestSeveralGpus:
+    """Triton launches on the current GPU, so that of the tensors is made current: where there are others at all."""
+
+    @pytest.fixture(autouse=True)
+    def _cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two GPUs that need not be here, the first of them current, and a launcher that notes which one is."""
+        self.current, self.launched, self.switched, self.asked = 0, [], [], 0
+
+        def current_device() -> int:
+            self.asked += 1
+            return self.current
+
+        @contextmanager
+        def device(index: int) -> Iterator[None]:
+            before, self.current = self.current, index
+            self.switched.append(index)
+            try:
+                yield
+            finally:
+                self.current = before
+
+        def launch(*args: Any) -> None:
+            self.launched.append(self.current)
+            if args[2] < 0:
+                raise RuntimeError("refused")
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", current_device)
+        monkeypatch.setattr(torch.cuda, "device", device)
+        monkeypatch.setattr(OPS["rms_norm"], "launcher", lambda device: launch)
+        monkeypatch.setattr(OPS["rms_norm"], "_bound", {})
+        monkeypatch.delenv("FASTLLAMA_BACKEND", raising=False)
+
+    def call(self, index: int, eps: float = 1e-5) -> None:
+        x = SimpleNamespace(device=torch.device("cuda", index), requires_grad=False)
+        OPS["rms_norm"](x, x, eps, x)
+
+    def test_each_call_launches_on_its_tensors_gpu(self) -> None:
+        for index in (1, 0, 1):
+            self.call(index)
+        assert self.launched == [1, 0, 1]
+        assert self.switched == [1, 1]  # tensors on the current GPU switch nothing
+        assert self.current == 0
+
+    def test_the_current_gpu_is_another_later(self) -> None:
+        self.call(0)
+        self.current = 1
+        self.call(0)
+        self.call(1)
+        assert self.launched == [0, 0, 1]
+        assert self.switched == [0]
+        assert self.current == 1
+
+    def test_a_refusal_leaves_the_callers_gpu_current(self) -> None:
+        with pytest.raises(RuntimeError, match="refused"):
+            self.call(1, eps=-1.0)
+        assert self.launched == [1]
+        assert self.current == 0
+
+    def test_one_gpu_pays_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        self.call(0)
+        assert self.launched == [0]
+        assert self.asked == 0
