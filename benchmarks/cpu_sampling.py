@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ CALLS = 5
 def sampled(backend: str, logits: Tensor, parameters: tuple[Tensor, ...]) -> None:
     """One call of the public function on one backend."""
     (run,) = (each.run for each in OPS["sample"].implementations("cpu") if each.backend == backend)
-    with mock.patch.dict(OPS["sample"]._bound, {logits.device: run}):
+    with OPS["sample"].bound_to(logits.device, run):
         kernels.sample(logits, *parameters)
 
 

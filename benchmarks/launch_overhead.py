@@ -37,7 +37,7 @@ def launching(op: str, device: torch.device) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(OPS[op]._bound, {device: OPS[op].launcher("cuda")}))
+        stack.enter_context(OPS[op].bound_to(device, OPS[op].launcher("cuda")))
         if device.type == "cpu":
             stack.enter_context(mock.patch.object(JITFunction, "run", _nothing))
         yield

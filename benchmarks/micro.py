@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -51,7 +50,7 @@ def interpreted(wanted: bool) -> AbstractContextManager[None]:
 def running(op: str, device: torch.device) -> Iterator[Function]:
     """The public op on that implementation."""
     public: Callable[..., Any] = getattr(kernels, op)
-    with mock.patch.dict(OPS[op]._bound, {device: implementation(op, device).run}):
+    with OPS[op].bound_to(device, implementation(op, device).run):
         yield lambda inputs: public(**inputs)
 
 

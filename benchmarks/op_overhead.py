@@ -11,7 +11,6 @@ import platform
 import statistics
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -76,7 +75,7 @@ def overheads(op: str, rounds: int, calls: int) -> tuple[float, float, float]:
     def nothing(*args: Any) -> None:
         pass
 
-    with mock.patch.dict(OPS[op]._bound, {torch.device("cpu"): nothing}):
+    with OPS[op].bound_to(torch.device("cpu"), nothing):
         empty, given, allocated = microseconds(
             [lambda: nothing(*bare), lambda: public(*args, **options, **outputs), lambda: public(*args, **options)],
             rounds,

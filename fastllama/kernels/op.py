@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,17 +84,31 @@ class Op:
         if is_compiling():
             self._opaque(*args)
         else:
-            (self._bound.get(device) or self._bind(device))(*args)
+            (self._bound.get(device) or self.bound(device))(*args)
 
     def _dispatched(self, *args: Any) -> None:
-        device = args[0].device
-        (self._bound.get(device) or self._bind(device))(*args)
+        self.bound(args[0].device)(*args)
 
-    def _bind(self, device: torch.device) -> Function:
-        run = self.implementation(device.type).run
-        if device.type == "cuda" and torch.cuda.device_count() > 1:
-            run = _on(device.index, run)
-        return self._bound.setdefault(device, run)
+    def bound(self, device: torch.device) -> Function:
+        """What runs the op on a device, in out-form: chosen once, at the first call. Raises BackendError."""
+        if device not in self._bound:
+            run = self.implementation(device.type).run
+            if device.type == "cuda" and torch.cuda.device_count() > 1:
+                run = _on(device.index, run)
+            self._bound.setdefault(device, run)
+        return self._bound[device]
+
+    @contextmanager
+    def bound_to(self, device: torch.device, run: Function) -> Iterator[None]:
+        """Within, `run` runs the op on a device: for measurements, recordings and tests."""
+        before = self._bound.pop(device, None)
+        self._bound[device] = run
+        try:
+            yield
+        finally:
+            del self._bound[device]
+            if before is not None:
+                self._bound[device] = before
 
     @property
     def has_triton(self) -> bool:

@@ -9,17 +9,15 @@ from torch import Tensor
 
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.graphs import DecodeGraphs
+from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class StepLogits:
-    """Logits [R, V] of one step and whose they are.
-
-    samples: (sequence, row) for each token to draw; samples of one prompt share a row.
-    prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
-    """
+    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts."""
 
     logits: Tensor
     samples: list[tuple[Sequence, int]]
@@ -33,54 +31,28 @@ class Runner:
         self.model = model
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, model.dtype, model.device)
+        self._graphs = DecodeGraphs(model, self.kv)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards."""
         if step.copies:
             self.kv.copy_pages(step.copies)
-        ids, batch, samples, prompts = self._prepare(step)
-        return StepLogits(self.model(ids, batch, self.kv), samples, prompts)
+        inputs = Inputs.of(step, self.page_size)
+        logits = self._graphs.run(inputs) if self._graphs.take(inputs) else self._run_eagerly(inputs)
+        return StepLogits(logits, inputs.samples, inputs.prompts)
 
-    def _prepare(
-        self, step: Step
-    ) -> tuple[Tensor, BatchMeta, list[tuple[Sequence, int]], list[tuple[Chunk, int, int]]]:
-        size = self.page_size
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rows: list[int] = []
-        bounds = [0]
-        samples: list[tuple[Sequence, int]] = []
-        prompts: list[tuple[Chunk, int, int]] = []
-        for index, chunk in enumerate(step.chunks):
-            seq, start, end = chunk.seq, chunk.start, chunk.start + chunk.length
-            first, pages = len(ids), seq.page_ids
-            ids.extend(seq.token_ids[start:end])
-            positions.extend(range(start, end))
-            slots.extend(pages[p // size] * size + p % size for p in range(start, end))
-            if index >= step.num_decodes:
-                bounds.append(bounds[-1] + chunk.length)
-            known = min(end, seq.num_prompt_tokens - 1) - start  # rows that predict a token of the prompt
-            if known > 0 and seq.request.params.prompt_logprobs is not None:
-                prompts.append((chunk, len(rows), known))
-                rows.extend(range(first, first + known))
-            if chunk.samples:
-                samples.extend((sample, len(rows)) for sample in chunk.samples)
-                rows.append(len(ids) - 1)
-        width = max(len(chunk.seq.page_ids) for chunk in step.chunks)
-        table = [chunk.seq.page_ids + [0] * (width - len(chunk.seq.page_ids)) for chunk in step.chunks]
-        lengths = [chunk.start + chunk.length for chunk in step.chunks]
+    def _run_eagerly(self, inputs: Inputs) -> Tensor:
         batch = BatchMeta(
-            positions=self._tensor(positions, torch.int64),
-            slots=self._tensor(slots, torch.int64),
-            page_table=self._tensor(table, torch.int32),
-            seq_lens=self._tensor(lengths, torch.int32),
-            num_decodes=step.num_decodes,
-            cu_seqlens_q=self._tensor(bounds, torch.int32),
-            logits_rows=self._tensor(rows, torch.int64),
+            positions=self._tensor(inputs.positions, torch.int64),
+            slots=self._tensor(inputs.slots, torch.int64),
+            page_table=self._tensor(inputs.page_table, torch.int32),
+            seq_lens=self._tensor(inputs.seq_lens, torch.int32),
+            num_decodes=inputs.num_decodes,
+            cu_seqlens_q=self._tensor(inputs.cu_seqlens_q, torch.int32),
+            logits_rows=self._tensor(inputs.logits_rows, torch.int64),
         )
-        return self._tensor(ids, torch.int64), batch, samples, prompts
+        return self.model(self._tensor(inputs.ids, torch.int64), batch, self.kv)
 
     def _tensor(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.model.device)

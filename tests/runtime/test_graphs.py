@@ -1,0 +1,162 @@
+"""Recorded decode steps: the same logits bit for bit, the modules run once for each shape, and no step a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastllama import LLM, LlamaForCausalLM, SamplingParams
+from fastllama.layers.block import LlamaMLP
+from fastllama.runtime import graphs
+from fastllama.runtime.runner import Runner
+from fastllama.runtime.scheduler import Step
+from tests.runtime.models import ours, running
+
+PROMPTS = [[5, 3, 8], list(range(20)), [7] * 14]
+LENGTHS = [60, 20, 33]  # a page has 16 tokens, so tables grow from two pages to four while requests end
+
+
+def params(length: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+
+
+def logits_of_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits of every step of three requests of different lengths."""
+    found, run = [], Runner.run
+
+    def spying(self: Runner, step: Step) -> Any:
+        result = run(self, step)
+        found.append(result.logits.clone())
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", spying)
+        llm.generate(PROMPTS, [params(length) for length in LENGTHS])
+    return found
+
+
+def nothing(*args: Any) -> None:
+    """A hook without effect but that steps run as written."""
+
+
+class Counting:
+    """Counts the runs of the first MLP."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM) -> None:
+        self.runs = 0
+        first, forward = model.layers[0].mlp, LlamaMLP.forward
+
+        def counting(mlp: LlamaMLP, hidden: Tensor) -> Tensor:
+            self.runs += mlp is first
+            return forward(mlp, hidden)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counting)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["mha", "gqa tied", "biases"])
+def test_replayed_logits_are_those_of_the_modules(
+    shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ours(shape, dtype=dtype)) as llm:
+        replayed = logits_of_steps(llm, monkeypatch)
+    with running(ours(shape, dtype=dtype)) as llm:
+        llm.engine.model.layers[0].register_forward_hook(nothing)
+        written = logits_of_steps(llm, monkeypatch)
+    assert len(replayed) == len(written) == max(LENGTHS)
+    for ours_, theirs in zip(replayed, written, strict=True):
+        assert torch.equal(ours_, theirs)
+
+
+def test_the_modules_run_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours()
+    counting = Counting(monkeypatch, model)
+    with running(model) as llm:
+        counting.runs = 0
+        logits_of_steps(llm, monkeypatch)
+        # the prompts; then sequences and pages: 3 of 2 and of 4, 2 of 4, 1 of 4
+        assert counting.runs == 1 + 4
+        logits_of_steps(llm, monkeypatch)
+        assert counting.runs == 1 + 4 + 1
+
+
+def test_a_hook_sees_every_step_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(ours()) as llm:
+        llm.generate([1, 2], params(5))
+        seen = []
+        handle = llm.engine.model.norm.register_forward_hook(lambda *args: seen.append(None))
+        llm.generate([1, 2], params(5))
+        assert len(seen) == 5
+        handle.remove()
+        llm.generate([1, 2], params(5))
+        assert len(seen) == 5
+
+
+def test_a_module_that_computes_is_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part would be missing from a replay."""
+    model, forward = ours(), LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, hidden: forward(mlp, hidden) * 1.5)
+    counting = Counting(monkeypatch, model)
+    with running(model) as llm:
+        counting.runs = 0
+        llm.generate([1, 2], params(5))
+    assert counting.runs == 5
+
+
+def test_a_model_with_its_own_forward_is_run_each_time() -> None:
+    class Own(LlamaForCausalLM):
+        runs = 0
+
+        def forward(self, *args: Any) -> Tensor:
+            self.runs += 1
+            return super().forward(*args)
+
+    model = ours(kind=Own)
+    assert isinstance(model, Own)
+    with running(model) as llm:
+        model.runs = 0
+        llm.generate([1, 2], params(5))
+    assert model.runs == 5
+
+
+def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(times: int) -> Callable[..., Tensor]:
+        forward, left = LlamaMLP.forward, times
+
+        def run(mlp: LlamaMLP, hidden: Tensor) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MemoryError
+            return forward(mlp, hidden)
+
+        return run
+
+    with running(ours()) as llm:
+        expected = llm.generate(PROMPTS, params(5))
+    with running(ours()) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", failing(len(llm.engine.model.layers) + 2))  # in the first decode
+            with pytest.raises(MemoryError):
+                llm.generate(PROMPTS, params(5))
+        outputs = llm.generate(PROMPTS, params(5))
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+
+
+def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    with running(ours()) as llm:
+        expected = logits_of_steps(llm, monkeypatch)
+        again = logits_of_steps(llm, monkeypatch)
+        assert len(llm.engine._runner._graphs._graphs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_modules_are_what_the_layers_say() -> None:
+    """The hooks looked for are those of nn.Module: a new kind there would have to be looked for too."""
+    kinds = {name for name in vars(nn.Module()) if "forward" in name and name.endswith("hooks")}
+    assert kinds == {"_forward_hooks", "_forward_pre_hooks"}
