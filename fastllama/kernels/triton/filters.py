@@ -18,6 +18,7 @@ GROUP = 4  # octaves it adds at a time: more do not stay in registers
 PIVOTS = 8  # thresholds tried in a pass over the candidates
 TILE = 1024  # candidates read at a time
 
+_QUAD = tl.constexpr(4)  # candidates that a thread reads at once: 128 bits
 _LEAST = tl.constexpr(96)  # biased exponent of the first octave's weights, from 2^-31 on
 
 
@@ -137,16 +138,18 @@ def collect_kernel(
 @triton.jit
 def _sum_from(candidates_ptr, count, thresholds, BY_MASS: tl.constexpr, PIVOTS: tl.constexpr, TILE: tl.constexpr):
     """Number, or mass, of the candidates at or above each threshold [PIVOTS]."""
-    sums = tl.zeros([PIVOTS], tl.int64)
+    # Each thread adds on its own until the end; numbers in 32 bits, for 8 more registers would spill.
+    quads = tl.arange(0, _QUAD)[:, None] + tl.arange(0, TILE // _QUAD)[None, :] * _QUAD  # [QUAD, TILE / QUAD]
+    sums = tl.zeros([PIVOTS, TILE // _QUAD], tl.int64 if BY_MASS else tl.int32)
     for start in range(0, count, TILE):
-        place = start + tl.arange(0, TILE)  # [TILE]
-        keys = tl.where(place < count, tl.load(candidates_ptr + place), -1)  # whole tiles: loads of 128 bits
-        chosen = keys[None, :] >= thresholds[:, None]  # [PIVOTS, TILE]
+        place = start + quads
+        keys = tl.where(place < count, tl.load(candidates_ptr + place), -1)  # whole tiles need no mask
+        chosen = keys[:, None, :] >= thresholds[None, :, None]  # [QUAD, PIVOTS, TILE / QUAD]
         if BY_MASS:
-            sums += tl.sum(tl.where(chosen, masses_of(keys)[None, :], 0), 1)
+            sums += tl.sum(tl.where(chosen, masses_of(keys)[:, None, :], 0), 0)
         else:
-            sums += tl.sum(chosen.to(tl.int32), 1)
-    return sums
+            sums += tl.sum(chosen.to(tl.int32), 0)
+    return tl.sum(sums, 1)
 
 
 @triton.jit

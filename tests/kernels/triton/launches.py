@@ -146,7 +146,11 @@ def swiglu() -> Iterator[Shipped]:
 
 
 def sampling() -> Iterator[Shipped]:
-    """Several kernels; a row's programs do not depend on the number of rows. The chosen logit is one load by itself."""
+    """Several kernels; a row's programs do not depend on the number of rows. The chosen logit is one load by itself.
+
+    Vocabularies of Llama 2, of Llama 3, and the largest in use: each dtype at the least and at another, as each of
+    these takes the compile tier 10 s.
+    """
 
     def sample(vocab: int, dtype: torch.dtype) -> None:
         rows = 64
@@ -156,7 +160,7 @@ def sampling() -> Iterator[Shipped]:
             meta(rows, vocab, dtype=dtype), real, top_k, real, real, whole, whole, whole, real, None
         )
 
-    for vocab, dtype in ((32000, FP32), (32000, BF16)):
+    for vocab, dtype in ((32000, FP32), (32000, BF16), (128256, BF16), (262144, FP32)):
         chosen = {"load 16": 1} if dtype == BF16 else {}
         yield Shipped(f"sample V={vocab} {SHORT[dtype]}", partial(sample, vocab, dtype), besides=chosen)
 

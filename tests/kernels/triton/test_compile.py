@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import triton
 
 from fastllama.kernels import tuning
 from fastllama.testing.compile_report import CACHE, compile_report
@@ -19,14 +18,7 @@ ALL = [shipped for launches in SHIPPED.values() for shipped in launches]
 @pytest.mark.compile
 @pytest.mark.parametrize("shipped", ALL, ids=[shipped.name for shipped in ALL])
 @pytest.mark.parametrize("target", TARGETS)
-def test_it_fits(shipped: Shipped, target: str, request: pytest.FixtureRequest) -> None:
-    if (
-        triton.__version__.startswith("3.9.")
-        and shipped.name.startswith("sample ")
-        and target in ("sm_89", "sm_90", "sm_100")
-    ):
-        # Strict: red again as soon as the kernel or Triton is mended.
-        request.applymarker(pytest.mark.xfail(strict=True, reason="threshold_kernel keeps 8 bytes on the stack"))
+def test_it_fits(shipped: Shipped, target: str) -> None:
     with on(target):
         reports = compile_report(shipped.call, [target], KEPT)
     assert [report.problems(shipped.narrowest, shipped.besides) for report in reports] == [[]] * len(reports)
