@@ -302,6 +302,20 @@ def test_extreme_logits(backend: str, temperature: float) -> None:
 
 
 @on_every_backend
+def test_a_large_vocabulary_of_which_most_is_masked(backend: str) -> None:
+    """Four programs in Triton: nothing, a little, and the largest twice; the first of the two is the greedy one."""
+    logits = torch.full((5, 13000), -math.inf)
+    logits[:, 5000], logits[:, [9000, 12500]] = -2.0, 1.0
+    parameters = rows(5, temperature=[0.0, 1.0, 1.0, 1.0, 1.0], offset=list(range(5)))
+    tokens, logprobs = public("sample", backend)(logits, *parameters)
+    probs = logits[0].double().softmax(-1)
+    shares = probs[[5000, 9000, 12500]].cumsum(0).tolist()
+    drawn = [next(i for i, share in enumerate(shares) if share > uniform(0, offset)) for offset in range(1, 5)]
+    assert tokens.tolist() == [9000, *([5000, 9000, 12500][i] for i in drawn)]
+    torch.testing.assert_close(logprobs, probs[tokens].log().float())
+
+
+@on_every_backend
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_vocabulary_of_one_and_a_batch_of_none(backend: str, temperature: float) -> None:
     run = public("sample", backend)

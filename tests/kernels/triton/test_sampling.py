@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels import tuning
 from fastllama.kernels.op import OPS
+from fastllama.kernels.triton import sampling
 from fastllama.testing.checks import same_in_any_order
 from fastllama.testing.monitor import Report
+from fastllama.verify.sampling import Draw, candidates
 from tests.kernels.honest import assert_equal
 from tests.kernels.test_sampling import rows, survivors
 
@@ -120,6 +123,71 @@ def test_the_largest_vocabulary_keeps_its_sums() -> None:
     numbers = torch.tensor([kernels.reference.sampling.philox(*(p[i : i + 1] for p in parameters[4:])) for i in (0, 1)])
     assert_equal(tokens, (numbers.double() * vocab).long())
     torch.testing.assert_close(logprobs, torch.full((2,), -math.log(vocab)))
+
+
+def draw_always(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
+    """Every row draws this number."""
+    monkeypatch.setattr(tl, "rand", lambda seed, offset: tl.full([], number, tl.float32))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("vocab", "step"),
+    [
+        pytest.param(40, 2.0**-24, id="neighbours in fp32"),
+        pytest.param(9001, 2.0**-14, id="few octaves"),
+        pytest.param(9001, 2.0**-9, id="many octaves"),
+        pytest.param(9001, 2.0**-7, id="most below the octaves"),
+    ],
+)
+def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vocab: int, step: float) -> None:
+    """In ascending order the first one kept, which the number 0 draws: every threshold, to the token.
+
+    But not below 2^-44 of the largest, where a token has no mass.
+    """
+    draw_always(monkeypatch, 0.0)
+    filters = [(1, 1.0, 0.0), (7, 1.0, 0.0), (500, 1.0, 0.0), (3500, 1.0, 0.0), (0, 0.11, 0.0), (0, 0.61, 0.0)]
+    filters += [(0, 0.999, 0.0), (7, 0.6, 0.0), (500, 0.7, 0.0), (3500, 0.9, 0.0), (3500, 0.2, 0.7), (0, 1.0, 0.3)]
+    top_k, top_p, min_p = (list(column) for column in zip(*filters, strict=True))
+    logits = (torch.arange(vocab) * step).expand(12, vocab)
+    parameters = rows(12, temperature=[1.0, 0.7, 1.3] * 4, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens, _ = kernels.sample(logits, *parameters)
+    draws = [Draw(*(parameter[row].item() for parameter in parameters)) for row in range(12)]
+    probs = [candidates(logits[row].double(), draw) for row, draw in enumerate(draws)]
+    assert tokens.tolist() == [int((each >= 2.0**-44 * each.max()).int().argmax()) for each in probs]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, 1 - 2**-24])
+def test_a_number_at_the_edge_of_a_token_is_the_next_ones(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
+    """Half of four programs' tokens have no share, and are not drawn by 0 nor by the largest number."""
+    draw_always(monkeypatch, number)
+    kept = torch.arange(1 << 14).view(4, 2, 2048)[:, 1].flatten()
+    logits = torch.full((2, 1 << 14), -math.inf)
+    logits[0] = 0.0
+    logits[1, kept] = 0.0
+    tokens, _ = kernels.sample(logits, *rows(2))
+    assert tokens.tolist() == [int(number * (1 << 14)), int(kept[int(number * (1 << 13))])]
+
+
+def reserved(rows: int, stride: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows at a stride, in memory that takes none until it is touched."""
+    storage = torch.UntypedStorage(((rows - 1) * stride + columns) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (stride, 1))
+
+
+@pytest.mark.interpreter
+def test_rows_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the logits by their stride, and those of the candidates in the workspace by their room."""
+    logits, parameters = torch.randn(5, 9), rows(5, top_k=[0, 3, 3, 3, 3], temperature=[1.0, 1.0, 1.0, 1.0, 0.5])
+    expected = kernels.sample(logits, *parameters)
+    far = reserved(5, (1 << 29) + 16, 9, torch.float16).copy_(logits)
+    for result, value in zip(kernels.sample(far, *parameters), kernels.sample(logits.half(), *parameters), strict=True):
+        assert_equal(result, value)
+    monkeypatch.setattr(sampling, "_capacity", lambda vocab_size: (1 << 29) + 1024)
+    (workspace,) = reserved(1, 0, sampling.workspace_size(logits), torch.int64)
+    for result, value in zip(kernels.sample(logits, *parameters, workspace=workspace), expected, strict=True):
+        assert_equal(result, value)
 
 
 @pytest.mark.interpreter
