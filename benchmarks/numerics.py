@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from importlib.metadata import version
 
 import torch
 
@@ -55,7 +56,8 @@ def main() -> None:
     with torch.inference_mode(), interpreted(env.triton_interpret()):
         tables = {dtype: errors(dtype) for dtype in DTYPES}
     columns = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    print(f"torch {torch.__version__}, CPU, {torch.backends.cpu.get_cpu_capability()}\n")
+    interpreter = f", the interpreter of Triton {version('triton')}" if env.triton_interpret() else ""
+    print(f"torch {torch.__version__}, CPU, {torch.backends.cpu.get_cpu_capability()}{interpreter}\n")
     print(f"| op | implementation | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for op in sorted(OPS):
         for implementation in tables[DTYPES[0]][op]:
