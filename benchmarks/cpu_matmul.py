@@ -1,4 +1,4 @@
-"""kernels.matmul on this CPU beside torch's linear layer: milliseconds and the rate at which the weight is read.
+"""Products on this CPU beside torch's linear layer: milliseconds, and the rate at which a weight of 16 bits is read.
 
 python -m benchmarks.cpu_matmul [--dtype bfloat16] [--output FILE]
 
@@ -29,17 +29,19 @@ CALLS = 9
 
 @torch.inference_mode()
 def measure(rows: int, features: int, size: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Seconds of each call, ours and torch's in turn."""
+    """Seconds of each call, ours (in bf16 also by weights packed into 12 bits) and torch's in turn."""
     copies = max(2, BYTES // (features * size * dtype.itemsize))
     weights = [torch.randn(features, size).to(dtype) for _ in range(copies)]
     x = torch.randn(rows, size).to(dtype)
-    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "fastllama": lambda weight: kernels.matmul(x, weight),
-        "F.linear": lambda weight: F.linear(x, weight),
-    }
     next_weight = itertools.cycle(weights).__next__
-    samplers = {name: timing.wall(lambda call=call: call(next_weight())) for name, call in calls.items()}
-    return timing.in_turns(samplers, CALLS)
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "fastllama": lambda: kernels.matmul(x, next_weight()),
+        "F.linear": lambda: F.linear(x, next_weight()),
+    }
+    if dtype == torch.bfloat16:
+        next_packed = itertools.cycle([kernels.pack_bf12(weight) for weight in weights]).__next__
+        calls["fastllama bf12"] = lambda: kernels.matmul_bf12(x, *next_packed())
+    return timing.in_turns({name: timing.wall(call) for name, call in calls.items()}, CALLS)
 
 
 def main() -> None:
@@ -50,16 +52,17 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     records = []
-    print(f"{'N':>6} {'K':>5} {'rows':>5} {'ours ms':>8} {'GB/s':>6} {'torch ms':>9} {'GB/s':>6} {'ratio':>6}")
+    print(f"{'N':>6} {'K':>5} {'rows':>5} {'':15} {'ms':>8} {'GB/s':>6} {'ratio':>6}")
     for features, size in SHAPES:
-        weight_bytes = features * size * dtype.itemsize
         for rows in ROWS:
             samples = measure(rows, features, size, dtype)
-            ours, theirs = (statistics.median(samples[name]) for name in ("fastllama", "F.linear"))
-            print(
-                f"{features:6} {size:5} {rows:5} {ours * 1e3:8.2f} {weight_bytes / ours / 1e9:6.1f} "
-                f"{theirs * 1e3:9.2f} {weight_bytes / theirs / 1e9:6.1f} {theirs / ours:6.2f}"
-            )
+            medians = {name: statistics.median(taken) for name, taken in samples.items()}
+            for name, seconds in medians.items():
+                rate = features * size * dtype.itemsize / seconds / 1e9
+                print(
+                    f"{features:6} {size:5} {rows:5} {name:15} {seconds * 1e3:8.2f} {rate:6.1f} "
+                    f"{medians['F.linear'] / seconds:6.2f}"
+                )
             records.append({"rows": rows, "features": features, "size": size, "seconds": samples})
     if options.output:
         found = {"benchmark": "cpu_matmul", "dtype": options.dtype, "environment": environment(), "samples": records}

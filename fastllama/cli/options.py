@@ -71,7 +71,7 @@ class Loaded:
     def describe(self) -> str:
         """One line of statistics."""
         model = self.llm.engine.model
-        size, dtype = sum(parameter.numel() for parameter in model.parameters()), str(model.dtype).split(".")[1]
+        size, dtype = model.num_parameters, str(model.dtype).split(".")[1]
         conditions = f"{dtype} on {model.device} (ops: {self.backend})"
         return f"{self.name}: {size / 1e6:,.1f} M parameters, {conditions}, loaded in {self.seconds:.2f} s"
 

@@ -1,6 +1,7 @@
 """Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
 
 from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen
+from fastllama.kernels.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.matmul import embedding, matmul
 from fastllama.kernels.norm import add_rms_norm, rms_norm
 from fastllama.kernels.op import Implementation, backend_of
@@ -18,10 +19,13 @@ __all__ = [
     "cos_sin_cache",
     "embedding",
     "matmul",
+    "matmul_bf12",
+    "pack_bf12",
     "rms_norm",
     "rope",
     "rope_and_write_kv",
     "sample",
     "sample_workspace",
     "silu_mul",
+    "unpack_bf12",
 ]

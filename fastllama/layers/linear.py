@@ -28,6 +28,33 @@ class Linear(nn.Module):
         return kernels.matmul(x, self.weight, self.bias)
 
 
+class Bf12Linear(nn.Module):
+    """A Linear in bf16 whose weight takes 12 bits, without loss: see kernels.pack_bf12."""
+
+    codes: Tensor
+    outliers: Tensor
+
+    def __init__(self, codes: Tensor, outliers: Tensor, exponent: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("outliers", outliers)
+        self.exponent, self.bias = exponent, bias
+
+    @property
+    def num_weights(self) -> int:
+        """out_features * in_features."""
+        return self.codes.numel() * 2 // 3
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features] bf16, unpacked anew at each call."""
+        return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, with the residual addition in front of it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,10 +95,9 @@ def load_weights(
 
 
 def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights under Hugging Face names: views of the parameters, in the order of `slots`."""
-    parameters = dict(model.named_parameters())
+    """The model's weights under Hugging Face names, in the order of `slots`: views, but of packed ones copies."""
     for name, slot in slots(model.config).items():
-        yield name, parameters[slot.parameter].detach()[slot.start : slot.start + slot.rows]
+        yield name, attrgetter(slot.parameter)(model).detach()[slot.start : slot.start + slot.rows]
 
 
 def _value_trouble(tensor: Tensor, dtype: torch.dtype) -> str | None:

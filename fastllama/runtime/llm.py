@@ -16,6 +16,7 @@ from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.engine import Engine, EngineOptions
@@ -32,6 +33,8 @@ class LLM:
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
     device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
+    quantization: "bf12" keeps bf16 weights in 12 bits, without loss (on a CPU, and in place if the model was given);
+    None keeps them as they are; "auto" is "bf12" where it makes decoding faster and the model is loaded here.
     max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
     page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
@@ -50,6 +53,7 @@ class LLM:
         tokenizer: str | Path | Tokenizer | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        quantization: str | None = "auto",
         max_model_len: int | None = None,
         kv_cache_tokens: int | None = None,
         page_size: int = 64,
@@ -71,6 +75,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
         )
+        check_choice("quantization", quantization, ("auto", "bf12", None))
         self._progress = progress
         if isinstance(model, LlamaForCausalLM):
             for name, value in (("dtype", dtype), ("device", device)):
@@ -81,11 +86,19 @@ class LLM:
             target, path = resolve_device(device), resolve_model(str(model))
             self.tokenizer = _find_tokenizer(tokenizer, path)
             loaded = load_model(path, dtype=dtype, device=target, progress=progress)
+            if quantization == "auto" and packing.pays(loaded):
+                quantization = "bf12"
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
             raise ValueError(
                 f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
                 "legal: the tokenizer that the model was trained with"
             )
+        if quantization == "bf12":
+            if (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
+                raise ValueError(
+                    f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU"
+                )
+            packing.pack(loaded, progress=progress)
         self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
         self.warm_up_seconds = self._engine.warm_up()
 

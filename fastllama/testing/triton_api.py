@@ -1,4 +1,4 @@
-"""The one place that knows how Triton versions (3.4 to the newest) differ."""
+"""The one place that knows how Triton versions (3.6 to the newest) differ."""
 
 from __future__ import annotations
 

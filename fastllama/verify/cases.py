@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllama.kernels import pack_bf12
 from fastllama.verify import oracle, sampling
 
 Results = tuple[Tensor, ...]
@@ -69,6 +70,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _add_rms_norm,
         _embedding,
         _matmul,
+        _matmul_bf12,
         _rope,
         _rope_and_write_kv,
         _silu_mul,
@@ -110,6 +112,22 @@ def _matmul(random: Random) -> Iterator[Case]:
             args = (random.normal(tokens, inner), random.normal(outer, inner) / math.sqrt(inner), bias)
             label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]{'' if bias is None else ', bias'}"
             yield Case("matmul", label, args, formula)
+
+
+def _matmul_bf12(random: Random) -> Iterator[Case]:
+    for tokens, inner, outer in ((1, 4096, 96), (5, 256, 192), (33, 1024, 130)):
+        weight = (random.normal(outer, inner) / math.sqrt(inner)).bfloat16()
+        weight[outer // 2, ::7] *= 256  # values that have no code
+
+        def formula(
+            x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None, weight: Tensor = weight
+        ) -> Results:
+            return (F.linear(x, weight.to(x), bias),)
+
+        for bias in (None, random.normal(outer)):
+            args = (random.normal(tokens, inner), *pack_bf12(weight), bias)
+            label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]{'' if bias is None else ', bias'}"
+            yield Case("matmul_bf12", label, args, formula)
 
 
 def _turns(positions: int, rotated: int) -> Tensor:

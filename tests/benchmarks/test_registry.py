@@ -14,7 +14,7 @@ BF16 = torch.bfloat16
 
 
 def test_every_op_is_measured() -> None:
-    assert set(OPS) == set(BOUND)
+    assert {*OPS, "matmul_bf12"} == set(BOUND)  # LLM keeps weights in 12 bits on CPUs alone: benchmarks/cpu_matmul.py
     assert {case.op for case in cases(BF16)} == set(OPS)
     assert [case.op for case in toy_cases(BF16)] == list(OPS)
 

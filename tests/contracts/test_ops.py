@@ -19,6 +19,8 @@ TESTS = Path(__file__).parents[1] / "kernels"
 HELPERS = {
     "backend_of": "says what runs an op",
     "cos_sin_cache": "builds once, in fp64, the table that rope reads",
+    "pack_bf12": "makes the codes that matmul_bf12 reads",
+    "unpack_bf12": "its inverse",
     "sample_workspace": "allocates what sample may scribble on",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")

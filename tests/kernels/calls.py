@@ -7,9 +7,15 @@ from typing import Any
 import torch
 
 from fastllama.kernels import cos_sin_cache
+from fastllama.kernels.reference import pack_bf12
 
 # tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another
 T, HQ, HKV, D, P, PAGE = 3, 6, 2, 8, 5, 7
+
+
+WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+WEIGHT[2, 7], WEIGHT[5, 63] = 2.0**40, 2.0**-40  # outliers
+CODES, OUTLIERS, EXPONENT = pack_bf12(WEIGHT)
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -76,6 +82,14 @@ def arguments(op: str) -> dict[str, Any]:
             "weight": torch.randn(6, D),
             "bias": torch.randn(6),
             "out": torch.empty(T, 6),
+        },
+        "matmul_bf12": {
+            "x": torch.randn(4, 64),  # T rows could be taken for the 3 numbers of an outlier
+            "codes": CODES,
+            "outliers": OUTLIERS,
+            "exponent": EXPONENT,
+            "bias": torch.randn(6),
+            "out": torch.empty(4, 6),
         },
         "embedding": {"ids": torch.tensor([3, 0, 5]), "weight": torch.randn(6, D), "out": torch.empty(T, D)},
         "silu_mul": {"gate_up": torch.randn(T, 2 * D), "out": torch.empty(T, D)},

@@ -21,7 +21,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     rows, result = as_rows("x", x), as_rows("out", out)
     if rows.shape[0] == 1:
         torch.mv(weight, rows[0], out=result[0])
-    elif x.dtype in (torch.float32, torch.float64) or _runs_natively(x.dtype):
+    elif x.dtype in (torch.float32, torch.float64) or runs_natively(x.dtype):
         torch.mm(rows, weight.T, out=result)
     elif rows.shape[0] <= ROW_LIMIT:
         for row, target in zip(rows, result, strict=True):
@@ -42,7 +42,7 @@ def _widened(rows: Tensor, weight: Tensor, result: Tensor) -> None:
         result[:, start : start + BLOCK] = rows @ wide.T
 
 
-def _runs_natively(dtype: torch.dtype) -> bool:
+def runs_natively(dtype: torch.dtype) -> bool:
     """Whether torch has this CPU's matrix instructions for a 16-bit dtype (AVX-512 BF16 or FP16, AMX, Arm BF16)."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,72 @@
+"""matmul_bf12 and the packing of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_range, check_shape
+from fastllama.kernels import reference
+from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
+from fastllama.kernels.op import Op
+from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
+
+_MATMUL = Op(
+    "matmul_bf12(Tensor x, Tensor codes, Tensor outliers, int exponent, Tensor? bias, Tensor(a!) out) -> ()",
+    reference=reference.matmul_bf12,
+    numba="bf12:matmul_bf12",
+)
+
+
+def matmul_bf12(
+    x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """`matmul` by a bf16 weight that `pack_bf12` packed into 12 bits without loss.
+
+    x: [..., K], K a multiple of 64. codes: [N, K * 3 / 2] uint8, outliers: [M, 3] int32 and exponent, 1 to 127: what
+    pack_bf12 gave. bias: [N] in x's dtype or None. out: [..., N]; allocated when None. Returns out.
+    Accumulates in fp32 from the exact weights; where x holds an infinity, a result may be NaN in place of an infinity.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then. What outliers say
+    is not checked: pack_bf12 makes them.
+    Source: kernels/reference/bf12.py.
+    """
+    *leading, size = x.shape or (None,)
+    if size is None or size % BLOCK:
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K], K a multiple of {BLOCK}")
+    if codes.dim() != 2 or codes.shape[1] != size // BLOCK * BLOCK_BYTES:
+        check_shape("codes", codes, ("N", size // BLOCK * BLOCK_BYTES))
+    check_elements("x", x, FLOATS)
+    check_elements("codes", codes, (torch.uint8,))
+    check_tensor("outliers", outliers, (*outliers.shape[:1], 3), (torch.int32,))
+    check_range("exponent", exponent, 1, LARGEST_EXPONENT)
+    if bias is not None:
+        check_tensor("bias", bias, codes.shape[:1], (x.dtype,))
+    shape = (*leading, codes.shape[0])
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    else:
+        check_tensor("out", out, shape, (x.dtype,))
+    _MATMUL(x, codes, outliers, exponent, bias, out)
+    return out
+
+
+def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(codes, outliers, exponent) of a weight [N, K] bf16, K a multiple of 64: the same numbers in 12 bits each.
+
+    codes: [N, K * 3 / 2] uint8. outliers: [M, 3] int32, row, column and fp32 bits of each value that has no code: one
+    in ten thousand where values are distributed as in a trained or random Llama, at 12 bytes each. `unpack_bf12`
+    gives back every bit. Raises ValueError for a shape, TypeError for a dtype.
+    """
+    if weight.dim() != 2 or weight.shape[1] % BLOCK:
+        raise ValueError(f"weight has shape {list(weight.shape)}; legal: [N, K], K a multiple of {BLOCK}")
+    check_elements("weight", weight, (torch.bfloat16,))
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import bf12
+
+        return bf12.pack_bf12(weight)
+    return reference.pack_bf12(weight)
+
+
+def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
+    """The weight [N, K] bf16 that `pack_bf12` packed, bit for bit."""
+    return reference.unpack_bf12(codes, outliers, exponent)

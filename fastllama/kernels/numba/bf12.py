@@ -1,0 +1,342 @@
+"""Products by weights in 12 bits: three quarters of the bytes, decoded in registers faster than memory brings them.
+
+See kernels/reference/bf12.py for the layout. A block of 64 weights takes 3 loads and about 30 instructions of AVX2: 20
+thousand million weights a second and thread in the cache, where the memory of two threads brings 24.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.checks import as_rows
+from fastllama.kernels.cpu.matmul import BLOCK as DENSE_ROWS
+from fastllama.kernels.numba.matmul import ROW_LIMIT
+from fastllama.kernels.numba.numerics import (
+    FAST,
+    LIKE,
+    jit,
+    load,
+    load_integer,
+    parallel_jit,
+    store,
+    use_threads,
+)
+from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, CODES, commonest_exponent
+
+HALF = BLOCK // 2
+CHUNK = 16  # output features of one iteration: the search for their first outlier is spread over them
+AHEAD = 1024  # bytes prefetched: 52 ms in place of 57 for the weights of a 1.1B model
+LARGEST_X = 100  # power of two that the largest value of x is scaled to; weights as decoded are 2^-126 to 2^-111
+
+_FLAGS = tuple(FAST)
+_I8, _I32 = ir.IntType(8), ir.IntType(32)
+_VECTOR, _BYTES, _WORDS = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
+
+
+def _splat(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _at(builder, address, offset, kind):
+    """A pointer to `kind`, `offset` bytes on from an address."""
+    return builder.inttoptr(builder.add(address, address.type(offset)), kind.as_pointer())
+
+
+def _decoded(builder, address):
+    """The 64 weights of the block at `address`, in order, as eight vectors of float32, times 2^(1 - exponent)."""
+    low = [builder.load(_at(builder, address, 32 * half, _BYTES), align=1) for half in range(2)]
+    both = builder.load(_at(builder, address, BLOCK, _BYTES), align=1)
+    four, seven, sign = (_splat(_BYTES, value) for value in (4, 7, 0x80))
+    turned = [builder.and_(builder.shl(both, four), sign), builder.and_(builder.lshr(both, four), seven)]
+    high = [builder.and_(both, _splat(_BYTES, 0x87)), builder.or_(*turned)]
+    for half in range(2):
+        for start in (0, 8):  # of each 128 bits: what AVX2 interleaves in one instruction
+            places = [i for lane in (0, 16) for i in range(lane + start, lane + start + 8)]
+            mask = [_I32(index) for i in places for index in (i, i + 32)]
+            order = ir.Constant(ir.VectorType(_I32, 32), mask)
+            words = builder.bitcast(builder.shuffle_vector(low[half], high[half], order), _WORDS)
+            yield builder.bitcast(builder.shl(words, _splat(_WORDS, 16)), _VECTOR)
+            yield builder.bitcast(builder.and_(words, _splat(_WORDS, 0xFFFF0000)), _VECTOR)
+
+
+def _dots(builder, codes, rows, blocks):
+    """The sums of the products of 64 * blocks codes at an address with as many float32 at each of `rows`."""
+    count = 8 // len(rows)  # vectors of sums for each row: all of them stay in registers
+    sums = [[cgutils.alloca_once_value(builder, _splat(_VECTOR, 0.0)) for _ in range(count)] for _ in rows]
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), *[_I32] * 3])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    with cgutils.for_range(builder, blocks) as loop:
+        block = builder.add(codes, builder.mul(loop.index, codes.type(BLOCK_BYTES)))
+        for offset in (AHEAD, AHEAD + 64):
+            builder.call(prefetch, [_at(builder, block, offset, _I8), *(_I32(i) for i in (0, 3, 1))])
+        starts = [builder.add(x, builder.mul(loop.index, x.type(4 * BLOCK))) for x in rows]
+        for i, weights in enumerate(_decoded(builder, block)):
+            for start, own in zip(starts, sums, strict=True):
+                values = builder.load(_at(builder, start, 32 * i, _VECTOR), align=1)
+                product = builder.fmul(weights, values, flags=_FLAGS)
+                builder.store(builder.fadd(builder.load(own[i % count]), product, flags=_FLAGS), own[i % count])
+    return [_total(builder, [builder.load(each) for each in own]) for own in sums]
+
+
+def _total(builder, vectors):
+    """The sum of all lanes of some vectors, a power of two of them."""
+    while len(vectors) > 1:
+        vectors = [builder.fadd(a, b, flags=_FLAGS) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    (result,) = vectors
+    for width in (4, 2, 1):  # the lanes beyond `width` are added to the first
+        halves = [ir.Constant(ir.VectorType(_I32, width), [*map(_I32, range(at, at + width))]) for at in (0, width)]
+        low, high = (builder.shuffle_vector(result, result, half) for half in halves)
+        result = builder.fadd(low, high, flags=_FLAGS)
+    return builder.extract_element(result, _I32(0))
+
+
+@intrinsic
+def dot(context, codes, x, blocks):
+    """The product of a row of codes at an address with float32 at another, times 2^(1 - exponent)."""
+
+    def generate(context, builder, signature, args):
+        codes, x, blocks = args
+        return _dots(builder, codes, [x], blocks)[0]
+
+    return types.float32(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def dot_of_four(context, codes, a, b, c, d, blocks):
+    """`dot` with four rows of float32."""
+
+    def generate(context, builder, signature, args):
+        codes, *rows, blocks = args
+        return context.make_tuple(builder, signature.return_type, _dots(builder, codes, rows, blocks))
+
+    return types.UniTuple(types.float32, 4)(*[types.int64] * 6), generate
+
+
+@intrinsic
+def decode(context, codes, out, blocks, scale):
+    """Write 64 * blocks codes at an address as float32 to another, times scale = 2^(exponent - 1)."""
+
+    def generate(context, builder, signature, args):
+        codes, out, blocks, scale = args
+        factor = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scale, _I32(0))
+        factor = builder.shuffle_vector(factor, factor, _splat(_WORDS, 0))
+        with cgutils.for_range(builder, blocks) as loop:
+            block = builder.add(codes, builder.mul(loop.index, codes.type(BLOCK_BYTES)))
+            start = builder.add(out, builder.mul(loop.index, out.type(4 * BLOCK)))
+            for i, weights in enumerate(_decoded(builder, block)):
+                builder.store(builder.fmul(weights, factor), _at(builder, start, 32 * i, _VECTOR), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), generate
+
+
+@jit
+def first_outlier(outliers_ptr, count, row):
+    """The first of the ordered outliers that lies in a row or behind it."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if load_integer(outliers_ptr, 3 * middle, np.int32(0)) < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+# Rows of x in float32, the largest finite value of each scaled to 2^100, so that no product with a decoded weight
+# underflows. scales: what the products with a row are to be multiplied by.
+@jit
+def scaled_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
+    for m in range(scales.shape[0]):
+        largest = np.float32(0)
+        for k in range(size):
+            value = abs(load(x_ptr, m * x_stride + k, like))
+            if value > largest and value < np.float32(np.inf):
+                largest = value
+        power = LARGEST_X - math.frexp(largest)[1]
+        scale = 2.0**power
+        for k in range(size):
+            store(wide_ptr, m * size + k, np.float32(load(x_ptr, m * x_stride + k, like) * scale), np.float32(0))
+        scales[m] = 2.0 ** (exponent - 1 - power)
+
+
+@jit
+def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, scale, like):
+    """Store a product, with those of the outliers from `outlier` to `end` added."""
+    total = np.float32(total * scale)
+    for i in range(outlier, end):
+        column = load_integer(outliers_ptr, 3 * i + 1, np.int32(0))
+        total += load(outliers_ptr, 3 * i + 2, np.float32(0)) * load(x_ptr, column, like)
+    store(out_ptr, 0, total, like)
+
+
+# One iteration owns CHUNK output features. Strides count bytes.
+@parallel_jit
+def products_kernel(
+    codes_ptr,
+    x_ptr,
+    wide_ptr,
+    outliers_ptr,
+    out_ptr,
+    scales,
+    codes_stride,
+    x_stride,
+    out_stride,
+    features,
+    blocks,
+    num_outliers,
+    itemsize,
+    like,
+):
+    for chunk in numba.prange((features + CHUNK - 1) // CHUNK):
+        first = CHUNK * np.int64(chunk)
+        end = first_outlier(outliers_ptr, num_outliers, first)
+        for n in range(first, min(first + CHUNK, features)):
+            row_ptr, to = codes_ptr + n * codes_stride, out_ptr + n * itemsize
+            outlier = end
+            while end < num_outliers and load_integer(outliers_ptr, 3 * end, np.int32(0)) == n:
+                end += 1
+            if scales.shape[0] == 1:
+                finish(dot(row_ptr, wide_ptr, blocks), x_ptr, outliers_ptr, to, outlier, end, scales[0], like)
+                continue
+            last = scales.shape[0] - 1
+            for m in range(0, last + 1, 4):
+                a, b, c, d = m, min(m + 1, last), min(m + 2, last), min(m + 3, last)
+                row_bytes = blocks * (4 * BLOCK)
+                totals = dot_of_four(
+                    row_ptr,
+                    wide_ptr + a * row_bytes,
+                    wide_ptr + b * row_bytes,
+                    wide_ptr + c * row_bytes,
+                    wide_ptr + d * row_bytes,
+                    blocks,
+                )
+                for i, row in enumerate((a, b, c, d)):
+                    x_row, out_row = x_ptr + row * x_stride, to + row * out_stride
+                    finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, scales[row], like)
+
+
+# One iteration owns one row of the weight, from row `first` on: in float32 to `wide`.
+@parallel_jit
+def decode_kernel(codes_ptr, wide_ptr, outliers_ptr, first, rows, codes_stride, blocks, num_outliers, scale):
+    for row in numba.prange(rows):
+        n, to = first + np.int64(row), wide_ptr + np.int64(row) * blocks * (4 * BLOCK)
+        decode(codes_ptr + n * codes_stride, to, blocks, scale)
+        outlier = first_outlier(outliers_ptr, num_outliers, n)
+        while outlier < num_outliers and load_integer(outliers_ptr, 3 * outlier, np.int32(0)) == n:
+            column = load_integer(outliers_ptr, 3 * outlier + 1, np.int32(0))
+            store(to, column, load(outliers_ptr, 3 * outlier + 2, np.float32(0)), np.float32(0))
+            outlier += 1
+
+
+def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None, out: Tensor) -> None:
+    """See kernels.matmul_bf12."""
+    (features, row_bytes), like = codes.shape, LIKE.get(x.dtype)
+    blocks = row_bytes // BLOCK_BYTES
+    size = blocks * BLOCK
+    rows = x.numel() // size if size else 0
+    if not rows or like is None:
+        out.copy_(reference.matmul_bf12(x, codes, outliers, exponent, bias))
+        return
+    use_threads(rows * features * size)
+    source, target = as_rows("x", x), as_rows("out", out)
+    if rows <= ROW_LIMIT:
+        wide, scales = torch.empty(rows, size), np.empty(rows)
+        scaled_kernel(x.data_ptr(), wide.data_ptr(), scales, source.stride(0), size, exponent, like)
+        products_kernel(
+            codes.data_ptr(),
+            x.data_ptr(),
+            wide.data_ptr(),
+            outliers.data_ptr(),
+            out.data_ptr(),
+            scales,
+            codes.stride(0),
+            source.stride(0) * x.itemsize,
+            target.stride(0) * x.itemsize,
+            features,
+            blocks,
+            outliers.shape[0],
+            x.itemsize,
+            like,
+        )
+    else:
+        wide, buffer = source.float(), torch.empty(min(DENSE_ROWS, features), size)
+        for first in range(0, features, DENSE_ROWS):
+            count = min(DENSE_ROWS, features - first)
+            decode_kernel(
+                codes.data_ptr(),
+                buffer.data_ptr(),
+                outliers.data_ptr(),
+                first,
+                count,
+                codes.stride(0),
+                blocks,
+                outliers.shape[0],
+                np.float32(2.0 ** (exponent - 1)),
+            )
+            target[:, first : first + count] = wide @ buffer[:count].T
+    if bias is not None:
+        out += bias
+
+
+@jit
+def packed_code(word, exponent):
+    """(code, mantissa, whether it is an outlier) of the bits of a bf16 number."""
+    code = (word >> 7 & 0xFF) - (exponent - 1)
+    fits = 1 <= code <= CODES
+    return (code, word & 0x7F, False) if fits else (0, 0, word & 0x7FFF != 0)
+
+
+# One iteration owns one row of the weight: its codes, and how many outliers it has.
+@parallel_jit
+def pack_kernel(bits, codes, counts, exponent):
+    for n in numba.prange(bits.shape[0]):
+        found = 0
+        for block in range(bits.shape[1] // BLOCK):
+            start = block * BLOCK_BYTES
+            for i in range(HALF):
+                a, b = np.int32(bits[n, block * BLOCK + i]), np.int32(bits[n, block * BLOCK + HALF + i])
+                code_a, mantissa_a, lost_a = packed_code(a, exponent)
+                code_b, mantissa_b, lost_b = packed_code(b, exponent)
+                found += lost_a + lost_b
+                to = start + ((i >> 2 & 1) << 4 | i >> 4 << 3 | (i & 3) << 1 | i >> 3 & 1)  # as _interleaved says
+                codes[n, to] = (code_a & 1) << 7 | mantissa_a
+                codes[n, to + HALF] = (code_b & 1) << 7 | mantissa_b
+                codes[n, to + BLOCK] = a >> 8 & 0x80 | code_a >> 1 | b >> 12 & 8 | code_b >> 1 << 4
+        counts[n] = found
+
+
+# One iteration owns one row of the weight: its outliers, from place starts[n] on.
+@parallel_jit
+def outliers_kernel(bits, starts, outliers, exponent):
+    for n in numba.prange(bits.shape[0]):
+        at = starts[n]
+        for k in range(bits.shape[1]):
+            word = np.int32(bits[n, k])
+            if packed_code(word, exponent)[2]:
+                outliers[at, 0], outliers[at, 1], outliers[at, 2] = n, k, word << 16
+                at += 1
+
+
+def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """See kernels.pack_bf12."""
+    exponent = commonest_exponent(weight)
+    bits = weight.view(torch.int16)
+    codes = torch.empty(weight.shape[0], weight.shape[1] // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
+    counts = torch.zeros(weight.shape[0] + 1, dtype=torch.int64)
+    use_threads(weight.numel())
+    pack_kernel(bits.numpy(), codes.numpy(), counts[1:].numpy(), exponent)
+    starts = counts.cumsum(0)
+    outliers = torch.empty(int(starts[-1]), 3, dtype=torch.int32)
+    outliers_kernel(bits.numpy(), starts.numpy(), outliers.numpy(), exponent)
+    return codes, outliers, exponent

@@ -1,0 +1,86 @@
+"""bf16 weights in 12 bits without loss, for products that are bound by reading them.
+
+The exponents of a weight matrix crowd below its largest: 15 neighbouring ones, of 256, hold all but about one in ten
+thousand. So a weight is kept as sign, 7 bits of mantissa and a 4-bit code: code c > 0 stands for the exponent
+`exponent + c - 1`, code 0 for zero. The others, the outliers, are kept beside it as they are.
+
+Layout of codes [N, K * 3 / 2] uint8: 96 bytes for each 64 weights of a row.
+    bytes 0 to 63: the low bit of the code, above the mantissa: the low byte of a bf16 number.
+    bytes 64 to 95: sign and the upper 3 bits of the code, in bits 7 and 2 to 0 for weights 0 to 31 (where the high byte
+    of a bf16 number has them), in bits 3 and 6 to 4 for weights 32 to 63.
+Each group of 32 weights lies in an order that interleaving its low and high bytes in 128-bit halves turns into four
+vectors of 8 words, whose upper 16 bits are weights 0 to 7, 8 to 15 and so on: see `_interleaved`.
+Source: exponents of weights compress well: Zhang et al., 70% Size, 100% Accuracy: DFloat11 (2025); here at a fixed
+width, so that a vector unit decodes them faster than memory brings them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.reference.matmul import matmul
+
+BLOCK = 64  # weights of a row that are packed together
+BLOCK_BYTES = 96
+CODES = 15  # exponents that have a code
+LARGEST_EXPONENT = 127  # of code 1, so that 2^(exponent - 1) is a number in fp32
+SAMPLE = 256  # rows that decide which exponents get codes
+
+
+def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """weight [N, K] bf16, K a multiple of 64 -> (codes [N, K * 3 / 2] uint8, outliers [M, 3] int32, exponent).
+
+    exponent: the biased one of code 1. outliers: row, column and the bits of the value in fp32, in order.
+    """
+    exponent = commonest_exponent(weight)
+    bits = weight.view(torch.int16)
+    code = (bits >> 7 & 0xFF) - (exponent - 1)
+    fits = (code >= 1) & (code <= CODES)
+    code = torch.where(fits, code, 0)
+    low = (code & 1) << 7 | torch.where(fits, bits & 0x7F, 0)
+    high = (bits >> 8 & 0x80) | code >> 1
+    low, high = (_interleaved(part.to(torch.uint8)) for part in (low, high))  # [N, K / 64, 2, 32]
+    first, second = high.split(1, 2)
+    codes = torch.cat((low, first | second << 4 | second >> 4), 2).flatten(1)
+    rows, columns = torch.nonzero(~fits & (bits & 0x7FFF != 0), as_tuple=True)
+    return codes, torch.stack((rows, columns, bits[rows, columns].long() << 16), 1).int(), exponent
+
+
+def commonest_exponent(weight: Tensor) -> int:
+    """The first of the 15 neighbouring exponents that hold most of a bf16 matrix, seen in some of its rows."""
+    sample = weight[:: max(1, weight.shape[0] // SAMPLE)]
+    exponents = (sample.view(torch.int16) >> 7 & 0xFF).flatten().int()
+    counts = torch.bincount(exponents, minlength=256)[1 : LARGEST_EXPONENT + CODES]
+    return int(counts.unfold(0, CODES, 1).sum(-1).argmax()) + 1
+
+
+def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
+    """The bf16 weight [N, K] that `pack_bf12` took, bit for bit."""
+    blocks = codes.view(codes.shape[0], -1, 3, BLOCK // 2)
+    low, both = blocks[:, :, :2], blocks[:, :, 2]
+    high = torch.stack((both, both << 4 | both >> 4), 2)
+    low, high = (_in_order(part).to(torch.int16) for part in (low, high))  # [N, K]
+    code = (high & 7) << 1 | low >> 7
+    exponents = torch.where(code > 0, code + (exponent - 1), 0)
+    bits = high << 8 & -0x8000 | exponents << 7 | low & 0x7F
+    rows, columns, values = outliers.unbind(1)
+    bits[rows, columns] = (values >> 16).to(torch.int16)
+    return bits.view(torch.bfloat16)
+
+
+def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None = None) -> Tensor:
+    """`matmul` by the weight that `pack_bf12` packed."""
+    return matmul(x, unpack_bf12(codes, outliers, exponent).to(x.dtype), bias)
+
+
+def _interleaved(values: Tensor) -> Tensor:
+    """[N, K] -> [N, K / 64, 2, 32]: weight 16 a + 8 b + 4 c + d of a group of 32 lies at 16 c + 8 a + 2 d + b."""
+    groups = values.view(values.shape[0], -1, 2, 2, 2, 2, 4)  # [..., group, a, b, c, d]
+    return groups.permute(0, 1, 2, 5, 3, 6, 4).reshape(values.shape[0], -1, 2, BLOCK // 2)
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """[N, K / 64, 2, 32] -> [N, K]: the inverse of `_interleaved`."""
+    groups = values.reshape(values.shape[0], -1, 2, 2, 2, 4, 2)  # [..., group, c, a, d, b]
+    return groups.permute(0, 1, 2, 4, 6, 3, 5).reshape(values.shape[0], -1)
