@@ -52,21 +52,26 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "killed" by `test`, "survived", or "broken" where the tests could not run."""
+    """What became of a mutant: "killed", "survived", or "broken" where the tests could not run.
+
+    failure: pytest's line on the first test that failed, and why: a kernel that does not build proves nothing.
+    """
 
     mutant: Mutant
     outcome: str
-    test: str
+    failure: str
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.outcome:8} {self.seconds:5.1f} s  {self.mutant.path}: {self.mutant.name}  {self.test}".rstrip()
+        mutant = f"{self.mutant.path}: {self.mutant.name}"
+        return f"{self.outcome:8} {self.seconds:5.1f} s  {mutant}  {self.failure}".rstrip()
 
 
 def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdict]:
     """Plant each mutant in a copy of `root` and run its tests.
 
-    Raises ValueError where a mutant does not fit its file, RuntimeError where tests fail without any fault.
+    Raises ValueError where a mutant does not fit its file, RuntimeError where tests do not pass without any fault,
+    or there are none.
     """
     for mutant in mutants:
         mutant.edited(root)
@@ -81,7 +86,7 @@ def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdic
             code, output = _pytest(copy, *tests)
             copies.put(copy)
             if code != 0:
-                raise RuntimeError(f"pytest {' '.join(tests[0])} fails without any mutant:\n{output[-2000:]}")
+                raise RuntimeError(f"pytest {' '.join(tests[0])} does not pass without any mutant:\n{output[-2000:]}")
 
         def verdict(mutant: Mutant) -> Verdict:
             copy, start = copies.get(), time.perf_counter()
@@ -108,18 +113,19 @@ def _pytest(root: Path, tests: Iterable[str], interpreter: bool) -> tuple[int, s
     """pytest's exit status and output; 1 where it does not end."""
     variables = ["TRITON_INTERPRET=1"] if interpreter else ["-u", "TRITON_INTERPRET"]
     # Without bytecode: an edit of the same length in the same second would be taken for the file it was.
-    python = ["env", *variables, "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-m", "pytest"]
+    # Columns for the reason of a failure, which pytest cuts at the terminal's width.
+    python = ["env", *variables, "PYTHONDONTWRITEBYTECODE=1", "COLUMNS=240", sys.executable, "-m", "pytest"]
     command = [*python, "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        return 1, f"FAILED after {TIMEOUT:.0f} s"
+        return 1, f"FAILED after {TIMEOUT:g} s"
     return done.returncode, done.stdout + done.stderr
 
 
 def _first_failure(output: str) -> str:
     failures = (line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-    return next(failures, "").split(" - ")[0]
+    return next(failures, "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

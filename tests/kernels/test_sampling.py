@@ -245,6 +245,15 @@ def test_ties_of_the_largest_are_kept_together(backend: str, filters: dict[str, 
 
 
 @on_every_backend
+def test_a_number_is_that_of_the_rows_seed_and_offset(backend: str) -> None:
+    """By all 64 bits of the seed, and the low 32 of the offset."""
+    vocab, offsets = 300, [*OFFSETS, 1 << 32, (1 << 32) + 7, -1]
+    parameters = rows(len(SEEDS), seed=SEEDS, offset=offsets)
+    tokens, _ = public("sample", backend)(torch.zeros(len(SEEDS), vocab), *parameters)
+    assert tokens.tolist() == [int(uniform(*pair) * vocab) for pair in zip(SEEDS, offsets, strict=True)]
+
+
+@on_every_backend
 @pytest.mark.parametrize("filters", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}], ids=str)
 def test_a_row_that_is_no_distribution_gives_token_0_and_nan(backend: str, filters: dict[str, Any]) -> None:
     logits = torch.randn(5, 9)
@@ -285,7 +294,7 @@ def test_a_draw_does_not_depend_on_the_batch(backend: str) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.7, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-30, 0.7, 1e30])
 def test_extreme_logits(backend: str, temperature: float) -> None:
     """Logits far apart leave one token; tokens at -inf are never drawn, at any temperature."""
     far = torch.tensor([[-1e30, 1e30, 0.0, -1e30]])

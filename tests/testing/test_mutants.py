@@ -52,14 +52,33 @@ def test_verdicts(project: Path) -> None:
     found = list(mutants.run(planted, project))
     assert [each.mutant for each in found] == planted
     assert [each.outcome for each in found] == ["survived", "killed", "broken", "killed"]
-    failed = "FAILED test_toy.py::test_double"
-    assert [each.test for each in found] == ["", failed, "ERROR test_toy.py", failed]
+    failed = "FAILED test_toy.py::test_double - assert 5 == 6"
+    assert [each.failure for each in found] == ["", failed, "ERROR test_toy.py", failed]
     assert (project / "toy.py").read_text() == MODULE
 
 
-def test_tests_that_fail_without_a_fault_prove_nothing(project: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"^pytest test_toy.py fails without any mutant:"):
-        list(mutants.run([mutant("2 * x", "2 + x", "test_toy.py", interpreter=False)], project))
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ("test_toy.py", "FAILED test_toy.py::test_tier"),
+        ("test_toy.py::test_doubel", "not found: .*test_doubel"),
+        ("--deselect=test_toy.py", "2 deselected"),
+    ],
+)
+def test_tests_that_do_not_pass_without_a_fault_prove_nothing(project: Path, tests: str, message: str) -> None:
+    """Also those that are not there."""
+    with pytest.raises(RuntimeError, match=rf"(?s)^pytest {tests} does not pass without any mutant:\n.*{message}"):
+        list(mutants.run([mutant("2 * x", "2 + x", tests, interpreter=False)], project))
+
+
+def test_skipped_tests_kill_nothing(project: Path) -> None:
+    (project / "test_toy.py").write_text("import pytest\n\ndef test_toy():\n    pytest.skip()\n")
+    assert [each.outcome for each in mutants.run([mutant("2 * x", "2 + x", "test_toy.py")], project)] == ["survived"]
+
+
+def test_tests_that_never_end_have_failed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutants, "TIMEOUT", 0.01)
+    assert mutants._pytest(project, ["test_toy.py"], interpreter=True) == (1, "FAILED after 0.01 s")
 
 
 @pytest.mark.parametrize(("old", "count"), [("3 * x", 0), ("return", 2), ("2 * x", 1)])

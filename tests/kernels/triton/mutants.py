@@ -23,7 +23,24 @@ ROPE = "test_rope.py::test_rope"
 PASSED = "test_rope.py::test_what_is_not_rotated_passes_through_whatever_it_is"
 WRITE = "test_rope.py::test_rope_and_write_kv"
 CODES = "test_quantized_pages.py"
-FAR = "triton/test_launchers.py"
+FAR = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
+FAR_POOL = "triton/test_launchers.py::test_a_pool_past_two_to_the_31_elements"
+GREEDY = "test_sampling.py::test_greedy_takes_the_first_largest"
+LOGPROBS = "test_sampling.py::test_logprobs_are_those_of_the_logits_as_given"
+LARGE = "test_sampling.py::test_every_filter_on_a_large_vocabulary[3-torch.float32-triton]"
+NUMBERS = "test_sampling.py::test_a_number_is_that_of_the_rows_seed_and_offset"
+TIES = "test_sampling.py::test_ties_of_the_largest_are_kept_together"
+INVALID = "test_sampling.py::test_a_row_that_is_no_distribution_gives_token_0_and_nan"
+EXTREME = "test_sampling.py::test_extreme_logits"
+MASKED = "test_sampling.py::test_a_large_vocabulary_of_which_most_is_masked"
+STRIDED = "test_sampling.py::test_strided_logits_and_given_outputs"
+LEAST = "triton/test_sampling.py::test_the_least_likely_token_that_is_kept"
+NEIGHBOURS, FEW, MANY = (f"{LEAST}[{name}]" for name in ("neighbours in fp32", "few octaves", "many octaves"))
+MOST_BELOW = f"{LEAST}[most below the octaves]"
+EDGES = "triton/test_sampling.py::test_a_number_at_the_edge_of_a_token_is_the_next_ones"
+WORKSPACE = "triton/test_sampling.py::test_a_workspace_holds_anything_before"
+PASSES = "triton/test_sampling.py::test_a_row_pays_for_what_it_asks"
+FAR_ROWS = "triton/test_sampling.py::test_rows_past_two_to_the_31_elements"
 
 NORM_MUTANTS = [
     mutant("rows past the end", "norm", "(row < num_rows) & (col < SIZE)", "(row < num_rows + 9) & (col < SIZE)", NORM),
@@ -75,7 +92,7 @@ ROPE_MUTANTS = [
         "rope",
         "slot = tl.load(slots_ptr + token).to(tl.int64)",
         "slot = tl.load(slots_ptr + token).to(tl.int32)",
-        FAR,
+        FAR_POOL,
     ),
     mutant("padding written", "rope", "    elif slot >= 0:", "    else:", WRITE),
     mutant("values turned", "rope", "                False,\n", "                True,\n", WRITE),
@@ -99,4 +116,130 @@ QUANTIZE_MUTANTS = [
     mutant("infinity scaled", "quantize", 'absmax < float("inf")', "absmax > 0.0", CODES),
     mutant("zeros without a scale", "quantize", "(127 - 100) << 23", "0", CODES),
 ]
-MUTANTS = [*NORM_MUTANTS, *SWIGLU_MUTANTS, *ROPE_MUTANTS, *QUANTIZE_MUTANTS]
+WEIGHTS_MUTANTS = [
+    mutant("logits past the vocabulary", "weights", "mask=cols < VOCAB", "mask=cols <= VOCAB", STRIDED),
+    mutant("zeros past the vocabulary", "weights", 'other=float("-inf")).to', "other=0.0).to", GREEDY),
+    mutant("peak among sums", "weights", "chunk < CHUNKS, other=float", "chunk <= CHUNKS, other=float", FEW),
+    mutant("sums at their chunks' peaks", "weights", "sums * tl.exp(peaks - peak)", "sums", MASKED),
+    mutant("powers of 2 for those of e", "weights", "1.4426950408889634", "1.0", LARGE),
+    mutant(
+        "heat without limits",
+        "weights",
+        "tl.maximum(temperature, 7.5e-37)\n    return tl.minimum(tl.exp2((x - peak) * scale), 1.0)",
+        "temperature\n    return tl.exp2((x - peak) * scale)",
+        EXTREME,
+    ),
+    mutant("no leading bit", "weights", " | 0x800000", "", LARGE),
+    mutant("bits below 2^-44", "weights", "tl.maximum(-shift, 0)", "0", MOST_BELOW),
+    mutant(
+        "32-bit masses", "weights", "bits.to(tl.int64) << shift.to(tl.int64)", "(bits << shift).to(tl.int64)", LARGE
+    ),
+    mutant("32-bit rows", "weights", "row * row_stride", "row.to(tl.int32) * row_stride", FAR_ROWS),
+]
+FILTERS_MUTANTS = [
+    mutant("top-k of 0 is one", "filters", "(top_k > 0)", "(top_k >= 0)", PASSES),
+    mutant("counts above an octave", "filters", "tl.cumsum(counts, 0) + counts", "tl.cumsum(counts, 0)", NEIGHBOURS),
+    mutant("masses above an octave", "filters", "tl.cumsum(masses, 0) + masses", "tl.cumsum(masses, 0)", NEIGHBOURS),
+    mutant(
+        "top-p's octave without top-k", "filters", "by_count & (octave <= first), 0, masses", "False, 0, masses", MANY
+    ),
+    mutant(
+        "highest octave left out", "filters", "tl.max(tl.max(octave, 0), 0) + 1", "tl.max(tl.max(octave, 0), 0)", MANY
+    ),
+    mutant("a lane's masses overflow", "filters", "LANE = 8", "LANE = 16", FEW),
+    mutant("a chunk's masses cut", "filters", "0xFFFFFFFFFF)", "0xFFFFFFFF)", FEW),
+    mutant("counts not added", "filters", "atomic_add(row_octaves_ptr, sums", "store(row_octaves_ptr, sums", FEW),
+    mutant("last octave not collected", "filters", "(octave <= last)", "(octave < last)", NEIGHBOURS),
+    mutant("padding collected", "filters", "chosen = inside & (octave", "chosen = (octave", MOST_BELOW),
+    mutant("candidates overlap", "filters", "start = tl.atomic_add(", "start = 0 * tl.atomic_add(", FEW),
+    mutant("candidates one place late", "filters", "start + place - 1", "start + place", NEIGHBOURS),
+    mutant(
+        "more candidates than there are",
+        "filters",
+        "tl.where(place < count, tl.load(candidates_ptr + place), -1)",
+        "tl.load(candidates_ptr + place)",
+        NEIGHBOURS,
+    ),
+    mutant("a threshold's own key left out", "filters", ">= thresholds[", "> thresholds[", NEIGHBOURS),
+    mutant("search ends early", "filters", "while high - low > 1", "while high - low > 2", NEIGHBOURS),
+    mutant("first octave cut", "filters", "tl.where(first > 0, (first + _LEAST) << 23, 0)", "_LEAST << 23", MOST_BELOW),
+    mutant("top-k from the octave on", "filters", "top_k - tl.sum(tl.where(above, counts, 0), 0)", "top_k", NEIGHBOURS),
+    mutant(
+        "top-p from the octave on",
+        "filters",
+        "(top_p, kept) - tl.sum(tl.where(above, masses, 0), 0)",
+        "(top_p, kept)",
+        MANY,
+    ),
+    mutant("top-p of all", "filters", "kept = tl.sum(tl.where(above", "_ = tl.sum(tl.where(above", NEIGHBOURS),
+    mutant("min-p forgotten", "filters", "tl.maximum(least, low)", "low", MANY),
+    mutant(
+        "32-bit rows appended", "filters", "row * CAPACITY + start", "row.to(tl.int32) * CAPACITY + start", FAR_ROWS
+    ),
+    mutant("32-bit rows read", "filters", "row * CAPACITY\n", "row.to(tl.int32) * CAPACITY\n", FAR_ROWS),
+]
+SAMPLING_MUTANTS = [
+    mutant("a chunk of -inf", "sampling", 'tl.where(peak == float("-inf"), 0.0, peak)', "peak", MASKED),
+    mutant("octaves not cleared", "sampling", "tl.store(octaves_ptr", "pass  # ", WORKSPACE),
+    mutant("state not cleared", "sampling", "tl.store(state_ptr", "pass  # ", WORKSPACE),
+    mutant("the least key left out", "sampling", "(keys >= tl.load", "(keys > tl.load", TIES),
+    mutant(
+        "greedy rows weighed",
+        "sampling",
+        "if temperature > 0:\n        peak",
+        "if temperature >= 0:\n        peak",
+        PASSES,
+    ),
+    mutant(
+        "64-bit counter", "sampling", "tl.load(offset_ptr + row).to(tl.int32)", "tl.load(offset_ptr + row)", NUMBERS
+    ),
+    mutant("32-bit seed", "sampling", "tl.load(seed_ptr + row)", "tl.load(seed_ptr + row).to(tl.int32)", NUMBERS),
+    mutant("first row's seed", "sampling", "tl.load(seed_ptr + row)", "tl.load(seed_ptr)", NUMBERS),
+    mutant(
+        "32-bit share",
+        "sampling",
+        "* tl.sum(masses, 0).to(tl.float64)).to",
+        "* tl.sum(masses, 0)).to(tl.float32).to",
+        EDGES,
+    ),
+    mutant("number at a chunk's end", "sampling", "cumsum(masses, 0) <= bar", "cumsum(masses, 0) < bar", EDGES),
+    mutant("number at a token's end", "sampling", "VOCAB), 0) <= bar", "VOCAB), 0) < bar", EDGES),
+    mutant("number not within the chunk", "sampling", "bar -= tl.sum(", "tl.sum(", EDGES),
+    mutant(
+        "last of the largest chunks",
+        "sampling",
+        "chunk = tl.min(tl.where(exists & (peaks == peak), chunks, CHUNKS - 1)",
+        "chunk = tl.max(tl.where(exists & (peaks == peak), chunks, 0)",
+        MASKED,
+    ),
+    mutant("past the largest", "sampling", "passed = x < peak", "passed = x <= peak", GREEDY),
+    mutant(
+        "NaN drawn from",
+        "sampling",
+        "tl.where(total == total, tl.minimum(token, VOCAB - 1), 0)",
+        "tl.minimum(token, VOCAB - 1)",
+        INVALID,
+    ),
+    mutant("logprob below the peak", "sampling", "chosen - peak - tl.log(total)", "chosen - peak", LOGPROBS),
+    mutant("logprob of the logit", "sampling", "chosen - peak - tl.log(total)", "chosen - tl.log(total)", LOGPROBS),
+    mutant(
+        "32-bit row of the token",
+        "sampling",
+        "row * row_stride + token",
+        "row.to(tl.int32) * row_stride + token",
+        FAR_ROWS,
+    ),
+    mutant("parts of the workspace overlap", "sampling", "        start = end\n", "", MANY),
+    mutant(
+        "a short workspace is taken", "sampling", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
+    ),
+]
+MUTANTS = [
+    *NORM_MUTANTS,
+    *SWIGLU_MUTANTS,
+    *ROPE_MUTANTS,
+    *QUANTIZE_MUTANTS,
+    *WEIGHTS_MUTANTS,
+    *FILTERS_MUTANTS,
+    *SAMPLING_MUTANTS,
+]

@@ -58,6 +58,8 @@ def test_a_workspace_holds_anything_before() -> None:
         workspace.fill_(filling)
         for result, value in zip(kernels.sample(logits, *parameters, workspace=workspace), expected, strict=True):
             assert_equal(result, value)
+    with pytest.raises(ValueError, match=r"^workspace has \d+ elements; legal for these logits: at least"):
+        kernels.sample(logits, *parameters, workspace=workspace[:-1])
     few = kernels.sample(logits[:2], *(parameter[:2] for parameter in parameters), workspace=workspace)
     for result, value in zip(few, expected, strict=True):
         assert_equal(result, value[:2])
@@ -147,7 +149,7 @@ def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vo
     """
     draw_always(monkeypatch, 0.0)
     filters = [(1, 1.0, 0.0), (7, 1.0, 0.0), (500, 1.0, 0.0), (3500, 1.0, 0.0), (0, 0.11, 0.0), (0, 0.61, 0.0)]
-    filters += [(0, 0.999, 0.0), (7, 0.6, 0.0), (500, 0.7, 0.0), (3500, 0.9, 0.0), (3500, 0.2, 0.7), (0, 1.0, 0.3)]
+    filters += [(0, 0.999, 0.0), (7, 0.6, 0.0), (500, 0.7, 0.0), (3500, 0.9, 0.0), (3500, 0.9, 0.7), (0, 1.0, 0.3)]
     top_k, top_p, min_p = (list(column) for column in zip(*filters, strict=True))
     logits = (torch.arange(vocab) * step).expand(12, vocab)
     parameters = rows(12, temperature=[1.0, 0.7, 1.3] * 4, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -158,9 +160,12 @@ def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vo
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, 1 - 2**-24])
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, (8 - 7 * 2**-24) / 11, 1 - 2**-24])
 def test_a_number_at_the_edge_of_a_token_is_the_next_ones(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
-    """Half of four programs' tokens have no share, and are not drawn by 0 nor by the largest number."""
+    """Half of four programs' tokens have no share, and are not drawn by 0 nor by the largest number.
+
+    (8 - 7 / 2^24) / 11 times 11 is below 8, but 8 when it is rounded to fp32.
+    """
     draw_always(monkeypatch, number)
     kept = torch.arange(1 << 14).view(4, 2, 2048)[:, 1].flatten()
     logits = torch.full((2, 1 << 14), -math.inf)
@@ -168,6 +173,8 @@ def test_a_number_at_the_edge_of_a_token_is_the_next_ones(monkeypatch: pytest.Mo
     logits[1, kept] = 0.0
     tokens, _ = kernels.sample(logits, *rows(2))
     assert tokens.tolist() == [int(number * (1 << 14)), int(kept[int(number * (1 << 13))])]
+    tokens, _ = kernels.sample(torch.zeros(1, 11), *rows(1))
+    assert tokens.item() == int(number * 11)
 
 
 def reserved(rows: int, stride: int, columns: int, dtype: torch.dtype) -> Tensor:
