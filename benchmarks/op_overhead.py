@@ -49,6 +49,11 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
         "attention_prefill": ((*paged, bounds), scale, {"out": q.clone()}),
         "attention_decode": (paged, scale, {"out": q.clone()}),
         "matmul": ((x, torch.randn(8, dim), None), {}, {"out": torch.empty(tokens, 8)}),
+        "matmul_bf12": (
+            (torch.randn(tokens, 64), *kernels.pack_bf12(torch.randn(8, 64).bfloat16()), None),
+            {},
+            {"out": torch.empty(tokens, 8)},
+        ),
         "embedding": ((positions, torch.randn(vocab, dim)), {}, {"out": x.clone()}),
         "silu_mul": ((x,), {}, {"out": torch.empty(tokens, dim // 2)}),
         "sample": (logits, {}, {"tokens": positions.clone(), "logprobs": zeros.clone()}),

@@ -17,9 +17,10 @@ INTEGERS = (torch.int32, torch.int64)
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
     """ValueError unless `tensor` has the shape and contiguous rows, TypeError unless it has one of the dtypes."""
-    if tensor.shape != shape:
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
         check_shape(name, tensor, shape)
-    check_elements(name, tensor, dtypes)
+        check_dtype(name, tensor, dtypes)
+        check_rows(name, tensor)
 
 
 def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
