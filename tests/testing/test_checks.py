@@ -83,6 +83,13 @@ class TestBounds:
         with checks():
             copy(torch.empty(6), buffer[:, 2:8], 6)
 
+    def test_what_a_view_leaves_out_of_its_middle_dimension(self) -> None:
+        x = torch.randn(2, 3, 8)[:, :2, :4]
+        with pytest.raises(CheckError, match=r"4 of 4 lanes, the first at byte 64, between its elements"), checks():
+            copy(torch.empty(4), x, 4, shift=16)
+        with checks():
+            copy(torch.empty(4), x, 4, shift=24)
+
     @pytest.mark.parametrize(
         "view",
         [
@@ -123,6 +130,17 @@ class TestBounds:
         with pytest.raises(CheckError, match=rf"of x_ptr .*of helped_kernel, {line(helper, 'tl.load')}"), checks():
             helped_kernel[(1,)](torch.empty(8), torch.randn(7), BLOCK=8)
 
+    @pytest.mark.parametrize("kind", ["add", "cas"])
+    def test_an_atomic(self, kind: str) -> None:
+        count = torch.zeros(8, dtype=torch.int32)
+        with checks() as report:
+            count_kernel[(3,)](count, 7, KIND=kind)
+        assert count.tolist() == [0] * 7 + [3 if kind == "add" else 1]
+        assert report.launches[0].updated == {"count_ptr": 12}
+        message = rf"^atomic out of bounds of count_ptr .*of count_kernel, {line(count_kernel, f'tl.atomic_{kind}')}"
+        with pytest.raises(CheckError, match=message), checks():
+            count_kernel[(1,)](count, 8, KIND=kind)
+
     def test_a_loaded_address(self) -> None:
         """In memory that was declared it is checked; elsewhere it is a fault."""
         x, out = torch.randn(8), torch.empty(8)
@@ -136,6 +154,14 @@ class TestBounds:
         message = r"the nearest is memory\[0\] .*: 1 of 8 lanes, .* 4 B past its end"
         with pytest.raises(CheckError, match=message), checks(memory=[x[:7]]):
             table_kernel[(1,)](out, table, BLOCK=8)
+
+
+@triton.jit
+def count_kernel(count_ptr, at, KIND: tl.constexpr):
+    if KIND == "add":
+        tl.atomic_add(count_ptr + at, 1)
+    else:
+        tl.atomic_cas(count_ptr + at, 0, 1)
 
 
 @triton.jit
@@ -185,6 +211,15 @@ def offset_kernel(out_ptr, x_ptr, row, stride, WIDE: tl.constexpr, SANITIZE: tl.
     tl.store(out_ptr, offset.to(tl.int64))
 
 
+@triton.jit
+def step_kernel(x_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
+    x, i = tl.load(x_ptr), tl.arange(0, BLOCK).to(x_ptr.dtype.element_ty)
+    if OP == "add":
+        x += i
+    else:
+        x -= i
+
+
 class TestOverflow:
     def run(self, row: int, wide: bool = False, sanitize: bool = True, **options) -> int:
         out = torch.empty(1, dtype=torch.int64)
@@ -201,6 +236,20 @@ class TestOverflow:
             self.run(1 << 15)
         with pytest.raises(CheckError, match=r"the first is -2147549184"):
             self.run(-(1 << 15) - 1)
+
+    @pytest.mark.parametrize(
+        ("op", "dtype", "last", "message"),
+        [
+            ("add", torch.int32, (1 << 31) - 4, r"^int32 overflow in add: 1 of 4 lanes, the first is 2147483648; "),
+            ("sub", torch.uint8, 3, r"^uint8 overflow in sub: 1 of 4 lanes, the first is -1; "),
+        ],
+    )
+    def test_of_a_sum_and_a_difference(self, op: str, dtype: torch.dtype, last: int, message: str) -> None:
+        with checks():
+            step_kernel[(1,)](torch.tensor([last], dtype=dtype), OP=op, BLOCK=4)
+        beyond = last + (1 if op == "add" else -1)
+        with pytest.raises(CheckError, match=message), checks():
+            step_kernel[(1,)](torch.tensor([beyond], dtype=dtype), OP=op, BLOCK=4)
 
     def test_in_64_bits_there_is_none(self) -> None:
         assert self.run(1 << 15, wide=True) == 1 << 31
@@ -267,6 +316,26 @@ def test_nothing_is_checked_after_the_block() -> None:
     copy(torch.empty(8), torch.randn(8), 8)
     assert report.launches == []
     assert (interpreter._interpreter, interpreter.GridExecutor, interpreter._implicit_cvt) == before
+
+
+# One program owns one row.
+@triton.jit
+def mean_kernel(out_ptr, x_ptr, n, TWICE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + tl.program_id(0) * n + i
+    x = tl.load(x_ptrs, mask=i < n, other=0.0)
+    mean = tl.sum(x, 0) / n
+    if TWICE:
+        x = tl.load(x_ptrs, mask=i < n, other=0.0)
+    tl.store(out_ptr + tl.program_id(0) * n + i, x - mean, mask=i < n)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_second_pass_over_memory_is_counted(twice: bool) -> None:
+    x = torch.randn(3, 100)
+    with checks() as report:
+        mean_kernel[(3,)](torch.empty_like(x), x, 100, TWICE=twice, BLOCK=128)
+    assert (report.bytes_loaded, report.bytes_stored) == (x.nbytes * (1 + twice), x.nbytes)
 
 
 def test_a_forgotten_store_is_poison() -> None:

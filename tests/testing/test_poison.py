@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from fastllama.testing.interpreter import repaired
 from fastllama.testing.poison import noise_, poisoned, surrounded
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -56,3 +59,29 @@ def test_what_is_written_around_a_tensor_is_found() -> None:
     message = r"^memory around a tensor of shape \[2, 5\] was written, in 1 of its rows$"
     with pytest.raises(AssertionError, match=message), surrounded(torch.randn(2, 5), margin=4) as inner:
         inner.as_strided((1,), (1,), 4 + 5).zero_()
+
+
+# One program owns a row, of which HELD columns are read and WRITTEN ones written.
+@triton.jit
+def shift_kernel(out_ptr, x_ptr, stride, HELD: tl.constexpr, WRITTEN: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    x = tl.load(x_ptr + row * stride + i, mask=i < HELD, other=0.0)
+    tl.store(out_ptr + row * stride + i, x - tl.sum(x, 0) / 5, mask=i < WRITTEN)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("held", [5, 6])
+def test_a_mask_forgotten_in_a_load_leaves_a_trace(held: int) -> None:
+    x = torch.randn(3, 5)
+    with repaired(), surrounded(x) as inner, surrounded(x) as out:
+        shift_kernel[(3,)](out, inner, inner.stride(0), HELD=held, WRITTEN=5, BLOCK=8)
+        same = torch.allclose(out, x - x.mean(-1, keepdim=True), atol=1e-6)
+    assert same == (held == 5)
+
+
+@pytest.mark.interpreter
+def test_a_mask_forgotten_in_a_store_is_found() -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(AssertionError, match="was written, in 3 of its rows"), repaired(), surrounded(x) as inner:
+        shift_kernel[(3,)](inner, inner, inner.stride(0), HELD=5, WRITTEN=6, BLOCK=8)
