@@ -22,7 +22,10 @@ SILU = "test_swiglu.py"
 ROPE = "test_rope.py::test_rope"
 PASSED = "test_rope.py::test_what_is_not_rotated_passes_through_whatever_it_is"
 WRITE = "test_rope.py::test_rope_and_write_kv"
-CODES = "test_quantized_pages.py"
+CODES = "test_quantized_pages.py::test_codes_are_the_nearest"
+EVEN = "test_quantized_pages.py::test_ties_go_to_the_even_code"
+TINY = "test_quantized_pages.py::test_a_head_of_zeros_or_of_tiny_values"
+NOT_FINITE = "test_quantized_pages.py::test_what_is_not_finite_reads_back_as_nan_in_its_head_alone"
 FAR = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
 FAR_POOL = "triton/test_launchers.py::test_a_pool_past_two_to_the_31_elements"
 GREEDY = "test_sampling.py::test_greedy_takes_the_first_largest"
@@ -109,12 +112,12 @@ ROPE_MUTANTS = [
 ]
 QUANTIZE_MUTANTS = [
     mutant("codes truncated", "quantize", "(x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)", "x.to(tl.int8)", CODES),
-    mutant("ties upwards", "quantize", "((magnitude >> 20) & 1)", "1", CODES),
-    mutant("no small codes", "quantize", "tl.where(magnitude < (121 << 23), small, normal)", "normal", CODES),
-    mutant("sign lost", "quantize", " | ((bits >> 24) & 0x80)", "", CODES),
+    mutant("ties upwards", "quantize", "((magnitude >> 20) & 1)", "1", EVEN),
+    mutant("no small codes", "quantize", "tl.where(magnitude < (121 << 23), small, normal)", "normal", EVEN),
+    mutant("sign lost", "quantize", " | ((bits >> 24) & 0x80)", "", EVEN),
     mutant("half a head's maximum", "quantize", "tl.maximum(first_bits, second_bits)", "first_bits", CODES),
-    mutant("infinity scaled", "quantize", 'absmax < float("inf")', "absmax > 0.0", CODES),
-    mutant("zeros without a scale", "quantize", "(127 - 100) << 23", "0", CODES),
+    mutant("infinity scaled", "quantize", 'absmax < float("inf")', "absmax > 0.0", NOT_FINITE),
+    mutant("zeros without a scale", "quantize", "(127 - 100) << 23", "0", TINY),
 ]
 WEIGHTS_MUTANTS = [
     mutant("logits past the vocabulary", "weights", "mask=cols < VOCAB", "mask=cols <= VOCAB", STRIDED),

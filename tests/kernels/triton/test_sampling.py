@@ -160,11 +160,11 @@ def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vo
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, (8 - 7 * 2**-24) / 11, 1 - 2**-24])
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, (9 - 2**-24) / 11, 1 - 2**-24])
 def test_a_number_at_the_edge_of_a_token_is_the_next_ones(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
     """Half of four programs' tokens have no share, and are not drawn by 0 nor by the largest number.
 
-    (8 - 7 / 2^24) / 11 times 11 is below 8, but 8 when it is rounded to fp32.
+    (9 - 2^-24) / 11 times 11 is below 9, and 9 when it is rounded to fp32.
     """
     draw_always(monkeypatch, number)
     kept = torch.arange(1 << 14).view(4, 2, 2048)[:, 1].flatten()
