@@ -34,8 +34,23 @@ from benchmarks.registry import Case, cases, toy_cases
 from fastllama.kernels import tuned, tuning
 from fastllama.kernels.device import Device, device_info
 
-OPS = {"norm": "add_rms_norm", "rope": "rope_and_write_kv", "swiglu": "silu_mul", "sample": "sample"}
-VALUES = {"num_warps": (1, 2, 4, 8, 16, 32), "heads": (1, 2, 4, 8, 16, 32), "block": tuple(2**n for n in range(7, 15))}
+OPS = {
+    "norm": "add_rms_norm",
+    "rope": "rope_and_write_kv",
+    "swiglu": "silu_mul",
+    "sample": "sample",
+    "prefill": "attention_prefill",
+    "decode": "attention_decode",
+}
+VALUES = {
+    "num_warps": (1, 2, 4, 8, 16, 32),
+    "heads": (1, 2, 4, 8, 16, 32),
+    "block": tuple(2**n for n in range(7, 15)),
+    "rows": (64, 128),
+    "keys": (32, 64, 128),
+    "split": (256, 512, 1024),
+    "stages": (2, 3, 4),
+}
 LEAST_ELEMENTS, MOST_ELEMENTS = 2, 64  # a thread's share: with less most threads idle, with more registers spill
 WORTH_IT = 1.02
 Asked = tuple[int, ...]  # the values of a family's shape
@@ -59,6 +74,10 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
     """Elements that one program holds."""
     if isinstance(launch, tuning.RopeLaunch):
         return launch.heads * shape["head_dim"]
+    if isinstance(launch, tuning.PrefillLaunch):
+        return launch.rows * shape["head_dim"]
+    if isinstance(launch, tuning.DecodeLaunch):
+        return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
     return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
 
 

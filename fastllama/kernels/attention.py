@@ -18,12 +18,14 @@ _VARLEN = Op(
     "bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     reference=reference.attention_varlen,
     cpu=cpu.attention_varlen,
+    triton="prefill:attention_varlen",
 )
 _PREFILL = Op(
     "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, float scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
+    triton="prefill:attention_prefill",
 )
 _DECODE = Op(
     "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, float scale, "
@@ -31,6 +33,7 @@ _DECODE = Op(
     reference=reference.attention_decode,
     cpu=cpu.attention_decode,
     numba="attention:attention_decode",
+    triton="decode:attention_decode",
 )
 
 

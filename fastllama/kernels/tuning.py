@@ -58,7 +58,30 @@ class SampleLaunch:
     num_warps: int
 
 
-Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch
+@dataclass(frozen=True)
+class PrefillLaunch:
+    """attention_varlen and attention_prefill: one program for `rows` queries of a head, against `keys` keys at a time.
+
+    Both are powers of two, at least 16. stages: tiles of keys on their way at once.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """attention_decode: one program for `split` keys of a sequence, `keys` at a time; split is a multiple of keys."""
+
+    keys: int
+    split: int
+    stages: int
+    num_warps: int
+
+
+Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch
 
 
 @dataclass(frozen=True)
@@ -103,11 +126,38 @@ def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Sampl
     return SampleLaunch(block, _warps(device, block // 16))
 
 
+def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int) -> PrefillLaunch:
+    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit."""
+    width = max(power_of_2(head_dim), 16)
+    for rows, keys, stages in ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1)):
+        num_warps = 8 if rows == 128 else 4
+        registers = rows * width // (num_warps * device.warp_size)
+        if registers <= 64 and _fits(device, rows, keys, stages, width * itemsize):
+            break
+    return PrefillLaunch(rows, keys, stages, num_warps)
+
+
+def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
+    """Tiles of 64 keys where they fit, and splits of 512: eight programs for a head's 4096 tokens."""
+    width = max(power_of_2(head_dim), 16) * itemsize
+    for keys, stages in ((64, 3), (64, 2), (32, 2), (16, 2), (16, 1)):
+        if _fits(device, max(power_of_2(queries), 16), keys, stages, width):
+            break
+    return DecodeLaunch(keys, 512, stages, 4)
+
+
+def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
+    """Whether a tile of queries and `stages` tiles of keys and of values are within shared memory."""
+    return (rows + 2 * stages * keys) * row_bytes <= device.shared_memory
+
+
 FAMILIES = {
     "norm": Family(NormLaunch, ("size", "itemsize"), norm_heuristic),
     "rope": Family(RopeLaunch, ("rows", "heads", "head_dim", "itemsize"), rope_heuristic),
     "swiglu": Family(SwigluLaunch, ("rows", "size", "itemsize"), swiglu_heuristic),
     "sample": Family(SampleLaunch, ("vocab_size", "itemsize"), sample_heuristic),
+    "prefill": Family(PrefillLaunch, ("head_dim", "itemsize"), prefill_heuristic),
+    "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
 }
 
 
@@ -129,6 +179,16 @@ def swiglu(device: torch.device, *, rows: int, size: int, itemsize: int) -> Swig
 def sample(device: torch.device, *, vocab_size: int, itemsize: int) -> SampleLaunch:
     """The launch for logits of `itemsize` bytes."""
     return cast(SampleLaunch, _launch("sample", device, vocab_size, itemsize))
+
+
+def prefill(device: torch.device, *, head_dim: int, itemsize: int) -> PrefillLaunch:
+    """The launch for queries, keys and values of `head_dim` elements of `itemsize` bytes."""
+    return cast(PrefillLaunch, _launch("prefill", device, head_dim, itemsize))
+
+
+def decode(device: torch.device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
+    """The launch for so many queries of one key head: those of one sequence, of all the head's query heads."""
+    return cast(DecodeLaunch, _launch("decode", device, queries, head_dim, itemsize))
 
 
 def user_folder(device: Device) -> Path:

@@ -11,9 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllama.kernels import reference
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, double, on_cpu, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, on_cpu, public
 
 HEADS = {"MHA": (3, 3), "GQA 4": (8, 2), "GQA 8": (8, 1), "MQA": (5, 1)}
+OPS = ("attention_varlen", "attention_prefill", "attention_decode")
+everywhere = pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        *((op, each) for op in OPS for each in on_cpu(op)),
+        *(pytest.param(op, "triton", marks=pytest.mark.interpreter) for op in OPS),
+    ],
+)
 # HND: a page of one head is contiguous, as our cache has it. NHD: a token is, as drop-in callers have it.
 PAGES = [(5, "HND"), (16, "NHD"), (64, "HND")]
 
@@ -157,7 +165,7 @@ def test_the_paged_references_are_the_definition(heads: str, queries: int) -> No
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("attention_varlen"))
+@pytest.mark.parametrize("backend", backends("attention_varlen"))
 def test_varlen(backend: str, dtype: torch.dtype, heads: str, causal: bool) -> None:
     batch = packed([1, 17, 33, 4, 0, 3], [40, 17, 50, 2, 7, 0], heads, dtype)
     cu = (bounds(batch.queries), bounds(batch.lengths))
@@ -169,7 +177,7 @@ def test_varlen(backend: str, dtype: torch.dtype, heads: str, causal: bool) -> N
 @pytest.mark.parametrize(("page_size", "order"), PAGES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("attention_decode"))
+@pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_decode(backend: str, dtype: torch.dtype, heads: str, page_size: int, order: str) -> None:
     lengths = lengths_for(page_size)
     batch = packed([1] * len(lengths), lengths, heads, dtype)
@@ -183,7 +191,7 @@ def test_decode(backend: str, dtype: torch.dtype, heads: str, page_size: int, or
 @pytest.mark.parametrize(("page_size", "order"), PAGES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("attention_prefill"))
+@pytest.mark.parametrize("backend", backends("attention_prefill"))
 def test_prefill(backend: str, dtype: torch.dtype, heads: str, page_size: int, order: str) -> None:
     """Whole prompts, chunks behind a cached prefix, single tokens, padding, and rows of no sequence at the end."""
     lengths = lengths_for(page_size)
@@ -202,7 +210,7 @@ def test_prefill(backend: str, dtype: torch.dtype, heads: str, page_size: int, o
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("attention_decode"))
+@pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_decode_of_several_queries(backend: str, dtype: torch.dtype) -> None:
     """Verifying drafts: the last three tokens of each sequence, causal; more queries than tokens see what there is."""
     lengths = [3, 20, 64, 2, 0]
@@ -213,10 +221,7 @@ def test_decode_of_several_queries(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [1, 10, 128])
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [(op, each) for op in ("attention_varlen", "attention_prefill", "attention_decode") for each in on_cpu(op)],
-)
+@everywhere
 def test_head_dimensions(op: str, backend: str, head_dim: int) -> None:
     lengths = [9, 33]
     queries = [1, 1] if op == "attention_decode" else [9, 12]
@@ -265,7 +270,7 @@ def test_pages_that_are_not_there_are_an_error(op: str, backend: str, trouble: s
         public(op, backend)(*args, *extra)
 
 
-@pytest.mark.parametrize("backend", on_cpu("attention_decode"))
+@pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_a_sequence_does_not_depend_on_the_others(backend: str) -> None:
     lengths = [9, 70, 33]
     batch = packed([1] * 3, lengths, "GQA 8", torch.bfloat16)
@@ -278,10 +283,7 @@ def test_a_sequence_does_not_depend_on_the_others(backend: str) -> None:
         assert_equal(alone, together[row])
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [(op, each) for op in ("attention_varlen", "attention_prefill", "attention_decode") for each in on_cpu(op)],
-)
+@everywhere
 def test_strided_queries_scale_and_outputs(op: str, backend: str) -> None:
     """q is a slice of a fused projection and out a slice of a wider buffer, whose other columns are left alone."""
     lengths = [6, 21, 1]
@@ -306,10 +308,7 @@ def test_strided_queries_scale_and_outputs(op: str, backend: str) -> None:
     assert (buffer[:, [0, 9]] == 7.0).all()
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [(op, each) for op in ("attention_varlen", "attention_prefill", "attention_decode") for each in on_cpu(op)],
-)
+@everywhere
 def test_nothing_to_do(op: str, backend: str) -> None:
     """No tokens and no sequences, and sequences that all are empty."""
     for queries in ([], [0, 0]):
@@ -326,7 +325,7 @@ def test_nothing_to_do(op: str, backend: str) -> None:
         assert lse.shape == (0, 8)
 
 
-@pytest.mark.parametrize("backend", on_cpu("attention_decode"))
+@pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_scores_far_apart_and_far_from_zero(backend: str) -> None:
     """Scores of +-1e4: one key takes all, and the log-sum-exp is its score."""
     q = torch.full((1, 1, 4), 100.0)
@@ -341,7 +340,7 @@ def test_scores_far_apart_and_far_from_zero(backend: str) -> None:
 
 
 @pytest.mark.parametrize("broken", ["q", "k", "v"])
-@pytest.mark.parametrize("backend", on_cpu("attention_decode"))
+@pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_nan_is_not_hidden(backend: str, broken: str) -> None:
     """A NaN of the sequence's own reaches its output, and no other sequence's."""
     batch = packed([1, 1], [9, 9], "MHA")

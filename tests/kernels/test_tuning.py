@@ -32,9 +32,9 @@ devices = st.sampled_from(DEVICES)
 
 
 def assert_legal(device: Device, launch: Any) -> None:
-    for value in dataclasses.asdict(launch).values():
+    for name, value in dataclasses.asdict(launch).items():
         assert value >= 1
-        assert value & (value - 1) == 0
+        assert value & (value - 1) == 0 or name == "stages"
     assert launch.num_warps * device.warp_size <= tuning.MAX_THREADS
 
 
@@ -82,7 +82,28 @@ class TestHeuristics:
         many = tuning.rope_heuristic(H200, rows=8192, heads=96, head_dim=128, itemsize=2)
         assert (alone, many) == (tuning.RopeLaunch(4, 1), tuning.RopeLaunch(16, 4))
 
-    @pytest.mark.parametrize("name", ["norm", "sample"])
+    @given(devices, st.integers(1, 256), itemsizes)
+    def test_prefill(self, device: Device, head_dim: int, itemsize: int) -> None:
+        launch = tuning.prefill_heuristic(device, head_dim=head_dim, itemsize=itemsize)
+        assert_legal(device, launch)
+        assert min(launch.rows, launch.keys) >= 16
+        width = max(tuning.power_of_2(head_dim), 16) * itemsize
+        assert (launch.rows + 2 * launch.stages * launch.keys) * width <= device.shared_memory or launch.rows == 16
+
+    @given(devices, st.integers(1, 64), st.integers(1, 256), itemsizes)
+    def test_decode(self, device: Device, queries: int, head_dim: int, itemsize: int) -> None:
+        launch = tuning.decode_heuristic(device, queries=queries, head_dim=head_dim, itemsize=itemsize)
+        assert_legal(device, launch)
+        assert launch.split % launch.keys == 0
+
+    def test_attention_of_llama_2(self) -> None:
+        assert tuning.prefill_heuristic(H200, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 64, 3, 8)
+        assert tuning.prefill_heuristic(MI300X, head_dim=128, itemsize=2) == tuning.PrefillLaunch(64, 32, 2, 4)
+        for queries in (1, 8):
+            decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
+            assert decode == tuning.DecodeLaunch(64, 512, 3, 4)
+
+    @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode"])
     def test_what_sums_does_not_know_the_batch(self, name: str) -> None:
         """Another number of threads is another order of summation: a request's numbers would depend on its company."""
         assert "rows" not in tuning.FAMILIES[name].shape

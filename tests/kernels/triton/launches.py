@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.device import Device
+from fastllama.kernels.triton import decode as decode_kernels
 from fastllama.kernels.triton import norm as norm_kernels
+from fastllama.kernels.triton import prefill as prefill_kernels
 from fastllama.kernels.triton import rope as rope_kernels
 from fastllama.kernels.triton import sampling as sampling_kernels
 from fastllama.kernels.triton import swiglu as swiglu_kernels
@@ -165,5 +167,32 @@ def sampling() -> Iterator[Shipped]:
         yield Shipped(f"sample V={vocab} {SHORT[dtype]}", partial(sample, vocab, dtype), besides=chosen)
 
 
-FAMILIES = {"norm": norm, "rope": rope, "swiglu": swiglu, "sampling": sampling}
+def attention() -> Iterator[Shipped]:
+    """64 sequences of 32 pages at most. Lengths, bounds and page ids are loads by themselves."""
+
+    def decode(model: Model, dtype: torch.dtype, max_pages: int, queries: int) -> None:
+        q = meta(64 * queries, model.heads, model.head_dim, dtype=dtype)
+        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=dtype)
+        table, lengths = meta(64, max_pages, dtype=torch.int32), meta(64, dtype=torch.int32)
+        decode_kernels.attention_decode(q, pages, pages, table, lengths, 0.1, q, None)
+
+    def prefill(model: Model, dtype: torch.dtype) -> None:
+        q = meta(8192, model.heads, model.head_dim, dtype=dtype)
+        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=dtype)
+        table, lengths, cu = meta(64, 32, dtype=torch.int32), meta(64, dtype=torch.int32), meta(65, dtype=torch.int32)
+        prefill_kernels.attention_prefill(q, pages, pages, table, lengths, cu, 0.1, q, None)
+
+    def varlen(model: Model, dtype: torch.dtype) -> None:
+        q, k = (meta(8192, heads, model.head_dim, dtype=dtype) for heads in (model.heads, model.kv_heads))
+        cu = meta(65, dtype=torch.int32)
+        prefill_kernels.attention_varlen(q, k, k, cu, cu, 0.1, True, q, None)
+
+    for model in (MODELS[0], MODELS[2]):
+        yield Shipped(f"attention_decode {model.name} bf16, split", partial(decode, model, BF16, 64, 1))
+        yield Shipped(f"attention_prefill {model.name} bf16", partial(prefill, model, BF16))
+    yield Shipped("attention_decode 70B bf16, 4 queries", partial(decode, MODELS[2], BF16, 8, 4))
+    yield Shipped("attention_varlen 7B fp16", partial(varlen, MODELS[0], FP16))
+
+
+FAMILIES = {"norm": norm, "rope": rope, "swiglu": swiglu, "sampling": sampling, "attention": attention}
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

@@ -19,7 +19,8 @@ from tests.kernels.honest import assert_equal, public
 from tests.kernels.test_compile import OUTPUTS, copy, same
 from tests.kernels.test_rope import cache
 
-OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul"]
+ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
+OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul", *ATTENTION]
 every_op = pytest.mark.parametrize("op", OURS)
 FAR = 1 << 30  # elements; two of it are more than int32 counts
 
@@ -68,7 +69,8 @@ def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, nam
 @pytest.mark.usefixtures("_bound")
 @every_op
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, tuple(arguments(op).values()))
+    lse = [None] if op in ATTENTION else []
+    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, (*arguments(op).values(), *lse))
 
 
 @pytest.mark.interpreter
@@ -118,6 +120,9 @@ def far_rows(values: Tensor) -> Tensor:
         ("rope", "k_out"),
         ("rope_and_write_kv", "qkv"),
         ("rope_and_write_kv", "q_out"),
+        *((op, name) for op in ATTENTION for name in ("q", "out")),
+        ("attention_varlen", "k"),
+        ("attention_varlen", "v"),
     ],
 )
 def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
@@ -128,6 +133,20 @@ def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
     expected, far = copy(given), copy(given)
     far[name] = far_rows(given[name])
     same(run(**far), run(**expected))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_lazy_memory")
+@pytest.mark.parametrize("name", ["k_pages", "v_pages"])
+@pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
+def test_pages_past_two_to_the_31_elements_are_read(op: str, name: str) -> None:
+    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    pages = given[name]
+    apart = (2 * FAR + 64) // (pages.shape[0] - 1)
+    buffer = torch.empty(apart * (pages.shape[0] - 1) + pages[0].numel(), dtype=pages.dtype)
+    far = buffer.as_strided(pages.shape, (apart, *pages[0].stride())).copy_(pages)
+    run = public(op, "triton")
+    same(run(**copy(given) | {name: far}), run(**copy(given)))
 
 
 @pytest.mark.interpreter

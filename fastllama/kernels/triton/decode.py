@@ -1,0 +1,211 @@
+"""attention_decode in Triton: each sequence's keys split over programs at fixed lengths, then the parts combined.
+
+A split's length depends on neither the batch nor the sequence, so neither does the order in which a request's numbers
+are added. Source: Dao et al., Flash-Decoding (2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels import tuning
+from fastllama.kernels.checks import check_kernel_dtype
+from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend_causally
+
+
+# One program owns one split of one key head of one sequence, with all queries of all its heads.
+@triton.jit
+def decode_kernel(
+    q_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    page_table_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    lse_ptr,
+    scale_log2,
+    q_token_stride,
+    k_page_stride,
+    v_page_stride,
+    k_token_stride,
+    v_token_stride,
+    out_token_stride,
+    page_table_stride,
+    Q_HEAD_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    OUT_HEAD_STRIDE: tl.constexpr,
+    LSE_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    k_len = tl.load(seq_lens_ptr + seq)
+    first = split * SPLIT
+    # The first split also writes what padding gives: zeros.
+    if (first < k_len) | (split == 0):
+        last = tl.minimum(first + SPLIT, k_len)
+        packed = tl.arange(0, BLOCK_M)  # [M], queries of one head after another
+        query, head = packed % QUERIES, kv_head * GROUP + packed // QUERIES
+        row = seq * QUERIES + query
+        used = packed < QUERIES * GROUP
+        dim = tl.arange(0, BLOCK_D)  # [D]
+        mask = used[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
+        q_offsets = row[:, None] * q_token_stride + head[:, None] * Q_HEAD_STRIDE + dim[None, :]
+        acc, peak, total = attend_causally(
+            tl.load(q_ptr + q_offsets, mask=mask, other=0.0),
+            k_len - QUERIES + 1 + query,
+            tl.minimum(last, k_len - QUERIES + 1),
+            first,
+            last,
+            k_len,
+            scale_log2,
+            k_pages_ptr + kv_head.to(tl.int64) * K_HEAD_STRIDE,
+            v_pages_ptr + kv_head.to(tl.int64) * V_HEAD_STRIDE,
+            page_table_ptr + seq * page_table_stride,
+            k_page_stride,
+            v_page_stride,
+            k_token_stride,
+            v_token_stride,
+            HEAD_DIM,
+            PAGE_SIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            STAGES,
+        )
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        to = row[:, None] * out_token_stride + head[:, None] * OUT_HEAD_STRIDE + split * HEAD_DIM + dim[None, :]
+        tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=mask)
+        if lse_ptr is not None:
+            lse = (peak + tl.log2(total)) * LN_2
+            tl.store(lse_ptr + (row * tl.num_programs(1) * GROUP + head) * LSE_STRIDE + split, lse, mask=used)
+
+
+# One program owns one query of one head.
+@triton.jit
+def combine_kernel(
+    parts_ptr,
+    part_lses_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    lse_ptr,
+    out_token_stride,
+    OUT_HEAD_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = row * tl.num_programs(1) + head
+    used = tl.maximum(tl.cdiv(tl.load(seq_lens_ptr + row // QUERIES), SPLIT), 1)
+    every = tl.arange(0, SPLITS_BLOCK)
+    lses = tl.load(part_lses_ptr + at * SPLITS + every, mask=every < used, other=float("-inf"))  # [SPLITS_BLOCK]
+    peak = tl.max(lses, 0)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(lses - base), 0)
+    dim = tl.arange(0, BLOCK_D)  # [D]
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, used, STEP):
+        split = start + tl.arange(0, STEP)  # [STEP]
+        inside = split < used
+        lse = tl.load(part_lses_ptr + at * SPLITS + split, mask=inside, other=float("-inf"))
+        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        parts = tl.load(parts_ptr + (at * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        acc += tl.sum(parts * tl.exp(lse - base)[:, None], 0)
+    result = acc / tl.where(total == 0, 1.0, total)
+    out_ptrs = out_ptr + row * out_token_stride + head * OUT_HEAD_STRIDE + dim
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + at, peak + tl.log(total))
+
+
+def attention_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """See kernels.attention_decode."""
+    check_kernel_dtype("q", q)
+    rows, num_heads, head_dim = q.shape
+    if not rows:
+        return
+    num_seqs, max_pages = page_table.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    queries, group = rows // num_seqs, num_heads // num_kv_heads
+    launch = tuning.decode(q.device, queries=queries * group, head_dim=head_dim, itemsize=q.element_size())
+    splits = max(tuning.ceil_div(max_pages * page_size, launch.split), 1)
+    block_d = max(tuning.power_of_2(head_dim), 16)
+    parts, part_lses = out, lse
+    if splits > 1:
+        parts = torch.empty(rows, num_heads, splits * head_dim, dtype=torch.float32, device=q.device)
+        part_lses = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=q.device)
+    decode_kernel[(num_seqs, num_kv_heads, splits)](
+        q_ptr=q,
+        k_pages_ptr=k_pages,
+        v_pages_ptr=v_pages,
+        page_table_ptr=page_table,
+        seq_lens_ptr=seq_lens,
+        out_ptr=parts,
+        lse_ptr=part_lses,
+        scale_log2=scale * LOG2_E,
+        q_token_stride=q.stride(0),
+        k_page_stride=k_pages.stride(0),
+        v_page_stride=v_pages.stride(0),
+        k_token_stride=k_pages.stride(2),
+        v_token_stride=v_pages.stride(2),
+        out_token_stride=parts.stride(0),
+        page_table_stride=page_table.stride(0),
+        Q_HEAD_STRIDE=q.stride(1),
+        K_HEAD_STRIDE=k_pages.stride(1),
+        V_HEAD_STRIDE=v_pages.stride(1),
+        OUT_HEAD_STRIDE=parts.stride(1),
+        LSE_STRIDE=splits,
+        QUERIES=queries,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        SPLIT=launch.split,
+        BLOCK_M=max(tuning.power_of_2(queries * group), 16),
+        BLOCK_N=launch.keys,
+        BLOCK_D=block_d,
+        STAGES=launch.stages,
+        num_warps=launch.num_warps,
+    )
+    if splits > 1:
+        combine_kernel[(rows, num_heads)](
+            parts_ptr=parts,
+            part_lses_ptr=part_lses,
+            seq_lens_ptr=seq_lens,
+            out_ptr=out,
+            lse_ptr=lse,
+            out_token_stride=out.stride(0),
+            OUT_HEAD_STRIDE=out.stride(1),
+            QUERIES=queries,
+            HEAD_DIM=head_dim,
+            SPLIT=launch.split,
+            SPLITS=splits,
+            SPLITS_BLOCK=tuning.power_of_2(splits),
+            BLOCK_D=block_d,
+            STEP=8,
+            num_warps=4,
+        )

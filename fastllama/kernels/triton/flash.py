@@ -1,0 +1,177 @@
+"""The body that every attention kernel shares: one tile of queries against tiles of keys, with an online softmax.
+
+Scores are kept times log2(e), so that one exp2 is each weight. Source: Dao, FlashAttention-2 (2023); Milakov and
+Gimelshein, Online normalizer calculation for softmax (2018).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _softmax_step(scores, acc, peak, total):
+    """Weights [M, N] of a tile of scores, and the running state with the tile's peak in it."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))  # [M]
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(peak - base)
+    return weights, acc * fade[:, None], new_peak, total * fade + tl.sum(weights, 1)
+
+
+@triton.jit
+def _pages(page_table_ptr, start, k_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of a tile's tokens: one where no tile crosses pages, else one for each token [N]; 0 past the end."""
+    if PAGE_SIZE == 0:
+        pages = tl.full([], 0, tl.int64)
+    elif PAGE_SIZE % BLOCK_N == 0:
+        pages = tl.load(page_table_ptr + start // PAGE_SIZE, mask=start < k_len, other=0).to(tl.int64)
+    else:
+        tokens = start + tl.arange(0, BLOCK_N)  # [N]
+        pages = tl.load(page_table_ptr + tokens // PAGE_SIZE, mask=tokens < k_len, other=0).to(tl.int64)
+    return pages
+
+
+@triton.jit
+def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
+    """Where tokens [N] of a sequence lie, from its first key or from the pool on."""
+    if PAGE_SIZE == 0:
+        return tokens.to(tl.int64) * token_stride
+    return pages * page_stride + (tokens % PAGE_SIZE).to(tl.int64) * token_stride
+
+
+@triton.jit
+def attend(
+    q,
+    visible,
+    acc,
+    peak,
+    total,
+    first,
+    last,
+    k_len,
+    scale_log2,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    k_page_stride,
+    v_page_stride,
+    k_token_stride,
+    v_token_stride,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
+
+    Not MASKED: every row sees them all, and they are whole tiles. PAGE_SIZE 0: keys lie one after another.
+    """
+    dim = tl.arange(0, BLOCK_D)  # [D]
+    pages = _pages(page_table_ptr, first, k_len, PAGE_SIZE, BLOCK_N)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        tokens = start + tl.arange(0, BLOCK_N)  # [N]
+        k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
+        v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
+        # Carried from one tile to the next: as a load in front of these it would take stages of the pipeline from them.
+        pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
+        if MASKED:
+            inside = (tokens < k_len)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]
+            k = tl.load(k_ptrs, mask=inside, other=0.0)
+            v = tl.load(v_ptrs, mask=inside, other=0.0)
+        elif BLOCK_D != HEAD_DIM:
+            k = tl.load(k_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+        if MASKED:
+            scores = tl.where(tokens[None, :] < visible[:, None], scores, float("-inf"))
+        weights, acc, peak, total = _softmax_step(scores, acc, peak, total)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
+    return acc, peak, total
+
+
+@triton.jit
+def attend_causally(
+    q,
+    visible,
+    whole,
+    first,
+    last,
+    k_len,
+    scale_log2,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    k_page_stride,
+    v_page_stride,
+    k_token_stride,
+    v_token_stride,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`attend` from nothing: without masks while every row sees whole tiles, up to token `whole`, with masks behind."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    edge = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
+    acc, peak, total = attend(
+        q,
+        visible,
+        acc,
+        peak,
+        total,
+        first,
+        edge,
+        k_len,
+        scale_log2,
+        k_ptr,
+        v_ptr,
+        page_table_ptr,
+        k_page_stride,
+        v_page_stride,
+        k_token_stride,
+        v_token_stride,
+        HEAD_DIM,
+        PAGE_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        STAGES,
+        False,
+    )
+    return attend(
+        q,
+        visible,
+        acc,
+        peak,
+        total,
+        edge,
+        last,
+        k_len,
+        scale_log2,
+        k_ptr,
+        v_ptr,
+        page_table_ptr,
+        k_page_stride,
+        v_page_stride,
+        k_token_stride,
+        v_token_stride,
+        HEAD_DIM,
+        PAGE_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        STAGES,
+        True,
+    )

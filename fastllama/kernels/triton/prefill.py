@@ -1,0 +1,210 @@
+"""attention_varlen and attention_prefill in Triton: one kernel, keys and values one after another or in pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels import tuning
+from fastllama.kernels.checks import check_kernel_dtype
+from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend_causally
+
+
+@triton.jit
+def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
+    """The block at which a sequence's begin: each has at most one more than its rows fill, so they do not overlap."""
+    return tl.load(cu_seqlens_q_ptr + seq) // BLOCK_M + seq
+
+
+# One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
+@triton.jit
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    k_bounds_ptr,
+    page_table_ptr,
+    num_seqs,
+    num_rows,
+    scale_log2,
+    q_token_stride,
+    k_page_stride,
+    v_page_stride,
+    k_token_stride,
+    v_token_stride,
+    out_token_stride,
+    page_table_stride,
+    Q_HEAD_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    OUT_HEAD_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    seq, high = 0, num_seqs
+    while seq < high:
+        middle = (seq + high + 1) // 2
+        before = _first_block(cu_seqlens_q_ptr, middle, BLOCK_M) <= block
+        seq = tl.where(before, middle, seq)
+        high = tl.where(before, high, middle - 1)
+    exists = seq < num_seqs
+    begin = tl.load(cu_seqlens_q_ptr + seq)
+    end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows)
+    first_row = begin + (block - _first_block(cu_seqlens_q_ptr, seq, BLOCK_M)) * BLOCK_M
+    if first_row < end:
+        k_start = tl.full([], 0, tl.int32)
+        k_len = tl.load(k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)
+        if PAGE_SIZE == 0:
+            k_start = tl.load(k_bounds_ptr + seq, mask=exists, other=0)
+            k_len -= k_start
+        row = first_row + tl.arange(0, BLOCK_M)  # [M]
+        if CAUSAL:
+            ahead = k_len - end + 1  # row r sees keys up to this many more
+            visible = tl.minimum(tl.maximum(row + ahead, 0), k_len)  # [M]
+            whole = tl.minimum(tl.maximum(first_row + ahead, 0), k_len)
+            last = tl.minimum(tl.maximum(tl.minimum(first_row + BLOCK_M, end) - 1 + ahead, 0), k_len)
+        else:
+            visible = tl.zeros([BLOCK_M], tl.int32) + k_len
+            whole = k_len
+            last = k_len
+        dim = tl.arange(0, BLOCK_D)  # [D]
+        mask = (row < end)[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
+        offsets = row.to(tl.int64)[:, None]
+        q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
+        kv_head = (head // GROUP).to(tl.int64)
+        acc, peak, total = attend_causally(
+            q,
+            visible,
+            whole,
+            0,
+            last,
+            k_len,
+            scale_log2,
+            k_ptr + k_start.to(tl.int64) * k_token_stride + kv_head * K_HEAD_STRIDE,
+            v_ptr + k_start.to(tl.int64) * v_token_stride + kv_head * V_HEAD_STRIDE,
+            page_table_ptr + tl.cast(seq, tl.int64) * page_table_stride,
+            k_page_stride,
+            v_page_stride,
+            k_token_stride,
+            v_token_stride,
+            HEAD_DIM,
+            PAGE_SIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            STAGES,
+        )
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gives 0
+        out_ptrs = out_ptr + offsets * out_token_stride + head * OUT_HEAD_STRIDE + dim[None, :]
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * LN_2, mask=row < end)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """See kernels.attention_varlen."""
+    strides = {"k_page_stride": 0, "v_page_stride": 0, "k_token_stride": k.stride(0), "v_token_stride": v.stride(0)}
+    heads = {"K_HEAD_STRIDE": k.stride(1), "V_HEAD_STRIDE": v.stride(1)}
+    _launch(q, k, v, cu_seqlens_q, cu_seqlens_k, None, scale, causal, out, lse, **strides, **heads)
+
+
+def attention_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """See kernels.attention_prefill."""
+    _launch(
+        q,
+        k_pages,
+        v_pages,
+        cu_seqlens_q,
+        seq_lens,
+        page_table,
+        scale,
+        True,
+        out,
+        lse,
+        k_page_stride=k_pages.stride(0),
+        v_page_stride=v_pages.stride(0),
+        k_token_stride=k_pages.stride(2),
+        v_token_stride=v_pages.stride(2),
+        K_HEAD_STRIDE=k_pages.stride(1),
+        V_HEAD_STRIDE=v_pages.stride(1),
+    )
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor | None,
+    **strides: int,
+) -> None:
+    check_kernel_dtype("q", q)
+    num_rows, num_heads, head_dim = q.shape
+    if not num_rows:
+        return
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size())
+    prefill_kernel[(num_rows // launch.rows + num_seqs + 1, num_heads)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        k_bounds_ptr=k_bounds,
+        page_table_ptr=k_bounds if page_table is None else page_table,
+        num_seqs=num_seqs,
+        num_rows=num_rows,
+        scale_log2=scale * LOG2_E,
+        q_token_stride=q.stride(0),
+        out_token_stride=out.stride(0),
+        page_table_stride=0 if page_table is None else page_table.stride(0),
+        Q_HEAD_STRIDE=q.stride(1),
+        OUT_HEAD_STRIDE=out.stride(1),
+        GROUP=num_heads // k.shape[1],
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=0 if page_table is None else k.shape[2],
+        CAUSAL=causal,
+        BLOCK_M=launch.rows,
+        BLOCK_N=launch.keys,
+        BLOCK_D=max(tuning.power_of_2(head_dim), 16),
+        STAGES=launch.stages,
+        num_warps=launch.num_warps,
+        **strides,
+    )

@@ -1,0 +1,107 @@
+"""What only the Triton attention kernels have: splits and their sum, blocks of queries, tiles that cross pages."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastllama.kernels import tuning
+from tests.kernels.honest import assert_equal, public
+from tests.kernels.test_attention import HEADS, Packed, assert_both_honest, bounds, packed, paged
+
+pytestmark = pytest.mark.interpreter
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SPLIT = tuning.decode(torch.device("cpu"), queries=1, head_dim=16, itemsize=4).split
+decode, prefill = public("attention_decode", "triton"), public("attention_prefill", "triton")
+varlen = public("attention_varlen", "triton")
+
+
+def tables(batch: Packed, page_size: int) -> tuple[Tensor, ...]:
+    cache = paged(batch, page_size)
+    return cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens
+
+
+@pytest.mark.parametrize(("queries", "heads", "dtype"), [(1, "GQA 8", BF16), (3, "MHA", FP32)])
+def test_splits_around_their_edges(queries: int, heads: str, dtype: torch.dtype) -> None:
+    """Lengths of one split, of two, either side, and none; the last queries may lie in different splits."""
+    lengths = [SPLIT - 1, SPLIT, SPLIT + 1, SPLIT + 2, 2 * SPLIT + 77, 3, 0]
+    batch = packed([queries] * len(lengths), lengths, heads, dtype)
+    args = (batch.q, *tables(batch, 64))
+    out, lse = decode(*args, return_lse=True)
+    assert_both_honest((out, lse), batch)
+    assert_equal(decode(*args), out)
+
+
+def test_a_split_sequence_does_not_depend_on_the_others() -> None:
+    """Nor on the width of the page table, nor on which pages it got: bit for bit."""
+    lengths = [9, 2 * SPLIT + 5, SPLIT]
+    batch = packed([1] * 3, lengths, "GQA 8", BF16)
+    together = decode(batch.q, *tables(batch, 64))
+    k, v = batch.k[9 : 9 + lengths[1]], batch.v[9 : 9 + lengths[1]]
+    alone = Packed(batch.q[1:2], k, v, [1], lengths[1:2])
+    assert_equal(decode(alone.q, *tables(alone, 64)), together[1:2])
+    *pages, table, seq_lens = tables(alone, 64)
+    wide = torch.nn.functional.pad(table, (0, 40))
+    assert_equal(decode(alone.q, *pages, wide, seq_lens), together[1:2])
+
+
+@pytest.mark.parametrize("chunk", [7, 33])
+def test_a_prompt_in_chunks_is_the_prompt_in_one(chunk: int) -> None:
+    """Bit for bit, wherever blocks of queries begin."""
+    length = 70
+    batch = packed([length], [length], "GQA 4", BF16)
+    *pages, table, _ = tables(batch, 16)
+    whole = prefill(batch.q, *pages, table, torch.tensor([length], dtype=torch.int32), bounds([length]))
+    parts = []
+    for start in range(0, length, chunk):
+        q = batch.q[start : start + chunk]
+        seen = torch.tensor([start + q.shape[0]], dtype=torch.int32)
+        parts.append(prefill(q, *pages, table, seen, bounds([q.shape[0]])))
+    assert_equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages_are_keys_in_a_row(page_size: int) -> None:
+    """Paged and contiguous keys give the same numbers, bit for bit."""
+    batch = packed([5, 40], [90, 40], "GQA 4", BF16)
+    cu = (bounds(batch.queries), bounds(batch.lengths))
+    assert_equal(prefill(batch.q, *tables(batch, page_size), cu[0]), varlen(batch.q, batch.k, batch.v, *cu))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_head_dimensions_of_models(head_dim: int) -> None:
+    batch = packed([2, 1], [40, 19], "GQA 4", BF16, head_dim)
+    assert_both_honest(prefill(batch.q, *tables(batch, 16), bounds(batch.queries), return_lse=True), batch)
+    batch = packed([1, 1], [40, 19], "GQA 4", BF16, head_dim)
+    assert_both_honest(decode(batch.q, *tables(batch, 16), return_lse=True), batch)
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=5),
+    st.sampled_from(list(HEADS)),
+    st.integers(1, 33),
+    st.booleans(),
+)
+def test_any_batch(sizes: list[tuple[int, int]], heads: str, page_size: int, causal: bool) -> None:
+    """Queries and cached tokens before them, in any number, in pages of any size."""
+    queries, lengths = [new for new, _ in sizes], [new + old for new, old in sizes]
+    batch = packed(queries, lengths, heads)
+    cu = (bounds(queries), bounds(lengths))
+    found = varlen(batch.q, batch.k, batch.v, *cu, causal=causal, return_lse=True)
+    assert_both_honest(found, batch, causal)
+    assert_both_honest(prefill(batch.q, *tables(batch, page_size), cu[0], return_lse=True), batch)
+
+
+def test_scale_is_not_taken_twice() -> None:
+    """A scale of 0 makes every weight equal."""
+    batch = packed([1], [37], "MHA")
+    out, lse = decode(batch.q, *tables(batch, 16), scale=0.0, return_lse=True)
+    torch.testing.assert_close(out[0], batch.v.mean(0))
+    torch.testing.assert_close(lse, torch.full((1, 3), math.log(37)))
