@@ -41,7 +41,7 @@ test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
 	$(NO_INTERPRETER) $(PYTEST) -m "not compile" -n $(WORKERS)
 
 test-interpreter: $(STAMP) ## the Triton kernels' logic, in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS)
 
 test-compile: $(STAMP) ## the Triton kernels compiled ahead of time for NVIDIA and AMD
 	$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS)
@@ -54,7 +54,7 @@ test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile 
 	@for version in $(TRITON); do \
 		export PYTHONPATH=build/triton/$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', triton.__version__)" && \
-		TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels tests/testing && \
+		TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS) tests/kernels tests/testing && \
 		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/kernels tests/testing || exit 1; \
 	done
 

@@ -127,9 +127,15 @@ def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Sampl
 
 
 def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int) -> PrefillLaunch:
-    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit."""
+    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit.
+
+    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill.
+    """
     width = max(power_of_2(head_dim), 16)
-    for rows, keys, stages in ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1)):
+    tiles: tuple[tuple[int, int, int], ...] = ((128, 32, 3), (128, 32, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1))
+    if device.arch == "sm_90":
+        tiles = ((128, 64, 3), *tiles)
+    for rows, keys, stages in tiles:
         num_warps = 8 if rows == 128 else 4
         registers = rows * width // (num_warps * device.warp_size)
         if registers <= 64 and _fits(device, rows, keys, stages, width * itemsize):
@@ -138,9 +144,9 @@ def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int) -> Prefil
 
 
 def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
-    """Tiles of 64 keys where they fit, and splits of 512: eight programs for a head's 4096 tokens."""
+    """Tiles of 32 keys, of which twice as many programs fit as of 64; splits of 512: eight programs for 4096 tokens."""
     width = max(power_of_2(head_dim), 16) * itemsize
-    for keys, stages in ((64, 3), (64, 2), (32, 2), (16, 2), (16, 1)):
+    for keys, stages in ((32, 3), (32, 2), (16, 2), (16, 1)):
         if _fits(device, max(power_of_2(queries), 16), keys, stages, width):
             break
     return DecodeLaunch(keys, 512, stages, 4)

@@ -98,10 +98,11 @@ class TestHeuristics:
 
     def test_attention_of_llama_2(self) -> None:
         assert tuning.prefill_heuristic(H200, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 64, 3, 8)
-        assert tuning.prefill_heuristic(MI300X, head_dim=128, itemsize=2) == tuning.PrefillLaunch(64, 32, 2, 4)
+        assert tuning.prefill_heuristic(A100, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 32, 3, 8)
+        assert tuning.prefill_heuristic(MI300X, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 32, 2, 8)
         for queries in (1, 8):
             decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
-            assert decode == tuning.DecodeLaunch(64, 512, 3, 4)
+            assert decode == tuning.DecodeLaunch(32, 512, 3, 4)
 
     @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode"])
     def test_what_sums_does_not_know_the_batch(self, name: str) -> None:

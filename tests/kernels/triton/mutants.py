@@ -237,6 +237,68 @@ SAMPLING_MUTANTS = [
         "a short workspace is taken", "sampling", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
     ),
 ]
+VARLEN = "test_attention.py::test_varlen[triton-torch.float32-MHA-True]"
+PREFILL = "test_attention.py::test_prefill[triton-torch.float32-MHA-16-NHD]"
+DECODE = "test_attention.py::test_decode[triton-torch.float32-GQA 8-64-HND]"
+DRAFTS = "test_attention.py::test_decode_of_several_queries[triton-torch.float32]"
+SPLITS = "triton/test_attention.py::test_splits_around_their_edges"
+FAR_KEYS = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
+ATTENTION_MUTANTS = [
+    mutant("mask dropped", "flash", "tokens[None, :] < visible[:, None]", "tokens[None, :] < k_len", VARLEN),
+    mutant(
+        "one token ahead", "flash", "tokens[None, :] < visible[:, None]", "tokens[None, :] <= visible[:, None]", VARLEN
+    ),
+    mutant("a key past the end", "flash", "(tokens < k_len)[:, None]", "(tokens <= k_len)[:, None]", DECODE),
+    mutant(
+        "the page of the tile before", "flash", "start + BLOCK_N, k_len, PAGE_SIZE", "start, k_len, PAGE_SIZE", DECODE
+    ),
+    mutant("scale forgotten", "flash", 'precision="ieee") * scale_log2', 'precision="ieee")', VARLEN),
+    mutant("stale peak", "flash", "acc * fade[:, None], new_peak,", "acc * fade[:, None], peak,", VARLEN),
+    mutant("sum not faded", "flash", "total * fade + tl.sum", "total + tl.sum", VARLEN),
+    mutant("values not faded", "flash", "weights, acc * fade[:, None]", "weights, acc", VARLEN),
+    mutant(
+        "a tile too many without a mask", "flash", "// BLOCK_N * BLOCK_N\n", "// BLOCK_N * BLOCK_N + BLOCK_N\n", VARLEN
+    ),
+    mutant("32-bit keys", "flash", "tokens.to(tl.int64) * token_stride", "tokens * token_stride", FAR_KEYS),
+    mutant("queries aligned at the top", "prefill", "ahead = k_len - end + 1", "ahead = 1 - begin", PREFILL),
+    mutant("rows of no sequence left", "prefill", "mask=exists, other=num_rows", "mask=exists, other=0", PREFILL),
+    mutant(
+        "key head of another group",
+        "prefill",
+        "(head // GROUP)",
+        "(head % tl.maximum(num_heads // GROUP, 1))",
+        "test_attention.py::test_prefill[triton-torch.float32-GQA 4-16-NHD]",
+    ),
+    mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * LN_2", "peak + tl.log2(total)", VARLEN),
+    mutant("32-bit queries", "prefill", "offsets = row.to(tl.int64)[:, None]", "offsets = row[:, None]", FAR_KEYS),
+    mutant(
+        "a split overlaps the next",
+        "decode",
+        "tl.minimum(first + SPLIT, k_len)",
+        "tl.minimum(first + SPLIT + 1, k_len)",
+        SPLITS,
+    ),
+    mutant("padding left", "decode", "(first < k_len) | (split == 0)", "first < k_len", DECODE),
+    mutant(
+        "the last draft for all",
+        "decode",
+        "            k_len - QUERIES + 1 + query,",
+        "            k_len + 0 * query,",
+        DRAFTS,
+    ),
+    mutant(
+        "drafts not masked before the last tile", "decode", "tl.minimum(last, k_len - QUERIES + 1),", "last,", SPLITS
+    ),
+    mutant("a split that is not there", "decode", "mask=every < used,", "mask=every <= used,", SPLITS),
+    mutant("splits weighed by themselves", "decode", "tl.exp(lse - base)[:, None]", "tl.exp(lse)[:, None]", SPLITS),
+    mutant(
+        "32-bit sequences",
+        "decode",
+        "tl.program_id(0).to(tl.int64), tl.program_id(1), tl",
+        "tl.program_id(0), tl.program_id(1), tl",
+        FAR_KEYS,
+    ),
+]
 MUTANTS = [
     *NORM_MUTANTS,
     *SWIGLU_MUTANTS,
@@ -245,4 +307,5 @@ MUTANTS = [
     *WEIGHTS_MUTANTS,
     *FILTERS_MUTANTS,
     *SAMPLING_MUTANTS,
+    *ATTENTION_MUTANTS,
 ]
