@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,18 @@ pytestmark = pytest.mark.interpreter
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SPLIT = tuning.decode(torch.device("cpu"), queries=1, head_dim=16, itemsize=4).split
-decode, prefill = public("attention_decode", "triton"), public("attention_prefill", "triton")
-varlen = public("attention_varlen", "triton")
+
+
+def varlen(*args: Any, **options: Any) -> Any:
+    return public("attention_varlen", "triton")(*args, **options)
+
+
+def prefill(*args: Any, **options: Any) -> Any:
+    return public("attention_prefill", "triton")(*args, **options)
+
+
+def decode(*args: Any, **options: Any) -> Any:
+    return public("attention_decode", "triton")(*args, **options)
 
 
 def tables(batch: Packed, page_size: int) -> tuple[Tensor, ...]:
