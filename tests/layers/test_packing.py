@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams, kernels
 from fastllama.layers import packing
 from fastllama.layers.linear import Bf12Linear, Linear
 from fastllama.layers.weights import hf_tensors
@@ -47,6 +49,21 @@ def test_what_is_packed_and_what_is_not(tied: bool) -> None:
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert tied == (packed.lm_head.weight is packed.embed_tokens.weight)
+
+
+def test_each_weight_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B in 16 bits and packed would take 24 GB together."""
+    large = model()
+    weights = [weakref.ref(module.weight) for module in large.modules() if isinstance(module, Linear)]
+    pack, alive = kernels.pack_bf12, []
+
+    def counting(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        alive.append(sum(ref() is not None for ref in weights))
+        return pack(weight)
+
+    monkeypatch.setattr(kernels, "pack_bf12", counting)
+    packing.pack(large, progress=False)
+    assert alive == list(range(len(weights), len(weights) - len(alive), -1))
 
 
 def test_weights_without_a_common_scale_stay() -> None:
