@@ -7,6 +7,8 @@ fp32 on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,19 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         for row, target in zip(rows, result, strict=True):
             torch.mv(weight, row, out=target)
     else:
-        _widened(rows, weight, result)
+        # Widened to fp32 on the way: 16-bit products without hardware for them run at scalar speed.
+        by_blocks(rows, weight.shape[0], result, lambda start, wide: wide.copy_(weight[start : start + BLOCK]))
     if bias is not None:
         result += bias
 
 
-def _widened(rows: Tensor, weight: Tensor, result: Tensor) -> None:
-    """Widen the weight to fp32 a block of rows at a time: 16-bit products without hardware run at scalar speed."""
+def by_blocks(rows: Tensor, features: int, result: Tensor, widen: Callable[[int, Tensor], object]) -> None:
+    """Products in fp32 with weight rows that `widen(first, buffer)` writes to a buffer, a block of them at a time."""
     rows = rows.float()
-    buffer = torch.empty(min(BLOCK, weight.shape[0]), weight.shape[1])
-    for start in range(0, weight.shape[0], BLOCK):
-        block = weight[start : start + BLOCK]
-        wide = buffer[: block.shape[0]].copy_(block)
+    buffer = torch.empty(min(BLOCK, features), rows.shape[1])
+    for start in range(0, features, BLOCK):
+        wide = buffer[: features - start]
+        widen(start, wide)
         result[:, start : start + BLOCK] = rows @ wide.T
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.cpu.matmul import BLOCK as DENSE_ROWS
+from fastllama.kernels.cpu.matmul import by_blocks
 from fastllama.kernels.numba.matmul import ROW_LIMIT
 from fastllama.kernels.numba.numerics import (
     FAST,
@@ -270,21 +270,13 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
             like,
         )
     else:
-        wide, buffer = source.float(), torch.empty(min(DENSE_ROWS, features), size)
-        for first in range(0, features, DENSE_ROWS):
-            count = min(DENSE_ROWS, features - first)
-            decode_kernel(
-                codes.data_ptr(),
-                buffer.data_ptr(),
-                outliers.data_ptr(),
-                first,
-                count,
-                codes.stride(0),
-                blocks,
-                outliers.shape[0],
-                np.float32(2.0 ** (exponent - 1)),
-            )
-            target[:, first : first + count] = wide @ buffer[:count].T
+        scale = np.float32(2.0 ** (exponent - 1))
+        places = (codes.stride(0), blocks, outliers.shape[0], scale)
+
+        def widen(first: int, wide: Tensor) -> None:
+            decode_kernel(codes.data_ptr(), wide.data_ptr(), outliers.data_ptr(), first, wide.shape[0], *places)
+
+        by_blocks(source, features, target, widen)
     if bias is not None:
         out += bias
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend_causally
+from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
@@ -62,7 +62,7 @@ def decode_kernel(
         dim = tl.arange(0, BLOCK_D)  # [D]
         mask = used[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
         q_offsets = row[:, None] * q_token_stride + head[:, None] * Q_HEAD_STRIDE + dim[None, :]
-        acc, peak, total = attend_causally(
+        acc, peak, total = attend(
             tl.load(q_ptr + q_offsets, mask=mask, other=0.0),
             k_len - QUERIES + 1 + query,
             tl.minimum(last, k_len - QUERIES + 1),

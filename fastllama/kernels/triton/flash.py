@@ -48,61 +48,6 @@ def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
 def attend(
     q,
     visible,
-    acc,
-    peak,
-    total,
-    first,
-    last,
-    k_len,
-    scale_log2,
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    k_page_stride,
-    v_page_stride,
-    k_token_stride,
-    v_token_stride,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
-
-    Not MASKED: every row sees them all, and they are whole tiles. PAGE_SIZE 0: keys lie one after another.
-    """
-    dim = tl.arange(0, BLOCK_D)  # [D]
-    pages = _pages(page_table_ptr, first, k_len, PAGE_SIZE, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
-        tokens = start + tl.arange(0, BLOCK_N)  # [N]
-        k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
-        v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
-        # Carried from one tile to the next: as a load in front of these it would take stages of the pipeline from them.
-        pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
-        if MASKED:
-            inside = (tokens < k_len)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]
-            k = tl.load(k_ptrs, mask=inside, other=0.0)
-            v = tl.load(v_ptrs, mask=inside, other=0.0)
-        elif BLOCK_D != HEAD_DIM:
-            k = tl.load(k_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
-        if MASKED:
-            scores = tl.where(tokens[None, :] < visible[:, None], scores, float("-inf"))
-        weights, acc, peak, total = _softmax_step(scores, acc, peak, total)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
-    return acc, peak, total
-
-
-@triton.jit
-def attend_causally(
-    q,
-    visible,
     whole,
     first,
     last,
@@ -122,56 +67,38 @@ def attend_causally(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`attend` from nothing: without masks while every row sees whole tiles, up to token `whole`, with masks behind."""
+    """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
+
+    Without masks up to token `whole`, which every row sees with all before it; with masks behind. PAGE_SIZE 0: keys lie
+    one after another. Returns the sum of values [M, D], the largest score [M] and the sum of weights [M].
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    dim = tl.arange(0, BLOCK_D)  # [D]
     edge = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
-    acc, peak, total = attend(
-        q,
-        visible,
-        acc,
-        peak,
-        total,
-        first,
-        edge,
-        k_len,
-        scale_log2,
-        k_ptr,
-        v_ptr,
-        page_table_ptr,
-        k_page_stride,
-        v_page_stride,
-        k_token_stride,
-        v_token_stride,
-        HEAD_DIM,
-        PAGE_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        STAGES,
-        False,
-    )
-    return attend(
-        q,
-        visible,
-        acc,
-        peak,
-        total,
-        edge,
-        last,
-        k_len,
-        scale_log2,
-        k_ptr,
-        v_ptr,
-        page_table_ptr,
-        k_page_stride,
-        v_page_stride,
-        k_token_stride,
-        v_token_stride,
-        HEAD_DIM,
-        PAGE_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        STAGES,
-        True,
-    )
+    for masked in tl.static_range(2):
+        begin = edge if masked else first
+        pages = _pages(page_table_ptr, begin, k_len, PAGE_SIZE, BLOCK_N)
+        for start in tl.range(begin, last if masked else edge, BLOCK_N, num_stages=STAGES):
+            tokens = start + tl.arange(0, BLOCK_N)  # [N]
+            k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
+            v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
+            # Carried from tile to tile: as a load in front of these it would take stages of the pipeline from them.
+            pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
+            if masked:
+                inside = (tokens < k_len)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]
+                k = tl.load(k_ptrs, mask=inside, other=0.0)
+                v = tl.load(v_ptrs, mask=inside, other=0.0)
+            elif BLOCK_D != HEAD_DIM:
+                k = tl.load(k_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+                v = tl.load(v_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+            else:
+                k = tl.load(k_ptrs)
+                v = tl.load(v_ptrs)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+            if masked:
+                scores = tl.where(tokens[None, :] < visible[:, None], scores, float("-inf"))
+            weights, acc, peak, total = _softmax_step(scores, acc, peak, total)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
+    return acc, peak, total

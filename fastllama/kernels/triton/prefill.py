@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend_causally
+from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def prefill_kernel(
         offsets = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
         kv_head = (head // GROUP).to(tl.int64)
-        acc, peak, total = attend_causally(
+        acc, peak, total = attend(
             q,
             visible,
             whole,
