@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +44,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_header() -> str:
     """Say which tiers this process can run, so that a deselected test explains itself."""
     return f"tiers: reference, {'interpreter' if env.triton_interpret() else 'compile, gpu where there is one'}"
+
+
+@pytest.fixture
+def bind() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
+    """`bind(op, run)`: `run` is what runs the op on CPU tensors, until the test ends."""
+    import torch
+
+    from fastllama.kernels.op import OPS
+
+    with ExitStack() as stack:
+        yield lambda op, run: stack.enter_context(OPS[op].bound_to(torch.device("cpu"), run))
 
 
 @pytest.fixture(autouse=True)

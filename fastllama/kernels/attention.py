@@ -13,9 +13,90 @@ from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
 _INT32 = (torch.int32,)
+
+
+def _check_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    _check_heads(q, k, v, ("k", "v"), ("Tk", "Hkv", "D"))
+    bounds = cu_seqlens_q.shape
+    if len(bounds) != 1 or not bounds[0]:
+        raise ValueError(f"cu_seqlens_q has shape {list(bounds)}; legal: [B + 1]")
+    check_elements("cu_seqlens_q", cu_seqlens_q, _INT32)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, _INT32)
+    check_tensor("out", out, q.shape, (q.dtype,))
+
+
+def _check_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), _INT32)
+    check_tensor("out", out, q.shape, (q.dtype,))
+
+
+def _check_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
+    if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
+        raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
+    check_tensor("out", out, q.shape, (q.dtype,))
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: tuple[str, ...]) -> None:
+    """q [T, Hq, D]; keys and values with dimensions `dims`, heads in the second and q's D in the last."""
+    check_shape("q", q, ("T", "Hq", "D"))
+    shape, keys, dtype = q.shape, k.shape, (q.dtype,)
+    check_shape(names[0], k, (*dims[:-1], shape[2]))
+    heads = keys[1]
+    if not (heads and keys[2] and keys[-1]) or shape[1] % heads:
+        raise ValueError(
+            f"{names[0]} has shape {list(keys)}; legal: [{', '.join(dims)}], all but the first at least 1, "
+            f"and Hkv a divisor of q's {shape[1]} heads"
+        )
+    check_elements("q", q, FLOATS)
+    check_elements(names[0], k, dtype)
+    check_tensor(names[1], v, keys, dtype)
+
+
+def _check_paged(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor) -> int:
+    """The number of sequences."""
+    _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"))
+    check_shape("page_table", page_table, ("B", "max_pages"))
+    check_elements("page_table", page_table, _INT32)
+    num_seqs = page_table.shape[0]
+    check_tensor("seq_lens", seq_lens, (num_seqs,), _INT32)
+    return num_seqs
+
+
 _VARLEN = Op(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
     "bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    check=_check_varlen,
     reference=reference.attention_varlen,
     cpu=cpu.attention_varlen,
     triton="prefill:attention_varlen",
@@ -23,6 +104,7 @@ _VARLEN = Op(
 _PREFILL = Op(
     "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, float scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    check=_check_prefill,
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
     triton="prefill:attention_prefill",
@@ -30,6 +112,7 @@ _PREFILL = Op(
 _DECODE = Op(
     "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, float scale, "
     "Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    check=_check_decode,
     reference=reference.attention_decode,
     cpu=cpu.attention_decode,
     numba="attention:attention_decode",
@@ -60,12 +143,6 @@ def attention_varlen(
     is written then.
     Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
     """
-    _check_heads(q, k, v, ("k", "v"), ("Tk", "Hkv", "D"))
-    bounds = cu_seqlens_q.shape
-    if len(bounds) != 1 or not bounds[0]:
-        raise ValueError(f"cu_seqlens_q has shape {list(bounds)}; legal: [B + 1]")
-    check_elements("cu_seqlens_q", cu_seqlens_q, _INT32)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, _INT32)
     out, lse = _outputs(q, out, return_lse)
     _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, out, lse)
     return out if lse is None else (out, lse)
@@ -93,8 +170,6 @@ def attention_prefill(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), _INT32)
     out, lse = _outputs(q, out, return_lse)
     _PREFILL(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, _scale(scale, q), out, lse)
     return out if lse is None else (out, lse)
@@ -118,52 +193,20 @@ def attention_decode(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens)
-    if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
-        raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
     out, lse = _outputs(q, out, return_lse)
     _DECODE(q, k_pages, v_pages, page_table, seq_lens, _scale(scale, q), out, lse)
     return out if lse is None else (out, lse)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
-    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    """The default for q, which is not checked yet, when None."""
+    return 1.0 / math.sqrt(math.prod(q.shape[-1:]) or 1) if scale is None else scale
 
 
 def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     if out is None:
         out = torch.empty_like(q)
-    else:
-        check_tensor("out", out, q.shape, (q.dtype,))
     if not return_lse:
         return out, None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, torch.empty(q.shape[:2], dtype=dtype, device=q.device)
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: tuple[str, ...]) -> None:
-    """q [T, Hq, D]; keys and values with dimensions `dims`, heads in the second and q's D in the last."""
-    shape, keys, dtype = q.shape, k.shape, (q.dtype,)
-    if len(shape) != 3 or len(keys) != len(dims) or keys[-1] != shape[2]:
-        check_shape("q", q, ("T", "Hq", "D"))
-        check_shape(names[0], k, (*dims[:-1], shape[2]))
-    heads = keys[1]
-    if not (heads and keys[2] and keys[-1]) or shape[1] % heads:
-        raise ValueError(
-            f"{names[0]} has shape {list(keys)}; legal: [{', '.join(dims)}], all but the first at least 1, "
-            f"and Hkv a divisor of q's {shape[1]} heads"
-        )
-    check_elements("q", q, FLOATS)
-    check_elements(names[0], k, dtype)
-    check_tensor(names[1], v, keys, dtype)
-
-
-def _check_paged(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor) -> int:
-    """The number of sequences."""
-    _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"))
-    shape = page_table.shape
-    if len(shape) != 2:
-        check_shape("page_table", page_table, ("B", "max_pages"))
-    check_elements("page_table", page_table, _INT32)
-    check_tensor("seq_lens", seq_lens, (shape[0],), _INT32)
-    return shape[0]

@@ -11,8 +11,31 @@ from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
 
+
+def _check(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None, out: Tensor) -> None:
+    shape = _product_shape(x, codes)
+    check_elements("x", x, FLOATS)
+    check_elements("codes", codes, (torch.uint8,))
+    check_tensor("outliers", outliers, (*outliers.shape[:1], 3), (torch.int32,))
+    check_range("exponent", exponent, 1, LARGEST_EXPONENT)
+    if bias is not None:
+        check_tensor("bias", bias, codes.shape[:1], (x.dtype,))
+    check_tensor("out", out, shape, (x.dtype,))
+
+
+def _product_shape(x: Tensor, codes: Tensor) -> tuple[int, ...]:
+    *leading, size = x.shape or (None,)
+    if size is None or size % BLOCK:
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K], K a multiple of {BLOCK}")
+    rows = codes.shape
+    if len(rows) != 2 or rows[1] != size // BLOCK * BLOCK_BYTES:
+        check_shape("codes", codes, ("N", size // BLOCK * BLOCK_BYTES))
+    return (*leading, rows[0])
+
+
 _MATMUL = Op(
     "matmul_bf12(Tensor x, Tensor codes, Tensor outliers, int exponent, Tensor? bias, Tensor(a!) out) -> ()",
+    check=_check,
     reference=reference.matmul_bf12,
     numba="bf12:matmul_bf12",
 )
@@ -30,22 +53,8 @@ def matmul_bf12(
     is not checked: pack_bf12 makes them.
     Source: kernels/reference/bf12.py.
     """
-    *leading, size = x.shape or (None,)
-    if size is None or size % BLOCK:
-        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K], K a multiple of {BLOCK}")
-    if codes.dim() != 2 or codes.shape[1] != size // BLOCK * BLOCK_BYTES:
-        check_shape("codes", codes, ("N", size // BLOCK * BLOCK_BYTES))
-    check_elements("x", x, FLOATS)
-    check_elements("codes", codes, (torch.uint8,))
-    check_tensor("outliers", outliers, (*outliers.shape[:1], 3), (torch.int32,))
-    check_range("exponent", exponent, 1, LARGEST_EXPONENT)
-    if bias is not None:
-        check_tensor("bias", bias, codes.shape[:1], (x.dtype,))
-    shape = (*leading, codes.shape[0])
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    else:
-        check_tensor("out", out, shape, (x.dtype,))
+        out = torch.empty(_product_shape(x, codes), dtype=x.dtype, device=x.device)
     _MATMUL(x, codes, outliers, exponent, bias, out)
     return out
 

@@ -10,13 +10,53 @@ from fastllama.kernels import cpu, reference
 from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
+
+def _check_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    shape, dtype = _product_shape(x, weight), (x.dtype,)
+    check_elements("x", x, FLOATS)
+    check_elements("weight", weight, dtype)
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], dtype)
+    check_tensor("out", out, shape, dtype)
+
+
+def _product_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    *leading, size = x.shape or (None,)
+    if size is None:
+        raise ValueError("x has shape []; legal: [..., K]")
+    matrix = weight.shape
+    if len(matrix) != 2 or matrix[1] != size:
+        check_shape("weight", weight, ("N", size))
+    return (*leading, matrix[0])
+
+
+def _check_embedding(ids: Tensor, weight: Tensor, out: Tensor) -> None:
+    shape = _rows_shape(ids, weight)
+    check_elements("ids", ids, INTEGERS)
+    check_elements("weight", weight, FLOATS)
+    check_tensor("out", out, shape, (weight.dtype,))
+
+
+def _rows_shape(ids: Tensor, weight: Tensor) -> tuple[int, int]:
+    rows, table = ids.shape, weight.shape
+    if len(rows) != 1 or len(table) != 2:
+        check_shape("ids", ids, ("T",))
+        check_shape("weight", weight, ("V", "H"))
+    return rows[0], table[1]
+
+
 _MATMUL = Op(
     "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    check=_check_matmul,
     reference=reference.matmul,
     cpu=cpu.matmul,
     numba="matmul:matmul",
 )
-_EMBEDDING = Op("embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()", reference=reference.embedding)
+_EMBEDDING = Op(
+    "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
+    check=_check_embedding,
+    reference=reference.embedding,
+)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -28,21 +68,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b.
     """
-    *leading, size = x.shape or (None,)
-    if size is None:
-        raise ValueError("x has shape []; legal: [..., K]")
-    matrix, dtype = weight.shape, (x.dtype,)
-    if len(matrix) != 2 or matrix[1] != size:
-        check_shape("weight", weight, ("N", size))
-    check_elements("x", x, FLOATS)
-    check_elements("weight", weight, dtype)
-    if bias is not None:
-        check_tensor("bias", bias, matrix[:1], dtype)
-    shape = (*leading, matrix[0])
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    else:
-        check_tensor("out", out, shape, dtype)
+        out = torch.empty(_product_shape(x, weight), dtype=x.dtype, device=x.device)
     _MATMUL(x, weight, bias, out)
     return out
 
@@ -55,15 +82,7 @@ def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tens
     Ids are not read on the host: the caller checks their range.
     Source: table lookup.
     """
-    if ids.dim() != 1 or weight.dim() != 2:
-        check_shape("ids", ids, ("T",))
-        check_shape("weight", weight, ("V", "H"))
-    shape = (ids.shape[0], weight.shape[1])
-    check_elements("ids", ids, INTEGERS)
-    check_elements("weight", weight, FLOATS)
     if out is None:
-        out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    else:
-        check_tensor("out", out, shape, (weight.dtype,))
+        out = torch.empty(_rows_shape(ids, weight), dtype=weight.dtype, device=weight.device)
     _EMBEDDING(ids, weight, out)
     return out

@@ -9,14 +9,34 @@ from fastllama.kernels import reference
 from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
+
+def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    shape = x.shape
+    if not shape:
+        raise ValueError("x has shape []; legal: [..., H]")
+    check_elements("x", x, FLOATS)
+    check_tensor("weight", weight, (shape[-1],), (x.dtype, torch.float32))
+    check_tensor("out", out, shape, (x.dtype,))
+
+
+def _check_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor
+) -> None:
+    _check_rms_norm(x, weight, eps, out)
+    check_tensor("residual", residual, x.shape, (x.dtype,))
+    check_tensor("residual_out", residual_out, x.shape, (x.dtype,))
+
+
 _RMS_NORM = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
+    check=_check_rms_norm,
     reference=reference.rms_norm,
     numba="norm:rms_norm",
     triton="norm:rms_norm",
 )
 _ADD_RMS_NORM = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
+    check=_check_add_rms_norm,
     reference=reference.add_rms_norm,
     numba="norm:add_rms_norm",
     triton="norm:add_rms_norm",
@@ -33,11 +53,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
-    _check(x, weight)
     if out is None:
         out = torch.empty_like(x)
-    elif out is not x:
-        check_tensor("out", out, x.shape, (x.dtype,))
     _RMS_NORM(x, weight, eps, out)
     return out
 
@@ -59,23 +76,9 @@ def add_rms_norm(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
-    _check(x, weight)
-    check_tensor("residual", residual, x.shape, (x.dtype,))
     if out is None:
         out = torch.empty_like(x)
-    elif out is not x:
-        check_tensor("out", out, x.shape, (x.dtype,))
     if residual_out is None:
         residual_out = torch.empty_like(x)
-    elif residual_out is not residual:
-        check_tensor("residual_out", residual_out, x.shape, (x.dtype,))
     _ADD_RMS_NORM(x, residual, weight, eps, out, residual_out)
     return out, residual_out
-
-
-def _check(x: Tensor, weight: Tensor) -> None:
-    shape = x.shape
-    if not shape:
-        raise ValueError("x has shape []; legal: [..., H]")
-    check_elements("x", x, FLOATS)
-    check_tensor("weight", weight, (shape[-1],), (x.dtype, torch.float32))

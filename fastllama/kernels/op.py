@@ -1,9 +1,9 @@
 """Binds the implementations of one op, picks one by the tensors' device, and makes it opaque to torch.compile.
 
-Every implementation writes into tensors its caller passes and returns nothing: so an op allocates nothing, aliases
-nothing, needs no fake beyond "no result", and can be captured in a CUDA graph. Eager calls go straight to it: the
-dispatcher costs 2 us a call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than
-many of the kernels themselves.
+Every implementation writes into tensors its caller passes and allocates no result: so an op aliases nothing, needs no
+fake beyond "no result", and can be captured in a CUDA graph. Eager calls go straight to it: the dispatcher costs 2 us a
+call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than many of the kernels
+themselves. A call like an earlier one is not checked again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch.compiler import is_compiling
 
 from fastllama import env
 from fastllama.errors import BackendError, check_device
+from fastllama.kernels.likeness import Likeness
 
-Function = Callable[..., None]
+Function = Callable[..., Any]
+
+_MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
 
 _LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
 OPS: dict[str, Op] = {}
@@ -43,16 +46,21 @@ class Op:
     schema: torch's schema language, "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()". Outputs come
     last and are (a!) and (b!); inputs that are updated in place are (c!) and on. Scratch memory comes after them,
     `Tensor(c!)? workspace`: a launcher that needs some allocates it when None, and only then allocates anything.
+    check: takes the arguments and raises for what is not legal; devices are checked here. Whether a call is legal must
+    depend on nothing but its Likeness.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
     cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
     numba: "module:launcher" under kernels/numba, in out-form, for CPU tensors where the extra [cpu] is installed.
     triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so Triton stays optional.
+
+    An implementation may return a function, which then runs the calls that are like this one in its place.
     """
 
     def __init__(
         self,
         schema: str,
         *,
+        check: Callable[..., None],
         reference: Callable[..., Any],
         cpu: Function | None = None,
         numba: str | None = None,
@@ -64,9 +72,12 @@ class Op:
         self.num_outputs = sum(is_output)
         self._inputs = is_output.index(True) if self.num_outputs else len(kinds)
         self._names = names
-        self._tensors = tuple(i for i, kind in enumerate(kinds) if i and kind.startswith("Tensor"))  # after the first
-        self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
+        self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
+        self._check, self._reference = check, reference
+        self._cpu, self._numba, self._triton = cpu, numba, triton
         self._bound: dict[torch.device, Function] = {}
+        self._second = self._tensors[1]
+        self._known: dict[tuple[int, int], tuple[Likeness, Function]] = {}  # by the first two tensors' sizes
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
@@ -74,17 +85,43 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> None:
+        if is_compiling():
+            self._refuse(args)
+            self._opaque(*args)
+            return
+        sizes = args[0].numel(), args[self._second].numel()
+        known = self._known.get(sizes)
+        if known is None or not known[0](args) or (known[0].requires_grad and is_grad_enabled()):
+            self._run_unknown(sizes, args)
+        else:
+            known[1](*args)
+
+    def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
+        """Check a call, run it and remember what runs those like it."""
+        known = self._known  # which `bound_to` replaces: what runs now is remembered there or nowhere
+        self._refuse(args)
+        run = self.bound(args[0].device)
+        run = run(*args) or run
+        like = Likeness(args, self._tensors)
+        if like.plain:
+            if len(known) == _MOST_KNOWN:
+                known.clear()
+            known[sizes] = like, run
+
+    def _refuse(self, args: tuple[Any, ...]) -> None:
+        """Raise for what is not legal."""
+        self._check(*args)
         device = args[0].device
         for i in self._tensors:
-            tensor = args[i]
-            if tensor is not None and tensor.device != device:
-                check_device(self._names[i], tensor, self._names[0], args[0])
+            if args[i] is not None and args[i].device != device:
+                check_device(self._names[i], args[i], self._names[0], args[0])
         if is_grad_enabled():
-            self._refuse_grad(args)
-        if is_compiling():
-            self._opaque(*args)
-        else:
-            (self._bound.get(device) or self.bound(device))(*args)
+            for i in self._tensors:
+                if args[i] is not None and args[i].requires_grad:
+                    raise RuntimeError(
+                        f"{self._names[i]} requires grad, and op {self.name} has no backward: "
+                        "call it under torch.inference_mode() or torch.no_grad()"
+                    )
 
     def _dispatched(self, *args: Any) -> None:
         self.bound(args[0].device)(*args)
@@ -101,14 +138,12 @@ class Op:
     @contextmanager
     def bound_to(self, device: torch.device, run: Function) -> Iterator[None]:
         """Within, `run` runs the op on a device: for measurements, recordings and tests."""
-        before = self._bound.pop(device, None)
-        self._bound[device] = run
+        bound = self._bound
+        self._bound, self._known = bound | {device: run}, {}
         try:
             yield
         finally:
-            del self._bound[device]
-            if before is not None:
-                self._bound[device] = before
+            self._bound, self._known = bound, {}
 
     @property
     def has_triton(self) -> bool:
@@ -164,24 +199,17 @@ class Op:
             if output is not None:
                 output.copy_(result)
 
-    def _refuse_grad(self, args: tuple[Any, ...]) -> None:
-        for i in (0, *self._tensors):
-            if args[i] is not None and args[i].requires_grad:
-                raise RuntimeError(
-                    f"{self._names[i]} requires grad, and op {self.name} has no backward: "
-                    "call it under torch.inference_mode() or torch.no_grad()"
-                )
-
 
 def _on(index: int, run: Function) -> Function:
     """`run` where GPU `index` is the current one: Triton launches there, wherever the tensors are."""
 
-    def guarded(*args: Any) -> None:
+    def guarded(*args: Any) -> Function | None:
         if torch.cuda.current_device() == index:  # asked first: to switch and back costs more
-            run(*args)
+            again = run(*args)
         else:
             with torch.cuda.device(index):
-                run(*args)
+                again = run(*args)
+        return again and _on(index, again)
 
     return guarded
 

@@ -10,9 +10,87 @@ from fastllama.kernels import reference
 from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
+_FP32 = (torch.float32,)
+_CODES = (torch.int8, torch.float8_e4m3fn)
+
+
+def _check_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool, q_out: Tensor, k_out: Tensor
+) -> None:
+    q_shape, k_shape, dtype = q.shape, k.shape, (q.dtype,)
+    check_shape("q", q, ("T", "Hq", "D"))
+    check_shape("k", k, (q_shape[0], "Hkv", q_shape[2]))
+    check_elements("q", q, FLOATS)
+    check_elements("k", k, dtype)
+    _check_angles(cos_sin, positions, q_shape[0], q_shape[2], dtype)
+    check_tensor("q_out", q_out, q_shape, dtype)
+    check_tensor("k_out", k_out, k_shape, dtype)
+
+
+def _check_rope_and_write_kv(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    interleaved: bool,
+    q_out: Tensor,
+) -> None:
+    heads, dtype = _query_heads(qkv, k_pages), (qkv.dtype,)
+    check_elements("qkv", qkv, FLOATS)
+    check_elements("k_pages", k_pages, (*_CODES, *dtype))
+    check_tensor("v_pages", v_pages, k_pages.shape, (k_pages.dtype,))
+    if k_scales is not None or v_scales is not None or k_pages.dtype in _CODES:
+        _check_scales("k_scales", k_scales, k_pages)
+        _check_scales("v_scales", v_scales, k_pages)
+    _check_angles(cos_sin, positions, heads[0], heads[2], dtype)
+    check_tensor("slots", slots, heads[:1], INTEGERS)
+    check_tensor("q_out", q_out, heads, dtype)
+
+
+def _query_heads(qkv: Tensor, k_pages: Tensor) -> tuple[int, int, int]:
+    """T, Hq and D."""
+    pages, shape = k_pages.shape, qkv.shape
+    if len(pages) != 4 or 0 in pages:
+        raise ValueError(f"k_pages has shape {list(pages)}; legal: [P, Hkv, page_size, D], each at least 1")
+    _, num_kv_heads, _, head_dim = pages
+    if len(shape) != 2 or shape[1] % head_dim or shape[1] // head_dim <= 2 * num_kv_heads:
+        raise ValueError(
+            f"qkv has shape {list(shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
+            "by the shape of k_pages"
+        )
+    return shape[0], shape[1] // head_dim - 2 * num_kv_heads, head_dim
+
+
+def _check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
+    """Scales where pages hold codes, and only there."""
+    shape, quantized = pages.shape[:3], pages.dtype in _CODES
+    if scales is None or not quantized:
+        seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
+        legal = f"a tensor {list(shape)}" if quantized else "None"
+        raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
+    check_tensor(name, scales, shape, _FP32)
+
+
+def _check_angles(
+    cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int, dtype: tuple[torch.dtype, ...]
+) -> None:
+    shape = cos_sin.shape
+    if len(shape) != 2 or shape[1] % 2 or shape[1] > head_dim:
+        raise ValueError(
+            f"cos_sin has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_dim}"
+        )
+    check_elements("cos_sin", cos_sin, _FP32 if dtype != (torch.float64,) else (*_FP32, torch.float64))
+    check_tensor("positions", positions, (tokens,), INTEGERS)
+
+
 _ROPE = Op(
     "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, "
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
+    check=_check_rope,
     reference=reference.rope,
     triton="rope:rope",
 )
@@ -20,13 +98,11 @@ _ROPE_AND_WRITE_KV = Op(
     "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, "
     "Tensor(c!) k_pages, Tensor(d!) v_pages, Tensor(e!)? k_scales, Tensor(f!)? v_scales, bool interleaved, "
     "Tensor(a!) q_out) -> ()",
+    check=_check_rope_and_write_kv,
     reference=reference.rope_and_write_kv,
     numba="rope:rope_and_write_kv",
     triton="rope:rope_and_write_kv",
 )
-
-_FP32 = (torch.float32,)
-_CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
@@ -62,21 +138,10 @@ def rope(
     written then.
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
     """
-    q_shape, k_shape, dtype = q.shape, k.shape, (q.dtype,)
-    if len(q_shape) != 3 or len(k_shape) != 3 or k_shape[0] != q_shape[0] or k_shape[2] != q_shape[2]:
-        check_shape("q", q, ("T", "Hq", "D"))
-        check_shape("k", k, (q_shape[0], "Hkv", q_shape[2]))
-    check_elements("q", q, FLOATS)
-    check_elements("k", k, dtype)
-    _check_angles(cos_sin, positions, q_shape[0], q_shape[2], dtype)
     if q_out is None:
         q_out = torch.empty_like(q)
-    elif q_out is not q:
-        check_tensor("q_out", q_out, q_shape, dtype)
     if k_out is None:
         k_out = torch.empty_like(k)
-    elif k_out is not k:
-        check_tensor("k_out", k_out, k_shape, dtype)
     _ROPE(q, k, cos_sin, positions, interleaved, q_out, k_out)
     return q_out, k_out
 
@@ -107,50 +172,7 @@ def rope_and_write_kv(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
     """
-    pages, shape, dtype = k_pages.shape, qkv.shape, (qkv.dtype,)
-    if len(pages) != 4 or 0 in pages:
-        raise ValueError(f"k_pages has shape {list(pages)}; legal: [P, Hkv, page_size, D], each at least 1")
-    _, num_kv_heads, _, head_dim = pages
-    if len(shape) != 2 or shape[1] % head_dim or shape[1] // head_dim <= 2 * num_kv_heads:
-        raise ValueError(
-            f"qkv has shape {list(shape)}; legal: [T, (Hq + 2 * {num_kv_heads}) * {head_dim}] with Hq >= 1, "
-            "by the shape of k_pages"
-        )
-    tokens, width = shape
-    check_elements("qkv", qkv, FLOATS)
-    check_elements("k_pages", k_pages, (*_CODES, *dtype))
-    check_tensor("v_pages", v_pages, pages, (k_pages.dtype,))
-    if k_scales is not None or v_scales is not None or k_pages.dtype in _CODES:
-        _check_scales("k_scales", k_scales, k_pages)
-        _check_scales("v_scales", v_scales, k_pages)
-    _check_angles(cos_sin, positions, tokens, head_dim, dtype)
-    check_tensor("slots", slots, (tokens,), INTEGERS)
-    heads = (tokens, width // head_dim - 2 * num_kv_heads, head_dim)
     if q_out is None:
-        q_out = torch.empty(heads, dtype=qkv.dtype, device=qkv.device)
-    else:
-        check_tensor("q_out", q_out, heads, dtype)
+        q_out = torch.empty(_query_heads(qkv, k_pages), dtype=qkv.dtype, device=qkv.device)
     _ROPE_AND_WRITE_KV(qkv, cos_sin, positions, slots, k_pages, v_pages, k_scales, v_scales, interleaved, q_out)
     return q_out
-
-
-def _check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
-    """Scales where pages hold codes, and only there."""
-    shape, quantized = pages.shape[:3], pages.dtype in _CODES
-    if scales is None or not quantized:
-        seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
-        legal = f"a tensor {list(shape)}" if quantized else "None"
-        raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
-    check_tensor(name, scales, shape, _FP32)
-
-
-def _check_angles(
-    cos_sin: Tensor, positions: Tensor, tokens: int, head_dim: int, dtype: tuple[torch.dtype, ...]
-) -> None:
-    shape = cos_sin.shape
-    if len(shape) != 2 or shape[1] % 2 or shape[1] > head_dim:
-        raise ValueError(
-            f"cos_sin has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_dim}"
-        )
-    check_elements("cos_sin", cos_sin, _FP32 if dtype != (torch.float64,) else (*_FP32, torch.float64))
-    check_tensor("positions", positions, (tokens,), INTEGERS)

@@ -9,13 +9,6 @@ from fastllama.kernels import reference
 from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
-_SAMPLE = Op(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset, "
-    "Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!)? workspace) -> ()",
-    reference=reference.sample,
-    numba="sampling:sample",
-    triton="sampling:sample",
-)
 _PARAMETERS = (
     ("temperature", (torch.float32,)),
     ("top_k", INTEGERS),
@@ -23,6 +16,31 @@ _PARAMETERS = (
     ("min_p", (torch.float32,)),
     ("seed", (torch.int64,)),
     ("offset", (torch.int64,)),
+    ("tokens", (torch.int64,)),
+    ("logprobs", (torch.float32,)),
+)
+
+
+def _check(logits: Tensor, *others: Tensor | None) -> None:
+    shape = logits.shape
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"logits has shape {list(shape)}; legal: [B, V] with V >= 1")
+    check_elements("logits", logits, FLOATS)
+    *parameters, workspace = others
+    for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
+        assert tensor is not None
+        check_tensor(name, tensor, (shape[0],), dtypes)
+    if workspace is not None:
+        check_tensor("workspace", workspace, workspace.shape[:1], (torch.int64,))
+
+
+_SAMPLE = Op(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset, "
+    "Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!)? workspace) -> ()",
+    check=_check,
+    reference=reference.sample,
+    numba="sampling:sample",
+    triton="sampling:sample",
 )
 
 
@@ -54,25 +72,11 @@ def sample(
     Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
     Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    shape = logits.shape
-    if len(shape) != 2 or not shape[1]:
-        raise ValueError(f"logits has shape {list(shape)}; legal: [B, V] with V >= 1")
-    check_elements("logits", logits, FLOATS)
-    rows = (shape[0],)
-    parameters = (temperature, top_k, top_p, min_p, seed, offset)
-    for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
-        check_tensor(name, tensor, rows, dtypes)
     if tokens is None:
         tokens = torch.empty_like(seed)
-    else:
-        check_tensor("tokens", tokens, rows, (torch.int64,))
     if logprobs is None:
         logprobs = torch.empty_like(temperature)
-    else:
-        check_tensor("logprobs", logprobs, rows, (torch.float32,))
-    if workspace is not None:
-        check_tensor("workspace", workspace, workspace.shape[:1], (torch.int64,))
-    _SAMPLE(logits, *parameters, tokens, logprobs, workspace)
+    _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, offset, tokens, logprobs, workspace)
     return tokens, logprobs
 
 

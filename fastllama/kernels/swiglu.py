@@ -9,8 +9,23 @@ from fastllama.kernels import reference
 from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.op import Op
 
+
+def _check(gate_up: Tensor, out: Tensor) -> None:
+    shape = _product_shape(gate_up)
+    check_elements("gate_up", gate_up, FLOATS)
+    check_tensor("out", out, shape, (gate_up.dtype,))
+
+
+def _product_shape(gate_up: Tensor) -> tuple[int, ...]:
+    *leading, width = gate_up.shape or (1,)
+    if width % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
+    return (*leading, width // 2)
+
+
 _SILU_MUL = Op(
     "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
+    check=_check,
     reference=reference.silu_mul,
     numba="swiglu:silu_mul",
     triton="swiglu:silu_mul",
@@ -26,14 +41,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
-    *leading, width = gate_up.shape or (1,)
-    if width % 2:
-        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
-    check_elements("gate_up", gate_up, FLOATS)
-    shape = (*leading, width // 2)
     if out is None:
-        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
-    else:
-        check_tensor("out", out, shape, (gate_up.dtype,))
+        out = torch.empty(_product_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
     _SILU_MUL(gate_up, out)
     return out

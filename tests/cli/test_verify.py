@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
-import pytest
 import torch
 
 from fastllama.kernels.op import OPS
@@ -35,16 +35,15 @@ def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> No
     assert table.endswith(f"\n\n{found['summary']}\n")
 
 
-def test_a_wrong_kernel_fails_it_and_is_named(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_fails_it_and_is_named(command: Command, model: str, bind: Callable[..., None]) -> None:
     """An up projection that is a thousandth too large."""
-    op = OPS["silu_mul"]
-    right = op.implementation("cpu").run
+    right = OPS["silu_mul"].implementation("cpu").run
 
     def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         right(gate_up, out)
         out *= 1.001
 
-    monkeypatch.setitem(op._bound, torch.device("cpu"), wrong)
+    bind("silu_mul", wrong)
     done = command("verify", "--model", model, "--quiet")
     assert done.status == 1
     assert done.out.startswith("parity: FAILED in silu_mul (gate_up ")

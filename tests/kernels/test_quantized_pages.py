@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels import reference
-from fastllama.kernels.op import OPS
 from fastllama.kernels.reference.quantize import LARGEST_CODE
 from tests.kernels.honest import DTYPES, assert_equal, backends, implementation, public
 from tests.kernels.test_rope import SHAPES, UNTOUCHED, both_pairings, cache, queries_and_keys
@@ -179,9 +179,9 @@ def test_opcheck() -> None:
 
 @every_code
 @every_backend
-def test_compiled_is_eager(backend: str, code: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_is_eager(backend: str, code: torch.dtype, bind: Callable[..., None]) -> None:
     op = "rope_and_write_kv"
-    monkeypatch.setitem(OPS[op]._bound, torch.device("cpu"), implementation(op, backend))
+    bind(op, implementation(op, backend))
     given = arguments(code)
     ours, theirs = ({name: value.clone() for name, value in given.items()} for _ in range(2))
     torch.compiler.reset()

@@ -110,7 +110,7 @@ def test_the_first_wrong_layer_is_the_first_that_fails(path: Path, at: int, monk
     assert "logits" in names
 
 
-def test_wrong_logits_alone_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_logits_alone_are_named(path: Path, bind: Callable[..., None]) -> None:
     right = OPS["matmul"].implementation("cpu").run
 
     def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -118,7 +118,7 @@ def test_wrong_logits_alone_are_named(path: Path, monkeypatch: pytest.MonkeyPatc
         if weight.shape[0] == 300:
             out[..., 7] += 0.001 * out.abs().max()
 
-    monkeypatch.setitem(OPS["matmul"]._bound, torch.device("cpu"), wrong)
+    bind("matmul", wrong)
     assert failed(check(path)) == ["logits"]
 
 

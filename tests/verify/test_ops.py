@@ -27,6 +27,7 @@ def row_of(op: str, dtype: torch.dtype = torch.float32) -> Row:
     return max((row for case in cases for row in ops._judge(case)), key=lambda row: row.strain)
 
 
+Bind = Callable[[str, Callable[..., Any]], None]  # the fixture
 CASES: dict[torch.dtype, list[Case]] = {dtype: list(all_cases(dtype)) for dtype in DTYPES}
 
 
@@ -46,13 +47,13 @@ def test_the_implementation_on_this_machine_agrees(op: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_so_does_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPS[op]._bound, CPU, OPS[op]._run_reference)
+def test_so_does_the_reference(op: str, bind: Bind) -> None:
+    bind(op, OPS[op]._run_reference)
     row = row_of(op)
     assert row.ok, row
 
 
-def spoiled(op: str, spoil: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch, output: int = 0) -> None:
+def spoiled(op: str, spoil: Callable[[Tensor], None], bind: Bind, output: int = 0) -> None:
     """Let an op be right but for what `spoil` does to one of its outputs, 0 or 1."""
     run, first = OPS[op].implementation("cpu").run, OPS[op]._inputs
 
@@ -62,7 +63,7 @@ def spoiled(op: str, spoil: Callable[[Tensor], None], monkeypatch: pytest.Monkey
         if target is not None:
             spoil(target)
 
-    monkeypatch.setitem(OPS[op]._bound, CPU, wrong)
+    bind(op, wrong)
 
 
 def one_value(out: Tensor) -> None:
@@ -80,46 +81,44 @@ def a_gap(out: Tensor) -> None:
 
 @pytest.mark.parametrize("spoil", [one_value, a_gap])
 @pytest.mark.parametrize("op", OPS)
-def test_a_wrong_value_is_found(op: str, spoil: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled(op, spoil, monkeypatch)
+def test_a_wrong_value_is_found(op: str, spoil: Callable[[Tensor], None], bind: Bind) -> None:
+    spoiled(op, spoil, bind)
     assert not row_of(op).ok
 
 
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.num_outputs == 2])
-def test_a_wrong_value_in_the_second_output_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled(op, one_value, monkeypatch, output=1)
+def test_a_wrong_value_in_the_second_output_is_found(op: str, bind: Bind) -> None:
+    spoiled(op, one_value, bind, output=1)
     assert not row_of(op).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", sorted(set(OPS) - {"sample", "embedding"}))
-def test_a_factor_of_one_and_a_sixteenth_is_found_in_16_bits(
-    op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_factor_of_one_and_a_sixteenth_is_found_in_16_bits(op: str, dtype: torch.dtype, bind: Bind) -> None:
     def spoil(out: Tensor) -> None:
         out *= 1.0625
 
-    spoiled(op, spoil, monkeypatch)
+    spoiled(op, spoil, bind)
     assert not row_of(op, dtype).ok
 
 
-def test_a_kernel_that_raises_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_raises_is_named_with_its_error(bind: Bind) -> None:
     def broken(*args: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setitem(OPS["rope"]._bound, CPU, broken)
+    bind("rope", broken)
     row = row_of("rope")
     assert not row.ok
     assert row.case == "q [33, 8, 64], 64 rotated: RuntimeError: no such instruction"
     assert row.error == math.inf
 
 
-def test_the_worst_of_several_cases_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worst_of_several_cases_is_shown(bind: Bind) -> None:
     def spoil(out: Tensor) -> None:
         if out.shape == (7, 100):
             out[0, 0] += 1
 
-    spoiled("rms_norm", spoil, monkeypatch)
+    spoiled("rms_norm", spoil, bind)
     row = next(row for row in ops.rows(torch.float32, CPU) if row.name == "rms_norm")
     assert (row.case, row.ok) == ("x [7, 100]", False)
 
@@ -145,12 +144,12 @@ MISTAKES: dict[str, tuple[str, int, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_likely_mistake_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_likely_mistake_is_found(name: str, bind: Bind) -> None:
     op, place, change = MISTAKES[name]
     run = OPS[op].implementation("cpu").run
 
     def wrong(*args: Any) -> None:
         run(*args[:place], change(args[place]), *args[place + 1 :])
 
-    monkeypatch.setitem(OPS[op]._bound, CPU, wrong)
+    bind(op, wrong)
     assert not row_of(op).ok
