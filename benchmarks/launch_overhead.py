@@ -7,12 +7,10 @@ the driver is left out: Triton compiles for an H100 and calls a launcher that do
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks import timing
@@ -22,6 +20,9 @@ from benchmarks.registry import OPS as MEASURED
 from benchmarks.registry import Case, toy_cases
 from fastllama import kernels
 from fastllama.kernels.op import OPS
+from fastllama.kernels.triton.sampling import workspace_size
+from fastllama.testing.drivers import DryDriver
+from fastllama.testing.targets import target
 
 CALLS = 50  # in a row: fewer than the launches that a GPU queues before the host must wait
 
@@ -29,37 +30,6 @@ CALLS = 50  # in a row: fewer than the launches that a GPU queues before the hos
 def triton_ops() -> list[str]:
     """The ops that have a Triton kernel."""
     return [op for op in MEASURED if OPS[op].has_triton]
-
-
-class _NoDriver:
-    """What Triton asks of a driver to compile, load and launch a kernel; nothing reaches a GPU."""
-
-    def __init__(self) -> None:
-        self.utils = self
-
-    def get_current_target(self) -> Any:
-        """What is compiled for."""
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        """The GPU's index."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default stream."""
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Limits of an H100."""
-        return {"max_shared_mem": 227 << 10, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, *args: Any) -> tuple[int, ...]:
-        """Module, function, registers, spills and threads at most."""
-        return 0, 0, 32, 0, 1024
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches a kernel: nothing."""
-        return lambda *args: None
 
 
 def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
@@ -79,6 +49,8 @@ def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     """Microseconds of each call, outputs given and allocated."""
     inputs = case.make(device, seed=0)
+    if case.op == "sample":  # on a CPU its public function makes none
+        inputs["workspace"] = torch.empty(workspace_size(inputs["logits"]), dtype=torch.int64, device=device)
     fewer = {name: value for name, value in inputs.items() if name not in OUTPUTS}
     public = getattr(kernels, case.op)
     calls = {"outputs given": lambda: public(**inputs), "allocated": lambda: public(**fewer)}
@@ -96,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
-        driver.set_active(_NoDriver())
+        driver.set_active(DryDriver(target("sm_90"), lambda *launch: None))
     dtype = torch.bfloat16
     torch.set_num_threads(1)
     found = {case.op: measure(case, device, options.rounds) for case in toy_cases(dtype, tuple(triton_ops()))}

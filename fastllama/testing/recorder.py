@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +19,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from fastllama import env
+from fastllama.testing.drivers import FakeDriver, active
 from fastllama.testing.targets import Target
 from fastllama.testing.triton_api import quiet
 
@@ -79,17 +79,13 @@ def record(target: Target) -> Iterator[list[Launch]]:
         for config in self.prune_configs(kwargs):
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
-    active = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", run),
-            mock.patch.object(Autotuner, "run", run_every_configuration),
-            quiet(),
-        ):
-            yield launches
-    finally:
-        driver._active = active
+    with (
+        active(FakeDriver(target)),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(Autotuner, "run", run_every_configuration),
+        quiet(),
+    ):
+        yield launches
 
 
 class _CapturedError(Exception):
@@ -122,35 +118,3 @@ class _Addressed:
 def _addressed(value: Any) -> Any:
     """Fake tensors refuse to tell an address."""
     return _Addressed(value) if isinstance(value, FakeTensor) else value
-
-
-class _Driver:
-    """The questions that launch code asks of a GPU's driver, answered from a Target."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self.utils = SimpleNamespace(get_device_properties=self._properties)
-
-    def _properties(self, device: Any) -> dict[str, int]:
-        return {
-            "max_shared_mem": self._target.shared_per_block,
-            "max_num_regs": 4 * self._target.registers,
-            "multiprocessor_count": self._target.multiprocessors,
-            "warpSize": self._target.warp_size,
-        }
-
-    def get_current_target(self) -> Any:
-        return self._target.triton
-
-    def get_current_device(self) -> str:
-        """Triton keeps what it knows of a kernel by this: a name of its own leaves that of real devices alone."""
-        return f"recorded {self._target.name}"
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"launch code asks the driver for {name!r}, and there is no GPU while launches are recorded")

@@ -118,7 +118,7 @@ def test_nothing_is_left_behind() -> None:
         recorded(launch_and_fail)
     assert (copy_kernel.run, driver._active, copy_kernel.compile) == (run, active, compiler)
     assert all(not kernels for kernels, *_ in copy_kernel.device_caches.values())
-    assert all(str(device).startswith("recorded ") for device in copy_kernel.device_caches)
+    assert all(str(device).startswith("FakeDriver ") for device in copy_kernel.device_caches)
 
 
 def test_a_wrong_argument_is_the_launch_codes_own_error() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
+from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
@@ -134,6 +135,7 @@ def combine_kernel(
         tl.store(lse_ptr + at, peak + tl.log(total))
 
 
+@launcher
 def attention_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -143,12 +145,12 @@ def attention_decode(
     scale: float,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
+) -> list[KernelCall]:
     """See kernels.attention_decode."""
     check_kernel_dtype("q", q)
     rows, num_heads, head_dim = q.shape
     if not rows:
-        return
+        return []
     num_seqs, max_pages = page_table.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries, group = rows // num_seqs, num_heads // num_kv_heads
@@ -159,7 +161,9 @@ def attention_decode(
     if splits > 1:
         parts = torch.empty(rows, num_heads, splits * head_dim, dtype=torch.float32, device=q.device)
         part_lses = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=q.device)
-    decode_kernel[(num_seqs, num_kv_heads, splits)](
+    call = KernelCall(
+        decode_kernel,
+        (num_seqs, num_kv_heads, splits),
         q_ptr=q,
         k_pages_ptr=k_pages,
         v_pages_ptr=v_pages,
@@ -191,21 +195,25 @@ def attention_decode(
         STAGES=launch.stages,
         num_warps=launch.num_warps,
     )
-    if splits > 1:
-        combine_kernel[(rows, num_heads)](
-            parts_ptr=parts,
-            part_lses_ptr=part_lses,
-            seq_lens_ptr=seq_lens,
-            out_ptr=out,
-            lse_ptr=lse,
-            out_token_stride=out.stride(0),
-            OUT_HEAD_STRIDE=out.stride(1),
-            QUERIES=queries,
-            HEAD_DIM=head_dim,
-            SPLIT=launch.split,
-            SPLITS=splits,
-            SPLITS_BLOCK=tuning.power_of_2(splits),
-            BLOCK_D=block_d,
-            STEP=8,
-            num_warps=4,
-        )
+    if splits == 1:
+        return [call]
+    combine = KernelCall(
+        combine_kernel,
+        (rows, num_heads),
+        parts_ptr=parts,
+        part_lses_ptr=part_lses,
+        seq_lens_ptr=seq_lens,
+        out_ptr=out,
+        lse_ptr=lse,
+        out_token_stride=out.stride(0),
+        OUT_HEAD_STRIDE=out.stride(1),
+        QUERIES=queries,
+        HEAD_DIM=head_dim,
+        SPLIT=launch.split,
+        SPLITS=splits,
+        SPLITS_BLOCK=tuning.power_of_2(splits),
+        BLOCK_D=block_d,
+        STEP=8,
+        num_warps=4,
+    )
+    return [call, combine]

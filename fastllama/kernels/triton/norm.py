@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
@@ -51,29 +52,35 @@ def rows_per_program(block: int, num_warps: int) -> int:
     return max(16 * 32 * num_warps // block, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+@launcher
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> list[KernelCall]:
     """See kernels.rms_norm."""
     check_kernel_dtype("x", x)
-    _launch(as_rows("x", x), None, weight, eps, as_rows("out", out), None)
+    return _plan(as_rows("x", x), None, weight, eps, as_rows("out", out), None)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor) -> None:
+@launcher
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor
+) -> list[KernelCall]:
     """See kernels.add_rms_norm."""
     check_kernel_dtype("x", x)
     x, residual = as_rows("x", x), as_rows("residual", residual)
-    _launch(x, residual, weight, eps, as_rows("out", out), as_rows("residual_out", residual_out))
+    return _plan(x, residual, weight, eps, as_rows("out", out), as_rows("residual_out", residual_out))
 
 
-def _launch(
+def _plan(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
-) -> None:
+) -> list[KernelCall]:
     num_rows, size = x.shape
     if not (num_rows and size):
-        return
+        return []
     launch = tuning.norm(x.device, size=size, itemsize=x.element_size())
     block = tuning.power_of_2(size)
     rows = rows_per_program(block, launch.num_warps)
-    norm_kernel[(tuning.ceil_div(num_rows, rows),)](
+    call = KernelCall(
+        norm_kernel,
+        (tuning.ceil_div(num_rows, rows),),
         out_ptr=out,
         residual_out_ptr=residual_out,
         x_ptr=x,
@@ -91,3 +98,4 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         num_warps=launch.num_warps,
     )
+    return [call]

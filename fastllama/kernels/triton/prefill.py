@@ -9,6 +9,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
+from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
 @triton.jit
@@ -112,6 +113,7 @@ def prefill_kernel(
             tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * LN_2, mask=row < end)
 
 
+@launcher
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -122,13 +124,14 @@ def attention_varlen(
     causal: bool,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
+) -> list[KernelCall]:
     """See kernels.attention_varlen."""
     strides = {"k_page_stride": 0, "v_page_stride": 0, "k_token_stride": k.stride(0), "v_token_stride": v.stride(0)}
     heads = {"K_HEAD_STRIDE": k.stride(1), "V_HEAD_STRIDE": v.stride(1)}
-    _launch(q, k, v, cu_seqlens_q, cu_seqlens_k, None, scale, causal, out, lse, **strides, **heads)
+    return _plan(q, k, v, cu_seqlens_q, cu_seqlens_k, None, scale, causal, out, lse, **strides, **heads)
 
 
+@launcher
 def attention_prefill(
     q: Tensor,
     k_pages: Tensor,
@@ -139,9 +142,9 @@ def attention_prefill(
     scale: float,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
+) -> list[KernelCall]:
     """See kernels.attention_prefill."""
-    _launch(
+    return _plan(
         q,
         k_pages,
         v_pages,
@@ -161,7 +164,7 @@ def attention_prefill(
     )
 
 
-def _launch(
+def _plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -173,14 +176,16 @@ def _launch(
     out: Tensor,
     lse: Tensor | None,
     **strides: int,
-) -> None:
+) -> list[KernelCall]:
     check_kernel_dtype("q", q)
     num_rows, num_heads, head_dim = q.shape
     if not num_rows:
-        return
+        return []
     num_seqs = cu_seqlens_q.shape[0] - 1
     launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size())
-    prefill_kernel[(num_rows // launch.rows + num_seqs + 1, num_heads)](
+    call = KernelCall(
+        prefill_kernel,
+        (num_rows // launch.rows + num_seqs + 1, num_heads),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -208,3 +213,4 @@ def _launch(
         num_warps=launch.num_warps,
         **strides,
     )
+    return [call]

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.heads import load_pairs, rotated, store_pairs
+from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.quantize import quantized
 
 
@@ -224,19 +225,23 @@ def rope_and_write_kv_kernel(
             )
 
 
+@launcher
 def rope(
     q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool, q_out: Tensor, k_out: Tensor
-) -> None:
+) -> list[KernelCall]:
     """See kernels.rope."""
     check_kernel_dtype("q", q)
     tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     heads = num_q_heads + num_kv_heads
     if not (tokens and heads and head_dim):
-        return
+        return []
     launch = tuning.rope(q.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=q.element_size())
     group = launch.heads
-    rope_kernel[(tokens * (tuning.ceil_div(num_q_heads, group) + tuning.ceil_div(num_kv_heads, group)),)](
+    programs = tuning.ceil_div(num_q_heads, group) + tuning.ceil_div(num_kv_heads, group)  # of one token
+    call = KernelCall(
+        rope_kernel,
+        (tokens * programs,),
         q_out_ptr=q_out,
         k_out_ptr=k_out,
         q_ptr=q,
@@ -261,8 +266,10 @@ def rope(
         PAIRS=max(tuning.power_of_2(head_dim) // 2, 1),
         num_warps=launch.num_warps,
     )
+    return [call]
 
 
+@launcher
 def rope_and_write_kv(
     qkv: Tensor,
     cos_sin: Tensor,
@@ -274,12 +281,12 @@ def rope_and_write_kv(
     v_scales: Tensor | None,
     interleaved: bool,
     q_out: Tensor,
-) -> None:
+) -> list[KernelCall]:
     """See kernels.rope_and_write_kv."""
     check_kernel_dtype("qkv", qkv)
     tokens, num_q_heads, head_dim = q_out.shape
     if not tokens:
-        return
+        return []
     _, num_kv_heads, page_size, _ = k_pages.shape
     if k_pages.dtype == torch.float8_e4m3fn:  # which Triton does not take on sm_80
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
@@ -287,7 +294,9 @@ def rope_and_write_kv(
     launch = tuning.rope(qkv.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=qkv.element_size())
     group = launch.heads
     programs = tuning.ceil_div(num_q_heads, group) + 2 * tuning.ceil_div(num_kv_heads, group)  # of one token
-    rope_and_write_kv_kernel[(tokens * programs,)](
+    call = KernelCall(
+        rope_and_write_kv_kernel,
+        (tokens * programs,),
         q_out_ptr=q_out,
         k_pages_ptr=k_pages,
         v_pages_ptr=v_pages,
@@ -315,3 +324,4 @@ def rope_and_write_kv(
         PAIRS=max(tuning.power_of_2(head_dim) // 2, 1),
         num_warps=launch.num_warps,
     )
+    return [call]

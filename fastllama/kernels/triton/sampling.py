@@ -14,6 +14,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton import filters
+from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.weights import LARGEST_VOCAB, keys_of, load_logits, masses_of, row_peak
 
 
@@ -158,6 +159,7 @@ def workspace_size(logits: Tensor) -> int:
     return _plan(logits)[3]
 
 
+@launcher
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -169,7 +171,7 @@ def sample(
     tokens: Tensor,
     logprobs: Tensor,
     workspace: Tensor | None,
-) -> None:
+) -> list[KernelCall]:
     """See kernels.sample."""
     check_kernel_dtype("logits", logits)
     num_rows, vocab_size = logits.shape
@@ -181,7 +183,7 @@ def sample(
     elif workspace.numel() < size:
         raise ValueError(f"workspace has {workspace.numel()} elements; legal for these logits: at least {size}")
     if not num_rows:
-        return
+        return []
     views, start = [], 0
     for dtype, count in parts:
         end = start + _aligned(dtype, count)
@@ -193,76 +195,90 @@ def sample(
     row_stride = logits.stride(0)
     numbers = {"VOCAB": vocab_size, "CHUNK": launch.block, "CHUNKS": chunks, "num_warps": launch.num_warps}
     blocks = numbers | {"CHUNKS_BLOCK": tuning.power_of_2(chunks)}
-    peak_kernel[grid](
-        logits_ptr=logits,
-        peaks_ptr=peaks,
-        octaves_ptr=octaves,
-        state_ptr=state,
-        row_stride=row_stride,
-        OCTAVES=filters.OCTAVES,
-        **numbers,
-    )
-    filters.octave_kernel[grid](
-        logits_ptr=logits,
-        temperature_ptr=temperature,
-        top_k_ptr=top_k,
-        top_p_ptr=top_p,
-        peaks_ptr=peaks,
-        octaves_ptr=octaves,
-        row_stride=row_stride,
-        LANE=filters.LANE,
-        OCTAVES=filters.OCTAVES,
-        GROUP=filters.GROUP,
-        **blocks,
-    )
-    filters.collect_kernel[grid](
-        logits_ptr=logits,
-        temperature_ptr=temperature,
-        top_k_ptr=top_k,
-        top_p_ptr=top_p,
-        peaks_ptr=peaks,
-        octaves_ptr=octaves,
-        state_ptr=state,
-        candidates_ptr=candidates,
-        row_stride=row_stride,
-        OCTAVES=filters.OCTAVES,
-        CAPACITY=capacity,
-        **blocks,
-    )
-    filters.threshold_kernel[(num_rows,)](
-        temperature_ptr=temperature,
-        top_k_ptr=top_k,
-        top_p_ptr=top_p,
-        min_p_ptr=min_p,
-        octaves_ptr=octaves,
-        state_ptr=state,
-        candidates_ptr=candidates,
-        VOCAB=vocab_size,
-        OCTAVES=filters.OCTAVES,
-        PIVOTS=filters.PIVOTS,
-        TILE=filters.TILE,
-        CAPACITY=capacity,
-        num_warps=launch.num_warps,
-    )
-    mass_kernel[grid](
-        logits_ptr=logits,
-        temperature_ptr=temperature,
-        peaks_ptr=peaks,
-        state_ptr=state,
-        masses_ptr=masses,
-        row_stride=row_stride,
-        **blocks,
-    )
-    draw_kernel[(num_rows,)](
-        logits_ptr=logits,
-        temperature_ptr=temperature,
-        seed_ptr=seed,
-        offset_ptr=offset,
-        tokens_ptr=tokens,
-        logprobs_ptr=logprobs,
-        peaks_ptr=peaks,
-        state_ptr=state,
-        masses_ptr=masses,
-        row_stride=row_stride,
-        **blocks,
-    )
+    return [
+        KernelCall(
+            peak_kernel,
+            grid,
+            logits_ptr=logits,
+            peaks_ptr=peaks,
+            octaves_ptr=octaves,
+            state_ptr=state,
+            row_stride=row_stride,
+            OCTAVES=filters.OCTAVES,
+            **numbers,
+        ),
+        KernelCall(
+            filters.octave_kernel,
+            grid,
+            logits_ptr=logits,
+            temperature_ptr=temperature,
+            top_k_ptr=top_k,
+            top_p_ptr=top_p,
+            peaks_ptr=peaks,
+            octaves_ptr=octaves,
+            row_stride=row_stride,
+            LANE=filters.LANE,
+            OCTAVES=filters.OCTAVES,
+            GROUP=filters.GROUP,
+            **blocks,
+        ),
+        KernelCall(
+            filters.collect_kernel,
+            grid,
+            logits_ptr=logits,
+            temperature_ptr=temperature,
+            top_k_ptr=top_k,
+            top_p_ptr=top_p,
+            peaks_ptr=peaks,
+            octaves_ptr=octaves,
+            state_ptr=state,
+            candidates_ptr=candidates,
+            row_stride=row_stride,
+            OCTAVES=filters.OCTAVES,
+            CAPACITY=capacity,
+            **blocks,
+        ),
+        KernelCall(
+            filters.threshold_kernel,
+            (num_rows,),
+            temperature_ptr=temperature,
+            top_k_ptr=top_k,
+            top_p_ptr=top_p,
+            min_p_ptr=min_p,
+            octaves_ptr=octaves,
+            state_ptr=state,
+            candidates_ptr=candidates,
+            VOCAB=vocab_size,
+            OCTAVES=filters.OCTAVES,
+            PIVOTS=filters.PIVOTS,
+            TILE=filters.TILE,
+            CAPACITY=capacity,
+            num_warps=launch.num_warps,
+        ),
+        KernelCall(
+            mass_kernel,
+            grid,
+            logits_ptr=logits,
+            temperature_ptr=temperature,
+            peaks_ptr=peaks,
+            state_ptr=state,
+            masses_ptr=masses,
+            row_stride=row_stride,
+            **blocks,
+        ),
+        KernelCall(
+            draw_kernel,
+            (num_rows,),
+            logits_ptr=logits,
+            temperature_ptr=temperature,
+            seed_ptr=seed,
+            offset_ptr=offset,
+            tokens_ptr=tokens,
+            logprobs_ptr=logprobs,
+            peaks_ptr=peaks,
+            state_ptr=state,
+            masses_ptr=masses,
+            row_stride=row_stride,
+            **blocks,
+        ),
+    ]

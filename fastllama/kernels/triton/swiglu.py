@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
 # One program owns BLOCK columns of one row; programs of one row follow each other, as its memory does.
@@ -31,15 +32,18 @@ def silu_mul_kernel(
     tl.store(out_ptr + row * out_row_stride + col, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+@launcher
+def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
     """See kernels.silu_mul."""
     check_kernel_dtype("gate_up", gate_up)
     gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
     rows, size = out.shape
     if not (rows and size):
-        return
+        return []
     launch = tuning.swiglu(out.device, rows=rows, size=size, itemsize=out.element_size())
-    silu_mul_kernel[(rows * tuning.ceil_div(size, launch.block),)](
+    call = KernelCall(
+        silu_mul_kernel,
+        (rows * tuning.ceil_div(size, launch.block),),
         out_ptr=out,
         gate_up_ptr=gate_up,
         out_row_stride=out.stride(0),
@@ -48,3 +52,4 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         BLOCK=launch.block,
         num_warps=launch.num_warps,
     )
+    return [call]

@@ -299,6 +299,22 @@ ATTENTION_MUTANTS = [
         FAR_KEYS,
     ),
 ]
+REPEATED = ("tests/kernels/triton/test_launching.py",)  # of the compile tier
+LAUNCHING_MUTANTS = [
+    Mutant(name, f"{KERNELS}/launching.py", old, new, REPEATED, interpreter=False)
+    for name, old, new in (
+        ("a part of the workspace at its start", "addresses[source] + byte", "addresses[source]"),
+        ("any address", "if address % ALIGNMENT:", "if False:"),
+        ("a first address that is not aligned", "value.data_ptr() % ALIGNMENT or source[1]", "source[1]"),
+        ("a part aligned by chance", " or source[1] % ALIGNMENT", ""),
+        (
+            "memory of others",
+            "0 <= (distance := address - arg.data_ptr())",
+            "-(1 << 60) < (distance := address - arg.data_ptr())",
+        ),
+        ("memory past the workspace", "< max(arg.nbytes, 1)", "< 1 << 60"),
+    )
+]
 MUTANTS = [
     *NORM_MUTANTS,
     *SWIGLU_MUTANTS,
@@ -308,4 +324,5 @@ MUTANTS = [
     *FILTERS_MUTANTS,
     *SAMPLING_MUTANTS,
     *ATTENTION_MUTANTS,
+    *LAUNCHING_MUTANTS,
 ]

@@ -1,0 +1,156 @@
+"""Launches repeated without planning: the kernels, the numbers and the addresses that planning would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.kernels.op import OPS, Function
+from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.sampling import workspace_size
+from fastllama.testing.drivers import DryLaunch, dry_run
+from fastllama.testing.targets import TARGETS
+from tests.kernels.calls import arguments
+
+pytestmark = pytest.mark.compile
+TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[DryLaunch]]:
+    """All that reaches the driver of a GPU that need not be here."""
+    with dry_run(TARGETS["sm_90"]) as noted:
+        yield noted
+
+
+def call(op: str) -> dict[str, Any]:
+    """Every argument by name, tensors fresh."""
+    given = arguments(op)
+    if op == "sample":
+        given["workspace"] = torch.empty(workspace_size(given["logits"]), dtype=torch.int64)
+    return given | ({"lse": None} if op.startswith("attention") else {})
+
+
+def launched(launches: list[DryLaunch], run: Function, given: dict[str, Any]) -> list[DryLaunch]:
+    launches.clear()
+    run(*given.values())
+    return launches.copy()
+
+
+def misaligned(value: Tensor) -> Tensor:
+    """Equal, at an address that is no multiple of 16."""
+    moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+    return moved.copy_(value)
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_repeated_launches_are_those_that_planning_gives(op: str, launches: list[DryLaunch]) -> None:
+    plan = OPS[op].launcher("cuda")
+    again = plan(*call(op).values())
+    assert again is not None
+    for _ in range(2):
+        given = call(op)
+        planned = launched(launches, plan, given)
+        assert planned
+        assert launched(launches, again, given) == planned
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_an_address_that_is_not_aligned_is_planned(op: str, launches: list[DryLaunch]) -> None:
+    """For another kernel, as the one for aligned addresses would read 16 bytes at once."""
+    plan = OPS[op].launcher("cuda")
+    again = plan(*call(op).values())
+    assert again is not None
+    for name, value in call(op).items():
+        if isinstance(value, Tensor) and value.numel():
+            given = call(op) | {name: misaligned(value)}
+            planned = launched(launches, plan, given)
+            assert launched(launches, again, given) == planned
+
+
+def test_a_call_that_is_not_aligned_gives_nothing_to_repeat(launches: list[DryLaunch]) -> None:
+    given = call("rms_norm")
+    assert OPS["rms_norm"].launcher("cuda")(*(given | {"x": misaligned(given["x"])}).values()) is None
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_the_public_op_plans_once(op: str, launches: list[DryLaunch], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = OPS[op].launcher("cuda")
+    planned: list[DryLaunch] = []
+
+    def planning(*args: Any) -> Function | None:
+        planned.append(run)
+        return run(*args)
+
+    with torch.inference_mode(), OPS[op].bound_to(torch.device("cpu"), planning):
+        for _ in range(3):
+            given = {name: value for name, value in call(op).items() if name != "lse"}
+            launches.clear()
+            getattr(kernels, op)(**given)
+            seen = launches.copy()
+            assert seen == launched(launches, run, given | ({"lse": None} if op.startswith("attention") else {}))
+    assert len(planned) == 1
+
+
+def test_rows_of_any_rank_and_in_place(launches: list[DryLaunch]) -> None:
+    run = OPS["add_rms_norm"].launcher("cuda")
+    weight = torch.randn(64)
+    with torch.inference_mode(), OPS["add_rms_norm"].bound_to(torch.device("cpu"), run):
+        for _ in range(3):
+            x, residual = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+            launches.clear()
+            kernels.add_rms_norm(x, residual, weight, out=x, residual_out=residual)
+            (seen,) = launches
+            addresses = [residual.data_ptr() if place % 2 else x.data_ptr() for place in range(4)]
+            assert list(seen.arguments[:5]) == [*addresses, weight.data_ptr()]
+            kernels.add_rms_norm(x, residual, weight)  # not in place: of another kind
+            assert launches[1].arguments[0] not in addresses
+
+
+@triton.jit
+def _fill_kernel(out_ptr, part_ptr, VALUE: tl.constexpr):
+    tl.store(out_ptr, VALUE)
+    tl.store(part_ptr, VALUE)
+
+
+@launcher
+def _fill(out: Tensor, hidden: list[Tensor], workspace: Tensor) -> list[KernelCall]:
+    """What is hidden is no argument of the op itself, and may be in the workspace or not."""
+    return [KernelCall(_fill_kernel, (1,), out_ptr=out, part_ptr=hidden[0], VALUE=1)]
+
+
+def test_memory_that_is_not_the_ops_is_never_repeated(launches: list[DryLaunch]) -> None:
+    """It may be gone."""
+    out, memory = torch.empty(8), torch.empty(3, 16)
+    for inside in (memory[1], memory[1, 4:]):
+        assert _fill(out, [inside], memory[1]) is not None
+    for stranger in (memory[0], memory[2], memory[1].clone()):
+        assert _fill(out, [stranger], memory[1]) is None
+    assert len(launches) == 5
+
+
+def test_a_part_whose_address_is_aligned_by_chance_is_never_repeated(launches: list[DryLaunch]) -> None:
+    """It would not be, in a workspace that is."""
+    out, memory = torch.empty(8), torch.empty(16)
+    assert _fill(out, [memory[4:]], memory) is not None
+    assert _fill(out, [memory[4:]], memory[2:]) is None
+
+
+def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
+    empty = {"gate_up": torch.empty(0, 8), "out": torch.empty(0, 4)}
+    again = OPS["silu_mul"].launcher("cuda")(*empty.values())
+    assert again is not None
+    assert launched(launches, again, empty) == []
+
+
+def test_a_workspace_that_the_launcher_makes_is_not_repeated(launches: list[DryLaunch]) -> None:
+    assert OPS["sample"].launcher("cuda")(*(call("sample") | {"workspace": None}).values()) is None
+    assert len(launches) == 6
