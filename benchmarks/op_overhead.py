@@ -6,6 +6,7 @@ The goal is 3 us where torch.add takes 1.1 us: the line of conditions says what 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import platform
 import statistics
@@ -35,7 +36,7 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
     paged = (q, *pages, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
     zeros = torch.zeros(tokens)
     logits = (torch.randn(tokens, vocab), zeros, zeros.int(), zeros + 1, zeros, zeros.long(), zeros.long())
-    scale = {"scale": 0.25}
+    scale = {"scale": 0.25, "base2": False}
     return {
         "rms_norm": ((x, weight, 1e-5), {}, {"out": x.clone()}),
         "add_rms_norm": ((x, x.clone(), weight, 1e-5), {}, {"out": x.clone(), "residual_out": x.clone()}),
@@ -73,8 +74,8 @@ def overheads(op: str, rounds: int, calls: int) -> tuple[float, float, float]:
     """
     args, options, outputs = cases()[op]
     public, run = getattr(kernels, op), OPS[op].implementation("cpu").run
-    unset = (None,) if op == "sample" or op.startswith("attention") else ()  # workspace, lse
-    bare = (*args, *options.values(), *outputs.values(), *unset)
+    named = dict(zip(inspect.signature(public).parameters, args, strict=False)) | options | outputs
+    bare = tuple(named.get(name) for name in OPS[op].names)
     (implementation,) = microseconds([lambda: run(*bare)], rounds, calls)
 
     def nothing(*args: Any) -> None:

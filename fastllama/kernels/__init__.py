@@ -1,6 +1,6 @@
 """Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
 
-from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen
+from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
 from fastllama.kernels.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.matmul import embedding, matmul
 from fastllama.kernels.norm import add_rms_norm, rms_norm
@@ -15,6 +15,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "attention_varlen",
+    "attention_workspace",
     "backend_of",
     "cos_sin_cache",
     "embedding",

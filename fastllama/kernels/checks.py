@@ -13,6 +13,7 @@ from fastllama.errors import check_dtype, check_rows, check_shape
 KERNEL_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*KERNEL_FLOATS, torch.float64)  # fp64 is the oracle's: no Triton kernel takes it
 INTEGERS = (torch.int32, torch.int64)
+CODES = (torch.int8, torch.float8_e4m3fn)  # of quantized pages
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
@@ -28,6 +29,18 @@ def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> 
     if tensor.dtype not in dtypes or not tensor.is_contiguous():
         check_dtype(name, tensor, dtypes)
         check_rows(name, tensor)
+
+
+def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
+    """ValueError unless there are scales [P, Hkv, page_size] where pages hold CODES, and none elsewhere."""
+    quantized = pages.dtype in CODES
+    if scales is not None and quantized:
+        check_tensor(name, scales, pages.shape[:3], (torch.float32,))
+    elif scales is not None or quantized:
+        shape = list(pages.shape[:3])
+        seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
+        legal = f"a tensor {shape}" if quantized else "None"
+        raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:

@@ -71,7 +71,7 @@ class Op:
         is_output = [kind.startswith(("Tensor(a!)", "Tensor(b!)")) for kind in kinds]
         self.num_outputs = sum(is_output)
         self._inputs = is_output.index(True) if self.num_outputs else len(kinds)
-        self._names = names
+        self.names = names
         self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self._check, self._reference = check, reference
         self._cpu, self._numba, self._triton = cpu, numba, triton
@@ -114,12 +114,12 @@ class Op:
         device = args[0].device
         for i in self._tensors:
             if args[i] is not None and args[i].device != device:
-                check_device(self._names[i], args[i], self._names[0], args[0])
+                check_device(self.names[i], args[i], self.names[0], args[0])
         if is_grad_enabled():
             for i in self._tensors:
                 if args[i] is not None and args[i].requires_grad:
                     raise RuntimeError(
-                        f"{self._names[i]} requires grad, and op {self.name} has no backward: "
+                        f"{self.names[i]} requires grad, and op {self.name} has no backward: "
                         "call it under torch.inference_mode() or torch.no_grad()"
                     )
 

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
+from fastllama.kernels.checks import CODES, FLOATS, INTEGERS, check_elements, check_scales, check_tensor
 from fastllama.kernels.op import Op
 
 _FP32 = (torch.float32,)
-_CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 def _check_rope(
@@ -41,11 +40,10 @@ def _check_rope_and_write_kv(
 ) -> None:
     heads, dtype = _query_heads(qkv, k_pages), (qkv.dtype,)
     check_elements("qkv", qkv, FLOATS)
-    check_elements("k_pages", k_pages, (*_CODES, *dtype))
+    check_elements("k_pages", k_pages, (*CODES, *dtype))
     check_tensor("v_pages", v_pages, k_pages.shape, (k_pages.dtype,))
-    if k_scales is not None or v_scales is not None or k_pages.dtype in _CODES:
-        _check_scales("k_scales", k_scales, k_pages)
-        _check_scales("v_scales", v_scales, k_pages)
+    check_scales("k_scales", k_scales, k_pages)
+    check_scales("v_scales", v_scales, k_pages)
     _check_angles(cos_sin, positions, heads[0], heads[2], dtype)
     check_tensor("slots", slots, heads[:1], INTEGERS)
     check_tensor("q_out", q_out, heads, dtype)
@@ -63,16 +61,6 @@ def _query_heads(qkv: Tensor, k_pages: Tensor) -> tuple[int, int, int]:
             "by the shape of k_pages"
         )
     return shape[0], shape[1] // head_dim - 2 * num_kv_heads, head_dim
-
-
-def _check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
-    """Scales where pages hold codes, and only there."""
-    shape, quantized = pages.shape[:3], pages.dtype in _CODES
-    if scales is None or not quantized:
-        seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
-        legal = f"a tensor {list(shape)}" if quantized else "None"
-        raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
-    check_tensor(name, scales, shape, _FP32)
 
 
 def _check_angles(

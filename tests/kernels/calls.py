@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastllama.kernels import cos_sin_cache
+from fastllama.kernels.op import OPS
 from fastllama.kernels.reference import pack_bf12
 
 # tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another
@@ -22,11 +23,17 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def positional(op: str, given: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments by name as the op itself takes them; None where there is no such name."""
+    return tuple(given.get(name) for name in OPS[op].names)
+
+
 def arguments(op: str) -> dict[str, Any]:
     """Every tensor of the op's schema by name but an optional log-sum-exp, and its scalars."""
     hidden, weight = torch.randn(T, D), torch.randn(D)
     q, k = torch.randn(T, HQ, D), torch.randn(T, HKV, D)
     pages = {"k_pages": torch.randn(P, HKV, PAGE, D), "v_pages": torch.randn(P, HKV, PAGE, D)}
+    unscaled = {"k_scales": None, "v_scales": None}
     turns = {"cos_sin": cos_sin_cache(torch.rand(D // 2), 16), "positions": torch.arange(T)}
     # the last sequence is padding
     table = {"page_table": int32(4, 0, 2, 1, 3, 3).view(3, 2), "seq_lens": int32(6, 3, 0)}
@@ -53,8 +60,7 @@ def arguments(op: str) -> dict[str, Any]:
             **turns,
             "slots": torch.tensor([0, -1, 7]),
             **pages,
-            "k_scales": None,
-            "v_scales": None,
+            **unscaled,
             "interleaved": False,
             "q_out": torch.empty_like(q),
         },
@@ -66,6 +72,7 @@ def arguments(op: str) -> dict[str, Any]:
             "cu_seqlens_k": int32(0, 1, 3, 3),
             "scale": 0.3,
             "causal": True,
+            "base2": False,
             "out": torch.empty_like(q),
         },
         "attention_prefill": {
@@ -73,10 +80,21 @@ def arguments(op: str) -> dict[str, Any]:
             **pages,
             **table,
             "cu_seqlens_q": int32(0, 2, 3, 3),
+            **unscaled,
             "scale": 0.3,
+            "base2": False,
             "out": torch.empty_like(q),
         },
-        "attention_decode": {"q": q, **pages, **table, "scale": 0.3, "out": torch.empty_like(q)},
+        "attention_decode": {
+            "q": q,
+            **pages,
+            **table,
+            **unscaled,
+            "scale": 0.3,
+            "base2": False,
+            "out": torch.empty_like(q),
+            "workspace": None,
+        },
         "matmul": {
             "x": hidden,
             "weight": torch.randn(6, D),

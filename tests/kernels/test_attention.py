@@ -129,6 +129,16 @@ def paged(batch: Packed, page_size: int, order: str = "HND", poison: float = mat
     return Paged(*pages, page_table, torch.tensor(batch.lengths, dtype=torch.int32))
 
 
+def op_arguments(op: str, batch: Packed, cache: Paged) -> tuple[Tensor, ...]:
+    """What an attention op takes after its queries."""
+    tables = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
+    return {
+        "attention_varlen": (batch.k, batch.v, bounds(batch.queries), bounds(batch.lengths)),
+        "attention_prefill": (*tables, bounds(batch.queries)),
+        "attention_decode": tables,
+    }[op]
+
+
 def assert_both_honest(found: tuple[Tensor, Tensor], batch: Packed, causal: bool = True) -> None:
     """Out and log-sum-exp."""
     for ours, plain, exact in zip(found, batch.plain(causal), batch.exact(causal), strict=True):
@@ -155,9 +165,10 @@ def test_the_paged_references_are_the_definition(heads: str, queries: int) -> No
     batch = Packed(*double(batch.q, batch.k, batch.v), batch.queries, batch.lengths)
     cache = paged(batch, 5)
     pages = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
+    unscaled = (None, None)
     expected = [torch.cat(x) for x in zip(*(loops(*p, 0.3, True) for p in batch.parts(batch.k, batch.v)), strict=True)]
-    decoded = reference.attention_decode(batch.q, *pages, 0.3)
-    prefilled = reference.attention_prefill(batch.q, *pages, bounds(batch.queries), 0.3)
+    decoded = reference.attention_decode(batch.q, *pages, *unscaled, 0.3)
+    prefilled = reference.attention_prefill(batch.q, *pages, bounds(batch.queries), *unscaled, 0.3)
     for found in (*zip(decoded, expected, strict=True), *zip(prefilled, expected, strict=True)):
         torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
@@ -227,12 +238,7 @@ def test_head_dimensions(op: str, backend: str, head_dim: int) -> None:
     queries = [1, 1] if op == "attention_decode" else [9, 12]
     batch = packed(queries, lengths, "GQA 4", torch.bfloat16, head_dim)
     cache = paged(batch, 16)
-    tables = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    args = {
-        "attention_varlen": (batch.k, batch.v, bounds(queries), bounds(lengths)),
-        "attention_prefill": (*tables, bounds(queries)),
-        "attention_decode": tables,
-    }[op]
+    args = op_arguments(op, batch, cache)
     assert_both_honest(public(op, backend)(batch.q, *args, return_lse=True), batch)
 
 
@@ -295,12 +301,7 @@ def test_strided_queries_scale_and_outputs(op: str, backend: str) -> None:
     q.copy_(batch.q)
     buffer = torch.full((sum(queries), 10, 16), 7.0)
     out = buffer[:, 1:9]
-    tables = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    args = {
-        "attention_varlen": (batch.k, batch.v, bounds(queries), bounds(lengths)),
-        "attention_prefill": (*tables, bounds(queries)),
-        "attention_decode": tables,
-    }[op]
+    args = op_arguments(op, batch, cache)
     assert public(op, backend)(q, *args, scale=0.5, out=out) is out
     doubles = double(batch.q, batch.k, batch.v)
     exact = reference.attention_varlen(*doubles, bounds(queries), bounds(lengths), 0.5)[0]
@@ -309,17 +310,26 @@ def test_strided_queries_scale_and_outputs(op: str, backend: str) -> None:
 
 
 @everywhere
+def test_the_log_sum_exp_to_base_2(op: str, backend: str) -> None:
+    """Natural times log2(e), also over several splits; -inf stays."""
+    lengths = [6, 600, 0]
+    queries = [1] * 3 if op == "attention_decode" else [2, 21, 2]
+    batch = packed(queries, lengths, "GQA 4")
+    args = op_arguments(op, batch, paged(batch, 16))
+    run = public(op, backend)
+    (out, natural), (same, base2) = (run(batch.q, *args, return_lse=True, base2=base2) for base2 in (False, True))
+    assert_equal(same, out)
+    assert (natural[-queries[-1] :] == -math.inf).all()
+    torch.testing.assert_close(base2, natural / math.log(2), rtol=1e-6, atol=1e-6)
+
+
+@everywhere
 def test_nothing_to_do(op: str, backend: str) -> None:
     """No tokens and no sequences, and sequences that all are empty."""
     for queries in ([], [0, 0]):
         batch = packed(queries, queries, "GQA 4")
         cache = paged(batch, 16)
-        tables = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-        args = {
-            "attention_varlen": (batch.k, batch.v, bounds(queries), bounds(queries)),
-            "attention_prefill": (*tables, bounds(queries)),
-            "attention_decode": tables,
-        }[op]
+        args = op_arguments(op, batch, cache)
         out, lse = public(op, backend)(batch.q, *args, return_lse=True)
         assert out.shape == (0, 8, 16)
         assert lse.shape == (0, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.op import OPS
-from tests.kernels.calls import arguments
+from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal
 
 OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs")
@@ -52,11 +52,10 @@ def same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(("op", "lse"), [*((op, False) for op in OPS), *((op, True) for op in WITH_LSE)])
 def test_opcheck(op: str, lse: bool) -> None:
     """Schema (what is written and what is not), autograd registration, fake tensors, and tracing by AOTAutograd."""
-    given = list(arguments(op).values())
-    schema = [argument.name for argument in getattr(torch.ops.fastllama, op).default._schema.arguments]
-    if schema[-1] == "lse":
-        given.append(torch.empty(given[0].shape[:2]) if lse else None)
-    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, tuple(given))
+    given = arguments(op)
+    if lse:
+        given["lse"] = torch.empty(given["q"].shape[:2])
+    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, given))
 
 
 @pytest.mark.parametrize("allocate", [True, False], ids=["allocated", "given"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels.reference.attention import attend, check_lengths
+from fastllama.kernels.reference.attention import attend, check_lengths, gather_pages, lse_unit
 from fastllama.kernels.reference.numerics import wide
 
 
@@ -22,6 +22,7 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
@@ -34,6 +35,8 @@ def attention_varlen(
         rows, keys = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
         k_b, v_b = (wide(x[keys]).transpose(0, 1) for x in (k, v))
         _attend(q[rows], k_b, v_b, scale, causal, out[rows], None if lse is None else lse[rows])
+    if lse is not None:
+        lse.mul_(lse_unit(base2))
 
 
 def attention_prefill(
@@ -43,13 +46,16 @@ def attention_prefill(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
     """See kernels.attention_prefill."""
-    bounds = cu_seqlens_q.tolist()
-    _paged(q, k_pages, v_pages, page_table, seq_lens.tolist(), bounds, scale, out, lse)
+    held = ((k_pages, k_scales), (v_pages, v_scales))
+    _paged(q, held, page_table, seq_lens.tolist(), cu_seqlens_q.tolist(), scale, base2, out, lse)
 
 
 def attention_decode(
@@ -58,43 +64,48 @@ def attention_decode(
     v_pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
+    workspace: Tensor | None,
 ) -> None:
     """See kernels.attention_decode."""
     lengths = seq_lens.tolist()
     queries = q.shape[0] // max(len(lengths), 1)
     bounds = [b * queries for b in range(len(lengths) + 1)]
-    _paged(q, k_pages, v_pages, page_table, lengths, bounds, scale, out, lse)
+    held = ((k_pages, k_scales), (v_pages, v_scales))
+    _paged(q, held, page_table, lengths, bounds, scale, base2, out, lse)
 
 
 def _paged(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    held: tuple[tuple[Tensor, Tensor | None], ...],
     page_table: Tensor,
     lengths: list[int],
     bounds: list[int],
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    check_lengths(lengths, page_table, k_pages.shape[2])
+    check_lengths(lengths, page_table, held[0][0].shape[2])
     out[bounds[-1] :].zero_()
     if lse is not None:
         lse[bounds[-1] :].fill_(float("-inf"))
     for b, length in enumerate(lengths):
         rows = slice(bounds[b], bounds[b + 1])
-        k, v = (_gather(pages, page_table[b], length) for pages in (k_pages, v_pages))
+        k, v = (_gather(*each, page_table[b], length, q.dtype) for each in held)
         _attend(q[rows], k, v, scale, True, out[rows], None if lse is None else lse[rows])
+    if lse is not None:
+        lse.mul_(lse_unit(base2))
 
 
-def _gather(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
+def _gather(pages: Tensor, scales: Tensor | None, page_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The first `length` tokens of a sequence as [heads, length, D] in fp32."""
-    _, heads, page_size, head_dim = pages.shape
-    held = pages.index_select(0, page_ids[: -(-length // page_size)]).transpose(0, 1)
-    return wide(held).reshape(heads, -1, head_dim)[:, :length]
+    return wide(gather_pages(pages, scales, page_ids, length, dtype)).transpose(0, 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, parallel_jit, store, use_threads
+from fastllama.kernels.reference.attention import lse_unit
 
 
 @jit
@@ -60,6 +61,7 @@ def decode_kernel(
     num_pages,
     page_size,
     scale,
+    lse_unit,
     like,
 ):
     illegal = first_illegal(page_table, seq_lens, num_pages, page_size)
@@ -86,6 +88,7 @@ def decode_kernel(
             for g in range(group):
                 total = softmax(scores[g, :visible]) if visible > 0 else np.float32(-np.inf)
                 if lse_ptr != 0:
+                    total *= np.float32(lse_unit)
                     store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
             result[:] = np.float32(0)
             for token in range(visible):
@@ -108,14 +111,20 @@ def attention_decode(
     v_pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
+    workspace: Tensor | None,
 ) -> None:
     """See kernels.attention_decode. Raises ValueError for a page that does not exist, writing nothing."""
     like = LIKE.get(q.dtype)
-    if like is None:
-        cpu.attention_decode(q, k_pages, v_pages, page_table, seq_lens, scale, out, lse)
+    if like is None or k_scales is not None:
+        cpu.attention_decode(
+            q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace
+        )
         return
     rows, num_q_heads, head_dim = q.shape
     if rows == 0:
@@ -141,6 +150,7 @@ def attention_decode(
         num_pages,
         page_size,
         scale,
+        lse_unit(base2),
         like,
     )
     if illegal >= 0:

@@ -22,3 +22,9 @@ def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scaled = torch.where(absmax < math.inf, x * (largest / absmax), 0.0)
     codes = scaled.round() if dtype == torch.int8 else scaled
     return codes.to(dtype), (absmax / largest).squeeze(-1)
+
+
+def dequantize_heads(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [..., D] * scales [...], in fp32, or in fp64 where `dtype` is that."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    return codes.to(real) * scales[..., None].to(real)

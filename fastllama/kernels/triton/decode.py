@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, at_head, attend, lse_unit, stride
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -23,14 +23,19 @@ def decode_kernel(
     q_ptr,
     k_pages_ptr,
     v_pages_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     page_table_ptr,
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
     scale_log2,
+    lse_unit,
     q_token_stride,
     k_page_stride,
     v_page_stride,
+    k_scale_page_stride,
+    v_scale_page_stride,
     k_token_stride,
     v_token_stride,
     out_token_stride,
@@ -38,6 +43,8 @@ def decode_kernel(
     Q_HEAD_STRIDE: tl.constexpr,
     K_HEAD_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr,
+    K_SCALE_HEAD_STRIDE: tl.constexpr,
+    V_SCALE_HEAD_STRIDE: tl.constexpr,
     OUT_HEAD_STRIDE: tl.constexpr,
     LSE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -71,11 +78,15 @@ def decode_kernel(
             last,
             k_len,
             scale_log2,
-            k_pages_ptr + kv_head.to(tl.int64) * K_HEAD_STRIDE,
-            v_pages_ptr + kv_head.to(tl.int64) * V_HEAD_STRIDE,
+            at_head(k_pages_ptr, kv_head, K_HEAD_STRIDE),
+            at_head(v_pages_ptr, kv_head, V_HEAD_STRIDE),
+            at_head(k_scales_ptr, kv_head, K_SCALE_HEAD_STRIDE),
+            at_head(v_scales_ptr, kv_head, V_SCALE_HEAD_STRIDE),
             page_table_ptr + seq * page_table_stride,
             k_page_stride,
             v_page_stride,
+            k_scale_page_stride,
+            v_scale_page_stride,
             k_token_stride,
             v_token_stride,
             HEAD_DIM,
@@ -89,7 +100,7 @@ def decode_kernel(
         to = row[:, None] * out_token_stride + head[:, None] * OUT_HEAD_STRIDE + split * HEAD_DIM + dim[None, :]
         tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
-            lse = (peak + tl.log2(total)) * LN_2
+            lse = (peak + tl.log2(total)) * lse_unit
             tl.store(lse_ptr + (row * tl.num_programs(1) * GROUP + head) * LSE_STRIDE + split, lse, mask=used)
 
 
@@ -101,6 +112,7 @@ def combine_kernel(
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
+    lse_unit,
     out_token_stride,
     OUT_HEAD_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -118,7 +130,7 @@ def combine_kernel(
     lses = tl.load(part_lses_ptr + at * SPLITS + every, mask=every < used, other=float("-inf"))  # [SPLITS_BLOCK]
     peak = tl.max(lses, 0)
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(lses - base), 0)
+    total = tl.sum(tl.exp2(lses - base), 0)
     dim = tl.arange(0, BLOCK_D)  # [D]
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, used, STEP):
@@ -127,12 +139,28 @@ def combine_kernel(
         lse = tl.load(part_lses_ptr + at * SPLITS + split, mask=inside, other=float("-inf"))
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         parts = tl.load(parts_ptr + (at * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        acc += tl.sum(parts * tl.exp(lse - base)[:, None], 0)
+        acc += tl.sum(parts * tl.exp2(lse - base)[:, None], 0)
     result = acc / tl.where(total == 0, 1.0, total)
     out_ptrs = out_ptr + row * out_token_stride + head * OUT_HEAD_STRIDE + dim
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
     if lse_ptr is not None:
-        tl.store(lse_ptr + at, peak + tl.log(total))
+        tl.store(lse_ptr + at, (peak + tl.log2(total)) * lse_unit)
+
+
+def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[tuning.DecodeLaunch, int, int]:
+    """The launch, splits of a sequence, and the workspace's elements."""
+    rows, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    num_seqs, max_pages = page_table.shape
+    queries = rows // max(num_seqs, 1) * (num_heads // num_kv_heads)
+    launch = tuning.decode(q.device, queries=queries, head_dim=head_dim, itemsize=k_pages.element_size())
+    splits = max(tuning.ceil_div(max_pages * page_size, launch.split), 1)
+    return launch, splits, rows * num_heads * splits * (head_dim + 1) if splits > 1 else 0
+
+
+def workspace_size(q: Tensor, k_pages: Tensor, page_table: Tensor) -> int:
+    """Elements of fp32 that `attention_decode` needs for its parts: results and their log-sum-exps, to base 2."""
+    return _plan(q, k_pages, page_table)[2]
 
 
 @launcher
@@ -142,39 +170,53 @@ def attention_decode(
     v_pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
+    workspace: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_decode."""
     check_kernel_dtype("q", q)
     rows, num_heads, head_dim = q.shape
+    launch, splits, size = _plan(q, k_pages, page_table)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    elif workspace.numel() < size:
+        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these tensors: at least {size}")
     if not rows:
         return []
-    num_seqs, max_pages = page_table.shape
+    num_seqs = page_table.shape[0]
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries, group = rows // num_seqs, num_heads // num_kv_heads
-    launch = tuning.decode(q.device, queries=queries * group, head_dim=head_dim, itemsize=q.element_size())
-    splits = max(tuning.ceil_div(max_pages * page_size, launch.split), 1)
     block_d = max(tuning.power_of_2(head_dim), 16)
     parts, part_lses = out, lse
     if splits > 1:
-        parts = torch.empty(rows, num_heads, splits * head_dim, dtype=torch.float32, device=q.device)
-        part_lses = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=q.device)
+        results = rows * num_heads * splits * head_dim
+        parts = workspace[:results].view(rows, num_heads, splits * head_dim)
+        part_lses = workspace[results:size].view(rows, num_heads, splits)
+    unit = lse_unit(base2)
     call = KernelCall(
         decode_kernel,
         (num_seqs, num_kv_heads, splits),
         q_ptr=q,
-        k_pages_ptr=k_pages,
-        v_pages_ptr=v_pages,
+        k_pages_ptr=as_codes(k_pages),
+        v_pages_ptr=as_codes(v_pages),
+        k_scales_ptr=k_scales,
+        v_scales_ptr=v_scales,
         page_table_ptr=page_table,
         seq_lens_ptr=seq_lens,
         out_ptr=parts,
         lse_ptr=part_lses,
         scale_log2=scale * LOG2_E,
+        lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
         k_page_stride=k_pages.stride(0),
         v_page_stride=v_pages.stride(0),
+        k_scale_page_stride=stride(k_scales, 0),
+        v_scale_page_stride=stride(v_scales, 0),
         k_token_stride=k_pages.stride(2),
         v_token_stride=v_pages.stride(2),
         out_token_stride=parts.stride(0),
@@ -182,6 +224,8 @@ def attention_decode(
         Q_HEAD_STRIDE=q.stride(1),
         K_HEAD_STRIDE=k_pages.stride(1),
         V_HEAD_STRIDE=v_pages.stride(1),
+        K_SCALE_HEAD_STRIDE=stride(k_scales, 1),
+        V_SCALE_HEAD_STRIDE=stride(v_scales, 1),
         OUT_HEAD_STRIDE=parts.stride(1),
         LSE_STRIDE=splits,
         QUERIES=queries,
@@ -205,6 +249,7 @@ def attention_decode(
         seq_lens_ptr=seq_lens,
         out_ptr=out,
         lse_ptr=lse,
+        lse_unit=unit,
         out_token_stride=out.stride(0),
         OUT_HEAD_STRIDE=out.stride(1),
         QUERIES=queries,

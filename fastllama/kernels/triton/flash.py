@@ -6,21 +6,43 @@ Gimelshein, Online normalizer calculation for softmax (2018).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def lse_unit(base2: bool) -> float:
+    """What a log-sum-exp to base 2, as kernels have it, is multiplied by."""
+    return 1.0 if base2 else 1 / LOG2_E
+
+
+def as_codes(pages: Tensor) -> Tensor:
+    """Pages as kernels take them: float8_e4m3fn, which Triton does not take on sm_80, as its bits."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
+def stride(tensor: Tensor | None, dim: int) -> int:
+    """0 where there is no tensor."""
+    return 0 if tensor is None else tensor.stride(dim)
 
 
 @triton.jit
-def _softmax_step(scores, acc, peak, total):
-    """Weights [M, N] of a tile of scores, and the running state with the tile's peak in it."""
+def at_head(ptr, head, STRIDE: tl.constexpr):
+    """Where a head begins, if there is anything."""
+    return None if ptr is None else ptr + head.to(tl.int64) * STRIDE
+
+
+@triton.jit
+def _softmax_step(scores, acc, peak, total, shrink):
+    """Weights [M, N] of a tile of scores, and the running state with the tile's peak in it, acc times `shrink`."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [M]
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(peak - base)
-    return weights, acc * fade[:, None], new_peak, total * fade + tl.sum(weights, 1)
+    return weights, acc * (fade * shrink)[:, None], new_peak, total * fade + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -45,6 +67,24 @@ def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _decoded(codes, dtype: tl.constexpr):
+    """Keys or values in a floating dtype, exactly: as they are, from int8, or from the bits of e4m3 as uint8."""
+    if codes.dtype == tl.uint8:  # fp16 has these bits seven places further left; its exponents are 8 larger
+        bits = (codes & 0x80).to(tl.uint16) << 8 | (codes & 0x7F).to(tl.uint16) << 7
+        values = (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+    else:
+        values = codes.to(dtype)
+    return values
+
+
+@triton.jit
+def _scales(scales_ptr, tokens, pages, page_stride, k_len, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Scales [N] of tokens; 0 past the end."""
+    ptrs = scales_ptr + _offsets(tokens, pages, page_stride, 1, PAGE_SIZE)
+    return tl.load(ptrs, mask=tokens < k_len, other=0.0) if MASKED else tl.load(ptrs)
+
+
+@triton.jit
 def attend(
     q,
     visible,
@@ -55,9 +95,13 @@ def attend(
     scale_log2,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     page_table_ptr,
     k_page_stride,
     v_page_stride,
+    k_scale_page_stride,
+    v_scale_page_stride,
     k_token_stride,
     v_token_stride,
     HEAD_DIM: tl.constexpr,
@@ -70,11 +114,14 @@ def attend(
     """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
 
     Without masks up to token `whole`, which every row sees with all before it; with masks behind. PAGE_SIZE 0: keys lie
-    one after another. Returns the sum of values [M, D], the largest score [M] and the sum of weights [M].
+    one after another. Keys and values are codes where there are scales, which then multiply scores and weights: fewer
+    than the codes. Returns the sum of values [M, D], the largest score [M] and the sum of weights [M].
     """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    # What the sum counts in: the largest scale of a value so far, as weights times small ones underflow in 16 bits.
+    unit = tl.full([], 2.0**-100, tl.float32)
     dim = tl.arange(0, BLOCK_D)  # [D]
     edge = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
     for masked in tl.static_range(2):
@@ -84,6 +131,9 @@ def attend(
             tokens = start + tl.arange(0, BLOCK_N)  # [N]
             k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
             v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
+            if k_scales_ptr is not None:
+                k_scales = _scales(k_scales_ptr, tokens, pages, k_scale_page_stride, k_len, PAGE_SIZE, masked == 1)
+                v_scales = _scales(v_scales_ptr, tokens, pages, v_scale_page_stride, k_len, PAGE_SIZE, masked == 1)
             # Carried from tile to tile: as a load in front of these it would take stages of the pipeline from them.
             pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
             if masked:
@@ -96,9 +146,18 @@ def attend(
             else:
                 k = tl.load(k_ptrs)
                 v = tl.load(v_ptrs)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+            scores = tl.dot(q, tl.trans(_decoded(k, q.dtype)), input_precision="ieee") * scale_log2  # [M, N]
+            if k_scales_ptr is not None:
+                scores *= k_scales[None, :]
             if masked:
                 scores = tl.where(tokens[None, :] < visible[:, None], scores, float("-inf"))
-            weights, acc, peak, total = _softmax_step(scores, acc, peak, total)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
+            if k_scales_ptr is not None:
+                before, unit = unit, tl.maximum(unit, tl.max(v_scales, 0))
+                weights, acc, peak, total = _softmax_step(scores, acc, peak, total, before / unit)
+                weights *= (v_scales / unit)[None, :]
+            else:
+                weights, acc, peak, total = _softmax_step(scores, acc, peak, total, 1.0)
+            acc = tl.dot(weights.to(q.dtype), _decoded(v, q.dtype), acc, input_precision="ieee")  # [M, D]
+    if k_scales_ptr is not None:
+        acc *= unit
     return acc, peak, total

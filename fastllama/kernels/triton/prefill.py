@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LN_2, LOG2_E, attend
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, at_head, attend, lse_unit, stride
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -24,6 +24,8 @@ def prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     out_ptr,
     lse_ptr,
     cu_seqlens_q_ptr,
@@ -32,9 +34,12 @@ def prefill_kernel(
     num_seqs,
     num_rows,
     scale_log2,
+    lse_unit,
     q_token_stride,
     k_page_stride,
     v_page_stride,
+    k_scale_page_stride,
+    v_scale_page_stride,
     k_token_stride,
     v_token_stride,
     out_token_stride,
@@ -42,6 +47,8 @@ def prefill_kernel(
     Q_HEAD_STRIDE: tl.constexpr,
     K_HEAD_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr,
+    K_SCALE_HEAD_STRIDE: tl.constexpr,
+    V_SCALE_HEAD_STRIDE: tl.constexpr,
     OUT_HEAD_STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -83,7 +90,7 @@ def prefill_kernel(
         mask = (row < end)[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
         offsets = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
-        kv_head = (head // GROUP).to(tl.int64)
+        kv_head = head // GROUP
         acc, peak, total = attend(
             q,
             visible,
@@ -92,11 +99,15 @@ def prefill_kernel(
             last,
             k_len,
             scale_log2,
-            k_ptr + k_start.to(tl.int64) * k_token_stride + kv_head * K_HEAD_STRIDE,
-            v_ptr + k_start.to(tl.int64) * v_token_stride + kv_head * V_HEAD_STRIDE,
+            at_head(k_ptr, kv_head, K_HEAD_STRIDE) + k_start.to(tl.int64) * k_token_stride,
+            at_head(v_ptr, kv_head, V_HEAD_STRIDE) + k_start.to(tl.int64) * v_token_stride,
+            at_head(k_scales_ptr, kv_head, K_SCALE_HEAD_STRIDE),
+            at_head(v_scales_ptr, kv_head, V_SCALE_HEAD_STRIDE),
             page_table_ptr + tl.cast(seq, tl.int64) * page_table_stride,
             k_page_stride,
             v_page_stride,
+            k_scale_page_stride,
+            v_scale_page_stride,
             k_token_stride,
             v_token_stride,
             HEAD_DIM,
@@ -110,7 +121,7 @@ def prefill_kernel(
         out_ptrs = out_ptr + offsets * out_token_stride + head * OUT_HEAD_STRIDE + dim[None, :]
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
-            tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * LN_2, mask=row < end)
+            tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * lse_unit, mask=row < end)
 
 
 @launcher
@@ -122,13 +133,13 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_varlen."""
     strides = {"k_page_stride": 0, "v_page_stride": 0, "k_token_stride": k.stride(0), "v_token_stride": v.stride(0)}
-    heads = {"K_HEAD_STRIDE": k.stride(1), "V_HEAD_STRIDE": v.stride(1)}
-    return _plan(q, k, v, cu_seqlens_q, cu_seqlens_k, None, scale, causal, out, lse, **strides, **heads)
+    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, scale, causal, base2, out, lse, **strides)
 
 
 @launcher
@@ -139,7 +150,10 @@ def attention_prefill(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
 ) -> list[KernelCall]:
@@ -148,19 +162,20 @@ def attention_prefill(
         q,
         k_pages,
         v_pages,
+        k_scales,
+        v_scales,
         cu_seqlens_q,
         seq_lens,
         page_table,
         scale,
         True,
+        base2,
         out,
         lse,
         k_page_stride=k_pages.stride(0),
         v_page_stride=v_pages.stride(0),
         k_token_stride=k_pages.stride(2),
         v_token_stride=v_pages.stride(2),
-        K_HEAD_STRIDE=k_pages.stride(1),
-        V_HEAD_STRIDE=v_pages.stride(1),
     )
 
 
@@ -168,11 +183,14 @@ def _plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     cu_seqlens_q: Tensor,
     k_bounds: Tensor,
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    base2: bool,
     out: Tensor,
     lse: Tensor | None,
     **strides: int,
@@ -187,8 +205,10 @@ def _plan(
         prefill_kernel,
         (num_rows // launch.rows + num_seqs + 1, num_heads),
         q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
+        k_ptr=as_codes(k),
+        v_ptr=as_codes(v),
+        k_scales_ptr=k_scales,
+        v_scales_ptr=v_scales,
         out_ptr=out,
         lse_ptr=lse,
         cu_seqlens_q_ptr=cu_seqlens_q,
@@ -197,10 +217,17 @@ def _plan(
         num_seqs=num_seqs,
         num_rows=num_rows,
         scale_log2=scale * LOG2_E,
+        lse_unit=lse_unit(base2),
         q_token_stride=q.stride(0),
         out_token_stride=out.stride(0),
-        page_table_stride=0 if page_table is None else page_table.stride(0),
+        k_scale_page_stride=stride(k_scales, 0),
+        v_scale_page_stride=stride(v_scales, 0),
+        page_table_stride=stride(page_table, 0),
         Q_HEAD_STRIDE=q.stride(1),
+        K_HEAD_STRIDE=k.stride(1),
+        V_HEAD_STRIDE=v.stride(1),
+        K_SCALE_HEAD_STRIDE=stride(k_scales, 1),
+        V_SCALE_HEAD_STRIDE=stride(v_scales, 1),
         OUT_HEAD_STRIDE=out.stride(1),
         GROUP=num_heads // k.shape[1],
         HEAD_DIM=head_dim,

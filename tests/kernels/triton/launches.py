@@ -170,27 +170,34 @@ def sampling() -> Iterator[Shipped]:
 def attention() -> Iterator[Shipped]:
     """64 sequences of 32 pages at most. Lengths, bounds and page ids are loads by themselves."""
 
-    def decode(model: Model, dtype: torch.dtype, max_pages: int, queries: int) -> None:
+    def decode(model: Model, dtype: torch.dtype, pages_dtype: torch.dtype, max_pages: int, queries: int) -> None:
         q = meta(64 * queries, model.heads, model.head_dim, dtype=dtype)
-        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=dtype)
+        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=pages_dtype)
         table, lengths = meta(64, max_pages, dtype=torch.int32), meta(64, dtype=torch.int32)
-        decode_kernels.attention_decode(q, pages, pages, table, lengths, 0.1, q, None)
+        scales = None if pages_dtype == dtype else meta(8192, model.kv_heads, 64, dtype=FP32)
+        held = (pages, pages, table, lengths, scales, scales)
+        decode_kernels.attention_decode(q, *held, 0.1, False, q, None, None)
 
-    def prefill(model: Model, dtype: torch.dtype) -> None:
+    def prefill(model: Model, dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
         q = meta(8192, model.heads, model.head_dim, dtype=dtype)
-        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=dtype)
+        pages = meta(8192, model.kv_heads, 64, model.head_dim, dtype=pages_dtype)
         table, lengths, cu = meta(64, 32, dtype=torch.int32), meta(64, dtype=torch.int32), meta(65, dtype=torch.int32)
-        prefill_kernels.attention_prefill(q, pages, pages, table, lengths, cu, 0.1, q, None)
+        scales = None if pages_dtype == dtype else meta(8192, model.kv_heads, 64, dtype=FP32)
+        held = (pages, pages, table, lengths, cu, scales, scales)
+        prefill_kernels.attention_prefill(q, *held, 0.1, False, q, None)
 
     def varlen(model: Model, dtype: torch.dtype) -> None:
         q, k = (meta(8192, heads, model.head_dim, dtype=dtype) for heads in (model.heads, model.kv_heads))
         cu = meta(65, dtype=torch.int32)
-        prefill_kernels.attention_varlen(q, k, k, cu, cu, 0.1, True, q, None)
+        prefill_kernels.attention_varlen(q, k, k, cu, cu, 0.1, True, False, q, None)
 
     for model in (MODELS[0], MODELS[2]):
-        yield Shipped(f"attention_decode {model.name} bf16, split", partial(decode, model, BF16, 64, 1))
-        yield Shipped(f"attention_prefill {model.name} bf16", partial(prefill, model, BF16))
-    yield Shipped("attention_decode 70B bf16, 4 queries", partial(decode, MODELS[2], BF16, 8, 4))
+        for pages_dtype in (BF16, torch.int8, torch.float8_e4m3fn):
+            held = f"pages {SHORT[pages_dtype]}"
+            call = partial(decode, model, BF16, pages_dtype, 64, 1)
+            yield Shipped(f"attention_decode {model.name} bf16, split, {held}", call)
+            yield Shipped(f"attention_prefill {model.name} bf16, {held}", partial(prefill, model, BF16, pages_dtype))
+    yield Shipped("attention_decode 70B bf16, 4 queries", partial(decode, MODELS[2], BF16, BF16, 8, 4))
     yield Shipped("attention_varlen 7B fp16", partial(varlen, MODELS[0], FP16))
 
 

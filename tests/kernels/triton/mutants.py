@@ -290,7 +290,7 @@ ATTENTION_MUTANTS = [
         "drafts not masked before the last tile", "decode", "tl.minimum(last, k_len - QUERIES + 1),", "last,", SPLITS
     ),
     mutant("a split that is not there", "decode", "mask=every < used,", "mask=every <= used,", SPLITS),
-    mutant("splits weighed by themselves", "decode", "tl.exp(lse - base)[:, None]", "tl.exp(lse)[:, None]", SPLITS),
+    mutant("splits weighed by themselves", "decode", "tl.exp2(lse - base)[:, None]", "tl.exp2(lse)[:, None]", SPLITS),
     mutant(
         "32-bit sequences",
         "decode",
@@ -298,6 +298,57 @@ ATTENTION_MUTANTS = [
         "tl.program_id(0), tl.program_id(1), tl",
         FAR_KEYS,
     ),
+]
+QUANTIZED = "test_attention_quantized.py"
+EXACT = (
+    f"{QUANTIZED}::test_of_the_values_that_codes_stand_for[attention_{{}}-triton-torch.int8-torch.float32-5-HND-GQA 4]"
+)
+EVERY_CODE = f"{QUANTIZED}::test_every_code_is_its_value"
+ANY_SCALE = f"{QUANTIZED}::test_scales_of_any_size"
+BASE_2 = "test_attention.py::test_the_log_sum_exp_to_base_2"
+PARTS = "triton/test_attention.py::test_a_workspace_holds_anything_before"
+SHORT = "triton/test_attention.py::test_a_workspace_that_is_too_small_is_refused_before_anything_is_written"
+QUANTIZED_MUTANTS = [
+    mutant("scales of keys forgotten", "flash", "scores *= k_scales[None, :]", "scores *= 1.0", EXACT.format("decode")),
+    mutant(
+        "scales of values forgotten", "flash", "weights *= (v_scales / unit)[None, :]", "pass", EXACT.format("decode")
+    ),
+    mutant("the sum keeps its unit", "flash", "before / unit", "1.0", ANY_SCALE),
+    mutant("the sum stays in units", "flash", "    acc *= unit", "    acc *= 1.0", EXACT.format("decode")),
+    mutant("one unit for all", "flash", "tl.maximum(unit, tl.max(v_scales, 0))", "unit + 0", ANY_SCALE),
+    mutant(
+        "scales of one token",
+        "flash",
+        "pages, page_stride, 1, PAGE_SIZE)",
+        "pages, page_stride, 0, PAGE_SIZE)",
+        EXACT.format("decode"),
+    ),
+    mutant(
+        "scales past the end",
+        "flash",
+        "tl.load(ptrs, mask=tokens < k_len, other=0.0) if MASKED else tl.load(ptrs)",
+        "tl.load(ptrs)",
+        EXACT.format("decode").replace("5-HND-GQA 4", "64-NHD-MHA"),
+    ),
+    mutant("codes without a sign", "flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
+    mutant("codes without their bias", "flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
+    *(
+        mutant(
+            f"scales of {kind}' first head in {op}",
+            op,
+            f"at_head({kind[0]}_scales_ptr, kv_head",
+            f"at_head({kind[0]}_scales_ptr, kv_head * 0",
+            EXACT.format(op),
+        )
+        for kind in ("keys", "values")
+        for op in ("decode", "prefill")
+    ),
+    mutant("parts in another base", "decode", "unit if splits == 1 else 1.0", "unit", BASE_2),
+    mutant(
+        "the sum in another base", "decode", "(peak + tl.log2(total)) * lse_unit)", "peak + tl.log2(total))", BASE_2
+    ),
+    mutant("parts overlap", "decode", "workspace[results:size]", "workspace[: size - results]", PARTS),
+    mutant("a short workspace is taken", "decode", "workspace.numel() < size", "workspace.numel() < size - 1", SHORT),
 ]
 REPEATED = ("tests/kernels/triton/test_launching.py",)  # of the compile tier
 LAUNCHING_MUTANTS = [
@@ -324,5 +375,6 @@ MUTANTS = [
     *FILTERS_MUTANTS,
     *SAMPLING_MUTANTS,
     *ATTENTION_MUTANTS,
+    *QUANTIZED_MUTANTS,
     *LAUNCHING_MUTANTS,
 ]

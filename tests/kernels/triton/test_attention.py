@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastllama import kernels
 from fastllama.kernels import tuning
+from fastllama.kernels.triton.decode import workspace_size
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.test_attention import HEADS, Packed, assert_both_honest, bounds, packed, paged
 
@@ -116,3 +118,46 @@ def test_scale_is_not_taken_twice() -> None:
     out, lse = decode(batch.q, *tables(batch, 16), scale=0.0, return_lse=True)
     torch.testing.assert_close(out[0], batch.v.mean(0))
     torch.testing.assert_close(lse, torch.full((1, 3), math.log(37)))
+
+
+def test_a_workspace_holds_anything_before() -> None:
+    """Also the parts of a larger call."""
+    batch = packed([2] * 3, [2 * SPLIT + 5, 9, SPLIT + 1], "GQA 4", BF16)
+    args = (batch.q, *tables(batch, 64))
+    expected = decode(*args, return_lse=True)
+    size = workspace_size(args[0], args[1], args[3])
+    assert size == 6 * 8 * 3 * 17  # queries, heads, splits (the table is a page wider than it need be), numbers of each
+    for filling in (math.nan, 1e30):
+        workspace = torch.full((size,), filling)
+        for found, value in zip(decode(*args, return_lse=True, workspace=workspace), expected, strict=True):
+            assert_equal(found, value)
+
+
+def test_with_a_workspace_nothing_else_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = packed([1], [SPLIT + 1], "GQA 4")
+    args = (batch.q, *tables(batch, 64))
+    out, workspace = torch.empty_like(batch.q), torch.empty(workspace_size(args[0], args[1], args[3]))
+    expected = decode(*args)
+    monkeypatch.setattr(torch, "empty", None)
+    assert_equal(decode(*args, out=out, workspace=workspace), expected)
+
+
+def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written() -> None:
+    batch = packed([1], [SPLIT + 1], "GQA 4")
+    args, out = (batch.q, *tables(batch, 64)), torch.full_like(batch.q, 7.0)
+    size = workspace_size(args[0], args[1], args[3])
+    message = f"^workspace has {size - 1} elements; legal for these tensors: at least {size}$"
+    with pytest.raises(ValueError, match=message):
+        decode(*args, out=out, workspace=torch.empty(size - 1))
+    assert (out == 7.0).all()
+
+
+def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the kernel wants it, and none where there is no kernel."""
+    batch = packed([1], [SPLIT + 1], "GQA 4")
+    q, k_pages, _, table, _ = (batch.q, *tables(batch, 64))
+    assert kernels.attention_workspace(q, k_pages, table).numel() == 0
+    monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
+    made = kernels.attention_workspace(q, k_pages, table)
+    assert (made.numel(), made.dtype) == (workspace_size(q, k_pages, table), torch.float32)
+    assert kernels.attention_workspace(q, k_pages, table[:, : SPLIT // 64]).numel() == 0  # one split, written to out

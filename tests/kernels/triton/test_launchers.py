@@ -13,7 +13,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.kernels.op import OPS
 from fastllama.testing.monitor import Report
-from tests.kernels.calls import arguments
+from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.test_compile import OUTPUTS, copy, same
 from tests.kernels.test_rope import cache
@@ -68,8 +68,7 @@ def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, nam
 @pytest.mark.usefixtures("_bound")
 @every_op
 def test_opcheck(op: str) -> None:
-    lse = [None] if op in ATTENTION else []
-    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, (*arguments(op).values(), *lse))
+    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, arguments(op)))
 
 
 @pytest.mark.interpreter

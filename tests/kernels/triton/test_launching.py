@@ -17,7 +17,7 @@ from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.sampling import workspace_size
 from fastllama.testing.drivers import DryLaunch, dry_run
 from fastllama.testing.targets import TARGETS
-from tests.kernels.calls import arguments
+from tests.kernels.calls import arguments, positional
 
 pytestmark = pytest.mark.compile
 TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
@@ -35,12 +35,12 @@ def call(op: str) -> dict[str, Any]:
     given = arguments(op)
     if op == "sample":
         given["workspace"] = torch.empty(workspace_size(given["logits"]), dtype=torch.int64)
-    return given | ({"lse": None} if op.startswith("attention") else {})
+    return given
 
 
-def launched(launches: list[DryLaunch], run: Function, given: dict[str, Any]) -> list[DryLaunch]:
+def launched(launches: list[DryLaunch], op: str, run: Function, given: dict[str, Any]) -> list[DryLaunch]:
     launches.clear()
-    run(*given.values())
+    run(*positional(op, given))
     return launches.copy()
 
 
@@ -53,26 +53,26 @@ def misaligned(value: Tensor) -> Tensor:
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_repeated_launches_are_those_that_planning_gives(op: str, launches: list[DryLaunch]) -> None:
     plan = OPS[op].launcher("cuda")
-    again = plan(*call(op).values())
+    again = plan(*positional(op, call(op)))
     assert again is not None
     for _ in range(2):
         given = call(op)
-        planned = launched(launches, plan, given)
+        planned = launched(launches, op, plan, given)
         assert planned
-        assert launched(launches, again, given) == planned
+        assert launched(launches, op, again, given) == planned
 
 
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_an_address_that_is_not_aligned_is_planned(op: str, launches: list[DryLaunch]) -> None:
     """For another kernel, as the one for aligned addresses would read 16 bytes at once."""
     plan = OPS[op].launcher("cuda")
-    again = plan(*call(op).values())
+    again = plan(*positional(op, call(op)))
     assert again is not None
     for name, value in call(op).items():
         if isinstance(value, Tensor) and value.numel():
             given = call(op) | {name: misaligned(value)}
-            planned = launched(launches, plan, given)
-            assert launched(launches, again, given) == planned
+            planned = launched(launches, op, plan, given)
+            assert launched(launches, op, again, given) == planned
 
 
 def test_a_call_that_is_not_aligned_gives_nothing_to_repeat(launches: list[DryLaunch]) -> None:
@@ -92,11 +92,11 @@ def test_the_public_op_plans_once(op: str, launches: list[DryLaunch], monkeypatc
 
     with torch.inference_mode(), OPS[op].bound_to(torch.device("cpu"), planning):
         for _ in range(3):
-            given = {name: value for name, value in call(op).items() if name != "lse"}
+            given = call(op)
             launches.clear()
             getattr(kernels, op)(**given)
             seen = launches.copy()
-            assert seen == launched(launches, run, given | ({"lse": None} if op.startswith("attention") else {}))
+            assert seen == launched(launches, op, run, given)
     assert len(planned) == 1
 
 
@@ -148,7 +148,7 @@ def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
     empty = {"gate_up": torch.empty(0, 8), "out": torch.empty(0, 4)}
     again = OPS["silu_mul"].launcher("cuda")(*empty.values())
     assert again is not None
-    assert launched(launches, again, empty) == []
+    assert launched(launches, "silu_mul", again, empty) == []
 
 
 def test_a_workspace_that_the_launcher_makes_is_not_repeated(launches: list[DryLaunch]) -> None:
