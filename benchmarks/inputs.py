@@ -52,6 +52,7 @@ class Maker:
     model: Model
     rows: int
     context: int
+    codes: torch.dtype | None  # of quantized pages
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
@@ -81,8 +82,13 @@ class Maker:
         }
 
     def pages(self, count: int) -> Inputs:
+        """Pages of random keys and values, or of random codes with their scales."""
         shape = (count, self.model.kv_heads, PAGE, self.model.head_dim)
-        return {"k_pages": self.normal(*shape), "v_pages": self.normal(*shape)}
+        if self.codes is None:
+            return {"k_pages": self.normal(*shape), "v_pages": self.normal(*shape)}
+        drawn = {"generator": self.generator, "device": self.device}
+        pages = {f"{name}_pages": torch.randint(-127, 128, shape, dtype=self.codes, **drawn) for name in "kv"}
+        return pages | {f"{name}_scales": torch.rand(shape[:3], **drawn) / 64 for name in "kv"}
 
 
 def rms_norm(m: Maker) -> Inputs:
@@ -158,13 +164,15 @@ def attention_varlen(m: Maker) -> Inputs:
 def attention_decode(m: Maker) -> Inputs:
     count = -(-m.context // PAGE)
     shape = (m.rows, m.model.heads, m.model.head_dim)
-    return {
+    inputs: Inputs = {
         "q": m.normal(*shape),
         **m.pages(m.rows * count),
         "page_table": m.distinct(m.rows * count).int().view(m.rows, count),
         "seq_lens": m.filled(m.context, torch.int32),
         "out": m.fresh(*shape),
     }
+    workspace = kernels.attention_workspace(*(inputs[name] for name in ("q", "k_pages", "page_table")))
+    return inputs | {"workspace": workspace if workspace.numel() else None}
 
 
 def attention_prefill(m: Maker) -> Inputs:

@@ -38,6 +38,8 @@ def _plain(op: str, inputs: Inputs) -> list[Tensor]:
     given = {name: value for name, value in inputs.items() if name not in OUTPUTS}
     if op.startswith("attention"):
         given["scale"] = 1 / math.sqrt(inputs["q"].shape[-1])
+        if "page_table" in given:
+            given |= {name: given.get(name) for name in ("k_scales", "v_scales")}
     results = getattr(reference, op)(**given)
     return written(given, results[0] if op.startswith("attention") else results)
 

@@ -138,20 +138,23 @@ def _attention_varlen(t: Inputs) -> Tensor:
 
 
 def _attention_prefill(t: Inputs) -> Tensor:
-    k, v = (_gathered(t[name], t["page_table"], t["q"].shape[0]) for name in ("k_pages", "v_pages"))
+    k, v = (_gathered(t, name, t["q"].shape[0]) for name in "kv")
     return _attend(t["q"][None], k, v, causal=True)[0]
 
 
 def _attention_decode(t: Inputs) -> Tensor:
     """Over pages that are gathered first: torch has no paged attention. Every page is full here."""
     length = t["page_table"].shape[1] * t["k_pages"].shape[2]
-    k, v = (_gathered(t[name], t["page_table"], length) for name in ("k_pages", "v_pages"))
+    k, v = (_gathered(t, name, length) for name in "kv")
     return _attend(t["q"][:, None], k, v, causal=False)[:, 0]
 
 
-def _gathered(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """[batch, length, heads, D] out of pages [P, heads, page, D]."""
-    return pages[table].transpose(2, 3).flatten(1, 2)[:, :length]
+def _gathered(t: Inputs, name: str, length: int) -> Tensor:
+    """Keys or values [batch, length, heads, D] out of pages [P, heads, page, D], dequantized."""
+    held = t[f"{name}_pages"][t["page_table"]]
+    if f"{name}_scales" in t:
+        held = (held * t[f"{name}_scales"][t["page_table"]][..., None]).to(t["q"].dtype)
+    return held.transpose(2, 3).flatten(1, 2)[:, :length]
 
 
 EAGER: dict[str, Function] = {
@@ -224,6 +227,39 @@ def _flashinfer_sample(module: Any) -> Function:
     return run
 
 
+def _flashinfer_decode(module: Any) -> Function:
+    """Planned at the first call of each set of inputs, as an engine plans once a step for all layers: not timed."""
+    memory: dict[str, Tensor] = {}
+    planned: dict[int, Any] = {}
+
+    def plan(t: Inputs) -> Any:
+        q, table, length = t["q"], t["page_table"], int(t["seq_lens"][0])
+        _, kv_heads, page_size, head_dim = t["k_pages"].shape
+        workspace = memory.setdefault("workspace", torch.empty(256 << 20, dtype=torch.uint8, device=q.device))
+        wrapper = module.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "HND", use_tensor_cores=q.shape[1] // kv_heads >= 4
+        )
+        starts = torch.arange(q.shape[0] + 1, dtype=torch.int32) * table.shape[1]
+        last = torch.full((q.shape[0],), (length - 1) % page_size + 1, dtype=torch.int32)
+        sizes = (q.shape[1], kv_heads, head_dim, page_size)
+        wrapper.plan(starts, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
+        return wrapper
+
+    def run(t: Inputs) -> Tensor:
+        if "k_scales" in t:
+            raise NotImplementedError("int8 pages with a scale for each token and head")
+        key = t["page_table"].data_ptr()
+        if key not in planned:
+            planned[key] = plan(t)
+        return planned[key].run(t["q"], (t["k_pages"], t["v_pages"]), out=t["out"])
+
+    return run
+
+
+def _flashinfer_varlen(module: Any) -> Function:
+    return lambda t: module.single_prefill_with_kv_cache(t["q"], t["k"], t["v"], causal=True)
+
+
 def _vllm_norm(module: Any) -> Function:
     def run(t: Inputs) -> Tensor:
         module.rms_norm(t["out"], t["x"], t["weight"], EPS)
@@ -259,6 +295,8 @@ LIBRARIES = (
             "silu_mul": ("activation", _flashinfer_silu),
             "rope": ("rope", _flashinfer_rope),
             "sample": ("sampling", _flashinfer_sample),
+            "attention_decode": ("decode", _flashinfer_decode),
+            "attention_varlen": ("prefill", _flashinfer_varlen),
         },
     ),
     Library(

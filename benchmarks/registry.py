@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from benchmarks import inputs as make
 from benchmarks.inputs import PAGE, Inputs, Maker, Model
 from benchmarks.judge import judge
 
-JUDGED_ROWS = 1024  # where the fp64 copies of all rows would not fit
 JUDGE_BYTES = 40  # of memory for each byte of the case, at most: fp64 is four times bf16, and formulas have temporaries
 LLAMA_2 = tuple(Model.of(f"llama-2-{size}") for size in ("7b", "70b", "13b"))
 TOY = Model("toy", hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=128)
@@ -31,17 +30,20 @@ class Case:
     rows: int
     context: int  # tokens that attention sees; 0 where there is none
     dtype: torch.dtype
+    codes: torch.dtype | None = None  # of quantized pages
 
     @property
     def label(self) -> str:
         """The shape in words."""
         context = f", {self.context} tokens of context" if self.context else ""
-        return f"{self.model.name}, {self.rows} rows{context}"
+        codes = "" if self.codes is None else f", {str(self.codes).removeprefix('torch.')} pages"
+        return f"{self.model.name}, {self.rows} rows{context}{codes}"
 
     def make(self, device: torch.device, seed: int, rows: int | None = None) -> Inputs:
         """Fresh random inputs, and poisoned outputs; `rows` in place of the case's own."""
         generator = torch.Generator(device).manual_seed(seed)
-        return _OPS[self.op].make(Maker(self.model, rows or self.rows, self.context, self.dtype, device, generator))
+        maker = Maker(self.model, rows or self.rows, self.context, self.codes, self.dtype, device, generator)
+        return _OPS[self.op].make(maker)
 
     def bytes(self, inputs: Inputs) -> int:
         """The bytes that must move."""
@@ -57,19 +59,33 @@ class Case:
 
         As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
         """
+        rows = self.rows
         inputs = self.make(device, seed=0)
-        if device.type == "cuda" and JUDGE_BYTES * self.bytes(inputs) > torch.cuda.mem_get_info(device)[0]:
-            inputs = self.make(device, seed=0, rows=min(self.rows, JUDGED_ROWS))
+        if device.type == "cuda":
+            share = torch.cuda.mem_get_info(device)[0] / (JUDGE_BYTES * self.bytes(inputs))
+            if share < 1:
+                inputs = self.make(device, seed=0, rows=max(int(share * rows), 1))
         return judge(self.op, function, inputs)
+
+
+class Shape(NamedTuple):
+    """What a case is besides its op, its model and its dtype."""
+
+    rows: int
+    context: int = 0
+    codes: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class _Op:
     make: Callable[[Maker], Inputs]
     bytes: Callable[[Case, Inputs], int]
-    rows: tuple[int, ...]
+    shapes: tuple[Shape, ...]  # the most telling first
     flops: Callable[[Case], int] = lambda case: 0
-    context: int = 0
+
+
+def _rows(*rows: int) -> tuple[Shape, ...]:
+    return tuple(map(Shape, rows))
 
 
 def _all_bytes(case: Case, inputs: Inputs) -> int:
@@ -105,34 +121,55 @@ def _decode_flops(case: Case) -> int:
     return 4 * case.model.heads * case.model.head_dim * case.rows * case.context
 
 
-ROWS = (8192, 1, 64, 1024)  # the most telling first
+ROWS = _rows(8192, 1, 64, 1024)
+PROMPTS = _rows(2048, 8192, 512, 16384, 4096, 1024)
+DECODES = (
+    Shape(1, 4096),
+    Shape(64, 4096),
+    Shape(1, 4096, torch.int8),
+    Shape(8, 4096),
+    Shape(1, 16384),
+    Shape(64, 512),
+    Shape(8, 16384),
+    Shape(64, 4096, torch.int8),
+    Shape(1, 32768),
+    Shape(8, 32768),
+    Shape(1, 512),
+    Shape(8, 512),
+    Shape(64, 16384),
+    Shape(64, 32768),
+)
 _OPS = {
     "add_rms_norm": _Op(make.add_rms_norm, _all_bytes, ROWS),
     "rope_and_write_kv": _Op(make.rope_and_write_kv, _page_bytes, ROWS),
     "silu_mul": _Op(make.silu_mul, _all_bytes, ROWS),
-    "sample": _Op(make.sample, _all_bytes, (64, 1, 256)),
+    "sample": _Op(make.sample, _all_bytes, _rows(64, 1, 256)),
     "rms_norm": _Op(make.rms_norm, _all_bytes, ROWS),
     "rope": _Op(make.rope, _all_bytes, ROWS),
-    "attention_decode": _Op(make.attention_decode, _all_bytes, (1, 16), _decode_flops, context=4096),
-    "attention_varlen": _Op(make.attention_varlen, _all_bytes, (2048,), _causal_flops),
-    "attention_prefill": _Op(make.attention_prefill, _all_bytes, (2048,), _causal_flops),
-    "matmul": _Op(make.matmul, _all_bytes, (1, 64, 1024), _matmul_flops),
-    "embedding": _Op(make.embedding, _row_bytes, (64, 1024)),
+    "attention_decode": _Op(make.attention_decode, _all_bytes, DECODES, _decode_flops),
+    "attention_varlen": _Op(make.attention_varlen, _all_bytes, PROMPTS, _causal_flops),
+    "attention_prefill": _Op(make.attention_prefill, _all_bytes, PROMPTS, _causal_flops),
+    "matmul": _Op(make.matmul, _all_bytes, _rows(1, 64, 1024), _matmul_flops),
+    "embedding": _Op(make.embedding, _row_bytes, _rows(64, 1024)),
 }
 OPS = tuple(_OPS)
 
 
 def cases(dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> Iterator[Case]:
     """The cases of Llama 2, the most valuable first: large before small shapes, 7B before 70B and 13B."""
-    most = max(len(_OPS[op].rows) for op in ops)
+    most = max(len(_OPS[op].shapes) for op in ops)
     for rank in range(most + len(LLAMA_2)):
         for place, model in enumerate(LLAMA_2):
             for op in ops:
-                if 0 <= rank - place < len(_OPS[op].rows):
-                    yield Case(op, model, _OPS[op].rows[rank - place], _OPS[op].context, dtype)
+                if 0 <= rank - place < len(_OPS[op].shapes):
+                    rows, context, codes = _OPS[op].shapes[rank - place]
+                    yield Case(op, model, rows, context, dtype, codes)
 
 
 def toy_cases(dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> Iterator[Case]:
-    """One small case of each op, to walk the plan."""
+    """One small case of each op, and one with quantized pages where it has such, to walk the plan."""
     for op in ops:
-        yield Case(op, TOY, 3, 2 * PAGE if _OPS[op].context else 0, dtype)
+        shapes = _OPS[op].shapes
+        context = 2 * PAGE if shapes[0].context else 0
+        for codes in dict.fromkeys(shape.codes for shape in shapes):
+            yield Case(op, TOY, 3, context, dtype, codes)

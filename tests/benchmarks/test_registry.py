@@ -16,7 +16,8 @@ BF16 = torch.bfloat16
 def test_every_op_is_measured() -> None:
     assert {*OPS, "matmul_bf12"} == set(BOUND)  # LLM keeps weights in 12 bits on CPUs alone: benchmarks/cpu_matmul.py
     assert {case.op for case in cases(BF16)} == set(OPS)
-    assert [case.op for case in toy_cases(BF16)] == list(OPS)
+    assert list(dict.fromkeys(case.op for case in toy_cases(BF16))) == list(OPS)
+    assert {(case.op, case.codes) for case in toy_cases(BF16)} == {(case.op, case.codes) for case in cases(BF16)}
 
 
 def test_the_most_valuable_comes_first() -> None:
@@ -60,17 +61,23 @@ def test_bytes_and_operations(op: str) -> None:
     assert case.flops == FLOPS.get(op, 0)
 
 
+def test_quantized_pages_are_half_the_bytes_and_their_scales() -> None:
+    case = Case("attention_decode", TOY, 5, 128, BF16, torch.int8)
+    assert case.bytes(case.make(CPU, seed=0)) == 5 * (2 * 4 * 16 * 2 + 2 * 128 * 2 * (16 + 4) + 2 * 4 + 4)
+    assert case.label == "toy, 5 rows, 128 tokens of context, int8 pages"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_are_legal_and_every_output_is_written(op: str) -> None:
-    (case,) = toy_cases(torch.float32, (op,))
-    inputs = case.make(CPU, seed=0)
-    results = getattr(kernels, op)(**inputs)
-    for result in results if isinstance(results, tuple) else (results,):
-        assert any(result is value for value in inputs.values()), "an output was not given"
-        if result.dtype.is_floating_point:
-            assert result.isfinite().all()
-        else:
-            assert (result < torch.iinfo(result.dtype).max).all()
+    for case in toy_cases(torch.float32, (op,)):
+        inputs = case.make(CPU, seed=0)
+        results = getattr(kernels, op)(**inputs)
+        for result in results if isinstance(results, tuple) else (results,):
+            assert any(result is value for value in inputs.values()), "an output was not given"
+            if result.dtype.is_floating_point:
+                assert result.isfinite().all()
+            else:
+                assert (result < torch.iinfo(result.dtype).max).all()
 
 
 def test_seeds_make_other_inputs_and_the_same_again() -> None:
