@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllama.kernels import tuning
+
 LOG2_E = 1.4426950408889634
 
 
@@ -20,8 +22,15 @@ def lse_unit(base2: bool) -> float:
 
 
 def as_codes(pages: Tensor) -> Tensor:
-    """Pages as kernels take them: float8_e4m3fn, which Triton does not take on sm_80, as its bits."""
-    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+    """Pages as kernels take them: float8_e4m3fn as its bits, where a GPU has no instruction that converts it."""
+    if pages.dtype != torch.float8_e4m3fn or _converts_e4m3(tuning.device_info(pages.device).arch):
+        return pages
+    return pages.view(torch.uint8)
+
+
+def _converts_e4m3(arch: str) -> bool:
+    """Ada and newer. Triton does not take the dtype elsewhere."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 89
 
 
 def stride(tensor: Tensor | None, dim: int) -> int:
@@ -68,10 +77,12 @@ def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def _decoded(codes, dtype: tl.constexpr):
-    """Keys or values in a floating dtype, exactly: as they are, from int8, or from the bits of e4m3 as uint8."""
+    """Keys or values exactly in a dtype of 16 or more bits, from such a one, int8 or e4m3, or the bits of e4m3."""
     if codes.dtype == tl.uint8:  # fp16 has these bits seven places further left; its exponents are 8 larger
         bits = (codes & 0x80).to(tl.uint16) << 8 | (codes & 0x7F).to(tl.uint16) << 7
         values = (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+    elif codes.dtype == tl.float8e4nv:  # by way of fp32, as Hopper converts fp16 to bf16 at an eighth of the rate
+        values = codes.to(tl.float16).to(tl.float32).to(dtype)
     else:
         values = codes.to(dtype)
     return values

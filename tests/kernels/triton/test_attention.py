@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels import tuning
+from fastllama.kernels.triton import flash
 from fastllama.kernels.triton.decode import workspace_size
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.test_attention import HEADS, Packed, assert_both_honest, bounds, packed, paged
@@ -161,3 +162,36 @@ def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = kernels.attention_workspace(q, k_pages, table)
     assert (made.numel(), made.dtype) == (workspace_size(q, k_pages, table), torch.float32)
     assert kernels.attention_workspace(q, k_pages, table[:, : SPLIT // 64]).numel() == 0  # one split, written to out
+
+
+def test_e4m3_as_newer_gpus_convert_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as by shifts, and NaN where the code is."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[~codes.float().isnan()].view(1, 1, 1, -1)
+    scales, one = torch.full((1, 1, 1), 0.37), torch.ones(1, dtype=torch.int32)
+    rest = {"page_table": torch.zeros(1, 1, dtype=torch.int32), "seq_lens": one, "k_scales": scales, "v_scales": scales}
+    for dtype in (torch.float32, torch.float16, BF16):
+        q = torch.zeros(1, 1, codes.shape[-1], dtype=dtype)
+        monkeypatch.setattr(flash, "_converts_e4m3", lambda arch: False)
+        shifted = decode(q, codes, codes, **rest)
+        monkeypatch.setattr(flash, "_converts_e4m3", lambda arch: True)
+        assert_equal(decode(q, codes, codes, **rest), shifted)
+    broken = codes.clone()
+    broken[..., 3] = math.nan
+    assert decode(q, codes, broken, **rest)[0, 0].isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize(
+    ("arch", "able"),
+    [
+        ("sm_80", False),
+        ("sm_86", False),
+        ("sm_89", True),
+        ("sm_90", True),
+        ("sm_120", True),
+        ("gfx942", False),
+        ("cpu", False),
+    ],
+)
+def test_which_gpus_convert_e4m3(arch: str, able: bool) -> None:
+    assert flash._converts_e4m3(arch) == able
