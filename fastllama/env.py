@@ -33,8 +33,9 @@ BACKEND = Variable(
     "FASTLLAMA_BACKEND",
     "auto",
     "Which implementation of every op runs. `auto`: by the tensors' device (Triton kernels on CUDA and HIP, the CPU "
-    "implementation on CPU). `reference` and `triton` force one, and an op that cannot honour it raises. "
-    "`triton` on CPU tensors also needs TRITON_INTERPRET=1. Read once for each op and device.",
+    "implementation on CPU). `reference` forces the reference. `triton` forces the Triton kernel of every op that has "
+    "one, and raises where it cannot run: on CPU tensors it also needs TRITON_INTERPRET=1. An op that has none runs as "
+    "with `auto`; `fastllama info` says which. Read once for each op and device.",
     ("auto", "reference", "triton"),
 )
 TRITON_INTERPRET = Variable(

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,14 +153,17 @@ class Op:
     def implementation(self, device: str) -> Implementation:
         """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
 
-        Raises BackendError when the variable asks for what is not there.
+        Raises BackendError when the variable asks for a Triton kernel that there is and that cannot run here.
         """
         wanted = env.BACKEND.read()
         if wanted == "reference":
             return Implementation("reference", self._run_reference, "FASTLLAMA_BACKEND=reference")
-        if wanted == "triton":
+        if wanted == "triton" and self.has_triton:
             return Implementation("triton", self.launcher(device), "FASTLLAMA_BACKEND=triton")
-        return self.implementations(device)[0]
+        chosen = self.implementations(device)[0]
+        if wanted == "triton" and device != "cuda":  # where that is the reason anyway
+            return replace(chosen, reason=f"no Triton kernel yet; {chosen.reason}")
+        return chosen
 
     def implementations(self, device: str) -> list[Implementation]:
         """Everything that runs the op on a device type, the preferred first and the reference last."""
@@ -179,9 +182,8 @@ class Op:
         return [*found, Implementation("reference", self._run_reference, missing)]
 
     def launcher(self, device: str) -> Function:
-        """The Triton launcher. Raises BackendError where it cannot run on `device`."""
-        if self._triton is None:
-            raise BackendError(f"op {self.name} has no Triton kernel; legal: FASTLLAMA_BACKEND=auto or reference")
+        """The Triton launcher of an op that has one. Raises BackendError where it cannot run on `device`."""
+        assert self._triton is not None, f"op {self.name} has no Triton kernel"
         if importlib.util.find_spec("triton") is None:
             raise BackendError(
                 f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference"

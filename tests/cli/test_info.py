@@ -57,14 +57,17 @@ def test_the_text_says_the_same(command: Command, monkeypatch: pytest.MonkeyPatc
     assert max(map(len, done.out.splitlines())) < 120
 
 
-def test_a_forced_backend_shows_which_ops_lack_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_shows_where_it_does_not_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
     done = command("info", "--json")
     assert done.status == 0
     found = json.loads(done.out)
     assert found["environment"]["FASTLLAMA_BACKEND"] == "triton"
-    assert found["ops"]["cpu"]["embedding"]["backend"] == "nothing"
-    assert "embedding has no Triton kernel" in found["ops"]["cpu"]["embedding"]["reason"]
+    ops = found["ops"]["cpu"]
+    assert ops["embedding"]["backend"] == "reference"
+    assert ops["embedding"]["reason"].startswith("no Triton kernel yet; tensors on cpu")
+    assert ops["rms_norm"]["backend"] == "nothing"
+    assert ops["rms_norm"]["reason"].endswith("only in the interpreter; set TRITON_INTERPRET=1")
 
 
 def test_gpus_are_listed_with_what_they_have(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
