@@ -42,7 +42,8 @@ TRITON_INTERPRET = Variable(
     "TRITON_INTERPRET",
     "0",
     "Triton's own variable: `1` runs Triton kernels in its NumPy interpreter, on CPU tensors. Slow; for tests. "
-    "Triton reads it when a kernel is defined, so set it before Python starts.",
+    "The `fastllama` command repairs its bf16; a program does that itself (docs/testing.md). Triton "
+    "reads it when a kernel is defined, so set it before Python starts.",
 )
 XDG_CACHE_HOME = Variable(
     "XDG_CACHE_HOME",

@@ -146,6 +146,10 @@ def test_an_impossible_backend_is_one_line(command: Command, model: str, monkeyp
         assert (done.status, done.out) == (2, "")
         assert done.err.startswith("fastllama: error: op ")
         assert done.err.count("\n") == 1
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setitem(sys.modules, "triton", None)  # Python's own mark of what is not installed
+        assert "needs Triton on cpu: pip install triton" in command("generate", "--model", model).err
     monkeypatch.setenv("FASTLLAMA_BACKEND", "fastest")
     assert command("info").err.startswith("fastllama: error: environment variable FASTLLAMA_BACKEND is 'fastest'")
 

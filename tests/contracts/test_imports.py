@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "env": {"errors"},
     "kernels": BASE,
-    "testing": BASE,  # for kernels of any project; and nothing here imports it: what ships does not need what proves it
+    "testing": BASE,  # for kernels of any project; here the command alone imports it, to repair Triton's interpreter
     "quant": BASE | {"kernels"},
     "layers": BASE | {"kernels", "quant"},
     "io": BASE | {"kernels", "quant", "layers"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "integrations": BASE | {"kernels", "quant", "layers", "io", "runtime"},
     "serve": BASE | {"kernels", "quant", "layers", "io", "runtime"},
     "verify": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "cli": BASE | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify"},
+    "cli": BASE | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "testing"},
 }
 # Optional packages, each with the only folders that may import it.
 HOMES = {"triton": ("fastllama.kernels.triton.", "fastllama.testing."), "numba": ("fastllama.kernels.numba.",)}

@@ -1,0 +1,97 @@
+"""The whole product on the Triton kernels, forced as a user forces them, in the interpreter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from fastllama.cli import info
+from fastllama.kernels.op import OPS, Function, Op
+from tests.cli.conftest import Command
+
+TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
+# What a model's steps do not call: rotation comes with the write of keys and values, and all of these are in pages.
+UNUSED = {"rope", "attention_varlen"}
+STORY = ("generate", "--prompt", "Once upon a time", "--dtype", "float32", "--temperature", "0", "--max-tokens", "16")
+
+Force = Callable[[str], None]
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Force:
+    """`force(backend)`: FASTLLAMA_BACKEND says so, and no op remembers what it chose before, until the test ends."""
+
+    def force(backend: str) -> None:
+        monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
+        for op in OPS.values():
+            monkeypatch.setattr(op, "_bound", {})
+            monkeypatch.setattr(op, "_known", {})
+
+    return force
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The ops whose Triton kernels have run in the test."""
+    names: set[str] = set()
+    launcher = Op.launcher
+
+    def noting(op: Op, device: str) -> Function:
+        run = launcher(op, device)
+
+        def launch(*args: object) -> Function | None:
+            names.add(op.name)
+            again: Function | None = run(*args)
+            return again
+
+        return launch
+
+    monkeypatch.setattr(Op, "launcher", noting)
+    return names
+
+
+@pytest.mark.interpreter
+def test_generate_writes_what_the_reference_writes(command: Command, force: Force, ran: set[str]) -> None:
+    force("reference")
+    expected = json.loads(command(*STORY, "--json").out)["token_ids"]
+    assert (len(expected), ran) == (16, set())
+    force("triton")
+    done = command(*STORY, "--json")
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found["token_ids"] == expected
+    assert found["backend"].startswith(f"{len(TRITON_OPS)} triton, ")
+    assert ran == TRITON_OPS - UNUSED
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_covers_every_op(command: Command, model: str, force: Force, ran: set[str], dtype: str) -> None:
+    """In 16 bits it judges what `generate` cannot: whether tokens that differ are ties. Stock, bf16 fails it."""
+    force("triton")
+    done = command("verify", "--model", model, "--dtype", dtype, "--json")
+    found = json.loads(done.out)
+    assert (done.status, done.err) == (0, ""), found["summary"]
+    backends = {row["name"]: row["backend"] for row in found["rows"] if row["kind"] == "op"}
+    assert set(backends) == set(OPS)
+    assert {name for name, backend in backends.items() if backend == "triton"} == TRITON_OPS == ran
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_is_repaired_while_a_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastllama.testing.interpreter import RepairedBuilder
+    from fastllama.testing.triton_api import interpreter
+
+    repaired = []
+
+    def run(args: object) -> int:
+        repaired.append(isinstance(interpreter.interpreter_builder, RepairedBuilder))
+        return 0
+
+    monkeypatch.setattr(info, "run", run)
+    assert command("info").status == 0
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert command("info").status == 0
+    assert repaired == [True, False]
