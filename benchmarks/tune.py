@@ -41,6 +41,7 @@ OPS = {
     "sample": "sample",
     "prefill": "attention_prefill",
     "decode": "attention_decode",
+    "matmul": "matmul",
 }
 VALUES = {
     "num_warps": (1, 2, 4, 8, 16, 32),
@@ -50,6 +51,9 @@ VALUES = {
     "keys": (32, 64, 128),
     "split": (256, 512, 1024),
     "stages": (2, 3, 4),
+    "features": (32, 64, 128),
+    "size": (64, 128, 256),
+    "splits": (1, 2, 4, 8, 16),
 }
 LEAST_ELEMENTS, MOST_ELEMENTS = 2, 64  # a thread's share: with less most threads idle, with more registers spill
 WORTH_IT = 1.02
@@ -78,22 +82,24 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
         return launch.rows * shape["head_dim"]
     if isinstance(launch, tuning.DecodeLaunch):
         return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
+    if isinstance(launch, tuning.MatmulLaunch):
+        return launch.features * 16
     return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
 
 
-def asked(family: str, case: Case, device: torch.device) -> Asked:
-    """The shape for which a case's launcher asks."""
+def asked(family: str, case: Case, device: torch.device) -> Asked | None:
+    """The shape for which a case's launcher asks; None where it asks for none: products of many rows are torch's."""
     seen: list[Asked] = []
 
-    def remember(family: str, device: torch.device, *values: int) -> Any:
-        seen.append(values)
-        kind = tuning.FAMILIES[family]
+    def remember(name: str, device: torch.device, *values: int) -> Any:
+        if name == family:
+            seen.append(values)
+        kind = tuning.FAMILIES[name]
         return kind.heuristic(device_info(device), **dict(zip(kind.shape, values, strict=True)))
 
     with mock.patch.object(tuning, "_launch", remember), micro.running(case.op, device) as run:
         run(case.make(device, seed=0))
-    (values,) = set(seen)
-    return values
+    return seen[0] if seen else None
 
 
 @contextmanager
@@ -150,7 +156,8 @@ def tune(
     """Entries for the shapes of the cases that the time allows. most: of candidates, all when None."""
     kind, groups = tuning.FAMILIES[family], defaultdict(list)
     for case in found:
-        groups[asked(family, case, device)].append(case)
+        if (values := asked(family, case, device)) is not None:
+            groups[values].append(case)
     entries = []
     for values, group in groups.items():
         if time.monotonic() > deadline:

@@ -11,13 +11,15 @@ from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_ten
 from fastllama.kernels.op import Op
 
 
-def _check_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _check_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
     shape, dtype = _product_shape(x, weight), (x.dtype,)
     check_elements("x", x, FLOATS)
     check_elements("weight", weight, dtype)
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], dtype)
     check_tensor("out", out, shape, dtype)
+    if workspace is not None:
+        check_tensor("workspace", workspace, workspace.shape[:1], (torch.float32,))
 
 
 def _product_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
@@ -46,11 +48,12 @@ def _rows_shape(ids: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 _MATMUL = Op(
-    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
     check=_check_matmul,
     reference=reference.matmul,
     cpu=cpu.matmul,
     numba="matmul:matmul",
+    triton="matmul:matmul",
 )
 _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
@@ -59,19 +62,41 @@ _EMBEDDING = Op(
 )
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
     """x @ weight^T (+ bias): a linear layer, and the logits when weight is the output embedding.
 
     x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one
     floating dtype, last dimension contiguous, rows at one stride. out: [..., N]; allocated when None. Returns out.
+    workspace: scratch memory of `matmul_workspace` for as many rows or more; allocated when None and needed.
     Accumulates in fp32; a bias is added before or after the rounding.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b.
     """
     if out is None:
         out = torch.empty(_product_shape(x, weight), dtype=x.dtype, device=x.device)
-    _MATMUL(x, weight, bias, out)
+    _MATMUL(x, weight, bias, out, workspace)
     return out
+
+
+def matmul_workspace(num_rows: int, weight: Tensor) -> Tensor:
+    """Scratch memory for `matmul` of so many rows by a weight [N, K], kept from call to call: [E] fp32, uninitialised.
+
+    Where a Triton kernel runs, N numbers for each row and each part in which the weight's columns are read; nothing
+    elsewhere. Not to be shared by calls that overlap.
+    """
+    size = 0
+    if _MATMUL.implementation(weight.device.type).backend == "triton":
+        from fastllama.kernels.triton.matmul import workspace_size
+
+        size = workspace_size(num_rows, weight)
+    return torch.empty(size, dtype=torch.float32, device=weight.device)
 
 
 def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -85,7 +85,7 @@ def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: t
         for name, value in found[part].items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TuningError(f"{path}: {where}.{part}.{name} is {value!r}; legal: an integer of at least 1")
-            if part == "launch" and value & (value - 1):
+            if part == "launch" and name != "stages" and value & (value - 1):
                 raise TuningError(f"{path}: {where}.launch.{name} is {value}; legal: a power of two")
     for name in ("microseconds", "heuristic_microseconds"):
         value = found[name]

@@ -81,7 +81,21 @@ class DecodeLaunch:
     num_warps: int
 
 
-Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch
+@dataclass(frozen=True)
+class MatmulLaunch:
+    """matmul of few rows: one program for `features` rows of the weight, `size` columns at a time, of one of `splits`.
+
+    All are powers of two, features and size at least 16. stages: tiles of the weight on their way at once.
+    """
+
+    features: int
+    size: int
+    splits: int
+    stages: int
+    num_warps: int
+
+
+Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,22 @@ def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: i
     return DecodeLaunch(keys, 512, stages, 4)
 
 
+def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
+    """Tiles of 64 rows by 256 bytes, and splits until each multiprocessor has three programs to hide a load's latency.
+
+    At least four tiles for each, or the parts would be read and written for nothing.
+    """
+    columns = 256 // itemsize
+    programs = ceil_div(features, 64)
+    splits = 1
+    while programs * splits < 3 * device.num_sms and size >= 8 * columns * splits:
+        splits *= 2
+    for stages in (4, 3, 2):
+        if stages * (64 + 64) * 256 <= device.shared_memory:
+            break
+    return MatmulLaunch(64, columns, splits, stages, 4)
+
+
 def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
     """Whether a tile of queries and `stages` tiles of keys and of values are within shared memory."""
     return (rows + 2 * stages * keys) * row_bytes <= device.shared_memory
@@ -164,6 +194,7 @@ FAMILIES = {
     "sample": Family(SampleLaunch, ("vocab_size", "itemsize"), sample_heuristic),
     "prefill": Family(PrefillLaunch, ("head_dim", "itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
+    "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
 }
 
 
@@ -195,6 +226,16 @@ def prefill(device: torch.device, *, head_dim: int, itemsize: int) -> PrefillLau
 def decode(device: torch.device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
     """The launch for so many queries of one key head: those of one sequence, of all the head's query heads."""
     return cast(DecodeLaunch, _launch("decode", device, queries, head_dim, itemsize))
+
+
+def matmul(device: torch.device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
+    """The launch for a weight [features, size], and at most 64 rows."""
+    return cast(MatmulLaunch, _launch("matmul", device, features, size, itemsize))
+
+
+def arch(device: torch.device) -> str:
+    """What is compiled for: "sm_90", "gfx942", or "cpu" where kernels are interpreted."""
+    return device_info(device).arch
 
 
 def user_folder(device: Device) -> Path:

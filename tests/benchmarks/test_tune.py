@@ -23,6 +23,7 @@ SHAPES = {
     "sample": {"vocab_size": 32000, "itemsize": 2},
     "prefill": {"head_dim": 128, "itemsize": 2},
     "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
+    "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
 }
 
 
@@ -121,5 +122,6 @@ def test_a_launch_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = toy_cases(torch.bfloat16, ("rms_norm",))
     device = torch.device("cpu")
     assert tune.asked("norm", case, device) == (64, 2)
+    assert tune.asked("matmul", case, device) is None  # of which it asks nothing
     tune._run(case, device, tuning.NormLaunch(16), {})
     assert seen[-1] == tuning.NormLaunch(16)

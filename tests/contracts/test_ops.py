@@ -17,8 +17,10 @@ from fastllama.kernels.op import OPS
 TESTS = Path(__file__).parents[1] / "kernels"
 # Public functions that are no ops, and why.
 HELPERS = {
+    "attention_workspace": "allocates what attention_decode may scribble on",
     "backend_of": "says what runs an op",
     "cos_sin_cache": "builds once, in fp64, the table that rope reads",
+    "matmul_workspace": "allocates what matmul may scribble on",
     "pack_bf12": "makes the codes that matmul_bf12 reads",
     "unpack_bf12": "its inverse",
     "sample_workspace": "allocates what sample may scribble on",

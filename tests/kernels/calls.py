@@ -100,6 +100,7 @@ def arguments(op: str) -> dict[str, Any]:
             "weight": torch.randn(6, D),
             "bias": torch.randn(6),
             "out": torch.empty(T, 6),
+            "workspace": None,
         },
         "matmul_bf12": {
             "x": torch.randn(4, 64),  # T rows could be taken for the 3 numbers of an outlier

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllama.kernels import reference
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, double, on_cpu, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, on_cpu, public
 
 # rows, K, N: one value, odd everything, one row, either side of where the implementations change their ways, nothing
 SHAPES = [(1, 1, 1), (1, 63, 5), (3, 65, 7), (8, 128, 33), (9, 128, 33), (32, 48, 10), (33, 48, 10), (0, 16, 4)]
@@ -39,7 +39,7 @@ def test_the_reference_is_the_definition(shape: tuple[int, int, int], biased: bo
 @biased
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("matmul"))
+@pytest.mark.parametrize("backend", backends("matmul"))
 def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], biased: bool) -> None:
     x, weight, bias = inputs(shape, dtype, biased)
     found = public("matmul", backend)(x, weight, bias)
@@ -48,7 +48,7 @@ def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], b
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("matmul"))
+@pytest.mark.parametrize("backend", backends("matmul"))
 def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int) -> None:
     """4096 equal products: a 16-bit accumulator stops growing long before the end."""
     x, weight = torch.ones(rows, 4096, dtype=dtype), torch.full((3, 4096), 0.25, dtype=dtype)
@@ -57,7 +57,7 @@ def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int)
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("matmul"))
+@pytest.mark.parametrize("backend", backends("matmul"))
 def test_strided_inputs_and_outputs(backend: str, dtype: torch.dtype, rows: int) -> None:
     """x and weight are slices of wider buffers full of NaN, out one whose other columns are left alone."""
     x, weight, bias = inputs((rows, 48, 21), dtype, True)
@@ -72,14 +72,14 @@ def test_strided_inputs_and_outputs(backend: str, dtype: torch.dtype, rows: int)
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (1, 1, 4), (2, 0)])
-@pytest.mark.parametrize("backend", on_cpu("matmul"))
+@pytest.mark.parametrize("backend", backends("matmul"))
 def test_any_number_of_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
     x, weight = torch.randn(*leading, 24), torch.randn(5, 24)
     found = public("matmul", backend)(x, weight)
     torch.testing.assert_close(found, F.linear(x, weight))
 
 
-@pytest.mark.parametrize("backend", on_cpu("matmul"))
+@pytest.mark.parametrize("backend", backends("matmul"))
 def test_infinity_and_nan_stay_in_their_row(backend: str) -> None:
     x = torch.ones(3, 8)
     x[0, 2], x[1, 3] = math.nan, math.inf

@@ -155,6 +155,12 @@ class TestFiles:
         assert tuned.read(path, "swiglu", "cpu", family.shape, family.launch) == entries
         assert [each.name for each in path.parent.iterdir()] == ["swiglu.json"]
 
+    def test_stages_may_be_three(self, tmp_path: Path) -> None:
+        family, shape = tuning.FAMILIES["matmul"], {"features": 4096, "size": 4096, "itemsize": 2}
+        entries = [tuned.Entry(shape, tuning.MatmulLaunch(64, 128, 4, 3, 4), 1.0, 1.5)]
+        tuned.write(tmp_path / "matmul.json", "matmul", "cpu", {}, entries)
+        assert tuned.read(tmp_path / "matmul.json", "matmul", "cpu", family.shape, family.launch) == entries
+
     def test_no_file_is_no_entry(self, tmp_path: Path) -> None:
         family = tuning.FAMILIES["norm"]
         assert tuned.read(tmp_path / "norm.json", "norm", H200.name, family.shape, family.launch) == []

@@ -18,7 +18,7 @@ ROW_LIMIT = 8  # up to so many rows, a pass over the 16-bit weight for each row 
 BLOCK = 1024  # weight rows widened at a time: 8 MB at K = 2048, inside the shared cache
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
     """See kernels.matmul."""
     rows, result = as_rows("x", x), as_rows("out", out)
     if rows.shape[0] == 1:

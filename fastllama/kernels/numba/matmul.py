@@ -77,12 +77,12 @@ def rows_kernel(weight_ptr, x_ptr, out_ptr, weight_stride, out_stride, rows, fea
             store(out_ptr, next_m * out_stride + next_n, d, like)
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
     """See kernels.matmul."""
     (features, size), like = weight.shape, LIKE.get(x.dtype)
     rows = x.numel() // size if size else 0
     if not 1 <= rows <= ROW_LIMIT or like is None:
-        cpu.matmul(x, weight, bias, out)
+        cpu.matmul(x, weight, bias, out, workspace)
         return
     use_threads(rows * weight.numel())
     if rows == 1:

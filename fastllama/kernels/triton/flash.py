@@ -23,7 +23,7 @@ def lse_unit(base2: bool) -> float:
 
 def as_codes(pages: Tensor) -> Tensor:
     """Pages as kernels take them: float8_e4m3fn as its bits, where a GPU has no instruction that converts it."""
-    if pages.dtype != torch.float8_e4m3fn or _converts_e4m3(tuning.device_info(pages.device).arch):
+    if pages.dtype != torch.float8_e4m3fn or _converts_e4m3(tuning.arch(pages.device)):
         return pages
     return pages.view(torch.uint8)
 

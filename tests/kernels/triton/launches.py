@@ -19,6 +19,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.device import Device
 from fastllama.kernels.triton import decode as decode_kernels
+from fastllama.kernels.triton import matmul as matmul_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
 from fastllama.kernels.triton import rope as rope_kernels
@@ -201,5 +202,26 @@ def attention() -> Iterator[Shipped]:
     yield Shipped("attention_varlen 7B fp16", partial(varlen, MODELS[0], FP16))
 
 
-FAMILIES = {"norm": norm, "rope": rope, "swiglu": swiglu, "sampling": sampling, "attention": attention}
+def matmul() -> Iterator[Shipped]:
+    """A 7B's products and a 70B's largest at the fewest and the most rows of the kernel."""
+
+    def multiply(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
+        x, weight = meta(rows, size, dtype=dtype), meta(features, size, dtype=dtype)
+        matmul_kernels.matmul(x, weight, None, meta(rows, features, dtype=dtype), None)
+
+    shapes = {"7B qkv": (12288, 4096), "7B down": (4096, 11008), "70B gate and up": (57344, 8192)}
+    for rows in (1, 32, 64):
+        for name, shape in shapes.items():
+            yield Shipped(f"matmul {name} bf16, {rows} rows", partial(multiply, rows, *shape, BF16))
+    yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, FP16))
+
+
+FAMILIES = {
+    "norm": norm,
+    "rope": rope,
+    "swiglu": swiglu,
+    "sampling": sampling,
+    "attention": attention,
+    "matmul": matmul,
+}
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

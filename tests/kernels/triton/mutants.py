@@ -6,15 +6,9 @@ python -m fastllama.testing.mutants tests/kernels/triton/mutants.py
 from __future__ import annotations
 
 from fastllama.testing.mutants import Mutant
-
-KERNELS = "fastllama/kernels/triton"
-TESTS = "tests/kernels"
-
-
-def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
-    """A fault in a kernel's file, and the tests under tests/kernels that find it in the interpreter."""
-    return Mutant(name, f"{KERNELS}/{file}.py", old, new, ("-m", "interpreter", *(f"{TESTS}/{test}" for test in tests)))
-
+from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, QUANTIZED_MUTANTS
+from tests.kernels.triton.matmul_mutants import MATMUL_MUTANTS
+from tests.kernels.triton.planted import KERNELS, mutant
 
 NORM = "triton/test_norm.py::test_several_rows_of_one_program"
 NORM_OPS = "test_norm.py"
@@ -237,119 +231,6 @@ SAMPLING_MUTANTS = [
         "a short workspace is taken", "sampling", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
     ),
 ]
-VARLEN = "test_attention.py::test_varlen[triton-torch.float32-MHA-True]"
-PREFILL = "test_attention.py::test_prefill[triton-torch.float32-MHA-16-NHD]"
-DECODE = "test_attention.py::test_decode[triton-torch.float32-GQA 8-64-HND]"
-DRAFTS = "test_attention.py::test_decode_of_several_queries[triton-torch.float32]"
-SPLITS = "triton/test_attention.py::test_splits_around_their_edges"
-FAR_KEYS = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
-ATTENTION_MUTANTS = [
-    mutant("mask dropped", "flash", "tokens[None, :] < visible[:, None]", "tokens[None, :] < k_len", VARLEN),
-    mutant(
-        "one token ahead", "flash", "tokens[None, :] < visible[:, None]", "tokens[None, :] <= visible[:, None]", VARLEN
-    ),
-    mutant("a key past the end", "flash", "(tokens < k_len)[:, None]", "(tokens <= k_len)[:, None]", DECODE),
-    mutant(
-        "the page of the tile before", "flash", "start + BLOCK_N, k_len, PAGE_SIZE", "start, k_len, PAGE_SIZE", DECODE
-    ),
-    mutant("scale forgotten", "flash", 'precision="ieee") * scale_log2', 'precision="ieee")', VARLEN),
-    mutant("stale peak", "flash", "acc * fade[:, None], new_peak,", "acc * fade[:, None], peak,", VARLEN),
-    mutant("sum not faded", "flash", "total * fade + tl.sum", "total + tl.sum", VARLEN),
-    mutant("values not faded", "flash", "weights, acc * fade[:, None]", "weights, acc", VARLEN),
-    mutant(
-        "a tile too many without a mask", "flash", "// BLOCK_N * BLOCK_N\n", "// BLOCK_N * BLOCK_N + BLOCK_N\n", VARLEN
-    ),
-    mutant("32-bit keys", "flash", "tokens.to(tl.int64) * token_stride", "tokens * token_stride", FAR_KEYS),
-    mutant("queries aligned at the top", "prefill", "ahead = k_len - end + 1", "ahead = 1 - begin", PREFILL),
-    mutant("rows of no sequence left", "prefill", "mask=exists, other=num_rows", "mask=exists, other=0", PREFILL),
-    mutant(
-        "key head of another group",
-        "prefill",
-        "(head // GROUP)",
-        "(head % tl.maximum(num_heads // GROUP, 1))",
-        "test_attention.py::test_prefill[triton-torch.float32-GQA 4-16-NHD]",
-    ),
-    mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * LN_2", "peak + tl.log2(total)", VARLEN),
-    mutant("32-bit queries", "prefill", "offsets = row.to(tl.int64)[:, None]", "offsets = row[:, None]", FAR_KEYS),
-    mutant(
-        "a split overlaps the next",
-        "decode",
-        "tl.minimum(first + SPLIT, k_len)",
-        "tl.minimum(first + SPLIT + 1, k_len)",
-        SPLITS,
-    ),
-    mutant("padding left", "decode", "(first < k_len) | (split == 0)", "first < k_len", DECODE),
-    mutant(
-        "the last draft for all",
-        "decode",
-        "            k_len - QUERIES + 1 + query,",
-        "            k_len + 0 * query,",
-        DRAFTS,
-    ),
-    mutant(
-        "drafts not masked before the last tile", "decode", "tl.minimum(last, k_len - QUERIES + 1),", "last,", SPLITS
-    ),
-    mutant("a split that is not there", "decode", "mask=every < used,", "mask=every <= used,", SPLITS),
-    mutant("splits weighed by themselves", "decode", "tl.exp2(lse - base)[:, None]", "tl.exp2(lse)[:, None]", SPLITS),
-    mutant(
-        "32-bit sequences",
-        "decode",
-        "tl.program_id(0).to(tl.int64), tl.program_id(1), tl",
-        "tl.program_id(0), tl.program_id(1), tl",
-        FAR_KEYS,
-    ),
-]
-QUANTIZED = "test_attention_quantized.py"
-EXACT = (
-    f"{QUANTIZED}::test_of_the_values_that_codes_stand_for[attention_{{}}-triton-torch.int8-torch.float32-5-HND-GQA 4]"
-)
-EVERY_CODE = f"{QUANTIZED}::test_every_code_is_its_value"
-ANY_SCALE = f"{QUANTIZED}::test_scales_of_any_size"
-BASE_2 = "test_attention.py::test_the_log_sum_exp_to_base_2"
-PARTS = "triton/test_attention.py::test_a_workspace_holds_anything_before"
-SHORT = "triton/test_attention.py::test_a_workspace_that_is_too_small_is_refused_before_anything_is_written"
-QUANTIZED_MUTANTS = [
-    mutant("scales of keys forgotten", "flash", "scores *= k_scales[None, :]", "scores *= 1.0", EXACT.format("decode")),
-    mutant(
-        "scales of values forgotten", "flash", "weights *= (v_scales / unit)[None, :]", "pass", EXACT.format("decode")
-    ),
-    mutant("the sum keeps its unit", "flash", "before / unit", "1.0", ANY_SCALE),
-    mutant("the sum stays in units", "flash", "    acc *= unit", "    acc *= 1.0", EXACT.format("decode")),
-    mutant("one unit for all", "flash", "tl.maximum(unit, tl.max(v_scales, 0))", "unit + 0", ANY_SCALE),
-    mutant(
-        "scales of one token",
-        "flash",
-        "pages, page_stride, 1, PAGE_SIZE)",
-        "pages, page_stride, 0, PAGE_SIZE)",
-        EXACT.format("decode"),
-    ),
-    mutant(
-        "scales past the end",
-        "flash",
-        "tl.load(ptrs, mask=tokens < k_len, other=0.0) if MASKED else tl.load(ptrs)",
-        "tl.load(ptrs)",
-        EXACT.format("decode").replace("5-HND-GQA 4", "64-NHD-MHA"),
-    ),
-    mutant("codes without a sign", "flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
-    mutant("codes without their bias", "flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
-    *(
-        mutant(
-            f"scales of {kind}' first head in {op}",
-            op,
-            f"at_head({kind[0]}_scales_ptr, kv_head",
-            f"at_head({kind[0]}_scales_ptr, kv_head * 0",
-            EXACT.format(op),
-        )
-        for kind in ("keys", "values")
-        for op in ("decode", "prefill")
-    ),
-    mutant("parts in another base", "decode", "unit if splits == 1 else 1.0", "unit", BASE_2),
-    mutant(
-        "the sum in another base", "decode", "(peak + tl.log2(total)) * lse_unit)", "peak + tl.log2(total))", BASE_2
-    ),
-    mutant("parts overlap", "decode", "workspace[results:size]", "workspace[: size - results]", PARTS),
-    mutant("a short workspace is taken", "decode", "workspace.numel() < size", "workspace.numel() < size - 1", SHORT),
-]
 REPEATED = ("tests/kernels/triton/test_launching.py",)  # of the compile tier
 LAUNCHING_MUTANTS = [
     Mutant(name, f"{KERNELS}/launching.py", old, new, REPEATED, interpreter=False)
@@ -376,5 +257,6 @@ MUTANTS = [
     *SAMPLING_MUTANTS,
     *ATTENTION_MUTANTS,
     *QUANTIZED_MUTANTS,
+    *MATMUL_MUTANTS,
     *LAUNCHING_MUTANTS,
 ]

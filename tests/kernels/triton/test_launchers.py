@@ -19,7 +19,7 @@ from tests.kernels.test_compile import OUTPUTS, copy, same
 from tests.kernels.test_rope import cache
 
 ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
-OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul", *ATTENTION]
+OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul", "matmul", *ATTENTION]
 every_op = pytest.mark.parametrize("op", OURS)
 FAR = 1 << 30  # elements; two of it are more than int32 counts
 
