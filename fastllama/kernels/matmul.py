@@ -59,6 +59,7 @@ _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
     check=_check_embedding,
     reference=reference.embedding,
+    triton="embedding:embedding",
 )
 
 
@@ -104,7 +105,7 @@ def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tens
 
     ids: [T] int32 or int64, each in [0, V). weight: [V, H], any floating dtype. out: [T, H]; allocated when None.
     Returns out. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
-    Ids are not read on the host: the caller checks their range.
+    Ids are not read on the host: the caller checks their range. One outside it gives NaN on a GPU, an error on a CPU.
     Source: table lookup.
     """
     if out is None:

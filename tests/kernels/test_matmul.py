@@ -89,7 +89,7 @@ def test_infinity_and_nan_stay_in_their_row(backend: str) -> None:
 
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", on_cpu("embedding"))
+@pytest.mark.parametrize("backend", backends("embedding"))
 def test_embedding(backend: str, dtype: torch.dtype, integers: torch.dtype) -> None:
     """Rows of a slice of a wider table, repeated ids, the first and the last."""
     weight = torch.randn(11, 40).to(dtype)[:, 4:37]

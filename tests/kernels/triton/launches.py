@@ -19,6 +19,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.device import Device
 from fastllama.kernels.triton import decode as decode_kernels
+from fastllama.kernels.triton import embedding as embedding_kernels
 from fastllama.kernels.triton import matmul as matmul_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
@@ -216,6 +217,17 @@ def matmul() -> Iterator[Shipped]:
     yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, FP16))
 
 
+def embedding() -> Iterator[Shipped]:
+    """The id is one load by itself."""
+
+    def look_up(hidden: int) -> None:
+        ids, weight = meta(64, dtype=torch.int64), meta(32000, hidden, dtype=BF16)
+        embedding_kernels.embedding(ids, weight, meta(64, hidden, dtype=BF16))
+
+    for model in MODELS:
+        yield Shipped(f"embedding {model.name} bf16", partial(look_up, model.hidden), besides={"load 64": 1})
+
+
 FAMILIES = {
     "norm": norm,
     "rope": rope,
@@ -223,5 +235,6 @@ FAMILIES = {
     "sampling": sampling,
     "attention": attention,
     "matmul": matmul,
+    "embedding": embedding,
 }
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

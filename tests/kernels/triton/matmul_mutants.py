@@ -1,4 +1,4 @@
-"""Faults planted in the dense product."""
+"""Faults planted in the dense product and the embedding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from tests.kernels.triton.planted import mutant
 COLUMNS = "triton/test_matmul.py::test_columns_in_any_number_of_splits"
 ORDER = "triton/test_matmul.py::test_the_order_of_a_sum_is_the_same_in_any_batch"
 STRIDES = "test_matmul.py::test_strided_inputs_and_outputs"
+OUTSIDE = "triton/test_embedding.py::test_an_id_outside_the_table_gives_nan_and_reads_nothing"
 MATMUL_MUTANTS = [
+    mutant("negative ids are read", "embedding", "(row >= 0) & (row < num_rows)", "row < num_rows", OUTSIDE),
+    mutant("an id past the last is read", "embedding", "row < num_rows)", "row <= num_rows)", OUTSIDE),
+    mutant(
+        "the next row", "embedding", "row * weight_row_stride + col", "(row + 1) * weight_row_stride + col", OUTSIDE
+    ),
+    mutant("the row's end", "embedding", "exists & (col < SIZE)", "exists", "test_matmul.py::test_embedding"),
     mutant(
         "columns past the end",
         "matmul",
