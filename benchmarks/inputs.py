@@ -126,7 +126,6 @@ def silu_mul(m: Maker) -> Inputs:
 def sample(m: Maker) -> Inputs:
     """Top-k and top-p in every row; no min-p, which FlashInfer does not combine with them."""
     logits = 2 * m.normal(m.rows, m.model.vocab)
-    on_gpu = m.device.type == "cuda"  # elsewhere the op needs no scratch memory, and the interpreter allocates its own
     return {
         "logits": logits,
         "temperature": m.filled(0.75),
@@ -137,7 +136,7 @@ def sample(m: Maker) -> Inputs:
         "offset": m.below(1 << 31, m.rows),
         "tokens": m.fresh(m.rows, dtype=torch.int64),
         "logprobs": m.fresh(m.rows, dtype=torch.float32),
-        "workspace": kernels.sample_workspace(logits) if on_gpu else None,
+        **_workspace(kernels.sample_workspace(logits)),
     }
 
 
@@ -150,7 +149,8 @@ def matmul(m: Maker) -> Inputs:
     """The gate and up projection, the largest of a layer."""
     size, features = m.model.hidden, 2 * m.model.intermediate
     weight = m.normal(features, size) / math.sqrt(size)
-    return {"x": m.normal(m.rows, size), "weight": weight, "out": m.fresh(m.rows, features)}
+    inputs: Inputs = {"x": m.normal(m.rows, size), "weight": weight, "out": m.fresh(m.rows, features)}
+    return inputs | _workspace(kernels.matmul_workspace(m.rows, weight))
 
 
 def attention_varlen(m: Maker) -> Inputs:
@@ -171,8 +171,12 @@ def attention_decode(m: Maker) -> Inputs:
         "seq_lens": m.filled(m.context, torch.int32),
         "out": m.fresh(*shape),
     }
-    workspace = kernels.attention_workspace(*(inputs[name] for name in ("q", "k_pages", "page_table")))
-    return inputs | {"workspace": workspace if workspace.numel() else None}
+    return inputs | _workspace(kernels.attention_workspace(inputs["q"], inputs["k_pages"], inputs["page_table"]))
+
+
+def _workspace(made: Tensor) -> Inputs:
+    """None where there is no need: a public function that is given one must take it."""
+    return {"workspace": made if made.numel() else None}
 
 
 def attention_prefill(m: Maker) -> Inputs:

@@ -113,8 +113,8 @@ def test_the_first_wrong_layer_is_the_first_that_fails(path: Path, at: int, monk
 def test_wrong_logits_alone_are_named(path: Path, bind: Callable[..., None]) -> None:
     right = OPS["matmul"].implementation("cpu").run
 
-    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        right(x, weight, bias, out)
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
+        right(x, weight, bias, out, workspace)
         if weight.shape[0] == 300:
             out[..., 7] += 0.001 * out.abs().max()
 
