@@ -123,6 +123,14 @@ def silu_mul(m: Maker) -> Inputs:
     return {"gate_up": m.normal(m.rows, 2 * size), "out": m.fresh(m.rows, size)}
 
 
+def merge_state(m: Maker) -> Inputs:
+    """Log-sum-exps near each other: neither side's share is 0."""
+    sides = (m.rows, m.model.heads, m.model.head_dim)
+    inputs = {name: m.normal(*sides) for name in "ab"}
+    inputs |= {f"{name}_lse": m.normal(*sides[:2]).float() for name in "ab"}
+    return inputs | {"out": m.fresh(*sides), "lse_out": m.fresh(*sides[:2], dtype=torch.float32)}
+
+
 def sample(m: Maker) -> Inputs:
     """Top-k and top-p in every row; no min-p, which FlashInfer does not combine with them."""
     logits = 2 * m.normal(m.rows, m.model.vocab)

@@ -13,7 +13,7 @@ from benchmarks.inputs import Inputs
 from fastllama.kernels import reference
 from fastllama.testing.bounds import error
 
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "workspace")  # all that may be left out
+OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "workspace")  # may be left out
 
 
 def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:

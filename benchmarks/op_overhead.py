@@ -57,6 +57,11 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
         ),
         "embedding": ((positions, torch.randn(vocab, dim)), {}, {"out": x.clone()}),
         "silu_mul": ((x,), {}, {"out": torch.empty(tokens, dim // 2)}),
+        "merge_state": (
+            (q, q[..., 0].contiguous(), q.clone(), q[..., 1].contiguous()),
+            {},
+            {"out": q.clone(), "lse_out": torch.empty(tokens, heads)},
+        ),
         "sample": (logits, {}, {"tokens": positions.clone(), "logprobs": zeros.clone()}),
     }
 

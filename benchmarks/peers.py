@@ -103,6 +103,11 @@ def _silu_mul(t: Inputs) -> Tensor:
     return F.silu(gate) * up
 
 
+def _merge_state(t: Inputs) -> tuple[Tensor, Tensor]:
+    a_share, b_share = torch.stack((t["a_lse"], t["b_lse"])).softmax(0).to(t["a"].dtype)[..., None]
+    return t["a"] * a_share + t["b"] * b_share, torch.logaddexp(t["a_lse"], t["b_lse"])
+
+
 def _sample(t: Inputs) -> tuple[Tensor, Tensor]:
     """One sort for top-k, top-p and min-p, then the first token whose cumulative mass passes a random number."""
     logits = t["logits"].float()
@@ -163,6 +168,7 @@ EAGER: dict[str, Function] = {
     "rope": _rope,
     "rope_and_write_kv": _rope_and_write_kv,
     "silu_mul": _silu_mul,
+    "merge_state": _merge_state,
     "sample": _sample,
 }
 FUSED: dict[str, tuple[str, Function]] = {

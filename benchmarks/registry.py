@@ -147,6 +147,7 @@ _OPS = {
     "sample": _Op(make.sample, _all_bytes, _rows(64, 1, 256)),
     "rms_norm": _Op(make.rms_norm, _all_bytes, ROWS),
     "rope": _Op(make.rope, _all_bytes, ROWS),
+    "merge_state": _Op(make.merge_state, _all_bytes, ROWS),
     "attention_decode": _Op(make.attention_decode, _all_bytes, DECODES, _decode_flops),
     "attention_varlen": _Op(make.attention_varlen, _all_bytes, PROMPTS, _causal_flops),
     "attention_prefill": _Op(make.attention_prefill, _all_bytes, PROMPTS, _causal_flops),

@@ -3,6 +3,7 @@
 from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
 from fastllama.kernels.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.matmul import embedding, matmul, matmul_workspace
+from fastllama.kernels.merge import merge_state
 from fastllama.kernels.norm import add_rms_norm, rms_norm
 from fastllama.kernels.op import Implementation, backend_of
 from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
@@ -22,6 +23,7 @@ __all__ = [
     "matmul",
     "matmul_bf12",
     "matmul_workspace",
+    "merge_state",
     "pack_bf12",
     "rms_norm",
     "rope",

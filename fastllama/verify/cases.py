@@ -78,6 +78,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _attention_prefill,
         _attention_decode,
         _sample,
+        _merge_state,
     ):
         yield from maker(random)
 
@@ -293,3 +294,20 @@ def _sample(random: Random) -> Iterator[Case]:
     integers = (column(name, torch.int64) for name in ("seed", "offset"))
     args = (logits, column("temperature", torch.float32), column("top_k", torch.int64), *floats, *integers)
     yield Case("sample", f"logits {list(logits.shape)}", args, formula, view=view)
+
+
+def _merge_state(random: Random) -> Iterator[Case]:
+    """Queries that saw keys on both sides, on either, and on none."""
+
+    def formula(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Results:
+        sums = torch.stack((a_lse, b_lse))
+        shares = sums.softmax(0).nan_to_num(0.0).to(a.dtype)[..., None]
+        return shares[0] * a + shares[1] * b, sums.logsumexp(0)
+
+    for shape in ((1, 32, 128), (33, 8, 64), (7, 3, 10)):
+        sides = []
+        for place in (0, 1):
+            lse = random.normal(*shape[:2]).float() * 3
+            lse[place::5] = lse[4::5] = -math.inf
+            sides += [random.normal(*shape), lse]
+        yield Case("merge_state", f"a {list(shape)}", tuple(sides), formula, view=_one_row)

@@ -112,6 +112,14 @@ def arguments(op: str) -> dict[str, Any]:
         },
         "embedding": {"ids": torch.tensor([3, 0, 5]), "weight": torch.randn(6, D), "out": torch.empty(T, D)},
         "silu_mul": {"gate_up": torch.randn(T, 2 * D), "out": torch.empty(T, D)},
+        "merge_state": {
+            "a": q,
+            "a_lse": torch.randn(T, HQ),
+            "b": torch.randn(T, HQ, D),
+            "b_lse": torch.randn(T, HQ),
+            "out": torch.empty_like(q),
+            "lse_out": torch.empty(T, HQ),
+        },
         "sample": {
             "logits": torch.randn(T, 9),
             "temperature": torch.tensor([0.0, 1.0, 0.5]),

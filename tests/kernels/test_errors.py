@@ -15,7 +15,7 @@ from tests.kernels.calls import HKV, PAGE, D, T, arguments
 from tests.kernels.honest import assert_equal, on_cpu, public
 
 TENSORS = [(op, name) for op in OPS for name, value in arguments(op).items() if isinstance(value, Tensor)]
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "k_pages", "v_pages")
+OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "k_pages", "v_pages")
 SHAPE = r"^\w+ has shape \[.*\]; legal: \[.*\]"
 every_tensor = pytest.mark.parametrize(("op", "name"), TENSORS)
 

@@ -3,6 +3,7 @@
 from fastllama.kernels.reference.attention import attention_decode, attention_prefill, attention_varlen
 from fastllama.kernels.reference.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.reference.matmul import embedding, matmul
+from fastllama.kernels.reference.merge import merge_state
 from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
 from fastllama.kernels.reference.rope import rope, rope_and_write_kv
 from fastllama.kernels.reference.sampling import sample
@@ -16,6 +17,7 @@ __all__ = [
     "embedding",
     "matmul",
     "matmul_bf12",
+    "merge_state",
     "pack_bf12",
     "rms_norm",
     "rope",

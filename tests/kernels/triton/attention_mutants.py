@@ -20,9 +20,9 @@ ATTENTION_MUTANTS = [
         "the page of the tile before", "flash", "start + BLOCK_N, k_len, PAGE_SIZE", "start, k_len, PAGE_SIZE", DECODE
     ),
     mutant("scale forgotten", "flash", 'precision="ieee") * scale_log2', 'precision="ieee")', VARLEN),
-    mutant("stale peak", "flash", "acc * fade[:, None], new_peak,", "acc * fade[:, None], peak,", VARLEN),
+    mutant("stale peak", "flash", "(fade * shrink)[:, None], new_peak,", "(fade * shrink)[:, None], peak,", VARLEN),
     mutant("sum not faded", "flash", "total * fade + tl.sum", "total + tl.sum", VARLEN),
-    mutant("values not faded", "flash", "weights, acc * fade[:, None]", "weights, acc", VARLEN),
+    mutant("values not faded", "flash", "weights, acc * (fade * shrink)[:, None]", "weights, acc", VARLEN),
     mutant(
         "a tile too many without a mask", "flash", "// BLOCK_N * BLOCK_N\n", "// BLOCK_N * BLOCK_N + BLOCK_N\n", VARLEN
     ),
@@ -32,11 +32,11 @@ ATTENTION_MUTANTS = [
     mutant(
         "key head of another group",
         "prefill",
-        "(head // GROUP)",
-        "(head % tl.maximum(num_heads // GROUP, 1))",
+        "kv_head = head // GROUP",
+        "kv_head = head % tl.maximum(num_heads // GROUP, 1)",
         "test_attention.py::test_prefill[triton-torch.float32-GQA 4-16-NHD]",
     ),
-    mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * LN_2", "peak + tl.log2(total)", VARLEN),
+    mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * lse_unit", "peak + tl.log2(total)", VARLEN),
     mutant("32-bit queries", "prefill", "offsets = row.to(tl.int64)[:, None]", "offsets = row[:, None]", FAR_KEYS),
     mutant(
         "a split overlaps the next",

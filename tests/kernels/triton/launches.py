@@ -21,6 +21,7 @@ from fastllama.kernels.device import Device
 from fastllama.kernels.triton import decode as decode_kernels
 from fastllama.kernels.triton import embedding as embedding_kernels
 from fastllama.kernels.triton import matmul as matmul_kernels
+from fastllama.kernels.triton import merge as merge_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
 from fastllama.kernels.triton import rope as rope_kernels
@@ -228,6 +229,19 @@ def embedding() -> Iterator[Shipped]:
         yield Shipped(f"embedding {model.name} bf16", partial(look_up, model.hidden), besides={"load 64": 1})
 
 
+def merge() -> Iterator[Shipped]:
+    """A token's programs do not depend on the number of tokens. Of log-sum-exps a thread reads one number a head."""
+
+    def merge_state(model: Model, dtype: torch.dtype) -> None:
+        side, lse = meta(64, model.heads, model.head_dim, dtype=dtype), meta(64, model.heads, dtype=FP32)
+        merge_kernels.merge_state(side, lse, side, lse, side, lse)
+
+    for model, dtype in ((MODELS[0], BF16), (MODELS[2], BF16), (MODELS[0], FP16), (MODELS[0], FP32)):
+        call = partial(merge_state, model, dtype)
+        sums = {"load 32": 6, "store 32": 1}
+        yield Shipped(f"merge_state {model.name} {SHORT[dtype]}", call, narrowest=128, besides=sums)
+
+
 FAMILIES = {
     "norm": norm,
     "rope": rope,
@@ -236,5 +250,6 @@ FAMILIES = {
     "attention": attention,
     "matmul": matmul,
     "embedding": embedding,
+    "merge": merge,
 }
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

@@ -231,6 +231,37 @@ SAMPLING_MUTANTS = [
         "a short workspace is taken", "sampling", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
     ),
 ]
+MERGE = "test_merge.py::test_merge_state"
+EXTREMES = "test_merge.py::test_far_apart_far_from_zero_and_without_keys"
+NO_KEYS = "test_merge.py::test_a_side_without_keys_leaves_the_other_bit_for_bit"
+ANY_STRIDES = "test_merge.py::test_any_strides"
+ONCE = "test_merge.py::test_the_sum_is_rounded_once"
+MERGE_MUTANTS = [
+    mutant("shares swapped", "merge", "a * tl.div_rn(a_weight", "a * tl.div_rn(b_weight", MERGE),
+    mutant("weights for shares", "merge", "tl.div_rn(b_weight, total)", "b_weight", MERGE),
+    mutant("the first side's peak", "merge", "tl.maximum(a_lse, b_lse)", "a_lse", EXTREMES),
+    mutant(
+        "peak forgotten", "merge", "tl.exp(a_lse - base), tl.exp(b_lse - base)", "tl.exp(a_lse), tl.exp(b_lse)", MERGE
+    ),
+    mutant("-inf less -inf", "merge", 'tl.where(peak == float("-inf"), 0.0, peak)', "peak", EXTREMES),
+    mutant("noise where nothing was seen", "merge", "tl.where(no_b, 0.0, b)", "b", EXTREMES),
+    mutant("a side without keys times 0", "merge", "tl.where(no_b, a, merged)", "merged", EXTREMES),
+    mutant("-0 lost", "merge", "tl.where(no_b, a, merged)", "tl.where(no_b, a + 0.0, merged)", NO_KEYS),
+    mutant(
+        "shares rounded too",
+        "merge",
+        "a * tl.div_rn(a_weight, total)",
+        "a * tl.div_rn(a_weight, total).to(out_ptr.dtype.element_ty).to(tl.float32)",
+        ONCE,
+    ),
+    mutant("log-sum-exp in base 2", "merge", "peak + tl.log(total)", "peak + tl.log2(total)", MERGE),
+    mutant("heads past the end", "merge", "used = head < NUM_HEADS", "used = head < NUM_HEADS + 1", MERGE),
+    mutant("heads left out", "merge", "tuning.ceil_div(num_heads, heads)", "max(num_heads // heads, 1)", MERGE),
+    mutant("dimensions past the end", "merge", "(dim < HEAD_DIM)", "(dim < BLOCK_D)", MERGE),
+    mutant("one side's strides for both", "merge", "head * B_HEAD_STRIDE", "head * A_HEAD_STRIDE", ANY_STRIDES),
+    mutant("log-sum-exps in a row", "merge", "token * a_lse_token_stride", "token * NUM_HEADS", ANY_STRIDES),
+    mutant("32-bit tokens", "merge", "(tl.program_id(0) // BLOCKS).to(tl.int64)", "tl.program_id(0) // BLOCKS", FAR),
+]
 REPEATED = ("tests/kernels/triton/test_launching.py",)  # of the compile tier
 LAUNCHING_MUTANTS = [
     Mutant(name, f"{KERNELS}/launching.py", old, new, REPEATED, interpreter=False)
@@ -258,5 +289,6 @@ MUTANTS = [
     *ATTENTION_MUTANTS,
     *QUANTIZED_MUTANTS,
     *MATMUL_MUTANTS,
+    *MERGE_MUTANTS,
     *LAUNCHING_MUTANTS,
 ]

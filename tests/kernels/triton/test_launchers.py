@@ -19,7 +19,17 @@ from tests.kernels.test_compile import OUTPUTS, copy, same
 from tests.kernels.test_rope import cache
 
 ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
-OURS = ["rms_norm", "add_rms_norm", "rope", "rope_and_write_kv", "silu_mul", "matmul", "embedding", *ATTENTION]
+OURS = [
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "rope_and_write_kv",
+    "silu_mul",
+    "matmul",
+    "embedding",
+    "merge_state",
+    *ATTENTION,
+]
 every_op = pytest.mark.parametrize("op", OURS)
 FAR = 1 << 30  # elements; two of it are more than int32 counts
 
@@ -118,6 +128,7 @@ def far_rows(values: Tensor) -> Tensor:
         ("rope", "k_out"),
         ("rope_and_write_kv", "qkv"),
         ("rope_and_write_kv", "q_out"),
+        *(("merge_state", name) for name in ("a", "a_lse", "b", "b_lse", "out", "lse_out")),
         *((op, name) for op in ATTENTION for name in ("q", "out")),
         ("attention_varlen", "k"),
         ("attention_varlen", "v"),
@@ -126,8 +137,7 @@ def far_rows(values: Tensor) -> Tensor:
 def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
     run = public(op, "triton")
     given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
-    if "cos_sin" in given:
-        given["cos_sin"] = given["cos_sin"].float()
+    given |= {name: given[name].float() for name in ("cos_sin", "a_lse", "b_lse", "lse_out") if name in given}
     expected, far = copy(given), copy(given)
     far[name] = far_rows(given[name])
     same(run(**far), run(**expected))
