@@ -230,7 +230,7 @@ def embedding() -> Iterator[Shipped]:
 
 
 def merge() -> Iterator[Shipped]:
-    """A token's programs do not depend on the number of tokens. Of log-sum-exps a thread reads one number a head."""
+    """A token's programs do not depend on the number of tokens. Of log-sum-exps a thread reads those of its heads."""
 
     def merge_state(model: Model, dtype: torch.dtype) -> None:
         side, lse = meta(64, model.heads, model.head_dim, dtype=dtype), meta(64, model.heads, dtype=FP32)
@@ -238,7 +238,7 @@ def merge() -> Iterator[Shipped]:
 
     for model, dtype in ((MODELS[0], BF16), (MODELS[2], BF16), (MODELS[0], FP16), (MODELS[0], FP32)):
         call = partial(merge_state, model, dtype)
-        sums = {"load 32": 6, "store 32": 1}
+        sums = {"load 32": 6, "load 64": 2, "store 32": 1}
         yield Shipped(f"merge_state {model.name} {SHORT[dtype]}", call, narrowest=128, besides=sums)
 
 
