@@ -36,14 +36,17 @@ class Case:
     view: Callable[[Results], Results] = lambda results: results
 
     def to(self, target: torch.device | torch.dtype) -> Case:
-        """The case on another device, or with its floating tensors in another dtype."""
+        """The case on another device, or with its floating arguments (not its options) in another dtype."""
 
         def moved(arg: Any) -> Any:
             if not isinstance(arg, Tensor) or (isinstance(target, torch.dtype) and not arg.is_floating_point()):
                 return arg
             return arg.to(target)
 
-        return replace(self, args=tuple(map(moved, self.args)))
+        options = self.options
+        if not isinstance(target, torch.dtype):
+            options = {name: moved(value) for name, value in options.items()}
+        return replace(self, args=tuple(map(moved, self.args)), options=options)
 
 
 class Random:
@@ -242,6 +245,18 @@ def _cache(random: Random, lengths: Sequence[int], heads: int, page: int, dim: i
     return (*pages, table, torch.tensor(lengths, dtype=torch.int32))
 
 
+def _coded(cache: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Callable[..., Results]]:
+    """A cache of codes in place of values, their scales (NaN beside codes of no token), and `_paged` over the two."""
+    pages = [(42 * held.double()).round().clamp(-127, 127).nan_to_num(99.0).to(torch.int8) for held in cache[:2]]
+    scales = [(held[..., 0].abs().double() / 64 + 2**-8).float() for held in cache[:2]]
+
+    def formula(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Tensor) -> Results:
+        held = zip((k_pages, v_pages), scales, strict=True)
+        return _paged(q, *(codes.to(q.dtype) * beside.to(q)[..., None] for codes, beside in held), *rest)
+
+    return (*pages, *cache[2:]), {"k_scales": scales[0], "v_scales": scales[1]}, formula
+
+
 def _attention_prefill(random: Random) -> Iterator[Case]:
     lengths, fresh = (40, 17, 130), (5, 17, 64)
     for heads, kv_heads, dim, page in ((8, 2, 64, 16), (4, 4, 128, 64)):
@@ -250,6 +265,10 @@ def _attention_prefill(random: Random) -> Iterator[Case]:
         label = f"q [86, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         for return_lse in (False, True):
             yield Case("attention_prefill", label, args, _paged, {"return_lse": return_lse}, view=_one_row)
+    codes, scales, formula = _coded(_cache(random, lengths, 2, 16, 64))
+    args = (random.normal(sum(fresh), 8, 64), *codes, _bounds(fresh))
+    label = "q [86, 8, 64], 2 KV heads, page size 16, int8"
+    yield Case("attention_prefill", label, args, formula, {"return_lse": True, **scales}, view=_one_row)
 
 
 def _attention_decode(random: Random) -> Iterator[Case]:
@@ -266,6 +285,14 @@ def _attention_decode(random: Random) -> Iterator[Case]:
         label = f"q [{rows}, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         for return_lse in (False, True):
             yield Case("attention_decode", label, args, formula, {"return_lse": return_lse}, view=_one_row)
+    codes, scales, dequantized = _coded(_cache(random, lengths, 2, 16, 64))
+
+    def of_codes(q: Tensor, *rest: Tensor) -> Results:
+        return dequantized(q, *rest, _bounds([1] * 4))
+
+    args = (random.normal(4, 8, 64), *codes)
+    label = "q [4, 8, 64], 2 KV heads, page size 16, int8"
+    yield Case("attention_decode", label, args, of_codes, {"return_lse": True, **scales}, view=_one_row)
 
 
 def _sample(random: Random) -> Iterator[Case]:
