@@ -161,6 +161,22 @@ def matmul(m: Maker) -> Inputs:
     return inputs | _workspace(kernels.matmul_workspace(m.rows, weight))
 
 
+def matmul_int4(m: Maker) -> Inputs:
+    """The gate and up projection in symmetric codes, groups of 128 as they are usual, of all columns in a toy."""
+    size, features = m.model.hidden, 2 * m.model.intermediate
+    x, scales = m.normal(m.rows, size), m.normal(features, max(size // 128, 1)) / (8 * math.sqrt(size))
+    codes = torch.randint(16, (features, size), dtype=torch.uint8, generator=m.generator, device=m.device)
+    packed = kernels.pack_int4(codes)
+    workspace = kernels.matmul_int4_workspace(x, packed, scales)
+    return {
+        "x": x,
+        "packed": packed,
+        "scales": scales,
+        "out": m.fresh(m.rows, features),
+        "workspace": workspace if workspace.numel() else None,
+    }
+
+
 def attention_varlen(m: Maker) -> Inputs:
     heads = {"q": m.model.heads, "k": m.model.kv_heads, "v": m.model.kv_heads}
     bounds = torch.tensor([0, m.rows], dtype=torch.int32, device=m.device)

@@ -42,6 +42,7 @@ OPS = {
     "prefill": "attention_prefill",
     "decode": "attention_decode",
     "matmul": "matmul",
+    "int4": "matmul_int4",
 }
 VALUES = {
     "num_warps": (1, 2, 4, 8, 16, 32),
@@ -50,7 +51,7 @@ VALUES = {
     "rows": (64, 128),
     "keys": (32, 64, 128),
     "split": (256, 512, 1024),
-    "stages": (2, 3, 4),
+    "stages": (1, 2, 3, 4),
     "features": (32, 64, 128),
     "size": (64, 128, 256),
     "splits": (1, 2, 4, 8, 16),
@@ -84,6 +85,8 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
         return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
     if isinstance(launch, tuning.MatmulLaunch):
         return launch.features * 16
+    if isinstance(launch, tuning.Int4Launch):
+        return 64 * 64
     return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
 
 
@@ -116,7 +119,10 @@ def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
 
 def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
     """Median seconds of a case with each launch; None where it cannot run."""
-    sets = list(micro.input_sets(case, device))
+    # scratch memory is as large as the heuristic's launch needs it: others take their own
+    sets = [
+        {**inputs, "workspace": None} if "workspace" in inputs else inputs for inputs in micro.input_sets(case, device)
+    ]
     samplers: dict[str, timing.Sampler] = {}
     for number, launch in enumerate(launches):
         call = timing.rotating(partial(_run, case, device, launch), sets)

@@ -2,6 +2,14 @@
 
 from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
 from fastllama.kernels.bf12 import matmul_bf12, pack_bf12, unpack_bf12
+from fastllama.kernels.int4 import (
+    dequantize_int4,
+    matmul_int4,
+    matmul_int4_workspace,
+    pack_int4,
+    quantize_int4,
+    unpack_int4,
+)
 from fastllama.kernels.matmul import embedding, matmul, matmul_workspace
 from fastllama.kernels.merge import merge_state
 from fastllama.kernels.norm import add_rms_norm, rms_norm
@@ -19,12 +27,17 @@ __all__ = [
     "attention_workspace",
     "backend_of",
     "cos_sin_cache",
+    "dequantize_int4",
     "embedding",
     "matmul",
     "matmul_bf12",
+    "matmul_int4",
+    "matmul_int4_workspace",
     "matmul_workspace",
     "merge_state",
     "pack_bf12",
+    "pack_int4",
+    "quantize_int4",
     "rms_norm",
     "rope",
     "rope_and_write_kv",
@@ -32,4 +45,5 @@ __all__ = [
     "sample_workspace",
     "silu_mul",
     "unpack_bf12",
+    "unpack_int4",
 ]

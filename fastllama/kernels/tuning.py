@@ -4,8 +4,8 @@ A launcher asks `norm(x.device, size=..., itemsize=...)` and its like: a cached 
 microsecond, times nothing and compiles nothing. To give another kernel its configuration, write a frozen dataclass, a
 heuristic from numbers, an entry in FAMILIES and a function that launchers call.
 
-What may be in a shape: an op that sums (norm, sample) must not see the number of rows, or a request's numbers would
-depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
+What may be in a shape: an op that sums (norm, sample, int4) must not see the number of rows, or a request's numbers
+would depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -95,7 +95,21 @@ class MatmulLaunch:
     num_warps: int
 
 
-Launch = NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch
+@dataclass(frozen=True)
+class Int4Launch:
+    """matmul_int4 of few rows: one program for 64 of the weight's rows and one of `splits` parts of its columns.
+
+    stages: tiles of codes, and of x, on their way at once.
+    """
+
+    splits: int
+    stages: int
+    num_warps: int
+
+
+Launch = (
+    NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch | Int4Launch
+)
 
 
 @dataclass(frozen=True)
@@ -182,6 +196,15 @@ def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int)
     return MatmulLaunch(64, columns, splits, stages, 4)
 
 
+def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> Int4Launch:
+    """Four programs for each multiprocessor while each has four tiles of 128 columns; the stages that fit, up to 3."""
+    splits = 1
+    while ceil_div(features, 64) * splits < 4 * device.num_sms and 8 * splits * 128 <= size:
+        splits *= 2
+    tile = (64 // 2 + 64 * itemsize) * 128  # codes, and x of 64 rows
+    return Int4Launch(splits, min(max(device.shared_memory // tile, 1), 3), 4)
+
+
 def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
     """Whether a tile of queries and `stages` tiles of keys and of values are within shared memory."""
     return (rows + 2 * stages * keys) * row_bytes <= device.shared_memory
@@ -195,6 +218,7 @@ FAMILIES = {
     "prefill": Family(PrefillLaunch, ("head_dim", "itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
+    "int4": Family(Int4Launch, ("features", "size", "itemsize"), int4_heuristic),
 }
 
 
@@ -231,6 +255,11 @@ def decode(device: torch.device, *, queries: int, head_dim: int, itemsize: int) 
 def matmul(device: torch.device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
     """The launch for a weight [features, size], and at most 64 rows."""
     return cast(MatmulLaunch, _launch("matmul", device, features, size, itemsize))
+
+
+def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> Int4Launch:
+    """The launch for a weight [features, size] and rows of x with elements of `itemsize` bytes."""
+    return cast(Int4Launch, _launch("int4", device, features, size, itemsize))
 
 
 def arch(device: torch.device) -> str:

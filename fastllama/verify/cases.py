@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import pack_bf12
+from fastllama.kernels import pack_bf12, pack_int4
 from fastllama.verify import oracle, sampling
 
 Results = tuple[Tensor, ...]
@@ -74,6 +74,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _embedding,
         _matmul,
         _matmul_bf12,
+        _matmul_int4,
         _rope,
         _rope_and_write_kv,
         _silu_mul,
@@ -132,6 +133,31 @@ def _matmul_bf12(random: Random) -> Iterator[Case]:
             args = (random.normal(tokens, inner), *pack_bf12(weight), bias)
             label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]{'' if bias is None else ', bias'}"
             yield Case("matmul_bf12", label, args, formula)
+
+
+def _matmul_int4(random: Random) -> Iterator[Case]:
+    for tokens, inner, outer, group in (
+        (1, 4096, 96, 128),
+        (5, 224, 192, 32),
+        (33, 1024, 130, 1024),
+        (70, 192, 65, 64),
+    ):
+        codes = random.order(16).repeat(outer * inner // 16).view(outer, inner)[:, random.order(inner)]
+        counts = (outer, inner // group)
+
+        def formula(
+            x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor, codes: Tensor = codes
+        ) -> Results:
+            groups = codes.to(x).unflatten(1, (scales.shape[1], -1))
+            values = (groups - (8 if zeros is None else zeros[..., None])) * scales[..., None]
+            return (F.linear(x, values.flatten(1), bias),)
+
+        scales = random.normal(*counts).sign() / (4 * math.sqrt(inner))
+        for zeros in (None, random.normal(*counts).abs().clamp(max=1) * 15):
+            packed = pack_int4(codes.to(torch.uint8))
+            args = (random.normal(tokens, inner), packed, scales, zeros, random.normal(outer))
+            label = f"x [{tokens}, {inner}], weight [{outer}, {inner}], groups of {group}"
+            yield Case("matmul_int4", label + ("" if zeros is None else ", zeros"), args, formula)
 
 
 def _turns(positions: int, rotated: int) -> Tensor:

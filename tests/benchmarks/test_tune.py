@@ -24,6 +24,7 @@ SHAPES = {
     "prefill": {"head_dim": 128, "itemsize": 2},
     "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
     "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
+    "int4": {"features": 4096, "size": 11008, "itemsize": 2},
 }
 
 

@@ -23,6 +23,11 @@ HELPERS = {
     "matmul_workspace": "allocates what matmul may scribble on",
     "pack_bf12": "makes the codes that matmul_bf12 reads",
     "unpack_bf12": "its inverse",
+    "quantize_int4": "makes codes, scales and zeros of a weight",
+    "dequantize_int4": "its inverse, but for the rounding",
+    "pack_int4": "makes of codes what matmul_int4 reads",
+    "unpack_int4": "its inverse",
+    "matmul_int4_workspace": "allocates what matmul_int4 may scribble on",
     "sample_workspace": "allocates what sample may scribble on",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")

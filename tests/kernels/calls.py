@@ -8,7 +8,7 @@ import torch
 
 from fastllama.kernels import cos_sin_cache
 from fastllama.kernels.op import OPS
-from fastllama.kernels.reference import pack_bf12
+from fastllama.kernels.reference import pack_bf12, pack_int4
 
 # tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another
 T, HQ, HKV, D, P, PAGE = 3, 6, 2, 8, 5, 7
@@ -109,6 +109,15 @@ def arguments(op: str) -> dict[str, Any]:
             "exponent": EXPONENT,
             "bias": torch.randn(6),
             "out": torch.empty(4, 6),
+        },
+        "matmul_int4": {
+            "x": torch.randn(T, 160),
+            "packed": pack_int4(torch.randint(16, (6, 160), dtype=torch.uint8)),
+            "scales": torch.randn(6, 5),
+            "zeros": 15 * torch.rand(6, 5),
+            "bias": torch.randn(6),
+            "out": torch.empty(T, 6),
+            "workspace": None,
         },
         "embedding": {"ids": torch.tensor([3, 0, 5]), "weight": torch.randn(6, D), "out": torch.empty(T, D)},
         "silu_mul": {"gate_up": torch.randn(T, 2 * D), "out": torch.empty(T, D)},

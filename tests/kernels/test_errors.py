@@ -145,6 +145,8 @@ def test_sizes_that_mean_nothing(op: str, name: str, shape: tuple[int, ...], mes
         ("silu_mul", "out"),
         ("matmul", "x"),
         ("matmul", "out"),
+        ("matmul_int4", "x"),
+        ("matmul_int4", "out"),
     ],
 )
 def test_rows_at_two_strides(op: str, name: str) -> None:

@@ -96,6 +96,18 @@ class TestHeuristics:
         assert_legal(device, launch)
         assert launch.split % launch.keys == 0
 
+    @given(devices, sizes, sizes, itemsizes)
+    def test_int4(self, device: Device, features: int, size: int, itemsize: int) -> None:
+        launch = tuning.int4_heuristic(device, features=features, size=size, itemsize=itemsize)
+        assert_legal(device, launch)
+        assert launch.splits == 1 or size // launch.splits >= 512
+        assert launch.stages == 1 or launch.stages * 64 * 128 * itemsize <= device.shared_memory
+
+    @pytest.mark.parametrize(("features", "size", "splits"), [(4096, 11008, 16), (12288, 4096, 4), (57344, 8192, 1)])
+    def test_int4_of_llama_2(self, features: int, size: int, splits: int) -> None:
+        launch = tuning.int4_heuristic(H200, features=features, size=size, itemsize=2)
+        assert launch == tuning.Int4Launch(splits, 3, 4)
+
     def test_attention_of_llama_2(self) -> None:
         assert tuning.prefill_heuristic(H200, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 64, 3, 8)
         assert tuning.prefill_heuristic(A100, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 32, 3, 8)
@@ -104,7 +116,7 @@ class TestHeuristics:
             decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
             assert decode == tuning.DecodeLaunch(32, 512, 3, 4)
 
-    @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode"])
+    @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode", "int4"])
     def test_what_sums_does_not_know_the_batch(self, name: str) -> None:
         """Another number of threads is another order of summation: a request's numbers would depend on its company."""
         assert "rows" not in tuning.FAMILIES[name].shape

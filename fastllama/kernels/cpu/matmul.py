@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.checks import as_rows
+from fastllama.kernels.reference import numerics
 
 ROW_LIMIT = 8  # up to so many rows, a pass over the 16-bit weight for each row beats one pass that widens it
 BLOCK = 1024  # weight rows widened at a time: 8 MB at K = 2048, inside the shared cache
@@ -36,9 +37,12 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
 
 
 def by_blocks(rows: Tensor, features: int, result: Tensor, widen: Callable[[int, Tensor], object]) -> None:
-    """Products in fp32 with weight rows that `widen(first, buffer)` writes to a buffer, a block of them at a time."""
-    rows = rows.float()
-    buffer = torch.empty(min(BLOCK, features), rows.shape[1])
+    """Products in fp32 with weight rows that `widen(first, buffer)` writes to a buffer, a block of them at a time.
+
+    Of rows in fp64, in that.
+    """
+    rows = numerics.wide(rows)
+    buffer = rows.new_empty(min(BLOCK, features), rows.shape[1])
     for start in range(0, features, BLOCK):
         wide = buffer[: features - start]
         widen(start, wide)

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.device import Device
+from fastllama.kernels.reference.int4 import packed_shape
 from fastllama.kernels.triton import decode as decode_kernels
 from fastllama.kernels.triton import embedding as embedding_kernels
 from fastllama.kernels.triton import matmul as matmul_kernels
+from fastllama.kernels.triton import matmul_int4 as int4_kernels
 from fastllama.kernels.triton import merge as merge_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
@@ -50,7 +52,7 @@ class Model:
 
 MODELS = (Model("7B", 4096, 11008, 32, 32), Model("13B", 5120, 13824, 40, 40), Model("70B", 8192, 28672, 64, 8))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.uint8: "uint8"}
 # The tuned configurations of a GPU are packaged under its name: these are the ones that a target's launches use.
 GPUS = {
     "sm_80": "nvidia-a100-sxm4-80gb",
@@ -242,6 +244,31 @@ def merge() -> Iterator[Shipped]:
         yield Shipped(f"merge_state {model.name} {SHORT[dtype]}", call, narrowest=128, besides=sums)
 
 
+def int4() -> Iterator[Shipped]:
+    """Fused projections of 7B and 70B; 16 rows stand for fewer. Scales and zeros are of one group, 16 and 8 bits."""
+
+    def multiply(
+        rows: int, features: int, size: int, group: int, dtype: torch.dtype, zeros: torch.dtype | None
+    ) -> None:
+        x, packed = meta(rows, size, dtype=dtype), meta(*packed_shape(features, size), dtype=torch.int32)
+        groups = (features, size // group)
+        held = meta(*groups, dtype=dtype), None if zeros is None else meta(*groups, dtype=zeros)
+        int4_kernels.matmul_int4(x, packed, *held, None, meta(rows, features, dtype=dtype), None)
+
+    down, qkv, gate_up = ("7B down", 4096, 11008), ("7B qkv", 12288, 4096), ("70B gate_up", 57344, 8192)
+    kinds = [(*weight, 128, BF16, None, rows) for weight in (down, qkv, gate_up) for rows in (16, 64, 1024)]
+    kinds += [(*down, 128, FP16, None, 16), (*down, 128, BF16, None, 32), (*down, 11008, BF16, None, 16)]
+    kinds += [(*down, group, BF16, None, rows) for group in (64, 32) for rows in (16, 64)]
+    kinds += [(*down, 128, BF16, zeros, rows) for zeros in (torch.uint8, BF16) for rows in (16, 64)]
+    kinds += [(*down, 128, BF16, torch.uint8, 1024), (*down, 128, FP32, None, 64)]
+    for name, features, size, group, dtype, zeros, rows in kinds:
+        call = partial(multiply, rows, features, size, group, dtype, zeros)
+        held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
+        loads = 128 // min(group, 128) * (4 if rows > 64 else 2)  # in a tile: of a thread's two or four rows
+        besides = {"load 16": loads * (1 + (zeros == BF16)), "load 8": loads * (zeros == torch.uint8)}
+        yield Shipped(f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}", call, besides=besides)
+
+
 FAMILIES = {
     "norm": norm,
     "rope": rope,
@@ -251,5 +278,6 @@ FAMILIES = {
     "matmul": matmul,
     "embedding": embedding,
     "merge": merge,
+    "int4": int4,
 }
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}
