@@ -97,9 +97,9 @@ class MatmulLaunch:
 
 @dataclass(frozen=True)
 class Int4Launch:
-    """matmul_int4 of few rows: one program for 64 of the weight's rows and one of `splits` parts of its columns.
+    """matmul_int4 of few rows: one program for 64 or 128 of the weight's rows and one of `splits` parts of its columns.
 
-    stages: tiles of codes, and of x, on their way at once.
+    stages: tiles of codes, and of x, on their way at once. num_warps: for 64 rows of the weight.
     """
 
     splits: int
@@ -197,11 +197,11 @@ def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int)
 
 
 def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> Int4Launch:
-    """Four programs for each multiprocessor while each has four tiles of 128 columns; the stages that fit, up to 3."""
+    """Three programs for each multiprocessor while each has four tiles of 128 columns; the stages that fit, up to 3."""
     splits = 1
-    while ceil_div(features, 64) * splits < 4 * device.num_sms and 8 * splits * 128 <= size:
+    while ceil_div(features, 64) * splits < 3 * device.num_sms and 8 * splits * 128 <= size:
         splits *= 2
-    tile = (64 // 2 + 64 * itemsize) * 128  # codes, and x of 64 rows
+    tile = (128 // 2 + 64 * itemsize) * 128  # codes of 128 rows, and x of 64
     return Int4Launch(splits, min(max(device.shared_memory // tile, 1), 3), 4)
 
 

@@ -25,19 +25,22 @@ FEW = 64  # rows of x; with more, arithmetic outweighs the weight's bytes
 SUM_BLOCK = 512  # columns of a program that adds parts
 
 
-# Codes less 8 in dtype, exactly: [64, BLOCK_K] of the row of tiles at tiles_ptr, from column `start`. BLOCK_K is 64,
-# all four words of a thread, or 32, two of them.
+# Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] from row `row`, a multiple of 64, and column `start`. BLOCK_K is
+# 64, all four words of a thread, or 32, two of them. Past the last row of tiles there is that one again.
 @triton.jit
-def load_codes(tiles_ptr, start, dtype: tl.constexpr, BLOCK_K: tl.constexpr):
-    lane, word = tl.arange(0, 128)[:, None], tl.arange(0, BLOCK_K // 16)[None, :]
-    tiles_ptr += start // 64 * 512
+def load_codes(
+    packed_ptr, row_stride, row, start, N: tl.constexpr, dtype: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    lane, word = tl.arange(0, 128 * TILES)[:, None], tl.arange(0, BLOCK_K // 16)[None, :]
+    tile = tl.minimum(row // 64 + lane // 128, (N - 1) // 64)
+    packed_ptr += start // 64 * 512
     if BLOCK_K == 32:
-        tiles_ptr += start % 64 // 16
-    words = tl.load(tiles_ptr + lane * 4 + word).to(tl.uint32, bitcast=True)  # [128, t]
-    first = tl.join(numbers(words, dtype), numbers(words >> 8, dtype))  # [128, t, e, h], of r = 0
+        packed_ptr += start % 64 // 16
+    words = tl.load(packed_ptr + tile * row_stride + (lane % 128 * 4 + word)).to(tl.uint32, bitcast=True)  # [lanes, t]
+    first = tl.join(numbers(words, dtype), numbers(words >> 8, dtype))  # [lanes, t, e, h], of r = 0
     second = tl.join(numbers(words >> 4, dtype), numbers(words >> 12, dtype))
-    codes = tl.join(first, second).reshape(4, 8, 4, BLOCK_K // 16, 2, 2, 2)  # w, g, q, t, e, h, r
-    return codes.trans(0, 6, 1, 3, 5, 2, 4).reshape(64, BLOCK_K)
+    codes = tl.join(first, second).reshape(4 * TILES, 8, 4, BLOCK_K // 16, 2, 2, 2)  # w, g, q, t, e, h, r
+    return codes.trans(0, 6, 1, 3, 5, 2, 4).reshape(64 * TILES, BLOCK_K)
 
 
 # The lowest 4 bits of both halves of words, less 8: [..., 2]. They become the last bits of a 16-bit number whose last
@@ -59,7 +62,7 @@ def per_row(ptr, row, row_stride, group, mask):
     return tl.load(ptr + row * row_stride + group, mask=mask, other=0).to(tl.float32)[:, None]
 
 
-# One program owns 64 columns of all rows of out, of one split of K.
+# One program owns 64 * TILES columns of all rows of out, of one split of K.
 @triton.jit
 def matmul_kernel(
     x_ptr,
@@ -80,31 +83,31 @@ def matmul_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, split = tl.program_id(0).to(tl.int64) * (64 * TILES), tl.program_id(1).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
-    col = tile * 64 + tl.arange(0, 64)  # [N]
+    col = first + tl.arange(0, 64 * TILES)  # [N]
     some, inside = (row < num_rows)[None, :], col < N
-    tiles_ptr = packed_ptr + tile * packed_row_stride
-    acc = tl.zeros([64, BLOCK_M], tl.float32)
+    acc = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
     begin = tl.program_id(1) * SPLIT
     for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, K), 128, num_stages=STAGES):
         for part in tl.static_range(128 // GROUP):
-            products = tl.zeros([64, BLOCK_M], tl.float32)
-            sums = tl.zeros([64, BLOCK_M], tl.float32)
+            products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
+            sums = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
             for block in tl.static_range(GROUP // BLOCK_K):
                 start = tile_start + (part * GROUP + block * BLOCK_K)
                 k = start + tl.arange(0, BLOCK_K)[:, None]  # [K, 1]
                 x_mask = some if K % 128 == 0 else some & (k < K)
                 x = tl.load(x_ptr + row[None, :] * x_row_stride + k, mask=x_mask, other=0.0)  # [K, M]
-                codes = load_codes(tiles_ptr, start, dtype, BLOCK_K)
+                codes = load_codes(packed_ptr, packed_row_stride, first, start, N, dtype, TILES, BLOCK_K)
                 products = tl.dot(codes, x, products, input_precision="ieee")
                 if zeros_ptr is not None:  # the sums of x in every row, in the layout in which they are needed
-                    ones = tl.full([64, BLOCK_K], 1.0, dtype)
+                    ones = tl.full([64 * TILES, BLOCK_K], 1.0, dtype)
                     sums = tl.dot(ones, x, sums, input_precision="ieee")
             group = tl.minimum(tile_start // GROUP + part, GROUPS - 1)  # past K, where x is 0, there is none
             if zeros_ptr is not None:
@@ -154,12 +157,12 @@ def dequantize_kernel(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K
+    first, start = tl.program_id(0).to(tl.int64) * 64, tl.program_id(1) * BLOCK_K
     dtype = weight_ptr.dtype.element_ty
-    row = tile * 64 + tl.arange(0, 64)  # [N]
+    row = first + tl.arange(0, 64)  # [N]
     col = start + tl.arange(0, BLOCK_K)[None, :]  # [1, K]
     inside, group = row < N, tl.minimum(start // GROUP, GROUPS - 1)
-    codes = load_codes(packed_ptr + tile * packed_row_stride, start, dtype, BLOCK_K).to(tl.float32)
+    codes = load_codes(packed_ptr, packed_row_stride, first, start, N, dtype, 1, BLOCK_K).to(tl.float32)
     if zeros_ptr is not None:
         codes -= per_row(zeros_ptr, row, zeros_row_stride, group, inside) - 8.0
     weight = codes * per_row(scales_ptr, row, scales_row_stride, group, inside)
@@ -242,9 +245,11 @@ def _multiply(
         if workspace is None:
             workspace = torch.empty(elements, dtype=torch.float32, device=x.device)
         parts = workspace[:elements].view(splits, num_rows, features)
+    block_m = max(tuning.power_of_2(num_rows), 16)
+    tiles = 1 if block_m == 16 else 2  # every program reads all of x: as often as the weight's bytes at 16 rows
     product = KernelCall(
         matmul_kernel,
-        (packed.shape[0], splits),
+        (tuning.ceil_div(packed.shape[0], tiles), splits),
         x_ptr=x,
         packed_ptr=packed,
         scales_ptr=scales,
@@ -261,10 +266,11 @@ def _multiply(
         N=features,
         K=size,
         SPLIT=split,
-        BLOCK_M=max(tuning.power_of_2(num_rows), 16),
+        TILES=tiles,
+        BLOCK_M=block_m,
         STAGES=launch.stages,
         **_groups(scales, size),
-        num_warps=launch.num_warps,
+        num_warps=tiles * launch.num_warps,
     )
     if splits == 1:
         return [product]

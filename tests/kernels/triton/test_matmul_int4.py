@@ -104,15 +104,15 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written(
 
 
 @pytest.mark.usefixtures("_bound")
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
 def test_the_weight_is_read_once(launch: Callable[[int], None], checked: Report, rows: int) -> None:
-    """Half a byte each, and 2 for each scale and zero; x by every tile of 64 rows."""
+    """Half a byte each, and 2 for each scale and zero; x for every 64 features, from 17 rows on for every 128."""
     launch(2)
     weight = Weight.of(128, 512, 128, torch.bfloat16, torch.bfloat16)
     kernels.matmul_int4(torch.randn(rows, 512).bfloat16(), *weight.packed)
     product, added = checked.launches
     assert product.loaded == {
-        "x_ptr": 2 * rows * 512 * 2,
+        "x_ptr": (2 if rows <= 16 else 1) * rows * 512 * 2,
         "packed_ptr": 128 * 512 // 2,
         "scales_ptr": 128 * 4 * 2,
         "zeros_ptr": 128 * 4 * 2,
