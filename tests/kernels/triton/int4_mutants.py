@@ -27,9 +27,11 @@ INT4_MUTANTS = [
     fault("the upper half is the lower", "(words >> 16).to(tl.uint16)", "(words & 0xFFFF).to(tl.uint16)", EXACT),
     fault("five bits", "words & 0x000F000F", "words & 0x001F000F", EXACT),
     fault("words of another half", "start // 64 * 512", "start // 128 * 512", EXACT),
-    fault("the first words of a half", "tiles_ptr += start % 64 // 16", "tiles_ptr += 0", EXACT),
-    fault("rows of tiles interleaved", "(0, 6, 1, 3, 5, 2, 4)", "(6, 0, 1, 3, 5, 2, 4)", EXACT),
+    fault("the first words of a half", "packed_ptr += start % 64 // 16", "packed_ptr += 0", EXACT),
+    fault("rows of tiles interleaved", "trans(0, 6, 1, 3, 5, 2, 4)", "trans(6, 0, 1, 3, 5, 2, 4)", EXACT),
     fault("codes off by one", "136.0 if", "135.0 if", EXACT),
+    fault("tiles past the last", "lane // 128, (N - 1) // 64", "lane // 128, N", SHAPES),
+    fault("every tile the first", "row // 64 + lane // 128,", "row // 64 + lane // 256,", SHAPES),
     fault("columns past K", "some if K % 128 == 0 else some & (k < K)", "some", NOISE),
     fault("rows of x past the end", "(row < num_rows)[None, :]", "(row < BLOCK_M)[None, :]", NOISE),
     fault("padding stored", "(row < num_rows)[None, :], col < N", "(row < num_rows)[None, :], col < N + 64", NOISE),
@@ -66,17 +68,23 @@ INT4_MUTANTS = [
         "no bias of parts", "parts_ptr=parts,\n        bias_ptr=bias", "parts_ptr=parts,\n        bias_ptr=None", SPLITS
     ),
     fault("the last part left out", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", SPLITS),
-    fault("32-bit rows of tiles", "tile, split = tl.program_id(0).to(tl.int64)", "tile, split = tl.program_id(0)", FAR),
+    fault(
+        "32-bit rows of tiles", "first, split = tl.program_id(0).to(tl.int64)", "first, split = tl.program_id(0)", FAR
+    ),
     fault("32-bit rows of x", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", FAR_ROWS),
     fault(
         "32-bit rows of the weight",
-        "tile, start = tl.program_id(0).to(tl.int64)",
-        "tile, start = tl.program_id(0)",
+        "first, start = tl.program_id(0).to(tl.int64)",
+        "first, start = tl.program_id(0)",
         FAR,
     ),
     fault("weight without zeros", "inside) - 8.0\n", "inside) * 0.0\n", SHAPES),
     fault(
-        "weight past K", "mask=inside[:, None] & (col < K)", "mask=inside[:, None]", f"{OWN}the_weight_of_many", SHAPES
+        "weight past K",
+        "mask=inside[:, None] & (col < K)",
+        "mask=inside[:, None]",
+        f"{OWN}the_weight_of_many_rows_is_written_once",
+        SHAPES,
     ),
     fault("the scale that the weight's first group has", "tl.minimum(start // GROUP,", "tl.minimum(0,", SHAPES),
     fault("a short workspace is taken", "workspace.numel() < size", "workspace.numel() < size - 1", SHORT),
