@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from fastllama.cli.options import Loaded, add_model_options, add_sampling_options, load, no_numbers, sampling_params
+from fastllama.cli.options import (
+    Loaded,
+    add_model_options,
+    add_quantize_option,
+    add_sampling_options,
+    load,
+    no_numbers,
+    sampling_params,
+)
 from fastllama.cli.parser import add_command as add
 from fastllama.cli.text import decode
 from fastllama.cli.timings import Timings
@@ -44,6 +52,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
     parser.add_argument("--quiet", action="store_true", help="print the answers alone")
     add_model_options(parser)
+    add_quantize_option(parser)
     add_sampling_options(parser)
 
 

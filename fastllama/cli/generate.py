@@ -7,7 +7,15 @@ import json
 import sys
 from typing import Any
 
-from fastllama.cli.options import Loaded, add_model_options, add_sampling_options, load, no_numbers, sampling_params
+from fastllama.cli.options import (
+    Loaded,
+    add_model_options,
+    add_quantize_option,
+    add_sampling_options,
+    load,
+    no_numbers,
+    sampling_params,
+)
 from fastllama.cli.parser import add_command as add
 from fastllama.cli.text import read_prompt
 from fastllama.cli.timings import Timings
@@ -41,6 +49,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token_ids, finish_reason...")
     parser.add_argument("--quiet", action="store_true", help="print no statistics")
     add_model_options(parser)
+    add_quantize_option(parser)
     add_sampling_options(parser)
 
 

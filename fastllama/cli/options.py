@@ -32,6 +32,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
 
 
+def add_quantize_option(parser: argparse.ArgumentParser) -> None:
+    """--quantize."""
+    parser.add_argument(
+        "--quantize",
+        choices=("auto", "int4", "bf12", "none"),
+        default="auto",
+        help="int4: weights rounded to 4 bits; bf12: bf16 in 12 bits without loss (default: where that is faster)",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are drawn, how many, and where they end; the context length, which bounds them too."""
     group = parser.add_argument_group("sampling")
@@ -72,7 +82,8 @@ class Loaded:
         """One line of statistics."""
         model = self.llm.engine.model
         size, dtype = model.num_parameters, str(model.dtype).split(".")[1]
-        conditions = f"{dtype} on {model.device} (ops: {self.backend})"
+        weights = "" if self.llm.quantization is None else f", weights in {self.llm.quantization}"
+        conditions = f"{dtype}{weights} on {model.device} (ops: {self.backend})"
         return f"{self.name}: {size / 1e6:,.1f} M parameters, {conditions}, loaded in {self.seconds:.2f} s"
 
 
@@ -87,6 +98,7 @@ def load(args: argparse.Namespace) -> Loaded:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
+        quantization=None if args.quantize == "none" else args.quantize,
         max_model_len=args.max_model_len,
         seed=args.seed,
         progress=False if args.quiet else None,

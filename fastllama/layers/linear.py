@@ -28,7 +28,21 @@ class Linear(nn.Module):
         return kernels.matmul(x, self.weight, self.bias)
 
 
-class Bf12Linear(nn.Module):
+class PackedLinear(nn.Module):
+    """A Linear whose weight is kept in another form."""
+
+    @property
+    def num_weights(self) -> int:
+        """out_features * in_features."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features], unpacked anew at each call."""
+        raise NotImplementedError
+
+
+class Bf12Linear(PackedLinear):
     """A Linear in bf16 whose weight takes 12 bits, without loss: see kernels.pack_bf12."""
 
     codes: Tensor
@@ -42,17 +56,44 @@ class Bf12Linear(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        """out_features * in_features."""
         return self.codes.numel() * 2 // 3
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features] bf16, unpacked anew at each call."""
         return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias)
+
+
+class Int4Linear(PackedLinear):
+    """A Linear whose weight takes 4 bits, and a scale for each group of a row: see kernels.quantize_int4.
+
+    weight is what codes and scales stand for, exactly, in fp32.
+    """
+
+    packed: Tensor
+    scales: Tensor
+
+    def __init__(self, packed: Tensor, scales: Tensor, in_features: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+        self.in_features, self.bias = in_features, bias
+
+    @property
+    def num_weights(self) -> int:
+        return self.scales.shape[0] * self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        codes = kernels.unpack_int4(self.packed, self.scales.shape[0], self.in_features)
+        return kernels.dequantize_int4(codes, self.scales.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from fastllama.errors import check_range
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.block import LlamaBlock
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.linear import Bf12Linear, Linear, RMSNorm, parameter
+from fastllama.layers.linear import Linear, PackedLinear, RMSNorm, parameter
 from fastllama.layers.rope import rotary_cache
 
 
@@ -70,7 +70,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Numbers that were trained, however they are kept."""
-        packed = [module for module in self.modules() if isinstance(module, Bf12Linear)]
+        packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
         return sum(p.numel() for p in self.parameters()) + sum(linear.num_weights for linear in packed)
 
     def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tqdm import tqdm
 
 from fastllama import kernels
 from fastllama.kernels.cpu.matmul import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
-from fastllama.layers.linear import Bf12Linear, Linear
+from fastllama.kernels.reference.int4 import GROUPS
+from fastllama.layers.linear import Bf12Linear, Int4Linear, Linear, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
 
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
@@ -24,13 +27,29 @@ def pays(model: LlamaForCausalLM) -> bool:
     )
 
 
-@torch.inference_mode()
 def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
     """Make each Linear of a bf16 model a Bf12Linear, in place, where that takes fewer bytes; results stay the same.
 
     A weight shared with the embeddings stays. progress: a bar on stderr; None shows it on a terminal only. Takes 3 to
     6 s for 1e9 weights on two cores, and memory for one packed layer beside the model.
     """
+    _swap(model, _bf12, "Packing weights", progress)
+
+
+def quantize(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
+    """Make each Linear but the output head an Int4Linear, in place, rounded to nearest in groups of 128.
+
+    Of 64 or 32, or of whole rows, where the number of columns asks for it. progress: as for `pack`.
+    """
+    head = model.lm_head
+    _swap(model, lambda linear: None if linear is head else _int4(linear), "Quantizing weights", progress)
+
+
+@torch.inference_mode()
+def _swap(
+    model: LlamaForCausalLM, make: Callable[[Linear], PackedLinear | None], title: str, progress: bool | None
+) -> None:
+    """Put what `make` gives in each Linear's place, one after another; None leaves it."""
     places = [  # not the layers themselves: each is to be freed when it has been packed
         (parent, name)
         for parent in model.modules()
@@ -38,10 +57,22 @@ def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
         if isinstance(child, Linear) and child.weight is not model.embed_tokens.weight
     ]
     disable = None if progress is None else not progress
-    for parent, name in tqdm(places, desc="Packing weights", disable=disable, leave=False):
-        linear = getattr(parent, name)
-        if linear.weight.shape[1] % BLOCK:
-            continue
-        codes, outliers, exponent = kernels.pack_bf12(linear.weight.detach())
-        if codes.nbytes + outliers.nbytes < linear.weight.nbytes:
-            setattr(parent, name, Bf12Linear(codes, outliers, exponent, linear.bias))
+    for parent, name in tqdm(places, desc=title, disable=disable, leave=False):
+        packed = make(getattr(parent, name))
+        if packed is not None:
+            setattr(parent, name, packed)
+
+
+def _bf12(linear: Linear) -> Bf12Linear | None:
+    if linear.weight.shape[1] % BLOCK:
+        return None
+    codes, outliers, exponent = kernels.pack_bf12(linear.weight.detach())
+    smaller = codes.nbytes + outliers.nbytes < linear.weight.nbytes
+    return Bf12Linear(codes, outliers, exponent, linear.bias) if smaller else None
+
+
+def _int4(linear: Linear) -> Int4Linear:
+    size = linear.weight.shape[1]
+    group = next((each for each in sorted(GROUPS, reverse=True) if size % each == 0), size)
+    codes, scales, _ = kernels.quantize_int4(linear.weight.detach(), group)
+    return Int4Linear(kernels.pack_int4(codes), scales, size, linear.bias)
