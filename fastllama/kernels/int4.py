@@ -69,6 +69,7 @@ _MATMUL = Op(
     check=_check,
     reference=reference.matmul_int4,
     cpu=cpu.matmul_int4,
+    numba="int4:matmul_int4",
     triton="matmul_int4:matmul_int4",
 )
 

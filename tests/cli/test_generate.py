@@ -212,3 +212,11 @@ def test_the_bundled_model_writes(command: Command) -> None:
     found = json.loads(done.out)
     assert found["model"] == "tiny"
     assert found["text"].strip()
+
+
+def test_weights_in_4_bits(command: Command) -> None:
+    story = ("generate", "--prompt", "Once", "--max-tokens", "4", "--temperature", "0", "--dtype", "float32")
+    done = command(*story, "--quantize", "int4")
+    assert done.status == 0
+    assert "float32, weights in int4 on cpu" in done.err
+    assert command(*story, "--quantize", "int3").status == 2
