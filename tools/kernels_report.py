@@ -8,7 +8,8 @@ from pathlib import Path
 import triton
 
 from fastllama.testing.compile_report import CACHE, COLUMNS, cells, compile_report
-from fastllama.testing.targets import TARGETS
+from fastllama.testing.resources import Report
+from fastllama.testing.targets import TARGETS, target
 from tests.kernels.triton.launches import SHIPPED, Shipped, on
 
 ROOT = Path(__file__).parents[1]
@@ -22,23 +23,39 @@ compiled ahead of time for GPUs that need not be there; the compile tier of the 
 Registers, spills and stack are those of one thread; shared memory is that of one block, of what it may take; occupancy
 is the share of a multiprocessor's warps that are resident, and what allows no more. Loads and stores are of global
 memory, by width in bits, and counted, like the instructions, in the longest loop that touches it, or in the whole
-program where there is none. The last column divides those instructions by the bytes that their loads and stores move.
+program where there is none. The column *a byte* divides those instructions by the bytes that their loads and stores
+move, *a weight* by a thread's share of the 4-bit weights.
 """
 
 
-def rows(shipped: Shipped, target: str) -> list[str]:
+def rows(shipped: Shipped, name: str) -> list[str]:
     """The page's rows on one launch for one target. Raises RuntimeError where it does not compile."""
-    with on(target):
-        reports = compile_report(shipped.call, [target], ROOT / CACHE)
+    with on(name):
+        reports = compile_report(shipped.call, [name], ROOT / CACHE)
     for report in reports:
         if report.error:
-            raise RuntimeError(f"{shipped.name} for {target}: {report.error}")
-    names = [report.launch.split("(")[0] for report in reports]
+            raise RuntimeError(f"{shipped.name} for {name}: {report.error}")
+    kernels = [report.launch.split("(")[0] for report in reports]
     several = len(reports) > 1
     return [
-        _row([f"{shipped.name}: {name}" if several else shipped.name, *cells(report)])
-        for name, report in zip(names, reports, strict=True)
+        _row(
+            [
+                f"{shipped.name}: {kernel}" if several else shipped.name,
+                *cells(report),
+                *_per_weight(shipped, kernel, report),
+            ]
+        )
+        for kernel, report in zip(kernels, reports, strict=True)
     ]
+
+
+def _per_weight(shipped: Shipped, kernel: str, report: Report) -> list[str]:
+    """The cell under *a weight*; none where a launch has no 4-bit weights."""
+    if not shipped.weights:
+        return []
+    threads = report.num_warps * target(report.target).warp_size
+    weights = shipped.weights.get(kernel)
+    return [f"{report.hot.instructions * threads / weights:.2f}" if weights else "-"]
 
 
 def page() -> str:
@@ -46,8 +63,9 @@ def page() -> str:
     parts = [HEAD.format(version=triton.__version__)]
     for family, launches in SHIPPED.items():
         body = [row for shipped in launches for target in TARGETS for row in rows(shipped, target)]
-        rule = "|" + "---|" * (len(COLUMNS) + 1)
-        parts.append("\n".join([f"## {family}\n", _row(["launch", *COLUMNS]), rule, *body]) + "\n")
+        columns = ["launch", *COLUMNS, *(["a weight"] if any(shipped.weights for shipped in launches) else [])]
+        rule = "|" + "---|" * len(columns)
+        parts.append("\n".join([f"## {family}\n", _row(columns), rule, *body]) + "\n")
     return "\n".join(parts)
 
 

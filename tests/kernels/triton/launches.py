@@ -66,12 +66,16 @@ STEPS = {"decode": 1, "prefill": 8192}  # tokens, at the extremes
 
 @dataclass(frozen=True)
 class Shipped:
-    """One call of a launcher. Global accesses have at least `narrowest` bits a thread, `besides` so many of a kind."""
+    """One call of a launcher. Global accesses have at least `narrowest` bits a thread, `besides` so many of a kind.
+
+    weights: of 4 bits, by kernel, that a program reads in one turn of its loop, or at all where it has none.
+    """
 
     name: str
     call: Callable[[], Any]
     narrowest: int = NARROW
     besides: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -266,7 +270,9 @@ def int4() -> Iterator[Shipped]:
         held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
         loads = 128 // min(group, 128) * (4 if rows > 64 else 2)  # in a tile: of a thread's two or four rows
         besides = {"load 16": loads * (1 + (zeros == BF16)), "load 8": loads * (zeros == torch.uint8)}
-        yield Shipped(f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}", call, besides=besides)
+        weights = {"matmul_kernel": 64 * 128 * (1 if rows <= 16 else 2), "dequantize_kernel": 64 * min(group, 64)}
+        name = f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}"
+        yield Shipped(name, call, besides=besides, weights=weights)
 
 
 FAMILIES = {
