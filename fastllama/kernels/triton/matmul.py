@@ -15,9 +15,9 @@ from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.op import Function
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.parts import sum_of
 
 MOST_ROWS = 64  # of the kernel: a tile of as many is as large as the weight's, and the vendor's products take over
-SUM_BLOCK = 256
 
 
 # One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last are
@@ -64,29 +64,6 @@ def matmul_kernel(
     out_ptrs = out_ptr + split * out_split_stride + row.to(tl.int64)[None, :] * out_row_stride + feature[:, None]
     mask = (feature < FEATURES)[:, None] & (row < num_rows)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# One program owns BLOCK features of one row, and adds the splits in order.
-@triton.jit
-def sum_kernel(
-    out_ptr,
-    parts_ptr,
-    bias_ptr,
-    out_row_stride,
-    part_stride,
-    FEATURES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = feature < FEATURES
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + split * part_stride + row * FEATURES + feature, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + feature, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_row_stride + feature, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> Function | None:
@@ -139,20 +116,7 @@ def _of_few_rows(
     )
     if splits == 1:
         return [product]
-    total = KernelCall(
-        sum_kernel,
-        (num_rows, tuning.ceil_div(features, SUM_BLOCK)),
-        out_ptr=out,
-        parts_ptr=parts,
-        bias_ptr=bias,
-        out_row_stride=out.stride(0),
-        part_stride=num_rows * features,
-        FEATURES=features,
-        SPLITS=splits,
-        BLOCK=SUM_BLOCK,
-        num_warps=1,
-    )
-    return [product, total]
+    return [product, sum_of(parts, bias, out)]
 
 
 def _plan(num_rows: int, weight: Tensor) -> tuple[tuning.MatmulLaunch, int, int, int]:

@@ -20,9 +20,9 @@ from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.op import Function
 from fastllama.kernels.reference.int4 import COLUMNS
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.parts import sum_of
 
 FEW = 64  # rows of x; with more, arithmetic outweighs the weight's bytes
-SUM_BLOCK = 512  # columns of a program that adds parts
 
 
 # Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] from row `row`, a multiple of 64, and column `start`. BLOCK_K is
@@ -117,28 +117,6 @@ def matmul_kernel(
         acc += tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + split * out_split_stride + row[None, :] * out_row_stride + col[:, None]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & some)
-
-
-# One program owns BLOCK columns of a row of out: it adds the splits' parts in order.
-@triton.jit
-def sum_kernel(
-    parts_ptr,
-    bias_ptr,
-    out_ptr,
-    parts_split_stride,
-    out_row_stride,
-    N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = col < N
-    acc = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(parts_ptr + split * parts_split_stride + row * N + col, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_row_stride + col, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # One program owns 64 rows and BLOCK_K columns of the weight.
@@ -274,20 +252,7 @@ def _multiply(
     )
     if splits == 1:
         return [product]
-    added = KernelCall(
-        sum_kernel,
-        (num_rows, tuning.ceil_div(features, SUM_BLOCK)),
-        parts_ptr=parts,
-        bias_ptr=bias,
-        out_ptr=out,
-        parts_split_stride=parts.stride(0),
-        out_row_stride=out.stride(0),
-        N=features,
-        SPLITS=splits,
-        BLOCK=SUM_BLOCK,
-        num_warps=4,
-    )
-    return [product, added]
+    return [product, sum_of(parts, bias, out)]
 
 
 @launcher

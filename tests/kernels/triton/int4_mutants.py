@@ -65,10 +65,6 @@ INT4_MUTANTS = [
     fault("splits in one place", "split * out_split_stride", "split * 0", SPLITS),
     fault("bias in every split", "bias if splits == 1 else None", "bias", SPLITS),
     fault(
-        "no bias of parts", "parts_ptr=parts,\n        bias_ptr=bias", "parts_ptr=parts,\n        bias_ptr=None", SPLITS
-    ),
-    fault("the last part left out", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", SPLITS),
-    fault(
         "32-bit rows of tiles", "first, split = tl.program_id(0).to(tl.int64)", "first, split = tl.program_id(0)", FAR
     ),
     fault("32-bit rows of x", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", FAR_ROWS),

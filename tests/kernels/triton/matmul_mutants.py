@@ -31,12 +31,12 @@ MATMUL_MUTANTS = [
     ),
     mutant("splits overlap", "matmul", "first = split * SPLIT", "first = split * (SPLIT - BLOCK_K)", COLUMNS),
     mutant(
-        "the last split forgotten", "matmul", "tl.static_range(SPLITS)", "tl.static_range(max(SPLITS - 1, 1))", COLUMNS
+        "the last split forgotten", "parts", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))", COLUMNS
     ),
     mutant("bias in every split", "matmul", "bias_ptr=bias if splits == 1 else None", "bias_ptr=bias", COLUMNS),
     mutant(
         "no bias in the sum",
-        "matmul",
+        "parts",
         "    if bias_ptr is not None:\n        total +=",
         "    if False:\n        total +=",
         COLUMNS,
@@ -57,7 +57,7 @@ MATMUL_MUTANTS = [
     ),
     mutant("rows past the last stored", "matmul", "(row < num_rows)[None, :]", "(row <= num_rows)[None, :]", COLUMNS),
     mutant("rows past the last read", "matmul", "tl.minimum(row, num_rows - 1)", "row", STRIDES),
-    mutant("parts of one row", "matmul", "split * part_stride + row * FEATURES", "split * part_stride", COLUMNS),
+    mutant("parts of one row", "parts", "part * part_stride + row * FEATURES", "part * part_stride", COLUMNS),
     mutant(
         "splits by the rows",
         "matmul",
