@@ -91,9 +91,9 @@ def matmul_int4(
     columns, G 32, 64, 128 or K. zeros: like scales, uint8, x's dtype or fp32, in units of codes; 8 when None. bias: [N]
     in x's dtype or None. out: [..., N]; allocated when None. workspace: scratch memory of `matmul_int4_workspace`;
     allocated when None and needed. Returns out.
-    Accumulates in fp32. Up to 64 rows codes and zeros are exact, and a row's result is the same, bit for bit, whatever
-    the other rows; with more, a Triton kernel rounds weights to x's dtype first. Where x holds an infinity, a result
-    may be NaN in place of an infinity.
+    Accumulates in fp32. Up to 64 rows (16 in fp32) codes and zeros are exact, and a row's result is the same, bit for
+    bit, whatever the other rows; with more, a Triton kernel rounds weights to x's dtype first. Where x holds an
+    infinity, a result may be NaN in place of an infinity.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/int4.py.
     """
@@ -106,8 +106,8 @@ def matmul_int4(
 def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """Scratch memory for `matmul_int4` of such tensors, to be kept from call to call: [S] fp32, uninitialised.
 
-    Up to 64 rows a number for each of out and each split of K (up to 16 in a Llama 2), above the weight in x's dtype,
-    where a Triton kernel runs; nothing elsewhere. Not to be shared by calls that overlap.
+    Where a Triton kernel runs, up to 64 rows (16 in fp32) a number for each of out and each split of K, of which a
+    Llama 2 has up to 16; with more, the weight in x's dtype. Nothing elsewhere. Not to be shared by calls that overlap.
     """
     size = 0
     if _MATMUL.implementation(x.device.type).backend == "triton":

@@ -22,7 +22,8 @@ from fastllama.kernels.reference.int4 import COLUMNS
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.parts import sum_of
 
-FEW = 64  # rows of x; with more, arithmetic outweighs the weight's bytes
+# Rows of x, by the bytes of an element: with more, arithmetic outweighs the weight's bytes (and in fp32 sums spill).
+FEW = {2: 64, 4: 16}
 
 
 # Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] from row `row`, a multiple of 64, and column `start`. BLOCK_K is
@@ -154,7 +155,7 @@ def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[tuning.Int4Launch,
     tiles = packed.shape[1]
     split = tuning.ceil_div(tiles, launch.splits)
     splits = tuning.ceil_div(tiles, split)
-    if num_rows > FEW:
+    if num_rows > FEW[x.element_size()]:
         elements = tuning.ceil_div(features * size * x.element_size(), 4)
     else:
         elements = splits * num_rows * features if splits > 1 else 0
@@ -181,7 +182,7 @@ def matmul_int4(
     size = workspace_size(x, packed, scales)
     if workspace is not None and workspace.numel() < size:
         raise ValueError(f"workspace has {workspace.numel()} elements; legal for these tensors: at least {size}")
-    if rows.shape[0] <= FEW:
+    if rows.shape[0] <= FEW[x.element_size()]:
         return _multiply(x, packed, scales, zeros, bias, out, workspace)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=x.device)

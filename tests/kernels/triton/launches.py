@@ -264,7 +264,7 @@ def int4() -> Iterator[Shipped]:
     kinds += [(*down, 128, FP16, None, 16), (*down, 128, BF16, None, 32), (*down, 11008, BF16, None, 16)]
     kinds += [(*down, group, BF16, None, rows) for group in (64, 32) for rows in (16, 64)]
     kinds += [(*down, 128, BF16, zeros, rows) for zeros in (torch.uint8, BF16) for rows in (16, 64)]
-    kinds += [(*down, 128, BF16, torch.uint8, 1024), (*down, 128, FP32, None, 64)]
+    kinds += [(*down, 128, BF16, torch.uint8, 1024), (*down, 128, FP32, None, 16)]
     for name, features, size, group, dtype, zeros, rows in kinds:
         call = partial(multiply, rows, features, size, group, dtype, zeros)
         held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
