@@ -128,10 +128,11 @@ def test_no_code_is_nearer(dtype: torch.dtype, group: int, symmetric: bool) -> N
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups_of_one_value(symmetric: bool) -> None:
-    """Zeros stay zeros; a value of either sign comes back but for the rounding of its scale."""
+    """Zeros stay zeros, with a code of their own; others, of either sign, come back but for the scale's rounding."""
     weight = torch.tensor([0.0, 3.0, -3.0]).repeat_interleave(32)[None]
-    found = kernels.dequantize_int4(*kernels.quantize_int4(weight, 32, symmetric=symmetric))
-    torch.testing.assert_close(found, weight, rtol=1e-6, atol=0)
+    codes, scales, zeros = kernels.quantize_int4(weight, 32, symmetric=symmetric)
+    torch.testing.assert_close(kernels.dequantize_int4(codes, scales, zeros), weight, rtol=1e-6, atol=0)
+    assert (codes[0, :32] == (8 if zeros is None else zeros[0, 0])).all()
 
 
 @pytest.mark.parametrize("zeros", [None, torch.uint8, torch.float32], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.kernels import tuning
 from fastllama.kernels.op import OPS, Function
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.sampling import workspace_size
@@ -149,6 +151,17 @@ def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
     again = OPS["silu_mul"].launcher("cuda")(*empty.values())
     assert again is not None
     assert launched(launches, "silu_mul", again, empty) == []
+
+
+def test_parts_in_a_workspace_are_repeated(launches: list[DryLaunch]) -> None:
+    with mock.patch.object(tuning, "int4", return_value=tuning.Int4Launch(splits=2, stages=2, num_warps=4)):
+        plan, given = OPS["matmul_int4"].launcher("cuda"), call("matmul_int4")
+        again = plan(*positional("matmul_int4", given | {"workspace": torch.empty(2 * given["out"].numel())}))
+        assert again is not None
+        given = call("matmul_int4") | {"workspace": torch.empty(3 * given["out"].numel())}
+        planned = launched(launches, "matmul_int4", plan, given)
+        assert len(planned) == 2
+        assert launched(launches, "matmul_int4", again, given) == planned
 
 
 def test_a_workspace_that_the_launcher_makes_is_not_repeated(launches: list[DryLaunch]) -> None:
