@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,36 +18,44 @@ from fastllama.kernels.cpu.matmul import by_blocks
 from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, store, use_threads
 from fastllama.kernels.reference.int4 import COLUMNS, ROWS
 
-ROW_LIMIT = 16  # beyond, to unpack the weight once is as fast
+ROW_LIMIT = 32  # beyond, to unpack the weight once is as fast
 HALF = 64  # columns of 512 words
+_PLACES = torch.tensor([[1.0, 2.0**-8], [2.0**-16, 2.0**-24]])[..., None]  # e, h
 
 
 # One iteration owns a row of tiles, 64 features, for all rows of x. x: [rows, halves, e, h, 16] (`_ordered`). A group
-# is `per_group` halves, or half of one where that is 0.
+# is `per_group` halves, or half of one where that is 0. Codes are not shifted down but for every second one: their
+# places are factors of x. Nor are they centred: 8 times the sum of x, `eights` [rows, halves, 2], is taken off a group.
 @parallel_jit
-def rows_kernel(words, x, scales_ptr, out_ptr, features, groups, per_group, scale_stride, out_stride, like, scale_like):
+def rows_kernel(
+    words, x, eights, scales_ptr, out_ptr, features, groups, per_group, scale_stride, out_stride, like, scale_like
+):
     rows, halves = x.shape[0], x.shape[1]
     for tile in numba.prange((features + 63) // 64):
         sums = np.zeros((4, 2, 8, 16), np.float32)  # w, r, g and the 16 words of a run
         result = np.zeros(64, np.float32)
         for m in range(rows):
             result[:] = np.float32(0)
+            low_eight, high_eight = np.float32(0), np.float32(0)
             for half in range(halves):
                 at = (np.int64(tile) * halves + half) * 512
+                low_eight += eights[m, half, 0]
+                high_eight += eights[m, half, 1]
                 for w in range(4):
                     for g in range(8):
                         run = at + w * 128 + g * 16
                         for i in range(16):
                             word = words[run + i]
+                            next_word = word >> np.uint32(4)
                             a, b = sums[w, 0, g, i], sums[w, 1, g, i]
-                            a += np.float32(np.int32(word & 15) - 8) * x[m, half, 0, 0, i]
-                            b += np.float32(np.int32((word >> 4) & 15) - 8) * x[m, half, 0, 0, i]
-                            a += np.float32(np.int32((word >> 8) & 15) - 8) * x[m, half, 0, 1, i]
-                            b += np.float32(np.int32((word >> 12) & 15) - 8) * x[m, half, 0, 1, i]
-                            a += np.float32(np.int32((word >> 16) & 15) - 8) * x[m, half, 1, 0, i]
-                            b += np.float32(np.int32((word >> 20) & 15) - 8) * x[m, half, 1, 0, i]
-                            a += np.float32(np.int32((word >> 24) & 15) - 8) * x[m, half, 1, 1, i]
-                            b += np.float32(np.int32(word >> 28) - 8) * x[m, half, 1, 1, i]
+                            a += np.float32(np.int32(word & np.uint32(0xF))) * x[m, half, 0, 0, i]
+                            b += np.float32(np.int32(next_word & np.uint32(0xF))) * x[m, half, 0, 0, i]
+                            a += np.float32(np.int32(word & np.uint32(0xF00))) * x[m, half, 0, 1, i]
+                            b += np.float32(np.int32(next_word & np.uint32(0xF00))) * x[m, half, 0, 1, i]
+                            a += np.float32(np.int32(word & np.uint32(0xF0000))) * x[m, half, 1, 0, i]
+                            b += np.float32(np.int32(next_word & np.uint32(0xF0000))) * x[m, half, 1, 0, i]
+                            a += np.float32(np.int32(word & np.uint32(0xF000000))) * x[m, half, 1, 1, i]
+                            b += np.float32(np.int32(next_word & np.uint32(0xF000000))) * x[m, half, 1, 1, i]
                             sums[w, 0, g, i], sums[w, 1, g, i] = a, b
                 if half + 1 < halves and per_group > 1 and (half + 1) % per_group != 0:
                     continue
@@ -58,7 +67,7 @@ def rows_kernel(words, x, scales_ptr, out_ptr, features, groups, per_group, scal
                         for g in range(8):
                             row = 16 * w + 8 * r + g
                             feature = min(np.int64(tile) * 64 + row, features - 1)
-                            low, high = np.float32(0), np.float32(0)
+                            low, high = -low_eight, -high_eight
                             for q in range(4):  # words of the first 32 columns, and of the last
                                 low += sums[w, r, g, 4 * q] + sums[w, r, g, 4 * q + 1]
                                 high += sums[w, r, g, 4 * q + 2] + sums[w, r, g, 4 * q + 3]
@@ -69,6 +78,7 @@ def rows_kernel(words, x, scales_ptr, out_ptr, features, groups, per_group, scal
                             else:
                                 result[row] += (low + high) * scale
                 sums[:] = np.float32(0)
+                low_eight, high_eight = np.float32(0), np.float32(0)
             for row in range(min(64, features - np.int64(tile) * 64)):
                 store(out_ptr, m * out_stride + np.int64(tile) * 64 + row, result[row], like)
 
@@ -127,7 +137,7 @@ def matmul_int4(
         per_group = group_size // HALF if groups > 1 else 2 * packed.shape[1]
         rows_kernel(
             words,
-            _ordered(given).numpy(),
+            *(each.numpy() for each in _ordered(given)),
             scales.data_ptr(),
             target.data_ptr(),
             features,
@@ -150,8 +160,13 @@ def matmul_int4(
         target += bias
 
 
-def _ordered(x: Tensor) -> Tensor:
-    """x [rows, K] in the order of the words: [rows, halves, e, h, 4 q + t] fp32, 0 past K."""
+def _ordered(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, K] in the order of the words, and 8 times its sums.
+
+    [rows, halves, e, h, 4 q + t] fp32, 0 past K, divided by 2^(16 e + 8 h), where a word has the code; [rows, halves,
+    2], of 32 columns each.
+    """
     columns = -(-x.shape[1] // COLUMNS) * COLUMNS
     padded = F.pad(x.float(), (0, columns - x.shape[1])).view(x.shape[0], -1, 4, 2, 4, 2)  # half, t, h, q, e
-    return padded.permute(0, 1, 5, 3, 4, 2).reshape(x.shape[0], -1, 2, 2, 16)
+    ordered = padded.permute(0, 1, 5, 3, 4, 2).reshape(x.shape[0], -1, 2, 2, 16)
+    return ordered * _PLACES, 8 * padded.view(x.shape[0], -1, 2, 32).sum(-1)
