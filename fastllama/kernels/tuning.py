@@ -154,15 +154,18 @@ def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Sampl
     return SampleLaunch(block, _warps(device, block // 16))
 
 
-def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int) -> PrefillLaunch:
+def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:
     """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit.
 
-    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill.
+    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill. So do
+    those of 128 queries on AMD where keys are codes of 8 bits.
     """
     width = max(power_of_2(head_dim), 16)
     tiles: tuple[tuple[int, int, int], ...] = ((128, 32, 3), (128, 32, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1))
     if device.arch == "sm_90":
         tiles = ((128, 64, 3), *tiles)
+    if key_itemsize == 1 and device.arch.startswith("gfx"):
+        tiles = tiles[2:]
     for rows, keys, stages in tiles:
         num_warps = 8 if rows == 128 else 4
         registers = rows * width // (num_warps * device.warp_size)
@@ -172,9 +175,14 @@ def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int) -> Prefil
 
 
 def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
-    """Tiles of 32 keys, of which twice as many programs fit as of 64; splits of 512: eight programs for 4096 tokens."""
+    """Tiles of 32 keys, of which twice as many programs fit as of 64; splits of 512: eight programs for 4096 tokens.
+
+    itemsize: of keys and values. Three stages of 8-bit codes spill 8 bytes on sm_89, with Triton 3.6.
+    """
     width = max(power_of_2(head_dim), 16) * itemsize
     for keys, stages in ((32, 3), (32, 2), (16, 2), (16, 1)):
+        if stages == 3 and itemsize == 1 and device.arch == "sm_89":
+            continue
         if _fits(device, max(power_of_2(queries), 16), keys, stages, width):
             break
     return DecodeLaunch(keys, 512, stages, 4)
@@ -215,7 +223,7 @@ FAMILIES = {
     "rope": Family(RopeLaunch, ("rows", "heads", "head_dim", "itemsize"), rope_heuristic),
     "swiglu": Family(SwigluLaunch, ("rows", "size", "itemsize"), swiglu_heuristic),
     "sample": Family(SampleLaunch, ("vocab_size", "itemsize"), sample_heuristic),
-    "prefill": Family(PrefillLaunch, ("head_dim", "itemsize"), prefill_heuristic),
+    "prefill": Family(PrefillLaunch, ("head_dim", "itemsize", "key_itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
     "int4": Family(Int4Launch, ("features", "size", "itemsize"), int4_heuristic),
@@ -242,9 +250,9 @@ def sample(device: torch.device, *, vocab_size: int, itemsize: int) -> SampleLau
     return cast(SampleLaunch, _launch("sample", device, vocab_size, itemsize))
 
 
-def prefill(device: torch.device, *, head_dim: int, itemsize: int) -> PrefillLaunch:
-    """The launch for queries, keys and values of `head_dim` elements of `itemsize` bytes."""
-    return cast(PrefillLaunch, _launch("prefill", device, head_dim, itemsize))
+def prefill(device: torch.device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:
+    """The launch for queries of `head_dim` elements of `itemsize` bytes, keys and values of `key_itemsize`."""
+    return cast(PrefillLaunch, _launch("prefill", device, head_dim, itemsize, key_itemsize))
 
 
 def decode(device: torch.device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:

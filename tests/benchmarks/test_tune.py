@@ -21,7 +21,7 @@ SHAPES = {
     "rope": {"rows": 8192, "heads": 96, "head_dim": 128, "itemsize": 2},
     "swiglu": {"rows": 8192, "size": 11008, "itemsize": 2},
     "sample": {"vocab_size": 32000, "itemsize": 2},
-    "prefill": {"head_dim": 128, "itemsize": 2},
+    "prefill": {"head_dim": 128, "itemsize": 2, "key_itemsize": 2},
     "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
     "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
     "int4": {"features": 4096, "size": 11008, "itemsize": 2},

@@ -82,9 +82,10 @@ class TestHeuristics:
         many = tuning.rope_heuristic(H200, rows=8192, heads=96, head_dim=128, itemsize=2)
         assert (alone, many) == (tuning.RopeLaunch(4, 1), tuning.RopeLaunch(16, 4))
 
-    @given(devices, st.integers(1, 256), itemsizes)
-    def test_prefill(self, device: Device, head_dim: int, itemsize: int) -> None:
-        launch = tuning.prefill_heuristic(device, head_dim=head_dim, itemsize=itemsize)
+    @given(devices, st.integers(1, 256), itemsizes, st.booleans())
+    def test_prefill(self, device: Device, head_dim: int, itemsize: int, codes: bool) -> None:
+        sizes = {"itemsize": itemsize, "key_itemsize": 1 if codes else itemsize}
+        launch = tuning.prefill_heuristic(device, head_dim=head_dim, **sizes)
         assert_legal(device, launch)
         assert min(launch.rows, launch.keys) >= 16
         width = max(tuning.power_of_2(head_dim), 16) * itemsize
@@ -109,9 +110,10 @@ class TestHeuristics:
         assert launch == tuning.Int4Launch(splits, 3, 4)
 
     def test_attention_of_llama_2(self) -> None:
-        assert tuning.prefill_heuristic(H200, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 64, 3, 8)
-        assert tuning.prefill_heuristic(A100, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 32, 3, 8)
-        assert tuning.prefill_heuristic(MI300X, head_dim=128, itemsize=2) == tuning.PrefillLaunch(128, 32, 2, 8)
+        sizes = {"head_dim": 128, "itemsize": 2}
+        for device, launch in ((H200, (128, 64, 3, 8)), (A100, (128, 32, 3, 8)), (MI300X, (128, 32, 2, 8))):
+            assert tuning.prefill_heuristic(device, **sizes, key_itemsize=2) == tuning.PrefillLaunch(*launch)
+        assert tuning.prefill_heuristic(MI300X, **sizes, key_itemsize=1) == tuning.PrefillLaunch(64, 32, 2, 4)
         for queries in (1, 8):
             decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
             assert decode == tuning.DecodeLaunch(32, 512, 3, 4)

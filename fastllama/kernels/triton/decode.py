@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, at_head, attend, lse_unit, stride
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, stride
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -78,10 +78,12 @@ def decode_kernel(
             last,
             k_len,
             scale_log2,
-            at_head(k_pages_ptr, kv_head, K_HEAD_STRIDE),
-            at_head(v_pages_ptr, kv_head, V_HEAD_STRIDE),
-            at_head(k_scales_ptr, kv_head, K_SCALE_HEAD_STRIDE),
-            at_head(v_scales_ptr, kv_head, V_SCALE_HEAD_STRIDE),
+            k_pages_ptr + kv_head.to(tl.int64) * K_HEAD_STRIDE,
+            v_pages_ptr + kv_head.to(tl.int64) * V_HEAD_STRIDE,
+            k_scales_ptr,
+            v_scales_ptr,
+            kv_head.to(tl.int64) * K_SCALE_HEAD_STRIDE,
+            kv_head.to(tl.int64) * V_SCALE_HEAD_STRIDE,
             page_table_ptr + seq * page_table_stride,
             k_page_stride,
             v_page_stride,

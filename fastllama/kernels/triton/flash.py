@@ -39,12 +39,6 @@ def stride(tensor: Tensor | None, dim: int) -> int:
 
 
 @triton.jit
-def at_head(ptr, head, STRIDE: tl.constexpr):
-    """Where a head begins, if there is anything."""
-    return None if ptr is None else ptr + head.to(tl.int64) * STRIDE
-
-
-@triton.jit
 def _softmax_step(scores, acc, peak, total, shrink):
     """Weights [M, N] of a tile of scores, and the running state with the tile's peak in it, acc times `shrink`."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [M]
@@ -89,10 +83,9 @@ def _decoded(codes, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scales(scales_ptr, tokens, pages, page_stride, k_len, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """Scales [N] of tokens; 0 past the end."""
-    ptrs = scales_ptr + _offsets(tokens, pages, page_stride, 1, PAGE_SIZE)
-    return tl.load(ptrs, mask=tokens < k_len, other=0.0) if MASKED else tl.load(ptrs)
+def _scales(ptrs, exists, MASKED: tl.constexpr):
+    """Scales [N] of tokens; 0 where there are none."""
+    return tl.load(ptrs, mask=exists, other=0.0) if MASKED else tl.load(ptrs)
 
 
 @triton.jit
@@ -108,6 +101,8 @@ def attend(
     v_ptr,
     k_scales_ptr,
     v_scales_ptr,
+    k_scales_start,
+    v_scales_start,
     page_table_ptr,
     k_page_stride,
     v_page_stride,
@@ -124,6 +119,7 @@ def attend(
 ):
     """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
 
+    Keys and values begin at k_ptr and v_ptr, their scales, if there are any, at element k_scales_start and its like.
     Without masks up to token `whole`, which every row sees with all before it; with masks behind. PAGE_SIZE 0: keys lie
     one after another. Keys and values are codes where there are scales, which then multiply scores and weights: fewer
     than the codes. Returns the sum of values [M, D], the largest score [M] and the sum of weights [M].
@@ -143,8 +139,10 @@ def attend(
             k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
             v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
             if k_scales_ptr is not None:
-                k_scales = _scales(k_scales_ptr, tokens, pages, k_scale_page_stride, k_len, PAGE_SIZE, masked == 1)
-                v_scales = _scales(v_scales_ptr, tokens, pages, v_scale_page_stride, k_len, PAGE_SIZE, masked == 1)
+                k_slots = k_scales_start + _offsets(tokens, pages, k_scale_page_stride, 1, PAGE_SIZE)
+                v_slots = v_scales_start + _offsets(tokens, pages, v_scale_page_stride, 1, PAGE_SIZE)
+                k_scales = _scales(k_scales_ptr + k_slots, tokens < k_len, masked == 1)
+                v_scales = _scales(v_scales_ptr + v_slots, tokens < k_len, masked == 1)
             # Carried from tile to tile: as a load in front of these it would take stages of the pipeline from them.
             pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
             if masked:

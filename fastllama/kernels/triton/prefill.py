@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, at_head, attend, lse_unit, stride
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, stride
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -90,7 +90,7 @@ def prefill_kernel(
         mask = (row < end)[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
         offsets = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
-        kv_head = head // GROUP
+        kv_head = (head // GROUP).to(tl.int64)
         acc, peak, total = attend(
             q,
             visible,
@@ -99,10 +99,12 @@ def prefill_kernel(
             last,
             k_len,
             scale_log2,
-            at_head(k_ptr, kv_head, K_HEAD_STRIDE) + k_start.to(tl.int64) * k_token_stride,
-            at_head(v_ptr, kv_head, V_HEAD_STRIDE) + k_start.to(tl.int64) * v_token_stride,
-            at_head(k_scales_ptr, kv_head, K_SCALE_HEAD_STRIDE),
-            at_head(v_scales_ptr, kv_head, V_SCALE_HEAD_STRIDE),
+            k_ptr + k_start.to(tl.int64) * k_token_stride + kv_head * K_HEAD_STRIDE,
+            v_ptr + k_start.to(tl.int64) * v_token_stride + kv_head * V_HEAD_STRIDE,
+            k_scales_ptr,
+            v_scales_ptr,
+            kv_head * K_SCALE_HEAD_STRIDE,
+            kv_head * V_SCALE_HEAD_STRIDE,
             page_table_ptr + tl.cast(seq, tl.int64) * page_table_stride,
             k_page_stride,
             v_page_stride,
@@ -200,7 +202,7 @@ def _plan(
     if not num_rows:
         return []
     num_seqs = cu_seqlens_q.shape[0] - 1
-    launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size())
+    launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size(), key_itemsize=k.element_size())
     call = KernelCall(
         prefill_kernel,
         (num_rows // launch.rows + num_seqs + 1, num_heads),

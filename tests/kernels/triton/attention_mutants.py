@@ -32,8 +32,8 @@ ATTENTION_MUTANTS = [
     mutant(
         "key head of another group",
         "prefill",
-        "kv_head = head // GROUP",
-        "kv_head = head % tl.maximum(num_heads // GROUP, 1)",
+        "kv_head = (head // GROUP)",
+        "kv_head = (head % tl.maximum(num_heads // GROUP, 1))",
         "test_attention.py::test_prefill[triton-torch.float32-GQA 4-16-NHD]",
     ),
     mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * lse_unit", "peak + tl.log2(total)", VARLEN),
@@ -86,29 +86,24 @@ QUANTIZED_MUTANTS = [
     mutant(
         "scales of one token",
         "flash",
-        "pages, page_stride, 1, PAGE_SIZE)",
-        "pages, page_stride, 0, PAGE_SIZE)",
+        "k_scale_page_stride, 1, PAGE_SIZE)",
+        "k_scale_page_stride, 0, PAGE_SIZE)",
         EXACT.format("decode"),
     ),
     mutant(
         "scales past the end",
         "flash",
-        "tl.load(ptrs, mask=tokens < k_len, other=0.0) if MASKED else tl.load(ptrs)",
+        "tl.load(ptrs, mask=exists, other=0.0) if MASKED else tl.load(ptrs)",
         "tl.load(ptrs)",
         EXACT.format("decode").replace("5-HND-GQA 4", "64-NHD-MHA"),
     ),
     mutant("codes without a sign", "flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
     mutant("codes without their bias", "flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
     *(
-        mutant(
-            f"scales of {kind}' first head in {op}",
-            op,
-            f"at_head({kind[0]}_scales_ptr, kv_head",
-            f"at_head({kind[0]}_scales_ptr, kv_head * 0",
-            EXACT.format(op),
-        )
-        for kind in ("keys", "values")
-        for op in ("decode", "prefill")
+        mutant(f"scales of {side}' first head in {op}", op, place, f"0 * {place}", EXACT.format(op))
+        for side in ("keys", "values")
+        for op, head in (("decode", "kv_head.to(tl.int64)"), ("prefill", "kv_head"))
+        for place in (f"{head} * {side[0].upper()}_SCALE_HEAD_STRIDE,",)
     ),
     mutant("parts in another base", "decode", "unit if splits == 1 else 1.0", "unit", BASE_2),
     mutant(
