@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 DECODES = [
     tuning.decode(CPU, queries=1, head_dim=dim, itemsize=dtype.itemsize) for dim in HEAD_DIMS for dtype in DTYPES
 ]
-PREFILLS = [tuning.prefill(CPU, head_dim=dim, itemsize=dtype.itemsize) for dim in HEAD_DIMS for dtype in DTYPES]
+SIZES = [(dim, dtype.itemsize) for dim in HEAD_DIMS for dtype in DTYPES]
+PREFILLS = [tuning.prefill(CPU, head_dim=dim, itemsize=size, key_itemsize=size) for dim, size in SIZES]
 KEYS = {launch.keys for launch in (*DECODES, *PREFILLS)}
 
 a_few = settings(max_examples=24, derandomize=True)
