@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import CODES, FLOATS, check_elements, check_scales, check_tensor
+from fastllama.kernels.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
 from fastllama.kernels.op import Op
 
 _INT32 = (torch.int32,)
@@ -73,8 +73,7 @@ def _check_decode(
     if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
         raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
     check_tensor("out", out, q.shape, (q.dtype,))
-    if workspace is not None:
-        check_tensor("workspace", workspace, workspace.shape[:1], (torch.float32,))
+    check_workspace(workspace, torch.float32)
 
 
 def _check_heads(
@@ -250,12 +249,7 @@ def attention_workspace(q: Tensor, k_pages: Tensor, page_table: Tensor) -> Tenso
     For each query and head D + 1 numbers of every 512 tokens (or as many as are tuned) that page_table has room for,
     where a Triton kernel runs; nothing elsewhere. Not to be shared by calls that overlap.
     """
-    size = 0
-    if _DECODE.implementation(q.device.type).backend == "triton":
-        from fastllama.kernels.triton.decode import workspace_size
-
-        size = workspace_size(q, k_pages, page_table)
-    return torch.empty(size, dtype=torch.float32, device=q.device)
+    return _DECODE.workspace(q.device, torch.float32, q, k_pages, page_table)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -43,6 +43,12 @@ def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
         raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
 
 
+def check_workspace(workspace: Tensor | None, dtype: torch.dtype) -> None:
+    """ValueError or TypeError unless `workspace` is None or [N], contiguous, of the dtype: of any length."""
+    if workspace is not None:
+        check_tensor("workspace", workspace, workspace.shape[:1], (dtype,))
+
+
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
     """TypeError for fp64, which a Triton kernel does not take."""
     if tensor.dtype not in KERNEL_FLOATS:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, check_elements, check_tensor
+from fastllama.kernels.checks import FLOATS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
@@ -35,8 +35,7 @@ def _check(
     if bias is not None:
         check_tensor("bias", bias, (features,), (dtype,))
     check_tensor("out", out, shape, (dtype,))
-    if workspace is not None:
-        check_tensor("workspace", workspace, workspace.shape[:1], (torch.float32,))
+    check_workspace(workspace, torch.float32)
 
 
 def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
@@ -109,12 +108,7 @@ def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     Where a Triton kernel runs, up to 64 rows (16 in fp32) a number for each of out and each split of K, of which a
     Llama 2 has up to 16; with more, the weight in x's dtype. Nothing elsewhere. Not to be shared by calls that overlap.
     """
-    size = 0
-    if _MATMUL.implementation(x.device.type).backend == "triton":
-        from fastllama.kernels.triton.matmul_int4 import workspace_size
-
-        size = workspace_size(x, packed, scales)
-    return torch.empty(size, dtype=torch.float32, device=x.device)
+    return _MATMUL.workspace(x.device, torch.float32, x, packed, scales)
 
 
 def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

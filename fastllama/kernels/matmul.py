@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.op import Op
 
 
@@ -18,8 +18,7 @@ def _check_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, w
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], dtype)
     check_tensor("out", out, shape, dtype)
-    if workspace is not None:
-        check_tensor("workspace", workspace, workspace.shape[:1], (torch.float32,))
+    check_workspace(workspace, torch.float32)
 
 
 def _product_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
@@ -92,12 +91,7 @@ def matmul_workspace(num_rows: int, weight: Tensor) -> Tensor:
     Where a Triton kernel runs, N numbers for each row and each part in which the weight's columns are read; nothing
     elsewhere. Not to be shared by calls that overlap.
     """
-    size = 0
-    if _MATMUL.implementation(weight.device.type).backend == "triton":
-        from fastllama.kernels.triton.matmul import workspace_size
-
-        size = workspace_size(num_rows, weight)
-    return torch.empty(size, dtype=torch.float32, device=weight.device)
+    return _MATMUL.workspace(weight.device, torch.float32, num_rows, weight)
 
 
 def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:

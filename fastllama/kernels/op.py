@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastllama import env
@@ -144,6 +144,17 @@ class Op:
             yield
         finally:
             self._bound, self._known = bound, {}
+
+    def workspace(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Tensor:
+        """Scratch memory on a device: as many elements as `workspace_size(*args)` beside the Triton launcher says.
+
+        None where another implementation runs. Uninitialised.
+        """
+        size = 0
+        if self.implementation(device.type).backend == "triton":
+            assert self._triton is not None
+            size = _load("triton", f"{self._triton.split(':')[0]}:workspace_size")(*args)
+        return torch.empty(size, dtype=dtype, device=device)
 
     @property
     def has_triton(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor
+from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.op import Op
 
 _PARAMETERS = (
@@ -30,8 +30,7 @@ def _check(logits: Tensor, *others: Tensor | None) -> None:
     for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
         assert tensor is not None
         check_tensor(name, tensor, (shape[0],), dtypes)
-    if workspace is not None:
-        check_tensor("workspace", workspace, workspace.shape[:1], (torch.int64,))
+    check_workspace(workspace, torch.int64)
 
 
 _SAMPLE = Op(
@@ -85,9 +84,4 @@ def sample_workspace(logits: Tensor) -> Tensor:
 
     About 4 bytes for each logit where a Triton kernel runs, nothing elsewhere. Not to be shared by calls that overlap.
     """
-    size = 0
-    if _SAMPLE.implementation(logits.device.type).backend == "triton":
-        from fastllama.kernels.triton.sampling import workspace_size
-
-        size = workspace_size(logits)
-    return torch.empty(size, dtype=torch.int64, device=logits.device)
+    return _SAMPLE.workspace(logits.device, torch.int64, logits)

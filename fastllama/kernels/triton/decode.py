@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, stride
-from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
@@ -184,10 +184,7 @@ def attention_decode(
     check_kernel_dtype("q", q)
     rows, num_heads, head_dim = q.shape
     launch, splits, size = _plan(q, k_pages, page_table)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    elif workspace.numel() < size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these tensors: at least {size}")
+    workspace = scratch(workspace, size, torch.float32, q.device)
     if not rows:
         return []
     num_seqs = page_table.shape[0]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastllama.kernels.op import Function
@@ -53,6 +54,17 @@ def launcher(plan: Callable[..., Sequence[KernelCall]]) -> Function:
         return _repeat(run, steps)
 
     return run
+
+
+def scratch(
+    workspace: Tensor | None, size: int, dtype: torch.dtype, device: torch.device, given: str = "tensors"
+) -> Tensor:
+    """The workspace, made where there is none. Raises ValueError for one of fewer than `size` elements."""
+    if workspace is None:
+        return torch.empty(size, dtype=dtype, device=device)
+    if workspace.numel() < size:
+        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these {given}: at least {size}")
+    return workspace
 
 
 @dataclass(frozen=True)

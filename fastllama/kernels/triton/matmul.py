@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.op import Function
-from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 from fastllama.kernels.triton.parts import sum_of
 
 MOST_ROWS = 64  # of the kernel: a tile of as many is as large as the weight's, and the vendor's products take over
@@ -86,10 +86,7 @@ def _of_few_rows(
     x, out = as_rows("x", x), as_rows("out", out)
     num_rows, features = out.shape
     launch, split, splits, size = _plan(num_rows, weight)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
-    elif workspace.numel() < size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these tensors: at least {size}")
+    workspace = scratch(workspace, size, torch.float32, x.device)
     if not (num_rows and features):
         return []
     parts = out if splits == 1 else workspace[:size].view(splits, num_rows, features)

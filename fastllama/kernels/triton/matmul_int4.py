@@ -19,7 +19,7 @@ from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.op import Function
 from fastllama.kernels.reference.int4 import COLUMNS
-from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 from fastllama.kernels.triton.parts import sum_of
 
 # Rows of x, by the bytes of an element: with more, arithmetic outweighs the weight's bytes (and in fp32 sums spill).
@@ -179,13 +179,10 @@ def matmul_int4(
     """See kernels.matmul_int4."""
     check_kernel_dtype("x", x)
     rows, result = as_rows("x", x), as_rows("out", out)
-    size = workspace_size(x, packed, scales)
-    if workspace is not None and workspace.numel() < size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these tensors: at least {size}")
     if rows.shape[0] <= FEW[x.element_size()]:
         return _multiply(x, packed, scales, zeros, bias, out, workspace)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+    size = workspace_size(x, packed, scales)
+    workspace = scratch(workspace, size, torch.float32, x.device)
     features, columns = scales.shape[0], x.shape[-1]
     weight = workspace[:size].view(x.dtype)[: features * columns].view(features, columns)
     _dequantize(packed, scales, zeros, weight)
@@ -215,14 +212,13 @@ def _multiply(
 ) -> list[KernelCall]:
     """Few rows."""
     launch, split, splits, elements = _plan(x, packed, scales)
+    workspace = scratch(workspace, elements, torch.float32, x.device)
     x, out = as_rows("x", x), as_rows("out", out)
     (num_rows, size), features = x.shape, scales.shape[0]
     if not (num_rows and features):
         return []
     parts = out[None]
     if splits > 1:
-        if workspace is None:
-            workspace = torch.empty(elements, dtype=torch.float32, device=x.device)
         parts = workspace[:elements].view(splits, num_rows, features)
     block_m = max(tuning.power_of_2(num_rows), 16)
     tiles = 1 if block_m == 16 else 2  # every program reads all of x: as often as the weight's bytes at 16 rows

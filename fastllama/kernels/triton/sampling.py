@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton import filters
-from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 from fastllama.kernels.triton.weights import LARGEST_VOCAB, keys_of, load_logits, masses_of, row_peak
 
 
@@ -178,10 +178,7 @@ def sample(
     if vocab_size > LARGEST_VOCAB:
         raise ValueError(f"logits has V={vocab_size}; legal for the Triton kernel: up to {LARGEST_VOCAB}")
     launch, chunks, parts, size = _plan(logits)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.int64, device=logits.device)
-    elif workspace.numel() < size:
-        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these logits: at least {size}")
+    workspace = scratch(workspace, size, torch.int64, logits.device, "logits")
     if not num_rows:
         return []
     views, start = [], 0

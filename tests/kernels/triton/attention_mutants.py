@@ -110,5 +110,5 @@ QUANTIZED_MUTANTS = [
         "the sum in another base", "decode", "(peak + tl.log2(total)) * lse_unit)", "peak + tl.log2(total))", BASE_2
     ),
     mutant("parts overlap", "decode", "workspace[results:size]", "workspace[: size - results]", PARTS),
-    mutant("a short workspace is taken", "decode", "workspace.numel() < size", "workspace.numel() < size - 1", SHORT),
+    mutant("a short workspace is taken", "decode", "scratch(workspace, size,", "scratch(workspace, size - 1,", SHORT),
 ]

@@ -83,5 +83,5 @@ INT4_MUTANTS = [
         SHAPES,
     ),
     fault("the scale that the weight's first group has", "tl.minimum(start // GROUP,", "tl.minimum(0,", SHAPES),
-    fault("a short workspace is taken", "workspace.numel() < size", "workspace.numel() < size - 1", SHORT),
+    fault("a short workspace is taken", "scratch(workspace, elements,", "scratch(workspace, elements - 1,", SHORT),
 ]

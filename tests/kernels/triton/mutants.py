@@ -229,7 +229,7 @@ SAMPLING_MUTANTS = [
     ),
     mutant("parts of the workspace overlap", "sampling", "        start = end\n", "", MANY),
     mutant(
-        "a short workspace is taken", "sampling", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
+        "a short workspace is taken", "launching", "workspace.numel() < size", "workspace.numel() < size - 1", WORKSPACE
     ),
 ]
 MERGE = "test_merge.py::test_merge_state"
