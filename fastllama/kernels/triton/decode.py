@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, stride
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 
 
@@ -212,19 +212,10 @@ def attention_decode(
         scale_log2=scale * LOG2_E,
         lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
-        k_page_stride=k_pages.stride(0),
-        v_page_stride=v_pages.stride(0),
-        k_scale_page_stride=stride(k_scales, 0),
-        v_scale_page_stride=stride(v_scales, 0),
-        k_token_stride=k_pages.stride(2),
-        v_token_stride=v_pages.stride(2),
         out_token_stride=parts.stride(0),
         page_table_stride=page_table.stride(0),
         Q_HEAD_STRIDE=q.stride(1),
-        K_HEAD_STRIDE=k_pages.stride(1),
-        V_HEAD_STRIDE=v_pages.stride(1),
-        K_SCALE_HEAD_STRIDE=stride(k_scales, 1),
-        V_SCALE_HEAD_STRIDE=stride(v_scales, 1),
+        **strides(k_pages, v_pages, k_scales, v_scales),
         OUT_HEAD_STRIDE=parts.stride(1),
         LSE_STRIDE=splits,
         QUERIES=queries,

@@ -33,9 +33,16 @@ def _converts_e4m3(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) >= 89
 
 
-def stride(tensor: Tensor | None, dim: int) -> int:
-    """0 where there is no tensor."""
-    return 0 if tensor is None else tensor.stride(dim)
+def strides(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> dict[str, int]:
+    """What kernels must know of keys and values [P, Hkv, page_size, D], or [T, Hkv, D] in no pages, and scales."""
+    found: dict[str, int] = {}
+    for name, values, scales in (("k", k, k_scales), ("v", v, v_scales)):
+        token, page = (2, values.stride(0)) if values.dim() == 4 else (0, 0)
+        found |= {f"{name}_page_stride": page, f"{name}_token_stride": values.stride(token)}
+        found |= {f"{name.upper()}_HEAD_STRIDE": values.stride(1)}
+        page, head = (0, 0) if scales is None else (scales.stride(0), scales.stride(1))
+        found |= {f"{name}_scale_page_stride": page, f"{name.upper()}_SCALE_HEAD_STRIDE": head}
+    return found
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, stride
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -140,8 +140,7 @@ def attention_varlen(
     lse: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_varlen."""
-    strides = {"k_page_stride": 0, "v_page_stride": 0, "k_token_stride": k.stride(0), "v_token_stride": v.stride(0)}
-    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, scale, causal, base2, out, lse, **strides)
+    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, scale, causal, base2, out, lse)
 
 
 @launcher
@@ -174,10 +173,6 @@ def attention_prefill(
         base2,
         out,
         lse,
-        k_page_stride=k_pages.stride(0),
-        v_page_stride=v_pages.stride(0),
-        k_token_stride=k_pages.stride(2),
-        v_token_stride=v_pages.stride(2),
     )
 
 
@@ -195,7 +190,6 @@ def _plan(
     base2: bool,
     out: Tensor,
     lse: Tensor | None,
-    **strides: int,
 ) -> list[KernelCall]:
     check_kernel_dtype("q", q)
     num_rows, num_heads, head_dim = q.shape
@@ -222,14 +216,8 @@ def _plan(
         lse_unit=lse_unit(base2),
         q_token_stride=q.stride(0),
         out_token_stride=out.stride(0),
-        k_scale_page_stride=stride(k_scales, 0),
-        v_scale_page_stride=stride(v_scales, 0),
-        page_table_stride=stride(page_table, 0),
+        page_table_stride=0 if page_table is None else page_table.stride(0),
         Q_HEAD_STRIDE=q.stride(1),
-        K_HEAD_STRIDE=k.stride(1),
-        V_HEAD_STRIDE=v.stride(1),
-        K_SCALE_HEAD_STRIDE=stride(k_scales, 1),
-        V_SCALE_HEAD_STRIDE=stride(v_scales, 1),
         OUT_HEAD_STRIDE=out.stride(1),
         GROUP=num_heads // k.shape[1],
         HEAD_DIM=head_dim,
@@ -240,6 +228,6 @@ def _plan(
         BLOCK_D=max(tuning.power_of_2(head_dim), 16),
         STAGES=launch.stages,
         num_warps=launch.num_warps,
-        **strides,
+        **strides(k, v, k_scales, v_scales),
     )
     return [call]
