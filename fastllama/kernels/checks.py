@@ -43,6 +43,36 @@ def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
         raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
 
 
+def product_shape(leading: Sequence[int], features: int, gated: bool) -> tuple[int, ...]:
+    """The shape of a product's result. Raises ValueError for a gated weight of an odd number of rows."""
+    if gated and features % 2:
+        raise ValueError(f"gated is True; legal for a weight of {features} rows, which is odd: False")
+    return (*leading, features // 2 if gated else features)
+
+
+def check_product(
+    x: Tensor,
+    features: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+) -> None:
+    """ValueError or TypeError unless x, and what is around its product with a weight of so many rows, are legal."""
+    dtype, shape = (x.dtype,), product_shape(x.shape[:-1], features, gated)
+    check_elements("x", x, FLOATS)
+    if bias is not None:
+        check_tensor("bias", bias, (features,), dtype)
+    if norm is not None:
+        check_tensor("norm", norm, x.shape[-1:], (x.dtype, torch.float32))
+    if residual is not None:
+        if gated:
+            raise ValueError("residual is a tensor; legal where gated is True: None")
+        check_tensor("residual", residual, shape, dtype)
+    check_tensor("out", out, shape, dtype)
+
+
 def check_workspace(workspace: Tensor | None, dtype: torch.dtype) -> None:
     """ValueError or TypeError unless `workspace` is None or [N], contiguous, of the dtype: of any length."""
     if workspace is not None:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, check_elements, check_tensor, check_workspace
+from fastllama.kernels.checks import (
+    FLOATS,
+    check_elements,
+    check_product,
+    check_tensor,
+    check_workspace,
+    product_shape,
+)
+from fastllama.kernels.compose import composed
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
@@ -22,28 +30,29 @@ def _check(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    shape, dtype = _product_shape(x, scales), x.dtype
-    size, features = x.shape[-1], shape[-1]
-    check_elements("x", x, FLOATS)
+    _result_shape(x, scales, gated)
+    size, features = x.shape[-1], scales.shape[0]
     check_tensor("packed", packed, packed_shape(features, size), _WORDS)
     if packed.stride()[1:] != _TILE:
         raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
-    _check_groups(scales, zeros, features, size, (dtype, torch.float32))
-    if bias is not None:
-        check_tensor("bias", bias, (features,), (dtype,))
-    check_tensor("out", out, shape, (dtype,))
+    _check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
+    check_product(x, features, bias, norm, residual, gated, out)
     check_workspace(workspace, torch.float32)
 
 
-def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
+def _result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
     *leading, size = x.shape or (0,)
     if not size:
         raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
     check_shape("scales", scales, ("N", "K / G"))
-    return (*leading, scales.shape[0])
+    return product_shape(leading, scales.shape[0], gated)
 
 
 def _check_groups(
@@ -63,13 +72,14 @@ def _check_groups(
 
 
 _MATMUL = Op(
-    "matmul_int4(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor(a!) out, "
-    "Tensor(c!)? workspace) -> ()",
+    "matmul_int4(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm, float eps, "
+    "Tensor? residual, bool gated, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
     check=_check,
     reference=reference.matmul_int4,
     cpu=cpu.matmul_int4,
     numba="int4:matmul_int4",
     triton="matmul_int4:matmul_int4",
+    around=composed,
 )
 
 
@@ -80,6 +90,10 @@ def matmul_int4(
     zeros: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
@@ -88,8 +102,8 @@ def matmul_int4(
     x: [..., K], any floating dtype, rows at one stride. packed: [ceil(N / 64), ceil(K / 128), 2, 128, 4] int32, what
     pack_int4 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
     columns, G 32, 64, 128 or K. zeros: like scales, uint8, x's dtype or fp32, in units of codes; 8 when None. bias: [N]
-    in x's dtype or None. out: [..., N]; allocated when None. workspace: scratch memory of `matmul_int4_workspace`;
-    allocated when None and needed. Returns out.
+    in x's dtype or None. norm, eps, residual, gated, out: as for `matmul`. workspace: scratch memory of
+    `matmul_int4_workspace`; allocated when None and needed. Returns out.
     Accumulates in fp32. Up to 64 rows (16 in fp32) codes and zeros are exact, and a row's result is the same, bit for
     bit, whatever the other rows; with more, a Triton kernel rounds weights to x's dtype first. Where x holds an
     infinity, a result may be NaN in place of an infinity.
@@ -97,16 +111,17 @@ def matmul_int4(
     Source: kernels/reference/int4.py.
     """
     if out is None:
-        out = torch.empty(_product_shape(x, scales), dtype=x.dtype, device=x.device)
-    _MATMUL(x, packed, scales, zeros, bias, out, workspace)
+        out = torch.empty(_result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+    _MATMUL(x, packed, scales, zeros, bias, norm, eps, residual, gated, out, workspace)
     return out
 
 
 def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """Scratch memory for `matmul_int4` of such tensors, to be kept from call to call: [S] fp32, uninitialised.
+    """Scratch memory for `matmul_int4` of such tensors, to be kept from call to call: [S] fp32.
 
-    Where a Triton kernel runs, up to 64 rows (16 in fp32) a number for each of out and each split of K, of which a
-    Llama 2 has up to 16; with more, the weight in x's dtype. Nothing elsewhere. Not to be shared by calls that overlap.
+    Where a Triton kernel runs, 4096 zeros as in `matmul_workspace`, and up to 64 rows (16 in fp32) a number for each of
+    N, each row and each split of K, of which a Llama 2 has up to 16; with more rows, the weight in x's dtype. Nothing
+    elsewhere. Not to be shared by calls that overlap.
     """
     return _MATMUL.workspace(x.device, torch.float32, x, packed, scales)
 

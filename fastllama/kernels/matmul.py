@@ -7,28 +7,44 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.checks import FLOATS, INTEGERS, check_elements, check_tensor, check_workspace
+from fastllama.kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_elements,
+    check_product,
+    check_tensor,
+    check_workspace,
+    product_shape,
+)
+from fastllama.kernels.compose import composed
 from fastllama.kernels.op import Op
 
 
-def _check_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
-    shape, dtype = _product_shape(x, weight), (x.dtype,)
-    check_elements("x", x, FLOATS)
-    check_elements("weight", weight, dtype)
-    if bias is not None:
-        check_tensor("bias", bias, weight.shape[:1], dtype)
-    check_tensor("out", out, shape, dtype)
+def _check_matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    _result_shape(x, weight, gated)
+    check_elements("weight", weight, (x.dtype,))
+    check_product(x, weight.shape[0], bias, norm, residual, gated, out)
     check_workspace(workspace, torch.float32)
 
 
-def _product_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+def _result_shape(x: Tensor, weight: Tensor, gated: bool) -> tuple[int, ...]:
     *leading, size = x.shape or (None,)
     if size is None:
         raise ValueError("x has shape []; legal: [..., K]")
     matrix = weight.shape
     if len(matrix) != 2 or matrix[1] != size:
         check_shape("weight", weight, ("N", size))
-    return (*leading, matrix[0])
+    return product_shape(leading, matrix[0], gated)
 
 
 def _check_embedding(ids: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -47,12 +63,14 @@ def _rows_shape(ids: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 _MATMUL = Op(
-    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool gated, "
+    "Tensor(a!) out, Tensor(c!)? workspace) -> ()",
     check=_check_matmul,
     reference=reference.matmul,
     cpu=cpu.matmul,
     numba="matmul:matmul",
     triton="matmul:matmul",
+    around=composed,
 )
 _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
@@ -67,29 +85,39 @@ def matmul(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight^T (+ bias): a linear layer, and the logits when weight is the output embedding.
+    """x @ weight^T (+ bias): a linear layer, and what stands before and behind it in a Llama's block.
 
     x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one
-    floating dtype, last dimension contiguous, rows at one stride. out: [..., N]; allocated when None. Returns out.
+    floating dtype, last dimension contiguous, rows at one stride.
+    norm, eps: x is `rms_norm(x, norm, eps)` first; norm: [K] in x's dtype or fp32.
+    gated: the weight is [gate | up], and out is silu(gate) * up: [..., N / 2].
+    residual: like out, added; may be out itself. None where gated.
+    out: [..., N]; allocated when None. Returns out.
     workspace: scratch memory of `matmul_workspace` for as many rows or more; allocated when None and needed.
-    Accumulates in fp32; a bias is added before or after the rounding.
+    Accumulates in fp32. What is between x and out may be rounded to x's dtype or not; a Triton kernel of few rows
+    multiplies by the norm's factor last (docs/numerics.md).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
-    Source: y = x W^T + b.
+    Source: y = x W^T + b; `rms_norm`, `silu_mul`.
     """
     if out is None:
-        out = torch.empty(_product_shape(x, weight), dtype=x.dtype, device=x.device)
-    _MATMUL(x, weight, bias, out, workspace)
+        out = torch.empty(_result_shape(x, weight, gated), dtype=x.dtype, device=x.device)
+    _MATMUL(x, weight, bias, norm, eps, residual, gated, out, workspace)
     return out
 
 
 def matmul_workspace(num_rows: int, weight: Tensor) -> Tensor:
-    """Scratch memory for `matmul` of so many rows by a weight [N, K], kept from call to call: [E] fp32, uninitialised.
+    """Scratch memory for `matmul` of so many rows by a weight [N, K], kept from call to call: [E] fp32.
 
-    Where a Triton kernel runs, N numbers for each row and each part in which the weight's columns are read; nothing
-    elsewhere. Not to be shared by calls that overlap.
+    Where a Triton kernel runs and reads the weight's columns in parts, N numbers for each row and each part, and 4096
+    zeros in front, which are zeros again after each call; nothing elsewhere. Other ops that take such memory may use
+    the same. Not to be shared by calls that overlap.
     """
     return _MATMUL.workspace(weight.device, torch.float32, num_rows, weight)
 

@@ -8,6 +8,7 @@ themselves. A call like an earlier one is not checked again.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ class Op:
     cpu: faster implementation for CPU tensors, in out-form; None when the reference is the CPU backend.
     numba: "module:launcher" under kernels/numba, in out-form, for CPU tensors where the extra [cpu] is installed.
     triton: "module:launcher" under kernels/triton, in out-form; imported when first needed, so Triton stays optional.
+    around: makes an implementation of what `cpu` and `numba` name, where these do a part of the op.
 
     An implementation may return a function, which then runs the calls that are like this one in its place.
     """
@@ -65,6 +67,7 @@ class Op:
         cpu: Function | None = None,
         numba: str | None = None,
         triton: str | None = None,
+        around: Callable[[Function], Function] | None = None,
     ) -> None:
         self.name, parameters = schema.removesuffix(") -> ()").split("(", 1)
         kinds, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
@@ -75,6 +78,7 @@ class Op:
         self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self._check, self._reference = check, reference
         self._cpu, self._numba, self._triton = cpu, numba, triton
+        self._around = functools.cache(around or _as_it_is)
         self._bound: dict[torch.device, Function] = {}
         self._second = self._tensors[1]
         self._known: dict[tuple[int, int], tuple[Likeness, Function]] = {}  # by the first two tensors' sizes
@@ -146,15 +150,15 @@ class Op:
             self._bound, self._known = bound, {}
 
     def workspace(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Tensor:
-        """Scratch memory on a device: as many elements as `workspace_size(*args)` beside the Triton launcher says.
+        """Zeros on a device: as many as `workspace_size(*args)` beside the Triton launcher says.
 
-        None where another implementation runs. Uninitialised.
+        None where another implementation runs.
         """
         size = 0
         if self.implementation(device.type).backend == "triton":
             assert self._triton is not None
             size = _load("triton", f"{self._triton.split(':')[0]}:workspace_size")(*args)
-        return torch.empty(size, dtype=dtype, device=device)
+        return torch.zeros(size, dtype=dtype, device=device)
 
     @property
     def has_triton(self) -> bool:
@@ -182,9 +186,10 @@ class Op:
         missing = f"no kernels for {device}"
         if device == "cpu":
             if self._numba is not None and importlib.util.find_spec("numba") is not None:
-                found.append(Implementation("numba", _load("numba", self._numba), "tensors on cpu, Numba is installed"))
+                run = self._around(_load("numba", self._numba))
+                found.append(Implementation("numba", run, "tensors on cpu, Numba is installed"))
             if self._cpu is not None:
-                found.append(Implementation("cpu", self._cpu, "tensors on cpu"))
+                found.append(Implementation("cpu", self._around(self._cpu), "tensors on cpu"))
             missing = "tensors on cpu; the reference is the CPU backend"
         elif device == "cuda":
             if self._triton is not None:
@@ -225,6 +230,10 @@ def _on(index: int, run: Function) -> Function:
         return again and _on(index, again)
 
     return guarded
+
+
+def _as_it_is(run: Function) -> Function:
+    return run
 
 
 def _load(room: str, target: str) -> Function:

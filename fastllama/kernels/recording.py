@@ -64,7 +64,7 @@ class Recording(TorchDispatchMode):
 
     def _noting(self, run: Function, owner: int) -> Function:
         def note(*args: Any) -> None:
-            if threading.get_ident() != owner:
+            if threading.get_ident() != owner or self._depth:  # an op within an op
                 run(*args)
                 return
             self._depth += 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastllama import kernels
 from fastllama.layers.batch import BatchMeta, LayerKV
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.linear import Linear
+from fastllama.layers.linear import Linear, RMSNorm
 
 
 class LlamaAttention(nn.Module):
@@ -19,11 +19,10 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, config.qkv_size, config.attention_bias, dtype, device)
         self.o_proj = Linear(config.q_size, config.hidden_size, config.attention_bias, dtype, device)
 
-    def forward(self, hidden: Tensor, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
-        """hidden [T, H] -> [T, H]; writes the batch's keys and values into kv."""
-        q = kernels.rope_and_write_kv(
-            self.qkv_proj(hidden), cos_sin, batch.positions, batch.slots, kv.k_pages, kv.v_pages
-        )
+    def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+        """hidden [T, H], to which attention of norm(hidden) is added in place; writes keys and values into kv."""
+        qkv = self.qkv_proj(hidden, norm=norm)
+        q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, kv.k_pages, kv.v_pages)
         out = torch.empty_like(q)
         split, total = batch.num_decodes, batch.seq_lens.shape[0]
         if split:
@@ -40,4 +39,4 @@ class LlamaAttention(nn.Module):
                 batch.cu_seqlens_q,
                 out=out[split:],
             )
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), residual=hidden)

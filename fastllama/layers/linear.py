@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,42 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
-class Linear(nn.Module):
-    """y = x W^T (+ b), weight [out_features, in_features]."""
+class RMSNorm(nn.Module):
+    """The weight of a root-mean-square norm, which the linear layer behind it applies."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = parameter(size, dtype=dtype, device=device)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same."""
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class LinearBase(nn.Module):
+    """y = x W^T (+ b), weight [out_features, in_features], with what a Llama's block has before and behind it."""
+
+    def forward(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """x [..., in_features], normalised first by `norm` -> [..., out_features].
+
+        residual: like the result, which is added to it in place. gated: the weight is [gate | up], and the result
+        silu(gate) * up, of half as many features.
+        """
+        around: dict[str, Any] = {"residual": residual, "out": residual, "gated": gated}
+        if norm is not None:
+            around |= {"norm": norm.weight, "eps": norm.eps}
+        return self.product(x, **around)
+
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        """The op on the weight; around: what `kernels.matmul` takes by name."""
+        raise NotImplementedError
+
+
+class Linear(LinearBase):
+    """A linear layer whose weight is kept as it is."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device | str
@@ -23,13 +59,12 @@ class Linear(nn.Module):
         self.weight = parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        return kernels.matmul(x, self.weight, self.bias)
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        return kernels.matmul(x, self.weight, self.bias, **around)
 
 
-class PackedLinear(nn.Module):
-    """A Linear whose weight is kept in another form."""
+class PackedLinear(LinearBase):
+    """A linear layer whose weight is kept in another form."""
 
     @property
     def num_weights(self) -> int:
@@ -62,9 +97,8 @@ class Bf12Linear(PackedLinear):
     def weight(self) -> Tensor:
         return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias)
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
 
 
 class Int4Linear(PackedLinear):
@@ -91,21 +125,5 @@ class Int4Linear(PackedLinear):
         codes = kernels.unpack_int4(self.packed, self.scales.shape[0], self.in_features)
         return kernels.dequantize_int4(codes, self.scales.float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, with the residual addition in front of it."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.weight = parameter(size, dtype=dtype, device=device)
-        self.eps = eps
-
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(hidden + residual), hidden + residual), both in place; without a residual hidden becomes it."""
-        if residual is None:
-            return kernels.rms_norm(hidden, self.weight, self.eps), hidden
-        return kernels.add_rms_norm(hidden, residual, self.weight, self.eps, out=hidden, residual_out=residual)
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias, **around)

@@ -75,12 +75,10 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
         """ids [T] -> logits [R, V] of batch.logits_rows, in the model's dtype; keys and values are written into kv."""
-        hidden, residual = self.embed_tokens(ids), None
+        hidden = self.embed_tokens(ids)
         for block, layer_kv in zip(self.layers, kv.layers, strict=True):
-            hidden, residual = block(hidden, residual, batch, layer_kv, self.cos_sin)
-        assert residual is not None  # a configuration has at least one layer
+            hidden = block(hidden, batch, layer_kv, self.cos_sin)
         rows = batch.logits_rows
         if rows.shape[0] != ids.shape[0]:
-            hidden, residual = hidden.index_select(0, rows), residual.index_select(0, rows)
-        hidden, _ = self.norm(hidden, residual)
-        return self.lm_head(hidden)
+            hidden = hidden.index_select(0, rows)
+        return self.lm_head(hidden, norm=self.norm)

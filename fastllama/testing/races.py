@@ -1,4 +1,9 @@
-"""Races between the programs of one launch: what two of them touch and one writes, in an order that no GPU promises."""
+"""Races between the programs of one launch: what two of them touch and one writes, in an order that no GPU promises.
+
+A program may read what another has stored before it updated a counter, once it has updated the same counter itself: so
+the last of several programs can add what all of them left. One that reads without being the last shows as a race,
+with whatever is stored after its turn.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,32 @@ from fastllama.testing.floats import Array
 
 @dataclass
 class Log:
-    """Who touched what in one launch: per kind of access, (program, size, unique addresses) of every program."""
+    """Who touched what in one launch: per kind of access, (program, size, unique addresses) of every program.
+
+    counted: by the address of a counter, each program that updated it, and how many stores there were by then.
+    handed: by program, (program, number of stores) of those that updated a counter before it.
+    """
 
     accesses: dict[str, list[tuple[int, int, Array]]] = field(
         default_factory=lambda: {"load": [], "store": [], "atomic": []}
     )
+    counted: dict[int, dict[int, int]] = field(default_factory=dict)
+    handed: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def add(self, kind: str, program: int, size: int, addresses: Array) -> None:
+        if kind == "atomic" and addresses.size == 1:
+            before = self.counted.setdefault(int(addresses[0]), {})
+            self.handed.setdefault(program, {}).update(before)
+            before[program] = len(self.accesses["store"])
+        elif kind == "load" and program in self.handed:
+            addresses = np.setdiff1d(addresses, self._handed_to(program, size), assume_unique=True)
         self.accesses[kind].append((program, size, addresses))
+
+    def _handed_to(self, program: int, size: int) -> Array:
+        """The addresses, of stores of `size` bytes, that others left for a program."""
+        stores, ends = self.accesses["store"], self.handed[program]
+        found = [each for i, (other, width, each) in enumerate(stores) if i < ends.get(other, 0) and width == size]
+        return np.concatenate([*found, np.empty(0, np.uint64)])
 
     def race(self) -> tuple[str, int, int, int] | None:
         """What is wrong, the address and the two programs; None when every order of the programs gives the same."""

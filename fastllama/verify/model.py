@@ -111,14 +111,11 @@ def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
     streams: list[list[Tensor]] = [[] for _ in model.layers]
     logits: list[Tensor] = []
 
-    def note(stream: list[Tensor], output: Any) -> None:
-        stream.append(output[0] + output[1])  # a new tensor: the next layer overwrites both
-
     handles = [model.register_forward_hook(lambda module, args, output: logits.append(output.clone()))]
     for block, stream in zip(model.layers, streams, strict=True):
 
-        def hook(module: nn.Module, args: Any, output: Any, stream: list[Tensor] = stream) -> None:
-            note(stream, output)
+        def hook(module: nn.Module, args: Any, output: Tensor, stream: list[Tensor] = stream) -> None:
+            stream.append(output.clone())  # the next layer adds to it in place
 
         handles.append(block.register_forward_hook(hook))
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True, prompt_logprobs=0)

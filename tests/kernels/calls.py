@@ -28,6 +28,11 @@ def positional(op: str, given: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(given.get(name) for name in OPS[op].names)
 
 
+def around(rows: int, size: int) -> dict[str, Any]:
+    """What a product to 6 features takes of the ops before and behind it."""
+    return {"norm": torch.rand(size), "eps": 1e-5, "residual": torch.randn(rows, 6), "gated": False}
+
+
 def arguments(op: str) -> dict[str, Any]:
     """Every tensor of the op's schema by name but an optional log-sum-exp, and its scalars."""
     hidden, weight = torch.randn(T, D), torch.randn(D)
@@ -99,6 +104,7 @@ def arguments(op: str) -> dict[str, Any]:
             "x": hidden,
             "weight": torch.randn(6, D),
             "bias": torch.randn(6),
+            **around(T, D),
             "out": torch.empty(T, 6),
             "workspace": None,
         },
@@ -108,6 +114,7 @@ def arguments(op: str) -> dict[str, Any]:
             "outliers": OUTLIERS,
             "exponent": EXPONENT,
             "bias": torch.randn(6),
+            **around(4, 64),
             "out": torch.empty(4, 6),
         },
         "matmul_int4": {
@@ -116,6 +123,7 @@ def arguments(op: str) -> dict[str, Any]:
             "scales": torch.randn(6, 5),
             "zeros": 15 * torch.rand(6, 5),
             "bias": torch.randn(6),
+            **around(T, 160),
             "out": torch.empty(T, 6),
             "workspace": None,
         },

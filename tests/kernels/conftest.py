@@ -24,11 +24,15 @@ torch.set_num_threads(1)  # tensors here are tiny, and the tests may run in seve
 
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Interpreter tests run repaired, every access checked; `def test_...(checked: Report)` reads their bytes."""
-    if request.node.get_closest_marker("interpreter") is None:
+    """Interpreter tests run repaired, every access checked; `def test_...(checked: Report)` reads their bytes.
+
+    `@pytest.mark.interpreter(order="reverse")`: what `checks` takes.
+    """
+    marker = request.node.get_closest_marker("interpreter")
+    if marker is None:
         yield None
         return
     from fastllama.testing.checks import checks  # loads Triton, which the other tests need not wait for
 
-    with checks() as report:
+    with checks(**marker.kwargs) as report:
         yield report

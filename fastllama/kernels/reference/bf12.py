@@ -69,9 +69,19 @@ def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
     return bits.view(torch.bfloat16)
 
 
-def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None = None) -> Tensor:
+def matmul_bf12(
+    x: Tensor,
+    codes: Tensor,
+    outliers: Tensor,
+    exponent: int,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
     """`matmul` by the weight that `pack_bf12` packed."""
-    return matmul(x, unpack_bf12(codes, outliers, exponent).to(x.dtype), bias)
+    return matmul(x, unpack_bf12(codes, outliers, exponent).to(x.dtype), bias, norm, eps, residual, gated)
 
 
 def _interleaved(values: Tensor) -> Tensor:

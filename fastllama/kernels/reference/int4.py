@@ -90,8 +90,17 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) 
 
 
 def matmul_int4(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """`matmul` by the weight that codes, scales and zeros stand for, which is not rounded before."""
     codes = unpack_int4(packed, scales.shape[0], x.shape[-1])
-    return matmul(x, dequantize_int4(codes, scales.to(wide(x).dtype), zeros), bias)
+    weight = dequantize_int4(codes, scales.to(wide(x).dtype), zeros)
+    return matmul(x, weight, bias, norm, eps, residual, gated)

@@ -6,16 +6,29 @@ programs as its shape alone decides: a row's numbers are added in one order, wha
 
 from __future__ import annotations
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.compose import compose
 from fastllama.kernels.op import Function
-from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
-from fastllama.kernels.triton.parts import sum_of
+from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.product import (
+    Splits,
+    arguments,
+    dense,
+    finish,
+    fused,
+    owned,
+    row_sums,
+    splits_of,
+    squares_of,
+    weighted,
+)
 
 MOST_ROWS = 64  # of the kernel: a tile of as many is as large as the weight's, and the vendor's products take over
 
@@ -28,104 +41,135 @@ def matmul_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    counters_ptr,
+    parts_ptr,
+    squares_ptr,
     num_rows,
+    eps,
     x_row_stride,
     weight_row_stride,
     out_row_stride,
-    out_split_stride,
+    residual_row_stride,
     FEATURES: tl.constexpr,
     SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    row = tl.arange(0, BLOCK_M)  # [M]
-    split = tl.program_id(1)
+    feature = owned(FEATURES, BLOCK_N, GATED)  # [N]
+    row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
+    first = tl.program_id(1) * SPLIT
     col = tl.arange(0, BLOCK_K)  # [K]
-    x_ptrs = x_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[:, None] * x_row_stride + col[None, :]
-    weight_rows = tl.minimum(feature, FEATURES - 1).to(tl.int64)[:, None] * weight_row_stride
-    weight_ptrs = weight_ptr + weight_rows + col[None, :]
+    x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride + col[None, :]
+    weight_ptrs = weight_ptr + feature[:, None] * weight_row_stride + col[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    first = split * SPLIT
+    squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     for start in tl.range(first, tl.minimum(first + SPLIT, SIZE), BLOCK_K, num_stages=STAGES):
+        exists = start + col < SIZE
         if SIZE % BLOCK_K == 0:
             weight = tl.load(weight_ptrs + start)  # [N, K]
             x = tl.load(x_ptrs + start)  # [M, K]
         else:
-            inside = (start + col < SIZE)[None, :]
-            weight = tl.load(weight_ptrs + start, mask=inside, other=0.0)
-            x = tl.load(x_ptrs + start, mask=inside, other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=exists[None, :], other=0.0)
+            x = tl.load(x_ptrs + start, mask=exists[None, :], other=0.0)
+        if norm_ptr is not None:
+            squares += squares_of(x)
+            x = weighted(x, norm_ptr, start + col, exists)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + tl.minimum(feature, FEATURES - 1)).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + split * out_split_stride + row.to(tl.int64)[None, :] * out_row_stride + feature[:, None]
-    mask = (feature < FEATURES)[:, None] & (row < num_rows)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    finish(
+        acc,
+        row_sums(squares),
+        row,
+        num_rows,
+        out_ptr,
+        bias_ptr,
+        norm_ptr,
+        residual_ptr,
+        counters_ptr,
+        parts_ptr,
+        squares_ptr,
+        eps,
+        out_row_stride,
+        residual_row_stride,
+        FEATURES,
+        SIZE,
+        SPLITS,
+        GATED,
+    )
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> Function | None:
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> Function | None:
     """See kernels.matmul."""
     check_kernel_dtype("x", x)
-    rows, result = as_rows("x", x), as_rows("out", out)
-    if rows.shape[0] <= MOST_ROWS:
-        again: Function | None = _of_few_rows(x, weight, bias, out, workspace)
-        return again
-    torch.mm(rows, weight.T, out=result)
-    if bias is not None:
-        result += bias
+    if math.prod(x.shape[:-1]) <= MOST_ROWS:
+        return fused(_of_few_rows, x, (weight, bias), norm, eps, residual, gated, out, workspace)
+    compose(dense(weight, bias), x, norm, eps, out, residual, gated)
     return None
 
 
 @launcher
 def _of_few_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
 ) -> list[KernelCall]:
     x, out = as_rows("x", x), as_rows("out", out)
-    num_rows, features = out.shape
-    launch, split, splits, size = _plan(num_rows, weight)
-    workspace = scratch(workspace, size, torch.float32, x.device)
-    if not (num_rows and features):
+    if residual is not None:
+        residual = as_rows("residual", residual)
+    num_rows, (features, size) = x.shape[0], weight.shape
+    launch, splits = _plan(num_rows, weight)
+    if not out.numel():
         return []
-    parts = out if splits == 1 else workspace[:size].view(splits, num_rows, features)
-    product = KernelCall(
+    block_m = max(tuning.power_of_2(num_rows), 16)
+    wide = 2 if block_m == 64 and norm is not None else 1  # 64 rows of x in registers spill on sm_80
+    around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
+    call = KernelCall(
         matmul_kernel,
-        (tuning.ceil_div(features, launch.features), splits),
-        out_ptr=parts,
+        (tuning.ceil_div(out.shape[1], launch.features // (2 if gated else 1)), splits.count),
+        **around,
         x_ptr=x,
         weight_ptr=weight,
-        bias_ptr=bias if splits == 1 else None,
-        num_rows=num_rows,
         x_row_stride=x.stride(0),
         weight_row_stride=weight.stride(0),
-        out_row_stride=parts.stride(-2),
-        out_split_stride=num_rows * features,
-        FEATURES=features,
-        SIZE=weight.shape[1],
-        SPLIT=split,
-        BLOCK_M=max(tuning.power_of_2(num_rows), 16),
+        SIZE=size,
+        BLOCK_M=block_m,
         BLOCK_N=launch.features,
         BLOCK_K=launch.size,
         STAGES=launch.stages,
-        num_warps=launch.num_warps,
+        num_warps=wide * launch.num_warps,
     )
-    if splits == 1:
-        return [product]
-    return [product, sum_of(parts, bias, out)]
+    return [call]
 
 
-def _plan(num_rows: int, weight: Tensor) -> tuple[tuning.MatmulLaunch, int, int, int]:
-    """The launch, the columns of a split, the splits, and the workspace's elements."""
+def _plan(num_rows: int, weight: Tensor) -> tuple[tuning.MatmulLaunch, Splits]:
     features, size = weight.shape
     launch = tuning.matmul(weight.device, features=features, size=size, itemsize=weight.element_size())
-    blocks = max(tuning.ceil_div(size, launch.size), 1)
-    each = tuning.ceil_div(blocks, launch.splits)
-    splits = tuning.ceil_div(blocks, each)
-    return launch, each * launch.size, splits, splits * num_rows * features if splits > 1 else 0
+    tiles = tuning.ceil_div(features, launch.features) + 1  # one more where each half of a gated weight is divided
+    return launch, splits_of(num_rows, size, launch.size, tiles, launch.features, launch.splits)
 
 
 def workspace_size(num_rows: int, weight: Tensor) -> int:
     """Elements of fp32 that `matmul` needs for so many rows: a product of each split of the columns."""
-    return _plan(num_rows, weight)[3] if num_rows <= MOST_ROWS else 0
+    return _plan(num_rows, weight)[1].elements if num_rows <= MOST_ROWS else 0

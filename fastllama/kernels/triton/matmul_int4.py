@@ -17,23 +17,45 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.compose import compose
 from fastllama.kernels.op import Function
-from fastllama.kernels.reference.int4 import COLUMNS
+from fastllama.kernels.reference.int4 import COLUMNS, ROWS
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
-from fastllama.kernels.triton.parts import sum_of
+from fastllama.kernels.triton.product import (
+    COUNTERS,
+    Splits,
+    arguments,
+    dense,
+    finish,
+    fused,
+    owned,
+    row_sums,
+    splits_of,
+    squares_of,
+    weighted,
+)
 
 # Rows of x, by the bytes of an element: with more, arithmetic outweighs the weight's bytes (and in fp32 sums spill).
 FEW = {2: 64, 4: 16}
 
 
-# Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] from row `row`, a multiple of 64, and column `start`. BLOCK_K is
-# 64, all four words of a thread, or 32, two of them. Past the last row of tiles there is that one again.
+# Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] of the tile of rows `tile` and those at STEP tiles from it and
+# each other, from column `start`. BLOCK_K is 64, all four words of a thread, or 32, two of them. Past the last tile
+# there is that one again.
 @triton.jit
 def load_codes(
-    packed_ptr, row_stride, row, start, N: tl.constexpr, dtype: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+    packed_ptr,
+    row_stride,
+    tile,
+    start,
+    N: tl.constexpr,
+    dtype: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     lane, word = tl.arange(0, 128 * TILES)[:, None], tl.arange(0, BLOCK_K // 16)[None, :]
-    tile = tl.minimum(row // 64 + lane // 128, (N - 1) // 64)
+    tile = tl.minimum(tile + lane // 128 * STEP, (N - 1) // 64)
     packed_ptr += start // 64 * 512
     if BLOCK_K == 32:
         packed_ptr += start % 64 // 16
@@ -59,11 +81,11 @@ def numbers(words, dtype: tl.constexpr):
 
 # A group's number of each row, in fp32: [rows, 1].
 @triton.jit
-def per_row(ptr, row, row_stride, group, mask):
-    return tl.load(ptr + row * row_stride + group, mask=mask, other=0).to(tl.float32)[:, None]
+def per_row(ptr, row, row_stride, group):
+    return tl.load(ptr + row * row_stride + group).to(tl.float32)[:, None]
 
 
-# One program owns 64 * TILES columns of all rows of out, of one split of K.
+# One program owns 64 * TILES columns of all rows of out, of one split of K; of a gated weight's as many of each half.
 @triton.jit
 def matmul_kernel(
     x_ptr,
@@ -71,53 +93,83 @@ def matmul_kernel(
     scales_ptr,
     zeros_ptr,
     bias_ptr,
+    norm_ptr,
+    residual_ptr,
     out_ptr,
+    counters_ptr,
+    parts_ptr,
+    squares_ptr,
     x_row_stride,
     packed_row_stride,
     scales_row_stride,
     zeros_row_stride,
-    out_split_stride,
     out_row_stride,
+    residual_row_stride,
     num_rows,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    eps,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    first, split = tl.program_id(0).to(tl.int64) * (64 * TILES), tl.program_id(1).to(tl.int64)
+    STEP: tl.constexpr = FEATURES // 128 if GATED else 1  # tiles from a gate's to its up's
+    tile = tl.program_id(0).to(tl.int64) * (1 if GATED else TILES)
     dtype = x_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
-    col = first + tl.arange(0, 64 * TILES)  # [N]
-    some, inside = (row < num_rows)[None, :], col < N
+    feature = owned(FEATURES, 64 * TILES, GATED)  # [N]
+    some = (row < num_rows)[:, None]
     acc = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     begin = tl.program_id(1) * SPLIT
-    for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, K), 128, num_stages=STAGES):
+    for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, SIZE), 128, num_stages=STAGES):
         for part in tl.static_range(128 // GROUP):
             products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
             sums = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
             for block in tl.static_range(GROUP // BLOCK_K):
                 start = tile_start + (part * GROUP + block * BLOCK_K)
-                k = start + tl.arange(0, BLOCK_K)[:, None]  # [K, 1]
-                x_mask = some if K % 128 == 0 else some & (k < K)
-                x = tl.load(x_ptr + row[None, :] * x_row_stride + k, mask=x_mask, other=0.0)  # [K, M]
-                codes = load_codes(packed_ptr, packed_row_stride, first, start, N, dtype, TILES, BLOCK_K)
-                products = tl.dot(codes, x, products, input_precision="ieee")
+                col = start + tl.arange(0, BLOCK_K)  # [K]
+                exists = col < SIZE
+                x_mask = some if SIZE % 128 == 0 else some & exists[None, :]
+                x = tl.load(x_ptr + row[:, None] * x_row_stride + col[None, :], mask=x_mask, other=0.0)  # [M, K]
+                if norm_ptr is not None:
+                    squares += squares_of(x)
+                    x = weighted(x, norm_ptr, col, exists)
+                codes = load_codes(packed_ptr, packed_row_stride, tile, start, FEATURES, dtype, TILES, STEP, BLOCK_K)
+                products = tl.dot(codes, tl.trans(x), products, input_precision="ieee")
                 if zeros_ptr is not None:  # the sums of x in every row, in the layout in which they are needed
                     ones = tl.full([64 * TILES, BLOCK_K], 1.0, dtype)
-                    sums = tl.dot(ones, x, sums, input_precision="ieee")
+                    sums = tl.dot(ones, tl.trans(x), sums, input_precision="ieee")
             group = tl.minimum(tile_start // GROUP + part, GROUPS - 1)  # past K, where x is 0, there is none
             if zeros_ptr is not None:
-                products -= (per_row(zeros_ptr, col, zeros_row_stride, group, inside) - 8.0) * sums
-            acc += products * per_row(scales_ptr, col, scales_row_stride, group, inside)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + split * out_split_stride + row[None, :] * out_row_stride + col[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & some)
+                products -= (per_row(zeros_ptr, feature, zeros_row_stride, group) - 8.0) * sums
+            acc += products * per_row(scales_ptr, feature, scales_row_stride, group)
+    finish(
+        acc,
+        row_sums(squares),
+        row,
+        num_rows,
+        out_ptr,
+        bias_ptr,
+        norm_ptr,
+        residual_ptr,
+        counters_ptr,
+        parts_ptr,
+        squares_ptr,
+        eps,
+        out_row_stride,
+        residual_row_stride,
+        FEATURES,
+        SIZE,
+        SPLITS,
+        GATED,
+    )
 
 
 # One program owns 64 rows and BLOCK_K columns of the weight.
@@ -136,35 +188,31 @@ def dequantize_kernel(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    first, start = tl.program_id(0).to(tl.int64) * 64, tl.program_id(1) * BLOCK_K
+    tile, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K
     dtype = weight_ptr.dtype.element_ty
-    row = first + tl.arange(0, 64)  # [N]
+    first = tl.program_id(0).to(tl.int64) * 64
+    row, inside = owned(N, 64, False), first + tl.arange(0, 64) < N  # [N]
     col = start + tl.arange(0, BLOCK_K)[None, :]  # [1, K]
-    inside, group = row < N, tl.minimum(start // GROUP, GROUPS - 1)
-    codes = load_codes(packed_ptr, packed_row_stride, first, start, N, dtype, 1, BLOCK_K).to(tl.float32)
+    group = tl.minimum(start // GROUP, GROUPS - 1)
+    codes = load_codes(packed_ptr, packed_row_stride, tile, start, N, dtype, 1, 1, BLOCK_K).to(tl.float32)
     if zeros_ptr is not None:
-        codes -= per_row(zeros_ptr, row, zeros_row_stride, group, inside) - 8.0
-    weight = codes * per_row(scales_ptr, row, scales_row_stride, group, inside)
+        codes -= per_row(zeros_ptr, row, zeros_row_stride, group) - 8.0
+    weight = codes * per_row(scales_ptr, row, scales_row_stride, group)
     tl.store(weight_ptr + row[:, None] * K + col, weight.to(dtype), mask=inside[:, None] & (col < K))
 
 
-def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[tuning.Int4Launch, int, int, int]:
-    """The launch, columns of a split, splits, and the workspace's elements."""
+def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[tuning.Int4Launch, Splits]:
     num_rows, size, features = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
     launch = tuning.int4(x.device, features=features, size=size, itemsize=x.element_size())
-    tiles = packed.shape[1]
-    split = tuning.ceil_div(tiles, launch.splits)
-    splits = tuning.ceil_div(tiles, split)
-    if num_rows > FEW[x.element_size()]:
-        elements = tuning.ceil_div(features * size * x.element_size(), 4)
-    else:
-        elements = splits * num_rows * features if splits > 1 else 0
-    return launch, split * COLUMNS, splits, elements
+    tiles = packed.shape[0] + 1  # a program may own two
+    return launch, splits_of(num_rows, size, COLUMNS, tiles, ROWS, launch.splits)
 
 
 def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
     """Elements of fp32 that `matmul_int4` needs: the splits' parts of out for few rows, for many the weight."""
-    return _plan(x, packed, scales)[3]
+    if math.prod(x.shape[:-1]) <= FEW[x.element_size()]:
+        return _plan(x, packed, scales)[1].elements
+    return COUNTERS + tuning.ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
 
 def matmul_int4(
@@ -173,24 +221,26 @@ def matmul_int4(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
     out: Tensor,
     workspace: Tensor | None,
 ) -> Function | None:
     """See kernels.matmul_int4."""
     check_kernel_dtype("x", x)
-    rows, result = as_rows("x", x), as_rows("out", out)
-    if rows.shape[0] <= FEW[x.element_size()]:
-        return _multiply(x, packed, scales, zeros, bias, out, workspace)
-    size = workspace_size(x, packed, scales)
-    workspace = scratch(workspace, size, torch.float32, x.device)
-    features, columns = scales.shape[0], x.shape[-1]
-    weight = workspace[:size].view(x.dtype)[: features * columns].view(features, columns)
-    _dequantize(packed, scales, zeros, weight)
-    if bias is None:
-        torch.mm(rows, weight.T, out=result)
-    else:
-        torch.addmm(bias, rows, weight.T, out=result)
-    return None  # planned each time: many rows hide what that takes
+    features, size = scales.shape[0], x.shape[-1]
+    if math.prod(x.shape[:-1]) > FEW[x.element_size()]:
+        elements = workspace_size(x, packed, scales)
+        held = scratch(workspace, elements, torch.float32, x.device)
+        weight = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
+        _dequantize(packed, scales, zeros, weight)
+        compose(dense(weight, bias), x, norm, eps, out, residual, gated)
+        return None  # planned each time: many rows hide what that takes
+    given = packed, scales, zeros, bias
+    whole = features % (2 * ROWS) == 0  # so a tile is a gate's or an up's, not both
+    return fused(_multiply, x, given, norm, eps, residual, gated, out, workspace, fuses_gate=whole)
 
 
 def _groups(scales: Tensor, size: int) -> dict[str, int]:
@@ -207,49 +257,45 @@ def _multiply(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
     out: Tensor,
     workspace: Tensor | None,
 ) -> list[KernelCall]:
     """Few rows."""
-    launch, split, splits, elements = _plan(x, packed, scales)
-    workspace = scratch(workspace, elements, torch.float32, x.device)
+    launch, splits = _plan(x, packed, scales)
     x, out = as_rows("x", x), as_rows("out", out)
+    if residual is not None:
+        residual = as_rows("residual", residual)
     (num_rows, size), features = x.shape, scales.shape[0]
-    if not (num_rows and features):
+    if not out.numel():
         return []
-    parts = out[None]
-    if splits > 1:
-        parts = workspace[:elements].view(splits, num_rows, features)
+    around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
     block_m = max(tuning.power_of_2(num_rows), 16)
-    tiles = 1 if block_m == 16 else 2  # every program reads all of x: as often as the weight's bytes at 16 rows
-    product = KernelCall(
+    # Each program reads all of x: at 16 rows as many bytes as of a tile. A gated one owns a gate's tile and its up's.
+    tiles = 2 if gated or block_m > 16 else 1
+    call = KernelCall(
         matmul_kernel,
-        (tuning.ceil_div(packed.shape[0], tiles), splits),
+        (tuning.ceil_div(packed.shape[0], tiles), splits.count),
+        **around,
         x_ptr=x,
         packed_ptr=packed,
         scales_ptr=scales,
         zeros_ptr=zeros,
-        bias_ptr=bias if splits == 1 else None,
-        out_ptr=parts,
         x_row_stride=x.stride(0),
         packed_row_stride=packed.stride(0),
         scales_row_stride=scales.stride(0),
         zeros_row_stride=0 if zeros is None else zeros.stride(0),
-        out_split_stride=parts.stride(0),
-        out_row_stride=parts.stride(1),
-        num_rows=num_rows,
-        N=features,
-        K=size,
-        SPLIT=split,
+        SIZE=size,
         TILES=tiles,
         BLOCK_M=block_m,
         STAGES=launch.stages,
         **_groups(scales, size),
         num_warps=tiles * launch.num_warps,
     )
-    if splits == 1:
-        return [product]
-    return [product, sum_of(parts, bias, out)]
+    return [call]
 
 
 @launcher

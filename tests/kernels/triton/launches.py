@@ -6,6 +6,7 @@ and its name in FAMILIES. Then `make kernels-report`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -210,18 +211,31 @@ def attention() -> Iterator[Shipped]:
     yield Shipped("attention_varlen 7B fp16", partial(varlen, MODELS[0], FP16))
 
 
+FORMS = {"": (), "norm": ("norm",), "residual": ("residual",), "norm, gated": ("norm", "gated")}
+
+
+def around(form: str, x: Tensor, features: int) -> tuple[Any, ...]:
+    """What a product takes of the ops before and behind it, its result, and a workspace."""
+    names, columns = FORMS[form], features // 2 if "gated" in form else features
+    norm = x[0] if "norm" in names else None
+    out = meta(x.shape[0], columns, dtype=x.dtype)
+    return norm, 1e-5, out if "residual" in names else None, "gated" in names, out, None
+
+
 def matmul() -> Iterator[Shipped]:
-    """A 7B's products and a 70B's largest at the fewest and the most rows of the kernel."""
+    """A 7B's products and a 70B's largest, alone and as its block calls them, at the fewest and most rows."""
 
-    def multiply(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
+    def multiply(rows: int, features: int, size: int, form: str, dtype: torch.dtype) -> None:
         x, weight = meta(rows, size, dtype=dtype), meta(features, size, dtype=dtype)
-        matmul_kernels.matmul(x, weight, None, meta(rows, features, dtype=dtype), None)
+        matmul_kernels.matmul(x, weight, None, *around(form, x, features))
 
-    shapes = {"7B qkv": (12288, 4096), "7B down": (4096, 11008), "70B gate and up": (57344, 8192)}
+    products = [("7B qkv", 12288, 4096, ""), ("7B qkv", 12288, 4096, "norm"), ("7B down", 4096, 11008, "residual")]
+    products += [("7B gate_up", 22016, 4096, "norm, gated"), ("70B gate_up", 57344, 8192, "norm, gated")]
     for rows in (1, 32, 64):
-        for name, shape in shapes.items():
-            yield Shipped(f"matmul {name} bf16, {rows} rows", partial(multiply, rows, *shape, BF16))
-    yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, FP16))
+        for name, features, size, form in products:
+            title = f"matmul {name} bf16, {rows} rows{form and ', ' + form}"
+            yield Shipped(title, partial(multiply, rows, features, size, form, BF16))
+    yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, "", FP16))
 
 
 def embedding() -> Iterator[Shipped]:
@@ -252,12 +266,12 @@ def int4() -> Iterator[Shipped]:
     """Fused projections of 7B and 70B; 16 rows stand for fewer. Scales and zeros are of one group, 16 and 8 bits."""
 
     def multiply(
-        rows: int, features: int, size: int, group: int, dtype: torch.dtype, zeros: torch.dtype | None
+        rows: int, features: int, size: int, group: int, dtype: torch.dtype, zeros: torch.dtype | None, form: str = ""
     ) -> None:
         x, packed = meta(rows, size, dtype=dtype), meta(*packed_shape(features, size), dtype=torch.int32)
         groups = (features, size // group)
         held = meta(*groups, dtype=dtype), None if zeros is None else meta(*groups, dtype=zeros)
-        int4_kernels.matmul_int4(x, packed, *held, None, meta(rows, features, dtype=dtype), None)
+        int4_kernels.matmul_int4(x, packed, *held, None, *around(form, x, features))
 
     down, qkv, gate_up = ("7B down", 4096, 11008), ("7B qkv", 12288, 4096), ("70B gate_up", 57344, 8192)
     kinds = [(*weight, 128, BF16, None, rows) for weight in (down, qkv, gate_up) for rows in (16, 64, 1024)]
@@ -271,8 +285,17 @@ def int4() -> Iterator[Shipped]:
         loads = 128 // min(group, 128) * (4 if rows > 64 else 2)  # in a tile: of a thread's two or four rows
         besides = {"load 16": loads * (1 + (zeros == BF16)), "load 8": loads * (zeros == torch.uint8)}
         weights = {"matmul_kernel": 64 * 128 * (1 if rows <= 16 else 2), "dequantize_kernel": 64 * min(group, 64)}
-        name = f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}"
-        yield Shipped(name, call, besides=besides, weights=weights)
+        title = f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}"
+        yield Shipped(title, call, besides=besides, weights=weights)
+    block = (*qkv, "norm"), (*down, "residual"), ("7B gate_up", 22016, 4096, "norm, gated"), (*gate_up, "norm, gated")
+    for rows, (name, features, size, form) in itertools.product((16, 64), block):
+        tiles = 2 if rows > 16 or "gated" in form else 1
+        yield Shipped(
+            f"matmul_int4 {name} bf16, {rows} rows, groups of 128, {form}",
+            partial(multiply, rows, features, size, 128, BF16, None, form),
+            besides={"load 16": 2},
+            weights={"matmul_kernel": 64 * 128 * tiles},
+        )
 
 
 FAMILIES = {
