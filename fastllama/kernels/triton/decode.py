@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, strides
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 
 
@@ -196,7 +196,7 @@ def attention_decode(
         results = rows * num_heads * splits * head_dim
         parts = workspace[:results].view(rows, num_heads, splits * head_dim)
         part_lses = workspace[results:size].view(rows, num_heads, splits)
-    unit = lse_unit(base2)
+    unit = lse_unit_from_base2(base2)
     call = KernelCall(
         decode_kernel,
         (num_seqs, num_kv_heads, splits),

@@ -16,7 +16,7 @@ from fastllama.kernels import tuning
 LOG2_E = 1.4426950408889634
 
 
-def lse_unit(base2: bool) -> float:
+def lse_unit_from_base2(base2: bool) -> float:
     """What a log-sum-exp to base 2, as kernels have it, is multiplied by."""
     return 1.0 if base2 else 1 / LOG2_E
 

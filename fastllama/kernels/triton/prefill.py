@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import check_kernel_dtype
-from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit, strides
+from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
 
@@ -213,7 +213,7 @@ def _plan(
         num_seqs=num_seqs,
         num_rows=num_rows,
         scale_log2=scale * LOG2_E,
-        lse_unit=lse_unit(base2),
+        lse_unit=lse_unit_from_base2(base2),
         q_token_stride=q.stride(0),
         out_token_stride=out.stride(0),
         page_table_stride=0 if page_table is None else page_table.stride(0),
