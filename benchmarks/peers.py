@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import attention_peers as attention
+from benchmarks.attention_peers import Function
 from benchmarks.inputs import EPS, Inputs
-
-Function = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,16 @@ def libraries() -> dict[str, str | None]:
 def peers(op: str, device: torch.device) -> dict[str, Callable[[], Function]]:
     """What to face at an op on a device, by name; calling a value imports or compiles what it needs."""
     found: dict[str, Callable[[], Function]] = {}
+    backend = "inductor" if device.type == "cuda" else "eager"  # a CPU only walks the plan
     if op in EAGER:
         found["torch eager"] = lambda: EAGER[op]
-        backend = "inductor" if device.type == "cuda" else "eager"  # a CPU only walks the plan
         found["torch.compile"] = lambda: torch.compile(EAGER[op], dynamic=False, backend=backend)
     if op in FUSED:
         name, function = FUSED[op]
         found[name] = lambda: function
+    if op in attention.FLEX:
+        gathered, flex = attention.FLEX[op]
+        found["flex_attention" + gathered] = lambda: flex(attention.compiled_flex(backend))
     if device.type == "cuda":
         for library in LIBRARIES:
             if op in library.make and library.version() is not None:
@@ -131,37 +134,6 @@ def _embedding(t: Inputs) -> Tensor:
     return F.embedding(t["ids"], t["weight"])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """scaled_dot_product_attention of [batch, length, heads, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
-
-
-def _attention_varlen(t: Inputs) -> Tensor:
-    return _attend(*(t[name][None] for name in "qkv"), causal=True)[0]
-
-
-def _attention_prefill(t: Inputs) -> Tensor:
-    k, v = (_gathered(t, name, t["q"].shape[0]) for name in "kv")
-    return _attend(t["q"][None], k, v, causal=True)[0]
-
-
-def _attention_decode(t: Inputs) -> Tensor:
-    """Over pages that are gathered first: torch has no paged attention. Every page is full here."""
-    length = t["page_table"].shape[1] * t["k_pages"].shape[2]
-    k, v = (_gathered(t, name, length) for name in "kv")
-    return _attend(t["q"][:, None], k, v, causal=False)[:, 0]
-
-
-def _gathered(t: Inputs, name: str, length: int) -> Tensor:
-    """Keys or values [batch, length, heads, D] out of pages [P, heads, page, D], dequantized."""
-    held = t[f"{name}_pages"][t["page_table"]]
-    if f"{name}_scales" in t:
-        held = (held * t[f"{name}_scales"][t["page_table"]][..., None]).to(t["q"].dtype)
-    return held.transpose(2, 3).flatten(1, 2)[:, :length]
-
-
 EAGER: dict[str, Function] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -175,9 +147,9 @@ FUSED: dict[str, tuple[str, Function]] = {
     "rms_norm": ("F.rms_norm", lambda t: F.rms_norm(t["x"], t["weight"].shape, t["weight"], EPS)),
     "matmul": ("F.linear", _matmul),
     "embedding": ("F.embedding", _embedding),
-    "attention_varlen": ("SDPA", _attention_varlen),
-    "attention_prefill": ("SDPA, gathered", _attention_prefill),
-    "attention_decode": ("SDPA, gathered", _attention_decode),
+    "attention_varlen": ("SDPA", attention.sdpa_varlen),
+    "attention_prefill": ("SDPA, gathered", attention.sdpa_prefill),
+    "attention_decode": ("SDPA, gathered", attention.sdpa_decode),
 }
 
 
@@ -233,51 +205,10 @@ def _flashinfer_sample(module: Any) -> Function:
     return run
 
 
-def _flashinfer_decode(module: Any) -> Function:
-    """Planned at the first call of each set of inputs, as an engine plans once a step for all layers: not timed."""
-    memory: dict[str, Tensor] = {}
-    planned: dict[int, Any] = {}
-
-    def plan(t: Inputs) -> Any:
-        q, table, length = t["q"], t["page_table"], int(t["seq_lens"][0])
-        _, kv_heads, page_size, head_dim = t["k_pages"].shape
-        workspace = memory.setdefault("workspace", torch.empty(256 << 20, dtype=torch.uint8, device=q.device))
-        wrapper = module.BatchDecodeWithPagedKVCacheWrapper(
-            workspace, "HND", use_tensor_cores=q.shape[1] // kv_heads >= 4
-        )
-        starts = torch.arange(q.shape[0] + 1, dtype=torch.int32) * table.shape[1]
-        last = torch.full((q.shape[0],), (length - 1) % page_size + 1, dtype=torch.int32)
-        sizes = (q.shape[1], kv_heads, head_dim, page_size)
-        wrapper.plan(starts, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
-        return wrapper
-
-    def run(t: Inputs) -> Tensor:
-        if "k_scales" in t:
-            raise NotImplementedError("int8 pages with a scale for each token and head")
-        key = t["page_table"].data_ptr()
-        if key not in planned:
-            planned[key] = plan(t)
-        return planned[key].run(t["q"], (t["k_pages"], t["v_pages"]), out=t["out"])
-
-    return run
-
-
-def _flashinfer_varlen(module: Any) -> Function:
-    return lambda t: module.single_prefill_with_kv_cache(t["q"], t["k"], t["v"], causal=True)
-
-
 def _vllm_norm(module: Any) -> Function:
     def run(t: Inputs) -> Tensor:
         module.rms_norm(t["out"], t["x"], t["weight"], EPS)
         return t["out"]
-
-    return run
-
-
-def _flash_attn_varlen(module: Any) -> Function:
-    def run(t: Inputs) -> Tensor:
-        bounds, rows = t["cu_seqlens_q"], t["q"].shape[0]
-        return module.flash_attn_varlen_func(t["q"], t["k"], t["v"], bounds, bounds, rows, rows, causal=True)
 
     return run
 
@@ -301,8 +232,8 @@ LIBRARIES = (
             "silu_mul": ("activation", _flashinfer_silu),
             "rope": ("rope", _flashinfer_rope),
             "sample": ("sampling", _flashinfer_sample),
-            "attention_decode": ("decode", _flashinfer_decode),
-            "attention_varlen": ("prefill", _flashinfer_varlen),
+            "attention_decode": ("decode", attention.flashinfer_decode),
+            "attention_varlen": ("prefill", attention.flashinfer_varlen),
         },
     ),
     Library(
@@ -313,6 +244,7 @@ LIBRARIES = (
             "add_rms_norm": ("_custom_ops", lambda module: _in_place_add_norm(module.fused_add_rms_norm)),
         },
     ),
-    Library("flash-attn", "flash_attn", {"attention_varlen": ("flash_attn_interface", _flash_attn_varlen)}),
+    Library("flash-attn", "flash_attn", {"attention_varlen": ("flash_attn_interface", attention.flash_attn_varlen)}),
+    Library("xformers", "xformers.ops", {"attention_decode": ("fmha", attention.xformers_decode)}),
     Library("gemlite", "gemlite", {}),  # quantized products alone, for which there is no op of ours yet
 )

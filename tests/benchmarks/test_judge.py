@@ -97,7 +97,7 @@ def test_what_is_wrong_or_breaks_is_named_and_not_timed(monkeypatch: pytest.Monk
 
 
 def test_the_absence_of_a_library_is_named() -> None:
-    assert set(libraries()) == {"liger-kernel", "flashinfer-python", "vllm", "flash-attn", "gemlite"}
+    assert set(libraries()) == {"liger-kernel", "flashinfer-python", "vllm", "flash-attn", "xformers", "gemlite"}
     assert Library("no-such-distribution", "nothing", {}).version() is None
 
 
