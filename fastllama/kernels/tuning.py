@@ -155,23 +155,33 @@ def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Sampl
 
 
 def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:
-    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit.
-
-    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill. So do
-    those of 128 queries on AMD where keys are codes of 8 bits.
-    """
+    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit."""
     width = max(power_of_2(head_dim), 16)
-    tiles: tuple[tuple[int, int, int], ...] = ((128, 32, 3), (128, 32, 2), (64, 32, 2), (32, 32, 2), (16, 16, 1))
-    if device.arch == "sm_90":
-        tiles = ((128, 64, 3), *tiles)
-    if key_itemsize == 1 and device.arch.startswith("gfx"):
-        tiles = tiles[2:]
-    for rows, keys, stages in tiles:
-        num_warps = 8 if rows == 128 else 4
+    for rows, keys, stages, num_warps in _prefill_tiles(device, itemsize, key_itemsize):
         registers = rows * width // (num_warps * device.warp_size)
         if registers <= 64 and _fits(device, rows, keys, stages, width * itemsize):
             break
     return PrefillLaunch(rows, keys, stages, num_warps)
+
+
+def _prefill_tiles(device: Device, itemsize: int, key_itemsize: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Queries, keys, stages and warps that do not spill, the largest tiles first.
+
+    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill. So do
+    those of 128 queries on AMD where keys are codes of 8 bits. NVIDIA multiplies in fp32 without tensor cores, and a
+    thread then holds whole rows of its operands: tiles of 128 by 32 spill 76 bytes on sm_80 and 80 KB on sm_100, of
+    64 by 16 still 12. Codes made fp32 take the smallest tiles also because Triton would give larger ones to Blackwell's
+    tensor cores, as TF32 whatever was asked for (triton-lang/triton#10176).
+    """
+    smallest = (16, 16, 1, 4)
+    if itemsize == 4 and device.arch.startswith("sm_"):
+        return (smallest,) if key_itemsize == 1 else ((32, 16, 2, 8), smallest)
+    tiles = ((128, 32, 3, 8), (128, 32, 2, 8), (64, 32, 2, 4), (32, 32, 2, 4), smallest)
+    if device.arch == "sm_90":
+        return ((128, 64, 3, 8), *tiles)
+    if key_itemsize == 1 and device.arch.startswith("gfx"):
+        return tiles[2:]
+    return tiles
 
 
 def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:

@@ -114,6 +114,10 @@ def test_attention_of_llama_2() -> None:
     for device, launch in ((H200, (128, 64, 3, 8)), (A100, (128, 32, 3, 8)), (MI300X, (128, 32, 2, 8))):
         assert tuning.prefill_heuristic(device, **sizes, key_itemsize=2) == tuning.PrefillLaunch(*launch)
     assert tuning.prefill_heuristic(MI300X, **sizes, key_itemsize=1) == tuning.PrefillLaunch(64, 32, 2, 4)
+    for device, launch in ((H200, (32, 16, 2, 8)), (RTX_4090, (32, 16, 2, 8)), (MI300X, (16, 16, 1, 4))):
+        fp32 = {"head_dim": 128, "itemsize": 4}
+        assert tuning.prefill_heuristic(device, **fp32, key_itemsize=4) == tuning.PrefillLaunch(*launch)
+        assert tuning.prefill_heuristic(device, **fp32, key_itemsize=1) == tuning.PrefillLaunch(16, 16, 1, 4)
     for queries in (1, 8):
         decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
         assert decode == tuning.DecodeLaunch(32, 512, 3, 4)

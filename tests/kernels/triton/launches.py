@@ -208,7 +208,11 @@ def attention() -> Iterator[Shipped]:
             yield Shipped(f"attention_decode {model.name} bf16, split, {held}", call)
             yield Shipped(f"attention_prefill {model.name} bf16, {held}", partial(prefill, model, BF16, pages_dtype))
     yield Shipped("attention_decode 70B bf16, 4 queries", partial(decode, MODELS[2], BF16, BF16, 8, 4))
-    yield Shipped("attention_varlen 7B fp16", partial(varlen, MODELS[0], FP16))
+    for dtype in (FP16, FP32):
+        yield Shipped(f"attention_varlen 7B {SHORT[dtype]}", partial(varlen, MODELS[0], dtype))
+    for pages_dtype in (FP32, torch.int8):
+        call = partial(prefill, MODELS[0], FP32, pages_dtype)
+        yield Shipped(f"attention_prefill 7B fp32, pages {SHORT[pages_dtype]}", call)
 
 
 FORMS = {"": (), "norm": ("norm",), "residual": ("residual",), "norm, gated": ("norm", "gated")}

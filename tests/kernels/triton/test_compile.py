@@ -12,6 +12,11 @@ from fastllama.testing.targets import TARGETS
 from tests.kernels.triton.launches import GPUS, SHIPPED, Shipped, on
 
 KEPT = Path(__file__).parents[3] / CACHE
+FP32_PREFILL = [
+    shipped
+    for shipped in SHIPPED["attention"]
+    if shipped.name.startswith(("attention_prefill 7B fp32", "attention_varlen 7B fp32"))
+]
 ALL = [shipped for launches in SHIPPED.values() for shipped in launches]
 
 
@@ -22,6 +27,16 @@ def test_it_fits(shipped: Shipped, target: str) -> None:
     with on(target):
         reports = compile_report(shipped.call, [target], KEPT)
     assert [report.problems(shipped.narrowest, shipped.besides) for report in reports] == [[]] * len(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("shipped", FP32_PREFILL, ids=[shipped.name for shipped in FP32_PREFILL])
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+def test_prefill_in_fp32_is_in_fp32(shipped: Shipped, target: str) -> None:
+    """NVIDIA's tensor cores round it to TF32, and Triton chooses them for some operands unasked."""
+    with on(target):
+        (report,) = compile_report(shipped.call, [target], KEPT)
+    assert report.program.matrix == {}
 
 
 def test_each_launch_has_its_own_name() -> None:
