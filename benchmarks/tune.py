@@ -43,6 +43,7 @@ OPS = {
     "decode": "attention_decode",
     "matmul": "matmul",
     "int4": "matmul_int4",
+    "int8": "matmul_int8",
 }
 VALUES = {
     "num_warps": (1, 2, 4, 8, 16, 32),
@@ -85,7 +86,7 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
         return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
     if isinstance(launch, tuning.MatmulLaunch):
         return launch.features * 16
-    if isinstance(launch, tuning.Int4Launch):
+    if isinstance(launch, tuning.CodesLaunch):
         return 64 * 64
     return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
 

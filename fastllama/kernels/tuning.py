@@ -4,8 +4,8 @@ A launcher asks `norm(x.device, size=..., itemsize=...)` and its like: a cached 
 microsecond, times nothing and compiles nothing. To give another kernel its configuration, write a frozen dataclass, a
 heuristic from numbers, an entry in FAMILIES and a function that launchers call.
 
-What may be in a shape: an op that sums (norm, sample, int4) must not see the number of rows, or a request's numbers
-would depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
+What may be in a shape: an op that sums (norm, sample, int4, int8) must not see the number of rows, or a request's
+numbers would depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ class MatmulLaunch:
 
 
 @dataclass(frozen=True)
-class Int4Launch:
-    """matmul_int4 of few rows: one program for 64 or 128 of the weight's rows and one of `splits` parts of its columns.
+class CodesLaunch:
+    """matmul_int4 and _int8 of few rows: one program for 64 or 128 rows of the weight and one of `splits` of columns.
 
-    stages: tiles of codes, and of x, on their way at once. num_warps: for 64 rows of the weight.
+    stages: tiles of codes, and of x, on their way at once. num_warps: for up to 16 rows of x; twice as many for more.
     """
 
     splits: int
@@ -108,7 +108,7 @@ class Int4Launch:
 
 
 Launch = (
-    NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch | Int4Launch
+    NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch | CodesLaunch
 )
 
 
@@ -214,13 +214,25 @@ def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int)
     return MatmulLaunch(64, columns, splits, stages, 4)
 
 
-def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> Int4Launch:
-    """Three programs for each multiprocessor while each has four tiles of 128 columns; the stages that fit, up to 3."""
+def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+    """Programs of 64 rows of the weight."""
+    return _codes(device, ceil_div(features, 64), size, 128 // 2 + 64 * itemsize)
+
+
+def int8_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+    """Programs of 128 rows of the weight."""
+    return _codes(device, ceil_div(features, 128), size, 128 + 64 * itemsize)
+
+
+def _codes(device: Device, programs: int, size: int, column_bytes: int) -> CodesLaunch:
+    """Three programs for each multiprocessor while each has four tiles of 128 columns; the stages that fit, up to 3.
+
+    column_bytes: codes of 128 rows, and x of 64.
+    """
     splits = 1
-    while ceil_div(features, 64) * splits < 3 * device.num_sms and 8 * splits * 128 <= size:
+    while programs * splits < 3 * device.num_sms and 8 * splits * 128 <= size:
         splits *= 2
-    tile = (128 // 2 + 64 * itemsize) * 128  # codes of 128 rows, and x of 64
-    return Int4Launch(splits, min(max(device.shared_memory // tile, 1), 3), 4)
+    return CodesLaunch(splits, min(max(device.shared_memory // (128 * column_bytes), 1), 3), 4)
 
 
 def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
@@ -236,7 +248,8 @@ FAMILIES = {
     "prefill": Family(PrefillLaunch, ("head_dim", "itemsize", "key_itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
-    "int4": Family(Int4Launch, ("features", "size", "itemsize"), int4_heuristic),
+    "int4": Family(CodesLaunch, ("features", "size", "itemsize"), int4_heuristic),
+    "int8": Family(CodesLaunch, ("features", "size", "itemsize"), int8_heuristic),
 }
 
 
@@ -275,9 +288,14 @@ def matmul(device: torch.device, *, features: int, size: int, itemsize: int) -> 
     return cast(MatmulLaunch, _launch("matmul", device, features, size, itemsize))
 
 
-def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> Int4Launch:
+def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
     """The launch for a weight [features, size] and rows of x with elements of `itemsize` bytes."""
-    return cast(Int4Launch, _launch("int4", device, features, size, itemsize))
+    return cast(CodesLaunch, _launch("int4", device, features, size, itemsize))
+
+
+def int8(device: torch.device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+    """As `int4`."""
+    return cast(CodesLaunch, _launch("int8", device, features, size, itemsize))
 
 
 def arch(device: torch.device) -> str:

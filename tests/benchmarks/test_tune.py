@@ -25,6 +25,7 @@ SHAPES = {
     "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
     "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
     "int4": {"features": 4096, "size": 11008, "itemsize": 2},
+    "int8": {"features": 4096, "size": 11008, "itemsize": 2},
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -95,18 +95,22 @@ def test_decode(device: Device, queries: int, head_dim: int, itemsize: int) -> N
     assert launch.split % launch.keys == 0
 
 
-@given(devices, sizes, sizes, itemsizes)
-def test_int4(device: Device, features: int, size: int, itemsize: int) -> None:
-    launch = tuning.int4_heuristic(device, features=features, size=size, itemsize=itemsize)
+@given(devices, sizes, sizes, itemsizes, st.sampled_from([4, 8]))
+def test_codes(device: Device, features: int, size: int, itemsize: int, bits: int) -> None:
+    kind = tuning.FAMILIES[f"int{bits}"]
+    launch = cast(tuning.CodesLaunch, kind.heuristic(device, features=features, size=size, itemsize=itemsize))
     assert_legal(device, launch)
     assert launch.splits == 1 or size // launch.splits >= 512
-    assert launch.stages == 1 or launch.stages * 64 * 128 * itemsize <= device.shared_memory
+    assert launch.stages == 1 or launch.stages * 128 * (16 * bits + 64 * itemsize) <= device.shared_memory
 
 
 @pytest.mark.parametrize(("features", "size", "splits"), [(4096, 11008, 8), (12288, 4096, 4), (57344, 8192, 1)])
-def test_int4_of_llama_2(features: int, size: int, splits: int) -> None:
-    launch = tuning.int4_heuristic(H200, features=features, size=size, itemsize=2)
-    assert launch == tuning.Int4Launch(splits, 3, 4)
+def test_codes_of_llama_2(features: int, size: int, splits: int) -> None:
+    """A program has twice as many rows of the weight where codes have 8 bits."""
+    shape = {"features": features, "size": size, "itemsize": 2}
+    assert tuning.int4_heuristic(H200, **shape) == tuning.CodesLaunch(splits, 3, 4)
+    more = 1 if splits == 1 else 2 * splits
+    assert tuning.int8_heuristic(H200, **shape) == tuning.CodesLaunch(more, 3, 4)
 
 
 def test_attention_of_llama_2() -> None:
@@ -123,7 +127,7 @@ def test_attention_of_llama_2() -> None:
         assert decode == tuning.DecodeLaunch(32, 512, 3, 4)
 
 
-@pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode", "int4"])
+@pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode", "int4", "int8"])
 def test_what_sums_does_not_know_the_batch(name: str) -> None:
     """Another number of threads is another order of summation: a request's numbers would depend on its company."""
     assert "rows" not in tuning.FAMILIES[name].shape

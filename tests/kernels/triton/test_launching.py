@@ -154,7 +154,7 @@ def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
 
 
 def test_parts_in_a_workspace_are_repeated(launches: list[DryLaunch]) -> None:
-    with mock.patch.object(tuning, "int4", return_value=tuning.Int4Launch(splits=2, stages=2, num_warps=4)):
+    with mock.patch.object(tuning, "int4", return_value=tuning.CodesLaunch(splits=2, stages=2, num_warps=4)):
         plan, given = OPS["matmul_int4"].launcher("cuda"), call("matmul_int4")
         again = plan(*positional("matmul_int4", given | {"workspace": torch.empty(2 * given["out"].numel())}))
         assert again is not None
