@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,11 +164,25 @@ def matmul(m: Maker) -> Inputs:
 
 def matmul_int4(m: Maker) -> Inputs:
     """The gate and up projection in symmetric codes, groups of 128 as they are usual, of all columns in a toy."""
+    packed = kernels.pack_int4(_codes(m, 0, 16, torch.uint8))
+    return _by_codes(m, packed, 1 / 8, kernels.matmul_int4_workspace)
+
+
+def matmul_int8(m: Maker) -> Inputs:
+    """As of 4 bits."""
+    packed = kernels.pack_int8(_codes(m, -128, 128, torch.int8))
+    return _by_codes(m, packed, 1 / 128, kernels.matmul_int8_workspace)
+
+
+def _codes(m: Maker, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    shape = 2 * m.model.intermediate, m.model.hidden
+    return torch.randint(first, end, shape, dtype=dtype, generator=m.generator, device=m.device)
+
+
+def _by_codes(m: Maker, packed: Tensor, scale: float, scratch: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Inputs:
     size, features = m.model.hidden, 2 * m.model.intermediate
-    x, scales = m.normal(m.rows, size), m.normal(features, max(size // 128, 1)) / (8 * math.sqrt(size))
-    codes = torch.randint(16, (features, size), dtype=torch.uint8, generator=m.generator, device=m.device)
-    packed = kernels.pack_int4(codes)
-    workspace = kernels.matmul_int4_workspace(x, packed, scales)
+    x, scales = m.normal(m.rows, size), m.normal(features, max(size // 128, 1)) * scale / math.sqrt(size)
+    workspace = scratch(x, packed, scales)
     return {
         "x": x,
         "packed": packed,

@@ -66,6 +66,11 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
             {},
             {"out": torch.empty(tokens, 8)},
         ),
+        "matmul_int8": (
+            (torch.randn(tokens, 64), kernels.pack_int8(torch.zeros(8, 64, dtype=torch.int8)), torch.randn(8, 1), None),
+            {},
+            {"out": torch.empty(tokens, 8)},
+        ),
         "embedding": ((positions, torch.randn(vocab, dim)), {}, {"out": x.clone()}),
         "silu_mul": ((x,), {}, {"out": torch.empty(tokens, dim // 2)}),
         "merge_state": (

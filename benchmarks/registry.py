@@ -153,6 +153,7 @@ _OPS = {
     "attention_prefill": _Op(make.attention_prefill, _all_bytes, PROMPTS, _causal_flops),
     "matmul": _Op(make.matmul, _all_bytes, _rows(1, 64, 1024), _matmul_flops),
     "matmul_int4": _Op(make.matmul_int4, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
+    "matmul_int8": _Op(make.matmul_int8, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
     "embedding": _Op(make.embedding, _row_bytes, _rows(64, 1024)),
 }
 OPS = tuple(_OPS)

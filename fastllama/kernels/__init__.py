@@ -10,6 +10,14 @@ from fastllama.kernels.int4 import (
     quantize_int4,
     unpack_int4,
 )
+from fastllama.kernels.int8 import (
+    dequantize_int8,
+    matmul_int8,
+    matmul_int8_workspace,
+    pack_int8,
+    quantize_int8,
+    unpack_int8,
+)
 from fastllama.kernels.matmul import embedding, matmul, matmul_workspace
 from fastllama.kernels.merge import merge_state
 from fastllama.kernels.norm import add_rms_norm, rms_norm
@@ -28,16 +36,21 @@ __all__ = [
     "backend_of",
     "cos_sin_cache",
     "dequantize_int4",
+    "dequantize_int8",
     "embedding",
     "matmul",
     "matmul_bf12",
     "matmul_int4",
     "matmul_int4_workspace",
+    "matmul_int8",
+    "matmul_int8_workspace",
     "matmul_workspace",
     "merge_state",
     "pack_bf12",
     "pack_int4",
+    "pack_int8",
     "quantize_int4",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "rope_and_write_kv",
@@ -46,4 +59,5 @@ __all__ = [
     "silu_mul",
     "unpack_bf12",
     "unpack_int4",
+    "unpack_int8",
 ]

@@ -37,17 +37,18 @@ def _check(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    _result_shape(x, scales, gated)
+    result_shape(x, scales, gated)
     size, features = x.shape[-1], scales.shape[0]
     check_tensor("packed", packed, packed_shape(features, size), _WORDS)
     if packed.stride()[1:] != _TILE:
         raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
-    _check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
+    check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
     check_product(x, features, bias, norm, residual, gated, out)
     check_workspace(workspace, torch.float32)
 
 
-def _result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
+def result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
+    """The shape of what a product with codes gives. Raises ValueError for shapes."""
     *leading, size = x.shape or (0,)
     if not size:
         raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
@@ -55,7 +56,7 @@ def _result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
     return product_shape(leading, scales.shape[0], gated)
 
 
-def _check_groups(
+def check_groups(
     scales: Tensor, zeros: Tensor | None, features: int, size: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """ValueError or TypeError unless scales and zeros are legal for a weight [features, size]."""
@@ -111,7 +112,7 @@ def matmul_int4(
     Source: kernels/reference/int4.py.
     """
     if out is None:
-        out = torch.empty(_result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+        out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
     _MATMUL(x, packed, scales, zeros, bias, norm, eps, residual, gated, out, workspace)
     return out
 
@@ -135,6 +136,12 @@ def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) ->
     span the least and largest value, and 0. Raises ValueError for a shape or a value, TypeError for a dtype.
     Source: GGML's Q4_0 for the sign of symmetric scales; Jacob et al. (2018) for zeros.
     """
+    check_roundable(weight, group_size)
+    return reference.quantize_int4(weight, group_size, symmetric)
+
+
+def check_roundable(weight: Tensor, group_size: int) -> None:
+    """ValueError or TypeError unless the weight [N, K] can be rounded in groups of so many columns."""
     check_shape("weight", weight, ("N", "K"))
     check_elements("weight", weight, FLOATS)
     size = weight.shape[1]
@@ -142,7 +149,6 @@ def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) ->
         raise ValueError(f"group_size is {group_size}; legal for K = {size}: a divisor, of {list(GROUPS)} or K itself")
     if not weight.isfinite().all():
         raise ValueError("weight holds infinities or NaN; legal: finite values")
-    return reference.quantize_int4(weight, group_size, symmetric)
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -156,7 +162,7 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) 
     check_shape("scales", scales, ("N", "K / G"))
     check_elements("scales", scales, FLOATS)
     features, size = codes.shape
-    _check_groups(scales, zeros, features, size, (scales.dtype, torch.float32))
+    check_groups(scales, zeros, features, size, (scales.dtype, torch.float32))
     return reference.dequantize_int4(codes, scales, zeros)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import pack_bf12, pack_int4
+from fastllama.kernels import pack_bf12, pack_int4, pack_int8
 from fastllama.verify import oracle, sampling
 
 Results = tuple[Tensor, ...]
@@ -75,6 +76,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _matmul,
         _matmul_bf12,
         _matmul_int4,
+        _matmul_int8,
         _rope,
         _rope_and_write_kv,
         _silu_mul,
@@ -158,6 +160,24 @@ def _matmul_int4(random: Random) -> Iterator[Case]:
             args = (random.normal(tokens, inner), packed, scales, zeros, random.normal(outer))
             label = f"x [{tokens}, {inner}], weight [{outer}, {inner}], groups of {group}"
             yield Case("matmul_int4", label + ("" if zeros is None else ", zeros"), args, formula)
+
+
+def _matmul_int8(random: Random) -> Iterator[Case]:
+    def formula(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor, codes: Tensor) -> Results:
+        values = codes.to(x).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+        return (F.linear(x, values.flatten(1), bias),)
+
+    for tokens, inner, outer, group in (
+        (1, 4096, 96, 128),
+        (5, 224, 192, 32),
+        (33, 1024, 130, 1024),
+        (70, 192, 65, 64),
+    ):
+        codes = random.order(outer * inner).view(outer, inner) % 256 - 128
+        scales = random.normal(outer, inner // group).sign() / (64 * math.sqrt(inner))
+        args = (random.normal(tokens, inner), pack_int8(codes.to(torch.int8)), scales, random.normal(outer))
+        label = f"x [{tokens}, {inner}], weight [{outer}, {inner}], groups of {group}"
+        yield Case("matmul_int8", label, args, partial(formula, codes=codes))
 
 
 def _turns(positions: int, rotated: int) -> Tensor:

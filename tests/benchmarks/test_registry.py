@@ -46,11 +46,13 @@ BYTES = {
     "attention_prefill": 5 * 2 * 4 * 16 * 2 + 2 * 64 * 2 * 16 * 2 + 4 + 4 + 8,
     "matmul": (5 * 64 + 192 * 64 + 5 * 192) * 2,
     "matmul_int4": 5 * 64 * 2 + 192 * 128 // 2 + 192 * 2 + 5 * 192 * 2,  # codes are padded to 128 columns
+    "matmul_int8": 5 * 64 * 2 + 192 * 128 + 192 * 2 + 5 * 192 * 2,
     "embedding": 5 * (8 + 2 * 64 * 2),
 }
 FLOPS = {
     "matmul": 2 * 5 * 64 * 192,
     "matmul_int4": 2 * 5 * 64 * 192,
+    "matmul_int8": 2 * 5 * 64 * 192,
     "attention_decode": 4 * 4 * 16 * 5 * 128,
     "attention_varlen": 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5),
     "attention_prefill": 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5),

@@ -28,6 +28,11 @@ HELPERS = {
     "pack_int4": "makes of codes what matmul_int4 reads",
     "unpack_int4": "its inverse",
     "matmul_int4_workspace": "allocates what matmul_int4 may scribble on",
+    "quantize_int8": "makes codes and scales of a weight",
+    "dequantize_int8": "its inverse, but for the rounding",
+    "pack_int8": "makes of codes what matmul_int8 reads",
+    "unpack_int8": "its inverse",
+    "matmul_int8_workspace": "allocates what matmul_int8 may scribble on",
     "sample_workspace": "allocates what sample may scribble on",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")

@@ -107,7 +107,7 @@ def test_nothing_waits_and_nothing_is_allocated(op: str) -> None:
 @pytest.mark.parametrize("op", sorted({*TRITON} - {"rope_and_write_kv", "attention_varlen", "attention_prefill"}))
 def test_a_row_alone_is_the_row_in_a_batch(op: str) -> None:
     """Bit for bit, whatever else is in the batch; of products, in as many rows as the kernel takes."""
-    rows = 61 if op in ("matmul", "matmul_int4") else 300
+    rows = 61 if op in ("matmul", "matmul_int4", "matmul_int8") else 300
     many = case(op, rows=rows).make(DEVICE, seed=0)
     whole = run(op, copied(many))
     for row in (0, 7, rows - 1):

@@ -8,7 +8,7 @@ import torch
 
 from fastllama.kernels import cos_sin_cache
 from fastllama.kernels.op import OPS
-from fastllama.kernels.reference import pack_bf12, pack_int4
+from fastllama.kernels.reference import pack_bf12, pack_int4, pack_int8
 
 # tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another
 T, HQ, HKV, D, P, PAGE = 3, 6, 2, 8, 5, 7
@@ -122,6 +122,15 @@ def arguments(op: str) -> dict[str, Any]:
             "packed": pack_int4(torch.randint(16, (6, 160), dtype=torch.uint8)),
             "scales": torch.randn(6, 5),
             "zeros": 15 * torch.rand(6, 5),
+            "bias": torch.randn(6),
+            **around(T, 160),
+            "out": torch.empty(T, 6),
+            "workspace": None,
+        },
+        "matmul_int8": {
+            "x": torch.randn(T, 160),
+            "packed": pack_int8(torch.randint(-128, 128, (6, 160), dtype=torch.int8)),
+            "scales": torch.randn(6, 5),
             "bias": torch.randn(6),
             **around(T, 160),
             "out": torch.empty(T, 6),

@@ -27,6 +27,9 @@ def weight_of(op: str, features: int, size: int) -> tuple[tuple[Any, ...], Tenso
         return (weight,), weight.double()
     if op == "matmul_bf12":
         return kernels.pack_bf12(weight.bfloat16()), weight.bfloat16().double()
+    if op == "matmul_int8":
+        codes, scales = kernels.quantize_int8(weight, 32)
+        return (kernels.pack_int8(codes), scales), kernels.dequantize_int8(codes, scales.double())
     codes, scales, _ = kernels.quantize_int4(weight, 32)
     return (kernels.pack_int4(codes), scales), kernels.dequantize_int4(codes, scales.double())
 
@@ -61,7 +64,7 @@ def plain(
 
 CASES = [
     pytest.param(op, each.values[0] if hasattr(each, "values") else each, marks=getattr(each, "marks", ()))
-    for op in ("matmul", "matmul_bf12", "matmul_int4")
+    for op in ("matmul", "matmul_bf12", "matmul_int4", "matmul_int8")
     for each in (on_cpu(op) if op == "matmul_bf12" else backends(op))
 ]
 
@@ -76,7 +79,7 @@ def test_it_is_the_composition(op: str, backend: str, form: str, dtype: torch.dt
         given, weight = weight_of(op, features, size)
         if op == "matmul":
             given, weight = (given[0].to(dtype),), given[0].to(dtype).double()
-        elif op == "matmul_int4":
+        elif op != "matmul_bf12":
             given = (given[0], given[1].float())
         options, bias = around(form, x, features), torch.randn(features).to(dtype)
         found = public(op, backend)(x, *given, bias=bias, **options)

@@ -147,6 +147,8 @@ def test_sizes_that_mean_nothing(op: str, name: str, shape: tuple[int, ...], mes
         ("matmul", "out"),
         ("matmul_int4", "x"),
         ("matmul_int4", "out"),
+        ("matmul_int8", "x"),
+        ("matmul_int8", "out"),
     ],
 )
 def test_rows_at_two_strides(op: str, name: str) -> None:

@@ -74,7 +74,16 @@ def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
     return (values * groups[:, :, None]).flatten(1).to(scales.dtype)
 
 
-def matmul_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul_int8(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
     """`matmul` by the weight that codes and scales stand for, which is not rounded before."""
     codes = unpack_int8(packed, scales.shape[0], x.shape[-1])
-    return matmul(x, dequantize_int8(codes, scales.to(wide(x).dtype)), bias)
+    return matmul(x, dequantize_int8(codes, scales.to(wide(x).dtype)), bias, norm, eps, residual, gated)

@@ -20,10 +20,12 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.device import Device
 from fastllama.kernels.reference.int4 import packed_shape
+from fastllama.kernels.reference.int8 import packed_shape as int8_shape
 from fastllama.kernels.triton import decode as decode_kernels
 from fastllama.kernels.triton import embedding as embedding_kernels
 from fastllama.kernels.triton import matmul as matmul_kernels
 from fastllama.kernels.triton import matmul_int4 as int4_kernels
+from fastllama.kernels.triton import matmul_int8 as int8_kernels
 from fastllama.kernels.triton import merge as merge_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
@@ -69,7 +71,7 @@ STEPS = {"decode": 1, "prefill": 8192}  # tokens, at the extremes
 class Shipped:
     """One call of a launcher. Global accesses have at least `narrowest` bits a thread, `besides` so many of a kind.
 
-    weights: of 4 bits, by kernel, that a program reads in one turn of its loop, or at all where it has none.
+    weights: of 4 or 8 bits, by kernel, that a program reads in one turn of its loop, or at all where it has none.
     """
 
     name: str
@@ -266,6 +268,10 @@ def merge() -> Iterator[Shipped]:
         yield Shipped(f"merge_state {model.name} {SHORT[dtype]}", call, narrowest=128, besides=sums)
 
 
+DOWN, QKV, GATE_UP = ("7B down", 4096, 11008), ("7B qkv", 12288, 4096), ("70B gate_up", 57344, 8192)
+BLOCK = (*QKV, "norm"), (*DOWN, "residual"), ("7B gate_up", 22016, 4096, "norm, gated"), (*GATE_UP, "norm, gated")
+
+
 def int4() -> Iterator[Shipped]:
     """Fused projections of 7B and 70B; 16 rows stand for fewer. Scales and zeros are of one group, 16 and 8 bits."""
 
@@ -277,12 +283,11 @@ def int4() -> Iterator[Shipped]:
         held = meta(*groups, dtype=dtype), None if zeros is None else meta(*groups, dtype=zeros)
         int4_kernels.matmul_int4(x, packed, *held, None, *around(form, x, features))
 
-    down, qkv, gate_up = ("7B down", 4096, 11008), ("7B qkv", 12288, 4096), ("70B gate_up", 57344, 8192)
-    kinds = [(*weight, 128, BF16, None, rows) for weight in (down, qkv, gate_up) for rows in (16, 64, 1024)]
-    kinds += [(*down, 128, FP16, None, 16), (*down, 128, BF16, None, 32), (*down, 11008, BF16, None, 16)]
-    kinds += [(*down, group, BF16, None, rows) for group in (64, 32) for rows in (16, 64)]
-    kinds += [(*down, 128, BF16, zeros, rows) for zeros in (torch.uint8, BF16) for rows in (16, 64)]
-    kinds += [(*down, 128, BF16, torch.uint8, 1024), (*down, 128, FP32, None, 16)]
+    kinds = [(*weight, 128, BF16, None, rows) for weight in (DOWN, QKV, GATE_UP) for rows in (16, 64, 1024)]
+    kinds += [(*DOWN, 128, FP16, None, 16), (*DOWN, 128, BF16, None, 32), (*DOWN, 11008, BF16, None, 16)]
+    kinds += [(*DOWN, group, BF16, None, rows) for group in (64, 32) for rows in (16, 64)]
+    kinds += [(*DOWN, 128, BF16, zeros, rows) for zeros in (torch.uint8, BF16) for rows in (16, 64)]
+    kinds += [(*DOWN, 128, BF16, torch.uint8, 1024), (*DOWN, 128, FP32, None, 16)]
     for name, features, size, group, dtype, zeros, rows in kinds:
         call = partial(multiply, rows, features, size, group, dtype, zeros)
         held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
@@ -291,8 +296,7 @@ def int4() -> Iterator[Shipped]:
         weights = {"matmul_kernel": 64 * 128 * (1 if rows <= 16 else 2), "dequantize_kernel": 64 * min(group, 64)}
         title = f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}"
         yield Shipped(title, call, besides=besides, weights=weights)
-    block = (*qkv, "norm"), (*down, "residual"), ("7B gate_up", 22016, 4096, "norm, gated"), (*gate_up, "norm, gated")
-    for rows, (name, features, size, form) in itertools.product((16, 64), block):
+    for rows, (name, features, size, form) in itertools.product((16, 64), BLOCK):
         tiles = 2 if rows > 16 or "gated" in form else 1
         yield Shipped(
             f"matmul_int4 {name} bf16, {rows} rows, groups of 128, {form}",
@@ -300,6 +304,32 @@ def int4() -> Iterator[Shipped]:
             besides={"load 16": 2},
             weights={"matmul_kernel": 64 * 128 * tiles},
         )
+
+
+def int8() -> Iterator[Shipped]:
+    """As of 4 bits."""
+
+    def multiply(rows: int, features: int, size: int, group: int, dtype: torch.dtype, form: str = "") -> None:
+        x, packed = meta(rows, size, dtype=dtype), meta(*int8_shape(features, size), dtype=torch.int8)
+        scales = meta(features, size // group, dtype=dtype)
+        int8_kernels.matmul_int8(x, packed, scales, None, *around(form, x, features))
+
+    kinds = [(*weight, 128, BF16, rows) for weight in (DOWN, QKV, GATE_UP) for rows in (16, 64, 1024)]
+    kinds += [(*DOWN, 128, FP16, 16), (*DOWN, 128, FP16, 1024), (*DOWN, 128, BF16, 32), (*DOWN, 128, FP32, 16)]
+    kinds += [(*DOWN, group, BF16, rows) for group in (64, 32, 11008) for rows in (16, 64)]
+    for name, features, size, group, dtype, rows in kinds:
+        call = partial(multiply, rows, features, size, group, dtype)
+        besides = {"load 16": 128 // min(group, 128) * (4 if rows > 64 else 2)}
+        weights = {
+            "matmul_kernel": 64 * 128 * (1 if dtype == FP32 else 2),
+            "dequantize_kernel": 64 * min(group, 64),
+        }
+        title = f"matmul_int8 {name} {SHORT[dtype]}, {rows} rows, groups of {group}"
+        yield Shipped(title, call, besides=besides, weights=weights)
+    for rows, (name, features, size, form) in itertools.product((16, 64), BLOCK):
+        call = partial(multiply, rows, features, size, 128, BF16, form)
+        title = f"matmul_int8 {name} bf16, {rows} rows, groups of 128, {form}"
+        yield Shipped(title, call, besides={"load 16": 2}, weights={"matmul_kernel": 2 * 64 * 128})
 
 
 FAMILIES = {
@@ -312,5 +342,6 @@ FAMILIES = {
     "embedding": embedding,
     "merge": merge,
     "int4": int4,
+    "int8": int8,
 }
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, QUANTIZED_MUTANTS
 from tests.kernels.triton.int4_mutants import INT4_MUTANTS
+from tests.kernels.triton.int8_mutants import INT8_MUTANTS
 from tests.kernels.triton.matmul_mutants import MATMUL_MUTANTS
 from tests.kernels.triton.planted import KERNELS, mutant
 
@@ -292,5 +293,6 @@ MUTANTS = [
     *MATMUL_MUTANTS,
     *MERGE_MUTANTS,
     *INT4_MUTANTS,
+    *INT8_MUTANTS,
     *LAUNCHING_MUTANTS,
 ]
