@@ -101,8 +101,8 @@ class Bf12Linear(PackedLinear):
         return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
 
 
-class Int4Linear(PackedLinear):
-    """A Linear whose weight takes 4 bits, and a scale for each group of a row: see kernels.quantize_int4.
+class CodesLinear(PackedLinear):
+    """A Linear whose weight is kept in codes, with a scale for each group of a row.
 
     weight is what codes and scales stand for, exactly, in fp32.
     """
@@ -120,6 +120,10 @@ class Int4Linear(PackedLinear):
     def num_weights(self) -> int:
         return self.scales.shape[0] * self.in_features
 
+
+class Int4Linear(CodesLinear):
+    """Codes of 4 bits: see kernels.quantize_int4."""
+
     @property
     def weight(self) -> Tensor:
         codes = kernels.unpack_int4(self.packed, self.scales.shape[0], self.in_features)
@@ -127,3 +131,15 @@ class Int4Linear(PackedLinear):
 
     def product(self, x: Tensor, **around: Any) -> Tensor:
         return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias, **around)
+
+
+class Int8Linear(CodesLinear):
+    """Codes of 8 bits: see kernels.quantize_int8."""
+
+    @property
+    def weight(self) -> Tensor:
+        codes = kernels.unpack_int8(self.packed, self.scales.shape[0], self.in_features)
+        return kernels.dequantize_int8(codes, self.scales.float())
+
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, **around)

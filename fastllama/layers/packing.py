@@ -11,7 +11,7 @@ from fastllama import kernels
 from fastllama.kernels.cpu.matmul import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
-from fastllama.layers.linear import Bf12Linear, Int4Linear, Linear, PackedLinear
+from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
 
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
@@ -36,13 +36,14 @@ def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
     _swap(model, _bf12, "Packing weights", progress)
 
 
-def quantize(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
-    """Make each Linear but the output head an Int4Linear, in place, rounded to nearest in groups of 128.
+def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None) -> None:
+    """Make each Linear but the output head one of QUANTIZED, in place, rounded to nearest.
 
-    Of 64 or 32, or of whole rows, where the number of columns asks for it. progress: as for `pack`.
+    "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8": of whole
+    rows. progress: as for `pack`.
     """
-    head = model.lm_head
-    _swap(model, lambda linear: None if linear is head else _int4(linear), "Quantizing weights", progress)
+    head, make = model.lm_head, QUANTIZED[kind]
+    _swap(model, lambda linear: None if linear is head else make(linear), "Quantizing weights", progress)
 
 
 @torch.inference_mode()
@@ -76,3 +77,12 @@ def _int4(linear: Linear) -> Int4Linear:
     group = next((each for each in sorted(GROUPS, reverse=True) if size % each == 0), size)
     codes, scales, _ = kernels.quantize_int4(linear.weight.detach(), group)
     return Int4Linear(kernels.pack_int4(codes), scales, size, linear.bias)
+
+
+def _int8(linear: Linear) -> Int8Linear:
+    size = linear.weight.shape[1]
+    codes, scales = kernels.quantize_int8(linear.weight.detach(), size)
+    return Int8Linear(kernels.pack_int8(codes), scales, size, linear.bias)
+
+
+QUANTIZED: dict[str, Callable[[Linear], PackedLinear]] = {"int4": _int4, "int8": _int8}

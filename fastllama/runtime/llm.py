@@ -33,9 +33,10 @@ class LLM:
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
     device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
-    quantization: "int4" rounds weights to 4 bits in groups of 128, but for embeddings and output head; "bf12" keeps
-    those in bf16 in 12 bits, without loss (on a CPU); both in place if the model was given. None keeps them as they
-    are; "auto" is "bf12" where it makes decoding faster and the model is loaded here.
+    quantization: "int4" rounds weights to 4 bits in groups of 128, "int8" to 8 bits with a scale for each row, both but
+    for embeddings and output head; "bf12" keeps those in bf16 in 12 bits, without loss (on a CPU); all in place if the
+    model was given. None keeps them as they are; "auto" is "bf12" where it makes decoding faster and the model is
+    loaded here.
     max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
     page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
@@ -76,7 +77,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
         )
-        check_choice("quantization", quantization, ("auto", "bf12", "int4", None))
+        check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
         self._progress = progress
         if isinstance(model, LlamaForCausalLM):
             for name, value in (("dtype", dtype), ("device", device)):
@@ -100,8 +101,8 @@ class LLM:
                     f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU"
                 )
             packing.pack(loaded, progress=progress)
-        elif quantization == "int4":
-            packing.quantize(loaded, progress=progress)
+        elif quantization in packing.QUANTIZED:
+            packing.quantize(loaded, quantization, progress=progress)
         self.quantization = None if quantization == "auto" else quantization  # what was done
         self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
         self.warm_up_seconds = self._engine.warm_up()

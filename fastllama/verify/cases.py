@@ -76,7 +76,6 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _matmul,
         _matmul_bf12,
         _matmul_int4,
-        _matmul_int8,
         _rope,
         _rope_and_write_kv,
         _silu_mul,
@@ -85,6 +84,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _attention_decode,
         _sample,
         _merge_state,
+        _matmul_int8,
     ):
         yield from maker(random)
 

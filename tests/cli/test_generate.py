@@ -214,9 +214,10 @@ def test_the_bundled_model_writes(command: Command) -> None:
     assert found["text"].strip()
 
 
-def test_weights_in_4_bits(command: Command) -> None:
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rounded_weights(command: Command, kind: str) -> None:
     story = ("generate", "--prompt", "Once", "--max-tokens", "4", "--temperature", "0", "--dtype", "float32")
-    done = command(*story, "--quantize", "int4")
+    done = command(*story, "--quantize", kind)
     assert done.status == 0
-    assert "float32, weights in int4 on cpu" in done.err
+    assert f"float32, weights in {kind} on cpu" in done.err
     assert command(*story, "--quantize", "int3").status == 2

@@ -176,7 +176,7 @@ def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> No
     """One column of x at a time, of which each product is a code: an integer of 8 bits, in any dtype."""
     codes = torch.randint(-128, 128, (64, 256), dtype=torch.int8)  # with no period that a layout could have
     scales = torch.ones(64, 256 // group, dtype=dtype)
-    for rows in (16, 64, 256):  # two tiles of codes, and the weight itself
+    for rows in (16 if dtype == torch.float32 else 64, 256):  # by codes, and by the weight
         for some in torch.arange(256).split(rows):
             found = product(backend)(F.one_hot(some, 256).to(dtype), kernels.pack_int8(codes), scales)
             assert_equal(found, codes.to(dtype).T[some])
