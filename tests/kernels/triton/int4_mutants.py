@@ -11,14 +11,21 @@ NOISE = "test_int4.py::test_nothing_past_the_end_is_read_or_written"
 BETWEEN = "test_int4.py::test_zeros_between_codes"
 OWN = "triton/test_matmul_int4.py::test_"
 SPLITS = f"{OWN}splits"
+END = "tl.minimum(begin + SPLIT, SIZE)"
 FAR = f"{OWN}rows_past_two_to_the_31_elements"
 FAR_ROWS = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
+FORMS = "test_around.py::test_it_is_the_composition"
 SHORT = f"{OWN}a_workspace_that_is_too_small_is_refused_before_anything_is_written"
 
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the kernels of matmul_int4."""
-    return mutant(name, "matmul_int4", old, new, *tests)
+    """In the codes that are loaded."""
+    return mutant(name, "int4", old, new, *tests)
+
+
+def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
+    """In the kernels of codes."""
+    return mutant(name, "codes", old, new, *tests)
 
 
 INT4_MUTANTS = [
@@ -30,58 +37,60 @@ INT4_MUTANTS = [
     fault("the first words of a half", "packed_ptr += start % 64 // 16", "packed_ptr += 0", EXACT),
     fault("rows of tiles interleaved", "trans(0, 6, 1, 3, 5, 2, 4)", "trans(6, 0, 1, 3, 5, 2, 4)", EXACT),
     fault("codes off by one", "136.0 if", "135.0 if", EXACT),
-    fault("tiles past the last", "lane // 128, (N - 1) // 64", "lane // 128, N", SHAPES),
-    fault("every tile the first", "row // 64 + lane // 128,", "row // 64 + lane // 256,", SHAPES),
-    fault("columns past K", "some if K % 128 == 0 else some & (k < K)", "some", NOISE),
-    fault("rows of x past the end", "(row < num_rows)[None, :]", "(row < BLOCK_M)[None, :]", NOISE),
-    fault("padding stored", "(row < num_rows)[None, :], col < N", "(row < num_rows)[None, :], col < N + 64", NOISE),
-    fault(
+    fault("tiles past the last", "lane // 128 * STEP, (N - 1) // 64", "lane // 128 * STEP, N", SHAPES),
+    fault("every tile the first", "tile + lane // 128 * STEP", "tile + lane // 256 * STEP", SHAPES),
+    fault("up from the gate's next tile", "lane // 128 * STEP", "lane // 128", FORMS),
+    shared("columns past K", "some if SIZE % 128 == 0 else some & exists[None, :]", "some", NOISE),
+    shared("rows of x past the end", "some = (row < num_rows)[:, None]", "some = (row < BLOCK_M)[:, None]", NOISE),
+    shared(
         "scale of the next group",
         "tile_start // GROUP + part, GROUPS",
         "tile_start // GROUP + part + 1, GROUPS",
         SHAPES,
     ),
-    fault(
+    shared(
         "scale of the tile's first group", "tile_start // GROUP + part, GROUPS", "tile_start // GROUP, GROUPS", SHAPES
     ),
-    fault(
+    shared(
         "a scale past the last",
         "tl.minimum(tile_start // GROUP + part, GROUPS - 1)",
         "tile_start // GROUP + part",
         NOISE,
     ),
-    fault("zero forgotten", "group, inside) - 8.0) * sums", "group, inside) - 8.0) * 0.0", SHAPES),
-    fault("zero of 8 twice", "group, inside) - 8.0) * sums", "group, inside)) * sums", SHAPES),
-    fault("sums of one block", "tl.dot(ones, x, sums,", "tl.dot(ones, x, sums * 0.0,", SHAPES),
-    fault(
+    shared("zero forgotten", "group) - 8.0) * sums", "group) - 8.0) * 0.0", SHAPES),
+    shared("zero of 8 twice", "group) - 8.0) * sums", "group)) * sums", SHAPES),
+    shared("sums of one block", "tl.dot(ones, tl.trans(x), sums,", "tl.dot(ones, tl.trans(x), sums * 0.0,", SHAPES),
+    shared(
         "zeros cut to codes",
-        "(zeros_ptr, col, zeros_row_stride, group, inside)",
-        "(zeros_ptr, col, zeros_row_stride, group, inside).to(tl.int32)",
+        "(zeros_ptr, feature, zeros_row_stride, group)",
+        "(zeros_ptr, feature, zeros_row_stride, group).to(tl.int32)",
         BETWEEN,
     ),
-    fault("a split overlaps the next", "tl.minimum(begin + SPLIT, K)", "tl.minimum(begin + SPLIT + 1, K)", SPLITS),
-    fault("a split ends a tile early", "tl.minimum(begin + SPLIT, K)", "tl.minimum(begin + SPLIT - 128, K)", SPLITS),
-    fault("every split is the first", "begin = tl.program_id(1) * SPLIT", "begin = tl.program_id(1) * 0", SPLITS),
-    fault("splits in one place", "split * out_split_stride", "split * 0", SPLITS),
-    fault("bias in every split", "bias if splits == 1 else None", "bias", SPLITS),
-    fault(
-        "32-bit rows of tiles", "first, split = tl.program_id(0).to(tl.int64)", "first, split = tl.program_id(0)", FAR
-    ),
-    fault("32-bit rows of x", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", FAR_ROWS),
-    fault(
-        "32-bit rows of the weight",
-        "first, start = tl.program_id(0).to(tl.int64)",
-        "first, start = tl.program_id(0)",
+    shared("a split overlaps the next", END, "tl.minimum(begin + SPLIT + 1, SIZE)", SPLITS),
+    shared("a split ends a tile early", END, "tl.minimum(begin + SPLIT - 128, SIZE)", SPLITS),
+    shared("every split is the first", "begin = tl.program_id(1) * SPLIT", "begin = tl.program_id(1) * 0", SPLITS),
+    shared(
+        "32-bit rows of tiles",
+        "tile = tl.program_id(0).to(tl.int64) * (1",
+        "tile = tl.program_id(0) * (1",
         FAR,
     ),
-    fault("weight without zeros", "inside) - 8.0\n", "inside) * 0.0\n", SHAPES),
-    fault(
+    shared("32-bit rows of x", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", FAR_ROWS),
+    shared(
+        "32-bit rows of the weight",
+        "tile, start = tl.program_id(0).to(tl.int64)",
+        "tile, start = tl.program_id(0)",
+        FAR,
+    ),
+    shared("weight without zeros", "group) - 8.0\n", "group) * 0.0\n", SHAPES),
+    shared(
         "weight past K",
         "mask=inside[:, None] & (col < K)",
         "mask=inside[:, None]",
         f"{OWN}the_weight_of_many_rows_is_written_once",
         SHAPES,
     ),
-    fault("the scale that the weight's first group has", "tl.minimum(start // GROUP,", "tl.minimum(0,", SHAPES),
-    fault("a short workspace is taken", "scratch(workspace, elements,", "scratch(workspace, elements - 1,", SHORT),
+    shared("the scale that the weight's first group has", "tl.minimum(start // GROUP,", "tl.minimum(0,", SHAPES),
+    shared("a short workspace is taken", "scratch(workspace, elements,", "scratch(workspace, elements - 1,", SHORT),
+    shared("a tile of gate and up", "features % (2 * ROWS) == 0", "features % 2 == 0", FORMS),
 ]

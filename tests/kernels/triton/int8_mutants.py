@@ -19,8 +19,8 @@ def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
 
 
 def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the kernels of matmul_int4, where codes have 8 bits."""
-    return mutant(f"8 bits: {name}", "matmul_int4", old, new, *tests)
+    """In the kernels of codes, where these have 8 bits."""
+    return mutant(f"8 bits: {name}", "codes", old, new, *tests)
 
 
 INT8_MUTANTS = [
@@ -28,8 +28,8 @@ INT8_MUTANTS = [
     fault("halves of a word swapped in x", "k // 8 % 2 * 2", "(1 - k // 8 % 2) * 2", EXACT),
     fault("every quarter the first", "quarter * 512 +", "quarter * 0 +", EXACT),
     fault("quarters of another place", "start // 32 * 512", "start // 64 * 512", EXACT),
-    fault("every tile the first", "row // 64 + lane // 128,", "row // 64 + lane // 256,", SPLITS),
-    fault("tiles past the last", "lane // 128, (N - 1) // 64", "lane // 128, N", SHAPES),
+    fault("every tile the first", "tile + lane // 128 * STEP", "tile + lane // 256 * STEP", SPLITS),
+    fault("tiles past the last", "lane // 128 * STEP, (N - 1) // 64", "lane // 128 * STEP, N", SHAPES),
     fault("unsigned codes", ".to(tl.int8, bitcast=True).to(tl.float32)", ".to(tl.float32)", EXACT),
     fault(
         "bf16 from the lower half", ">> 16).to(tl.uint16).to(tl.bfloat16", ">> 15).to(tl.uint16).to(tl.bfloat16", EXACT
@@ -51,14 +51,14 @@ INT8_MUTANTS = [
     fault("the weight in x's order", "trans(0, 5, 1, 3, 4, 2, 7, 6)", "trans(0, 5, 1, 3, 4, 7, 2, 6)", EXACT),
     shared(
         "unit not taken back",
-        "scales_row_stride, group, inside) * UNIT)\n    if",
-        "scales_row_stride, group, inside))\n    if",
+        "products * (per_row(scales_ptr, feature, scales_row_stride, group) * UNIT)",
+        "products * per_row(scales_ptr, feature, scales_row_stride, group)",
         EXACT,
     ),
     shared(
         "unit not taken back from the weight",
-        "weight = codes * (per_row(scales_ptr, row, scales_row_stride, group, inside) * UNIT)",
-        "weight = codes * (per_row(scales_ptr, row, scales_row_stride, group, inside))",
+        "weight = codes * (per_row(scales_ptr, row, scales_row_stride, group) * UNIT)",
+        "weight = codes * per_row(scales_ptr, row, scales_row_stride, group)",
         EXACT,
     ),
     shared(
@@ -67,7 +67,7 @@ INT8_MUTANTS = [
         "order(k)",
         "test_int4.py::test_every_code_is_exact",
     ),
-    shared("one tile a program", "tiles = 2 if _bits(packed) == 8", "tiles = 2 if _bits(packed) == 9", READ),
+    shared("one tile a program", "gated or (_bits(packed) == 8", "gated or (_bits(packed) == 9", READ),
     shared("launched as of 4 bits", "tuning.int4 if _bits(packed) == 4 else tuning.int8", "tuning.int4", SPLITS),
     shared(
         "words that are not whole",
