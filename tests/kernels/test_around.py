@@ -39,7 +39,7 @@ def around(form: str, x: Tensor, features: int) -> dict[str, Any]:
     given: dict[str, Any] = {"gated": "gated" in form}
     if "norm" in form:
         norm = torch.rand(x.shape[-1])
-        given |= {"norm": norm if form == "norm, residual" else norm.to(x.dtype), "eps": 1e-3}
+        given |= {"norm": norm if form == "norm, residual" else norm.to(x.dtype), "eps": 0.5}
     if "residual" in form:
         given["residual"] = torch.randn(*x.shape[:-1], features).to(x.dtype)
     return given

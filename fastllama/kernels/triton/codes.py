@@ -38,8 +38,15 @@ from fastllama.kernels.triton.product import (
     weighted,
 )
 
-# Rows of x, by the bytes of an element: with more, arithmetic outweighs the weight's bytes (and in fp32 sums spill).
-FEW = {2: 64, 4: 16}
+
+def few_rows(x: Tensor, packed: Tensor) -> int:
+    """Rows of x up to which codes are multiplied: with more, arithmetic outweighs the weight's bytes.
+
+    In fp32 more sums spill, and so does x beside codes of 8 bits where all of both is in registers.
+    """
+    if x.element_size() == 4:
+        return 16
+    return 32 if _bits(packed) == 8 and tuning.arch(x.device) in ("sm_80", "sm_89") else 64
 
 
 # Codes less 8, or of 8 bits over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K], those ORDERED as `columns` says.
@@ -209,7 +216,7 @@ def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[tuning.CodesLaunch
 
 def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
     """Elements of fp32 that a product needs: the splits' parts of out for few rows, for many the weight."""
-    if math.prod(x.shape[:-1]) <= FEW[x.element_size()]:
+    if math.prod(x.shape[:-1]) <= few_rows(x, packed):
         return _plan(x, packed, scales)[1].elements
     return COUNTERS + tuning.ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
@@ -229,10 +236,10 @@ def product(
     """An op on codes, of which `few` runs few rows. weight: the op's own arguments, packed, scales, ..., bias."""
     check_kernel_dtype("x", x)
     packed, scales, bias = weight[0], weight[1], weight[-1]
-    features, size, itemsize = scales.shape[0], x.shape[-1], x.element_size()
-    if math.prod(x.shape[:-1]) <= FEW[itemsize]:
+    features, size = scales.shape[0], x.shape[-1]
+    if math.prod(x.shape[:-1]) <= few_rows(x, packed):
         # A tile of codes is a gate's or an up's; of fp32 the sums of two tiles spill.
-        gates = features % (2 * ROWS) == 0 and itemsize == 2
+        gates = features % (2 * ROWS) == 0 and x.element_size() == 2
         return fused(few, x, weight, norm, eps, residual, gated, out, workspace, fuses_gate=gates)
     elements = workspace_size(x, packed, scales)
     held = scratch(workspace, elements, torch.float32, x.device)

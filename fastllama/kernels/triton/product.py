@@ -76,7 +76,7 @@ def row_sums(x):
 
 
 # Ends a product. acc: [N, M], one split's, of the features that are `owned`; squares: [M], of its columns of x; row:
-# [M]. Of all splits of a tile the last program stores out, 16 rows at a time: more parts at once take all registers.
+# [M]. Of all splits of a tile the last program stores out, some rows at a time: all parts at once take all registers.
 @triton.jit
 def finish(
     acc,
@@ -114,17 +114,18 @@ def finish(
         tl.debug_barrier()  # all threads have stored before one of them counts
         if tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.atomic_xchg(counters_ptr + tile, 0)
-            for first in tl.static_range(0, acc.shape[1], 16):
-                some = first + tl.arange(0, 16).to(tl.int64)
+            ROWS: tl.constexpr = min(1024 // BLOCK_N, acc.shape[1])
+            for first in tl.static_range(0, acc.shape[1], ROWS):
+                some = first + tl.arange(0, ROWS).to(tl.int64)
                 total, squares_total = added(some, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N, SPLITS)
                 store(total, squares_total, some, num_rows, around, FEATURES, SIZE, GATED)
 
 
-# The sums over all splits of a tile, of rows [16]: [N, 16], and of the rows' squares where there is a norm: [16].
+# The sums over all splits of a tile, of rows [M]: [N, M], and of the rows' squares where there is a norm: [M].
 @triton.jit
 def added(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     mask = row < num_rows
-    total, squares = tl.zeros([BLOCK_N, 16], tl.float32), tl.zeros([16], tl.float32)
+    total, squares = tl.zeros([BLOCK_N, row.shape[0]], tl.float32), tl.zeros(row.shape, tl.float32)
     for part in tl.static_range(SPLITS):
         place = part * num_rows + row
         part_ptrs = parts_ptr + place[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]

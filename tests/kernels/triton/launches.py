@@ -319,7 +319,7 @@ def int8() -> Iterator[Shipped]:
     kinds += [(*DOWN, group, BF16, rows) for group in (64, 32, 11008) for rows in (16, 64)]
     for name, features, size, group, dtype, rows in kinds:
         call = partial(multiply, rows, features, size, group, dtype)
-        besides = {"load 16": 128 // min(group, 128) * (4 if rows > 64 else 2)}
+        besides = {"load 16": 128 // min(group, 128) * (4 if rows >= 64 else 2)}
         weights = {
             "matmul_kernel": 64 * 128 * (1 if dtype == FP32 else 2),
             "dequantize_kernel": 64 * min(group, 64),
@@ -329,7 +329,8 @@ def int8() -> Iterator[Shipped]:
     for rows, (name, features, size, form) in itertools.product((16, 64), BLOCK):
         call = partial(multiply, rows, features, size, 128, BF16, form)
         title = f"matmul_int8 {name} bf16, {rows} rows, groups of 128, {form}"
-        yield Shipped(title, call, besides={"load 16": 2}, weights={"matmul_kernel": 2 * 64 * 128})
+        weights = {"matmul_kernel": 2 * 64 * 128, "dequantize_kernel": 64 * 64}  # of 64 rows on sm_80 and sm_89
+        yield Shipped(title, call, besides={"load 16": 4}, weights=weights)
 
 
 FAMILIES = {

@@ -8,6 +8,7 @@ from tests.kernels.triton.planted import mutant
 COLUMNS = "triton/test_matmul.py::test_columns_in_any_number_of_splits"
 ORDER = "triton/test_matmul.py::test_the_order_of_a_sum_is_the_same_in_any_batch"
 STRIDES = "test_matmul.py::test_strided_inputs_and_outputs"
+SPLITS = "triton/test_product.py::test_any_form_in_splits"
 LAST = "triton/test_product.py::test_whichever_program_comes_last"
 FORMS = "test_around.py::test_it_is_the_composition"
 WORKSPACE = "triton/test_matmul.py::test_a_workspace_is_all_that_is_used"
@@ -62,9 +63,9 @@ MATMUL_MUTANTS = [
         "squares of the last split alone",
         "squares += tl.load(squares_ptr + place",
         "squares = tl.load(squares_ptr + place",
-        FORMS,
+        SPLITS,
     ),
-    around("squares of other rows", "tl.load(squares_ptr + place", "tl.load(squares_ptr + place // 2 * 2", FORMS),
+    around("squares of other rows", "tl.load(squares_ptr + place", "tl.load(squares_ptr + place // 2 * 2", SPLITS),
     around("the mean of a tile", "squares / SIZE + eps", "squares / 128 + eps", FORMS),
     around("eps forgotten", "squares / SIZE + eps", "squares / SIZE", FORMS),
     around("the norm's weight forgotten", "norm[None, :]).to(x.dtype)", "1.0).to(x.dtype)", FORMS),

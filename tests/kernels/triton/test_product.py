@@ -16,8 +16,8 @@ from fastllama.kernels.triton import matmul as module
 from fastllama.kernels.triton.product import COUNTERS, splits_of
 from fastllama.testing.checks import CheckError
 from fastllama.testing.monitor import Report
-from tests.kernels.honest import assert_equal, public
-from tests.kernels.test_around import around, weight_of
+from tests.kernels.honest import assert_equal, assert_honest, double, public
+from tests.kernels.test_around import FORMS, around, plain, weight_of
 from tests.kernels.triton.test_matmul import launching, matmul
 
 BF16 = torch.bfloat16
@@ -46,6 +46,19 @@ def test_whichever_program_comes_last(monkeypatch: pytest.MonkeyPatch, order: st
     expected = reference.matmul(x, torch.zeros_like(weight), **options)
     assert_equal(matmul(x, weight, **options, workspace=workspace), expected)
     assert_equal(workspace[:COUNTERS], torch.zeros(COUNTERS))
+
+
+@interpreter
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_in_splits(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Each with its share of the columns, of rows whose squares are unlike."""
+    launching(monkeypatch, splits=4)
+    x = (torch.randn(19, 300) * torch.logspace(-2, 2, 19)[:, None]).to(BF16)
+    weight, bias = (torch.randn(44, 300) / 20).to(BF16), torch.randn(44).to(BF16)
+    options = around(form, x, 44)
+    exact = dict(zip(options, double(*options.values()), strict=True))
+    found = matmul(x, weight, bias, **options)
+    assert_honest(found, plain(x, weight, bias, **options), reference.matmul(*double(x, weight, bias), **exact))
 
 
 @interpreter
