@@ -13,7 +13,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.kernels import reference
 from fastllama.testing.poison import noise_
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, on_cpu, public
 
 # rows of x, N, K, group: every width of a tile, its edges, and what the kernel for many rows takes
 SHAPES = [
@@ -34,6 +34,7 @@ SHAPES = [
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 triton_too = pytest.mark.parametrize("backend", backends("matmul_int4"))
+every_cpu = pytest.mark.parametrize("backend", on_cpu("matmul_int4"))
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,48 @@ def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int)
     codes, scales = torch.full((3, 4096), 12, dtype=torch.uint8), torch.full((3, 32), 1 / 16, dtype=dtype)
     found = public("matmul_int4", backend)(torch.ones(rows, 4096, dtype=dtype), kernels.pack_int4(codes), scales)
     assert_equal(found, torch.full((rows, 3), 1024.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_cpu
+def test_outliers_are_heard_of_by_their_neighbours_alone(backend: str, dtype: torch.dtype) -> None:
+    """An outlier that is multiplied by zero takes 2^-15 of its power of two from the 7 columns beside it, at most."""
+    x, codes = torch.randn(200, 128).to(dtype), torch.full((64, 128), 8, dtype=torch.uint8)
+    x[:, 69] = 1000
+    codes[torch.arange(64), 64 + torch.arange(64)] = 9  # a feature is one column of the last 64
+    codes[5] = 8
+    found = public("matmul_int4", backend)(x, kernels.pack_int4(codes), torch.ones(64, 1, dtype=torch.float32))
+    rounding = torch.finfo(dtype).eps / 2 * x[:, 64:].abs().double()
+    misses = (found.double() - x[:, 64:].double()).abs() - rounding
+    misses[:, 5] = found[:, 5].abs()
+    beside = torch.tensor([0, 1, 4, 5, 8, 9, 12, 13])
+    assert misses[:, beside].max() <= 512 * 2.0**-15
+    misses[:, beside] = 0
+    assert misses.max() <= 4 * 2.0**-15
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 4096])
+@pytest.mark.parametrize("code", [0, 7, 15])
+@every_cpu
+def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
+    """The largest numbers of 16 bits, all of one sign, times the largest codes."""
+    codes, scales = torch.full((64, 4096), code, dtype=torch.uint8), torch.full((64, 4096 // group), 2.0**-12)
+    packed = kernels.pack_int4(codes)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        largest = 2 - torch.finfo(dtype).eps
+        x = torch.tensor([[largest], [-largest], [0.0]], dtype=dtype).expand(3, 4096).contiguous()
+        expected = (x[:, :1].double() * (code - 8)).expand(3, 64).to(dtype)
+        found = public("matmul_int4", backend)(x, packed, scales)
+        torch.testing.assert_close(found, expected, rtol=2.0**-20 if dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [each for each in on_cpu("matmul_int4") if each == "numba"])
+def test_a_row_is_the_same_beside_others(backend: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(9, 384).to(dtype), Weight.of(70, 384, 64, dtype)
+    together = public("matmul_int4", backend)(x, *weight.packed)
+    for start, end in ((0, 1), (1, 3), (3, 6), (6, 9)):
+        assert_equal(public("matmul_int4", backend)(x[start:end], *weight.packed), together[start:end])
 
 
 @pytest.mark.parametrize("zeros", [None, torch.uint8], ids=["symmetric", "zeros"])
