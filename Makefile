@@ -81,7 +81,7 @@ gpu: ## on a machine with a GPU: test and measure all in MINUTES, by any PYTHON 
 gpu-dry: $(STAMP) ## walk the plan of `make gpu` at toy sizes on this CPU
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.run --dry --minutes 5 --out build/gpu-dry
 
-bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers, in one run
+bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers and, where installed, llama.cpp, in one run
 	$(BIN)/python -m benchmarks.cpu_decode
 
 tiny-model: $(STAMP) ## write the stories, train the bundled model and export it (about an hour)

@@ -1,17 +1,19 @@
-"""Greedy decoding of a 1.1B Llama with random weights at batch 1 on this CPU, beside transformers in the same run.
+"""Greedy decoding of a 1.1B Llama with random weights at batch 1 on this CPU, beside others in the same run.
 
 python -m benchmarks.cpu_decode [--rounds 3] [--tokens 32] [--prompt-tokens 128] [--dtype bfloat16] [--output FILE]
 
-Both hold the same weights and take turns, a round each, so that a machine whose speed drifts hurts both. Decode time
-is from the first token to the last; transformers is timed twice, through `generate` and its bare forward pass with a
-cache, and the ratio is to the faster of the two. The floor is the time that the weights take at the read bandwidth
-measured in every round: no decoder that reads them all for each token can be faster.
+Ours, transformers and, where the extra [llama] is installed, llama.cpp hold the same weights (the quantized ones
+rounded by each one's own quantizer) and take turns, a round each, so that a machine whose speed drifts hurts all.
+Decode time is from the first token to the last; transformers is timed twice, through `generate` and its bare forward
+pass with a cache, and the ratio is to the faster of the two. The floor is the time that the weights take at the read
+bandwidth measured in every round: no decoder that reads them all for each token can be faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,27 +23,33 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks import llama_cpp
 from benchmarks.environment import environment, write_record
+from benchmarks.timing import Generation
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers.weights import load_weights
 
-Timing = dict[str, float]  # seconds: "prefill" until the first token, "decode" from there to the last
+# What we do to weights, and the format of llama.cpp that loses about as much.
+QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int4": "Q4_0"}
 
 
 def build(dtype: torch.dtype, layers: int | None) -> tuple[dict[str, LLM], transformers.LlamaForCausalLM]:
-    """The same random TinyLlama-1.1B: ours by name, the fastest first (bf16 also packed into 12 bits), and theirs."""
+    """The same random TinyLlama-1.1B: ours by name (in bf16 packed and rounded, too), and theirs."""
     config = LlamaConfig.preset("tinyllama-1.1b").to_hf()
     if layers is not None:
         config["num_hidden_layers"] = layers
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=dtype).eval()
     llms = {}
-    for quantization in ("bf12", None) if dtype == torch.bfloat16 else (None,):
+    for quantization in QUANTIZATIONS if dtype == torch.bfloat16 else (None,):
         ours = LlamaForCausalLM(LlamaConfig.from_hf(config), dtype)
         load_weights(ours, theirs.state_dict().items())
-        name = " ".join(filter(None, ("fastllama", quantization)))
-        llms[name] = LLM(ours, max_model_len=1024, kv_cache_tokens=1024, quantization=quantization)
+        llms[_name(quantization)] = LLM(ours, max_model_len=1024, kv_cache_tokens=1024, quantization=quantization)
     return llms, theirs
+
+
+def _name(quantization: str | None) -> str:
+    return " ".join(filter(None, ("fastllama", quantization)))
 
 
 def bytes_per_token(llm: LLM) -> int:
@@ -51,7 +59,7 @@ def bytes_per_token(llm: LLM) -> int:
     return sum(tensor.nbytes for name, tensor in held.items() if name not in ("embed_tokens.weight", "cos_sin"))
 
 
-def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Timing:
+def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Generation:
     """LLM.generate; its own clock says when the first token came."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.monotonic()
@@ -59,6 +67,18 @@ def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Timing:
     assert metrics.first_token_time is not None
     assert metrics.finish_time is not None
     return {"prefill": metrics.first_token_time - start, "decode": metrics.finish_time - metrics.first_token_time}
+
+
+def load_llama_cpp(model: transformers.LlamaForCausalLM, prompt_tokens: int) -> dict[str, llama_cpp.Decoder]:
+    """llama.cpp with the same weights, by name and format."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = llama_cpp.write_files(model, Path(folder))
+        return {f"llama.cpp {name}": llama_cpp.Decoder(file, prompt_tokens) for name, file in files.items()}
+
+
+def time_llama_cpp(decoder: llama_cpp.Decoder, prompt: list[int], tokens: int) -> Generation:
+    """llama.cpp's library in the barest greedy loop."""
+    return decoder.generate(prompt, tokens)[1]
 
 
 class _Clock:
@@ -75,7 +95,7 @@ class _Clock:
 
 
 @torch.inference_mode()
-def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Timing:
+def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Generation:
     """transformers' generate."""
     clock, ids = _Clock(), torch.tensor([prompt])
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
@@ -85,7 +105,7 @@ def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], token
 
 
 @torch.inference_mode()
-def time_forward(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Timing:
+def time_forward(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Generation:
     """transformers' forward pass in the barest greedy loop."""
     cache, ids, times = transformers.DynamicCache(), torch.tensor([prompt]), []
     start = time.monotonic()
@@ -117,13 +137,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     llms, theirs = build(getattr(torch, options.dtype), options.layers)
-    runs: dict[str, Callable[[list[int]], Timing]] = {
+    absent = llama_cpp.missing() if options.dtype == "bfloat16" else "compared in bfloat16 only"
+    runs: dict[str, Callable[[list[int]], Generation]] = {
         **{name: partial(time_ours, llm, tokens=options.tokens) for name, llm in llms.items()},
         "transformers generate": lambda prompt: time_generate(theirs, prompt, options.tokens),
         "transformers forward": lambda prompt: time_forward(theirs, prompt, options.tokens),
     }
+    if absent:
+        print(f"llama.cpp is left out: {absent}")
+    else:
+        for name, decoder in load_llama_cpp(theirs, options.prompt_tokens).items():
+            runs[name] = partial(time_llama_cpp, decoder, tokens=options.tokens)
     generator = torch.Generator().manual_seed(0)
-    samples: dict[str, list[Timing]] = {name: [] for name in runs}
+    samples: dict[str, list[Generation]] = {name: [] for name in runs}
     memory, bandwidths = torch.ones(1 << 27), []
     for round_number in range(options.rounds + 1):
         bandwidths.append(read_bandwidth(memory))
@@ -142,6 +168,7 @@ def main() -> None:
             "model": "TinyLlama-1.1B shape, random weights",
             "conditions": {key: value for key, value in vars(options).items() if key != "output"},
             "environment": environment(),
+            "llama_cpp": absent or llama_cpp.version(),
             "bytes_per_token": step_bytes,
             "read_bytes_per_second": bandwidths,
             "samples": samples,
@@ -149,19 +176,27 @@ def main() -> None:
         write_record(options.output, record)
 
 
-def print_table(samples: dict[str, list[Timing]], prompt_tokens: int, tokens: int, floors: dict[str, float]) -> None:
-    """Medians of tokens/s, ours over the better of theirs, and the share of what the memory allows."""
+def print_table(
+    samples: dict[str, list[Generation]], prompt_tokens: int, tokens: int, floors: dict[str, float]
+) -> None:
+    """Medians of tokens/s, ours over each peer's, and the share of what the memory allows."""
     decode = {name: statistics.median((tokens - 1) / t["decode"] for t in taken) for name, taken in samples.items()}
     prefill = {name: statistics.median(prompt_tokens / t["prefill"] for t in taken) for name, taken in samples.items()}
     print(f"{'':24}{'decode tok/s':>14}{'prefill tok/s':>15}")
     for name in samples:
         print(f"{name:24}{decode[name]:14.2f}{prefill[name]:15.1f}")
-    for name, floor in floors.items():
-        ratios = []
-        for rates in (decode, prefill):
-            ratios.append(rates[name] / max(rate for other, rate in rates.items() if other not in floors))
-        print(f"{name}: decode {ratios[0]:.2f} times transformers, prefill {ratios[1]:.2f} times")
-        print(f"{name}: memory allows {floor:.2f} tok/s, of which it decodes {100 * decode[name] / floor:.0f} %")
+    for quantization, peer in QUANTIZATIONS.items():
+        name = _name(quantization)
+        if name not in floors:
+            continue
+        others = {"transformers": [each for each in decode if each.startswith("transformers")]}
+        if f"llama.cpp {peer}" in decode:
+            others[f"llama.cpp {peer}"] = [f"llama.cpp {peer}"]
+        for title, group in others.items():
+            ratios = [rates[name] / max(rates[other] for other in group) for rates in (decode, prefill)]
+            print(f"{name}: decode {ratios[0]:.2f} times {title}, prefill {ratios[1]:.2f} times")
+        share = 100 * decode[name] / floors[name]
+        print(f"{name}: memory allows {floors[name]:.2f} tok/s, of which it decodes {share:.0f} %")
 
 
 if __name__ == "__main__":

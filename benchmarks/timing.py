@@ -14,6 +14,7 @@ import torch
 
 Call = Callable[[], Any]
 Sampler = Callable[[], float]
+Generation = dict[str, float]  # seconds: "prefill" until the first token, "decode" from there to the last
 
 
 def wall(call: Call, calls: int = 1) -> Sampler:
