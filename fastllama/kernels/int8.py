@@ -50,6 +50,7 @@ _MATMUL = Op(
     check=_check,
     reference=reference.matmul_int8,
     cpu=cpu.matmul_int8,
+    numba="int8:matmul_int8",
     triton="matmul_int8:matmul_int8",
     around=composed,
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.kernels import reference, tuning
 from fastllama.testing.poison import noise_
-from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, public
+from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, on_cpu, public
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -180,6 +180,20 @@ def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> No
         for some in torch.arange(256).split(rows):
             found = product(backend)(F.one_hot(some, 256).to(dtype), kernels.pack_int8(codes), scales)
             assert_equal(found, codes.to(dtype).T[some])
+
+
+@pytest.mark.parametrize("group", [32, 128, 4096])
+@pytest.mark.parametrize("code", [-128, 127])
+@pytest.mark.parametrize("backend", on_cpu("matmul_int8"))
+def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
+    """The largest numbers of 16 bits, all of one sign, times the largest codes."""
+    codes, scales = torch.full((64, 4096), code, dtype=torch.int8), torch.full((64, 4096 // group), 2.0**-12)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        largest = 2 - torch.finfo(dtype).eps
+        x = torch.tensor([[largest], [-largest], [0.0]], dtype=dtype).expand(3, 4096).contiguous()
+        expected = (x[:, :1].double() * code).expand(3, 64).to(dtype)
+        found = public("matmul_int8", backend)(x, kernels.pack_int8(codes), scales)
+        torch.testing.assert_close(found, expected, rtol=2.0**-20 if dtype == torch.float32 else 0, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 40, 66])

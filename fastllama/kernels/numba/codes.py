@@ -1,0 +1,382 @@
+"""Products by weights of 4- and 8-bit codes in integers: codes where they stand, by x in 16-bit fixed point.
+
+Both layouts (kernels/reference/int4.py, int8.py) are runs of 64 bytes, the codes of a pair of rows of the weight, eight
+apart, and 32 runs make a step: 64 rows and 64 columns of 4-bit codes, or 32 of 8-bit ones. x is brought once into the
+order of the codes; the eight numbers of a step that meet in one lane of a vector get a common exponent. So a vector
+instruction multiplies 16 codes and adds them to their neighbours (vpmaddwd on x86), behind a mask or a sign extension,
+and a lane's sum is exact. 4-bit codes are centred for free: their sums start at -8 times the sum of x.
+
+No sum overflows. x is at most 2^15 - 1 in magnitude, a 4-bit code at bit 4 of its byte at most 240, an 8-bit one 128.
+A lane adds eight products of a step and starts, at bit 4, at 128 times eight of x: 8 * (240 + 128) * (2^15 - 1) < 2^27.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from fastllama.kernels.checks import as_rows
+from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, store, use_threads
+from fastllama.kernels.reference.int4 import MIDDLE, ROWS
+
+# What stands for codes in a kernel's arguments: 4 bits, the same in groups of 32 columns, half of a step, and 8 bits.
+INT4, INT4_BY_32, INT8 = np.uint8(0), np.uint16(0), np.int8(0)
+STEP_BYTES = 2048
+AHEAD = 4096  # bytes prefetched
+RECORD = 4 * 32 + 32 + 32  # bytes of x for a step: 64 int16, 8 int32 to start from, 8 fp32 units of the sums
+LARGEST = 2**15 - 1
+# The columns of a step in the order of the codes, 16 of each vector; two of each 16 bits of rows meet in a lane.
+_OF_4_BITS = np.arange(64).reshape(4, 2, 2, 2, 2)  # t, h, v, q, e
+_OF_8_BITS = np.arange(32).reshape(2, 1, 4, 4).repeat(2, 1)  # c, r, q, i
+PLACES = {4: _OF_4_BITS.transpose(2, 1, 3, 0, 4).ravel(), 8: _OF_8_BITS.transpose(2, 0, 1, 3).ravel()}
+
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_PAIRS, _SUMS, _FLOATS = ir.VectorType(_I16, 16), ir.VectorType(_I32, 8), ir.VectorType(ir.FloatType(), 8)
+
+
+def _splat(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _at(builder, address, offset, kind):
+    """A pointer to `kind`, `offset` bytes on from an address."""
+    if isinstance(offset, int):
+        offset = address.type(offset)
+    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+
+def _load(builder, address, offset, kind):
+    return builder.load(_at(builder, address, offset, kind), align=1)
+
+
+def _dot_of_pairs(builder, a, b):
+    """The sums of products of neighbours: one instruction on x86 (vpmaddwd)."""
+    both = ir.VectorType(_I32, 16)
+    product = builder.mul(builder.sext(a, both), builder.sext(b, both))
+    even, odd = (
+        builder.shuffle_vector(product, product, ir.Constant(_SUMS, [*range(first, 16, 2)])) for first in (0, 1)
+    )
+    return builder.add(even, odd)
+
+
+def _broadcast(builder, number):
+    vector = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _I32(0))
+    return builder.shuffle_vector(vector, vector, _splat(_SUMS, 0))
+
+
+def _record(builder, address):
+    """The vectors of a record: four of x, the sums to start from, the units."""
+    x = [_load(builder, address, offset, _PAIRS) for offset in range(0, 128, 32)]
+    return x, _load(builder, address, 128, _SUMS), _load(builder, address, 160, _FLOATS)
+
+
+def _sums_of_4_bits(builder, run, records):
+    """For each of some records, its products with 64 bytes of codes: two rows' sums, the second times 16."""
+    sums = [[start, builder.shl(start, _splat(_SUMS, 4))] for _, start, _ in records]
+    for v in range(2):
+        word = _load(builder, run, 32 * v, _PAIRS)
+        for h in range(2):
+            if h:
+                word = builder.lshr(word, _splat(_PAIRS, 8))
+            masked = [builder.and_(word, _splat(_PAIRS, 0xF << 4 * r)) for r in range(2)]
+            for (x, _, _), own in zip(records, sums, strict=True):
+                for r in range(2):
+                    own[r] = builder.add(own[r], _dot_of_pairs(builder, masked[r], x[2 * v + h]))
+    return sums
+
+
+def _sums_of_8_bits(builder, run, records):
+    """The same for codes of 8 bits: both rows' sums in turn, two lanes each."""
+    sums = [[_splat(_SUMS, 0)] for _ in records]
+    for q in range(4):
+        codes = builder.sext(_load(builder, run, 16 * q, ir.VectorType(_I8, 16)), _PAIRS)
+        for (x, _, _), own in zip(records, sums, strict=True):
+            own[0] = builder.add(own[0], _dot_of_pairs(builder, codes, x[q]))
+    return sums
+
+
+def _step(builder, kind, codes, rows, scales, stride, results):
+    """Add the products of a step with some rows of x to their results: vectors of 8, 64 of them, or 32 of 8-bit codes.
+
+    rows: addresses of records. scales: address of the fp32 scale of the first row of the weight, the next `stride`
+    bytes on. results: addresses.
+    """
+    i64 = codes.type
+    function = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), *[_I32] * 3])
+    prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+    two_of_each = ir.Constant(_SUMS, [0, 1, 10, 11, 4, 5, 14, 15])
+    # One row's record stays in registers; of more, LLVM must not try.
+    kept = [_record(builder, row) for row in rows] if len(rows) == 1 else None
+    with cgutils.for_range(builder, i64(4)) as warps, cgutils.for_range(builder, i64(8)) as lanes:
+        number = builder.add(builder.mul(warps.index, i64(8)), lanes.index)
+        row_of_weight = builder.add(number, builder.mul(warps.index, i64(8)))
+        run = builder.add(codes, builder.mul(number, i64(64)))
+        builder.call(prefetch, [_at(builder, run, AHEAD, _I8), *map(_I32, (0, 3, 1))])
+        records = kept or [_record(builder, row) for row in rows]
+        sums = (_sums_of_8_bits if kind == types.int8 else _sums_of_4_bits)(builder, run, records)
+
+        def scale(r, behind=0):
+            at = builder.add(scales, builder.mul(builder.add(row_of_weight, i64(8 * r)), stride))
+            return _broadcast(builder, _load(builder, at, behind, ir.FloatType()))
+
+        if kind == types.int8:
+            places = [number]
+            factors = [builder.shuffle_vector(scale(0), scale(1), two_of_each)]
+        else:
+            places = [builder.add(row_of_weight, i64(8 * r)) for r in range(2)]
+            factors = [scale(r) for r in range(2)]
+            if kind == types.uint16:  # words t of 2 and 3 have the last 32 columns
+                factors = [builder.shuffle_vector(each, scale(r, 4), two_of_each) for r, each in enumerate(factors)]
+        for (_, _, units), result, own in zip(records, results, sums, strict=True):
+            for place, factor, some in zip(places, factors, own, strict=True):
+                to = _at(builder, result, builder.mul(place, i64(32)), _FLOATS)
+                factor = builder.fmul(units, factor)
+                total = _math(builder, "fmuladd", builder.sitofp(some, _FLOATS), factor, builder.load(to, align=1))
+                builder.store(total, to, align=1)
+
+
+def _step_of(count):
+    """`_step` for `count` rows."""
+
+    @intrinsic
+    def step(context, kind, codes, rows, scales, stride, results):
+        def generate(context, builder, signature, args):
+            _, codes, rows, scales, stride, results = args
+            rows, results = (cgutils.unpack_tuple(builder, each, count) for each in (rows, results))
+            _step(builder, signature.args[0], codes, rows, scales, stride, results)
+            return context.get_dummy_value()
+
+        addresses, i64 = types.UniTuple(types.int64, count), types.int64
+        return types.void(kind, i64, addresses, i64, i64, addresses), generate
+
+    return step
+
+
+step_of_one, step_of_two, step_of_four = map(_step_of, (1, 2, 4))
+
+
+@intrinsic
+def total(context, kind, results, row):
+    """The sum of the lanes of a row of the weight, 0 to 63, among the results of `_step` at an address."""
+
+    def generate(context, builder, signature, args):
+        _, results, row = args
+        i64 = row.type
+        place, parts = row, [[0, 1, 2, 3], [4, 5, 6, 7]]
+        if kind == types.int8:
+            place = builder.add(builder.mul(builder.lshr(row, i64(4)), i64(8)), builder.and_(row, i64(7)))
+            parts = [[0, 1, 4, 5], [2, 3, 6, 7]]
+        vector = _load(builder, results, builder.mul(place, i64(32)), _FLOATS)
+        low, high = (
+            builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, 4), part)) for part in parts
+        )
+        if kind == types.int8:
+            upper = builder.icmp_unsigned("!=", builder.and_(row, i64(8)), i64(0))
+            four = builder.select(upper, high, low)
+        else:
+            four = builder.fadd(low, high)
+        lanes = [builder.extract_element(four, _I32(i)) for i in range(4)]
+        return builder.fadd(builder.fadd(lanes[0], lanes[1]), builder.fadd(lanes[2], lanes[3]))
+
+    return types.float32(kind, types.int64, types.int64), generate
+
+
+def _math(builder, name, *vectors):
+    """A function of LLVM's for vectors of float32."""
+    kind = vectors[0].type
+    function = ir.FunctionType(kind, [kind] * len(vectors))
+    found = cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{kind.count}f32")
+    return builder.call(found, vectors)
+
+
+def _clamped(builder, numbers, low, high):
+    """Vectors of float32 brought between two numbers; NaN becomes the higher one."""
+    for relation, limit in (("<", _splat(numbers.type, high)), (">", _splat(numbers.type, low))):
+        numbers = builder.select(builder.fcmp_ordered(relation, numbers, limit), numbers, limit)
+    return numbers
+
+
+def _every_second(builder, vector, first):
+    return builder.shuffle_vector(vector, vector, ir.Constant(_SUMS, [*range(first, 16, 2)]))
+
+
+def _store_record(builder, address, numbers, units):
+    """A record of four vectors of whole float32; returns them as they fit in."""
+    total, wide = _splat(_SUMS, 0), ir.VectorType(_I32, 16)
+    for i, given in enumerate(numbers):
+        whole = builder.fptosi(given, wide)
+        for e in range(2):
+            total = builder.add(total, _every_second(builder, whole, e))
+        builder.store(builder.trunc(whole, _PAIRS), _at(builder, address, 32 * i, _PAIRS), align=1)
+    builder.store(builder.mul(total, _splat(_SUMS, -MIDDLE)), _at(builder, address, 128, _SUMS), align=1)
+    builder.store(units, _at(builder, address, 160, _FLOATS), align=1)
+
+
+@intrinsic
+def fix(context, x, record, rests, parts):
+    """64 float32 at an address, in the order of their codes, as a record; with two parts what rounding took, too."""
+
+    def generate(context, builder, signature, args):
+        x, record, rests, parts = args
+        kind = ir.VectorType(ir.FloatType(), 16)
+        numbers = [_load(builder, x, 64 * i, kind) for i in range(4)]
+        largest, spoilt = _splat(kind, 0.0), _splat(kind, 0.0)
+        for each in numbers:
+            magnitude = _math(builder, "fabs", each)
+            largest = builder.select(builder.fcmp_ordered(">", magnitude, largest), magnitude, largest)
+            spoilt = builder.fadd(spoilt, builder.fmul(each, _splat(kind, 0.0)))  # NaN of what is not finite
+        halves = [_every_second(builder, largest, e) for e in range(2)]
+        largest = builder.select(builder.fcmp_ordered(">", *halves), *halves)
+        power = builder.and_(builder.bitcast(largest, _SUMS), _splat(_SUMS, 0x7F800000))
+        power = _clamped(builder, builder.bitcast(power, _FLOATS), 2.0**-112, 2.0**127)
+        twice = ir.Constant(ir.VectorType(_I32, 16), [i // 2 for i in range(16)])
+        up = builder.fdiv(_splat(_FLOATS, 2.0**14), power)
+        up = builder.shuffle_vector(up, up, twice)
+        units = builder.fmul(power, _splat(_FLOATS, 2.0**-14))
+        for e in range(2):
+            units = builder.fadd(units, _every_second(builder, spoilt, e))
+        scaled = [builder.fmul(each, up) for each in numbers]
+        wholes = [_clamped(builder, _math(builder, "rint", each), -LARGEST, LARGEST) for each in scaled]
+        _store_record(builder, record, wholes, units)
+        with builder.if_then(builder.icmp_signed("==", parts, parts.type(2))):
+            left = [builder.fsub(*each) for each in zip(scaled, wholes, strict=True)]
+            left = [builder.fmul(each, _splat(kind, LARGEST + 1.0)) for each in left]
+            left = [_clamped(builder, _math(builder, "rint", each), -LARGEST, LARGEST) for each in left]
+            _store_record(builder, rests, left, builder.fmul(units, _splat(_FLOATS, 2.0**-15)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+# x [rows, size] as integers: a record for each step. A row of fp32 has twice as many (parts), of which the second half
+# is for the rests, in units 2^-15 times as large.
+@parallel_jit
+def fixed_kernel(x_ptr, records_ptr, places, columns, rows, x_stride, size, steps, parts, like):
+    for m in numba.prange(rows):
+        row = np.int64(m)
+        x = np.empty(64, np.float32)
+        for step in range(steps):
+            at, left = row * x_stride + step * columns, size - step * columns
+            for i in range(64):
+                x[i] = load(x_ptr, at + places[i], like) if places[i] < left else np.float32(0)
+            record = records_ptr + (row * parts * steps + step) * RECORD
+            fix(x.ctypes.data, record, record + steps * RECORD, parts)
+
+
+# One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Their scales are
+# brought into fp32 first; those of codes at bit 4 are multiplied by upper_place. offsets: bytes to a step's scales.
+@parallel_jit
+def products_kernel(
+    kind,
+    codes_ptr,
+    records_ptr,
+    scales_ptr,
+    out_ptr,
+    rows,
+    features,
+    groups,
+    offsets,
+    codes_stride,
+    scale_stride,
+    out_stride,
+    parts,
+    upper_place,
+    like,
+    scale_like,
+):
+    rows *= parts
+    steps = offsets.shape[0]
+    for tile_row in numba.prange((features + ROWS - 1) // ROWS):
+        first = np.int64(tile_row) * ROWS
+        count = min(ROWS, features - first)
+        scales = np.zeros((ROWS, groups + 2), np.float32)  # past the last there are columns without x
+        for n in range(count):
+            place = np.float32(upper_place) if n & 8 else np.float32(1)
+            for group in range(groups):
+                scales[n, group] = load(scales_ptr, (first + n) * scale_stride + group, scale_like) * place
+        results = np.empty((4, ROWS, 8), np.float32)
+        scale_ptr, stride, last = scales.ctypes.data, 4 * (groups + 2), rows - 1
+        to = results.ctypes.data
+        a, b, c, d = to, to + ROWS * 32, to + ROWS * 64, to + ROWS * 96
+        row = 0
+        while row < rows:
+            together = min(4 if rows - row > 2 else 2, rows - row)
+            results[:together] = np.float32(0)
+            for step in range(steps):
+                codes, scale = (
+                    codes_ptr + np.int64(tile_row) * codes_stride + step * STEP_BYTES,
+                    scale_ptr + offsets[step],
+                )
+                x, x_stride = records_ptr + step * RECORD, steps * RECORD
+                e, f = x + row * x_stride, x + min(row + 1, last) * x_stride
+                g, h = x + min(row + 2, last) * x_stride, x + min(row + 3, last) * x_stride
+                if together == 1:
+                    step_of_one(kind, codes, (e,), scale, stride, (a,))
+                elif together == 2:
+                    step_of_two(kind, codes, (e, f), scale, stride, (a, b))
+                else:
+                    step_of_four(kind, codes, (e, f, g, h), scale, stride, (a, b, c, d))
+            for i in range(0, together, parts):
+                for n in range(count):
+                    number = total(kind, to + i * ROWS * 32, n)
+                    if parts == 2:
+                        number += total(kind, to + (i + 1) * ROWS * 32, n)
+                    store(out_ptr, (row + i) // parts * out_stride + first + n, number, like)
+            row += together
+
+
+def runs(x: Tensor, scales: Tensor) -> bool:
+    """Whether `multiply` takes such tensors."""
+    return x.dtype in LIKE and scales.dtype in LIKE and x.numel() > 0 and scales.numel() > 0
+
+
+def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x @ weight^T (+ bias) for packed codes of 4 bits (int32) or 8 (int8), symmetric."""
+    (features, groups), size = scales.shape, x.shape[-1]
+    bits = 8 if packed.dtype == torch.int8 else 4
+    group_size = size // groups
+    kind = INT8 if bits == 8 else INT4_BY_32 if groups > 1 and group_size == 32 else INT4
+    columns, steps = 256 // bits, packed.shape[1] * bits // 2
+    rows, parts = x.numel() // size, 2 if x.dtype == torch.float32 else 1
+    given, target = as_rows("x", x), as_rows("out", out)
+    records = np.empty(rows * parts * steps * RECORD, np.uint8)
+    like = LIKE[x.dtype]
+    use_threads(rows * features * size)
+    fixed_kernel(
+        given.data_ptr(),
+        records.ctypes.data,
+        PLACES[bits],
+        columns,
+        rows,
+        given.stride(0),
+        size,
+        steps,
+        parts,
+        like,
+    )
+    products_kernel(
+        kind,
+        packed.data_ptr(),
+        records.ctypes.data,
+        scales.data_ptr(),
+        target.data_ptr(),
+        rows,
+        features,
+        groups,
+        4 * np.minimum(np.arange(steps) * columns // group_size, groups),
+        packed.stride(0) * packed.itemsize,
+        scales.stride(0),
+        target.stride(0),
+        parts,
+        1 / 16 if bits == 4 else 1.0,
+        like,
+        LIKE[scales.dtype],
+    )
+    if bias is not None:
+        target += bias

@@ -1,0 +1,18 @@
+"""Products with 8-bit weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastllama.kernels import cpu
+from fastllama.kernels.numba import codes
+
+
+def matmul_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None
+) -> None:
+    """See kernels.matmul_int8."""
+    if codes.runs(x, scales):
+        codes.multiply(x, packed, scales, bias, out)
+    else:
+        cpu.matmul_int8(x, packed, scales, bias, out, workspace)
