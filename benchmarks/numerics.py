@@ -13,9 +13,11 @@ from importlib.metadata import version
 import torch
 
 from benchmarks.micro import implementations, interpreted
-from fastllama import env, kernels
+from fastllama import env
 from fastllama.kernels.op import OPS, Implementation
-from fastllama.verify.cases import Case, Results, all_cases
+from fastllama.verify import ops
+from fastllama.verify.case import Case, Results
+from fastllama.verify.cases import all_cases
 from fastllama.verify.report import error_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,12 +25,9 @@ CPU = torch.device("cpu")
 
 
 def run(case: Case, implementation: Implementation) -> Results:
-    """The outputs of the public op on one implementation, and what it writes in place."""
-    args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    """The outputs of an op on one implementation."""
     with OPS[case.op].bound_to(CPU, implementation.run):
-        results = getattr(kernels, case.op)(*args, **case.options)
-    results = results if isinstance(results, tuple) else (results,)
-    return case.view((*results, *(args[place] for place in case.written)))
+        return ops.run(case)
 
 
 def worst(found: Results, exact: Results) -> float:

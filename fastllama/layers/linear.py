@@ -23,10 +23,6 @@ class RMSNorm(nn.Module):
         self.weight = parameter(size, dtype=dtype, device=device)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same."""
-        return kernels.rms_norm(x, self.weight, self.eps)
-
 
 class LinearBase(nn.Module):
     """y = x W^T (+ b), weight [out_features, in_features], with what a Llama's block has before and behind it."""

@@ -4,66 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import pack_bf12, pack_int4, pack_int8
 from fastllama.verify import oracle, sampling
+from fastllama.verify.case import EPS, Case, Random, Results
+from fastllama.verify.products import products
 
-Results = tuple[Tensor, ...]
-EPS = 1e-5
 HELD = 7.0  # what a page holds where nothing may be written; exact in every dtype
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a public op: kernels.<op>(*args, **options).
-
-    formula: the outputs from the same args, computed in their dtype. written: the args that the op writes in place,
-    further outputs behind those it returns. view: what is compared, where that is not the outputs themselves.
-    """
-
-    op: str
-    label: str
-    args: tuple[Any, ...]
-    formula: Callable[..., Results]
-    options: dict[str, Any] = field(default_factory=dict)
-    written: tuple[int, ...] = ()
-    view: Callable[[Results], Results] = lambda results: results
-
-    def to(self, target: torch.device | torch.dtype) -> Case:
-        """The case on another device, or with its floating arguments (not its options) in another dtype."""
-
-        def moved(arg: Any) -> Any:
-            if not isinstance(arg, Tensor) or (isinstance(target, torch.dtype) and not arg.is_floating_point()):
-                return arg
-            return arg.to(target)
-
-        options = self.options
-        if not isinstance(target, torch.dtype):
-            options = {name: moved(value) for name, value in options.items()}
-        return replace(self, args=tuple(map(moved, self.args)), options=options)
-
-
-class Random:
-    """Random tensors on the CPU, the same in every run."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal values, rounded to the dtype under test."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
-    def order(self, count: int) -> Tensor:
-        """0 to count - 1, shuffled."""
-        return torch.randperm(count, generator=self.generator)
 
 
 def all_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -73,9 +22,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _rms_norm,
         _add_rms_norm,
         _embedding,
-        _matmul,
-        _matmul_bf12,
-        _matmul_int4,
+        products,
         _rope,
         _rope_and_write_kv,
         _silu_mul,
@@ -84,7 +31,6 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _attention_decode,
         _sample,
         _merge_state,
-        _matmul_int8,
     ):
         yield from maker(random)
 
@@ -108,76 +54,6 @@ def _add_rms_norm(random: Random) -> Iterator[Case]:
 def _embedding(random: Random) -> Iterator[Case]:
     args = (random.order(300)[:41], random.normal(300, 64))
     yield Case("embedding", "weight [300, 64]", args, lambda ids, weight: (torch.stack([weight[i] for i in ids]),))
-
-
-def _matmul(random: Random) -> Iterator[Case]:
-    def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Results:
-        return (F.linear(x, weight, bias),)
-
-    for tokens, inner, outer in ((1, 4096, 96), (5, 256, 192), (33, 1024, 130)):
-        for bias in (None, random.normal(outer)):
-            args = (random.normal(tokens, inner), random.normal(outer, inner) / math.sqrt(inner), bias)
-            label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]{'' if bias is None else ', bias'}"
-            yield Case("matmul", label, args, formula)
-
-
-def _matmul_bf12(random: Random) -> Iterator[Case]:
-    for tokens, inner, outer in ((1, 4096, 96), (5, 256, 192), (33, 1024, 130)):
-        weight = (random.normal(outer, inner) / math.sqrt(inner)).bfloat16()
-        weight[outer // 2, ::7] *= 256  # values that have no code
-
-        def formula(
-            x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None, weight: Tensor = weight
-        ) -> Results:
-            return (F.linear(x, weight.to(x), bias),)
-
-        for bias in (None, random.normal(outer)):
-            args = (random.normal(tokens, inner), *pack_bf12(weight), bias)
-            label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]{'' if bias is None else ', bias'}"
-            yield Case("matmul_bf12", label, args, formula)
-
-
-def _matmul_int4(random: Random) -> Iterator[Case]:
-    for tokens, inner, outer, group in (
-        (1, 4096, 96, 128),
-        (5, 224, 192, 32),
-        (33, 1024, 130, 1024),
-        (70, 192, 65, 64),
-    ):
-        codes = random.order(16).repeat(outer * inner // 16).view(outer, inner)[:, random.order(inner)]
-        counts = (outer, inner // group)
-
-        def formula(
-            x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor, codes: Tensor = codes
-        ) -> Results:
-            groups = codes.to(x).unflatten(1, (scales.shape[1], -1))
-            values = (groups - (8 if zeros is None else zeros[..., None])) * scales[..., None]
-            return (F.linear(x, values.flatten(1), bias),)
-
-        scales = random.normal(*counts).sign() / (4 * math.sqrt(inner))
-        for zeros in (None, random.normal(*counts).abs().clamp(max=1) * 15):
-            packed = pack_int4(codes.to(torch.uint8))
-            args = (random.normal(tokens, inner), packed, scales, zeros, random.normal(outer))
-            label = f"x [{tokens}, {inner}], weight [{outer}, {inner}], groups of {group}"
-            yield Case("matmul_int4", label + ("" if zeros is None else ", zeros"), args, formula)
-
-
-def _matmul_int8(random: Random) -> Iterator[Case]:
-    def formula(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor, codes: Tensor) -> Results:
-        values = codes.to(x).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
-        return (F.linear(x, values.flatten(1), bias),)
-
-    for tokens, inner, outer, group in (
-        (1, 4096, 96, 128),
-        (5, 224, 192, 32),
-        (33, 1024, 130, 1024),
-        (70, 192, 65, 64),
-    ):
-        codes = random.order(outer * inner).view(outer, inner) % 256 - 128
-        scales = random.normal(outer, inner // group).sign() / (64 * math.sqrt(inner))
-        args = (random.normal(tokens, inner), pack_int8(codes.to(torch.int8)), scales, random.normal(outer))
-        label = f"x [{tokens}, {inner}], weight [{outer}, {inner}], groups of {group}"
-        yield Case("matmul_int8", label, args, partial(formula, codes=codes))
 
 
 def _turns(positions: int, rotated: int) -> Tensor:

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from fastllama import kernels
-from fastllama.verify.cases import Case, Results, all_cases
+from fastllama.verify.case import Case, Results
+from fastllama.verify.cases import all_cases
 from fastllama.verify.report import Row, bound_of, error_of
 
 
@@ -25,7 +26,7 @@ def rows(dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
 def _judge(case: Case) -> Iterator[Row]:
     """A row for each output of the op."""
     try:
-        found = _run(case)
+        found = run(case)
     except Exception as error:  # a kernel that cannot run is a finding, not the end of the report
         yield Row("op", case.op, f"{case.label}: {type(error).__name__}: {error}", math.inf, 0.0)
         return
@@ -34,8 +35,11 @@ def _judge(case: Case) -> Iterator[Row]:
         yield Row("op", case.op, case.label, error_of(ours, reference), bound_of(theirs, reference, ours.dtype))
 
 
-def _run(case: Case) -> Results:
+def run(case: Case) -> Results:
+    """The outputs of the public op, and what it writes in place."""
     args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
-    results = getattr(kernels, case.op)(*args, **case.options)
+    first = len(args) - len(case.named)
+    named = dict(zip(case.named, args[first:], strict=True))
+    results = getattr(kernels, case.op)(*args[:first], **named, **case.options)
     results = results if isinstance(results, tuple) else (results,)
     return case.view((*results, *(args[place] for place in case.written)))

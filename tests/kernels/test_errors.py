@@ -162,7 +162,9 @@ def test_rows_at_two_strides(op: str, name: str) -> None:
     for backend in on_cpu(op):
         if backend == "reference":
             found = public(op, backend)(**given)
-            torch.testing.assert_close(found, expected)
+            results = found if isinstance(found, tuple) else (found,)
+            for ours, theirs in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
         else:
             with pytest.raises(ValueError, match=rf"^{name} has strides \[.*\]; legal: all rows at one stride"):
                 public(op, backend)(**given)

@@ -50,9 +50,9 @@ class Counting:
         self.runs = 0
         first, forward = model.layers[0].mlp, LlamaMLP.forward
 
-        def counting(mlp: LlamaMLP, hidden: Tensor) -> Tensor:
+        def counting(mlp: LlamaMLP, *args: Any) -> Tensor:
             self.runs += mlp is first
-            return forward(mlp, hidden)
+            return forward(mlp, *args)
 
         monkeypatch.setattr(LlamaMLP, "forward", counting)
 
@@ -88,7 +88,7 @@ def test_a_hook_sees_every_step_whenever_it_comes(monkeypatch: pytest.MonkeyPatc
     with running(ours()) as llm:
         llm.generate([1, 2], params(5))
         seen = []
-        handle = llm.engine.model.norm.register_forward_hook(lambda *args: seen.append(None))
+        handle = llm.engine.model.lm_head.register_forward_hook(lambda *args: seen.append(None))
         llm.generate([1, 2], params(5))
         assert len(seen) == 5
         handle.remove()
@@ -99,7 +99,7 @@ def test_a_hook_sees_every_step_whenever_it_comes(monkeypatch: pytest.MonkeyPatc
 def test_a_module_that_computes_is_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its part would be missing from a replay."""
     model, forward = ours(), LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, hidden: forward(mlp, hidden) * 1.5)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, *args: forward(mlp, *args) * 1.5)
     counting = Counting(monkeypatch, model)
     with running(model) as llm:
         counting.runs = 0
@@ -127,12 +127,12 @@ def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(times: int) -> Callable[..., Tensor]:
         forward, left = LlamaMLP.forward, times
 
-        def run(mlp: LlamaMLP, hidden: Tensor) -> Tensor:
+        def run(mlp: LlamaMLP, *args: Any) -> Tensor:
             nonlocal left
             left -= 1
             if left == 0:
                 raise MemoryError
-            return forward(mlp, hidden)
+            return forward(mlp, *args)
 
         return run
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastllama.kernels.op import OPS
 from fastllama.verify import ops
-from fastllama.verify.cases import Case, all_cases
+from fastllama.verify.case import Case
+from fastllama.verify.cases import all_cases
 from fastllama.verify.report import Row
 
 torch.set_num_threads(1)

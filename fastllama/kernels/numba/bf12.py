@@ -172,12 +172,12 @@ def scaled_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
 
 @jit
 def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, scale, like):
-    """Store a product, with those of the outliers from `outlier` to `end` added."""
-    total = np.float32(total * scale)
+    """Store a product, with those of the outliers from `outlier` to `end` added: one after another, so in fp64."""
+    total *= scale
     for i in range(outlier, end):
         column = load_integer(outliers_ptr, 3 * i + 1, np.int32(0))
-        total += load(outliers_ptr, 3 * i + 2, np.float32(0)) * load(x_ptr, column, like)
-    store(out_ptr, 0, total, like)
+        total += np.float64(load(outliers_ptr, 3 * i + 2, np.float32(0))) * load(x_ptr, column, like)
+    store(out_ptr, 0, np.float32(total), like)
 
 
 # One iteration owns CHUNK output features. Strides count bytes.
