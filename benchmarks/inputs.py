@@ -174,6 +174,28 @@ def matmul_int8(m: Maker) -> Inputs:
     return _by_codes(m, packed, 1 / 128, kernels.matmul_int8_workspace)
 
 
+def quantize_rows(m: Maker) -> Inputs:
+    x = m.normal(m.rows, m.model.hidden)
+    return {"x": x, "out": m.fresh(*x.shape, dtype=torch.int8), "scales_out": m.fresh(m.rows, dtype=torch.float32)}
+
+
+def matmul_w8a8(m: Maker) -> Inputs:
+    """The gate and up projection."""
+    size, features = m.model.hidden, 2 * m.model.intermediate
+    x, x_scales = kernels.quantize_rows(m.normal(m.rows, size))
+    packed = kernels.pack_int8(_codes(m, -128, 128, torch.int8))
+    scales = m.normal(features) / (128 * math.sqrt(size))
+    workspace = kernels.matmul_w8a8_workspace(x, packed, scales)
+    return {
+        "x": x,
+        "x_scales": x_scales,
+        "packed": packed,
+        "scales": scales,
+        "out": m.fresh(m.rows, features),
+        "workspace": workspace if workspace.numel() else None,
+    }
+
+
 def _codes(m: Maker, first: int, end: int, dtype: torch.dtype) -> Tensor:
     shape = 2 * m.model.intermediate, m.model.hidden
     return torch.randint(first, end, shape, dtype=dtype, generator=m.generator, device=m.device)

@@ -13,7 +13,17 @@ from benchmarks.inputs import Inputs
 from fastllama.kernels import reference
 from fastllama.testing.bounds import error
 
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "workspace")  # may be left out
+OUTPUTS = (
+    "out",
+    "residual_out",
+    "q_out",
+    "k_out",
+    "tokens",
+    "logprobs",
+    "lse_out",
+    "scales_out",
+    "workspace",
+)  # may be left out
 
 
 def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
@@ -28,8 +38,11 @@ def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
 
 def written(inputs: Inputs, results: Any) -> list[Tensor]:
-    """What an op gave: the tensors it returned, and the pages it wrote."""
+    """What an op gave: the tensors it returned, codes as what they stand for, and the pages it wrote."""
     returned = list(results) if isinstance(results, tuple) else [results]
+    if returned[0].dtype == torch.int8:
+        codes, scales = returned
+        returned = [codes * scales[..., None]]
     return [*returned, *(inputs[name] for name in ("k_pages", "v_pages") if "slots" in inputs)]
 
 

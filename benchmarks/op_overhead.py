@@ -71,6 +71,18 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
             {},
             {"out": torch.empty(tokens, 8)},
         ),
+        "quantize_rows": ((x,), {}, {"out": x.to(torch.int8), "scales_out": torch.empty(tokens)}),
+        "matmul_w8a8": (
+            (
+                torch.zeros(tokens, 64, dtype=torch.int8),
+                torch.ones(tokens),
+                kernels.pack_int8(torch.zeros(8, 64, dtype=torch.int8)),
+                torch.randn(8),
+                None,
+            ),
+            {},
+            {"out": torch.empty(tokens, 8)},
+        ),
         "embedding": ((positions, torch.randn(vocab, dim)), {}, {"out": x.clone()}),
         "silu_mul": ((x,), {}, {"out": torch.empty(tokens, dim // 2)}),
         "merge_state": (

@@ -44,12 +44,14 @@ OPS = {
     "matmul": "matmul",
     "int4": "matmul_int4",
     "int8": "matmul_int8",
+    "w8a8": "matmul_w8a8",
 }
 VALUES = {
     "num_warps": (1, 2, 4, 8, 16, 32),
     "heads": (1, 2, 4, 8, 16, 32),
     "block": tuple(2**n for n in range(7, 15)),
     "rows": (64, 128),
+    "columns": (64, 128),
     "keys": (32, 64, 128),
     "split": (256, 512, 1024),
     "stages": (1, 2, 3, 4),
@@ -86,6 +88,8 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
         return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
     if isinstance(launch, tuning.MatmulLaunch):
         return launch.features * 16
+    if isinstance(launch, tuning.W8A8Launch):
+        return launch.rows * 128
     if isinstance(launch, tuning.CodesLaunch):
         return 64 * 64
     return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)

@@ -36,9 +36,10 @@ def add_quantize_option(parser: argparse.ArgumentParser) -> None:
     """--quantize."""
     parser.add_argument(
         "--quantize",
-        choices=("auto", "int4", "int8", "bf12", "none"),
+        choices=("auto", "int4", "int8", "w8a8", "bf12", "none"),
         default="auto",
-        help="int4, int8: weights rounded to so many bits; bf12: bf16 in 12 without loss (default: where it is faster)",
+        help="int4, int8: weights rounded to so many bits; w8a8: activations to 8 as well; bf12: bf16 in 12 bits "
+        "without loss (default: where that is faster)",
     )
 
 

@@ -25,6 +25,7 @@ from fastllama.kernels.op import Implementation, backend_of
 from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
 from fastllama.kernels.sampling import sample, sample_workspace
 from fastllama.kernels.swiglu import silu_mul
+from fastllama.kernels.w8a8 import matmul_w8a8, matmul_w8a8_workspace, quantize_rows
 
 __all__ = [
     "Implementation",
@@ -44,6 +45,8 @@ __all__ = [
     "matmul_int4_workspace",
     "matmul_int8",
     "matmul_int8_workspace",
+    "matmul_w8a8",
+    "matmul_w8a8_workspace",
     "matmul_workspace",
     "merge_state",
     "pack_bf12",
@@ -51,6 +54,7 @@ __all__ = [
     "pack_int8",
     "quantize_int4",
     "quantize_int8",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "rope_and_write_kv",

@@ -5,7 +5,8 @@ microsecond, times nothing and compiles nothing. To give another kernel its conf
 heuristic from numbers, an entry in FAMILIES and a function that launchers call.
 
 What may be in a shape: an op that sums (norm, sample, int4, int8) must not see the number of rows, or a request's
-numbers would depend on what else is in the batch. Elementwise ops may: `rows`, rounded up to a power of two.
+numbers would depend on what else is in the batch. Elementwise ops may, and exact sums (w8a8): `rows`, rounded up to a
+power of two.
 """
 
 from __future__ import annotations
@@ -107,8 +108,30 @@ class CodesLaunch:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class W8A8Launch:
+    """matmul_w8a8: one program for `rows` rows of x and 128 of the weight, `columns` at a time, of one of `splits`.
+
+    rows is a power of two, at least 16; columns is 64 or 128. stages: tiles of both on their way at once.
+    """
+
+    rows: int
+    columns: int
+    splits: int
+    stages: int
+    num_warps: int
+
+
 Launch = (
-    NormLaunch | RopeLaunch | SwigluLaunch | SampleLaunch | PrefillLaunch | DecodeLaunch | MatmulLaunch | CodesLaunch
+    NormLaunch
+    | RopeLaunch
+    | SwigluLaunch
+    | SampleLaunch
+    | PrefillLaunch
+    | DecodeLaunch
+    | MatmulLaunch
+    | CodesLaunch
+    | W8A8Launch
 )
 
 
@@ -235,6 +258,21 @@ def _codes(device: Device, programs: int, size: int, column_bytes: int) -> Codes
     return CodesLaunch(splits, min(max(device.shared_memory // (128 * column_bytes), 1), 3), 4)
 
 
+def w8a8_heuristic(device: Device, *, rows: int, features: int, size: int) -> W8A8Launch:
+    """Tiles of up to 128 rows; splits of at least four tiles of K until each multiprocessor has a program, or three.
+
+    128 columns at a time on sm_90 alone where rows are many: elsewhere their registers spill.
+    """
+    block = min(max(power_of_2(rows), 16), 128)
+    few = block <= 64
+    columns = 128 if few or device.arch == "sm_90" else 64
+    programs, splits = ceil_div(rows, block) * ceil_div(features, 128), 1
+    while programs * splits < device.num_sms * (3 if block <= 32 else 1) and 8 * splits * 128 <= size:
+        splits *= 2
+    stages = min(device.shared_memory // ((128 + block) * columns), 3 if columns == 128 else 4)
+    return W8A8Launch(block, columns, splits, max(stages, 1), 4 if few else 8)
+
+
 def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
     """Whether a tile of queries and `stages` tiles of keys and of values are within shared memory."""
     return (rows + 2 * stages * keys) * row_bytes <= device.shared_memory
@@ -250,6 +288,7 @@ FAMILIES = {
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
     "int4": Family(CodesLaunch, ("features", "size", "itemsize"), int4_heuristic),
     "int8": Family(CodesLaunch, ("features", "size", "itemsize"), int8_heuristic),
+    "w8a8": Family(W8A8Launch, ("rows", "features", "size"), w8a8_heuristic),
 }
 
 
@@ -296,6 +335,11 @@ def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> Co
 def int8(device: torch.device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
     """As `int4`."""
     return cast(CodesLaunch, _launch("int8", device, features, size, itemsize))
+
+
+def w8a8(device: torch.device, *, rows: int, features: int, size: int) -> W8A8Launch:
+    """The launch for `rows` rows of x and a weight [features, size]."""
+    return cast(W8A8Launch, _launch("w8a8", device, power_of_2(rows), features, size))
 
 
 def arch(device: torch.device) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import kernels
+from fastllama.kernels.compose import compose
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -139,3 +140,19 @@ class Int8Linear(CodesLinear):
 
     def product(self, x: Tensor, **around: Any) -> Tensor:
         return kernels.matmul_int8(x, self.packed, self.scales, self.bias, **around)
+
+
+class W8A8Linear(Int8Linear):
+    """Codes of 8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
+
+    def product(self, x: Tensor, **around: Any) -> Tensor:
+        norm, eps, gated = around.get("norm"), around.get("eps", 0.0), around["gated"]
+        out = around["out"]
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], self.scales.shape[0] // (2 if gated else 1))
+
+        def multiply(x: Tensor, out: Tensor) -> None:
+            kernels.matmul_w8a8(*kernels.quantize_rows(x), self.packed, self.scales.squeeze(1), self.bias, out=out)
+
+        compose(multiply, x, norm, eps, out, around["residual"], gated)
+        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from fastllama import kernels
 from fastllama.kernels.cpu.matmul import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
-from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear
+from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear, W8A8Linear
 from fastllama.layers.model import LlamaForCausalLM
 
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
@@ -39,8 +40,8 @@ def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
 def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None) -> None:
     """Make each Linear but the output head one of QUANTIZED, in place, rounded to nearest.
 
-    "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8": of whole
-    rows. progress: as for `pack`.
+    "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8" and
+    "w8a8": of whole rows; the latter rounds what is multiplied by them too, at each call. progress: as for `pack`.
     """
     head, make = model.lm_head, QUANTIZED[kind]
     _swap(model, lambda linear: None if linear is head else make(linear), "Quantizing weights", progress)
@@ -79,10 +80,14 @@ def _int4(linear: Linear) -> Int4Linear:
     return Int4Linear(kernels.pack_int4(codes), scales, size, linear.bias)
 
 
-def _int8(linear: Linear) -> Int8Linear:
+def _int8(linear: Linear, kind: type[Int8Linear] = Int8Linear) -> Int8Linear:
     size = linear.weight.shape[1]
     codes, scales = kernels.quantize_int8(linear.weight.detach(), size)
-    return Int8Linear(kernels.pack_int8(codes), scales, size, linear.bias)
+    return kind(kernels.pack_int8(codes), scales, size, linear.bias)
 
 
-QUANTIZED: dict[str, Callable[[Linear], PackedLinear]] = {"int4": _int4, "int8": _int8}
+QUANTIZED: dict[str, Callable[[Linear], PackedLinear]] = {
+    "int4": _int4,
+    "int8": _int8,
+    "w8a8": partial(_int8, kind=W8A8Linear),
+}

@@ -33,10 +33,10 @@ class LLM:
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
     device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
-    quantization: "int4" rounds weights to 4 bits in groups of 128, "int8" to 8 bits with a scale for each row, both but
-    for embeddings and output head; "bf12" keeps those in bf16 in 12 bits, without loss (on a CPU); all in place if the
-    model was given. None keeps them as they are; "auto" is "bf12" where it makes decoding faster and the model is
-    loaded here.
+    quantization: "int4" rounds weights to 4 bits in groups of 128, "int8" to 8 bits with a scale for each row, "w8a8"
+    so too, and each token's activations before products with them: all but for embeddings and output head. "bf12" keeps
+    weights in bf16 in 12 bits, without loss (on a CPU). All in place if the model was given. None keeps them as they
+    are; "auto" is "bf12" where it makes decoding faster and the model is loaded here.
     max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
     page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastllama.verify import oracle, sampling
 from fastllama.verify.case import EPS, Case, Random, Results
-from fastllama.verify.products import products
+from fastllama.verify.products import matmul_w8a8, products, quantize_rows
 
 HELD = 7.0  # what a page holds where nothing may be written; exact in every dtype
 
@@ -31,6 +31,8 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _attention_decode,
         _sample,
         _merge_state,
+        quantize_rows,
+        matmul_w8a8,
     ):
         yield from maker(random)
 

@@ -26,6 +26,7 @@ SHAPES = {
     "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
     "int4": {"features": 4096, "size": 11008, "itemsize": 2},
     "int8": {"features": 4096, "size": 11008, "itemsize": 2},
+    "w8a8": {"rows": 1024, "features": 4096, "size": 11008},
 }
 
 

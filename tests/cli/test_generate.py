@@ -214,7 +214,7 @@ def test_the_bundled_model_writes(command: Command) -> None:
     assert found["text"].strip()
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "w8a8"])
 def test_rounded_weights(command: Command, kind: str) -> None:
     story = ("generate", "--prompt", "Once", "--max-tokens", "4", "--temperature", "0", "--dtype", "float32")
     done = command(*story, "--quantize", kind)

@@ -33,6 +33,7 @@ HELPERS = {
     "pack_int8": "makes of codes what matmul_int8 reads",
     "unpack_int8": "its inverse",
     "matmul_int8_workspace": "allocates what matmul_int8 may scribble on",
+    "matmul_w8a8_workspace": "allocates what matmul_w8a8 may scribble on",
     "sample_workspace": "allocates what sample may scribble on",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")

@@ -136,6 +136,20 @@ def arguments(op: str) -> dict[str, Any]:
             "out": torch.empty(T, 6),
             "workspace": None,
         },
+        "quantize_rows": {
+            "x": hidden,
+            "out": torch.empty(T, D, dtype=torch.int8),
+            "scales_out": torch.empty(T),
+        },
+        "matmul_w8a8": {
+            "x": torch.randint(-127, 128, (T, 128), dtype=torch.int8),
+            "x_scales": torch.rand(T),
+            "packed": pack_int8(torch.randint(-128, 128, (6, 128), dtype=torch.int8)),
+            "scales": torch.randn(6),
+            "bias": torch.randn(6),
+            "out": torch.empty(T, 6),
+            "workspace": None,
+        },
         "embedding": {"ids": torch.tensor([3, 0, 5]), "weight": torch.randn(6, D), "out": torch.empty(T, D)},
         "silu_mul": {"gate_up": torch.randn(T, 2 * D), "out": torch.empty(T, D)},
         "merge_state": {

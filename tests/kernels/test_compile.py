@@ -13,7 +13,7 @@ from fastllama.kernels.op import OPS
 from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal
 
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out")
+OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out")
 # inductor itself still uses what torch has deprecated
 INDUCTOR = pytest.param(
     "inductor",

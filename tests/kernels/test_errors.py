@@ -15,7 +15,7 @@ from tests.kernels.calls import HKV, PAGE, D, T, arguments
 from tests.kernels.honest import assert_equal, on_cpu, public
 
 TENSORS = [(op, name) for op in OPS for name, value in arguments(op).items() if isinstance(value, Tensor)]
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "k_pages", "v_pages")
+OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out", "k_pages", "v_pages")
 SHAPE = r"^\w+ has shape \[.*\]; legal: \[.*\]"
 every_tensor = pytest.mark.parametrize(("op", "name"), TENSORS)
 
@@ -72,13 +72,16 @@ def test_dtype(op: str, name: str) -> None:
     )
 
 
+ANY_DTYPE = {("embedding", "weight"), ("matmul_w8a8", "out")}  # what others are compared with
+
+
 def names_of_one_dtype() -> list[tuple[str, str]]:
     """What has to be of the first tensor's dtype, or of fp32 where that is a vector of parameters."""
     first = {op: next(iter(arguments(op))) for op in OPS}
     return [
         (op, name)
         for op, name in TENSORS
-        if arguments(op)[name].is_floating_point() and name != first[op] and (op, name) != ("embedding", "weight")
+        if arguments(op)[name].is_floating_point() and name != first[op] and (op, name) not in ANY_DTYPE
     ]
 
 
@@ -149,6 +152,8 @@ def test_sizes_that_mean_nothing(op: str, name: str, shape: tuple[int, ...], mes
         ("matmul_int4", "out"),
         ("matmul_int8", "x"),
         ("matmul_int8", "out"),
+        ("matmul_w8a8", "x"),
+        ("matmul_w8a8", "out"),
     ],
 )
 def test_rows_at_two_strides(op: str, name: str) -> None:

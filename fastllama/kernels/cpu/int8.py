@@ -1,13 +1,16 @@
-"""Products with 8-bit weights on a CPU: a block of rows is dequantized to fp32 at a time."""
+"""Products with 8-bit weights on a CPU: a block of rows is widened to fp32 at a time."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.cpu.matmul import by_blocks
+from fastllama.kernels.cpu.matmul import BLOCK, by_blocks
 from fastllama.kernels.reference.int4 import ROWS
 from fastllama.kernels.reference.int8 import dequantize_int8, unpack_int8
+
+EXACT = 1024  # products of two codes whose sum fp32 holds
 
 
 def matmul_int8(
@@ -24,3 +27,25 @@ def matmul_int8(
     by_blocks(rows, scales.shape[0], result, widen)
     if bias is not None:
         result += bias
+
+
+def matmul_w8a8(
+    x: Tensor,
+    x_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    """See kernels.matmul_w8a8. Sums of 1024 products are under 2^24, which fp32 holds exactly in any order."""
+    rows, result, factors = as_rows("x", x).float(), as_rows("out", out), x_scales.reshape(-1, 1)
+    for start in range(0, scales.shape[0], BLOCK):
+        some = slice(start, start + BLOCK)
+        wanted = scales[some].to(factors.dtype)
+        codes = unpack_int8(packed[start // ROWS : -(-(start + BLOCK) // ROWS)], wanted.shape[0], rows.shape[1]).float()
+        sums = torch.zeros(rows.shape[0], wanted.shape[0], dtype=torch.int32)
+        for left, right in zip(rows.split(EXACT, 1), codes.split(EXACT, 1), strict=True):
+            sums += (left @ right.T).int()
+        y = sums * factors * wanted
+        result[:, some] = y if bias is None else y + bias[some]

@@ -10,6 +10,7 @@ from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
 from fastllama.kernels.reference.rope import rope, rope_and_write_kv
 from fastllama.kernels.reference.sampling import sample
 from fastllama.kernels.reference.swiglu import silu_mul
+from fastllama.kernels.reference.w8a8 import matmul_w8a8, quantize_rows
 
 __all__ = [
     "add_rms_norm",
@@ -23,12 +24,14 @@ __all__ = [
     "matmul_bf12",
     "matmul_int4",
     "matmul_int8",
+    "matmul_w8a8",
     "merge_state",
     "pack_bf12",
     "pack_int4",
     "pack_int8",
     "quantize_int4",
     "quantize_int8",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "rope_and_write_kv",

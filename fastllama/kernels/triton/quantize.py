@@ -1,4 +1,4 @@
-"""Rounding of fp32 to 8-bit codes under a scale, for kernels that write quantized keys and values."""
+"""Rounding of fp32 to 8-bit codes under a scale, for kernels that write quantized keys and values, or rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,33 @@ SMALLEST_BITS = tl.constexpr((127 - 100) << 23)  # of 2^-100: its reciprocal and
 @triton.jit
 def quantized(first, second, dtype: tl.constexpr):
     LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    # as integers, the bits of magnitudes have the order of the numbers, then infinity, then NaN, which tl.max loses
-    first_bits = first.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    second_bits = second.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most = tl.max(tl.maximum(tl.maximum(first_bits, second_bits), SMALLEST_BITS), 1, keep_dims=True)
-    absmax = most.to(tl.float32, bitcast=True)  # [HEADS, 1]
+    absmax = largest(tl.maximum(magnitude_bits(first), magnitude_bits(second)))  # [HEADS, 1]
     finite = absmax < float("inf")
     inverse = tl.div_rn(tl.full(absmax.shape, LARGEST, tl.float32), absmax)
     first = encoded(tl.where(finite, first * inverse, 0.0), dtype)
     second = encoded(tl.where(finite, second * inverse, 0.0), dtype)
     return first, second, tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
+
+
+# Rows [ROWS, SIZE] in fp32 -> their int8 codes, and each row's scale at scale_ptrs [ROWS, 1], as above.
+@triton.jit
+def store_codes(codes_ptrs, scale_ptrs, x, mask, row_mask):
+    absmax = largest(magnitude_bits(x))  # [ROWS, 1]
+    full = tl.full(absmax.shape, 127.0, tl.float32)
+    inverse = tl.div_rn(full, absmax)
+    tl.store(codes_ptrs, encoded(tl.where(absmax < float("inf"), x * inverse, 0.0), tl.int8), mask=mask)
+    tl.store(scale_ptrs, tl.div_rn(absmax, full), mask=row_mask)
+
+
+# As integers, the bits of magnitudes have the order of the numbers, then infinity, then NaN, which tl.max loses.
+@triton.jit
+def magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest(bits):
+    return tl.max(tl.maximum(bits, SMALLEST_BITS), 1, keep_dims=True).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -26,9 +26,11 @@ from fastllama.kernels.triton import embedding as embedding_kernels
 from fastllama.kernels.triton import matmul as matmul_kernels
 from fastllama.kernels.triton import matmul_int4 as int4_kernels
 from fastllama.kernels.triton import matmul_int8 as int8_kernels
+from fastllama.kernels.triton import matmul_w8a8 as w8a8_kernels
 from fastllama.kernels.triton import merge as merge_kernels
 from fastllama.kernels.triton import norm as norm_kernels
 from fastllama.kernels.triton import prefill as prefill_kernels
+from fastllama.kernels.triton import quantize_rows as quantize_kernels
 from fastllama.kernels.triton import rope as rope_kernels
 from fastllama.kernels.triton import sampling as sampling_kernels
 from fastllama.kernels.triton import swiglu as swiglu_kernels
@@ -333,6 +335,27 @@ def int8() -> Iterator[Shipped]:
         yield Shipped(title, call, besides={"load 16": 4}, weights=weights)
 
 
+def w8a8() -> Iterator[Shipped]:
+    """Rows as codes, and codes by codes: all tiles of rows. A weight's scales have 16 bits; some loops are unrolled."""
+
+    def quantize(size: int, dtype: torch.dtype) -> None:
+        x, codes, scales = meta(8192, size, dtype=dtype), meta(8192, size, dtype=torch.int8), meta(8192, dtype=FP32)
+        quantize_kernels.quantize_rows(x, codes, scales)
+
+    def multiply(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
+        x, packed = meta(rows, size, dtype=torch.int8), meta(*int8_shape(features, size), dtype=torch.int8)
+        scales, out = meta(features, dtype=dtype), meta(rows, features, dtype=dtype)
+        w8a8_kernels.matmul_w8a8(x, meta(rows, dtype=FP32), packed, scales, None, out, None)
+
+    for size, dtype in ((4096, BF16), (11008, BF16), (28672, BF16), (4096, FP32)):
+        yield Shipped(f"quantize_rows K={size} {SHORT[dtype]}", partial(quantize, size, dtype), besides={"store 32": 1})
+    weights = {"matmul_kernel": 128 * 128}  # of two turns where they take 64 columns
+    kinds = [(*weight, rows, BF16) for weight in (DOWN, QKV, GATE_UP) for rows in (1, 32, 64, 1024)]
+    for name, features, size, rows, dtype in [*kinds, (*DOWN, 16, FP16), (*DOWN, 1024, FP32)]:
+        call = partial(multiply, rows, features, size, dtype)
+        yield Shipped(f"matmul_w8a8 {name} {SHORT[dtype]}, {rows} rows", call, besides={"load 16": 2}, weights=weights)
+
+
 FAMILIES = {
     "norm": norm,
     "rope": rope,
@@ -344,5 +367,6 @@ FAMILIES = {
     "merge": merge,
     "int4": int4,
     "int8": int8,
+    "w8a8": w8a8,
 }
 SHIPPED = {family: list(launches()) for family, launches in FAMILIES.items()}

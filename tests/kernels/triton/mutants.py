@@ -11,6 +11,7 @@ from tests.kernels.triton.int4_mutants import INT4_MUTANTS
 from tests.kernels.triton.int8_mutants import INT8_MUTANTS
 from tests.kernels.triton.matmul_mutants import MATMUL_MUTANTS
 from tests.kernels.triton.planted import KERNELS, mutant
+from tests.kernels.triton.w8a8_mutants import W8A8_MUTANTS
 
 NORM = "triton/test_norm.py::test_several_rows_of_one_program"
 NORM_OPS = "test_norm.py"
@@ -111,8 +112,14 @@ QUANTIZE_MUTANTS = [
     mutant("ties upwards", "quantize", "((magnitude >> 20) & 1)", "1", EVEN),
     mutant("no small codes", "quantize", "tl.where(magnitude < (121 << 23), small, normal)", "normal", EVEN),
     mutant("sign lost", "quantize", " | ((bits >> 24) & 0x80)", "", EVEN),
-    mutant("half a head's maximum", "quantize", "tl.maximum(first_bits, second_bits)", "first_bits", CODES),
-    mutant("infinity scaled", "quantize", 'absmax < float("inf")', "absmax > 0.0", NOT_FINITE),
+    mutant(
+        "half a head's maximum",
+        "quantize",
+        "tl.maximum(magnitude_bits(first), magnitude_bits(second))",
+        "magnitude_bits(first)",
+        CODES,
+    ),
+    mutant("infinity scaled", "quantize", 'finite = absmax < float("inf")', "finite = absmax > 0.0", NOT_FINITE),
     mutant("zeros without a scale", "quantize", "(127 - 100) << 23", "0", TINY),
 ]
 WEIGHTS_MUTANTS = [
@@ -294,5 +301,6 @@ MUTANTS = [
     *MERGE_MUTANTS,
     *INT4_MUTANTS,
     *INT8_MUTANTS,
+    *W8A8_MUTANTS,
     *LAUNCHING_MUTANTS,
 ]

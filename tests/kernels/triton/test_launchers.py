@@ -28,11 +28,14 @@ OURS = [
     "matmul",
     "matmul_int4",
     "matmul_int8",
+    "quantize_rows",
+    "matmul_w8a8",
     "embedding",
     "merge_state",
     *ATTENTION,
 ]
 every_op = pytest.mark.parametrize("op", OURS)
+KEPT = ("cos_sin", "a_lse", "b_lse", "lse_out", "x_scales", "scales_out")  # in fp32
 FAR = 1 << 30  # elements; two of it are more than int32 counts
 
 
@@ -128,6 +131,9 @@ def far_rows(values: Tensor) -> Tensor:
         ("matmul_int4", "out"),
         ("matmul_int8", "x"),
         ("matmul_int8", "out"),
+        ("matmul_w8a8", "x"),
+        ("matmul_w8a8", "out"),
+        ("quantize_rows", "x"),
         ("rope", "q"),
         ("rope", "k"),
         ("rope", "q_out"),
@@ -143,7 +149,7 @@ def far_rows(values: Tensor) -> Tensor:
 def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
     run = public(op, "triton")
     given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
-    given |= {name: given[name].float() for name in ("cos_sin", "a_lse", "b_lse", "lse_out") if name in given}
+    given |= {name: given[name].float() for name in KEPT if name in given}
     expected, far = copy(given), copy(given)
     far[name] = far_rows(given[name])
     same(run(**far), run(**expected))

@@ -1,0 +1,30 @@
+"""Products of 8-bit codes on both sides: rows of x quantized as they come, a weight with one scale for each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.reference.int8 import unpack_int8
+from fastllama.kernels.reference.numerics import wide
+from fastllama.kernels.reference.quantize import quantize_heads
+
+MOST_COLUMNS = (1 << 17) - 1  # 2^14 a product at most: so many sums stay below 2^31
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] as (codes int8 [..., K], scales [...]): x is about codes * scales, the largest magnitude 127.
+
+    Codes are rounded to nearest even. A row that holds an infinity or a NaN gets codes 0 and a scale of that kind.
+    """
+    return quantize_heads(wide(x), torch.int8)
+
+
+def matmul_w8a8(x: Tensor, x_scales: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(x codes @ weight codes^T) * x_scales * scales (+ bias), the sums of codes exact, in scales' dtype."""
+    codes = unpack_int8(packed, scales.shape[0], x.shape[-1])
+    sums = x.double() @ codes.double().T  # integers under 2^53
+    y = sums.to(x_scales.dtype) * x_scales[..., None] * scales.to(x_scales.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(scales.dtype)
