@@ -41,10 +41,17 @@ def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None
     """Make each Linear but the output head one of QUANTIZED, in place, rounded to nearest.
 
     "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8" and
-    "w8a8": of whole rows; the latter rounds what is multiplied by them too, at each call. progress: as for `pack`.
+    "w8a8": of whole rows; the latter rounds what is multiplied by them too, at each call. The head is packed without
+    loss where that `pays`. progress: as for `pack`.
     """
-    head, make = model.lm_head, QUANTIZED[kind]
-    _swap(model, lambda linear: None if linear is head else make(linear), "Quantizing weights", progress)
+    head, make, packs_head = model.lm_head, QUANTIZED[kind], pays(model)
+
+    def replace(linear: Linear) -> PackedLinear | None:
+        if linear is not head:
+            return make(linear)
+        return _bf12(linear) if packs_head else None
+
+    _swap(model, replace, "Quantizing weights", progress)
 
 
 @torch.inference_mode()

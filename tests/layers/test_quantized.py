@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers import packing
-from fastllama.layers.linear import CodesLinear, Int4Linear, Int8Linear, Linear, W8A8Linear
+from fastllama.layers.linear import Bf12Linear, CodesLinear, Int4Linear, Int8Linear, Linear, W8A8Linear
 from fastllama.layers.weights import hf_tensors, load_weights
 from fastllama.runtime.llm import LLM
 
@@ -79,6 +79,18 @@ def test_the_llm_rounds_and_says_so(kind: str) -> None:
     with LLM(model(), quantization=kind, max_model_len=64, kv_cache_tokens=64, progress=False) as llm:
         assert llm.quantization == kind
         assert any(type(module) is LAYERS[kind] for module in llm.engine.model.modules())
+
+
+@kinds
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_head_is_packed_where_that_pays(pays: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large model, a fifth of the bytes that a token reads."""
+    monkeypatch.setattr(packing, "pays", lambda model: pays)
+    rounded = model(dtype=torch.bfloat16)
+    head = rounded.lm_head.weight.clone()
+    packing.quantize(rounded, kind, progress=False)
+    assert type(rounded.lm_head) is (Bf12Linear if pays else Linear)
+    assert torch.equal(rounded.lm_head.weight, head)
 
 
 def test_an_llm_that_is_not_asked_does_not_round() -> None:
