@@ -137,6 +137,10 @@ def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) ->
     Source: GGML's Q4_0 for the sign of symmetric scales; Jacob et al. (2018) for zeros.
     """
     check_roundable(weight, group_size)
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.quantize_int4(weight, group_size, symmetric)
     return reference.quantize_int4(weight, group_size, symmetric)
 
 
@@ -147,7 +151,7 @@ def check_roundable(weight: Tensor, group_size: int) -> None:
     size = weight.shape[1]
     if group_size not in (*GROUPS, size) or size % group_size:
         raise ValueError(f"group_size is {group_size}; legal for K = {size}: a divisor, of {list(GROUPS)} or K itself")
-    if not weight.isfinite().all():
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
         raise ValueError("weight holds infinities or NaN; legal: finite values")
 
 
@@ -175,6 +179,10 @@ def pack_int4(codes: Tensor) -> Tensor:
     check_elements("codes", codes, _CODES)
     if codes.numel() and (most := int(codes.max())) > LARGEST:
         raise ValueError(f"codes holds {most}; legal: 0 to {LARGEST}")
+    if _MATMUL.implementation(codes.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.pack_int4(codes)
     return reference.pack_int4(codes)
 
 

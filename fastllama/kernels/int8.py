@@ -101,6 +101,10 @@ def quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     Source: Dettmers et al., LLM.int8() (2022), absmax quantization; in groups, GGML's Q8_0.
     """
     check_roundable(weight, group_size)
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.quantize_int8(weight, group_size)
     return reference.quantize_int8(weight, group_size)
 
 
@@ -124,6 +128,10 @@ def pack_int8(codes: Tensor) -> Tensor:
     """
     check_shape("codes", codes, ("N", "K"))
     check_elements("codes", codes, _CODES)
+    if _MATMUL.implementation(codes.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.pack_int8(codes)
     return reference.pack_int8(codes)
 
 

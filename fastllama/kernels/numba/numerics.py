@@ -156,6 +156,17 @@ def load_integer(context, address, index, like):
 
 
 @intrinsic
+def magnitude_bits(context, x):
+    """The bits of |x|, a float32, as an int32: of finite numbers they order as the magnitudes do."""
+
+    def generate(_, builder, signature, args):
+        i32 = ir.IntType(32)
+        return builder.and_(builder.bitcast(args[0], i32), i32(0x7FFFFFFF))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def _power_of_two(context, n):
     """2^n for a whole float32 n in [-126, 127]. Written in 32 bits: Numba's integers would widen to 64 on the way."""
 
