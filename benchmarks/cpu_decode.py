@@ -30,7 +30,7 @@ from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers.weights import load_weights
 
 # What we do to weights, and the format of llama.cpp that loses about as much.
-QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int4": "Q4_0"}
+QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def build(dtype: torch.dtype, layers: int | None) -> tuple[dict[str, LLM], transformers.LlamaForCausalLM]:

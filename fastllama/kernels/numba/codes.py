@@ -12,6 +12,8 @@ A lane adds eight products of a step and starts, at bit 4, at 128 times eight of
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numba
 import numpy as np
 import torch
@@ -369,7 +371,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
         rows,
         features,
         groups,
-        4 * np.minimum(np.arange(steps) * columns // group_size, groups),
+        _offsets(steps, columns, group_size, groups),
         packed.stride(0) * packed.itemsize,
         scales.stride(0),
         target.stride(0),
@@ -380,3 +382,9 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
     )
     if bias is not None:
         target += bias
+
+
+@lru_cache(64)
+def _offsets(steps: int, columns: int, group_size: int, groups: int) -> np.ndarray:
+    """Bytes from the first scale of a row, in fp32, to that of each step; past the last one where there is no x."""
+    return 4 * np.minimum(np.arange(steps) * columns // group_size, groups)
