@@ -175,8 +175,24 @@ def matmul_int8(m: Maker) -> Inputs:
 
 
 def quantize_rows(m: Maker) -> Inputs:
-    x = m.normal(m.rows, m.model.hidden)
-    return {"x": x, "out": m.fresh(*x.shape, dtype=torch.int8), "scales_out": m.fresh(m.rows, dtype=torch.float32)}
+    return {"x": m.normal(m.rows, m.model.hidden), **_rounded(m, m.model.hidden)}
+
+
+def rms_norm_int8(m: Maker) -> Inputs:
+    return quantize_rows(m) | {"weight": m.normal(m.model.hidden)}
+
+
+def add_rms_norm_int8(m: Maker) -> Inputs:
+    return rms_norm_int8(m) | {"residual": m.normal(m.rows, m.model.hidden)}
+
+
+def silu_mul_int8(m: Maker) -> Inputs:
+    size = m.model.intermediate
+    return {"gate_up": m.normal(m.rows, 2 * size), **_rounded(m, size)}
+
+
+def _rounded(m: Maker, size: int) -> Inputs:
+    return {"out": m.fresh(m.rows, size, dtype=torch.int8), "scales_out": m.fresh(m.rows, dtype=torch.float32)}
 
 
 def matmul_w8a8(m: Maker) -> Inputs:

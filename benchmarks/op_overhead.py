@@ -36,6 +36,7 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
     paged = (q, *pages, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
     zeros = torch.zeros(tokens)
     logits = (torch.randn(tokens, vocab), zeros, zeros.int(), zeros + 1, zeros, zeros.long(), zeros.long())
+    rounded = {"out": x.to(torch.int8), "scales_out": torch.empty(tokens)}
     scale = {"scale": 0.25, "base2": False}
     return {
         "rms_norm": ((x, weight, 1e-5), {}, {"out": x.clone()}),
@@ -71,7 +72,10 @@ def cases() -> dict[str, tuple[Arguments, dict[str, Any], Outputs]]:
             {},
             {"out": torch.empty(tokens, 8)},
         ),
-        "quantize_rows": ((x,), {}, {"out": x.to(torch.int8), "scales_out": torch.empty(tokens)}),
+        "quantize_rows": ((x,), {}, rounded),
+        "rms_norm_int8": ((x, weight, 1e-5), {}, rounded),
+        "add_rms_norm_int8": ((x, x.clone(), weight, 1e-5), {}, rounded),
+        "silu_mul_int8": ((torch.cat((x, x), 1),), {}, rounded),
         "matmul_w8a8": (
             (
                 torch.zeros(tokens, 64, dtype=torch.int8),

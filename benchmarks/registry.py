@@ -155,6 +155,9 @@ _OPS = {
     "matmul_int4": _Op(make.matmul_int4, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
     "matmul_int8": _Op(make.matmul_int8, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
     "quantize_rows": _Op(make.quantize_rows, _all_bytes, ROWS),
+    "rms_norm_int8": _Op(make.rms_norm_int8, _all_bytes, ROWS),
+    "add_rms_norm_int8": _Op(make.add_rms_norm_int8, _all_bytes, ROWS),
+    "silu_mul_int8": _Op(make.silu_mul_int8, _all_bytes, ROWS),
     "matmul_w8a8": _Op(make.matmul_w8a8, _all_bytes, _rows(1, 64, 1024, 8192), _matmul_flops),
     "embedding": _Op(make.embedding, _row_bytes, _rows(64, 1024)),
 }

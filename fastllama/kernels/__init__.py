@@ -23,6 +23,7 @@ from fastllama.kernels.merge import merge_state
 from fastllama.kernels.norm import add_rms_norm, rms_norm
 from fastllama.kernels.op import Implementation, backend_of
 from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
+from fastllama.kernels.rounded import add_rms_norm_int8, rms_norm_int8, silu_mul_int8
 from fastllama.kernels.sampling import sample, sample_workspace
 from fastllama.kernels.swiglu import silu_mul
 from fastllama.kernels.w8a8 import matmul_w8a8, matmul_w8a8_workspace, quantize_rows
@@ -30,6 +31,7 @@ from fastllama.kernels.w8a8 import matmul_w8a8, matmul_w8a8_workspace, quantize_
 __all__ = [
     "Implementation",
     "add_rms_norm",
+    "add_rms_norm_int8",
     "attention_decode",
     "attention_prefill",
     "attention_varlen",
@@ -56,11 +58,13 @@ __all__ = [
     "quantize_int8",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "rope_and_write_kv",
     "sample",
     "sample_workspace",
     "silu_mul",
+    "silu_mul_int8",
     "unpack_bf12",
     "unpack_int4",
     "unpack_int8",

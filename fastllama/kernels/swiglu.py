@@ -11,12 +11,13 @@ from fastllama.kernels.op import Op
 
 
 def _check(gate_up: Tensor, out: Tensor) -> None:
-    shape = _product_shape(gate_up)
+    shape = product_shape(gate_up)
     check_elements("gate_up", gate_up, FLOATS)
     check_tensor("out", out, shape, (gate_up.dtype,))
 
 
-def _product_shape(gate_up: Tensor) -> tuple[int, ...]:
+def product_shape(gate_up: Tensor) -> tuple[int, ...]:
+    """Of silu(gate) * up. Raises ValueError for a shape."""
     *leading, width = gate_up.shape or (1,)
     if width % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
@@ -42,6 +43,6 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
     if out is None:
-        out = torch.empty(_product_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
+        out = torch.empty(product_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
     _SILU_MUL(gate_up, out)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,24 @@ def _check_quantize(x: Tensor, out: Tensor, scales_out: Tensor) -> None:
     if not (x.shape and x.shape[-1]):
         raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
     check_elements("x", x, FLOATS)
-    check_tensor("out", out, x.shape, _CODES)
-    check_tensor("scales_out", scales_out, x.shape[:-1], _SCALES)
+    check_rows_out(out, scales_out, x.shape)
+
+
+def check_rows_out(out: Tensor, scales_out: Tensor, shape: Sequence[int]) -> None:
+    """ValueError or TypeError unless these can take the codes and scales of rows."""
+    check_tensor("out", out, shape, _CODES)
+    check_tensor("scales_out", scales_out, shape[:-1], _SCALES)
+
+
+def empty_rows(
+    shape: Sequence[int], device: torch.device, out: Tensor | None, scales_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What takes the codes and scales of rows, made where it is None."""
+    if out is None:
+        out = torch.empty(shape, dtype=torch.int8, device=device)
+    if scales_out is None:
+        scales_out = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    return out, scales_out
 
 
 def _check_matmul(
@@ -81,10 +99,7 @@ def quantize_rows(x: Tensor, *, out: Tensor | None = None, scales_out: Tensor | 
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Dettmers et al., LLM.int8() (2022), row-wise absmax quantization.
     """
-    if out is None:
-        out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    if scales_out is None:
-        scales_out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    out, scales_out = empty_rows(x.shape, x.device, out, scales_out)
     _QUANTIZE(x, out, scales_out)
     return out, scales_out
 

@@ -146,13 +146,13 @@ class W8A8Linear(Int8Linear):
     """Codes of 8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
 
     def product(self, x: Tensor, **around: Any) -> Tensor:
-        norm, eps, gated = around.get("norm"), around.get("eps", 0.0), around["gated"]
-        out = around["out"]
+        out, gated, norm = around["out"], around["gated"], around.get("norm")
         if out is None:
             out = x.new_empty(*x.shape[:-1], self.scales.shape[0] // (2 if gated else 1))
 
         def multiply(x: Tensor, out: Tensor) -> None:
-            kernels.matmul_w8a8(*kernels.quantize_rows(x), self.packed, self.scales.squeeze(1), self.bias, out=out)
+            codes = kernels.quantize_rows(x) if norm is None else kernels.rms_norm_int8(x, norm, around["eps"])
+            kernels.matmul_w8a8(*codes, self.packed, self.scales.squeeze(1), self.bias, out=out)
 
-        compose(multiply, x, norm, eps, out, around["residual"], gated)
+        compose(multiply, x, None, 0.0, out, around["residual"], gated)
         return out

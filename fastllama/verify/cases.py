@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastllama.verify import oracle, sampling
+from fastllama.verify import integers, oracle, sampling
 from fastllama.verify.case import EPS, Case, Random, Results
-from fastllama.verify.products import matmul_w8a8, products, quantize_rows
+from fastllama.verify.products import products
 
 HELD = 7.0  # what a page holds where nothing may be written; exact in every dtype
 
@@ -31,8 +31,11 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
         _attention_decode,
         _sample,
         _merge_state,
-        quantize_rows,
-        matmul_w8a8,
+        integers.quantize_rows,
+        integers.matmul_w8a8,
+        integers.rms_norm_int8,
+        integers.add_rms_norm_int8,
+        integers.silu_mul_int8,
     ):
         yield from maker(random)
 

@@ -98,34 +98,3 @@ def _matmul_int8(random: Random, inner: int, outer: int, group: int) -> Iterator
 
     scales = random.normal(outer, inner // group).sign() / (64 * math.sqrt(inner))
     yield Weight("matmul_int8", f", groups of {group}", (pack_int8(codes.to(torch.int8)), scales), plain)
-
-
-def quantize_rows(random: Random) -> Iterator[Case]:
-    def formula(x: Tensor) -> Results:
-        scales = x.abs().amax(-1, keepdim=True) / 127
-        return (x / scales).round(), scales.squeeze(-1)
-
-    def values(results: Results) -> Results:
-        codes, scales = results
-        return codes * scales[..., None], scales
-
-    for shape in ((1, 4096), (33, 256), (7, 100)):
-        yield Case("quantize_rows", f"x {list(shape)}", (random.normal(*shape),), formula, view=values)
-
-
-def matmul_w8a8(random: Random) -> Iterator[Case]:
-    def formula(x: Tensor, x_scales: Tensor, packed: Tensor, scales: Tensor, bias: Tensor, codes: Tensor) -> Results:
-        left = (x * x_scales[..., None]).to(scales.dtype)
-        return (F.linear(left, codes.to(scales.dtype) * scales[:, None], bias),)
-
-    for tokens, inner, outer in ((1, 4096, 96), (33, 1024, 130), (70, 200, 65)):
-        x, codes = (
-            (random.order(rows * inner).view(rows, inner) % 255 - 127).to(torch.int8) for rows in (tokens, outer)
-        )
-        x_scales, scales = (
-            (random.normal(tokens).abs().float() + 1) / 64,
-            random.normal(outer) / (64 * math.sqrt(inner)),
-        )
-        args = (x, x_scales, pack_int8(codes), scales, random.normal(outer))
-        label = f"x [{tokens}, {inner}], weight [{outer}, {inner}]"
-        yield Case("matmul_w8a8", label, args, partial(formula, codes=codes))

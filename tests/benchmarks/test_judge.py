@@ -15,6 +15,7 @@ from benchmarks.registry import OPS, toy_cases
 from fastllama import kernels
 
 CPU = torch.device("cpu")
+ROUNDED = ("quantize_rows", "rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8")  # to codes
 PEERS = [(op, name) for op in OPS for name in peers(op, CPU)]
 
 
@@ -38,7 +39,7 @@ def test_peers_are_right(op: str, name: str, dtype: torch.dtype) -> None:
     assert verdict(op, peers(op, CPU)[name](), dtype)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("sample", "quantize_rows")])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "sample" and op not in ROUNDED])
 def test_a_result_that_is_a_percent_off_is_wrong(op: str) -> None:
     def off(inputs: Inputs) -> Any:
         results = getattr(kernels, op)(**inputs)
@@ -48,12 +49,13 @@ def test_a_result_that_is_a_percent_off_is_wrong(op: str) -> None:
     assert not verdict(op, off)
 
 
-def test_codes_that_are_one_off_are_wrong() -> None:
+@pytest.mark.parametrize("op", ROUNDED)
+def test_codes_that_are_one_off_are_wrong(op: str) -> None:
     def off(inputs: Inputs) -> Any:
-        codes, scales = kernels.quantize_rows(**inputs)
+        codes, scales = getattr(kernels, op)(**inputs)
         return codes.sub_(codes.sign()), scales
 
-    assert not verdict("quantize_rows", off)
+    assert not verdict(op, off)
 
 
 def test_pages_are_judged_too() -> None:

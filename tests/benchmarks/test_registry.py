@@ -48,6 +48,9 @@ BYTES = {
     "matmul_int4": 5 * 64 * 2 + 192 * 128 // 2 + 192 * 2 + 5 * 192 * 2,  # codes are padded to 128 columns
     "matmul_int8": 5 * 64 * 2 + 192 * 128 + 192 * 2 + 5 * 192 * 2,
     "quantize_rows": 5 * (64 * 2 + 64 + 4),
+    "rms_norm_int8": 5 * (64 * 2 + 64 + 4) + 64 * 2,
+    "add_rms_norm_int8": 5 * (2 * 64 * 2 + 64 + 4) + 64 * 2,
+    "silu_mul_int8": 5 * (2 * 96 * 2 + 96 + 4),
     "matmul_w8a8": 5 * (64 + 4) + 192 * 128 + 192 * 2 + 5 * 192 * 2,
     "embedding": 5 * (8 + 2 * 64 * 2),
 }

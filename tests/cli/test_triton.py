@@ -15,6 +15,7 @@ TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
 # What a model's steps do not call: rotation comes with the write of keys and values, and all of these are in pages, in
 # one set; weights have as many bits as the checkpoint's.
 UNUSED = {"rope", "attention_varlen", "merge_state", "matmul_int4", "matmul_int8", "quantize_rows", "matmul_w8a8"}
+UNUSED |= {"rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8"}
 STORY = ("generate", "--prompt", "Once upon a time", "--dtype", "float32", "--temperature", "0", "--max-tokens", "16")
 
 Force = Callable[[str], None]

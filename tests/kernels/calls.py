@@ -52,6 +52,26 @@ def arguments(op: str) -> dict[str, Any]:
             "out": torch.empty(T, D),
             "residual_out": torch.empty(T, D),
         },
+        "rms_norm_int8": {
+            "x": hidden,
+            "weight": weight,
+            "eps": 1e-5,
+            "out": torch.empty(T, D, dtype=torch.int8),
+            "scales_out": torch.empty(T),
+        },
+        "add_rms_norm_int8": {
+            "x": hidden,
+            "residual": torch.randn(T, D),
+            "weight": weight,
+            "eps": 1e-5,
+            "out": torch.empty(T, D, dtype=torch.int8),
+            "scales_out": torch.empty(T),
+        },
+        "silu_mul_int8": {
+            "gate_up": torch.randn(T, 2 * D),
+            "out": torch.empty(T, D, dtype=torch.int8),
+            "scales_out": torch.empty(T),
+        },
         "rope": {
             "q": q,
             "k": k,

@@ -10,10 +10,17 @@ from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
 from fastllama.kernels.reference.rope import rope, rope_and_write_kv
 from fastllama.kernels.reference.sampling import sample
 from fastllama.kernels.reference.swiglu import silu_mul
-from fastllama.kernels.reference.w8a8 import matmul_w8a8, quantize_rows
+from fastllama.kernels.reference.w8a8 import (
+    add_rms_norm_int8,
+    matmul_w8a8,
+    quantize_rows,
+    rms_norm_int8,
+    silu_mul_int8,
+)
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_int8",
     "attention_decode",
     "attention_prefill",
     "attention_varlen",
@@ -33,10 +40,12 @@ __all__ = [
     "quantize_int8",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "rope_and_write_kv",
     "sample",
     "silu_mul",
+    "silu_mul_int8",
     "unpack_bf12",
     "unpack_int4",
     "unpack_int8",

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.reference.int8 import unpack_int8
+from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
 from fastllama.kernels.reference.numerics import wide
 from fastllama.kernels.reference.quantize import quantize_heads
+from fastllama.kernels.reference.swiglu import silu_mul
 
 MOST_COLUMNS = (1 << 17) - 1  # 2^14 a product at most: so many sums stay below 2^31
 
@@ -18,6 +20,23 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Codes are rounded to nearest even. A row that holds an infinity or a NaN gets codes 0 and a scale of that kind.
     """
     return quantize_heads(wide(x), torch.int8)
+
+
+def rms_norm_int8(x: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """The norm, rounded to x's dtype, as codes and scales."""
+    return quantize_rows(rms_norm(x, weight, eps))
+
+
+def add_rms_norm_int8(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual as codes and scales; residual becomes that sum."""
+    normed, total = add_rms_norm(x, residual, weight, eps)
+    residual.copy_(total)
+    return quantize_rows(normed)
+
+
+def silu_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, rounded to gate_up's dtype, as codes and scales."""
+    return quantize_rows(silu_mul(gate_up))
 
 
 def matmul_w8a8(x: Tensor, x_scales: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, with or without a residual addition in front: one kernel, one pass over memory."""
+"""RMSNorm in Triton, with or without a residual addition in front, as numbers or codes: one kernel, one pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.quantize import store_codes
 
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
@@ -19,6 +20,7 @@ def norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
+    scales_out_ptr,
     out_row_stride,
     residual_out_row_stride,
     x_row_stride,
@@ -33,7 +35,7 @@ def norm_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1]
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < num_rows) & (col < SIZE)  # [ROWS, BLOCK]
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_row_stride + col, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row * residual_row_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -44,7 +46,12 @@ def norm_kernel(
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]  # [ROWS, 1]
     normed = (x * scale).to(dtype).to(tl.float32)  # the cast before the weight is Hugging Face's
-    tl.store(out_ptr + row * out_row_stride + col, (normed * weight).to(dtype), mask=mask)
+    result = (normed * weight).to(dtype)
+    if scales_out_ptr is None:
+        tl.store(out_ptr + row * out_row_stride + col, result, mask=mask)
+    else:
+        out_ptrs = out_ptr + row * out_row_stride + col
+        store_codes(out_ptrs, scales_out_ptr + row, result.to(tl.float32), mask, row < num_rows)
 
 
 def rows_per_program(block: int, num_warps: int) -> int:
@@ -56,7 +63,14 @@ def rows_per_program(block: int, num_warps: int) -> int:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> list[KernelCall]:
     """See kernels.rms_norm."""
     check_kernel_dtype("x", x)
-    return _plan(as_rows("x", x), None, weight, eps, as_rows("out", out), None)
+    return _plan(as_rows("x", x), None, weight, eps, as_rows("out", out), None, None)
+
+
+@launcher
+def rms_norm_int8(x: Tensor, weight: Tensor, eps: float, out: Tensor, scales_out: Tensor) -> list[KernelCall]:
+    """See kernels.rms_norm_int8."""
+    check_kernel_dtype("x", x)
+    return _plan(as_rows("x", x), None, weight, eps, as_rows("out", out), None, scales_out)
 
 
 @launcher
@@ -66,11 +80,27 @@ def add_rms_norm(
     """See kernels.add_rms_norm."""
     check_kernel_dtype("x", x)
     x, residual = as_rows("x", x), as_rows("residual", residual)
-    return _plan(x, residual, weight, eps, as_rows("out", out), as_rows("residual_out", residual_out))
+    return _plan(x, residual, weight, eps, as_rows("out", out), as_rows("residual_out", residual_out), None)
+
+
+@launcher
+def add_rms_norm_int8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, scales_out: Tensor
+) -> list[KernelCall]:
+    """See kernels.add_rms_norm_int8."""
+    check_kernel_dtype("x", x)
+    x, total = as_rows("x", x), as_rows("residual", residual)
+    return _plan(x, total, weight, eps, as_rows("out", out), total, scales_out)
 
 
 def _plan(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual_out: Tensor | None,
+    scales_out: Tensor | None,
 ) -> list[KernelCall]:
     num_rows, size = x.shape
     if not (num_rows and size):
@@ -86,6 +116,7 @@ def _plan(
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,
+        scales_out_ptr=scales_out,
         out_row_stride=out.stride(0),
         residual_out_row_stride=0 if residual_out is None else residual_out.stride(0),
         x_row_stride=x.stride(0),

@@ -22,7 +22,7 @@ def quantized(first, second, dtype: tl.constexpr):
     return first, second, tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
 
 
-# Rows [ROWS, SIZE] in fp32 -> their int8 codes, and each row's scale at scale_ptrs [ROWS, 1], as above.
+# Rows [ROWS, SIZE] in fp32, or one [SIZE] -> their int8 codes, and each row's scale at scale_ptrs [ROWS, 1], as above.
 @triton.jit
 def store_codes(codes_ptrs, scale_ptrs, x, mask, row_mask):
     absmax = largest(magnitude_bits(x))  # [ROWS, 1]
@@ -40,7 +40,8 @@ def magnitude_bits(x):
 
 @triton.jit
 def largest(bits):
-    return tl.max(tl.maximum(bits, SMALLEST_BITS), 1, keep_dims=True).to(tl.float32, bitcast=True)
+    LAST: tl.constexpr = len(bits.shape) - 1
+    return tl.max(tl.maximum(bits, SMALLEST_BITS), LAST, keep_dims=True).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -9,13 +9,16 @@ from torch import Tensor
 from fastllama.kernels import tuning
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.quantize import store_codes
 
 
-# One program owns BLOCK columns of one row; programs of one row follow each other, as its memory does.
+# One program owns BLOCK columns of one row, all of them for codes; programs of one row follow each other, as its memory
+# does.
 @triton.jit
 def silu_mul_kernel(
     out_ptr,
     gate_up_ptr,
+    scales_out_ptr,
     out_row_stride,
     gate_up_row_stride,
     SIZE: tl.constexpr,
@@ -29,7 +32,13 @@ def silu_mul_kernel(
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(gate_ptrs + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * out_row_stride + col, product.to(out_ptr.dtype.element_ty), mask=mask)
+    product = product.to(gate_up_ptr.dtype.element_ty)
+    out_ptrs = out_ptr + row * out_row_stride + col
+    if scales_out_ptr is None:
+        tl.store(out_ptrs, product, mask=mask)
+    else:
+        one = tl.arange(0, 1)
+        store_codes(out_ptrs, scales_out_ptr + row + one, product.to(tl.float32), mask, one < 1)
 
 
 @launcher
@@ -46,10 +55,34 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
         (rows * tuning.ceil_div(size, launch.block),),
         out_ptr=out,
         gate_up_ptr=gate_up,
+        scales_out_ptr=None,
         out_row_stride=out.stride(0),
         gate_up_row_stride=gate_up.stride(0),
         SIZE=size,
         BLOCK=launch.block,
         num_warps=launch.num_warps,
+    )
+    return [call]
+
+
+@launcher
+def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall]:
+    """See kernels.silu_mul_int8."""
+    check_kernel_dtype("gate_up", gate_up)
+    gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
+    rows, size = out.shape
+    if not rows:
+        return []
+    call = KernelCall(
+        silu_mul_kernel,
+        (rows,),
+        out_ptr=out,
+        gate_up_ptr=gate_up,
+        scales_out_ptr=scales_out,
+        out_row_stride=out.stride(0),
+        gate_up_row_stride=gate_up.stride(0),
+        SIZE=size,
+        BLOCK=tuning.power_of_2(size),
+        num_warps=tuning.norm(out.device, size=size, itemsize=gate_up.element_size()).num_warps,
     )
     return [call]

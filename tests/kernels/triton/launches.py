@@ -342,6 +342,19 @@ def w8a8() -> Iterator[Shipped]:
         x, codes, scales = meta(8192, size, dtype=dtype), meta(8192, size, dtype=torch.int8), meta(8192, dtype=FP32)
         quantize_kernels.quantize_rows(x, codes, scales)
 
+    def norms(size: int) -> None:
+        x, weight, rounded = meta(8192, size, dtype=BF16), meta(size, dtype=BF16), meta(8192, size, dtype=torch.int8)
+        norm_kernels.add_rms_norm_int8(x, x, weight, 1e-5, rounded, meta(8192, dtype=FP32))
+
+    def gates(size: int) -> None:
+        gate_up, rounded = meta(8192, 2 * size, dtype=BF16), meta(8192, size, dtype=torch.int8)
+        swiglu_kernels.silu_mul_int8(gate_up, rounded, meta(8192, dtype=FP32))
+
+    for model in MODELS:
+        once = {"store 32": 1}
+        yield Shipped(f"add_rms_norm_int8 {model.name} bf16", partial(norms, model.hidden), besides=once)
+        yield Shipped(f"silu_mul_int8 {model.name} bf16", partial(gates, model.intermediate), besides=once)
+
     def multiply(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
         x, packed = meta(rows, size, dtype=torch.int8), meta(*int8_shape(features, size), dtype=torch.int8)
         scales, out = meta(features, dtype=dtype), meta(rows, features, dtype=dtype)

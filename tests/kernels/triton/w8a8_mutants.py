@@ -9,7 +9,8 @@ SHAPES = "test_w8a8.py::test_matmul_w8a8"
 NOISE = "test_w8a8.py::test_nothing_past_the_end_is_read_or_written"
 LONGEST = "test_w8a8.py::test_the_longest_sums_are_exact"
 ROUNDED = "test_w8a8.py::test_no_code_is_nearer"
-SPOILT = "test_w8a8.py::test_rows_without_a_scale"
+NORM = "test_rounded.py::test_rms_norm_int8"
+GATES = "test_rounded.py::test_silu_mul_int8"
 OWN = "triton/test_matmul_w8a8.py::test_"
 SPLITS = f"{OWN}splits"
 LAUNCHES = f"{OWN}launches_change_no_bit"
@@ -72,5 +73,8 @@ W8A8_MUTANTS = [
     mutant(
         "rows: cut to codes", "quantize", "x * inverse, 0.0), tl.int8)", "x * inverse * 0.99, 0.0), tl.int8)", ROUNDED
     ),
-    mutant("rows: infinities rounded", "quantize", 'absmax < float("inf"), x *', "absmax == absmax, x *", SPOILT),
+    mutant("norm: one scale", "norm", "scales_out_ptr + row,", "scales_out_ptr + row * 0,", NORM),
+    mutant("norm: codes of what is not rounded", "norm", "result.to(tl.float32), mask", "normed * weight, mask", NORM),
+    mutant("gates: one scale", "swiglu", "scales_out_ptr + row + one", "scales_out_ptr + one", GATES),
+    mutant("gates: not rounded first", "swiglu", "product = product.to(gate_up", "rounded = product.to(gate_up", GATES),
 ]
