@@ -31,7 +31,8 @@ from benchmarks.environment import environment
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Function
 from benchmarks.registry import Case, cases, toy_cases
-from fastllama.kernels import tuned, tuning
+from fastllama.kernels import heuristics, tuned, tuning
+from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.device import Device, device_info
 
 OPS = {
@@ -74,25 +75,25 @@ def candidates(family: str, shape: tuned.Shape, device: Device) -> Iterator[Any]
         launch = kind.launch(**dict(zip(names, values, strict=True)))
         threads = launch.num_warps * device.warp_size
         fits = LEAST_ELEMENTS * threads <= _share(launch, shape) <= MOST_ELEMENTS * threads
-        if launch != first and threads <= tuning.MAX_THREADS and fits:
+        if launch != first and threads <= heuristics.MAX_THREADS and fits:
             yield launch
 
 
 def _share(launch: Any, shape: tuned.Shape) -> int:
     """Elements that one program holds."""
-    if isinstance(launch, tuning.RopeLaunch):
+    if isinstance(launch, heuristics.RopeLaunch):
         return launch.heads * shape["head_dim"]
-    if isinstance(launch, tuning.PrefillLaunch):
+    if isinstance(launch, heuristics.PrefillLaunch):
         return launch.rows * shape["head_dim"]
-    if isinstance(launch, tuning.DecodeLaunch):
-        return max(tuning.power_of_2(shape["queries"]), 16) * shape["head_dim"]
-    if isinstance(launch, tuning.MatmulLaunch):
+    if isinstance(launch, heuristics.DecodeLaunch):
+        return max(power_of_2(shape["queries"]), 16) * shape["head_dim"]
+    if isinstance(launch, heuristics.MatmulLaunch):
         return launch.features * 16
-    if isinstance(launch, tuning.W8A8Launch):
+    if isinstance(launch, heuristics.W8A8Launch):
         return launch.rows * 128
-    if isinstance(launch, tuning.CodesLaunch):
+    if isinstance(launch, heuristics.CodesLaunch):
         return 64 * 64
-    return shape["size"] if isinstance(launch, tuning.NormLaunch) else int(launch.block)
+    return shape["size"] if isinstance(launch, heuristics.NormLaunch) else int(launch.block)
 
 
 def asked(family: str, case: Case, device: torch.device) -> Asked | None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.registry import Case, toy_cases
-from fastllama.kernels import tuned, tuning
+from fastllama.kernels import heuristics, tuned, tuning
 from fastllama.kernels.device import CPU, Device
 
 H200 = Device("nvidia-h200", "sm_90", 132, 32, 227 << 10, 60 << 20)
@@ -41,11 +41,11 @@ def test_candidates_are_legal_and_the_heuristics_is_the_first(family: str) -> No
         assert type(launch) is kind.launch
         sizes = dataclasses.asdict(launch) | {"stages": 1}
         assert all(value & (value - 1) == 0 for value in sizes.values())
-        assert launch.num_warps * H200.warp_size <= tuning.MAX_THREADS
+        assert launch.num_warps * H200.warp_size <= heuristics.MAX_THREADS
 
 
 def entry(num_warps: int, seconds: list[float | None]) -> tuple[Any, list[float | None]]:
-    return tuning.NormLaunch(num_warps), seconds
+    return heuristics.NormLaunch(num_warps), seconds
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_winner(times: list[tuple[Any, list[float | None]]], expected: tuple
 
 def test_a_heuristic_that_cannot_run_is_no_tie() -> None:
     with pytest.raises(RuntimeError, match=r"the heuristic's NormLaunch.* cannot run here"):
-        tune.best(dict([entry(8, [None]), entry(4, [1e-6])]), tuning.NormLaunch(8))
+        tune.best(dict([entry(8, [None]), entry(4, [1e-6])]), heuristics.NormLaunch(8))
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ class TestTune:
 
     def test_what_it_finds_is_what_launchers_get(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         entries = self.tune()
-        assert entries == [tuned.Entry(SHAPES["norm"], tuning.NormLaunch(2), 1.0, 2.0)]
+        assert entries == [tuned.Entry(SHAPES["norm"], heuristics.NormLaunch(2), 1.0, 2.0)]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         tuned.write(tuning.user_folder(CPU) / "norm.json", "norm", CPU.name, {"torch": "2"}, entries)
-        assert tuning.norm(torch.device("cpu"), **SHAPES["norm"]) == tuning.NormLaunch(2)
+        assert tuning.norm(torch.device("cpu"), **SHAPES["norm"]) == heuristics.NormLaunch(2)
 
     def test_a_wrong_winner_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Case, "judge", lambda case, run, device: (2.0, 1.0))
@@ -126,5 +126,5 @@ def test_a_launch_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     assert tune.asked("norm", case, device) == (64, 2)
     assert tune.asked("matmul", case, device) is None  # of which it asks nothing
-    tune._run(case, device, tuning.NormLaunch(16), {})
-    assert seen[-1] == tuning.NormLaunch(16)
+    tune._run(case, device, heuristics.NormLaunch(16), {})
+    assert seen[-1] == heuristics.NormLaunch(16)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.device import CPU, Device
 
 A100 = Device("nvidia-a100-sxm4-80gb", "sm_80", 108, 32, 163 << 10, 40 << 20)
@@ -28,12 +29,12 @@ def assert_legal(device: Device, launch: Any) -> None:
     for name, value in dataclasses.asdict(launch).items():
         assert value >= 1
         assert value & (value - 1) == 0 or name == "stages"
-    assert launch.num_warps * device.warp_size <= tuning.MAX_THREADS
+    assert launch.num_warps * device.warp_size <= heuristics.MAX_THREADS
 
 
 @given(devices, sizes, itemsizes)
 def test_norm(device: Device, size: int, itemsize: int) -> None:
-    launch = tuning.norm_heuristic(device, size=size, itemsize=itemsize)
+    launch = heuristics.norm_heuristic(device, size=size, itemsize=itemsize)
     assert_legal(device, launch)
     threads = launch.num_warps * device.warp_size
     assert threads == 512 or 16 * threads >= size, "more than 16 elements a thread while there were threads left"
@@ -41,14 +42,14 @@ def test_norm(device: Device, size: int, itemsize: int) -> None:
 
 @given(devices, rows, st.integers(1, 256), st.sampled_from([2, 32, 64, 80, 128, 256]), itemsizes)
 def test_rope(device: Device, rows: int, heads: int, head_dim: int, itemsize: int) -> None:
-    launch = tuning.rope_heuristic(device, rows=rows, heads=heads, head_dim=head_dim, itemsize=itemsize)
+    launch = heuristics.rope_heuristic(device, rows=rows, heads=heads, head_dim=head_dim, itemsize=itemsize)
     assert_legal(device, launch)
     assert launch.heads < 2 * heads
 
 
 @given(devices, rows, sizes, itemsizes)
 def test_swiglu(device: Device, rows: int, size: int, itemsize: int) -> None:
-    launch = tuning.swiglu_heuristic(device, rows=rows, size=size, itemsize=itemsize)
+    launch = heuristics.swiglu_heuristic(device, rows=rows, size=size, itemsize=itemsize)
     assert_legal(device, launch)
     assert launch.block < 2 * size
     assert launch.block * itemsize >= 16 * min(launch.num_warps * device.warp_size, launch.block * itemsize // 16)
@@ -56,41 +57,41 @@ def test_swiglu(device: Device, rows: int, size: int, itemsize: int) -> None:
 
 @given(devices, sizes, itemsizes)
 def test_sample(device: Device, vocab_size: int, itemsize: int) -> None:
-    launch = tuning.sample_heuristic(device, vocab_size=vocab_size, itemsize=itemsize)
+    launch = heuristics.sample_heuristic(device, vocab_size=vocab_size, itemsize=itemsize)
     assert_legal(device, launch)
-    assert launch.block <= 8 * tuning.MAX_THREADS
+    assert launch.block <= 8 * heuristics.MAX_THREADS
 
 
 @pytest.mark.parametrize(
     ("size", "warps", "warps_of_64"), [(64, 1, 1), (4096, 8, 4), (5120, 16, 8), (8192, 16, 8), (16384, 16, 8)]
 )
 def test_norms_of_llama_2(size: int, warps: int, warps_of_64: int) -> None:
-    assert tuning.norm_heuristic(H200, size=size, itemsize=2).num_warps == warps
-    assert tuning.norm_heuristic(MI300X, size=size, itemsize=2).num_warps == warps_of_64
+    assert heuristics.norm_heuristic(H200, size=size, itemsize=2).num_warps == warps
+    assert heuristics.norm_heuristic(MI300X, size=size, itemsize=2).num_warps == warps_of_64
 
 
 def test_few_rows_still_fill_the_device() -> None:
-    alone = tuning.swiglu_heuristic(H200, rows=1, size=11008, itemsize=2)
-    many = tuning.swiglu_heuristic(H200, rows=8192, size=11008, itemsize=2)
-    assert (alone, many) == (tuning.SwigluLaunch(512, 2), tuning.SwigluLaunch(2048, 8))
-    alone = tuning.rope_heuristic(H200, rows=1, heads=96, head_dim=128, itemsize=2)
-    many = tuning.rope_heuristic(H200, rows=8192, heads=96, head_dim=128, itemsize=2)
-    assert (alone, many) == (tuning.RopeLaunch(4, 1), tuning.RopeLaunch(16, 4))
+    alone = heuristics.swiglu_heuristic(H200, rows=1, size=11008, itemsize=2)
+    many = heuristics.swiglu_heuristic(H200, rows=8192, size=11008, itemsize=2)
+    assert (alone, many) == (heuristics.SwigluLaunch(512, 2), heuristics.SwigluLaunch(2048, 8))
+    alone = heuristics.rope_heuristic(H200, rows=1, heads=96, head_dim=128, itemsize=2)
+    many = heuristics.rope_heuristic(H200, rows=8192, heads=96, head_dim=128, itemsize=2)
+    assert (alone, many) == (heuristics.RopeLaunch(4, 1), heuristics.RopeLaunch(16, 4))
 
 
 @given(devices, st.integers(1, 256), itemsizes, st.booleans())
 def test_prefill(device: Device, head_dim: int, itemsize: int, codes: bool) -> None:
     sizes = {"itemsize": itemsize, "key_itemsize": 1 if codes else itemsize}
-    launch = tuning.prefill_heuristic(device, head_dim=head_dim, **sizes)
+    launch = heuristics.prefill_heuristic(device, head_dim=head_dim, **sizes)
     assert_legal(device, launch)
     assert min(launch.rows, launch.keys) >= 16
-    width = max(tuning.power_of_2(head_dim), 16) * itemsize
+    width = max(power_of_2(head_dim), 16) * itemsize
     assert (launch.rows + 2 * launch.stages * launch.keys) * width <= device.shared_memory or launch.rows == 16
 
 
 @given(devices, st.integers(1, 64), st.integers(1, 256), itemsizes)
 def test_decode(device: Device, queries: int, head_dim: int, itemsize: int) -> None:
-    launch = tuning.decode_heuristic(device, queries=queries, head_dim=head_dim, itemsize=itemsize)
+    launch = heuristics.decode_heuristic(device, queries=queries, head_dim=head_dim, itemsize=itemsize)
     assert_legal(device, launch)
     assert launch.split % launch.keys == 0
 
@@ -98,7 +99,7 @@ def test_decode(device: Device, queries: int, head_dim: int, itemsize: int) -> N
 @given(devices, sizes, sizes, itemsizes, st.sampled_from([4, 8]))
 def test_codes(device: Device, features: int, size: int, itemsize: int, bits: int) -> None:
     kind = tuning.FAMILIES[f"int{bits}"]
-    launch = cast(tuning.CodesLaunch, kind.heuristic(device, features=features, size=size, itemsize=itemsize))
+    launch = cast(heuristics.CodesLaunch, kind.heuristic(device, features=features, size=size, itemsize=itemsize))
     assert_legal(device, launch)
     assert launch.splits == 1 or size // launch.splits >= 512
     assert launch.stages == 1 or launch.stages * 128 * (16 * bits + 64 * itemsize) <= device.shared_memory
@@ -108,23 +109,23 @@ def test_codes(device: Device, features: int, size: int, itemsize: int, bits: in
 def test_codes_of_llama_2(features: int, size: int, splits: int) -> None:
     """A program has twice as many rows of the weight where codes have 8 bits."""
     shape = {"features": features, "size": size, "itemsize": 2}
-    assert tuning.int4_heuristic(H200, **shape) == tuning.CodesLaunch(splits, 3, 4)
+    assert heuristics.int4_heuristic(H200, **shape) == heuristics.CodesLaunch(splits, 3, 4)
     more = 1 if splits == 1 else 2 * splits
-    assert tuning.int8_heuristic(H200, **shape) == tuning.CodesLaunch(more, 3, 4)
+    assert heuristics.int8_heuristic(H200, **shape) == heuristics.CodesLaunch(more, 3, 4)
 
 
 def test_attention_of_llama_2() -> None:
     sizes = {"head_dim": 128, "itemsize": 2}
     for device, launch in ((H200, (128, 64, 3, 8)), (A100, (128, 32, 3, 8)), (MI300X, (128, 32, 2, 8))):
-        assert tuning.prefill_heuristic(device, **sizes, key_itemsize=2) == tuning.PrefillLaunch(*launch)
-    assert tuning.prefill_heuristic(MI300X, **sizes, key_itemsize=1) == tuning.PrefillLaunch(64, 32, 2, 4)
+        assert heuristics.prefill_heuristic(device, **sizes, key_itemsize=2) == heuristics.PrefillLaunch(*launch)
+    assert heuristics.prefill_heuristic(MI300X, **sizes, key_itemsize=1) == heuristics.PrefillLaunch(64, 32, 2, 4)
     for device, launch in ((H200, (32, 16, 2, 8)), (RTX_4090, (32, 16, 2, 8)), (MI300X, (16, 16, 1, 4))):
         fp32 = {"head_dim": 128, "itemsize": 4}
-        assert tuning.prefill_heuristic(device, **fp32, key_itemsize=4) == tuning.PrefillLaunch(*launch)
-        assert tuning.prefill_heuristic(device, **fp32, key_itemsize=1) == tuning.PrefillLaunch(16, 16, 1, 4)
+        assert heuristics.prefill_heuristic(device, **fp32, key_itemsize=4) == heuristics.PrefillLaunch(*launch)
+        assert heuristics.prefill_heuristic(device, **fp32, key_itemsize=1) == heuristics.PrefillLaunch(16, 16, 1, 4)
     for queries in (1, 8):
-        decode = tuning.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
-        assert decode == tuning.DecodeLaunch(32, 512, 3, 4)
+        decode = heuristics.decode_heuristic(H200, queries=queries, head_dim=128, itemsize=2)
+        assert decode == heuristics.DecodeLaunch(32, 512, 3, 4)
 
 
 @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode", "int4", "int8"])

@@ -13,7 +13,7 @@ import torch
 
 from fastllama import env
 from fastllama.errors import TuningError
-from fastllama.kernels import tuned, tuning
+from fastllama.kernels import heuristics, tuned, tuning
 from fastllama.kernels.device import CPU, device_info, slug
 from tests.kernels.test_heuristics import H200
 
@@ -54,7 +54,8 @@ class TestFiles:
     def test_what_is_written_is_read(self, tmp_path: Path) -> None:
         family = tuning.FAMILIES["swiglu"]
         entries = [
-            tuned.Entry({"rows": n, "size": 64, "itemsize": 2}, tuning.SwigluLaunch(32, n), 1.0, 1.5) for n in (1, 4)
+            tuned.Entry({"rows": n, "size": 64, "itemsize": 2}, heuristics.SwigluLaunch(32, n), 1.0, 1.5)
+            for n in (1, 4)
         ]
         path = tmp_path / "new" / "swiglu.json"
         tuned.write(path, "swiglu", "cpu", {"date": "today"}, entries)
@@ -63,7 +64,7 @@ class TestFiles:
 
     def test_stages_may_be_three(self, tmp_path: Path) -> None:
         family, shape = tuning.FAMILIES["matmul"], {"features": 4096, "size": 4096, "itemsize": 2}
-        entries = [tuned.Entry(shape, tuning.MatmulLaunch(64, 128, 4, 3, 4), 1.0, 1.5)]
+        entries = [tuned.Entry(shape, heuristics.MatmulLaunch(64, 128, 4, 3, 4), 1.0, 1.5)]
         tuned.write(tmp_path / "matmul.json", "matmul", "cpu", {}, entries)
         assert tuned.read(tmp_path / "matmul.json", "matmul", "cpu", family.shape, family.launch) == entries
 
@@ -138,7 +139,7 @@ def _h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def put(folder: Path, num_warps: int, size: int = 4096) -> None:
-    family = tuning.NormLaunch(num_warps)
+    family = heuristics.NormLaunch(num_warps)
     tuned.write(folder / "norm.json", "norm", H200.name, {}, [tuned.Entry({"size": size, "itemsize": 2}, family, 1, 2)])
 
 
@@ -175,7 +176,7 @@ class TestLookup:
         assert tuning.norm(GPU, size=4096, itemsize=2) is first
 
     def test_rows_share_a_lookup_up_to_a_power_of_two(self) -> None:
-        def swiglu(rows: int) -> tuning.SwigluLaunch:
+        def swiglu(rows: int) -> heuristics.SwigluLaunch:
             return tuning.swiglu(GPU, rows=rows, size=11008, itemsize=2)
 
         assert swiglu(129) is swiglu(256)
@@ -203,10 +204,10 @@ class TestWarmUp:
     @pytest.mark.usefixtures("_h200")
     @pytest.mark.parametrize("most", [1, 2, 100, 2048])
     def test_no_other_launch_is_left(self, most: int) -> None:
-        def rope(rows: int) -> tuning.RopeLaunch:
+        def rope(rows: int) -> heuristics.RopeLaunch:
             return tuning.rope(GPU, rows=rows, heads=96, head_dim=128, itemsize=2)
 
-        def swiglu(rows: int) -> tuning.SwigluLaunch:
+        def swiglu(rows: int) -> heuristics.SwigluLaunch:
             return tuning.swiglu(GPU, rows=rows, size=11008, itemsize=2)
 
         for ask in (rope, swiglu):

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels import reference, tuning
+from fastllama.kernels import heuristics, reference
 from fastllama.kernels.device import Device
 from fastllama.kernels.reference.w8a8 import MOST_COLUMNS
 from fastllama.testing.poison import noise_
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, on_cpu, public
-from tests.kernels.test_tuning import assert_legal, devices, sizes
+from tests.kernels.test_heuristics import assert_legal, devices, sizes
 
 # rows of x, N, K: every width of a tile, its edges, splits of K and none
 SHAPES = [
@@ -148,7 +148,7 @@ def test_any_shape(rows: int, features: int, size: int, seed: int) -> None:
 @given(devices, sizes, sizes, sizes)
 def test_any_launch(device: Device, rows: int, features: int, size: int) -> None:
     """Splits of four tiles of K at least, and no more tiles on their way than fit."""
-    launch = tuning.w8a8_heuristic(device, rows=rows, features=features, size=size)
+    launch = heuristics.w8a8_heuristic(device, rows=rows, features=features, size=size)
     assert_legal(device, launch)
     assert launch.splits == 1 or size // launch.splits >= 512
     assert launch.stages == 1 or launch.stages * (128 + launch.rows) * launch.columns <= device.shared_memory

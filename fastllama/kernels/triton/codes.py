@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.compose import compose
 from fastllama.kernels.op import Function
@@ -206,7 +207,7 @@ def dequantize_kernel(
     tl.store(weight_ptr + row[:, None] * K + col, weight.to(dtype), mask=inside[:, None] & (col < K))
 
 
-def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[tuning.CodesLaunch, Splits]:
+def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLaunch, Splits]:
     num_rows, size, features = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
     choose = tuning.int4 if _bits(packed) == 4 else tuning.int8
     launch = choose(x.device, features=features, size=size, itemsize=x.element_size())
@@ -218,7 +219,7 @@ def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
     """Elements of fp32 that a product needs: the splits' parts of out for few rows, for many the weight."""
     if math.prod(x.shape[:-1]) <= few_rows(x, packed):
         return _plan(x, packed, scales)[1].elements
-    return COUNTERS + tuning.ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
+    return COUNTERS + ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
 
 def product(
@@ -294,7 +295,7 @@ def multiply(
         return []
     around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
     words = _words(packed)
-    block_m = max(tuning.power_of_2(num_rows), 16)
+    block_m = max(power_of_2(num_rows), 16)
     # Each program reads all of x: at 16 rows as many bytes as of a tile of 8 bits. A gated one owns a tile of the gate
     # and one of up. In fp32 sums of two tiles spill.
     wide = gated or (_bits(packed) == 8 and x.element_size() == 2)
@@ -302,7 +303,7 @@ def multiply(
     tiles = 2 if wide else groups_of_warps
     call = KernelCall(
         matmul_kernel,
-        (tuning.ceil_div(packed.shape[0], tiles), splits.count),
+        (ceil_div(packed.shape[0], tiles), splits.count),
         **around,
         x_ptr=x,
         packed_ptr=words,
@@ -331,7 +332,7 @@ def _dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, weight: Te
     codes, words = _codes(weight, packed, scales, size), _words(packed)
     call = KernelCall(
         dequantize_kernel,
-        (words.shape[0], tuning.ceil_div(size, codes["BLOCK_K"])),
+        (words.shape[0], ceil_div(size, codes["BLOCK_K"])),
         packed_ptr=words,
         scales_ptr=scales,
         zeros_ptr=zeros,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
@@ -149,14 +150,14 @@ def combine_kernel(
         tl.store(lse_ptr + at, (peak + tl.log2(total)) * lse_unit)
 
 
-def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[tuning.DecodeLaunch, int, int]:
+def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[heuristics.DecodeLaunch, int, int]:
     """The launch, splits of a sequence, and the workspace's elements."""
     rows, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs, max_pages = page_table.shape
     queries = rows // max(num_seqs, 1) * (num_heads // num_kv_heads)
     launch = tuning.decode(q.device, queries=queries, head_dim=head_dim, itemsize=k_pages.element_size())
-    splits = max(tuning.ceil_div(max_pages * page_size, launch.split), 1)
+    splits = max(ceil_div(max_pages * page_size, launch.split), 1)
     return launch, splits, rows * num_heads * splits * (head_dim + 1) if splits > 1 else 0
 
 
@@ -190,7 +191,7 @@ def attention_decode(
     num_seqs = page_table.shape[0]
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries, group = rows // num_seqs, num_heads // num_kv_heads
-    block_d = max(tuning.power_of_2(head_dim), 16)
+    block_d = max(power_of_2(head_dim), 16)
     parts, part_lses = out, lse
     if splits > 1:
         results = rows * num_heads * splits * head_dim
@@ -223,7 +224,7 @@ def attention_decode(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         SPLIT=launch.split,
-        BLOCK_M=max(tuning.power_of_2(queries * group), 16),
+        BLOCK_M=max(power_of_2(queries * group), 16),
         BLOCK_N=launch.keys,
         BLOCK_D=block_d,
         STAGES=launch.stages,
@@ -246,7 +247,7 @@ def attention_decode(
         HEAD_DIM=head_dim,
         SPLIT=launch.split,
         SPLITS=splits,
-        SPLITS_BLOCK=tuning.power_of_2(splits),
+        SPLITS_BLOCK=power_of_2(splits),
         BLOCK_D=block_d,
         STEP=8,
         num_warps=4,

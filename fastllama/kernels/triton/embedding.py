@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
@@ -42,7 +42,7 @@ def embedding(ids: Tensor, weight: Tensor, out: Tensor) -> list[KernelCall]:
         return []
     call = KernelCall(
         embedding_kernel,
-        (tokens, tuning.ceil_div(size, BLOCK)),
+        (tokens, ceil_div(size, BLOCK)),
         out_ptr=out,
         ids_ptr=ids,
         weight_ptr=weight,

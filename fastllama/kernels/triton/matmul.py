@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.compose import compose
 from fastllama.kernels.op import Function
@@ -142,12 +143,12 @@ def _of_few_rows(
     launch, splits = _plan(num_rows, weight)
     if not out.numel():
         return []
-    block_m = max(tuning.power_of_2(num_rows), 16)
+    block_m = max(power_of_2(num_rows), 16)
     wide = 2 if block_m == 64 and norm is not None else 1  # 64 rows of x in registers spill on sm_80
     around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
     call = KernelCall(
         matmul_kernel,
-        (tuning.ceil_div(out.shape[1], launch.features // (2 if gated else 1)), splits.count),
+        (ceil_div(out.shape[1], launch.features // (2 if gated else 1)), splits.count),
         **around,
         x_ptr=x,
         weight_ptr=weight,
@@ -163,10 +164,10 @@ def _of_few_rows(
     return [call]
 
 
-def _plan(num_rows: int, weight: Tensor) -> tuple[tuning.MatmulLaunch, Splits]:
+def _plan(num_rows: int, weight: Tensor) -> tuple[heuristics.MatmulLaunch, Splits]:
     features, size = weight.shape
     launch = tuning.matmul(weight.device, features=features, size=size, itemsize=weight.element_size())
-    tiles = tuning.ceil_div(features, launch.features) + 1  # one more where each half of a gated weight is divided
+    tiles = ceil_div(features, launch.features) + 1  # one more where each half of a gated weight is divided
     return launch, splits_of(num_rows, size, launch.size, tiles, launch.features, launch.splits)
 
 

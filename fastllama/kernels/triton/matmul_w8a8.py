@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.reference.int4 import COLUMNS
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
@@ -125,13 +126,13 @@ def sum_kernel(
     tl.store(out_ptr + row * out_row_stride + col, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan(x: Tensor, scales: Tensor) -> tuple[tuning.W8A8Launch, int, int, int]:
+def _plan(x: Tensor, scales: Tensor) -> tuple[heuristics.W8A8Launch, int, int, int]:
     """The launch, columns of a split, splits, and the workspace's elements."""
     num_rows, size, features = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
     launch = tuning.w8a8(x.device, rows=num_rows, features=features, size=size)
-    tiles = tuning.ceil_div(size, COLUMNS)
-    split = tuning.ceil_div(tiles, launch.splits)
-    splits = tuning.ceil_div(tiles, split)
+    tiles = ceil_div(size, COLUMNS)
+    split = ceil_div(tiles, launch.splits)
+    splits = ceil_div(tiles, split)
     return launch, split * COLUMNS, splits, splits * num_rows * features if splits > 1 else 0
 
 
@@ -163,7 +164,7 @@ def matmul_w8a8(
     whole = splits == 1
     product = KernelCall(
         matmul_kernel,
-        (tuning.ceil_div(num_rows, launch.rows) * tuning.ceil_div(features, FEATURES), splits),
+        (ceil_div(num_rows, launch.rows) * ceil_div(features, FEATURES), splits),
         x_ptr=x,
         x_scales_ptr=x_scales if whole else None,
         packed_ptr=packed,
@@ -188,7 +189,7 @@ def matmul_w8a8(
         return [product]
     added = KernelCall(
         sum_kernel,
-        (num_rows, tuning.ceil_div(features, BLOCK)),
+        (num_rows, ceil_div(features, BLOCK)),
         out_ptr=out,
         parts_ptr=parts,
         x_scales_ptr=x_scales,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
@@ -67,11 +67,11 @@ def merge_state(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, out: Tensor,
     tokens, num_heads, head_dim = a.shape
     if not (tokens and num_heads):
         return []
-    block_d = tuning.power_of_2(head_dim)
-    heads = min(max(TILE_BYTES // (block_d * a.element_size()), 1), tuning.power_of_2(num_heads))
+    block_d = power_of_2(head_dim)
+    heads = min(max(TILE_BYTES // (block_d * a.element_size()), 1), power_of_2(num_heads))
     call = KernelCall(
         merge_state_kernel,
-        (tokens * tuning.ceil_div(num_heads, heads),),
+        (tokens * ceil_div(num_heads, heads),),
         out_ptr=out,
         lse_out_ptr=lse_out,
         a_ptr=a,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.quantize import store_codes
@@ -106,11 +107,11 @@ def _plan(
     if not (num_rows and size):
         return []
     launch = tuning.norm(x.device, size=size, itemsize=x.element_size())
-    block = tuning.power_of_2(size)
+    block = power_of_2(size)
     rows = rows_per_program(block, launch.num_warps)
     call = KernelCall(
         norm_kernel,
-        (tuning.ceil_div(num_rows, rows),),
+        (ceil_div(num_rows, rows),),
         out_ptr=out,
         residual_out_ptr=residual_out,
         x_ptr=x,

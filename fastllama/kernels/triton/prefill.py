@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher
@@ -225,7 +226,7 @@ def _plan(
         CAUSAL=causal,
         BLOCK_M=launch.rows,
         BLOCK_N=launch.keys,
-        BLOCK_D=max(tuning.power_of_2(head_dim), 16),
+        BLOCK_D=max(power_of_2(head_dim), 16),
         STAGES=launch.stages,
         num_warps=launch.num_warps,
         **strides(k, v, k_scales, v_scales),

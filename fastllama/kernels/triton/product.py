@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows
 from fastllama.kernels.compose import compose, fuses_norm
 from fastllama.kernels.op import Function
@@ -184,9 +184,9 @@ class Splits:
 
 def splits_of(num_rows: int, size: int, block: int, tiles: int, width: int, wanted: int) -> Splits:
     """`wanted` splits of `size` columns, or fewer, whole blocks each and none empty; of tiles of `width` features."""
-    blocks = max(tuning.ceil_div(size, block), 1)
-    each = tuning.ceil_div(blocks, wanted)
-    count = tuning.ceil_div(blocks, each)
+    blocks = max(ceil_div(size, block), 1)
+    each = ceil_div(blocks, wanted)
+    count = ceil_div(blocks, each)
     if count == 1 or tiles > COUNTERS:
         return Splits(blocks * block, 1, 0, 0, 0)
     places = count * num_rows * tiles

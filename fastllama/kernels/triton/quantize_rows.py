@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.norm import rows_per_program
@@ -41,11 +42,11 @@ def quantize_rows(x: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall
     if not num_rows:
         return []
     launch = tuning.norm(x.device, size=size, itemsize=x.element_size())
-    block = tuning.power_of_2(size)
+    block = power_of_2(size)
     rows = rows_per_program(block, launch.num_warps)
     call = KernelCall(
         quantize_kernel,
-        (tuning.ceil_div(num_rows, rows),),
+        (ceil_div(num_rows, rows),),
         out_ptr=out,
         scales_out_ptr=scales_out,
         x_ptr=x,

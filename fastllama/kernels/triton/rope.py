@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.heads import load_pairs, rotated, store_pairs
 from fastllama.kernels.triton.launching import KernelCall, launcher
@@ -238,7 +239,7 @@ def rope(
         return []
     launch = tuning.rope(q.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=q.element_size())
     group = launch.heads
-    programs = tuning.ceil_div(num_q_heads, group) + tuning.ceil_div(num_kv_heads, group)  # of one token
+    programs = ceil_div(num_q_heads, group) + ceil_div(num_kv_heads, group)  # of one token
     call = KernelCall(
         rope_kernel,
         (tokens * programs,),
@@ -263,7 +264,7 @@ def rope(
         ROTARY=cos_sin.shape[1],
         INTERLEAVED=interleaved,
         HEADS=group,
-        PAIRS=max(tuning.power_of_2(head_dim) // 2, 1),
+        PAIRS=max(power_of_2(head_dim) // 2, 1),
         num_warps=launch.num_warps,
     )
     return [call]
@@ -293,7 +294,7 @@ def rope_and_write_kv(
     heads = num_q_heads + 2 * num_kv_heads
     launch = tuning.rope(qkv.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=qkv.element_size())
     group = launch.heads
-    programs = tuning.ceil_div(num_q_heads, group) + 2 * tuning.ceil_div(num_kv_heads, group)  # of one token
+    programs = ceil_div(num_q_heads, group) + 2 * ceil_div(num_kv_heads, group)  # of one token
     call = KernelCall(
         rope_and_write_kv_kernel,
         (tokens * programs,),
@@ -321,7 +322,7 @@ def rope_and_write_kv(
         PAGE_SIZE=page_size,
         INTERLEAVED=interleaved,
         HEADS=group,
-        PAIRS=max(tuning.power_of_2(head_dim) // 2, 1),
+        PAIRS=max(power_of_2(head_dim) // 2, 1),
         num_warps=launch.num_warps,
     )
     return [call]

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton import filters
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
@@ -126,7 +127,7 @@ def draw_kernel(
 
 def _capacity(vocab_size: int) -> int:
     """Room for the keys near a row's thresholds: all there are, in whole tiles."""
-    return tuning.ceil_div(vocab_size, filters.TILE) * filters.TILE
+    return ceil_div(vocab_size, filters.TILE) * filters.TILE
 
 
 def _parts(num_rows: int, vocab_size: int, chunks: int) -> list[tuple[torch.dtype, int]]:
@@ -142,14 +143,14 @@ def _parts(num_rows: int, vocab_size: int, chunks: int) -> list[tuple[torch.dtyp
 
 def _aligned(dtype: torch.dtype, count: int) -> int:
     """Elements of int64 that hold `count` of dtype and end at a multiple of 16 bytes."""
-    return tuning.ceil_div(count * dtype.itemsize, 16) * 2
+    return ceil_div(count * dtype.itemsize, 16) * 2
 
 
-def _plan(logits: Tensor) -> tuple[tuning.SampleLaunch, int, list[tuple[torch.dtype, int]], int]:
+def _plan(logits: Tensor) -> tuple[heuristics.SampleLaunch, int, list[tuple[torch.dtype, int]], int]:
     """The launch, chunks of a row, parts of the workspace, and its elements of int64."""
     num_rows, vocab_size = logits.shape
     launch = tuning.sample(logits.device, vocab_size=vocab_size, itemsize=logits.element_size())
-    chunks = tuning.ceil_div(vocab_size, launch.block)
+    chunks = ceil_div(vocab_size, launch.block)
     parts = _parts(num_rows, vocab_size, chunks)
     return launch, chunks, parts, sum(_aligned(*part) for part in parts)
 
@@ -191,7 +192,7 @@ def sample(
     grid = (num_rows, chunks)
     row_stride = logits.stride(0)
     numbers = {"VOCAB": vocab_size, "CHUNK": launch.block, "CHUNKS": chunks, "num_warps": launch.num_warps}
-    blocks = numbers | {"CHUNKS_BLOCK": tuning.power_of_2(chunks)}
+    blocks = numbers | {"CHUNKS_BLOCK": power_of_2(chunks)}
     return [
         KernelCall(
             peak_kernel,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.quantize import store_codes
@@ -52,7 +53,7 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
     launch = tuning.swiglu(out.device, rows=rows, size=size, itemsize=out.element_size())
     call = KernelCall(
         silu_mul_kernel,
-        (rows * tuning.ceil_div(size, launch.block),),
+        (rows * ceil_div(size, launch.block),),
         out_ptr=out,
         gate_up_ptr=gate_up,
         scales_out_ptr=None,
@@ -82,7 +83,7 @@ def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[Kern
         out_row_stride=out.stride(0),
         gate_up_row_stride=gate_up.stride(0),
         SIZE=size,
-        BLOCK=tuning.power_of_2(size),
+        BLOCK=power_of_2(size),
         num_warps=tuning.norm(out.device, size=size, itemsize=gate_up.element_size()).num_warps,
     )
     return [call]

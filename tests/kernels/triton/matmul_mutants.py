@@ -105,8 +105,8 @@ MATMUL_MUTANTS = [
     around("residual forgotten", "    if residual_ptr is not None:", "    if False:", FORMS),
     around(
         "splits by the rows",
-        "each = tuning.ceil_div(blocks, wanted)",
-        "each = tuning.ceil_div(blocks, wanted if num_rows > 16 else 1)",
+        "each = ceil_div(blocks, wanted)",
+        "each = ceil_div(blocks, wanted if num_rows > 16 else 1)",
         ORDER,
     ),
     around("a short workspace is taken", "scratch(workspace, splits.elements,", "scratch(workspace, 0,", WORKSPACE),

@@ -265,7 +265,7 @@ MERGE_MUTANTS = [
     ),
     mutant("log-sum-exp in base 2", "merge", "peak + tl.log(total)", "peak + tl.log2(total)", MERGE),
     mutant("heads past the end", "merge", "used = head < NUM_HEADS", "used = head < NUM_HEADS + 1", MERGE),
-    mutant("heads left out", "merge", "tuning.ceil_div(num_heads, heads)", "max(num_heads // heads, 1)", MERGE),
+    mutant("heads left out", "merge", "ceil_div(num_heads, heads)", "max(num_heads // heads, 1)", MERGE),
     mutant("dimensions past the end", "merge", "(dim < HEAD_DIM)", "(dim < BLOCK_D)", MERGE),
     mutant("one side's strides for both", "merge", "head * B_HEAD_STRIDE", "head * A_HEAD_STRIDE", ANY_STRIDES),
     mutant("log-sum-exps in a row", "merge", "token * a_lse_token_stride", "token * NUM_HEADS", ANY_STRIDES),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
 from fastllama.kernels.op import OPS, Function
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.sampling import workspace_size
@@ -154,7 +154,7 @@ def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
 
 
 def test_parts_in_a_workspace_are_repeated(launches: list[DryLaunch]) -> None:
-    with mock.patch.object(tuning, "int4", return_value=tuning.CodesLaunch(splits=2, stages=2, num_warps=4)):
+    with mock.patch.object(tuning, "int4", return_value=heuristics.CodesLaunch(splits=2, stages=2, num_warps=4)):
         plan, given = OPS["matmul_int4"].launcher("cuda"), call("matmul_int4")
         again = plan(*positional("matmul_int4", given | {"workspace": torch.empty(2 * given["out"].numel())}))
         assert again is not None

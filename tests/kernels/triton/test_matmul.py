@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels import reference, tuning
+from fastllama.kernels import heuristics, reference, tuning
 from fastllama.kernels.device import Device
 from fastllama.kernels.triton import matmul as module
 from fastllama.kernels.triton.matmul import MOST_ROWS, workspace_size
@@ -28,7 +28,9 @@ def matmul(*args: Any, **options: Any) -> Tensor:
 
 def launching(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
     """One launch for every shape."""
-    launch = tuning.MatmulLaunch(**({"features": 16, "size": 32, "splits": 1, "stages": 2, "num_warps": 1} | values))
+    launch = heuristics.MatmulLaunch(
+        **({"features": 16, "size": 32, "splits": 1, "stages": 2, "num_warps": 1} | values)
+    )
     monkeypatch.setattr(tuning, "matmul", lambda device, **shape: launch)
 
 
@@ -122,14 +124,14 @@ def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_splits_fill_the_gpu_and_are_not_too_short(features: int, size: int, splits: int) -> None:
-    launch = tuning.matmul_heuristic(H200, features=features, size=size, itemsize=2)
-    assert launch == tuning.MatmulLaunch(64, 128, splits, 4, 4)
+    launch = heuristics.matmul_heuristic(H200, features=features, size=size, itemsize=2)
+    assert launch == heuristics.MatmulLaunch(64, 128, splits, 4, 4)
 
 
 @pytest.mark.parametrize(("itemsize", "columns"), [(2, 128), (4, 64)])
 @pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
 def test_tiles_fit(itemsize: int, columns: int, shared: int) -> None:
-    launch = tuning.matmul_heuristic(
+    launch = heuristics.matmul_heuristic(
         Device("", "sm_80", 108, 32, shared, 1), features=4096, size=4096, itemsize=itemsize
     )
     assert launch.size == columns

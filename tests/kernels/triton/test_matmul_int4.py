@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton.product import COUNTERS
 from fastllama.testing.monitor import Report
@@ -29,7 +29,7 @@ def launch() -> Iterator[Callable[[int], None]]:
     with mock.patch.object(tuning, "int4") as asked:
 
         def choose(splits: int) -> None:
-            asked.return_value = tuning.CodesLaunch(splits, 2, 4)
+            asked.return_value = heuristics.CodesLaunch(splits, 2, 4)
 
         yield choose
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllama import kernels
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton.product import COUNTERS
 from fastllama.testing.monitor import Report
@@ -27,7 +27,7 @@ def launch() -> Iterator[Callable[[int], None]]:
     with mock.patch.object(tuning, "int8") as asked:
 
         def choose(splits: int) -> None:
-            asked.return_value = tuning.CodesLaunch(splits, 2, 4)
+            asked.return_value = heuristics.CodesLaunch(splits, 2, 4)
 
         yield choose
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllama import kernels
-from fastllama.kernels import tuning
+from fastllama.kernels import heuristics, tuning
 from fastllama.kernels.op import OPS
 from fastllama.testing.monitor import Report
 from fastllama.testing.poison import noise_, surrounded
@@ -26,7 +26,7 @@ def launch() -> Iterator[Choose]:
     with mock.patch.object(tuning, "w8a8") as asked:
 
         def choose(rows: int = 16, columns: int = 128, splits: int = 1) -> None:
-            asked.return_value = tuning.W8A8Launch(rows, columns, splits, 2, 4)
+            asked.return_value = heuristics.W8A8Launch(rows, columns, splits, 2, 4)
 
         yield choose
 
