@@ -242,7 +242,8 @@ def matmul() -> Iterator[Shipped]:
     for rows in (1, 32, 64):
         for name, features, size, form in products:
             title = f"matmul {name} bf16, {rows} rows{form and ', ' + form}"
-            yield Shipped(title, partial(multiply, rows, features, size, form, BF16))
+            once = {"load 16": 1} if "norm" in form else {}  # the norm's weight: one number of each column
+            yield Shipped(title, partial(multiply, rows, features, size, form, BF16), besides=once)
     yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, "", FP16))
 
 
