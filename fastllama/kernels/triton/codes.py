@@ -31,6 +31,7 @@ from fastllama.kernels.triton.product import (
     arguments,
     dense,
     finish,
+    follow,
     fused,
     owned,
     row_sums,
@@ -79,6 +80,27 @@ def columns(BLOCK_K: tl.constexpr, BITS: tl.constexpr):
     return k if BITS == 4 else order(k)
 
 
+# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load` takes.
+@triton.jit
+def lines(
+    packed_ptr,
+    row_stride,
+    tile,
+    begin,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    WORDS: tl.constexpr = 256 * BITS  # of 128 columns of a tile
+    LINES: tl.constexpr = WORDS // 8
+    line = tl.arange(0, LINES * TILES)
+    tile = tl.minimum(tile + line // LINES * STEP, (N - 1) // 64)
+    word = tl.minimum(begin // 128 * WORDS + line % LINES * 32, tl.cdiv(K, 128) * WORDS - 1)
+    return packed_ptr + tile * row_stride + word
+
+
 # A group's number of each row, in fp32: [rows, 1].
 @triton.jit
 def per_row(ptr, row, row_stride, group):
@@ -114,6 +136,7 @@ def matmul_kernel(
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
+    PDL: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,6 +153,7 @@ def matmul_kernel(
     acc = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     begin = tl.program_id(1) * SPLIT
+    follow(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
     for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, SIZE), 128, num_stages=STAGES):
         for part in tl.static_range(128 // GROUP):
             products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)

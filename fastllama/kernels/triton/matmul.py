@@ -23,6 +23,7 @@ from fastllama.kernels.triton.product import (
     arguments,
     dense,
     finish,
+    follow,
     fused,
     owned,
     row_sums,
@@ -58,6 +59,7 @@ def matmul_kernel(
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -69,6 +71,8 @@ def matmul_kernel(
     col = tl.arange(0, BLOCK_K)  # [K]
     x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride + col[None, :]
     weight_ptrs = weight_ptr + feature[:, None] * weight_row_stride + col[None, :]
+    ahead = tl.minimum(first + tl.arange(0, 8) * (BLOCK_K // 2), SIZE - 1)  # a tile of 256 bytes is two lines wide
+    follow(weight_ptr + feature[:, None] * weight_row_stride + ahead[None, :], PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     for start in tl.range(first, tl.minimum(first + SPLIT, SIZE), BLOCK_K, num_stages=STAGES):
