@@ -75,9 +75,9 @@ def matmul_int8(
     pack_int8 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
     columns, G 32, 64, 128 or K. bias: [N] in x's dtype or None. norm, eps, residual, gated, out: as for `matmul`.
     workspace: scratch memory of `matmul_int8_workspace`; allocated when None and needed. Returns out.
-    Accumulates in fp32. Up to 64 rows (16 in fp32; 32 on sm_80 and sm_89) codes are exact, and a row's result is the
-    same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's dtype first. Where x
-    holds an infinity, a result may be NaN in place of an infinity.
+    Accumulates in fp32. Up to 64 rows (16 in fp32, none there on sm_100; 32 on sm_80 and sm_89) codes are exact, and a
+    row's result is the same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's
+    dtype first. Where x holds an infinity, a result may be NaN in place of an infinity.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/int8.py.
     """

@@ -36,22 +36,22 @@ def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> No
 
 
 def test_a_wrong_kernel_fails_it_and_is_named(command: Command, model: str, bind: Callable[..., None]) -> None:
-    """An up projection that is a thousandth too large."""
-    right = OPS["silu_mul"].implementation("cpu").run
+    """Embeddings of which half are a thousandth too large."""
+    right = OPS["embedding"].implementation("cpu").run
 
-    def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        right(gate_up, out)
-        out *= 1.001
+    def wrong(ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        right(ids, weight, out)
+        out[:, ::2] *= 1.001
 
-    bind("silu_mul", wrong)
+    bind("embedding", wrong)
     done = command("verify", "--model", model, "--quiet")
     assert done.status == 1
-    assert done.out.startswith("parity: FAILED in silu_mul (gate_up ")
+    assert done.out.startswith("parity: FAILED in embedding (weight ")
     assert "layer 0" in done.out
     assert "rms_norm" not in done.out
     assert command("verify", "--model", model).out.count("  FAILED\n") >= 3
     rows = json.loads(command("verify", "--model", model, "--json").out)["rows"]
-    assert {row["name"] for row in rows if not row["ok"]} >= {"silu_mul", "layer 0", "layer 1", "logits"}
+    assert {row["name"] for row in rows if not row["ok"]} >= {"embedding", "layer 0", "layer 1", "logits"}
 
 
 def test_the_bundled_model_agrees(command: Command) -> None:

@@ -132,7 +132,7 @@ def test_what_is_not_legal(op: str, backend: str) -> None:
 
 
 def test_every_product_takes_them() -> None:
+    """But the one of codes by codes, whose x is rounded already."""
     names = {"norm", "eps", "residual", "gated"}
-    assert {op.name for op in OPS.values() if names <= set(op.names)} == {
-        name for name in OPS if name.startswith("matmul")
-    }
+    taking = {op.name for op in OPS.values() if names <= set(op.names)}
+    assert taking == {name for name in OPS if name.startswith("matmul")} - {"matmul_w8a8"}

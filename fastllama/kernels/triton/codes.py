@@ -44,11 +44,13 @@ from fastllama.kernels.triton.product import (
 def few_rows(x: Tensor, packed: Tensor) -> int:
     """Rows of x up to which codes are multiplied: with more, arithmetic outweighs the weight's bytes.
 
-    In fp32 more sums spill, and so does x beside codes of 8 bits where all of both is in registers.
+    In fp32 more sums spill, and on sm_100 Triton rounds codes in fp32 to TF32 unasked (triton-lang/triton#10176). x
+    beside codes of 8 bits spills where all of both is in registers.
     """
+    arch = tuning.arch(x.device)
     if x.element_size() == 4:
-        return 16
-    return 32 if _bits(packed) == 8 and tuning.arch(x.device) in ("sm_80", "sm_89") else 64
+        return 0 if arch == "sm_100" else 16
+    return 32 if _bits(packed) == 8 and arch in ("sm_80", "sm_89") else 64
 
 
 # Codes less 8, or of 8 bits over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K], those ORDERED as `columns` says.

@@ -71,7 +71,7 @@ def matmul_kernel(
     STAGES: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    TILES: tl.constexpr = tl.cdiv(N, 128)
+    TILES: tl.constexpr = (N + 127) // 128
     place, split = tl.program_id(0), tl.program_id(1)
     first_tile = place // (TOGETHER * TILES) * TOGETHER
     together = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first_tile, TOGETHER)

@@ -248,6 +248,7 @@ def matmul() -> Iterator[Shipped]:
             call = partial(multiply, rows, features, size, form, BF16)
             yield Shipped(title, call, besides=once, serial=rows > 16 and "norm" not in form)
     yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, "", FP16))
+    yield Shipped("matmul 7B qkv fp32, 64 rows", partial(multiply, 64, 12288, 4096, "", FP32))
 
 
 def embedding() -> Iterator[Shipped]:

@@ -12,10 +12,11 @@ from fastllama.testing.targets import TARGETS
 from tests.kernels.triton.launches import GPUS, SHIPPED, Shipped, on
 
 KEPT = Path(__file__).parents[3] / CACHE
-FP32_PREFILL = [
+FP32 = [
     shipped
-    for shipped in SHIPPED["attention"]
-    if shipped.name.startswith(("attention_prefill 7B fp32", "attention_varlen 7B fp32"))
+    for family in ("attention", "matmul", "int4", "int8")
+    for shipped in SHIPPED[family]
+    if "fp32" in shipped.name and not shipped.name.startswith("attention_decode")
 ]
 ALL = [shipped for launches in SHIPPED.values() for shipped in launches]
 
@@ -31,9 +32,9 @@ def test_it_fits(shipped: Shipped, target: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("shipped", FP32_PREFILL, ids=[shipped.name for shipped in FP32_PREFILL])
+@pytest.mark.parametrize("shipped", FP32, ids=[shipped.name for shipped in FP32])
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
-def test_prefill_in_fp32_is_in_fp32(shipped: Shipped, target: str) -> None:
+def test_fp32_is_fp32(shipped: Shipped, target: str) -> None:
     """NVIDIA's tensor cores round it to TF32, and Triton chooses them for some operands unasked."""
     with on(target):
         (report,) = compile_report(shipped.call, [target], KEPT)
