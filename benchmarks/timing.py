@@ -63,12 +63,13 @@ def events(call: Call, scratch: torch.Tensor) -> Sampler:
 def graph(call: Call, calls: int) -> Sampler:
     """Time on the GPU for each of `calls` calls captured in one CUDA graph and replayed: no host in between.
 
-    Cold where `call` rotates through more than the L2 cache holds. Raises RuntimeError where capture fails.
+    Cold where `call` rotates through more than the L2 cache holds. All calls are made once before, so that what a peer
+    prepares at its first call of each set of inputs is not captured. Raises RuntimeError where capture fails.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # capture wants its stream warm
-        for _ in range(3):
+        for _ in range(calls):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     captured = torch.cuda.CUDAGraph()

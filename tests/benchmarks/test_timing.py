@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_rotation_meets_every_set_in_turn() -> None:
     for _ in range(5):
         call()
     assert seen == list("abcab")
+
+
+def test_every_set_is_met_before_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what a peer prepares for a set at its first call would be replayed, and timed, with the call."""
+    seen: list[str] = []
+    cuda = MagicMock()
+    cuda.graph.return_value.__enter__.side_effect = lambda: seen.append("captured")
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    timing.graph(timing.rotating(seen.append, "abcde"), 5)
+    assert seen == [*"abcde", "captured", *"abcde"]
 
 
 @pytest.mark.parametrize(
