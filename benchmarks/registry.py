@@ -123,6 +123,7 @@ def _decode_flops(case: Case) -> int:
 
 
 ROWS = _rows(8192, 1, 64, 1024)
+PRODUCTS = _rows(1, 64, 16, 1024, 8, 256, 32, 4, 128, 2)
 PROMPTS = _rows(2048, 8192, 512, 16384, 4096, 1024)
 DECODES = (
     Shape(1, 4096),
@@ -151,14 +152,14 @@ _OPS = {
     "attention_decode": _Op(make.attention_decode, _all_bytes, DECODES, _decode_flops),
     "attention_varlen": _Op(make.attention_varlen, _all_bytes, PROMPTS, _causal_flops),
     "attention_prefill": _Op(make.attention_prefill, _all_bytes, PROMPTS, _causal_flops),
-    "matmul": _Op(make.matmul, _all_bytes, _rows(1, 64, 1024), _matmul_flops),
-    "matmul_int4": _Op(make.matmul_int4, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
-    "matmul_int8": _Op(make.matmul_int8, _all_bytes, _rows(1, 64, 16, 1024), _matmul_flops),
+    "matmul": _Op(make.matmul, _all_bytes, PRODUCTS, _matmul_flops),
+    "matmul_int4": _Op(make.matmul_int4, _all_bytes, PRODUCTS, _matmul_flops),
+    "matmul_int8": _Op(make.matmul_int8, _all_bytes, PRODUCTS, _matmul_flops),
     "quantize_rows": _Op(make.quantize_rows, _all_bytes, ROWS),
     "rms_norm_int8": _Op(make.rms_norm_int8, _all_bytes, ROWS),
     "add_rms_norm_int8": _Op(make.add_rms_norm_int8, _all_bytes, ROWS),
     "silu_mul_int8": _Op(make.silu_mul_int8, _all_bytes, ROWS),
-    "matmul_w8a8": _Op(make.matmul_w8a8, _all_bytes, _rows(1, 64, 1024, 8192), _matmul_flops),
+    "matmul_w8a8": _Op(make.matmul_w8a8, _all_bytes, (*PRODUCTS, Shape(8192)), _matmul_flops),
     "embedding": _Op(make.embedding, _row_bytes, _rows(64, 1024)),
 }
 OPS = tuple(_OPS)

@@ -32,6 +32,13 @@ def test_the_most_valuable_comes_first() -> None:
     assert [case.op for case in cases(BF16, ("rope",))] == ["rope"] * 12
 
 
+@pytest.mark.parametrize("op", ["matmul", "matmul_int4", "matmul_int8", "matmul_w8a8"])
+def test_products_are_measured_from_one_row_to_a_prompt(op: str) -> None:
+    rows = [case.rows for case in cases(BF16, (op,)) if case.model.name == "llama-2-7b"]
+    assert rows[:4] == [1, 64, 16, 1024]
+    assert {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024} <= set(rows)
+
+
 # x, residual, out and the sum of 5 rows, and a weight, of 64 bf16; and so on
 BYTES = {
     "add_rms_norm": 4 * 5 * 64 * 2 + 64 * 2,
