@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import attention_peers as attention
+from benchmarks import product_peers as product
 from benchmarks.attention_peers import Function
 from benchmarks.inputs import EPS, Inputs
 
@@ -56,6 +57,7 @@ def peers(op: str, device: torch.device) -> dict[str, Callable[[], Function]]:
     if op in attention.FLEX:
         gathered, flex = attention.FLEX[op]
         found["flex_attention" + gathered] = lambda: flex(attention.compiled_flex(backend))
+    found |= product.torch_products(op, device, backend)
     if device.type == "cuda":
         for library in LIBRARIES:
             if op in library.make and library.version() is not None:
@@ -246,5 +248,9 @@ LIBRARIES = (
     ),
     Library("flash-attn", "flash_attn", {"attention_varlen": ("flash_attn_interface", attention.flash_attn_varlen)}),
     Library("xformers", "xformers.ops", {"attention_decode": ("fmha", attention.xformers_decode)}),
-    Library("gemlite", "gemlite", {}),  # quantized products alone, for which there is no op of ours yet
+    Library(
+        "gemlite",
+        "gemlite",
+        {"matmul_int4": ("core", product.gemlite), "matmul_int8": ("core", product.gemlite)},
+    ),
 )

@@ -16,7 +16,8 @@ from fastllama import kernels
 
 CPU = torch.device("cpu")
 ROUNDED = ("quantize_rows", "rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8")  # to codes
-PEERS = [(op, name) for op in OPS for name in peers(op, CPU)]
+EXACT = ("matmul_w8a8", "F.linear, unquantized", torch.float32)  # sums of codes are: those of fp32 are not near enough
+PEERS = [(op, name, dtype) for op in OPS for name in peers(op, CPU) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def verdict(op: str, function: Callable[[Inputs], Any], dtype: torch.dtype = torch.float32) -> bool:
@@ -33,8 +34,7 @@ def test_ours_is_right(op: str, dtype: torch.dtype) -> None:
     assert verdict(op, lambda inputs: getattr(kernels, op)(**inputs), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "name"), PEERS)
+@pytest.mark.parametrize(("op", "name", "dtype"), [peer for peer in PEERS if peer != EXACT], ids=str)
 def test_peers_are_right(op: str, name: str, dtype: torch.dtype) -> None:
     assert verdict(op, peers(op, CPU)[name](), dtype)
 
