@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from fastllama import env, kernels
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS, Implementation
 
+T = TypeVar("T")
 OURS = "fastllama"
 ROUNDS = 30
 SECONDS = 3.0  # of samples for one way of timing; reached by the slowest shapes alone
@@ -72,15 +73,24 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str,
     }
     with torch.inference_mode(), running(case.op, device) as ours:
         contenders, judged = _ready(case, device, {OURS: lambda: ours} | peers(case.op, device))
-        ways = _samplers(contenders, sets, device, captured=found["backend"] != "reference")
-        for way, samplers in ways.items():
-            for name, failure in samplers.items():
-                if isinstance(failure, str):
-                    judged[name][way] = {"failed": failure}
-            timed = {name: sampler for name, sampler in samplers.items() if not isinstance(sampler, str)}
-            for name, seconds in timing.in_turns(timed, rounds, SECONDS).items():
-                judged[name][way] = {"seconds": seconds, **timing.quantiles(seconds)}
+        for name, ways in timed(contenders, sets, device, rounds, captured=found["backend"] != "reference").items():
+            judged[name] |= ways
     found["contenders"] = judged
+    return found
+
+
+def timed(
+    contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, rounds: int, captured: bool
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Samples and quantiles by contender and way of timing, or what failed. captured: whether a graph can hold ours."""
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in contenders}
+    for way, samplers in _samplers(contenders, sets, device, captured).items():
+        for name, failure in samplers.items():
+            if isinstance(failure, str):
+                found[name][way] = {"failed": failure}
+        able = {name: sampler for name, sampler in samplers.items() if not isinstance(sampler, str)}
+        for name, seconds in timing.in_turns(able, rounds, SECONDS).items():
+            found[name][way] = {"seconds": seconds, **timing.quantiles(seconds)}
     return found
 
 
@@ -116,7 +126,7 @@ def _ready(
 
 
 def _samplers(
-    contenders: dict[str, Function], sets: list[Inputs], device: torch.device, captured: bool
+    contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, captured: bool
 ) -> dict[str, dict[str, timing.Sampler | str]]:
     """By way of timing and contender; a text where that way fails. captured: whether ours can be."""
     calls = {name: timing.rotating(function, sets) for name, function in contenders.items()}

@@ -56,6 +56,14 @@ def _figures(case: Row, seconds: float, ceilings: Row) -> tuple[str, str, str]:
     return f"{1e6 * seconds:.1f}", f"{case['bytes'] / seconds / 1e9:.0f}", f"{100 * share:.0f} %"
 
 
+def _blocks(cases: list[Row], way: str) -> Iterator[tuple[str, ...]]:
+    for case in cases:
+        for name, each in case["contenders"].items():
+            seconds, failed = median(each, way), each.get("failed") or each.get(way, {}).get("failed", "")
+            figures = ("", "") if seconds is None else (f"{1e6 * seconds:.1f}", f"{100 * each[way]['of_copy']:.0f} %")
+            yield (case["label"], name, *figures, str(len(each.get("launches", ())) or ""), _line(failed))
+
+
 def _everyone(cases: list[Row]) -> Iterator[tuple[str, ...]]:
     for case in cases:
         for name, each in case["contenders"].items():
@@ -91,6 +99,10 @@ def markdown(record: Row) -> str:
     rows = ((op, *(f"{each[how]['median']:.1f}" for how in HOW)) for op, each in launches["ops"].items())
     host = launches.get("failed") or table(("op", *(f"{how}, us" for how in HOW)), rows)
     parts += ["## Host time of one launch", host]
+    block = record["block"]
+    header = ("shape", "what", "us", "of a copy", "launches", "failed")
+    ended = [text for text in (block.get("failed"), block.get("cut_short"), *block.get("skipped", ())) if text]
+    parts += [f"## A block's decode step ({way}, medians)", table(header, _blocks(block["cases"], way)), *ended]
     header = ("op", "shape", "what", "graph us", "eager us", "error", "failed")
     parts += ["## Everyone", table(header, _everyone(cases))]
     return "\n\n".join(parts) + "\n"

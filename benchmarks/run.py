@@ -4,7 +4,7 @@ python -m benchmarks.run --out FOLDER [--minutes 8] [--ops rms_norm ...] [--dtyp
 
 The most valuable comes first and the file is written after every case, so that a run cut short still tells something.
 --dry walks the same plan at toy sizes, on a CPU with TRITON_INTERPRET=1: its times mean nothing.
-Writes bench.json (environment, conditions, raw samples), report.md, launch_overhead.json and tests.txt.
+Writes bench.json (environment, conditions, raw samples), report.md, launch_overhead.json, block.json and tests.txt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks.registry import OPS, Case, cases, toy_cases
 
 ROOT = Path(__file__).parents[1]
 SHARE_OF_TESTS = 0.5  # of the time, at most
+SHARE_OF_BLOCKS = 0.2
 NEEDED_BY_TESTS = ("pytest", "hypothesis", "numpy", "tqdm", "safetensors", "sentencepiece")
 NO_TEST_RAN = 5  # pytest's exit status
 
@@ -53,6 +54,18 @@ def run_launch_overhead(out: Path, rounds: int) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def run_block(out: Path, seconds: float, dry: bool) -> dict[str, Any]:
+    """Run benchmarks.block in a process of its own, whose memory ends with it; cut short it has written what it has."""
+    path = out / "block.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.block", "--output", str(path), *(["--dry"] if dry else [])]
+    status = _step(command, out / "block.txt", seconds)
+    found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"cases": []}
+    if status is None:
+        return found | {"cut_short": f"cut short after {seconds:.0f} s"}
+    return found if status == 0 else found | {"failed": f"status {status}, see block.txt"}
+
+
 def _step(command: list[str], log: Path, seconds: float) -> int | None:
     """Exit status of a command whose output goes to a file; None where it took longer."""
     with log.open("w", encoding="utf-8") as file:
@@ -72,7 +85,7 @@ def plan(dtype: torch.dtype, ops: tuple[str, ...], dry: bool, device: torch.devi
 
 
 def main() -> int:
-    """Run the plan; 1 where a test, a launch or one of our own ops failed."""
+    """Run the plan; 1 where a test, a launch, a block or one of our own ops failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget")
@@ -94,6 +107,7 @@ def main() -> int:
         "conditions": {key: value for key, value in vars(options).items() if key != "out"},
         "tests": run_tests(options.out, SHARE_OF_TESTS * seconds),
         "launch_overhead": run_launch_overhead(options.out, 3 if options.dry else 40),
+        "block": run_block(options.out, SHARE_OF_BLOCKS * seconds, options.dry),
         "ceilings": micro.ceilings(device, toy=options.dry),
         "cases": [],
         "skipped": [],
@@ -120,9 +134,8 @@ def main() -> int:
     (options.out / "report.md").write_text(report.markdown(record), encoding="utf-8")
     print((options.out / "report.md").read_text(encoding="utf-8"))
     broken = [case["op"] for case in record["cases"] if "failed" in case["contenders"][micro.OURS]]
-    return int(
-        bool(broken) or "failed" in record["launch_overhead"] or record["tests"]["status"] not in (0, NO_TEST_RAN, None)
-    )
+    failed = any("failed" in record[step] for step in ("launch_overhead", "block"))
+    return int(bool(broken) or failed or record["tests"]["status"] not in (0, NO_TEST_RAN, None))
 
 
 if __name__ == "__main__":

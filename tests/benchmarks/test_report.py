@@ -9,6 +9,13 @@ import pytest
 from benchmarks import report
 
 CEILINGS = {"copy_bytes_per_second": 4e12, "bf16_flops_per_second": 8e14}
+BLOCK = {
+    "label": "llama-2-7b, none, 1 rows, 512 tokens of context",
+    "contenders": {
+        "fastllama": {"launches": 6 * ["matmul_kernel"], "graph": {"median": 1e-4, "of_copy": 0.87}},
+        "torch": {"launches": ["mm", "silu"], "graph": {"failed": "a | b"}, "eager": {"median": 1e-3, "of_copy": 0.1}},
+    },
+}
 
 
 def contender(seconds: float) -> dict[str, Any]:
@@ -55,6 +62,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "launch_overhead": {
             "ops": {"rms_norm": {"outputs given": {"median": 9.87}, "allocated": {"median": 12.34}}},
         },
+        "block": {"cases": [BLOCK], "cut_short": "cut short after 96 s"},
         "ceilings": CEILINGS,
         "cases": cases,
         "skipped": ["x"],
@@ -76,6 +84,14 @@ def test_conditions_and_absences_are_named() -> None:
     assert "800.0 TFLOP/s" in text
     assert "Tests: passed. Cases measured: 2, skipped: 1." in text
     assert "| rms_norm | 9.9 | 12.3 |" in text
+
+
+def test_blocks_are_told_with_what_failed() -> None:
+    text = report.markdown(record())
+    assert f"| {BLOCK['label']} | fastllama | 100.0 | 87 % | 6 |  |" in text
+    assert f"| {BLOCK['label']} | torch |  |  | 2 | a / b |" in text
+    assert "cut short after 96 s" in text
+    assert "status 2" in report.markdown(record(block={"cases": [], "failed": "status 2"}))
 
 
 def test_failures_are_told() -> None:

@@ -29,13 +29,17 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         shape = {"op": case.op, "label": case.label, "backend": "", "bytes": 1, "flops": 0}
         return {**shape, "contenders": {micro.OURS: dict(found.ours)}}
 
-    found = SimpleNamespace(measured=measured, ours={"eager": {"median": 1.0}}, tests=run.NO_TEST_RAN, launches={})
+    found = SimpleNamespace(
+        measured=measured, ours={"eager": {"median": 1.0}}, tests=run.NO_TEST_RAN, launches={}, block={}
+    )
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(micro, "measure", measure)
     monkeypatch.setattr(micro, "ceilings", lambda device, toy: CEILINGS)
     monkeypatch.setattr(micro, "interpreted", lambda wanted: micro.nullcontext())
     monkeypatch.setattr(run, "run_tests", lambda out, seconds: {"outcome": "", "status": found.tests})
     monkeypatch.setattr(run, "run_launch_overhead", lambda out, rounds: {"ops": {}, **found.launches})
+
+    monkeypatch.setattr(run, "run_block", lambda out, seconds, dry: {"cases": [], **found.block})
 
     def main(*options: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["run", "--dry", "--out", str(tmp_path), *options])
@@ -80,13 +84,15 @@ def test_what_does_not_fit_in_memory_is_named(stage: Any, monkeypatch: pytest.Mo
     assert record["skipped"] == ["rms_norm, toy, 3 rows: does not fit in memory"]
 
 
-def test_a_failure_of_ours_of_a_test_or_of_a_launch_is_the_runs(stage: Any) -> None:
+def test_a_failure_of_ours_of_a_test_of_a_launch_or_of_a_block_is_the_runs(stage: Any) -> None:
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 0
     stage.tests = 1
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
     stage.tests, stage.launches = None, {"failed": "status 1"}
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
-    stage.launches, stage.ours = {}, {"failed": "wrong"}
+    stage.launches, stage.block = {}, {"failed": "status 1"}
+    assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
+    stage.block, stage.ours = {}, {"failed": "wrong"}
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
 
 
@@ -103,6 +109,26 @@ def test_without_a_gpu_only_the_dry_run_is_offered(
 def test_missing_test_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else True)
     assert run.run_tests(tmp_path, 1.0) == {"outcome": "not run, for lack of hypothesis", "status": None}
+
+
+def test_a_block_that_is_cut_short_or_fails_keeps_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended: int | None = None
+
+    def step(command: list[str], log: Path, seconds: float) -> int | None:
+        assert command[-1] == "--dry"
+        Path(command[command.index("--output") + 1]).write_text('{"cases": [1]}')
+        return ended
+
+    monkeypatch.setattr(run, "_step", step)
+    assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [1], "cut_short": "cut short after 9 s"}
+    ended = 1
+    assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [1], "failed": "status 1, see block.txt"}
+    ended = 0
+    assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [1]}
+    monkeypatch.setattr(run, "_step", lambda *step: 1)  # before it wrote anything: the file is of an earlier run
+    assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [], "failed": "status 1, see block.txt"}
 
 
 def test_a_step_that_takes_too_long_is_cut_short(tmp_path: Path) -> None:
