@@ -1,4 +1,4 @@
-"""One transformer block: six or seven launches on a GPU, since each norm, sum and silu * up is a part of a product."""
+"""One transformer block, in which each norm, residual sum and silu * up is a part of a product."""
 
 from __future__ import annotations
 
