@@ -125,10 +125,12 @@ def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
 
 def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
     """Median seconds of a case with each launch; None where it cannot run."""
-    # scratch memory is as large as the heuristic's launch needs it: others take their own
-    sets = [
-        {**inputs, "workspace": None} if "workspace" in inputs else inputs for inputs in micro.input_sets(case, device)
-    ]
+    sets = micro.input_sets(case, device)
+    if any("workspace" in inputs for inputs in sets):
+        # As large as any launch needs it, and zeros: one that had to make its own would be timed with what that takes.
+        dtype = {"matmul_w8a8": torch.int32, "sample": torch.int64}.get(case.op, torch.float32)
+        scratch = torch.zeros(1 << (26 if device.type == "cuda" else 20), dtype=dtype, device=device)
+        sets = [{**inputs, "workspace": scratch} for inputs in sets]
     samplers: dict[str, timing.Sampler] = {}
     for number, launch in enumerate(launches):
         call = timing.rotating(partial(_run, case, device, launch), sets)

@@ -138,17 +138,17 @@ def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("options", "said"),
     [
-        (toy(dtype=torch.float16), "x and scales of torch.float16: only torch.bfloat16"),
-        (toy(group=192, shape=(192, 192)), "groups of 192: only"),
-        (toy(group=64, shape=(192, 192)), r"a weight of \(192, 192\): only multiples of \(8, 128\)"),
-        (toy(shape=(188, 256)), r"a weight of \(188, 256\): only multiples of \(8, 128\)"),
+        ({"dtype": torch.float16}, "x and scales of torch.float16: only torch.bfloat16"),
+        ({"group": 192, "shape": (192, 192)}, "groups of 192: only"),
+        ({"group": 64, "shape": (192, 192)}, r"a weight of \(192, 192\): only multiples of \(8, 128\)"),
+        ({"shape": (188, 256)}, r"a weight of \(188, 256\): only multiples of \(8, 128\)"),
     ],
 )
-def test_tinygemm_refuses_what_it_cannot_take(inputs: Inputs, said: str) -> None:
+def test_tinygemm_refuses_what_it_cannot_take(options: dict[str, Any], said: str) -> None:
     with pytest.raises(NotImplementedError, match=said):
-        product.tinygemm(Aten())(inputs)
+        product.tinygemm(Aten())(toy(**options))
 
 
 def test_int8pack_refuses_groups() -> None:
