@@ -31,6 +31,7 @@ from fastllama.kernels.numba.numerics import (
     store,
     use_threads,
 )
+from fastllama.kernels.numba.vectors import FLOATS, I8, I32, WORDS, at, broadcast, fetch, read, splat
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, CODES, commonest_exponent
 
 HALF = BLOCK // 2
@@ -39,50 +40,38 @@ AHEAD = 1024  # bytes prefetched: 52 ms in place of 57 for the weights of a 1.1B
 LARGEST_X = 100  # power of two that the largest value of x is scaled to; weights as decoded are 2^-126 to 2^-111
 
 _FLAGS = tuple(FAST)
-_I8, _I32 = ir.IntType(8), ir.IntType(32)
-_VECTOR, _BYTES, _WORDS = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
-
-
-def _splat(kind, value):
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(builder, address, offset, kind):
-    """A pointer to `kind`, `offset` bytes on from an address."""
-    return builder.inttoptr(builder.add(address, address.type(offset)), kind.as_pointer())
+_BYTES = ir.VectorType(I8, 32)
 
 
 def _decoded(builder, address):
     """The 64 weights of the block at `address`, in order, as eight vectors of float32, times 2^(1 - exponent)."""
-    low = [builder.load(_at(builder, address, 32 * half, _BYTES), align=1) for half in range(2)]
-    both = builder.load(_at(builder, address, BLOCK, _BYTES), align=1)
-    four, seven, sign = (_splat(_BYTES, value) for value in (4, 7, 0x80))
+    low = [read(builder, address, 32 * half, _BYTES) for half in range(2)]
+    both = read(builder, address, BLOCK, _BYTES)
+    four, seven, sign = (splat(_BYTES, value) for value in (4, 7, 0x80))
     turned = [builder.and_(builder.shl(both, four), sign), builder.and_(builder.lshr(both, four), seven)]
-    high = [builder.and_(both, _splat(_BYTES, 0x87)), builder.or_(*turned)]
+    high = [builder.and_(both, splat(_BYTES, 0x87)), builder.or_(*turned)]
     for half in range(2):
         for start in (0, 8):  # of each 128 bits: what AVX2 interleaves in one instruction
             places = [i for lane in (0, 16) for i in range(lane + start, lane + start + 8)]
-            mask = [_I32(index) for i in places for index in (i, i + 32)]
-            order = ir.Constant(ir.VectorType(_I32, 32), mask)
-            words = builder.bitcast(builder.shuffle_vector(low[half], high[half], order), _WORDS)
-            yield builder.bitcast(builder.shl(words, _splat(_WORDS, 16)), _VECTOR)
-            yield builder.bitcast(builder.and_(words, _splat(_WORDS, 0xFFFF0000)), _VECTOR)
+            mask = [I32(index) for i in places for index in (i, i + 32)]
+            order = ir.Constant(ir.VectorType(I32, 32), mask)
+            words = builder.bitcast(builder.shuffle_vector(low[half], high[half], order), WORDS)
+            yield builder.bitcast(builder.shl(words, splat(WORDS, 16)), FLOATS)
+            yield builder.bitcast(builder.and_(words, splat(WORDS, 0xFFFF0000)), FLOATS)
 
 
 def _dots(builder, codes, rows, blocks):
     """The sums of the products of 64 * blocks codes at an address with as many float32 at each of `rows`."""
     count = 8 // len(rows)  # vectors of sums for each row: all of them stay in registers
-    sums = [[cgutils.alloca_once_value(builder, _splat(_VECTOR, 0.0)) for _ in range(count)] for _ in rows]
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), *[_I32] * 3])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    sums = [[cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)] for _ in rows]
     with cgutils.for_range(builder, blocks) as loop:
         block = builder.add(codes, builder.mul(loop.index, codes.type(BLOCK_BYTES)))
         for offset in (AHEAD, AHEAD + 64):
-            builder.call(prefetch, [_at(builder, block, offset, _I8), *(_I32(i) for i in (0, 3, 1))])
+            fetch(builder, at(builder, block, offset, I8))
         starts = [builder.add(x, builder.mul(loop.index, x.type(4 * BLOCK))) for x in rows]
         for i, weights in enumerate(_decoded(builder, block)):
             for start, own in zip(starts, sums, strict=True):
-                values = builder.load(_at(builder, start, 32 * i, _VECTOR), align=1)
+                values = read(builder, start, 32 * i, FLOATS)
                 product = builder.fmul(weights, values, flags=_FLAGS)
                 builder.store(builder.fadd(builder.load(own[i % count]), product, flags=_FLAGS), own[i % count])
     return [_total(builder, [builder.load(each) for each in own]) for own in sums]
@@ -94,10 +83,10 @@ def _total(builder, vectors):
         vectors = [builder.fadd(a, b, flags=_FLAGS) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
     (result,) = vectors
     for width in (4, 2, 1):  # the lanes beyond `width` are added to the first
-        halves = [ir.Constant(ir.VectorType(_I32, width), [*map(_I32, range(at, at + width))]) for at in (0, width)]
+        halves = [ir.Constant(ir.VectorType(I32, width), [*map(I32, range(at, at + width))]) for at in (0, width)]
         low, high = (builder.shuffle_vector(result, result, half) for half in halves)
         result = builder.fadd(low, high, flags=_FLAGS)
-    return builder.extract_element(result, _I32(0))
+    return builder.extract_element(result, I32(0))
 
 
 @intrinsic
@@ -128,13 +117,12 @@ def decode(context, codes, out, blocks, scale):
 
     def generate(context, builder, signature, args):
         codes, out, blocks, scale = args
-        factor = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scale, _I32(0))
-        factor = builder.shuffle_vector(factor, factor, _splat(_WORDS, 0))
+        factor = broadcast(builder, scale)
         with cgutils.for_range(builder, blocks) as loop:
             block = builder.add(codes, builder.mul(loop.index, codes.type(BLOCK_BYTES)))
             start = builder.add(out, builder.mul(loop.index, out.type(4 * BLOCK)))
             for i, weights in enumerate(_decoded(builder, block)):
-                builder.store(builder.fmul(weights, factor), _at(builder, start, 32 * i, _VECTOR), align=1)
+                builder.store(builder.fmul(weights, factor), at(builder, start, 32 * i, FLOATS), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.float32), generate

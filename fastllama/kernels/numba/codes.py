@@ -24,69 +24,57 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from fastllama.kernels.checks import as_rows
+from fastllama.kernels.numba.fixed import RECORD, fixed_kernel
 from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, store, use_threads
-from fastllama.kernels.reference.int4 import MIDDLE, ROWS
+from fastllama.kernels.numba.vectors import (
+    FLOATS,
+    I8,
+    I32,
+    PAIRS,
+    WORDS,
+    at,
+    broadcast,
+    every_second,
+    fetch,
+    math,
+    read,
+    splat,
+)
+from fastllama.kernels.reference.int4 import ROWS
 
 # What stands for codes in a kernel's arguments: 4 bits, the same in groups of 32 columns, half of a step, and 8 bits.
 INT4, INT4_BY_32, INT8 = np.uint8(0), np.uint16(0), np.int8(0)
 STEP_BYTES = 2048
 AHEAD = 4096  # bytes prefetched
-RECORD = 4 * 32 + 32 + 32  # bytes of x for a step: 64 int16, 8 int32 to start from, 8 fp32 units of the sums
-LARGEST = 2**15 - 1
 # The columns of a step in the order of the codes, 16 of each vector; two of each 16 bits of rows meet in a lane.
 _OF_4_BITS = np.arange(64).reshape(4, 2, 2, 2, 2)  # t, h, v, q, e
 _OF_8_BITS = np.arange(32).reshape(2, 1, 4, 4).repeat(2, 1)  # c, r, q, i
 PLACES = {4: _OF_4_BITS.transpose(2, 1, 3, 0, 4).ravel(), 8: _OF_8_BITS.transpose(2, 0, 1, 3).ravel()}
 
-_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_PAIRS, _SUMS, _FLOATS = ir.VectorType(_I16, 16), ir.VectorType(_I32, 8), ir.VectorType(ir.FloatType(), 8)
-
-
-def _splat(kind, value):
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(builder, address, offset, kind):
-    """A pointer to `kind`, `offset` bytes on from an address."""
-    if isinstance(offset, int):
-        offset = address.type(offset)
-    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-
-def _load(builder, address, offset, kind):
-    return builder.load(_at(builder, address, offset, kind), align=1)
+_WIDE = ir.VectorType(I32, 16)
 
 
 def _dot_of_pairs(builder, a, b):
     """The sums of products of neighbours: one instruction on x86 (vpmaddwd)."""
-    both = ir.VectorType(_I32, 16)
-    product = builder.mul(builder.sext(a, both), builder.sext(b, both))
-    even, odd = (
-        builder.shuffle_vector(product, product, ir.Constant(_SUMS, [*range(first, 16, 2)])) for first in (0, 1)
-    )
-    return builder.add(even, odd)
-
-
-def _broadcast(builder, number):
-    vector = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _I32(0))
-    return builder.shuffle_vector(vector, vector, _splat(_SUMS, 0))
+    product = builder.mul(builder.sext(a, _WIDE), builder.sext(b, _WIDE))
+    return builder.add(*(every_second(builder, product, e) for e in range(2)))
 
 
 def _record(builder, address):
     """The vectors of a record: four of x, the sums to start from, the units."""
-    x = [_load(builder, address, offset, _PAIRS) for offset in range(0, 128, 32)]
-    return x, _load(builder, address, 128, _SUMS), _load(builder, address, 160, _FLOATS)
+    x = [read(builder, address, offset, PAIRS) for offset in range(0, 128, 32)]
+    return x, read(builder, address, 128, WORDS), read(builder, address, 160, FLOATS)
 
 
 def _sums_of_4_bits(builder, run, records):
     """For each of some records, its products with 64 bytes of codes: two rows' sums, the second times 16."""
-    sums = [[start, builder.shl(start, _splat(_SUMS, 4))] for _, start, _ in records]
+    sums = [[start, builder.shl(start, splat(WORDS, 4))] for _, start, _ in records]
     for v in range(2):
-        word = _load(builder, run, 32 * v, _PAIRS)
+        word = read(builder, run, 32 * v, PAIRS)
         for h in range(2):
             if h:
-                word = builder.lshr(word, _splat(_PAIRS, 8))
-            masked = [builder.and_(word, _splat(_PAIRS, 0xF << 4 * r)) for r in range(2)]
+                word = builder.lshr(word, splat(PAIRS, 8))
+            masked = [builder.and_(word, splat(PAIRS, 0xF << 4 * r)) for r in range(2)]
             for (x, _, _), own in zip(records, sums, strict=True):
                 for r in range(2):
                     own[r] = builder.add(own[r], _dot_of_pairs(builder, masked[r], x[2 * v + h]))
@@ -95,9 +83,9 @@ def _sums_of_4_bits(builder, run, records):
 
 def _sums_of_8_bits(builder, run, records):
     """The same for codes of 8 bits: both rows' sums in turn, two lanes each."""
-    sums = [[_splat(_SUMS, 0)] for _ in records]
+    sums = [[splat(WORDS, 0)] for _ in records]
     for q in range(4):
-        codes = builder.sext(_load(builder, run, 16 * q, ir.VectorType(_I8, 16)), _PAIRS)
+        codes = builder.sext(read(builder, run, 16 * q, ir.VectorType(I8, 16)), PAIRS)
         for (x, _, _), own in zip(records, sums, strict=True):
             own[0] = builder.add(own[0], _dot_of_pairs(builder, codes, x[q]))
     return sums
@@ -110,22 +98,20 @@ def _step(builder, kind, codes, rows, scales, stride, results):
     bytes on. results: addresses.
     """
     i64 = codes.type
-    function = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), *[_I32] * 3])
-    prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-    two_of_each = ir.Constant(_SUMS, [0, 1, 10, 11, 4, 5, 14, 15])
+    two_of_each = ir.Constant(WORDS, [0, 1, 10, 11, 4, 5, 14, 15])
     # One row's record stays in registers; of more, LLVM must not try.
     kept = [_record(builder, row) for row in rows] if len(rows) == 1 else None
     with cgutils.for_range(builder, i64(4)) as warps, cgutils.for_range(builder, i64(8)) as lanes:
         number = builder.add(builder.mul(warps.index, i64(8)), lanes.index)
         row_of_weight = builder.add(number, builder.mul(warps.index, i64(8)))
         run = builder.add(codes, builder.mul(number, i64(64)))
-        builder.call(prefetch, [_at(builder, run, AHEAD, _I8), *map(_I32, (0, 3, 1))])
+        fetch(builder, at(builder, run, AHEAD, I8))
         records = kept or [_record(builder, row) for row in rows]
         sums = (_sums_of_8_bits if kind == types.int8 else _sums_of_4_bits)(builder, run, records)
 
         def scale(r, behind=0):
-            at = builder.add(scales, builder.mul(builder.add(row_of_weight, i64(8 * r)), stride))
-            return _broadcast(builder, _load(builder, at, behind, ir.FloatType()))
+            place = builder.mul(builder.add(row_of_weight, i64(8 * r)), stride)
+            return broadcast(builder, read(builder, builder.add(scales, place), behind, ir.FloatType()))
 
         if kind == types.int8:
             places = [number]
@@ -137,9 +123,9 @@ def _step(builder, kind, codes, rows, scales, stride, results):
                 factors = [builder.shuffle_vector(each, scale(r, 4), two_of_each) for r, each in enumerate(factors)]
         for (_, _, units), result, own in zip(records, results, sums, strict=True):
             for place, factor, some in zip(places, factors, own, strict=True):
-                to = _at(builder, result, builder.mul(place, i64(32)), _FLOATS)
+                to = at(builder, result, builder.mul(place, i64(32)), FLOATS)
                 factor = builder.fmul(units, factor)
-                total = _math(builder, "fmuladd", builder.sitofp(some, _FLOATS), factor, builder.load(to, align=1))
+                total = math(builder, "fmuladd", builder.sitofp(some, FLOATS), factor, builder.load(to, align=1))
                 builder.store(total, to, align=1)
 
 
@@ -174,101 +160,17 @@ def total(context, kind, results, row):
         if kind == types.int8:
             place = builder.add(builder.mul(builder.lshr(row, i64(4)), i64(8)), builder.and_(row, i64(7)))
             parts = [[0, 1, 4, 5], [2, 3, 6, 7]]
-        vector = _load(builder, results, builder.mul(place, i64(32)), _FLOATS)
-        low, high = (
-            builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, 4), part)) for part in parts
-        )
+        vector = read(builder, results, builder.mul(place, i64(32)), FLOATS)
+        low, high = (builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, 4), part)) for part in parts)
         if kind == types.int8:
             upper = builder.icmp_unsigned("!=", builder.and_(row, i64(8)), i64(0))
             four = builder.select(upper, high, low)
         else:
             four = builder.fadd(low, high)
-        lanes = [builder.extract_element(four, _I32(i)) for i in range(4)]
+        lanes = [builder.extract_element(four, I32(i)) for i in range(4)]
         return builder.fadd(builder.fadd(lanes[0], lanes[1]), builder.fadd(lanes[2], lanes[3]))
 
     return types.float32(kind, types.int64, types.int64), generate
-
-
-def _math(builder, name, *vectors):
-    """A function of LLVM's for vectors of float32."""
-    kind = vectors[0].type
-    function = ir.FunctionType(kind, [kind] * len(vectors))
-    found = cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{kind.count}f32")
-    return builder.call(found, vectors)
-
-
-def _clamped(builder, numbers, low, high):
-    """Vectors of float32 brought between two numbers; NaN becomes the higher one."""
-    for relation, limit in (("<", _splat(numbers.type, high)), (">", _splat(numbers.type, low))):
-        numbers = builder.select(builder.fcmp_ordered(relation, numbers, limit), numbers, limit)
-    return numbers
-
-
-def _every_second(builder, vector, first):
-    return builder.shuffle_vector(vector, vector, ir.Constant(_SUMS, [*range(first, 16, 2)]))
-
-
-def _store_record(builder, address, numbers, units):
-    """A record of four vectors of whole float32; returns them as they fit in."""
-    total, wide = _splat(_SUMS, 0), ir.VectorType(_I32, 16)
-    for i, given in enumerate(numbers):
-        whole = builder.fptosi(given, wide)
-        for e in range(2):
-            total = builder.add(total, _every_second(builder, whole, e))
-        builder.store(builder.trunc(whole, _PAIRS), _at(builder, address, 32 * i, _PAIRS), align=1)
-    builder.store(builder.mul(total, _splat(_SUMS, -MIDDLE)), _at(builder, address, 128, _SUMS), align=1)
-    builder.store(units, _at(builder, address, 160, _FLOATS), align=1)
-
-
-@intrinsic
-def fix(context, x, record, rests, parts):
-    """64 float32 at an address, in the order of their codes, as a record; with two parts what rounding took, too."""
-
-    def generate(context, builder, signature, args):
-        x, record, rests, parts = args
-        kind = ir.VectorType(ir.FloatType(), 16)
-        numbers = [_load(builder, x, 64 * i, kind) for i in range(4)]
-        largest, spoilt = _splat(kind, 0.0), _splat(kind, 0.0)
-        for each in numbers:
-            magnitude = _math(builder, "fabs", each)
-            largest = builder.select(builder.fcmp_ordered(">", magnitude, largest), magnitude, largest)
-            spoilt = builder.fadd(spoilt, builder.fmul(each, _splat(kind, 0.0)))  # NaN of what is not finite
-        halves = [_every_second(builder, largest, e) for e in range(2)]
-        largest = builder.select(builder.fcmp_ordered(">", *halves), *halves)
-        power = builder.and_(builder.bitcast(largest, _SUMS), _splat(_SUMS, 0x7F800000))
-        power = _clamped(builder, builder.bitcast(power, _FLOATS), 2.0**-112, 2.0**127)
-        twice = ir.Constant(ir.VectorType(_I32, 16), [i // 2 for i in range(16)])
-        up = builder.fdiv(_splat(_FLOATS, 2.0**14), power)
-        up = builder.shuffle_vector(up, up, twice)
-        units = builder.fmul(power, _splat(_FLOATS, 2.0**-14))
-        for e in range(2):
-            units = builder.fadd(units, _every_second(builder, spoilt, e))
-        scaled = [builder.fmul(each, up) for each in numbers]
-        wholes = [_clamped(builder, _math(builder, "rint", each), -LARGEST, LARGEST) for each in scaled]
-        _store_record(builder, record, wholes, units)
-        with builder.if_then(builder.icmp_signed("==", parts, parts.type(2))):
-            left = [builder.fsub(*each) for each in zip(scaled, wholes, strict=True)]
-            left = [builder.fmul(each, _splat(kind, LARGEST + 1.0)) for each in left]
-            left = [_clamped(builder, _math(builder, "rint", each), -LARGEST, LARGEST) for each in left]
-            _store_record(builder, rests, left, builder.fmul(units, _splat(_FLOATS, 2.0**-15)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
-
-
-# x [rows, size] as integers: a record for each step. A row of fp32 has twice as many (parts), of which the second half
-# is for the rests, in units 2^-15 times as large.
-@parallel_jit
-def fixed_kernel(x_ptr, records_ptr, places, columns, rows, x_stride, size, steps, parts, like):
-    for m in numba.prange(rows):
-        row = np.int64(m)
-        x = np.empty(64, np.float32)
-        for step in range(steps):
-            at, left = row * x_stride + step * columns, size - step * columns
-            for i in range(64):
-                x[i] = load(x_ptr, at + places[i], like) if places[i] < left else np.float32(0)
-            record = records_ptr + (row * parts * steps + step) * RECORD
-            fix(x.ctypes.data, record, record + steps * RECORD, parts)
 
 
 # One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Their scales are

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fastllama.kernels.numba.vectors import I8, fetch
 
 # What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
 LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
@@ -123,11 +124,8 @@ def prefetch(context, address, index, like):
     """Ask for the cache line of an element. Lines past the end of memory do no harm."""
 
     def generate(context, builder, signature, args):
-        i8, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [i8, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        line = builder.bitcast(_element_pointer(context, builder, args[0], args[1], signature.args[2]), i8)
-        builder.call(function, [line, i32(0), i32(3), i32(1)])  # a read, kept in all caches, of data
+        element = _element_pointer(context, builder, args[0], args[1], signature.args[2])
+        fetch(builder, builder.bitcast(element, I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(address, types.int64, like), generate
