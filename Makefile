@@ -4,8 +4,10 @@ VENV ?= .venv
 WORKERS ?= 2
 MINUTES ?= 8
 OUT ?= build/gpu
-# Proved beside the pinned Triton: the one that GPU machines still have, and the newest.
+# Proved beside the pinned Triton: the one that GPU machines still have, and the newest; all of it, or a SAMPLE: what the
+# interpreter is repaired for, and launches compiled for one target.
 TRITON ?= 3.6.0 3.9.0
+SAMPLE ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -54,8 +56,8 @@ test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile 
 	@for version in $(TRITON); do \
 		export PYTHONPATH=build/triton/$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', triton.__version__)" && \
-		TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS) tests/kernels tests/testing && \
-		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/kernels tests/testing || exit 1; \
+		TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS) tests/testing $(if $(SAMPLE),,tests/kernels) && \
+		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/testing tests/kernels $(SAMPLE:%=-k %) || exit 1; \
 	done
 
 mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices

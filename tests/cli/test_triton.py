@@ -12,11 +12,9 @@ from fastllama.kernels.op import OPS, Function, Op
 from tests.cli.conftest import Command
 
 TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
-# What a model's steps do not call: rotation comes with the write of keys and values, and all of these are in pages, in
-# one set; weights have as many bits as the checkpoint's; sums and silu * up are parts of products (norms too, in bf16).
-UNUSED = {"rope", "attention_varlen", "merge_state", "matmul_int4", "matmul_int8", "quantize_rows", "matmul_w8a8"}
-UNUSED |= {"rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8", "add_rms_norm", "silu_mul"}
-STORY = ("generate", "--prompt", "Once upon a time", "--dtype", "float32", "--temperature", "0", "--max-tokens", "16")
+# What a model's steps in fp32 call: sums and silu * up are parts of products, the latter not of codes.
+USED = {"embedding", "rms_norm", "matmul", "rope_and_write_kv", "attention_prefill", "attention_decode", "sample"}
+STORY = ("generate", "--prompt", "Once upon a time", "--dtype", "float32", "--temperature", "0", "--json")
 
 Force = Callable[[str], None]
 
@@ -55,25 +53,30 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.interpreter
-def test_generate_writes_what_the_reference_writes(command: Command, force: Force, ran: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "count", "products"), [("none", 16, set()), ("int4", 3, {"matmul_int4", "silu_mul"})]
+)
+def test_generate_writes_what_the_reference_writes(
+    command: Command, force: Force, ran: set[str], quantization: str, count: int, products: set[str]
+) -> None:
+    story = (*STORY, "--max-tokens", str(count), "--quantize", quantization)
     force("reference")
-    expected = json.loads(command(*STORY, "--json").out)["token_ids"]
-    assert (len(expected), ran) == (16, set())
+    expected = json.loads(command(*story).out)["token_ids"]
+    assert (len(expected), ran) == (count, set())
     force("triton")
-    done = command(*STORY, "--json")
+    done = command(*story)
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)
     assert found["token_ids"] == expected
     assert found["backend"].startswith(f"{len(TRITON_OPS)} triton, ")
-    assert ran == TRITON_OPS - UNUSED
+    assert ran == USED | products
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verify_covers_every_op(command: Command, model: str, force: Force, ran: set[str], dtype: str) -> None:
+def test_verify_covers_every_op(command: Command, model: str, force: Force, ran: set[str]) -> None:
     """In 16 bits it judges what `generate` cannot: whether tokens that differ are ties. Stock, bf16 fails it."""
     force("triton")
-    done = command("verify", "--model", model, "--dtype", dtype, "--json")
+    done = command("verify", "--model", model, "--dtype", "bfloat16", "--json")
     found = json.loads(done.out)
     assert (done.status, done.err) == (0, ""), found["summary"]
     backends = {row["name"]: row["backend"] for row in found["rows"] if row["kind"] == "op"}
