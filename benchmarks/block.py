@@ -154,6 +154,7 @@ def steps(models: list[LlamaForCausalLM], rows: int, context: int) -> list[Step]
         num_decodes=rows,
         cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
         logits_rows=torch.arange(rows, device=device),
+        workspace=models[0].workspace(rows),
     )
     hidden = SMALL * torch.randn(rows, config.hidden_size, dtype=DTYPE, device=device)
     slots = torch.arange(rows, device=device) * context + last

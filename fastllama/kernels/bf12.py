@@ -9,6 +9,7 @@ from fastllama.errors import check_range, check_shape
 from fastllama.kernels import reference
 from fastllama.kernels.checks import check_elements, check_product, check_tensor, product_shape
 from fastllama.kernels.compose import composed
+from fastllama.kernels.invariance import product
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
 
@@ -64,11 +65,13 @@ def matmul_bf12(
     residual: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """`matmul` by a bf16 weight that `pack_bf12` packed into 12 bits without loss.
 
     x: [..., K], K a multiple of 64. codes: [N, K * 3 / 2] uint8, outliers: [M, 3] int32 and exponent, 1 to 127: what
-    pack_bf12 gave. bias: [N] in x's dtype or None. norm, eps, residual, gated, out: as for `matmul`. Returns out.
+    pack_bf12 gave. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`.
+    Returns out.
     Accumulates in fp32 from the exact weights; where x holds an infinity, a result may be NaN in place of an infinity.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then. What outliers say
     is not checked: pack_bf12 makes them.
@@ -76,7 +79,7 @@ def matmul_bf12(
     """
     if out is None:
         out = torch.empty(_result_shape(x, codes, gated), dtype=x.dtype, device=x.device)
-    _MATMUL(x, codes, outliers, exponent, bias, norm, eps, residual, gated, out)
+    product(_MATMUL, deterministic, x, (codes, outliers, exponent, bias), norm, eps, residual, gated, out)
     return out
 
 

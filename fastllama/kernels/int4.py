@@ -16,6 +16,7 @@ from fastllama.kernels.checks import (
     product_shape,
 )
 from fastllama.kernels.compose import composed
+from fastllama.kernels.invariance import product
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
@@ -97,14 +98,15 @@ def matmul_int4(
     gated: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """x @ weight^T (+ bias), where a weight is (code - zero) * scale with a code of 4 bits.
 
     x: [..., K], any floating dtype, rows at one stride. packed: [ceil(N / 64), ceil(K / 128), 2, 128, 4] int32, what
     pack_int4 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
     columns, G 32, 64, 128 or K. zeros: like scales, uint8, x's dtype or fp32, in units of codes; 8 when None. bias: [N]
-    in x's dtype or None. norm, eps, residual, gated, out: as for `matmul`. workspace: scratch memory of
-    `matmul_int4_workspace`; allocated when None and needed. Returns out.
+    in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`. workspace: scratch
+    memory of `matmul_int4_workspace`; allocated when None and needed. Returns out.
     Accumulates in fp32. Up to 64 rows (16 in fp32, none there on sm_100) codes and zeros are exact, and a row's result
     is the same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's dtype first.
     Where x holds an infinity, a result may be NaN in place of an infinity.
@@ -113,12 +115,12 @@ def matmul_int4(
     """
     if out is None:
         out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
-    _MATMUL(x, packed, scales, zeros, bias, norm, eps, residual, gated, out, workspace)
+    product(_MATMUL, deterministic, x, (packed, scales, zeros, bias), norm, eps, residual, gated, out, workspace)
     return out
 
 
 def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """Scratch memory for `matmul_int4` of such tensors, to be kept from call to call: [S] fp32.
+    """Scratch memory for `matmul_int4` of such an x or one of fewer rows, to be kept from call to call: [S] fp32.
 
     Where a Triton kernel runs, 4096 zeros as in `matmul_workspace`, and up to 64 rows (16 in fp32) a number for each of
     N, each row and each split of K, of which a Llama 2 has up to 16; with more rows, the weight in x's dtype. Nothing

@@ -10,6 +10,7 @@ from fastllama.kernels import cpu, reference
 from fastllama.kernels.checks import FLOATS, check_elements, check_product, check_tensor, check_workspace
 from fastllama.kernels.compose import composed
 from fastllama.kernels.int4 import check_groups, check_roundable, result_shape
+from fastllama.kernels.invariance import product
 from fastllama.kernels.op import Op
 from fastllama.kernels.reference.int8 import packed_shape
 
@@ -68,13 +69,14 @@ def matmul_int8(
     gated: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """x @ weight^T (+ bias), where a weight is code * scale with a code of 8 bits.
 
     x: [..., K], any floating dtype, rows at one stride. packed: [ceil(N / 64), ceil(K / 128), 4, 128, 16] int8, what
     pack_int8 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
-    columns, G 32, 64, 128 or K. bias: [N] in x's dtype or None. norm, eps, residual, gated, out: as for `matmul`.
-    workspace: scratch memory of `matmul_int8_workspace`; allocated when None and needed. Returns out.
+    columns, G 32, 64, 128 or K. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for
+    `matmul`. workspace: scratch memory of `matmul_int8_workspace`; allocated when None and needed. Returns out.
     Accumulates in fp32. Up to 64 rows (16 in fp32, none there on sm_100; 32 on sm_80 and sm_89) codes are exact, and a
     row's result is the same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's
     dtype first. Where x holds an infinity, a result may be NaN in place of an infinity.
@@ -83,12 +85,12 @@ def matmul_int8(
     """
     if out is None:
         out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
-    _MATMUL(x, packed, scales, bias, norm, eps, residual, gated, out, workspace)
+    product(_MATMUL, deterministic, x, (packed, scales, bias), norm, eps, residual, gated, out, workspace)
     return out
 
 
 def matmul_int8_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """Scratch memory for `matmul_int8` of such tensors, to be kept from call to call: as `matmul_int4_workspace`."""
+    """Scratch memory for `matmul_int8` of such an x or one of fewer rows: as `matmul_int4_workspace`."""
     return _MATMUL.workspace(x.device, torch.float32, x, packed, scales)
 
 

@@ -17,6 +17,7 @@ from fastllama.kernels.checks import (
     product_shape,
 )
 from fastllama.kernels.compose import composed
+from fastllama.kernels.invariance import product
 from fastllama.kernels.op import Op
 
 
@@ -91,6 +92,7 @@ def matmul(
     gated: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """x @ weight^T (+ bias): a linear layer, and what stands before and behind it in a Llama's block.
 
@@ -101,6 +103,8 @@ def matmul(
     residual: like out, added; may be out itself. None where gated.
     out: [..., N]; allocated when None. Returns out.
     workspace: scratch memory of `matmul_workspace` for as many rows or more; allocated when None and needed.
+    deterministic: a row's result is the same, bit for bit, whatever the other rows, and however many: rows are
+    multiplied a few at a time (64 where a Triton kernel runs, else 1), each time with the weight read anew.
     Accumulates in fp32. What is between x and out may be rounded to x's dtype or not; a Triton kernel of few rows
     multiplies by the norm's factor last (docs/numerics.md).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
@@ -108,16 +112,16 @@ def matmul(
     """
     if out is None:
         out = torch.empty(_result_shape(x, weight, gated), dtype=x.dtype, device=x.device)
-    _MATMUL(x, weight, bias, norm, eps, residual, gated, out, workspace)
+    product(_MATMUL, deterministic, x, (weight, bias), norm, eps, residual, gated, out, workspace)
     return out
 
 
 def matmul_workspace(num_rows: int, weight: Tensor) -> Tensor:
-    """Scratch memory for `matmul` of so many rows by a weight [N, K], kept from call to call: [E] fp32.
+    """Scratch memory for `matmul` of so many rows or fewer by a weight [N, K], kept from call to call: [E] fp32.
 
-    Where a Triton kernel runs and reads the weight's columns in parts, N numbers for each row and each part, and 4096
-    zeros in front, which are zeros again after each call; nothing elsewhere. Other ops that take such memory may use
-    the same. Not to be shared by calls that overlap.
+    Where a Triton kernel runs and reads the weight's columns in parts, N numbers for each of 64 rows at most and each
+    part, and 4096 zeros in front, which are zeros again after each call; nothing elsewhere. Other products that take
+    such memory may use the same. Not to be shared by calls that overlap.
     """
     return _MATMUL.workspace(weight.device, torch.float32, num_rows, weight)
 

@@ -90,7 +90,7 @@ class Op:
 
     def __call__(self, *args: Any) -> None:
         if is_compiling():
-            self._refuse(args)
+            self.check(args)
             self._opaque(*args)
             return
         sizes = args[0].numel(), args[self._second].numel()
@@ -103,7 +103,7 @@ class Op:
     def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
         """Check a call, run it and remember what runs those like it."""
         known = self._known  # which `bound_to` replaces: what runs now is remembered there or nowhere
-        self._refuse(args)
+        self.check(args)
         run = self.bound(args[0].device)
         run = run(*args) or run
         like = Likeness(args, self._tensors)
@@ -112,7 +112,7 @@ class Op:
                 known.clear()
             known[sizes] = like, run
 
-    def _refuse(self, args: tuple[Any, ...]) -> None:
+    def check(self, args: tuple[Any, ...]) -> None:
         """Raise for what is not legal."""
         self._check(*args)
         device = args[0].device
@@ -148,6 +148,16 @@ class Op:
             yield
         finally:
             self._bound, self._known = bound, {}
+
+    def alone(self, device: torch.device, *args: Any) -> int:
+        """Rows up to which none changes a bit of another's result: what `few_rows(*args)` beside the launcher says.
+
+        One where another implementation runs, or the launcher's kernel takes none.
+        """
+        if self.implementation(device.type).backend != "triton":
+            return 1
+        assert self._triton is not None
+        return max(_load("triton", f"{self._triton.split(':')[0]}:few_rows")(*args), 1)
 
     def workspace(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Tensor:
         """Zeros on a device: as many as `workspace_size(*args)` beside the Triton launcher says.

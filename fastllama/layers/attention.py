@@ -21,7 +21,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """hidden [T, H], to which attention of norm(hidden) is added in place; writes keys and values into kv."""
-        qkv = self.qkv_proj(hidden, norm=norm)
+        qkv = self.qkv_proj(hidden, batch, norm=norm)
         q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, kv.k_pages, kv.v_pages)
         out = torch.empty_like(q)
         split, total = batch.num_decodes, batch.seq_lens.shape[0]
@@ -39,4 +39,4 @@ class LlamaAttention(nn.Module):
                 batch.cu_seqlens_q,
                 out=out[split:],
             )
-        return self.o_proj(out.flatten(1), residual=hidden)
+        return self.o_proj(out.flatten(1), batch, residual=hidden)

@@ -20,6 +20,8 @@ class BatchMeta:
     num_decodes: how many of the B sequences have one new token. cu_seqlens_q: [B - num_decodes + 1] int32, bounds of
     the other sequences' tokens, counted from token num_decodes. logits_rows: [R] int64, the tokens whose logits are
     wanted, ascending and each once.
+    workspace: of LlamaForCausalLM.workspace, or None. deterministic: whether a token's numbers are the same, bit for
+    bit, whatever else is in the batch, in what is computed of each token; attention is so where all are decodes.
     """
 
     positions: Tensor
@@ -29,6 +31,8 @@ class BatchMeta:
     num_decodes: int
     cu_seqlens_q: Tensor
     logits_rows: Tensor
+    workspace: Tensor | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * inner, config.mlp_bias, dtype, device)
         self.down_proj = Linear(inner, hidden, config.mlp_bias, dtype, device)
 
-    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta) -> Tensor:
         """hidden [T, H], to which the MLP of norm(hidden) is added in place."""
-        return self.down_proj(self.gate_up_proj(hidden, norm=norm, gated=True), residual=hidden)
+        return self.down_proj(self.gate_up_proj(hidden, batch, norm=norm, gated=True), batch, residual=hidden)
 
 
 class LlamaBlock(nn.Module):
@@ -38,4 +38,4 @@ class LlamaBlock(nn.Module):
     def forward(self, hidden: Tensor, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """hidden [T, H], the residual stream, which is updated in place."""
         hidden = self.self_attn(hidden, self.input_layernorm, batch, kv, cos_sin)
-        return self.mlp(hidden, self.post_attention_layernorm)
+        return self.mlp(hidden, self.post_attention_layernorm, batch)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastllama import kernels
 from fastllama.kernels.compose import compose
+from fastllama.layers.batch import BatchMeta
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -29,7 +30,13 @@ class LinearBase(nn.Module):
     """y = x W^T (+ b), weight [out_features, in_features], with what a Llama's block has before and behind it."""
 
     def forward(
-        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+        self,
+        x: Tensor,
+        batch: BatchMeta,
+        *,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        gated: bool = False,
     ) -> Tensor:
         """x [..., in_features], normalised first by `norm` -> [..., out_features].
 
@@ -39,11 +46,15 @@ class LinearBase(nn.Module):
         around: dict[str, Any] = {"residual": residual, "out": residual, "gated": gated}
         if norm is not None:
             around |= {"norm": norm.weight, "eps": norm.eps}
-        return self.product(x, **around)
+        return self.product(x, batch.workspace, deterministic=batch.deterministic, **around)
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         """The op on the weight; around: what `kernels.matmul` takes by name."""
         raise NotImplementedError
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """What `product` takes for so many rows of x in dtype, or fewer: [E] fp32; none needed has no elements."""
+        return torch.empty(0)
 
 
 class Linear(LinearBase):
@@ -56,8 +67,11 @@ class Linear(LinearBase):
         self.weight = parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
-        return kernels.matmul(x, self.weight, self.bias, **around)
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
+        return kernels.matmul(x, self.weight, self.bias, workspace=workspace, **around)
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return kernels.matmul_workspace(num_rows, self.weight)
 
 
 class PackedLinear(LinearBase):
@@ -94,7 +108,7 @@ class Bf12Linear(PackedLinear):
     def weight(self) -> Tensor:
         return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
 
 
@@ -117,6 +131,10 @@ class CodesLinear(PackedLinear):
     def num_weights(self) -> int:
         return self.scales.shape[0] * self.in_features
 
+    def _like_x(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """A tensor [num_rows, in_features] in dtype that takes no memory."""
+        return self.scales.new_empty((), dtype=dtype).expand(num_rows, self.in_features)
+
 
 class Int4Linear(CodesLinear):
     """Codes of 4 bits: see kernels.quantize_int4."""
@@ -126,8 +144,11 @@ class Int4Linear(CodesLinear):
         codes = kernels.unpack_int4(self.packed, self.scales.shape[0], self.in_features)
         return kernels.dequantize_int4(codes, self.scales.float())
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
-        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias, **around)
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
+        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias, workspace=workspace, **around)
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return kernels.matmul_int4_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
 
 
 class Int8Linear(CodesLinear):
@@ -138,14 +159,17 @@ class Int8Linear(CodesLinear):
         codes = kernels.unpack_int8(self.packed, self.scales.shape[0], self.in_features)
         return kernels.dequantize_int8(codes, self.scales.float())
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
-        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, **around)
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
+        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, workspace=workspace, **around)
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return kernels.matmul_int8_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
 
 
 class W8A8Linear(Int8Linear):
     """Codes of 8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
 
-    def product(self, x: Tensor, **around: Any) -> Tensor:
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         out, gated, norm = around["out"], around["gated"], around.get("norm")
         if out is None:
             out = x.new_empty(*x.shape[:-1], self.scales.shape[0] // (2 if gated else 1))
@@ -156,3 +180,6 @@ class W8A8Linear(Int8Linear):
 
         compose(multiply, x, None, 0.0, out, around["residual"], gated)
         return out
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(0)

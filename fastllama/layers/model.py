@@ -10,7 +10,7 @@ from fastllama.errors import check_range
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.block import LlamaBlock
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.linear import Linear, PackedLinear, RMSNorm, parameter
+from fastllama.layers.linear import Linear, LinearBase, PackedLinear, RMSNorm, parameter
 from fastllama.layers.rope import rotary_cache
 
 
@@ -73,6 +73,15 @@ class LlamaForCausalLM(nn.Module):
         packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
         return sum(p.numel() for p in self.parameters()) + sum(linear.num_weights for linear in packed)
 
+    def workspace(self, num_tokens: int) -> Tensor | None:
+        """Scratch memory for the products of steps of so many tokens or fewer, of one at a time; None where none is.
+
+        4096 counts, which are 0 between steps, and what the greediest of the products needs besides.
+        """
+        linears = [module for module in self.modules() if isinstance(module, LinearBase)]
+        largest = max((linear.workspace(num_tokens, self.dtype) for linear in linears), key=Tensor.numel)
+        return largest if largest.numel() else None
+
     def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
         """ids [T] -> logits [R, V] of batch.logits_rows, in the model's dtype; keys and values are written into kv."""
         hidden = self.embed_tokens(ids)
@@ -81,4 +90,4 @@ class LlamaForCausalLM(nn.Module):
         rows = batch.logits_rows
         if rows.shape[0] != ids.shape[0]:
             hidden = hidden.index_select(0, rows)
-        return self.lm_head(hidden, norm=self.norm)
+        return self.lm_head(hidden, batch, norm=self.norm)

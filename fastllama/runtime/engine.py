@@ -27,7 +27,7 @@ from fastllama.runtime.sequence import Request, Sequence
 class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen from model and memory.
 
-    kv_cache_tokens is rounded up to whole pages.
+    kv_cache_tokens is rounded up to whole pages. deterministic: a request's logits do not depend on what else runs.
     """
 
     max_model_len: int | None = None
@@ -36,6 +36,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "kv_cache_tokens"):
@@ -45,6 +46,8 @@ class EngineOptions:
         self._check("max_num_seqs", 1)
         self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
         self._check("seed", 0)
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
 
     def _check(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -69,7 +72,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._options, self._max_model_len = options, max_model_len
         self._start_anew(-(-kv_cache_tokens // options.page_size))
-        self._runner = Runner(model, self.pool.num_pages, options.page_size)
+        most = options.max_num_batched_tokens
+        self._runner = Runner(model, self.pool.num_pages, options.page_size, most, options.deterministic)
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
@@ -177,7 +181,7 @@ class Engine:
         now = time.monotonic()
         touched = {drawn.seq.request.request_id: self._accept(drawn, now) for drawn in draws}
         for generation in touched.values():
-            if generation.finished:
+            if generation.request.finished:
                 generation.finish_time = now
                 del self._generations[generation.request.request_id]
         self._torn = False

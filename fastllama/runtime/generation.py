@@ -110,8 +110,8 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether all its samples are."""
-        return self.request.finished
+        """Whether all its samples are, and the engine is through with them."""
+        return self.finish_time is not None
 
     def sample(self, seq: Sequence) -> Sample:
         """The sample that a sequence grows."""

@@ -21,8 +21,11 @@ class DecodeGraphs:
     Python inside the modules runs only while a step is recorded, and parameters are those of that moment.
     """
 
-    def __init__(self, model: LlamaForCausalLM, kv: KVCache) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, kv: KVCache, workspace: Tensor | None = None, deterministic: bool = False
+    ) -> None:
         self._model, self._kv = model, kv
+        self._workspace, self._deterministic = workspace, deterministic
         self._modules = list(model.modules())
         self._memory: list[Tensor] = []
         self._graphs: dict[tuple[int, int], _Graph] = {}
@@ -43,7 +46,7 @@ class DecodeGraphs:
         graph = self._graphs.get(shape)
         if graph is not None:
             return graph.replay(inputs)
-        graph = _Graph(*shape)
+        graph = _Graph(*shape, self._workspace, self._deterministic)
         logits = graph.record(inputs, self._model, self._kv, self._memory)
         if graph.recording.replayable:
             if len(self._graphs) == LIMIT:
@@ -57,7 +60,7 @@ class DecodeGraphs:
 class _Graph:
     """The step of one shape: its inputs' buffers, its ops, its logits."""
 
-    def __init__(self, num_seqs: int, num_pages: int) -> None:
+    def __init__(self, num_seqs: int, num_pages: int, workspace: Tensor | None, deterministic: bool) -> None:
         self._ids = torch.zeros(num_seqs, dtype=torch.int64)
         self._batch = BatchMeta(
             positions=torch.zeros(num_seqs, dtype=torch.int64),
@@ -67,6 +70,8 @@ class _Graph:
             num_decodes=num_seqs,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32),
             logits_rows=torch.arange(num_seqs),
+            workspace=workspace,
+            deterministic=deterministic,
         )
 
     def record(self, inputs: Inputs, model: LlamaForCausalLM, kv: KVCache, memory: list[Tensor]) -> Tensor:

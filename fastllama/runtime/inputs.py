@@ -14,6 +14,7 @@ class Inputs:
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
     samples: (sequence, row of the logits) for each token to draw; samples of one prompt share a row.
+    Where each token is to be computed by itself (`apart`), each is a sequence, up to its own position.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """
 
@@ -29,33 +30,30 @@ class Inputs:
     prompts: list[tuple[Chunk, int, int]]
 
     @classmethod
-    def of(cls, step: Step, page_size: int) -> Inputs:
+    def of(cls, step: Step, page_size: int, *, apart: bool = False) -> Inputs:
         """The inputs of a step whose sequences have pages for all of their tokens."""
         width = max(len(chunk.seq.page_ids) for chunk in step.chunks)
-        inputs = cls(
-            ids=[],
-            positions=[],
-            slots=[],
-            page_table=[chunk.seq.page_ids + [0] * (width - len(chunk.seq.page_ids)) for chunk in step.chunks],
-            seq_lens=[chunk.start + chunk.length for chunk in step.chunks],
-            num_decodes=step.num_decodes,
-            cu_seqlens_q=[0],
-            logits_rows=[],
-            samples=[],
-            prompts=[],
-        )
+        num_decodes = sum(chunk.length for chunk in step.chunks) if apart else step.num_decodes
+        inputs = cls([], [], [], [], [], num_decodes, [0], [], [], [])
         for index, chunk in enumerate(step.chunks):
-            inputs._add(chunk, page_size, decodes=index < step.num_decodes)
+            inputs._add(chunk, page_size)
+            row = chunk.seq.page_ids + [0] * (width - len(chunk.seq.page_ids))
+            if apart:
+                inputs.page_table.extend([row] * chunk.length)
+                inputs.seq_lens.extend(range(chunk.start + 1, chunk.start + chunk.length + 1))
+            else:
+                inputs.page_table.append(row)
+                inputs.seq_lens.append(chunk.start + chunk.length)
+                if index >= num_decodes:
+                    inputs.cu_seqlens_q.append(inputs.cu_seqlens_q[-1] + chunk.length)
         return inputs
 
-    def _add(self, chunk: Chunk, page_size: int, *, decodes: bool) -> None:
+    def _add(self, chunk: Chunk, page_size: int) -> None:
         seq, start, end = chunk.seq, chunk.start, chunk.start + chunk.length
         first, pages, rows = len(self.ids), seq.page_ids, self.logits_rows
         self.ids.extend(seq.token_ids[start:end])
         self.positions.extend(range(start, end))
         self.slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(start, end))
-        if not decodes:
-            self.cu_seqlens_q.append(self.cu_seqlens_q[-1] + chunk.length)
         known = min(end, seq.num_prompt_tokens - 1) - start  # rows that predict a token of the prompt
         if known > 0 and seq.request.params.prompt_logprobs is not None:
             self.prompts.append((chunk, len(rows), known))

@@ -41,6 +41,8 @@ class LLM:
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
     page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of one step. seed: of the draws of requests that bring none.
+    deterministic: a request's logits, and so its tokens, are the same bit for bit, whatever else runs beside it, from
+    whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/numerics.md).
     progress: bars on stderr; None shows them on a terminal only.
 
     Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
@@ -62,6 +64,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         seed: int = 0,
+        deterministic: bool = False,
         progress: bool | None = None,
         **unknown: Any,
     ) -> None:
@@ -76,6 +79,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
+            deterministic=deterministic,
         )
         check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
         self._progress = progress

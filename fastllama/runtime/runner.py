@@ -25,20 +25,27 @@ class StepLogits:
 
 
 class Runner:
-    """A model and its pages."""
+    """A model and its pages.
 
-    def __init__(self, model: LlamaForCausalLM, num_pages: int, page_size: int) -> None:
+    max_num_tokens: of a step. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, num_pages: int, page_size: int, max_num_tokens: int, deterministic: bool
+    ) -> None:
         self.model = model
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, model.dtype, model.device)
-        self._graphs = DecodeGraphs(model, self.kv)
+        self._deterministic = deterministic
+        self._workspace = model.workspace(max_num_tokens)
+        self._graphs = DecodeGraphs(model, self.kv, self._workspace, deterministic)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards."""
         if step.copies:
             self.kv.copy_pages(step.copies)
-        inputs = Inputs.of(step, self.page_size)
+        inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         logits = self._graphs.run(inputs) if self._graphs.take(inputs) else self._run_eagerly(inputs)
         return StepLogits(logits, inputs.samples, inputs.prompts)
 
@@ -51,6 +58,8 @@ class Runner:
             num_decodes=inputs.num_decodes,
             cu_seqlens_q=self._tensor(inputs.cu_seqlens_q, torch.int32),
             logits_rows=self._tensor(inputs.logits_rows, torch.int64),
+            workspace=self._workspace,
+            deterministic=self._deterministic,
         )
         return self.model(self._tensor(inputs.ids, torch.int64), batch, self.kv)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllama import LLM, LlamaConfig
 from fastllama.kernels.op import OPS
+from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
 from fastllama.layers.config import RopeScaling
 from fastllama.layers.linear import RMSNorm
@@ -91,14 +92,14 @@ def test_prompt_and_answer_go_through_the_runtime(path: Path, monkeypatch: pytes
     assert [row.case for row in report.rows] == ["30 tensors", *["127 tokens"] * 4, "32 greedy tokens"]
 
 
-def wrong_mlp(at: int) -> Callable[[LlamaMLP, Tensor, RMSNorm], Tensor]:
+def wrong_mlp(at: int) -> Callable[[LlamaMLP, Tensor, RMSNorm, BatchMeta], Tensor]:
     """An MLP after which half errs by a ten-thousandth, in its call number `at` of each pass through three layers."""
     forward, calls = LlamaMLP.forward, 0
 
-    def wrong(self: LlamaMLP, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    def wrong(self: LlamaMLP, hidden: Tensor, norm: RMSNorm, batch: BatchMeta) -> Tensor:
         nonlocal calls
         calls += 1
-        out = forward(self, hidden, norm)
+        out = forward(self, hidden, norm, batch)
         out[:, ::2] *= 1.0001 if (calls - 1) % 3 == at else 1.0
         return out
 
@@ -148,10 +149,12 @@ def test_logits_that_are_no_numbers_fail_it(path: Path, monkeypatch: pytest.Monk
     """In the fifth token of the answer: the report is made of what there is."""
     forward, calls = LlamaMLP.forward, 0
 
-    def wrong(self: LlamaMLP, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    def wrong(self: LlamaMLP, hidden: Tensor, norm: RMSNorm, batch: BatchMeta) -> Tensor:
         nonlocal calls
         calls += 1
-        return forward(self, hidden, norm).mul_(float("nan") if calls > 3 * (2 + 7) else 1.0)  # two calls warm up
+        return forward(self, hidden, norm, batch).mul_(
+            float("nan") if calls > 3 * (2 + 7) else 1.0
+        )  # two calls warm up
 
     monkeypatch.setattr(LlamaMLP, "forward", wrong)
     report = check(path)

@@ -233,8 +233,8 @@ def dequantize_kernel(
     tl.store(weight_ptr + row[:, None] * K + col, weight.to(dtype), mask=inside[:, None] & (col < K))
 
 
-def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLaunch, Splits]:
-    num_rows, size, features = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
+def _plan(num_rows: int, x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLaunch, Splits]:
+    size, features = x.shape[-1], scales.shape[0]
     choose = tuning.int4 if _bits(packed) == 4 else tuning.int8
     launch = choose(x.device, features=features, size=size, itemsize=x.element_size())
     tiles = packed.shape[0] + 1  # a program may own two
@@ -242,9 +242,14 @@ def _plan(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLa
 
 
 def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
-    """Elements of fp32 that a product needs: the splits' parts of out for few rows, for many the weight."""
-    if math.prod(x.shape[:-1]) <= few_rows(x, packed):
-        return _plan(x, packed, scales)[1].elements
+    """Elements of fp32 that a product needs for so many rows of x or fewer."""
+    rows, few = math.prod(x.shape[:-1]), few_rows(x, packed)
+    parts = _plan(min(rows, few), x, packed, scales)[1].elements
+    return parts if rows <= few else max(parts, _weight_elements(x, scales))
+
+
+def _weight_elements(x: Tensor, scales: Tensor) -> int:
+    """Elements of fp32 in a workspace with the weight in x's dtype, for more than a few rows."""
     return COUNTERS + ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
 
@@ -268,7 +273,7 @@ def product(
         # A tile of codes is a gate's or an up's; of fp32 the sums of two tiles spill.
         gates = features % (2 * ROWS) == 0 and x.element_size() == 2
         return fused(few, x, weight, norm, eps, residual, gated, out, workspace, fuses_gate=gates)
-    elements = workspace_size(x, packed, scales)
+    elements = _weight_elements(x, scales)
     held = scratch(workspace, elements, torch.float32, x.device)
     dequantized = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
     _dequantize(packed, scales, zeros, dequantized)
@@ -312,7 +317,7 @@ def multiply(
     workspace: Tensor | None,
 ) -> list[KernelCall]:
     """Few rows, by codes of 4 or 8 bits."""
-    launch, splits = _plan(x, packed, scales)
+    launch, splits = _plan(math.prod(x.shape[:-1]), x, packed, scales)
     x, out = as_rows("x", x), as_rows("out", out)
     if residual is not None:
         residual = as_rows("residual", residual)

@@ -35,6 +35,11 @@ from fastllama.kernels.triton.product import (
 MOST_ROWS = 64  # of the kernel: a tile of as many is as large as the weight's, and the vendor's products take over
 
 
+def few_rows(x: Tensor, weight: Tensor) -> int:
+    """Rows of x up to which the kernel runs."""
+    return MOST_ROWS
+
+
 # One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last are
 # the last again, and are not stored.
 @triton.jit
@@ -176,5 +181,5 @@ def _plan(num_rows: int, weight: Tensor) -> tuple[heuristics.MatmulLaunch, Split
 
 
 def workspace_size(num_rows: int, weight: Tensor) -> int:
-    """Elements of fp32 that `matmul` needs for so many rows: a product of each split of the columns."""
-    return _plan(num_rows, weight)[1].elements if num_rows <= MOST_ROWS else 0
+    """Elements of fp32 that `matmul` needs for so many rows or fewer: a product of each split of the columns."""
+    return _plan(min(num_rows, MOST_ROWS), weight)[1].elements

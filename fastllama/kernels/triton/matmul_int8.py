@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastllama.kernels.op import Function
-from fastllama.kernels.triton.codes import multiply, product, workspace_size
+from fastllama.kernels.triton.codes import few_rows, multiply, product, workspace_size
 from fastllama.kernels.triton.launching import KernelCall, launcher
 
-__all__ = ["matmul_int8", "workspace_size"]
+__all__ = ["few_rows", "matmul_int8", "workspace_size"]
 
 
 @launcher

@@ -16,7 +16,7 @@ from fastllama.testing.monitor import Report
 from fastllama.testing.poison import noise_, surrounded
 from tests.kernels.honest import assert_equal
 from tests.kernels.test_int8 import ASSEMBLY, Weight, check
-from tests.kernels.triton.test_matmul_int4 import elements
+from tests.kernels.triton.test_matmul_int4 import elements_of_all
 
 pytestmark = pytest.mark.interpreter
 
@@ -78,7 +78,7 @@ def test_a_workspace_is_as_of_4_bits(
     monkeypatch.setattr(OPS["matmul_int8"], "implementation", lambda kind: mock.Mock(backend="triton"))
     weight, x = Weight.of(67, 390, 390, dtype), torch.randn(rows, 390).to(dtype)
     workspace = kernels.matmul_int8_workspace(x, *weight.packed)
-    assert workspace.shape == (elements(rows, dtype.itemsize),)
+    assert workspace.shape == (elements_of_all(rows, dtype.itemsize),)
     expected = kernels.matmul_int8(x, *weight.packed)
     noise_(workspace)[:COUNTERS] = 0
     with surrounded(workspace) as inside:
