@@ -72,8 +72,14 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._options, self._max_model_len = options, max_model_len
         self._start_anew(-(-kv_cache_tokens // options.page_size))
-        most = options.max_num_batched_tokens
-        self._runner = Runner(model, self.pool.num_pages, options.page_size, most, options.deterministic)
+        self._runner = Runner(
+            model,
+            self.pool.num_pages,
+            options.page_size,
+            max_num_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            deterministic=options.deterministic,
+        )
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
@@ -99,20 +105,25 @@ class Engine:
         self._torn = True
 
     def warm_up(self) -> float:
-        """Run steps of one row, two, four and on, in pages that nobody has yet: what compiles on first use does so now.
+        """Run prompts of one token, two, four and on, in pages that nobody has yet, and on a GPU as many sequences.
 
-        Returns the seconds it took.
+        What compiles or is captured on first use is so now. Returns the seconds it took.
         """
         assert not self.has_work, "a page that a request may hold would be overwritten"
-        most = min(self._options.max_num_batched_tokens, self._max_model_len, self.pool.num_pages * self.pool.page_size)
-        return tuning.warm_up(self._run_rows, most, self.model.device)
+        options, device = self._options, self.model.device
+        most = min(options.max_num_batched_tokens, self._max_model_len, self.pool.num_pages * self.pool.page_size)
+        seconds = tuning.warm_up(lambda rows: self._run_anew(1, rows), most, device)
+        if device.type == "cuda":
+            seconds += tuning.warm_up(lambda rows: self._run_anew(rows, 1), options.max_num_seqs, device)
+        return seconds
 
-    def _run_rows(self, rows: int) -> None:
-        ids = (0,) * rows
-        request = Request("warm-up", ids, SamplingParams(max_tokens=1, seed=0), time.monotonic())
-        pages = list(range(-(-rows // self.pool.page_size)))
-        seq = Sequence(0, request, 0, list(ids), max_length=rows, num_seats=1, page_ids=pages)
-        step = Step((Chunk(seq, 0, rows, (seq,)),), num_decodes=int(rows == 1), copies=())
+    def _run_anew(self, num_seqs: int, length: int) -> None:
+        """A step of prompts of so many tokens, all in the same pages."""
+        request = Request("warm-up", (0,) * length, SamplingParams(max_tokens=1, seed=0), time.monotonic())
+        pages = list(range(-(-length // self.pool.page_size)))
+        sequences = [Sequence(i, request, i, [0] * length, length, 1, page_ids=pages) for i in range(num_seqs)]
+        chunks = tuple(Chunk(seq, 0, length, (seq,)) for seq in sequences)
+        step = Step(chunks, num_decodes=num_seqs if length == 1 else 0, copies=())
         sampler.draw(self._runner.run(step))
 
     @property
@@ -152,9 +163,10 @@ class Engine:
     def abort(self, generation: Generation) -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
         self._begin()
-        if self._generations.pop(generation.request.request_id, None) is not None:
+        if generation.request.request_id in self._generations:
             self.scheduler.abort(generation.request)
             generation.abort()
+            del self._generations[generation.request.request_id]  # last: an interrupt must find it
         self._torn = False
 
     def step(self) -> list[Generation]:

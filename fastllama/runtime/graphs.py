@@ -1,35 +1,109 @@
-"""Decode steps recorded once for each shape and run again over the same buffers, without the modules."""
+"""Decode steps captured once for each shape and run again over the same buffers, without the modules.
+
+On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
+device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
+for each `bucket`, and the rows beyond a batch are padding, which no kernel writes for. On a CPU it is a record of what
+the ops ran (kernels/recording.py), of exactly the sequences there are.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.recording import Recording
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.buffers import Buffers
 from fastllama.runtime.inputs import Inputs
 
-LIMIT = 32  # graphs kept, of some hundred small Python objects each; all share their tensors' memory
+LIMIT = 64  # recordings kept, of some hundred small Python objects each; all share their tensors' memory
+PADDING = -1  # the slot of a row that is nobody's
+
+
+class Capture(Protocol):
+    """How steps are captured on a kind of device."""
+
+    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
+        """Rows, and pages of each, of the graph for so many sequences, whose longest has so many pages."""
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
+        """What `run` returns, computed now, and what computes it again in its place; None where nothing can."""
+
+
+class RecordingCapture:
+    """On a CPU: rows as they are, and the power of two of pages."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: list[Tensor] = []
+
+    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
+        return num_seqs, power_of_2(num_pages)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
+        with Recording(self._device, self._memory) as recording:
+            result = run()
+        return result, recording.replay if recording.replayable else None
+
+
+class GraphCapture:
+    """On a GPU: rows of a bucket, all pages that a sequence may have. Graphs share the memory of what is in between."""
+
+    def __init__(self, device: torch.device, max_pages: int) -> None:
+        self._device, self._max_pages = device, max_pages
+        self._pool: Any = None
+
+    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
+        return bucket(num_seqs), self._max_pages
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
+        graph = torch.cuda.CUDAGraph()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        with torch.cuda.device(self._device):
+            run()  # what compiles at a first call must not do so while capturing
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = run()
+        self._pool = graph.pool()
+        replay()  # capturing computes nothing
+        return result, replay
+
+
+def bucket(num_seqs: int) -> int:
+    """The power of two up to 64, beyond that the multiple of 64: products' kernels take so many rows in any case."""
+    return power_of_2(num_seqs) if num_seqs <= 64 else ceil_div(num_seqs, 64) * 64
 
 
 class DecodeGraphs:
-    """Runs decode steps of a model on a CPU: the first of each shape while it is recorded, the others by replaying it.
+    """Runs decode steps of a model: the first of each shape while it is captured, the others by replaying it.
 
-    A shape is a number of sequences and the power of two of pages that holds the longest one's. Every step runs as it
-    is written where the model has a forward of its own, a module has hooks, or something between ops computes. Other
-    Python inside the modules runs only while a step is recorded, and parameters are those of that moment.
+    Every step runs as it is written where the model has a forward of its own, a module has hooks, or something between
+    ops computes that cannot be recorded. Other Python inside the modules runs only while a step is captured, and
+    parameters are those of that moment. workspace, deterministic: of BatchMeta.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, kv: KVCache, workspace: Tensor | None = None, deterministic: bool = False
+        self,
+        model: LlamaForCausalLM,
+        kv: KVCache,
+        capture: Capture,
+        *,
+        workspace: Tensor | None = None,
+        deterministic: bool = False,
     ) -> None:
-        self._model, self._kv = model, kv
+        self._model, self._kv, self._capture = model, kv, capture
         self._workspace, self._deterministic = workspace, deterministic
         self._modules = list(model.modules())
-        self._memory: list[Tensor] = []
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._replayable = type(model) is LlamaForCausalLM and model.device.type == "cpu"
+        self._replayable = type(model) is LlamaForCausalLM
 
     def take(self, inputs: Inputs) -> bool:
         """Whether `run` computes this step: nothing but decodes, with a token to draw for each."""
@@ -42,56 +116,70 @@ class DecodeGraphs:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Logits [B, V] of a decode step, to be read before the next step."""
-        shape = (inputs.num_decodes, 1 << (len(inputs.page_table[0]) - 1).bit_length())
+        shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
         graph = self._graphs.get(shape)
-        if graph is not None:
-            return graph.replay(inputs)
-        graph = _Graph(*shape, self._workspace, self._deterministic)
-        logits = graph.record(inputs, self._model, self._kv, self._memory)
-        if graph.recording.replayable:
-            if len(self._graphs) == LIMIT:
+        if graph is None:
+            graph = _Graph(*shape, self._model.device, self._workspace, self._deterministic)
+            graph.load(inputs)
+            if not graph.capture(self._capture, self._model, self._kv):
+                self._replayable = False
+            elif len(self._graphs) == LIMIT:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[shape] = graph
+            if self._replayable:
+                self._graphs[shape] = graph
         else:
-            self._replayable = False
-        return logits
+            graph.load(inputs)
+            graph.replay()
+        return graph.logits[: inputs.num_decodes]
 
 
 class _Graph:
-    """The step of one shape: its inputs' buffers, its ops, its logits."""
+    """The step of one shape: its inputs' buffers, what computes it, its logits."""
 
-    def __init__(self, num_seqs: int, num_pages: int, workspace: Tensor | None, deterministic: bool) -> None:
-        self._ids = torch.zeros(num_seqs, dtype=torch.int64)
+    logits: Tensor
+    replay: Callable[[], object]
+
+    def __init__(
+        self, num_rows: int, num_pages: int, device: torch.device, workspace: Tensor | None, deterministic: bool
+    ) -> None:
+        per_row, wide, narrow = (num_rows,), torch.int64, torch.int32
+        self._buffers = Buffers(
+            {
+                "ids": (per_row, wide),
+                "positions": (per_row, wide),
+                "slots": (per_row, wide),
+                "seq_lens": (per_row, narrow),
+                "page_table": ((num_rows, num_pages), narrow),
+            },
+            device,
+        )
+        self._rows = num_rows  # that the buffers hold numbers of
+        given = dict(self._buffers.device)
+        self._ids = given.pop("ids")
         self._batch = BatchMeta(
-            positions=torch.zeros(num_seqs, dtype=torch.int64),
-            slots=torch.zeros(num_seqs, dtype=torch.int64),
-            page_table=torch.zeros(num_seqs, num_pages, dtype=torch.int32),
-            seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
-            num_decodes=num_seqs,
-            cu_seqlens_q=torch.zeros(1, dtype=torch.int32),
-            logits_rows=torch.arange(num_seqs),
+            **given,
+            num_decodes=num_rows,
+            cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
+            logits_rows=torch.arange(num_rows, device=device),
             workspace=workspace,
             deterministic=deterministic,
         )
 
-    def record(self, inputs: Inputs, model: LlamaForCausalLM, kv: KVCache, memory: list[Tensor]) -> Tensor:
-        self._load(inputs)
-        with Recording(self._ids.device, memory) as self.recording:
-            self._logits = model(self._ids, self._batch, kv)
-        return self._logits
+    def capture(self, capture: Capture, model: LlamaForCausalLM, kv: KVCache) -> bool:
+        """Compute the loaded step, and whether it can be replayed."""
+        self.logits, replay = capture.capture(lambda: model(self._ids, self._batch, kv))
+        if replay is not None:
+            self.replay = replay
+        return replay is not None
 
-    def replay(self, inputs: Inputs) -> Tensor:
-        self._load(inputs)
-        self.recording.replay()
-        return self._logits
-
-    def _load(self, inputs: Inputs) -> None:
-        batch, width = self._batch, len(inputs.page_table[0])
-        for buffer, values in (
-            (self._ids, inputs.ids),
-            (batch.positions, inputs.positions),
-            (batch.slots, inputs.slots),
-            (batch.seq_lens, inputs.seq_lens),
-            (batch.page_table[:, :width], inputs.page_table),
-        ):
-            buffer.copy_(torch.tensor(values))
+    def load(self, inputs: Inputs) -> None:
+        """Send a step's numbers to the device."""
+        host, rows, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
+        for name in ("ids", "positions", "slots", "seq_lens"):
+            host[name][:rows] = torch.tensor(getattr(inputs, name))
+        host["page_table"][:rows, :width] = torch.tensor(inputs.page_table)
+        if rows < self._rows:
+            host["slots"][rows:] = PADDING
+            host["seq_lens"][rows:] = 0
+        self._rows = rows
+        self._buffers.send()

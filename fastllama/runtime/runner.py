@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime.graphs import DecodeGraphs
+from fastllama.runtime.buffers import on_device
+from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, RecordingCapture
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Sequence
@@ -27,18 +30,29 @@ class StepLogits:
 class Runner:
     """A model and its pages.
 
-    max_num_tokens: of a step. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
+    max_num_tokens: of a step. max_model_len: tokens of a sequence. deterministic: a token's logits are the same, bit
+    for bit, whatever else is in the step.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, num_pages: int, page_size: int, max_num_tokens: int, deterministic: bool
+        self,
+        model: LlamaForCausalLM,
+        num_pages: int,
+        page_size: int,
+        *,
+        max_num_tokens: int,
+        max_model_len: int,
+        deterministic: bool,
     ) -> None:
         self.model = model
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, model.dtype, model.device)
         self._deterministic = deterministic
         self._workspace = model.workspace(max_num_tokens)
-        self._graphs = DecodeGraphs(model, self.kv, self._workspace, deterministic)
+        capture: Capture = RecordingCapture(model.device)
+        if model.device.type == "cuda":
+            capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
+        self._graphs = DecodeGraphs(model, self.kv, capture, workspace=self._workspace, deterministic=deterministic)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepLogits:
@@ -50,18 +64,18 @@ class Runner:
         return StepLogits(logits, inputs.samples, inputs.prompts)
 
     def _run_eagerly(self, inputs: Inputs) -> Tensor:
+        def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
+            return on_device(values, dtype, self.model.device)
+
         batch = BatchMeta(
-            positions=self._tensor(inputs.positions, torch.int64),
-            slots=self._tensor(inputs.slots, torch.int64),
-            page_table=self._tensor(inputs.page_table, torch.int32),
-            seq_lens=self._tensor(inputs.seq_lens, torch.int32),
+            positions=tensor(inputs.positions, torch.int64),
+            slots=tensor(inputs.slots, torch.int64),
+            page_table=tensor(inputs.page_table, torch.int32),
+            seq_lens=tensor(inputs.seq_lens, torch.int32),
             num_decodes=inputs.num_decodes,
-            cu_seqlens_q=self._tensor(inputs.cu_seqlens_q, torch.int32),
-            logits_rows=self._tensor(inputs.logits_rows, torch.int64),
+            cu_seqlens_q=tensor(inputs.cu_seqlens_q, torch.int32),
+            logits_rows=tensor(inputs.logits_rows, torch.int64),
             workspace=self._workspace,
             deterministic=self._deterministic,
         )
-        return self.model(self._tensor(inputs.ids, torch.int64), batch, self.kv)
-
-    def _tensor(self, values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.model.device)
+        return self.model(tensor(inputs.ids, torch.int64), batch, self.kv)

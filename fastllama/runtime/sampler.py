@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.runtime.buffers import on_device
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.runner import StepLogits
 from fastllama.runtime.sequence import Sequence
@@ -42,7 +43,8 @@ def draw(step: StepLogits) -> list[Draw]:
     finite = torch.isfinite(adjusted.amax(-1))
     tokens = _sample(torch.where(finite[:, None], adjusted, 0), sequences)
     reports = _reports(raw, sequences, tokens)
-    return [Draw(*drawn) for drawn in zip(sequences, tokens.tolist(), finite.tolist(), reports, strict=True)]
+    drawn, numbers = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # the one wait for the device
+    return [Draw(*each) for each in zip(sequences, drawn, map(bool, numbers), reports, strict=True)]
 
 
 @torch.inference_mode()
@@ -63,7 +65,7 @@ def _sample(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     offsets = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
 
     def tensor(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
+        return on_device(values, dtype, logits.device)
 
     tokens, _ = kernels.sample(
         logits,
@@ -108,8 +110,9 @@ def _adjusted(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 def _places(changes: list[tuple[int, int, float]], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(rows, token ids) and values of some changes, ready to index `logits`."""
     rows, token_ids, values = zip(*changes, strict=True)
-    where = (torch.tensor(rows, device=logits.device), torch.tensor(token_ids, device=logits.device))
-    return where, torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    device = logits.device
+    where = on_device(rows, torch.int64, device), on_device(token_ids, torch.int64, device)
+    return where, on_device(values, logits.dtype, device)
 
 
 def _reports(logits: Tensor, sequences: list[Sequence], tokens: Tensor) -> list[TokenLogprob | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
+from fastllama.kernels.recording import Recording
+from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
-from fastllama.runtime import graphs
+from fastllama.runtime import graphs, runner
+from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.scheduler import Step
 from tests.runtime.models import ours, running
@@ -55,6 +59,85 @@ class Counting:
             return forward(mlp, *args)
 
         monkeypatch.setattr(LlamaMLP, "forward", counting)
+
+
+class StandIn:
+    """What torch.cuda gives for a GPU's graphs, on a CPU: nothing is computed while it captures, as it seems."""
+
+    def __init__(self) -> None:
+        self.memory: list[Tensor] = []  # which all graphs share
+        self.captured: list[int] = []  # ops of each
+        self.replays = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stand_in = self
+
+        class CUDAGraph:
+            recording: Recording
+
+            def pool(self) -> str:
+                return "pool"
+
+            def replay(self) -> None:
+                stand_in.replays += 1
+                self.recording.replay()
+
+        @contextmanager
+        def capturing(graph: CUDAGraph, pool: str | None) -> Iterator[None]:
+            assert pool == ("pool" if stand_in.captured else None)
+            with Recording(torch.device("cpu"), stand_in.memory) as graph.recording:
+                yield
+            assert graph.recording.replayable, "something computed that is no op"
+            stand_in.captured.append(len(graph.recording._calls))
+            for buffer in stand_in.memory:
+                buffer.fill_(0xFF)  # NaN
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "graph", capturing)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        capture = graphs.GraphCapture(torch.device("cpu"), max_pages=16)  # 256 tokens
+        monkeypatch.setattr(runner, "RecordingCapture", lambda device: capture)
+
+
+def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as written: by products that add in one order whatever the number of rows."""
+    stand_in = StandIn()
+    with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+        llm.engine.model.layers[0].register_forward_hook(nothing)
+        written = logits_of_steps(llm, monkeypatch)
+    with monkeypatch.context() as patch:
+        stand_in.install(patch)
+        with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+            pages = [layer.k_pages for layer in llm.engine._runner.kv.layers]
+            for held in pages:
+                held.fill_(1e30)  # what padding must not read
+            replayed = logits_of_steps(llm, patch)
+    assert len(stand_in.captured) == 3  # of 1, 2 and 4 rows; the first while warming up
+    assert stand_in.replays == 1 + (max(LENGTHS) - 1)  # without the prompts' step
+    for ours_, theirs in zip(replayed, written, strict=True):
+        assert torch.equal(ours_, theirs)
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "rows"), [(1, 1), (2, 2), (3, 4), (8, 8), (33, 64), (64, 64), (65, 128), (128, 128), (129, 192)]
+)
+def test_buckets(num_seqs: int, rows: int) -> None:
+    assert graphs.bucket(num_seqs) == rows
+
+
+def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
+    """Nobody's slot is written to, and of nobody is anything read."""
+    graph = graphs._Graph(4, 2, torch.device("cpu"), None, False)
+
+    def load(num_seqs: int) -> BatchMeta:
+        numbers = list(range(1, num_seqs + 1))
+        tables = [[1, 1]] * num_seqs
+        graph.load(Inputs(numbers, numbers, numbers, tables, numbers, num_seqs, [0], numbers, [], []))
+        return graph._batch
+
+    assert (load(3).slots.tolist(), load(3).seq_lens.tolist()) == ([1, 2, 3, -1], [1, 2, 3, 0])
+    assert (load(4).slots.tolist(), load(4).seq_lens.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (load(1).slots.tolist(), load(1).seq_lens.tolist()) == ([1, -1, -1, -1], [1, 0, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,43 @@
+"""Numbers of the host on their way to the device, which nobody waits for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
+
+
+def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the values. On a GPU they are pinned first, so that the copy runs while the host goes on."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+class Buffers:
+    """Tensors that stay where they are, filled on the host and sent to the device in one copy.
+
+    host, device: the same tensors by name, zeros at first; on a CPU they are one. What was sent has arrived when the
+    device has finished the step after it: only then may the host be filled again.
+    """
+
+    def __init__(self, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
+        places, end = {}, 0
+        for name, (shape, dtype) in wanted.items():
+            size = math.prod(shape) * dtype.itemsize
+            places[name] = slice(end, end + size)
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
+        self.host, self.device = (
+            {name: memory[places[name]].view(dtype).view(*shape) for name, (shape, dtype) in wanted.items()}
+            for memory in (self._host, self._device)
+        )
+
+    def send(self) -> None:
+        """Copy to the device, behind what runs there."""
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)

@@ -1,0 +1,105 @@
+"""The runtime on the device: its graphs give what the modules give, and a step waits for the device once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama.layers import packing
+from fastllama.runtime import sampler
+from fastllama.runtime.graphs import DecodeGraphs
+from fastllama.runtime.inputs import Inputs
+from fastllama.runtime.runner import StepLogits
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [[5, 3, 8], list(range(20)), [7] * 300, [11] * 64, [2]]
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=2048,
+    eos_token_ids=(),
+)
+
+
+@pytest.fixture
+def model(kind: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(CONFIG, torch.bfloat16, "cuda")
+    for parameter in made.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    if kind != "bf16":
+        packing.quantize(made, kind, progress=False)
+    return made
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Those of every draw."""
+    found, draw = [], sampler.draw
+
+    def spying(step: StepLogits) -> list[sampler.Draw]:
+        found.append(step.logits.clone())
+        return draw(step)
+
+    monkeypatch.setattr(sampler, "draw", spying)
+    return found
+
+
+def generate(model: LlamaForCausalLM, **options: Any) -> list[tuple[int, ...]]:
+    """Requests that end one after another."""
+    params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8 + 6 * i) for i in range(len(PROMPTS))]
+    with LLM(model, kv_cache_tokens=4096, max_model_len=1024, progress=False, **options) as llm:
+        return [each.outputs[0].token_ids for each in llm.generate(PROMPTS, params)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "int4", "int8", "w8a8"])
+def test_graphs_give_what_the_modules_give(model: LlamaForCausalLM, logits: list[Tensor], deterministic: bool) -> None:
+    """Bit for bit: rows of padding change nothing."""
+    replayed = generate(model, deterministic=deterministic)
+    of_graphs = logits[-(8 + 6 * (len(PROMPTS) - 1)) :]
+    handle = model.layers[0].register_forward_hook(lambda *args: None)
+    written = generate(model, deterministic=deterministic)
+    handle.remove()
+    of_modules = logits[-len(of_graphs) :]
+    assert replayed == written
+    for ours, theirs in zip(of_graphs, of_modules, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replayed steps that raise where one waits for the device or asks it for memory; gives how many there were."""
+    steps, run = [0], DecodeGraphs.run
+
+    def strictly(self: DecodeGraphs, inputs: Inputs) -> Tensor:
+        if self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])) not in self._graphs:
+            return run(self, inputs)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = run(self, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        steps[0] += 1
+        return found
+
+    monkeypatch.setattr(DecodeGraphs, "run", strictly)
+    return steps
+
+
+@pytest.mark.parametrize("kind", ["bf16"])
+def test_a_replayed_step_waits_for_nothing(model: LlamaForCausalLM, replays: list[int]) -> None:
+    generate(model)
+    assert replays[0] >= 8 + 6 * (len(PROMPTS) - 1) - 1
