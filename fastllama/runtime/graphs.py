@@ -176,8 +176,8 @@ class _Graph:
         """Send a step's numbers to the device."""
         host, rows, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
         for name in ("ids", "positions", "slots", "seq_lens"):
-            host[name][:rows] = torch.tensor(getattr(inputs, name))
-        host["page_table"][:rows, :width] = torch.tensor(inputs.page_table)
+            host[name][:rows] = getattr(inputs, name)
+        host["page_table"][:rows, :width] = inputs.page_table
         if rows < self._rows:
             host["slots"][rows:] = PADDING
             host["seq_lens"][rows:] = 0

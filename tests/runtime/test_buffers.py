@@ -13,8 +13,8 @@ WANTED = {"a": ((3,), torch.int32), "b": ((2, 5), torch.int64), "none": ((0,), t
 def test_parts_are_apart_and_aligned() -> None:
     buffers = Buffers(WANTED, torch.device("cpu"))
     for number, part in enumerate(buffers.host.values()):
-        assert part.data_ptr() % 16 == 0
-        part.fill_(number + 1)
+        assert part.ctypes.data % 16 == 0
+        part[...] = number + 1
     for number, (name, (shape, dtype)) in enumerate(WANTED.items()):
         part = buffers.device[name]
         assert (part.shape, part.dtype) == (shape, dtype)
@@ -25,7 +25,8 @@ def test_parts_are_apart_and_aligned() -> None:
 def test_a_device_has_its_own() -> None:
     buffers = Buffers(WANTED, torch.device("meta"))
     assert {part.device.type for part in buffers.device.values()} == {"meta"}
-    assert {part.device.type for part in buffers.host.values()} == {"cpu"}
+    for part in buffers.host.values():
+        part[...] = 1
     buffers.send()
 
 
