@@ -241,7 +241,7 @@ def runs(x: Tensor, scales: Tensor) -> bool:
 
 
 def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """x @ weight^T (+ bias) for packed codes of 4 bits (int32) or 8 (int8), symmetric."""
+    """x @ weight^T (+ bias) for packed codes of 4 bits (int32) or 8 (int8), symmetric. out: in x's dtype, or fp32."""
     (features, groups), size = scales.shape, x.shape[-1]
     bits = 8 if packed.dtype == torch.int8 else 4
     group_size = size // groups
@@ -250,7 +250,6 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
     rows, parts = x.numel() // size, 2 if x.dtype == torch.float32 else 1
     given, target = as_rows("x", x), as_rows("out", out)
     records = np.empty(rows * parts * steps * RECORD, np.uint8)
-    like = LIKE[x.dtype]
     use_threads(rows * features * size)
     fixed_kernel(
         given.data_ptr(),
@@ -262,7 +261,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
         size,
         steps,
         parts,
-        like,
+        LIKE[x.dtype],
     )
     products_kernel(
         kind,
@@ -279,7 +278,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
         target.stride(0),
         parts,
         1 / 16 if bits == 4 else 1.0,
-        like,
+        LIKE[out.dtype],
         LIKE[scales.dtype],
     )
     if bias is not None:

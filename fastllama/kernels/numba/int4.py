@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
+from fastllama.kernels.checks import as_rows
 from fastllama.kernels.numba import codes
+from fastllama.kernels.reference.int4 import MIDDLE
 
 
 def matmul_int4(
@@ -17,8 +20,22 @@ def matmul_int4(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    """See kernels.matmul_int4. Zeros are the other CPU implementation's."""
-    if zeros is None and codes.runs(x, scales):
+    """See kernels.matmul_int4."""
+    if not codes.runs(x, scales):
+        cpu.matmul_int4(x, packed, scales, zeros, bias, out, workspace)
+    elif zeros is None:
         codes.multiply(x, packed, scales, bias, out)
     else:
-        cpu.matmul_int4(x, packed, scales, zeros, bias, out, workspace)
+        _multiply(as_rows("x", x), packed, scales, zeros, bias, as_rows("out", out))
+
+
+def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """By codes less 8; what zeros differ from 8 meets the sums of x over each group, of which there are few."""
+    given = x.float()
+    total = torch.empty(out.shape)
+    codes.multiply(x, packed, scales, None, total)
+    sums = given.unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]
+    total.addmm_(sums, (scales.float() * (zeros.float() - MIDDLE)).T, alpha=-1)
+    if bias is not None:
+        total += bias
+    out.copy_(total)
