@@ -42,11 +42,16 @@ class Scheduler:
     """One step: `schedule()`, run it, `commit()` (or `rollback()` if it failed), `append()` or `finish()` each sample.
 
     There are no phases: a decode is a chunk of one token. Every running decode gets its token; chunks of prompts
-    share what that leaves of max_num_batched_tokens; what then remains admits waiting requests in order of arrival.
+    share what that leaves of max_num_batched_tokens; what then remains admits waiting requests in order of the queue.
     An admitted sequence has pages for all its known tokens, so only a decode can lack one. Then the newest running
     sequence gives up its pages and is recomputed later, through the prefix cache where they survive. Hence every
-    running sequence is older than every waiting one, the oldest is never preempted, and each request ends.
+    running sequence is ahead of every waiting one, the oldest is never preempted, and each request ends.
     Chunked prefill: Agrawal et al. 2023 (arXiv 2308.16369); paging, preemption: Kwon et al. 2023 (arXiv 2309.06180).
+
+    Long prompts do not hold up short ones. The queue is one of arrival, but a prompt that has not begun lets later
+    ones pass until they have had half as many tokens as itself: the foremost of those passed pays, for they delay the
+    ones behind it no more. So a flood of short prompts delays a long one by half of its tokens and of those ahead of
+    it. And beside prompts that are under way, up to half of a step admits prompts that fit there whole.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -58,8 +63,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.num_preemptions = 0
-        self._waiting: deque[Sequence] = deque()  # oldest first, as is _running
-        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()  # the next to be admitted first
+        self._running: list[Sequence] = []  # oldest first
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
         self._in_flight: Step | None = None
@@ -94,9 +99,14 @@ class Scheduler:
                 f"a prompt of {length} tokens with max_tokens {max_tokens} may grow to {max_length} tokens; "
                 f"legal: at most {self.pool.num_pages * self.pool.page_size}, the size of the KV cache"
             )
-        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n)
+        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
         request.sequences.append(seq)
-        self._waiting.append(seq)
+        place = len(self._waiting)
+        while place > 0 and length <= self._waiting[place - 1].patience:
+            place -= 1
+        if place < len(self._waiting):
+            self._waiting[place].patience -= length
+        self._waiting.insert(place, seq)
 
     def schedule(self) -> Step | None:
         """The next step, to be run and then committed or rolled back; None if there is no work."""
@@ -116,8 +126,10 @@ class Scheduler:
                     single.append((seq, 1))
         budget = self.max_num_batched_tokens - len(single)
         # No admission beside a preemption: what was just taken from a sequence would go to it again.
-        admitted = self._admissions() if self.num_preemptions == num_preemptions else iter(())
-        candidates = itertools.chain(prefills, admitted)
+        may_admit = self.num_preemptions == num_preemptions
+        beside = self._admissions(budget // 2) if prefills and may_admit else iter(())
+        admitted = self._admissions() if may_admit else iter(())
+        candidates = itertools.chain(beside, prefills, admitted)
         while budget and (candidate := next(candidates, None)):
             length = min(len(candidate.token_ids) - candidate.num_computed, budget)
             budget -= length
@@ -194,13 +206,16 @@ class Scheduler:
     def _preempt_newest(self) -> Sequence:
         seq = self._running.pop()
         self._release(seq)
-        seq.status = Status.WAITING
+        seq.status, seq.patience = Status.WAITING, 0
         self._waiting.appendleft(seq)
         self.num_preemptions += 1
         return seq
 
-    def _admissions(self) -> Iterator[Sequence]:
-        """Admit waiting sequences one by one, each with its pages, until the oldest finds no seat or too few pages."""
+    def _admissions(self, most: int | None = None) -> Iterator[Sequence]:
+        """Admit waiting sequences one by one, each with its pages, until the next finds no seat or too few pages.
+
+        most: tokens to compute that all of them may have together; None for no limit.
+        """
         while self._waiting:
             seq = self._waiting[0]
             if self._num_seats + seq.num_seats > self.max_num_seqs:
@@ -208,6 +223,10 @@ class Scheduler:
             # Prompt log-probabilities need the logits of every row, so all rows must be computed.
             reuse = seq.request.params.prompt_logprobs is None
             prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], ROOT)
+            if most is not None:
+                most -= len(seq.token_ids) - len(prefix.page_ids) * self.pool.page_size
+                if most < 0:
+                    return
             page_ids = self.pool.acquire(len(seq.token_ids), prefix)
             if page_ids is None:
                 return

@@ -49,6 +49,7 @@ class Sequence:
     token_ids: list[int]
     max_length: int  # tokens, prompt included, at which its caller must finish it with "length"
     num_seats: int  # running sequences it stands for: all n of its request until the prompt is computed, then itself
+    patience: int = 0  # tokens of later prompts that may still pass it in the queue
     status: Status = Status.WAITING
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,7 +31,8 @@ class Simulation:
         self.scheduler = Scheduler(self.pool, max_num_batched_tokens=budget, max_num_seqs=seqs, max_model_len=length)
         self.memory = [[GARBAGE] * page_size for _ in range(num_pages)]
         self.requests: list[Request] = []  # in order of arrival
-        self.live: list[Request] = []  # those of them that have not finished
+        self.live: list[Request] = []  # those of them that have not finished, in order of the queue
+        self.num_passing: Counter[Request] = Counter()  # tokens of those that passed it and none before it
         self.num_computed: dict[Sequence, int] = {}
         self.num_copies = 0
         self._contents: defaultdict[Sequence, list[int]] = defaultdict(list)
@@ -55,11 +56,23 @@ class Simulation:
         if 0 < len(prompt) < limit and fits:
             self.scheduler.add(request)
             self.requests.append(request)
-            self.live.append(request)
+            self._queue(request)
         else:
             with pytest.raises(ValueError, match="legal: "):
                 self.scheduler.add(request)
             assert not request.sequences
+
+    def _queue(self, request: Request) -> None:
+        """Note where the scheduler put an arrival, and that those it passed may be passed by it."""
+        queue = list(self.scheduler._waiting)
+        passed = [seq.request for seq in queue[queue.index(request.sequences[0]) + 1 :]]
+        self.live.insert(self.live.index(passed[0]) if passed else len(self.live), request)
+        for other in passed:
+            assert other.num_cached_tokens is None, "it has begun, and an arrival passed it"
+            assert 2 * len(request.prompt_token_ids) <= len(other.prompt_token_ids), "by half shorter ones alone"
+        if passed:
+            self.num_passing[passed[0]] += len(request.prompt_token_ids)
+            assert 2 * self.num_passing[passed[0]] <= len(passed[0].prompt_token_ids), "too many passed it"
 
     def schedule(self) -> Step | None:
         """A step, if there is work, with all that can be said about it before it runs."""
