@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
@@ -16,7 +17,9 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import sampler
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.isolation import run_parts
 from fastllama.runtime.memory import cache_sizes
+from fastllama.runtime.outputs import FinishReason, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.scheduler import Chunk, Scheduler, Step
@@ -56,10 +59,18 @@ class EngineOptions:
             raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
+class _Computed(NamedTuple):
+    """What the tokens of a step, or of a part of one, gave."""
+
+    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
+    draws: list[sampler.Draw]
+
+
 class Engine:
     """Requests in, tokens out, one step at a time, on the caller's thread.
 
-    step() may raise what the model raises; the requests then stay, and are recomputed by the next step. What breaks
+    step() may raise what the model raises; the requests then stay, and are recomputed by the next step (but for
+    step(isolate=True), by which those fail that it raises for). What breaks
     into the bookkeeping instead (Ctrl-C, a bug) leaves nobody knowing which pages belong to whom: the next call ends
     every request with "abort" and starts with an empty pool.
     """
@@ -98,9 +109,8 @@ class Engine:
     def _begin(self) -> None:
         """Before a change of several parts, which sets _torn to False again when it is whole."""
         if self._torn:
-            for generation in self._generations.values():
-                generation.abort()
-            self._generations.clear()
+            while self._generations:
+                self._generations.popitem()[1].abort()
             self._start_anew(self.pool.num_pages)
         self._torn = True
 
@@ -131,13 +141,10 @@ class Engine:
         """Whether any request is unfinished."""
         return self.scheduler.has_work
 
-    def add_request(
-        self, prompt_token_ids: Items[int], params: SamplingParams, *, prompt: str | None = None
-    ) -> Generation:
-        """Queue a prompt. Raises ValueError, and changes nothing, if it can never run or holds an id out of range."""
-        ids = tuple(prompt_token_ids)
+    def check_request(self, prompt_token_ids: Items[int], params: SamplingParams) -> None:
+        """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
         vocab = self.model.config.vocab_size
-        for place, token_id in enumerate(ids):
+        for place, token_id in enumerate(prompt_token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
                 raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
         for token_id in (*(params.logit_bias or ()), *params.stop_token_ids):
@@ -146,13 +153,25 @@ class Engine:
             raise ValueError(
                 f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
             )
-        request = Request(str(next(self._numbers)), ids, params, time.monotonic())
+        self.scheduler.check(len(prompt_token_ids), params)
+
+    def add_request(
+        self,
+        prompt_token_ids: Items[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        arrival: float | None = None,
+    ) -> Generation:
+        """Queue a prompt. Raises ValueError, and changes nothing, where check_request does.
+
+        arrival: when it came, by time.monotonic(); None is now.
+        """
+        ids = tuple(prompt_token_ids)
+        self.check_request(ids, params)
         self._begin()
-        try:
-            self.scheduler.add(request)
-        except ValueError:
-            self._torn = False
-            raise
+        request = Request(str(next(self._numbers)), ids, params, time.monotonic() if arrival is None else arrival)
+        self.scheduler.add(request)
         if params.seed is None:
             request.params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
         generation = Generation(request, prompt, self.tokenizer)
@@ -160,38 +179,56 @@ class Engine:
         self._torn = False
         return generation
 
-    def abort(self, generation: Generation) -> None:
+    def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
         self._begin()
         if generation.request.request_id in self._generations:
-            self.scheduler.abort(generation.request)
-            generation.abort()
+            self.scheduler.abort(generation.request, reason)
+            generation.abort(reason)
             del self._generations[generation.request.request_id]  # last: an interrupt must find it
         self._torn = False
 
-    def step(self) -> list[Generation]:
-        """Advance every request that can run; returns those that gained a token."""
+    def step(self, *, isolate: bool = False) -> list[Generation]:
+        """Advance every request that can run; returns those that gained a token or failed.
+
+        isolate: where something raises, find out for which requests (see isolation.py). These end with "error" and
+        have the cause in their `error`; the others go on, and nothing is raised.
+        """
         self._begin()
         step = self.scheduler.schedule()
         if step is None:
             self._torn = False
             return []
+        failures: dict[Request, Exception] = {}
         try:
-            logits = self._runner.run(step)
-            prompt_logprobs = sampler.prompt_logprobs(logits)
-            draws = sampler.draw(logits)
+            if isolate:
+                computed, failures = run_parts(step, self._compute)
+            else:
+                computed = [self._compute(step)]
         except BaseException:
             self.scheduler.rollback(step)
             self._torn = False
             raise
+        draws = [drawn for part in computed for drawn in part.draws if drawn.seq.request not in failures]
+        # Before the commit, which would offer their pages to other requests.
+        touched = {request.request_id: self._fail(request, error) for request, error in failures.items()}
         for drawn in draws:
-            if not drawn.finite:  # before the commit, which would offer its pages to other requests
+            if not drawn.finite:
                 self.scheduler.finish(drawn.seq, "error", "the model's logits are not finite numbers")
         self.scheduler.commit(step)
-        for seq, first, logprobs in prompt_logprobs:
-            self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
+        for seq, first, logprobs in (report for part in computed for report in part.prompt_logprobs):
+            if seq.request not in failures:
+                self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
         now = time.monotonic()
-        touched = {drawn.seq.request.request_id: self._accept(drawn, now) for drawn in draws}
+        for drawn in draws:
+            generation = touched[drawn.seq.request.request_id] = self._generations[drawn.seq.request.request_id]
+            try:
+                if generation.error is None:
+                    self._accept(generation, drawn, now)
+            except Exception as error:
+                if not isolate:
+                    raise
+                self._fail(generation.request, error)
         for generation in touched.values():
             if generation.request.finished:
                 generation.finish_time = now
@@ -199,15 +236,25 @@ class Engine:
         self._torn = False
         return list(touched.values())
 
-    def _accept(self, drawn: sampler.Draw, now: float) -> Generation:
+    def _compute(self, step: Step) -> _Computed:
+        logits = self._runner.run(step)
+        return _Computed(sampler.prompt_logprobs(logits), sampler.draw(logits))
+
+    def _fail(self, request: Request, error: Exception) -> Generation:
+        """End a request that raised; what is held of its text stays so, for its tokenizer may be what raised."""
+        self.scheduler.abort(request, "error", repr(error))
+        generation = self._generations[request.request_id]
+        generation.error = error
+        return generation
+
+    def _accept(self, generation: Generation, drawn: sampler.Draw, now: float) -> None:
         """Give a sequence its token and see whether it ends there."""
         seq, token_id = drawn.seq, drawn.token_id
-        generation = self._generations[seq.request.request_id]
         sample, params = generation.sample(seq), seq.request.params
         if not drawn.finite:
             if sample.stream is not None:
                 sample.stream.close()
-            return generation
+            return
         if generation.first_token_time is None:
             generation.first_token_time = now
         self.scheduler.append(seq, token_id)
@@ -228,4 +275,3 @@ class Engine:
             self.scheduler.finish(seq, "stop", stop)
         elif full:
             self.scheduler.finish(seq, "length")
-        return generation

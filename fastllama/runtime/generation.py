@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer
-from fastllama.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.sequence import Request, Sequence, Status
 
@@ -107,6 +107,7 @@ class Generation:
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; the first token has none
     first_token_time: float | None = None
     finish_time: float | None = None
+    error: Exception | None = None  # what the request failed with, where the engine isolates failures
 
     @property
     def finished(self) -> bool:
@@ -122,36 +123,41 @@ class Generation:
             found = self.samples[seq.index] = Sample(seq, stream)
         return found
 
-    def abort(self) -> None:
-        """End now: what has not finished does with "abort", and its text is all that is certain of it."""
+    def abort(self, reason: FinishReason = "abort") -> None:
+        """End now: what has not finished does for this reason, and its text is all that is certain of it."""
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
-                seq.status, seq.finish_reason = Status.FINISHED, "abort"
+                seq.status, seq.finish_reason = Status.FINISHED, reason
         for sample in self.samples.values():
-            if sample.stream is not None and sample.seq.finish_reason == "abort":
+            if sample.stream is not None and sample.seq.finish_reason == reason:
                 sample.stream.close()
         self.finish_time = time.monotonic()
 
-    def output(self) -> RequestOutput:
-        """The request as a value, finished or not."""
+    def metrics(self) -> RequestMetrics:
+        """Timings and counts up to now."""
         request = self.request
-        outputs = tuple(self.sample(seq).output() for seq in request.sequences)
-        metrics = RequestMetrics(
+        return RequestMetrics(
             arrival_time=request.arrival,
             first_token_time=self.first_token_time,
             finish_time=self.finish_time,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=request.num_cached_tokens or 0,
-            num_generated_tokens=sum(len(output.token_ids) for output in outputs),
+            num_generated_tokens=sum(len(seq.token_ids) - seq.num_prompt_tokens for seq in request.sequences),
         )
-        prompt_logprobs = None
-        if request.params.prompt_logprobs is not None:
-            prompt_logprobs = tuple(map(self.prompt_logprobs.get, range(len(request.prompt_token_ids))))
+
+    def all_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """One entry for each token of the prompt, None where it has not come; None where none were asked for."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        return tuple(map(self.prompt_logprobs.get, range(len(self.request.prompt_token_ids))))
+
+    def output(self) -> RequestOutput:
+        """The request as a value, finished or not."""
         return RequestOutput(
-            request_id=request.request_id,
+            request_id=self.request.request_id,
             prompt=self.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=outputs,
-            prompt_logprobs=prompt_logprobs,
-            metrics=metrics,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=tuple(self.sample(seq).output() for seq in self.request.sequences),
+            prompt_logprobs=self.all_prompt_logprobs(),
+            metrics=self.metrics(),
         )

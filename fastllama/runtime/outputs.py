@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +65,23 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether every sample is."""
         return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDelta:
+    """What a request gained since its last delta.
+
+    outputs: the samples that gained something, in order of their index: text, token_ids and logprobs hold the gain,
+    and the last that there is of a sample has its finish_reason and stop_reason.
+    prompt_logprobs: as in RequestOutput, in one delta, with the first token.
+    metrics: of the whole request, in its last delta; None before.
+    """
+
+    outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    metrics: RequestMetrics | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the last one."""
+        return self.metrics is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fastllama.errors import check_range
 from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.sequence import Request, Sequence, Status
 
 
@@ -84,7 +85,20 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; ValueError, and nothing changed, if it could never run."""
         assert not request.sequences, f"request {request.request_id!r} was added before"
-        length, n, max_tokens = len(request.prompt_token_ids), request.params.n, request.params.max_tokens
+        length, n = len(request.prompt_token_ids), request.params.n
+        max_length = self.check(length, request.params)
+        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
+        request.sequences.append(seq)
+        place = len(self._waiting)
+        while place > 0 and length <= self._waiting[place - 1].patience:
+            place -= 1
+        if place < len(self._waiting):
+            self._waiting[place].patience -= length
+        self._waiting.insert(place, seq)
+
+    def check(self, length: int, params: SamplingParams) -> int:
+        """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask."""
+        n, max_tokens = params.n, params.max_tokens
         if length == 0:
             raise ValueError("the prompt has 0 tokens; legal: at least 1")
         if length >= self.max_model_len:
@@ -99,14 +113,7 @@ class Scheduler:
                 f"a prompt of {length} tokens with max_tokens {max_tokens} may grow to {max_length} tokens; "
                 f"legal: at most {self.pool.num_pages * self.pool.page_size}, the size of the KV cache"
             )
-        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
-        request.sequences.append(seq)
-        place = len(self._waiting)
-        while place > 0 and length <= self._waiting[place - 1].patience:
-            place -= 1
-        if place < len(self._waiting):
-            self._waiting[place].patience -= length
-        self._waiting.insert(place, seq)
+        return max_length
 
     def schedule(self) -> Step | None:
         """The next step, to be run and then committed or rolled back; None if there is no work."""
@@ -180,10 +187,10 @@ class Scheduler:
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
 
-    def abort(self, request: Request) -> None:
-        """End all sequences of a request that have not finished with the reason "abort"."""
+    def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
+        """End all sequences of a request that have not finished, for one reason."""
         for seq in request.sequences:
-            self.finish(seq, "abort")
+            self.finish(seq, reason, stop_reason)
 
     def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
         """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
