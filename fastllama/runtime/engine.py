@@ -209,7 +209,7 @@ class Engine:
             self.scheduler.rollback(step)
             self._torn = False
             raise
-        draws = [drawn for part in computed for drawn in part.draws if drawn.seq.request not in failures]
+        draws = [drawn for part in computed for drawn in part.draws]
         # Before the commit, which would offer their pages to other requests.
         touched = {request.request_id: self._fail(request, error) for request, error in failures.items()}
         for drawn in draws:
@@ -217,8 +217,7 @@ class Engine:
                 self.scheduler.finish(drawn.seq, "error", "the model's logits are not finite numbers")
         self.scheduler.commit(step)
         for seq, first, logprobs in (report for part in computed for report in part.prompt_logprobs):
-            if seq.request not in failures:
-                self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
+            self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
         now = time.monotonic()
         for drawn in draws:
             generation = touched[drawn.seq.request.request_id] = self._generations[drawn.seq.request.request_id]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +109,24 @@ def test_each_part_takes_its_own_copies() -> None:
 
     run_parts(step, run)
     assert [part.copies for part in parts if len(part.chunks) == 1] == [step.copies[:1], step.copies[1:], ()]
+
+
+def test_what_a_failed_run_held_is_gone_before_the_next() -> None:
+    @dataclass
+    class Activation:
+        part: Step
+
+    held: list[weakref.ref[Activation]] = []
+
+    def run(part: Step) -> None:
+        assert all(reference() is None for reference in held)
+        activation = Activation(part)
+        held.append(weakref.ref(activation))
+        if len(held) < 3:
+            raise MemoryError
+
+    run_parts(scheduled(3, 3), run)
+    assert len(held) == 5
 
 
 def test_an_interrupt_is_no_fault_of_a_request() -> None:
