@@ -164,14 +164,23 @@ class LLM:
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
         (params,) = _params_of_each(params, 1)
-        tokenizer = self._needed_tokenizer()
+        self._needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
+        return self._add(prompt, params)
+
+    def encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> Sequence[int]:
+        """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
+
+        Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
+        """
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
+        if isinstance(prompt, str):
+            return self._needed_tokenizer().encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return self._add(encode_chat(tokenizer, cast(Sequence[Message], prompt)), params)
-        return self._add(cast("str | Sequence[int]", prompt), params)
+            return encode_chat(self._needed_tokenizer(), cast(Sequence[Message], prompt))
+        return cast(Sequence[int], prompt)
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it."""
@@ -206,10 +215,9 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
-        if isinstance(prompt, str):
-            return self.engine.add_request(self._needed_tokenizer().encode(prompt), params, prompt=prompt)
-        return self.engine.add_request(prompt, params)
+    def _add(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Generation:
+        text = prompt if isinstance(prompt, str) else None
+        return self.engine.add_request(self.encode(prompt), params, prompt=text)
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
