@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 # Resolved on first use: `import fastllama` touches no device and imports neither torch nor Triton.
 _HOME = {
     "LLM": "fastllama.runtime.llm",
+    "AsyncEngine": "fastllama.runtime.async_engine",
     "SamplingParams": "fastllama.runtime.params",
     "RequestOutput": "fastllama.runtime.outputs",
     "CompletionOutput": "fastllama.runtime.outputs",
+    "RequestDelta": "fastllama.runtime.outputs",
     "LlamaConfig": "fastllama.layers.config",
     "LlamaForCausalLM": "fastllama.layers.model",
     "load_model": "fastllama.io.load",
@@ -21,9 +23,11 @@ _HOME = {
 }
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "RequestDelta",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -38,8 +42,9 @@ if TYPE_CHECKING:
     from fastllama.io.tokenizer import load_tokenizer
     from fastllama.layers.config import LlamaConfig
     from fastllama.layers.model import LlamaForCausalLM
+    from fastllama.runtime.async_engine import AsyncEngine
     from fastllama.runtime.llm import LLM
-    from fastllama.runtime.outputs import CompletionOutput, RequestOutput
+    from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestOutput
     from fastllama.runtime.params import SamplingParams
 
 

@@ -30,6 +30,14 @@ class BackendError(RuntimeError):
     """FASTLLAMA_BACKEND, or the device, asks for an implementation of an op that cannot run here."""
 
 
+class QueueFullError(RuntimeError):
+    """More requests wait than an AsyncEngine lets wait; nothing was queued, and a later try may succeed."""
+
+
+class RequestError(RuntimeError):
+    """A request that failed while it ran; its `__cause__` is what was raised."""
+
+
 def nearest(word: str, legal: Iterable[str]) -> str | None:
     """The legal word most like `word`, or None when nothing is close."""
     found = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.5)

@@ -1,0 +1,119 @@
+"""Counters and histograms of a runtime that serves, as plain values for whoever exports them."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fastllama.runtime.outputs import FinishReason
+
+# Seconds. 1, 2.5, 5 to a decade, from a decode step of a small model to the longest answer.
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+
+
+@dataclass(frozen=True)
+class HistogramSnapshot:
+    """counts[i] values were at most bounds[i], and above the bound before it; the last count is of those above all.
+
+    total: the sum of all values, in seconds.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A runtime at one moment. Counters and histograms count from its start on.
+
+    num_queued: accepted requests that have not begun. num_running: sequences that hold pages.
+    num_accepted, num_rejected: requests; those are rejected that find the queue full.
+    num_failed: requests that raised. num_finished: samples, by their finish_reason.
+    num_prompt_tokens, num_cached_tokens: of requests that have begun; cached ones were found in the prefix cache.
+    num_preemptions: how often a sequence gave up its pages to be computed again.
+    queue_seconds: from arrival until a request begins. first_token_seconds: from arrival to its first token.
+    inter_token_seconds: between tokens of one sample. request_seconds: from arrival to its end, however it ends.
+    """
+
+    num_queued: int
+    num_running: int
+    num_pages: int
+    num_available_pages: int
+    num_accepted: int
+    num_rejected: int
+    num_failed: int
+    num_finished: Mapping[FinishReason, int]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    queue_seconds: HistogramSnapshot
+    first_token_seconds: HistogramSnapshot
+    inter_token_seconds: HistogramSnapshot
+    request_seconds: HistogramSnapshot
+
+
+class Histogram:
+    """Counts of values, in seconds, in buckets that never change."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(BOUNDS, value)] += 1
+        self._total += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """The counts so far."""
+        return HistogramSnapshot(BOUNDS, tuple(self._counts), self._total)
+
+
+@dataclass
+class Statistics:
+    """What is counted; see Snapshot. Whoever reads or changes it holds `lock`."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_accepted: int = 0
+    num_rejected: int = 0
+    num_failed: int = 0
+    num_finished: Counter[FinishReason] = field(default_factory=Counter)
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    queue_seconds: Histogram = field(default_factory=Histogram)
+    first_token_seconds: Histogram = field(default_factory=Histogram)
+    inter_token_seconds: Histogram = field(default_factory=Histogram)
+    request_seconds: Histogram = field(default_factory=Histogram)
+
+    def snapshot(self, *, num_queued: int, num_running: int, num_pages: int, num_available_pages: int) -> Snapshot:
+        """All of it as values that stay, beside what its owner knows."""
+        return Snapshot(
+            num_queued=num_queued,
+            num_running=num_running,
+            num_pages=num_pages,
+            num_available_pages=num_available_pages,
+            num_accepted=self.num_accepted,
+            num_rejected=self.num_rejected,
+            num_failed=self.num_failed,
+            num_finished=dict(self.num_finished),
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            num_preemptions=self.num_preemptions,
+            queue_seconds=self.queue_seconds.snapshot(),
+            first_token_seconds=self.first_token_seconds.snapshot(),
+            inter_token_seconds=self.inter_token_seconds.snapshot(),
+            request_seconds=self.request_seconds.snapshot(),
+        )
