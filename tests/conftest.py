@@ -19,6 +19,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastllama")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long to soak: see tests/runtime/test_soak.py."""
+    parser.addoption("--soak", type=int, default=300, help="requests of tests/runtime/test_soak.py")
+
+
 def _has_gpu() -> bool:
     import torch
 
