@@ -221,8 +221,11 @@ def test_a_reader_that_never_reads_costs_one_delta_and_stops_nobody() -> None:
     async def test() -> None:
         async with serving(ours()) as engine:
             unread = engine.add_request(PROMPTS[1], replace(HOT, n=2, max_tokens=60, logprobs=0))
+            closed = engine.add_request(PROMPTS[0], HOT)
             assert ids_of(await all_of(engine.add_request(PROMPTS[2], HOT))) == alone(PROMPTS[2])
-            await until(lambda: engine.statistics().request_seconds.count == 2)
+            await until(lambda: engine.statistics().request_seconds.count == 3)
+            closed.close()
+            assert await all_of(closed) == [], "who closes it reads no more, though there is more"
             (delta,) = await all_of(unread)
         assert delta.finished
         assert [sample.token_ids for sample in delta.outputs] == alone(PROMPTS[1], replace(HOT, n=2, max_tokens=60))
