@@ -109,8 +109,13 @@ class Engine:
     def _begin(self) -> None:
         """Before a change of several parts, which sets _torn to False again when it is whole."""
         if self._torn:
-            while self._generations:
-                self._generations.popitem()[1].abort()
+            for request_id, generation in list(self._generations.items()):
+                try:
+                    generation.abort()
+                except Exception:  # a tokenizer's, which would raise at each call
+                    del self._generations[request_id]
+                    raise
+            self._generations.clear()
             self._start_anew(self.pool.num_pages)
         self._torn = True
 

@@ -128,10 +128,10 @@ class Generation:
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
                 seq.status, seq.finish_reason = Status.FINISHED, reason
+        self.finish_time = time.monotonic()
         for sample in self.samples.values():
             if sample.stream is not None and sample.seq.finish_reason == reason:
                 sample.stream.close()
-        self.finish_time = time.monotonic()
 
     def metrics(self) -> RequestMetrics:
         """Timings and counts up to now."""
