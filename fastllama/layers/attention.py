@@ -22,21 +22,29 @@ class LlamaAttention(nn.Module):
     def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """hidden [T, H], to which attention of norm(hidden) is added in place; writes keys and values into kv."""
         qkv = self.qkv_proj(hidden, batch, norm=norm)
-        q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, kv.k_pages, kv.v_pages)
+        pages = kv.k_pages, kv.v_pages
+        q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, *pages, kv.k_scales, kv.v_scales)
         out = torch.empty_like(q)
         split, total = batch.num_decodes, batch.seq_lens.shape[0]
         if split:
             kernels.attention_decode(
-                q[:split], kv.k_pages, kv.v_pages, batch.page_table[:split], batch.seq_lens[:split], out=out[:split]
+                q[:split],
+                *pages,
+                batch.page_table[:split],
+                batch.seq_lens[:split],
+                k_scales=kv.k_scales,
+                v_scales=kv.v_scales,
+                out=out[:split],
             )
         if split < total:
             kernels.attention_prefill(
                 q[split:],
-                kv.k_pages,
-                kv.v_pages,
+                *pages,
                 batch.page_table[split:],
                 batch.seq_lens[split:],
                 batch.cu_seqlens_q,
+                k_scales=kv.k_scales,
+                v_scales=kv.v_scales,
                 out=out[split:],
             )
         return self.o_proj(out.flatten(1), batch, residual=hidden)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastllama.kernels.checks import CODES
 from fastllama.layers.config import LlamaConfig
 
 
@@ -37,10 +38,21 @@ class BatchMeta:
 
 @dataclass(frozen=True)
 class LayerKV:
-    """Keys and values of one layer, each [num_pages, num_kv_heads, page_size, head_dim]."""
+    """Keys and values of one layer, each [num_pages, num_kv_heads, page_size, head_dim].
+
+    Of codes of 8 bits, k_scales and v_scales [num_pages, num_kv_heads, page_size] fp32; else None.
+    """
 
     k_pages: Tensor
     v_pages: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that there are."""
+        for tensor in (self.k_pages, self.v_pages, self.k_scales, self.v_scales):
+            if tensor is not None:
+                yield tensor
 
 
 @dataclass(frozen=True)
@@ -53,19 +65,27 @@ class KVCache:
     def allocate(
         cls, config: LlamaConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> KVCache:
-        """Uninitialised pages: a slot is read only after it was written."""
-        shape = (num_pages, config.num_key_value_heads, page_size, config.head_dim)
-        pages = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers)]
-        return cls(tuple(map(LayerKV, pages[::2], pages[1::2])))
+        """Uninitialised pages: a slot is read only after it was written. dtype: floating, or int8 or float8_e4m3fn."""
+        shape = (num_pages, config.num_key_value_heads, page_size)
+
+        def empty() -> LayerKV:
+            pages = [torch.empty(*shape, config.head_dim, dtype=dtype, device=device) for _ in range(2)]
+            scales = [torch.empty(shape, device=device) for _ in range(2)] if dtype in CODES else []
+            return LayerKV(*pages, *scales)
+
+        return cls(tuple(empty() for _ in range(config.num_hidden_layers)))
 
     @staticmethod
     def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
-        """Bytes that one token's keys and values take in all layers."""
-        return 2 * config.num_hidden_layers * config.kv_size * dtype.itemsize
+        """Bytes that one token's keys and values take in all layers, in pages of a dtype."""
+        scale = torch.float32.itemsize if dtype in CODES else 0
+        of_head = config.head_dim * dtype.itemsize + scale
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * of_head
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) pages in every layer; no page is both."""
         sources, destinations = (list(ids) for ids in zip(*copies, strict=True))
         for layer in self.layers:
-            for pages in (layer.k_pages, layer.v_pages):
-                pages[destinations] = pages[sources]
+            for tensor in layer.tensors():
+                held = tensor.view(torch.int8) if tensor.itemsize == 1 else tensor  # torch does not index all of 8 bits
+                held[destinations] = held[sources]

@@ -10,7 +10,9 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastllama.errors import check_range
+import torch
+
+from fastllama.errors import check_choice, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.kernels import tuning
 from fastllama.layers.model import LlamaForCausalLM
@@ -25,16 +27,20 @@ from fastllama.runtime.runner import Runner
 from fastllama.runtime.scheduler import Chunk, Scheduler, Step
 from fastllama.runtime.sequence import Request, Sequence
 
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen from model and memory.
 
-    kv_cache_tokens is rounded up to whole pages. deterministic: a request's logits do not depend on what else runs.
+    kv_cache_tokens is rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES. deterministic: a request's logits do
+    not depend on what else runs.
     """
 
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
     page_size: int = 64
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -45,6 +51,7 @@ class EngineOptions:
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 self._check(name, 2)  # a prompt of one token and its answer
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         self._check("page_size", 16, 256)
         self._check("max_num_seqs", 1)
         self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
@@ -76,8 +83,9 @@ class Engine:
     """
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+        kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
         max_model_len, kv_cache_tokens = cache_sizes(
-            model, options.max_model_len, options.kv_cache_tokens, options.max_num_seqs, options.page_size
+            model, options.max_model_len, options.kv_cache_tokens, options.max_num_seqs, options.page_size, kv_dtype
         )
         model.set_max_model_len(max_model_len)
         self.model, self.tokenizer = model, tokenizer
@@ -87,6 +95,7 @@ class Engine:
             model,
             self.pool.num_pages,
             options.page_size,
+            kv_dtype=kv_dtype,
             max_num_tokens=options.max_num_batched_tokens,
             max_model_len=max_model_len,
             deterministic=options.deterministic,

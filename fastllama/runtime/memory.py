@@ -62,15 +62,20 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
 
 
 def cache_sizes(
-    model: LlamaForCausalLM, max_model_len: int | None, kv_cache_tokens: int | None, max_num_seqs: int, page_size: int
+    model: LlamaForCausalLM,
+    max_model_len: int | None,
+    kv_cache_tokens: int | None,
+    max_num_seqs: int,
+    page_size: int,
+    dtype: torch.dtype,
 ) -> tuple[int, int]:
-    """max_model_len and kv_cache_tokens, from the model and the free memory where they are None.
+    """max_model_len and kv_cache_tokens, from the model and the free memory where they are None. dtype: of the pages.
 
     Raises ValueError where a sequence of max_model_len could never fit.
     """
     length = model.config.max_position_embeddings if max_model_len is None else max_model_len
     if kv_cache_tokens is None:
-        per_token = KVCache.bytes_per_token(model.config, model.dtype)
+        per_token = KVCache.bytes_per_token(model.config, dtype)
         fits = int(available_bytes(model.device) * KV_SHARE[model.device.type] / per_token)
         pages = min(fits // page_size, -(-length // page_size) * max_num_seqs)
         kv_cache_tokens = max(pages, 1) * page_size

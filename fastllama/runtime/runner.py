@@ -30,8 +30,8 @@ class StepLogits:
 class Runner:
     """A model and its pages.
 
-    max_num_tokens: of a step. max_model_len: tokens of a sequence. deterministic: a token's logits are the same, bit
-    for bit, whatever else is in the step.
+    kv_dtype: of the pages. max_num_tokens: of a step. max_model_len: tokens of a sequence. deterministic: a token's
+    logits are the same, bit for bit, whatever else is in the step.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class Runner:
         num_pages: int,
         page_size: int,
         *,
+        kv_dtype: torch.dtype,
         max_num_tokens: int,
         max_model_len: int,
         deterministic: bool,
     ) -> None:
         self.model = model
         self.page_size = page_size
-        self.kv = KVCache.allocate(model.config, num_pages, page_size, model.dtype, model.device)
+        self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self._deterministic = deterministic
         self._workspace = model.workspace(max_num_tokens)
         capture: Capture = RecordingCapture(model.device)

@@ -169,16 +169,19 @@ def test_tied_embeddings_are_one_tensor() -> None:
     assert (model.dtype, model.device) == (torch.float32, torch.device("cpu"))
 
 
-def test_pages_can_be_copied_and_counted() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_pages_can_be_copied_and_counted(dtype: torch.dtype) -> None:
     config = ours("GQA", torch.float32).config
-    kv = KVCache.allocate(config, 4, 5, torch.float16, "cpu")
+    kv = KVCache.allocate(config, 4, 5, dtype, "cpu")
     for i, layer in enumerate(kv.layers):
-        for pages in (layer.k_pages, layer.v_pages):
-            assert pages.shape == (4, 4, 5, 4)
-            pages.copy_(torch.arange(4).view(4, 1, 1, 1) + 10 * i)
+        assert layer.k_pages.shape == layer.v_pages.shape == (4, 4, 5, 4)
+        assert (layer.k_pages.dtype, layer.v_pages.dtype) == (dtype, dtype)
+        assert [tensor.shape for tensor in layer.tensors()][2:] == ([(4, 4, 5)] * 2 if dtype.itemsize == 1 else [])
+        for tensor in layer.tensors():
+            tensor.copy_((torch.arange(4.0) + 10 * i).view(4, *[1] * (tensor.dim() - 1)))
     kv.copy_pages([(0, 3), (2, 1)])
     for i, layer in enumerate(kv.layers):
-        for pages in (layer.k_pages, layer.v_pages):
-            assert (pages[:, 0, 0, 0] - 10 * i).tolist() == [0, 2, 2, 0]
-    elements = sum(pages.numel() for layer in kv.layers for pages in (layer.k_pages, layer.v_pages))
-    assert KVCache.bytes_per_token(config, torch.float16) * 4 * 5 == elements * 2
+        for tensor in layer.tensors():
+            assert (tensor.flatten(1)[:, 0].float() - 10 * i).tolist() == [0, 2, 2, 0]
+    held = sum(tensor.nbytes for layer in kv.layers for tensor in layer.tensors())
+    assert KVCache.bytes_per_token(config, dtype) * 4 * 5 == held

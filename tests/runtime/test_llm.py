@@ -253,17 +253,18 @@ def test_the_cache_fits_the_memory_and_no_more_than_all_sequences(
 ) -> None:
     model = ours()  # 2 layers, 2 heads of 16 in fp64: 1 KiB for a token's keys and values
     monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * 1024 * 1000)
-    assert cache_sizes(model, 100, None, 3, 64) == (100, 3 * 128)
-    assert cache_sizes(model, 100, None, 64, 64) == (100, 1000 // 64 * 64)
-    assert cache_sizes(model, None, None, 64, 64) == (512, 960)
-    assert cache_sizes(model, None, 5000, 64, 64) == (512, 5000)
+    assert cache_sizes(model, 100, None, 3, 64, torch.float64) == (100, 3 * 128)
+    assert cache_sizes(model, 100, None, 64, 64, torch.float64) == (100, 1000 // 64 * 64)
+    assert cache_sizes(model, None, None, 64, 64, torch.float64) == (512, 960)
+    assert cache_sizes(model, None, None, 64, 64, torch.float32) == (512, 1984)
+    assert cache_sizes(model, None, 5000, 64, 64, torch.float64) == (512, 5000)
     assert caplog.records == []
-    assert cache_sizes(model, None, 200, 64, 64) == (200, 200)
+    assert cache_sizes(model, None, 200, 64, 64, torch.float64) == (200, 200)
     assert [record.getMessage() for record in caplog.records] == [
         "max_model_len is 200, not the model's 512: the KV cache holds no more"
     ]
     monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
-    assert cache_sizes(model, None, None, 64, 32) == (32, 32)
+    assert cache_sizes(model, None, None, 64, 32, torch.float64) == (32, 32)
     monkeypatch.undo()
     assert memory.available_bytes(torch.device("cpu")) > 2**20
 
