@@ -128,7 +128,7 @@ def test_splits_fill_the_gpu_and_are_not_too_short(features: int, size: int, spl
     assert launch == heuristics.MatmulLaunch(64, 128, splits, 4, 4)
 
 
-@pytest.mark.parametrize(("itemsize", "columns"), [(2, 128), (4, 64)])
+@pytest.mark.parametrize(("itemsize", "columns"), [(2, 128), (4, 32)])
 @pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
 def test_tiles_fit(itemsize: int, columns: int, shared: int) -> None:
     launch = heuristics.matmul_heuristic(
