@@ -62,6 +62,20 @@ def bind() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
         yield lambda op, run: stack.enter_context(OPS[op].bound_to(torch.device("cpu"), run))
 
 
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`force(backend)`: FASTLLAMA_BACKEND says so, and no op remembers what it chose before, until the test ends."""
+    from fastllama.kernels.op import OPS
+
+    def force(backend: str) -> None:
+        monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
+        for op in OPS.values():
+            monkeypatch.setattr(op, "_bound", {})
+            monkeypatch.setattr(op, "_known", {})
+
+    return force
+
+
 @pytest.fixture(autouse=True)
 def _poison_and_seed() -> None:
     """An output that a kernel forgets to write turns the test red, instead of holding an earlier right answer.

@@ -20,19 +20,6 @@ Force = Callable[[str], None]
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Force:
-    """`force(backend)`: FASTLLAMA_BACKEND says so, and no op remembers what it chose before, until the test ends."""
-
-    def force(backend: str) -> None:
-        monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
-        for op in OPS.values():
-            monkeypatch.setattr(op, "_bound", {})
-            monkeypatch.setattr(op, "_known", {})
-
-    return force
-
-
-@pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The ops whose Triton kernels have run in the test."""
     names: set[str] = set()

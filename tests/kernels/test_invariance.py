@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels.op import OPS
 from tests.kernels.honest import DTYPES, assert_equal
 from tests.kernels.test_around import FORMS, around, weight_of
 
@@ -22,15 +22,12 @@ def shuffled(x: Tensor, options: dict[str, Any], order: Tensor) -> tuple[Tensor,
     return x[order], options if residual is None else options | {"residual": residual[order]}
 
 
-@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["", *FORMS])
 @pytest.mark.parametrize("op", OPS_OF_PRODUCTS)
-def test_on_a_cpu(op: str, form: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend:
-        monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
-        monkeypatch.setattr(OPS[op], "_bound", {})
-        monkeypatch.setattr(OPS[op], "_known", {})
+def test_on_a_cpu(op: str, form: str, dtype: torch.dtype, backend: str, force: Callable[[str], None]) -> None:
+    force(backend)
     product, x = getattr(kernels, op), torch.randn(37, 192).to(dtype)
     weight, _ = weight_of(op, 66, 192)
     weight = tuple(each.to(dtype) if isinstance(each, Tensor) and op == "matmul" else each for each in weight)
@@ -45,12 +42,9 @@ def test_on_a_cpu(op: str, form: str, dtype: torch.dtype, backend: str, monkeypa
 @pytest.mark.interpreter
 @pytest.mark.parametrize("form", ["", "norm, residual", "norm, gated"])
 @pytest.mark.parametrize("op", ["matmul", "matmul_int4", "matmul_int8"])
-def test_on_triton(op: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_triton(op: str, form: str, force: Callable[[str], None]) -> None:
     """Of more rows than the kernels take."""
-    monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
-    for each in OPS.values():
-        monkeypatch.setattr(each, "_bound", {})
-        monkeypatch.setattr(each, "_known", {})
+    force("triton")
     product, x = getattr(kernels, op), torch.randn(70, 128).bfloat16()
     weight, exact = weight_of(op, 128, 128)
     weight = (exact.bfloat16(),) if op == "matmul" else weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastllama import LlamaForCausalLM, SamplingParams
-from fastllama.kernels.op import OPS
 from fastllama.layers import packing
 from fastllama.layers.linear import PackedLinear
 from fastllama.runtime import sampler
@@ -87,15 +87,12 @@ def test_else_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-def test_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_triton(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
     """More tokens than the kernels of products take at once, by codes and, in the output head, by a weight in bf16."""
     from fastllama.testing.interpreter import repaired
 
     model, prompts = build("int4"), [prompt_of(33), prompt_of(34)]
-    monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
-    for op in OPS.values():
-        monkeypatch.setattr(op, "_bound", {})
-        monkeypatch.setattr(op, "_known", {})
+    force("triton")
     with repaired():
         alone = run(model, monkeypatch, prompts=prompts, alone=True, deterministic=True)
         together = run(model, monkeypatch, prompts=prompts, deterministic=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from fastllama import LlamaConfig
-from fastllama.kernels.op import OPS
 from fastllama.layers import packing
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
@@ -43,7 +44,8 @@ def step(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
     positions = lengths.long() - 1
     slots = (table.long().gather(1, positions[:, None] // 16).squeeze(1)) * 16 + positions % 16
     rows = torch.arange(3)
-    batch = BatchMeta(positions, slots, table, lengths, 3, torch.zeros(1, dtype=torch.int32), rows)
+    bounds = torch.zeros(1, dtype=torch.int32)
+    batch = BatchMeta(positions, slots, table, lengths, 3, bounds, rows, workspace=model.workspace(3))
     kv = KVCache.allocate(CONFIG, 6, 16, model.dtype, "cpu")
     generator = torch.Generator().manual_seed(1)
     for layer in kv.layers:
@@ -57,17 +59,14 @@ def step(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["bf16", "int4", "int8"])
 def test_a_decode_step_is_six_launches_a_layer(
-    model: LlamaForCausalLM, kind: str, checked: Report, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, kind: str, checked: Report, force: Callable[[str], None]
 ) -> None:
     """And one that combines, where keys are split. The residual stream is the reference's, but for rounding."""
     if kind != "bf16":
         packing.quantize(model, kind, progress=False)
     hidden, found = torch.randn(3, 64).to(BF16), {}
     for backend in ("reference", "triton"):
-        monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
-        for op in OPS.values():
-            monkeypatch.setattr(op, "_bound", {})
-            monkeypatch.setattr(op, "_known", {})
+        force(backend)
         found[backend] = step(model, hidden.clone())
     assert [launch.kernel for launch in checked.launches] == LAUNCHES
     assert error(found["triton"], found["reference"].double()) < 4 * torch.finfo(BF16).eps
