@@ -288,14 +288,10 @@ class AsyncEngine:
             if first and generation.first_token_time is not None:
                 statistics.first_token_seconds.observe(generation.first_token_time - order.arrival)
         prompt_logprobs = generation.all_prompt_logprobs() if first else None
-        if not generation.finished:
-            return order.mailbox.put(pieces, prompt_logprobs=prompt_logprobs)
-        if generation.error is None:
-            reader = order.mailbox.put(pieces, prompt_logprobs=prompt_logprobs, metrics=generation.metrics())
-            self._end(order)
-            return reader
-        reader = order.mailbox.put(pieces, prompt_logprobs=prompt_logprobs)
-        self._end(order, generation.error)
+        metrics = generation.metrics() if generation.finished and generation.error is None else None
+        reader = order.mailbox.put(pieces, prompt_logprobs=prompt_logprobs, metrics=metrics)
+        if generation.finished:
+            self._end(order, generation.error)
         return reader
 
     def _end(self, order: _Order, error: BaseException | None = None) -> None:

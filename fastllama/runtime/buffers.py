@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastllama.kernels.arithmetic import ceil_div
+
 _ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
 
 
@@ -36,7 +38,7 @@ class Buffers:
         for name, (shape, dtype) in wanted.items():
             size = math.prod(shape) * dtype.itemsize
             places[name] = slice(end, end + size)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
         self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
         hosts, self.device = (

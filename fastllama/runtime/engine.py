@@ -144,7 +144,7 @@ class Engine:
     def _run_anew(self, num_seqs: int, length: int) -> None:
         """A step of prompts of so many tokens, all in the same pages."""
         request = Request("warm-up", (0,) * length, SamplingParams(max_tokens=1, seed=0), time.monotonic())
-        pages = list(range(-(-length // self.pool.page_size)))
+        pages = list(range(self.pool.pages_for(length)))
         sequences = [Sequence(i, request, i, [0] * length, length, 1, page_ids=pages) for i in range(num_seqs)]
         chunks = tuple(Chunk(seq, 0, length, (seq,)) for seq in sequences)
         step = Step(chunks, num_decodes=num_seqs if length == 1 else 0, copies=())

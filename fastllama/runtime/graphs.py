@@ -87,20 +87,13 @@ class DecodeGraphs:
 
     Every step runs as it is written where the model has a forward of its own, a module has hooks, or something between
     ops computes that cannot be recorded. Other Python inside the modules runs only while a step is captured, and
-    parameters are those of that moment. workspace, deterministic: of BatchMeta.
+    parameters are those of that moment. batch_of: BatchMeta, but for what is the same in every step.
     """
 
     def __init__(
-        self,
-        model: LlamaForCausalLM,
-        kv: KVCache,
-        capture: Capture,
-        *,
-        workspace: Tensor | None = None,
-        deterministic: bool = False,
+        self, model: LlamaForCausalLM, kv: KVCache, capture: Capture, batch_of: Callable[..., BatchMeta]
     ) -> None:
-        self._model, self._kv, self._capture = model, kv, capture
-        self._workspace, self._deterministic = workspace, deterministic
+        self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
         self._modules = list(model.modules())
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._replayable = type(model) is LlamaForCausalLM
@@ -119,13 +112,12 @@ class DecodeGraphs:
         shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
         graph = self._graphs.get(shape)
         if graph is None:
-            graph = _Graph(*shape, self._model.device, self._workspace, self._deterministic)
+            graph = _Graph(*shape, self._model.device, self._batch_of)
             graph.load(inputs)
-            if not graph.capture(self._capture, self._model, self._kv):
-                self._replayable = False
-            elif len(self._graphs) == LIMIT:
-                del self._graphs[next(iter(self._graphs))]
+            self._replayable = graph.capture(self._capture, self._model, self._kv)
             if self._replayable:
+                if len(self._graphs) == LIMIT:
+                    del self._graphs[next(iter(self._graphs))]
                 self._graphs[shape] = graph
         else:
             graph.load(inputs)
@@ -139,9 +131,7 @@ class _Graph:
     logits: Tensor
     replay: Callable[[], object]
 
-    def __init__(
-        self, num_rows: int, num_pages: int, device: torch.device, workspace: Tensor | None, deterministic: bool
-    ) -> None:
+    def __init__(self, num_rows: int, num_pages: int, device: torch.device, batch_of: Callable[..., BatchMeta]) -> None:
         per_row, wide, narrow = (num_rows,), torch.int64, torch.int32
         self._buffers = Buffers(
             {
@@ -156,13 +146,11 @@ class _Graph:
         self._rows = num_rows  # that the buffers hold numbers of
         given = dict(self._buffers.device)
         self._ids = given.pop("ids")
-        self._batch = BatchMeta(
+        self._batch = batch_of(
             **given,
             num_decodes=num_rows,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
             logits_rows=torch.arange(num_rows, device=device),
-            workspace=workspace,
-            deterministic=deterministic,
         )
 
     def capture(self, capture: Capture, model: LlamaForCausalLM, kv: KVCache) -> bool:

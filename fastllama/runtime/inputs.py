@@ -14,7 +14,6 @@ class Inputs:
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
     samples: (sequence, row of the logits) for each token to draw; samples of one prompt share a row.
-    Where each token is to be computed by itself (`apart`), each is a sequence, up to its own position.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """
 
@@ -31,10 +30,24 @@ class Inputs:
 
     @classmethod
     def of(cls, step: Step, page_size: int, *, apart: bool = False) -> Inputs:
-        """The inputs of a step whose sequences have pages for all of their tokens."""
+        """The inputs of a step whose sequences have pages for all of their tokens.
+
+        apart: each token is a sequence of its own, which ends with it, so that none is computed beside another.
+        """
         width = max(len(chunk.seq.page_ids) for chunk in step.chunks)
         num_decodes = sum(chunk.length for chunk in step.chunks) if apart else step.num_decodes
-        inputs = cls([], [], [], [], [], num_decodes, [0], [], [], [])
+        inputs = cls(
+            ids=[],
+            positions=[],
+            slots=[],
+            page_table=[],
+            seq_lens=[],
+            num_decodes=num_decodes,
+            cu_seqlens_q=[0],
+            logits_rows=[],
+            samples=[],
+            prompts=[],
+        )
         for index, chunk in enumerate(step.chunks):
             inputs._add(chunk, page_size)
             row = chunk.seq.page_ids + [0] * (width - len(chunk.seq.page_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,11 +50,12 @@ class Runner:
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self._deterministic = deterministic
-        self._workspace = model.workspace(max_num_tokens)
+        workspace = model.workspace(max_num_tokens)
+        self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)
         capture: Capture = RecordingCapture(model.device)
         if model.device.type == "cuda":
             capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
-        self._graphs = DecodeGraphs(model, self.kv, capture, workspace=self._workspace, deterministic=deterministic)
+        self._graphs = DecodeGraphs(model, self.kv, capture, self._batch_of)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepLogits:
@@ -68,7 +70,7 @@ class Runner:
         def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
-        batch = BatchMeta(
+        batch = self._batch_of(
             positions=tensor(inputs.positions, torch.int64),
             slots=tensor(inputs.slots, torch.int64),
             page_table=tensor(inputs.page_table, torch.int32),
@@ -76,7 +78,5 @@ class Runner:
             num_decodes=inputs.num_decodes,
             cu_seqlens_q=tensor(inputs.cu_seqlens_q, torch.int32),
             logits_rows=tensor(inputs.logits_rows, torch.int64),
-            workspace=self._workspace,
-            deterministic=self._deterministic,
         )
         return self.model(tensor(inputs.ids, torch.int64), batch, self.kv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -22,13 +23,11 @@ FLOAT_INPUTS = [
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
     """No choice from before, and none that stays."""
-    monkeypatch.delenv("FASTLLAMA_BACKEND", raising=False)
+    force("auto")
+    monkeypatch.delenv("FASTLLAMA_BACKEND")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for op in OPS.values():
-        monkeypatch.setattr(op, "_bound", {})
-        monkeypatch.setattr(op, "_known", {})
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **installed: bool) -> None:

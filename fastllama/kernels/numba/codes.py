@@ -31,6 +31,7 @@ from fastllama.kernels.numba.vectors import (
     I8,
     I32,
     PAIRS,
+    WIDE,
     WORDS,
     at,
     broadcast,
@@ -51,12 +52,10 @@ _OF_4_BITS = np.arange(64).reshape(4, 2, 2, 2, 2)  # t, h, v, q, e
 _OF_8_BITS = np.arange(32).reshape(2, 1, 4, 4).repeat(2, 1)  # c, r, q, i
 PLACES = {4: _OF_4_BITS.transpose(2, 1, 3, 0, 4).ravel(), 8: _OF_8_BITS.transpose(2, 0, 1, 3).ravel()}
 
-_WIDE = ir.VectorType(I32, 16)
-
 
 def _dot_of_pairs(builder, a, b):
     """The sums of products of neighbours: one instruction on x86 (vpmaddwd)."""
-    product = builder.mul(builder.sext(a, _WIDE), builder.sext(b, _WIDE))
+    product = builder.mul(builder.sext(a, WIDE), builder.sext(b, WIDE))
     return builder.add(*(every_second(builder, product, e) for e in range(2)))
 
 

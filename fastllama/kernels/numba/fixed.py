@@ -12,13 +12,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastllama.kernels.numba.numerics import load, parallel_jit
-from fastllama.kernels.numba.vectors import FLOATS, I32, PAIRS, WORDS, at, every_second, math, read, splat
+from fastllama.kernels.numba.vectors import FLOATS, PAIRS, WIDE, WORDS, at, every_second, math, read, splat
 from fastllama.kernels.reference.int4 import MIDDLE
 
 RECORD = 4 * 32 + 32 + 32  # bytes of x for a step: 64 int16, 8 int32 to start from, 8 fp32 units of the sums
 LARGEST = 2**15 - 1
-
-_WIDE = ir.VectorType(I32, 16)
 
 
 def _clamped(builder, numbers, low, high):
@@ -32,7 +30,7 @@ def _store_record(builder, address, numbers, units):
     """A record of four vectors of whole float32; returns them as they fit in."""
     total = splat(WORDS, 0)
     for i, given in enumerate(numbers):
-        whole = builder.fptosi(given, _WIDE)
+        whole = builder.fptosi(given, WIDE)
         for e in range(2):
             total = builder.add(total, every_second(builder, whole, e))
         builder.store(builder.trunc(whole, PAIRS), at(builder, address, 32 * i, PAIRS), align=1)
@@ -57,7 +55,7 @@ def fix(context, x, record, rests, parts):
         largest = builder.select(builder.fcmp_ordered(">", *halves), *halves)
         power = builder.and_(builder.bitcast(largest, WORDS), splat(WORDS, 0x7F800000))
         power = _clamped(builder, builder.bitcast(power, FLOATS), 2.0**-112, 2.0**127)
-        twice = ir.Constant(_WIDE, [i // 2 for i in range(16)])
+        twice = ir.Constant(WIDE, [i // 2 for i in range(16)])
         up = builder.fdiv(splat(FLOATS, 2.0**14), power)
         up = builder.shuffle_vector(up, up, twice)
         units = builder.fmul(power, splat(FLOATS, 2.0**-14))

@@ -31,10 +31,9 @@ def matmul_int4(
 
 def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """By codes less 8; what zeros differ from 8 meets the sums of x over each group, of which there are few."""
-    given = x.float()
     total = torch.empty(out.shape)
     codes.multiply(x, packed, scales, None, total)
-    sums = given.unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]
+    sums = x.float().unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]
     total.addmm_(sums, (scales.float() * (zeros.float() - MIDDLE)).T, alpha=-1)
     if bias is not None:
         total += bias

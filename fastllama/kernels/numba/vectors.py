@@ -7,6 +7,7 @@ from numba.core import cgutils
 
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 FLOATS, WORDS, PAIRS = ir.VectorType(ir.FloatType(), 8), ir.VectorType(I32, 8), ir.VectorType(I16, 16)
+WIDE = ir.VectorType(I32, 16)  # of PAIRS
 
 
 def splat(kind, value):
