@@ -7,9 +7,10 @@ implementations saves all else between them: modules, views, allocations and che
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ from fastllama.kernels.op import OPS, Function
 
 _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
 _LOCK = threading.Lock()  # each recording replaces what runs an op, and puts back what it found
+T = TypeVar("T")
+
+
+def record(run: Callable[[], T], device: torch.device, memory: list[Tensor]) -> tuple[T, Recording]:
+    """What `run` returns, and the recording of it; recordings of several threads wait for each other."""
+    recording = Recording(device, memory)
+    with _LOCK:
+        try:
+            with recording:
+                return run(), recording
+        except BaseException:
+            recording.close()  # Ctrl-C on the way out of a `with` skips its __exit__
+            raise
 
 
 class Recording(TorchDispatchMode):
@@ -42,18 +56,21 @@ class Recording(TorchDispatchMode):
     def __enter__(self) -> Recording:
         owner = threading.get_ident()
         with ExitStack() as stack:
-            stack.enter_context(_LOCK)
             for op in OPS.values():
                 with suppress(BackendError):  # an op that cannot run here says so when it is called
                     stack.enter_context(op.bound_to(self._device, self._noting(op.bound(self._device), owner)))
             super().__enter__()
+            stack.push(super().__exit__)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        self.close()
+
+    def close(self) -> None:
+        """Note no more. May be called twice."""
         self._stack.close()
 
     def replay(self) -> None:

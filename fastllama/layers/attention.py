@@ -25,23 +25,24 @@ class LlamaAttention(nn.Module):
         pages = kv.k_pages, kv.v_pages
         q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, *pages, kv.k_scales, kv.v_scales)
         out = torch.empty_like(q)
-        split, total = batch.num_decodes, batch.seq_lens.shape[0]
-        if split:
+        decodes, total = batch.num_decodes, batch.seq_lens.shape[0]
+        split = decodes * batch.num_queries  # of the tokens
+        if decodes:
             kernels.attention_decode(
                 q[:split],
                 *pages,
-                batch.page_table[:split],
-                batch.seq_lens[:split],
+                batch.page_table[:decodes],
+                batch.seq_lens[:decodes],
                 k_scales=kv.k_scales,
                 v_scales=kv.v_scales,
                 out=out[:split],
             )
-        if split < total:
+        if decodes < total:
             kernels.attention_prefill(
                 q[split:],
                 *pages,
-                batch.page_table[split:],
-                batch.seq_lens[split:],
+                batch.page_table[decodes:],
+                batch.seq_lens[decodes:],
                 batch.cu_seqlens_q,
                 k_scales=kv.k_scales,
                 v_scales=kv.v_scales,

@@ -14,13 +14,13 @@ from fastllama.layers.config import LlamaConfig
 
 @dataclass(frozen=True)
 class BatchMeta:
-    """The ragged tokens of several sequences, without padding; sequences with one new token come first.
+    """The ragged tokens of several sequences, without padding; those that decode come first, all with equally many.
 
     positions: [T] int64, of each token in its sequence. slots: [T] int64, page * page_size + offset where its key goes.
     page_table: [B, max_pages] int32. seq_lens: [B] int32, tokens of each sequence including the new ones.
-    num_decodes: how many of the B sequences have one new token. cu_seqlens_q: [B - num_decodes + 1] int32, bounds of
-    the other sequences' tokens, counted from token num_decodes. logits_rows: [R] int64, the tokens whose logits are
-    wanted, ascending and each once.
+    num_decodes: how many of the B sequences decode: they have num_queries new tokens, one and the drafts after it.
+    cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the other sequences' tokens, counted from the first of these.
+    logits_rows: [R] int64, the tokens whose logits are wanted, ascending and each once.
     workspace: of LlamaForCausalLM.workspace, or None. deterministic: whether a token's numbers are the same, bit for
     bit, whatever else is in the batch, in what is computed of each token; attention is so where all are decodes.
     """
@@ -32,6 +32,7 @@ class BatchMeta:
     num_decodes: int
     cu_seqlens_q: Tensor
     logits_rows: Tensor
+    num_queries: int = 1
     workspace: Tensor | None = None
     deterministic: bool = False
 

@@ -1,4 +1,4 @@
-"""Decode steps captured once for each shape and run again over the same buffers, without the modules.
+"""Decode steps, draws included, captured once for each shape and run again over the same buffers, without the modules.
 
 On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
 device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
@@ -9,20 +9,23 @@ the ops ran (kernels/recording.py), of exactly the sequences there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastllama import kernels
 from fastllama.kernels.arithmetic import ceil_div, power_of_2
-from fastllama.kernels.recording import Recording
+from fastllama.kernels.recording import record
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.buffers import Buffers
-from fastllama.runtime.inputs import Inputs
+from fastllama.runtime.inputs import Inputs, parameters
+from fastllama.runtime.sampler import DTYPES
 
 LIMIT = 64  # recordings kept, of some hundred small Python objects each; all share their tensors' memory
 PADDING = -1  # the slot of a row that is nobody's
+T = TypeVar("T")
 
 
 class Capture(Protocol):
@@ -31,7 +34,7 @@ class Capture(Protocol):
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
         """Rows, and pages of each, of the graph for so many sequences, whose longest has so many pages."""
 
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
+    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
         """What `run` returns, computed now, and what computes it again in its place; None where nothing can."""
 
 
@@ -45,9 +48,8 @@ class RecordingCapture:
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
         return num_seqs, power_of_2(num_pages)
 
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
-        with Recording(self._device, self._memory) as recording:
-            result = run()
+    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
+        result, recording = record(run, self._device, self._memory)
         return result, recording.replay if recording.replayable else None
 
 
@@ -61,7 +63,7 @@ class GraphCapture:
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
         return bucket(num_seqs), self._max_pages
 
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object] | None]:
+    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
         graph = torch.cuda.CUDAGraph()
 
         def replay() -> None:
@@ -95,21 +97,26 @@ class DecodeGraphs:
     ) -> None:
         self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
         self._modules = list(model.modules())
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._replayable = type(model) is LlamaForCausalLM
 
     def take(self, inputs: Inputs) -> bool:
-        """Whether `run` computes this step: nothing but decodes, with a token to draw for each."""
+        """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
         return (
             self._replayable
             and "forward" not in vars(self._model)
-            and inputs.num_decodes == len(inputs.seq_lens) == len(inputs.logits_rows)
+            and inputs.num_decodes == len(inputs.seq_lens)
+            and len(inputs.logits_rows) == len(inputs.ids)
+            and len({sample.row for sample in inputs.samples}) == len(inputs.samples)
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         )
 
-    def run(self, inputs: Inputs) -> Tensor:
-        """Logits [B, V] of a decode step, to be read before the next step."""
-        shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
+    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [R, V] of a decode step, and tokens and log-probabilities [R] drawn from them as `samples` say.
+
+        To be read before the next step. What no sample is drawn from has a token that means nothing.
+        """
+        shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
         graph = self._graphs.get(shape)
         if graph is None:
             graph = _Graph(*shape, self._model.device, self._batch_of)
@@ -122,52 +129,68 @@ class DecodeGraphs:
         else:
             graph.load(inputs)
             graph.replay()
-        return graph.logits[: inputs.num_decodes]
+        rows = len(inputs.ids)
+        return graph.logits[:rows], graph.tokens[:rows], graph.logprobs[:rows]
 
 
 class _Graph:
-    """The step of one shape: its inputs' buffers, what computes it, its logits."""
+    """The step of one shape: its inputs' buffers, what computes it, its logits, and the tokens drawn from them."""
 
     logits: Tensor
+    tokens: Tensor
+    logprobs: Tensor
     replay: Callable[[], object]
 
-    def __init__(self, num_rows: int, num_pages: int, device: torch.device, batch_of: Callable[..., BatchMeta]) -> None:
-        per_row, wide, narrow = (num_rows,), torch.int64, torch.int32
-        self._buffers = Buffers(
-            {
-                "ids": (per_row, wide),
-                "positions": (per_row, wide),
-                "slots": (per_row, wide),
-                "seq_lens": (per_row, narrow),
-                "page_table": ((num_rows, num_pages), narrow),
-            },
-            device,
-        )
-        self._rows = num_rows  # that the buffers hold numbers of
+    def __init__(
+        self, num_seqs: int, num_pages: int, num_queries: int, device: torch.device, batch_of: Callable[..., BatchMeta]
+    ) -> None:
+        rows, wide, narrow = num_seqs * num_queries, torch.int64, torch.int32
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "ids": ((rows,), wide),
+            "positions": ((rows,), wide),
+            "slots": ((rows,), wide),
+            "seq_lens": ((num_seqs,), narrow),
+            "page_table": ((num_seqs, num_pages), narrow),
+        }
+        self._buffers = Buffers(wanted | {name: ((rows,), dtype) for name, dtype in DTYPES.items()}, device)
+        self._num_seqs = num_seqs  # that the buffers hold numbers of
         given = dict(self._buffers.device)
         self._ids = given.pop("ids")
+        self._parameters = {name: given.pop(name) for name in DTYPES}
         self._batch = batch_of(
             **given,
-            num_decodes=num_rows,
+            num_decodes=num_seqs,
+            num_queries=num_queries,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
-            logits_rows=torch.arange(num_rows, device=device),
+            logits_rows=torch.arange(rows, device=device),
         )
 
     def capture(self, capture: Capture, model: LlamaForCausalLM, kv: KVCache) -> bool:
         """Compute the loaded step, and whether it can be replayed."""
-        self.logits, replay = capture.capture(lambda: model(self._ids, self._batch, kv))
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            logits = model(self._ids, self._batch, kv)
+            tokens, logprobs = kernels.sample(logits, **self._parameters)
+            return logits, tokens, logprobs
+
+        (self.logits, self.tokens, self.logprobs), replay = capture.capture(run)
         if replay is not None:
             self.replay = replay
         return replay is not None
 
     def load(self, inputs: Inputs) -> None:
         """Send a step's numbers to the device."""
-        host, rows, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
-        for name in ("ids", "positions", "slots", "seq_lens"):
+        host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
+        rows = len(inputs.ids)
+        for name in ("ids", "positions", "slots"):
             host[name][:rows] = getattr(inputs, name)
-        host["page_table"][:rows, :width] = inputs.page_table
-        if rows < self._rows:
+        host["seq_lens"][:num_seqs] = inputs.seq_lens
+        host["page_table"][:num_seqs, :width] = inputs.page_table
+        drawn = [sample.row for sample in inputs.samples]
+        for name, values in parameters(inputs.samples).items():
+            host[name][drawn] = values
+        if num_seqs < self._num_seqs:
             host["slots"][rows:] = PADDING
-            host["seq_lens"][rows:] = 0
-        self._rows = rows
+            host["seq_lens"][num_seqs:] = 0
+        self._num_seqs = num_seqs
         self._buffers.send()

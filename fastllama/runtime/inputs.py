@@ -1,11 +1,39 @@
-"""A scheduler's step as the numbers that its forward pass takes: lists, made without torch."""
+"""A scheduler's step as the numbers that its forward pass and its draws take: lists, made without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Sequence
+
+_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
+
+
+class Sample(NamedTuple):
+    """A token to draw from a row of the logits: the next of a sequence, if the tokens `ahead` come before it."""
+
+    seq: Sequence
+    row: int
+    ahead: tuple[int, ...] = ()
+
+
+def parameters(samples: Items[Sample]) -> dict[str, list[float] | list[int]]:
+    """What kernels.sample takes for some draws, by its names.
+
+    Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
+    """
+    params = [sample.seq.request.params for sample in samples]
+    return {
+        "temperature": [p.temperature for p in params],
+        "top_k": [p.top_k for p in params],
+        "top_p": [p.top_p for p in params],
+        "min_p": [p.min_p for p in params],
+        "seed": [((p.seed or 0) + sample.seq.index * _ODD) % 2**63 for p, sample in zip(params, samples, strict=True)],
+        "offset": [len(seq.token_ids) - seq.num_prompt_tokens + len(ahead) for seq, _, ahead in samples],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +41,7 @@ class Inputs:
     """The tokens of a step and what layers.batch.BatchMeta says of them, with the same names.
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
-    samples: (sequence, row of the logits) for each token to draw; samples of one prompt share a row.
+    samples: the tokens to draw; those of one prompt share a row.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """
 
@@ -23,9 +51,10 @@ class Inputs:
     page_table: list[list[int]]
     seq_lens: list[int]
     num_decodes: int
+    num_queries: int
     cu_seqlens_q: list[int]
     logits_rows: list[int]
-    samples: list[tuple[Sequence, int]]
+    samples: list[Sample]
     prompts: list[tuple[Chunk, int, int]]
 
     @classmethod
@@ -36,6 +65,7 @@ class Inputs:
         """
         width = max(len(chunk.seq.page_ids) for chunk in step.chunks)
         num_decodes = sum(chunk.length for chunk in step.chunks) if apart else step.num_decodes
+        num_queries = step.chunks[0].length if step.num_decodes and not apart else 1
         inputs = cls(
             ids=[],
             positions=[],
@@ -43,13 +73,14 @@ class Inputs:
             page_table=[],
             seq_lens=[],
             num_decodes=num_decodes,
+            num_queries=num_queries,
             cu_seqlens_q=[0],
             logits_rows=[],
             samples=[],
             prompts=[],
         )
         for index, chunk in enumerate(step.chunks):
-            inputs._add(chunk, page_size)
+            inputs._add(chunk, page_size, every_row=index < step.num_decodes)
             row = chunk.seq.page_ids + [0] * (width - len(chunk.seq.page_ids))
             if apart:
                 inputs.page_table.extend([row] * chunk.length)
@@ -57,19 +88,21 @@ class Inputs:
             else:
                 inputs.page_table.append(row)
                 inputs.seq_lens.append(chunk.start + chunk.length)
-                if index >= num_decodes:
+                if index >= step.num_decodes:
                     inputs.cu_seqlens_q.append(inputs.cu_seqlens_q[-1] + chunk.length)
         return inputs
 
-    def _add(self, chunk: Chunk, page_size: int) -> None:
+    def _add(self, chunk: Chunk, page_size: int, *, every_row: bool) -> None:
         seq, start, end = chunk.seq, chunk.start, chunk.start + chunk.length
         first, pages, rows = len(self.ids), seq.page_ids, self.logits_rows
-        if chunk.length == 1:  # 64 decodes take 0.1 ms less than by the lines below
+        if chunk.length == 1 and not chunk.drafts:  # 64 decodes take 0.1 ms less than by the lines below
             self.ids.append(seq.token_ids[start])
             self.positions.append(start)
             self.slots.append(pages[start // page_size] * page_size + start % page_size)
         else:
+            known = len(seq.token_ids)
             self.ids.extend(seq.token_ids[start:end])
+            self.ids.extend(chunk.drafts[max(start - known, 0) : max(end - known, 0)])
             self.positions.extend(range(start, end))
             self.slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(start, end))
         known = min(end, seq.num_prompt_tokens - 1) - start  # rows that predict a token of the prompt
@@ -77,5 +110,10 @@ class Inputs:
             self.prompts.append((chunk, len(rows), known))
             rows.extend(range(first, first + known))
         if chunk.samples:
-            self.samples.extend((sample, len(rows)) for sample in chunk.samples)
-            rows.append(len(self.ids) - 1)
+            unknown = max(start, len(seq.token_ids) - 1)  # the first position that no token follows
+            if every_row and chunk.length > 1:
+                rows.extend(range(first, first + unknown - start))
+            for position in range(unknown, end):
+                ahead = chunk.drafts[: position + 1 - len(seq.token_ids)]
+                self.samples.extend(Sample(sample, len(rows), ahead) for sample in chunk.samples)
+                rows.append(first + position - start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,17 +14,8 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.buffers import on_device
 from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, RecordingCapture
 from fastllama.runtime.inputs import Inputs
-from fastllama.runtime.scheduler import Chunk, Step
-from fastllama.runtime.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class StepLogits:
-    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts."""
-
-    logits: Tensor
-    samples: list[tuple[Sequence, int]]
-    prompts: list[tuple[Chunk, int, int]]
+from fastllama.runtime.sampler import StepLogits
+from fastllama.runtime.scheduler import Step
 
 
 class Runner:
@@ -63,8 +53,10 @@ class Runner:
         if step.copies:
             self.kv.copy_pages(step.copies)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
-        logits = self._graphs.run(inputs) if self._graphs.take(inputs) else self._run_eagerly(inputs)
-        return StepLogits(logits, inputs.samples, inputs.prompts)
+        if self._graphs.take(inputs):
+            logits, *drawn = self._graphs.run(inputs)
+            return StepLogits(logits, inputs.samples, inputs.prompts, (drawn[0], drawn[1]))
+        return StepLogits(self._run_eagerly(inputs), inputs.samples, inputs.prompts)
 
     def _run_eagerly(self, inputs: Inputs) -> Tensor:
         def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
@@ -76,6 +68,7 @@ class Runner:
             page_table=tensor(inputs.page_table, torch.int32),
             seq_lens=tensor(inputs.seq_lens, torch.int32),
             num_decodes=inputs.num_decodes,
+            num_queries=inputs.num_queries,
             cu_seqlens_q=tensor(inputs.cu_seqlens_q, torch.int32),
             logits_rows=tensor(inputs.logits_rows, torch.int64),
         )

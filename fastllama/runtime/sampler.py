@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +12,43 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.runtime.buffers import on_device
+from fastllama.runtime.inputs import Sample, parameters
 from fastllama.runtime.outputs import TokenLogprob
-from fastllama.runtime.runner import StepLogits
+from fastllama.runtime.scheduler import Chunk
 from fastllama.runtime.sequence import Sequence
 
-_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
+DTYPES = {  # of a draw's parameters
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "offset": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts.
+
+    drawn: what kernels.sample gave for each row with the parameters of `samples`, where that was part of the step.
+    """
+
+    logits: Tensor
+    samples: list[Sample]
+    prompts: list[tuple[Chunk, int, int]]
+    drawn: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The token drawn for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers."""
+    """The token drawn for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers.
+
+    ahead: what would have to come before it.
+    """
 
     seq: Sequence
+    ahead: tuple[int, ...]
     token_id: int
     finite: bool
     logprob: TokenLogprob | None
@@ -29,22 +56,28 @@ class Draw:
 
 @torch.inference_mode()
 def draw(step: StepLogits) -> list[Draw]:
-    """One token for each sample of the step.
-
-    Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
-    """
-    if not step.samples:
+    """One token for each sample of the step."""
+    samples = step.samples
+    if not samples:
         return []
-    sequences = [seq for seq, _ in step.samples]
-    rows = [row for _, row in step.samples]
-    raw = step.logits if rows == list(range(step.logits.shape[0])) else step.logits[rows]
-    adjusted = _adjusted(raw, sequences)
-    # The largest logit is NaN if any is: a finite one means a distribution that can be drawn from.
-    finite = torch.isfinite(adjusted.amax(-1))
-    tokens = _sample(torch.where(finite[:, None], adjusted, 0), sequences)
-    reports = _reports(raw, sequences, tokens)
-    drawn, numbers = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # the one wait for the device
-    return [Draw(*each) for each in zip(sequences, drawn, map(bool, numbers), reports, strict=True)]
+    rows = [sample.row for sample in samples]
+    every = rows == list(range(step.logits.shape[0]))
+    raw = step.logits if every else step.logits[rows]
+    adjusted = _adjusted(raw, samples)
+    if step.drawn is not None and adjusted is raw:
+        tokens, logprobs = step.drawn if every else (drawn[rows] for drawn in step.drawn)
+    else:
+        tokens, logprobs = kernels.sample(
+            adjusted,
+            **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
+        )
+    reports = _reports(raw, samples, tokens)
+    # In one, to wait for the device once. Token ids are exact in fp64; NaN says that a row's logits were no numbers.
+    drawn, numbers = torch.stack([tokens.double(), logprobs.double()]).tolist()
+    return [
+        Draw(sample.seq, sample.ahead, int(token_id), not math.isnan(number), report)
+        for sample, token_id, number, report in zip(samples, drawn, numbers, reports, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -59,38 +92,18 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     return found
 
 
-def _sample(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    params = [seq.request.params for seq in sequences]
-    keys = [((p.seed or 0) + seq.index * _ODD) % 2**63 for p, seq in zip(params, sequences, strict=True)]
-    offsets = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
-
-    def tensor(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return on_device(values, dtype, logits.device)
-
-    tokens, _ = kernels.sample(
-        logits,
-        temperature=tensor([p.temperature for p in params], torch.float32),
-        top_k=tensor([p.top_k for p in params], torch.int64),
-        top_p=tensor([p.top_p for p in params], torch.float32),
-        min_p=tensor([p.min_p for p in params], torch.float32),
-        seed=tensor(keys, torch.int64),
-        offset=tensor(offsets, torch.int64),
-    )
-    return tokens
-
-
-def _adjusted(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _adjusted(logits: Tensor, samples: Items[Sample]) -> Tensor:
     """Logits in fp32 (fp64 stays) with penalties and biases; the same tensor where no sequence wants any."""
     scaled: list[tuple[int, int, float]] = []  # row, token id, repetition penalty
     added: list[tuple[int, int, float]] = []  # row, token id, bias
-    for row, seq in enumerate(sequences):
+    for row, (seq, _, ahead) in enumerate(samples):
         params = seq.request.params
         if params.repetition_penalty != 1:
-            scaled.extend((row, token_id, params.repetition_penalty) for token_id in set(seq.token_ids))
+            scaled.extend((row, token_id, params.repetition_penalty) for token_id in {*seq.token_ids, *ahead})
         if params.logit_bias:
             added.extend((row, token_id, bias) for token_id, bias in params.logit_bias.items())
         if params.presence_penalty or params.frequency_penalty:
-            counts = Counter(seq.token_ids[seq.num_prompt_tokens :])
+            counts = Counter((*seq.token_ids[seq.num_prompt_tokens :], *ahead))
             added.extend(
                 (row, token_id, -params.presence_penalty - count * params.frequency_penalty)
                 for token_id, count in counts.items()
@@ -115,12 +128,13 @@ def _places(changes: list[tuple[int, int, float]], logits: Tensor) -> tuple[tupl
     return where, on_device(values, logits.dtype, device)
 
 
-def _reports(logits: Tensor, sequences: list[Sequence], tokens: Tensor) -> list[TokenLogprob | None]:
+def _reports(logits: Tensor, samples: Items[Sample], tokens: Tensor) -> list[TokenLogprob | None]:
     """Log-probabilities under the model's own logits, for the sequences that want them."""
-    reports: list[TokenLogprob | None] = [None] * len(sequences)
-    wanted = [i for i, seq in enumerate(sequences) if seq.request.params.logprobs is not None]
+    reports: list[TokenLogprob | None] = [None] * len(samples)
+    asked = [sample.seq.request.params.logprobs for sample in samples]
+    wanted = [i for i, top in enumerate(asked) if top is not None]
     if wanted:
-        tops = [sequences[i].request.params.logprobs or 0 for i in wanted]
+        tops = [asked[i] or 0 for i in wanted]
         for i, report in zip(wanted, _logprobs(logits[wanted], tokens[wanted].tolist(), tops), strict=True):
             reports[i] = report
     return reports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from fastllama.errors import check_range
@@ -19,17 +20,19 @@ class Chunk:
     """Tokens [start, start + length) of a sequence. `samples` draw their next token from the logits of its last row.
 
     samples: () while a prompt is unfinished, then (seq,); all n sequences where a prompt with n > 1 ends.
+    drafts: tokens that may come after the sequence's own, of which the chunk's last ones are; each of their rows draws.
     """
 
     seq: Sequence
     start: int
     length: int
     samples: tuple[Sequence, ...]
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: chunks, those of length 1 first (`num_decodes` of them).
+    """One forward pass: chunks, the decodes first (`num_decodes` of them), which are of one length: 1 but for drafts.
 
     copies: (source page, destination page), executed before the forward pass in any order, for no page is both.
     """
@@ -149,17 +152,54 @@ class Scheduler:
         self._in_flight = Step(chunks, len(single), tuple(copies))
         return self._in_flight
 
+    def reserve(self, step: Step, count: int) -> bool:
+        """Pages for so many drafts after each of a step's decodes; False, and nothing changed, where they do not fit.
+
+        They fit where all chunks are decodes, in the step, in the model's length, and in pages that nobody must give.
+        """
+        assert step is self._in_flight, "the step is not the one in flight"
+        sequences = [chunk.seq for chunk in step.chunks[: step.num_decodes]]
+        longest = max((len(seq.token_ids) for seq in sequences), default=self.max_model_len) + count
+        if (
+            len(sequences) < len(step.chunks)
+            or len(sequences) * (1 + count) > self.max_num_batched_tokens
+            or longest > self.max_model_len
+        ):
+            return False
+        wanted: list[tuple[Sequence, int]] = []  # a page of its own in each place
+        for seq in sequences:
+            behind = range(seq.num_computed // self.pool.page_size + 1, self.pool.pages_for(len(seq.token_ids) + count))
+            held = len(seq.page_ids)
+            wanted.extend((seq, i) for i in behind if i >= held or self.pool.is_shared(seq.page_ids[i]))
+        if len(wanted) > self.pool.num_available:
+            return False
+        for seq, index in wanted:
+            page_id = self.pool.allocate()
+            self.pool.free(seq.page_ids[index : index + 1])
+            seq.page_ids[index : index + 1] = [page_id]
+        return True
+
+    def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
+        """The step with drafts after each of its decodes, as many as were reserved."""
+        assert step is self._in_flight, "the step is not the one in flight"
+        self._in_flight = Step(
+            tuple(
+                Chunk(chunk.seq, chunk.start, 1 + len(own), chunk.samples, own)
+                for chunk, own in zip(step.chunks, drafts, strict=True)
+            ),
+            step.num_decodes,
+            step.copies,
+        )
+        return self._in_flight
+
     def commit(self, step: Step) -> None:
         """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
         self._leave(step)
-        size = self.pool.page_size
         for chunk in step.chunks:
-            end = chunk.start + chunk.length
+            end = chunk.start + chunk.length - len(chunk.drafts)
             for seq in chunk.samples or (chunk.seq,):
                 if seq.status is Status.RUNNING:
-                    seq.num_computed = end
-                    while (seq.num_published + 1) * size <= end:
-                        self._publish_next(seq)
+                    self._advance(seq, end)
 
     def rollback(self, step: Step) -> None:
         """The step failed: what it wrote and copied is unknown, so all running sequences are preempted."""
@@ -173,6 +213,11 @@ class Scheduler:
         assert seq.num_computed == len(seq.token_ids), f"a second token for sequence {seq.seq_id}"
         assert seq.num_computed < seq.max_length, f"sequence {seq.seq_id} has reached its length"
         seq.token_ids.append(token_id)
+
+    def keep_draft(self, seq: Sequence) -> None:
+        """The token just drawn was a draft: it is computed already, and what was drawn after it counts too."""
+        assert seq.num_computed == len(seq.token_ids) - 1, f"sequence {seq.seq_id} has no token to come"
+        self._advance(seq, len(seq.token_ids))
 
     def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End a sequence, wherever it stands, and return its pages at once. Without effect on a finished one."""
@@ -265,11 +310,14 @@ class Scheduler:
         request.sequences.extend(children)
         return tuple(request.sequences)
 
-    def _publish_next(self, seq: Sequence) -> None:
-        size, index = self.pool.page_size, seq.num_published
-        tokens = tuple(seq.token_ids[index * size : (index + 1) * size])
-        seq.prefix_id = self.pool.publish(seq.page_ids[index], seq.prefix_id, tokens)
-        seq.num_published += 1
+    def _advance(self, seq: Sequence, num_computed: int) -> None:
+        """So many tokens are computed: offer the pages that they fill."""
+        seq.num_computed = num_computed
+        size = self.pool.page_size
+        while (end := (seq.num_published + 1) * size) <= num_computed:
+            tokens = tuple(seq.token_ids[end - size : end])
+            seq.prefix_id = self.pool.publish(seq.page_ids[seq.num_published], seq.prefix_id, tokens)
+            seq.num_published += 1
 
     def _release(self, seq: Sequence) -> None:
         self._num_seats -= seq.num_seats

@@ -82,8 +82,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replayed steps that raise where one waits for the device or asks it for memory; gives how many there were."""
     steps, run = [0], DecodeGraphs.run
 
-    def strictly(self: DecodeGraphs, inputs: Inputs) -> Tensor:
-        if self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])) not in self._graphs:
+    def strictly(self: DecodeGraphs, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
+        if (*shape, inputs.num_queries) not in self._graphs:
             return run(self, inputs)
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")

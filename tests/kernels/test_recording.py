@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.op import OPS
-from fastllama.kernels.recording import Recording
+from fastllama.kernels.recording import Recording, record
 from tests.kernels.honest import assert_equal
 
 CPU = torch.device("cpu")
@@ -93,5 +93,17 @@ def test_bindings_return_after_an_error() -> None:
         assert {device: run for device, run in op._bound.items() if device in before[name]} == before[name]
         assert not any("note" in run.__name__ for run in op._bound.values())
     kernels.rms_norm(torch.ones(4, 8), WEIGHT)
-    with Recording(CPU, []):  # nobody holds the lock
-        pass
+
+
+def test_an_interrupt_on_the_way_out_is_mended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: dict(op._bound) for name, op in OPS.items()}
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            record(lambda: None, CPU, [])
+    assert {name: dict(op._bound) for name, op in OPS.items()} == before
+    assert record(lambda: 3, CPU, [])[0] == 3, "somebody holds the lock"

@@ -40,7 +40,7 @@ def run(
     draw = sampler.draw
 
     def spying(step: StepLogits) -> list[sampler.Draw]:
-        for seq, row in step.samples:
+        for seq, row, _ in step.samples:
             found[seq.request.params.seed or 0, len(seq.token_ids)] = step.logits[row].clone()
         return draw(step)
 

@@ -127,12 +127,26 @@ def test_buckets(num_seqs: int, rows: int) -> None:
 
 def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
     """Nobody's slot is written to, and of nobody is anything read."""
-    graph = graphs._Graph(4, 2, torch.device("cpu"), BatchMeta)
+    graph = graphs._Graph(4, 2, 1, torch.device("cpu"), BatchMeta)
 
     def load(num_seqs: int) -> BatchMeta:
         numbers = list(range(1, num_seqs + 1))
         tables = [[1, 1]] * num_seqs
-        graph.load(Inputs(numbers, numbers, numbers, tables, numbers, num_seqs, [0], numbers, [], []))
+        graph.load(
+            Inputs(
+                ids=numbers,
+                positions=numbers,
+                slots=numbers,
+                page_table=tables,
+                seq_lens=numbers,
+                num_decodes=num_seqs,
+                num_queries=1,
+                cu_seqlens_q=[0],
+                logits_rows=numbers,
+                samples=[],
+                prompts=[],
+            )
+        )
         return graph._batch
 
     assert (load(3).slots.tolist(), load(3).seq_lens.tolist()) == ([1, 2, 3, -1], [1, 2, 3, 0])
