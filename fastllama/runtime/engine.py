@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import random
 import time
 from collections.abc import Sequence as Items
@@ -18,14 +19,19 @@ from fastllama.kernels import tuning
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import sampler
 from fastllama.runtime.block_pool import BlockPool
+from fastllama.runtime.draft_model import DraftModel
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.isolation import run_parts
 from fastllama.runtime.memory import cache_sizes
 from fastllama.runtime.outputs import FinishReason, TokenLogprob
 from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.prompt_lookup import PromptLookup
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.scheduler import Chunk, Scheduler, Step
-from fastllama.runtime.sequence import Request, Sequence
+from fastllama.runtime.sequence import Request, Sequence, Status
+from fastllama.runtime.speculation import Drafter, Speculation
+
+logger = logging.getLogger("fastllama")
 
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
 
@@ -35,7 +41,8 @@ class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen from model and memory.
 
     kv_cache_tokens is rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES. deterministic: a request's logits do
-    not depend on what else runs.
+    not depend on what else runs. num_draft_tokens: guesses that follow a sequence's last token in one step, where there
+    is something to guess them: 7 at most, for attention is proven for 8 tokens of a sequence at once.
     """
 
     max_model_len: int | None = None
@@ -46,6 +53,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     seed: int = 0
     deterministic: bool = False
+    num_draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "kv_cache_tokens"):
@@ -56,6 +64,7 @@ class EngineOptions:
         self._check("max_num_seqs", 1)
         self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
         self._check("seed", 0)
+        self._check("num_draft_tokens", 1, 7)
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
 
@@ -80,9 +89,17 @@ class Engine:
     step(isolate=True), by which those fail that it raises for). What breaks
     into the bookkeeping instead (Ctrl-C, a bug) leaves nobody knowing which pages belong to whom: the next call ends
     every request with "abort" and starts with an empty pool.
+    speculation: what guesses tokens (see speculation.py): "prompt_lookup", or a smaller model of the same vocabulary,
+    on the same device; None guesses nothing.
     """
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer | None,
+        options: EngineOptions,
+        speculation: str | LlamaForCausalLM | None = None,
+    ) -> None:
         kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
         max_model_len, kv_cache_tokens = cache_sizes(
             model, options.max_model_len, options.kv_cache_tokens, options.max_num_seqs, options.page_size, kv_dtype
@@ -100,9 +117,34 @@ class Engine:
             max_model_len=max_model_len,
             deterministic=options.deterministic,
         )
+        self.speculation: Speculation | None = None
+        if speculation is not None:
+            drafter: Drafter = PromptLookup()
+            if isinstance(speculation, LlamaForCausalLM):
+                drafter = self._draft_model(speculation)
+            self.speculation = Speculation(drafter, options.num_draft_tokens)
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
+
+    def _draft_model(self, model: LlamaForCausalLM) -> DraftModel:
+        if (model.config.vocab_size, model.device) != (self.model.config.vocab_size, self.model.device):
+            raise ValueError(
+                f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
+                f"{self.model.config.vocab_size} on {self.model.device}"
+            )
+        model.set_max_model_len(self._max_model_len)
+        max_num_tokens = self._options.max_num_batched_tokens
+        runner = Runner(
+            model,
+            self.pool.num_pages,
+            self.pool.page_size,
+            kv_dtype=model.dtype,
+            max_num_tokens=max_num_tokens,
+            max_model_len=self._max_model_len,
+            deterministic=False,
+        )
+        return DraftModel(runner, max_num_tokens)
 
     def _start_anew(self, num_pages: int) -> None:
         options = self._options
@@ -215,39 +257,57 @@ class Engine:
             return []
         failures: dict[Request, Exception] = {}
         try:
+            if self.speculation is not None:
+                step = self._extended(step, self.speculation, isolate)
             if isolate:
                 computed, failures = run_parts(step, self._compute)
             else:
                 computed = [self._compute(step)]
         except BaseException:
-            self.scheduler.rollback(step)
+            self.scheduler.rollback()
             self._torn = False
             raise
-        draws = [drawn for part in computed for drawn in part.draws]
         # Before the commit, which would offer their pages to other requests.
         touched = {request.request_id: self._fail(request, error) for request, error in failures.items()}
+        draws = [drawn for part in computed for drawn in part.draws]
         for drawn in draws:
-            if not drawn.finite:
-                self.scheduler.finish(drawn.seq, "error", "the model's logits are not finite numbers")
+            if not drawn.ahead and not drawn.finite:
+                self._spoil(drawn.seq)
         self.scheduler.commit(step)
         for seq, first, logprobs in (report for part in computed for report in part.prompt_logprobs):
             self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
         now = time.monotonic()
+        gained: dict[Sequence, tuple[int, ...]] = {}  # of this step
         for drawn in draws:
             generation = touched[drawn.seq.request.request_id] = self._generations[drawn.seq.request.request_id]
+            if drawn.ahead != gained.get(drawn.seq, ()) or generation.error is not None:
+                continue  # drawn behind a draft that did not come true, or for a request that failed
             try:
-                if generation.error is None:
-                    self._accept(generation, drawn, now)
+                self._accept(generation, drawn, now)
             except Exception as error:
                 if not isolate:
                     raise
                 self._fail(generation.request, error)
+            if drawn.seq.status is not Status.FINISHED:
+                gained[drawn.seq] = *drawn.ahead, drawn.token_id
+        if self.speculation is not None:
+            self.speculation.end(step, gained)
         for generation in touched.values():
             if generation.request.finished:
                 generation.finish_time = now
                 del self._generations[generation.request.request_id]
         self._torn = False
         return list(touched.values())
+
+    def _extended(self, step: Step, speculation: Speculation, isolate: bool) -> Step:
+        """The step with drafts, if it gets any. A fault in guessing them is no request's."""
+        try:
+            return speculation.begin(step, self.scheduler)
+        except Exception:
+            if not isolate:
+                raise
+            logger.exception("no drafts in this step, for they cannot be made")
+            return step
 
     def _compute(self, step: Step) -> _Computed:
         logits = self._runner.run(step)
@@ -260,14 +320,21 @@ class Engine:
         generation.error = error
         return generation
 
+    def _spoil(self, seq: Sequence) -> None:
+        """End a sequence whose logits are no numbers."""
+        self.scheduler.finish(seq, "error", "the model's logits are not finite numbers")
+
     def _accept(self, generation: Generation, drawn: sampler.Draw, now: float) -> None:
         """Give a sequence its token and see whether it ends there."""
         seq, token_id = drawn.seq, drawn.token_id
         sample, params = generation.sample(seq), seq.request.params
         if not drawn.finite:
+            self._spoil(seq)
             if sample.stream is not None:
                 sample.stream.close()
             return
+        if drawn.ahead:
+            self.scheduler.keep_draft(seq)
         if generation.first_token_time is None:
             generation.first_token_time = now
         self.scheduler.append(seq, token_id)

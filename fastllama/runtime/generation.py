@@ -143,6 +143,8 @@ class Generation:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=request.num_cached_tokens or 0,
             num_generated_tokens=sum(len(seq.token_ids) - seq.num_prompt_tokens for seq in request.sequences),
+            num_draft_tokens=request.num_drafted,
+            num_accepted_tokens=request.num_accepted,
         )
 
     def all_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from fastllama.runtime.scheduler import Chunk, Step
@@ -36,9 +37,12 @@ def run_parts(step: Step, run: Callable[[Step], T]) -> tuple[list[T], dict[Reque
             cause = error
         else:
             continue
+        halves: tuple[tuple[Chunk, ...], ...]
         if len(chunks) > 1:
             half = len(chunks) // 2
             halves = chunks[:half], chunks[half:]
+        elif chunks[0].drafts:
+            halves = ((replace(chunks[0], length=1, drafts=()),),)
         elif chunks[0].length > 1:
             halves = _cut(chunks[0])
         else:
@@ -56,7 +60,7 @@ def _part(step: Step, chunks: tuple[Chunk, ...]) -> Step:
     """
     page_ids = {page_id for chunk in chunks for page_id in chunk.seq.page_ids}
     copies = tuple(copy for copy in step.copies if copy[1] in page_ids)
-    return Step(chunks, sum(chunk.length == 1 for chunk in chunks), copies)
+    return Step(chunks, sum(chunk.length == 1 or bool(chunk.drafts) for chunk in chunks), copies)
 
 
 def _cut(chunk: Chunk) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:

@@ -23,6 +23,7 @@ from fastllama.runtime.engine import Engine, EngineOptions
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.prompt_lookup import PROMPT_LOOKUP
 
 
 class LLM:
@@ -43,6 +44,9 @@ class LLM:
     as many tokens as in 16 bits. "auto" keeps them as the model computes.
     page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of one step. seed: of the draws of requests that bring none.
+    speculation: guesses that are verified several at once: "prompt_lookup" takes them from the text itself, a draft
+    model (given as `model` is) writes them; None makes none. Answers stay as they are, seed by seed, but for rounding.
+    num_draft_tokens: guesses of a sequence in one step, 1 to 7.
     deterministic: a request's logits, and so its tokens, are the same bit for bit, whatever else runs beside it, from
     whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/numerics.md).
     progress: bars on stderr; None shows them on a terminal only.
@@ -68,6 +72,8 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         seed: int = 0,
         deterministic: bool = False,
+        speculation: str | Path | LlamaForCausalLM | None = None,
+        num_draft_tokens: int = 4,
         progress: bool | None = None,
         **unknown: Any,
     ) -> None:
@@ -84,6 +90,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
             deterministic=deterministic,
+            num_draft_tokens=num_draft_tokens,
         )
         check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
         self._progress = progress
@@ -112,7 +119,11 @@ class LLM:
         elif quantization in packing.QUANTIZED:
             packing.quantize(loaded, quantization, progress=progress)
         self.quantization = None if quantization == "auto" else quantization  # what was done
-        self._engine: Engine | None = Engine(loaded, self.tokenizer, options)
+        if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
+            speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
+            if packing.pays(speculation):
+                packing.pack(speculation, progress=progress)
+        self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
         self.warm_up_seconds = self._engine.warm_up()
 
     @property

@@ -44,6 +44,8 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
     num_generated_tokens: int = 0
+    num_draft_tokens: int = 0  # guessed and verified
+    num_accepted_tokens: int = 0  # guessed rightly: generated tokens beyond one for each step
 
 
 @dataclass(frozen=True, slots=True)

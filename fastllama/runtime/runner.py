@@ -50,13 +50,17 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards."""
-        if step.copies:
-            self.kv.copy_pages(step.copies)
+        self.copy(step)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         if self._graphs.take(inputs):
             logits, *drawn = self._graphs.run(inputs)
             return StepLogits(logits, inputs.samples, inputs.prompts, (drawn[0], drawn[1]))
         return StepLogits(self._run_eagerly(inputs), inputs.samples, inputs.prompts)
+
+    def copy(self, step: Step) -> None:
+        """Only what the step copies from page to page."""
+        if step.copies:
+            self.kv.copy_pages(step.copies)
 
     def _run_eagerly(self, inputs: Inputs) -> Tensor:
         def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:

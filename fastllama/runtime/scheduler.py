@@ -194,16 +194,18 @@ class Scheduler:
 
     def commit(self, step: Step) -> None:
         """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
-        self._leave(step)
+        assert step is self._in_flight, "the step is not the one in flight"
+        self._in_flight = None
         for chunk in step.chunks:
             end = chunk.start + chunk.length - len(chunk.drafts)
             for seq in chunk.samples or (chunk.seq,):
                 if seq.status is Status.RUNNING:
                     self._advance(seq, end)
 
-    def rollback(self, step: Step) -> None:
-        """The step failed: what it wrote and copied is unknown, so all running sequences are preempted."""
-        self._leave(step)
+    def rollback(self) -> None:
+        """The step in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
+        assert self._in_flight is not None, "no step is in flight"
+        self._in_flight = None
         while self._running:
             self._preempt_newest()
 
@@ -322,7 +324,3 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self._num_seats -= seq.num_seats
         self.pool.free(seq.release_pages())
-
-    def _leave(self, step: Step) -> None:
-        assert step is self._in_flight, "the step is not the one in flight"
-        self._in_flight = None

@@ -28,6 +28,8 @@ class Request:
     params: SamplingParams
     arrival: float  # seconds, on the caller's clock
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+    num_drafted: int = 0  # tokens guessed for it, and verified
+    num_accepted: int = 0  # those of them that it then drew
     sequences: list[Sequence] = field(default_factory=list, repr=False)
 
     @property

@@ -351,7 +351,7 @@ def test_a_failed_step_is_computed_anew() -> None:
     step = scheduler.schedule()
     assert step is not None
     assert step.copies
-    scheduler.rollback(step)
+    scheduler.rollback()
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.pool.num_available) == (0, 3, 20)
     step = turn(scheduler)
     assert [chunk.seq for chunk in step.chunks] == [*request.sequences, first(other)]

@@ -163,7 +163,7 @@ class Simulation:
     def settle(self, step: Step, rng: random.Random, fails: bool = False) -> None:
         """What an engine does after a step: each sample ends or gets a token."""
         if fails:
-            self.scheduler.rollback(step)
+            self.scheduler.rollback()
             self.num_computed.clear()
             return
         self.scheduler.commit(step)
