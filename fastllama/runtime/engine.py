@@ -280,16 +280,16 @@ class Engine:
         gained: dict[Sequence, tuple[int, ...]] = {}  # of this step
         for drawn in draws:
             generation = touched[drawn.seq.request.request_id] = self._generations[drawn.seq.request.request_id]
-            if drawn.ahead != gained.get(drawn.seq, ()) or generation.error is not None:
-                continue  # drawn behind a draft that did not come true, or for a request that failed
+            ended = drawn.ahead and drawn.seq.status is Status.FINISHED
+            if drawn.ahead != gained.get(drawn.seq, ()) or ended or generation.error is not None:
+                continue  # drawn behind a draft that did not come true, behind the end, for a request that failed
             try:
                 self._accept(generation, drawn, now)
             except Exception as error:
                 if not isolate:
                     raise
                 self._fail(generation.request, error)
-            if drawn.seq.status is not Status.FINISHED:
-                gained[drawn.seq] = *drawn.ahead, drawn.token_id
+            gained[drawn.seq] = *drawn.ahead, drawn.token_id
         if self.speculation is not None:
             self.speculation.end(step, gained)
         for generation in touched.values():

@@ -68,7 +68,7 @@ class Pace:
         self._run = self._run + 1 if drafted is self._last else 1
         self._last = drafted
         if drafted:
-            self._accepted += (num_accepted / num_proposals - self._accepted) / 16
+            self._accepted += (num_accepted / num_proposals - self._accepted) / 8
 
 
 class Speculation:
