@@ -17,12 +17,11 @@ from fastllama.errors import check_choice, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.kernels import tuning
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime import sampler
+from fastllama.runtime import memory, sampler
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.draft_model import DraftModel
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.isolation import run_parts
-from fastllama.runtime.memory import cache_sizes
 from fastllama.runtime.outputs import FinishReason, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.prompt_lookup import PromptLookup
@@ -33,12 +32,14 @@ from fastllama.runtime.speculation import Drafter, Speculation
 
 logger = logging.getLogger("fastllama")
 
+logger = logging.getLogger("fastllama")
+
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of the runtime, checked as far as they can be without the model; None is chosen from model and memory.
+    """Sizes of the runtime, checked as far as they can be without the model; None is chosen by memory.sizes.
 
     kv_cache_tokens is rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES. deterministic: a request's logits do
     not depend on what else runs. num_draft_tokens: guesses that follow a sequence's last token in one step, where there
@@ -49,20 +50,22 @@ class EngineOptions:
     kv_cache_tokens: int | None = None
     kv_cache_dtype: str = "auto"
     page_size: int = 64
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     seed: int = 0
     deterministic: bool = False
     num_draft_tokens: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "kv_cache_tokens"):
+        least = {"max_model_len": 2, "kv_cache_tokens": 2}  # a prompt of one token and its answer
+        least |= {"max_num_seqs": 1, "max_num_batched_tokens": 1}
+        for name, low in least.items():
             if getattr(self, name) is not None:
-                self._check(name, 2)  # a prompt of one token and its answer
+                self._check(name, low)
+        if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
+            self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         self._check("page_size", 16, 256)
-        self._check("max_num_seqs", 1)
-        self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
         self._check("seed", 0)
         self._check("num_draft_tokens", 1, 7)
         if not isinstance(self.deterministic, bool):
@@ -101,20 +104,34 @@ class Engine:
         speculation: str | LlamaForCausalLM | None = None,
     ) -> None:
         kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
-        max_model_len, kv_cache_tokens = cache_sizes(
-            model, options.max_model_len, options.kv_cache_tokens, options.max_num_seqs, options.page_size, kv_dtype
+        sizes = memory.sizes(
+            model.config,
+            device=model.device.type,
+            available=memory.available_bytes(model.device),
+            dtype=model.dtype,
+            kv_dtype=kv_dtype,
+            page_size=options.page_size,
+            max_model_len=options.max_model_len,
+            kv_cache_tokens=options.kv_cache_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
         )
-        model.set_max_model_len(max_model_len)
+        logger.info("%s", sizes)
+        limit = model.config.max_position_embeddings
+        if options.max_model_len is None and sizes.max_model_len < limit:
+            held = sizes.max_model_len
+            logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
+        model.set_max_model_len(sizes.max_model_len)
         self.model, self.tokenizer = model, tokenizer
-        self._options, self._max_model_len = options, max_model_len
-        self._start_anew(-(-kv_cache_tokens // options.page_size))
+        self._options, self._sizes = options, sizes
+        self._start_anew(sizes.kv_cache_tokens // options.page_size)
         self._runner = Runner(
             model,
             self.pool.num_pages,
             options.page_size,
             kv_dtype=kv_dtype,
-            max_num_tokens=options.max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_num_tokens=sizes.max_num_batched_tokens,
+            max_model_len=sizes.max_model_len,
             deterministic=options.deterministic,
         )
         self.speculation: Speculation | None = None
@@ -147,13 +164,12 @@ class Engine:
         return DraftModel(runner, max_num_tokens)
 
     def _start_anew(self, num_pages: int) -> None:
-        options = self._options
-        self.pool = BlockPool(num_pages, options.page_size)
+        self.pool = BlockPool(num_pages, self._options.page_size)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_num_seqs=options.max_num_seqs,
-            max_model_len=self._max_model_len,
+            max_num_batched_tokens=self._sizes.max_num_batched_tokens,
+            max_num_seqs=self._sizes.max_num_seqs,
+            max_model_len=self._sizes.max_model_len,
         )
         self._torn = False
 
@@ -176,11 +192,11 @@ class Engine:
         What compiles or is captured on first use is so now. Returns the seconds it took.
         """
         assert not self.has_work, "a page that a request may hold would be overwritten"
-        options, device = self._options, self.model.device
-        most = min(options.max_num_batched_tokens, self._max_model_len, self.pool.num_pages * self.pool.page_size)
+        sizes, device = self._sizes, self.model.device
+        most = min(sizes.max_num_batched_tokens, sizes.max_model_len, sizes.kv_cache_tokens)
         seconds = tuning.warm_up(lambda rows: self._run_anew(1, rows), most, device)
         if device.type == "cuda":
-            seconds += tuning.warm_up(lambda rows: self._run_anew(rows, 1), options.max_num_seqs, device)
+            seconds += tuning.warm_up(lambda rows: self._run_anew(rows, 1), sizes.max_num_seqs, device)
         return seconds
 
     def _run_anew(self, num_seqs: int, length: int) -> None:

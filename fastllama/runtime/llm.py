@@ -42,8 +42,10 @@ class LLM:
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
     kv_cache_dtype: "int8" and "fp8" keep keys and values in 8 bits, with a scale for each token and head: nearly twice
     as many tokens as in 16 bits. "auto" keeps them as the model computes.
-    page_size: tokens of a KV page, 16 to 256. max_num_seqs: sequences that run at once.
-    max_num_batched_tokens: tokens of one step. seed: of the draws of requests that bring none.
+    page_size: tokens of a KV page, 16 to 256. seed: of the draws of requests that bring none.
+    max_num_seqs: sequences that run at once; by default as many as the cache should hold, up to 64 on a CPU and 256 on
+    a GPU. max_num_batched_tokens: tokens of one step, by default 512 up to 2048 on a CPU and 8192 on a GPU, by memory;
+    each running answer waits for that step. The logger "fastllama" tells at level INFO what was chosen.
     speculation: guesses that are verified several at once: "prompt_lookup" takes them from the text itself, a draft
     model (given as `model` is) writes them; None makes none. Answers stay as they are, seed by seed, but for rounding.
     num_draft_tokens: guesses of a sequence in one step, 1 to 7.
@@ -68,8 +70,8 @@ class LLM:
         kv_cache_tokens: int | None = None,
         kv_cache_dtype: str = "auto",
         page_size: int = 64,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         seed: int = 0,
         deterministic: bool = False,
         speculation: str | Path | LlamaForCausalLM | None = None,

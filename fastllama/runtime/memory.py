@@ -1,21 +1,34 @@
-"""How much memory there is for the KV cache, and how many tokens that makes."""
+"""How much memory there is, and what a runtime of that size takes on at once."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
-from fastllama.layers.model import LlamaForCausalLM
-
-logger = logging.getLogger("fastllama")
+from fastllama.layers.config import LlamaConfig
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
+STEP_SHARE = 1 / 32  # of the free memory, for a step's activations, and as much for its logits
+
+# A step's tokens. From 300 on an H100 computes longer than it reads weights (989 TFLOP/s over 3.35 TB/s, 16 bits), so
+# fewer than 512 waste it. More only spread the step's fixed cost, and each running answer waits for the whole step:
+# 8192 of a 7B are 110 TFLOP, 0.2 s there at 60 %; two cores of a CPU take 40 s for 2048 of a 1.1B.
+LEAST_TOKENS = 512
+MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+# Sequences. Decoding reads the weights once for all of them, which pays up to the same 300, on a CPU far less. Each is
+# expected to reach a quarter of its limit, and no more than a quarter of Llama 2's 4096; where they grow longer, the
+# newest is preempted and recomputed. The least is what a request may ask for samples of one prompt, which share it.
+LEAST_SEQS = 16
+MOST_SEQS = {"cpu": 64, "cuda": 256}
+EXPECTED_TOKENS = 1024
 
 
 def available_bytes(device: torch.device) -> int:
@@ -61,31 +74,69 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
                 yield allowed + sum(int(line.split()[1]) for line in stat if line.startswith(cache))
 
 
-def cache_sizes(
-    model: LlamaForCausalLM,
-    max_model_len: int | None,
-    kv_cache_tokens: int | None,
-    max_num_seqs: int,
-    page_size: int,
-    dtype: torch.dtype,
-) -> tuple[int, int]:
-    """max_model_len and kv_cache_tokens, from the model and the free memory where they are None. dtype: of the pages.
+@dataclass(frozen=True)
+class Sizes:
+    """What a runtime holds and computes at once: tokens but for max_num_seqs; kv_cache_tokens are whole pages."""
 
+    max_model_len: int
+    kv_cache_tokens: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"max_model_len {self.max_model_len}, KV cache {self.kv_cache_tokens} tokens "
+            f"({self.kv_cache_bytes / 1e9:.2f} GB), max_num_seqs {self.max_num_seqs}, "
+            f"max_num_batched_tokens {self.max_num_batched_tokens}"
+        )
+
+
+def sizes(
+    config: LlamaConfig,
+    *,
+    device: str,
+    available: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    page_size: int,
+    max_model_len: int | None = None,
+    kv_cache_tokens: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+) -> Sizes:
+    """The sizes that are given, and for those that are None what suits the model and the memory.
+
+    device: "cpu" or "cuda". available: bytes that are free beside the weights. dtype: of activations. kv_dtype: of
+    pages. The KV cache gets a share of what the largest step leaves, but no more than all sequences can fill.
     Raises ValueError where a sequence of max_model_len could never fit.
     """
-    length = model.config.max_position_embeddings if max_model_len is None else max_model_len
+    of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
+    of_row = config.vocab_size * (dtype.itemsize + torch.float32.itemsize)  # logits, and what is drawn from
+    share = int(available * STEP_SHARE)
+    tokens = max_num_batched_tokens
+    if tokens is None:
+        fits = max(share // of_token, LEAST_TOKENS)
+        tokens = max(min(1 << fits.bit_length() - 1, MOST_TOKENS[device]), max_num_seqs or 1)
+    seqs = max_num_seqs
+    if seqs is None:
+        seqs = min(max(share // of_row, LEAST_SEQS), MOST_SEQS[device], tokens)
+
+    length = config.max_position_embeddings if max_model_len is None else max_model_len
+    of_kv = KVCache.bytes_per_token(config, kv_dtype)
+    held = kv_cache_tokens
+    if held is None:
+        left = max(available - tokens * of_token - seqs * of_row, 0)
+        held = max(int(left * KV_SHARE[device] / of_kv) // page_size, 1) * page_size
+    if max_num_seqs is None:
+        seqs = min(seqs, max(held // max(min(length // 4, EXPECTED_TOKENS), page_size), LEAST_SEQS))
     if kv_cache_tokens is None:
-        per_token = KVCache.bytes_per_token(model.config, dtype)
-        fits = int(available_bytes(model.device) * KV_SHARE[model.device.type] / per_token)
-        pages = min(fits // page_size, -(-length // page_size) * max_num_seqs)
-        kv_cache_tokens = max(pages, 1) * page_size
-        logger.info("KV cache: %d tokens, %.2f GB", kv_cache_tokens, kv_cache_tokens * per_token / 1e9)
-    if kv_cache_tokens < length:
+        held = min(held, ceil_div(length, page_size) * page_size * seqs)
+    if held < length:
         if max_model_len is not None:
             raise ValueError(
-                f"max_model_len is {max_model_len} and the KV cache holds {kv_cache_tokens} tokens; "
-                "legal: at most kv_cache_tokens"
+                f"max_model_len is {max_model_len} and the KV cache holds {held} tokens; legal: at most kv_cache_tokens"
             )
-        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", kv_cache_tokens, length)
-        length = kv_cache_tokens
-    return length, kv_cache_tokens
+        length = held
+    held = ceil_div(held, page_size) * page_size
+    return Sizes(length, held, held * of_kv, seqs, tokens)

@@ -295,7 +295,7 @@ def test_a_step_tells_who_gained_a_token() -> None:
         ([1, 2.0], {}, f"prompt token 1 is 2.0; legal: integers from 0 to {VOCAB - 1}"),
         ([True], {}, f"prompt token 0 is True; legal: integers from 0 to {VOCAB - 1}"),
         ([1] * 256, {}, "the prompt has 256 tokens; legal: at most 255, one less than max_model_len"),
-        ([1], {"n": 65}, "n is 65; legal: at most 64, which is max_num_seqs"),
+        ([1], {"n": 17}, "n is 17; legal: at most 16, which is max_num_seqs"),
         ([1], {"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no stop strings, only stop_token_ids"),
         (
             [1],

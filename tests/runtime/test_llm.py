@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from fastllama.io.chat import encode_chat
 from fastllama.runtime import memory
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.llm import resolve_device
-from fastllama.runtime.memory import cache_sizes
 from tests.io import tokenizer_samples as samples
 from tests.runtime.models import Scripted, check_idle, ours, prompt_of, running
 
@@ -158,7 +158,12 @@ def test_a_closed_llm_says_so() -> None:
         ({"page_size": 8}, ValueError, "page_size is 8; legal: 16 to 256"),
         ({"page_size": 32.5}, TypeError, "page_size must be an integer, got 32.5"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs is 0; legal: at least 1"),
-        ({"max_num_batched_tokens": 63}, ValueError, "max_num_batched_tokens is 63; legal: at least 64"),
+        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens is 0; legal: at least 1"),
+        (
+            {"max_num_seqs": 64, "max_num_batched_tokens": 63},
+            ValueError,
+            "max_num_batched_tokens is 63; legal: at least 64",
+        ),
         ({"kv_cache_tokens": "8G"}, TypeError, "kv_cache_tokens must be a number, got '8G' of type str"),
         ({"max_model_len": 1}, ValueError, "max_model_len is 1; legal: at least 2"),
         ({"seed": -1}, ValueError, "seed is -1; legal: at least 0"),
@@ -248,23 +253,22 @@ def test_a_stream_is_of_one_sample_and_of_text() -> None:
         llm.stream([1, 2])
 
 
-def test_the_cache_fits_the_memory_and_no_more_than_all_sequences(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = ours()  # 2 layers, 2 heads of 16 in fp64: 1 KiB for a token's keys and values
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * 1024 * 1000)
-    assert cache_sizes(model, 100, None, 3, 64, torch.float64) == (100, 3 * 128)
-    assert cache_sizes(model, 100, None, 64, 64, torch.float64) == (100, 1000 // 64 * 64)
-    assert cache_sizes(model, None, None, 64, 64, torch.float64) == (512, 960)
-    assert cache_sizes(model, None, None, 64, 64, torch.float32) == (512, 1984)
-    assert cache_sizes(model, None, 5000, 64, 64, torch.float64) == (512, 5000)
-    assert caplog.records == []
-    assert cache_sizes(model, None, 200, 64, 64, torch.float64) == (200, 200)
-    assert [record.getMessage() for record in caplog.records] == [
-        "max_model_len is 200, not the model's 512: the KV cache holds no more"
-    ]
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
-    assert cache_sizes(model, None, None, 64, 32, torch.float64) == (32, 32)
+def test_what_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """2 layers, 2 heads of 16 in fp64: 1 KiB for a token's keys and values."""
+    caplog.set_level(logging.INFO, "fastllama")
+    with running(ours(), kv_cache_tokens=200, max_model_len=None, page_size=64) as llm:
+        sizes, scheduler = llm.engine._sizes, llm.engine.scheduler
+        assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (16, 2048)
+        assert (llm.engine.pool.num_pages * 64, scheduler.max_model_len) == (256, sizes.max_model_len)
+    chosen = "max_model_len 200, KV cache 256 tokens (0.00 GB), max_num_seqs 16, max_num_batched_tokens 2048"
+    warning = "max_model_len is 200, not the model's 512: the KV cache holds no more"
+    assert [record.getMessage() for record in caplog.records] == [chosen, warning]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 8 * 2**20)
+    with running(ours(), kv_cache_tokens=None, max_num_seqs=20) as llm:
+        scheduler = llm.engine.scheduler
+        assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (20, 512)
+        left = 8 * 2**20 - 512 * 3328 - 20 * 97 * 12
+        assert llm.engine.pool.num_pages == left // 4 // 1024 // 16
     monkeypatch.undo()
     assert memory.available_bytes(torch.device("cpu")) > 2**20
 
