@@ -39,6 +39,7 @@ class BlockPool:
         self.num_queried_tokens = 0  # tokens of all sequences given pages
         self.num_hit_tokens = 0  # those of them found in the cache
         self.num_evictions = 0  # idle pages whose content was given up
+        self.num_publications = 0  # pages whose content was new to the cache
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack, so that low ids are used first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -72,13 +73,16 @@ class BlockPool:
             page_ids.append(page_id)
         return Prefix(page_ids, prefix_id)
 
+    def cost(self, num_tokens: int, prefix: Prefix) -> int:
+        """How many of the available pages `acquire` takes: all that num_tokens fill but those that someone holds."""
+        return self.pages_for(num_tokens) - sum(self._references[page_id] > 0 for page_id in prefix.page_ids)
+
     def acquire(self, num_tokens: int, prefix: Prefix) -> list[int] | None:
         """Pages for num_tokens, first those of a matched prefix. None, and nothing changed, if there are too few."""
+        if self.cost(num_tokens, prefix) > self.num_available:
+            return None
         cached = prefix.page_ids
         fresh = self.pages_for(num_tokens) - len(cached)
-        revived = sum(self._references[page_id] == 0 for page_id in cached)
-        if fresh + revived > self.num_available:
-            return None
         self.num_queried_tokens += num_tokens
         self.num_hit_tokens += len(cached) * self.page_size
         self.share(cached)
@@ -132,6 +136,7 @@ class BlockPool:
             assert self._keys[page_id] is None, f"page {page_id} is published with two contents"
             found = self._cached[key] = (page_id, next(self._prefix_ids))
             self._keys[page_id] = key
+            self.num_publications += 1
         return found[1]
 
     def check_invariants(self) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastllama.errors import check_range
 from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
@@ -42,6 +43,15 @@ class Step:
     copies: tuple[tuple[int, int], ...]
 
 
+class _Lookup(NamedTuple):
+    """What the head of the queue asked for when it was last looked up in the prefix cache, and did not get."""
+
+    seq: Sequence
+    num_tokens: int  # to compute
+    num_pages: int  # of those available
+    num_publications: int  # of the pool, by then
+
+
 class Scheduler:
     """One step: `schedule()`, run it, `commit()` (or `rollback()` if it failed), `append()` or `finish()` each sample.
 
@@ -71,6 +81,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
+        self._last_lookup: _Lookup | None = None
         self._in_flight: Step | None = None
 
     @property
@@ -272,18 +283,22 @@ class Scheduler:
         """
         while self._waiting:
             seq = self._waiting[0]
-            if self._num_seats + seq.num_seats > self.max_num_seqs:
+            if self._num_seats + seq.num_seats > self.max_num_seqs or self._still_waits(seq, most):
                 return
             # Prompt log-probabilities need the logits of every row, so all rows must be computed.
             reuse = seq.request.params.prompt_logprobs is None
             prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], ROOT)
+            length = len(seq.token_ids)
+            num_tokens, num_pages = length - len(prefix.page_ids) * self.pool.page_size, self.pool.cost(length, prefix)
+            self._last_lookup = _Lookup(seq, num_tokens, num_pages, self.pool.num_publications)
             if most is not None:
-                most -= len(seq.token_ids) - len(prefix.page_ids) * self.pool.page_size
+                most -= num_tokens
                 if most < 0:
                     return
-            page_ids = self.pool.acquire(len(seq.token_ids), prefix)
+            page_ids = self.pool.acquire(length, prefix)
             if page_ids is None:
                 return
+            self._last_lookup = None  # the idle pages that it took are held now, and cost nobody anything
             seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
             seq.num_computed = seq.num_published * self.pool.page_size
             if seq.request.num_cached_tokens is None:
@@ -292,6 +307,19 @@ class Scheduler:
             self._num_seats += seq.num_seats
             self._running.append(self._waiting.popleft())
             yield seq
+
+    def _still_waits(self, seq: Sequence, most: int | None) -> bool:
+        """Whether the last lookup tells, without another, that the head finds no room: each step asks, perhaps twice.
+
+        Until a sequence is admitted, only a page published since can spare it one, and the tokens in it.
+        """
+        last = self._last_lookup
+        if last is None or last.seq is not seq:
+            return False
+        spared = self.pool.num_publications - last.num_publications
+        return last.num_pages - spared > self.pool.num_available or (
+            most is not None and last.num_tokens - spared * self.pool.page_size > most
+        )
 
     def _chunk(self, seq: Sequence, length: int) -> Chunk:
         if seq.num_computed + length < len(seq.token_ids):
