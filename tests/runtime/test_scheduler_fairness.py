@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
 from fastllama.runtime.scheduler import Scheduler
 from fastllama.runtime.sequence import Request, Status
+from tests.runtime.simulation import Server, percentile, poisson
 from tests.runtime.test_scheduler import add, first, make, spans, turn
 
 LONG, SHORT, BUDGET = 1000, 20, 100
@@ -88,6 +90,24 @@ def test_a_short_prompt_is_answered_at_once_in_a_flood_of_long_ones(num_pages: i
     waits = [steps_until_its_first_token(prompts.scheduler, prompts.add(SHORT)) for _ in range(100)]
     assert max(waits) <= 2
     assert prompts.scheduler.num_waiting > 5, "the flood is over"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_token_of_a_short_prompt_takes_two_steps_in_a_flood_of_long_ones(seed: int) -> None:
+    """The step that runs when it comes, and its own; by the clock, at random times, while there are pages."""
+    rng, server = random.Random(seed), Server(2048)
+    full = server.seconds(2048)
+    flood = list(poisson(rng, 1.5 / server.seconds(10_000), 60.0, (4_000, 16_000), 20))
+    short = list(poisson(rng, 2.0, 60.0, (10, 200), 5))
+    served = server.serve([*flood, *short], until=62.0)
+    waits = {
+        long: [one.first_token_seconds for one in served if (one.arrival in flood) == long and one.times]
+        for long in (False, True)
+    }
+    assert len(waits[False]) == len(short) > 90
+    assert server.scheduler.num_waiting > 10, "the flood is over"
+    assert percentile(waits[False], 99) <= 2 * full < 10 * full < percentile(waits[True], 50)
+    assert max(waits[False]) <= 3 * full
 
 
 def test_many_short_prompts_wait_for_a_share_of_the_steps_alone() -> None:
