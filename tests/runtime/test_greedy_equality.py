@@ -1,4 +1,7 @@
-"""Greedy tokens equal transformers' `generate`: for every shape, alone and in any batch, and up to the same EOS."""
+"""Greedy tokens equal transformers' `generate`: for every shape, alone and in any batch, and up to the same EOS.
+
+Its own continuous batching, `generate_batch`, is the reference where more requests come than run at once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import transformers
 
 import fastllama
 from fastllama import SamplingParams
-from tests.runtime.models import SHAPES, ours, prompt_of, running, theirs
+from tests.runtime.models import SHAPES, VOCAB, ours, prompt_of, running, theirs
 
 NEW_TOKENS = 20
 PROMPTS = [prompt_of(length) for length in (1, 3, 15, 16, 17, 60)]
@@ -63,6 +66,32 @@ def test_in_a_batch(shape: str, batch: str) -> None:
         assert (llm.engine.scheduler.num_preemptions > 0) == (batch == "few pages")
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected(shape)
     assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "ContinuousBatchingConfig"), reason="transformers has no configurable generate_batch"
+)
+@pytest.mark.parametrize("shape", ["mha", "gqa tied"])
+def test_many_requests_as_by_their_continuous_batching(shape: str) -> None:
+    """Both with few seats, few pages and chunked prompts."""
+    prompts = [prompt_of(length, seed=7) for length in (3, 70, 16, 41, 1, 90, 33, 7, 64, 22, 15, 50)]
+    model = theirs(shape)
+    for prompt in prompts:
+        assert generate(model, prompt)[1] > 1e-4, "a near tie: rounding could decide it"
+    found = model.generate_batch(
+        inputs=prompts,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=VOCAB, pad_token_id=0
+        ),
+        # Unless told, it takes most of the memory for its pages, of 256 tokens, and a minute to touch them.
+        continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=24),
+    )
+    reference = {tuple(output.prompt_ids): tuple(output.generated_tokens) for output in found.values()}
+    sizes = {"kv_cache_tokens": 176, "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24}
+    with running(ours(shape, dtype=torch.float32), **sizes) as llm:
+        outputs = llm.generate(prompts, greedy())
+        assert llm.engine.scheduler.num_preemptions > 0
+    assert {output.prompt_token_ids: output.outputs[0].token_ids for output in outputs} == reference
 
 
 @pytest.mark.parametrize("count", [1, 2])
