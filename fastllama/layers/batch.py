@@ -64,15 +64,24 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: LlamaConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: LlamaConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        pinned: bool = False,
     ) -> KVCache:
-        """Uninitialised pages: a slot is read only after it was written. dtype: floating, or int8 or float8_e4m3fn."""
+        """Uninitialised pages: a slot is read only after it was written. dtype: floating, or int8 or float8_e4m3fn.
+
+        pinned: in memory of the host that a GPU copies from and to while the host goes on.
+        """
         shape = (num_pages, config.num_key_value_heads, page_size)
 
         def empty() -> LayerKV:
-            pages = [torch.empty(*shape, config.head_dim, dtype=dtype, device=device) for _ in range(2)]
-            scales = [torch.empty(shape, device=device) for _ in range(2)] if dtype in CODES else []
-            return LayerKV(*pages, *scales)
+            kinds = [(dtype, (*shape, config.head_dim))] * 2 + [(torch.float32, shape)] * (2 if dtype in CODES else 0)
+            return LayerKV(*(torch.empty(size, dtype=of, device=device, pin_memory=pinned) for of, size in kinds))
 
         return cls(tuple(empty() for _ in range(config.num_hidden_layers)))
 

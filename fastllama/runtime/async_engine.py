@@ -113,7 +113,7 @@ class AsyncEngine:
         self._statistics = Statistics()
         self._orders: dict[Generation, _Order] = {}
         self._drains: list[asyncio.Future[None]] = []
-        self._num_preemptions = 0
+        self._num_preemptions = self._num_host_hit_tokens = 0
         self._thread = threading.Thread(target=self._run, name="fastllama-engine", daemon=True)
         self._thread.start()
 
@@ -260,6 +260,8 @@ class AsyncEngine:
         with self._statistics.lock:
             seen, self._num_preemptions = self._num_preemptions, self._engine.scheduler.num_preemptions
             self._statistics.num_preemptions += max(0, self._num_preemptions - seen)
+            seen, self._num_host_hit_tokens = self._num_host_hit_tokens, self._engine.pool.num_host_hit_tokens
+            self._statistics.num_host_hit_tokens += max(0, self._num_host_hit_tokens - seen)
 
     def _begin(self, order: _Order, start: float, num_cached: int) -> None:
         self._leave_queue(order)

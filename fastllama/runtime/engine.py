@@ -32,8 +32,6 @@ from fastllama.runtime.speculation import Drafter, Speculation
 
 logger = logging.getLogger("fastllama")
 
-logger = logging.getLogger("fastllama")
-
 KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
 
 
@@ -41,13 +39,15 @@ KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of
 class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen by memory.sizes.
 
-    kv_cache_tokens is rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES. deterministic: a request's logits do
-    not depend on what else runs. num_draft_tokens: guesses that follow a sequence's last token in one step, where there
-    is something to guess them: 7 at most, for attention is proven for 8 tokens of a sequence at once.
+    kv_cache_tokens and host_cache_tokens are rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES.
+    deterministic: a request's logits do not depend on what else runs. num_draft_tokens: guesses that follow a
+    sequence's last token in one step, where there is something to guess them: 7 at most, for attention is proven for 8
+    tokens of a sequence at once.
     """
 
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
+    host_cache_tokens: int = 0
     kv_cache_dtype: str = "auto"
     page_size: int = 64
     max_num_seqs: int | None = None
@@ -64,6 +64,7 @@ class EngineOptions:
                 self._check(name, low)
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
+        self._check("host_cache_tokens", 0)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         self._check("page_size", 16, 256)
         self._check("seed", 0)
@@ -124,12 +125,14 @@ class Engine:
         model.set_max_model_len(sizes.max_model_len)
         self.model, self.tokenizer = model, tokenizer
         self._options, self._sizes = options, sizes
-        self._start_anew(sizes.kv_cache_tokens // options.page_size)
+        held = sizes.kv_cache_tokens, options.host_cache_tokens
+        self._start_anew(*(ceil_div(tokens, options.page_size) for tokens in held))
         self._runner = Runner(
             model,
             self.pool.num_pages,
             options.page_size,
             kv_dtype=kv_dtype,
+            host_cache_tokens=options.host_cache_tokens,
             max_num_tokens=sizes.max_num_batched_tokens,
             max_model_len=sizes.max_model_len,
             deterministic=options.deterministic,
@@ -144,27 +147,8 @@ class Engine:
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
 
-    def _draft_model(self, model: LlamaForCausalLM) -> DraftModel:
-        if (model.config.vocab_size, model.device) != (self.model.config.vocab_size, self.model.device):
-            raise ValueError(
-                f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
-                f"{self.model.config.vocab_size} on {self.model.device}"
-            )
-        model.set_max_model_len(self._max_model_len)
-        max_num_tokens = self._options.max_num_batched_tokens
-        runner = Runner(
-            model,
-            self.pool.num_pages,
-            self.pool.page_size,
-            kv_dtype=model.dtype,
-            max_num_tokens=max_num_tokens,
-            max_model_len=self._max_model_len,
-            deterministic=False,
-        )
-        return DraftModel(runner, max_num_tokens)
-
-    def _start_anew(self, num_pages: int) -> None:
-        self.pool = BlockPool(num_pages, self._options.page_size)
+    def _start_anew(self, num_pages: int, num_host_pages: int) -> None:
+        self.pool = BlockPool(num_pages, self._options.page_size, num_host_pages)
         self.scheduler = Scheduler(
             self.pool,
             max_num_batched_tokens=self._sizes.max_num_batched_tokens,
@@ -183,7 +167,7 @@ class Engine:
                     del self._generations[request_id]
                     raise
             self._generations.clear()
-            self._start_anew(self.pool.num_pages)
+            self._start_anew(self.pool.num_pages, self.pool.num_host_pages)
         self._torn = True
 
     def warm_up(self) -> float:
@@ -267,7 +251,7 @@ class Engine:
         have the cause in their `error`; the others go on, and nothing is raised.
         """
         self._begin()
-        step = self.scheduler.schedule()
+        step = self._schedule()
         if step is None:
             self._torn = False
             return []
@@ -324,6 +308,26 @@ class Engine:
                 raise
             logger.exception("no drafts in this step, for they cannot be made")
             return step
+    def _schedule(self) -> Step | None:
+        """The next step, with all that it wants of the host cache in its pages."""
+        step = self.scheduler.schedule()
+        if step is None or not step.transfers:
+            return step
+        assert self._runner.host is not None
+        try:
+            self._runner.host.transfer(step.transfers)
+        except BaseException as error:
+            self.pool.forget(step.transfers)
+            self.scheduler.rollback()
+            if not isinstance(error, Exception):
+                self._torn = False
+                raise
+            # Nobody needs it to get on, and whoever tries the same again may never.
+            logger.warning("the host cache is given up, for a copy failed: %r", error)
+            self.pool.drop_host()
+            self._runner.host = None
+            return self.scheduler.schedule()
+        return step
 
     def _compute(self, step: Step) -> _Computed:
         logits = self._runner.run(step)

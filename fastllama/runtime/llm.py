@@ -40,6 +40,8 @@ class LLM:
     are; "auto" is "bf12" where it makes decoding faster and the model is loaded here.
     max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
     kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
+    host_cache_tokens: tokens that host memory keeps when that cache has no room for them, so that old conversations and
+    preempted requests come back as copies, not computed again; 0 for none.
     kv_cache_dtype: "int8" and "fp8" keep keys and values in 8 bits, with a scale for each token and head: nearly twice
     as many tokens as in 16 bits. "auto" keeps them as the model computes.
     page_size: tokens of a KV page, 16 to 256. seed: of the draws of requests that bring none.
@@ -68,6 +70,7 @@ class LLM:
         quantization: str | None = "auto",
         max_model_len: int | None = None,
         kv_cache_tokens: int | None = None,
+        host_cache_tokens: int = 0,
         kv_cache_dtype: str = "auto",
         page_size: int = 64,
         max_num_seqs: int | None = None,
@@ -86,6 +89,7 @@ class LLM:
         options = EngineOptions(
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache_tokens,
+            host_cache_tokens=host_cache_tokens,
             kv_cache_dtype=kv_cache_dtype,
             page_size=page_size,
             max_num_seqs=max_num_seqs,

@@ -13,6 +13,7 @@ from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.buffers import on_device
 from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, RecordingCapture
+from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.sampler import StepLogits
 from fastllama.runtime.scheduler import Step
@@ -21,8 +22,8 @@ from fastllama.runtime.scheduler import Step
 class Runner:
     """A model and its pages.
 
-    kv_dtype: of the pages. max_num_tokens: of a step. max_model_len: tokens of a sequence. deterministic: a token's
-    logits are the same, bit for bit, whatever else is in the step.
+    kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
+    tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Runner:
         page_size: int,
         *,
         kv_dtype: torch.dtype,
+        host_cache_tokens: int,
         max_num_tokens: int,
         max_model_len: int,
         deterministic: bool,
@@ -39,6 +41,7 @@ class Runner:
         self.model = model
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
+        self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
         self._deterministic = deterministic
         workspace = model.workspace(max_num_tokens)
         self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastllama.errors import check_range
-from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix, Transfer
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.sequence import Request, Sequence, Status
@@ -35,12 +35,14 @@ class Chunk:
 class Step:
     """One forward pass: chunks, the decodes first (`num_decodes` of them), which are of one length: 1 but for drafts.
 
+    transfers: between device and host, executed once, in their order and first of all; see BlockPool.
     copies: (source page, destination page), executed before the forward pass in any order, for no page is both.
     """
 
     chunks: tuple[Chunk, ...]
     num_decodes: int
     copies: tuple[tuple[int, int], ...]
+    transfers: tuple[Transfer, ...] = ()
 
 
 class _Lookup(NamedTuple):
@@ -160,7 +162,7 @@ class Scheduler:
             return None
         assert not {source for source, _ in copies} & {destination for _, destination in copies}
         chunks = tuple(self._chunk(seq, length) for seq, length in itertools.chain(single, longer))
-        self._in_flight = Step(chunks, len(single), tuple(copies))
+        self._in_flight = Step(chunks, len(single), tuple(copies), self.pool.take_transfers())
         return self._in_flight
 
     def reserve(self, step: Step, count: int) -> bool:

@@ -39,6 +39,7 @@ class Snapshot:
     num_accepted, num_rejected: requests; those are rejected that find the queue full.
     num_failed: requests that raised. num_finished: samples, by their finish_reason.
     num_prompt_tokens, num_cached_tokens: of requests that have begun; cached ones were found in the prefix cache.
+    num_host_hit_tokens: tokens that came back from the host cache, of prompts and of sequences computed again.
     num_preemptions: how often a sequence gave up its pages to be computed again.
     queue_seconds: from arrival until a request begins. first_token_seconds: from arrival to its first token.
     inter_token_seconds: between tokens of one sample. request_seconds: from arrival to its end, however it ends.
@@ -54,6 +55,7 @@ class Snapshot:
     num_finished: Mapping[FinishReason, int]
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_host_hit_tokens: int
     num_generated_tokens: int
     num_preemptions: int
     queue_seconds: HistogramSnapshot
@@ -90,6 +92,7 @@ class Statistics:
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_host_hit_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     queue_seconds: Histogram = field(default_factory=Histogram)
@@ -110,6 +113,7 @@ class Statistics:
             num_finished=dict(self.num_finished),
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
+            num_host_hit_tokens=self.num_host_hit_tokens,
             num_generated_tokens=self.num_generated_tokens,
             num_preemptions=self.num_preemptions,
             queue_seconds=self.queue_seconds.snapshot(),

@@ -355,10 +355,11 @@ def test_the_thread_sleeps_while_nothing_is_to_do(monkeypatch: pytest.MonkeyPatc
     run(test())
 
 
-def test_statistics_count_what_happened() -> None:
+@pytest.mark.parametrize("host_cache_tokens", [0, 1000])
+def test_statistics_count_what_happened(host_cache_tokens: int) -> None:
     async def test() -> None:
         # pages for one request and a half: some are preempted
-        async with serving(ours(), kv_cache_tokens=80, max_model_len=70) as engine:
+        async with serving(ours(), kv_cache_tokens=80, max_model_len=70, host_cache_tokens=host_cache_tokens) as engine:
             start = time.monotonic()
             prompts = [prompt_of(length, seed=4) for length in (20, 30, 34)]
             await asyncio.gather(
@@ -372,6 +373,7 @@ def test_statistics_count_what_happened() -> None:
         assert found.num_generated_tokens == 3 * 30 + 10
         assert found.num_prompt_tokens == 20 + 30 + 34 + 34
         assert found.num_cached_tokens == 32
+        assert (found.num_host_hit_tokens > 0) == (host_cache_tokens > 0)
         assert found.num_preemptions > 0
         assert (found.num_queued, found.num_running, found.num_pages, found.num_available_pages) == (0, 0, 5, 5)
         counts = [

@@ -202,3 +202,116 @@ def test_misuse_of_publish_is_caught() -> None:
     pool.publish(page_id, ROOT, (1, 2))
     with pytest.raises(AssertionError, match="two contents"):
         pool.publish(page_id, ROOT, (3, 4))
+
+
+def test_what_is_evicted_moves_to_the_host_and_comes_back() -> None:
+    pool = BlockPool(3, 2, num_host_pages=4)
+    pool.free(filled(pool, [1, 2, 3, 4, 5]))  # pages 0 and 1 idle, 2 free
+    prefix = pool.match_prefix([1, 2, 3, 4, 5])
+    others = pool.acquire(6, NOTHING)
+    assert others == [2, 1, 0]
+    assert pool.take_transfers() == ((1, 3), (0, 4)), "the end of the chain first, to the first pages of the host"
+    assert pool.take_transfers() == (), "once"
+    assert pool.match_prefix([1, 2, 3, 4, 5]) == Prefix([4, 3], prefix.prefix_id)
+    pool.check_invariants()
+    pool.free(others)
+    found = pool.acquire(5, pool.match_prefix([1, 2, 3, 4, 5]))
+    assert found == [2, 1, 0]
+    assert pool.take_transfers() == ((4, 2), (3, 1))
+    assert pool.match_prefix([1, 2, 3, 4, 5]) == Prefix([2, 1], prefix.prefix_id), "of the device now"
+    assert (pool.num_queried_tokens, pool.num_hit_tokens, pool.num_host_hit_tokens) == (5 + 6 + 5, 4, 4)
+    assert pool.num_evictions == 0, "nothing was lost"
+    pool.check_invariants()
+
+
+def test_a_full_host_gives_up_the_least_recently_used() -> None:
+    pool = BlockPool(2, 1, num_host_pages=2)
+    for token in (1, 2, 3, 4):
+        pool.free(filled(pool, [token]))
+    pool.free(pool.acquire(2, NOTHING) or [])
+    assert pool.num_evictions == 2
+    assert pool.take_transfers() == ((0, 2), (1, 3), (0, 2), (1, 3))
+    assert [pool.match_prefix([token, 0]).page_ids for token in (1, 2, 3, 4)] == [[], [], [2], [3]]
+    pool.check_invariants()
+
+
+def test_what_is_taken_from_a_full_host_does_not_give_way_to_what_it_displaces() -> None:
+    pool = BlockPool(2, 1, num_host_pages=2)
+    first = [1, 2, 0]
+    pool.free(filled(pool, first[:2]))
+    pool.free(filled(pool, [3, 4]))
+    prefix = pool.match_prefix(first)
+    assert prefix.page_ids == [3, 2]
+    pool.take_transfers()
+    assert pool.acquire(2, prefix) == [0, 1]
+    # What page 0 held is lost, for the host is full; into what comes free there goes what page 1 held.
+    assert pool.take_transfers() == ((3, 0), (1, 3), (2, 1))
+    assert pool.num_evictions == 1
+    assert pool.match_prefix(first).page_ids == [0, 1]
+    assert pool.match_prefix([3, 4, 0]).page_ids == [3]
+    pool.check_invariants()
+
+
+def test_acquire_takes_pages_held_idle_and_away() -> None:
+    pool = BlockPool(4, 1, num_host_pages=4)
+    long = [1, 2, 3, 0]
+    pool.free(filled(pool, long[:3]))
+    held = pool.acquire(1, pool.match_prefix([1, 0]))
+    assert held == [0]
+    pool.free([pool.allocate(), pool.allocate()])  # a free one, and that of token 3, which was idle longest
+    prefix = pool.match_prefix(long)
+    assert prefix.page_ids == [0, 1, 4]
+    before = pool.num_available
+    assert pool.acquire(5, prefix) is None, "one page held, one idle, one away and two fresh are four that are missing"
+    assert (pool.num_available, pool.num_hit_tokens, pool.match_prefix(long)) == (before, 1, prefix)
+    pool.check_invariants()
+    pool.take_transfers()
+    page_ids = pool.acquire(4, prefix)
+    assert page_ids is not None
+    assert page_ids[:2] == [0, 1]
+    assert pool.take_transfers() == ((4, page_ids[2]),)
+    assert (pool.num_hit_tokens, pool.num_host_hit_tokens, pool.num_available) == (1 + 3, 1, 0)
+    pool.check_invariants()
+
+
+def test_what_is_computed_again_replaces_its_copy_on_the_host() -> None:
+    pool = BlockPool(2, 1, num_host_pages=1)
+    pool.free(filled(pool, [1]))
+    below = pool.match_prefix([1, 0]).prefix_id
+    pool.free([pool.allocate(), pool.allocate()])
+    assert pool.match_prefix([1, 0]) == Prefix([2], below)
+    page_id = pool.allocate()
+    assert pool.publish(page_id, ROOT, (1,)) == below, "the same prefix, so that what follows it is still found"
+    assert pool.match_prefix([1, 0]).page_ids == [page_id]
+    pool.check_invariants()
+
+
+def test_what_was_not_copied_is_found_by_nobody() -> None:
+    pool = BlockPool(3, 1, num_host_pages=3)
+    pool.free(filled(pool, [1, 2]))
+    pool.free(filled(pool, [5, 6, 7]))
+    pool.take_transfers()
+    page_ids = pool.acquire(3, pool.match_prefix([1, 2, 0]))
+    assert page_ids is not None
+    assert pool.match_prefix([1, 2, 0]).page_ids == page_ids[:2]
+    assert len(pool.match_prefix([5, 6, 7, 0]).page_ids) == 3
+    pool.forget(pool.take_transfers())
+    pool.check_invariants()
+    assert pool.match_prefix([1, 2, 0]).page_ids == []
+    assert pool.match_prefix([5, 6, 7, 0]).page_ids == []
+    pool.free(page_ids)
+    pool.check_invariants()
+    assert pool.num_available == 3
+
+
+def test_without_its_host_a_pool_goes_on() -> None:
+    pool = BlockPool(2, 1, num_host_pages=2)
+    for token in (1, 2, 3):
+        pool.free(filled(pool, [token]))
+    pool.take_transfers()
+    pool.drop_host()
+    pool.check_invariants()
+    assert [pool.match_prefix([token, 0]).page_ids for token in (1, 2, 3)] == [[], [1], [0]]
+    pool.free(pool.acquire(2, NOTHING) or [])
+    assert pool.take_transfers() == ()
+    pool.check_invariants()

@@ -26,15 +26,17 @@ class Simulation:
     a page shared, overwritten, not copied, or reused for another prefix cannot read back right.
     """
 
-    def __init__(self, num_pages: int, page_size: int, budget: int, seqs: int, length: int) -> None:
-        self.pool = BlockPool(num_pages, page_size)
+    def __init__(
+        self, num_pages: int, page_size: int, budget: int, seqs: int, length: int, num_host_pages: int = 0
+    ) -> None:
+        self.pool = BlockPool(num_pages, page_size, num_host_pages)
         self.scheduler = Scheduler(self.pool, max_num_batched_tokens=budget, max_num_seqs=seqs, max_model_len=length)
-        self.memory = [[GARBAGE] * page_size for _ in range(num_pages)]
+        self.memory = [[GARBAGE] * page_size for _ in range(num_pages + num_host_pages)]
         self.requests: list[Request] = []  # in order of arrival
         self.live: list[Request] = []  # those of them that have not finished, in order of the queue
         self.num_passing: Counter[Request] = Counter()  # tokens of those that passed it and none before it
         self.num_computed: dict[Sequence, int] = {}
-        self.num_copies = 0
+        self.num_copies = self.num_transfers = 0
         self._contents: defaultdict[Sequence, list[int]] = defaultdict(list)
 
     def sequences(self, *statuses: Status) -> list[Sequence]:
@@ -117,6 +119,14 @@ class Simulation:
     def seats(seq: Sequence) -> int:
         return 1 if len(seq.request.sequences) == seq.request.params.n else seq.request.params.n
 
+    def transfer(self, step: Step, fails: bool = False) -> None:
+        """Execute what the step moves between device and host; where that fails, nobody knows what is there."""
+        self.num_transfers += len(step.transfers)
+        for source, destination in step.transfers:
+            assert (source < self.pool.num_pages) != (destination < self.pool.num_pages)
+            assert fails or GARBAGE not in self.memory[source], "what was never written moves"
+            self.memory[destination] = [GARBAGE] * self.pool.page_size if fails else list(self.memory[source])
+
     def run(self, step: Step, fails: bool = False) -> None:
         """Execute a step on the fake memory."""
         size, memory = self.pool.page_size, self.memory
@@ -178,11 +188,17 @@ class Simulation:
                 if len(seq.token_ids) == seq.max_length:
                     self.scheduler.finish(seq, "length")
 
-    def step(self, rng: random.Random, *, fails: bool = False, abort: int | None = None) -> bool:
+    def step(
+        self, rng: random.Random, *, fails: bool = False, transfer_fails: bool = False, abort: int | None = None
+    ) -> bool:
         """A whole step; `abort` ends a request while it runs. False if there was no work."""
         step = self.schedule()
         if step is None:
             return False
+        self.transfer(step, transfer_fails)
+        if transfer_fails:
+            self.pool.forget(step.transfers)
+        fails = fails or transfer_fails
         self.run(step, fails)
         if abort is not None:
             self.abort(abort)
@@ -250,12 +266,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         sizes=st.tuples(
             st.integers(1, 12), st.integers(1, 4), st.integers(1, 12), st.integers(1, 4), st.integers(2, 20)
         ),
+        num_host_pages=st.integers(0, 8),
         rng=st.randoms(use_true_random=False),
     )
-    def start(self, sizes: tuple[int, int, int, int, int], rng: random.Random) -> None:
+    def start(self, sizes: tuple[int, int, int, int, int], num_host_pages: int, rng: random.Random) -> None:
         num_pages, page_size, budget, seqs, length = sizes
         self.rng = random.Random(rng.randrange(2**32))
-        self.simulation = Simulation(num_pages, page_size, max(budget, seqs), seqs, length)
+        self.simulation = Simulation(num_pages, page_size, max(budget, seqs), seqs, length, num_host_pages)
 
     @rule(
         prompt=PROMPTS,
@@ -274,6 +291,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(fails=st.booleans(), abort=st.integers(0, 5))
     def step_with_an_end_on_the_way(self, fails: bool, abort: int) -> None:
         self.simulation.step(self.rng, fails=fails, abort=abort)
+
+    @rule()
+    def step_without_its_transfers(self) -> None:
+        self.simulation.step(self.rng, transfer_fails=True)
+
+    @rule()
+    def drop_host(self) -> None:
+        self.simulation.pool.drop_host()
 
     @rule(abort=st.integers(0, 5))
     def abort(self, abort: int) -> None:
@@ -299,6 +324,7 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30)
 
 
+@pytest.mark.parametrize("num_host_pages", [0, 3, 20])
 @pytest.mark.parametrize(
     ("num_pages", "page_size", "budget", "seqs", "length"),
     [
@@ -312,9 +338,11 @@ TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30
     ],
     ids=str,
 )
-def test_a_storm_of_requests(num_pages: int, page_size: int, budget: int, seqs: int, length: int) -> None:
+def test_a_storm_of_requests(
+    num_pages: int, page_size: int, budget: int, seqs: int, length: int, num_host_pages: int
+) -> None:
     rng = random.Random(num_pages)
-    simulation = Simulation(num_pages, page_size, budget, seqs, length)
+    simulation = Simulation(num_pages, page_size, budget, seqs, length, num_host_pages)
     systems = [[rng.randrange(2) for _ in range(rng.randint(0, length // 2))] for _ in range(4)]
     while len(simulation.requests) < 400:
         if rng.random() < 0.4:
@@ -328,8 +356,9 @@ def test_a_storm_of_requests(num_pages: int, page_size: int, budget: int, seqs: 
         if rng.random() < 0.05:
             simulation.abort(len(simulation.requests) - rng.randint(1, 10))
         abort = rng.randrange(1000) if rng.random() < 0.02 else None
-        simulation.step(rng, fails=rng.random() < 0.01, abort=abort)
+        simulation.step(rng, fails=rng.random() < 0.01, transfer_fails=rng.random() < 0.01, abort=abort)
     simulation.drain(rng)
     pool, scheduler = simulation.pool, simulation.scheduler
     assert min(scheduler.num_preemptions, pool.num_hit_tokens, pool.num_evictions) > 20, "the storm was a breeze"
     assert simulation.num_copies > 20 or page_size == 1
+    assert (simulation.num_transfers > 100) == (pool.num_host_hit_tokens > 20) == (num_host_pages > 0)
