@@ -77,6 +77,22 @@ def test_graphs_give_what_the_modules_give(model: LlamaForCausalLM, logits: list
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["bf16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_pages_come_back_from_the_host_as_they_were(model: LlamaForCausalLM, kv_cache_dtype: str) -> None:
+    """Preempted requests give the tokens that they give where nobody is."""
+    sizes: dict[str, Any] = {"max_model_len": 384, "deterministic": True, "progress": False}
+    prompts = [[seed] * length for seed, length in enumerate((60, 130, 190, 100, 70, 220))]
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=100)
+    found = []
+    for kv_cache_tokens, host_cache_tokens in ((4096, 0), (512, 4096)):
+        tokens = {"kv_cache_tokens": kv_cache_tokens, "host_cache_tokens": host_cache_tokens}
+        with LLM(model, kv_cache_dtype=kv_cache_dtype, **tokens, **sizes) as llm:
+            found.append([each.outputs[0].token_ids for each in llm.generate(prompts, params)])
+            assert (llm.engine.pool.num_host_hit_tokens > 0) == (host_cache_tokens > 0)
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replayed steps that raise where one waits for the device or asks it for memory; gives how many there were."""

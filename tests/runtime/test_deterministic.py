@@ -23,6 +23,7 @@ BATCHES: dict[str, dict[str, Any]] = {
     "large pages": {"page_size": 64},
     "chunks of a few tokens": {"max_num_seqs": 6, "max_num_batched_tokens": 7},
     "few pages": {"kv_cache_tokens": 112, "max_model_len": 112},
+    "few pages, and those of the host": {"kv_cache_tokens": 112, "max_model_len": 112, "host_cache_tokens": 300},
 }
 Logits = dict[tuple[int, int], Tensor]
 
@@ -53,6 +54,7 @@ def run(
             llm.generate(prompts, PARAMS[: len(prompts)])
             if "kv_cache_tokens" in options:
                 assert llm.engine.scheduler.num_preemptions > 0
+            assert (llm.engine.pool.num_host_hit_tokens > 0) == ("host_cache_tokens" in options)
     return found
 
 

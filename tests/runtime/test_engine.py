@@ -196,8 +196,9 @@ def each_alone() -> list[list[tuple[int, ...]]]:
 
 @pytest.mark.parametrize("line", range(1, 1500, 31))
 def test_an_interrupt_anywhere_leaves_a_whole_engine(line: int, each_alone: list[list[tuple[int, ...]]]) -> None:
-    # Fewer pages than the requests want, so that some are preempted.
-    with running(ours(), kv_cache_tokens=96, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=20) as llm:
+    # Fewer pages than the requests want, so that some are preempted, and go to the host and come back.
+    sizes = {"kv_cache_tokens": 96, "host_cache_tokens": 48, "max_model_len": 64}
+    with running(ours(), max_num_seqs=3, max_num_batched_tokens=20, **sizes) as llm:
         generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, THREE, strict=True)]
         with suppress(KeyboardInterrupt), interrupted_at(line) as count:
             until_the_end(llm, generations)

@@ -97,17 +97,27 @@ def check_same(found: RequestOutput, expected: RequestOutput) -> None:
 @given(
     wanted=st.lists(orders(), min_size=1, max_size=6),
     num_pages=st.integers(5, 14),
+    num_host_pages=st.sampled_from([0, 2, 30]),
     num_seats=st.integers(3, 8),
     spare_budget=st.integers(0, 40),
     failures=st.frozensets(st.integers(1, 30), max_size=3),
 )
 def test_every_output_is_the_one_its_request_gets_alone(
-    wanted: list[Order], num_pages: int, num_seats: int, spare_budget: int, failures: frozenset[int]
+    wanted: list[Order],
+    num_pages: int,
+    num_host_pages: int,
+    num_seats: int,
+    spare_budget: int,
+    failures: frozenset[int],
 ) -> None:
     failing = model(Failing)
     assert isinstance(failing, Failing)
     failing.failures = frozenset()  # none while LLM warms up
-    sizes = {"max_num_seqs": num_seats, "max_num_batched_tokens": num_seats + spare_budget}
+    sizes = {
+        "max_num_seqs": num_seats,
+        "max_num_batched_tokens": num_seats + spare_budget,
+        "host_cache_tokens": 16 * num_host_pages,
+    }
     with running(failing, kv_cache_tokens=16 * num_pages, max_model_len=75, **sizes) as llm:
         failing.num_calls, failing.failures = 0, failures
         engine, generations, step = llm.engine, {}, 0

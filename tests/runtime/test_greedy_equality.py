@@ -25,6 +25,7 @@ BATCHES: dict[str, dict[str, Any]] = {
     "chunks of a few tokens": {"max_num_seqs": 6, "max_num_batched_tokens": 7},
     "few seats": {"max_num_seqs": 2},
     "few pages": {"kv_cache_tokens": 112, "max_model_len": 112},
+    "few pages, and those of the host": {"kv_cache_tokens": 112, "max_model_len": 112, "host_cache_tokens": 300},
 }
 BUNDLED = Path(fastllama.__file__).parent / "assets" / "tiny"
 
@@ -63,7 +64,8 @@ def test_alone(shape: str) -> None:
 def test_in_a_batch(shape: str, batch: str) -> None:
     with running(ours(shape, dtype=torch.float32), **BATCHES[batch]) as llm:
         outputs = llm.generate(PROMPTS, greedy())
-        assert (llm.engine.scheduler.num_preemptions > 0) == (batch == "few pages")
+        assert (llm.engine.scheduler.num_preemptions > 0) == ("few pages" in batch)
+        assert (llm.engine.pool.num_host_hit_tokens > 0) == ("host" in batch)
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected(shape)
     assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
 

@@ -37,7 +37,15 @@ def test_logits_are_nearly_those_of_full_pages(kind: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
-@pytest.mark.parametrize("options", [{}, {"max_num_seqs": 5, "max_num_batched_tokens": 7}, {"kv_cache_tokens": 112}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_seqs": 5, "max_num_batched_tokens": 7},
+        {"kv_cache_tokens": 112},
+        {"kv_cache_tokens": 112, "host_cache_tokens": 300},
+    ],
+)
 def test_a_request_gets_the_same_in_any_company(kind: str, dtype: torch.dtype, options: dict[str, int]) -> None:
     """Through copies of shared pages, chunks and preemption: in fp64 rounding is too small to change a code."""
     params = SamplingParams(temperature=2.0, n=2, seed=3, max_tokens=12)
@@ -47,6 +55,7 @@ def test_a_request_gets_the_same_in_any_company(kind: str, dtype: torch.dtype, o
     with running(ours(), kv_cache_dtype=kind, **options, **sizes) as llm:
         together = [output.outputs for output in llm.generate(PROMPTS, params)]
         assert (llm.engine.scheduler.num_preemptions > 0) == bool(sizes)
+        assert (llm.engine.pool.num_host_hit_tokens > 0) == ("host_cache_tokens" in options)
     assert [[each.token_ids for each in outputs] for outputs in together] == [
         [each.token_ids for each in outputs] for outputs in alone
     ]

@@ -88,10 +88,11 @@ def orders(count: int) -> list[Order]:
     return found
 
 
-def llm_of(model: LlamaForCausalLM, num_pages: int) -> LLM:
+def llm_of(model: LlamaForCausalLM, num_pages: int, num_host_pages: int = 0) -> LLM:
     letters = [bytes([97 + number % 26]) for number in range(VOCAB - 4)]
     tokenizer: Any = Pieces(letters)
-    return LLM(model, tokenizer=tokenizer, kv_cache_tokens=16 * num_pages, deterministic=True, **SIZES)
+    pages = {"kv_cache_tokens": 16 * num_pages, "host_cache_tokens": 16 * num_host_pages}
+    return LLM(model, tokenizer=tokenizer, deterministic=True, **pages, **SIZES)
 
 
 async def add(engine: AsyncEngine, order: Order) -> RequestStream:
@@ -143,6 +144,7 @@ async def soak(llm: LLM, wanted: list[Order]) -> list[dict[int, CompletionOutput
     assert counted.num_failed == fates["cursed"]
     assert (counted.num_queued, counted.num_running) == (0, 0)
     assert min(counted.num_preemptions, counted.num_cached_tokens, counted.num_rejected) > 20, "a breeze"
+    assert counted.num_host_hit_tokens > 20
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return found
 
@@ -159,7 +161,7 @@ def test_every_survivor_gets_what_it_gets_alone(request: pytest.FixtureRequest) 
     model = ours(eos=(EOS,), kind=Trying, dtype=torch.float32)
     assert isinstance(model, Trying)
     before = num_alive()
-    with llm_of(model, 8) as llm:
+    with llm_of(model, 8, num_host_pages=12) as llm:
         model.share = 0.05
         found = asyncio.run(soak(llm, wanted))
         model.share = 0.0
