@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import io
 from collections.abc import Iterable
 
@@ -36,6 +37,16 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """The end of the text: U+FFFD if it stopped inside a character, else ""."""
         return self._emit(self._decoder.decode(b"", final=True))
+
+    def fork(self, *, skip_special_tokens: bool) -> IncrementalDetokenizer:
+        """Another that goes on from here, and shows special tokens from here on or does not."""
+        other = copy.copy(self)
+        other._skip = skip_special_tokens
+        other._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        other._decoder.setstate(self._decoder.getstate())
+        other._emitted = io.StringIO()
+        other._emitted.write(self.text)
+        return other
 
     @property
     def text(self) -> str:

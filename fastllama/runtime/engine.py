@@ -20,6 +20,7 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import memory, sampler
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.draft_model import DraftModel
+from fastllama.runtime.forking import check_fork
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.isolation import run_parts
 from fastllama.runtime.outputs import FinishReason, TokenLogprob
@@ -228,12 +229,39 @@ class Engine:
         self._begin()
         request = Request(str(next(self._numbers)), ids, params, time.monotonic() if arrival is None else arrival)
         self.scheduler.add(request)
-        if params.seed is None:
-            request.params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
+        self._give_seed(request)
         generation = Generation(request, prompt, self.tokenizer)
         self._generations[request.request_id] = generation
         self._torn = False
         return generation
+
+    def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
+        """A new request that goes on from where an unfinished one stands; see LLM.fork.
+
+        Raises ValueError, and changes nothing, if that has ended, is another engine's, or cannot go on with `params`.
+        """
+        self._begin()  # which ends it where an interrupt has torn the engine
+        self._torn = False
+        origin = generation.request
+        if self._generations.get(origin.request_id) is not generation:
+            raise ValueError(
+                f"generation is request {origin.request_id!r}, which has ended or is another engine's; "
+                "legal: an unfinished one of this engine"
+            )
+        params = origin.params if params is None else params
+        check_fork(origin, params)
+        self.check_request(origin.prompt_token_ids, params)
+        self._torn = True
+        request = Request(str(next(self._numbers)), origin.prompt_token_ids, params, time.monotonic())
+        self.scheduler.fork(origin.sequences[0], request)
+        self._give_seed(request)
+        forked = self._generations[request.request_id] = generation.fork(request)
+        self._torn = False
+        return forked
+
+    def _give_seed(self, request: Request) -> None:
+        if request.params.seed is None:
+            request.params = dataclasses.replace(request.params, seed=self._seeds.getrandbits(63))
 
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""

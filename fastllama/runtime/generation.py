@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
 
@@ -29,6 +30,18 @@ class TextStream:
         self._held = ""
         self._released: list[str] = []
         self._num_taken = 0
+
+    def fork(self, params: SamplingParams) -> TextStream:
+        """Another that goes on from here, all of its text still to be taken.
+
+        The stop strings of `params` are sought in what follows and what is held back.
+        """
+        other = copy.copy(self)
+        other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
+        other._stops = tuple(params.stop)
+        other._released = list(self._released)
+        other._num_taken = 0
+        return other
 
     @property
     def text(self) -> str:
@@ -122,6 +135,13 @@ class Generation:
             stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
             found = self.samples[seq.index] = Sample(seq, stream)
         return found
+
+    def fork(self, request: Request) -> Generation:
+        """What `request`, forked from this one, has so far: the same, but for its times."""
+        sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
+        stream = sample.stream.fork(request.params) if sample.stream is not None else None
+        samples = {seq.index: Sample(seq, stream, list(sample.logprobs))}
+        return Generation(request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs))
 
     def abort(self, reason: FinishReason = "abort") -> None:
         """End now: what has not finished does for this reason, and its text is all that is certain of it."""

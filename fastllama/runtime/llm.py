@@ -190,6 +190,22 @@ class LLM:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
         return self._add(prompt, params)
 
+    def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
+        """A second request that goes on from where a started, unfinished one stands, sharing its pages until it writes.
+
+        params: of the tokens from here on; None takes those of the first, seed included, which so give the same tokens.
+        Its output begins with what the first has generated: tokens, text and log-probabilities, which max_tokens,
+        penalties and `follow` count in. Stop strings are sought in text that was not released yet. All else is its own:
+        id, arrival, times, end. Where no seat is free, or the first waits or is reading its prompt, it is queued.
+        Raises TypeError for other things, ValueError if the first has ended, for n other than 1 of either, max_tokens
+        that are reached already, and log-probabilities that the first does not report.
+        """
+        if not isinstance(generation, Generation):
+            raise TypeError(f"generation is {generation!r:.99}; legal: what LLM.start returns")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
+        return self.engine.fork(generation, params)
+
     def encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> Sequence[int]:
         """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
 

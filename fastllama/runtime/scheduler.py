@@ -105,12 +105,30 @@ class Scheduler:
         max_length = self.check(length, request.params)
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
         request.sequences.append(seq)
-        place = len(self._waiting)
-        while place > 0 and length <= self._waiting[place - 1].patience:
-            place -= 1
-        if place < len(self._waiting):
-            self._waiting[place].patience -= length
-        self._waiting.insert(place, seq)
+        self._queue(seq)
+
+    def fork(self, seq: Sequence, request: Request) -> None:
+        """Add a request with the prompt of another, which goes on where that one's only sequence stands.
+
+        It runs beside it, in the same pages and of the same age, if that has all but its last token computed and a seat
+        is free. Else it waits as a prompt of all these tokens does, and finds in the prefix cache what is there.
+        """
+        assert self._in_flight is None, "a fork of a sequence that is being computed"
+        assert not request.sequences, f"request {request.request_id!r} was added before"
+        assert seq.status is not Status.FINISHED, f"a fork of sequence {seq.seq_id}, which is FINISHED"
+        assert seq.request.params.n == request.params.n == 1, "a fork of several samples, or into several"
+        length, max_length = len(seq.token_ids), self.check(seq.num_prompt_tokens, request.params)
+        assert length < max_length, f"a fork of {length} tokens that may grow to {max_length}"
+        child = seq.fork(next(self._seq_ids), request=request, max_length=max_length, patience=length // 2)
+        request.sequences.append(child)
+        if child.status is Status.RUNNING and child.num_computed == length - 1 and self._num_seats < self.max_num_seqs:
+            request.num_cached_tokens = min(child.num_computed, child.num_prompt_tokens)
+            self._num_seats += 1
+            self._join(child, seq)
+        else:
+            child.release_pages()
+            child.status = Status.WAITING
+            self._queue(child)
 
     def check(self, length: int, params: SamplingParams) -> int:
         """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask."""
@@ -252,6 +270,15 @@ class Scheduler:
         for seq in request.sequences:
             self.finish(seq, reason, stop_reason)
 
+    def _queue(self, seq: Sequence) -> None:
+        """Behind all that wait, but for those that let it pass."""
+        length, place = len(seq.token_ids), len(self._waiting)
+        while place > 0 and length <= self._waiting[place - 1].patience:
+            place -= 1
+        if place < len(self._waiting):
+            self._waiting[place].patience -= length
+        self._waiting.insert(place, seq)
+
     def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
         """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
         page_ids, index = seq.page_ids, seq.num_computed // self.pool.page_size
@@ -304,7 +331,7 @@ class Scheduler:
             seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
             seq.num_computed = seq.num_published * self.pool.page_size
             if seq.request.num_cached_tokens is None:
-                seq.request.num_cached_tokens = seq.num_computed
+                seq.request.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
             seq.status = Status.RUNNING
             self._num_seats += seq.num_seats
             self._running.append(self._waiting.popleft())
@@ -327,20 +354,27 @@ class Scheduler:
         if seq.num_computed + length < len(seq.token_ids):
             samples: tuple[Sequence, ...] = ()
         else:
-            samples = (seq,) if seq.num_seats == 1 else self._fork(seq)
+            samples = (seq,) if seq.num_seats == 1 else self._split(seq)
         return Chunk(seq, seq.num_computed, length, samples)
 
-    def _fork(self, seq: Sequence) -> tuple[Sequence, ...]:
-        """All n sequences of the request: the children share the first one's pages, and its age: they run beside it."""
+    def _split(self, seq: Sequence) -> tuple[Sequence, ...]:
+        """All n sequences of the request: the children share the first one's pages, and its age."""
         request = seq.request
         seq.num_seats = 1
-        children = [seq.fork(next(self._seq_ids), index) for index in range(1, request.params.n)]
-        for child in children:
-            self.pool.share(child.page_ids)
-        behind = self._running.index(seq) + 1
-        self._running[behind:behind] = children
-        request.sequences.extend(children)
+        for index in range(1, request.params.n):
+            child = seq.fork(next(self._seq_ids), index=index)
+            self._join(child, request.sequences[-1])
+            request.sequences.append(child)
         return tuple(request.sequences)
+
+    def _join(self, child: Sequence, other: Sequence) -> None:
+        """A fork runs right behind one with the same pages, and holds them too.
+
+        So those who copy one page come one after another, and nobody in between can preempt the last who holds it,
+        take it, and have it written before it was copied.
+        """
+        self.pool.share(child.page_ids)
+        self._running.insert(self._running.index(other) + 1, child)
 
     def _advance(self, seq: Sequence, num_computed: int) -> None:
         """So many tokens are computed: offer the pages that they fill."""

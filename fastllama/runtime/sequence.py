@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastllama.runtime.block_pool import ROOT
 from fastllama.runtime.outputs import FinishReason
@@ -64,10 +65,10 @@ class Sequence:
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
-    def fork(self, seq_id: int, index: int) -> Sequence:
-        """A sibling that holds the same tokens in the same pages (the caller counts the references)."""
+    def fork(self, seq_id: int, **changes: Any) -> Sequence:
+        """Another that holds the same tokens in the same pages (the caller counts the references)."""
         return dataclasses.replace(
-            self, seq_id=seq_id, index=index, token_ids=list(self.token_ids), page_ids=list(self.page_ids)
+            self, seq_id=seq_id, token_ids=list(self.token_ids), page_ids=list(self.page_ids), **changes
         )
 
     def release_pages(self) -> list[int]:

@@ -118,3 +118,22 @@ def test_each_push_looks_at_one_id(tiny):
 def test_an_id_out_of_range_is_refused(tiny):
     with pytest.raises(ValueError, match=rf"^token id {tiny.vocab_size} is not in "):
         IncrementalDetokenizer(tiny, []).push(tiny.vocab_size)
+
+
+@fewer
+@given(prompt=IDS, shared=IDS, tails=st.tuples(IDS, IDS), skips=st.tuples(st.booleans(), st.booleans()))
+def test_a_fork_goes_on_from_the_same_place_by_itself(tokenizer, prompt, shared, tails, skips):
+    one, two, *rest = [[i % tokenizer.vocab_size for i in ids] for ids in (*tails, prompt, shared)]
+    detokenizer = IncrementalDetokenizer(tokenizer, rest[0], skip_special_tokens=skips[0])
+    for token_id in rest[1]:
+        detokenizer.push(token_id)
+    fork = detokenizer.fork(skip_special_tokens=skips[1])
+    pieces(fork, two)
+    pieces(detokenizer, one)
+    for found, skip, tail in ((detokenizer, skips[0], one), (fork, skips[1], two)):
+        alone = IncrementalDetokenizer(tokenizer, rest[0], skip_special_tokens=skips[0])
+        for token_id in rest[1]:
+            alone.push(token_id)
+        alone._skip = skip
+        pieces(alone, tail)
+        assert found.text == alone.text
