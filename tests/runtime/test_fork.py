@@ -200,8 +200,9 @@ def test_a_stream_and_its_fork_share_nothing() -> None:
     stream = TextStream(tokenizer, (1,), params)
     for token_id in (FILLER, 4, 5):
         stream.push(token_id)
+    assert stream.take() == ".", "an a may begin a stop string"
     fork = stream.fork(replace(params, skip_special_tokens=True, stop="x"))
-    assert (stream.take(), fork.take(), fork.text) == (".", ".", "."), "an a may begin a stop string"
+    assert (stream.take(), fork.take(), fork.text) == ("", ".", ".")
     for each in (stream, fork):
         each.push(6)
         each.push(2)
