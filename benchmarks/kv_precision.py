@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.environment import environment, write_record
 from fastllama import LLM, SamplingParams
-from fastllama.runtime.engine import KV_DTYPES
+from fastllama.runtime.options import KV_DTYPES
 from tools.tiny_model.evaluate import held_out_text
 from tools.tiny_model.stories import story
 

@@ -57,7 +57,7 @@ class BlockPool:
         self.num_hit_tokens = 0  # those of them found in the cache
         self.num_host_hit_tokens = 0  # those of them that came back from the host
         self.num_evictions = 0  # idle pages whose content was given up, on the host where there is one
-        self.num_publications = 0  # pages whose content was new to the cache
+        self.num_publications = 0  # pages whose content was new to the cache, or to its part on the device
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack, so that low ids are used first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -167,6 +167,7 @@ class BlockPool:
             del self._host_idle[found[0]]
             self._rename(found[0], page_id)
             self._host_free.append(found[0])
+            self.num_publications += 1
         return found[1]
 
     def take_transfers(self) -> tuple[Transfer, ...]:

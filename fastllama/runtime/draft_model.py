@@ -4,25 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
+from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import sampler
+from fastllama.runtime.memory import Sizes
 from fastllama.runtime.runner import Runner
-from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Sequence, Status
+from fastllama.runtime.step import Chunk, Step
+from fastllama.runtime.warm_up import warm_up
 
 
 class DraftModel:
     """Proposes what a smaller model draws, with the same parameters and random numbers as the large one will.
 
-    runner: of the smaller model, over pages of the same numbers and sizes: where the large one has a token's keys and
-    values, it has its own, in the same page. So what is shared, copied or kept of pages is so of both, and nothing is
-    kept book of but how many tokens of a sequence it has computed. Where that is wrong, for a prefix came from the
-    cache and was computed while drafts did not pay, drafts are worse, and no answer is.
-    max_num_tokens: of a pass.
+    It has as many pages, of the same size: where the large one has a token's keys and values, it has its own, in the
+    same page. So what is shared, copied or kept of pages is so of both, and nothing is kept book of but how many tokens
+    of a sequence it has computed. Where that is wrong, for a prefix came from the cache and was computed while drafts
+    did not pay, or came from the host, drafts are worse, and no answer is.
     """
 
-    def __init__(self, runner: Runner, max_num_tokens: int) -> None:
-        self._runner, self._max_num_tokens = runner, max_num_tokens
+    def __init__(
+        self, model: LlamaForCausalLM, large: LlamaForCausalLM, num_pages: int, page_size: int, sizes: Sizes
+    ) -> None:
+        """Beside a large model. Raises ValueError for another vocabulary, another device, fewer tokens."""
+        if (model.config.vocab_size, model.device) != (large.config.vocab_size, large.device):
+            raise ValueError(
+                f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
+                f"{large.config.vocab_size} on {large.device}"
+            )
+        if model.config.max_position_embeddings < sizes.max_model_len:
+            raise ValueError(
+                f"the draft model takes {model.config.max_position_embeddings} tokens and max_model_len is "
+                f"{sizes.max_model_len}; legal: a draft model that takes as many, or a smaller max_model_len"
+            )
+        model.set_max_model_len(sizes.max_model_len)
+        self._sizes = sizes
+        self._runner = Runner(
+            model,
+            num_pages,
+            page_size,
+            kv_dtype=model.dtype,
+            host_cache_tokens=0,
+            max_num_tokens=sizes.max_num_batched_tokens,
+            max_model_len=sizes.max_model_len,
+            deterministic=False,
+        )
         self._held: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # tokens computed, and drafts behind them
+
+    def warm_up(self) -> float:
+        """Compile and capture passes over prompts and over the last token or two of sequences."""
+        return warm_up(self._runner, self._sizes, (1, 2))
 
     def follow(self, step: Step) -> None:
         """Compute the step too, if there is more in it than decodes: these are cheaper together, before a guess."""
@@ -62,7 +92,7 @@ class DraftModel:
             start += 1
         end = len(seq.token_ids) - 2
         while start < end:
-            length = min(end - start, self._max_num_tokens)
+            length = min(end - start, self._sizes.max_num_batched_tokens)
             self._runner.run(Step((Chunk(seq, start, length, ()),), num_decodes=0, copies=()))
             start += length
 

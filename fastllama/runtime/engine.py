@@ -7,15 +7,15 @@ import itertools
 import logging
 import random
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
-from fastllama.errors import check_choice, check_range
+from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
-from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.layers.batch import KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import memory, sampler
 from fastllama.runtime.block_pool import BlockPool
@@ -23,61 +23,18 @@ from fastllama.runtime.draft_model import DraftModel
 from fastllama.runtime.forking import check_fork
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.isolation import run_parts
+from fastllama.runtime.options import KV_DTYPES, EngineOptions
 from fastllama.runtime.outputs import FinishReason, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.prompt_lookup import PromptLookup
 from fastllama.runtime.runner import Runner
-from fastllama.runtime.scheduler import Chunk, Scheduler, Step
+from fastllama.runtime.scheduler import Scheduler
 from fastllama.runtime.sequence import Request, Sequence, Status
 from fastllama.runtime.speculation import Drafter, Speculation
+from fastllama.runtime.step import Step
+from fastllama.runtime.warm_up import warm_up
 
 logger = logging.getLogger("fastllama")
-
-KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of the runtime, checked as far as they can be without the model; None is chosen by memory.sizes.
-
-    kv_cache_tokens and host_cache_tokens are rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES.
-    deterministic: a request's logits do not depend on what else runs. num_draft_tokens: guesses that follow a
-    sequence's last token in one step, where there is something to guess them: 7 at most, for attention is proven for 8
-    tokens of a sequence at once.
-    """
-
-    max_model_len: int | None = None
-    kv_cache_tokens: int | None = None
-    host_cache_tokens: int = 0
-    kv_cache_dtype: str = "auto"
-    page_size: int = 64
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    seed: int = 0
-    deterministic: bool = False
-    num_draft_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        least = {"max_model_len": 2, "kv_cache_tokens": 2}  # a prompt of one token and its answer
-        least |= {"max_num_seqs": 1, "max_num_batched_tokens": 1}
-        for name, low in least.items():
-            if getattr(self, name) is not None:
-                self._check(name, low)
-        if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
-            self._check("max_num_batched_tokens", self.max_num_seqs)  # each running sequence advances in each step
-        self._check("host_cache_tokens", 0)
-        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
-        self._check("page_size", 16, 256)
-        self._check("seed", 0)
-        self._check("num_draft_tokens", 1, 7)
-        if not isinstance(self.deterministic, bool):
-            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
-
-    def _check(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        check_range(name, value, low, high)
-        if not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 class _Computed(NamedTuple):
@@ -106,6 +63,8 @@ class Engine:
         speculation: str | LlamaForCausalLM | None = None,
     ) -> None:
         kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
+        draft = speculation if isinstance(speculation, LlamaForCausalLM) else None
+        more = 0 if draft is None else KVCache.bytes_per_token(draft.config, draft.dtype)
         sizes = memory.sizes(
             model.config,
             device=model.device.type,
@@ -113,6 +72,7 @@ class Engine:
             dtype=model.dtype,
             kv_dtype=kv_dtype,
             page_size=options.page_size,
+            more_per_token=more,
             max_model_len=options.max_model_len,
             kv_cache_tokens=options.kv_cache_tokens,
             max_num_seqs=options.max_num_seqs,
@@ -126,8 +86,8 @@ class Engine:
         model.set_max_model_len(sizes.max_model_len)
         self.model, self.tokenizer = model, tokenizer
         self._options, self._sizes = options, sizes
-        held = sizes.kv_cache_tokens, options.host_cache_tokens
-        self._start_anew(*(ceil_div(tokens, options.page_size) for tokens in held))
+        size = options.page_size
+        self._start_anew(sizes.kv_cache_tokens // size, ceil_div(options.host_cache_tokens, size))
         self._runner = Runner(
             model,
             self.pool.num_pages,
@@ -141,8 +101,8 @@ class Engine:
         self.speculation: Speculation | None = None
         if speculation is not None:
             drafter: Drafter = PromptLookup()
-            if isinstance(speculation, LlamaForCausalLM):
-                drafter = self._draft_model(speculation)
+            if draft is not None:
+                drafter = DraftModel(draft, model, self.pool.num_pages, size, sizes)
             self.speculation = Speculation(drafter, options.num_draft_tokens)
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
@@ -172,26 +132,11 @@ class Engine:
         self._torn = True
 
     def warm_up(self) -> float:
-        """Run prompts of one token, two, four and on, in pages that nobody has yet, and on a GPU as many sequences.
-
-        What compiles or is captured on first use is so now. Returns the seconds it took.
-        """
+        """Compile and capture, in pages that nobody has yet, what is so at first use. Returns the seconds it took."""
         assert not self.has_work, "a page that a request may hold would be overwritten"
-        sizes, device = self._sizes, self.model.device
-        most = min(sizes.max_num_batched_tokens, sizes.max_model_len, sizes.kv_cache_tokens)
-        seconds = tuning.warm_up(lambda rows: self._run_anew(1, rows), most, device)
-        if device.type == "cuda":
-            seconds += tuning.warm_up(lambda rows: self._run_anew(rows, 1), sizes.max_num_seqs, device)
-        return seconds
-
-    def _run_anew(self, num_seqs: int, length: int) -> None:
-        """A step of prompts of so many tokens, all in the same pages."""
-        request = Request("warm-up", (0,) * length, SamplingParams(max_tokens=1, seed=0), time.monotonic())
-        pages = list(range(self.pool.pages_for(length)))
-        sequences = [Sequence(i, request, i, [0] * length, length, 1, page_ids=pages) for i in range(num_seqs)]
-        chunks = tuple(Chunk(seq, 0, length, (seq,)) for seq in sequences)
-        step = Step(chunks, num_decodes=num_seqs if length == 1 else 0, copies=())
-        sampler.draw(self._runner.run(step))
+        if self.speculation is None:
+            return warm_up(self._runner, self._sizes)
+        return warm_up(self._runner, self._sizes, (1, 1 + self.speculation.count)) + self.speculation.drafter.warm_up()
 
     @property
     def has_work(self) -> bool:
@@ -279,22 +224,16 @@ class Engine:
         have the cause in their `error`; the others go on, and nothing is raised.
         """
         self._begin()
-        step = self._schedule()
+        step = self._schedule(isolate)
         if step is None:
             self._torn = False
             return []
         failures: dict[Request, Exception] = {}
-        try:
-            if self.speculation is not None:
-                step = self._extended(step, self.speculation, isolate)
+        with self._rolling_back():
             if isolate:
                 computed, failures = run_parts(step, self._compute)
             else:
                 computed = [self._compute(step)]
-        except BaseException:
-            self.scheduler.rollback()
-            self._torn = False
-            raise
         # Before the commit, which would offer their pages to other requests.
         touched = {request.request_id: self._fail(request, error) for request, error in failures.items()}
         draws = [drawn for part in computed for drawn in part.draws]
@@ -327,35 +266,63 @@ class Engine:
         self._torn = False
         return list(touched.values())
 
+    def _schedule(self, isolate: bool) -> Step | None:
+        """The next step, with drafts where they pay, and with all that it wants of the host cache in its pages."""
+        while (step := self.scheduler.schedule()) is not None:
+            if not self._transfer(step):
+                continue
+            if self.speculation is None:
+                return step
+            extended = self._extended(step, self.speculation, isolate)
+            if extended is step or self._transfer(extended):
+                return extended
+        return None
+
     def _extended(self, step: Step, speculation: Speculation, isolate: bool) -> Step:
         """The step with drafts, if it gets any. A fault in guessing them is no request's."""
-        try:
-            return speculation.begin(step, self.scheduler)
-        except Exception:
-            if not isolate:
-                raise
-            logger.exception("no drafts in this step, for they cannot be made")
-            return step
-    def _schedule(self) -> Step | None:
-        """The next step, with all that it wants of the host cache in its pages."""
-        step = self.scheduler.schedule()
-        if step is None or not step.transfers:
-            return step
+        wanted, drafts = speculation.reserve(step, self.scheduler), None
+        with self._rolling_back():
+            try:
+                speculation.follow(step)
+                drafts = speculation.guess(step) if wanted else None
+            except Exception:
+                if not isolate:
+                    raise
+                logger.exception("no drafts in this step, for they cannot be made")
+        return step if drafts is None else self.scheduler.extend(step, drafts)
+
+    def _transfer(self, step: Step) -> bool:
+        """Copy between device and host what the step wants. False if that failed: it is rolled back.
+
+        The host cache is given up then: nobody needs it to get on, and whoever tries the same again may never.
+        """
+        if not step.transfers:
+            return True
         assert self._runner.host is not None
+        with self._rolling_back():
+            try:
+                self._runner.host.transfer(step.transfers)
+            except BaseException as error:
+                self.pool.forget(step.transfers)
+                if not isinstance(error, Exception):
+                    raise
+                logger.warning("the host cache is given up, for a copy failed: %r", error)
+            else:
+                return True
+        self.pool.drop_host()
+        self._runner.host = None
+        self.scheduler.rollback()
+        return False
+
+    @contextmanager
+    def _rolling_back(self) -> Iterator[None]:
+        """Around what may fail of a step without harm to the bookkeeping."""
         try:
-            self._runner.host.transfer(step.transfers)
-        except BaseException as error:
-            self.pool.forget(step.transfers)
+            yield
+        except BaseException:
             self.scheduler.rollback()
-            if not isinstance(error, Exception):
-                self._torn = False
-                raise
-            # Nobody needs it to get on, and whoever tries the same again may never.
-            logger.warning("the host cache is given up, for a copy failed: %r", error)
-            self.pool.drop_host()
-            self._runner.host = None
-            return self.scheduler.schedule()
-        return step
+            self._torn = False
+            raise
 
     def _compute(self, step: Step) -> _Computed:
         logits = self._runner.run(step)

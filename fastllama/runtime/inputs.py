@@ -6,8 +6,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Sequence
+from fastllama.runtime.step import Chunk, Step
 
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
 

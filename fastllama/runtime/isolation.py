@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from fastllama.runtime.scheduler import Chunk, Step
 from fastllama.runtime.sequence import Request
+from fastllama.runtime.step import Chunk, Step
 
 T = TypeVar("T")
 

@@ -19,8 +19,9 @@ from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime.engine import Engine, EngineOptions
+from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.prompt_lookup import PROMPT_LOOKUP

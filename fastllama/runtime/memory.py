@@ -100,6 +100,7 @@ def sizes(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     page_size: int,
+    more_per_token: int = 0,
     max_model_len: int | None = None,
     kv_cache_tokens: int | None = None,
     max_num_seqs: int | None = None,
@@ -108,7 +109,8 @@ def sizes(
     """The sizes that are given, and for those that are None what suits the model and the memory.
 
     device: "cpu" or "cuda". available: bytes that are free beside the weights. dtype: of activations. kv_dtype: of
-    pages. The KV cache gets a share of what the largest step leaves, but no more than all sequences can fill.
+    pages. more_per_token: bytes that a draft model keeps of each token. The KV cache gets a share of what the largest
+    step leaves, but no more than all sequences can fill.
     Raises ValueError where a sequence of max_model_len could never fit.
     """
     of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
@@ -123,7 +125,7 @@ def sizes(
         seqs = min(max(share // of_row, LEAST_SEQS), MOST_SEQS[device], tokens)
 
     length = config.max_position_embeddings if max_model_len is None else max_model_len
-    of_kv = KVCache.bytes_per_token(config, kv_dtype)
+    of_kv = KVCache.bytes_per_token(config, kv_dtype) + more_per_token
     held = kv_cache_tokens
     if held is None:
         left = max(available - tokens * of_token - seqs * of_row, 0)

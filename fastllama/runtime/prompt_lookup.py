@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from fastllama.runtime.scheduler import Step
 from fastllama.runtime.sequence import Sequence, Status
+from fastllama.runtime.step import Step
 
 PROMPT_LOOKUP = "prompt_lookup"  # its name among options
 SIZES = (
@@ -23,6 +23,10 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._indices: dict[Sequence, _Index] = {}
+
+    def warm_up(self) -> float:
+        """Nothing to do."""
+        return 0.0
 
     def follow(self, step: Step) -> None:
         """Nothing to do: what a sequence holds is read when a guess is wanted."""

@@ -16,7 +16,7 @@ from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, Record
 from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.sampler import StepLogits
-from fastllama.runtime.scheduler import Step
+from fastllama.runtime.step import Step
 
 
 class Runner:

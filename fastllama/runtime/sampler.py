@@ -14,8 +14,8 @@ from fastllama import kernels
 from fastllama.runtime.buffers import on_device
 from fastllama.runtime.inputs import Sample, parameters
 from fastllama.runtime.outputs import TokenLogprob
-from fastllama.runtime.scheduler import Chunk
 from fastllama.runtime.sequence import Sequence
+from fastllama.runtime.step import Chunk
 
 DTYPES = {  # of a draw's parameters
     "temperature": torch.float32,

@@ -6,43 +6,14 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastllama.errors import check_range
-from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix, Transfer
+from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.sequence import Request, Sequence, Status
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens [start, start + length) of a sequence. `samples` draw their next token from the logits of its last row.
-
-    samples: () while a prompt is unfinished, then (seq,); all n sequences where a prompt with n > 1 ends.
-    drafts: tokens that may come after the sequence's own, of which the chunk's last ones are; each of their rows draws.
-    """
-
-    seq: Sequence
-    start: int
-    length: int
-    samples: tuple[Sequence, ...]
-    drafts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward pass: chunks, the decodes first (`num_decodes` of them), which are of one length: 1 but for drafts.
-
-    transfers: between device and host, executed once, in their order and first of all; see BlockPool.
-    copies: (source page, destination page), executed before the forward pass in any order, for no page is both.
-    """
-
-    chunks: tuple[Chunk, ...]
-    num_decodes: int
-    copies: tuple[tuple[int, int], ...]
-    transfers: tuple[Transfer, ...] = ()
+from fastllama.runtime.step import Chunk, Step
 
 
 class _Lookup(NamedTuple):
@@ -211,7 +182,7 @@ class Scheduler:
         return True
 
     def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
-        """The step with drafts after each of its decodes, as many as were reserved."""
+        """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
         assert step is self._in_flight, "the step is not the one in flight"
         self._in_flight = Step(
             tuple(
@@ -220,6 +191,7 @@ class Scheduler:
             ),
             step.num_decodes,
             step.copies,
+            self.pool.take_transfers(),
         )
         return self._in_flight
 
@@ -379,11 +351,14 @@ class Scheduler:
     def _advance(self, seq: Sequence, num_computed: int) -> None:
         """So many tokens are computed: offer the pages that they fill."""
         seq.num_computed = num_computed
-        size = self.pool.page_size
-        while (end := (seq.num_published + 1) * size) <= num_computed:
-            tokens = tuple(seq.token_ids[end - size : end])
-            seq.prefix_id = self.pool.publish(seq.page_ids[seq.num_published], seq.prefix_id, tokens)
-            seq.num_published += 1
+        while (seq.num_published + 1) * self.pool.page_size <= num_computed:
+            self._publish_next(seq)
+
+    def _publish_next(self, seq: Sequence) -> None:
+        size, index = self.pool.page_size, seq.num_published
+        tokens = tuple(seq.token_ids[index * size : (index + 1) * size])
+        seq.prefix_id = self.pool.publish(seq.page_ids[index], seq.prefix_id, tokens)
+        seq.num_published += 1
 
     def _release(self, seq: Sequence) -> None:
         self._num_seats -= seq.num_seats

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from typing import Protocol
 
-from fastllama.runtime.scheduler import Scheduler, Step
+from fastllama.runtime.scheduler import Scheduler
 from fastllama.runtime.sequence import Sequence
+from fastllama.runtime.step import Step
 
 ENOUGH = 3  # steps of a kind, until what they took is believed
 RECENT = 8  # steps whose median is what a step takes
@@ -27,6 +28,9 @@ PERIOD = 64  # steps of one kind after which the other is tried again
 
 class Drafter(Protocol):
     """What guesses tokens."""
+
+    def warm_up(self) -> float:
+        """Do what is done at first use, before any request. Returns the seconds it took."""
 
     def follow(self, step: Step) -> None:
         """A step that the model is about to compute."""
@@ -80,29 +84,35 @@ class Speculation:
     def __init__(self, drafter: Drafter, count: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.count = count
         self.num_drafted = self.num_accepted = 0
-        self._drafter, self._clock = drafter, clock
+        self.drafter, self._clock = drafter, clock
         self._pace = Pace(count)
         self._start = 0.0
         self._proposals: dict[Sequence, tuple[int, ...]] = {}
 
-    def begin(self, step: Step, scheduler: Scheduler) -> Step:
-        """The step that is in flight, with drafts if it decodes only, if there is room for them, and if they pay."""
+    def reserve(self, step: Step, scheduler: Scheduler) -> bool:
+        """Whether a step, just scheduled, may be extended: it only decodes, drafts pay, and they find pages."""
         self._start, self._proposals = self._clock(), {}
-        self._drafter.follow(step)
-        if step.num_decodes < len(step.chunks) or any(chunk.samples != (chunk.seq,) for chunk in step.chunks):
-            return step
-        sequences = [chunk.seq for chunk in step.chunks]
-        num_seqs = len(sequences)
-        if not self._pace.pays(num_seqs, num_seqs) or not scheduler.reserve(step, self.count):
-            return step
-        proposed = self._drafter.propose(sequences, self.count)
-        self._proposals = {seq: drafts for seq, drafts in zip(sequences, proposed, strict=True) if drafts}
-        if not self._proposals or not self._pace.pays(num_seqs, len(self._proposals)):
-            self._proposals = {}
-            return step
+        num_seqs = step.num_decodes
+        return (
+            num_seqs == len(step.chunks)
+            and all(chunk.samples == (chunk.seq,) for chunk in step.chunks)
+            and self._pace.pays(num_seqs, num_seqs)
+            and scheduler.reserve(step, self.count)
+        )
+
+    def guess(self, step: Step) -> list[tuple[int, ...]] | None:
+        """Drafts for each chunk of a step that may be extended; None if there are too few to pay."""
+        proposed = self.drafter.propose([chunk.seq for chunk in step.chunks], self.count)
+        found = {chunk.seq: drafts for chunk, drafts in zip(step.chunks, proposed, strict=True) if drafts}
+        if not found or not self._pace.pays(len(proposed), len(found)):
+            return None
+        self._proposals = found
         # All decodes of a step are of one length: where nothing was guessed, any token will do.
-        filler = [(seq.token_ids[-1],) * self.count for seq in sequences]
-        return scheduler.extend(step, [drafts or other for drafts, other in zip(proposed, filler, strict=True)])
+        return [found.get(chunk.seq, (chunk.seq.token_ids[-1],) * self.count) for chunk in step.chunks]
+
+    def follow(self, step: Step) -> None:
+        """A step as it was scheduled is about to be computed."""
+        self.drafter.follow(step)
 
     def end(self, step: Step, gained: Mapping[Sequence, tuple[int, ...]]) -> None:
         """The step is over; gained: the tokens that count, of each sequence."""

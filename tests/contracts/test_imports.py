@@ -30,7 +30,8 @@ MAY_IMPORT = {
 # Optional packages, each with the only folders that may import it.
 HOMES = {"triton": ("fastllama.kernels.triton.", "fastllama.testing."), "numba": ("fastllama.kernels.numba.",)}
 # The planning half of the runtime is testable in microseconds because it knows no tensors.
-PLANNING = ("params", "outputs", "sequence", "block_pool", "scheduler", "isolation", "mailbox", "statistics")
+PLANNING = ("params", "outputs", "sequence", "step", "block_pool", "scheduler", "inputs", "isolation", "speculation")
+PLANNING += ("prompt_lookup", "mailbox", "statistics")
 TORCH_FREE = [f"fastllama.runtime.{name}" for name in PLANNING]
 
 

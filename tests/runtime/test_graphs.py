@@ -17,7 +17,7 @@ from fastllama.layers.block import LlamaMLP
 from fastllama.runtime import graphs, runner
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.runner import Runner
-from fastllama.runtime.scheduler import Step
+from fastllama.runtime.step import Step
 from tests.runtime.models import ours, running
 
 PROMPTS = [[5, 3, 8], list(range(20)), [7] * 14]

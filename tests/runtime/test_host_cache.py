@@ -15,7 +15,8 @@ from fastllama.runtime import host_cache
 from fastllama.runtime.block_pool import Transfer
 from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.runner import Runner, StepLogits
-from fastllama.runtime.scheduler import Scheduler, Step
+from fastllama.runtime.scheduler import Scheduler
+from fastllama.runtime.step import Step
 from tests.runtime.models import ours, prompt_of, running
 from tests.runtime.test_engine import HOT, alone, finish, tokens_of
 from tests.runtime.test_isolation import cursed

@@ -15,7 +15,7 @@ from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.isolation import run_parts
 from fastllama.runtime.sampler import Draw
-from fastllama.runtime.scheduler import Step
+from fastllama.runtime.step import Step
 from tests.runtime.models import VOCAB, ours, prompt_of, running
 from tests.runtime.test_engine import HOT, PROMPTS, alone, tokens_of
 from tests.runtime.test_scheduler import add, make, turn

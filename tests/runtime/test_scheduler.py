@@ -9,8 +9,9 @@ import pytest
 
 from fastllama.runtime.block_pool import ROOT, BlockPool
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.scheduler import Scheduler, Step
+from fastllama.runtime.scheduler import Scheduler
 from fastllama.runtime.sequence import Request, Sequence, Status
+from fastllama.runtime.step import Step
 
 
 def make(num_pages: int = 100, page_size: int = 2, *, budget: int = 100, seqs: int = 8, length: int = 100) -> Scheduler:

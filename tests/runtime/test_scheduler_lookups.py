@@ -123,7 +123,7 @@ def storm(scheduler: Scheduler, rng: random.Random, limit: int) -> list[list[tup
         assert step is not None
         found.append(spans(step))
         if rng.random() < 0.02:
-            scheduler.rollback(step)
+            scheduler.rollback()
             continue
         scheduler.commit(step)
         for chunk in step.chunks:

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.scheduler import Scheduler, Step
+from fastllama.runtime.scheduler import Scheduler
 from fastllama.runtime.sequence import Request, Sequence, Status
+from fastllama.runtime.step import Step
 
 GARBAGE = -1
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
-from fastllama.runtime.scheduler import Step
 from fastllama.runtime.sequence import Sequence
 from fastllama.runtime.speculation import ENOUGH, PERIOD, Pace
+from fastllama.runtime.step import Step
 from tests.runtime.models import VOCAB, Scripted, logits_of, ours, prompt_of, running
 
 NEW_TOKENS = 20
@@ -190,7 +190,7 @@ class Wild:
 def test_any_guess_is_harmless(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(ours(), speculation="prompt_lookup", **AROUND[around]) as llm:
         assert llm.engine.speculation is not None
-        monkeypatch.setattr(llm.engine.speculation, "_drafter", Wild())
+        monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
         found = told(llm.generate(PROMPTS, GREEDY))
         assert llm.engine.speculation.num_drafted > 0
     assert found == without(around, "greedy")
@@ -206,7 +206,7 @@ def test_a_fault_in_guessing_is_no_requests(monkeypatch: pytest.MonkeyPatch, cap
     with running(ours(), speculation="prompt_lookup") as llm:
         assert llm.engine.speculation is not None
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine.speculation, "_drafter", Wild())
+            patch.setattr(llm.engine.speculation, "drafter", Wild())
             patch.setattr(Wild, "propose", failing)
             with pytest.raises(MemoryError, match="no guess"):
                 llm.generate(PROMPTS, GREEDY)
@@ -231,7 +231,7 @@ def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.Monke
                 raise RuntimeError("guesses")
             return compute(step)
 
-        monkeypatch.setattr(llm.engine.speculation, "_drafter", Wild())
+        monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
         monkeypatch.setattr(llm.engine, "_compute", trying)
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         while llm.engine.has_work:
@@ -283,7 +283,7 @@ def test_an_engine_that_loses_stops(monkeypatch: pytest.MonkeyPatch) -> None:
             return run(step)
 
         monkeypatch.setattr(llm.engine.speculation, "_clock", lambda: now[0])
-        monkeypatch.setattr(llm.engine.speculation, "_drafter", Wild())
+        monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
         monkeypatch.setattr(llm.engine._runner, "run", timed)
         llm.generate([PROMPTS[1]], params)
         assert llm.engine.speculation.num_drafted <= 4 * (200 / PERIOD + 5 * ENOUGH)
