@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import judge, micro
-from benchmarks.environment import environment, gpu, write_record
 from benchmarks.inputs import PAGE
 from benchmarks.peers import EAGER
 from benchmarks.registry import TOY
 from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama.bench.ceilings import ceilings
+from fastllama.bench.environment import environment, gpu, write_record
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton.launching import KernelCall
@@ -271,12 +272,12 @@ def main() -> int:
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
     torch.manual_seed(0)
-    ceilings = micro.ceilings(device, toy=options.dry)
+    reached = ceilings(device, toy=options.dry)
     record: dict[str, Any] = {
         "benchmark": "block",
         "environment": environment(),
         "conditions": {key: value for key, value in vars(options).items() if key != "output"},
-        "ceilings": ceilings,
+        "ceilings": reached,
         "cases": [],
         "skipped": [],
     }
@@ -287,7 +288,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             label = f"{name}, {kind}, {rows} rows, {context} tokens of context"
             rounds = 1 if options.dry else micro.ROUNDS
             try:
-                figures = measure(models, rows, context, ceilings["copy_bytes_per_second"], rounds)
+                figures = measure(models, rows, context, reached["copy_bytes_per_second"], rounds)
             except torch.OutOfMemoryError:
                 record["skipped"].append(f"{label}: does not fit in memory")
                 continue

@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from benchmarks import llama_cpp
-from benchmarks.environment import environment, write_record
-from benchmarks.timing import Generation
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama.bench.environment import environment, write_record
+from fastllama.bench.timing import Generation
 from fastllama.layers.weights import load_weights
 
 # What we do to weights, and the format of llama.cpp that loses about as much.

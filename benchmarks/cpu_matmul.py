@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks import timing
-from benchmarks.environment import environment, write_record
 from fastllama import kernels
+from fastllama.bench import timing
+from fastllama.bench.environment import environment, write_record
 
 SHAPES = ((11264, 2048), (22016, 4096))  # [N, K]
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.environment import environment, write_record
 from fastllama import kernels
+from fastllama.bench import timing
+from fastllama.bench.environment import environment, write_record
 from fastllama.kernels.op import OPS
 
 # temperature, top_k, top_p, min_p

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment, write_record
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama.bench.environment import environment, write_record
 from fastllama.layers.batch import BatchMeta, KVCache
 
 PROMPT_TOKENS = 128

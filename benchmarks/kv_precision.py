@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, write_record
 from fastllama import LLM, SamplingParams
+from fastllama.bench.environment import environment, write_record
 from fastllama.runtime.options import KV_DTYPES
 from tools.tiny_model.evaluate import held_out_text
 from tools.tiny_model.stories import story

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from benchmarks import timing
-from benchmarks.environment import environment, write_record
 from benchmarks.judge import OUTPUTS
 from benchmarks.registry import OPS as MEASURED
 from benchmarks.registry import Case, toy_cases
 from fastllama import kernels
+from fastllama.bench import timing
+from fastllama.bench.environment import environment, write_record
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton.sampling import workspace_size
 from fastllama.testing.drivers import DryDriver

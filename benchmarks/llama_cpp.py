@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.timing import Generation
+from fastllama.bench.timing import Generation
 
 FORMATS = ("BF16", "Q8_0", "Q4_0")
 CONTEXT = 1024  # tokens

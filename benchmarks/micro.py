@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import timing
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Function, peers
 from benchmarks.registry import Case
 from fastllama import env, kernels
+from fastllama.bench import timing
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS, Implementation
 
@@ -143,26 +143,3 @@ def _samplers(
         except Exception as failure:  # capture fails in as many ways as there are peers
             graphs[name] = f"{type(failure).__name__}: {failure}"[:500]
     return {"graph": graphs, "eager": {name: timing.events(call, scratch) for name, call in calls.items()}}
-
-
-def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """What the device reaches: bytes read and written in a large copy, operations in a large product, each a second."""
-    elements, size = (1 << 16, 64) if toy else (1 << 30, 8192)
-    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    c = torch.empty_like(a)
-    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.matmul(a, b, out=c)}
-    if device.type == "cpu":
-        samplers = {name: timing.wall(call) for name, call in calls.items()}
-    else:
-        scratch = torch.empty(2 * device_info(device).l2_cache, dtype=torch.int8, device=device)
-        samplers = {name: timing.events(call, scratch) for name, call in calls.items()}
-    with torch.inference_mode():
-        seconds = timing.in_turns(samplers, rounds=10)
-    copy, product = (timing.quantiles(seconds[name])["median"] for name in ("copy", "product"))
-    return {
-        "copy_bytes_per_second": 2 * source.nbytes / copy,
-        "bf16_flops_per_second": 2 * size**3 / product,
-        "seconds": seconds,
-    }

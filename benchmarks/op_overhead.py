@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
 from fastllama import kernels
+from fastllama.bench import timing
 from fastllama.kernels.op import OPS
 
 Arguments = tuple[Any, ...]

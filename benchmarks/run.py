@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks import micro, report
-from benchmarks.environment import environment, gpu, write_record
 from benchmarks.peers import libraries
 from benchmarks.registry import OPS, Case, cases, toy_cases
+from fastllama.bench.ceilings import ceilings
+from fastllama.bench.environment import environment, gpu, write_record
 
 ROOT = Path(__file__).parents[1]
 SHARE_OF_TESTS = 0.5  # of the time, at most
@@ -108,7 +109,7 @@ def main() -> int:
         "tests": run_tests(options.out, SHARE_OF_TESTS * seconds),
         "launch_overhead": run_launch_overhead(options.out, 3 if options.dry else 40),
         "block": run_block(options.out, SHARE_OF_BLOCKS * seconds, options.dry),
-        "ceilings": micro.ceilings(device, toy=options.dry),
+        "ceilings": ceilings(device, toy=options.dry),
         "cases": [],
         "skipped": [],
     }

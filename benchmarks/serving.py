@@ -26,8 +26,8 @@ import torch
 import transformers
 
 import fastllama
-from benchmarks.environment import environment, write_record
 from fastllama import LLM, AsyncEngine, SamplingParams
+from fastllama.bench.environment import environment, write_record
 from fastllama.io.hub import resolve_model
 
 OURS = "fastllama"

@@ -26,11 +26,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks import micro, timing
-from benchmarks.environment import environment
+from benchmarks import micro
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Function
 from benchmarks.registry import Case, cases, toy_cases
+from fastllama.bench import timing
+from fastllama.bench.environment import environment
 from fastllama.kernels import heuristics, tuned, tuning
 from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.device import Device, device_info

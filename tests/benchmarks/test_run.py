@@ -34,7 +34,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     )
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(micro, "measure", measure)
-    monkeypatch.setattr(micro, "ceilings", lambda device, toy: CEILINGS)
+    monkeypatch.setattr(run, "ceilings", lambda device, toy: CEILINGS)
     monkeypatch.setattr(micro, "interpreted", lambda wanted: micro.nullcontext())
     monkeypatch.setattr(run, "run_tests", lambda out, seconds: {"outcome": "", "status": found.tests})
     monkeypatch.setattr(run, "run_launch_overhead", lambda out, rounds: {"ops": {}, **found.launches})

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "integrations": BASE | {"kernels", "quant", "layers", "io", "runtime"},
     "serve": BASE | {"kernels", "quant", "layers", "io", "runtime"},
     "verify": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "cli": BASE | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "testing"},
+    "bench": BASE | {"kernels", "quant", "layers", "io", "runtime"},
+    "cli": BASE
+    | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "bench", "testing"},
 }
 # Optional packages, each with the only folders that may import it.
 HOMES = {"triton": ("fastllama.kernels.triton.", "fastllama.testing."), "numba": ("fastllama.kernels.numba.",)}

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from benchmarks import timing
+from fastllama.bench import timing
 
 
 def test_contenders_take_turns_and_the_first_round_is_dropped() -> None:

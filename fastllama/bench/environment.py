@@ -15,8 +15,9 @@ import torch
 import fastllama
 
 
-def environment() -> dict[str, Any]:
-    """Versions, source, processor, load, threads and device."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, source, processor, load, threads and device; None is the first GPU, a CPU where there is none."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
         "fastllama": fastllama.__version__,
         "commit": _commit(),
@@ -31,16 +32,16 @@ def environment() -> dict[str, Any]:
     found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     found["threads"] = torch.get_num_threads()
     found["load"] = os.getloadavg()[0]
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found["gpu"] = gpu()
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    found["gpu"] = gpu(device.index or 0) if device.type == "cuda" else None
     return found
 
 
-def gpu() -> dict[str, Any] | None:
-    """What the first GPU is, and how warm and fast it runs now; None where there is none."""
+def gpu(index: int = 0) -> dict[str, Any] | None:
+    """What a GPU is, and how warm and fast it runs now; None where there is none."""
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(index)
     found: dict[str, Any] = {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -52,7 +53,7 @@ def gpu() -> dict[str, Any] | None:
     }
     fields = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
     query = f"--query-gpu={','.join(fields)}"
-    seen = _output("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+    seen = _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader")
     return found | dict(zip(fields, seen.split(", "), strict=False) if seen else ())
 
 
@@ -62,9 +63,12 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the sources, with a mark where they differ from it; None outside a repository."""
-    root = str(Path(__file__).parents[1])
-    return _output("git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    """The commit of the sources, with a mark where they differ from it; None outside their repository."""
+    root = Path(__file__).parents[2]
+    # Where it is installed, the folder above may lie in a repository of something else.
+    if _output("git", "-C", str(root), "rev-parse", "--show-toplevel") != str(root.resolve()):
+        return None
+    return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _output(*command: str) -> str | None:

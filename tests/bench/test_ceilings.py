@@ -1,0 +1,20 @@
+"""The ceilings of a device: what is counted, and that the samples are kept."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from fastllama.bench import ceilings
+
+
+def test_a_ceiling_is_the_work_over_the_median_of_its_samples() -> None:
+    found = ceilings.ceilings(torch.device("cpu"), toy=True)
+    copies, products = (found["seconds"][name] for name in ("copy", "product"))
+    assert len(copies) == len(products) == ceilings.ROUNDS
+    moved = 2 * 2 * ceilings.TOY_COPY  # 2 bytes a number, read and written
+    assert found["copy_bytes_per_second"] == pytest.approx(moved / statistics.median(copies))
+    operations = 2 * ceilings.TOY_SIZE**3
+    assert found["bf16_flops_per_second"] == pytest.approx(operations / statistics.median(products))

@@ -1,0 +1,32 @@
+"""The conditions of a measurement: where the sources' commit is known, and where it must not be guessed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllama.bench import environment
+
+
+def test_it_names_versions_and_the_device_that_is_asked_for() -> None:
+    found = environment.environment(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert (found["device"], found["gpu"]) == ("cpu", None)
+
+
+def test_the_commit_is_that_of_the_sources_and_of_no_other_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package installed somewhere in another project's repository is not of that project's commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastllama" / "bench" / "environment.py"))
+    assert environment.environment()["commit"] == head[:12]
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "fastllama" / "bench" / "e.py"))
+    (tmp_path / "site-packages").mkdir()
+    assert environment.environment()["commit"] is None
