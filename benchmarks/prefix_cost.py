@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.engine_overhead import null_model
-from benchmarks.environment import environment, write_record
 from benchmarks.serving import prompts_of
 from fastllama import LLM, SamplingParams
+from fastllama.bench.environment import environment, write_record
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.scheduler import Scheduler
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import fastllama
 from fastllama import env
-from fastllama.cli import chat, generate, info, verify
+from fastllama.cli import bench, chat, generate, info, verify
 from fastllama.cli.parser import Parser
 from fastllama.errors import BackendError, ExtraRequiredError
 
@@ -24,7 +24,8 @@ EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
   fastllama info
-  fastllama verify --model path/to/model --dtype bfloat16"""
+  fastllama verify --model path/to/model --dtype bfloat16
+  fastllama bench runtime"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
-    for module in (generate, chat, info, verify):
+    for module in (generate, chat, info, verify, bench):
         module.add_command(commands)
     return parser
 

@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --tokenizer, --dtype, --device."""
     group = parser.add_argument_group("model")
+    add_model_option(group)
+    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+    add_place_options(group)
+
+
+def add_model_option(group: argparse._ArgumentGroup) -> None:
+    """--model."""
     group.add_argument(
         "--model",
         default="tiny",
         metavar="M",
         help="'tiny' (packaged, the default), a Hugging Face or Meta folder, a llama2.c file, or a Hub id owner/name",
     )
-    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+
+
+def add_place_options(group: argparse._ArgumentGroup) -> None:
+    """--dtype, --device."""
     group.add_argument(
         "--dtype", default="auto", metavar="D", help="float32, bfloat16, float16 (default: the checkpoint's own)"
     )

@@ -29,10 +29,13 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any, name: str, summary: str, run: Any, *, details: str = "", examples: tuple[str, ...]
 ) -> Parser:
-    """A subcommand that runs `run(args) -> exit status`. examples: the arguments of calls to show in its help."""
+    """A subcommand that runs `run(args) -> exit status`; None where it has subcommands of its own that do.
+
+    name: with those it is one of, as in "bench runtime". examples: the arguments of calls to show in its help.
+    """
     shown = "\n".join(["examples:", *(f"  fastllama {name}{' ' if line else ''}{line}" for line in examples)])
     description = f"{summary[0].upper()}{summary[1:]}." + (f"\n\n{details}" if details else "")
-    parser: Parser = commands.add_parser(name, help=summary, description=description, epilog=shown)
+    parser: Parser = commands.add_parser(name.split()[-1], help=summary, description=description, epilog=shown)
     parser.set_defaults(run=run, quiet=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and log more")
     return parser

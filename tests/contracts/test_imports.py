@@ -30,7 +30,12 @@ MAY_IMPORT = {
     | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "bench", "testing"},
 }
 # Optional packages, each with the only folders that may import it.
-HOMES = {"triton": ("fastllama.kernels.triton.", "fastllama.testing."), "numba": ("fastllama.kernels.numba.",)}
+HOMES = {
+    "triton": ("fastllama.kernels.triton.", "fastllama.testing."),
+    "numba": ("fastllama.kernels.numba.",),
+    "transformers": ("fastllama.bench.",),
+    "matplotlib": ("fastllama.bench.",),
+}
 # The planning half of the runtime is testable in microseconds because it knows no tensors.
 PLANNING = ("params", "outputs", "sequence", "step", "block_pool", "scheduler", "inputs", "isolation", "speculation")
 PLANNING += ("prompt_lookup", "mailbox", "statistics")
@@ -94,11 +99,11 @@ def test_the_reference_knows_neither_triton_nor_the_kernels(path: Path) -> None:
     assert not wrong, f"an oracle that shares code with what it judges proves nothing: {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("compiler", HOMES)
-def test_a_compiler_is_imported_only_at_home(compiler: str) -> None:
-    users = {module_name(path) for path in sources() if compiler in packages(imported(path))}
-    assert users, f"nothing imports {compiler}"
-    assert {name for name in users if not name.startswith(HOMES[compiler])} == set()
+@pytest.mark.parametrize("package", HOMES)
+def test_an_optional_package_is_imported_only_at_home(package: str) -> None:
+    users = {module_name(path) for path in sources() if package in packages(imported(path))}
+    assert users, f"nothing imports {package}"
+    assert {name for name in users if not name.startswith(HOMES[package])} == set()
 
 
 def run(code: str, *absent: str) -> str:
@@ -131,7 +136,7 @@ def test_import_fastllama_is_quick() -> None:
     pytest.fail(f"import fastllama takes {best:.3f} s at best")
 
 
-def test_ops_work_without_any_compiler() -> None:
+def test_ops_work_without_any_optional_package() -> None:
     code = """
 import torch, fastllama, fastllama.kernels
 x = torch.tensor([[3.0, 4.0]])

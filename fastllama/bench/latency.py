@@ -1,0 +1,45 @@
+"""Requests that arrive when they like: how long each waits for its first token, and from one token to the next."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+from fastllama.bench.workload import Prompts
+from fastllama.runtime.async_engine import AsyncEngine
+from fastllama.runtime.llm import LLM
+from fastllama.runtime.params import SamplingParams
+
+
+async def arrivals(llm: LLM, prompts: Prompts, tokens: int, rate: float, generator: random.Random) -> dict[str, Any]:
+    """Seconds to first tokens, and between tokens, where so many requests a second arrive by a Poisson process.
+
+    Each client is a task of one AsyncEngine. Tokens that come in one delta count as evenly apart since the last, those
+    that come with the first one as at once: a request has one gap fewer than tokens.
+    """
+    first: list[float] = []
+    between: list[float] = []
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+    async def client(prompt: list[int], wait: float) -> None:
+        await asyncio.sleep(wait)
+        last = start = time.perf_counter()
+        async for delta in engine.add_request(prompt, params):
+            now = time.perf_counter()
+            gained = sum(len(output.token_ids) for output in delta.outputs)
+            if last == start:
+                first.append(now - start)
+                between.extend([0.0] * (gained - 1))
+            elif gained:
+                between.extend([(now - last) / gained] * gained)
+            last = now
+
+    wait, waits = 0.0, []
+    for _ in prompts:
+        wait += generator.expovariate(rate)
+        waits.append(wait)
+    async with AsyncEngine(llm, max_queue_size=len(prompts)) as engine:
+        await asyncio.gather(*map(client, prompts, waits))
+    return {"rate": rate, "first_token_seconds": first, "inter_token_seconds": between}

@@ -1,0 +1,148 @@
+"""Throughput and latency of the runtime, beside transformers on the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastllama.bench import peers
+from fastllama.bench.environment import environment
+from fastllama.bench.latency import arrivals
+from fastllama.bench.text import PERCENTILES, milliseconds, table
+from fastllama.bench.throughput import OURS, Contender, ours, throughput
+from fastllama.bench.workload import LONGEST, SHORTEST, prompts_of
+from fastllama.errors import check_choice, check_range
+from fastllama.io.hub import resolve_model
+from fastllama.runtime.llm import LLM
+
+SEQUENCES = 256  # that run at once, at most
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured. Raises ValueError for what cannot be.
+
+    requests: prompts of the throughput, all there at the start. tokens: of each answer. rounds: of the throughput,
+    after one that is not counted. peers: names of `peers.PEERS`. loads: shares of the throughput at which requests
+    arrive. arrivals: requests of each load. The others are LLM's.
+    """
+
+    model: str = "tiny"
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: str | None = "auto"
+    requests: int = 32
+    tokens: int = 32
+    rounds: int = 3
+    peers: tuple[str, ...] = tuple(peers.PEERS)
+    loads: tuple[float, ...] = (0.25, 0.5, 0.75)
+    arrivals: int = 500
+
+    def __post_init__(self) -> None:
+        check_range("requests", self.requests, 1)
+        check_range("tokens", self.tokens, 2)  # one gap between them
+        check_range("rounds", self.rounds, 1)
+        check_range("arrivals", self.arrivals, 1)
+        for name in self.peers:
+            check_choice("peers", name, peers.PEERS)
+        for load in self.loads:
+            check_range("loads", load, 0.01, 100)
+
+
+def measure(options: Options, say: Callable[[str], None]) -> Record:
+    """Take all measurements; what to write as JSON, and what `report` tells. say: called with a line at each step.
+
+    Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.
+    """
+    generator, path = random.Random(0), resolve_model(options.model)
+    with LLM(
+        path,
+        dtype=options.dtype,
+        device=options.device,
+        quantization=options.quantization,
+        max_num_seqs=min(options.requests, SEQUENCES),
+        progress=False,
+    ) as llm:
+        model = llm.engine.model
+        longest = min(LONGEST, llm.engine.scheduler.max_model_len - options.tokens)
+        if longest < SHORTEST:
+            most = llm.engine.scheduler.max_model_len - SHORTEST
+            raise ValueError(f"tokens is {options.tokens}; legal: at most {most}, so that a prompt fits beside them")
+        make = partial(prompts_of, vocab_size=llm.config.vocab_size, longest=longest, generator=generator)
+        contenders: dict[str, Contender] = {OURS: partial(ours, llm)}
+        absent = {f"transformers {name}": peers.missing(path) for name in options.peers}
+        if options.peers and not any(absent.values()):
+            say("loading transformers")
+            theirs = peers.load(path, model.dtype, model.device)
+            contenders |= {f"transformers {name}": partial(peers.PEERS[name], theirs) for name in options.peers}
+        found = throughput(contenders, make(options.requests), options.tokens, options.rounds, say)
+        contenders.clear()
+        runs = []
+        for load in options.loads:
+            rate = load * found[OURS]["requests_per_second"]
+            say(f"latency: {options.arrivals} requests, {rate:.2f} a second, {options.arrivals / rate:.0f} s")
+            run = asyncio.run(arrivals(llm, make(options.arrivals), options.tokens, rate, generator))
+            runs.append({"load": load, **run})
+        conditions = asdict(options) | {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "quantization": llm.quantization,
+            "prompt_tokens": [SHORTEST, longest],
+            "threads": torch.get_num_threads(),
+        }
+        return {
+            "benchmark": "serving",
+            "environment": environment(model.device),
+            "conditions": conditions,
+            "throughput": found | {name: {"failed": why} for name, why in absent.items() if why},
+            "arrivals": runs,
+        }
+
+
+def report(record: Record) -> str:
+    """The tables of a record: conditions, throughput beside the peers, percentiles of both latencies."""
+    said = record["conditions"]
+    weights = f", weights in {said['quantization']}" if said["quantization"] else ""
+    shortest, longest = said["prompt_tokens"]
+    heading = (
+        f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}: "
+        f"prompts of {shortest} to {longest} tokens, {said['tokens']} new ones each"
+    )
+    parts = [heading, f"{said['requests']} requests at once, medians of {said['rounds']} rounds\n{_throughput(record)}"]
+    if record["arrivals"]:
+        parts.append(f"{said['arrivals']} requests at random, by load; milliseconds\n{_latency(record['arrivals'])}")
+    return "\n\n".join(parts)
+
+
+def _throughput(record: Record) -> str:
+    tokens, own = record["conditions"]["tokens"], record["throughput"][OURS]["requests_per_second"]
+    rows = [("", "requests/s", "tokens/s", "ours is", "answers differ")]
+    failed = []
+    for name, figures in record["throughput"].items():
+        if "failed" in figures:
+            failed.append(f"{name}: {figures['failed']}")
+            continue
+        rate = figures["requests_per_second"]
+        ratio = "" if name == OURS else f"{own / rate:.2f} times"
+        rows.append((name, f"{rate:.2f}", f"{tokens * rate:.1f}", ratio, str(figures["different"])))
+    return "\n".join([table(rows), *failed])
+
+
+def _latency(runs: Sequence[Record]) -> str:
+    names = [f"p{percent}" for percent in PERCENTILES]
+    rows = [("load", "requests/s", "to the first token:", *names, "to the next:", *names)]
+    for run in runs:
+        cells = [f"{run['load']:.0%}", f"{run['rate']:.2f}"]
+        for each in ("first", "inter"):
+            seconds = run[f"{each}_token_seconds"]
+            cells += [f"{len(seconds)} samples", *milliseconds(seconds)]
+        rows.append(tuple(cells))
+    return table(rows)

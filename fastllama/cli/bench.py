@@ -1,0 +1,114 @@
+"""`fastllama bench`: how fast it is, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastllama.cli.options import add_model_option, add_place_options, add_quantize_option
+from fastllama.cli.parser import add_command as add
+
+RUNTIME = """Throughput: prompts of 8 to 400 random tokens, all there at the start, each answered greedily with as many
+tokens, by the runtime and by transformers, where it is installed, on the same device: `generate` on one padded batch,
+and `generate_batch`, its continuous batching. They take turns, after one round that is not counted.
+Latency: requests that arrive at random (a Poisson process) at shares of that throughput: time to the first token, and
+from one token of a request to the next. A percentile needs so many samples that one lies above it (p99: 100); where
+there are fewer it is `-`. Tables go to standard output, progress to standard error."""
+
+
+def add_command(commands: Any) -> None:
+    """Define the subcommand and its own."""
+    parser = add(commands, "bench", "measure speed on this machine", None, examples=("runtime",))
+    measured = parser.add_subparsers(metavar="WHAT", dest="what", title="what is measured", required=True)
+    _add_runtime(measured)
+
+
+def _add_runtime(commands: Any) -> None:
+    parser = add(
+        commands,
+        "bench runtime",
+        "throughput and latency of the runtime, beside transformers",
+        run_runtime,
+        details=RUNTIME,
+        examples=(
+            "",
+            "--model meta-llama/Llama-2-7b-hf --dtype bfloat16 --requests 128 --tokens 128",
+            "--peers generate --loads 0.5 --output runtime.json --plot runtime.png",
+        ),
+    )
+    group = parser.add_argument_group("model")
+    add_model_option(group)
+    add_place_options(group)
+    add_quantize_option(parser)
+    number = parser.add_argument
+    number("--requests", type=int, default=32, metavar="N", help="prompts that are there at the start (default 32)")
+    number("--tokens", type=int, default=32, metavar="N", help="tokens of each answer (default 32)")
+    number("--rounds", type=int, default=3, metavar="N", help="rounds of the throughput (default 3)")
+    number(
+        "--peers",
+        nargs="*",
+        choices=("generate", "generate_batch"),
+        default=["generate", "generate_batch"],
+        help="what of transformers to measure (default: both; none: --peers without a name)",
+    )
+    number(
+        "--loads",
+        nargs="*",
+        type=float,
+        default=[0.25, 0.5, 0.75],
+        metavar="L",
+        help="shares of the throughput at which requests arrive (default 0.25 0.5 0.75)",
+    )
+    number("--arrivals", type=int, default=500, metavar="N", help="requests that arrive at each load (default 500)")
+    _add_outputs(parser)
+    number("--plot", type=Path, metavar="F", help="draw the latencies, as .png or .svg; needs the extra [bench]")
+
+
+def run_runtime(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files that are asked for, and return the exit status."""
+    from fastllama.bench.environment import write_record
+    from fastllama.bench.plot import check_plot, plot
+    from fastllama.bench.runtime import Options, measure, report
+
+    options = Options(
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        quantization=None if args.quantize == "none" else args.quantize,
+        requests=args.requests,
+        tokens=args.tokens,
+        rounds=args.rounds,
+        peers=tuple(args.peers),
+        loads=tuple(args.loads),
+        arrivals=args.arrivals,
+    )
+    if args.plot is not None:
+        check_plot(args.plot)
+        if not options.loads:
+            raise ValueError("loads is empty beside --plot; legal: at least one load to draw")
+    _check_folders(args.output, args.plot)
+    record = measure(options, _progress(args))
+    print(report(record))
+    if args.output is not None:
+        write_record(args.output, record)
+    if args.plot is not None:
+        plot(args.plot, record)
+    return 0
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="F", help="write conditions and every sample as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Before the minutes that a measurement takes."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+
+
+def _progress(args: argparse.Namespace) -> Any:
+    return (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
