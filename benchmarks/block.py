@@ -34,10 +34,10 @@ from benchmarks.registry import TOY
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.bench.ceilings import ceilings
 from fastllama.bench.environment import environment, gpu, write_record
+from fastllama.bench.models import kept_bytes, random_model
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton.launching import KernelCall
-from fastllama.layers import packing
 from fastllama.layers.batch import BatchMeta, KVCache, LayerKV
 from fastllama.layers.block import LlamaBlock
 from fastllama.testing.bounds import error
@@ -120,23 +120,11 @@ def weights(block: LlamaBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: weight.detach().to(dtype) for name, weight in found.items()}
 
 
-def kept_bytes(block: LlamaBlock) -> int:
-    """Bytes of a block's weights, scales included."""
-    return sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
-
-
 def copies(config: LlamaConfig, kind: str, device: torch.device, least: int) -> list[LlamaForCausalLM]:
     """Models of one layer of random weights, as many as together keep `least` bytes in it, and at least one."""
     found: list[LlamaForCausalLM] = []
     while not found or sum(kept_bytes(model.layers[0]) for model in found) < least:
-        model = LlamaForCausalLM(replace(config, num_hidden_layers=1, vocab_size=TOY.vocab), DTYPE, device)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-            else:
-                parameter.uniform_(0.5, 1.5)
-        if kind != "none":
-            packing.quantize(model, kind, progress=False)
+        model = random_model(replace(config, num_hidden_layers=1, vocab_size=TOY.vocab), kind, DTYPE, device)
         found.append(model)
     return found
 

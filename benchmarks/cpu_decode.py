@@ -26,6 +26,7 @@ import transformers
 from benchmarks import llama_cpp
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.bench.environment import environment, write_record
+from fastllama.bench.models import read_bytes
 from fastllama.bench.timing import Generation
 from fastllama.layers.weights import load_weights
 
@@ -50,13 +51,6 @@ def build(dtype: torch.dtype, layers: int | None) -> tuple[dict[str, LLM], trans
 
 def _name(quantization: str | None) -> str:
     return " ".join(filter(None, ("fastllama", quantization)))
-
-
-def bytes_per_token(llm: LLM) -> int:
-    """The weights that a decode step reads: all but the embeddings."""
-    model = llm.engine.model
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    return sum(tensor.nbytes for name, tensor in held.items() if name not in ("embed_tokens.weight", "cos_sin"))
 
 
 def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Generation:
@@ -159,7 +153,7 @@ def main() -> None:
             timing = run(prompt)
             if round_number:  # the first is the warm-up
                 samples[name].append(timing)
-    step_bytes = {name: bytes_per_token(llm) for name, llm in llms.items()}
+    step_bytes = {name: read_bytes(llm.engine.model) for name, llm in llms.items()}
     floors = {name: statistics.median(bandwidths) / count for name, count in step_bytes.items()}
     print_table(samples, options.prompt_tokens, options.tokens, floors)
     if options.output:

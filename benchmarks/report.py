@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastllama.bench import decode_report
+
 OURS = "fastllama"
 HOW = ("outputs given", "allocated")  # of benchmarks.launch_overhead
 Row = dict[str, Any]
@@ -103,6 +105,10 @@ def markdown(record: Row) -> str:
     header = ("shape", "what", "us", "of a copy", "launches", "failed")
     ended = [text for text in (block.get("failed"), block.get("cut_short"), *block.get("skipped", ())) if text]
     parts += [f"## A block's decode step ({way}, medians)", table(header, _blocks(block["cases"], way)), *ended]
+    decode = record["decode"]
+    parts += ["## Decode steps of the runtime", table(decode_report.HEADER, decode_report.rows(decode))]
+    parts += [text for text in (decode.get("failed"), decode.get("cut_short"), decode.get("not_run")) if text]
+    parts += [_line(text) for text in decode_report.failures(decode)]
     header = ("op", "shape", "what", "graph us", "eager us", "error", "failed")
     parts += ["## Everyone", table(header, _everyone(cases))]
     return "\n\n".join(parts) + "\n"

@@ -1,10 +1,11 @@
-"""All that a machine with a GPU should say, in one folder: tests, ceilings, launch costs, every op and its peers.
+"""All that a machine with a GPU should say, in one folder: tests, launch costs, decode steps, every op and its peers.
 
 python -m benchmarks.run --out FOLDER [--minutes 8] [--ops rms_norm ...] [--dtype bfloat16] [--dry]
 
 The most valuable comes first and the file is written after every case, so that a run cut short still tells something.
 --dry walks the same plan at toy sizes, on a CPU with TRITON_INTERPRET=1: its times mean nothing.
-Writes bench.json (environment, conditions, raw samples), report.md, launch_overhead.json, block.json and tests.txt.
+Writes bench.json (environment, conditions, raw samples), report.md, launch_overhead.json, block.json, decode.json, and
+what each step printed: tests.txt and so on.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ from fastllama.bench.environment import environment, gpu, write_record
 ROOT = Path(__file__).parents[1]
 SHARE_OF_TESTS = 0.5  # of the time, at most
 SHARE_OF_BLOCKS = 0.2
-NEEDED_BY_TESTS = ("pytest", "hypothesis", "numpy", "tqdm", "safetensors", "sentencepiece")
+SHARE_OF_DECODE = 0.15
+DECODE = "--shape 7b --quantize none int4 --batch 1 32 --context 512 4096"
+DECODE_DRY = "--shape tiny --device cpu --batch 1 2 --context 80 --tokens 4"
+NEEDED_BY_RUNTIME = ("numpy", "tqdm", "safetensors", "sentencepiece")
+NEEDED_BY_TESTS = ("pytest", "hypothesis", *NEEDED_BY_RUNTIME)
 NO_TEST_RAN = 5  # pytest's exit status
 
 
 def run_tests(out: Path, seconds: float) -> dict[str, Any]:
     """Run the GPU tier; its output is tests.txt."""
-    missing = [name for name in NEEDED_BY_TESTS if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"outcome": f"not run, for lack of {' and '.join(missing)}", "status": None}
+    if missing := _missing(NEEDED_BY_TESTS):
+        return {"outcome": missing, "status": None}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
     status = _step(command, out / "tests.txt", seconds)
     meaning = {0: "passed", NO_TEST_RAN: "none, for lack of a GPU", None: f"cut short after {seconds:.0f} s"}
@@ -56,15 +60,33 @@ def run_launch_overhead(out: Path, rounds: int) -> dict[str, Any]:
 
 
 def run_block(out: Path, seconds: float, dry: bool) -> dict[str, Any]:
-    """Run benchmarks.block in a process of its own, whose memory ends with it; cut short it has written what it has."""
-    path = out / "block.json"
+    """Run benchmarks.block in a process of its own, whose memory ends with it."""
+    return _recorded("block", ["benchmarks.block", *(["--dry"] if dry else [])], out, seconds)
+
+
+def run_decode(out: Path, seconds: float, dry: bool) -> dict[str, Any]:
+    """Run `fastllama bench decode` in a process of its own."""
+    if missing := _missing(NEEDED_BY_RUNTIME):
+        return {"cases": [], "not_run": missing}
+    sizes = DECODE_DRY if dry else DECODE
+    return _recorded("decode", ["fastllama", "bench", "decode", *sizes.split()], out, seconds)
+
+
+def _missing(names: tuple[str, ...]) -> str | None:
+    """What to say where some packages are not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"not run, for lack of {' and '.join(missing)}" if missing else None
+
+
+def _recorded(name: str, module: list[str], out: Path, seconds: float) -> dict[str, Any]:
+    """What a module writes by --output, and how it ended; cut short it has written what it has."""
+    path = out / f"{name}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.block", "--output", str(path), *(["--dry"] if dry else [])]
-    status = _step(command, out / "block.txt", seconds)
+    status = _step([sys.executable, "-m", *module, "--output", str(path)], out / f"{name}.txt", seconds)
     found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"cases": []}
     if status is None:
         return found | {"cut_short": f"cut short after {seconds:.0f} s"}
-    return found if status == 0 else found | {"failed": f"status {status}, see block.txt"}
+    return found if status == 0 else found | {"failed": f"status {status}, see {name}.txt"}
 
 
 def _step(command: list[str], log: Path, seconds: float) -> int | None:
@@ -86,7 +108,7 @@ def plan(dtype: torch.dtype, ops: tuple[str, ...], dry: bool, device: torch.devi
 
 
 def main() -> int:
-    """Run the plan; 1 where a test, a launch, a block or one of our own ops failed."""
+    """Run the plan; 1 where a test, a launch, a block, a decode step or one of our own ops failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget")
@@ -109,6 +131,7 @@ def main() -> int:
         "tests": run_tests(options.out, SHARE_OF_TESTS * seconds),
         "launch_overhead": run_launch_overhead(options.out, 3 if options.dry else 40),
         "block": run_block(options.out, SHARE_OF_BLOCKS * seconds, options.dry),
+        "decode": run_decode(options.out, SHARE_OF_DECODE * seconds, options.dry),
         "ceilings": ceilings(device, toy=options.dry),
         "cases": [],
         "skipped": [],
@@ -135,7 +158,7 @@ def main() -> int:
     (options.out / "report.md").write_text(report.markdown(record), encoding="utf-8")
     print((options.out / "report.md").read_text(encoding="utf-8"))
     broken = [case["op"] for case in record["cases"] if "failed" in case["contenders"][micro.OURS]]
-    failed = any("failed" in record[step] for step in ("launch_overhead", "block"))
+    failed = any("failed" in record[step] for step in ("launch_overhead", "block", "decode"))
     return int(bool(broken) or failed or record["tests"]["status"] not in (0, NO_TEST_RAN, None))
 
 

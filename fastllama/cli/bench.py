@@ -10,6 +10,8 @@ from typing import Any
 from fastllama.cli.options import add_model_option, add_place_options, add_quantize_option
 from fastllama.cli.parser import add_command as add
 
+FAILED = 1
+SHAPES = ("tiny", "1.1b", "7b", "13b", "70b")
 RUNTIME = """Throughput: prompts of 8 to 400 random tokens, all there at the start, each answered greedily with as many
 tokens, by the runtime and by transformers, where it is installed, on the same device: `generate` on one padded batch,
 and `generate_batch`, its continuous batching. They take turns, after one round that is not counted.
@@ -18,11 +20,27 @@ from one token of a request to the next. A percentile needs so many samples that
 there are fewer it is `-`. Tables go to standard output, progress to standard error."""
 
 
+DECODE = """Every quantization at every batch and context, through the engine, greedily. A context is made by a prompt
+of random ids, no two alike, and ends with the last step. Tokens of all sequences a second are over all steps that
+count; `of a copy` is the share of the roofline: the weights as they are kept, and the keys and values read, over the
+time, beside the bandwidth of a copy measured in the same run. On CUDA a trace tells the kernels of a step, and
+transformers' StaticCache with torch.compile is measured at the same shape in bf16, where it is installed. Random
+weights are bf16 too unless --dtype says otherwise. What does not fit in memory is named. The exit status is 1 if a case
+of ours fails."""
+
+
 def add_command(commands: Any) -> None:
     """Define the subcommand and its own."""
-    parser = add(commands, "bench", "measure speed on this machine", None, examples=("runtime",))
+    parser = add(
+        commands,
+        "bench",
+        "measure speed on this machine",
+        None,
+        examples=("runtime", "decode --shape 1.1b"),
+    )
     measured = parser.add_subparsers(metavar="WHAT", dest="what", title="what is measured", required=True)
     _add_runtime(measured)
+    _add_decode(measured)
 
 
 def _add_runtime(commands: Any) -> None:
@@ -96,6 +114,67 @@ def run_runtime(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(args.plot, record)
     return 0
+
+
+def _add_decode(commands: Any) -> None:
+    parser = add(
+        commands,
+        "bench decode",
+        "decode steps by batch and context, beside the roofline and transformers",
+        run_decode,
+        details=DECODE,
+        examples=(
+            "--shape 1.1b --batch 1 --context 512 --quantize none int4",
+            "--shape 70b --quantize int4 --batch 1 32 --output decode.json",
+            "--model path/to/model --context 1024",
+        ),
+    )
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--shape", choices=SHAPES, default="7b", help="random weights of this shape (default 7b)")
+    which.add_argument("--model", metavar="M", help="a checkpoint: a path, a Hub id, or 'tiny', the packaged one")
+    add_place_options(group)
+    number = parser.add_argument
+    number(
+        "--quantize",
+        nargs="+",
+        choices=("none", "bf12", "int8", "int4", "w8a8"),
+        default=["none"],
+        help="how weights are kept, as for LLM (default none)",
+    )
+    number("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="sequences (1 8 32 128)")
+    number("--context", nargs="+", type=int, default=[512, 4096], metavar="N", help="tokens of each (512 4096)")
+    number("--tokens", type=int, default=128, metavar="N", help="steps of each case that count (default 128)")
+    number("--no-peers", action="store_true", help="leave out transformers")
+    _add_outputs(parser)
+
+
+def run_decode(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the file after each case, and return the exit status."""
+    from fastllama.bench.decode import OURS, Options, Record, measure
+    from fastllama.bench.decode_report import report
+    from fastllama.bench.environment import write_record
+
+    options = Options(
+        model=args.model or args.shape,
+        checkpoint=args.model is not None,
+        dtype=args.dtype,
+        device=args.device,
+        quantization=tuple(args.quantize),
+        batch=tuple(args.batch),
+        context=tuple(args.context),
+        tokens=args.tokens,
+        peers=not args.no_peers,
+    )
+    _check_folders(args.output)
+
+    def keep(record: Record) -> None:
+        if args.output is not None:
+            write_record(args.output, record)
+
+    record = measure(options, _progress(args), keep)
+    print(report(record))
+    return FAILED if any("failed" in case for case in record["cases"] if case["name"] == OURS) else 0
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,9 @@ from fastllama.errors import BackendError, ExtraRequiredError
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 STATUSES = f"""exit status:
-  0 success, {verify.DISAGREEMENT} verify found a disagreement, {USER_ERROR} a wrong argument, file or checkpoint,
-  {BUG} a bug of fastllama, {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output went away"""
+  0 success, {verify.DISAGREEMENT} verify found a disagreement or a case of bench decode failed,
+  {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug of fastllama, {INTERRUPTED} interrupted by Ctrl-C,
+  {BROKEN_PIPE} the reader of the output went away"""
 EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf

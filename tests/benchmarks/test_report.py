@@ -16,6 +16,17 @@ BLOCK = {
         "torch": {"launches": ["mm", "silu"], "graph": {"failed": "a | b"}, "eager": {"median": 1e-3, "of_copy": 0.1}},
     },
 }
+DECODE = {
+    "name": "fastllama",
+    "quantization": "int4",
+    "batch": 8,
+    "context": 512,
+    "seconds": [0.004, 0.005, 0.006],
+    "tokens_per_second": 1600.0,
+    "weight_bytes": 3_600_000_000,
+    "kv_bytes": 2_000_000_000.0,
+    "of_copy": 0.283,
+}
 
 
 def contender(seconds: float) -> dict[str, Any]:
@@ -63,6 +74,11 @@ def record(**changes: Any) -> dict[str, Any]:
             "ops": {"rms_norm": {"outputs given": {"median": 9.87}, "allocated": {"median": 12.34}}},
         },
         "block": {"cases": [BLOCK], "cut_short": "cut short after 96 s"},
+        "decode": {
+            "cases": [DECODE],
+            "skipped": ["fastllama, none: a | b"],
+            "absent": {"transformers": "not installed"},
+        },
         "ceilings": CEILINGS,
         "cases": cases,
         "skipped": ["x"],
@@ -92,6 +108,19 @@ def test_blocks_are_told_with_what_failed() -> None:
     assert f"| {BLOCK['label']} | torch |  |  | 2 | a / b |" in text
     assert "cut short after 96 s" in text
     assert "status 2" in report.markdown(record(block={"cases": [], "failed": "status 2"}))
+
+
+def test_decode_steps_are_told_with_what_was_not_measured() -> None:
+    text = report.markdown(record())
+    assert "| fastllama | int4 | 8 | 512 | 1600.00 | 5.00 | - | - | 5.6 | 28 % |" in text
+    assert "skipped: fastllama, none: a / b" in text
+    assert "transformers: not installed" in text
+    failed = {**DECODE, "failed": "RuntimeError: no graph"}
+    broken = report.markdown(record(decode={"cases": [failed], "failed": "status 1, see decode.txt"}))
+    assert "fastllama, int4, batch 8, context 512: failed: RuntimeError: no graph" in broken
+    assert "status 1, see decode.txt" in broken
+    assert "1600.00" not in broken
+    assert "for lack of tqdm" in report.markdown(record(decode={"cases": [], "not_run": "for lack of tqdm"}))
 
 
 def test_failures_are_told() -> None:

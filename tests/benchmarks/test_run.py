@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import micro, run
 from benchmarks.registry import Case
+from fastllama.cli.main import _parser
 
 CEILINGS = {"copy_bytes_per_second": 1.0, "bf16_flops_per_second": 1.0}
 
@@ -30,7 +31,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return {**shape, "contenders": {micro.OURS: dict(found.ours)}}
 
     found = SimpleNamespace(
-        measured=measured, ours={"eager": {"median": 1.0}}, tests=run.NO_TEST_RAN, launches={}, block={}
+        measured=measured, ours={"eager": {"median": 1.0}}, tests=run.NO_TEST_RAN, launches={}, block={}, decode={}
     )
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(micro, "measure", measure)
@@ -40,6 +41,8 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(run, "run_launch_overhead", lambda out, rounds: {"ops": {}, **found.launches})
 
     monkeypatch.setattr(run, "run_block", lambda out, seconds, dry: {"cases": [], **found.block})
+
+    monkeypatch.setattr(run, "run_decode", lambda out, seconds, dry: {"cases": [], **found.decode})
 
     def main(*options: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["run", "--dry", "--out", str(tmp_path), *options])
@@ -84,7 +87,7 @@ def test_what_does_not_fit_in_memory_is_named(stage: Any, monkeypatch: pytest.Mo
     assert record["skipped"] == ["rms_norm, toy, 3 rows: does not fit in memory"]
 
 
-def test_a_failure_of_ours_of_a_test_of_a_launch_or_of_a_block_is_the_runs(stage: Any) -> None:
+def test_a_failure_of_ours_or_of_a_step_is_the_runs(stage: Any) -> None:
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 0
     stage.tests = 1
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
@@ -92,7 +95,11 @@ def test_a_failure_of_ours_of_a_test_of_a_launch_or_of_a_block_is_the_runs(stage
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
     stage.launches, stage.block = {}, {"failed": "status 1"}
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
-    stage.block, stage.ours = {}, {"failed": "wrong"}
+    stage.block, stage.decode = {}, {"failed": "status 1"}
+    assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
+    stage.decode, stage.ours = {"not_run": "for lack of tqdm"}, {}
+    assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 0
+    stage.ours = {"failed": "wrong"}
     assert stage.main("--ops", "rms_norm", "--minutes", "100")[0] == 1
 
 
@@ -117,7 +124,7 @@ def test_a_block_that_is_cut_short_or_fails_keeps_what_it_measured(
     ended: int | None = None
 
     def step(command: list[str], log: Path, seconds: float) -> int | None:
-        assert command[-1] == "--dry"
+        assert "--dry" in command
         Path(command[command.index("--output") + 1]).write_text('{"cases": [1]}')
         return ended
 
@@ -129,6 +136,22 @@ def test_a_block_that_is_cut_short_or_fails_keeps_what_it_measured(
     assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [1]}
     monkeypatch.setattr(run, "_step", lambda *step: 1)  # before it wrote anything: the file is of an earlier run
     assert run.run_block(tmp_path, 9.0, dry=True) == {"cases": [], "failed": "status 1, see block.txt"}
+
+
+def test_decode_steps_are_measured_by_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own, at a tiny shape: what it wrote is in the record and in the report."""
+    found = run.run_decode(tmp_path, 300.0, dry=True)
+    assert "failed" not in found, (tmp_path / "decode.txt").read_text()
+    assert [(case["batch"], case["context"]) for case in found["cases"]] == [(1, 80), (2, 80)]
+    assert found["conditions"]["model"] == "tiny"
+    assert "of a copy" in (tmp_path / "decode.txt").read_text()
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "tqdm" else True)
+    assert run.run_decode(tmp_path, 9.0, dry=True) == {"cases": [], "not_run": "not run, for lack of tqdm"}
+
+
+def test_what_is_measured_on_a_gpu_is_what_the_command_takes() -> None:
+    args = _parser().parse_args(["bench", "decode", *run.DECODE.split()])
+    assert (args.shape, args.quantize, args.batch, args.context) == ("7b", ["none", "int4"], [1, 32], [512, 4096])
 
 
 def test_a_step_that_takes_too_long_is_cut_short(tmp_path: Path) -> None:

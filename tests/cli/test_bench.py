@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.bench import runtime
+from fastllama.bench import ceilings, decode, models, peers, runtime
+from fastllama.cli import bench, main
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
 
@@ -71,3 +72,96 @@ def test_codes_are_measured_where_they_are_asked_for(command: Command, tmp_path:
     assert (done.status, done.err) == (0, "")
     assert "float32, weights in int8 on cpu" in done.out
     assert json.loads(output.read_text(encoding="utf-8"))["conditions"]["quantization"] == "int8"
+
+
+TINY = (
+    "bench",
+    "decode",
+    "--shape",
+    "tiny",
+    "--device",
+    "cpu",
+    "--context",
+    "80",
+    "--tokens",
+    "12",
+    "--batch",
+    "1",
+    "3",
+)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that takes no second."""
+    monkeypatch.setitem(ceilings.COPY, "cpu", ceilings.TOY_COPY)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_decode_steps(command: Command, tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    done = command(*TINY, "--quantize", "none", "int8", "--output", output)
+    assert done.status == 0, done.err
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [(case["quantization"], case["batch"]) for case in found["cases"]] == [
+        ("none", 1),
+        ("none", 3),
+        ("int8", 1),
+        ("int8", 3),
+    ]
+    assert (found["conditions"]["dtype"], found["conditions"]["device"]) == ("bfloat16", "cpu")
+    copy = found["ceilings"]["copy_bytes_per_second"]
+    for case in found["cases"]:
+        assert len(case["seconds"]) == 12
+        seconds = sum(case["seconds"])
+        assert case["tokens_per_second"] == pytest.approx(case["batch"] * 12 / seconds)
+        read = case["weight_bytes"] + case["kv_bytes"]
+        assert case["of_copy"] == pytest.approx(12 * read / seconds / copy)
+        assert re.search(rf"^fastllama +{case['quantization']} +{case['batch']} +80 ", done.out, re.MULTILINE)
+        assert f"batch {case['batch']}, context 80: {case['tokens_per_second']:.2f} tokens/s\n" in done.err
+    assert "transformers StaticCache, compiled: measured on CUDA alone" in done.out
+    assert done.out.startswith("tiny, 4.5 M parameters, random weights, bfloat16 on cpu: 12 steps each; ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_case_that_fails_is_the_commands_failure_and_leaves_the_others(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = decode._Bench.ours
+
+    def ours(self: decode._Bench, model: object, batch: int, context: int) -> object:
+        if batch == 1:
+            raise RuntimeError("no such graph")
+        return right(self, model, batch, context)
+
+    monkeypatch.setattr(decode._Bench, "ours", ours)
+    done = command(*TINY, "--quiet", "--no-peers")
+    assert (done.status, done.err) == (bench.FAILED, "")
+    assert "fastllama, none, batch 1, context 80: failed: RuntimeError: no such graph" in done.out
+    assert re.search(r"^fastllama +none +3 +80 +[\d.]+ ", done.out, re.MULTILINE)
+    assert "transformers" not in done.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_does_not_fit_in_memory_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "available_bytes", lambda device: 9_000_000)
+    done = command(*TINY, "--quiet")
+    assert done.status == 0
+    # 4 of 5 layers of 786,944 numbers, of 2 bytes each: 6.3 MB. Of 3 sequences of 80 tokens, 384 slots of 2560 bytes.
+    for batch in (1, 3):
+        assert re.search(rf"^fastllama +none +{batch} +80 ", done.out, re.MULTILINE)
+    monkeypatch.setattr(models, "available_bytes", lambda device: 900_000)
+    done = command(*TINY, "--quiet")
+    assert "skipped: fastllama, none: the weights take 0.0 GB, and 0.0 GB are free" in done.out
+    assert not re.search("^fastllama ", done.out, re.MULTILINE)
+
+
+def test_the_choices_are_those_of_what_is_called() -> None:
+    def choices(command: str, option: str) -> set[str]:
+        actions = main._parser()._subparsers._group_actions[0].choices["bench"]._subparsers._group_actions[0].choices
+        return set(actions[command]._option_string_actions[option].choices)
+
+    assert choices("decode", "--shape") == set(models.SHAPES)
+    assert choices("decode", "--quantize") == set(decode.KINDS)
+    assert choices("runtime", "--peers") == set(peers.PEERS)

@@ -132,6 +132,16 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "plot of what kind": ("bench runtime --plot {folder}/a.gif", b"", "legal: a file that ends in .png or .svg"),
     "plot of nothing": ("bench runtime --loads --plot {folder}/a.png", b"", "loads is empty beside --plot"),
     "output where": ("bench runtime --output {folder}/b/c.json", b"", "/b' to write 'c.json' into"),
+    "shape": ("bench decode --shape 8b", b"", "argument --shape: invalid choice: '8b'"),
+    "shape and model": ("bench decode --shape 7b --model tiny", b"", "--model: not allowed with argument --shape"),
+    "batch": ("bench decode --batch 1 0", b"", "batch is 0; legal: at least 1"),
+    "steps": ("bench decode --tokens 0", b"", "tokens is 0; legal: at least 1"),
+    "context": ("bench decode --context 64 --tokens 60", b"", "context beside 60 tokens is 64; legal: at least 69"),
+    "context beyond": ("bench decode --model {model} --context 512", b"", "context is 512; legal: 1 to 256"),
+    "decode's dtype": ("bench decode --dtype float61", b"", "did you mean 'float16'?"),
+    "decode's device": ("bench decode --device cuda:9", b"", "device is 'cuda:9'"),
+    "decode's bf12": ("bench decode --quantize none bf12 --dtype float32", b"", "legal: bfloat16 on a CPU"),
+    "decode's output": ("bench decode --output {folder}/b/c.json", b"", "/b' to write 'c.json' into"),
     "prompt no Unicode": ("generate --model {model} --prompt \udcff", b"", "lone surrogate U+DCFF at index 0"),
 }
 

@@ -23,7 +23,7 @@ from tests.cli.conftest import Command
 ROOT = Path(fastllama.__file__).parents[1]
 FULL = Path("/dev/full")
 COMMANDS = ("generate", "chat", "info", "verify", "bench")
-NESTED = ("bench runtime",)
+NESTED = ("bench runtime", "bench decode")
 
 
 def start(*args: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:

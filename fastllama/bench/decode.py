@@ -1,0 +1,259 @@
+"""Decode steps of the runtime: how fast, beside the bytes that they read and beside transformers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from fastllama.bench import models, peers, static_cache, trace
+from fastllama.bench.ceilings import copy_bandwidth
+from fastllama.bench.decode_report import rate
+from fastllama.bench.environment import environment
+from fastllama.errors import check_choice, check_range
+from fastllama.io.checkpoint import open_checkpoint
+from fastllama.io.hub import resolve_model
+from fastllama.io.load import load_model, resolve_dtype
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.layers import packing
+from fastllama.layers.batch import KVCache
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.llm import LLM, resolve_device
+from fastllama.runtime.params import SamplingParams
+
+OURS = "fastllama"
+KINDS = ("none", "bf12", *packing.QUANTIZED)
+UNCOUNTED = 4  # steps at the start: torch.compile records its graphs in the third
+TRACED = 3  # at the end, on a GPU
+PAGE = 64
+
+Record = dict[str, Any]
+Step = Callable[[], object]
+Contender = tuple[str, str, Callable[[], Any], Callable[[Any, int, int], Record]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
+
+    model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. quantization: of
+    KINDS. batch: sequences. context: tokens of each at the end. tokens: steps that count. peers: whether transformers'
+    are measured, which needs CUDA.
+    """
+
+    model: str = "7b"
+    checkpoint: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: tuple[str, ...] = ("none",)
+    batch: tuple[int, ...] = (1, 8, 32, 128)
+    context: tuple[int, ...] = (512, 4096)
+    tokens: int = 128
+    peers: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            check_choice("shape", self.model, models.SHAPES)
+        for kind in self.quantization:
+            check_choice("quantization", kind, KINDS)
+        for rows in self.batch:
+            check_range("batch", rows, 1)
+        check_range("tokens", self.tokens, 1)
+        for length in self.context:
+            check_range(f"context beside {self.tokens} tokens", length, self.steps + 2)
+
+    @property
+    def steps(self) -> int:
+        """Of one case, those that do not count included."""
+        return UNCOUNTED + self.tokens + TRACED
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The options, and what they mean here."""
+
+    options: Options
+    config: LlamaConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, options: Options) -> _Bench:
+        """Resolved. Raises ValueError for what this machine or this checkpoint cannot do."""
+        device, longest = resolve_device(options.device), max(options.context)
+        if options.checkpoint:
+            config = open_checkpoint(resolve_model(options.model)).config
+            check_range("context", longest, 1, config.max_position_embeddings)
+        else:
+            config = models.shape(options.model, longest)
+        dtype = resolve_dtype(options.dtype, config)
+        if "bf12" in options.quantization and (dtype, device.type) != (torch.bfloat16, "cpu"):
+            raise ValueError(f"quantization is 'bf12' for {dtype} on {device}; legal: bfloat16 on a CPU")
+        return cls(options, config, dtype, device)
+
+    def build(self, kind: str) -> LlamaForCausalLM:
+        """The model, its weights kept as `kind` says. Raises MemoryError where they do not fit."""
+        torch.manual_seed(0)
+        if not self.options.checkpoint:
+            return models.random_model(self.config, kind, self.dtype, self.device)
+        model = load_model(self.options.model, dtype=self.dtype, device=self.device, progress=False)
+        models.pack(model, kind)
+        return model
+
+    def prompts(self, batch: int, context: int) -> list[list[int]]:
+        """Random ids, so that no sequence shares a page with another; so many that the steps end at `context`."""
+        length, generator = context - self.options.steps - 1, random.Random(0)
+        return [[generator.randrange(3, self.config.vocab_size) for _ in range(length)] for _ in range(batch)]
+
+    def kv_bytes(self, batch: int, context: int) -> float:
+        """Bytes of keys and values that a timed step reads, on average."""
+        before = context - self.options.steps - 1 + UNCOUNTED
+        keys = before + (self.options.tokens + 1) / 2  # the k-th step reads its own token's, too: before + k
+        return batch * keys * KVCache.bytes_per_token(self.config, self.dtype)
+
+    def ours(self, model: LlamaForCausalLM, batch: int, context: int) -> Record:
+        """A case of ours: through the engine, in no more pages than the sequences fill."""
+        kept = batch * ceil_div(context, PAGE) * PAGE
+        models.check_memory("keys and values", kept * KVCache.bytes_per_token(self.config, self.dtype), self.device)
+        prompts = self.prompts(batch, context)
+        with LLM(
+            model,
+            quantization=None,
+            max_model_len=context,
+            kv_cache_tokens=kept,
+            page_size=PAGE,
+            max_num_seqs=batch,
+            max_num_batched_tokens=max(2048, batch * PAGE),  # what is in no full page of the prompts, in one step
+            progress=False,
+        ) as llm:
+            # First the prompts alone, whose full pages stay cached: then all sequences begin in the same step.
+            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+            params = SamplingParams(temperature=0, max_tokens=1 + self.options.steps, ignore_eos=True)
+            for prompt in prompts:
+                llm.engine.add_request(prompt, params)
+
+            def step() -> None:
+                advanced = len(llm.engine.step())
+                if advanced != batch:
+                    raise RuntimeError(f"a step advanced {advanced} of {batch} sequences")
+
+            step()
+            return self.timed(step, models.read_bytes(model), batch, context)
+
+    def build_theirs(self) -> Any:
+        """transformers' model of the same shape. Raises MemoryError where it does not fit."""
+        models.check_memory("the weights", models.kept_bytes(self.their_weights()), self.device)
+        return static_cache.load(self.config, self.device)
+
+    def their_weights(self) -> LlamaForCausalLM:
+        """Tensors as large as transformers', without memory."""
+        return LlamaForCausalLM(self.config, static_cache.DTYPE, "meta")
+
+    def theirs(self, model: Any, batch: int, context: int) -> Record:
+        """A case of transformers'."""
+        forward = static_cache.compiled(model)
+        models.release(self.device)  # what it had compiled for the last case held that one's graphs
+        kv_bytes = batch * context * KVCache.bytes_per_token(self.config, static_cache.DTYPE)
+        models.check_memory("keys and values", kv_bytes, self.device)
+        step = static_cache.decoder(model, forward, self.prompts(batch, context), context)
+        return self.timed(step, models.read_bytes(self.their_weights()), batch, context)
+
+    def timed(self, step: Step, weight_bytes: int, batch: int, context: int) -> Record:
+        """Seconds of the steps that count, and what is shared by all contenders of a case."""
+        for _ in range(UNCOUNTED):
+            step()
+        seconds = []
+        for _ in range(self.options.tokens):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        launched = trace.launches(step, TRACED) if self.device.type == "cuda" else []
+        kv_bytes = self.kv_bytes(batch, context)
+        return {
+            "weight_bytes": weight_bytes,
+            "kv_bytes": kv_bytes,
+            "seconds": seconds,
+            "tokens_per_second": batch * len(seconds) / sum(seconds),
+            "bytes_per_second": (weight_bytes + kv_bytes) * len(seconds) / sum(seconds),
+            "launches": launched,
+        }
+
+
+def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record], None]) -> Record:
+    """Take all measurements; what to write as JSON, and what `decode_report.report` tells.
+
+    say: called with a line at each step. keep: called with the record so far after each case. What does not fit in
+    memory is named in "skipped", and what a case raised in its "failed".
+    Raises what LLM raises, ValueError where a context is longer than the checkpoint's.
+    """
+    bench = _Bench.of(options)
+    device = bench.device
+    say("copying")
+    resolved = {
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "device": str(device),
+        "parameters": bench.their_weights().num_parameters,
+        "threads": torch.get_num_threads(),
+    }
+    record: Record = {
+        "benchmark": "decode",
+        "environment": environment(device),
+        "conditions": asdict(options) | resolved,
+        "ceilings": copy_bandwidth(device),
+        "cases": [],
+        "skipped": [],
+        "absent": {},
+    }
+    models.release(device)
+    for name, kind, build, run in _contenders(bench, record):
+        label = f"{name}, {kind}"
+        say(f"{label}: making the model")
+        try:
+            model = build()
+        except (MemoryError, torch.OutOfMemoryError) as failure:
+            record["skipped"].append(f"{label}: {_reason(failure)}")
+            models.release(device)
+            continue
+        for context, batch in product(options.context, options.batch):
+            case = {"name": name, "quantization": kind, "batch": batch, "context": context}
+            said = f"{label}, batch {batch}, context {context}"
+            try:
+                figures = run(model, batch, context)
+                figures["of_copy"] = figures["bytes_per_second"] / record["ceilings"]["copy_bytes_per_second"]
+            except (MemoryError, torch.OutOfMemoryError) as failure:
+                record["skipped"].append(f"{said}: {_reason(failure)}")
+                continue
+            except Exception as failure:  # of one case, of which the others may know nothing
+                figures = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            finally:
+                models.release(device)
+            record["cases"].append(case | figures)
+            say(f"{said}: {figures['failed'] if 'failed' in figures else rate(figures)}")
+            keep(record)
+        del model
+        models.release(device)
+    keep(record)
+    return record
+
+
+def _contenders(bench: _Bench, record: Record) -> Iterator[Contender]:
+    """Name, how the weights are kept, what makes the model, and what measures a case with it."""
+    for kind in bench.options.quantization:
+        yield OURS, kind, partial(bench.build, kind), bench.ours
+    if bench.options.peers:
+        why = peers.missing() or ("measured on CUDA alone" if bench.device.type != "cuda" else None)
+        if why:
+            record["absent"][static_cache.NAME] = why
+        else:
+            yield static_cache.NAME, "none", bench.build_theirs, bench.theirs
+
+
+def _reason(failure: BaseException) -> str:
+    return str(failure) if isinstance(failure, MemoryError) else "does not fit in memory"

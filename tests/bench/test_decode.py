@@ -1,0 +1,113 @@
+"""Decode steps: that all sequences advance in each, that keys and values are as long as they are said to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.bench import ceilings, decode, decode_report, static_cache
+from fastllama.kernels.op import OPS
+
+TINY = decode.Options(model="tiny", device="cpu", batch=(3,), context=(96,), tokens=5)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceilings.COPY, "cpu", ceilings.TOY_COPY)
+
+
+def measure(options: decode.Options) -> tuple[dict[str, Any], list[int]]:
+    """The record, and how many cases it held each time it was kept."""
+    kept: list[int] = []
+    return decode.measure(options, lambda line: None, lambda record: kept.append(len(record["cases"]))), kept
+
+
+def test_the_keys_that_are_read_are_those_that_are_counted(bind: Callable[..., None]) -> None:
+    """Of every call of attention in a step that counts, the lengths; once for each layer."""
+    op = OPS["attention_decode"]
+    right = op.implementation("cpu").run
+    lengths: list[list[int]] = []
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        lengths.append((kwargs | dict(zip(op.names, args, strict=False)))["seq_lens"].tolist())
+        right(*args, **kwargs)
+
+    bind("attention_decode", noting)
+    record, kept = measure(TINY)
+    (case,) = record["cases"]
+    assert "failed" not in case, case
+    assert kept == [1, 1]
+    steps = [each for each in lengths[::5] if len(each) == 3][-TINY.tokens :]
+    assert steps == [[length] * 3 for length in range(88, 93)]  # 96, less the traced 3 and the token drawn last
+    values = 5 * 2 * 2 * 64  # layers, keys and values, heads, of 64 numbers
+    assert case["kv_bytes"] == 2 * values * sum(map(sum, steps)) / len(steps)
+
+
+def test_a_sequence_that_stands_still_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decode.LLM
+
+    def narrow(*args: Any, **options: Any) -> Any:
+        return right(*args, **options | {"max_num_seqs": 2})
+
+    monkeypatch.setattr(decode, "LLM", narrow)
+    record, _ = measure(TINY)
+    assert record["cases"][0]["failed"] == "RuntimeError: a step advanced 2 of 3 sequences"
+
+
+def test_a_checkpoint_is_measured_too() -> None:
+    record, _ = measure(
+        decode.Options(model="tiny", checkpoint=True, device="cpu", batch=(1,), context=(64,), tokens=2)
+    )
+    assert len(record["cases"][0]["seconds"]) == 2
+    assert decode_report.report(record).startswith(
+        "tiny, 4.5 M parameters, bfloat16 on cpu: 2 steps each; a copy moves "
+    )
+
+
+def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pass not compiled here, which takes a compiler and half a minute."""
+    monkeypatch.setattr(static_cache, "compiled", lambda model: model.forward)
+    bench = decode._Bench.of(TINY)
+    figures = bench.theirs(bench.build_theirs(), 3, 96)
+    assert len(figures["seconds"]) == 5
+    own = bench.ours(bench.build("none"), 3, 96)
+    assert {name: figures[name] for name in ("weight_bytes", "kv_bytes")} == {
+        name: own[name] for name in ("weight_bytes", "kv_bytes")
+    }
+
+
+def test_the_kernels_of_a_step_are_told_with_the_rest_in_one_line() -> None:
+    launches = [
+        {"name": f"kernel_{i}", "per_step": 2.0, "us": 10.0 - i / 2, "us_per_step": 20.0 - i} for i in range(14)
+    ]
+    case = {"name": "fastllama", "quantization": "none", "batch": 1, "context": 512, "seconds": [0.0004] * 3}
+    text = decode_report._launches(case | {"launches": launches})
+    head, header, *lines = text.splitlines()
+    assert head == "fastllama, none, batch 1, context 512: 189.0 us in kernels of a step of 400.0 us"
+    assert header.split() == ["kernel", "a", "step", "us", "each", "us", "a", "step"]
+    assert lines[0].split() == ["kernel_0", "2", "10.0", "20.0"]
+    assert len(lines) == 13
+    assert lines[-1].split() == ["2", "others", "4", "15.0"]
+
+
+def test_nothing_is_measured_twice_with_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are made one after another: two of them would not fit where one does."""
+    built: list[str] = []
+    right = decode._Bench.build
+
+    def build(self: decode._Bench, kind: str) -> Any:
+        built.append(kind)
+        return right(self, kind)
+
+    monkeypatch.setattr(decode._Bench, "build", build)
+    options = decode.Options(
+        model="tiny", device="cpu", batch=(1, 2), context=(48, 64), tokens=2, quantization=("none", "int8"), peers=False
+    )
+    record, kept = measure(options)
+    assert built == ["none", "int8"]
+    assert kept == [*range(1, 9), 8]
+    assert [(case["context"], case["batch"]) for case in record["cases"][:4]] == [(48, 1), (48, 2), (64, 1), (64, 2)]
+    assert torch.is_grad_enabled()

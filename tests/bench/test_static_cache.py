@@ -1,0 +1,34 @@
+"""transformers' StaticCache, driven as it is measured: the tokens are those of its generate."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastllama.bench import models, static_cache
+
+TINY = models.shape("tiny", 64)
+
+
+@pytest.mark.slow
+def test_the_tokens_are_those_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    torch.manual_seed(0)
+    model = static_cache.load(TINY, torch.device("cpu"))
+    assert (model.dtype, model.num_parameters()) == (torch.bfloat16, 5 * 786_944 + 256 + 2048 * 256)
+    model.float()  # no ties
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    prompts = [[generator.randrange(3, 2048) for _ in range(40)] for _ in range(3)]
+    monkeypatch.setattr(static_cache, "PREFILLED", 45)  # prompts in chunks of 15 tokens
+    step = static_cache.decoder(model, model.forward, prompts, 64)
+    found = torch.tensor([step() for _ in range(6)])
+    ids = torch.tensor(prompts)
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": 2048, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 41:]
+    assert found.shape == (6, 3, 1)
+    assert len(expected.unique()) > 6
+    assert torch.equal(found[:, :, 0].T, expected)

@@ -1,0 +1,51 @@
+"""What a trace tells of a step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.bench import trace
+
+
+def test_launches_are_summed_by_name_the_longest_first() -> None:
+    launched = [("norm", 2.0), ("matmul", 9.0), ("matmul", 30.0), ("norm", 4.0), ("matmul", 10.0), ("matmul", 11.0)]
+    assert trace.summed(launched, 2) == [
+        {"name": "matmul", "per_step": 2.0, "us": 10.5, "us_per_step": 30.0},
+        {"name": "norm", "per_step": 1.0, "us": 3.0, "us_per_step": 3.0},
+    ]
+
+
+def test_what_the_host_does_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler's events of both are told apart; each step runs inside it, and the device is waited for."""
+    order: list[str] = []
+
+    def event(name: str, kind: str, start: float, end: float) -> Any:
+        span = torch.autograd.profiler_util.Interval(start, end)
+        return SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, kind), time_range=span)
+
+    class Profile:
+        def __init__(self, activities: list[torch.profiler.ProfilerActivity]) -> None:
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self) -> Profile:
+            order.append("enter")
+            return self
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None:
+            order.append("exit")
+
+        def events(self) -> list[Any]:
+            kernels = [event("decode_kernel", "CUDA", 10.0 * i, 10.0 * i + 4) for i in range(6)]
+            return [event("cudaGraphLaunch", "CPU", 0, 90), *kernels]
+
+    monkeypatch.setattr(trace, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    found = trace.launches(lambda: order.append("step"), 3)
+    assert found == [{"name": "decode_kernel", "per_step": 2.0, "us": 4.0, "us_per_step": 8.0}]
+    assert order == ["wait", "enter", "step", "step", "step", "wait", "exit"]
