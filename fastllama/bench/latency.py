@@ -29,10 +29,12 @@ async def arrivals(llm: LLM, prompts: Prompts, tokens: int, rate: float, generat
         async for delta in engine.add_request(prompt, params):
             now = time.perf_counter()
             gained = sum(len(output.token_ids) for output in delta.outputs)
+            if not gained:
+                continue
             if last == start:
                 first.append(now - start)
                 between.extend([0.0] * (gained - 1))
-            elif gained:
+            else:
                 between.extend([(now - last) / gained] * gained)
             last = now
 

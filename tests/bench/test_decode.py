@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -93,14 +94,18 @@ def test_the_kernels_of_a_step_are_told_with_the_rest_in_one_line() -> None:
     assert lines[-1].split() == ["2", "others", "4", "15.0"]
 
 
-def test_nothing_is_measured_twice_with_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are made one after another: two of them would not fit where one does."""
+def test_a_model_is_given_up_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them would not fit where one does."""
     built: list[str] = []
+    made: list[weakref.ref[Any]] = []
     right = decode._Bench.build
 
     def build(self: decode._Bench, kind: str) -> Any:
         built.append(kind)
-        return right(self, kind)
+        assert [each() for each in made] == [None] * len(made)
+        model = right(self, kind)
+        made.append(weakref.ref(model))
+        return model
 
     monkeypatch.setattr(decode._Bench, "build", build)
     options = decode.Options(

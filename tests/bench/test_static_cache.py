@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fastllama.bench import models, static_cache
 
@@ -32,3 +35,25 @@ def test_the_tokens_are_those_of_generate(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.shape == (6, 3, 1)
     assert len(expected.unique()) > 6
     assert torch.equal(found[:, :, 0].T, expected)
+
+
+def test_where_the_cache_does_not_count_positions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 4 wants it: each token's place, over the chunks of the prompts and the steps behind them."""
+    told: list[list[int]] = []
+
+    class Model:
+        device = torch.device("cpu")
+        config = transformers.LlamaConfig(**TINY.to_hf())
+
+        def forward(self, ids: torch.Tensor, *, cache_position: torch.Tensor, **options: Any) -> Any:
+            assert isinstance(options["past_key_values"], transformers.StaticCache)
+            told.append(cache_position.tolist())
+            return SimpleNamespace(logits=torch.zeros(*ids.shape, 2048))
+
+        __call__ = forward
+
+    monkeypatch.setattr(static_cache, "PREFILLED", 6)
+    model = Model()
+    step = static_cache.decoder(model, model.forward, [[5] * 7] * 2, 64)
+    assert step() == step() == [[0], [0]]
+    assert told == [[0, 1, 2], [3, 4, 5], [6], [7], [8]]
