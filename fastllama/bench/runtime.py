@@ -18,10 +18,13 @@ from fastllama.bench.text import PERCENTILES, milliseconds, table
 from fastllama.bench.throughput import OURS, Contender, ours, throughput
 from fastllama.bench.workload import LONGEST, SHORTEST, prompts_of
 from fastllama.errors import check_choice, check_range
+from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.runtime.llm import LLM
 
 SEQUENCES = 256  # that run at once, at most
+PAGE = 64
 
 Record = dict[str, Any]
 
@@ -63,26 +66,33 @@ def measure(options: Options, say: Callable[[str], None]) -> Record:
     Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.
     """
     generator, path = random.Random(0), resolve_model(options.model)
+    context = open_checkpoint(path).config.max_position_embeddings
+    check_range("tokens", options.tokens, 2, context - SHORTEST)
+    length, sequences = min(LONGEST + options.tokens, context), min(options.requests, SEQUENCES)
+    longest = length - options.tokens
     with LLM(
         path,
         dtype=options.dtype,
         device=options.device,
         quantization=options.quantization,
-        max_num_seqs=min(options.requests, SEQUENCES),
+        max_model_len=length,
+        kv_cache_tokens=sequences * ceil_div(length, PAGE) * PAGE,  # and no more: peers need memory beside it
+        page_size=PAGE,
+        max_num_seqs=sequences,
         progress=False,
     ) as llm:
         model = llm.engine.model
-        longest = min(LONGEST, llm.engine.scheduler.max_model_len - options.tokens)
-        if longest < SHORTEST:
-            most = llm.engine.scheduler.max_model_len - SHORTEST
-            raise ValueError(f"tokens is {options.tokens}; legal: at most {most}, so that a prompt fits beside them")
         make = partial(prompts_of, vocab_size=llm.config.vocab_size, longest=longest, generator=generator)
         contenders: dict[str, Contender] = {OURS: partial(ours, llm)}
         absent = {f"transformers {name}": peers.missing(path) for name in options.peers}
         if options.peers and not any(absent.values()):
             say("loading transformers")
-            theirs = peers.load(path, model.dtype, model.device)
-            contenders |= {f"transformers {name}": partial(peers.PEERS[name], theirs) for name in options.peers}
+            try:
+                theirs = peers.load(path, model.dtype, model.device)
+            except Exception as failure:  # for lack of memory, or of a checkpoint that it can read
+                absent = dict.fromkeys(absent, f"{type(failure).__name__}: {failure}"[:500])
+            else:
+                contenders |= {f"transformers {name}": partial(peers.PEERS[name], theirs) for name in options.peers}
         found = throughput(contenders, make(options.requests), options.tokens, options.rounds, say)
         contenders.clear()
         runs = []

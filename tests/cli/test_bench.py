@@ -53,6 +53,16 @@ def test_peers_that_cannot_run_are_named(command: Command, model: str, monkeypat
     assert "transformers" not in command("bench", "runtime", "--model", model, *alone, "--peers").out
 
 
+def test_a_peer_that_does_not_load_is_named(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object) -> None:
+        raise MemoryError("no room for it")
+
+    monkeypatch.setattr(peers, "load", load)
+    done = command("bench", "runtime", "--model", model, *SMALL[:6], "--loads", "--quiet", "--peers", "generate")
+    assert (done.status, done.err) == (0, "")
+    assert "\ntransformers generate: MemoryError: no room for it\n" in done.out
+
+
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

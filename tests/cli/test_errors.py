@@ -122,7 +122,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "benchmark unknown": ("bench rutime", b"", "invalid choice: 'rutime'"),
     "requests": ("bench runtime --requests 0", b"", "requests is 0; legal: at least 1"),
     "tokens": ("bench runtime --tokens 1", b"", "tokens is 1; legal: at least 2"),
-    "tokens beyond": ("bench runtime --model {model} --tokens 250", b"", "tokens is 250; legal: at most 248"),
+    "tokens beyond": ("bench runtime --model {model} --tokens 250", b"", "tokens is 250; legal: 2 to 248"),
     "rounds": ("bench runtime --rounds 0", b"", "rounds is 0; legal: at least 1"),
     "arrivals": ("bench runtime --arrivals 0", b"", "arrivals is 0; legal: at least 1"),
     "loads": ("bench runtime --loads 0.5 0", b"", "loads is 0.0; legal: 0.01 to 100"),
