@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.engine_overhead import null_model
-from benchmarks.serving import prompts_of
 from fastllama import LLM, SamplingParams
 from fastllama.bench.environment import environment, write_record
+from fastllama.bench.workload import LONGEST, prompts_of
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.scheduler import Scheduler
 
@@ -102,7 +102,7 @@ def rounds_of(llm: LLM, requests: int, tokens: int, rounds: int) -> list[Round]:
     """Rounds with new prompts each, behind one that is not counted. Asserts that no token was found in the cache."""
     generator, found = random.Random(0), []
     for _ in range(1 + rounds):
-        found.append(measure(llm, prompts_of(requests, llm.config.vocab_size, generator), tokens))
+        found.append(measure(llm, prompts_of(requests, llm.config.vocab_size, LONGEST, generator), tokens))
     assert not any(each.hit_tokens for each in found), "prompts had a prefix in common"
     return found[1:]
 
