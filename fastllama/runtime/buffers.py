@@ -29,8 +29,8 @@ def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device
 class Buffers:
     """Tensors that stay where they are, filled on the host and sent to the device in one copy.
 
-    host, device: the same by name, zeros at first; on a CPU they share memory. What was sent has arrived when the
-    device has finished the step after it: only then may the host be filled again.
+    host, device: the same by name, zeros at first; on a CPU they share memory. On a GPU what is sent goes by pinned
+    memory, of which there are two: a step may be prepared while the one before it runs, but not while two do.
     """
 
     def __init__(self, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
@@ -39,7 +39,9 @@ class Buffers:
             size = math.prod(shape) * dtype.itemsize
             places[name] = slice(end, end + size)
             end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
-        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(end, dtype=torch.uint8)
+        num_pinned = 2 if device.type == "cuda" else 0
+        self._pinned = [torch.empty_like(self._host, pin_memory=True) for _ in range(num_pinned)]
         self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
         hosts, self.device = (
             {name: memory[places[name]].view(dtype).view(*shape) for name, (shape, dtype) in wanted.items()}
@@ -49,5 +51,9 @@ class Buffers:
 
     def send(self) -> None:
         """Copy to the device, behind what runs there."""
-        if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
+        if self._pinned:
+            self._pinned.reverse()
+            self._pinned[0].copy_(self._host)
+            self._device.copy_(self._pinned[0], non_blocking=True)
+        elif self._device is not self._host:
+            self._device.copy_(self._host)

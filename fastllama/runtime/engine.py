@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
@@ -20,11 +19,11 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime import memory, sampler
 from fastllama.runtime.block_pool import BlockPool
 from fastllama.runtime.draft_model import DraftModel
+from fastllama.runtime.execution import Launched, launch
 from fastllama.runtime.forking import check_fork
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.isolation import run_parts
 from fastllama.runtime.options import KV_DTYPES, EngineOptions
-from fastllama.runtime.outputs import FinishReason, TokenLogprob
+from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.prompt_lookup import PromptLookup
 from fastllama.runtime.runner import Runner
@@ -35,13 +34,6 @@ from fastllama.runtime.step import Step
 from fastllama.runtime.warm_up import warm_up
 
 logger = logging.getLogger("fastllama")
-
-
-class _Computed(NamedTuple):
-    """What the tokens of a step, or of a part of one, gave."""
-
-    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
-    draws: list[sampler.Draw]
 
 
 class Engine:
@@ -65,24 +57,7 @@ class Engine:
         kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
         draft = speculation if isinstance(speculation, LlamaForCausalLM) else None
         more = 0 if draft is None else KVCache.bytes_per_token(draft.config, draft.dtype)
-        sizes = memory.sizes(
-            model.config,
-            device=model.device.type,
-            available=memory.available_bytes(model.device),
-            dtype=model.dtype,
-            kv_dtype=kv_dtype,
-            page_size=options.page_size,
-            more_per_token=more,
-            max_model_len=options.max_model_len,
-            kv_cache_tokens=options.kv_cache_tokens,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-        )
-        logger.info("%s", sizes)
-        limit = model.config.max_position_embeddings
-        if options.max_model_len is None and sizes.max_model_len < limit:
-            held = sizes.max_model_len
-            logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
+        sizes = memory.choose(model, options, kv_dtype, more)
         model.set_max_model_len(sizes.max_model_len)
         self.model, self.tokenizer = model, tokenizer
         self._options, self._sizes = options, sizes
@@ -116,6 +91,7 @@ class Engine:
             max_num_seqs=self._sizes.max_num_seqs,
             max_model_len=self._sizes.max_model_len,
         )
+        self._ahead: Launched | None = None  # the step after the last that was taken in, where it runs already
         self._torn = False
 
     def _begin(self) -> None:
@@ -215,6 +191,7 @@ class Engine:
             self.scheduler.abort(generation.request, reason)
             generation.abort(reason)
             del self._generations[generation.request.request_id]  # last: an interrupt must find it
+        self._settle()
         self._torn = False
 
     def step(self, *, isolate: bool = False) -> list[Generation]:
@@ -224,25 +201,43 @@ class Engine:
         have the cause in their `error`; the others go on, and nothing is raised.
         """
         self._begin()
-        step = self._schedule(isolate)
-        if step is None:
-            self._torn = False
-            return []
-        failures: dict[Request, Exception] = {}
+        launched, self._ahead = self._ahead, None
+        if launched is None:
+            step = self._schedule(isolate)
+            if step is None:
+                self._torn = False
+                return []
+            with self._rolling_back():
+                launched = launch(self._runner, step, isolate=isolate)
+        next_step = self._schedule_ahead(launched)
+        broken = next_step is not None and not self._transfer(next_step)
         with self._rolling_back():
-            if isolate:
-                computed, failures = run_parts(step, self._compute)
-            else:
-                computed = [self._compute(step)]
+            if next_step is not None and not broken:
+                try:
+                    self._ahead = launch(self._runner, next_step, before=launched)
+                except Exception:
+                    broken = True  # scheduled anew and not ahead, it tells why, if it fails again
+            draws = launched.read()
+        touched = self._take_in(launched, draws, isolate)
+        if broken:
+            self.scheduler.rollback()
+        self._settle()
+        self._torn = False
+        return touched
+
+    def _take_in(self, launched: Launched, draws: Items[sampler.Draw], isolate: bool) -> list[Generation]:
+        """Give what a step drew to those who asked for it; returns these, and those for whom it raised."""
+        step = launched.step
         # Before the commit, which would offer their pages to other requests.
-        touched = {request.request_id: self._fail(request, error) for request, error in failures.items()}
-        draws = [drawn for part in computed for drawn in part.draws]
+        touched = {request.request_id: self._fail(request, error) for request, error in launched.failures.items()}
+        draws = [drawn for drawn in draws if drawn.seq.status is not Status.FINISHED]  # ended, while it ran, or failed
         for drawn in draws:
             if not drawn.ahead and not drawn.finite:
                 self._spoil(drawn.seq)
         self.scheduler.commit(step)
-        for seq, first, logprobs in (report for part in computed for report in part.prompt_logprobs):
-            self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
+        for seq, first, logprobs in (report for part in launched.parts for report in part.prompt_logprobs):
+            if seq.request.request_id in self._generations:
+                self._generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
         now = time.monotonic()
         gained: dict[Sequence, tuple[int, ...]] = {}  # of this step
         for drawn in draws:
@@ -263,19 +258,24 @@ class Engine:
             if generation.request.finished:
                 generation.finish_time = now
                 del self._generations[generation.request.request_id]
-        self._torn = False
         return list(touched.values())
+
+    def _settle(self) -> None:
+        """Nobody waits for what runs ahead if there is no work."""
+        if self._ahead is not None and not self.scheduler.has_work:
+            self.scheduler.commit(self._ahead.step)
+            self._ahead = None
 
     def _schedule(self, isolate: bool) -> Step | None:
         """The next step, with drafts where they pay, and with all that it wants of the host cache in its pages."""
         while (step := self.scheduler.schedule()) is not None:
-            if not self._transfer(step):
-                continue
-            if self.speculation is None:
-                return step
-            extended = self._extended(step, self.speculation, isolate)
-            if extended is step or self._transfer(extended):
-                return extended
+            if self._transfer(step):
+                if self.speculation is None:
+                    return step
+                extended = self._extended(step, self.speculation, isolate)
+                if extended is step or self._transfer(extended):
+                    return extended
+            self.scheduler.rollback()
         return None
 
     def _extended(self, step: Step, speculation: Speculation, isolate: bool) -> Step:
@@ -291,10 +291,22 @@ class Engine:
                 logger.exception("no drafts in this step, for they cannot be made")
         return step if drafts is None else self.scheduler.extend(step, drafts)
 
-    def _transfer(self, step: Step) -> bool:
-        """Copy between device and host what the step wants. False if that failed: it is rolled back.
+    def _schedule_ahead(self, launched: Launched) -> Step | None:
+        """The step after one that runs, if it can be scheduled before what that draws is known.
 
-        The host cache is given up then: nobody needs it to get on, and whoever tries the same again may never.
+        Penalties want the tokens, and drafts follow them. Where a device does not run by itself, nothing is gained.
+        """
+        if not self._runner.runs_ahead or self.speculation is not None or not launched.whole:
+            return None
+        if any(seq.request.params.penalizes for chunk in launched.step.chunks for seq in chunk.samples):
+            return None
+        self.scheduler.expect(launched.step)
+        return self.scheduler.schedule()
+
+    def _transfer(self, step: Step) -> bool:
+        """Copy between device and host what the step wants. False if that failed: the host cache is given up then.
+
+        Nobody needs it to get on, and whoever tries the same again may never.
         """
         if not step.transfers:
             return True
@@ -307,12 +319,9 @@ class Engine:
                 if not isinstance(error, Exception):
                     raise
                 logger.warning("the host cache is given up, for a copy failed: %r", error)
-            else:
-                return True
-        self.pool.drop_host()
-        self._runner.host = None
-        self.scheduler.rollback()
-        return False
+                self.pool.drop_host()
+                self._runner.host = None
+        return self._runner.host is not None
 
     @contextmanager
     def _rolling_back(self) -> Iterator[None]:
@@ -321,12 +330,8 @@ class Engine:
             yield
         except BaseException:
             self.scheduler.rollback()
-            self._torn = False
+            self._ahead, self._torn = None, False
             raise
-
-    def _compute(self, step: Step) -> _Computed:
-        logits = self._runner.run(step)
-        return _Computed(sampler.prompt_logprobs(logits), sampler.draw(logits))
 
     def _fail(self, request: Request, error: Exception) -> Generation:
         """End a request that raised; what is held of its text stays so, for its tokenizer may be what raised."""

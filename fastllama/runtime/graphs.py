@@ -111,23 +111,24 @@ class DecodeGraphs:
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         )
 
-    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, inputs: Inputs, fill: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [R, V] of a decode step, and tokens and log-probabilities [R] drawn from them as `samples` say.
 
-        To be read before the next step. What no sample is drawn from has a token that means nothing.
+        To be read before the next step. What no sample is drawn from has a token that means nothing. fill: puts the ids
+        in place that only the device knows.
         """
         shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
         graph = self._graphs.get(shape)
         if graph is None:
             graph = _Graph(*shape, self._model.device, self._batch_of)
-            graph.load(inputs)
+            graph.load(inputs, fill)
             self._replayable = graph.capture(self._capture, self._model, self._kv)
             if self._replayable:
                 if len(self._graphs) == LIMIT:
                     del self._graphs[next(iter(self._graphs))]
                 self._graphs[shape] = graph
         else:
-            graph.load(inputs)
+            graph.load(inputs, fill)
             graph.replay()
         rows = len(inputs.ids)
         return graph.logits[:rows], graph.tokens[:rows], graph.logprobs[:rows]
@@ -178,7 +179,7 @@ class _Graph:
             self.replay = replay
         return replay is not None
 
-    def load(self, inputs: Inputs) -> None:
+    def load(self, inputs: Inputs, fill: Callable[[Tensor], None]) -> None:
         """Send a step's numbers to the device."""
         host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
         rows = len(inputs.ids)
@@ -194,3 +195,4 @@ class _Graph:
             host["seq_lens"][num_seqs:] = 0
         self._num_seqs = num_seqs
         self._buffers.send()
+        fill(self._ids)

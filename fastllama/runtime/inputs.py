@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastllama.runtime.sequence import Sequence
+from fastllama.runtime.sequence import UNKNOWN, Sequence
 from fastllama.runtime.step import Chunk, Step
 
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
@@ -42,6 +42,7 @@ class Inputs:
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
     samples: the tokens to draw; those of one prompt share a row.
+    unknown: (row, sequence) of ids that are being drawn by the step before.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """
 
@@ -54,6 +55,7 @@ class Inputs:
     num_queries: int
     cu_seqlens_q: list[int]
     logits_rows: list[int]
+    unknown: list[tuple[int, Sequence]]
     samples: list[Sample]
     prompts: list[tuple[Chunk, int, int]]
 
@@ -76,6 +78,7 @@ class Inputs:
             num_queries=num_queries,
             cu_seqlens_q=[0],
             logits_rows=[],
+            unknown=[],
             samples=[],
             prompts=[],
         )
@@ -96,7 +99,10 @@ class Inputs:
         seq, start, end = chunk.seq, chunk.start, chunk.start + chunk.length
         first, pages, rows = len(self.ids), seq.page_ids, self.logits_rows
         if chunk.length == 1 and not chunk.drafts:  # 64 decodes take 0.1 ms less than by the lines below
-            self.ids.append(seq.token_ids[start])
+            token_id = seq.token_ids[start]
+            if token_id == UNKNOWN:
+                self.unknown.append((first, seq))
+            self.ids.append(token_id)
             self.positions.append(start)
             self.slots.append(pages[start // page_size] * page_size + start % page_size)
         else:

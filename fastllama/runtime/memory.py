@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,10 @@ import torch
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.options import EngineOptions
+
+logger = logging.getLogger("fastllama")
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
 STEP_SHARE = 1 / 32  # of the free memory, for a step's activations, and as much for its logits
@@ -142,3 +147,25 @@ def sizes(
         length = held
     held = ceil_div(held, page_size) * page_size
     return Sizes(length, held, held * of_kv, seqs, tokens)
+
+
+def choose(model: LlamaForCausalLM, options: EngineOptions, kv_dtype: torch.dtype, more_per_token: int) -> Sizes:
+    """The sizes of a runtime for a model, by what is free now, as the log then says. See `sizes`."""
+    chosen = sizes(
+        model.config,
+        device=model.device.type,
+        available=available_bytes(model.device),
+        dtype=model.dtype,
+        kv_dtype=kv_dtype,
+        page_size=options.page_size,
+        more_per_token=more_per_token,
+        max_model_len=options.max_model_len,
+        kv_cache_tokens=options.kv_cache_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+    logger.info("%s", chosen)
+    held, limit = chosen.max_model_len, model.config.max_position_embeddings
+    if options.max_model_len is None and held < limit:
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
+    return chosen

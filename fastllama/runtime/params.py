@@ -85,6 +85,11 @@ class SamplingParams:
         return cls(**options)
 
     @property
+    def penalizes(self) -> bool:
+        """Whether draws depend on the tokens before them beyond the model's logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0

@@ -15,7 +15,8 @@ from fastllama.runtime.buffers import on_device
 from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, RecordingCapture
 from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.inputs import Inputs
-from fastllama.runtime.sampler import StepLogits
+from fastllama.runtime.sampler import Draws, StepLogits
+from fastllama.runtime.sequence import Sequence
 from fastllama.runtime.step import Step
 
 
@@ -39,6 +40,7 @@ class Runner:
         deterministic: bool,
     ) -> None:
         self.model = model
+        self.runs_ahead = model.device.type == "cuda"  # whether the host may go on while a step runs
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
@@ -51,21 +53,24 @@ class Runner:
         self._graphs = DecodeGraphs(model, self.kv, capture, self._batch_of)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepLogits:
-        """Compute the step; its keys and values are in the pages afterwards."""
+    def run(self, step: Step, before: Draws | None = None) -> StepLogits:
+        """Compute the step; its keys and values are in the pages afterwards.
+
+        before: of the step before, from which the tokens come that are UNKNOWN here.
+        """
         self.copy(step)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         if self._graphs.take(inputs):
-            logits, *drawn = self._graphs.run(inputs)
+            logits, *drawn = self._graphs.run(inputs, partial(_fill, inputs.unknown, before))
             return StepLogits(logits, inputs.samples, inputs.prompts, (drawn[0], drawn[1]))
-        return StepLogits(self._run_eagerly(inputs), inputs.samples, inputs.prompts)
+        return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
 
     def copy(self, step: Step) -> None:
         """Only what the step copies from page to page."""
         if step.copies:
             self.kv.copy_pages(step.copies)
 
-    def _run_eagerly(self, inputs: Inputs) -> Tensor:
+    def _run_eagerly(self, inputs: Inputs, before: Draws | None) -> Tensor:
         def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
@@ -79,4 +84,19 @@ class Runner:
             cu_seqlens_q=tensor(inputs.cu_seqlens_q, torch.int32),
             logits_rows=tensor(inputs.logits_rows, torch.int64),
         )
-        return self.model(tensor(inputs.ids, torch.int64), batch, self.kv)
+        ids = tensor(inputs.ids, torch.int64)
+        _fill(inputs.unknown, before, ids)
+        return self.model(ids, batch, self.kv)
+
+
+def _fill(unknown: list[tuple[int, Sequence]], before: Draws | None, ids: Tensor) -> None:
+    """Put tokens that the host does not know yet where they are fed."""
+    if not unknown:
+        return
+    assert before is not None, "a token that nobody draws"
+    rows, places = [row for row, _ in unknown], [before.places[seq] for _, seq in unknown]
+    if rows == places == list(range(len(rows))):  # the same sequences once more: nothing to send
+        ids[: len(rows)].copy_(before.tokens[: len(rows)])
+    else:
+        where, which = (on_device(values, torch.int64, ids.device) for values in (rows, places))
+        ids[where] = before.tokens[which]

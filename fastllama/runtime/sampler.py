@@ -54,12 +54,42 @@ class Draw:
     logprob: TokenLogprob | None
 
 
+class Draws:
+    """Tokens of a step that are drawn on the device, and on their way to the host.
+
+    tokens: [N] int64, until the next step of the same shape has begun. places: of each sequence in it.
+    """
+
+    def __init__(self, samples: Items[Sample], tokens: Tensor, logprobs: Tensor, reports: Items[TokenLogprob | None]):
+        self.tokens = tokens
+        self._samples, self._reports = samples, reports
+        # In one, to wait once, and copied, for the next step may write its own there. Token ids are exact in fp64.
+        self._numbers = torch.stack([tokens.double(), logprobs.double()]).to("cpu", non_blocking=True)
+        self._arrived = None
+        if tokens.device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
+
+    @property
+    def places(self) -> dict[Sequence, int]:
+        return {sample.seq: place for place, sample in enumerate(self._samples)}
+
+    def read(self) -> list[Draw]:
+        """The tokens, when they are there. NaN says that a row's logits were no numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [
+            Draw(sample.seq, sample.ahead, int(token_id), not math.isnan(logprob), report)
+            for sample, token_id, logprob, report in zip(
+                self._samples, *self._numbers.tolist(), self._reports, strict=True
+            )
+        ]
+
+
 @torch.inference_mode()
-def draw(step: StepLogits) -> list[Draw]:
-    """One token for each sample of the step."""
+def start(step: StepLogits) -> Draws:
+    """Draw one token for each sample of the step."""
     samples = step.samples
-    if not samples:
-        return []
     rows = [sample.row for sample in samples]
     every = rows == list(range(step.logits.shape[0]))
     raw = step.logits if every else step.logits[rows]
@@ -71,13 +101,12 @@ def draw(step: StepLogits) -> list[Draw]:
             adjusted,
             **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
         )
-    reports = _reports(raw, samples, tokens)
-    # In one, to wait for the device once. Token ids are exact in fp64; NaN says that a row's logits were no numbers.
-    drawn, numbers = torch.stack([tokens.double(), logprobs.double()]).tolist()
-    return [
-        Draw(sample.seq, sample.ahead, int(token_id), not math.isnan(number), report)
-        for sample, token_id, number, report in zip(samples, drawn, numbers, reports, strict=True)
-    ]
+    return Draws(samples, tokens, logprobs, _reports(raw, samples, tokens))
+
+
+def draw(step: StepLogits) -> list[Draw]:
+    """One token for each sample of the step."""
+    return start(step).read()
 
 
 @torch.inference_mode()

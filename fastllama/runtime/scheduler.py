@@ -12,7 +12,7 @@ from fastllama.errors import check_range
 from fastllama.runtime.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.sequence import Request, Sequence, Status
+from fastllama.runtime.sequence import UNKNOWN, Request, Sequence, Status
 from fastllama.runtime.step import Chunk, Step
 
 
@@ -55,7 +55,8 @@ class Scheduler:
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
         self._last_lookup: _Lookup | None = None
-        self._in_flight: Step | None = None
+        self._in_flight: list[Step] = []  # not committed, in their order
+        self._num_expected = 0  # of those in flight
 
     @property
     def num_waiting(self) -> int:
@@ -84,7 +85,6 @@ class Scheduler:
         It runs beside it, in the same pages and of the same age, if that has all but its last token computed and a seat
         is free. Else it waits as a prompt of all these tokens does, and finds in the prefix cache what is there.
         """
-        assert self._in_flight is None, "a fork of a sequence that is being computed"
         assert not request.sequences, f"request {request.request_id!r} was added before"
         assert seq.status is not Status.FINISHED, f"a fork of sequence {seq.seq_id}, which is FINISHED"
         assert seq.request.params.n == request.params.n == 1, "a fork of several samples, or into several"
@@ -122,7 +122,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, to be run and then committed or rolled back; None if there is no work."""
-        assert self._in_flight is None, "schedule() before the last step was committed or rolled back"
+        assert len(self._in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
         num_preemptions = self.num_preemptions
         single: list[tuple[Sequence, int]] = []
         longer: list[tuple[Sequence, int]] = []
@@ -130,6 +130,8 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         for seq in self._running:  # a preemption takes from its end: the present sequence, or one not yet looked at
             pending = len(seq.token_ids) - seq.num_computed
+            if len(seq.token_ids) == seq.max_length and seq.token_ids[-1] == UNKNOWN:
+                continue  # it ends with the token that is being drawn
             if pending > 1:
                 prefills.append(seq)
             else:
@@ -147,19 +149,33 @@ class Scheduler:
             budget -= length
             (single if length == 1 else longer).append((candidate, length))
         if not single and not longer:
-            assert not self.has_work, "nothing can be scheduled although there is work"
+            assert self._in_flight or not self.has_work, "nothing can be scheduled although there is work"
             return None
         assert not {source for source, _ in copies} & {destination for _, destination in copies}
         chunks = tuple(self._chunk(seq, length) for seq, length in itertools.chain(single, longer))
-        self._in_flight = Step(chunks, len(single), tuple(copies), self.pool.take_transfers())
-        return self._in_flight
+        self._in_flight.append(Step(chunks, len(single), tuple(copies), self.pool.take_transfers()))
+        return self._in_flight[-1]
+
+    def expect(self, step: Step) -> None:
+        """Take it that the step in flight has run, and that each of its samples drew a token, as yet UNKNOWN.
+
+        So the next step can be scheduled while it runs. commit() and append() then tell what came.
+        """
+        assert [step] == self._in_flight, "the step is not the one in flight"
+        self._num_expected = 1
+        for chunk in step.chunks:
+            for seq in chunk.samples or (chunk.seq,):
+                if seq.status is Status.RUNNING:
+                    seq.num_computed = chunk.start + chunk.length
+                    if chunk.samples:
+                        seq.token_ids.append(UNKNOWN)
 
     def reserve(self, step: Step, count: int) -> bool:
         """Pages for so many drafts after each of a step's decodes; False, and nothing changed, where they do not fit.
 
         They fit where all chunks are decodes, in the step, in the model's length, and in pages that nobody must give.
         """
-        assert step is self._in_flight, "the step is not the one in flight"
+        assert [step] == self._in_flight, "the step is not the one in flight"
         sequences = [chunk.seq for chunk in step.chunks[: step.num_decodes]]
         longest = max((len(seq.token_ids) for seq in sequences), default=self.max_model_len) + count
         if (
@@ -183,8 +199,8 @@ class Scheduler:
 
     def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
         """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
-        assert step is self._in_flight, "the step is not the one in flight"
-        self._in_flight = Step(
+        assert [step] == self._in_flight, "the step is not the one in flight"
+        self._in_flight[0] = Step(
             tuple(
                 Chunk(chunk.seq, chunk.start, 1 + len(own), chunk.samples, own)
                 for chunk, own in zip(step.chunks, drafts, strict=True)
@@ -193,12 +209,13 @@ class Scheduler:
             step.copies,
             self.pool.take_transfers(),
         )
-        return self._in_flight
+        return self._in_flight[0]
 
     def commit(self, step: Step) -> None:
         """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
-        assert step is self._in_flight, "the step is not the one in flight"
-        self._in_flight = None
+        assert self._in_flight[:1] == [step], "the step is not the one in flight"
+        del self._in_flight[0]
+        self._num_expected = 0
         for chunk in step.chunks:
             end = chunk.start + chunk.length - len(chunk.drafts)
             for seq in chunk.samples or (chunk.seq,):
@@ -206,17 +223,23 @@ class Scheduler:
                     self._advance(seq, end)
 
     def rollback(self) -> None:
-        """The step in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
-        assert self._in_flight is not None, "no step is in flight"
-        self._in_flight = None
+        """What is in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
+        self._in_flight.clear()
+        self._num_expected = 0
         while self._running:
             self._preempt_newest()
+        for seq in self._waiting:
+            seq.forget_unknown()
 
     def append(self, seq: Sequence, token_id: int) -> None:
         """Give a sequence the token drawn for it; it is fed in the next step."""
-        assert seq.status is Status.RUNNING, f"a token for sequence {seq.seq_id}, which is {seq.status.name}"
-        assert seq.num_computed == len(seq.token_ids), f"a second token for sequence {seq.seq_id}"
-        assert seq.num_computed < seq.max_length, f"sequence {seq.seq_id} has reached its length"
+        expected = seq.token_ids[-1] == UNKNOWN  # and perhaps preempted since
+        assert seq.status is Status.RUNNING or expected, (
+            f"a token for sequence {seq.seq_id}, which is {seq.status.name}"
+        )
+        assert seq.num_computed == len(seq.token_ids) or expected, f"a second token for sequence {seq.seq_id}"
+        seq.forget_unknown()
+        assert len(seq.token_ids) < seq.max_length, f"sequence {seq.seq_id} has reached its length"
         seq.token_ids.append(token_id)
 
     def keep_draft(self, seq: Sequence) -> None:
@@ -233,6 +256,7 @@ class Scheduler:
             self._waiting.remove(seq)
         else:
             return
+        seq.forget_unknown()
         seq.status = Status.FINISHED
         seq.finish_reason = reason
         seq.stop_reason = stop_reason

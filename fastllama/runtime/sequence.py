@@ -11,6 +11,8 @@ from fastllama.runtime.block_pool import ROOT
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 
+UNKNOWN = -1  # stands for a token that is being drawn
+
 
 class Status(enum.Enum):
     """Where a sequence stands with the scheduler: only a running one owns pages."""
@@ -70,6 +72,11 @@ class Sequence:
         return dataclasses.replace(
             self, seq_id=seq_id, token_ids=list(self.token_ids), page_ids=list(self.page_ids), **changes
         )
+
+    def forget_unknown(self) -> None:
+        """Leave out the token that is being drawn, if one is."""
+        if self.token_ids[-1] == UNKNOWN:
+            self.token_ids.pop()
 
     def release_pages(self) -> list[int]:
         """Forget everything computed and hand over the pages that held it."""

@@ -45,13 +45,13 @@ def model(kind: str) -> LlamaForCausalLM:
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Those of every draw."""
-    found, draw = [], sampler.draw
+    found, start = [], sampler.start
 
-    def spying(step: StepLogits) -> list[sampler.Draw]:
+    def spying(step: StepLogits) -> sampler.Draws:
         found.append(step.logits.clone())
-        return draw(step)
+        return start(step)
 
-    monkeypatch.setattr(sampler, "draw", spying)
+    monkeypatch.setattr(sampler, "start", spying)
     return found
 
 
@@ -98,14 +98,14 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replayed steps that raise where one waits for the device or asks it for memory; gives how many there were."""
     steps, run = [0], DecodeGraphs.run
 
-    def strictly(self: DecodeGraphs, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def strictly(self: DecodeGraphs, inputs: Inputs, *fill: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
         if (*shape, inputs.num_queries) not in self._graphs:
-            return run(self, inputs)
+            return run(self, inputs, *fill)
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = run(self, inputs)
+            found = run(self, inputs, *fill)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

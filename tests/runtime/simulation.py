@@ -88,7 +88,7 @@ class Server:
                 self._give(seq)
 
     def _give(self, seq: Sequence) -> None:
-        self.scheduler.append(seq, -1)
+        self.scheduler.append(seq, 0)
         self._served[seq.request].times.append(self.now)
         if len(seq.token_ids) == seq.max_length:
             self.scheduler.finish(seq, "length")

@@ -38,15 +38,15 @@ def run(
 ) -> Logits:
     """The logits from which each token was drawn, by the request's seed and the token's position."""
     found: Logits = {}
-    draw = sampler.draw
+    start = sampler.start
 
-    def spying(step: StepLogits) -> list[sampler.Draw]:
+    def spying(step: StepLogits) -> sampler.Draws:
         for seq, row, _ in step.samples:
             found[seq.request.params.seed or 0, len(seq.token_ids)] = step.logits[row].clone()
-        return draw(step)
+        return start(step)
 
     with monkeypatch.context() as patch, running(model, **options) as llm:
-        patch.setattr(sampler, "draw", spying)
+        patch.setattr(sampler, "start", spying)
         if alone:
             for prompt, params in zip(prompts, PARAMS, strict=False):
                 llm.generate([prompt], params)

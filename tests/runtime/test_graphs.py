@@ -32,8 +32,8 @@ def logits_of_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The logits of every step of three requests of different lengths."""
     found, run = [], Runner.run
 
-    def spying(self: Runner, step: Step) -> Any:
-        result = run(self, step)
+    def spying(self: Runner, step: Step, *before: Any) -> Any:
+        result = run(self, step, *before)
         found.append(result.logits.clone())
         return result
 
@@ -143,9 +143,11 @@ def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
                 num_queries=1,
                 cu_seqlens_q=[0],
                 logits_rows=numbers,
+                unknown=[],
                 samples=[],
                 prompts=[],
-            )
+            ),
+            nothing,
         )
         return graph._batch
 

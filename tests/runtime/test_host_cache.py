@@ -53,9 +53,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Gives how many tokens went through models since it was last asked."""
     counts, run = [], Runner.run
 
-    def counting(self: Runner, step: Step) -> StepLogits:
+    def counting(self: Runner, step: Step, *before: Any) -> StepLogits:
         counts.append(sum(chunk.length for chunk in step.chunks))
-        return run(self, step)
+        return run(self, step, *before)
 
     def count() -> int:
         total = sum(counts)

@@ -223,16 +223,16 @@ def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.Monke
     expected = without("one batch", "greedy")
     with running(ours(), speculation="prompt_lookup") as llm:
         assert llm.engine.speculation is not None
-        compute, failures = llm.engine._compute, [0]
+        run, failures = llm.engine._runner.run, [0]
 
-        def trying(step: Step) -> Any:
+        def trying(step: Step, *before: Any) -> Any:
             if any(chunk.drafts for chunk in step.chunks):
                 failures[0] += 1
                 raise RuntimeError("guesses")
-            return compute(step)
+            return run(step, *before)
 
         monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
-        monkeypatch.setattr(llm.engine, "_compute", trying)
+        monkeypatch.setattr(llm.engine._runner, "run", trying)
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         while llm.engine.has_work:
             llm.engine.step(isolate=True)
@@ -278,9 +278,9 @@ def test_an_engine_that_loses_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert llm.engine.speculation is not None
         now, run = [0.0], llm.engine._runner.run
 
-        def timed(step: Step) -> Any:
+        def timed(step: Step, *before: Any) -> Any:
             now[0] += sum(chunk.length for chunk in step.chunks)
-            return run(step)
+            return run(step, *before)
 
         monkeypatch.setattr(llm.engine.speculation, "_clock", lambda: now[0])
         monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())

@@ -82,9 +82,9 @@ def test_prompt_and_answer_go_through_the_runtime(path: Path, monkeypatch: pytes
     """Chunked prefill, then single tokens: the paths that a user's request takes."""
     run, chunks = Runner.run, []
 
-    def watched(self: Runner, step: Any) -> Any:
+    def watched(self: Runner, step: Any, *before: Any) -> Any:
         chunks.extend(chunk.length for chunk in step.chunks)
-        return run(self, step)
+        return run(self, step, *before)
 
     monkeypatch.setattr(Runner, "run", watched)
     report = check(path)
@@ -129,7 +129,7 @@ def test_wrong_logits_alone_are_named(path: Path, bind: Callable[..., None]) -> 
 
 def test_a_wrong_draw_fails_the_tokens_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second likeliest token, once."""
-    draw, calls = sampler.draw, 0
+    start, calls = sampler.start, 0
 
     @torch.inference_mode()
     def wrong(step: Any) -> Any:
@@ -137,9 +137,9 @@ def test_a_wrong_draw_fails_the_tokens_alone(path: Path, monkeypatch: pytest.Mon
         calls += 1
         if calls == 8:
             step.logits[-1, step.logits[-1].argmax()] = step.logits[-1].min()
-        return draw(step)
+        return start(step)
 
-    monkeypatch.setattr(sampler, "draw", wrong)
+    monkeypatch.setattr(sampler, "start", wrong)
     report = check(path)
     assert failed(report) == ["tokens"]
     assert report.rows[-1].case == "32 greedy tokens, 1 of them others"
