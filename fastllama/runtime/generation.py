@@ -148,6 +148,7 @@ class Generation:
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
                 seq.status, seq.finish_reason = Status.FINISHED, reason
+                seq.forget_unknown()
         self.finish_time = time.monotonic()
         for sample in self.samples.values():
             if sample.stream is not None and sample.seq.finish_reason == reason:

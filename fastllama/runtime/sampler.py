@@ -64,9 +64,11 @@ class Draws:
         self.tokens = tokens
         self._samples, self._reports = samples, reports
         # In one, to wait once, and copied, for the next step may write its own there. Token ids are exact in fp64.
-        self._numbers = torch.stack([tokens.double(), logprobs.double()]).to("cpu", non_blocking=True)
-        self._arrived = None
+        self._numbers = torch.stack([tokens.double(), logprobs.double()])
+        self._arrived: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
+            host = torch.empty(self._numbers.shape, dtype=torch.float64, pin_memory=True)
+            self._numbers = host.copy_(self._numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(tokens.device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from fastllama.layers import packing
 from fastllama.runtime import sampler
 from fastllama.runtime.graphs import DecodeGraphs
 from fastllama.runtime.inputs import Inputs
-from fastllama.runtime.runner import StepLogits
+from fastllama.runtime.runner import Runner
+from fastllama.runtime.sampler import StepLogits
+from fastllama.runtime.speculation import Pace
 
 pytestmark = pytest.mark.gpu
 
@@ -120,3 +123,27 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_replayed_step_waits_for_nothing(model: LlamaForCausalLM, replays: list[int]) -> None:
     generate(model)
     assert replays[0] >= 8 + 6 * (len(PROMPTS) - 1) - 1
+
+
+@pytest.mark.parametrize("kind", ["bf16"])
+def test_running_ahead_changes_no_answer(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that go from step to step on the device, in one batch and from batch to batch."""
+    ahead = generate(model, deterministic=True)
+    init = Runner.__init__
+
+    def waiting(self: Runner, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.runs_ahead = False
+
+    monkeypatch.setattr(Runner, "__init__", waiting)
+    assert generate(model, deterministic=True) == ahead
+
+
+@pytest.mark.parametrize("kind", ["bf16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_guesses_change_no_answer(model: LlamaForCausalLM, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the text, and the model's own as its draft, verified wherever there are any."""
+    expected = generate(model, deterministic=True)
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
+    speculation = copy.deepcopy(model) if own else "prompt_lookup"
+    assert generate(model, deterministic=True, speculation=speculation) == expected
