@@ -2,8 +2,9 @@
 
 python -m benchmarks.engine_overhead [--batch 1 64] [--vocab 32 32000] [--steps 200] [--output FILE]
 
-The model returns fixed logits at once. With a vocabulary of 32 the draw is next to nothing and the figure is the host's
-work; with 32000 it holds the draw too, here on the CPU. One thread: two would wait for each other at such sizes.
+The model returns fixed logits at once, and its steps are replayed, as a Llama's are. With a vocabulary of 32 the draw is
+next to nothing and the figure is the host's work; with 32000 it holds the draw too, here on the CPU. One thread: two
+would wait for each other at such sizes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def time_steps(batch: int, vocab_size: int, kind: str, steps: int) -> list[float
     """Seconds of each decode step with `batch` sequences."""
     length = PROMPT_TOKENS + steps + 1
     with LLM(null_model(vocab_size, batch), max_model_len=length, kv_cache_tokens=batch * (length + 64)) as llm:
+        llm.engine._runner._graphs._replayable = True  # as a Llama's steps are; of this one a replay is the draw alone
         params = SamplingParams(max_tokens=steps + 1, seed=0, **KINDS[kind])
         for number in range(batch):
             llm.engine.add_request([number % vocab_size] * PROMPT_TOKENS, params)

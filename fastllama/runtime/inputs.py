@@ -96,30 +96,35 @@ class Inputs:
         return inputs
 
     def _add(self, chunk: Chunk, page_size: int, *, every_row: bool) -> None:
+        if chunk.length == 1 and chunk.samples == (chunk.seq,) and not chunk.drafts:
+            self._add_decode(chunk.seq, chunk.start, page_size)
+            return
         seq, start, end = chunk.seq, chunk.start, chunk.start + chunk.length
-        first, pages, rows = len(self.ids), seq.page_ids, self.logits_rows
-        if chunk.length == 1 and not chunk.drafts:  # 64 decodes take 0.1 ms less than by the lines below
-            token_id = seq.token_ids[start]
-            if token_id == UNKNOWN:
-                self.unknown.append((first, seq))
-            self.ids.append(token_id)
-            self.positions.append(start)
-            self.slots.append(pages[start // page_size] * page_size + start % page_size)
-        else:
-            known = len(seq.token_ids)
-            self.ids.extend(seq.token_ids[start:end])
-            self.ids.extend(chunk.drafts[max(start - known, 0) : max(end - known, 0)])
-            self.positions.extend(range(start, end))
-            self.slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(start, end))
+        first, held, pages, rows = len(self.ids), len(seq.token_ids), seq.page_ids, self.logits_rows
+        self.ids.extend(seq.token_ids[start:end])
+        self.ids.extend(chunk.drafts[max(start - held, 0) : max(end - held, 0)])
+        self.positions.extend(range(start, end))
+        self.slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(start, end))
         known = min(end, seq.num_prompt_tokens - 1) - start  # rows that predict a token of the prompt
         if known > 0 and seq.request.params.prompt_logprobs is not None:
             self.prompts.append((chunk, len(rows), known))
             rows.extend(range(first, first + known))
         if chunk.samples:
-            unknown = max(start, len(seq.token_ids) - 1)  # the first position that no token follows
-            if every_row and chunk.length > 1:
+            unknown = max(start, held - 1)  # the first position that no token follows
+            if every_row:
                 rows.extend(range(first, first + unknown - start))
             for position in range(unknown, end):
-                ahead = chunk.drafts[: position + 1 - len(seq.token_ids)]
+                ahead = chunk.drafts[: position + 1 - held]
                 self.samples.extend(Sample(sample, len(rows), ahead) for sample in chunk.samples)
                 rows.append(first + position - start)
+
+    def _add_decode(self, seq: Sequence, position: int, page_size: int) -> None:
+        """The last token of a sequence, which draws the next. 64 of them take 0.2 ms less than by `_add`."""
+        row, token_id = len(self.ids), seq.token_ids[position]
+        if token_id == UNKNOWN:
+            self.unknown.append((row, seq))
+        self.ids.append(token_id)
+        self.positions.append(position)
+        self.slots.append(seq.page_ids[position // page_size] * page_size + position % page_size)
+        self.samples.append(Sample(seq, len(self.logits_rows)))
+        self.logits_rows.append(row)
