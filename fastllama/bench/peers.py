@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastllama.bench.workload import Prompts
+from fastllama.bench.workload import SEQUENCES, Prompts
+from fastllama.kernels.arithmetic import ceil_div
+
+OLDER_PAGE = 32  # tokens of a block before it could be configured
+STEP = 2048  # tokens of a step; for its default of 8192 it makes a mask of as many rows, however few come
 
 
 def missing(path: Path | None = None) -> str | None:
@@ -41,9 +46,20 @@ def generate(model: Any, prompts: Prompts, tokens: int) -> Prompts:
 
 
 def generate_batch(model: Any, prompts: Prompts, tokens: int) -> Prompts:
-    """What transformers does by continuous batching."""
-    found = model.generate_batch(inputs=prompts, generation_config=_greedy(model, tokens), progress_bar=False)
+    """What transformers does by continuous batching, in a cache as large as this asks for.
+
+    Raises RuntimeError where prompts got no answer: its thread logs what it raised, and tells nobody else.
+    """
+    config, more = _greedy(model, tokens), {}
+    if "continuous_batching_config" in inspect.signature(model.generate_batch).parameters:
+        more["continuous_batching_config"] = _continuous_batching_config(prompts, tokens)
+    else:  # up to 5.3
+        config.num_blocks = _num_blocks(prompts, tokens, OLDER_PAGE)
+    found = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False, **more)
     by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in found.values()}
+    missed = sum(tuple(prompt) not in by_prompt for prompt in prompts)
+    if missed:
+        raise RuntimeError(f"{missed} of {len(prompts)} prompts got no answer; the log of transformers tells why")
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
@@ -55,3 +71,22 @@ def _greedy(model: Any, tokens: int) -> Any:
 
     nothing = model.config.vocab_size  # ends an answer
     return transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=nothing, pad_token_id=0)
+
+
+def _continuous_batching_config(prompts: Prompts, tokens: int) -> Any:
+    """Sizes for prompts and answers."""
+    import transformers
+
+    config: Any = transformers.ContinuousBatchingConfig(max_batch_tokens=STEP)
+    page = config.page_size if hasattr(config, "page_size") else config.block_size  # its name before 5.17
+    config.num_blocks = _num_blocks(prompts, tokens, page)
+    return config
+
+
+def _num_blocks(prompts: Prompts, tokens: int, page: int) -> int:
+    """Blocks of so many tokens that hold as many sequences as run at once, and the fifth that its scheduler spares.
+
+    By default it takes most of the memory, whose pages the system then hands out, one by one, at each call.
+    """
+    pages = sorted(ceil_div(len(prompt) + tokens, page) for prompt in prompts)[-SEQUENCES:]
+    return ceil_div(5 * sum(pages), 4)

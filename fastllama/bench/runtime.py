@@ -16,14 +16,13 @@ from fastllama.bench.environment import environment
 from fastllama.bench.latency import arrivals
 from fastllama.bench.text import PERCENTILES, milliseconds, table
 from fastllama.bench.throughput import OURS, Contender, ours, throughput
-from fastllama.bench.workload import LONGEST, SHORTEST, prompts_of
+from fastllama.bench.workload import LONGEST, SEQUENCES, SHORTEST, prompts_of
 from fastllama.errors import check_choice, check_range
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.runtime.llm import LLM
 
-SEQUENCES = 256  # that run at once, at most
 PAGE = 64
 
 Record = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 SHORTEST, LONGEST = 8, 400  # tokens of a prompt
+SEQUENCES = 256  # that run at once, at most
 
 Prompts = list[list[int]]
 
