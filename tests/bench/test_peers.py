@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,11 @@ class Blocks:
         self.max_batch_tokens, self.num_blocks = max_batch_tokens, 0
 
 
+def with_config(config: type[Any]) -> SimpleNamespace:
+    """What is used of transformers."""
+    return SimpleNamespace(ContinuousBatchingConfig=config, GenerationConfig=transformers.GenerationConfig)
+
+
 @pytest.mark.parametrize(
     ("model", "config", "num_blocks"),
     [  # five quarters of 4 blocks, of 1 + 6 + 2, and of 2 + 11 + 3
@@ -69,14 +75,14 @@ class Blocks:
 def test_the_cache_holds_what_is_asked_for(
     model: Recorder, config: type[Any], num_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", config, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", with_config(config))
     assert peers.generate_batch(model, PROMPTS, 30) == [[1], [2], [3]]
     assert model.told.num_blocks == num_blocks
 
 
 def test_no_more_sequences_than_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "SEQUENCES", 2)
-    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", Blocks, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", with_config(Blocks))
     model = Recorder()
     peers.generate_batch(model, PROMPTS, 30)
     assert model.told.num_blocks == 10  # five quarters of 6 + 2
