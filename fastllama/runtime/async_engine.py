@@ -114,6 +114,7 @@ class AsyncEngine:
         self._orders: dict[Generation, _Order] = {}
         self._drains: list[asyncio.Future[None]] = []
         self._num_preemptions = self._num_host_hit_tokens = 0
+        self._first_drafts = self._drafts()
         self._thread = threading.Thread(target=self._run, name="fastllama-engine", daemon=True)
         self._thread.start()
 
@@ -256,12 +257,21 @@ class AsyncEngine:
                 num_cached = order.generation.request.num_cached_tokens
                 if num_cached is not None:
                     self._begin(order, start, num_cached)
-        wake([self._tell(self._orders[generation]) for generation in touched if generation in self._orders])
+        readers = [self._tell(self._orders[generation]) for generation in touched if generation in self._orders]
         with self._statistics.lock:
             seen, self._num_preemptions = self._num_preemptions, self._engine.scheduler.num_preemptions
             self._statistics.num_preemptions += max(0, self._num_preemptions - seen)
             seen, self._num_host_hit_tokens = self._num_host_hit_tokens, self._engine.pool.num_host_hit_tokens
             self._statistics.num_host_hit_tokens += max(0, self._num_host_hit_tokens - seen)
+            drafted, accepted = self._drafts()
+            self._statistics.num_draft_tokens = drafted - self._first_drafts[0]
+            self._statistics.num_accepted_tokens = accepted - self._first_drafts[1]
+        wake(readers)
+
+    def _drafts(self) -> tuple[int, int]:
+        """Guesses verified, and those that came true, since the LLM was made: these no engine counts anew."""
+        speculation = self._engine.speculation
+        return (0, 0) if speculation is None else (speculation.num_drafted, speculation.num_accepted)
 
     def _begin(self, order: _Order, start: float, num_cached: int) -> None:
         self._leave_queue(order)
@@ -319,7 +329,8 @@ class AsyncEngine:
         if token_ids:
             self._statistics.num_generated_tokens += len(token_ids)
             if told.num_tokens:
-                self._statistics.inter_token_seconds.observe(now - told.time)
+                count = len(token_ids)
+                self._statistics.inter_token_seconds.observe((now - told.time) / count, times=count)
             told.time = now
         told.num_tokens += len(token_ids)
         told.num_logprobs += len(logprobs)

@@ -41,8 +41,10 @@ class Snapshot:
     num_prompt_tokens, num_cached_tokens: of requests that have begun; cached ones were found in the prefix cache.
     num_host_hit_tokens: tokens that came back from the host cache, of prompts and of sequences computed again.
     num_preemptions: how often a sequence gave up its pages to be computed again.
+    num_draft_tokens, num_accepted_tokens: guesses that were verified, and those that came true.
     queue_seconds: from arrival until a request begins. first_token_seconds: from arrival to its first token.
-    inter_token_seconds: between tokens of one sample. request_seconds: from arrival to its end, however it ends.
+    inter_token_seconds: between tokens of one sample; those of one step count as evenly apart.
+    request_seconds: from arrival to its end, however it ends.
     """
 
     num_queued: int
@@ -58,6 +60,8 @@ class Snapshot:
     num_host_hit_tokens: int
     num_generated_tokens: int
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     queue_seconds: HistogramSnapshot
     first_token_seconds: HistogramSnapshot
     inter_token_seconds: HistogramSnapshot
@@ -71,10 +75,10 @@ class Histogram:
         self._counts = [0] * (len(BOUNDS) + 1)
         self._total = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect_left(BOUNDS, value)] += 1
-        self._total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, as often as it occurred."""
+        self._counts[bisect_left(BOUNDS, value)] += times
+        self._total += value * times
 
     def snapshot(self) -> HistogramSnapshot:
         """The counts so far."""
@@ -95,6 +99,8 @@ class Statistics:
     num_host_hit_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     queue_seconds: Histogram = field(default_factory=Histogram)
     first_token_seconds: Histogram = field(default_factory=Histogram)
     inter_token_seconds: Histogram = field(default_factory=Histogram)
@@ -116,6 +122,8 @@ class Statistics:
             num_host_hit_tokens=self.num_host_hit_tokens,
             num_generated_tokens=self.num_generated_tokens,
             num_preemptions=self.num_preemptions,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
             queue_seconds=self.queue_seconds.snapshot(),
             first_token_seconds=self.first_token_seconds.snapshot(),
             inter_token_seconds=self.inter_token_seconds.snapshot(),
