@@ -26,6 +26,7 @@ from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.llm import LLM, resolve_device
+from fastllama.runtime.options import KV_DTYPES
 from fastllama.runtime.params import SamplingParams
 
 OURS = "fastllama"
@@ -44,8 +45,8 @@ class Options:
     """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
 
     model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. quantization: of
-    KINDS. batch: sequences. context: tokens of each at the end. tokens: steps that count. peers: whether transformers'
-    are measured, which needs CUDA.
+    KINDS. kv_cache_dtype, deterministic: LLM's, of ours. batch: sequences. context: tokens of each at the end. tokens:
+    steps that count. peers: whether transformers' are measured, which needs CUDA.
     """
 
     model: str = "7b"
@@ -53,6 +54,8 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     quantization: tuple[str, ...] = ("none",)
+    kv_cache_dtype: str = "auto"
+    deterministic: bool = False
     batch: tuple[int, ...] = (1, 8, 32, 128)
     context: tuple[int, ...] = (512, 4096)
     tokens: int = 128
@@ -61,6 +64,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             check_choice("shape", self.model, models.SHAPES)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         for kind in self.quantization:
             check_choice("quantization", kind, KINDS)
         for rows in self.batch:
@@ -112,22 +116,29 @@ class _Bench:
         length, generator = context - self.options.steps - 1, random.Random(0)
         return [[generator.randrange(3, self.config.vocab_size) for _ in range(length)] for _ in range(batch)]
 
-    def kv_bytes(self, batch: int, context: int) -> float:
-        """Bytes of keys and values that a timed step reads, on average."""
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of our pages."""
+        return KV_DTYPES[self.options.kv_cache_dtype] or self.dtype
+
+    def kv_bytes(self, batch: int, context: int, dtype: torch.dtype) -> float:
+        """Bytes of keys and values, in a dtype, that a timed step reads, on average."""
         before = context - self.options.steps - 1 + UNCOUNTED
         keys = before + (self.options.tokens + 1) / 2  # the k-th step reads its own token's, too: before + k
-        return batch * keys * KVCache.bytes_per_token(self.config, self.dtype)
+        return batch * keys * KVCache.bytes_per_token(self.config, dtype)
 
     def ours(self, model: LlamaForCausalLM, batch: int, context: int) -> Record:
         """A case of ours: through the engine, in no more pages than the sequences fill."""
         kept = batch * ceil_div(context, PAGE) * PAGE
-        models.check_memory("keys and values", kept * KVCache.bytes_per_token(self.config, self.dtype), self.device)
+        models.check_memory("keys and values", kept * KVCache.bytes_per_token(self.config, self.kv_dtype), self.device)
         prompts = self.prompts(batch, context)
         with LLM(
             model,
             quantization=None,
             max_model_len=context,
             kv_cache_tokens=kept,
+            kv_cache_dtype=self.options.kv_cache_dtype,
+            deterministic=self.options.deterministic,
             page_size=PAGE,
             max_num_seqs=batch,
             max_num_batched_tokens=max(2048, batch * PAGE),  # what is in no full page of the prompts, in one step
@@ -145,7 +156,7 @@ class _Bench:
                     raise RuntimeError(f"a step advanced {advanced} of {batch} sequences")
 
             step()
-            return self.timed(step, models.read_bytes(model), batch, context)
+            return self.timed(step, models.read_bytes(model), self.kv_bytes(batch, context, self.kv_dtype), batch)
 
     def build_theirs(self) -> Any:
         """transformers' model of the same shape. Raises MemoryError where it does not fit."""
@@ -160,12 +171,13 @@ class _Bench:
         """A case of transformers'."""
         forward = static_cache.compiled(model)
         models.release(self.device)  # what it had compiled for the last case held that one's graphs
-        kv_bytes = batch * context * KVCache.bytes_per_token(self.config, static_cache.DTYPE)
-        models.check_memory("keys and values", kv_bytes, self.device)
+        kept = batch * context * KVCache.bytes_per_token(self.config, static_cache.DTYPE)
+        models.check_memory("keys and values", kept, self.device)
         step = static_cache.decoder(model, forward, self.prompts(batch, context), context)
-        return self.timed(step, models.read_bytes(self.their_weights()), batch, context)
+        kv_bytes = self.kv_bytes(batch, context, static_cache.DTYPE)
+        return self.timed(step, models.read_bytes(self.their_weights()), kv_bytes, batch)
 
-    def timed(self, step: Step, weight_bytes: int, batch: int, context: int) -> Record:
+    def timed(self, step: Step, weight_bytes: int, kv_bytes: float, batch: int) -> Record:
         """Seconds of the steps that count, and what is shared by all contenders of a case."""
         for _ in range(UNCOUNTED):
             step()
@@ -175,7 +187,6 @@ class _Bench:
             step()
             seconds.append(time.perf_counter() - start)
         launched = trace.launches(step, TRACED) if self.device.type == "cuda" else []
-        kv_bytes = self.kv_bytes(batch, context)
         return {
             "weight_bytes": weight_bytes,
             "kv_bytes": kv_bytes,

@@ -41,6 +41,10 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = "auto"
+    kv_cache_dtype: str = "auto"
+    deterministic: bool = False
+    speculation: str | None = None
+    num_draft_tokens: int = 4
     requests: int = 32
     tokens: int = 32
     rounds: int = 3
@@ -74,6 +78,10 @@ def measure(options: Options, say: Callable[[str], None]) -> Record:
         dtype=options.dtype,
         device=options.device,
         quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
+        deterministic=options.deterministic,
+        speculation=options.speculation,
+        num_draft_tokens=options.num_draft_tokens,
         max_model_len=length,
         kv_cache_tokens=sequences * ceil_div(length, PAGE) * PAGE,  # and no more: peers need memory beside it
         page_size=PAGE,
@@ -120,9 +128,13 @@ def report(record: Record) -> str:
     """The tables of a record: conditions, throughput beside the peers, percentiles of both latencies."""
     said = record["conditions"]
     weights = f", weights in {said['quantization']}" if said["quantization"] else ""
+    if said["kv_cache_dtype"] != "auto":
+        weights += f", keys and values in {said['kv_cache_dtype']}"
+    weights += ", deterministic" if said["deterministic"] else ""
+    guesses = f", {said['num_draft_tokens']} guesses by {said['speculation']}" if said["speculation"] else ""
     shortest, longest = said["prompt_tokens"]
     heading = (
-        f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}: "
+        f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}{guesses}: "
         f"prompts of {shortest} to {longest} tokens, {said['tokens']} new ones each"
     )
     parts = [heading, f"{said['requests']} requests at once, medians of {said['rounds']} rounds\n{_throughput(record)}"]

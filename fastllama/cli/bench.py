@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastllama.cli.options import add_model_option, add_place_options, add_quantize_option
+from fastllama.cli.options import (
+    add_model_option,
+    add_place_options,
+    add_quantize_option,
+    add_runtime_options,
+    runtime_options,
+)
 from fastllama.cli.parser import add_command as add
 
 FAILED = 1
@@ -60,6 +66,7 @@ def _add_runtime(commands: Any) -> None:
     add_model_option(group)
     add_place_options(group)
     add_quantize_option(parser)
+    add_runtime_options(parser)
     number = parser.add_argument
     number("--requests", type=int, default=32, metavar="N", help="prompts that are there at the start (default 32)")
     number("--tokens", type=int, default=32, metavar="N", help="tokens of each answer (default 32)")
@@ -101,6 +108,7 @@ def run_runtime(args: argparse.Namespace) -> int:
         peers=tuple(args.peers),
         loads=tuple(args.loads),
         arrivals=args.arrivals,
+        **runtime_options(args),
     )
     if args.plot is not None:
         check_plot(args.plot)
@@ -146,6 +154,7 @@ def _add_decode(commands: Any) -> None:
     number("--context", nargs="+", type=int, default=[512, 4096], metavar="N", help="tokens of each (512 4096)")
     number("--tokens", type=int, default=128, metavar="N", help="steps of each case that count (default 128)")
     number("--no-peers", action="store_true", help="leave out transformers")
+    add_runtime_options(parser, speculation=False)
     _add_outputs(parser)
 
 
@@ -165,6 +174,7 @@ def run_decode(args: argparse.Namespace) -> int:
         context=tuple(args.context),
         tokens=args.tokens,
         peers=not args.no_peers,
+        **runtime_options(args),
     )
     _check_folders(args.output)
 

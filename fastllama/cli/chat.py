@@ -15,6 +15,7 @@ from fastllama.cli.options import (
     Loaded,
     add_model_options,
     add_quantize_option,
+    add_runtime_options,
     add_sampling_options,
     load,
     no_numbers,
@@ -53,6 +54,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the answers alone")
     add_model_options(parser)
     add_quantize_option(parser)
+    add_runtime_options(parser)
     add_sampling_options(parser)
 
 

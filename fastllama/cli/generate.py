@@ -11,6 +11,7 @@ from fastllama.cli.options import (
     Loaded,
     add_model_options,
     add_quantize_option,
+    add_runtime_options,
     add_sampling_options,
     load,
     no_numbers,
@@ -39,6 +40,7 @@ def add_command(commands: Any) -> None:
             '--prompt "Once upon a time"',
             "--prompt-file story.txt --temperature 0 --max-tokens 100",
             "--model meta-llama/Llama-2-7b-hf --n 3 --json - < story.txt",
+            "--prompt-file code.py --temperature 0 --speculation prompt_lookup",
         ),
     )
     source = parser.add_mutually_exclusive_group()
@@ -50,6 +52,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no statistics")
     add_model_options(parser)
     add_quantize_option(parser)
+    add_runtime_options(parser)
     add_sampling_options(parser)
 
 

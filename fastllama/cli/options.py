@@ -53,6 +53,32 @@ def add_quantize_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_runtime_options(parser: argparse.ArgumentParser, *, speculation: bool = True) -> None:
+    """--kv-cache-dtype, --deterministic, and what guesses tokens, unless each step is to give one."""
+    add = parser.add_argument_group("runtime").add_argument
+    add(
+        "--kv-cache-dtype",
+        choices=("auto", "int8", "fp8"),
+        default="auto",
+        help="int8, fp8: keys and values in 8 bits (default: as the model computes)",
+    )
+    add("--deterministic", action="store_true", help="the same bits, whatever else runs beside a request")
+    if speculation:
+        add(
+            "--speculation",
+            metavar="S",
+            help="guess tokens, and verify several at once: 'prompt_lookup' guesses from the text, a model (given as "
+            "--model is) by itself (default: no guesses)",
+        )
+        add("--num-draft-tokens", type=int, default=4, metavar="N", help="guesses at once, 1 to 7 (default 4)")
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of add_runtime_options, as LLM takes them."""
+    names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
+    return {name: getattr(args, name) for name in names if name in args}
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are drawn, how many, and where they end; the context length, which bounds them too."""
     group = parser.add_argument_group("sampling")
@@ -113,6 +139,7 @@ def load(args: argparse.Namespace) -> Loaded:
         max_model_len=args.max_model_len,
         seed=args.seed,
         progress=False if args.quiet else None,
+        **runtime_options(args),
     )
     if llm.tokenizer is None:
         raise ValueError(f"there is no tokenizer with {args.model}; give one with --tokenizer")

@@ -13,12 +13,15 @@ class Timings:
     """Counts of tokens, seconds, tokens per second (None where nothing was timed).
 
     prompt_s runs until the first token is there. The rate of the prompt leaves out what the prefix cache held; the rate
-    of the answer leaves out each sample's first token, which came with the prompt.
+    of the answer leaves out each sample's first token, which came with the prompt. Of the answer's tokens, the accepted
+    ones came true of those that were drafted.
     """
 
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     prompt_s: float
     decode_s: float
     prompt_tokens_per_s: float | None
@@ -37,6 +40,8 @@ class Timings:
             prompt_tokens=metrics.num_prompt_tokens,
             cached_tokens=metrics.num_cached_tokens,
             generated_tokens=metrics.num_generated_tokens,
+            drafted_tokens=metrics.num_draft_tokens,
+            accepted_tokens=metrics.num_accepted_tokens,
             prompt_s=prompt_s,
             decode_s=decode_s,
             prompt_tokens_per_s=fresh / prompt_s if prompt_s > 0 else None,
@@ -51,7 +56,8 @@ class Timings:
         """One line of statistics."""
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         prompt = f"prompt: {self.prompt_tokens} tokens{cached}{_rate(self.prompt_tokens_per_s)}"
-        return f"{prompt}; generated: {self.generated_tokens} tokens{_rate(self.decode_tokens_per_s)}"
+        drafts = f"; drafted {self.drafted_tokens}, accepted {self.accepted_tokens}" if self.drafted_tokens else ""
+        return f"{prompt}; generated: {self.generated_tokens} tokens{_rate(self.decode_tokens_per_s)}{drafts}"
 
 
 def _rate(rate: float | None) -> str:

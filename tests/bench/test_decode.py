@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,14 @@ def test_the_keys_that_are_read_are_those_that_are_counted(bind: Callable[..., N
     assert steps == [[length] * 3 for length in range(88, 93)]  # 96, less the traced 3 and the token drawn last
     values = 5 * 2 * 2 * 64  # layers, keys and values, heads, of 64 numbers
     assert case["kv_bytes"] == 2 * values * sum(map(sum, steps)) / len(steps)
+
+
+def test_pages_of_8_bits_are_counted_so() -> None:
+    record, _ = measure(replace(TINY, kv_cache_dtype="int8", deterministic=True))
+    (case,) = record["cases"]
+    values = 5 * 2 * 2 * (64 + 4)  # a scale for each head
+    assert case["kv_bytes"] == values * sum(3 * length for length in range(88, 93)) / 5
+    assert record["conditions"]["deterministic"]
 
 
 def test_a_sequence_that_stands_still_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from fastllama.bench import ceilings, decode, models, peers, runtime
 from fastllama.cli import bench, main
+from fastllama.runtime.options import KV_DTYPES
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
 
@@ -78,10 +79,23 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
 def test_codes_are_measured_where_they_are_asked_for(command: Command, tmp_path: Path) -> None:
     folder, output = write_model(tmp_path / "model", tokenizer=False), tmp_path / "found.json"
     rest = (*SMALL[:6], "--loads", "--peers", "--quiet", "--quantize", "int8", "--output", output)
-    done = command("bench", "runtime", "--model", folder, *rest)
+    runtime_options = (
+        "--kv-cache-dtype",
+        "int8",
+        "--deterministic",
+        "--speculation",
+        folder,
+        "--num-draft-tokens",
+        "2",
+    )
+    done = command("bench", "runtime", "--model", folder, *rest, *runtime_options)
     assert (done.status, done.err) == (0, "")
-    assert "float32, weights in int8 on cpu" in done.out
-    assert json.loads(output.read_text(encoding="utf-8"))["conditions"]["quantization"] == "int8"
+    assert (
+        f"float32, weights in int8, keys and values in int8, deterministic on cpu, 2 guesses by {folder}: " in done.out
+    )
+    conditions = json.loads(output.read_text(encoding="utf-8"))["conditions"]
+    assert (conditions["quantization"], conditions["kv_cache_dtype"]) == ("int8", "int8")
+    assert (conditions["deterministic"], conditions["num_draft_tokens"]) == (True, 2)
 
 
 TINY = (
@@ -175,3 +189,5 @@ def test_the_choices_are_those_of_what_is_called() -> None:
     assert choices("decode", "--shape") == set(models.SHAPES)
     assert choices("decode", "--quantize") == set(decode.KINDS)
     assert choices("runtime", "--peers") == set(peers.PEERS)
+    for command in ("decode", "runtime"):
+        assert choices(command, "--kv-cache-dtype") == set(KV_DTYPES)

@@ -19,6 +19,7 @@ from fastllama.cli.main import main
 from fastllama.io.chat import Message, encode_chat
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.runner import Runner
+from fastllama.runtime.speculation import Pace
 from tests.cli.conftest import Command, Done
 
 Talk = Callable[..., Done]
@@ -288,3 +289,11 @@ def test_ctrl_c_while_reading_a_pipe_ends_the_program(
 
     monkeypatch.setattr(chat, "_lines", read)
     assert command("chat", "--model", model).status == 130
+
+
+def test_drafts_are_told_of(talk: Talk, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
+    greedy = ("--temperature", "0")
+    done = talk("tell me", options=(*greedy, "--speculation", model, "--kv-cache-dtype", "int8", "--deterministic"))
+    assert re.search(r"; drafted \d+, accepted [1-9]\d*; finish: length\]", done.err)
+    assert done.out == talk("tell me", options=(*greedy, "--kv-cache-dtype", "int8", "--deterministic")).out

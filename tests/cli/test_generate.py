@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fastllama import LLM, RequestOutput, SamplingParams
+from fastllama.runtime.speculation import Pace
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
 
@@ -158,6 +159,7 @@ def test_json_is_one_object(command: Command, model: str) -> None:
     }
     prompt_tokens = len(output.prompt_token_ids)
     assert (timings["prompt_tokens"], timings["cached_tokens"], timings["generated_tokens"]) == (prompt_tokens, 0, 24)
+    assert (timings["drafted_tokens"], timings["accepted_tokens"]) == (0, 0)
     assert timings["load_s"] > 0
     assert timings["prompt_tokens_per_s"] == pytest.approx(prompt_tokens / timings["prompt_s"])
     assert timings["decode_tokens_per_s"] == pytest.approx(23 / timings["decode_s"])
@@ -221,3 +223,36 @@ def test_rounded_weights(command: Command, kind: str) -> None:
     assert done.status == 0
     assert f"float32, weights in {kind} on cpu" in done.err
     assert command(*story, "--quantize", "int3").status == 2
+
+
+def test_guesses_are_counted_and_change_nothing(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
+    story = ("generate", "--model", model, "--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0")
+    told = ("--speculation", model, "--num-draft-tokens", "3")
+    found = json.loads(command(*story, *told, "--json").out)
+    plain = expected(model, PROMPT, temperature=0).outputs[0]
+    assert found["token_ids"] == list(plain.token_ids)
+    drafted, accepted = (found["timings"][f"{name}_tokens"] for name in ("drafted", "accepted"))
+    assert (drafted, accepted) == (18, 17)  # six steps of four tokens but for the last, which had one too many
+    done = command(*story, *told)
+    assert done.out == f"{PROMPT}{plain.text}\n"
+    assert re.search(rf" tokens/s; drafted {drafted}, accepted {accepted}; finish: length; ", done.err)
+
+
+def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, object]] = []
+    made = LLM.__init__
+
+    def watched(self: LLM, *args: object, **options: object) -> None:
+        told.append(options)
+        made(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LLM, "__init__", watched)
+    story = ("generate", "--model", model, "--max-tokens", "2", "--json")
+    given = ("--kv-cache-dtype", "int8", "--deterministic", "--speculation", "prompt_lookup", "--num-draft-tokens", "2")
+    assert command(*story).status == command(*story, *given).status == 0
+    names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
+    assert [[options[name] for name in names] for options in told] == [
+        ["auto", False, None, 4],
+        ["int8", True, "prompt_lookup", 2],
+    ]
