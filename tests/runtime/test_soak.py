@@ -24,6 +24,7 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.mailbox import Mailbox
 from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.sequence import Request, Sequence
+from fastllama.runtime.speculation import Pace
 from tests.runtime.models import VOCAB, check_idle, ours, prompt_of
 from tests.runtime.test_async_engine import all_of, joined
 from tests.runtime.test_generation import Pieces
@@ -88,11 +89,13 @@ def orders(count: int) -> list[Order]:
     return found
 
 
-def llm_of(model: LlamaForCausalLM, num_pages: int, num_host_pages: int = 0) -> LLM:
+def llm_of(
+    model: LlamaForCausalLM, num_pages: int, num_host_pages: int = 0, draft: LlamaForCausalLM | None = None
+) -> LLM:
     letters = [bytes([97 + number % 26]) for number in range(VOCAB - 4)]
     tokenizer: Any = Pieces(letters)
     pages = {"kv_cache_tokens": 16 * num_pages, "host_cache_tokens": 16 * num_host_pages}
-    return LLM(model, tokenizer=tokenizer, deterministic=True, **pages, **SIZES)
+    return LLM(model, tokenizer=tokenizer, deterministic=True, speculation=draft, **pages, **SIZES)
 
 
 async def add(engine: AsyncEngine, order: Order) -> RequestStream:
@@ -144,6 +147,8 @@ async def soak(llm: LLM, wanted: list[Order]) -> list[dict[int, CompletionOutput
     assert counted.num_failed == fates["cursed"]
     assert (counted.num_queued, counted.num_running) == (0, 0)
     assert min(counted.num_preemptions, counted.num_cached_tokens, counted.num_rejected) > 20, "a breeze"
+    if llm.engine.speculation is not None:
+        assert counted.num_accepted_tokens > 200, "hardly a guess came true"
     assert counted.num_host_hit_tokens > 20
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return found
@@ -156,12 +161,18 @@ def num_alive() -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_every_survivor_gets_what_it_gets_alone(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("drafts", [False, True], ids=["no guesses", "guesses"])
+def test_every_survivor_gets_what_it_gets_alone(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drafts: bool
+) -> None:
+    """With guesses of a model of the same weights, which come true but where a request draws last, and without."""
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
     wanted = orders(request.config.getoption("--soak"))
     model = ours(eos=(EOS,), kind=Trying, dtype=torch.float32)
     assert isinstance(model, Trying)
+    draft = ours(dtype=torch.float32) if drafts else None
     before = num_alive()
-    with llm_of(model, 8, num_host_pages=12) as llm:
+    with llm_of(model, 8, num_host_pages=12, draft=draft) as llm:
         model.share = 0.05
         found = asyncio.run(soak(llm, wanted))
         model.share = 0.0
