@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastllama import LLM
 from fastllama.bench import ceilings, decode, models, peers, runtime
 from fastllama.cli import bench, main
 from fastllama.runtime.options import KV_DTYPES
@@ -76,9 +77,18 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.slow
-def test_codes_are_measured_where_they_are_asked_for(command: Command, tmp_path: Path) -> None:
+def test_codes_are_measured_where_they_are_asked_for(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, output = write_model(tmp_path / "model", tokenizer=False), tmp_path / "found.json"
     rest = (*SMALL[:6], "--loads", "--peers", "--quiet", "--quantize", "int8", "--output", output)
+    told: list[dict[str, object]] = []
+
+    def watched(*args: object, **options: object) -> LLM:
+        told.append(options)
+        return LLM(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime, "LLM", watched)
     runtime_options = (
         "--kv-cache-dtype",
         "int8",
@@ -96,6 +106,8 @@ def test_codes_are_measured_where_they_are_asked_for(command: Command, tmp_path:
     conditions = json.loads(output.read_text(encoding="utf-8"))["conditions"]
     assert (conditions["quantization"], conditions["kv_cache_dtype"]) == ("int8", "int8")
     assert (conditions["deterministic"], conditions["num_draft_tokens"]) == (True, 2)
+    names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
+    assert [[options[name] for name in names] for options in told] == [["int8", True, str(folder), 2]]
 
 
 TINY = (
