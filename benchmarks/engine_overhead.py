@@ -2,8 +2,8 @@
 
 python -m benchmarks.engine_overhead [--batch 1 64] [--vocab 32 32000] [--steps 200] [--output FILE]
 
-The model returns fixed logits at once, and its steps are replayed, as a Llama's are. With a vocabulary of 32 the draw is
-next to nothing and the figure is the host's work; with 32000 it holds the draw too, here on the CPU. One thread: two
+The model returns fixed logits at once, and its steps are replayed, as a Llama's are. With a vocabulary of 32 the draw
+is next to nothing and the figure is the host's work; with 32000 it holds the draw too, here on the CPU. One thread: two
 would wait for each other at such sizes.
 """
 

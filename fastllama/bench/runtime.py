@@ -44,7 +44,7 @@ class Options:
     kv_cache_dtype: str = "auto"
     deterministic: bool = False
     speculation: str | None = None
-    num_draft_tokens: int = 4
+    num_draft_tokens: int = 3
     requests: int = 32
     tokens: int = 32
     rounds: int = 3

@@ -70,7 +70,7 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, speculation: bool = 
             help="guess tokens, and verify several at once: 'prompt_lookup' guesses from the text, a model (given as "
             "--model is) by itself (default: no guesses)",
         )
-        add("--num-draft-tokens", type=int, default=4, metavar="N", help="guesses at once, 1 to 7 (default 4)")
+        add("--num-draft-tokens", type=int, default=3, metavar="N", help="guesses at once, 1 to 7 (default 3)")
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:

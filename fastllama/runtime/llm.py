@@ -79,7 +79,7 @@ class LLM:
         seed: int = 0,
         deterministic: bool = False,
         speculation: str | Path | LlamaForCausalLM | None = None,
-        num_draft_tokens: int = 4,
+        num_draft_tokens: int = 3,
         progress: bool | None = None,
         **unknown: Any,
     ) -> None:

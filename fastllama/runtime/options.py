@@ -30,7 +30,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     seed: int = 0
     deterministic: bool = False
-    num_draft_tokens: int = 4
+    num_draft_tokens: int = 3  # a step of four rows, the most that CPU kernels take at once (docs/tuning.md)
 
     def __post_init__(self) -> None:
         least = {"max_model_len": 2, "kv_cache_tokens": 2}  # a prompt of one token and its answer

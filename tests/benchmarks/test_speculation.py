@@ -20,9 +20,9 @@ def test_a_step_has_its_tokens_and_gives_the_right_ones(
     with speculation.verifier(ours(), length, right) as llm:
         rows, run = [], llm.engine._runner.run
 
-        def noting(step: object) -> object:
+        def noting(step: object, *before: object) -> object:
             rows.append([chunk.length for chunk in step.chunks])  # type: ignore[attr-defined]
-            return run(step)  # type: ignore[arg-type]
+            return run(step, *before)  # type: ignore[arg-type]
 
         monkeypatch.setattr(llm.engine._runner, "run", noting)
         found = speculation.decode(llm, 6)

@@ -221,13 +221,13 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, at_step: int, times: int = 
     """Interrupt the process inside a step of the engine, counted from 1, the warm-up apart."""
     run, count = Runner.run, 0
 
-    def interrupted(self: Runner, step: Any) -> Any:
+    def interrupted(self: Runner, step: Any, *before: Any) -> Any:
         nonlocal count
         count += step.chunks[0].seq.request.request_id != "warm-up"
         if count == at_step:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
-        return run(self, step)
+        return run(self, step, *before)
 
     monkeypatch.setattr(Runner, "run", interrupted)
 

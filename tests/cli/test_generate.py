@@ -253,6 +253,6 @@ def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monk
     assert command(*story).status == command(*story, *given).status == 0
     names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
     assert [[options[name] for name in names] for options in told] == [
-        ["auto", False, None, 4],
+        ["auto", False, None, 3],
         ["int8", True, "prompt_lookup", 2],
     ]
