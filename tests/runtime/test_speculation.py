@@ -22,7 +22,14 @@ PHRASE = prompt_of(9, seed=4)
 PROMPTS = [prompt_of(1), prompt_of(17), PHRASE * 4, prompt_of(30), PHRASE * 2]
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 SAMPLED = SamplingParams(
-    temperature=0.7, top_p=0.9, seed=3, max_tokens=NEW_TOKENS, n=2, frequency_penalty=0.5, logprobs=2
+    temperature=0.7,
+    top_p=0.9,
+    seed=3,
+    max_tokens=NEW_TOKENS,
+    n=2,
+    frequency_penalty=0.5,
+    repetition_penalty=1.2,
+    logprobs=2,
 )
 PARAMS = {"greedy": GREEDY, "sampled": SAMPLED}
 AROUND: dict[str, dict[str, Any]] = {
@@ -32,7 +39,7 @@ AROUND: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 20},
     "few pages": {"kv_cache_tokens": 112, "max_model_len": 96},
     "int8": {"kv_cache_dtype": "int8"},
-    "to the end": {"max_model_len": 64},
+    "to the end": {"max_model_len": 48},
 }
 
 
