@@ -100,6 +100,8 @@ class LLM:
             num_draft_tokens=num_draft_tokens,
         )
         check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
+        if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
+            speculation = resolve_model(str(speculation))
         self._progress = progress
         if isinstance(model, LlamaForCausalLM):
             for name, value in (("dtype", dtype), ("device", device)):
@@ -126,7 +128,7 @@ class LLM:
         elif quantization in packing.QUANTIZED:
             packing.quantize(loaded, quantization, progress=progress)
         self.quantization = None if quantization == "auto" else quantization  # what was done
-        if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
+        if isinstance(speculation, Path):
             speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
             if packing.pays(speculation):
                 packing.pack(speculation, progress=progress)
