@@ -188,8 +188,9 @@ class _Graph:
         host["seq_lens"][:num_seqs] = inputs.seq_lens
         host["page_table"][:num_seqs, :width] = inputs.page_table
         drawn = [sample.row for sample in inputs.samples]
+        where = slice(rows) if drawn == list(range(rows)) else drawn  # by places, 64 rows take 15 us longer
         for name, values in parameters(inputs.samples).items():
-            host[name][drawn] = values
+            host[name][where] = values
         if num_seqs < self._num_seqs:
             host["slots"][rows:] = PADDING
             host["seq_lens"][num_seqs:] = 0
