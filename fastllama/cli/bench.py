@@ -12,6 +12,7 @@ from fastllama.cli.options import (
     add_place_options,
     add_quantize_option,
     add_runtime_options,
+    quantization,
     runtime_options,
 )
 from fastllama.cli.parser import add_command as add
@@ -101,7 +102,7 @@ def run_runtime(args: argparse.Namespace) -> int:
         model=args.model,
         dtype=args.dtype,
         device=args.device,
-        quantization=None if args.quantize == "none" else args.quantize,
+        quantization=quantization(args),
         requests=args.requests,
         tokens=args.tokens,
         rounds=args.rounds,

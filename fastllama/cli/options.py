@@ -79,6 +79,11 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if name in args}
 
 
+def quantization(args: argparse.Namespace) -> str | None:
+    """The option of add_quantize_option, as LLM takes it."""
+    return None if args.quantize == "none" else str(args.quantize)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are drawn, how many, and where they end; the context length, which bounds them too."""
     group = parser.add_argument_group("sampling")
@@ -135,7 +140,7 @@ def load(args: argparse.Namespace) -> Loaded:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
-        quantization=None if args.quantize == "none" else args.quantize,
+        quantization=quantization(args),
         max_model_len=args.max_model_len,
         seed=args.seed,
         progress=False if args.quiet else None,

@@ -94,7 +94,8 @@ def _fill(unknown: list[tuple[int, Sequence]], before: Draws | None, ids: Tensor
     if not unknown:
         return
     assert before is not None, "a token that nobody draws"
-    rows, places = [row for row, _ in unknown], [before.places[seq] for _, seq in unknown]
+    place_of = before.places
+    rows, places = [row for row, _ in unknown], [place_of[seq] for _, seq in unknown]
     if rows == places == list(range(len(rows))):  # the same sequences once more: nothing to send
         ids[: len(rows)].copy_(before.tokens[: len(rows)])
     else:

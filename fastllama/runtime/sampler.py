@@ -92,6 +92,9 @@ class Draws:
 def start(step: StepLogits) -> Draws:
     """Draw one token for each sample of the step."""
     samples = step.samples
+    if not samples:
+        nothing = torch.empty(0)
+        return Draws(samples, nothing, nothing, [])
     rows = [sample.row for sample in samples]
     every = rows == list(range(step.logits.shape[0]))
     raw = step.logits if every else step.logits[rows]

@@ -161,7 +161,7 @@ class Scheduler:
 
         So the next step can be scheduled while it runs. commit() and append() then tell what came.
         """
-        assert [step] == self._in_flight, "the step is not the one in flight"
+        self._check_in_flight(step, self._in_flight)
         self._num_expected = 1
         for chunk in step.chunks:
             for seq in chunk.samples or (chunk.seq,):
@@ -171,18 +171,15 @@ class Scheduler:
                         seq.token_ids.append(UNKNOWN)
 
     def reserve(self, step: Step, count: int) -> bool:
-        """Pages for so many drafts after each of a step's decodes; False, and nothing changed, where they do not fit.
+        """Pages for so many drafts after each chunk of a step of decodes; False, and nothing changed, without room.
 
-        They fit where all chunks are decodes, in the step, in the model's length, and in pages that nobody must give.
+        There is room in the step, in the model's length, and in pages that nobody must give.
         """
-        assert [step] == self._in_flight, "the step is not the one in flight"
-        sequences = [chunk.seq for chunk in step.chunks[: step.num_decodes]]
-        longest = max((len(seq.token_ids) for seq in sequences), default=self.max_model_len) + count
-        if (
-            len(sequences) < len(step.chunks)
-            or len(sequences) * (1 + count) > self.max_num_batched_tokens
-            or longest > self.max_model_len
-        ):
+        self._check_in_flight(step, self._in_flight)
+        assert step.num_decodes == len(step.chunks), "drafts in a step of prompts"
+        sequences = [chunk.seq for chunk in step.chunks]
+        longest = max(len(seq.token_ids) for seq in sequences) + count
+        if len(sequences) * (1 + count) > self.max_num_batched_tokens or longest > self.max_model_len:
             return False
         wanted: list[tuple[Sequence, int]] = []  # a page of its own in each place
         for seq in sequences:
@@ -199,7 +196,7 @@ class Scheduler:
 
     def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
         """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
-        assert [step] == self._in_flight, "the step is not the one in flight"
+        self._check_in_flight(step, self._in_flight)
         self._in_flight[0] = Step(
             tuple(
                 Chunk(chunk.seq, chunk.start, 1 + len(own), chunk.samples, own)
@@ -213,7 +210,7 @@ class Scheduler:
 
     def commit(self, step: Step) -> None:
         """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
-        assert self._in_flight[:1] == [step], "the step is not the one in flight"
+        self._check_in_flight(step, self._in_flight[:1])
         del self._in_flight[0]
         self._num_expected = 0
         for chunk in step.chunks:
@@ -383,6 +380,10 @@ class Scheduler:
         tokens = tuple(seq.token_ids[index * size : (index + 1) * size])
         seq.prefix_id = self.pool.publish(seq.page_ids[index], seq.prefix_id, tokens)
         seq.num_published += 1
+
+    @staticmethod
+    def _check_in_flight(step: Step, steps: list[Step]) -> None:
+        assert [id(each) for each in steps] == [id(step)], "the step is not the one in flight"
 
     def _release(self, seq: Sequence) -> None:
         self._num_seats -= seq.num_seats
