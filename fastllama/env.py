@@ -38,6 +38,28 @@ BACKEND = Variable(
     "with `auto`; `fastllama info` says which. Read once for each op and device.",
     ("auto", "reference", "triton"),
 )
+_SWITCH = ("1", "0")
+GRAPHS = Variable(
+    "FASTLLAMA_GRAPHS",
+    "1",
+    "`0`: no decode step is captured, neither as a CUDA graph nor, on a CPU, as a record of its ops; every step runs "
+    "the modules. Read when an `LLM` is made.",
+    _SWITCH,
+)
+PDL = Variable(
+    "FASTLLAMA_PDL",
+    "1",
+    "`0`: no launch begins before the one before it has ended (programmatic dependent launch, NVIDIA from sm_90 on). "
+    "Read when an op is called in a new way; calls like an earlier one stay as they were.",
+    _SWITCH,
+)
+AHEAD = Variable(
+    "FASTLLAMA_AHEAD",
+    "1",
+    "`0`: on a GPU, too, the next step is scheduled only after the tokens of the one before have been read. Read when "
+    "an `LLM` is made.",
+    _SWITCH,
+)
 TRITON_INTERPRET = Variable(
     "TRITON_INTERPRET",
     "0",
@@ -51,7 +73,7 @@ XDG_CACHE_HOME = Variable(
     "Where caches lie, a variable of the XDG Base Directory Specification: launch configurations tuned on this machine "
     "are read from its folder `fastllama/tuned/<gpu>`. Empty or not absolute counts as not set, as it demands.",
 )
-VARIABLES = (BACKEND, TRITON_INTERPRET, XDG_CACHE_HOME)
+VARIABLES = (BACKEND, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME)
 
 
 def triton_interpret() -> bool:
