@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from fastllama import env
+from tools.fakegpu.environment import GPU_MACHINE
 
 # A busy machine is slow, not wrong. The printed blob reproduces a failure seen elsewhere.
 hypothesis.settings.register_profile(
@@ -34,6 +35,8 @@ def _belongs_here(item: pytest.Item) -> bool:
     """Triton decides when a kernel is defined whether to interpret it: a process holds one of these tiers, not two."""
     if item.get_closest_marker("gpu"):
         return _has_gpu() and not env.triton_interpret()
+    if item.get_closest_marker("fakegpu"):
+        return GPU_MACHINE.ready and not env.triton_interpret()
     if item.get_closest_marker("compile"):
         return not env.triton_interpret()
     return env.triton_interpret() or not item.get_closest_marker("interpreter")

@@ -1,0 +1,29 @@
+"""Programs on the fake GPU, each in a process of its own: what it printed, and what it asked of the GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools.fakegpu import log
+from tools.fakegpu.environment import GPU_MACHINE
+from tools.fakegpu.log import Log
+
+Program = Callable[[str], tuple[str, Log]]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """`program(source)`: the output of Python source, and the log. Raises CalledProcessError where it fails."""
+
+    def run(source: str) -> tuple[str, Log]:
+        command = GPU_MACHINE.command(["python", "-c", textwrap.dedent(source)], tmp_path / "log")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, log.read(tmp_path / "log")
+
+    return run

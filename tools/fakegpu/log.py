@@ -1,0 +1,52 @@
+"""Reads what a process asked of the fake GPU: launches, captures, violations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Log:
+    """Of one or more processes. launches, loads: by kernel. captures: kernels of each, and how many of them overlap."""
+
+    violations: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    loads: Counter[str] = field(default_factory=Counter)
+    captures: list[tuple[int, int]] = field(default_factory=list)
+    replays: int = 0
+
+    def add(self, line: str) -> None:
+        """Take in a line."""
+        kind, _, rest = line.rstrip("\n").partition(" ")
+        words = rest.split()
+        if kind == "VIOLATION":
+            self.violations[rest] += 1
+        elif kind == "launch":
+            self.launches[words[0]] += 1
+        elif kind == "load":
+            self.loads[words[0]] += 1
+        elif kind == "capture" and words[0] == "ends":
+            self.captures.append((int(words[2]), int(words[4])))
+        elif kind == "graph":
+            self.replays += 1
+
+    def __str__(self) -> str:
+        captured = sorted(set(self.captures), reverse=True)[:3]
+        largest = "; ".join(f"{overlapping} of {kernels} kernels overlap" for kernels, overlapping in captured)
+        counts = (
+            f"{sum(self.loads.values())} kernels loaded, {sum(self.launches.values())} launches, "
+            f"{len(self.captures)} captures, {self.replays} replays"
+        )
+        return f"{counts} ({largest})" if largest else counts
+
+
+def read(path: Path) -> Log:
+    """All that processes wrote under FAKEGPU_LOG=path."""
+    log = Log()
+    for file in sorted(path.parent.glob(f"{path.name}.*")):
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                log.add(line)
+    return log

@@ -1,0 +1,19 @@
+"""What `make fake-gpu` runs, part by part; the first ones, in about five minutes, are what CI runs."""
+
+from __future__ import annotations
+
+_PYTEST = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+_COMMAND = ["python", "-m", "fastllama"]
+_GENERATE = ["generate", "--prompt", "Once upon a time", "--temperature", "0", "--max-tokens", "32"]
+_DECODE = ["--shape", "7b", "--quantize", "none", "int8", "int4", "--batch", "1", "32", "--context", "512"]
+
+PARTS = {
+    "own-tests": [*_PYTEST, "-m", "fakegpu", "tests/tools/fakegpu"],
+    "runtime-tests": [*_PYTEST, "-m", "gpu", "tests/gpu/test_runtime.py"],
+    "info": [*_COMMAND, "info"],
+    "generate": [*_COMMAND, *_GENERATE],
+    "verify": [*_COMMAND, "verify", "--device", "cuda", "--quiet"],
+    "decode": [*_COMMAND, "bench", "decode", *_DECODE],
+    "op-tests": [*_PYTEST, "-m", "gpu", "tests/gpu/test_ops.py"],
+    "gpu-plan": ["python", "-m", "benchmarks.run", "--minutes", "60", "--out", "build/fake-gpu/plan"],
+}
