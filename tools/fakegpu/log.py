@@ -9,13 +9,17 @@ from pathlib import Path
 
 @dataclass
 class Log:
-    """Of one or more processes. launches, loads: by kernel. captures: kernels of each, and how many of them overlap."""
+    """Of one or more processes. launches, loads: by kernel. captures: kernels of each, and how many of them overlap.
+
+    compilations: the specialisation of each kernel of ours, as `tools.gpu_cache` takes it, in order.
+    """
 
     violations: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     captures: list[tuple[int, int]] = field(default_factory=list)
     replays: int = 0
+    compilations: list[str] = field(default_factory=list)
 
     def add(self, line: str) -> None:
         """Take in a line."""
@@ -31,12 +35,14 @@ class Log:
             self.captures.append((int(words[2]), int(words[4])))
         elif kind == "graph":
             self.replays += 1
+        elif kind == "compile":
+            self.compilations.append(rest)
 
     def __str__(self) -> str:
         captured = sorted(set(self.captures), reverse=True)[:3]
         largest = "; ".join(f"{overlapping} of {kernels} kernels overlap" for kernels, overlapping in captured)
         counts = (
-            f"{sum(self.loads.values())} kernels loaded, {sum(self.launches.values())} launches, "
+            f"{len(set(self.compilations))} kernels of ours, {sum(self.launches.values())} launches, "
             f"{len(self.captures)} captures, {self.replays} replays"
         )
         return f"{counts} ({largest})" if largest else counts

@@ -44,6 +44,15 @@ except torch.OutOfMemoryError:
     assert not log.violations
 
 
+def test_what_the_host_has_sent_it_gets_back(program: Program) -> None:
+    source = """
+import torch
+x = torch.tensor([3, 5]).cuda()
+print(x.tolist(), x[:1].tolist(), (x + x).tolist())
+"""
+    assert program(source)[0] == "[3, 5] [0] [0, 0]\n"
+
+
 def test_what_is_read_back_is_zeros(program: Program) -> None:
     found, _ = program("import torch; x = torch.ones(3).cuda(); print((x + x).tolist(), x.sum().item(), x.nonzero())")
     assert found.startswith("[0.0, 0.0, 0.0] 0.0 tensor([], device='cuda:0', size=(0, 1)")

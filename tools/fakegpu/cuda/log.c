@@ -13,7 +13,7 @@ void fake_unlock(void) { pthread_mutex_unlock(&lock); }
 
 // One write a line, so that threads and children do not mix theirs.
 static void written(const char *head, const char *format, va_list rest) {
-    static __thread char line[8192];
+    static __thread char line[1 << 16];
     int size = snprintf(line, sizeof line, "%s", head);
     size += vsnprintf(line + size, sizeof line - size - 1, format, rest);
     if (size > (int)sizeof line - 2) size = sizeof line - 2;
@@ -43,6 +43,10 @@ void fake_log(const char *format, ...) {
     written("", format, rest);
     va_end(rest);
 }
+
+// A line from the program itself.
+void fakegpu_note(const char *text) { fake_log("%s", text); }
+void fakegpu_violation(const char *text) { fake_violation(cudaSuccess, "%s", text); }
 
 cudaError_t fake_error(cudaError_t error) {
     if (error) last = error;

@@ -1,6 +1,6 @@
 // Memory: the device's is addresses alone, which nobody can read or write, so that a model of any size takes no memory of
-// the host. Nothing is computed, so whatever the host reads back is zeros: the same in every run, finite, and a legal
-// token, length and index.
+// the host. Nothing is computed, so what the host reads back is zeros: the same in every run, finite, and a legal token,
+// length and index. Only what it has copied there itself, up to 1 MiB, it gets back if it asks for just that.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -16,6 +16,16 @@ typedef struct Block {
     struct Block *next;
 } Block;
 
+// What the host has copied to an address.
+typedef struct Sent {
+    uintptr_t at;
+    size_t size;
+    void *content;
+    struct Sent *next;
+} Sent;
+
+enum { MOST_SENT = 1 << 20, BUCKETS = 1 << 14 };
+static Sent *sent[BUCKETS];
 static Block *blocks;
 static size_t taken;
 static uintptr_t range, range_next;
@@ -157,6 +167,35 @@ CUresult cuPointerGetAttribute(void *found, CUpointer_attribute attribute, CUdev
     return CUDA_SUCCESS;
 }
 
+static Sent **sent_to(const void *address) {
+    Sent **place = &sent[(uintptr_t)address >> 4 & (BUCKETS - 1)];
+    while (*place && (*place)->at != (uintptr_t)address) place = &(*place)->next;
+    return place;
+}
+
+// Under the lock. content: NULL where it is no longer known.
+static void send(void *to, const void *content, size_t size) {
+    Sent **place = sent_to(to);
+    if (!*place) {
+        if (!content || size > MOST_SENT) return;
+        *place = calloc(1, sizeof **place);
+        (*place)->at = (uintptr_t)to;
+    }
+    Sent *kept = *place;
+    kept->size = content && size <= MOST_SENT ? size : 0;
+    if (!kept->size) return;
+    kept->content = realloc(kept->content, size);
+    memcpy(kept->content, content, size);
+}
+
+static void receive(void *to, const void *from, size_t size) {
+    const Sent *kept = *sent_to(from);
+    if (kept && kept->size == size)
+        memcpy(to, kept->content, size);
+    else
+        memset(to, 0, size);
+}
+
 static cudaError_t copied(void *to, const void *from, size_t size, cudaStream_t stream, bool waits) {
     Kind target = fake_kind(to), source = fake_kind(from);
     if (target == FREED || source == FREED)
@@ -170,13 +209,21 @@ static cudaError_t copied(void *to, const void *from, size_t size, cudaStream_t 
     cudaStreamIsCapturing(stream, &status);
     if (status != cudaStreamCaptureStatusNone && pageable) return fake_unsafe("a copy of pageable memory");
     if (pageable && !waits && (error = fake_waits("a copy of pageable memory"))) return error;
-    bool replayed = fake_work(stream, COPY, false, "copy");
-    if (target != DEVICE && !replayed) {
-        if (source == DEVICE)
-            memset(to, 0, size);
-        else
-            memmove(to, from, size);
+    if (fake_work(stream, COPY, false, "copy")) return cudaSuccess;
+    if (target != DEVICE && source != DEVICE) {
+        memmove(to, from, size);
+        return cudaSuccess;
     }
+    fake_lock();
+    if (source != DEVICE)
+        send(to, from, size);
+    else if (target != DEVICE)
+        receive(to, from, size);
+    else {
+        const Sent *kept = *sent_to(from);
+        send(to, kept && kept->size == size ? kept->content : NULL, size);
+    }
+    fake_unlock();
     return cudaSuccess;
 }
 
@@ -202,7 +249,11 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
 
 cudaError_t cudaMemsetAsync(void *address, int value, size_t size, cudaStream_t stream) {
     if (fake_kind(address) == FREED) return fake_violation(cudaErrorIllegalAddress, "memset of freed memory");
-    fake_work(stream, SET, false, "memset");
+    if (!fake_work(stream, SET, false, "memset")) {
+        fake_lock();
+        send(address, NULL, 0);
+        fake_unlock();
+    }
     return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-"""Has programs on the fake GPU go on where a value would decide: what was computed is not there to be compared.
+"""Has programs on the fake GPU go on where a value would decide, and notes which kernels they compile.
 
 Python imports this at its start where its folder is on PYTHONPATH (`python -m tools.fakegpu run` sees to it), in every
 child too. Shapes, dtypes and devices are compared as ever.
@@ -41,6 +41,24 @@ def patch_torch(torch: ModuleType) -> None:
     torch.equal, torch.testing.assert_close, torch.Tensor.all = all_equal, all_close, all_true
 
 
+def note_compilations(jit: ModuleType) -> None:
+    """Each specialisation of a kernel of ours that a process needs is a line of the log."""
+    runtime = ctypes.CDLL("libcudart.so.13")
+    compile_kernel = jit.JITFunction._do_compile
+
+    def noted(
+        self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, *rest: Any
+    ) -> Any:
+        if self.fn.__module__.startswith("fastllama."):
+            usual = vars(self.device_caches[device][3].parse_options({}))
+            chosen = {name: value for name, value in vars(options).items() if value != usual[name]}
+            known = (self.fn.__module__, self.fn.__qualname__, signature, constants, attrs, chosen)
+            runtime.fakegpu_note(f"compile {known!r}".encode())
+        return compile_kernel(self, key, signature, device, constants, options, attrs, *rest)
+
+    jit.JITFunction._do_compile = noted
+
+
 def watch_steps(graphs: ModuleType) -> None:
     """A replayed step that asks torch or the device for memory, or waits, is a violation."""
     import torch
@@ -48,18 +66,27 @@ def watch_steps(graphs: ModuleType) -> None:
     runtime = ctypes.CDLL("libcudart.so.13")
     run = graphs.DecodeGraphs.run
 
-    def watched(self: Any, *args: Any) -> Any:
-        captured = len(self._graphs)
+    def watched(self: Any, inputs: Any, *rest: Any) -> Any:
+        shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
+        if shape not in self._graphs or not torch.cuda.is_initialized():
+            return run(self, inputs, *rest)
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        result = run(self, *args)
-        if len(self._graphs) == captured and torch.cuda.memory_stats()["allocation.all.allocated"] != before:
-            runtime.fakegpu_violation(b"an allocation in a replayed step")
-        return result
+        runtime.fakegpu_step(1)
+        try:
+            return run(self, inputs, *rest)
+        finally:
+            runtime.fakegpu_step(0)
+            if torch.cuda.memory_stats()["allocation.all.allocated"] != before:
+                runtime.fakegpu_violation(b"an allocation in a replayed step")
 
     graphs.DecodeGraphs.run = watched
 
 
-AFTER_IMPORT = {"torch": patch_torch}
+AFTER_IMPORT = {
+    "torch": patch_torch,
+    "triton.runtime.jit": note_compilations,
+    "fastllama.runtime.graphs": watch_steps,
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
