@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -172,16 +172,19 @@ def _cache(random: Random, lengths: Sequence[int], heads: int, page: int, dim: i
     return (*pages, table, torch.tensor(lengths, dtype=torch.int32))
 
 
-def _coded(cache: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Callable[..., Results]]:
-    """A cache of codes in place of values, their scales (NaN beside codes of no token), and `_paged` over the two."""
+def _coded(cache: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """A cache of codes in place of values, and their scales (NaN beside codes of no token)."""
     pages = [(42 * held.double()).round().clamp(-127, 127).nan_to_num(99.0).to(torch.int8) for held in cache[:2]]
     scales = [(held[..., 0].abs().double() / 64 + 2**-8).float() for held in cache[:2]]
+    return (*pages, *cache[2:]), {"k_scales": scales[0], "v_scales": scales[1]}
 
-    def formula(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Tensor) -> Results:
-        held = zip((k_pages, v_pages), scales, strict=True)
-        return _paged(q, *(codes.to(q.dtype) * beside.to(q)[..., None] for codes, beside in held), *rest)
 
-    return (*pages, *cache[2:]), {"k_scales": scales[0], "v_scales": scales[1]}, formula
+def _paged_codes(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Tensor, k_scales: Tensor, v_scales: Tensor
+) -> Results:
+    """`_paged` over codes and their scales."""
+    held = ((k_pages, k_scales), (v_pages, v_scales))
+    return _paged(q, *(codes.to(q.dtype) * scales.to(q)[..., None] for codes, scales in held), *rest)
 
 
 def _attention_prefill(random: Random) -> Iterator[Case]:
@@ -192,10 +195,11 @@ def _attention_prefill(random: Random) -> Iterator[Case]:
         label = f"q [86, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         for return_lse in (False, True):
             yield Case("attention_prefill", label, args, _paged, {"return_lse": return_lse}, view=_one_row)
-    codes, scales, formula = _coded(_cache(random, lengths, 2, 16, 64))
+    codes, scales = _coded(_cache(random, lengths, 2, 16, 64))
     args = (random.normal(sum(fresh), 8, 64), *codes, _bounds(fresh))
     label = "q [86, 8, 64], 2 KV heads, page size 16, int8"
-    yield Case("attention_prefill", label, args, formula, {"return_lse": True, **scales}, view=_one_row)
+    options = {"return_lse": True, **scales}
+    yield Case("attention_prefill", label, args, _paged_codes, options, view=_one_row, known=scales)
 
 
 def _attention_decode(random: Random) -> Iterator[Case]:
@@ -212,14 +216,15 @@ def _attention_decode(random: Random) -> Iterator[Case]:
         label = f"q [{rows}, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         for return_lse in (False, True):
             yield Case("attention_decode", label, args, formula, {"return_lse": return_lse}, view=_one_row)
-    codes, scales, dequantized = _coded(_cache(random, lengths, 2, 16, 64))
+    codes, scales = _coded(_cache(random, lengths, 2, 16, 64))
 
-    def of_codes(q: Tensor, *rest: Tensor) -> Results:
-        return dequantized(q, *rest, _bounds([1] * 4))
+    def of_codes(q: Tensor, *rest: Tensor, **scales: Tensor) -> Results:
+        return _paged_codes(q, *rest, _bounds([1] * 4), **scales)
 
     args = (random.normal(4, 8, 64), *codes)
     label = "q [4, 8, 64], 2 KV heads, page size 16, int8"
-    yield Case("attention_decode", label, args, of_codes, {"return_lse": True, **scales}, view=_one_row)
+    options = {"return_lse": True, **scales}
+    yield Case("attention_decode", label, args, of_codes, options, view=_one_row, known=scales)
 
 
 def _sample(random: Random) -> Iterator[Case]:
@@ -228,6 +233,7 @@ def _sample(random: Random) -> Iterator[Case]:
     kinds += [(1.25, 0, 1.0, 0.0625), (1.5, 50, 0.75, 0.03125)]
     draws = [sampling.Draw(*kind, seed=12345 + i, offset=7 * i) for i, kind in enumerate(kinds * 6)]
     logits = random.normal(len(draws), 1000) * 2
+    rows = logits.tolist()
 
     def formula(logits: Tensor, *_: Tensor) -> Results:
         values = oracle.wide(logits)
@@ -238,7 +244,7 @@ def _sample(random: Random) -> Iterator[Case]:
     def view(results: Results) -> Results:
         """How far each token missed, in place of the tokens."""
         tokens, logprobs = results
-        drawn = zip(tokens.tolist(), logits.double(), draws, strict=True)
+        drawn = zip(tokens.tolist(), torch.tensor(rows, dtype=torch.float64), draws, strict=True)
         return torch.tensor([sampling.miss(*row) for row in drawn]).float().to(logprobs.device), logprobs
 
     def column(name: str, dtype: torch.dtype) -> Tensor:

@@ -21,12 +21,13 @@ FORMS = ("", "bias", "norm", "norm, gated", "residual")
 
 
 class Weight(NamedTuple):
-    """One weight as an op takes it, and what it stands for in the dtype of x: `plain(x, *packed)`."""
+    """One weight as an op takes it, and what it stands for in the dtype of x: `plain(x, *packed, **known)`."""
 
     op: str
     label: str
     packed: tuple[Any, ...]
     plain: Callable[..., Tensor]
+    known: dict[str, Tensor] = {}  # noqa: RUF012 - nobody writes to it
 
 
 def products(random: Random) -> Iterator[Case]:
@@ -52,13 +53,16 @@ def _case(random: Random, weight: Weight, form: str, tokens: int, inner: int, ou
         partial(_formula, plain=weight.plain, names=tuple(around), gated=gated),
         {"gated": gated, "eps": EPS},
         named=tuple(around),
+        known=weight.known,
     )
 
 
-def _formula(x: Tensor, *args: Any, plain: Callable[..., Tensor], names: tuple[str, ...], gated: bool) -> Results:
+def _formula(
+    x: Tensor, *args: Any, plain: Callable[..., Tensor], names: tuple[str, ...], gated: bool, **known: Tensor
+) -> Results:
     packed, around = args[: len(args) - len(names)], dict(zip(names, args[len(args) - len(names) :], strict=True))
     rows = oracle.rms_norm(x, around["norm"], EPS) if "norm" in around else x
-    y = F.linear(rows, plain(x, *packed), around.get("bias"))
+    y = F.linear(rows, plain(x, *packed, **known), around.get("bias"))
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
@@ -73,28 +77,30 @@ def _matmul(random: Random, inner: int, outer: int, group: int) -> Iterator[Weig
 def _matmul_bf12(random: Random, inner: int, outer: int, group: int) -> Iterator[Weight]:
     weight = (random.normal(outer, inner) / math.sqrt(inner)).bfloat16()
     weight[:, ::97] *= 256  # values that have no code, in every row: sums of all are alike
-    yield Weight("matmul_bf12", "", pack_bf12(weight), lambda x, *packed: weight.to(x))
+    yield Weight("matmul_bf12", "", pack_bf12(weight), lambda x, *packed, values: values.to(x), {"values": weight})
 
 
 def _matmul_int4(random: Random, inner: int, outer: int, group: int) -> Iterator[Weight]:
     codes = random.order(outer * inner).view(outer, inner) % 16
 
-    def plain(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    def plain(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, codes: Tensor) -> Tensor:
         groups = codes.to(x).unflatten(1, (scales.shape[1], -1))
         return ((groups - (8 if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
 
     counts = outer, inner // group
     packed, scales = pack_int4(codes.to(torch.uint8)), random.normal(*counts).sign() / (4 * math.sqrt(inner))
-    yield Weight("matmul_int4", f", groups of {group}", (packed, scales), plain)
+    yield Weight("matmul_int4", f", groups of {group}", (packed, scales), plain, {"codes": codes})
     zeros = random.normal(*counts).abs().clamp(max=1) * 15
-    yield Weight("matmul_int4", f", groups of {group}, zeros", (packed, scales, zeros), plain)
+    yield Weight("matmul_int4", f", groups of {group}, zeros", (packed, scales, zeros), plain, {"codes": codes})
 
 
 def _matmul_int8(random: Random, inner: int, outer: int, group: int) -> Iterator[Weight]:
     codes = random.order(outer * inner).view(outer, inner) % 256 - 128
 
-    def plain(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    def plain(x: Tensor, packed: Tensor, scales: Tensor, *, codes: Tensor) -> Tensor:
         return (codes.to(x).unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
 
     scales = random.normal(outer, inner // group).sign() / (64 * math.sqrt(inner))
-    yield Weight("matmul_int8", f", groups of {group}", (pack_int8(codes.to(torch.int8)), scales), plain)
+    yield Weight(
+        "matmul_int8", f", groups of {group}", (pack_int8(codes.to(torch.int8)), scales), plain, {"codes": codes}
+    )
