@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastllama.kernels.arithmetic import ceil_div
 
-_ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
+ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
 
 
 # NumPy takes a list in 1.4 us, torch.tensor in 3.9, and a decode step has a dozen.
@@ -30,30 +30,40 @@ class Buffers:
     """Tensors that stay where they are, filled on the host and sent to the device in one copy.
 
     host, device: the same by name, zeros at first; on a CPU they share memory. On a GPU what is sent goes by pinned
-    memory, of which there are two: a step may be prepared while the one before it runs, but not while two do.
+    memory, of which there are two: a step is prepared while the one before it runs. Which of them is filled again has
+    been copied: an event tells, which is waited for only where steps were launched that nobody read (after Ctrl-C).
     """
 
     def __init__(self, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
-        places, end = {}, 0
+        end = 0
+        self._places: dict[str, slice] = {}  # in bytes
         for name, (shape, dtype) in wanted.items():
             size = math.prod(shape) * dtype.itemsize
-            places[name] = slice(end, end + size)
-            end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
+            self._places[name] = slice(end, end + size)
+            end += ceil_div(size, ALIGNMENT) * ALIGNMENT
         self._host = torch.zeros(end, dtype=torch.uint8)
         num_pinned = 2 if device.type == "cuda" else 0
-        self._pinned = [torch.empty_like(self._host, pin_memory=True) for _ in range(num_pinned)]
+        self._pinned = [(torch.empty_like(self._host, pin_memory=True), torch.cuda.Event()) for _ in range(num_pinned)]
         self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
         hosts, self.device = (
-            {name: memory[places[name]].view(dtype).view(*shape) for name, (shape, dtype) in wanted.items()}
+            {name: memory[self._places[name]].view(dtype).view(*shape) for name, (shape, dtype) in wanted.items()}
             for memory in (self._host, self._device)
         )
         self.host = {name: tensor.numpy() for name, tensor in hosts.items()}
 
-    def send(self) -> None:
-        """Copy to the device, behind what runs there."""
+    def span(self, first: str, last: str) -> Tensor:
+        """The device's memory from the start of one part to the end of another: bytes."""
+        return self._device[self._places[first].start : self._places[last].stop]
+
+    def send(self, before: str | None = None) -> None:
+        """Copy all parts to the device, or those before one of them, behind what runs there."""
+        end = None if before is None else self._places[before].start
         if self._pinned:
             self._pinned.reverse()
-            self._pinned[0].copy_(self._host)
-            self._device.copy_(self._pinned[0], non_blocking=True)
+            pinned, copied = self._pinned[0]
+            copied.synchronize()
+            pinned[:end].copy_(self._host[:end])
+            self._device[:end].copy_(pinned[:end], non_blocking=True)
+            copied.record(torch.cuda.current_stream(self._device.device))
         elif self._device is not self._host:
-            self._device.copy_(self._host)
+            self._device[:end].copy_(self._host[:end])

@@ -82,6 +82,7 @@ class Engine:
         self._generations: dict[str, Generation] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(options.seed)
+        self._raised_ahead: set[type[Exception]] = set()
 
     def _start_anew(self, num_pages: int, num_host_pages: int) -> None:
         self.pool = BlockPool(num_pages, self._options.page_size, num_host_pages)
@@ -215,8 +216,9 @@ class Engine:
             if next_step is not None and not broken:
                 try:
                     self._ahead = launch(self._runner, next_step, before=launched)
-                except Exception:
+                except Exception as error:
                     broken = True  # scheduled anew and not ahead, it tells why, if it fails again
+                    self._note_ahead(error)
             draws = launched.read()
         touched = self._take_in(launched, draws, isolate)
         if broken:
@@ -224,6 +226,12 @@ class Engine:
         self._settle()
         self._torn = False
         return touched
+
+    def _note_ahead(self, error: Exception) -> None:
+        """Log what a step raised that ran ahead: the first of each kind as a warning, for each costs time."""
+        level = logging.DEBUG if type(error) in self._raised_ahead else logging.WARNING
+        self._raised_ahead.add(type(error))
+        logger.log(level, "a step that was run ahead raised, and is run again in its turn: %r", error, exc_info=error)
 
     def _take_in(self, launched: Launched, draws: Items[sampler.Draw], isolate: bool) -> list[Generation]:
         """Give what a step drew to those who asked for it; returns these, and those for whom it raised."""

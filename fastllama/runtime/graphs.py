@@ -4,92 +4,37 @@ On a GPU that is a CUDA graph: one launch for a step, where one by one the host 
 device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
 for each `bucket`, and the rows beyond a batch are padding, which no kernel writes for. On a CPU it is a record of what
 the ops ran (kernels/recording.py), of exactly the sequences there are.
+A step's tokens are drawn to where the next step of the same shape reads its ids: while the same sequences go on,
+nothing is moved between two steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastllama import kernels
-from fastllama.kernels.arithmetic import ceil_div, power_of_2
-from fastllama.kernels.recording import record
+from fastllama import env, kernels
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.buffers import Buffers
+from fastllama.runtime.capture import Capture
 from fastllama.runtime.inputs import Inputs, parameters
-from fastllama.runtime.sampler import DTYPES
+from fastllama.runtime.sampler import DTYPES, Drawn, Draws
 
 LIMIT = 64  # recordings kept, of some hundred small Python objects each; all share their tensors' memory
 PADDING = -1  # the slot of a row that is nobody's
-T = TypeVar("T")
-
-
-class Capture(Protocol):
-    """How steps are captured on a kind of device."""
-
-    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
-        """Rows, and pages of each, of the graph for so many sequences, whose longest has so many pages."""
-
-    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
-        """What `run` returns, computed now, and what computes it again in its place; None where nothing can."""
-
-
-class RecordingCapture:
-    """On a CPU: rows as they are, and the power of two of pages."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._memory: list[Tensor] = []
-
-    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
-        return num_seqs, power_of_2(num_pages)
-
-    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
-        result, recording = record(run, self._device, self._memory)
-        return result, recording.replay if recording.replayable else None
-
-
-class GraphCapture:
-    """On a GPU: rows of a bucket, all pages that a sequence may have. Graphs share the memory of what is in between."""
-
-    def __init__(self, device: torch.device, max_pages: int) -> None:
-        self._device, self._max_pages = device, max_pages
-        self._pool: Any = None
-
-    def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
-        return bucket(num_seqs), self._max_pages
-
-    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], object] | None]:
-        graph = torch.cuda.CUDAGraph()
-
-        def replay() -> None:
-            with torch.cuda.device(self._device):
-                graph.replay()
-
-        with torch.cuda.device(self._device):
-            run()  # what compiles at a first call must not do so while capturing
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = run()
-        self._pool = graph.pool()
-        replay()  # capturing computes nothing
-        return result, replay
-
-
-def bucket(num_seqs: int) -> int:
-    """The power of two up to 64, beyond that the multiple of 64: products' kernels take so many rows in any case."""
-    return power_of_2(num_seqs) if num_seqs <= 64 else ceil_div(num_seqs, 64) * 64
+_Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class DecodeGraphs:
     """Runs decode steps of a model: the first of each shape while it is captured, the others by replaying it.
 
-    Every step runs as it is written where the model has a forward of its own, a module has hooks, or something between
-    ops computes that cannot be recorded. Other Python inside the modules runs only while a step is captured, and
-    parameters are those of that moment. batch_of: BatchMeta, but for what is the same in every step.
+    Every step runs as it is written where the model has a forward of its own, a module has hooks, something between ops
+    computes that cannot be recorded, a step could not be captured, or FASTLLAMA_GRAPHS is 0. Other Python inside the
+    modules runs only while a step is captured, and parameters are those of that moment.
+    batch_of: BatchMeta, but for what is the same in every step.
     """
 
     def __init__(
@@ -97,8 +42,8 @@ class DecodeGraphs:
     ) -> None:
         self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
         self._modules = list(model.modules())
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
-        self._replayable = type(model) is LlamaForCausalLM
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}  # that was run last comes last
+        self._replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
 
     def take(self, inputs: Inputs) -> bool:
         """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
@@ -107,83 +52,91 @@ class DecodeGraphs:
             and "forward" not in vars(self._model)
             and inputs.num_decodes == len(inputs.seq_lens)
             and len(inputs.logits_rows) == len(inputs.ids)
+            and not inputs.prompts
             and len({sample.row for sample in inputs.samples}) == len(inputs.samples)
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         )
 
-    def run(self, inputs: Inputs, fill: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [R, V] of a decode step, and tokens and log-probabilities [R] drawn from them as `samples` say.
+    def run(self, inputs: Inputs, before: Draws | None) -> tuple[Tensor, Drawn]:
+        """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
 
-        To be read before the next step. What no sample is drawn from has a token that means nothing. fill: puts the ids
-        in place that only the device knows.
+        To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
+        step before, from which the tokens come that are UNKNOWN here.
         """
         shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
         graph = self._graphs.get(shape)
         if graph is None:
             graph = _Graph(*shape, self._model.device, self._batch_of)
-            graph.load(inputs, fill)
-            self._replayable = graph.capture(self._capture, self._model, self._kv)
-            if self._replayable:
-                if len(self._graphs) == LIMIT:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[shape] = graph
+            graph.load(inputs, before)
+            logits, replay = self._capture.capture(graph.step(self._model, self._kv))
+            if replay is None:
+                self._replayable = False
+                self._graphs.clear()
+                return logits[: len(inputs.ids)], graph.drawn
+            if len(self._graphs) == LIMIT:
+                del self._graphs[next(iter(self._graphs))]
+            graph.replay, self._graphs[shape] = replay, graph
         else:
-            graph.load(inputs, fill)
-            graph.replay()
-        rows = len(inputs.ids)
-        return graph.logits[:rows], graph.tokens[:rows], graph.logprobs[:rows]
+            self._graphs[shape] = self._graphs.pop(shape)
+            graph.load(inputs, before)
+            logits = graph.replay()
+        return logits[: len(inputs.ids)], graph.drawn
 
 
 class _Graph:
-    """The step of one shape: its inputs' buffers, what computes it, its logits, and the tokens drawn from them."""
+    """The step of one shape: its inputs' buffers, what computes it, and the tokens drawn.
 
-    logits: Tensor
-    tokens: Tensor
-    logprobs: Tensor
-    replay: Callable[[], object]
+    drawn: its tokens are the step's ids, until they are drawn over. replay: computes the loaded step and returns its
+    logits.
+    """
+
+    replay: Callable[[], Tensor]
 
     def __init__(
         self, num_seqs: int, num_pages: int, num_queries: int, device: torch.device, batch_of: Callable[..., BatchMeta]
     ) -> None:
         rows, wide, narrow = num_seqs * num_queries, torch.int64, torch.int32
-        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "ids": ((rows,), wide),
+        inputs: _Parts = {
             "positions": ((rows,), wide),
             "slots": ((rows,), wide),
             "seq_lens": ((num_seqs,), narrow),
             "page_table": ((num_seqs, num_pages), narrow),
         }
-        self._buffers = Buffers(wanted | {name: ((rows,), dtype) for name, dtype in DTYPES.items()}, device)
+        draws: _Parts = {name: ((rows,), dtype) for name, dtype in DTYPES.items()}
+        # Of ids of which the host does not know all: those it knows, which it does not, and their places before.
+        passed_on: _Parts = {"known": ((rows,), wide), "unknown": ((rows,), torch.bool), "places": ((rows,), wide)}
+        drawn: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
+        self._buffers = Buffers(inputs | draws | passed_on | drawn, device)
+        given = self._buffers.device
+        self.drawn = Drawn(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
+        self._passed_on = [given[name] for name in passed_on]
+        self._taken = torch.empty_like(given["tokens"])
+        self._parameters = {name: given[name] for name in draws}
         self._num_seqs = num_seqs  # that the buffers hold numbers of
-        given = dict(self._buffers.device)
-        self._ids = given.pop("ids")
-        self._parameters = {name: given.pop(name) for name in DTYPES}
         self._batch = batch_of(
-            **given,
+            **{name: given[name] for name in inputs},
             num_decodes=num_seqs,
             num_queries=num_queries,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
             logits_rows=torch.arange(rows, device=device),
         )
 
-    def capture(self, capture: Capture, model: LlamaForCausalLM, kv: KVCache) -> bool:
-        """Compute the loaded step, and whether it can be replayed."""
+    def step(self, model: LlamaForCausalLM, kv: KVCache) -> Callable[[], Tensor]:
+        """What computes the loaded step and returns its logits."""
+        tokens, logprobs = self.drawn.tokens, self.drawn.logprobs
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            logits = model(self._ids, self._batch, kv)
-            tokens, logprobs = kernels.sample(logits, **self._parameters)
-            return logits, tokens, logprobs
+        def run() -> Tensor:
+            logits = model(tokens, self._batch, kv)
+            kernels.sample(logits, **self._parameters, tokens=tokens, logprobs=logprobs)
+            return logits
 
-        (self.logits, self.tokens, self.logprobs), replay = capture.capture(run)
-        if replay is not None:
-            self.replay = replay
-        return replay is not None
+        return run
 
-    def load(self, inputs: Inputs, fill: Callable[[Tensor], None]) -> None:
-        """Send a step's numbers to the device."""
+    def load(self, inputs: Inputs, before: Draws | None) -> None:
+        """Send a step's numbers to the device, and have the ids there that only the device knows."""
         host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
         rows = len(inputs.ids)
-        for name in ("ids", "positions", "slots"):
+        for name in ("positions", "slots"):
             host[name][:rows] = getattr(inputs, name)
         host["seq_lens"][:num_seqs] = inputs.seq_lens
         host["page_table"][:num_seqs, :width] = inputs.page_table
@@ -195,5 +148,21 @@ class _Graph:
             host["slots"][rows:] = PADDING
             host["seq_lens"][num_seqs:] = 0
         self._num_seqs = num_seqs
-        self._buffers.send()
-        fill(self._ids)
+        if not inputs.unknown:
+            host["tokens"][:rows] = inputs.ids
+            self._buffers.send()
+            return
+        assert before is not None, "a token that nobody draws"
+        at, places = [row for row, _ in inputs.unknown], [before.places[seq] for _, seq in inputs.unknown]
+        if before.drawn is self.drawn and at == places == list(range(rows)):  # the same sequences once more
+            self._buffers.send(before="tokens")
+            return
+        host["known"][:rows] = inputs.ids
+        host["places"][:rows] = 0
+        host["places"][at] = places
+        host["unknown"][:rows] = False
+        host["unknown"][at] = True
+        self._buffers.send(before="tokens")
+        known, unknown, place = (each[:rows] for each in self._passed_on)
+        torch.index_select(before.drawn.tokens, 0, place, out=self._taken[:rows])
+        torch.where(unknown, self._taken[:rows], known, out=self.drawn.tokens[:rows])

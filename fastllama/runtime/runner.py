@@ -8,15 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastllama import env
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.buffers import on_device
-from fastllama.runtime.graphs import Capture, DecodeGraphs, GraphCapture, RecordingCapture
+from fastllama.runtime.capture import Capture, GraphCapture, RecordingCapture
+from fastllama.runtime.graphs import DecodeGraphs
 from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.sampler import Draws, StepLogits
-from fastllama.runtime.sequence import Sequence
 from fastllama.runtime.step import Step
 
 
@@ -40,7 +41,8 @@ class Runner:
         deterministic: bool,
     ) -> None:
         self.model = model
-        self.runs_ahead = model.device.type == "cuda"  # whether the host may go on while a step runs
+        # Whether the host may go on while a step runs.
+        self.runs_ahead = env.AHEAD.read() == "1" and model.device.type == "cuda"
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
@@ -61,8 +63,8 @@ class Runner:
         self.copy(step)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         if self._graphs.take(inputs):
-            logits, *drawn = self._graphs.run(inputs, partial(_fill, inputs.unknown, before))
-            return StepLogits(logits, inputs.samples, inputs.prompts, (drawn[0], drawn[1]))
+            logits, drawn = self._graphs.run(inputs, before)
+            return StepLogits(logits, inputs.samples, inputs.prompts, drawn)
         return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
 
     def copy(self, step: Step) -> None:
@@ -85,19 +87,8 @@ class Runner:
             logits_rows=tensor(inputs.logits_rows, torch.int64),
         )
         ids = tensor(inputs.ids, torch.int64)
-        _fill(inputs.unknown, before, ids)
+        if inputs.unknown:
+            assert before is not None, "a token that nobody draws"
+            at, places = [row for row, _ in inputs.unknown], [before.places[seq] for _, seq in inputs.unknown]
+            ids[tensor(at, torch.int64)] = before.drawn.tokens[tensor(places, torch.int64)]
         return self.model(ids, batch, self.kv)
-
-
-def _fill(unknown: list[tuple[int, Sequence]], before: Draws | None, ids: Tensor) -> None:
-    """Put tokens that the host does not know yet where they are fed."""
-    if not unknown:
-        return
-    assert before is not None, "a token that nobody draws"
-    place_of = before.places
-    rows, places = [row for row, _ in unknown], [place_of[seq] for _, seq in unknown]
-    if rows == places == list(range(len(rows))):  # the same sequences once more: nothing to send
-        ids[: len(rows)].copy_(before.tokens[: len(rows)])
-    else:
-        where, which = (on_device(values, torch.int64, ids.device) for values in (rows, places))
-        ids[where] = before.tokens[which]

@@ -6,12 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.runtime.buffers import on_device
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.runtime.buffers import ALIGNMENT, on_device
 from fastllama.runtime.inputs import Sample, parameters
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.sequence import Sequence
@@ -27,6 +30,24 @@ DTYPES = {  # of a draw's parameters
 }
 
 
+class Drawn(NamedTuple):
+    """Where kernels.sample writes tokens [R] int64 and log-probabilities [R] fp32: one memory, copied at once.
+
+    memory: [N] uint8, which begins with the tokens and ends with the log-probabilities.
+    """
+
+    memory: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Drawn:
+        """Memory for so many rows."""
+        first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # of the log-probabilities
+        memory = torch.empty(first + 4 * rows, dtype=torch.uint8, device=device)
+        return cls(memory, memory[: 8 * rows].view(torch.int64), memory[first:].view(torch.float32))
+
+
 @dataclass(frozen=True)
 class StepLogits:
     """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts.
@@ -37,7 +58,7 @@ class StepLogits:
     logits: Tensor
     samples: list[Sample]
     prompts: list[tuple[Chunk, int, int]]
-    drawn: tuple[Tensor, Tensor] | None = None
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True)
@@ -57,56 +78,63 @@ class Draw:
 class Draws:
     """Tokens of a step that are drawn on the device, and on their way to the host.
 
-    tokens: [N] int64, until the next step of the same shape has begun. places: of each sequence in it.
+    drawn: theirs until the next step draws there. rows: in it, of each sample.
     """
 
-    def __init__(self, samples: Items[Sample], tokens: Tensor, logprobs: Tensor, reports: Items[TokenLogprob | None]):
-        self.tokens = tokens
-        self._samples, self._reports = samples, reports
-        # In one, to wait once, and copied, for the next step may write its own there. Token ids are exact in fp64.
-        self._numbers = torch.stack([tokens.double(), logprobs.double()])
+    def __init__(
+        self, samples: Items[Sample], rows: Items[int], drawn: Drawn, reports: Items[TokenLogprob | None]
+    ) -> None:
+        self.drawn = drawn
+        self._samples, self._rows, self._reports = samples, rows, reports
+        self._num_rows = drawn.tokens.shape[0]
+        # Copied, for the next step may draw there before these are read.
         self._arrived: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            host = torch.empty(self._numbers.shape, dtype=torch.float64, pin_memory=True)
-            self._numbers = host.copy_(self._numbers, non_blocking=True)
+        if drawn.memory.device.type == "cuda":
+            self._numbers = torch.empty(drawn.memory.shape, dtype=torch.uint8, pin_memory=True)
+            self._numbers.copy_(drawn.memory, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tokens.device))
+            self._arrived.record(torch.cuda.current_stream(drawn.memory.device))
+        else:
+            self._numbers = drawn.memory.clone()
 
     @property
     def places(self) -> dict[Sequence, int]:
-        return {sample.seq: place for place, sample in enumerate(self._samples)}
+        """The row of each sequence."""
+        return {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
 
     def read(self) -> list[Draw]:
         """The tokens, when they are there. NaN says that a row's logits were no numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        numbers, count = self._numbers.numpy(), self._num_rows
+        tokens = numbers[: 8 * count].view(np.int64).tolist()
+        logprobs = numbers[numbers.shape[0] - 4 * count :].view(np.float32).tolist()
         return [
-            Draw(sample.seq, sample.ahead, int(token_id), not math.isnan(logprob), report)
-            for sample, token_id, logprob, report in zip(
-                self._samples, *self._numbers.tolist(), self._reports, strict=True
-            )
+            Draw(sample.seq, sample.ahead, tokens[row], not math.isnan(logprobs[row]), report)
+            for sample, row, report in zip(self._samples, self._rows, self._reports, strict=True)
         ]
 
 
 @torch.inference_mode()
 def start(step: StepLogits) -> Draws:
     """Draw one token for each sample of the step."""
-    samples = step.samples
-    if not samples:
-        nothing = torch.empty(0)
-        return Draws(samples, nothing, nothing, [])
+    samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
-    every = rows == list(range(step.logits.shape[0]))
-    raw = step.logits if every else step.logits[rows]
-    adjusted = _adjusted(raw, samples)
-    if step.drawn is not None and adjusted is raw:
-        tokens, logprobs = step.drawn if every else (drawn[rows] for drawn in step.drawn)
-    else:
-        tokens, logprobs = kernels.sample(
-            adjusted,
-            **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
-        )
-    return Draws(samples, tokens, logprobs, _reports(raw, samples, tokens))
+    changes = _changes(samples)
+    if step.drawn is not None and not any(changes):
+        return Draws(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
+    places = range(len(samples))
+    if not samples:
+        return Draws(samples, places, Drawn.empty(0, torch.device("cpu")), [])
+    raw = logits if rows == list(range(logits.shape[0])) else logits[rows]
+    drawn = Drawn.empty(len(samples), raw.device)
+    kernels.sample(
+        _adjusted(raw, *changes),
+        **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
+        tokens=drawn.tokens,
+        logprobs=drawn.logprobs,
+    )
+    return Draws(samples, places, drawn, _reports(raw, places, samples, drawn.tokens, places))
 
 
 def draw(step: StepLogits) -> list[Draw]:
@@ -126,22 +154,30 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     return found
 
 
-def _adjusted(logits: Tensor, samples: Items[Sample]) -> Tensor:
-    """Logits in fp32 (fp64 stays) with penalties and biases; the same tensor where no sequence wants any."""
-    scaled: list[tuple[int, int, float]] = []  # row, token id, repetition penalty
-    added: list[tuple[int, int, float]] = []  # row, token id, bias
-    for row, (seq, _, ahead) in enumerate(samples):
+_Change = tuple[int, int, float]  # place of a sample, token id, how much
+
+
+def _changes(samples: Items[Sample]) -> tuple[list[_Change], list[_Change]]:
+    """Repetition penalties, then what is added to logits: biases and the other penalties."""
+    scaled: list[_Change] = []
+    added: list[_Change] = []
+    for place, (seq, _, ahead) in enumerate(samples):
         params = seq.request.params
         if params.repetition_penalty != 1:
-            scaled.extend((row, token_id, params.repetition_penalty) for token_id in {*seq.token_ids, *ahead})
+            scaled.extend((place, token_id, params.repetition_penalty) for token_id in {*seq.token_ids, *ahead})
         if params.logit_bias:
-            added.extend((row, token_id, bias) for token_id, bias in params.logit_bias.items())
+            added.extend((place, token_id, bias) for token_id, bias in params.logit_bias.items())
         if params.presence_penalty or params.frequency_penalty:
             counts = Counter((*seq.token_ids[seq.num_prompt_tokens :], *ahead))
             added.extend(
-                (row, token_id, -params.presence_penalty - count * params.frequency_penalty)
+                (place, token_id, -params.presence_penalty - count * params.frequency_penalty)
                 for token_id, count in counts.items()
             )
+    return scaled, added
+
+
+def _adjusted(logits: Tensor, scaled: list[_Change], added: list[_Change]) -> Tensor:
+    """Logits in fp32 (fp64 stays) with these changes; the same tensor where there are none."""
     if not scaled and not added:
         return logits
     adjusted = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
@@ -154,7 +190,7 @@ def _adjusted(logits: Tensor, samples: Items[Sample]) -> Tensor:
     return adjusted
 
 
-def _places(changes: list[tuple[int, int, float]], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _places(changes: list[_Change], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(rows, token ids) and values of some changes, ready to index `logits`."""
     rows, token_ids, values = zip(*changes, strict=True)
     device = logits.device
@@ -162,14 +198,20 @@ def _places(changes: list[tuple[int, int, float]], logits: Tensor) -> tuple[tupl
     return where, on_device(values, logits.dtype, device)
 
 
-def _reports(logits: Tensor, samples: Items[Sample], tokens: Tensor) -> list[TokenLogprob | None]:
-    """Log-probabilities under the model's own logits, for the sequences that want them."""
+def _reports(
+    logits: Tensor, rows: Items[int], samples: Items[Sample], tokens: Tensor, places: Items[int]
+) -> list[TokenLogprob | None]:
+    """Log-probabilities under the model's own logits, for the sequences that want them.
+
+    rows, places: of each sample, in logits and in tokens.
+    """
     reports: list[TokenLogprob | None] = [None] * len(samples)
     asked = [sample.seq.request.params.logprobs for sample in samples]
     wanted = [i for i, top in enumerate(asked) if top is not None]
     if wanted:
-        tops = [asked[i] or 0 for i in wanted]
-        for i, report in zip(wanted, _logprobs(logits[wanted], tokens[wanted].tolist(), tops), strict=True):
+        tops, targets = [asked[i] or 0 for i in wanted], tokens[[places[i] for i in wanted]].tolist()
+        found = _logprobs(logits[[rows[i] for i in wanted]], targets, tops)
+        for i, report in zip(wanted, found, strict=True):
             reports[i] = report
     return reports
 

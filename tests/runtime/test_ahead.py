@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -198,6 +199,27 @@ def test_a_fault_ahead_is_met_again_when_its_turn_comes(ahead: None, call: int, 
                 raised += 1
         assert raised == (not isolate)
         assert told([generation.output() for generation in generations]) == expected
+
+
+def test_what_steps_ahead_raise_is_logged_once_of_each_kind(
+    ahead: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a warning: each takes the time of a step, and nobody hears of it otherwise."""
+    with running(ours()) as llm:
+        expected = told(llm.generate(PROMPTS, GREEDY))
+    kinds, launch = iter([ValueError, MemoryError] + [ValueError] * NEW_TOKENS), engine_module.launch
+
+    def failing(*args: Any, before: Launched | None = None, **options: Any) -> Launched:
+        if before is not None:
+            raise next(kinds)("ahead")
+        return launch(*args, **options)
+
+    monkeypatch.setattr(engine_module, "launch", failing)
+    with caplog.at_level(logging.DEBUG, "fastllama"), running(ours()) as llm:
+        assert told(llm.generate(PROMPTS, GREEDY)) == expected
+    levels = [record.levelno for record in caplog.records if "run ahead" in record.getMessage()]
+    assert levels[:2] == [logging.WARNING] * 2
+    assert set(levels[2:]) == {logging.DEBUG}
 
 
 def test_broken_logits_end_a_request_once(ahead: None) -> None:

@@ -22,6 +22,7 @@ from fastllama.errors import BackendError
 from fastllama.kernels.op import OPS
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.graphs import DecodeGraphs
+from fastllama.runtime.runner import Runner
 from tests.runtime.models import ours, running
 
 CPU = torch.device("cpu")
@@ -142,7 +143,16 @@ def seen_of(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> list[See
     return found
 
 
-def test_a_replayed_step_allocates_copies_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_replayed_step_allocates_copies_and_reads_nothing(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead, too, where ids are what the step before draws: for the same sequences, and where one has ended."""
+    init = Runner.__init__
+
+    def initialise(self: Runner, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.runs_ahead = ahead
+
+    monkeypatch.setattr(Runner, "__init__", initialise)
     found = seen_of(DecodeGraphs, "run", monkeypatch)
     assert len(found) >= max(LENGTHS) - 1
     for seen in found:

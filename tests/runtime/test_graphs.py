@@ -14,7 +14,7 @@ from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.kernels.recording import Recording
 from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
-from fastllama.runtime import graphs, runner
+from fastllama.runtime import capture, graphs, runner
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.step import Step
@@ -62,20 +62,26 @@ class Counting:
 
 
 class StandIn:
-    """What torch.cuda gives for a GPU's graphs, on a CPU: nothing is computed while it captures, as it seems."""
+    """What torch.cuda gives for a GPU's graphs, on a CPU: nothing is computed while it captures."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: int | None = None) -> None:
+        """failing: the number of the capture that cannot be ended."""
         self.memory: list[Tensor] = []  # which all graphs share
         self.captured: list[int] = []  # ops of each
         self.replays = 0
+        self.failing = failing
+        self.abandoned: list[str] = []  # what was called to take a failed capture back
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         stand_in = self
 
         class CUDAGraph:
             recording: Recording
+            ended = False
 
             def pool(self) -> str:
+                if not self.ended:
+                    raise RuntimeError("no capture has ended")
                 return "pool"
 
             def replay(self) -> None:
@@ -83,10 +89,15 @@ class StandIn:
                 self.recording.replay()
 
         @contextmanager
-        def capturing(graph: CUDAGraph, pool: str | None) -> Iterator[None]:
-            assert pool == ("pool" if stand_in.captured else None)
-            with Recording(torch.device("cpu"), stand_in.memory) as graph.recording:
-                yield
+        def capturing(graph: CUDAGraph, pool: str, capture_error_mode: str) -> Iterator[None]:
+            assert (pool, capture_error_mode) == ("pool", "thread_local")
+            try:
+                with Noting(torch.device("cpu"), stand_in.memory) as graph.recording:
+                    yield
+            finally:
+                if len(stand_in.captured) == stand_in.failing:
+                    raise RuntimeError("a previous error during capture")
+                graph.ended = True
             assert graph.recording.replayable, "something computed that is no op"
             stand_in.captured.append(len(graph.recording._calls))
             for buffer in stand_in.memory:
@@ -94,9 +105,42 @@ class StandIn:
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
         monkeypatch.setattr(torch.cuda, "graph", capturing)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        capture = graphs.GraphCapture(torch.device("cpu"), max_pages=16)  # 256 tokens
-        monkeypatch.setattr(runner, "RecordingCapture", lambda device: capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", [Numbers(stand_in)])
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+
+            def calling(device: int, pool: str, name: str = name) -> None:
+                assert (device, pool) == (0, "pool")
+                stand_in.abandoned.append(name)
+
+            monkeypatch.setattr(torch._C, name, calling, raising=False)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, nullcontext)
+        monkeypatch.setattr(
+            runner, "RecordingCapture", lambda device: capture.GraphCapture(device, max_pages=16)
+        )  # 256 tokens
+
+
+class Numbers:
+    """A device's generator, whose state a capture that did not end has spoilt."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in = stand_in
+
+    def clone_state(self) -> str:
+        return "as it was"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self._stand_in.abandoned.append(f"random numbers {state}")
+
+
+class Noting(Recording):
+    """Runs no op that it notes."""
+
+    def _noting(self, run: Callable[..., Any], owner: int) -> Callable[..., Any]:
+        return lambda *args: self._calls.append((run, args))
 
 
 def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +157,7 @@ def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.M
                 held.fill_(1e30)  # what padding must not read
             replayed = logits_of_steps(llm, patch)
     assert len(stand_in.captured) == 3  # of 1, 2 and 4 rows; the first while warming up
-    assert stand_in.replays == 1 + (max(LENGTHS) - 1)  # without the prompts' step
+    assert stand_in.replays == max(LENGTHS) - 1 - 2  # without the prompts' step, and two that were captured
     for ours_, theirs in zip(replayed, written, strict=True):
         assert torch.equal(ours_, theirs)
 
@@ -122,7 +166,7 @@ def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.M
     ("num_seqs", "rows"), [(1, 1), (2, 2), (3, 4), (8, 8), (33, 64), (64, 64), (65, 128), (128, 128), (129, 192)]
 )
 def test_buckets(num_seqs: int, rows: int) -> None:
-    assert graphs.bucket(num_seqs) == rows
+    assert capture.bucket(num_seqs) == rows
 
 
 def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
@@ -147,7 +191,7 @@ def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
                 samples=[],
                 prompts=[],
             ),
-            nothing,
+            None,
         )
         return graph._batch
 
