@@ -51,7 +51,7 @@ def time_steps(batch: int, vocab_size: int, kind: str, steps: int) -> list[float
     """Seconds of each decode step with `batch` sequences."""
     length = PROMPT_TOKENS + steps + 1
     with LLM(null_model(vocab_size, batch), max_model_len=length, kv_cache_tokens=batch * (length + 64)) as llm:
-        llm.engine._runner._graphs._replayable = True  # as a Llama's steps are; of this one a replay is the draw alone
+        llm.engine._runner._graphs.replayable = True  # as a Llama's steps are; of this one a replay is the draw alone
         params = SamplingParams(max_tokens=steps + 1, seed=0, **KINDS[kind])
         for number in range(batch):
             llm.engine.add_request([number % vocab_size] * PROMPT_TOKENS, params)

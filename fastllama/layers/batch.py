@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.checks import CODES
 from fastllama.layers.config import LlamaConfig
 
@@ -75,15 +77,32 @@ class KVCache:
     ) -> KVCache:
         """Uninitialised pages: a slot is read only after it was written. dtype: floating, or int8 or float8_e4m3fn.
 
-        pinned: in memory of the host that a GPU copies from and to while the host goes on.
+        pinned: in one block of the host's memory that a GPU copies from and to while the host goes on, of
+        `pinned_bytes`.
         """
         shape = (num_pages, config.num_key_value_heads, page_size)
+        kinds = [(dtype, (*shape, config.head_dim))] * 2 + [(torch.float32, shape)] * (2 if dtype in CODES else 0)
+        if not pinned:
+            return cls(
+                tuple(
+                    LayerKV(*(torch.empty(size, dtype=of, device=device) for of, size in kinds))
+                    for _ in range(config.num_hidden_layers)
+                )
+            )
+        sizes = [math.prod(size) * of.itemsize for of, size in kinds]  # multiples of 16, for pages hold so many tokens
+        block = torch.empty(sum(sizes) * config.num_hidden_layers, dtype=torch.uint8, pin_memory=True)
+        parts = iter(block.split(sizes * config.num_hidden_layers))
+        return cls(
+            tuple(
+                LayerKV(*(next(parts).view(of).view(size) for of, size in kinds))
+                for _ in range(config.num_hidden_layers)
+            )
+        )
 
-        def empty() -> LayerKV:
-            kinds = [(dtype, (*shape, config.head_dim))] * 2 + [(torch.float32, shape)] * (2 if dtype in CODES else 0)
-            return LayerKV(*(torch.empty(size, dtype=of, device=device, pin_memory=pinned) for of, size in kinds))
-
-        return cls(tuple(empty() for _ in range(config.num_hidden_layers)))
+    @staticmethod
+    def pinned_bytes(config: LlamaConfig, num_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of pinned memory that pages for so many tokens take: torch rounds a block up to a power of two."""
+        return power_of_2(num_tokens * KVCache.bytes_per_token(config, dtype))
 
     @staticmethod
     def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:

@@ -116,6 +116,11 @@ class Engine:
         return warm_up(self._runner, self._sizes, (1, 1 + self.speculation.count)) + self.speculation.drafter.warm_up()
 
     @property
+    def replays(self) -> bool:
+        """Whether decode steps are captured and replayed where nothing asks for them as they are written."""
+        return self._runner.replays
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return self.scheduler.has_work

@@ -43,12 +43,12 @@ class DecodeGraphs:
         self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
         self._modules = list(model.modules())
         self._graphs: dict[tuple[int, int, int], _Graph] = {}  # that was run last comes last
-        self._replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
+        self.replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
 
     def take(self, inputs: Inputs) -> bool:
         """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
         return (
-            self._replayable
+            self.replayable
             and "forward" not in vars(self._model)
             and inputs.num_decodes == len(inputs.seq_lens)
             and len(inputs.logits_rows) == len(inputs.ids)
@@ -70,7 +70,7 @@ class DecodeGraphs:
             graph.load(inputs, before)
             logits, replay = self._capture.capture(graph.step(self._model, self._kv))
             if replay is None:
-                self._replayable = False
+                self.replayable = False
                 self._graphs.clear()
                 return logits[: len(inputs.ids)], graph.drawn
             if len(self._graphs) == LIMIT:

@@ -26,7 +26,10 @@ class HostCache:
         pages = kv.layers[0].k_pages
         self._num_device_pages, page_size = pages.shape[0], pages.shape[2]
         num_pages = ceil_div(num_tokens, page_size)
+        pinned = pages.device.type == "cuda"
         size = num_pages * page_size * KVCache.bytes_per_token(config, pages.dtype)
+        if pinned:
+            size = KVCache.pinned_bytes(config, num_pages * page_size, pages.dtype)
         fits = available_bytes(torch.device("cpu"))
         refusal = (
             f"host_cache_tokens is {num_tokens}, which take {size / 1e9:.2f} GB of host memory; legal here: "
@@ -35,7 +38,6 @@ class HostCache:
         if size > fits:
             raise ValueError(refusal)
         try:
-            pinned = pages.device.type == "cuda"
             host = KVCache.allocate(config, num_pages, page_size, pages.dtype, "cpu", pinned=pinned)
         except RuntimeError as error:  # what torch raises where memory, or memory to pin, runs out
             raise ValueError(refusal) from error

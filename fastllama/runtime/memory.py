@@ -37,8 +37,12 @@ EXPECTED_TOKENS = 1024
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device (on a CPU: without swapping, as far as the system tells)."""
+    """Bytes that can still be allocated on the device (on a CPU: without swapping, as far as the system tells).
+
+    On a GPU what torch keeps of freed memory is given back first, after a quantisation as much as the weights were.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return min([_system_bytes(), *container_bytes()])
 

@@ -49,10 +49,24 @@ class Runner:
         self._deterministic = deterministic
         workspace = model.workspace(max_num_tokens)
         self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)
-        capture: Capture = RecordingCapture(model.device)
+        self._capture: Capture = RecordingCapture(model.device)
         if model.device.type == "cuda":
-            capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
-        self._graphs = DecodeGraphs(model, self.kv, capture, self._batch_of)
+            self._capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
+        self._graphs = DecodeGraphs(model, self.kv, self._capture, self._batch_of)
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps of decodes are replayed, hooks aside."""
+        return self._graphs.replayable
+
+    def shape(self, num_seqs: int, num_queries: int) -> tuple[int, int]:
+        """What two steps of decodes have in common for which the same graph runs, if their pages are as many.
+
+        num_queries: tokens of each of the sequences.
+        """
+        if self._deterministic:
+            num_seqs, num_queries = num_seqs * num_queries, 1  # see Inputs.of
+        return self._capture.shape(num_seqs, 1)[0], num_queries
 
     @torch.inference_mode()
     def run(self, step: Step, before: Draws | None = None) -> StepLogits:
@@ -76,10 +90,12 @@ class Runner:
         def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
+        # As wide as in a graph: on a GPU the page table's width decides how attention is launched.
+        width = self._capture.shape(1, len(inputs.page_table[0]))[1]
         batch = self._batch_of(
             positions=tensor(inputs.positions, torch.int64),
             slots=tensor(inputs.slots, torch.int64),
-            page_table=tensor(inputs.page_table, torch.int32),
+            page_table=tensor([pages + [0] * (width - len(pages)) for pages in inputs.page_table], torch.int32),
             seq_lens=tensor(inputs.seq_lens, torch.int32),
             num_decodes=inputs.num_decodes,
             num_queries=inputs.num_queries,

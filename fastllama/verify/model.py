@@ -16,6 +16,7 @@ from fastllama.io.checkpoint import Checkpoint
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
 from fastllama.runtime.llm import LLM
+from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.verify import oracle
 from fastllama.verify.report import Row, bound_of, error_of
@@ -59,10 +60,16 @@ def weight_row(llm: LLM, checkpoint: Checkpoint) -> Row:
 
 
 def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
-    """A row for each layer, one for the logits, one for the greedy tokens. progress: a bar; None: on a terminal."""
+    """A row for each layer, one for the logits, two for the greedy tokens. progress: a bar; None: on a terminal.
+
+    Layers and logits are seen by hooks, with which each step runs as it is written. So the second row is for the tokens
+    without hooks, whose steps are replayed where they can be captured: on a GPU as CUDA graphs, the draw inside.
+    """
     model, max_model_len = llm.engine.model, llm.engine.scheduler.max_model_len
     count, num_answer = lengths(llm.config)
     run = _observe(llm, _text_ids(llm, count), num_answer)
+    params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True)
+    replayed = llm.generate(run.ids[:count].tolist(), params)[0].outputs[0]
     weights = dict(hf_tensors(model))
     exact, plain = (
         oracle.forward(llm.config, weights, run.ids, dtype, max_model_len) for dtype in (torch.float64, model.dtype)
@@ -77,7 +84,10 @@ def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
         reference = next(exact)
         bound = bound_of(next(plain), reference, model.dtype)
         yield Row("logits", "logits", f"{run.logits.shape[0]} tokens", error_of(run.logits, reference), bound)
-        yield _token_row(run, reference, 0.0 if model.dtype == torch.float32 else 2 * bound)
+        ties = 0.0 if model.dtype == torch.float32 else 2 * bound
+        yield _token_row(run, reference, ties)
+        way = "by replayed steps" if llm.engine.replays else "by steps as written"
+        yield _again_row(run, replayed, reference, ties, way)
 
 
 def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
@@ -94,6 +104,22 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
     if ties := int((gaps > 0).sum()):
         case += f", {ties} of them near-ties" if float(gaps.max()) <= bound else f", {ties} of them others"
     return Row("tokens", "tokens", case, float(gaps.max()), bound)
+
+
+def _again_row(run: Run, again: CompletionOutput, logits: Tensor, bound: float, way: str) -> Row:
+    """How far the oracle rates the first token below its own choice that is not what the hooked run drew.
+
+    Up to there the texts are one, and so are the oracle's logits; behind it nothing is known.
+    """
+    case = f"{len(again.token_ids)} greedy tokens {way}"
+    if run.trouble is not None or len(again.token_ids) < len(run.answer):
+        return Row("tokens", "replayed tokens", case, math.inf, bound)
+    others = [i for i, (ours, seen) in enumerate(zip(again.token_ids, run.answer, strict=True)) if ours != seen]
+    if not others:
+        return Row("tokens", "replayed tokens", case, 0.0, bound)
+    row = logits[-len(run.answer) :][others[0]]
+    gap = float((row.max() - row[again.token_ids[others[0]]]) / row.abs().max())
+    return Row("tokens", "replayed tokens", f"{case}, others from token {others[0] + 1} on", gap, bound)
 
 
 def _text_ids(llm: LLM, count: int) -> list[int]:

@@ -27,7 +27,7 @@ def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> No
     assert found["ok"]
     assert (found["model"], found["dtype"], found["device"]) == (model, "bfloat16", "cpu")
     names = [row["name"] for row in found["rows"]]
-    assert set(names) == {*OPS, "weights", "layer 0", "layer 1", "logits", "tokens"}
+    assert set(names) == {*OPS, "weights", "layer 0", "layer 1", "logits", "tokens", "replayed tokens"}
     table = command("verify", "--model", model, "--dtype", "bfloat16").out
     for row in found["rows"]:
         cells = [row["name"], row["backend"], row["case"], f"{row['error']:.1e}", f"{row['bound']:.1e}", "ok"]

@@ -44,7 +44,7 @@ def answer(llm: LLM) -> list[tuple[int, ...]]:
 def expected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The tokens without graphs."""
     with monkeypatch.context() as patch, running(ours()) as llm:
-        llm.engine._runner._graphs._replayable = False
+        llm.engine._runner._graphs.replayable = False
         patch.setattr(capture.RecordingCapture, "capture", None)
         return answer(llm)
 

@@ -20,6 +20,7 @@ from fastllama.layers.config import RopeScaling
 from fastllama.layers.linear import RMSNorm
 from fastllama.layers.weights import hf_tensors
 from fastllama.runtime import sampler
+from fastllama.runtime.graphs import DecodeGraphs
 from fastllama.runtime.runner import Runner
 from fastllama.verify import Report, Row, check, model, oracle
 from tests.cli.models import SIZES, write_model
@@ -53,9 +54,9 @@ def failed(report: Report) -> list[str]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_right_model_agrees(tmp_path: Path, shape: str) -> None:
     report = check(write_model(tmp_path / "model", **SHAPES[shape]), dtype="float32")
-    assert [row.name for row in report.rows] == ["weights", "layer 0", "layer 1", "logits", "tokens"]
+    assert [row.name for row in report.rows] == ["weights", "layer 0", "layer 1", "logits", "tokens", "replayed tokens"]
     assert report.ok, report.table()
-    assert report.rows[-1].bound == 0.0
+    assert report.rows[-1].bound == report.rows[-2].bound == 0.0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -88,8 +89,10 @@ def test_prompt_and_answer_go_through_the_runtime(path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Runner, "run", watched)
     report = check(path)
-    assert chunks == [1, 2, 40, 40, 16, *[1] * 31]  # LLM warms up with one row and two
-    assert [row.case for row in report.rows] == ["30 tensors", *["127 tokens"] * 4, "32 greedy tokens"]
+    # LLM warms up with one row and two; the text's first page is there the second time.
+    assert chunks == [1, 2, 40, 40, 16, *[1] * 31, 32, *[1] * 31]
+    tokens = ["32 greedy tokens", "32 greedy tokens by replayed steps"]
+    assert [row.case for row in report.rows] == ["30 tensors", *["127 tokens"] * 4, *tokens]
 
 
 def wrong_mlp(at: int) -> Callable[[LlamaMLP, Tensor, RMSNorm, BatchMeta], Tensor]:
@@ -142,7 +145,7 @@ def test_a_wrong_draw_fails_the_tokens_alone(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sampler, "start", wrong)
     report = check(path)
     assert failed(report) == ["tokens"]
-    assert report.rows[-1].case == "32 greedy tokens, 1 of them others"
+    assert report.rows[-2].case == "32 greedy tokens, 1 of them others"
 
 
 def test_logits_that_are_no_numbers_fail_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +161,8 @@ def test_logits_that_are_no_numbers_fail_it(path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(LlamaMLP, "forward", wrong)
     report = check(path)
-    assert failed(report) == ["layer 0", "layer 1", "layer 2", "logits", "tokens"]
-    assert report.rows[-1].case == "5 greedy tokens, then the model's logits are not finite numbers"
+    assert failed(report) == ["layer 0", "layer 1", "layer 2", "logits", "tokens", "replayed tokens"]
+    assert report.rows[-2].case == "5 greedy tokens, then the model's logits are not finite numbers"
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "lm_head.weight", "model.norm.weight"])
@@ -172,6 +175,34 @@ def test_weights_that_are_not_the_checkpoints_are_found(path: Path, name: str, m
 
     monkeypatch.setattr(LLM, "__init__", wrong)
     assert failed(check(path)) == ["weights"]
+
+
+def test_a_graph_that_computes_something_else_fails_the_replayed_tokens_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a draw in it: one that takes the least likely token, in the fifth step that is replayed."""
+    run, replays = DecodeGraphs.run, 0
+
+    @torch.inference_mode()
+    def wrong(self: DecodeGraphs, inputs: Any, before: Any) -> Any:
+        nonlocal replays
+        replays += 1
+        logits, drawn = run(self, inputs, before)
+        if replays == 6:  # one warms up
+            drawn.tokens[0] = logits[0].argmin()
+        return logits, drawn
+
+    monkeypatch.setattr(DecodeGraphs, "run", wrong)
+    report = check(path)
+    assert failed(report) == ["replayed tokens"]
+    assert report.rows[-1].case == "32 greedy tokens by replayed steps, others from token 6 on"
+
+
+def test_the_report_says_where_nothing_is_replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_GRAPHS", "0")
+    report = check(path)
+    assert report.ok
+    assert report.rows[-1].case == "32 greedy tokens by steps as written"
 
 
 def answer_row(logits: list[list[float]], answer: tuple[int, ...], bound: float) -> Row:
