@@ -12,10 +12,11 @@ from fastllama.cli.parser import add_command as add
 DISAGREEMENT = 1
 DETAILS = """Compares with explicit formulas in fp64: every op on a few shapes; then, on a held-out text and through the
 whole runtime, the hidden states after each layer, the logits, and 32 greedy tokens, of steps as they are written and
-again of replayed ones; and the weights with the checkpoint. An error may be at most twice that of plain torch in the same dtype, measured in the same run, and one
-rounding. Greedy tokens must be the reference's in float32; in 16 bits they may differ where its logits tie within
-that bound. Errors are relative to the largest value of a row. Memory beyond the model's stays at one matrix in
-fp64; a 7B model takes minutes on a CPU. The exit status is 1 if anything disagrees."""
+again of replayed ones; and the weights with the checkpoint. An error may be at most twice that of plain torch in the
+same dtype, measured in the same run, and one rounding. Greedy tokens must be the reference's in float32; in 16 bits
+they may differ where its logits tie within that bound. Errors are relative to the largest value of a row. Memory
+beyond the model's stays at one matrix in fp64; a 7B model takes minutes on a CPU. The exit status is 1 if anything
+disagrees."""
 
 
 def add_command(commands: Any) -> None:

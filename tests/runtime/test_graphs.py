@@ -299,6 +299,15 @@ def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
+def test_the_graph_that_was_used_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    with running(ours()) as llm:
+        held = llm.engine._runner._graphs._graphs
+        for num_seqs in (2, 1, 3):  # one was captured while warming up
+            llm.generate([[1, 2]] * num_seqs, params(3))
+        assert [shape[0] for shape in held] == [1, 3]
+
+
 def test_modules_are_what_the_layers_say() -> None:
     """The hooks looked for are those of nn.Module: a new kind there would have to be looked for too."""
     kinds = {name for name in vars(nn.Module()) if "forward" in name and name.endswith("hooks")}

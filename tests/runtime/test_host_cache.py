@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllama import LLM, SamplingParams
-from fastllama.layers.batch import KVCache
+from fastllama.layers.batch import KVCache, LayerKV
 from fastllama.runtime import host_cache
 from fastllama.runtime.block_pool import Transfer
 from fastllama.runtime.host_cache import HostCache
@@ -233,3 +233,40 @@ def test_its_size_is_told_and_must_fit(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(KVCache, "allocate", refusing)
     with pytest.raises(ValueError, match=refusal):
         HostCache(kv, CONFIG, 100_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_pinned_pages_are_one_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which torch takes the next power of two, as the check and the log say."""
+    empty, blocks = torch.empty, []
+
+    def pinning(size: Any, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(size, **options)
+        if pin_memory:
+            blocks.append(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty", pinning)
+    kv = KVCache.allocate(CONFIG, 3, 16, dtype, "cpu", pinned=True)
+    (block,) = blocks
+    tensors = [tensor for layer in kv.layers for tensor in layer.tensors()]
+    assert all(tensor.untyped_storage().data_ptr() == block.data_ptr() for tensor in tensors)
+    assert sum(tensor.nbytes for tensor in tensors) == block.nbytes == 48 * KVCache.bytes_per_token(CONFIG, dtype)
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    assert {tensor.shape for tensor in tensors[:2]} == {kv.layers[0].k_pages.shape}
+    taken = KVCache.pinned_bytes(CONFIG, 48, dtype)
+    assert taken & (taken - 1) == 0
+    assert block.nbytes <= taken < 2 * block.nbytes
+
+
+def test_the_check_counts_what_a_pinned_block_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages:
+        """On a GPU."""
+
+        shape, dtype, device = (4, 2, 16, 8), torch.float32, torch.device("cuda")
+
+    kv = KVCache((LayerKV(Pages(), Pages()),))  # type: ignore[arg-type]
+    exact = 48 * KVCache.bytes_per_token(CONFIG, torch.float32)
+    monkeypatch.setattr(host_cache, "available_bytes", lambda device: exact)
+    with pytest.raises(ValueError, match=f"which take {KVCache.pinned_bytes(CONFIG, 48, torch.float32) / 1e9:.2f} GB"):
+        HostCache(kv, CONFIG, 48)

@@ -151,3 +151,11 @@ def test_one_line_says_it() -> None:
     assert str(chosen(LLAMA2_7B, gigabytes=66, device="cuda")) == (
         "max_model_len 4096, KV cache 105792 tokens (55.47 GB), max_num_seqs 103, max_num_batched_tokens 8192"
     )
+
+
+def test_what_torch_keeps_of_freed_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given back before the GPU is asked."""
+    kept = [3]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 - sum(kept), 10))
+    assert memory.available_bytes(torch.device("cuda")) == 10
