@@ -61,7 +61,8 @@ class Buffers:
         if self._pinned:
             self._pinned.reverse()
             pinned, copied = self._pinned[0]
-            copied.synchronize()
+            if not copied.query():
+                copied.synchronize()
             pinned[:end].copy_(self._host[:end])
             self._device[:end].copy_(pinned[:end], non_blocking=True)
             copied.record(torch.cuda.current_stream(self._device.device))

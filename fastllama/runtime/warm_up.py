@@ -3,7 +3,8 @@
 What a launch depends on, and so what these steps go through:
 - the rows that a step computes, rounded up to a power of two (products, rotation, silu * up), up to all tokens of the
   largest step: prompts of 1, 2, 4, ... tokens in all;
-- the rows of logits, up to 64, beyond which torch multiplies: prompts of as many tokens, each with logits;
+- the rows of logits, up to 64 and once more than that, where torch multiplies and the norm in front is a kernel of its
+  own: prompts of as many tokens, each with logits;
 - the tokens of each decoding sequence, and for a graph its bucket of sequences: decodes of every shape that occurs;
 - that some sequences decode and others read their prompts, which one step then does by two kernels: one step of both;
 - the dtype of the logits drawn from, which are fp32 behind penalties: one draw with a penalty.
@@ -27,7 +28,7 @@ from fastllama.runtime.runner import Runner
 from fastllama.runtime.sequence import Request, Sequence
 from fastllama.runtime.step import Chunk, Step
 
-FEW = 64  # rows of logits, up to which a kernel of ours makes them
+MANY_LOGITS = 128  # rows, the next power of two after 64
 PLAIN = SamplingParams(max_tokens=1, seed=0)
 OF_EACH_ROW = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0)
 PENALIZED = SamplingParams(max_tokens=1, seed=0, repetition_penalty=1.1)
@@ -47,7 +48,7 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
 
     def prompts(rows: int) -> None:
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
-        params = OF_EACH_ROW if 1 < rows <= FEW else PLAIN
+        params = OF_EACH_ROW if 1 < rows <= MANY_LOGITS else PLAIN
         run(_chunks(runner, lengths, params), num_decodes=1 if rows == 1 else 0)
 
     tuning.warm_up(prompts, most, device)
