@@ -4,6 +4,9 @@ VENV ?= .venv
 WORKERS ?= 2
 MINUTES ?= 8
 OUT ?= build/gpu
+# Of the fake GPU: some of its parts (all without), and the versions of torch and Triton.
+PARTS ?=
+FAKE ?= 2.11.0/3.6.0 2.13.0/3.7.1
 # Proved beside the pinned Triton: the one that GPU machines still have, and the newest; all of it, or a SAMPLE: what the
 # interpreter is repaired for, and launches compiled for one target.
 TRITON ?= 3.6.0 3.9.0
@@ -16,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reference test-interpreter test-compile test-triton mutants kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-reference test-interpreter test-compile test-triton fake-gpu gpu-cache mutants kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +62,14 @@ test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile 
 		TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS) tests/testing $(if $(SAMPLE),,tests/kernels) && \
 		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/testing tests/kernels $(SAMPLE:%=-k %) || exit 1; \
 	done
+
+fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
+	@for pair in $(FAKE); do \
+		$(BIN)/python -m tools.fakegpu --torch $${pair%/*} --triton $${pair#*/} check $(PARTS) || exit 1; \
+	done
+
+gpu-cache: $(STAMP) ## compile the kernels of `make gpu` for a GPU machine, into one archive, on the fake GPU
+	$(BIN)/python -m tools.gpu_cache make
 
 mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices
 	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS)

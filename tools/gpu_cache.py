@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.fakegpu import log
-from tools.fakegpu.environment import GPU_MACHINE, ROOT
+from tools.fakegpu.environment import GPU_MACHINE, ROOT, Environment
 from tools.fakegpu.parts import GPU_PLAN
 
 CONTENTS = "contents.json"
@@ -117,18 +117,18 @@ def _compiled(specialisation: str) -> bool | str:
     return bool(hits[-1])
 
 
-def make(out: Path, commands: Sequence[Sequence[str]]) -> int:
+def make(environment: Environment, out: Path, commands: Sequence[Sequence[str]]) -> int:
     """Fill an archive by running commands on the fake GPU; returns the number of kernels."""
     folder = out.parent / "gpu-cache"
     shutil.rmtree(folder, ignore_errors=True)
-    GPU_MACHINE.set_up()
+    environment.set_up()
     for command in commands:
         start = time.monotonic()
         status = subprocess.run(
-            GPU_MACHINE.command(list(command), folder / "log", folder / "triton"), cwd=ROOT
+            environment.command(list(command), folder / "log", folder / "triton"), cwd=ROOT
         ).returncode
         print(f"{' '.join(command)}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
-    triton = fingerprint(GPU_MACHINE.packages / "triton")
+    triton = fingerprint(environment.packages / "triton")
     return pack(folder / "triton", log.read(folder / "log").compilations, triton, out)
 
 
@@ -147,7 +147,7 @@ def main() -> int:
     if options.do == "install":
         print(json.dumps(install(options.archive, options.folder, options.jobs)))
         return 0
-    kernels = make(options.out, GPU_PLAN)
+    kernels = make(GPU_MACHINE, options.out, GPU_PLAN)
     print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -98,6 +98,15 @@ class Environment:
         return ["env", "-u", "TRITON_INTERPRET", *given, program, *argv[1:]]
 
 
+def current() -> Environment:
+    """The environment whose interpreter runs this, else the GPU machines'."""
+    home = Path(sys.prefix).parent
+    if home.parent != HOME:
+        return GPU_MACHINE
+    _, torch, _, triton = home.name.split("-")
+    return Environment(torch, triton)
+
+
 def newest_python() -> str:
     """A Python of the GPU machines' version where there is one, else the running one."""
     wanted = ".".join(map(str, PYTHON))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.fakegpu import log
-from tools.fakegpu.environment import GPU_MACHINE
+from tools.fakegpu.environment import current
 from tools.fakegpu.log import Log
 
 Program = Callable[[str], tuple[str, Log]]
@@ -21,7 +21,7 @@ def program(tmp_path: Path) -> Program:
     """`program(source)`: the output of Python source, and the log. Raises CalledProcessError where it fails."""
 
     def run(source: str) -> tuple[str, Log]:
-        command = GPU_MACHINE.command(["python", "-c", textwrap.dedent(source)], tmp_path / "log")
+        command = current().command(["python", "-c", textwrap.dedent(source)], tmp_path / "log")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout, log.read(tmp_path / "log")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tools import gpu_cache
-from tools.fakegpu.environment import GPU_MACHINE, ROOT
+from tools.fakegpu.environment import ROOT, current
 
 pytestmark = pytest.mark.fakegpu
 
@@ -26,14 +26,14 @@ rms_norm(x, x[0])
 def install(archive: Path, folder: Path) -> dict[str, Any]:
     """As on the GPU machine."""
     command = ["python", "-m", "tools.gpu_cache", "install", str(archive), str(folder), "--jobs", "1"]
-    done = subprocess.run(GPU_MACHINE.command(command), cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(current().command(command), cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "cache.tar.xz"
-    assert gpu_cache.make(path, [["python", "-c", CALL]]) == 2
+    assert gpu_cache.make(current(), path, [["python", "-c", CALL]]) == 2
     return path
 
 
@@ -48,7 +48,7 @@ def test_a_run_with_the_cache_compiles_nothing(archive: Path, tmp_path: Path) ->
     """Neither kernels nor launchers: no file is new."""
     install(archive, tmp_path)
     before = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    subprocess.run(GPU_MACHINE.command(["python", "-c", CALL], cache=tmp_path), cwd=ROOT, check=True)
+    subprocess.run(current().command(["python", "-c", CALL], cache=tmp_path), cwd=ROOT, check=True)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == before
 
 
