@@ -4,6 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2
 MINUTES ?= 8
 OUT ?= build/gpu
+CACHE ?=
 # Of the fake GPU: some of its parts (all without), and the versions of torch and Triton.
 PARTS ?=
 FAKE ?= 2.11.0/3.6.0 2.13.0/3.7.1
@@ -88,11 +89,11 @@ format: $(STAMP) ## rewrite to style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-gpu: ## on a machine with a GPU: test and measure all in MINUTES, by any PYTHON with torch and triton, into OUT
-	$(NO_INTERPRETER) PYTHONPATH=. $(PYTHON) -m benchmarks.run --minutes $(MINUTES) --out $(OUT)
+gpu: ## on a machine with a GPU: test and measure all in MINUTES, by any PYTHON with torch and triton, into OUT [CACHE=]
+	$(NO_INTERPRETER) PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) $(CACHE:%=--cache %)
 
-gpu-dry: $(STAMP) ## walk the plan of `make gpu` at toy sizes on this CPU
-	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.run --dry --minutes 5 --out build/gpu-dry
+gpu-dry: $(STAMP) ## walk the stages of `make gpu` at toy sizes on this CPU
+	$(NO_INTERPRETER) $(BIN)/python -m benchmarks.gpu --dry --minutes 8 --out build/gpu-dry
 
 bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers and, where installed, llama.cpp, in one run
 	$(BIN)/python -m benchmarks.cpu_decode

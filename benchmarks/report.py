@@ -1,4 +1,4 @@
-"""A run's figures as Markdown: `python -m benchmarks.report FOLDER` prints FOLDER/bench.json as tables.
+"""A run's figures as Markdown: `python -m benchmarks.report FOLDER` prints FOLDER/results.jsonl as tables.
 
 The floor is the larger of two times: of the bytes at the bandwidth that a copy reached in the same run, and of the
 operations at the rate that a product reached. A ratio above 1 is a peer that was slower.
@@ -6,12 +6,13 @@ operations at the rate that a product reached. A ratio above 1 is a peer that wa
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import goals, results
+from benchmarks.gpu.goals import Results
 from fastllama.bench import decode_report
 
 OURS = "fastllama"
@@ -82,37 +83,73 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace("|", "/")[:100]
 
 
-def markdown(record: Row) -> str:
-    """The whole report."""
-    environment, ceilings, cases = record["environment"], record["ceilings"], record["cases"]
+def markdown(folder: Path) -> str:
+    """The whole report of a run's results."""
+    found = results.read(folder)
+    facts = next((line for line in found.get("facts", ()) if "environment" in line), None)
+    if facts is None:
+        return "# Nothing was measured\n"
+    environment = facts["environment"]
     way = "graph" if environment["gpu"] else "eager"
-    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in record["libraries"].items())
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["libraries"].items())
     parts = [
-        f"# {environment['device']}, {record['conditions']['dtype']}",
+        f"# {environment['device']}",
         f"fastllama {environment['fastllama']} at {environment['commit']}, torch {environment['torch']}, "
-        f"triton {environment['triton']}; {versions}.\n"
-        f"A copy reads and writes {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 product reaches "
-        f"{ceilings['bf16_flops_per_second'] / 1e12:.1f} TFLOP/s.\n"
-        f"Tests: {record['tests']['outcome']}. Cases measured: {len(cases)}, skipped: {len(record['skipped'])}.",
-        f"## fastllama beside the fastest peer ({way}, medians)",
-        table(("op", "shape", "us", "GB/s", "of the floor", "fastest peer: us", "ratio"), _ours(cases, ceilings, way)),
+        f"triton {environment['triton']}; {versions}.",
+        *_decodes(found),
+        *_block(found, way),
+        *_launches(found),
+        *_ops(found, way),
     ]
-    launches = record["launch_overhead"]
-    rows = ((op, *(f"{each[how]['median']:.1f}" for how in HOW)) for op, each in launches["ops"].items())
-    host = launches.get("failed") or table(("op", *(f"{how}, us" for how in HOW)), rows)
-    parts += ["## Host time of one launch", host]
-    block = record["block"]
-    header = ("shape", "what", "us", "of a copy", "launches", "failed")
-    ended = [text for text in (block.get("failed"), block.get("cut_short"), *block.get("skipped", ())) if text]
-    parts += [f"## A block's decode step ({way}, medians)", table(header, _blocks(block["cases"], way)), *ended]
-    decode = record["decode"]
-    parts += ["## Decode steps of the runtime", table(decode_report.HEADER, decode_report.rows(decode))]
-    parts += [text for text in (decode.get("failed"), decode.get("cut_short"), decode.get("not_run")) if text]
-    parts += [_line(text) for text in decode_report.failures(decode)]
-    header = ("op", "shape", "what", "graph us", "eager us", "error", "failed")
-    parts += ["## Everyone", table(header, _everyone(cases))]
     return "\n\n".join(parts) + "\n"
 
 
+def _records(found: Results, stage: str) -> Iterator[tuple[str, Row]]:
+    """What the stages of a name wrote, with their own names."""
+    for name, lines in found.items():
+        if name.startswith(stage):
+            yield from ((name, line["record"]) for line in lines if "record" in line)
+
+
+def _decodes(found: Results) -> Iterator[str]:
+    yield "## Decode steps of the runtime"
+    records = [record for _, record in _records(found, "decode")]
+    yield table(decode_report.HEADER, (row for record in records for row in decode_report.rows(record)))
+    yield from (_line(text) for record in records for text in decode_report.failures(record))
+
+
+def _block(found: Results, way: str) -> Iterator[str]:
+    header = ("shape", "what", "us", "of a copy", "launches", "failed")
+    for name, record in _records(found, "block"):
+        yield f"## A block's decode step: {name} ({way}, medians)"
+        yield table(header, _blocks(record["cases"], way))
+        yield from record.get("skipped", ())
+
+
+def _launches(found: Results) -> Iterator[str]:
+    for _, record in _records(found, "launches"):
+        rows = ((op, *(f"{each[how]['median']:.1f}" for how in HOW)) for op, each in record["ops"].items())
+        yield "## Host time of one launch"
+        yield table(("op", *(f"{how}, us" for how in HOW)), rows)
+
+
+def _ops(found: Results, way: str) -> Iterator[str]:
+    lines = found.get("ops", ())
+    cases = [line["case"] for line in lines if "case" in line]
+    reached = goals.ceilings(found)
+    if not cases or not reached:
+        return
+    yield (
+        f"A copy reads and writes {reached['copy_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 product reaches "
+        f"{reached['bf16_flops_per_second'] / 1e12:.1f} TFLOP/s. Cases measured: {len(cases)}, skipped: "
+        f"{sum('skipped' in line for line in lines)}."
+    )
+    yield f"## fastllama beside the fastest peer ({way}, medians)"
+    header = ("op", "shape", "us", "GB/s", "of the floor", "fastest peer: us", "ratio")
+    yield table(header, _ours(cases, dict(reached), way))
+    yield "## Everyone"
+    yield table(("op", "shape", "what", "graph us", "eager us", "error", "failed"), _everyone(cases))
+
+
 if __name__ == "__main__":
-    print(markdown(json.loads((Path(sys.argv[1]) / "bench.json").read_text(encoding="utf-8"))), end="")
+    print(markdown(Path(sys.argv[1])), end="")

@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import results
 from tools.fakegpu import log
 from tools.fakegpu.environment import GPU_MACHINE, ROOT, Environment
 from tools.fakegpu.parts import GPU_PLAN
@@ -143,11 +144,15 @@ def main() -> int:
     installing.add_argument("archive", type=Path)
     installing.add_argument("folder", type=Path)
     installing.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    installing.add_argument("--results", type=Path, help="of a run of `make gpu`: where to add the outcome, too")
     options = parser.parse_args()
     if options.do == "install":
-        print(json.dumps(install(options.archive, options.folder, options.jobs)))
+        found = install(options.archive, options.folder, options.jobs)
+        print(json.dumps(found))
+        if options.results is not None:
+            results.append(options.results, stage="cache", **found)
         return 0
-    kernels = make(GPU_MACHINE, options.out, GPU_PLAN)
+    kernels = make(GPU_MACHINE, options.out, [GPU_PLAN])
     print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
 

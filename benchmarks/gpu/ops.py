@@ -1,0 +1,53 @@
+"""Every op at Llama 2's shapes beside its peers: judged, then timed. What there is no time for is named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import micro
+from benchmarks.gpu import results, stage
+from benchmarks.registry import OPS, Case, cases, toy_cases
+from fastllama.bench.environment import gpu
+
+FIRST = ("matmul", "matmul_int4", "attention_decode", "attention_prefill")  # what a decode step and a prompt wait for
+
+
+def plan(dtype: torch.dtype, dry: bool, device: torch.device) -> Iterator[Case]:
+    """The cases in order: FIRST, then other ops with a kernel for the device, then the rest; within, as registered."""
+    order = (*FIRST, *(op for op in OPS if op not in FIRST))
+    found = list(toy_cases(dtype, order) if dry else cases(dtype, order))
+    for kernel in (True, False):
+        yield from (case for case in found if (micro.implementation(case.op, device).backend != "reference") == kernel)
+
+
+def main() -> int:
+    """A line for each case; 1 where one of ours failed."""
+    options = stage.options(__doc__, dtype="bfloat16", seconds=1e9)
+    device, start, longest, failed = stage.device(options.dry), time.monotonic(), 0.0, False
+    for case in plan(getattr(torch, options.dtype), options.dry, device):
+        began = time.monotonic()
+        if began + longest - start > options.seconds:
+            results.append(options.results, stage="ops", skipped=f"{case.op}, {case.label}: no time left")
+            continue
+        try:
+            with micro.interpreted(options.dry):
+                found = micro.measure(case, device, rounds=2 if options.dry else micro.ROUNDS)
+        except torch.OutOfMemoryError:
+            results.append(options.results, stage="ops", skipped=f"{case.op}, {case.label}: does not fit in memory")
+            continue
+        finally:
+            if not options.dry:
+                torch.cuda.empty_cache()  # the memory of this case's graphs
+        seconds = time.monotonic() - began
+        longest = max(longest, seconds)
+        results.append(options.results, stage="ops", case=found, gpu=gpu(), seconds=round(seconds, 1))
+        print(f"{case.op}, {case.label}: {seconds:.1f} s", flush=True)
+        failed = failed or "failed" in found["contenders"][micro.OURS]
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""Every op against the fp64 reference: at a shape of Llama 2 and at three rows, in bf16, then in fp32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import micro
+from benchmarks.gpu import results, stage
+from benchmarks.registry import LLAMA_2, OPS, TOY, Case
+
+ROWS = {"attention_varlen": 512, "attention_prefill": 512}
+MOST_ROWS = 64  # of the other ops: what their kernels of few rows take
+
+
+def cases(dtype: torch.dtype, dry: bool) -> Iterator[Case]:
+    """Two of each op: in order of the ops, so that one that hangs costs those behind it alone."""
+    for op in OPS:
+        for model, rows in ((TOY, 3),) if dry else ((LLAMA_2[0], ROWS.get(op, MOST_ROWS)), (LLAMA_2[0], 3)):
+            context = {TOY: 70}.get(model, 4096) if op == "attention_decode" else 0
+            yield Case(op, model, rows, context, dtype)
+
+
+def main() -> int:
+    """A line for each case; 1 where one is wrong or does not run."""
+    options = stage.options(__doc__)
+    device, wrong = stage.device(options.dry), 0
+    with torch.inference_mode(), micro.interpreted(options.dry):
+        for dtype in (torch.bfloat16, torch.float32):
+            for case in cases(dtype, options.dry):
+                start = time.monotonic()
+                found: dict[str, object] = {}
+                try:
+                    with micro.running(case.op, device) as function:
+                        error, bound = case.judge(function, device)
+                    found |= {"error": error, "bound": bound, "right": error <= bound}
+                except Exception as failure:  # of one op, of which the others may know nothing
+                    found |= {"failed": f"{type(failure).__name__}: {failure}"[:500], "right": False}
+                    stage.say_failure(failure)
+                seconds = round(time.monotonic() - start, 2)
+                name = str(dtype).removeprefix("torch.")
+                results.append(
+                    options.results, stage="parity", op=case.op, dtype=name, label=case.label, seconds=seconds, **found
+                )
+                said = " ".join(
+                    f"{key} {value:.2g}" if isinstance(value, float) else "" for key, value in found.items()
+                )
+                print(f"{'right' if found['right'] else 'WRONG'} {case.op}, {name}, {case.label}: {said}", flush=True)
+                wrong += not found["right"]
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

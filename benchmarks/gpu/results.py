@@ -1,0 +1,55 @@
+"""The file of a run: one JSON object a line, written and flushed as it is known, so that a run cut short keeps it.
+
+Each line has a "stage". A stage's own lines hold what it found; the runner's last one for it an "outcome" as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+FILE = "results.jsonl"
+Line = dict[str, Any]
+
+
+def append(path: Path, **line: Any) -> None:
+    """Add a line. NaN and infinities are text, which any JSON reader takes."""
+    text = json.dumps(line, allow_nan=False, default=str) if _finite(line) else json.dumps(_spelled(line), default=str)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def read(folder: Path) -> dict[str, list[Line]]:
+    """A run's lines by stage, in order. What was being written when the run was cut is left out."""
+    found: dict[str, list[Line]] = defaultdict(list)
+    path = folder / FILE
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found[line["stage"]].append(line)
+    return dict(found)
+
+
+def outcome(lines: list[Line]) -> Line:
+    """The runner's line of a stage; {} while it runs, or where it was never begun."""
+    return next((line for line in reversed(lines) if "outcome" in line), {})
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or value - value == 0
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _spelled(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(each) for each in value]
+    return value if _finite(value) else str(value)

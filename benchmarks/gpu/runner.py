@@ -1,0 +1,90 @@
+"""Runs the stages one after another within a number of minutes; everything they print goes into one log."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import results
+from benchmarks.gpu.plan import CURRENT, Stage
+from benchmarks.gpu.results import FILE
+
+ROOT = Path(__file__).parents[2]
+LOG = "log.txt"
+NO_TEST_RAN = 5  # pytest's exit status
+TAIL = 12  # lines of a failed stage that are said at once
+GRACE = 10.0  # seconds at the end, for the report
+
+
+def run(stages: Iterable[Stage], out: Path, minutes: float, variables: Mapping[str, str]) -> bool:
+    """Run them; whether none failed. variables: of every stage's environment."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (FILE, LOG, CURRENT):
+        (out / name).unlink(missing_ok=True)
+    end = time.monotonic() + 60 * minutes - GRACE
+    fine = True
+    for stage in stages:
+        missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+        limit = stage.limit(minutes, end - time.monotonic())
+        found: dict[str, Any] = {"outcome": "skipped"}
+        if missing:
+            found["why"] = f"{' and '.join(missing)} not installed"
+        elif not limit:
+            found["why"] = f"{max(end - time.monotonic(), 0):.0f} s left, {stage.least} wanted"
+        else:
+            found = _run(stage, out, limit, variables)
+        results.append(out / FILE, stage=stage.name, **found)
+        fine = fine and found["outcome"] != "failed"
+        print(f"{stage.name}: {found['outcome']}{_said(found)}", flush=True)
+    return fine
+
+
+def _run(stage: Stage, out: Path, limit: float, variables: Mapping[str, str]) -> dict[str, Any]:
+    log, current = out / LOG, out / CURRENT
+    argv = [*stage.argv, *(("--output", str(current)) if stage.writes else ())]
+    given = [f"{name}={value}" for name, value in (variables | dict(stage.variables)).items()]
+    start = time.monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        print(
+            f"\n=== {stage.name}: {' '.join(given)} python {' '.join(argv)} (at most {limit:.0f} s)",
+            file=file,
+            flush=True,
+        )
+        said = file.tell()
+        status = _ended(["env", *given, sys.executable, *argv], file, limit)
+    outcome = {0: "passed", NO_TEST_RAN: "no test here", None: "cut short"}.get(status, "failed")
+    found: dict[str, Any] = {"outcome": outcome, "status": status, "seconds": round(time.monotonic() - start, 1)}
+    if current.exists():
+        found["record"] = json.loads(current.read_text(encoding="utf-8"))
+        current.unlink()
+    if outcome == "failed":
+        with log.open(encoding="utf-8", errors="replace") as file:
+            file.seek(said)
+            found["tail"] = [line.rstrip() for line in file if line.strip()][-TAIL:]
+    return found
+
+
+def _ended(command: list[str], log: Any, seconds: float) -> int | None:
+    """The exit status; None where it, and all that it started, had to be ended."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except BaseException as stopped:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(stopped, subprocess.TimeoutExpired):
+            raise
+        return None
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    why = f" ({found['why']})" if "why" in found else f" in {found['seconds']:.0f} s"
+    return "\n    ".join([why, *found.get("tail", ())])

@@ -1,0 +1,113 @@
+"""What came out of a run, in the order in which to act on it: `python -m benchmarks.gpu.verdict FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import goals, results
+from benchmarks.gpu.goals import GOALS, Results
+from benchmarks.report import table
+
+KERNELS = {"weights": ("matmul",), "keys and values": ("decode_kernel", "combine_kernel", "attention")}
+
+
+def markdown(folder: Path) -> str:
+    """The verdict. Whatever the run did not reach is named as such, never passed over."""
+    found = results.read(folder)
+    parts = ["# Verdict", *_right(found), *_fast(found), "## Next", "\n".join(f"1. {text}" for text in advice(found))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _right(found: Results) -> Iterator[str]:
+    yield "## Right?"
+    parity = [line for line in found.get("parity", ()) if "right" in line]
+    wrong = [line for line in parity if not line["right"]]
+    said = f"Ops: {len(parity) - len(wrong)} of {len(parity)} cases right." if parity else "Ops: not reached."
+    yield "\n".join([said, *(f"- WRONG {_case(line)}" for line in wrong)])
+    modes = found.get("tokens", ())
+    lines = [f"- {'right' if line['right'] else 'DIFFERENT'}, {line['mode']}: {_tokens(line)}" for line in modes]
+    yield "\n".join(["Tokens of the bundled model beside a CPU's:" if lines else "Tokens: not reached.", *lines])
+    stages = [(name, results.outcome(list(lines))) for name, lines in found.items()]
+    rows = ((name, ended["outcome"], _seconds(ended), ended.get("why", "")) for name, ended in stages if ended)
+    yield table(("stage", "outcome", "s", "why"), rows)
+
+
+def _case(line: Mapping[str, Any]) -> str:
+    why = line.get("failed") or f"error {line['error']:.2g}, bound {line['bound']:.2g}"
+    return f"{line['op']}, {line['dtype']}, {line['label']}: {why}"
+
+
+def _tokens(line: Mapping[str, Any]) -> str:
+    first = next(iter(line["differences"]), None)
+    where = f"; first: {first}" if first and not line["right"] else ""
+    return f"{line['equal']} of {line['answers']} answers equal, {line['ties']} tied, {line['turned']} turned{where}"
+
+
+def _seconds(ended: Mapping[str, Any]) -> str:
+    return f"{ended['seconds']:.0f}" if "seconds" in ended else ""
+
+
+def _fast(found: Results) -> Iterator[str]:
+    yield "## Fast?"
+    bandwidth = goals.read_bandwidth(found)
+    if bandwidth:
+        yield f"The device reads {bandwidth / 1e12:.2f} TB/s; shares of a step and of its kernels are of that."
+        rows = (_step(case, bandwidth) for case in goals.decodes(found))
+        yield table(("decode step", "tokens/s", "share", *(f"{name} in kernels" for name in KERNELS)), rows)
+    known = [(goal, reached) for goal in GOALS if (reached := goal.measure(found)) is not None]
+    known.sort(key=lambda pair: -(pair[0].gap(found) or 0.0))
+    rows = ((goal.name, f"{reached:.2f}", f"{goal.least:.2f}", _gap(goal.gap(found))) for goal, reached in known)
+    yield table(("goal", "reached", "wanted", "missing"), rows)
+    unknown = [goal.name for goal in GOALS if goal.measure(found) is None]
+    yield f"Not measured: {'; '.join(unknown) or 'nothing'}."
+
+
+def _gap(gap: float | None) -> str:
+    return "" if gap is None else f"{100 * gap:.0f} %" if gap > 0 else "reached"
+
+
+def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
+    """Shares of the bandwidth: of the step, and of the kernels that read the weights, and keys and values."""
+    label = f"{case['quantization']}, batch {case['batch']}, context {case['context']}"
+    moved = {"weights": case["weight_bytes"], "keys and values": case["kv_bytes"]}
+    cells = []
+    for what, names in KERNELS.items():
+        spent = sum(row["us_per_step"] for row in case["launches"] if any(name in row["name"] for name in names))
+        cells.append(f"{100 * moved[what] / (1e-6 * spent) / bandwidth:.0f} %" if spent else "no trace")
+    share = f"{100 * case['bytes_per_second'] / bandwidth:.0f} %"
+    return (label, f"{case['tokens_per_second']:.1f}", share, *cells)
+
+
+def advice(found: Results) -> list[str]:
+    """What to do next: crashes, then wrong numbers, then the largest gap."""
+    said = []
+    ended = {name: results.outcome(list(lines)) for name, lines in found.items()}
+    failed = [name for name, line in ended.items() if line.get("outcome") == "failed"]
+    wrong = sorted({line["op"] for line in found.get("parity", ()) if line.get("right") is False})
+    if wrong:
+        said.append(f"Repair {', '.join(wrong)}: wrong alone, at a known shape (compute-sanitizer on `parity` first).")
+    modes = {line["mode"]: line["right"] for line in found.get("tokens", ())}
+    if modes.get("as it is") is False and not wrong:
+        cured = [mode for mode, right in modes.items() if right]
+        said.append(
+            f"Tokens differ as it is, and not with {' or '.join(cured)}: that is where to look."
+            if cured
+            else "Tokens differ in every mode though every op is right: look at layers, sampling and the runtime."
+        )
+    if failed:
+        said.append(f"Read in log.txt why these failed: {', '.join(failed)}.")
+    cut = [name for name, line in ended.items() if line.get("outcome") in ("cut short", "skipped")]
+    if cut:
+        said.append(f"Run again for what was not finished: --stages {' '.join(map(repr, cut))}.")
+    gaps = [(gap, goal) for goal in GOALS if (gap := goal.gap(found)) is not None and gap > 0]
+    if gaps:
+        gap, goal = max(gaps, key=lambda pair: pair[0])
+        said.append(f"The largest gap is {100 * gap:.0f} %, {goal.name}: read its kernels' trace and profile.")
+    return said or ["Nothing failed, nothing differs, and no goal that was measured is missed."]
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])), end="")
