@@ -111,8 +111,17 @@ def _records(found: Results, stage: str) -> Iterator[tuple[str, Row]]:
             yield from ((name, line["record"]) for line in lines if "record" in line)
 
 
+def _unfinished(found: Results, stage: str) -> Iterator[str]:
+    """The stages of a name that did not pass, and why."""
+    for name, lines in found.items():
+        ended = results.outcome(list(lines))
+        if name.startswith(stage) and ended.get("outcome", "passed") != "passed":
+            yield f"{name}: {ended['outcome']}" + (f", {ended['why']}" if "why" in ended else "")
+
+
 def _decodes(found: Results) -> Iterator[str]:
     yield "## Decode steps of the runtime"
+    yield from _unfinished(found, "decode")
     records = [record for _, record in _records(found, "decode")]
     yield table(decode_report.HEADER, (row for record in records for row in decode_report.rows(record)))
     yield from (_line(text) for record in records for text in decode_report.failures(record))
@@ -120,6 +129,7 @@ def _decodes(found: Results) -> Iterator[str]:
 
 def _block(found: Results, way: str) -> Iterator[str]:
     header = ("shape", "what", "us", "of a copy", "launches", "failed")
+    yield from _unfinished(found, "block")
     for name, record in _records(found, "block"):
         yield f"## A block's decode step: {name} ({way}, medians)"
         yield table(header, _blocks(record["cases"], way))
@@ -127,6 +137,7 @@ def _block(found: Results, way: str) -> Iterator[str]:
 
 
 def _launches(found: Results) -> Iterator[str]:
+    yield from _unfinished(found, "launches")
     for _, record in _records(found, "launches"):
         rows = ((op, *(f"{each[how]['median']:.1f}" for how in HOW)) for op, each in record["ops"].items())
         yield "## Host time of one launch"

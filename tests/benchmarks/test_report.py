@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import report
+from benchmarks.gpu import results
 
 CEILINGS = {"copy_bytes_per_second": 4e12, "bf16_flops_per_second": 8e14}
 BLOCK = {
@@ -33,7 +36,9 @@ def contender(seconds: float) -> dict[str, Any]:
     return {"error": 1e-3, "graph": {"median": seconds}, "eager": {"median": 2 * seconds}}
 
 
-def record(**changes: Any) -> dict[str, Any]:
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    """`written(**stages)`: the report of a run; a stage's lines in place of those here, None for none."""
     cases = [
         {
             "op": "rms_norm",
@@ -57,84 +62,85 @@ def record(**changes: Any) -> dict[str, Any]:
             "contenders": {"fastllama": {"failed": "wrong: error 1, bound 0"}, "torch eager": contender(1e-3)},
         },
     ]
-    return {
-        "environment": {
-            "device": "NVIDIA H200",
-            "gpu": {},
-            "fastllama": "1",
-            "commit": "c",
-            "torch": "2",
-            "triton": "3",
-        }
-        | {"gpu": {"name": "NVIDIA H200"}},
-        "libraries": {"liger-kernel": "0.8.5", "vllm": None},
-        "conditions": {"dtype": "bfloat16"},
-        "tests": {"outcome": "passed", "status": 0},
-        "launch_overhead": {
-            "ops": {"rms_norm": {"outputs given": {"median": 9.87}, "allocated": {"median": 12.34}}},
-        },
-        "block": {"cases": [BLOCK], "cut_short": "cut short after 96 s"},
-        "decode": {
-            "cases": [DECODE],
-            "skipped": ["fastllama, none: a | b"],
-            "absent": {"transformers": "not installed"},
-        },
-        "ceilings": CEILINGS,
-        "cases": cases,
-        "skipped": ["x"],
-    } | changes
+    environment = {"device": "NVIDIA H200", "fastllama": "1", "commit": "c", "torch": "2", "triton": "3"}
+    decode = {"cases": [DECODE], "skipped": ["fastllama, none: a | b"], "absent": {"transformers": "not installed"}}
+    launches = {"ops": {"rms_norm": {"outputs given": {"median": 9.87}, "allocated": {"median": 12.34}}}}
+    usual: dict[str, list[dict[str, Any]]] = {
+        "facts": [
+            {
+                "environment": {**environment, "gpu": {"name": "NVIDIA H200"}},
+                "libraries": {"liger-kernel": "0.8.5", "vllm": None},
+            }
+        ],
+        "ceilings": [CEILINGS],
+        "decode at 512": [{"outcome": "passed", "record": decode}],
+        "block": [{"outcome": "cut short", "record": {"cases": [BLOCK]}}],
+        "launches": [{"outcome": "passed", "record": launches}],
+        "ops": [*({"case": case} for case in cases), {"skipped": "x"}],
+    }
+
+    def report_of(**stages: list[dict[str, Any]]) -> str:
+        (tmp_path / results.FILE).unlink(missing_ok=True)
+        for stage, lines in (usual | {name.replace("_", " "): lines for name, lines in stages.items()}).items():
+            for line in lines:
+                results.append(tmp_path / results.FILE, stage=stage, **line)
+        return report.markdown(tmp_path)
+
+    return report_of
 
 
-def test_ours_stands_beside_the_fastest_peer() -> None:
-    text = report.markdown(record())
+def test_ours_stands_beside_the_fastest_peer(written: Callable[..., str]) -> None:
+    text = written()
     # 134 MB at 4 TB/s take 33.6 us: 84 % of 40 us; torch.compile takes 1.25 times as long
     assert "| rms_norm (triton) | llama-2-7b, 8192 rows | 40.0 | 3355 | 84 % | torch.compile: 50.0 | 1.25 |" in text
     assert "| sample (reference) | llama-2-7b, 64 rows | failed |  |  | torch eager: 1000.0 |  |" in text
 
 
-def test_conditions_and_absences_are_named() -> None:
-    text = report.markdown(record())
-    assert text.startswith("# NVIDIA H200, bfloat16\n")
+def test_conditions_and_absences_are_named(written: Callable[..., str]) -> None:
+    text = written()
+    assert text.startswith("# NVIDIA H200\n")
     assert "liger-kernel 0.8.5, vllm not installed" in text
     assert "4.00 TB/s" in text
     assert "800.0 TFLOP/s" in text
-    assert "Tests: passed. Cases measured: 2, skipped: 1." in text
+    assert "Cases measured: 2, skipped: 1." in text
     assert "| rms_norm | 9.9 | 12.3 |" in text
 
 
-def test_blocks_are_told_with_what_failed() -> None:
-    text = report.markdown(record())
+def test_blocks_are_told_with_what_failed(written: Callable[..., str]) -> None:
+    text = written()
     assert f"| {BLOCK['label']} | fastllama | 100.0 | 87 % | 6 |  |" in text
     assert f"| {BLOCK['label']} | torch |  |  | 2 | a / b |" in text
-    assert "cut short after 96 s" in text
-    assert "status 2" in report.markdown(record(block={"cases": [], "failed": "status 2"}))
+    assert "block: cut short" in text
+    assert "block: skipped, no time" in written(block=[{"outcome": "skipped", "why": "no time"}])
 
 
-def test_decode_steps_are_told_with_what_was_not_measured() -> None:
-    text = report.markdown(record())
+def test_decode_steps_are_told_with_what_was_not_measured(written: Callable[..., str]) -> None:
+    text = written()
     assert "| fastllama | int4 | 8 | 512 | 1600.00 | 5.00 | - | - | 5.6 | 28 % |" in text
     assert "skipped: fastllama, none: a / b" in text
     assert "transformers: not installed" in text
     failed = {**DECODE, "failed": "RuntimeError: no graph"}
-    broken = report.markdown(record(decode={"cases": [failed], "failed": "status 1, see decode.txt"}))
+    broken = written(decode_at_512=[{"outcome": "failed", "record": {"cases": [failed]}}])
     assert "fastllama, int4, batch 8, context 512: failed: RuntimeError: no graph" in broken
-    assert "status 1, see decode.txt" in broken
+    assert "decode at 512: failed" in broken
     assert "1600.00" not in broken
-    assert "for lack of tqdm" in report.markdown(record(decode={"cases": [], "not_run": "for lack of tqdm"}))
 
 
-def test_failures_are_told() -> None:
-    text = report.markdown(record())
+def test_failures_are_told(written: Callable[..., str]) -> None:
+    text = written()
     assert "| liger-kernel |  |  |  | ImportError: a / b |" in text
     assert "| fastllama |  |  |  | wrong: error 1, bound 0 |" in text
-    failed = report.markdown(record(launch_overhead={"ops": {}, "failed": "status 1, see launch_overhead.txt"}))
-    assert "status 1, see launch_overhead.txt" in failed
+    assert "launches: failed" in written(launches=[{"outcome": "failed"}])
 
 
-def test_a_cpu_is_reported_by_its_eager_times() -> None:
-    found = record()
-    found["environment"]["gpu"] = None
-    assert "| llama-2-7b, 8192 rows | 80.0 | 1678 | 42 % | torch.compile: 100.0 | 1.25 |" in report.markdown(found)
+def test_a_cpu_is_reported_by_its_eager_times(written: Callable[..., str]) -> None:
+    environment = {"device": "cpu", "gpu": None, "fastllama": "1", "commit": "c", "torch": "2", "triton": "3"}
+    text = written(facts=[{"environment": environment, "libraries": {}}])
+    assert "| llama-2-7b, 8192 rows | 80.0 | 1678 | 42 % | torch.compile: 100.0 | 1.25 |" in text
+
+
+def test_a_run_that_was_cut_at_once_has_a_report(tmp_path: Path) -> None:
+    assert report.markdown(tmp_path) == "# Nothing was measured\n"
 
 
 @pytest.mark.parametrize(("bytes_", "flops", "seconds"), [(4e12, 8e13, 1.0), (4e11, 8e14, 1.0), (0, 0, 0.0)])

@@ -1,0 +1,121 @@
+"""Stages as processes: their limits, what of them is kept, and that a failure shows at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import results, runner
+from benchmarks.gpu.plan import Stage
+
+
+def stage(name: str, source: str, **options: Any) -> Stage:
+    return Stage(name, ("-c", source), **({"least": 1, "most": 60} | options))
+
+
+def ended(out: Path, name: str) -> dict[str, Any]:
+    return results.outcome(results.read(out)[name])
+
+
+def test_outcomes(tmp_path: Path) -> None:
+    stages = [
+        stage("good", "print('said')"),
+        stage("bad", "print('why'); raise SystemExit(3)"),
+        stage("untested", "raise SystemExit(5)"),
+        stage("lacking", "", needs=("no_such_package",)),
+        stage("late", "", least=600),
+    ]
+    assert not runner.run(stages, tmp_path, 1.0, {})
+    assert [ended(tmp_path, each.name)["outcome"] for each in stages] == [
+        "passed",
+        "failed",
+        "no test here",
+        "skipped",
+        "skipped",
+    ]
+    assert ended(tmp_path, "lacking")["why"] == "no_such_package not installed"
+    assert ended(tmp_path, "late")["why"].endswith("600 wanted")
+    assert runner.run(stages[:1] + stages[2:], tmp_path, 1.0, {})
+
+
+def test_a_failure_shows_its_last_lines_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.run([stage("bad", "raise ValueError('the reason')")], tmp_path, 1.0, {})
+    said = capsys.readouterr().out
+    assert said.startswith("bad: failed in 0 s\n")
+    assert "ValueError: the reason" in said
+    assert "ValueError: the reason" in (tmp_path / runner.LOG).read_text()
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """And what it has written by then is kept."""
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    source = child + "open(sys.argv[-1], 'w').write('{\"cases\": [1]}'); print('begun', flush=True); time.sleep(60)"
+    start = time.monotonic()
+    assert runner.run([stage("long", source, most=2, writes=True)], tmp_path, 1.0, {})
+    assert time.monotonic() - start < 20
+    found = ended(tmp_path, "long")
+    assert (found["outcome"], found["record"]) == ("cut short", {"cases": [1]})
+    assert not (tmp_path / "current.json").exists()
+
+
+def test_variables_are_those_of_the_run_and_of_the_stage(tmp_path: Path) -> None:
+    source = "import os; print('seen', os.environ['ALL'], os.environ['OWN'])"
+    runner.run([stage("s", source, variables={"OWN": "2"})], tmp_path, 1.0, {"ALL": "1", "OWN": "1"})
+    assert "seen 1 2" in (tmp_path / runner.LOG).read_text()
+
+
+def test_what_an_earlier_run_left_is_gone(tmp_path: Path) -> None:
+    runner.run([stage("old", "print('old')")], tmp_path, 1.0, {})
+    runner.run([stage("new", "print('new')")], tmp_path, 1.0, {})
+    assert list(results.read(tmp_path)) == ["new"]
+    assert "old" not in (tmp_path / runner.LOG).read_text()
+
+
+def test_a_run_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may bring back eight, and none deeper than two folders."""
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path), "--stages", "facts", "ceilings"])
+    assert command.main() == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log.txt", "report.md", "results.jsonl", "verdict.md"]
+    assert "environment" in results.read(tmp_path)["facts"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--minutes", "3"], "--minutes is 3; legal: 4 to 60"),
+        (["--stages", "facts", "lunch"], "--stages are ['lunch']; legal: facts, "),
+        (["--cache", "/no/file"], "--cache is /no/file, which is no file"),
+    ],
+)
+def test_options_that_are_not_legal(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_only_the_walk_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "no GPU here; --dry walks the stages" in capsys.readouterr().err
+
+
+def test_lines_are_read_up_to_where_a_run_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / results.FILE
+    results.append(path, stage="a", error=float("inf"), found=[1.5, float("nan")])
+    with path.open("a") as file:
+        file.write('{"stage": "a", "half')
+    assert results.read(tmp_path) == {"a": [{"stage": "a", "error": "inf", "found": [1.5, "nan"]}]}
+    assert json.loads(path.read_text().splitlines()[0])
