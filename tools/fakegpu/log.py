@@ -39,13 +39,11 @@ class Log:
             self.compilations.append(rest)
 
     def __str__(self) -> str:
-        captured = sorted(set(self.captures), reverse=True)[:3]
-        largest = "; ".join(f"{overlapping} of {kernels} kernels overlap" for kernels, overlapping in captured)
-        counts = (
-            f"{len(set(self.compilations))} kernels of ours, {sum(self.launches.values())} launches, "
-            f"{len(self.captures)} captures, {self.replays} replays"
+        captured, overlapping = (sum(each) for each in zip((0, 0), *self.captures, strict=True))
+        return (
+            f"{len(set(self.compilations))} kernels of ours, {sum(self.launches.values())} launches, {len(self.captures)} "
+            f"captures of {captured} kernels, {overlapping} of which overlap, {self.replays} replays"
         )
-        return f"{counts} ({largest})" if largest else counts
 
 
 def read(path: Path) -> Log:

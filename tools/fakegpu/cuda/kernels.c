@@ -213,6 +213,20 @@ CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned count,
     return cuModuleLoadData(module, image);
 }
 
+CUresult cuModuleLoad(CUmodule *module, const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) return (CUresult)fake_violation(cudaErrorInvalidValue, "cuModuleLoad of %s, which is no file", path);
+    fseek(file, 0, SEEK_END);
+    size_t size = ftell(file);
+    rewind(file);
+    void *image = calloc(size + 64, 1);
+    size = fread(image, 1, size, file);
+    fclose(file);
+    CUresult result = cuModuleLoadData(module, image);
+    free(image);
+    return result;
+}
+
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }  // its functions may be launched still
 
 // A cubin of Triton's holds one function.
