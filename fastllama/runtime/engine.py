@@ -360,7 +360,7 @@ class Engine:
     def _accept(self, generation: Generation, drawn: sampler.Draw, now: float) -> None:
         """Give a sequence its token and see whether it ends there."""
         seq, token_id = drawn.seq, drawn.token_id
-        sample, params = generation.sample(seq), seq.request.params
+        sample = generation.sample(seq)
         if not drawn.finite:
             self._spoil(seq)
             if sample.stream is not None:
@@ -373,18 +373,6 @@ class Engine:
         self.scheduler.append(seq, token_id)
         if drawn.logprob is not None:
             sample.logprobs.append(drawn.logprob)
-        ends = token_id in params.stop_token_ids
-        stop: str | int | None = token_id if ends else None
-        ends = ends or (not params.ignore_eos and token_id in self.model.config.eos_token_ids)
-        full = len(seq.token_ids) >= seq.max_length
-        if sample.stream is not None:
-            # A stop token asked for by id is the caller's mark, not text.
-            reached = sample.stream.push(token_id) if stop is None else None
-            if reached is None and (ends or full):
-                reached = sample.stream.close()
-            if reached is not None:
-                ends, stop = True, reached
-        if ends:
-            self.scheduler.finish(seq, "stop", stop)
-        elif full:
-            self.scheduler.finish(seq, "length")
+        ended = sample.push(token_id, self.model.config.eos_token_ids)
+        if ended is not None:
+            self.scheduler.finish(seq, *ended)

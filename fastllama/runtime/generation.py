@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastllama.io.detokenizer import IncrementalDetokenizer
@@ -95,6 +96,24 @@ class Sample:
     seq: Sequence
     stream: TextStream | None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def push(self, token_id: int, eos_token_ids: Collection[int]) -> tuple[FinishReason, str | int | None] | None:
+        """Add the text of the token that the sequence has just gained; why it ends there, and what stopped it."""
+        params, stream = self.seq.request.params, self.stream
+        ends = token_id in params.stop_token_ids
+        stop: str | int | None = token_id if ends else None
+        ends = ends or (not params.ignore_eos and token_id in eos_token_ids)
+        full = len(self.seq.token_ids) >= self.seq.max_length
+        if stream is not None:
+            # A stop token asked for by id is the caller's mark, not text.
+            reached = stream.push(token_id) if stop is None else None
+            if reached is None and (ends or full):
+                reached = stream.close()
+            if reached is not None:
+                ends, stop = True, reached
+        if ends:
+            return "stop", stop
+        return ("length", None) if full else None
 
     def output(self) -> CompletionOutput:
         """The sample as a value."""

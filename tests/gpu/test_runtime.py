@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import logging
+import threading
 from typing import Any
 
 import pytest
@@ -11,16 +14,19 @@ from torch import Tensor
 
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers import packing
-from fastllama.runtime import sampler
-from fastllama.runtime.graphs import DecodeGraphs
-from fastllama.runtime.inputs import Inputs
+from fastllama.layers.batch import KVCache
+from fastllama.layers.block import LlamaMLP
+from fastllama.runtime import execution, sampler
+from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.sampler import StepLogits
 from fastllama.runtime.speculation import Pace
+from fastllama.runtime.step import Step
 
 pytestmark = pytest.mark.gpu
 
 PROMPTS = [[5, 3, 8], list(range(20)), [7] * 300, [11] * 64, [2]]
+STEPS = 8 + 6 * (len(PROMPTS) - 1)  # until the longest of `generate`'s answers has ended: the first is the prompts'
 CONFIG = LlamaConfig(
     vocab_size=512,
     hidden_size=1024,
@@ -70,7 +76,7 @@ def generate(model: LlamaForCausalLM, **options: Any) -> list[tuple[int, ...]]:
 def test_graphs_give_what_the_modules_give(model: LlamaForCausalLM, logits: list[Tensor], deterministic: bool) -> None:
     """Bit for bit: rows of padding change nothing."""
     replayed = generate(model, deterministic=deterministic)
-    of_graphs = logits[-(8 + 6 * (len(PROMPTS) - 1)) :]
+    of_graphs = logits[-STEPS:]
     handle = model.layers[0].register_forward_hook(lambda *args: None)
     written = generate(model, deterministic=deterministic)
     handle.remove()
@@ -98,45 +104,116 @@ def test_pages_come_back_from_the_host_as_they_were(model: LlamaForCausalLM, kv_
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Replayed steps that raise where one waits for the device or asks it for memory; gives how many there were."""
-    steps, run = [0], DecodeGraphs.run
+    """Steps of decodes that raise where launching one waits for the device or asks it for memory; how many there were.
 
-    def strictly(self: DecodeGraphs, inputs: Inputs, *fill: Any) -> tuple[Tensor, Tensor, Tensor]:
-        shape = self._capture.shape(inputs.num_decodes, len(inputs.page_table[0]))
-        if (*shape, inputs.num_queries) not in self._graphs:
-            return run(self, inputs, *fill)
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    From the numbers on the host to the tokens on their way back: all that the engine does for a step but to read them.
+    """
+    steps, compute = [0], execution._compute
+
+    def strictly(runner: Runner, before: Any, step: Step) -> Any:
+        if step.num_decodes < len(step.chunks):
+            return compute(runner, before, step)
+        held = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = run(self, inputs, *fill)
+            found = compute(runner, before, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == held
         steps[0] += 1
         return found
 
-    monkeypatch.setattr(DecodeGraphs, "run", strictly)
+    monkeypatch.setattr(execution, "_compute", strictly)
     return steps
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", says its first use
 @pytest.mark.parametrize("kind", ["bf16"])
-def test_a_replayed_step_waits_for_nothing(model: LlamaForCausalLM, replays: list[int]) -> None:
+def test_a_replayed_step_waits_for_nothing(
+    model: LlamaForCausalLM, replays: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the same sequences, and those after one has ended, whose ids come from other places and another graph.
+
+    What a step raises that runs ahead is swallowed, logged, and the step run again: so each is asked for by its number.
+    """
     generate(model)
-    assert replays[0] >= 8 + 6 * (len(PROMPTS) - 1) - 1
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert replays[0] == STEPS - 1  # but for that of the prompts
 
 
 @pytest.mark.parametrize("kind", ["bf16"])
-def test_running_ahead_changes_no_answer(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that go from step to step on the device, in one batch and from batch to batch."""
-    ahead = generate(model, deterministic=True)
-    init = Runner.__init__
+@pytest.mark.parametrize("switch", ["FASTLLAMA_AHEAD", "FASTLLAMA_GRAPHS"])
+def test_a_switch_changes_no_answer(model: LlamaForCausalLM, switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens go from step to step on the device, in one batch and from batch to batch; or by the host."""
+    expected = generate(model, deterministic=True)
+    monkeypatch.setenv(switch, "0")
+    assert generate(model, deterministic=True) == expected
 
-    def waiting(self: Runner, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.runs_ahead = False
 
-    monkeypatch.setattr(Runner, "__init__", waiting)
-    assert generate(model, deterministic=True) == ahead
+@pytest.mark.parametrize("kind", ["bf16"])
+def test_after_a_capture_that_fails_all_goes_on(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its requests get their tokens, torch its memory and its random numbers, and the next LLM its graphs."""
+    expected, forward, stream = generate(model), LlamaMLP.forward, torch.cuda.current_stream()
+    failed = []
+
+    def waiting(mlp: LlamaMLP, hidden: Tensor, *args: Any) -> Tensor:
+        if hidden.shape[0] == 4 and torch.cuda.is_current_stream_capturing():
+            failed.append(torch.empty(1 << 26, dtype=torch.uint8, device="cuda").shape)  # 64 MiB of the graphs' pool
+            torch.cuda.synchronize()  # which no graph may hold
+        return forward(mlp, hidden, *args)
+
+    torch.cuda.empty_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", waiting)
+        assert generate(model) == expected
+    (warning,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "could not be captured" in warning.getMessage()
+    assert len(failed) == 1
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(3, device="cuda").isfinite().all()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < 1 << 26
+    assert generate(model) == expected
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", ["bf16"])
+def test_another_thread_may_use_the_device_while_a_step_is_captured(
+    model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It allocates, waits and frees all the time."""
+    ended = threading.Event()
+
+    def work() -> None:
+        stream = torch.cuda.Stream()
+        while not ended.is_set():
+            with torch.cuda.stream(stream):
+                torch.empty(1 << 24, dtype=torch.uint8, device="cuda").fill_(1)
+                torch.empty(1 << 12, dtype=torch.uint8, pin_memory=True)
+            stream.synchronize()
+            torch.cuda.empty_cache()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        generate(model)
+    finally:
+        ended.set()
+        thread.join()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("kind", ["bf16"])
+def test_the_host_cache_takes_what_it_says(model: LlamaForCausalLM) -> None:
+    before = torch.cuda.host_memory_stats()["active_bytes.current"]
+    kv = KVCache.allocate(CONFIG, 3, 64, torch.bfloat16, "cuda")
+    host = HostCache(kv, CONFIG, 3000)
+    taken = torch.cuda.host_memory_stats()["active_bytes.current"] - before
+    assert taken == KVCache.pinned_bytes(CONFIG, 3008, torch.bfloat16)
+    del host
 
 
 @pytest.mark.parametrize("kind", ["bf16"])
