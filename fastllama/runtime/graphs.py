@@ -153,7 +153,8 @@ class _Graph:
             self._buffers.send()
             return
         assert before is not None, "a token that nobody draws"
-        at, places = [row for row, _ in inputs.unknown], [before.places[seq] for _, seq in inputs.unknown]
+        at, sequences = map(list, zip(*inputs.unknown, strict=True))
+        places = before.rows_of(sequences)
         if before.drawn is self.drawn and at == places == list(range(rows)):  # the same sequences once more
             self._buffers.send(before="tokens")
             return

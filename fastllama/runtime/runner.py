@@ -105,6 +105,7 @@ class Runner:
         ids = tensor(inputs.ids, torch.int64)
         if inputs.unknown:
             assert before is not None, "a token that nobody draws"
-            at, places = [row for row, _ in inputs.unknown], [before.places[seq] for _, seq in inputs.unknown]
+            at, sequences = zip(*inputs.unknown, strict=True)
+            places = before.rows_of(sequences)
             ids[tensor(at, torch.int64)] = before.drawn.tokens[tensor(places, torch.int64)]
         return self.model(ids, batch, self.kv)

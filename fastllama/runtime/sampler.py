@@ -97,10 +97,10 @@ class Draws:
         else:
             self._numbers = drawn.memory.clone()
 
-    @property
-    def places(self) -> dict[Sequence, int]:
-        """The row of each sequence."""
-        return {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
+    def rows_of(self, sequences: Items[Sequence]) -> list[int]:
+        """Where `drawn` holds the token of each sequence."""
+        row_of = {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
+        return [row_of[seq] for seq in sequences]
 
     def read(self) -> list[Draw]:
         """The tokens, when they are there. NaN says that a row's logits were no numbers."""

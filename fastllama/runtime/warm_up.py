@@ -48,7 +48,7 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
 
     def prompts(rows: int) -> None:
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
-        params = OF_EACH_ROW if 1 < rows <= MANY_LOGITS else PLAIN
+        params = OF_EACH_ROW if 1 < rows <= MANY_LOGITS and device.type == "cuda" else PLAIN
         run(_chunks(runner, lengths, params), num_decodes=1 if rows == 1 else 0)
 
     tuning.warm_up(prompts, most, device)

@@ -17,6 +17,7 @@ from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.block import LlamaMLP
 from fastllama.runtime import execution, sampler
+from fastllama.runtime.buffers import Buffers
 from fastllama.runtime.host_cache import HostCache
 from fastllama.runtime.runner import Runner
 from fastllama.runtime.sampler import StepLogits
@@ -206,13 +207,25 @@ def test_another_thread_may_use_the_device_while_a_step_is_captured(
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+def test_what_was_sent_is_not_overwritten_before_it_is_copied() -> None:
+    """Three times behind a busy device, by two pinned buffers."""
+    buffers, found = Buffers({"a": ((1 << 16,), torch.int64)}, torch.device("cuda")), []
+    torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+    for number in range(3):
+        buffers.host["a"][:] = number
+        buffers.send()
+        found.append(buffers.device["a"].clone())
+    for number, sent in enumerate(found):
+        assert torch.equal(sent, torch.full_like(sent, number))
+
+
 @pytest.mark.parametrize("kind", ["bf16"])
 def test_the_host_cache_takes_what_it_says(model: LlamaForCausalLM) -> None:
-    before = torch.cuda.host_memory_stats()["active_bytes.current"]
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     kv = KVCache.allocate(CONFIG, 3, 64, torch.bfloat16, "cuda")
-    host = HostCache(kv, CONFIG, 3000)
-    taken = torch.cuda.host_memory_stats()["active_bytes.current"] - before
-    assert taken == KVCache.pinned_bytes(CONFIG, 3008, torch.bfloat16)
+    host = HostCache(kv, CONFIG, 20_000)  # more than any test before has given back
+    taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
+    assert taken == KVCache.pinned_bytes(CONFIG, 20_032, torch.bfloat16)
     del host
 
 
