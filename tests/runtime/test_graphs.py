@@ -162,6 +162,30 @@ def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.M
         assert torch.equal(ours_, theirs)
 
 
+def test_prompts_are_not_captured_whose_every_row_has_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length would be a graph of its own, captured while its request waits."""
+    stand_in = StandIn()
+    stand_in.install(monkeypatch)
+    with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+        llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, prompt_logprobs=0))
+    assert len(stand_in.captured) == 1  # of one row, while warming up
+
+
+def test_page_tables_are_of_one_width_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is launched by it, in a graph and out of one."""
+    widths, forward = set(), LlamaForCausalLM.forward
+
+    def watching(self: LlamaForCausalLM, ids: Tensor, batch: BatchMeta, *args: Any) -> Tensor:
+        widths.add(batch.page_table.shape[1])
+        return forward(self, ids, batch, *args)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watching)
+    StandIn().install(monkeypatch)
+    with running(ours("biases", dtype=torch.float32)) as llm:
+        llm.generate(PROMPTS, [params(length) for length in LENGTHS])
+    assert widths == {16}
+
+
 @pytest.mark.parametrize(
     ("num_seqs", "rows"), [(1, 1), (2, 2), (3, 4), (8, 8), (33, 64), (64, 64), (65, 128), (128, 128), (129, 192)]
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastllama.kernels.arithmetic import power_of_2
 from fastllama.runtime import warm_up as module
-from fastllama.runtime.capture import GraphCapture
+from fastllama.runtime.capture import GraphCapture, bucket
 from fastllama.runtime.inputs import Inputs
 from fastllama.runtime.memory import Sizes
 from fastllama.runtime.runner import Runner
@@ -86,6 +86,10 @@ def test_every_launch_that_a_request_can_need_is_met(
     assert all(length <= longest for each in inputs for length in each.seq_lens)
 
 
+def all_decode(step: Step) -> bool:
+    return step.num_decodes == len(step.chunks)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("num_queries", [(1,), (1, 4), (1, 2)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -93,14 +97,11 @@ def test_every_graph_is_captured_once(
     sizes: Sizes, num_queries: tuple[int, ...], deterministic: bool, run: Callable[..., Recorder]
 ) -> None:
     recorder = run(sizes, num_queries, deterministic=deterministic)
-    captured = {
-        recorder.shape(len(step.chunks), step.chunks[0].length)
-        for step in recorder.steps
-        if step.num_decodes == len(step.chunks)
-    }
+    pure = [each for each, step in zip(recorder.inputs(), recorder.steps, strict=True) if all_decode(step)]
+    captured = {(bucket(each.num_decodes), each.num_queries) for each in pure}
     most = min(sizes.max_num_batched_tokens, sizes.max_num_seqs * min(sizes.max_model_len, sizes.kv_cache_tokens))
     wanted = {
-        recorder.shape(num_seqs, length)
+        (bucket(num_seqs * length), 1) if deterministic else (bucket(num_seqs), length)
         for length in num_queries
         for num_seqs in range(1, sizes.max_num_seqs + 1)
         if num_seqs * length <= most
