@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 
 class Capture(Protocol):
-    """How steps are captured on a kind of device."""
+    """How steps are captured on a kind of device. limit: graphs that are kept, of the shapes that were run last."""
+
+    limit: int
 
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
         """Rows, and pages of each, of the graph for so many sequences, whose longest has so many pages."""
@@ -32,6 +34,8 @@ class Capture(Protocol):
 
 class RecordingCapture:
     """On a CPU: rows as they are, and the power of two of pages."""
+
+    limit = 64  # of some hundred small Python objects each; all share their tensors' memory
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -52,6 +56,8 @@ class RecordingCapture:
 
 class GraphCapture:
     """On a GPU: rows of a bucket, all pages that a sequence may have. Graphs share the memory of what is in between."""
+
+    limit = 1024  # all that there are: 10 for 256 sequences, 20 with guesses, 70 for 4096
 
     def __init__(self, device: torch.device, max_pages: int) -> None:
         self._device, self._max_pages = device, max_pages

@@ -23,7 +23,6 @@ from fastllama.runtime.capture import Capture
 from fastllama.runtime.inputs import Inputs, parameters
 from fastllama.runtime.sampler import DTYPES, Drawn, Draws
 
-LIMIT = 64  # recordings kept, of some hundred small Python objects each; all share their tensors' memory
 PADDING = -1  # the slot of a row that is nobody's
 _Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -73,7 +72,7 @@ class DecodeGraphs:
                 self.replayable = False
                 self._graphs.clear()
                 return logits[: len(inputs.ids)], graph.drawn
-            if len(self._graphs) == LIMIT:
+            if len(self._graphs) == self._capture.limit:
                 del self._graphs[next(iter(self._graphs))]
             graph.replay, self._graphs[shape] = replay, graph
         else:

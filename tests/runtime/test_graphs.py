@@ -315,7 +315,7 @@ def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "LIMIT", 2)
+    monkeypatch.setattr(capture.RecordingCapture, "limit", 2)
     with running(ours()) as llm:
         expected = logits_of_steps(llm, monkeypatch)
         again = logits_of_steps(llm, monkeypatch)
@@ -324,7 +324,7 @@ def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_graph_that_was_used_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "LIMIT", 2)
+    monkeypatch.setattr(capture.RecordingCapture, "limit", 2)
     with running(ours()) as llm:
         held = llm.engine._runner._graphs._graphs
         for num_seqs in (2, 1, 3):  # one was captured while warming up
