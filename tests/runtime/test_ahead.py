@@ -15,7 +15,6 @@ from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.runtime import engine as engine_module
 from fastllama.runtime.execution import Launched
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.runner import Runner
 from fastllama.runtime.sequence import UNKNOWN
 from tests.runtime.models import Scripted, ours, prompt_of, running
 from tests.runtime.test_engine import interrupted_at
@@ -40,18 +39,6 @@ AROUND: dict[str, dict[str, Any]] = {
     "int8": {"kv_cache_dtype": "int8"},
     "deterministic": {"deterministic": True},
 }
-
-
-@pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that runs by itself, as it seems."""
-    init = Runner.__init__
-
-    def initialise(self: Runner, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.runs_ahead = True
-
-    monkeypatch.setattr(Runner, "__init__", initialise)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from torch import Tensor
 from fastllama import LLM, SamplingParams
 from fastllama.layers.block import LlamaMLP
 from fastllama.runtime import capture
-from fastllama.runtime.runner import Runner
 from tests.runtime.models import ours, running
 from tests.runtime.test_async_engine import all_of, ids_of, run, serving
 from tests.runtime.test_graphs import StandIn
@@ -22,18 +21,6 @@ from tests.runtime.test_graphs import StandIn
 PROMPTS = [[5, 3, 8], list(range(20)), [7] * 14]
 PARAMS = [SamplingParams(temperature=2.0, seed=i, max_tokens=length) for i, length in enumerate((30, 10, 20))]
 MESSAGE = "decode steps run as they are written from now on"
-
-
-@pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that runs by itself, as it seems."""
-    init = Runner.__init__
-
-    def initialise(self: Runner, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.runs_ahead = True
-
-    monkeypatch.setattr(Runner, "__init__", initialise)
 
 
 def answer(llm: LLM) -> list[tuple[int, ...]]:

@@ -22,7 +22,6 @@ from fastllama.errors import BackendError
 from fastllama.kernels.op import OPS
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.graphs import DecodeGraphs
-from fastllama.runtime.runner import Runner
 from tests.runtime.models import ours, running
 
 CPU = torch.device("cpu")
@@ -143,16 +142,13 @@ def seen_of(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> list[See
     return found
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_replayed_step_allocates_copies_and_reads_nothing(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_replayed_step_allocates_copies_and_reads_nothing(
+    runs_ahead: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Ahead, too, where ids are what the step before draws: for the same sequences, and where one has ended."""
-    init = Runner.__init__
-
-    def initialise(self: Runner, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.runs_ahead = ahead
-
-    monkeypatch.setattr(Runner, "__init__", initialise)
+    if runs_ahead:
+        request.getfixturevalue("ahead")
     found = seen_of(DecodeGraphs, "run", monkeypatch)
     assert len(found) >= max(LENGTHS) - 1
     for seen in found:
