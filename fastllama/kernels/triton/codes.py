@@ -110,7 +110,7 @@ def per_row(ptr, row, row_stride, group):
 
 
 # One program owns 64 * TILES columns of all rows of out, of one split of K; of a gated weight's as many of each half.
-@triton.jit
+@triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride", "num_rows"])
 def matmul_kernel(
     x_ptr,
     packed_ptr,
@@ -203,7 +203,7 @@ def matmul_kernel(
 
 
 # One program owns 64 rows and BLOCK_K columns of the weight.
-@triton.jit
+@triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride"])
 def dequantize_kernel(
     packed_ptr,
     scales_ptr,

@@ -19,7 +19,7 @@ from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
-@triton.jit
+@triton.jit(do_not_specialize=["page_table_ptr", "seq_lens_ptr", "page_table_stride", "splits"])
 def decode_kernel(
     q_ptr,
     k_pages_ptr,
@@ -41,13 +41,13 @@ def decode_kernel(
     v_token_stride,
     out_token_stride,
     page_table_stride,
+    splits,
     Q_HEAD_STRIDE: tl.constexpr,
     K_HEAD_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr,
     K_SCALE_HEAD_STRIDE: tl.constexpr,
     V_SCALE_HEAD_STRIDE: tl.constexpr,
     OUT_HEAD_STRIDE: tl.constexpr,
-    LSE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -100,15 +100,16 @@ def decode_kernel(
             STAGES,
         )
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
-        to = row[:, None] * out_token_stride + head[:, None] * OUT_HEAD_STRIDE + split * HEAD_DIM + dim[None, :]
+        place = row * out_token_stride + head * OUT_HEAD_STRIDE  # [M]; a head's parts follow each other
+        to = (place * splits + split * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
             lse = (peak + tl.log2(total)) * lse_unit
-            tl.store(lse_ptr + (row * tl.num_programs(1) * GROUP + head) * LSE_STRIDE + split, lse, mask=used)
+            tl.store(lse_ptr + (row * tl.num_programs(1) * GROUP + head) * splits + split, lse, mask=used)
 
 
 # One program owns one query of one head.
-@triton.jit
+@triton.jit(do_not_specialize=["seq_lens_ptr", "splits"])
 def combine_kernel(
     parts_ptr,
     part_lses_ptr,
@@ -117,32 +118,35 @@ def combine_kernel(
     lse_ptr,
     lse_unit,
     out_token_stride,
+    splits,
     OUT_HEAD_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = row * tl.num_programs(1) + head
     used = tl.maximum(tl.cdiv(tl.load(seq_lens_ptr + row // QUERIES), SPLIT), 1)
-    every = tl.arange(0, SPLITS_BLOCK)
-    lses = tl.load(part_lses_ptr + at * SPLITS + every, mask=every < used, other=float("-inf"))  # [SPLITS_BLOCK]
-    peak = tl.max(lses, 0)
+    peaks = tl.full([64], float("-inf"), tl.float32)
+    for start in range(0, used, 64):
+        split = start + tl.arange(0, 64)
+        lse = tl.load(part_lses_ptr + at * splits + split, mask=split < used, other=float("-inf"))
+        peaks = tl.maximum(peaks, lse)
+    peak = tl.max(peaks, 0)
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(lses - base), 0)
+    total = tl.full([], 0.0, tl.float32)
     dim = tl.arange(0, BLOCK_D)  # [D]
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, used, STEP):
-        split = start + tl.arange(0, STEP)  # [STEP]
+    for start in range(0, used, 8):
+        split = start + tl.arange(0, 8)
         inside = split < used
-        lse = tl.load(part_lses_ptr + at * SPLITS + split, mask=inside, other=float("-inf"))
+        lse = tl.load(part_lses_ptr + at * splits + split, mask=inside, other=float("-inf"))
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        parts = tl.load(parts_ptr + (at * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        acc += tl.sum(parts * tl.exp2(lse - base)[:, None], 0)
+        parts = tl.load(parts_ptr + (at * splits + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        weights = tl.exp2(lse - base)  # [8]
+        total += tl.sum(weights, 0)
+        acc += tl.sum(parts * weights[:, None], 0)
     result = acc / tl.where(total == 0, 1.0, total)
     out_ptrs = out_ptr + row * out_token_stride + head * OUT_HEAD_STRIDE + dim
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
@@ -192,11 +196,11 @@ def attention_decode(
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries, group = rows // num_seqs, num_heads // num_kv_heads
     block_d = max(power_of_2(head_dim), 16)
-    parts, part_lses = out, lse
+    parts, part_lses, token_stride, head_stride = out, lse, out.stride(0), out.stride(1)
     if splits > 1:
         results = rows * num_heads * splits * head_dim
-        parts = workspace[:results].view(rows, num_heads, splits * head_dim)
-        part_lses = workspace[results:size].view(rows, num_heads, splits)
+        parts, part_lses = workspace[:results], workspace[results:size]  # [rows, heads, splits, D] and without D
+        token_stride, head_stride = num_heads * head_dim, head_dim
     unit = lse_unit_from_base2(base2)
     call = KernelCall(
         decode_kernel,
@@ -213,12 +217,12 @@ def attention_decode(
         scale_log2=scale * LOG2_E,
         lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
-        out_token_stride=parts.stride(0),
+        out_token_stride=token_stride,
         page_table_stride=page_table.stride(0),
+        splits=splits,
         Q_HEAD_STRIDE=q.stride(1),
         **strides(k_pages, v_pages, k_scales, v_scales),
-        OUT_HEAD_STRIDE=parts.stride(1),
-        LSE_STRIDE=splits,
+        OUT_HEAD_STRIDE=head_stride,
         QUERIES=queries,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -242,14 +246,12 @@ def attention_decode(
         lse_ptr=lse,
         lse_unit=unit,
         out_token_stride=out.stride(0),
+        splits=splits,
         OUT_HEAD_STRIDE=out.stride(1),
         QUERIES=queries,
         HEAD_DIM=head_dim,
         SPLIT=launch.split,
-        SPLITS=splits,
-        SPLITS_BLOCK=power_of_2(splits),
         BLOCK_D=block_d,
-        STEP=8,
         num_warps=4,
     )
     return [call, combine]

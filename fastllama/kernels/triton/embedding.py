@@ -14,7 +14,7 @@ BLOCK = 1024  # elements: 128 threads take 16 bytes of a 16-bit dtype each
 
 
 # One program owns BLOCK elements of one row. An id outside the table gives NaN, and reads nothing.
-@triton.jit
+@triton.jit(do_not_specialize=["ids_ptr", "num_rows"])
 def embedding_kernel(
     out_ptr,
     ids_ptr,

@@ -51,7 +51,7 @@ def _octave_bounds(counts, masses, top_k, top_p, VOCAB: tl.constexpr, OCTAVES: t
 
 
 # One program owns one chunk of one row: adds its tokens and masses by octave to the row's.
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr"])
 def octave_kernel(
     logits_ptr,
     temperature_ptr,
@@ -96,7 +96,7 @@ def octave_kernel(
 
 
 # One program owns one chunk of one row: appends its keys in the octaves of the thresholds to the row's candidates.
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr"])
 def collect_kernel(
     logits_ptr,
     temperature_ptr,
@@ -176,7 +176,7 @@ def _largest_enough(
 
 
 # One program owns one row: the least key that every filter keeps.
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])
 def threshold_kernel(
     temperature_ptr,
     top_k_ptr,

@@ -33,9 +33,9 @@ class KernelCall:
 def launcher(plan: Callable[..., Sequence[KernelCall]]) -> Function:
     """An op's implementation in out-form, from what plans its launches.
 
-    What `plan` returns may depend on the call's Likeness and on addresses modulo ALIGNMENT, and on nothing else. The
-    implementation returns a function that runs calls like this one, or None where there is none: in the interpreter,
-    and where a launch takes memory that is not the op's.
+    What `plan` returns may depend on the call's Likeness and on addresses modulo ALIGNMENT (not of pointers that a
+    kernel does not specialise on), and on nothing else. The implementation returns a function that runs calls like this
+    one, or None where there is none: in the interpreter, and where a launch takes memory that is not the op's.
     """
     names = tuple(inspect.signature(plan).parameters)
 
@@ -72,32 +72,39 @@ class _Step:
     """One launch of a compiled kernel.
 
     launch: takes the kernel's arguments in order. values: these, but for the pointers. pointers: the place of each, the
-    op's argument that it points into, and at which byte.
+    op's argument that it points into, and at which byte. aligned: of these arguments, those that must be.
     """
 
     launch: Callable[..., None]
     values: list[Any]
     pointers: list[tuple[int, int, int]]
+    aligned: set[int]
 
 
 def _step(call: KernelCall, kernel: Any, names: Sequence[str], args: Sequence[Any]) -> _Step | None:
     values: list[Any] = []
     pointers = []
+    aligned = set()
     for place, name in enumerate(call.kernel.arg_names):
         value = call.arguments[name]
         if isinstance(value, Tensor):
             source = _source(name, value, names, args)
-            if source is None or value.data_ptr() % ALIGNMENT or source[1] % ALIGNMENT:
+            if source is None:
                 return None
+            if not call.kernel.params[place].do_not_specialize:
+                if value.data_ptr() % ALIGNMENT or source[1] % ALIGNMENT:
+                    return None
+                aligned.add(source[0])
             pointers.append((place, *source))
             value = None
         values.append(value)
-    return _Step(kernel[(*call.grid, 1, 1)[:3]], values, pointers)
+    return _Step(kernel[(*call.grid, 1, 1)[:3]], values, pointers, aligned)
 
 
 def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
     """What takes the steps for the op's arguments; `run` where an address is not aligned as it was."""
-    used = sorted({source for step in steps for _, source, _ in step.pointers})
+    aligned = sorted(set[int]().union(*(step.aligned for step in steps)))
+    used = aligned + sorted({source for step in steps for _, source, _ in step.pointers}.difference(aligned))
     plain = [
         (step.launch, step.values, [(place, used.index(source), byte) for place, source, byte in step.pointers])
         for step in steps
@@ -105,7 +112,7 @@ def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
 
     def again(*args: Any) -> None:
         addresses = [args[source].data_ptr() for source in used]
-        for address in addresses:
+        for address in addresses[: len(aligned)]:
             if address % ALIGNMENT:
                 run(*args)
                 return

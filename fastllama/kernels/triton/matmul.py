@@ -42,7 +42,7 @@ def few_rows(x: Tensor, weight: Tensor) -> int:
 
 # One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last are
 # the last again, and are not stored.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def matmul_kernel(
     out_ptr,
     x_ptr,

@@ -50,7 +50,7 @@ def scaled(sums, x_scale, scale, bias_ptrs, mask):
 
 
 # One program owns 128 features and BLOCK_M rows of out, of one split of K: sums where there are several, else results.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def matmul_kernel(
     x_ptr,
     x_scales_ptr,
@@ -60,7 +60,6 @@ def matmul_kernel(
     out_ptr,
     x_row_stride,
     packed_row_stride,
-    out_split_stride,
     out_row_stride,
     num_rows,
     N: tl.constexpr,
@@ -89,7 +88,7 @@ def matmul_kernel(
         codes = load_codes(packed_ptr, packed_row_stride, first, start, N, BLOCK_K)
         acc = tl.dot(codes, tl.trans(x), acc, out_dtype=tl.int32)
     mask = inside[:, None] & some[None, :]
-    out_ptrs = out_ptr + split.to(tl.int64) * out_split_stride + row[None, :] * out_row_stride + col[:, None]
+    out_ptrs = out_ptr + (split.to(tl.int64) * num_rows + row)[None, :] * out_row_stride + col[:, None]
     if scales_ptr is None:
         tl.store(out_ptrs, acc, mask=mask)
     else:
@@ -101,7 +100,7 @@ def matmul_kernel(
 
 
 # One program owns BLOCK features of one row.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_kernel(
     out_ptr,
     parts_ptr,
@@ -109,7 +108,7 @@ def sum_kernel(
     scales_ptr,
     bias_ptr,
     out_row_stride,
-    part_stride,
+    num_rows,
     N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -118,8 +117,10 @@ def sum_kernel(
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = col < N
     total = tl.zeros([BLOCK], tl.int32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts_ptr + part * part_stride + row * N + col, mask=mask, other=0)
+    part_ptrs = parts_ptr + row * N + col  # of [PARTS, rows, N]
+    for _ in tl.static_range(PARTS):
+        total += tl.load(part_ptrs, mask=mask, other=0)
+        part_ptrs += num_rows.to(tl.int64) * N
     scale = tl.load(scales_ptr + col, mask=mask, other=0.0).to(tl.float32)
     bias_ptrs = None if bias_ptr is None else bias_ptr + col
     y = scaled(total, tl.load(x_scales_ptr + row), scale, bias_ptrs, mask)
@@ -173,7 +174,6 @@ def matmul_w8a8(
         out_ptr=parts,
         x_row_stride=x.stride(0),
         packed_row_stride=packed.stride(0),
-        out_split_stride=parts.stride(0),
         out_row_stride=parts.stride(1),
         num_rows=num_rows,
         N=features,
@@ -196,7 +196,7 @@ def matmul_w8a8(
         scales_ptr=scales,
         bias_ptr=bias,
         out_row_stride=out.stride(0),
-        part_stride=parts.stride(0),
+        num_rows=num_rows,
         N=features,
         PARTS=splits,
         BLOCK=BLOCK,

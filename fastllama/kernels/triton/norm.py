@@ -14,7 +14,7 @@ from fastllama.kernels.triton.quantize import store_codes
 
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     out_ptr,
     residual_out_ptr,

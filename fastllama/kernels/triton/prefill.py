@@ -20,7 +20,16 @@ def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
 
 
 # One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "cu_seqlens_q_ptr",
+        "k_bounds_ptr",
+        "page_table_ptr",
+        "num_seqs",
+        "num_rows",
+        "page_table_stride",
+    ]
+)
 def prefill_kernel(
     q_ptr,
     k_ptr,

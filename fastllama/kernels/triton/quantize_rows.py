@@ -15,7 +15,7 @@ from fastllama.kernels.triton.quantize import store_codes
 
 
 # One program owns ROWS rows.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize_kernel(
     out_ptr,
     scales_out_ptr,

@@ -74,7 +74,7 @@ def write_heads(
 
 
 # One program owns HEADS heads of the queries, or of the keys, of one token.
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr"])
 def rope_kernel(
     q_out_ptr,
     k_out_ptr,
@@ -135,7 +135,7 @@ def rope_kernel(
 
 
 # One program owns HEADS heads of the queries, the keys or the values of one token.
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def rope_and_write_kv_kernel(
     q_out_ptr,
     k_pages_ptr,

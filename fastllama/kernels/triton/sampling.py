@@ -54,7 +54,7 @@ def _kept_masses(x, cols, peak, temperature, state_ptr, row, VOCAB: tl.constexpr
 
 
 # One program owns one chunk of one row: the mass that the filters keep of it.
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_ptr"])
 def mass_kernel(
     logits_ptr,
     temperature_ptr,
@@ -79,7 +79,7 @@ def mass_kernel(
 
 
 # One program owns one row: finds the chunk of its token, then the token.
-@triton.jit
+@triton.jit(do_not_specialize=["temperature_ptr", "seed_ptr", "offset_ptr", "tokens_ptr", "logprobs_ptr"])
 def draw_kernel(
     logits_ptr,
     temperature_ptr,

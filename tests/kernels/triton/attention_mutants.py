@@ -56,8 +56,8 @@ ATTENTION_MUTANTS = [
     mutant(
         "drafts not masked before the last tile", "decode", "tl.minimum(last, k_len - QUERIES + 1),", "last,", SPLITS
     ),
-    mutant("a split that is not there", "decode", "mask=every < used,", "mask=every <= used,", SPLITS),
-    mutant("splits weighed by themselves", "decode", "tl.exp2(lse - base)[:, None]", "tl.exp2(lse)[:, None]", SPLITS),
+    mutant("a split that is not there", "decode", "inside = split < used", "inside = split <= used", SPLITS),
+    mutant("splits weighed by themselves", "decode", "weights = tl.exp2(lse - base)", "weights = tl.exp2(lse)", SPLITS),
     mutant(
         "32-bit sequences",
         "decode",

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from fastllama import kernels
 from fastllama.kernels import heuristics, tuning
@@ -107,6 +108,21 @@ def test_the_public_op_plans_once(op: str, launches: list[DryLaunch], monkeypatc
             seen = launches.copy()
             assert seen == launched(launches, op, run, given)
     assert len(planned) == 1
+
+
+@pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
+def test_a_part_of_a_batch_is_repeated_wherever_it_begins(op: str, launches: list[DryLaunch]) -> None:
+    """The tables of prompts begin where those of decodes end: one kernel, as these are read one number at a time."""
+    plan = OPS[op].launcher("cuda")
+    moved = {name: misaligned(value) for name, value in call(op).items() if name in ("page_table", "seq_lens")}
+    for first, second in ((moved, {}), ({}, moved)):
+        again = plan(*positional(op, call(op) | first))
+        assert again is not None
+        given = call(op) | second
+        planned = launched(launches, op, plan, given)
+        assert launched(launches, op, again, given) == planned
+        with mock.patch.object(JITFunction, "run", side_effect=AssertionError("planned")):
+            again(*positional(op, given))
 
 
 def test_rows_of_any_rank_and_in_place(launches: list[DryLaunch]) -> None:

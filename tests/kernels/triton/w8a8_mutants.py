@@ -40,7 +40,7 @@ W8A8_MUTANTS = [
     fault("features past the last stored", "row < num_rows, col < N", "row < num_rows, col < N + 1", NOISE),
     fault("a split ends a tile early", "tl.minimum(begin + SPLIT, K)", "tl.minimum(begin + SPLIT - 128, K)", SPLITS),
     fault("every split is the first", "begin = split * SPLIT", "begin = split * 0", SPLITS),
-    fault("splits in one place", "split.to(tl.int64) * out_split_stride", "split.to(tl.int64) * 0", SPLITS),
+    fault("splits in one place", "split.to(tl.int64) * num_rows + row", "split.to(tl.int64) * 0 + row", SPLITS),
     fault("one part too few", "tl.static_range(PARTS)", "tl.static_range(PARTS - 1)", SPLITS),
     fault("tiles of rows in one group", "first_tile = place // (TOGETHER * TILES) * TOGETHER", "first_tile = 0", EVERY),
     fault(

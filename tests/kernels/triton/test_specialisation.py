@@ -1,0 +1,107 @@
+"""One compiled kernel serves every number of rows, sequences and pages: what these decide is no part of its key.
+
+Triton compiles a kernel for each value of a constexpr, and for whether an integer is 1 or a pointer or an integer is a
+multiple of 16. A request that asks for a variant which warm-up did not would wait about a second for a compiler.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels.arithmetic import power_of_2
+from fastllama.kernels.op import OPS
+from fastllama.testing.recorder import Launch, record
+from fastllama.testing.targets import TARGETS
+from tests.kernels.calls import T, arguments, positional
+from tests.kernels.triton.launches import on
+
+pytestmark = pytest.mark.compile
+TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
+ROWS = (1, 2, 3, 4, 16, 17, 18, 24, 31, 32, 33, 48, 63, 64)
+WIDTHS = (1, 2, 3, 16, 17, 64, 80, 160, 1170)  # pages of 7 tokens: of one split of 512, two, three and sixteen
+
+
+def sized(op: str, rows: int, width: int = 2) -> dict[str, Any]:
+    """A call of so many rows or sequences, and tables of `width` pages; products in bf16, where one kernel does all."""
+    given = arguments(op)
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name == "page_table":
+            given[name] = torch.zeros(rows, width, dtype=value.dtype)
+        elif value.shape[0] == T:
+            given[name] = value[:1].expand(rows, *value.shape[1:]).contiguous()
+        elif name.startswith("cu_seqlens"):
+            given[name] = torch.arange(rows + 1, dtype=value.dtype)
+        if "gated" in given and value.is_floating_point():
+            given[name] = given[name].bfloat16()
+    return given
+
+
+def shifted(value: Any) -> Any:
+    """Whole numbers for each row or sequence at an address that is no multiple of 16, as those of a part may be."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64) or value.dim() > 2:
+        return value
+    return torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
+
+
+def launched(op: str, given: dict[str, Any], target: str = "sm_90") -> list[Launch]:
+    with on(target), record(TARGETS[target]) as launches:
+        OPS[op].launcher("cuda")(*positional(op, given))
+    return launches
+
+
+def chosen(launch: Launch) -> Hashable:
+    """What launch code says a kernel is compiled for."""
+    params, constants = launch.source.fn.params, launch.source.constants
+    values = sorted((path, repr(value)) for path, value in constants.items() if params[path[0]].is_constexpr)
+    return launch.kernel, *values, *sorted((name, repr(value)) for name, value in launch.options.items())
+
+
+def found(launch: Launch) -> Hashable:
+    """What Triton makes a part of the key besides: types, multiples of 16, integers that are 1."""
+    params, source = launch.source.fn.params, launch.source
+    types = [kind for kind, param in zip(source.signature.values(), params, strict=True) if not param.is_constexpr]
+    ones = sorted((path, repr(value)) for path, value in source.constants.items() if not params[path[0]].is_constexpr)
+    return launch.kernel, *types, *ones, repr(sorted(source.attrs.items()))
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_rows_decide_nothing_within_a_bucket(op: str) -> None:
+    """And beyond it tiles and warps alone: a row's kernel differs by these, or is the one that it has in any batch."""
+    kinds, buckets = defaultdict(set), defaultdict(set)
+    for rows in ROWS:
+        launches = launched(op, sized(op, rows))
+        assert launches
+        buckets[power_of_2(rows)].add(tuple(map(chosen, launches)))
+        for launch in launches:
+            kinds[launch.kernel].add(found(launch))
+    assert {rows: len(keys) for rows, keys in buckets.items()} == dict.fromkeys(buckets, 1)
+    assert {kernel: len(keys) for kernel, keys in kinds.items()} == dict.fromkeys(kinds, 1)
+
+
+@pytest.mark.parametrize("op", [op for op in TRITON_OPS if "page_table" in OPS[op].names])
+def test_neither_does_the_width_of_a_table(op: str) -> None:
+    """But that keys are split at all: parts are in fp32."""
+    keys = {
+        (len(launches), *((chosen(launch), found(launch)) for launch in launches))
+        for width in WIDTHS
+        for launches in [launched(op, sized(op, 2, width))]
+    }
+    assert len(keys) == (2 if op == "attention_decode" else 1)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_where_a_batchs_whole_numbers_lie_decides_nothing(op: str, target: str) -> None:
+    """Those of prompts begin where those of decodes end."""
+    given = sized(op, 3)
+    moved = {name: shifted(value) if "packed" not in name else value for name, value in given.items()}
+    both = [[(chosen(launch), found(launch)) for launch in launched(op, each, target)] for each in (given, moved)]
+    assert both[0] == both[1]
