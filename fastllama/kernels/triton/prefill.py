@@ -69,7 +69,9 @@ def prefill_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    block, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    # From the last block on, as programs start in their order: a causal sequence's last rows see most keys.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
     seq, high = 0, num_seqs
     while seq < high:
         middle = (seq + high + 1) // 2
