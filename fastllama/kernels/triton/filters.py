@@ -91,8 +91,8 @@ def octave_kernel(
             sums = tl.sum((lanes & 0x7FFFFFF).to(tl.int64) + ((lanes >> 27).to(tl.int64) << 40), 1)  # [GROUP]
             masses = (sums & 0xFFFFFFFFFF) << tl.maximum(each + (_LEAST - WHOLE), 0).to(tl.int64)
             row_octaves_ptr = octaves_ptr + row * 2 * OCTAVES + each
-            tl.atomic_add(row_octaves_ptr, sums >> 40, mask=sums > 0)
-            tl.atomic_add(row_octaves_ptr + OCTAVES, masses, mask=masses > 0)
+            tl.atomic_add(row_octaves_ptr, sums >> 40, mask=sums > 0, sem="relaxed")  # read by later launches alone
+            tl.atomic_add(row_octaves_ptr + OCTAVES, masses, mask=masses > 0, sem="relaxed")
 
 
 # One program owns one chunk of one row: appends its keys in the octaves of the thresholds to the row's candidates.
@@ -131,7 +131,7 @@ def collect_kernel(
         place = tl.cumsum(chosen.to(tl.int32), 0)  # [CHUNK], from 1
         count = tl.sum(chosen.to(tl.int32), 0)
         if count > 0:
-            start = tl.atomic_add(state_ptr + row * 2, count)
+            start = tl.atomic_add(state_ptr + row * 2, count, sem="relaxed")
             tl.store(candidates_ptr + row * CAPACITY + start + place - 1, keys, mask=chosen)
 
 

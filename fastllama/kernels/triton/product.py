@@ -130,12 +130,13 @@ def finish(
             tl.store(squares_ptr + place, squares, mask=row < num_rows)
         tl.debug_barrier()  # all threads have stored before one of them counts
         if tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            tl.atomic_xchg(counters_ptr + tile, 0)
             ROWS: tl.constexpr = min(1024 // BLOCK_N, acc.shape[1])
             for first in tl.static_range(0, acc.shape[1], ROWS):
                 some = first + tl.arange(0, ROWS).to(tl.int64)
                 total, squares_total = added(some, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N, SPLITS)
                 store(total, squares_total, some, num_rows, around, FEATURES, SIZE, GATED)
+            # For the next launch, which counts only when this one has ended: without a fence, and behind all loads.
+            tl.atomic_xchg(counters_ptr + tile, 0, sem="relaxed")
 
 
 # The sums over all splits of a tile, of rows [M]: [N, M], and of the rows' squares where there is a norm: [M].

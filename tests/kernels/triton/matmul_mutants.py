@@ -45,7 +45,7 @@ MATMUL_MUTANTS = [
     mutant("rows past the last read", "matmul", "tl.minimum(row, num_rows - 1)", "row", STRIDES),
     around("the last split forgotten", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", COLUMNS),
     around("the first program stores", "== SPLITS - 1:", "== 0:", LAST),
-    around("counts stay", "tl.atomic_xchg(counters_ptr + tile, 0)", "tl.atomic_xchg(counters_ptr + tile, 1)", LAST),
+    around("counts stay", "tl.atomic_xchg(counters_ptr + tile, 0,", "tl.atomic_xchg(counters_ptr + tile, 1,", LAST),
     around("one count for all tiles", "tl.atomic_add(counters_ptr + tile,", "tl.atomic_add(counters_ptr,", COLUMNS),
     around(
         "parts of all tiles in one place",
