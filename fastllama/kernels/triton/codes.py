@@ -25,13 +25,13 @@ from fastllama.kernels.reference.int4 import COLUMNS, ROWS
 from fastllama.kernels.triton.int4 import load_codes
 from fastllama.kernels.triton.int8 import load_bytes, order, unit
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
+from fastllama.kernels.triton.overlap import prefetch, release, wait
 from fastllama.kernels.triton.product import (
     COUNTERS,
     Splits,
     arguments,
     dense,
     finish,
-    follow,
     fused,
     owned,
     row_sums,
@@ -155,7 +155,13 @@ def matmul_kernel(
     acc = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     begin = tl.program_id(1) * SPLIT
-    follow(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
+    release(PDL)
+    prefetch(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
+    # A row's sector of 32 bytes has 16 groups, mostly all of a split: loads of one group alone would wait for memory.
+    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
+    if zeros_ptr is not None:
+        prefetch(zeros_ptr + feature * zeros_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
+    wait(PDL)
     for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, SIZE), 128, num_stages=STAGES):
         for part in tl.static_range(128 // GROUP):
             products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)

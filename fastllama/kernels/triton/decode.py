@@ -16,6 +16,7 @@ from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
+from fastllama.kernels.triton.overlap import follow, overlapping
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
@@ -57,7 +58,9 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     k_len = tl.load(seq_lens_ptr + seq)
     first = split * SPLIT
@@ -124,7 +127,9 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = row * tl.num_programs(1) + head
     used = tl.maximum(tl.cdiv(tl.load(seq_lens_ptr + row // QUERIES), SPLIT), 1)
@@ -233,6 +238,7 @@ def attention_decode(
         BLOCK_D=block_d,
         STAGES=launch.stages,
         num_warps=launch.num_warps,
+        **overlapping(q.device),
     )
     if splits == 1:
         return [call]
@@ -253,5 +259,6 @@ def attention_decode(
         SPLIT=launch.split,
         BLOCK_D=block_d,
         num_warps=4,
+        **overlapping(q.device),
     )
     return [call, combine]

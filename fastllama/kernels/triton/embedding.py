@@ -9,6 +9,7 @@ from torch import Tensor
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.overlap import follow, overlapping
 
 BLOCK = 1024  # elements: 128 threads take 16 bytes of a 16-bit dtype each
 
@@ -24,7 +25,9 @@ def embedding_kernel(
     weight_row_stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     row = tl.load(ids_ptr + token).to(tl.int64)
@@ -51,6 +54,7 @@ def embedding(ids: Tensor, weight: Tensor, out: Tensor) -> list[KernelCall]:
         weight_row_stride=weight.stride(0),
         SIZE=size,
         BLOCK=BLOCK,
+        **overlapping(out.device),
         num_warps=4,
     )
     return [call]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastllama.kernels.triton.overlap import follow
 from fastllama.kernels.triton.weights import ONE, WHOLE, keys_of, load_logits, mantissas_of, masses_of, row_peak
 
 OCTAVES = 32  # powers of two told apart; weights below 2^-30 share the first
@@ -67,7 +68,9 @@ def octave_kernel(
     LANE: tl.constexpr,
     OCTAVES: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
@@ -113,7 +116,9 @@ def collect_kernel(
     CHUNKS_BLOCK: tl.constexpr,
     OCTAVES: tl.constexpr,
     CAPACITY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
@@ -190,7 +195,9 @@ def threshold_kernel(
     PIVOTS: tl.constexpr,
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)

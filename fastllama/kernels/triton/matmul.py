@@ -18,12 +18,12 @@ from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.compose import compose
 from fastllama.kernels.op import Function
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.overlap import prefetch, release, wait
 from fastllama.kernels.triton.product import (
     Splits,
     arguments,
     dense,
     finish,
-    follow,
     fused,
     owned,
     row_sums,
@@ -77,7 +77,9 @@ def matmul_kernel(
     x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride + col[None, :]
     weight_ptrs = weight_ptr + feature[:, None] * weight_row_stride + col[None, :]
     ahead = tl.minimum(first + tl.arange(0, 8) * (BLOCK_K // 2), SIZE - 1)  # a tile of 256 bytes is two lines wide
-    follow(weight_ptr + feature[:, None] * weight_row_stride + ahead[None, :], PDL)
+    release(PDL)
+    prefetch(weight_ptr + feature[:, None] * weight_row_stride + ahead[None, :], PDL)
+    wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
     for start in tl.range(first, tl.minimum(first + SPLIT, SIZE), BLOCK_K, num_stages=STAGES):

@@ -19,6 +19,7 @@ from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.reference.int4 import COLUMNS
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
+from fastllama.kernels.triton.overlap import follow, overlapping, prefetch, release, wait
 
 FEATURES = 128  # of a program: two tiles of the layout
 TOGETHER = 16  # tiles of rows, whose programs follow each other: they share tiles of the weight, and x stays in L2
@@ -37,6 +38,15 @@ def load_codes(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.
     codes = tl.load(packed_ptr + tile * row_stride + (quarter * 2048 + lane % 128 * 16 + byte))
     codes = codes.reshape(8, 8, 4, QUARTERS, 2, 2, 4)  # w, g, q, quarter, c, r, i
     return codes.trans(0, 5, 1, 3, 4, 2, 6).reshape(128, BLOCK_K)
+
+
+# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load_codes` takes.
+@triton.jit
+def lines(packed_ptr, row_stride, row, begin, N: tl.constexpr, K: tl.constexpr):
+    line = tl.arange(0, 512)
+    tile = tl.minimum(row // 64 + line // 256, (N - 1) // 64)
+    byte = tl.minimum(begin // 32 * 2048 + line % 256 * 128, tl.cdiv(K, 128) * 8192 - 1)
+    return packed_ptr + tile * row_stride + byte
 
 
 # What sums stand for, in fp32; x_scale and scale broadcast. The same bits wherever it is compiled: nothing is left to
@@ -69,7 +79,9 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     TOGETHER: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
     TILES: tl.constexpr = (N + 127) // 128
     place, split = tl.program_id(0), tl.program_id(1)
     first_tile = place // (TOGETHER * TILES) * TOGETHER
@@ -82,6 +94,9 @@ def matmul_kernel(
     x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride
     acc = tl.zeros([128, BLOCK_M], tl.int32)
     begin = split * SPLIT
+    if BLOCK_M <= 64:  # more are bound by arithmetic
+        prefetch(lines(packed_ptr, packed_row_stride, first, begin, N, K), PDL)
+    wait(PDL)
     for start in tl.range(begin, tl.minimum(begin + SPLIT, K), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptrs + k) if K % BLOCK_K == 0 else tl.load(x_ptrs + k, mask=k < K, other=0)  # [M, K]
@@ -112,7 +127,9 @@ def sum_kernel(
     N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = col < N
@@ -183,6 +200,7 @@ def matmul_w8a8(
         BLOCK_K=launch.columns,
         STAGES=launch.stages,
         TOGETHER=TOGETHER,
+        **overlapping(x.device),
         num_warps=launch.num_warps,
     )
     if whole:
@@ -200,6 +218,7 @@ def matmul_w8a8(
         N=features,
         PARTS=splits,
         BLOCK=BLOCK,
+        **overlapping(x.device),
         num_warps=1,
     )
     return [product, added]

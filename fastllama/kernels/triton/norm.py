@@ -10,6 +10,7 @@ from fastllama.kernels import tuning
 from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.quantize import store_codes
 
 
@@ -32,7 +33,9 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1]
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < num_rows) & (col < SIZE)  # [ROWS, BLOCK]
@@ -128,6 +131,7 @@ def _plan(
         ROWS=rows,
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
+        **overlapping(x.device),
         num_warps=launch.num_warps,
     )
     return [call]

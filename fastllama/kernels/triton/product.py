@@ -7,10 +7,7 @@ whatever other rows there are. Counts are zero again after each launch.
 The norm needs a factor for each row that is known only when all of the row has been read. So x is multiplied by the
 norm's weight alone, its squares are added on the way, and the factor multiplies sums. Squares are added in pairs that
 the code names, not in an order that a layout chooses: the factor of a row does not depend on the other rows either.
-Where the GPU can (sm_90 and on), a product is launched while the launch before it ends: it asks for its first tiles of
-the weight, which nobody writes, and then waits for what that one left (programmatic dependent launch).
-Source: counting programs, as stream-K does: Osama et al., Stream-K (2023); the CUDA programming guide, "Programmatic
-Dependent Launch and Synchronization".
+Source: counting programs, as stream-K does: Osama et al., Stream-K (2023).
 """
 
 from __future__ import annotations
@@ -23,28 +20,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastllama.kernels import tuning
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows
 from fastllama.kernels.compose import compose, fuses_norm
 from fastllama.kernels.op import Function
 from fastllama.kernels.triton.launching import scratch
+from fastllama.kernels.triton.overlap import overlapping
 
 COUNTERS = 4096  # in the first elements of a workspace, one for each tile of features that is split
-
-
-# Lets the next launch begin, asks for lines of the weight, and waits for the launch before, lest something it writes be
-# read too early, or something it reads be overwritten.
-@triton.jit
-def follow(weight_ptrs, PDL: tl.constexpr):
-    if PDL:
-        gdc_launch_dependents()
-        FETCH: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-        lines = weight_ptrs.to(tl.int64)
-        tl.inline_asm_elementwise(FETCH, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
-        gdc_wait()
 
 
 # The rows of the weight that a program owns, in place of those past the last the last again: [BLOCK_N]. Of a gated
@@ -227,7 +211,6 @@ def arguments(
     if workspace is None:
         held[:COUNTERS].zero_()
     split = splits.count > 1
-    overlaps = follows(out.device)
     return {
         "num_rows": out.shape[0],
         "out_ptr": out,
@@ -244,15 +227,8 @@ def arguments(
         "SPLIT": splits.columns,
         "SPLITS": splits.count,
         "GATED": gated,
-        "PDL": overlaps,
-        **({"launch_pdl": True} if overlaps else {}),  # an option of NVIDIA's compiler alone
+        **overlapping(out.device),
     }
-
-
-def follows(device: torch.device) -> bool:
-    """Whether a launch may begin before the one before it has ended: never in the interpreter."""
-    arch = tuning.arch(device)
-    return device.type != "cpu" and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 def fused(

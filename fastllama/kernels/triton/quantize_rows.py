@@ -11,6 +11,7 @@ from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
 from fastllama.kernels.triton.norm import rows_per_program
+from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.quantize import store_codes
 
 
@@ -25,7 +26,9 @@ def quantize_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1]
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < num_rows) & (col < SIZE)
@@ -55,6 +58,7 @@ def quantize_rows(x: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall
         SIZE=size,
         ROWS=rows,
         BLOCK=block,
+        **overlapping(x.device),
         num_warps=launch.num_warps,
     )
     return [call]

@@ -12,6 +12,7 @@ from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton.heads import load_pairs, rotated, store_pairs
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.quantize import quantized
 
 
@@ -98,7 +99,9 @@ def rope_kernel(
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
     BLOCKS: tl.constexpr = Q_BLOCKS + (NUM_KV_HEADS + HEADS - 1) // HEADS
     token, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
@@ -162,7 +165,9 @@ def rope_and_write_kv_kernel(
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
     KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
@@ -265,6 +270,7 @@ def rope(
         INTERLEAVED=interleaved,
         HEADS=group,
         PAIRS=max(power_of_2(head_dim) // 2, 1),
+        **overlapping(q.device),
         num_warps=launch.num_warps,
     )
     return [call]
@@ -323,6 +329,7 @@ def rope_and_write_kv(
         INTERLEAVED=interleaved,
         HEADS=group,
         PAIRS=max(power_of_2(head_dim) // 2, 1),
+        **overlapping(qkv.device),
         num_warps=launch.num_warps,
     )
     return [call]

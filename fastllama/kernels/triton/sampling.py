@@ -16,6 +16,7 @@ from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import check_kernel_dtype
 from fastllama.kernels.triton import filters
 from fastllama.kernels.triton.launching import KernelCall, launcher, scratch
+from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.weights import LARGEST_VOCAB, keys_of, load_logits, masses_of, row_peak
 
 
@@ -31,7 +32,9 @@ def peak_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     OCTAVES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     cols = chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
@@ -66,7 +69,9 @@ def mass_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
@@ -95,7 +100,9 @@ def draw_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     peak, total = row_peak(peaks_ptr, row, CHUNKS, CHUNKS_BLOCK)
@@ -191,7 +198,8 @@ def sample(
     capacity = _capacity(vocab_size)
     grid = (num_rows, chunks)
     row_stride = logits.stride(0)
-    numbers = {"VOCAB": vocab_size, "CHUNK": launch.block, "CHUNKS": chunks, "num_warps": launch.num_warps}
+    options = {"num_warps": launch.num_warps, **overlapping(logits.device)}
+    numbers = {"VOCAB": vocab_size, "CHUNK": launch.block, "CHUNKS": chunks, **options}
     blocks = numbers | {"CHUNKS_BLOCK": power_of_2(chunks)}
     return [
         KernelCall(
@@ -251,7 +259,7 @@ def sample(
             PIVOTS=filters.PIVOTS,
             TILE=filters.TILE,
             CAPACITY=capacity,
-            num_warps=launch.num_warps,
+            **options,
         ),
         KernelCall(
             mass_kernel,

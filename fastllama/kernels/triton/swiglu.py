@@ -10,6 +10,7 @@ from fastllama.kernels import tuning
 from fastllama.kernels.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.triton.launching import KernelCall, launcher
+from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.quantize import store_codes
 
 
@@ -24,7 +25,9 @@ def silu_mul_kernel(
     gate_up_row_stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     BLOCKS: tl.constexpr = tl.cdiv(SIZE, BLOCK)
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     col = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -61,6 +64,7 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
         gate_up_row_stride=gate_up.stride(0),
         SIZE=size,
         BLOCK=launch.block,
+        **overlapping(out.device),
         num_warps=launch.num_warps,
     )
     return [call]
@@ -84,6 +88,7 @@ def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[Kern
         gate_up_row_stride=gate_up.stride(0),
         SIZE=size,
         BLOCK=power_of_2(size),
+        **overlapping(out.device),
         num_warps=tuning.norm(out.device, size=size, itemsize=gate_up.element_size()).num_warps,
     )
     return [call]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, QUANTIZED_MUTANTS
+from tests.kernels.triton.compiled_mutants import COMPILED_MUTANTS
 from tests.kernels.triton.int4_mutants import INT4_MUTANTS
 from tests.kernels.triton.int8_mutants import INT8_MUTANTS
 from tests.kernels.triton.matmul_mutants import MATMUL_MUTANTS
@@ -278,6 +279,7 @@ LAUNCHING_MUTANTS = [
         ("a part of the workspace at its start", "addresses[source] + byte", "addresses[source]"),
         ("any address", "if address % ALIGNMENT:", "if False:"),
         ("a first address that is not aligned", "value.data_ptr() % ALIGNMENT or source[1]", "source[1]"),
+        ("an address of what is not specialised on", "addresses[: len(aligned)]", "addresses"),
         ("a part aligned by chance", " or source[1] % ALIGNMENT", ""),
         (
             "memory of others",
@@ -303,4 +305,5 @@ MUTANTS = [
     *INT8_MUTANTS,
     *W8A8_MUTANTS,
     *LAUNCHING_MUTANTS,
+    *COMPILED_MUTANTS,
 ]

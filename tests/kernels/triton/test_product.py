@@ -14,14 +14,10 @@ from fastllama.kernels import reference
 from fastllama.kernels.op import OPS
 from fastllama.kernels.triton import matmul as module
 from fastllama.kernels.triton.product import COUNTERS, splits_of
-from fastllama.testing import triton_api
 from fastllama.testing.checks import CheckError
 from fastllama.testing.monitor import Report
-from fastllama.testing.recorder import record
-from fastllama.testing.targets import target
 from tests.kernels.honest import assert_equal, assert_honest, double, public
 from tests.kernels.test_around import FORMS, around, plain, weight_of
-from tests.kernels.triton.launches import SHIPPED, on
 from tests.kernels.triton.test_matmul import launching, matmul
 
 BF16 = torch.bfloat16
@@ -127,27 +123,6 @@ def test_what_a_kernel_does_not_take_is_an_op_of_its_own(monkeypatch: pytest.Mon
         (launch,) = checked.launches
         assert launch.loaded["norm_ptr"]
         assert launch.stored["out_ptr"] == 2 * columns * 2
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize(("name", "overlaps"), [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
-@pytest.mark.parametrize("family", ["matmul", "int4", "int8"])
-def test_a_launch_waits_for_the_one_before_where_it_may_begin_earlier(family: str, name: str, overlaps: bool) -> None:
-    """And asks for the weight first, for x after: the option without the instruction would read what is not written."""
-    shipped = next(each for each in SHIPPED[family] if "norm, gated" in each.name)
-    with on(name), record(target(name)) as launches:
-        shipped.call()
-    (launch,) = launches
-    assert launch.options.get("launch_pdl", False) is overlaps
-    text = triton_api.compile_source(launch.source, target(name).triton, launch.options).asm["ptx"]
-    if not overlaps:
-        assert "griddepcontrol" not in text
-        return
-    wait = text.index("griddepcontrol.wait")
-    assert text.index("griddepcontrol.launch_dependents") < text.index("prefetch.global.L2") < wait
-    assert "ld.global" not in text[:wait]
-    assert "cp.async" not in text[:wait]
-    assert "st.global" not in text[:wait]
 
 
 def test_no_split_is_empty_and_all_columns_are_in_one() -> None:

@@ -1,0 +1,84 @@
+"""Faults that only compiled code shows: launches that do not wait, fences, kernels compiled for one batch."""
+
+from __future__ import annotations
+
+from fastllama.testing.mutants import Mutant
+from tests.kernels.triton.planted import KERNELS, TESTS
+
+OVERLAP = f"{TESTS}/triton/test_overlap.py"
+WAITS = f"{OVERLAP}::test_a_launch_waits_for_the_one_before_ahead_of_every_access"
+EACH = f"{OVERLAP}::test_each_kernel_of_a_step_overlaps_where_it_can"
+KEYS = f"{TESTS}/triton/test_specialisation.py"
+ROWS, WIDTHS = f"{KEYS}::test_rows_decide_nothing_within_a_bucket", f"{KEYS}::test_neither_does_the_width_of_a_table"
+PLACES = f"{KEYS}::test_where_a_batchs_whole_numbers_lie_decides_nothing"
+
+
+def fault(name: str, file: str, old: str, new: str, test: str) -> Mutant:
+    """That a test of the compile tier finds."""
+    return Mutant(name, f"{KERNELS}/{file}.py", old, new, (test,), interpreter=False)
+
+
+SEQUENCE = "    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)\n"
+LENGTH = "    k_len = tl.load(seq_lens_ptr + seq)\n"
+CHUNK = "    row = tl.program_id(0).to(tl.int64)\n    chunk = tl.program_id(1)\n    temperature"
+SCALES = "    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)\n"
+COMPILED_MUTANTS = [
+    fault("nothing waits", "overlap", "        gdc_wait()", "        pass", f"{WAITS}[norm-sm_90]"),
+    fault("no launch is let go", "overlap", "        gdc_launch_dependents()", "        pass", f"{WAITS}[norm-sm_90]"),
+    fault("a wait forgotten", "norm", "    follow(PDL)\n", "", f"{WAITS}[norm-sm_90]"),
+    fault(
+        "a wait on one path alone",
+        "sampling",
+        f"    follow(PDL)\n{CHUNK}",
+        f"    if tl.program_id(0) > 0:\n        follow(PDL)\n{CHUNK}",
+        f"{WAITS}[sampling-sm_90]",
+    ),
+    fault(
+        "a wait behind the length",
+        "decode",
+        f"    follow(PDL)\n{SEQUENCE}{LENGTH}",
+        f"{SEQUENCE}{LENGTH}    follow(PDL)\n",
+        f"{WAITS}[attention-sm_90]",
+    ),
+    fault(
+        "a launch in its turn",
+        "swiglu",
+        "BLOCK=launch.block,\n        **overlapping(out.device),",
+        "BLOCK=launch.block,\n        PDL=False,",
+        f"{EACH}[sm_90]",
+    ),
+    fault("overlap on any GPU", "overlap", ">= 90", ">= 80", f"{EACH}[sm_80]"),
+    fault(
+        "no switch",
+        "overlap",
+        ' and env.PDL.read() == "1"',
+        "",
+        f"{OVERLAP}::test_a_variable_switches_it_off",
+    ),
+    fault(
+        "scales not asked for",
+        "codes",
+        SCALES,
+        "",
+        f"{OVERLAP}::test_weights_are_asked_for_before_the_wait[int4-sm_90]",
+    ),
+    fault(
+        "a count reset with a fence",
+        "product",
+        'counters_ptr + tile, 0, sem="relaxed"',
+        "counters_ptr + tile, 0",
+        f"{OVERLAP}::test_a_sum_over_splits_takes_one_fence",
+    ),
+    fault(
+        "a fence for each chunk's keys",
+        "filters",
+        'count, sem="relaxed"',
+        "count",
+        f"{OVERLAP}::test_the_sums_of_a_draw_take_no_fence",
+    ),
+    fault("a kernel for one row", "norm", '(do_not_specialize=["num_rows"])', "", ROWS),
+    fault("a kernel for one sequence", "prefill", '        "num_seqs",\n', "", ROWS),
+    fault("a kernel for the width of a table", "decode", '"page_table_stride", ', "", WIDTHS),
+    fault("a kernel for a number of splits", "decode", '["seq_lens_ptr", "splits"]', '["seq_lens_ptr"]', WIDTHS),
+    fault("a kernel for where a part begins", "rope", '["positions_ptr", "slots_ptr"]', '["positions_ptr"]', PLACES),
+]
