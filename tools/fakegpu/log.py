@@ -41,8 +41,9 @@ class Log:
     def __str__(self) -> str:
         captured, overlapping = (sum(each) for each in zip((0, 0), *self.captures, strict=True))
         return (
-            f"{len(set(self.compilations))} kernels of ours, {sum(self.launches.values())} launches, {len(self.captures)} "
-            f"captures of {captured} kernels, {overlapping} of which overlap, {self.replays} replays"
+            f"{len(set(self.compilations))} kernels of ours, {sum(self.launches.values())} launches, "
+            f"{len(self.captures)} captures of {captured} kernels, of which {overlapping} overlap, "
+            f"{self.replays} replays"
         )
 
 

@@ -24,7 +24,7 @@ def test_processes_are_counted_together(tmp_path: Path) -> None:
     assert found.violations == {"cudaMalloc while a stream is captured": 2}
     assert found.launches == {"matmul_kernel": 4}
     assert found.loads == {"matmul_kernel": 2}
-    assert str(found) == "1 kernels of ours, 4 launches, 2 captures of 4 kernels, 4 of which overlap, 2 replays"
+    assert str(found) == "1 kernels of ours, 4 launches, 2 captures of 4 kernels, of which 4 overlap, 2 replays"
 
 
 def test_nothing_is_no_violation(tmp_path: Path) -> None:
