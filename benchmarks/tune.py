@@ -1,17 +1,19 @@
 """Find launch configurations for this GPU by timing them, and write those that win to the user's cache folder.
 
-python -m benchmarks.tune [--families norm ...] [--minutes 10] [--dtype bfloat16] [--out FOLDER] [--dry]
+python -m benchmarks.tune [--families norm ...] [--minutes 10] [--most 24] [--dtype bfloat16] [--out FOLDER] [--dry]
 
-Every candidate of a family's space is timed at Llama 2's shapes, in turns with the heuristic's, in CUDA graphs over
-inputs that leave the cache. A candidate is written where it beats the heuristic by more than 2 %: less is noise. A
-launch that no number of rows may change (norm, sample) is judged by all of them together. What is found is read by the
-next process; `--out` writes elsewhere, to fastllama/kernels/configs/<gpu> for one to ship.
+The candidates nearest to the heuristic's launch are timed at Llama 2's shapes, in turns with it, in CUDA graphs over
+inputs that leave the cache: each takes up to a second to compile, and a matmul has a thousand. A candidate is written
+where it beats the heuristic by more than 2 %: less is noise. A launch that no number of rows may change (norm, sample)
+is judged by all of them together. What is found is read by the next process; `--out` writes elsewhere, to
+fastllama/kernels/configs/<gpu> for one to ship.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -67,17 +69,22 @@ Asked = tuple[int, ...]  # the values of a family's shape
 
 
 def candidates(family: str, shape: tuned.Shape, device: Device) -> Iterator[Any]:
-    """The launches worth timing, the heuristic's first."""
+    """The launches worth timing, the heuristic's first, then the nearest to it: by factors of two in each number."""
     kind = tuning.FAMILIES[family]
     first = kind.heuristic(device, **shape)
     yield first
     names = [each.name for each in fields(kind.launch)]
-    for values in itertools.product(*(VALUES[name] for name in names)):
-        launch = kind.launch(**dict(zip(names, values, strict=True)))
+    found = [kind.launch(*values) for values in itertools.product(*(VALUES[name] for name in names))]
+    for launch in sorted(found, key=partial(_distance, first)):
         threads = launch.num_warps * device.warp_size
         fits = LEAST_ELEMENTS * threads <= _share(launch, shape) <= MOST_ELEMENTS * threads
         if launch != first and threads <= heuristics.MAX_THREADS and fits:
             yield launch
+
+
+def _distance(first: Any, launch: Any) -> float:
+    pairs = zip(asdict(first).values(), asdict(launch).values(), strict=True)
+    return sum(abs(math.log2(value / origin)) for origin, value in pairs)
 
 
 def _share(launch: Any, shape: tuned.Shape) -> int:
@@ -166,9 +173,9 @@ def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | 
 
 
 def tune(
-    family: str, found: list[Case], device: torch.device, rounds: int, deadline: float, most: int | None
+    family: str, found: list[Case], device: torch.device, rounds: int, deadline: float, most: int
 ) -> list[tuned.Entry]:
-    """Entries for the shapes of the cases that the time allows. most: of candidates, all when None."""
+    """Entries for the shapes of the cases that the time allows. most: of candidates."""
     kind, groups = tuning.FAMILIES[family], defaultdict(list)
     for case in found:
         if (values := asked(family, case, device)) is not None:
@@ -198,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=tuple(OPS), default=list(OPS))
     parser.add_argument("--minutes", type=float, default=10.0, help="time budget")
+    parser.add_argument("--most", type=int, default=24, help="candidates of a shape, the heuristic's among them")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder of the files; by default the user's cache")
     parser.add_argument("--dry", action="store_true", help="walk two candidates of a toy on a CPU; needs --out")
@@ -213,7 +221,7 @@ def main() -> None:
     provenance["date"] = datetime.now(timezone.utc).date().isoformat()
     provenance["command"] = f"python -m benchmarks.tune --dtype {options.dtype}"
     deadline = time.monotonic() + 60 * options.minutes
-    source, rounds, most = (toy_cases, 1, 2) if options.dry else (cases, 15, None)
+    source, rounds, most = (toy_cases, 1, 2) if options.dry else (cases, 15, options.most)
     for family in options.families:
         found = list(source(getattr(torch, options.dtype), (OPS[family],)))
         with torch.inference_mode(), micro.interpreted(options.dry):

@@ -44,6 +44,16 @@ def test_candidates_are_legal_and_the_heuristics_is_the_first(family: str) -> No
         assert launch.num_warps * H200.warp_size <= heuristics.MAX_THREADS
 
 
+def test_the_nearest_candidates_come_first() -> None:
+    """Three stages of a matmul, of which three programs are resident and not two, and twice the splits."""
+    shape = {"features": 22016, "size": 4096, "itemsize": 2}
+    first, *near = list(tune.candidates("matmul", shape, H200))[:10]
+    assert dataclasses.replace(first, stages=3) in near
+    assert dataclasses.replace(first, splits=2 * first.splits) in near
+    sizes = [tune._distance(first, launch) for launch in tune.candidates("matmul", shape, H200)]
+    assert sizes == sorted(sizes)
+
+
 def entry(num_warps: int, seconds: list[float | None]) -> tuple[Any, list[float | None]]:
     return heuristics.NormLaunch(num_warps), seconds
 
@@ -91,7 +101,7 @@ class TestTune:
     """From cases to a file."""
 
     @staticmethod
-    def tune(deadline: float = float("inf"), most: int | None = None) -> list[tuned.Entry]:
+    def tune(deadline: float = float("inf"), most: int = 99) -> list[tuned.Entry]:
         (case,) = toy_cases(torch.bfloat16, ("add_rms_norm",))
         return tune.tune("norm", [case, case], torch.device("cpu"), 1, deadline, most)
 
