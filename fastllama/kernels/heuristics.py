@@ -197,6 +197,8 @@ def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: i
 def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
     """Tiles of 64 rows by 256 bytes, and splits until each multiprocessor has three programs to hide a load's latency.
 
+    By shared memory two of them are resident at four stages on sm_90 (80 KiB up to 16 rows of x, 96 up to 32), one with
+    more rows (128 KiB); three up to 16 rows at three stages (60 KiB). Which is faster is for `benchmarks.tune` to say.
     128 bytes in fp32: 256 spill 1748 bytes at 64 rows on sm_80 and 8 on sm_90, with Triton 3.9.
     """
     columns = 128 if itemsize == 2 else 32
