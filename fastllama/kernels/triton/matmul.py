@@ -74,8 +74,8 @@ def matmul_kernel(
     row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
     first = tl.program_id(1) * SPLIT
     col = tl.arange(0, BLOCK_K)  # [K]
-    x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride + col[None, :]
-    weight_ptrs = weight_ptr + feature[:, None] * weight_row_stride + col[None, :]
+    x_offsets = tl.minimum(row, num_rows - 1)[:, None] * x_row_stride + (first + col)[None, :]
+    weight_offsets = feature[:, None] * weight_row_stride + (first + col)[None, :]
     ahead = tl.minimum(first + tl.arange(0, 8) * (BLOCK_K // 2), SIZE - 1)  # a tile of 256 bytes is two lines wide
     release(PDL)
     prefetch(weight_ptr + feature[:, None] * weight_row_stride + ahead[None, :], PDL)
@@ -85,11 +85,15 @@ def matmul_kernel(
     for start in tl.range(first, tl.minimum(first + SPLIT, SIZE), BLOCK_K, num_stages=STAGES):
         exists = start + col < SIZE
         if SIZE % BLOCK_K == 0:
-            weight = tl.load(weight_ptrs + start)  # [N, K]
-            x = tl.load(x_ptrs + start)  # [M, K]
+            weight = tl.load(weight_ptr + weight_offsets)  # [N, K]
+            x = tl.load(x_ptr + x_offsets)  # [M, K]
         else:
-            weight = tl.load(weight_ptrs + start, mask=exists[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, mask=exists[None, :], other=0.0)
+            weight = tl.load(weight_ptr + weight_offsets, mask=exists[None, :], other=0.0)
+            x = tl.load(x_ptr + x_offsets, mask=exists[None, :], other=0.0)
+        # Two addresses carried from tile to tile. If all are made of `start` in each, a tile takes a third more
+        # instructions, and ptxas serializes those of tensor cores (C7515).
+        weight_ptr += BLOCK_K
+        x_ptr += BLOCK_K
         if norm_ptr is not None:
             squares += squares_of(x)
             x = weighted(x, norm_ptr, start + col, exists)

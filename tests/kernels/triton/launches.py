@@ -74,7 +74,6 @@ class Shipped:
     """One call of a launcher. Global accesses have at least `narrowest` bits a thread, `besides` so many of a kind.
 
     weights: of 4 or 8 bits, by kernel, that a program reads in one turn of its loop, or at all where it has none.
-    serial: ptxas may wait for each wgmma instruction (C7515), which costs what memory takes longer for anyway.
     """
 
     name: str
@@ -82,7 +81,6 @@ class Shipped:
     narrowest: int = NARROW
     besides: Mapping[str, int] = field(default_factory=dict)
     weights: Mapping[str, int] = field(default_factory=dict)
-    serial: bool = False
 
 
 @contextmanager
@@ -246,7 +244,7 @@ def matmul() -> Iterator[Shipped]:
             title = f"matmul {name} bf16, {rows} rows{form and ', ' + form}"
             once = {"load 16": 1} if "norm" in form else {}  # the norm's weight: one number of each column
             call = partial(multiply, rows, features, size, form, BF16)
-            yield Shipped(title, call, besides=once, serial=rows > 16 and "norm" not in form)
+            yield Shipped(title, call, besides=once)
     yield Shipped("matmul 7B qkv fp16, 1 rows", partial(multiply, 1, 12288, 4096, "", FP16))
     yield Shipped("matmul 7B qkv fp32, 64 rows", partial(multiply, 64, 12288, 4096, "", FP32))
 
