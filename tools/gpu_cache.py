@@ -27,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import results
+from benchmarks.gpu.plan import plan
 from tools.fakegpu import log
 from tools.fakegpu.environment import GPU_MACHINE, ROOT, Environment
 from tools.fakegpu.parts import GPU_PLAN
 
+# Stages whose kernels are compiled ahead: not those of peers and of tuning, which are many, and come last.
+LEFT_OUT = ("facts", "ceilings", "ops", "tuning", "profile", "decode, peers")
 CONTENTS = "contents.json"
 GROUP = "__grp__"  # of Triton's files that say where a kernel's other files are, by whole paths
 KEPT = (".cubin", ".json", ".so")  # the rest of a kernel's files are steps on its way
@@ -152,7 +155,8 @@ def main() -> int:
         if options.results is not None:
             results.append(options.results, stage="cache", **found)
         return 0
-    kernels = make(GPU_MACHINE, options.out, [GPU_PLAN])
+    stages = [stage.name for stage in plan(options.out, cache=None, workers=2, dry=False) if stage.name not in LEFT_OUT]
+    kernels = make(GPU_MACHINE, options.out, [[*GPU_PLAN, "--stages", *stages]])
     print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
 
