@@ -156,7 +156,7 @@ def main() -> int:
             results.append(options.results, stage="cache", **found)
         return 0
     stages = [stage.name for stage in plan(options.out, cache=None, workers=2, dry=False) if stage.name not in LEFT_OUT]
-    kernels = make(GPU_MACHINE, options.out, [[*GPU_PLAN, "--stages", *stages]])
+    kernels = make(GPU_MACHINE, options.out, [[*GPU_PLAN, "--minutes", "60", "--stages", *stages]])
     print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
 
