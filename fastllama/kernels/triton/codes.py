@@ -162,21 +162,24 @@ def matmul_kernel(
     if zeros_ptr is not None:
         prefetch(zeros_ptr + feature * zeros_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
     wait(PDL)
+    packed_ptr += begin // 128 * (256 * BITS)
+    x_ptr += begin
     for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, SIZE), 128, num_stages=STAGES):
         for part in tl.static_range(128 // GROUP):
             products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
             sums = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
             for block in tl.static_range(GROUP // BLOCK_K):
-                start = tile_start + (part * GROUP + block * BLOCK_K)
-                col = start + columns(BLOCK_K, BITS)  # [K]
+                place = part * GROUP + block * BLOCK_K
+                within = place + columns(BLOCK_K, BITS)  # [K], in the tile
+                col = tile_start + within
                 exists = col < SIZE
                 x_mask = some if SIZE % 128 == 0 else some & exists[None, :]
-                x = tl.load(x_ptr + row[:, None] * x_row_stride + col[None, :], mask=x_mask, other=0.0)  # [M, K]
+                x = tl.load(x_ptr + row[:, None] * x_row_stride + within[None, :], mask=x_mask, other=0.0)  # [M, K]
                 if norm_ptr is not None:
                     squares += squares_of(x)
                     x = weighted(x, norm_ptr, col, exists)
                 codes = load(
-                    packed_ptr, packed_row_stride, tile, start, FEATURES, dtype, TILES, STEP, BLOCK_K, BITS, UNIT, True
+                    packed_ptr, packed_row_stride, tile, place, FEATURES, dtype, TILES, STEP, BLOCK_K, BITS, UNIT, True
                 )
                 products = tl.dot(codes, tl.trans(x), products, input_precision="ieee")
                 if zeros_ptr is not None:  # the sums of x in every row, in the layout in which they are needed
@@ -186,6 +189,8 @@ def matmul_kernel(
             if zeros_ptr is not None:
                 products -= (per_row(zeros_ptr, feature, zeros_row_stride, group) - 8.0) * sums
             acc += products * (per_row(scales_ptr, feature, scales_row_stride, group) * UNIT)
+        packed_ptr += 256 * BITS  # carried, as in matmul.py
+        x_ptr += 128
     finish(
         acc,
         row_sums(squares),

@@ -6,6 +6,7 @@ multiple of 16. A request that asks for a variant which warm-up did not would wa
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from fastllama.kernels.arithmetic import power_of_2
 from fastllama.kernels.op import OPS
+from fastllama.testing import triton_api
 from fastllama.testing.recorder import Launch, record
 from fastllama.testing.targets import TARGETS
 from tests.kernels.calls import T, arguments, positional
-from tests.kernels.triton.launches import on
+from tests.kernels.triton.launches import SHIPPED, on
 
 pytestmark = pytest.mark.compile
 TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
@@ -105,3 +107,37 @@ def test_where_a_batchs_whole_numbers_lie_decides_nothing(op: str, target: str) 
     moved = {name: shifted(value) if "packed" not in name else value for name, value in given.items()}
     both = [[(chosen(launch), found(launch)) for launch in launched(op, each, target)] for each in (given, moved)]
     assert both[0] == both[1]
+
+
+KINDS = [
+    ("rope", "rope 7B bf16 {}"),
+    ("rope", "rope_and_write_kv 7B bf16 {}, pages bf16"),
+    ("rope", "rope_and_write_kv 7B bf16 {}, pages int8"),
+    ("swiglu", "silu_mul 7B bf16 {}"),
+]
+ARITHMETIC = re.compile(
+    r"^\s*(?:@\S+\s+)?((?:add|sub|mul|fma|neg|div|rcp|ex2|rsqrt)\.[\w.:]*(?:f32|bf16x?2?|f16x?2?))\s", re.M
+)
+TILED = [
+    *((family, kind.format("decode"), kind.format("prefill")) for family, kind in KINDS),
+    ("matmul", "matmul 7B gate_up bf16, 1 rows, norm, gated", "matmul 7B gate_up bf16, 32 rows, norm, gated"),
+    ("matmul", "matmul 7B down bf16, 1 rows, residual", "matmul 7B down bf16, 64 rows, residual"),
+]
+
+
+@pytest.mark.parametrize(("family", "few", "many"), TILED, ids=[few for _, few, _ in TILED])
+def test_what_rows_still_decide_changes_no_arithmetic(family: str, few: str, many: str) -> None:
+    """The tile of a program: compilers contract the same products and sums, so that a row keeps its bits.
+
+    Strides are specialised on as well, by what an address is a multiple of; a model has one of each.
+    """
+    found = []
+    for name in (few, many):
+        (shipped,) = (each for each in SHIPPED[family] if each.name == name)
+        with on("sm_90"), record(TARGETS["sm_90"]) as launches:
+            shipped.call()
+        for launch in launches:
+            text = triton_api.compile_source(launch.source, launch.target.triton, launch.options).asm["ptx"]
+            found.append(set(ARITHMETIC.findall(text)))
+    assert found[0]
+    assert found[0] == found[1]
