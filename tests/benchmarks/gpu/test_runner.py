@@ -54,14 +54,21 @@ def test_a_failure_shows_its_last_lines_at_once(tmp_path: Path, capsys: pytest.C
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """And what it has written by then is kept."""
-    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-    source = child + "open(sys.argv[-1], 'w').write('{\"cases\": [1]}'); print('begun', flush=True); time.sleep(60)"
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.1)"
+    source = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "open(sys.argv[-1], 'w').write('{\"cases\": [1]}'); time.sleep(60)"
+    )
     start = time.monotonic()
     assert runner.run([stage("long", source, most=2, writes=True)], tmp_path, 1.0, {})
     assert time.monotonic() - start < 20
     found = ended(tmp_path, "long")
     assert (found["outcome"], found["record"]) == ("cut short", {"cases": [1]})
     assert not (tmp_path / "current.json").exists()
+    count = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == count > 0
 
 
 def test_variables_are_those_of_the_run_and_of_the_stage(tmp_path: Path) -> None:
