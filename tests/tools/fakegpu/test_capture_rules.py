@@ -109,16 +109,17 @@ def test_a_stream_that_joins_must_be_joined(program: Program) -> None:
     source = """
 other, forked, joined, work = stream(), event(), event(), memset
 other_work = memset(other)
-for joins in (False, True):
+for joins, more in ((False, False), (True, False), (True, True)):
     begin(s)
     assert cuda.cudaEventRecord(forked, s) == 0 and cuda.cudaStreamWaitEvent(other, forked, 0) == 0
     assert other_work() == 0
     if joins:
         assert cuda.cudaEventRecord(joined, other) == 0 and cuda.cudaStreamWaitEvent(s, joined, 0) == 0
+    if more: other_work()
     print(*end(s))
 """
     found, log = program(CUDA + source)
-    assert found.split() == ["904", "False", "0", "True"]
+    assert found.split() == ["904", "False", "0", "True", "904", "False"]
     assert list(log.violations) == ["a stream that joined a capture was not joined"]
 
 

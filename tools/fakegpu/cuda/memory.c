@@ -203,12 +203,9 @@ static cudaError_t copied(void *to, const void *from, size_t size, cudaStream_t 
     bool pageable = target == PAGEABLE || source == PAGEABLE;
     static const char *const NAMES[] = {[PAGEABLE] = "pageable", [PINNED] = "pinned", [DEVICE] = "device"};
     fake_log("copy %zu %s %s", size, NAMES[source], NAMES[target]);
-    cudaError_t error = waits ? fake_waits("cudaMemcpy") : cudaSuccess;
+    cudaError_t error = cudaSuccess;
+    if (waits || pageable) error = fake_waits(pageable ? "a copy of pageable memory" : "cudaMemcpy");
     if (error) return error;
-    enum cudaStreamCaptureStatus status;
-    cudaStreamIsCapturing(stream, &status);
-    if (status != cudaStreamCaptureStatusNone && pageable) return fake_unsafe("a copy of pageable memory");
-    if (pageable && !waits && (error = fake_waits("a copy of pageable memory"))) return error;
     if (fake_work(stream, COPY, false, "copy")) return cudaSuccess;
     if (target != DEVICE && source != DEVICE) {
         memmove(to, from, size);
