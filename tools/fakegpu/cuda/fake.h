@@ -42,11 +42,9 @@ typedef enum { PAGEABLE, PINNED, DEVICE, FREED } Kind;
 Kind fake_kind(const void *address);
 
 // order.c
-// Refuses what asks the device for memory, or waits for it, while a capture forbids that: cudaSuccess or the error.
-cudaError_t fake_unsafe(const char *what);
-// The same for a call that waits for the device, which a replayed step must do but once (fakegpu_step).
-cudaError_t fake_waits(const char *what);
-cudaError_t fake_asks_for_memory(const char *what);
+// For a call that asks the device for memory or waits for it: cudaSuccess, or the error where a capture forbids it. In a
+// replayed step (fakegpu_step) it is a violation.
+cudaError_t fake_stalls(const char *what);
 
 typedef enum { KERNEL, COPY, SET, CHILD, NODE_KINDS } Node;
 // Work on a stream: a node where the stream is being captured, and then true; a violation where the calling thread

@@ -78,7 +78,7 @@ Kind fake_kind(const void *address) {
 }
 
 cudaError_t cudaMalloc(void **address, size_t size) {
-    cudaError_t error = fake_asks_for_memory("cudaMalloc");
+    cudaError_t error = fake_stalls("cudaMalloc");
     if (error) return error;
     fake_lock();
     *address = taken + size > DEVICE_MEMORY - CONTEXT_MEMORY ? NULL : device_address(size);
@@ -89,7 +89,7 @@ cudaError_t cudaMalloc(void **address, size_t size) {
 
 cudaError_t cudaFree(void *address) {
     if (!address) return cudaSuccess;
-    cudaError_t error = fake_asks_for_memory("cudaFree");
+    cudaError_t error = fake_stalls("cudaFree");
     if (error) return error;
     fake_lock();
     size_t size = drop(address);
@@ -101,7 +101,7 @@ cudaError_t cudaMallocAsync(void **address, size_t size, cudaStream_t stream) { 
 cudaError_t cudaFreeAsync(void *address, cudaStream_t stream) { return cudaFree(address); }
 
 cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
-    cudaError_t error = fake_asks_for_memory("cudaHostAlloc");
+    cudaError_t error = fake_stalls("cudaHostAlloc");
     if (error) return error;
     *address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (*address == MAP_FAILED) return fake_error(cudaErrorMemoryAllocation);
@@ -204,7 +204,7 @@ static cudaError_t copied(void *to, const void *from, size_t size, cudaStream_t 
     static const char *const NAMES[] = {[PAGEABLE] = "pageable", [PINNED] = "pinned", [DEVICE] = "device"};
     fake_log("copy %zu %s %s", size, NAMES[source], NAMES[target]);
     cudaError_t error = cudaSuccess;
-    if (waits || pageable) error = fake_waits(pageable ? "a copy of pageable memory" : "cudaMemcpy");
+    if (waits || pageable) error = fake_stalls(pageable ? "a copy of pageable memory" : "cudaMemcpy");
     if (error) return error;
     if (fake_work(stream, COPY, false, "copy")) return cudaSuccess;
     if (target != DEVICE && source != DEVICE) {

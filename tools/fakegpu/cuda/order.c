@@ -44,7 +44,8 @@ static Stream *of(cudaStream_t stream) { return (uintptr_t)stream <= 2 ? &legacy
 // Between 1 and 0 this thread replays a step, which asks for no memory and waits for nothing.
 void fakegpu_step(int begins) { in_step = begins; }
 
-cudaError_t fake_unsafe(const char *what) {
+// What a capture forbids while it lasts, by its mode and by that of the thread; the capture is lost.
+static cudaError_t unsafe(const char *what) {
     bool forbidden = false;
     fake_lock();
     for (Graph *graph = captures; graph; graph = graph->next) {
@@ -61,19 +62,9 @@ cudaError_t fake_unsafe(const char *what) {
     return cudaSuccess;
 }
 
-static cudaError_t in_replay(const char *what) {
+cudaError_t fake_stalls(const char *what) {
     if (in_step) fake_violation(cudaSuccess, "%s in a replayed step", what);
-    return cudaSuccess;
-}
-
-cudaError_t fake_asks_for_memory(const char *what) {
-    in_replay(what);
-    return fake_unsafe(what);
-}
-
-cudaError_t fake_waits(const char *what) {
-    in_replay(what);
-    return fake_unsafe(what);
+    return unsafe(what);
 }
 
 bool fake_work(cudaStream_t stream, Node node, bool overlaps, const char *name) {
@@ -126,14 +117,14 @@ static cudaError_t of_captured(Stream *stream, const char *what) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     fake_log("wait stream");
     cudaError_t error = of_captured(of(stream), "cudaStreamSynchronize");
-    return error ? error : fake_waits("cudaStreamSynchronize");
+    return error ? error : fake_stalls("cudaStreamSynchronize");
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return of_captured(of(stream), "cudaStreamQuery"); }
 
 cudaError_t cudaDeviceSynchronize(void) {
     fake_log("wait device");
-    return fake_waits("cudaDeviceSynchronize");
+    return fake_stalls("cudaDeviceSynchronize");
 }
 
 CUresult cuCtxSynchronize(void) { return (CUresult)cudaDeviceSynchronize(); }
@@ -183,14 +174,14 @@ static bool captured(Event *event) { return event->graph != NULL; }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (captured((Event *)event)) return fake_violation(cudaErrorCapturedEvent, "cudaEventQuery of a captured event");
-    return fake_unsafe("cudaEventQuery");
+    return unsafe("cudaEventQuery");
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     fake_log("wait event");
     if (captured((Event *)event))
         return fake_violation(cudaErrorCapturedEvent, "cudaEventSynchronize of a captured event");
-    return fake_waits("cudaEventSynchronize");
+    return fake_stalls("cudaEventSynchronize");
 }
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
@@ -306,7 +297,7 @@ static int size_of(const Graph *graph) {
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
-    cudaError_t error = fake_asks_for_memory("cudaGraphInstantiate");
+    cudaError_t error = fake_stalls("cudaGraphInstantiate");
     if (error) return error;
     Graph *copy = malloc(sizeof *copy);
     *copy = *(Graph *)graph;
