@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.compiling import compiled
 from benchmarks.inputs import Inputs
 
 Function = Callable[[Inputs], Any]
@@ -45,7 +46,7 @@ def compiled_flex(backend: str) -> Attend:
     An error where it cannot be compiled: uncompiled it holds all scores. The mask of a length is made at its first
     call, as it would be once for all layers: not timed.
     """
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend, isolate_recompiles=True)
+    alone = compiled(flex_attention, backend, fullgraph=True)
     masks: dict[int, Any] = {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def compiled_flex(backend: str) -> Attend:
         if length not in masks:
             masks[length] = create_block_mask(_sees, None, None, length, length, device=q.device)
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(*heads, block_mask=masks[length], enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+        return alone(*heads, block_mask=masks[length], enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
     return attend
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import attention_peers as attention
 from benchmarks import product_peers as product
 from benchmarks.attention_peers import Function
+from benchmarks.compiling import compiled
 from benchmarks.inputs import EPS, Inputs
 
 
@@ -50,7 +51,7 @@ def peers(op: str, device: torch.device) -> dict[str, Callable[[], Function]]:
     backend = "inductor" if device.type == "cuda" else "eager"  # a CPU only walks the plan
     if op in EAGER:
         found["torch eager"] = lambda: EAGER[op]
-        found["torch.compile"] = lambda: torch.compile(EAGER[op], dynamic=False, backend=backend)
+        found["torch.compile"] = lambda: compiled(EAGER[op], backend)
     if op in FUSED:
         name, function = FUSED[op]
         found[name] = lambda: function

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention_peers import Function
+from benchmarks.compiling import compiled
 from benchmarks.inputs import Inputs
 from fastllama import kernels
 
@@ -104,7 +105,7 @@ def int8pack() -> Function:
 
 def int_mm(backend: str) -> Function:
     """Sums of codes, then one compiled kernel that scales them. On a GPU torch wants more than 16 rows, and says so."""
-    scaled = torch.compile(_scaled, dynamic=False, fullgraph=True, backend=backend, isolate_recompiles=True)
+    scaled = compiled(_scaled, backend, fullgraph=True)
 
     def run(t: Inputs, codes: Tensor) -> Tensor:
         return scaled(torch._int_mm(t["x"], codes), t["x_scales"], t["scales"])

@@ -22,8 +22,9 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "fastllama": fastllama.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the build, which its package's metadata leave out: 2.11.0+cu130
     }
-    for package in ("torch", "triton", "transformers", "numpy"):
+    for package in ("triton", "transformers", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
