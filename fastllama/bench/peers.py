@@ -16,6 +16,9 @@ from fastllama.kernels.arithmetic import ceil_div
 OLDER_PAGE = 32  # tokens of a block before it could be configured
 STEP = 2048  # tokens of a step; for its default of 8192 it makes a mask of as many rows, however few come
 
+# transformers 5.17 then takes a CPU's memory for 0 bytes; 5.23 answers without.
+WITHOUT_PSUTIL = "; psutil is not installed, by which it counts a CPU's memory: pip install psutil"
+
 
 def missing(path: Path | None = None) -> str | None:
     """Why transformers cannot run beside us; None where it can. path: of the model that it is to load."""
@@ -59,7 +62,8 @@ def generate_batch(model: Any, prompts: Prompts, tokens: int) -> Prompts:
     by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in found.values()}
     missed = sum(tuple(prompt) not in by_prompt for prompt in prompts)
     if missed:
-        raise RuntimeError(f"{missed} of {len(prompts)} prompts got no answer; the log of transformers tells why")
+        said = f"{missed} of {len(prompts)} prompts got no answer; the log of transformers tells why"
+        raise RuntimeError(said + ("" if importlib.util.find_spec("psutil") else WITHOUT_PSUTIL))
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
