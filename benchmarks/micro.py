@@ -14,6 +14,7 @@ from benchmarks.peers import Function, peers
 from benchmarks.registry import Case
 from fastllama import env, kernels
 from fastllama.bench import timing
+from fastllama.bench.models import check_memory
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS, Implementation
 
@@ -56,7 +57,11 @@ def running(op: str, device: torch.device) -> Iterator[Function]:
 
 
 def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
-    """The figures of one case, as JSON values. What a contender fails at is said in place of its samples."""
+    """The figures of one case, as JSON values. What a contender fails at is said in place of its samples.
+
+    Raises MemoryError, before it takes any, where two sets of its keys and values do not fit in memory.
+    """
+    check_memory("keys and values, twice,", 2 * case.kv_bytes, device)
     sets = list(input_sets(case, device))
     found: dict[str, Any] = {
         "op": case.op,

@@ -55,17 +55,29 @@ class Case:
         """Floating-point operations of the op's products; 0 where its arithmetic is beside the point."""
         return _OPS[self.op].flops(self)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of the keys and values of all sequences, which alone can be more than a GPU holds; 0 where there are none."""
+        if not self.context:
+            return 0
+        values = self.rows * -(-self.context // PAGE) * PAGE * self.model.kv_heads
+        return 2 * values * (self.model.head_dim * (self.codes or self.dtype).itemsize + (4 if self.codes else 0))
+
     def judge(self, function: Callable[[Inputs], Any], device: torch.device) -> tuple[float, float]:
         """The error of function(inputs) against the fp64 reference, and what plain torch's own error allows.
 
         As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
         """
         rows = min(self.rows, JUDGED_PROMPT) if self.op in ("attention_varlen", "attention_prefill") else self.rows
+        if device.type != "cuda":
+            return judge(self.op, function, self.make(device, seed=0, rows=rows))
+        free = torch.cuda.mem_get_info(device)[0]
+        if self.kv_bytes:  # before a byte of them is asked for
+            rows = min(rows, max(free * rows // (JUDGE_BYTES * self.kv_bytes), 1))
         inputs = self.make(device, seed=0, rows=rows)
-        if device.type == "cuda":
-            share = torch.cuda.mem_get_info(device)[0] / (JUDGE_BYTES * self.bytes(inputs))
-            if share < 1:
-                inputs = self.make(device, seed=0, rows=max(int(share * rows), 1))
+        share = torch.cuda.mem_get_info(device)[0] / (JUDGE_BYTES * max(self.bytes(inputs), 1))  # 0 bytes of no rows
+        if share < 1:
+            inputs = self.make(device, seed=0, rows=max(int(share * rows), 1))
         return judge(self.op, function, inputs)
 
 

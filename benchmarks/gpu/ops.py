@@ -35,7 +35,7 @@ def main() -> int:
         try:
             with micro.interpreted(options.dry):
                 found = micro.measure(case, device, rounds=2 if options.dry else micro.ROUNDS)
-        except torch.OutOfMemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             results.append(options.results, stage="ops", skipped=f"{case.op}, {case.label}: does not fit in memory")
             continue
         finally:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from benchmarks import inputs as inputs_module
+from benchmarks.inputs import Inputs, Maker
 from benchmarks.registry import LLAMA_2, OPS, TOY, Case, cases, toy_cases
 from fastllama import kernels
 from fastllama.kernels.op import OPS as BOUND
@@ -104,3 +108,64 @@ def test_seeds_make_other_inputs_and_the_same_again() -> None:
     first, again, other = (case.make(CPU, seed)["x"] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8])
+def test_keys_and_values_are_counted_before_they_are_made(codes: torch.dtype | None) -> None:
+    case = Case("attention_decode", TOY, 5, 70, BF16, codes)
+    inputs = case.make(CPU, seed=0)
+    assert case.kv_bytes == sum(inputs[name].nbytes for name in inputs if name.startswith(("k_", "v_")))
+    assert Case("rope", TOY, 5, 0, BF16).kv_bytes == 0
+
+
+class Roomy:
+    """A stand-in for a GPU: tensors lie on the CPU, and so many bytes are free."""
+
+    type = "cuda"
+
+
+def judged_rows(monkeypatch: pytest.MonkeyPatch, case: Case, free: int) -> list[int]:
+    """Of every set of inputs that judging makes on a GPU of so many free bytes, the rows."""
+    made: list[int] = []
+    right = Case.make
+
+    def make(self: Case, device: torch.device, seed: int, rows: int | None = None) -> Inputs:
+        made.append(self.rows if rows is None else rows)
+        return right(self, CPU, seed, rows)
+
+    monkeypatch.setattr(Case, "make", make)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    error, bound = case.judge(lambda inputs: getattr(kernels, case.op)(**inputs), Roomy())  # type: ignore[arg-type]
+    assert error <= bound
+    return made
+
+
+def test_no_more_keys_are_made_than_can_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 sequences of 32768 tokens are 40 GiB in bf16: a first set of that size would be one too many."""
+    case = Case("attention_decode", TOY, 6, 128, BF16)
+    assert judged_rows(monkeypatch, case, 3 * 40 * case.kv_bytes // 6)[0] == 3
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "sample"])
+def test_no_rows_can_be_judged(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some ops move no byte then, by which memory was divided."""
+    case = Case(op, TOY, 0, 70 if op == "attention_decode" else 0, torch.float32)
+    judged_rows(monkeypatch, case, 1 << 30)
+
+
+def test_numbers_are_drawn_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No piece is larger than it may be, and all are other numbers."""
+    monkeypatch.setattr(inputs_module, "DRAWN", 40)
+    drawn: list[int] = []
+    right = torch.randn
+
+    def randn(shape: torch.Size, **options: Any) -> torch.Tensor:
+        drawn.append(shape.numel())
+        return right(shape, **options)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    maker = Maker(TOY, 7, 0, None, torch.float32, CPU, torch.Generator().manual_seed(0))
+    numbers = maker.normal(7, 16)
+    assert drawn == [32, 32, 32, 16]
+    assert len(numbers.unique()) == 7 * 16
+    assert maker.normal(0, 16).shape == (0, 16)
