@@ -15,7 +15,10 @@ from fastllama import kernels
 from fastllama.kernels.op import OPS as BOUND
 from fastllama.verify.ops import rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),  # of its first use
+]
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -92,14 +95,15 @@ def test_captured_and_replayed_with_new_inputs(op: str) -> None:
 def test_nothing_waits_and_nothing_is_allocated(op: str) -> None:
     """With its outputs given an op neither synchronises with the host nor asks for memory."""
     inputs = case(op).make(DEVICE, seed=0)
-    run(op, inputs)  # compiles
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(op, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with running(op, DEVICE) as function:
+        function(inputs)  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
 
 
