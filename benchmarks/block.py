@@ -1,7 +1,7 @@
 """One decode step of a Llama block beside the same block in plain torch.
 
 python -m benchmarks.block [--models llama-2-7b llama-2-70b] [--rows 1 8 64] [--context 512 4096]
-    [--quantization none int8 int4] [--output FILE] [--dry]
+    [--quantization int4 int8 none] [--output FILE] [--dry]
 
 On a GPU the steps are captured in a CUDA graph that goes through copies of the layer, whose weights together are more
 than four times the L2 cache. Bytes are the weights as they are kept, and the keys and values read. Torch's weights are
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from fastllama.testing.bounds import error
 
 DTYPE = torch.bfloat16
 TORCH = "torch"
+KINDS = ("int4", "int8", "none")  # in the order of what is least known of them
 COLD = 4  # times the L2 cache, at least, that the weights of the copies are together
 SMALL = 1 / 64  # of the residual stream that is judged, so that it does not hide what the block adds
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
@@ -245,7 +247,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-2-70b"], help="presets of LlamaConfig")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64], help="sequences")
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096], help="tokens, the new one included")
-    parser.add_argument("--quantization", nargs="+", choices=("none", "int8", "int4"), default=["none", "int8", "int4"])
+    parser.add_argument("--quantization", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
     parser.add_argument("--dry", action="store_true", help="walk a toy shape on a CPU; its times mean nothing")
     options = parser.parse_args()
@@ -270,8 +272,19 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "skipped": [],
     }
     least = 1 << 17 if options.dry else COLD * device_info(device).l2_cache + 1
-    for kind, name in product(options.quantization, options.models):
-        models = copies(_config(name, max(options.context)), kind, device, least)
+    for name, kind in product(options.models, options.quantization):
+        models: list[LlamaForCausalLM] = []  # those before are given up first
+        try:
+            models = copies(_config(name, max(options.context)), kind, device, least)
+        except (MemoryError, torch.OutOfMemoryError):
+            record["skipped"].append(f"{name}, {kind}: its weights do not fit in memory")
+        except Exception as failure:  # of one kind, of which the others may know nothing
+            record["cases"].append(
+                {"model": name, "quantization": kind, "label": f"{name}, {kind}", **_failed(failure)}
+            )
+        if not models:
+            _keep(options, record)
+            continue
         for context, rows in product(options.context, options.rows):
             label = f"{name}, {kind}, {rows} rows, {context} tokens of context"
             rounds = 1 if options.dry else micro.ROUNDS
@@ -281,18 +294,26 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
                 record["skipped"].append(f"{label}: does not fit in memory")
                 continue
             except Exception as failure:  # of one shape, of which the others may know nothing
-                contenders = {micro.OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}
-                figures = {"rows": rows, "context": context, "contenders": contenders}
+                figures = {"rows": rows, "context": context, **_failed(failure)}
             record["cases"].append({"model": name, "quantization": kind, "label": label, **figures})
             record["environment"]["gpu_after"] = gpu()
-            if options.output:
-                write_record(options.output, record)
+            _keep(options, record)
             print(f"{label}: {_line(figures['contenders'])}", flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of this shape's graphs
-    if options.output:
-        write_record(options.output, record)  # what did not fit, too
+    _keep(options, record)  # what did not fit, too
     return int(any(_failure(case["contenders"][micro.OURS]) for case in record["cases"]))
+
+
+def _keep(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    if options.output:
+        write_record(options.output, record)
+
+
+def _failed(failure: Exception) -> dict[str, Any]:
+    """What a case holds of which ours raised; the traceback is printed at once."""
+    traceback.print_exception(failure)
+    return {"contenders": {micro.OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}}
 
 
 def _config(name: str, context: int) -> LlamaConfig:

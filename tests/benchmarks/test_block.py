@@ -88,6 +88,30 @@ def test_a_shape_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch, 
     assert whole["contenders"][micro.OURS]["eager"]["median"] > 0
 
 
+@pytest.mark.parametrize("failure", [RuntimeError("no such weights"), MemoryError("too many")])
+def test_a_kind_that_cannot_be_made_leaves_the_others(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What breaks is a failure, what does not fit is named."""
+    right = block.copies
+
+    def copies(config: Any, kind: str, *args: Any) -> Any:
+        if kind == "int8":
+            raise failure
+        return right(config, kind, *args)
+
+    monkeypatch.setattr(block, "copies", copies)
+    status, record = run(monkeypatch, tmp_path / "block.json", "int8", "none")
+    fits = isinstance(failure, RuntimeError)
+    assert status == fits
+    assert [case["quantization"] for case in record["cases"]] == ["int8", "none"][not fits :]
+    assert record["cases"][-1]["contenders"][micro.OURS]["eager"]["median"] > 0
+    if fits:
+        assert record["cases"][0]["contenders"][micro.OURS] == {"failed": "RuntimeError: no such weights"}
+    else:
+        assert record["skipped"] == ["toy, int8: its weights do not fit in memory"]
+
+
 def test_a_capture_that_fails_is_a_failure() -> None:
     assert block._failure({"graph": {"failed": "capture"}, "eager": {"median": 1.0}}) == "capture"
     assert block._failure({"graph": {"median": 1.0}, "eager": {"median": 1.0}}) is None
