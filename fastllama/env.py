@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,18 @@ class Variable:
         if self.legal:
             check_choice(f"environment variable {self.name}", value, self.legal)
         return value
+
+    @contextmanager
+    def set_to(self, value: str) -> Iterator[None]:
+        """Within, the variable has that value: for measurements of both sides of a switch in one process."""
+        before = os.environ.get(self.name)
+        os.environ[self.name] = value
+        try:
+            yield
+        finally:
+            del os.environ[self.name]
+            if before is not None:
+                os.environ[self.name] = before
 
 
 BACKEND = Variable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,13 @@ def test_the_search_sees_every_door() -> None:
 
 def test_the_page_is_what_env_writes() -> None:
     assert (ROOT / "docs" / "env.md").read_text(encoding="utf-8") == env.markdown(), "run `make docs`"
+
+
+def test_a_variable_is_set_within_and_as_before_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTLLAMA_PDL", raising=False)
+    with env.PDL.set_to("0"):
+        assert env.PDL.read() == "0"
+        with env.PDL.set_to("1"):
+            assert env.PDL.read() == "1"
+        assert env.PDL.read() == "0"
+    assert "FASTLLAMA_PDL" not in os.environ
