@@ -14,6 +14,7 @@ import torch
 
 Call = Callable[[], Any]
 Sampler = Callable[[], float]
+SHORTEST_SLEEP, LONGEST_SLEEP = 1 << 15, 1 << 23  # cycles, about 20 us and 5 ms
 Generation = dict[str, float]  # seconds: "prefill" until the first token, "decode" from there to the last
 
 
@@ -41,27 +42,46 @@ def rotating(function: Callable[[Any], Any], sets: Sequence[Any]) -> Call:
     return call
 
 
-def events(call: Call, scratch: torch.Tensor) -> Sampler:
-    """Time on the GPU between two events around one eager call.
+def queued(work: Call, before: Call = lambda: None) -> Sampler:
+    """Time on the GPU between two events around `work`, all of which the host has queued before the GPU begins it.
 
-    `scratch`, larger than the L2 cache, is written before: the cache is cold, and the host has queued the call by the
-    time the GPU reaches it, so that what is measured is the GPU.
+    The GPU sleeps meanwhile: a call of five launches would else be measured with the host's gaps between them, and a
+    graph with what is left of its launch. Where it woke too early the sample is taken again with twice the sleep, which
+    the next ones begin with, up to LONGEST_SLEEP: a call that waits for the GPU itself can never be queued.
+    before: what precedes the sleep.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = SHORTEST_SLEEP
 
     def sample() -> float:
-        scratch.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        nonlocal cycles
+        while True:
+            before()
+            torch.cuda._sleep(cycles)
+            begin.record()
+            work()
+            end.record()
+            in_time = not begin.query()
+            end.synchronize()
+            if in_time or cycles >= LONGEST_SLEEP:
+                return float(begin.elapsed_time(end)) / 1e3
+            cycles *= 2
 
     return sample
 
 
+def events(call: Call, scratch: torch.Tensor) -> Sampler:
+    """Time on the GPU of one eager call behind a cold L2 cache, `queued`.
+
+    `scratch`, larger than the cache, is read before. Written, its lines would go back to memory while the call is
+    timed: 50 MB take as long as the call itself may.
+    """
+    seen = scratch.new_empty(())
+    return queued(call, before=lambda: torch.amax(scratch, dim=0, out=seen))
+
+
 def graph(call: Call, calls: int) -> Sampler:
-    """Time on the GPU for each of `calls` calls captured in one CUDA graph and replayed: no host in between.
+    """Time on the GPU for each of `calls` calls captured in one CUDA graph and replayed, `queued`: no host in between.
 
     Cold where `call` rotates through more than the L2 cache holds. All calls are made once before, so that what a peer
     prepares at its first call of each set of inputs is not captured. Raises RuntimeError where capture fails.
@@ -76,16 +96,8 @@ def graph(call: Call, calls: int) -> Sampler:
     with torch.cuda.graph(captured):
         for _ in range(calls):
             call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        begin.record()
-        captured.replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / calls
-
-    return sample
+    sample = queued(captured.replay)
+    return lambda: sample() / calls
 
 
 def in_turns(samplers: Mapping[str, Sampler], rounds: int, seconds: float = float("inf")) -> dict[str, list[float]]:
