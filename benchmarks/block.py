@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import judge, micro
+from benchmarks.gpu.goals import OURS
 from benchmarks.inputs import PAGE
 from benchmarks.peers import EAGER
 from benchmarks.registry import TOY
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.bench.ceilings import ceilings
+from fastllama.bench.ceilings import ceilings, shares
 from fastllama.bench.environment import environment, gpu, write_record
 from fastllama.bench.models import kept_bytes, random_model
 from fastllama.kernels.device import device_info
@@ -106,7 +107,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-CONTENDERS: dict[str, Callable[[Step], Tensor]] = {micro.OURS: ours, TORCH: plain}
+CONTENDERS: dict[str, Callable[[Step], Tensor]] = {OURS: ours, TORCH: plain}
 
 
 def weights(block: LlamaBlock, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -165,7 +166,7 @@ def judged(step: Step) -> dict[str, tuple[float, float]]:
     exact, by_torch = plain(step.exact(rows)), plain(step)[rows]
     own = ours(replace(step, hidden=step.hidden.clone()))[rows]
     bound = judge.bound(by_torch, exact)
-    return {micro.OURS: (error(own, exact), bound), TORCH: (error(by_torch, exact), bound)}
+    return {OURS: (error(own, exact), bound), TORCH: (error(by_torch, exact), bound)}
 
 
 class _Noting(TorchDispatchMode):
@@ -217,12 +218,14 @@ def _bound(device: torch.device) -> Iterator[None]:
         yield
 
 
-def measure(models: list[LlamaForCausalLM], rows: int, context: int, copy: float, rounds: int) -> dict[str, Any]:
-    """The figures of one shape, of one layer, as JSON values. copy: bytes a second of the device's copy."""
+def measure(
+    models: list[LlamaForCausalLM], rows: int, context: int, reached: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """The figures of one shape, of one layer, as JSON values. reached: what `ceilings` found."""
     sets = steps(models, rows, context)
     first, config = sets[0], models[0].config
     read = rows * context * 2 * config.kv_size * DTYPE.itemsize
-    moved = {micro.OURS: kept_bytes(first.block), TORCH: sum(weight.nbytes for weight in first.weights.values())}
+    moved = {OURS: kept_bytes(first.block), TORCH: sum(weight.nbytes for weight in first.weights.values())}
     found: dict[str, dict[str, Any]] = {}
     ready = {}
     with _bound(first.hidden.device):
@@ -237,7 +240,7 @@ def measure(models: list[LlamaForCausalLM], rows: int, context: int, copy: float
             found[name] |= ways
             for figures in ways.values():
                 if "median" in figures:
-                    figures["of_copy"] = found[name]["bytes"] / figures["median"] / copy
+                    figures |= shares(found[name]["bytes"] / figures["median"], reached)
     return {"rows": rows, "context": context, "copies": len(sets), "contenders": found}
 
 
@@ -289,7 +292,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             label = f"{name}, {kind}, {rows} rows, {context} tokens of context"
             rounds = 1 if options.dry else micro.ROUNDS
             try:
-                figures = measure(models, rows, context, reached["copy_bytes_per_second"], rounds)
+                figures = measure(models, rows, context, reached, rounds)
             except torch.OutOfMemoryError:
                 record["skipped"].append(f"{label}: does not fit in memory")
                 continue
@@ -302,7 +305,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of this shape's graphs
     _keep(options, record)  # what did not fit, too
-    return int(any(_failure(case["contenders"][micro.OURS]) for case in record["cases"]))
+    return int(any(_failure(case["contenders"][OURS]) for case in record["cases"]))
 
 
 def _keep(options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -313,7 +316,7 @@ def _keep(options: argparse.Namespace, record: dict[str, Any]) -> None:
 def _failed(failure: Exception) -> dict[str, Any]:
     """What a case holds of which ours raised; the traceback is printed at once."""
     traceback.print_exception(failure)
-    return {"contenders": {micro.OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}}
+    return {"contenders": {OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}}
 
 
 def _config(name: str, context: int) -> LlamaConfig:
@@ -344,7 +347,7 @@ def _line(contenders: dict[str, dict[str, Any]]) -> str:
             said.append(f"{name} failed: {failure}")
         else:
             way = each.get("graph") or each["eager"]
-            share = f"{100 * way['of_copy']:.0f} % of a copy"
+            share = f"{100 * way['of_read']:.0f} % of a read"
             said.append(f"{name} {1e6 * way['median']:.1f} us, {share}, {len(each['launches'])} launches")
     return "; ".join(said)
 

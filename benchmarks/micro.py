@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.gpu.goals import ALONE, OURS
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Function, peers
 from benchmarks.registry import Case
@@ -17,9 +18,9 @@ from fastllama.bench import timing
 from fastllama.bench.models import check_memory
 from fastllama.kernels.device import device_info
 from fastllama.kernels.op import OPS, Implementation
+from fastllama.kernels.triton.overlap import overlaps
 
 T = TypeVar("T")
-OURS = "fastllama"
 ROUNDS = 30
 SECONDS = 3.0  # of samples for one way of timing; reached by the slowest shapes alone
 GRAPH_CALLS = 20
@@ -56,6 +57,20 @@ def running(op: str, device: torch.device) -> Iterator[Function]:
         yield lambda inputs: public(**inputs)
 
 
+def alone(op: str, device: torch.device) -> Function:
+    """Ours, its launches not overlapping: a graph of equal ones in a row would else be faster than its kernels are.
+
+    Planned anew at each call, which a graph does not see.
+    """
+    run, public = implementation(op, device).run, getattr(kernels, op)
+
+    def call(inputs: Inputs) -> Any:
+        with env.PDL.set_to("0"), OPS[op].bound_to(device, run):
+            return public(**inputs)
+
+    return call
+
+
 def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
     """The figures of one case, as JSON values. What a contender fails at is said in place of its samples.
 
@@ -77,7 +92,10 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str,
         "input_sets": len(sets),
     }
     with torch.inference_mode(), running(case.op, device) as ours:
-        contenders, judged = _ready(case, device, {OURS: lambda: ours} | peers(case.op, device))
+        offered = {OURS: lambda: ours}
+        if found["backend"] == "triton" and overlaps(device):
+            offered[ALONE] = lambda: alone(case.op, device)
+        contenders, judged = _ready(case, device, offered | peers(case.op, device))
         for name, ways in timed(contenders, sets, device, rounds, captured=found["backend"] != "reference").items():
             judged[name] |= ways
     found["contenders"] = judged

@@ -1,7 +1,8 @@
 """A run's figures as Markdown: `python -m benchmarks.report FOLDER` prints FOLDER/results.jsonl as tables.
 
-The floor is the larger of two times: of the bytes at the bandwidth that a copy reached in the same run, and of the
-operations at the rate that a product reached. A ratio above 1 is a peer that was slower.
+The floor is the larger of two times: of the bytes at the bandwidth that a read or a copy reached in the same run,
+whichever was faster, and of the operations at the rate that a product reached. A ratio above 1 is a peer that was
+slower than ours where its launches do not overlap, as the peer's do not.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import goals, results
-from benchmarks.gpu.goals import Results
+from benchmarks.gpu.goals import ALONE, OURS, Results
 from fastllama.bench import decode_report
 
-OURS = "fastllama"
 HOW = ("outputs given", "allocated")  # of benchmarks.launch_overhead
 Row = dict[str, Any]
 
 
 def floor(case: Row, ceilings: Row) -> float:
     """The seconds below which no implementation can be."""
-    bytes_floor = case["bytes"] / ceilings["copy_bytes_per_second"]
+    bytes_floor = case["bytes"] / max(ceilings["copy_bytes_per_second"], ceilings["read_bytes_per_second"])
     return float(max(bytes_floor, case["flops"] / ceilings["bf16_flops_per_second"]))
 
 
@@ -41,17 +41,21 @@ def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
 def _ours(cases: list[Row], ceilings: Row, way: str) -> Iterator[tuple[str, ...]]:
     for case in cases:
         own = median(case["contenders"][OURS], way)
+        alone = median(case["contenders"].get(ALONE, {}), way) or own
         best = min(
             (
                 (seconds, name)
                 for name, each in case["contenders"].items()
-                if name != OURS and (seconds := median(each, way))
+                if name not in (OURS, ALONE) and (seconds := median(each, way))
             ),
             default=None,
         )
         figures = ("failed", "", "") if own is None else _figures(case, own, ceilings)
-        rival = ("", "") if best is None else (f"{best[1]}: {1e6 * best[0]:.1f}", f"{best[0] / own:.2f}" if own else "")
-        yield (f"{case['op']} ({case['backend']})", case["label"], *figures, *rival)
+        rival = (
+            ("", "") if best is None else (f"{best[1]}: {1e6 * best[0]:.1f}", f"{best[0] / alone:.2f}" if alone else "")
+        )
+        apart = "" if ALONE not in case["contenders"] or alone is None else f"{1e6 * alone:.1f}"
+        yield (f"{case['op']} ({case['backend']})", case["label"], *figures, apart, *rival)
 
 
 def _figures(case: Row, seconds: float, ceilings: Row) -> tuple[str, str, str]:
@@ -63,8 +67,13 @@ def _blocks(cases: list[Row], way: str) -> Iterator[tuple[str, ...]]:
     for case in cases:
         for name, each in case["contenders"].items():
             seconds, failed = median(each, way), each.get("failed") or each.get(way, {}).get("failed", "")
-            figures = ("", "") if seconds is None else (f"{1e6 * seconds:.1f}", f"{100 * each[way]['of_copy']:.0f} %")
+            figures = ("", "", "") if seconds is None else (f"{1e6 * seconds:.1f}", *_shares(each[way]))
             yield (case["label"], name, *figures, str(len(each.get("launches", ())) or ""), _line(failed))
+
+
+def _shares(figures: Row) -> tuple[str, str]:
+    of_read, of_copy = (f"{100 * figures[ceiling]:.0f} %" for ceiling in ("of_read", "of_copy"))
+    return of_read, of_copy
 
 
 def _everyone(cases: list[Row]) -> Iterator[tuple[str, ...]]:
@@ -128,7 +137,7 @@ def _decodes(found: Results) -> Iterator[str]:
 
 
 def _block(found: Results, way: str) -> Iterator[str]:
-    header = ("shape", "what", "us", "of a copy", "launches", "failed")
+    header = ("shape", "what", "us", "of a read", "of a copy", "launches", "failed")
     yield from _unfinished(found, "block")
     for name, record in _records(found, "block"):
         yield f"## A block's decode step: {name} ({way}, medians)"
@@ -151,12 +160,13 @@ def _ops(found: Results, way: str) -> Iterator[str]:
     if not cases or not reached:
         return
     yield (
-        f"A copy reads and writes {reached['copy_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 product reaches "
+        f"A copy reads and writes {reached['copy_bytes_per_second'] / 1e12:.2f} TB/s, a read takes "
+        f"{reached['read_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 product reaches "
         f"{reached['bf16_flops_per_second'] / 1e12:.1f} TFLOP/s. Cases measured: {len(cases)}, skipped: "
         f"{sum('skipped' in line for line in lines)}."
     )
     yield f"## fastllama beside the fastest peer ({way}, medians)"
-    header = ("op", "shape", "us", "GB/s", "of the floor", "fastest peer: us", "ratio")
+    header = ("op", "shape", "us", "GB/s", "of the floor", "us, no overlap", "fastest peer: us", "ratio")
     yield table(header, _ours(cases, dict(reached), way))
     yield "## Everyone"
     yield table(("op", "shape", "what", "graph us", "eager us", "error", "failed"), _everyone(cases))

@@ -75,7 +75,9 @@ def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
     moved = {"weights": case["weight_bytes"], "keys and values": case["kv_bytes"]}
     cells = []
     for what, names in KERNELS.items():
-        spent = sum(row["us_per_step"] for row in case["launches"] if any(name in row["name"] for name in names))
+        spent = sum(
+            row["end_to_end_us_per_step"] for row in case["launches"] if any(name in row["name"] for name in names)
+        )
         cells.append(f"{100 * moved[what] / (1e-6 * spent) / bandwidth:.0f} %" if spent else "no trace")
     share = f"{100 * case['bytes_per_second'] / bandwidth:.0f} %"
     return (label, f"{case['tokens_per_second']:.1f}", share, *cells)

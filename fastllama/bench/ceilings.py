@@ -1,4 +1,4 @@
-"""What the device reaches, which figures are shares of."""
+"""What the device reaches, which figures are shares of: a copy, a read, a product."""
 
 from __future__ import annotations
 
@@ -12,34 +12,51 @@ from fastllama.kernels.device import device_info
 COPY = {"cuda": 1 << 29, "cpu": 1 << 27}  # bf16 numbers, 1 GiB and 256 MiB: more than the caches hold
 SIZE = 8192  # of a product's matrices
 TOY_COPY, TOY_SIZE = 1 << 15, 64
+COLUMNS = 8192  # of the matrix that a read multiplies by a vector
 ROUNDS = 10
 
 
-def copy_bandwidth(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """Bytes a second, read and written, of a large copy; and every sample in seconds.
+def bandwidths(device: torch.device, toy: bool = False) -> dict[str, Any]:
+    """Bytes a second of a large copy, read and written, and of a large read; and every sample in seconds.
 
-    Returns {"copy_bytes_per_second": float, "seconds": {"copy": [float, ...]}}.
+    A decode step reads and hardly writes. The read is torch's sum of the numbers, or their product as a matrix by a
+    vector: whichever is faster, since either could be held up by more than memory.
+    Returns {"copy_bytes_per_second": float, "read_bytes_per_second": float, "seconds": {"copy" | "sum" | "mv": [...]}}.
     """
     count = TOY_COPY if toy else COPY[device.type]
     source = torch.randn(TOY_COPY, device=device).to(torch.bfloat16).repeat(count // TOY_COPY)
-    target = torch.empty_like(source)
-    seconds = _samples(lambda: target.copy_(source), device)
+    target, pairs = torch.empty_like(source), source.view(torch.float32)
+    matrix = source.view(-1, COLUMNS)
+    vector, products = matrix[0].clone(), source.new_empty(len(matrix))
+    total = pairs.new_empty(())
+    seconds = {
+        "copy": _samples(lambda: target.copy_(source), device),
+        "sum": _samples(lambda: torch.sum(pairs, dim=0, out=total), device),
+        "mv": _samples(lambda: torch.mv(matrix, vector, out=products), device),
+    }
+    medians = {name: timing.quantiles(samples)["median"] for name, samples in seconds.items()}
     return {
-        "copy_bytes_per_second": 2 * source.nbytes / timing.quantiles(seconds)["median"],
-        "seconds": {"copy": seconds},
+        "copy_bytes_per_second": 2 * source.nbytes / medians["copy"],
+        "read_bytes_per_second": source.nbytes / min(medians["sum"], medians["mv"]),
+        "seconds": seconds,
     }
 
 
 def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """`copy_bandwidth`, and beside it operations a second in a large product in bf16."""
+    """`bandwidths`, and beside them operations a second in a large product in bf16."""
     size = TOY_SIZE if toy else SIZE
-    found = copy_bandwidth(device, toy)
+    found = bandwidths(device, toy)
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     seconds = _samples(lambda: torch.matmul(a, b, out=c), device)
     found["bf16_flops_per_second"] = 2 * size**3 / timing.quantiles(seconds)["median"]
     found["seconds"]["product"] = seconds
     return found
+
+
+def shares(bytes_per_second: float, reached: dict[str, Any]) -> dict[str, float]:
+    """What a rate is of each ceiling of `bandwidths`: of a read, as a decode step is one, and of a copy."""
+    return {f"of_{name}": bytes_per_second / reached[f"{name}_bytes_per_second"] for name in ("read", "copy")}
 
 
 def _samples(call: timing.Call, device: torch.device) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastllama.bench import models, peers, static_cache, trace
-from fastllama.bench.ceilings import copy_bandwidth
+from fastllama.bench.ceilings import bandwidths, shares
 from fastllama.bench.decode_report import rate
 from fastllama.bench.environment import environment
 from fastllama.errors import check_choice, check_range
@@ -206,7 +206,7 @@ def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record
     """
     bench = _Bench.of(options)
     device = bench.device
-    say("copying")
+    say("copying and reading")
     resolved = {
         "dtype": str(bench.dtype).removeprefix("torch."),
         "device": str(device),
@@ -217,7 +217,7 @@ def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record
         "benchmark": "decode",
         "environment": environment(device),
         "conditions": asdict(options) | resolved,
-        "ceilings": copy_bandwidth(device),
+        "ceilings": bandwidths(device),
         "cases": [],
         "skipped": [],
         "absent": {},
@@ -237,7 +237,7 @@ def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record
             said = f"{label}, batch {batch}, context {context}"
             try:
                 figures = run(model, batch, context)
-                figures["of_copy"] = figures["bytes_per_second"] / record["ceilings"]["copy_bytes_per_second"]
+                figures |= shares(figures["bytes_per_second"], record["ceilings"])
             except (MemoryError, torch.OutOfMemoryError) as failure:
                 record["skipped"].append(f"{said}: {_reason(failure)}")
                 continue

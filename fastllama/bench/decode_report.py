@@ -9,8 +9,21 @@ from typing import Any
 from fastllama.bench.text import milliseconds, table
 
 SHOWN = 12  # kernels of a step; the record holds all
+SPENT = ("us_per_step", "end_to_end_us_per_step")
 Record = dict[str, Any]
-HEADER = ("", "weights", "batch", "context", "tokens/s", "ms a step: p50", "p90", "p99", "GB a step", "of a copy")
+HEADER = (
+    "",
+    "weights",
+    "batch",
+    "context",
+    "tokens/s",
+    "ms a step: p50",
+    "p90",
+    "p99",
+    "GB a step",
+    "of a read",
+    "of a copy",
+)
 
 
 def rate(figures: Record) -> str:
@@ -30,7 +43,7 @@ def rows(record: Record) -> Iterator[tuple[str, ...]]:
                 f"{case['tokens_per_second']:.2f}",
                 *milliseconds(case["seconds"]),
                 f"{(case['weight_bytes'] + case['kv_bytes']) / 1e9:.3g}",
-                f"{100 * case['of_copy']:.0f} %",
+                *(f"{100 * case[ceiling]:.0f} %" for ceiling in ("of_read", "of_copy")),
             )
 
 
@@ -43,11 +56,13 @@ def failures(record: Record) -> list[str]:
 
 def report(record: Record) -> str:
     """The tables of a record: every case, what was not measured, and on a GPU the kernels of each case's step."""
-    said, copy = record["conditions"], record["ceilings"]["copy_bytes_per_second"]
+    said = record["conditions"]
+    copy, read = (record["ceilings"][f"{name}_bytes_per_second"] / 1e9 for name in ("copy", "read"))
     weights = "" if said["checkpoint"] else ", random weights"
     heading = (
         f"{said['model']}, {said['parameters'] / 1e6:,.1f} M parameters{weights}, {said['dtype']} on "
-        f"{record['environment']['device']}: {said['tokens']} steps each; a copy moves {copy / 1e9:.1f} GB/s"
+        f"{record['environment']['device']}: {said['tokens']} steps each; a copy moves {copy:.1f} GB/s, "
+        f"a read {read:.1f}"
     )
     parts = [heading, "\n".join([table([HEADER, *rows(record)]), *failures(record)])]
     parts += [_launches(case) for case in record["cases"] if case.get("launches")]
@@ -57,15 +72,20 @@ def report(record: Record) -> str:
 def _launches(case: Record) -> str:
     """The kernels that take the most of a step, and the rest together."""
     found = case["launches"]
-    cells = [("kernel", "a step", "us each", "us a step")]
+    cells: list[tuple[str, ...]] = [("kernel", "a step", "us each", "us a step", "end to end")]
     for row in found[:SHOWN]:
-        cells.append((row["name"][:60], f"{row['per_step']:g}", f"{row['us']:.1f}", f"{row['us_per_step']:.1f}"))
-    rest, total = found[SHOWN:], sum(row["us_per_step"] for row in found)
+        each, *spent = (f"{row[name]:.1f}" for name in ("us", *SPENT))
+        cells.append((row["name"][:60], f"{row['per_step']:g}", each, *spent))
+    rest = found[SHOWN:]
     if rest:
-        count, us = (sum(row[name] for row in rest) for name in ("per_step", "us_per_step"))
-        cells.append((f"{len(rest)} others", f"{count:g}", "", f"{us:.1f}"))
+        count, *spent = (sum(row[name] for row in rest) for name in ("per_step", *SPENT))
+        cells.append((f"{len(rest)} others", f"{count:g}", "", *(f"{us:.1f}" for us in spent)))
+    durations, span = (sum(row[name] for row in found) for name in SPENT)
     step = 1e6 * statistics.median(case["seconds"])
-    return f"{_label(case)}: {total:.1f} us in kernels of a step of {step:.1f} us\n{table(cells)}"
+    head = (
+        f"{_label(case)}: {span:.1f} us end to end, kernels' durations {durations:.1f} us, of a step of {step:.1f} us"
+    )
+    return f"{head}\n{table(cells)}"
 
 
 def _label(case: Record) -> str:

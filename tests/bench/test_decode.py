@@ -91,16 +91,25 @@ def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPat
 
 def test_the_kernels_of_a_step_are_told_with_the_rest_in_one_line() -> None:
     launches = [
-        {"name": f"kernel_{i}", "per_step": 2.0, "us": 10.0 - i / 2, "us_per_step": 20.0 - i} for i in range(14)
+        {
+            "name": f"kernel_{i}",
+            "per_step": 2.0,
+            "us": 10.0 - i / 2,
+            "us_per_step": 20.0 - i,
+            "end_to_end_us_per_step": 16.0 - i,
+        }
+        for i in range(14)
     ]
     case = {"name": "fastllama", "quantization": "none", "batch": 1, "context": 512, "seconds": [0.0004] * 3}
     text = decode_report._launches(case | {"launches": launches})
     head, header, *lines = text.splitlines()
-    assert head == "fastllama, none, batch 1, context 512: 189.0 us in kernels of a step of 400.0 us"
-    assert header.split() == ["kernel", "a", "step", "us", "each", "us", "a", "step"]
-    assert lines[0].split() == ["kernel_0", "2", "10.0", "20.0"]
+    assert head == (
+        "fastllama, none, batch 1, context 512: 133.0 us end to end, kernels' durations 189.0 us, of a step of 400.0 us"
+    )
+    assert header.split() == ["kernel", "a", "step", "us", "each", "us", "a", "step", "end", "to", "end"]
+    assert lines[0].split() == ["kernel_0", "2", "10.0", "20.0", "16.0"]
     assert len(lines) == 13
-    assert lines[-1].split() == ["2", "others", "4", "15.0"]
+    assert lines[-1].split() == ["2", "others", "4", "15.0", "7.0"]
 
 
 def test_a_model_is_given_up_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -12,11 +13,25 @@ from fastllama.bench import trace
 
 
 def test_launches_are_summed_by_name_the_longest_first() -> None:
-    launched = [("norm", 2.0), ("matmul", 9.0), ("matmul", 30.0), ("norm", 4.0), ("matmul", 10.0), ("matmul", 11.0)]
+    durations = [("norm", 2.0), ("matmul", 9.0), ("matmul", 30.0), ("norm", 4.0), ("matmul", 10.0), ("matmul", 11.0)]
+    ends = list(accumulate(us for _, us in durations))
+    launched = [(name, end - us, end) for (name, us), end in zip(durations, ends, strict=True)]
     assert trace.summed(launched, 2) == [
-        {"name": "matmul", "per_step": 2.0, "us": 10.5, "us_per_step": 30.0},
-        {"name": "norm", "per_step": 1.0, "us": 3.0, "us_per_step": 3.0},
+        {"name": "matmul", "per_step": 2.0, "us": 10.5, "us_per_step": 30.0, "end_to_end_us_per_step": 30.0},
+        {"name": "norm", "per_step": 1.0, "us": 3.0, "us_per_step": 3.0, "end_to_end_us_per_step": 3.0},
     ]
+
+
+def test_end_to_end_each_moment_counts_once() -> None:
+    """Kernels that begin while the one before runs, and one that begins late: together what the trace took."""
+    launched = [("norm", 100.0, 104.0), ("matmul", 101.0, 110.0), ("rope", 113.0, 115.0)]
+    found = trace.summed(reversed(launched), 1)  # as they come
+    assert [(row["name"], row["us"], row["end_to_end_us_per_step"]) for row in found] == [
+        ("matmul", 9.0, 6.0),
+        ("rope", 2.0, 5.0),
+        ("norm", 4.0, 4.0),
+    ]
+    assert sum(row["end_to_end_us_per_step"] for row in found) == 115 - 100
 
 
 def test_what_the_host_does_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +56,13 @@ def test_what_the_host_does_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> Non
             order.append("exit")
 
         def events(self) -> list[Any]:
-            kernels = [event("decode_kernel", "CUDA", 10.0 * i, 10.0 * i + 4) for i in range(6)]
+            kernels = [event("decode_kernel", "CUDA", 10.0 * i, 10.0 * i + 4) for i in range(6)]  # 6 idle between
             return [event("cudaGraphLaunch", "CPU", 0, 90), *kernels]
 
     monkeypatch.setattr(trace, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     found = trace.launches(lambda: order.append("step"), 3)
-    assert found == [{"name": "decode_kernel", "per_step": 2.0, "us": 4.0, "us_per_step": 8.0}]
+    (row,) = found
+    assert (row["name"], row["per_step"], row["us"], row["us_per_step"]) == ("decode_kernel", 2.0, 4.0, 8.0)
+    assert row["end_to_end_us_per_step"] == pytest.approx(54 / 3)
     assert order == ["wait", "enter", "step", "step", "step", "wait", "exit"]

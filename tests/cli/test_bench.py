@@ -154,6 +154,7 @@ def test_decode_steps(command: Command, tmp_path: Path) -> None:
         assert case["tokens_per_second"] == pytest.approx(case["batch"] * 12 / seconds)
         read = case["weight_bytes"] + case["kv_bytes"]
         assert case["of_copy"] == pytest.approx(12 * read / seconds / copy)
+        assert case["of_read"] == pytest.approx(case["of_copy"] * copy / found["ceilings"]["read_bytes_per_second"])
         assert re.search(rf"^fastllama +{case['quantization']} +{case['batch']} +80 ", done.out, re.MULTILINE)
         assert f"batch {case['batch']}, context 80: {case['tokens_per_second']:.2f} tokens/s\n" in done.err
     assert "transformers StaticCache, compiled: measured on CUDA alone" in done.out

@@ -24,9 +24,9 @@ def decode(kind: str, share: float) -> dict[str, Any]:
         "weight_bytes": 1e9,
         "kv_bytes": 1e8,
         "launches": [
-            {"name": "matmul_kernel", "us_per_step": 500.0},
-            {"name": "decode_kernel", "us_per_step": 40.0},
-            {"name": "combine_kernel", "us_per_step": 10.0},
+            {"name": "matmul_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 500.0},
+            {"name": "decode_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 40.0},
+            {"name": "combine_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 10.0},
         ],
     }
     return {"outcome": "passed", "seconds": 60.0, "record": {"cases": [case]}}
@@ -78,6 +78,14 @@ def test_goals_are_sorted_by_what_is_missing(tmp_path: Path) -> None:
         "| rms_norm, 8192 rows: of a copy",
     ]
     assert "The largest gap is 54 %, 7B decode, batch 1, int4" in text
+
+
+def test_an_op_is_measured_without_overlap(tmp_path: Path) -> None:
+    """Where that is known: a chain of equal launches, which overlap, is faster than the kernel."""
+    times = {"fastllama, no overlap": 20.0, "F.linear, unquantized": 50.0}
+    found = results.read(written(tmp_path, ceilings=[CEILINGS], ops=[op("matmul_int4", 1, 10.0, **times)]))
+    goal = next(goal for goal in goals.GOALS if goal.name.startswith("4-bit matmul"))
+    assert goal.measure(found) == pytest.approx(2.5)
 
 
 def test_a_steps_kernels_have_their_own_share(tmp_path: Path) -> None:
