@@ -59,8 +59,10 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a result with its conditions as JSON."""
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """Write a result with its conditions as JSON: whole, or as it was before where the process is ended meanwhile."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _commit() -> str | None:
