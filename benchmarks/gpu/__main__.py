@@ -22,6 +22,7 @@ from benchmarks.gpu import runner, verdict
 from benchmarks.gpu.plan import plan
 
 LEAST, MOST = 4.0, 60.0
+VERDICT = "verdict.md"
 
 
 def main() -> int:
@@ -48,12 +49,15 @@ def main() -> int:
     variables = {"TRITON_INTERPRET": "1"} if options.dry else {}
     if options.cache is not None:
         variables["TRITON_CACHE_DIR"] = str(out.parent / f"{out.name}-cache")
-    fine = runner.run(chosen, out, options.minutes, variables)
-    (out / "report.md").write_text(report.markdown(out), encoding="utf-8")
-    said = verdict.markdown(out)
-    (out / "verdict.md").write_text(said, encoding="utf-8")
-    print(said, end="")
+    fine = runner.run(chosen, out, options.minutes, variables, after=lambda: write(out))
+    print((out / VERDICT).read_text(encoding="utf-8"), end="")
     return int(not fine)
+
+
+def write(out: Path) -> None:
+    """The report and the verdict of what there is: behind each stage, so that a machine that is lost has left them."""
+    (out / "report.md").write_text(report.markdown(out), encoding="utf-8")
+    (out / VERDICT).write_text(verdict.markdown(out), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 from benchmarks.gpu.results import FILE
 
 MINUTES = 8.0  # of which the limits are
-CURRENT = "current.json"  # what the stage that runs writes; part of the results when it ends
 RUNTIME = ("numpy", "tqdm", "safetensors", "sentencepiece")
 TESTS = ("pytest", "hypothesis", *RUNTIME)
 SWITCHES = {

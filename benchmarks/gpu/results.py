@@ -1,6 +1,7 @@
 """The file of a run: one JSON object a line, written and flushed as it is known, so that a run cut short keeps it.
 
-Each line has a "stage". A stage's own lines hold what it found; the runner's last one for it an "outcome" as well.
+Each line has a "stage". The runner's first one for it holds its "limit" in seconds, the stage's own what it found, the
+runner's last an "outcome" as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "results.jsonl"
+CURRENT = "current.json"  # what the stage that runs writes; part of the results when it ends
 Line = dict[str, Any]
 
 
@@ -22,7 +24,11 @@ def append(path: Path, **line: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, list[Line]]:
-    """A run's lines by stage, in order. What was being written when the run was cut is left out."""
+    """A run's lines by stage, in order, with what the stage that runs has written so far.
+
+    A line that was being written when the run was cut is left out.
+    """
+    last: Line = {}
     found: dict[str, list[Line]] = defaultdict(list)
     path = folder / FILE
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -31,6 +37,10 @@ def read(folder: Path) -> dict[str, list[Line]]:
         except json.JSONDecodeError:
             continue
         found[line["stage"]].append(line)
+        last = line if "limit" in line or "outcome" in line else last
+    if "limit" in last and (folder / CURRENT).exists():
+        record = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
+        found[last["stage"]].append({"stage": last["stage"], "record": record})
     return dict(found)
 
 

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import results
-from benchmarks.gpu.plan import CURRENT, Stage
-from benchmarks.gpu.results import FILE
+from benchmarks.gpu.plan import Stage
+from benchmarks.gpu.results import CURRENT, FILE
 
 ROOT = Path(__file__).parents[2]
 LOG = "log.txt"
@@ -24,8 +24,14 @@ TAIL = 12  # lines of a failed stage that are said at once
 GRACE = 10.0  # seconds at the end, for the report
 
 
-def run(stages: Iterable[Stage], out: Path, minutes: float, variables: Mapping[str, str]) -> bool:
-    """Run them; whether none failed. variables: of every stage's environment."""
+def run(
+    stages: Iterable[Stage],
+    out: Path,
+    minutes: float,
+    variables: Mapping[str, str],
+    after: Callable[[], None] = lambda: None,
+) -> bool:
+    """Run them; whether none failed. variables: of every stage's environment. after: called behind each stage."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (FILE, LOG, CURRENT):
         (out / name).unlink(missing_ok=True)
@@ -40,10 +46,12 @@ def run(stages: Iterable[Stage], out: Path, minutes: float, variables: Mapping[s
         elif not limit:
             found["why"] = f"{max(end - time.monotonic(), 0):.0f} s left, {stage.least} wanted"
         else:
+            results.append(out / FILE, stage=stage.name, limit=limit)
             found = _run(stage, out, limit, variables)
         results.append(out / FILE, stage=stage.name, **found)
         fine = fine and found["outcome"] != "failed"
         print(f"{stage.name}: {found['outcome']}{_said(found)}", flush=True)
+        after()
     return fine
 
 

@@ -89,7 +89,7 @@ def test_a_run_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path), "--stages", "facts", "ceilings"])
     assert command.main() == 0
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["log.txt", "report.md", "results.jsonl", "verdict.md"]
-    assert "environment" in results.read(tmp_path)["facts"][0]
+    assert any("environment" in line for line in results.read(tmp_path)["facts"])
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,62 @@ def test_lines_are_read_up_to_where_a_run_was_cut(tmp_path: Path) -> None:
         file.write('{"stage": "a", "half')
     assert results.read(tmp_path) == {"a": [{"stage": "a", "error": "inf", "found": [1.5, "nan"]}]}
     assert json.loads(path.read_text().splitlines()[0])
+
+
+def test_what_a_stage_has_written_is_there_while_it_runs(tmp_path: Path) -> None:
+    """A run that is lost with its machine leaves that, and what each stage before it said."""
+    seen: list[list[str]] = []
+    source = f"""
+import sys
+from pathlib import Path
+from benchmarks.gpu import results
+Path(sys.argv[-1]).write_text('{{"cases": [1]}}')
+(found,) = [line for line in results.read(Path({str(tmp_path)!r}))["running"] if "record" in line]
+assert found["record"] == {{"cases": [1]}}
+"""
+    stages = [stage("first", ""), stage("running", source, writes=True)]
+    assert runner.run(stages, tmp_path, 1.0, {}, after=lambda: seen.append(sorted(results.read(tmp_path))))
+    assert seen == [["first"], ["first", "running"]]
+    assert [line["record"] for line in results.read(tmp_path)["running"] if "record" in line] == [{"cases": [1]}]
+
+
+def test_a_verdict_stands_behind_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(stages: Any, out: Path, *args: Any, after: Any) -> bool:
+        results.append(out / results.FILE, stage="verify", outcome="passed", seconds=1)
+        after()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", lost)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        command.main()
+    assert "| verify | passed |" in (tmp_path / command.VERDICT).read_text()
+    assert (tmp_path / "report.md").exists()
+
+
+FAILING = """
+import time
+from pathlib import Path
+
+def test_bad(): assert 1 == 2, 'the reason'
+
+def test_later():
+    said = []
+    while not any('AssertionError: the reason' in line for line in said):
+        time.sleep(0.1)
+        said = Path(__file__).with_name('log').read_text().splitlines()
+    assert 'call of test_failing.py::test_bad failed:' in said
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_a_failed_test_is_said_before_the_run_ends(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    """tests/gpu's conftest: pytest alone prints tracebacks at the end, which a stage cut short does not reach."""
+    source = (runner.ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
+    own = "@pytest.fixture(autouse=True)\ndef _poison_and_seed() -> None: ...\n"
+    (tmp_path / "conftest.py").write_text(source + own, encoding="utf-8")
+    (tmp_path / "test_failing.py").write_text(FAILING, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-v", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", *workers]
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        assert runner._ended([*command, str(tmp_path / "test_failing.py")], log, 60) == 1
+    assert "1 failed, 1 passed" in (tmp_path / "log").read_text()
