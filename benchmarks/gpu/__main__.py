@@ -4,8 +4,8 @@ python -m benchmarks.gpu --out FOLDER [--minutes 8] [--cache ARCHIVE] [--stages 
 
 FOLDER then holds results.jsonl (a line for each finding, as it comes), log.txt (what every stage printed), verdict.md
 and report.md. The exit status is 1 where an op, a token, a test, a launch, a block or a decode step failed.
---cache: of `python -m tools.gpu_cache`. --stages: only these. --dry walks the same stages at toy sizes, on a CPU with
-TRITON_INTERPRET=1: its times mean nothing.
+--cache: of `python -m tools.gpu_cache`. --stages: only these, behind facts and cache. --dry walks the same stages at
+toy sizes, on a CPU with TRITON_INTERPRET=1: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.gpu import runner, verdict
 from benchmarks.gpu.plan import plan
 
 LEAST, MOST = 4.0, 60.0
+ALWAYS = ("facts", "cache")  # without them a report has no heading, and the others compile again
 VERDICT = "verdict.md"
 
 
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget, 4 to 60")
     parser.add_argument("--cache", type=Path, help="archive of compiled kernels")
-    parser.add_argument("--stages", nargs="+", help="only these")
+    parser.add_argument("--stages", nargs="+", help="only these, behind facts and cache")
     parser.add_argument("--dry", action="store_true", help="walk the stages at toy sizes")
     options = parser.parse_args()
     if not LEAST <= options.minutes <= MOST:
@@ -45,7 +46,7 @@ def main() -> int:
     stages = list(plan(out, cache=options.cache, workers=workers, dry=options.dry))
     if unknown := set(options.stages or ()) - {stage.name for stage in stages}:
         parser.error(f"--stages are {sorted(unknown)}; legal: {', '.join(stage.name for stage in stages)}")
-    chosen = [stage for stage in stages if options.stages is None or stage.name in options.stages]
+    chosen = [stage for stage in stages if options.stages is None or stage.name in (*ALWAYS, *options.stages)]
     variables = {"TRITON_INTERPRET": "1"} if options.dry else {}
     if options.cache is not None:
         variables["TRITON_CACHE_DIR"] = str(out.parent / f"{out.name}-cache")
