@@ -43,7 +43,7 @@ def _case(line: Mapping[str, Any]) -> str:
 def _tokens(line: Mapping[str, Any]) -> str:
     first = next(iter(line["differences"]), None)
     where = f"; first: {first}" if first and not line["right"] else ""
-    return f"{line['equal']} of {line['answers']} answers equal, {line['ties']} tied, {line['turned']} turned{where}"
+    return f"{line['equal']} of {line['answers']} answers equal, {line['ties']} tied{where}"
 
 
 def _seconds(ended: Mapping[str, Any]) -> str:

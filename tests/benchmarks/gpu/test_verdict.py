@@ -101,9 +101,7 @@ def test_wrong_ops_are_first(tmp_path: Path) -> None:
         {"op": "matmul", "right": False, "error": 1.0, "bound": 2e-3, **common},
         {"op": "sample", "right": False, "failed": "RuntimeError: x", **common},
     ]
-    tokens = [
-        {"mode": "as it is", "right": False, "equal": 0, "answers": 16, "ties": 0, "turned": 0, "differences": []}
-    ]
+    tokens = [{"mode": "as it is", "right": False, "equal": 0, "answers": 16, "ties": 0, "differences": []}]
     folder = written(tmp_path, parity=[*parity, {"outcome": "failed", "seconds": 1}], tokens=tokens)
     text = verdict.markdown(folder)
     assert "Ops: 1 of 3 cases right." in text
@@ -123,7 +121,7 @@ def test_wrong_ops_are_first(tmp_path: Path) -> None:
     ],
 )
 def test_the_mode_that_differs_names_the_culprit(right: dict[str, bool], said: str, tmp_path: Path) -> None:
-    counts = {"equal": 9, "answers": 16, "ties": 0, "turned": 0, "differences": [{"token": 3}]}
+    counts = {"equal": 9, "answers": 16, "ties": 0, "differences": [{"token": 3}]}
     folder = written(tmp_path, tokens=[{"mode": mode, "right": each, **counts} for mode, each in right.items()])
     assert said in verdict.advice(results.read(folder))[0]
     assert ("first: {'token': 3}" in verdict.markdown(folder)) == (False in right.values())
