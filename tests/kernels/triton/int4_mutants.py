@@ -41,6 +41,8 @@ INT4_MUTANTS = [
     fault("every tile the first", "tile + lane // 128 * STEP", "tile + lane // 256 * STEP", SHAPES),
     fault("up from the gate's next tile", "lane // 128 * STEP", "lane // 128", FORMS),
     shared("columns past K", "some if SIZE % 128 == 0 else some & exists[None, :]", "some", NOISE),
+    shared("the first tile again", "packed_ptr += 256 * BITS", "packed_ptr += 0", SHAPES),
+    shared("x of the first tile", "x_ptr += 128", "x_ptr += 0", SHAPES),
     shared("rows of x past the end", "some = (row < num_rows)[:, None]", "some = (row < BLOCK_M)[:, None]", NOISE),
     shared(
         "scale of the next group",

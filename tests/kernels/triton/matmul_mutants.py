@@ -42,6 +42,7 @@ MATMUL_MUTANTS = [
         "first = tl.program_id(1) * (SPLIT - BLOCK_K)",
         COLUMNS,
     ),
+    mutant("the first tile again", "matmul", "weight_ptr += BLOCK_K", "weight_ptr += 0", COLUMNS),
     mutant("rows past the last read", "matmul", "tl.minimum(row, num_rows - 1)", "row", STRIDES),
     around("the last split forgotten", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", COLUMNS),
     around("the first program stores", "== SPLITS - 1:", "== 0:", LAST),
