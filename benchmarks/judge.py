@@ -85,7 +85,8 @@ def _judge_sample(function: Callable[[Inputs], Any], inputs: Inputs) -> tuple[fl
     if logprobs is None:
         return 0.0, 0.0
     plain = inputs["logits"].float().log_softmax(-1).gather(1, tokens[:, None])
-    return error(logprobs[:, None], exact), bound(plain, exact)
+    # Relative to the largest of all: each is a difference of logits, whose rounding does not shrink with it.
+    return error(logprobs[None], exact.T), bound(plain.T, exact.T)
 
 
 def bound(plain: Tensor, exact: Tensor) -> float:
