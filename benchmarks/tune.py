@@ -107,6 +107,7 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
 def asked(family: str, case: Case, device: torch.device) -> Asked | None:
     """The shape for which a case's launcher asks; None where it asks for none: products of many rows are torch's."""
     seen: list[Asked] = []
+    inputs = case.make(device, seed=0)  # before: what sizes a workspace asks, too, where the launch does not
 
     def remember(name: str, device: torch.device, *values: int) -> Any:
         if name == family:
@@ -115,7 +116,7 @@ def asked(family: str, case: Case, device: torch.device) -> Asked | None:
         return kind.heuristic(device_info(device), **dict(zip(kind.shape, values, strict=True)))
 
     with mock.patch.object(tuning, "_launch", remember), micro.running(case.op, device) as run:
-        run(case.make(device, seed=0))
+        run(inputs)
     return seen[0] if seen else None
 
 

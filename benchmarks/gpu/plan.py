@@ -86,19 +86,8 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
     compiled = {"TRITON_INTERPRET": "0"}  # in a walk, too
     yield Stage("launches", ("-m", "benchmarks.launch_overhead", *rounds), 10, 60, compiled, writes=True)
     yield own("ops", "ops", 15, 480)
-    tune = (
-        "-m",
-        "benchmarks.tune",
-        "--families",
-        "matmul",
-        "int4",
-        "--out",
-        str(out / "tuned"),
-        "--minutes",
-        "4",
-        *toy,
-    )
-    yield Stage("tuning", tune, 60, 240)
+    found = ("--out", str(out / "tuned"), "--minutes", "4", "--most", "12")
+    yield Stage("tuning", ("-m", "benchmarks.tune", "--families", "matmul", "int4", *found, *toy), 60, 240)
     yield own("profile", "profile", 30, 60)
     if not dry:
         peers = ("--shape", "7b", "--batch", "1", "--context", "512")

@@ -138,3 +138,24 @@ def test_a_launch_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.asked("matmul", case, device) is None  # of which it asks nothing
     tune._run(case, device, heuristics.NormLaunch(16), {})
     assert seen[-1] == heuristics.NormLaunch(16)
+
+
+def test_a_case_whose_workspace_alone_asks_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4-bit products of many rows are torch's: no launch of ours would change them."""
+
+    class Case:
+        op = "matmul_int4"
+
+        def make(self, device: torch.device, seed: int) -> dict[str, Any]:
+            tuning.int4(device, features=64, size=64, itemsize=2)
+            return {}
+
+    class Running:
+        def __enter__(self) -> Any:
+            return lambda inputs: None
+
+        def __exit__(self, *error: object) -> None:
+            """Nothing to undo."""
+
+    monkeypatch.setattr(tune.micro, "running", lambda op, device: Running())
+    assert tune.asked("int4", Case(), torch.device("cpu")) is None  # type: ignore[arg-type]
