@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import runner, verdict
-from benchmarks.gpu.plan import plan
+from benchmarks.gpu.plan import INSTALLED, plan
 
 LEAST, MOST = 4.0, 60.0
 ALWAYS = ("facts", "cache")  # without them a report has no heading, and the others compile again
@@ -43,13 +43,13 @@ def main() -> int:
     if not options.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry walks the stages without one")
     out, workers = options.out.resolve(), multiprocessing.cpu_count()
-    stages = list(plan(out, cache=options.cache, workers=workers, dry=options.dry))
+    stages = list(plan(out, cache=options.cache and options.cache.resolve(), workers=workers, dry=options.dry))
     if unknown := set(options.stages or ()) - {stage.name for stage in stages}:
         parser.error(f"--stages are {sorted(unknown)}; legal: {', '.join(stage.name for stage in stages)}")
     chosen = [stage for stage in stages if options.stages is None or stage.name in (*ALWAYS, *options.stages)]
     variables = {"TRITON_INTERPRET": "1"} if options.dry else {}
     if options.cache is not None:
-        variables["TRITON_CACHE_DIR"] = str(out.parent / f"{out.name}-cache")
+        variables["TRITON_CACHE_DIR"] = str(INSTALLED)
     fine = runner.run(chosen, out, options.minutes, variables, after=lambda: write(out))
     print((out / VERDICT).read_text(encoding="utf-8"), end="")
     return int(not fine)
