@@ -77,7 +77,7 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str,
     Raises MemoryError, before it takes any, where two sets of its keys and values do not fit in memory.
     """
     check_memory("keys and values, twice,", 2 * case.kv_bytes, device)
-    sets = list(input_sets(case, device))
+    sets = input_sets(case, device)
     found: dict[str, Any] = {
         "op": case.op,
         "model": case.model.name,
@@ -117,13 +117,11 @@ def timed(
     return found
 
 
-def input_sets(case: Case, device: torch.device) -> Iterator[Inputs]:
+def input_sets(case: Case, device: torch.device) -> list[Inputs]:
     """Inputs that together are four times the L2 cache, at least two."""
     first = case.make(device, seed=1)
-    yield first
     wanted = 4 * device_info(device).l2_cache // max(case.bytes(first), 1) + 1
-    for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)):
-        yield case.make(device, seed)
+    return [first, *(case.make(device, seed) for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)))]
 
 
 def _ready(

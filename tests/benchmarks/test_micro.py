@@ -13,8 +13,9 @@ from benchmarks.inputs import Inputs
 from benchmarks.registry import TOY, Case
 from fastllama import env, kernels
 from fastllama.bench import models
+from fastllama.kernels.device import device_info
 
-CPU = torch.device("cpu")
+CPU, L2 = torch.device("cpu"), device_info(torch.device("cpu")).l2_cache
 
 
 def test_without_overlap_is_so_for_that_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,14 @@ def test_without_overlap_is_so_for_that_call_alone(monkeypatch: pytest.MonkeyPat
             result = function(inputs)
     assert seen == ["1", "0", "0", "1"]
     assert torch.equal(result, kernels.rms_norm(inputs["x"], inputs["weight"], inputs["eps"]))
+
+
+def test_input_sets_are_four_times_the_cache_and_can_be_gone_through_again() -> None:
+    case = Case("rms_norm", TOY, 512, 0, torch.float32)
+    sets = micro.input_sets(case, CPU)
+    for _ in range(2):  # as tuning does, which looks for a workspace first
+        assert len({inputs["x"].data_ptr() for inputs in sets}) == len(sets) == 4 * L2 // case.bytes(sets[0]) + 1
+    assert len(micro.input_sets(Case("rms_norm", TOY, 1, 0, torch.float32), CPU)) == micro.CALLS_UNTIL_COLD
 
 
 @pytest.mark.parametrize("able", [False, True])

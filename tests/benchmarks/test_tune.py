@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import micro, tune
 from benchmarks.registry import Case, toy_cases
 from fastllama.kernels import heuristics, tuned, tuning
 from fastllama.kernels.device import CPU, Device
@@ -52,6 +53,19 @@ def test_the_nearest_candidates_come_first() -> None:
     assert dataclasses.replace(first, splits=2 * first.splits) in near
     sizes = [tune._distance(first, launch) for launch in tune.candidates("matmul", shape, H200)]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["norm", "matmul"])
+def test_every_launch_is_timed_with_a_workspace_and_without(family: str) -> None:
+    case = next(iter(toy_cases(torch.float32, (tune.OPS[family],))))
+    device = torch.device("cpu")
+    with torch.inference_mode(), micro.interpreted(True):
+        asked = tune.asked(family, case, device)
+        assert asked is not None
+        shape = dict(zip(tuning.FAMILIES[family].shape, asked, strict=True))
+        launches = list(itertools.islice(tune.candidates(family, shape, CPU), 2))
+        assert all(seconds and seconds > 0 for seconds in tune.timed(case, device, launches, 1))
 
 
 def entry(num_warps: int, seconds: list[float | None]) -> tuple[Any, list[float | None]]:
