@@ -230,6 +230,7 @@ def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record
             model = build()
         except (MemoryError, torch.OutOfMemoryError) as failure:
             record["skipped"].append(f"{label}: {_reason(failure)}")
+            keep(record)
             models.release(device)
             continue
         for context, batch in product(options.context, options.batch):
@@ -240,6 +241,7 @@ def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record
                 figures |= shares(figures["bytes_per_second"], record["ceilings"])
             except (MemoryError, torch.OutOfMemoryError) as failure:
                 record["skipped"].append(f"{said}: {_reason(failure)}")
+                keep(record)
                 continue
             except Exception as failure:  # of one case, of which the others may know nothing
                 figures = {"failed": f"{type(failure).__name__}: {failure}"[:500]}

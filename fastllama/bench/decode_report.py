@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from fastllama import env
 from fastllama.bench.text import milliseconds, table
 
 SHOWN = 12  # kernels of a step; the record holds all
@@ -61,12 +62,19 @@ def report(record: Record) -> str:
     weights = "" if said["checkpoint"] else ", random weights"
     heading = (
         f"{said['model']}, {said['parameters'] / 1e6:,.1f} M parameters{weights}, {said['dtype']} on "
-        f"{record['environment']['device']}: {said['tokens']} steps each; a copy moves {copy:.1f} GB/s, "
-        f"a read {read:.1f}"
+        f"{record['environment']['device']}{_moved(record)}: {said['tokens']} steps each; a copy moves "
+        f"{copy:.1f} GB/s, a read {read:.1f}"
     )
     parts = [heading, "\n".join([table([HEADER, *rows(record)]), *failures(record)])]
     parts += [_launches(case) for case in record["cases"] if case.get("launches")]
     return "\n\n".join(parts)
+
+
+def _moved(record: Record) -> str:
+    """The switches of the environment that were not at their defaults."""
+    found = record["environment"]["switches"]
+    moved = [each.name for each in env.VARIABLES if found.get(each.name, each.default) != each.default]
+    return "".join(f", {name}={found[name]}" for name in moved)
 
 
 def _launches(case: Record) -> str:

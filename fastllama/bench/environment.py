@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 import fastllama
+from fastllama import env
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions, source, processor, load, threads and device; None is the first GPU, a CPU where there is none."""
+    """Versions, source, switches, processor, load, threads and device; None is the first GPU, a CPU without one."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
         "fastllama": fastllama.__version__,
@@ -24,6 +25,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # with the build, which its package's metadata leave out: 2.11.0+cu130
     }
+    found["switches"] = {each.name: each.read() for each in env.VARIABLES if each is not env.XDG_CACHE_HOME}
     for package in ("triton", "transformers", "numpy"):
         try:
             found[package] = metadata.version(package)

@@ -112,6 +112,22 @@ def test_the_kernels_of_a_step_are_told_with_the_rest_in_one_line() -> None:
     assert lines[-1].split() == ["2", "others", "4", "15.0", "7.0"]
 
 
+def test_a_switch_that_was_moved_stands_in_the_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_PDL", "0")
+    record, _ = measure(TINY)
+    assert "bfloat16 on cpu, FASTLLAMA_PDL=0: 5 steps each" in decode_report.report(record)
+
+
+@pytest.mark.parametrize(("free", "skipped"), [(9_000_000, [1, 1, 1]), (900_000, [1, 1])])
+def test_what_is_skipped_is_kept_at_once(free: int, skipped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case or a model: a run that is ended in the next has written it."""
+    monkeypatch.setattr(decode.models, "available_bytes", lambda device: free)
+    kept: list[int] = []
+    options = replace(TINY, batch=(400, 1), peers=False)
+    decode.measure(options, lambda line: None, lambda record: kept.append(len(record["skipped"])))
+    assert kept == skipped
+
+
 def test_a_model_is_given_up_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them would not fit where one does."""
     built: list[str] = []

@@ -17,6 +17,13 @@ def test_it_names_versions_and_the_device_that_is_asked_for() -> None:
     assert (found["device"], found["gpu"]) == ("cpu", None)
 
 
+def test_it_names_the_switches_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_PDL", "0")
+    found = environment.environment(torch.device("cpu"))["switches"]
+    assert (found["FASTLLAMA_PDL"], found["FASTLLAMA_GRAPHS"]) == ("0", "1")
+    assert not any("/" in value for value in found.values())
+
+
 def test_the_commit_is_that_of_the_sources_and_of_no_other_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
