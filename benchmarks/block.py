@@ -295,6 +295,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
                 figures = measure(models, rows, context, reached, rounds)
             except torch.OutOfMemoryError:
                 record["skipped"].append(f"{label}: does not fit in memory")
+                _keep(options, record)
                 continue
             except Exception as failure:  # of one shape, of which the others may know nothing
                 figures = {"rows": rows, "context": context, **_failed(failure)}

@@ -112,6 +112,18 @@ def test_a_kind_that_cannot_be_made_leaves_the_others(
         assert record["skipped"] == ["toy, int8: its weights do not fit in memory"]
 
 
+def test_a_shape_that_does_not_fit_is_written_before_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, kept = tmp_path / "block.json", []
+
+    def measure(*args: Any) -> Any:
+        kept.append(len(json.loads(path.read_text())["skipped"]) if path.exists() else 0)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(block, "measure", measure)
+    status, record = run(monkeypatch, path, "none", "int8")
+    assert (status, kept, len(record["skipped"])) == (0, [0, 1], 2)
+
+
 def test_a_capture_that_fails_is_a_failure() -> None:
     assert block._failure({"graph": {"failed": "capture"}, "eager": {"median": 1.0}}) == "capture"
     assert block._failure({"graph": {"median": 1.0}, "eager": {"median": 1.0}}) is None
