@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -71,7 +70,7 @@ class GraphCapture:
             result = run()  # the step itself; besides, what compiles at a first call must not do so while capturing
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
+            graph, begun = torch.cuda.CUDAGraph(), False
             try:
                 # Errors of this thread alone: whatever else the process does on the GPU meanwhile is allowed. The
                 # stream in front is put back where the end of an invalid capture raises, which torch leaves undone.
@@ -79,9 +78,10 @@ class GraphCapture:
                     torch.cuda.stream(torch.cuda.current_stream()),
                     torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
                 ):
+                    begun = True
                     kept = run()
             except BaseException as error:
-                _abandon(graph, self._pool)
+                _abandon(graph, self._pool, begun)
                 if not isinstance(error, Exception):
                     raise
                 logger.warning(
@@ -100,11 +100,11 @@ class GraphCapture:
         return result, replay
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Take back what torch leaves of a capture whose end has raised (torch 2.11, CUDAGraph::capture_end).
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, begun: bool) -> None:
+    """Take back what torch leaves of a capture whose end has raised (CUDAGraph::capture_end of torch 2.11 and 2.13).
 
-    The allocator would keep all memory of the pool, and what other streams are through with; random numbers of the
-    device could not be drawn any more.
+    The graph would hold the pool, and with it all memory in there, for ever. Torch 2.11 would also give from the pool
+    whatever is allocated later, and draw no random numbers on the device any more.
     """
     try:
         graph.pool()
@@ -112,9 +112,12 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         device = torch.cuda.current_device()
         numbers = torch.cuda.default_generators[device]
         numbers.graphsafe_set_state(numbers.clone_state())
-        with suppress(RuntimeError):  # it has not begun
+        try:
             torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
+        except RuntimeError:  # it has not begun, or torch has done this
+            if not begun:
+                return
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _cause(error: BaseException) -> BaseException:
