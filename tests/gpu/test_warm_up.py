@@ -12,9 +12,9 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from fastllama import LLM, LlamaConfig, SamplingParams
+from fastllama.bench.models import random_model
 from fastllama.kernels import triton as room
-from fastllama.layers import packing
 
 pytestmark = pytest.mark.gpu
 
@@ -56,16 +56,6 @@ def late(force: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> list[
     return noted
 
 
-def model(kind: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(CONFIG, torch.bfloat16, "cuda")
-    for parameter in made.parameters():
-        parameter.normal_(std=0.05)
-    if kind != "bf16":
-        packing.quantize(made, kind, progress=False)
-    return made
-
-
 def params(drawn: random.Random, number: int, max_tokens: int) -> SamplingParams:
     """Greedy and sampled, some with what the host must add: penalties, log-probabilities."""
     return SamplingParams(
@@ -82,10 +72,10 @@ def params(drawn: random.Random, number: int, max_tokens: int) -> SamplingParams
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("bf16", {}),
-        ("bf16", {"kv_cache_dtype": "int8"}),
-        ("bf16", {"deterministic": True}),
-        ("bf16", {"speculation": "prompt_lookup"}),
+        ("none", {}),
+        ("none", {"kv_cache_dtype": "int8"}),
+        ("none", {"deterministic": True}),
+        ("none", {"speculation": "prompt_lookup"}),
         ("int4", {}),
         ("int8", {}),
         ("w8a8", {}),
@@ -96,7 +86,8 @@ def test_no_request_compiles_or_captures(kind: str, options: dict[str, Any], lat
     """Prompts of any length, alone and in batches of any size, up to the most that run at once."""
     drawn = random.Random(0)
     sizes = {"kv_cache_tokens": 65536, "max_model_len": 512, "max_num_seqs": 140, "max_num_batched_tokens": 700}
-    with LLM(model(kind), progress=False, **sizes, **options) as llm:
+    model = random_model(CONFIG, kind, torch.bfloat16, torch.device("cuda", 0))
+    with LLM(model, progress=False, **sizes, **options) as llm:
         assert late, "the fixture saw nothing of the warm-up"
         late.clear()
         for batch in (1, 1, 1, 2, 3, 5, 17, 40, 70, 140, 140):
