@@ -123,7 +123,7 @@ def _records(found: Results, stage: str) -> Iterator[tuple[str, Row]]:
 def _unfinished(found: Results, stage: str) -> Iterator[str]:
     """The stages of a name that did not pass, and why."""
     for name, lines in found.items():
-        ended = results.outcome(list(lines))
+        ended = results.outcome(lines)
         if name.startswith(stage) and ended.get("outcome", "passed") != "passed":
             yield f"{name}: {ended['outcome']}" + (f", {ended['why']}" if "why" in ended else "")
 

@@ -24,10 +24,9 @@ class Goal:
     least: float
     measure: Callable[[Results], float | None]
 
-    def gap(self, results: Results) -> float | None:
-        """The share of the goal that is missing; below 0 where more is reached."""
-        reached = self.measure(results)
-        return None if reached is None else 1 - reached / self.least
+    def gap(self, reached: float) -> float:
+        """The share of the goal that is missing where so much is reached; below 0 where it is more."""
+        return 1 - reached / self.least
 
 
 def ceilings(results: Results) -> Mapping[str, Any]:
@@ -131,3 +130,9 @@ GOALS = (
     Goal("rope_and_write_kv, 8192 rows: of a copy", 0.9, _bandwidth("rope_and_write_kv", rows=8192)),
     Goal("silu_mul, 8192 rows: of a copy", 0.9, _bandwidth("silu_mul", rows=8192)),
 )
+
+
+def measured(results: Results) -> dict[Goal, float]:
+    """What a run reached of each goal that it measured, the largest gap first."""
+    found = {goal: reached for goal in GOALS if (reached := goal.measure(results)) is not None}
+    return dict(sorted(found.items(), key=lambda pair: -pair[0].gap(pair[1])))

@@ -7,7 +7,9 @@ runner's last an "outcome" as well.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ Line = dict[str, Any]
 
 def append(path: Path, **line: Any) -> None:
     """Add a line. NaN and infinities are text, which any JSON reader takes."""
-    text = json.dumps(line, allow_nan=False, default=str) if _finite(line) else json.dumps(_spelled(line), default=str)
     with path.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(json.dumps(_spelled(line), allow_nan=False, default=str) + "\n")
 
 
 def read(folder: Path) -> dict[str, list[Line]]:
@@ -44,17 +45,9 @@ def read(folder: Path) -> dict[str, list[Line]]:
     return dict(found)
 
 
-def outcome(lines: list[Line]) -> Line:
+def outcome(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The runner's line of a stage; {} while it runs, or where it was never begun."""
     return next((line for line in reversed(lines) if "outcome" in line), {})
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or value - value == 0
 
 
 def _spelled(value: Any) -> Any:
@@ -62,4 +55,4 @@ def _spelled(value: Any) -> Any:
         return {name: _spelled(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_spelled(each) for each in value]
-    return value if _finite(value) else str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,8 +17,8 @@ KERNELS = {"weights": ("matmul",), "keys and values": ("decode_kernel", "combine
 def markdown(folder: Path) -> str:
     """The verdict. Whatever the run did not reach is named as such, never passed over."""
     found = results.read(folder)
-    parts = ["# Verdict", *_right(found), *_fast(found), "## Next", "\n".join(f"1. {text}" for text in advice(found))]
-    return "\n\n".join(parts) + "\n"
+    said = "\n".join(f"1. {text}" for text in advice(found))
+    return "\n\n".join(["# Verdict", *_right(found), *_fast(found), "## Next", said]) + "\n"
 
 
 def _right(found: Results) -> Iterator[str]:
@@ -30,7 +30,7 @@ def _right(found: Results) -> Iterator[str]:
     modes = found.get("tokens", ())
     lines = [f"- {'right' if line['right'] else 'DIFFERENT'}, {line['mode']}: {_tokens(line)}" for line in modes]
     yield "\n".join(["Tokens of the bundled model beside a CPU's:" if lines else "Tokens: not reached.", *lines])
-    stages = [(name, results.outcome(list(lines))) for name, lines in found.items()]
+    stages = [(name, results.outcome(lines)) for name, lines in found.items()]
     rows = ((name, ended["outcome"], _seconds(ended), ended.get("why", "")) for name, ended in stages if ended)
     yield table(("stage", "outcome", "s", "why"), rows)
 
@@ -57,17 +57,18 @@ def _fast(found: Results) -> Iterator[str]:
         yield f"The device reads {bandwidth / 1e12:.2f} TB/s; shares of a step and of its kernels are of that."
         rows = (_step(case, bandwidth) for case in goals.decodes(found))
         yield table(("decode step", "tokens/s", "share", *(f"{name} in kernels" for name in KERNELS)), rows)
-    known = [(goal, reached) for goal in GOALS if (reached := goal.measure(found)) is not None]
-    known.sort(key=lambda pair: -(pair[0].gap(found) or 0.0))
-    rows = ((goal.name, f"{reached:.2f}", f"{goal.least:.2f}", _gap(goal.gap(found))) for goal, reached in known)
+    known = goals.measured(found)
+    rows = (
+        (goal.name, f"{reached:.2f}", f"{goal.least:.2f}", _gap(goal.gap(reached))) for goal, reached in known.items()
+    )
     if known:
         yield table(("goal", "reached", "wanted", "missing"), rows)
-    unknown = [goal.name for goal in GOALS if goal.measure(found) is None]
+    unknown = [goal.name for goal in GOALS if goal not in known]
     yield f"Not measured: {'; '.join(unknown) or 'nothing'}."
 
 
-def _gap(gap: float | None) -> str:
-    return "" if gap is None else f"{100 * gap:.0f} %" if gap > 0 else "reached"
+def _gap(gap: float) -> str:
+    return f"{100 * gap:.0f} %" if gap > 0 else "reached"
 
 
 def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
@@ -87,7 +88,7 @@ def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
 def advice(found: Results) -> list[str]:
     """What to do next: crashes, then wrong numbers, then the largest gap."""
     said = []
-    ended = {name: results.outcome(list(lines)) for name, lines in found.items()}
+    ended = {name: results.outcome(lines) for name, lines in found.items()}
     failed = [name for name, line in ended.items() if line.get("outcome") == "failed"]
     wrong = sorted({line["op"] for line in found.get("parity", ()) if line.get("right") is False})
     if wrong:
@@ -105,12 +106,11 @@ def advice(found: Results) -> list[str]:
     cut = [name for name, line in ended.items() if line.get("outcome") in ("cut short", "skipped")]
     if cut:
         said.append(f"Run again for what was not finished: --stages {' '.join(map(repr, cut))}.")
-    gaps = [(gap, goal) for goal in GOALS if (gap := goal.gap(found)) is not None and gap > 0]
-    if gaps:
-        gap, goal = max(gaps, key=lambda pair: pair[0])
-        said.append(f"The largest gap is {100 * gap:.0f} %, {goal.name}: read its kernels' trace and profile.")
-    reached = sum(goal.measure(found) is not None for goal in GOALS)
-    return said or [f"Nothing failed and nothing differs; of {len(GOALS)} goals {reached} were measured, and met."]
+    known = goals.measured(found)
+    worst = next(iter(known), None)
+    if worst is not None and (gap := worst.gap(known[worst])) > 0:
+        said.append(f"The largest gap is {100 * gap:.0f} %, {worst.name}: read its kernels' trace and profile.")
+    return said or [f"Nothing failed and nothing differs; of {len(GOALS)} goals {len(known)} were measured, and met."]
 
 
 if __name__ == "__main__":
