@@ -82,22 +82,14 @@ class KVCache:
         """
         shape = (num_pages, config.num_key_value_heads, page_size)
         kinds = [(dtype, (*shape, config.head_dim))] * 2 + [(torch.float32, shape)] * (2 if dtype in CODES else 0)
-        if not pinned:
-            return cls(
-                tuple(
-                    LayerKV(*(torch.empty(size, dtype=of, device=device) for of, size in kinds))
-                    for _ in range(config.num_hidden_layers)
-                )
-            )
-        sizes = [math.prod(size) * of.itemsize for of, size in kinds]  # multiples of 16, for pages hold so many tokens
-        block = torch.empty(sum(sizes) * config.num_hidden_layers, dtype=torch.uint8, pin_memory=True)
-        parts = iter(block.split(sizes * config.num_hidden_layers))
-        return cls(
-            tuple(
-                LayerKV(*(next(parts).view(of).view(size) for of, size in kinds))
-                for _ in range(config.num_hidden_layers)
-            )
-        )
+        wanted = kinds * config.num_hidden_layers
+        if pinned:
+            sizes = [math.prod(size) * of.itemsize for of, size in wanted]  # multiples of 16, as tokens of a page are
+            block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            made = [part.view(of).view(size) for part, (of, size) in zip(block.split(sizes), wanted, strict=True)]
+        else:
+            made = [torch.empty(size, dtype=of, device=device) for of, size in wanted]
+        return cls(tuple(LayerKV(*made[i : i + len(kinds)]) for i in range(0, len(made), len(kinds))))
 
     @staticmethod
     def pinned_bytes(config: LlamaConfig, num_tokens: int, dtype: torch.dtype) -> int:

@@ -56,13 +56,16 @@ class DecodeGraphs:
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         )
 
+    def _shape(self, inputs: Inputs) -> tuple[int, int, int]:
+        return *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
+
     def run(self, inputs: Inputs, before: Draws | None) -> tuple[Tensor, Drawn]:
         """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
 
         To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
         step before, from which the tokens come that are UNKNOWN here.
         """
-        shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
+        shape = self._shape(inputs)
         graph = self._graphs.get(shape)
         if graph is None:
             graph = _Graph(*shape, self._model.device, self._batch_of)

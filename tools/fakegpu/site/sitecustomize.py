@@ -83,8 +83,7 @@ def watch_steps(graphs: ModuleType) -> None:
     run = graphs.DecodeGraphs.run
 
     def watched(self: Any, inputs: Any, *rest: Any) -> Any:
-        shape = *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
-        if shape not in self._graphs or not torch.cuda.is_initialized():
+        if self._shape(inputs) not in self._graphs or not torch.cuda.is_initialized():
             return run(self, inputs, *rest)
         alone = {thread.name for thread in threading.enumerate()} <= {threading.current_thread().name, "tqdm_monitor"}
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
