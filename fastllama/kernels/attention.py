@@ -137,6 +137,7 @@ _PREFILL = Op(
     check=_check_prefill,
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
+    numba="attention:attention_prefill",
     triton="prefill:attention_prefill",
 )
 _DECODE = Op(

@@ -13,6 +13,10 @@ from torch import Tensor
 from fastllama.kernels.norm import rms_norm
 from fastllama.kernels.swiglu import silu_mul
 
+# Elements that torch adds on one thread. More wake its threads, which then spin for milliseconds on the cores that the
+# next kernel's threads need: prompts took twice as long (docs/tuning.md).
+ONE_THREAD = 1 << 15
+
 
 def compose(
     product: Callable[[Tensor, Tensor], object],
@@ -33,9 +37,17 @@ def compose(
     elif residual is not None:
         found = torch.empty_like(out)  # out may be residual itself
         product(x, found)
-        torch.add(residual, found, out=out)
+        _add(residual, found, out)
     else:
         product(x, out)
+
+
+def _add(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.device.type != "cpu" or out.numel() <= ONE_THREAD:
+        torch.add(a, b, out=out)
+        return
+    for parts in zip(*(each.view(-1).split(ONE_THREAD) for each in (a, b, out)), strict=True):
+        torch.add(*parts[:2], out=parts[2])
 
 
 def composed(product: Callable[..., None]) -> Callable[..., None]:

@@ -1,28 +1,397 @@
-"""The kernels use the threads that torch was told to use, and leave torch's setting alone."""
+"""Kernels on several threads: each iteration once, the same bits as alone, nothing left behind by what goes wrong."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+
+pytest.importorskip("numba")
+import numpy as np
+from numba.core.errors import TypingError
+
+from fastllama.kernels.numba import threads
+from fastllama.kernels.numba.numerics import array, jit
+from fastllama.kernels.numba.pieces import FAILED, _get, _set, enter, leave, proceed
 
 ROOT = Path(__file__).parents[2]
+MANY = 1 << 40  # of work: worth threads
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kernel runs with three helpers, in pieces of one iteration."""
+    monkeypatch.setattr(threads, "SERIAL_WORK", -1)
+    monkeypatch.setattr(threads, "LEAST_PIECE", 1)
+    monkeypatch.setattr(threads, "LARGEST_PIECE", 1)
+    monkeypatch.setattr(threads.Payoff, "together", True, raising=False)
+    monkeypatch.setattr(threads.Payoff, "note", lambda *args: None)
+    monkeypatch.setattr(threads, "_teams", [])
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
+    threads._retire()
+
+
+@jit
+def count_kernel(region, *args):
+    """Each iteration adds one to its own number."""
+    numbers_ptr, size = args
+    numbers = array(numbers_ptr, (size,), np.int64(0))
+    first, last = enter(region, args)
+    while first < last:
+        for i in range(first, last):
+            numbers[i] += 1
+        first, last = proceed(region)
+    return leave(region)
+
+
+@jit
+def waiting_kernel(region, *args):
+    """The first iteration waits for all others; numbers[0] stays 0 where they do not come."""
+    numbers_ptr, size, turns = args
+    numbers = array(numbers_ptr, (size,), np.int64(0))
+    first, last = enter(region, args)
+    while first < last:
+        for i in range(first, last):
+            if i > 0:
+                numbers[i] = 1
+                continue
+            for _ in range(turns):
+                done = 0
+                for k in range(1, size):
+                    done += _get(numbers_ptr, k)
+                if done == size - 1:
+                    numbers[0] = 1
+                    break
+        first, last = proceed(region)
+    return leave(region)
+
+
+@jit
+def failing_kernel(region, *args):
+    """Raises in a helper, or in the caller; whoever is not meant does the iterations."""
+    numbers_ptr, size, in_helper = args
+    numbers = array(numbers_ptr, (size,), np.int64(0))
+    first, last = enter(region, args)
+    while first < last:
+        for i in range(first, last):
+            if (region[3] < 0) == in_helper:
+                raise ValueError("an iteration failed")
+            turns = 0
+            while in_helper and i == 0 and _get(region[0], FAILED) == 0 and turns < 1 << 28:
+                turns += 1  # lest the caller does all before a helper comes
+            numbers[i] = 1
+        first, last = proceed(region)
+    return leave(region)
+
+
+@jit
+def lagging_kernel(region, *args):
+    """A helper takes long for an iteration, and the caller is sure to leave it one."""
+    numbers_ptr, size = args
+    numbers = array(numbers_ptr, (size,), np.int64(0))
+    first, last = enter(region, args)
+    while first < last:
+        for i in range(first, last):
+            turns = 0
+            if region[3] < 0:
+                _set(numbers_ptr, size, 1)  # a helper is there
+                while turns < 1 << 24:
+                    turns += 1 + 0 * _get(numbers_ptr, i)
+            while region[3] >= 0 and i == 0 and _get(numbers_ptr, size) == 0 and turns < 1 << 28:
+                turns += 1
+            numbers[i] = 1
+        first, last = proceed(region)
+    return leave(region)
+
+
+@jit
+def idle_kernel(region, *args):
+    enter(region, args)
+    return leave(region)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_each_iteration_runs_once(shared: None, count: int) -> None:
+    numbers = torch.zeros(count, dtype=torch.int64)
+    for times in range(1, 101):
+        threads.launch(count_kernel, count, MANY, numbers.data_ptr(), count)
+        assert numbers.tolist() == [times] * count
+
+
+@pytest.mark.parametrize("grain", [1, 3, 10, 11])
+def test_the_last_piece_may_be_smaller(shared: None, grain: int) -> None:
+    numbers = torch.zeros(10, dtype=torch.int64)
+    assert threads._team().launch(count_kernel, 3, grain, 10, (numbers.data_ptr(), 10))
+    assert numbers.tolist() == [1] * 10
+
+
+def test_a_thread_that_is_held_up_holds_up_its_piece_alone(shared: None) -> None:
+    for _ in range(20):  # helpers that are just falling asleep miss a region
+        numbers = torch.zeros(40, dtype=torch.int64)
+        threads.launch(waiting_kernel, 40, MANY, numbers.data_ptr(), 40, 1 << 20)
+        assert numbers.tolist()[1:] == [1] * 39
+        if numbers[0]:
+            return
+    pytest.fail("the first iteration held up the others")
+
+
+def test_nobody_waits_for_a_helper_to_begin(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads.Team, "_wake", lambda self, helpers: None)
+    numbers = torch.zeros(9, dtype=torch.int64)
+    threads.launch(count_kernel, 9, MANY, numbers.data_ptr(), 9)
+    assert numbers.tolist() == [1] * 9
+
+
+def products(rows: int) -> dict[str, Callable[[], Any]]:
+    """Products of every format, 130 features by 256 columns."""
+    x, weight = torch.randn(rows, 256).bfloat16(), torch.randn(130, 256).bfloat16()
+    packed, outliers, exponent = kernels.pack_bf12(weight)
+    codes4, scales4, _ = kernels.quantize_int4(weight, 64)
+    codes8, scales8 = kernels.quantize_int8(weight, 256)
+    packed4, packed8 = kernels.pack_int4(codes4), kernels.pack_int8(codes8)
+    return {
+        f"matmul, {rows}": lambda: kernels.matmul(x, weight),
+        f"matmul_bf12, {rows}": lambda: kernels.matmul_bf12(x, packed, outliers, exponent),
+        f"matmul_int4, {rows}": lambda: kernels.matmul_int4(x, packed4, scales4),
+        f"matmul_int8, {rows}": lambda: kernels.matmul_int8(x, packed8, scales8),
+    }
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """A call for every kernel that shares its iterations."""
+    x, weight, residual = torch.randn(9, 256).bfloat16(), torch.rand(256), torch.randn(9, 256).bfloat16()
+    q, pages = torch.randn(6, 4, 32), [torch.randn(5, 2, 16, 32) for _ in range(2)]
+    table, lengths = torch.tensor([[0, 3], [4, 1], [2, 2]], dtype=torch.int32), torch.tensor([30, 17, 5])
+    bounds = torch.tensor([0, 1, 4, 6], dtype=torch.int32)
+    logits = torch.randn(7, 1000)
+    draws = {"temperature": torch.full((7,), 0.8), "top_k": torch.full((7,), 50), "top_p": torch.full((7,), 0.9)}
+    draws |= {"min_p": torch.zeros(7), "seed": torch.arange(7), "offset": torch.arange(7)}
+    matrix = torch.randn(130, 256).bfloat16()
+    return {
+        "rms_norm": lambda: kernels.rms_norm(x, weight),
+        "add_rms_norm": lambda: kernels.add_rms_norm(x, residual, weight),
+        "silu_mul": lambda: kernels.silu_mul(torch.cat([x, residual], 1)),
+        "attention_decode": lambda: kernels.attention_decode(q, *pages, table, lengths.int(), return_lse=True),
+        "attention_prefill": lambda: kernels.attention_prefill(
+            q, *pages, table, lengths.int(), bounds, return_lse=True
+        ),
+        "sample": lambda: kernels.sample(logits, **draws),
+        "quantize_int4": lambda: kernels.quantize_int4(matrix, 64)[:2],
+        "quantize_int8": lambda: kernels.quantize_int8(matrix, 256),
+        "pack_int4": lambda: kernels.pack_int4(kernels.quantize_int4(matrix, 64)[0]),
+        "pack_int8": lambda: kernels.pack_int8(kernels.quantize_int8(matrix, 256)[0]),
+        "pack_bf12": lambda: kernels.pack_bf12(matrix)[:2],
+        **products(1),
+        **products(5),
+        **products(40),
+    }
+
+
+def test_threads_do_not_change_a_bit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {name: (call, flat(call())) for name, call in calls().items()}
+    request.getfixturevalue("shared")
+    shared, launch = set(), threads.Team.launch
+
+    def noted(self: threads.Team, kernel: Any, *args: Any) -> bool:
+        shared.add((kernel.__module__, kernel.__name__))
+        return launch(self, kernel, *args)
+
+    monkeypatch.setattr(threads.Team, "launch", noted)
+    for name, (call, results) in alone.items():
+        for _ in range(20):
+            for one, other in zip(results, flat(call()), strict=True):
+                assert torch.equal(one, other), name
+    sources = (ROOT / "fastllama" / "kernels" / "numba").glob("*.py")
+    written = {
+        (f"fastllama.kernels.numba.{path.stem}", name)
+        for path in sources
+        for name in re.findall(r"^def (\w+)\(region, \*args\)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert shared == written
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def test_callers_at_once_do_not_meet(shared: None) -> None:
+    """The helpers serve one caller at a time; the others go on alone."""
+
+    def call(_: int) -> list[int]:
+        numbers = torch.zeros(50, dtype=torch.int64)
+        torch.set_num_threads(4)  # of this thread
+        for _ in range(50):
+            threads.launch(count_kernel, 50, MANY, numbers.data_ptr(), 50)
+        return numbers.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(call, range(16))) == [[50] * 50] * 16
+
+
+@pytest.mark.parametrize(("in_helper", "error"), [(False, ValueError), (True, MemoryError)])
+def test_a_kernel_that_fails_leaves_the_next_alone(shared: None, in_helper: bool, error: type[Exception]) -> None:
+    for _ in range(5):
+        numbers = torch.zeros(31, dtype=torch.int64)
+        with pytest.raises(error):
+            threads.launch(failing_kernel, 30, MANY, numbers.data_ptr(), 30, in_helper)
+        threads.launch(count_kernel, 30, MANY, numbers.zero_().data_ptr(), 30)
+        assert numbers.tolist() == [1] * 30 + [0]
+
+
+def test_an_interrupt_waits_for_the_helpers(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they write to must not be freed under them."""
+    sleep, interrupts = threads.time.sleep, iter([KeyboardInterrupt()])
+
+    def nap(seconds: float) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(threads.time, "sleep", nap)
+    monkeypatch.setattr(threads, "END_PATIENCE", 0.0)
+    numbers = torch.zeros(21, dtype=torch.int64)
+
+    def call() -> None:
+        for _ in range(50):  # the caller may have been away until the helpers had done all
+            threads.launch(lagging_kernel, 20, MANY, numbers.zero_().data_ptr(), 20)
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert numbers.tolist() == [1] * 21
+    threads.launch(count_kernel, 20, MANY, numbers.zero_().data_ptr(), 20)
+    assert numbers.tolist() == [1] * 20 + [0]
+
+
+def test_arrays_are_refused(shared: None) -> None:
+    """Whoever leaves the kernel last would free one, and a helper may leave after the caller."""
+    with pytest.raises(TypingError, match=r"argument of type array.*legal: numbers, addresses"):
+        threads.launch(idle_kernel, 3, MANY, np.zeros(3, np.int64))
+
+
+def test_as_many_threads_as_torch_has(shared: None) -> None:
+    before = set(threading.enumerate())
+    numbers = torch.zeros(5, dtype=torch.int64)
+    torch.set_num_threads(1)
+    threads.launch(count_kernel, 5, MANY, numbers.data_ptr(), 5)
+    assert not threads._teams
+    torch.set_num_threads(3)
+    threads.launch(count_kernel, 5, MANY, numbers.data_ptr(), 5)
+    assert {each.name for each in set(threading.enumerate()) - before} == {"fastllama-0", "fastllama-1"}
+    assert threads._team()._helpers == 2
+    torch.set_num_threads(2)
+    threads.launch(count_kernel, 5, MANY, numbers.data_ptr(), 5)
+    assert threads._team()._state[threads.HELPERS] == 1
+
+
+class Machine:
+    """A machine on which a call takes so long alone, and so long with helpers; its clock."""
+
+    def __init__(self, payoff: threads.Payoff) -> None:
+        self.payoff, self.now = payoff, 0.0
+
+    def run(self, seconds: float, alone: float, together: float, call: str = "call") -> float:
+        """Make calls for so long; the share of the time that they ran together."""
+        start, shared = self.now, 0.0
+        while self.now - start < seconds:
+            is_shared = self.payoff.together
+            took = together if is_shared else alone
+            self.payoff.note(call, self.now, self.now + took)
+            self.now += took + 1e-6
+            shared += (took + 1e-6) * is_shared
+        return shared / seconds
+
+
+def test_helpers_that_pay_are_kept() -> None:
+    machine = Machine(threads.Payoff())
+    machine.run(1, alone=2e-4, together=1e-4)
+    assert machine.run(10, alone=2e-4, together=1e-4) > 0.98
+
+
+def test_helpers_that_do_not_pay_are_let_go() -> None:
+    machine = Machine(threads.Payoff())
+    assert machine.run(1, alone=1e-4, together=5e-3) < 0.1
+    assert machine.run(10, alone=1e-4, together=5e-3) < 0.02
+
+
+def test_helpers_that_bring_next_to_nothing_are_let_go() -> None:
+    machine = Machine(threads.Payoff())
+    machine.run(1, alone=1e-4, together=0.95e-4)
+    machine.payoff.together = machine.payoff._better = False
+    machine.payoff._usual.clear()
+    assert machine.run(10, alone=1e-4, together=0.95e-4) < 0.02
+
+
+def test_a_machine_that_gets_busy_is_noticed_at_once_and_one_that_gets_idle_soon() -> None:
+    machine = Machine(threads.Payoff())
+    machine.run(20, alone=2e-4, together=1e-4)
+    assert machine.run(1, alone=2e-4, together=2e-3) < 0.15
+    machine.run(20, alone=2e-4, together=2e-3)
+    machine.run(2.5, alone=2e-4, together=1e-4)
+    assert machine.run(5, alone=2e-4, together=1e-4) > 0.95
+
+
+def test_calls_that_were_not_seen_before_decide_nothing() -> None:
+    """Prompts come between decodes, with other calls of other lengths each time."""
+    machine = Machine(threads.Payoff())
+    machine.run(1, alone=2e-4, together=1e-4)
+    shared = 0.0
+    for prompt in range(50):
+        for layer in range(5):
+            machine.run(0.01, alone=1e-2, together=0.5e-2, call=f"{prompt}, {layer}")
+        shared += machine.run(0.1, alone=2e-4, together=1e-4)
+    assert shared / 50 > 0.9
+
+
+def in_a_process(code: str) -> SimpleNamespace:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+LARGE = """
+import torch
+from fastllama import kernels
+torch.set_num_threads({threads})
+x, weight = torch.ones(1, 1024), torch.ones(4096, 1024)
+def call():
+    for _ in range(200):
+        assert (kernels.matmul(x, weight) == 1024).all()
+call()
+"""
 
 
 @pytest.mark.slow
-def test_numba_does_not_change_the_number_of_torchs_threads() -> None:
-    """Starting its own threads sets OpenMP's number for the process; a process of its own, as that happens once."""
-    pytest.importorskip("numba")
+def test_torchs_number_of_threads_stays_as_it_is() -> None:
+    done = in_a_process(LARGE.format(threads=3) + "print(torch.get_num_threads())")
+    assert (done.status, done.out, done.err) == (0, "3\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(threads.os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_helpers_of_its_own() -> None:
     code = """
-import torch
-torch.set_num_threads(1)
-from fastllama import kernels
-x = torch.ones(4, 8)
-kernels.rms_norm(x, torch.ones(8))
-import numba
-print(torch.get_num_threads(), numba.get_num_threads())
+import os, threading, warnings
+warnings.simplefilter("ignore")  # of Python 3.12, for it finds threads
+child = os.fork()
+if child == 0:
+    call()
+    print(sum(each.name.startswith("fastllama") for each in threading.enumerate()), flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+call()
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert found == "1 1\n"
+    done = in_a_process(LARGE.format(threads=3) + code)
+    assert (done.status, done.out, done.err) == (0, "2\n", "")

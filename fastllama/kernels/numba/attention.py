@@ -1,25 +1,32 @@
-"""Decode attention over pages: keys and values are read where they lie, once for all query heads of a group."""
+"""Attention of a few queries over pages: keys and values are read where they lie, once for all heads of a group."""
 
 from __future__ import annotations
 
-import numba
+from itertools import pairwise
+
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import cpu
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, parallel_jit, store, use_threads
+from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, load_integer, store
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 from fastllama.kernels.reference.attention import lse_unit
+
+INT32 = np.int32(0)
+SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1B model
 
 
 @jit
-def first_illegal(page_table, seq_lens, num_pages, page_size):
+def first_illegal(page_table_ptr, seq_lens_ptr, table_stride, num_seqs, max_pages, num_pages, page_size):
     """The first sequence that names a page outside the pool or is longer than its pages; -1 if there is none."""
-    for seq in range(seq_lens.shape[0]):
-        used = (seq_lens[seq] + page_size - 1) // page_size
-        if seq_lens[seq] < 0 or used > page_table.shape[1]:
+    for seq in range(num_seqs):
+        length = load_integer(seq_lens_ptr, seq, INT32)
+        used = (length + page_size - 1) // page_size
+        if length < 0 or used > max_pages:
             return seq
         for i in range(used):
-            if not 0 <= page_table[seq, i] < num_pages:
+            if not 0 <= load_integer(page_table_ptr, seq * table_stride + i, INT32) < num_pages:
                 return seq
     return -1
 
@@ -39,70 +46,77 @@ def softmax(scores):
     return top + np.log(total)
 
 
-# One iteration owns one key/value head of one sequence, with all its queries. Strides count elements. Writes nothing
-# and returns the first sequence whose pages do not exist, if there is one, else -1.
-@parallel_jit
-def decode_kernel(
-    q_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
-    out_ptr,
-    lse_ptr,
-    page_table,
-    seq_lens,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    num_queries,
-    num_kv_heads,
-    group,
-    head_dim,
-    num_pages,
-    page_size,
-    scale,
-    lse_unit,
-    like,
-):
-    illegal = first_illegal(page_table, seq_lens, num_pages, page_size)
-    work = seq_lens.shape[0] * num_kv_heads if illegal < 0 else 0
-    for item in numba.prange(work):
-        seq, kv_head = np.int64(item) // num_kv_heads, np.int64(item) % num_kv_heads
-        scores = np.empty((group, max(seq_lens[seq], 1)), np.float32)
-        queries, result = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
-        for query in range(num_queries):
-            row = seq * num_queries + query
-            visible = max(seq_lens[seq] - num_queries + query + 1, 0)
-            for g in range(group):
-                at = row * q_strides[0] + (kv_head * group + g) * q_strides[1]
-                for i in range(head_dim):
-                    queries[g, i] = load(q_ptr, at + i, like) * np.float32(scale)
-            for token in range(visible):
-                page, offset = page_table[seq, token // page_size], token % page_size
-                at = page * k_strides[0] + kv_head * k_strides[1] + offset * k_strides[2]
+# One iteration owns one key/value head of one sequence, with all its queries. Strides count elements.
+@jit
+def paged_kernel(region, *args):
+    (
+        q_ptr,
+        k_pages_ptr,
+        v_pages_ptr,
+        out_ptr,
+        lse_ptr,
+        page_table_ptr,
+        seq_lens_ptr,
+        table_stride,
+        cu_seqlens_q_ptr,
+        q_strides,
+        k_strides,
+        v_strides,
+        out_strides,
+        queries_of_each,
+        num_kv_heads,
+        group,
+        head_dim,
+        page_size,
+        scale,
+        lse_unit,
+        like,
+    ) = args
+    first, last = enter(region, args)
+    while first < last:
+        for item in range(first, last):
+            seq, kv_head = item // num_kv_heads, item % num_kv_heads
+            length, pages = load_integer(seq_lens_ptr, seq, INT32), seq * table_stride
+            scores = np.empty((group, max(length, 1)), np.float32)
+            queries, result = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
+            start, stop = seq * queries_of_each, (seq + 1) * queries_of_each
+            if cu_seqlens_q_ptr != 0:
+                start, stop = load_integer(cu_seqlens_q_ptr, seq, INT32), load_integer(cu_seqlens_q_ptr, seq + 1, INT32)
+            for row in range(start, stop):
+                visible = max(length - stop + row + 1, 0)
                 for g in range(group):
-                    score = np.float32(0)
+                    at = row * q_strides[0] + (kv_head * group + g) * q_strides[1]
                     for i in range(head_dim):
-                        score += queries[g, i] * load(k_pages_ptr, at + i, like)
-                    scores[g, token] = score
-            for g in range(group):
-                total = softmax(scores[g, :visible]) if visible > 0 else np.float32(-np.inf)
-                if lse_ptr != 0:
-                    total *= np.float32(lse_unit)
-                    store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
-            result[:] = np.float32(0)
-            for token in range(visible):
-                page, offset = page_table[seq, token // page_size], token % page_size
-                at = page * v_strides[0] + kv_head * v_strides[1] + offset * v_strides[2]
+                        queries[g, i] = load(q_ptr, at + i, like) * np.float32(scale)
+                for token in range(visible):
+                    page = load_integer(page_table_ptr, pages + token // page_size, INT32)
+                    at = page * k_strides[0] + kv_head * k_strides[1] + token % page_size * k_strides[2]
+                    for g in range(group):
+                        score = np.float32(0)
+                        for i in range(head_dim):
+                            score += queries[g, i] * load(k_pages_ptr, at + i, like)
+                        scores[g, token] = score
                 for g in range(group):
-                    weight = scores[g, token]
+                    total = softmax(scores[g, :visible]) if visible > 0 else np.float32(-np.inf)
+                    if lse_ptr != 0:
+                        total *= np.float32(lse_unit)
+                        store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
+                for g in range(group):
                     for i in range(head_dim):
-                        result[g, i] += weight * load(v_pages_ptr, at + i, like)
-            for g in range(group):
-                at = row * out_strides[0] + (kv_head * group + g) * out_strides[1]
-                for i in range(head_dim):
-                    store(out_ptr, at + i, result[g, i], like)
-    return illegal
+                        result[g, i] = np.float32(0)
+                for token in range(visible):
+                    page = load_integer(page_table_ptr, pages + token // page_size, INT32)
+                    at = page * v_strides[0] + kv_head * v_strides[1] + token % page_size * v_strides[2]
+                    for g in range(group):
+                        weight = scores[g, token]
+                        for i in range(head_dim):
+                            result[g, i] += weight * load(v_pages_ptr, at + i, like)
+                for g in range(group):
+                    at = row * out_strides[0] + (kv_head * group + g) * out_strides[1]
+                    for i in range(head_dim):
+                        store(out_ptr, at + i, result[g, i], like)
+        first, last = proceed(region)
+    return leave(region)
 
 
 def attention_decode(
@@ -120,41 +134,93 @@ def attention_decode(
     workspace: Tensor | None,
 ) -> None:
     """See kernels.attention_decode. Raises ValueError for a page that does not exist, writing nothing."""
-    like = LIKE.get(q.dtype)
-    if like is None or k_scales is not None:
+    if q.dtype not in LIKE or k_scales is not None:
         cpu.attention_decode(
             q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace
         )
+    elif q.numel():
+        work = 2 * q.numel() * page_table.shape[1] * k_pages.shape[2]
+        _attend(q, k_pages, v_pages, page_table, seq_lens, None, scale, base2, out, lse, work)
+
+
+def attention_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    scale: float,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """See kernels.attention_prefill: short prompts as in decoding. Raises ValueError as that does.
+
+    torch's kernel brings all its threads to the smallest prompt: 6 ms where the machine has something else to do.
+    """
+    bounds, (_, num_q_heads, head_dim) = cu_seqlens_q.tolist(), q.shape
+    queries = [end - start for start, end in pairwise(bounds)]
+    pairs = sum(number * length for number, length in zip(queries, seq_lens.tolist(), strict=True))
+    work = 2 * pairs * num_q_heads * head_dim
+    if q.dtype not in LIKE or k_scales is not None or work > SHORT_WORK:
+        cpu.attention_prefill(
+            q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, k_scales, v_scales, scale, base2, out, lse
+        )
         return
+    _attend(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, scale, base2, out, lse, work)
+    out[bounds[-1] :].zero_()
+    if lse is not None:
+        lse[bounds[-1] :].fill_(float("-inf"))
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    scale: float,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+    work: int,
+) -> None:
+    """The queries of all sequences, each with as many as the next where cu_seqlens_q is None."""
     rows, num_q_heads, head_dim = q.shape
-    if rows == 0:
-        return
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    use_threads(2 * q.numel() * page_table.shape[1] * page_size)
-    illegal = decode_kernel(
-        q.data_ptr(),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        page_table.numpy(),
-        seq_lens.numpy(),
-        q.stride(),
-        k_pages.stride(),
-        v_pages.stride(),
-        out.stride(),
-        rows // seq_lens.shape[0],
-        num_kv_heads,
-        num_q_heads // num_kv_heads,
-        head_dim,
-        num_pages,
-        page_size,
-        scale,
-        lse_unit(base2),
-        like,
-    )
+    num_seqs, max_pages = page_table.shape
+    tables = (page_table.data_ptr(), seq_lens.data_ptr(), page_table.stride(0))
+    illegal = first_illegal(*tables, num_seqs, max_pages, num_pages, page_size)
     if illegal >= 0:
         raise ValueError(
             f"sequence {illegal} has length {int(seq_lens[illegal])} and pages {page_table[illegal].tolist()}; legal: "
             f"page ids from 0 to {num_pages - 1}, and enough of them for the length"
         )
+    launch(
+        paged_kernel,
+        num_seqs * num_kv_heads,
+        work,
+        q.data_ptr(),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        *tables,
+        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+        q.stride(),
+        k_pages.stride(),
+        v_pages.stride(),
+        out.stride(),
+        rows // max(num_seqs, 1),
+        num_kv_heads,
+        num_q_heads // num_kv_heads,
+        head_dim,
+        page_size,
+        scale,
+        lse_unit(base2),
+        LIKE[q.dtype],
+    )

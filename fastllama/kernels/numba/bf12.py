@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -18,25 +17,28 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from fastllama.kernels import reference
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows
 from fastllama.kernels.cpu.matmul import by_blocks
 from fastllama.kernels.numba.matmul import ROW_LIMIT
 from fastllama.kernels.numba.numerics import (
     FAST,
     LIKE,
+    array,
     jit,
     load,
     load_integer,
-    parallel_jit,
     store,
-    use_threads,
 )
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 from fastllama.kernels.numba.vectors import FLOATS, I8, I32, WORDS, at, broadcast, fetch, read, splat
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, CODES, commonest_exponent
 
 HALF = BLOCK // 2
 CHUNK = 16  # output features of one iteration: the search for their first outlier is spread over them
 AHEAD = 1024  # bytes prefetched: 52 ms in place of 57 for the weights of a 1.1B model
+OPERATIONS = 8  # to pack a weight
 LARGEST_X = 100  # power of two that the largest value of x is scaled to; weights as decoded are 2^-126 to 2^-111
 
 _FLAGS = tuple(FAST)
@@ -169,62 +171,74 @@ def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, scale, like):
 
 
 # One iteration owns CHUNK output features. Strides count bytes.
-@parallel_jit
-def products_kernel(
-    codes_ptr,
-    x_ptr,
-    wide_ptr,
-    outliers_ptr,
-    out_ptr,
-    scales,
-    codes_stride,
-    x_stride,
-    out_stride,
-    features,
-    blocks,
-    num_outliers,
-    itemsize,
-    like,
-):
-    for chunk in numba.prange((features + CHUNK - 1) // CHUNK):
-        first = CHUNK * np.int64(chunk)
-        end = first_outlier(outliers_ptr, num_outliers, first)
-        for n in range(first, min(first + CHUNK, features)):
-            row_ptr, to = codes_ptr + n * codes_stride, out_ptr + n * itemsize
-            outlier = end
-            while end < num_outliers and load_integer(outliers_ptr, 3 * end, np.int32(0)) == n:
-                end += 1
-            if scales.shape[0] == 1:
-                finish(dot(row_ptr, wide_ptr, blocks), x_ptr, outliers_ptr, to, outlier, end, scales[0], like)
-                continue
-            last = scales.shape[0] - 1
-            for m in range(0, last + 1, 4):
-                a, b, c, d = m, min(m + 1, last), min(m + 2, last), min(m + 3, last)
-                row_bytes = blocks * (4 * BLOCK)
-                totals = dot_of_four(
-                    row_ptr,
-                    wide_ptr + a * row_bytes,
-                    wide_ptr + b * row_bytes,
-                    wide_ptr + c * row_bytes,
-                    wide_ptr + d * row_bytes,
-                    blocks,
-                )
-                for i, row in enumerate((a, b, c, d)):
-                    x_row, out_row = x_ptr + row * x_stride, to + row * out_stride
-                    finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, scales[row], like)
+@jit
+def products_kernel(region, *args):
+    (
+        codes_ptr,
+        x_ptr,
+        wide_ptr,
+        outliers_ptr,
+        out_ptr,
+        scales_ptr,
+        codes_stride,
+        x_stride,
+        out_stride,
+        rows,
+        features,
+        blocks,
+        num_outliers,
+        itemsize,
+        like,
+    ) = args
+    scales = array(scales_ptr, (rows,), np.float64(0))
+    first_chunk, last_chunk = enter(region, args)
+    while first_chunk < last_chunk:
+        for chunk in range(first_chunk, last_chunk):
+            first = CHUNK * chunk
+            end = first_outlier(outliers_ptr, num_outliers, first)
+            for n in range(first, min(first + CHUNK, features)):
+                row_ptr, to = codes_ptr + n * codes_stride, out_ptr + n * itemsize
+                outlier = end
+                while end < num_outliers and load_integer(outliers_ptr, 3 * end, np.int32(0)) == n:
+                    end += 1
+                if rows == 1:
+                    finish(dot(row_ptr, wide_ptr, blocks), x_ptr, outliers_ptr, to, outlier, end, scales[0], like)
+                    continue
+                last = rows - 1
+                for m in range(0, last + 1, 4):
+                    a, b, c, d = m, min(m + 1, last), min(m + 2, last), min(m + 3, last)
+                    row_bytes = blocks * (4 * BLOCK)
+                    totals = dot_of_four(
+                        row_ptr,
+                        wide_ptr + a * row_bytes,
+                        wide_ptr + b * row_bytes,
+                        wide_ptr + c * row_bytes,
+                        wide_ptr + d * row_bytes,
+                        blocks,
+                    )
+                    for i, row in enumerate((a, b, c, d)):
+                        x_row, out_row = x_ptr + row * x_stride, to + row * out_stride
+                        finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, scales[row], like)
+        first_chunk, last_chunk = proceed(region)
+    return leave(region)
 
 
-# One iteration owns one row of the weight, from row `first` on: in float32 to `wide`.
-@parallel_jit
-def decode_kernel(codes_ptr, wide_ptr, outliers_ptr, first, rows, codes_stride, blocks, num_outliers, scale):
-    for row in numba.prange(rows):
-        n, to = first + np.int64(row), wide_ptr + np.int64(row) * blocks * (4 * BLOCK)
-        decode(codes_ptr + n * codes_stride, to, blocks, scale)
-        outlier = first_outlier(outliers_ptr, num_outliers, n)
-        while outlier < num_outliers and load_integer(outliers_ptr, 3 * outlier, np.int32(0)) == n:
-            column = load_integer(outliers_ptr, 3 * outlier + 1, np.int32(0))
-            store(to, column, load(outliers_ptr, 3 * outlier + 2, np.float32(0)), np.float32(0))
-            outlier += 1
+# One iteration owns one row of the weight, from row `start` on: in float32 to `wide`.
+@jit
+def decode_rows_kernel(region, *args):
+    codes_ptr, wide_ptr, outliers_ptr, start, codes_stride, blocks, num_outliers, scale = args
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            n, to = start + row, wide_ptr + row * blocks * (4 * BLOCK)
+            decode(codes_ptr + n * codes_stride, to, blocks, scale)
+            outlier = first_outlier(outliers_ptr, num_outliers, n)
+            while outlier < num_outliers and load_integer(outliers_ptr, 3 * outlier, np.int32(0)) == n:
+                column = load_integer(outliers_ptr, 3 * outlier + 1, np.int32(0))
+                store(to, column, load(outliers_ptr, 3 * outlier + 2, np.float32(0)), np.float32(0))
+                outlier += 1
+        first, last = proceed(region)
+    return leave(region)
 
 
 def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias: Tensor | None, out: Tensor) -> None:
@@ -236,21 +250,24 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
     if not rows or like is None:
         out.copy_(reference.matmul_bf12(x, codes, outliers, exponent, bias))
         return
-    use_threads(rows * features * size)
     source, target = as_rows("x", x), as_rows("out", out)
     if rows <= ROW_LIMIT:
         wide, scales = torch.empty(rows, size), np.empty(rows)
         scaled_kernel(x.data_ptr(), wide.data_ptr(), scales, source.stride(0), size, exponent, like)
-        products_kernel(
+        launch(
+            products_kernel,
+            ceil_div(features, CHUNK),
+            rows * features * size,
             codes.data_ptr(),
             x.data_ptr(),
             wide.data_ptr(),
             outliers.data_ptr(),
             out.data_ptr(),
-            scales,
+            scales.ctypes.data,
             codes.stride(0),
             source.stride(0) * x.itemsize,
             target.stride(0) * x.itemsize,
+            rows,
             features,
             blocks,
             outliers.shape[0],
@@ -262,7 +279,8 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
         places = (codes.stride(0), blocks, outliers.shape[0], scale)
 
         def widen(first: int, wide: Tensor) -> None:
-            decode_kernel(codes.data_ptr(), wide.data_ptr(), outliers.data_ptr(), first, wide.shape[0], *places)
+            pointers = (codes.data_ptr(), wide.data_ptr(), outliers.data_ptr())
+            launch(decode_rows_kernel, wide.shape[0], wide.numel(), *pointers, first, *places)
 
         by_blocks(source, features, target, widen)
     if bias is not None:
@@ -278,45 +296,60 @@ def packed_code(word, exponent):
 
 
 # One iteration owns one row of the weight: its codes, and how many outliers it has.
-@parallel_jit
-def pack_kernel(bits, codes, counts, exponent):
-    for n in numba.prange(bits.shape[0]):
-        found = 0
-        for block in range(bits.shape[1] // BLOCK):
-            start = block * BLOCK_BYTES
-            for i in range(HALF):
-                a, b = np.int32(bits[n, block * BLOCK + i]), np.int32(bits[n, block * BLOCK + HALF + i])
-                code_a, mantissa_a, lost_a = packed_code(a, exponent)
-                code_b, mantissa_b, lost_b = packed_code(b, exponent)
-                found += lost_a + lost_b
-                to = start + ((i >> 2 & 1) << 4 | i >> 4 << 3 | (i & 3) << 1 | i >> 3 & 1)  # as _interleaved says
-                codes[n, to] = (code_a & 1) << 7 | mantissa_a
-                codes[n, to + HALF] = (code_b & 1) << 7 | mantissa_b
-                codes[n, to + BLOCK] = a >> 8 & 0x80 | code_a >> 1 | b >> 12 & 8 | code_b >> 1 << 4
-        counts[n] = found
+@jit
+def pack_kernel(region, *args):
+    bits_ptr, codes_ptr, counts_ptr, features, size, exponent = args
+    bits = array(bits_ptr, (features, size), np.int16(0))
+    codes = array(codes_ptr, (features, size // BLOCK * BLOCK_BYTES), np.uint8(0))
+    counts = array(counts_ptr, (features,), np.int64(0))
+    first, last = enter(region, args)
+    while first < last:
+        for n in range(first, last):
+            found = 0
+            for block in range(size // BLOCK):
+                start = block * BLOCK_BYTES
+                for i in range(HALF):
+                    a, b = np.int32(bits[n, block * BLOCK + i]), np.int32(bits[n, block * BLOCK + HALF + i])
+                    code_a, mantissa_a, lost_a = packed_code(a, exponent)
+                    code_b, mantissa_b, lost_b = packed_code(b, exponent)
+                    found += lost_a + lost_b
+                    to = start + ((i >> 2 & 1) << 4 | i >> 4 << 3 | (i & 3) << 1 | i >> 3 & 1)  # as _interleaved says
+                    codes[n, to] = (code_a & 1) << 7 | mantissa_a
+                    codes[n, to + HALF] = (code_b & 1) << 7 | mantissa_b
+                    codes[n, to + BLOCK] = a >> 8 & 0x80 | code_a >> 1 | b >> 12 & 8 | code_b >> 1 << 4
+            counts[n] = found
+        first, last = proceed(region)
+    return leave(region)
 
 
 # One iteration owns one row of the weight: its outliers, from place starts[n] on.
-@parallel_jit
-def outliers_kernel(bits, starts, outliers, exponent):
-    for n in numba.prange(bits.shape[0]):
-        at = starts[n]
-        for k in range(bits.shape[1]):
-            word = np.int32(bits[n, k])
-            if packed_code(word, exponent)[2]:
-                outliers[at, 0], outliers[at, 1], outliers[at, 2] = n, k, word << 16
-                at += 1
+@jit
+def list_outliers_kernel(region, *args):
+    bits_ptr, starts_ptr, outliers_ptr, features, size, exponent = args
+    bits, starts = array(bits_ptr, (features, size), np.int16(0)), array(starts_ptr, (features + 1,), np.int64(0))
+    outliers = array(outliers_ptr, (starts[features], 3), np.int32(0))
+    first, last = enter(region, args)
+    while first < last:
+        for n in range(first, last):
+            at = starts[n]
+            for k in range(size):
+                word = np.int32(bits[n, k])
+                if packed_code(word, exponent)[2]:
+                    outliers[at, 0], outliers[at, 1], outliers[at, 2] = n, k, word << 16
+                    at += 1
+        first, last = proceed(region)
+    return leave(region)
 
 
 def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """See kernels.pack_bf12."""
     exponent = commonest_exponent(weight)
-    bits = weight.view(torch.int16)
-    codes = torch.empty(weight.shape[0], weight.shape[1] // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
-    counts = torch.zeros(weight.shape[0] + 1, dtype=torch.int64)
-    use_threads(weight.numel())
-    pack_kernel(bits.numpy(), codes.numpy(), counts[1:].numpy(), exponent)
+    (features, size), weight = weight.shape, weight.contiguous()
+    codes = torch.empty(features, size // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
+    counts = torch.zeros(features + 1, dtype=torch.int64)
+    work, shape = OPERATIONS * weight.numel(), (features, size, exponent)
+    launch(pack_kernel, features, work, weight.data_ptr(), codes.data_ptr(), counts[1:].data_ptr(), *shape)
     starts = counts.cumsum(0)
     outliers = torch.empty(int(starts[-1]), 3, dtype=torch.int32)
-    outliers_kernel(bits.numpy(), starts.numpy(), outliers.numpy(), exponent)
+    launch(list_outliers_kernel, features, work, weight.data_ptr(), starts.data_ptr(), outliers.data_ptr(), *shape)
     return codes, outliers, exponent

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -23,9 +22,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from fastllama.kernels.arithmetic import ceil_div
 from fastllama.kernels.checks import as_rows
 from fastllama.kernels.numba.fixed import RECORD, fixed_kernel
-from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, store, use_threads
+from fastllama.kernels.numba.numerics import LIKE, array, jit, load, store
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 from fastllama.kernels.numba.vectors import (
     FLOATS,
     I8,
@@ -174,64 +176,67 @@ def total(context, kind, results, row):
 
 # One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Their scales are
 # brought into fp32 first; those of codes at bit 4 are multiplied by upper_place. offsets: bytes to a step's scales.
-@parallel_jit
-def products_kernel(
-    kind,
-    codes_ptr,
-    records_ptr,
-    scales_ptr,
-    out_ptr,
-    rows,
-    features,
-    groups,
-    offsets,
-    codes_stride,
-    scale_stride,
-    out_stride,
-    parts,
-    upper_place,
-    like,
-    scale_like,
-):
+@jit
+def products_kernel(region, *args):
+    (
+        kind,
+        codes_ptr,
+        records_ptr,
+        scales_ptr,
+        out_ptr,
+        rows,
+        features,
+        groups,
+        offsets_ptr,
+        steps,
+        codes_stride,
+        scale_stride,
+        out_stride,
+        parts,
+        upper_place,
+        like,
+        scale_like,
+    ) = args
     rows *= parts
-    steps = offsets.shape[0]
-    for tile_row in numba.prange((features + ROWS - 1) // ROWS):
-        first = np.int64(tile_row) * ROWS
-        count = min(ROWS, features - first)
-        scales = np.zeros((ROWS, groups + 2), np.float32)  # past the last there are columns without x
-        for n in range(count):
-            place = np.float32(upper_place) if n & 8 else np.float32(1)
-            for group in range(groups):
-                scales[n, group] = load(scales_ptr, (first + n) * scale_stride + group, scale_like) * place
-        results = np.empty((4, ROWS, 8), np.float32)
-        scale_ptr, stride, last = scales.ctypes.data, 4 * (groups + 2), rows - 1
-        to = results.ctypes.data
-        a, b, c, d = to, to + ROWS * 32, to + ROWS * 64, to + ROWS * 96
-        row = 0
-        while row < rows:
-            together = min(4 if rows - row > 2 else 2, rows - row)
-            results[:together] = np.float32(0)
-            for step in range(steps):
-                codes, scale = (
-                    codes_ptr + np.int64(tile_row) * codes_stride + step * STEP_BYTES,
-                    scale_ptr + offsets[step],
-                )
-                x, x_stride = records_ptr + step * RECORD, steps * RECORD
-                e, f = x + row * x_stride, x + min(row + 1, last) * x_stride
-                g, h = x + min(row + 2, last) * x_stride, x + min(row + 3, last) * x_stride
-                if together == 1:
-                    step_of_one(kind, codes, (e,), scale, stride, (a,))
-                elif together == 2:
-                    step_of_two(kind, codes, (e, f), scale, stride, (a, b))
-                else:
-                    step_of_four(kind, codes, (e, f, g, h), scale, stride, (a, b, c, d))
-            for i in range(0, together, parts):
-                for n in range(count):
-                    number = total(kind, to + i * ROWS * 32, n)
-                    if parts == 2:
-                        number += total(kind, to + (i + 1) * ROWS * 32, n)
-                    store(out_ptr, (row + i) // parts * out_stride + first + n, number, like)
-            row += together
+    offsets = array(offsets_ptr, (steps,), np.int64(0))
+    scales = np.zeros((ROWS, groups + 2), np.float32)  # past the last there are columns without x
+    results = np.empty((4, ROWS, 8), np.float32)
+    scale_ptr, stride, last = scales.ctypes.data, 4 * (groups + 2), rows - 1
+    to = results.ctypes.data
+    a, b, c, d = to, to + ROWS * 32, to + ROWS * 64, to + ROWS * 96
+    first_tile, last_tile = enter(region, args)
+    while first_tile < last_tile:
+        for tile_row in range(first_tile, last_tile):
+            first = tile_row * ROWS
+            count = min(ROWS, features - first)
+            for n in range(count):
+                place = np.float32(upper_place) if n & 8 else np.float32(1)
+                for group in range(groups):
+                    scales[n, group] = load(scales_ptr, (first + n) * scale_stride + group, scale_like) * place
+            row = 0
+            while row < rows:
+                together = min(4 if rows - row > 2 else 2, rows - row)
+                results[:together] = np.float32(0)
+                for step in range(steps):
+                    codes, scale = codes_ptr + tile_row * codes_stride + step * STEP_BYTES, scale_ptr + offsets[step]
+                    x, x_stride = records_ptr + step * RECORD, steps * RECORD
+                    e, f = x + row * x_stride, x + min(row + 1, last) * x_stride
+                    g, h = x + min(row + 2, last) * x_stride, x + min(row + 3, last) * x_stride
+                    if together == 1:
+                        step_of_one(kind, codes, (e,), scale, stride, (a,))
+                    elif together == 2:
+                        step_of_two(kind, codes, (e, f), scale, stride, (a, b))
+                    else:
+                        step_of_four(kind, codes, (e, f, g, h), scale, stride, (a, b, c, d))
+                for i in range(0, together, parts):
+                    for n in range(count):
+                        number = total(kind, to + i * ROWS * 32, n)
+                        if parts == 2:
+                            number += total(kind, to + (i + 1) * ROWS * 32, n)
+                        store(out_ptr, (row + i) // parts * out_stride + first + n, number, like)
+                row += together
+        first_tile, last_tile = proceed(region)
+    return leave(region)
 
 
 def runs(x: Tensor, scales: Tensor) -> bool:
@@ -249,20 +254,24 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
     rows, parts = x.numel() // size, 2 if x.dtype == torch.float32 else 1
     given, target = as_rows("x", x), as_rows("out", out)
     records = np.empty(rows * parts * steps * RECORD, np.uint8)
-    use_threads(rows * features * size)
-    fixed_kernel(
+    launch(
+        fixed_kernel,
+        rows,
+        8 * rows * size,
         given.data_ptr(),
         records.ctypes.data,
-        PLACES[bits],
+        PLACES[bits].ctypes.data,
         columns,
-        rows,
         given.stride(0),
         size,
         steps,
         parts,
         LIKE[x.dtype],
     )
-    products_kernel(
+    launch(
+        products_kernel,
+        ceil_div(features, ROWS),
+        rows * features * size,
         kind,
         packed.data_ptr(),
         records.ctypes.data,
@@ -271,7 +280,8 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
         rows,
         features,
         groups,
-        _offsets(steps, columns, group_size, groups),
+        _offsets(steps, columns, group_size, groups).ctypes.data,
+        steps,
         packed.stride(0) * packed.itemsize,
         scales.stride(0),
         target.stride(0),

@@ -5,13 +5,13 @@ A record is a step's 64 numbers of x. The eight of them that meet in one lane of
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastllama.kernels.numba.numerics import load, parallel_jit
+from fastllama.kernels.numba.numerics import array, jit, load
+from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.vectors import FLOATS, PAIRS, WIDE, WORDS, at, every_second, math, read, splat
 from fastllama.kernels.reference.int4 import MIDDLE
 
@@ -76,14 +76,18 @@ def fix(context, x, record, rests, parts):
 
 # x [rows, size] as integers: a record for each step. A row of fp32 has twice as many (parts), of which the second half
 # is for the rests, in units 2^-15 times as large.
-@parallel_jit
-def fixed_kernel(x_ptr, records_ptr, places, columns, rows, x_stride, size, steps, parts, like):
-    for m in numba.prange(rows):
-        row = np.int64(m)
-        x = np.empty(64, np.float32)
-        for step in range(steps):
-            begin, left = row * x_stride + step * columns, size - step * columns
-            for i in range(64):
-                x[i] = load(x_ptr, begin + places[i], like) if places[i] < left else np.float32(0)
-            record = records_ptr + (row * parts * steps + step) * RECORD
-            fix(x.ctypes.data, record, record + steps * RECORD, parts)
+@jit
+def fixed_kernel(region, *args):
+    x_ptr, records_ptr, places_ptr, columns, x_stride, size, steps, parts, like = args
+    places, x = array(places_ptr, (64,), np.int64(0)), np.empty(64, np.float32)
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            for step in range(steps):
+                start, left = row * x_stride + step * columns, size - step * columns
+                for i in range(64):
+                    x[i] = load(x_ptr, start + places[i], like) if places[i] < left else np.float32(0)
+                record = records_ptr + (row * parts * steps + step) * RECORD
+                fix(x.ctypes.data, record, record + steps * RECORD, parts)
+        first, last = proceed(region)
+    return leave(region)

@@ -6,13 +6,15 @@ reaches 27 (docs/tuning.md).
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, load, parallel_jit, prefetch, store, use_threads
+from fastllama.kernels.numba.numerics import LIKE, jit, load, prefetch, store
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 
 ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 product is as fast
 
@@ -22,59 +24,77 @@ AHEAD = 8  # rows: two iterations
 
 
 # One iteration owns four output features: a value of x, loaded once, serves four rows of the weight.
-@parallel_jit
-def one_row_kernel(weight_ptr, x_ptr, out_ptr, weight_stride, features, size, like):
-    for quad in numba.prange((features + 3) // 4):
-        n = 4 * np.int64(quad)
-        row_a, row_b = n * weight_stride, min(n + 1, features - 1) * weight_stride
-        row_c, row_d = min(n + 2, features - 1) * weight_stride, min(n + 3, features - 1) * weight_stride
-        a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for start in range(0, size, LINE):
-            # The hardware's prefetchers stop at every page, which a row of 2048 fills: 24 GB/s without this, 29 with.
-            ahead = start + AHEAD * weight_stride
-            prefetch(weight_ptr, row_a + ahead, like)
-            prefetch(weight_ptr, row_b + ahead, like)
-            prefetch(weight_ptr, row_c + ahead, like)
-            prefetch(weight_ptr, row_d + ahead, like)
-            for k in range(start, min(start + LINE, size)):
-                value = load(x_ptr, k, like)
-                a += load(weight_ptr, row_a + k, like) * value
-                b += load(weight_ptr, row_b + k, like) * value
-                c += load(weight_ptr, row_c + k, like) * value
-                d += load(weight_ptr, row_d + k, like) * value
-        store(out_ptr, n, a, like)
-        if n + 3 < features:
-            store(out_ptr, n + 1, b, like)
-            store(out_ptr, n + 2, c, like)
-            store(out_ptr, n + 3, d, like)
-        else:
-            if n + 1 < features:
+@jit
+def one_row_kernel(region, *args):
+    weight_ptr, x_ptr, out_ptr, weight_stride, features, size, like = args
+    first, last = enter(region, args)
+    while first < last:
+        for quad in range(first, last):
+            n = 4 * quad
+            row_a, row_b = n * weight_stride, min(n + 1, features - 1) * weight_stride
+            row_c, row_d = min(n + 2, features - 1) * weight_stride, min(n + 3, features - 1) * weight_stride
+            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for start in range(0, size, LINE):
+                # The hardware's prefetchers stop at each page, a row of 2048: 24 GB/s without this, 29 with.
+                ahead = start + AHEAD * weight_stride
+                prefetch(weight_ptr, row_a + ahead, like)
+                prefetch(weight_ptr, row_b + ahead, like)
+                prefetch(weight_ptr, row_c + ahead, like)
+                prefetch(weight_ptr, row_d + ahead, like)
+                for k in range(start, min(start + LINE, size)):
+                    value = load(x_ptr, k, like)
+                    a += load(weight_ptr, row_a + k, like) * value
+                    b += load(weight_ptr, row_b + k, like) * value
+                    c += load(weight_ptr, row_c + k, like) * value
+                    d += load(weight_ptr, row_d + k, like) * value
+            store(out_ptr, n, a, like)
+            if n + 3 < features:
                 store(out_ptr, n + 1, b, like)
-            if n + 2 < features:
                 store(out_ptr, n + 2, c, like)
+                store(out_ptr, n + 3, d, like)
+            else:
+                if n + 1 < features:
+                    store(out_ptr, n + 1, b, like)
+                if n + 2 < features:
+                    store(out_ptr, n + 2, c, like)
+        first, last = proceed(region)
+    return leave(region)
+
+
+# x in float32: by torch, its threads would be woken for it, and spin for a while where ours are to run.
+@jit
+def widen_kernel(x_ptr, wide_ptr, x_stride, rows, size, like):
+    for m in range(rows):
+        for k in range(size):
+            store(wide_ptr, m * size + k, load(x_ptr, m * x_stride + k, like), np.float32(0))
 
 
 # One iteration owns two output features for all rows of x, two at a time, while the weights stay in the first cache.
-@parallel_jit
-def rows_kernel(weight_ptr, x_ptr, out_ptr, weight_stride, out_stride, rows, features, size, like):
-    for pair in numba.prange((features + 1) // 2):
-        n = 2 * np.int64(pair)
-        next_n = min(n + 1, features - 1)
-        row_a, row_b = n * weight_stride, next_n * weight_stride
-        for m in range(0, rows, 2):
-            next_m = min(m + 1, rows - 1)
-            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for k in range(size):
-                weight_a, weight_b = load(weight_ptr, row_a + k, like), load(weight_ptr, row_b + k, like)
-                x_a, x_b = load(x_ptr, m * size + k, np.float32(0)), load(x_ptr, next_m * size + k, np.float32(0))
-                a += weight_a * x_a
-                b += weight_b * x_a
-                c += weight_a * x_b
-                d += weight_b * x_b
-            store(out_ptr, m * out_stride + n, a, like)
-            store(out_ptr, m * out_stride + next_n, b, like)
-            store(out_ptr, next_m * out_stride + n, c, like)
-            store(out_ptr, next_m * out_stride + next_n, d, like)
+@jit
+def some_rows_kernel(region, *args):
+    weight_ptr, x_ptr, out_ptr, weight_stride, out_stride, rows, features, size, like = args
+    first, last = enter(region, args)
+    while first < last:
+        for pair in range(first, last):
+            n = 2 * pair
+            next_n = min(n + 1, features - 1)
+            row_a, row_b = n * weight_stride, next_n * weight_stride
+            for m in range(0, rows, 2):
+                next_m = min(m + 1, rows - 1)
+                a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                for k in range(size):
+                    weight_a, weight_b = load(weight_ptr, row_a + k, like), load(weight_ptr, row_b + k, like)
+                    x_a, x_b = load(x_ptr, m * size + k, np.float32(0)), load(x_ptr, next_m * size + k, np.float32(0))
+                    a += weight_a * x_a
+                    b += weight_b * x_a
+                    c += weight_a * x_b
+                    d += weight_b * x_b
+                store(out_ptr, m * out_stride + n, a, like)
+                store(out_ptr, m * out_stride + next_n, b, like)
+                store(out_ptr, next_m * out_stride + n, c, like)
+                store(out_ptr, next_m * out_stride + next_n, d, like)
+        first, last = proceed(region)
+    return leave(region)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspace: Tensor | None) -> None:
@@ -84,12 +104,28 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
     if not 1 <= rows <= ROW_LIMIT or like is None:
         cpu.matmul(x, weight, bias, out, workspace)
         return
-    use_threads(rows * weight.numel())
+    work = rows * features * size
     if rows == 1:
-        one_row_kernel(weight.data_ptr(), x.data_ptr(), out.data_ptr(), weight.stride(0), features, size, like)
+        launch(
+            one_row_kernel,
+            (features + 3) // 4,
+            work,
+            weight.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            weight.stride(0),
+            features,
+            size,
+            like,
+        )
     else:
-        target, wide = as_rows("out", out), as_rows("x", x.float()).contiguous()
-        rows_kernel(
+        target, source = as_rows("out", out), as_rows("x", x)
+        wide = torch.empty(rows, size)
+        widen_kernel(source.data_ptr(), wide.data_ptr(), source.stride(0), rows, size, like)
+        launch(
+            some_rows_kernel,
+            (features + 1) // 2,
+            work,
             weight.data_ptr(),
             wide.data_ptr(),
             target.data_ptr(),

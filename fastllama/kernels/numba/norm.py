@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, jit, load, parallel_jit, rounded, store, use_threads
+from fastllama.kernels.numba.numerics import LIKE, jit, load, rounded, store
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 
 
 # One row: out = weight * cast(x / its rms), the cast to x's dtype. Starts and strides count elements.
@@ -48,46 +49,55 @@ def add_norm_row_kernel(
 
 
 # One iteration owns one row.
-@parallel_jit
-def norm_kernel(out_ptr, x_ptr, weight_ptr, out_stride, x_stride, rows, size, eps, like, weight_like):
-    for row in numba.prange(rows):
-        norm_row_kernel(out_ptr, x_ptr, weight_ptr, row * out_stride, row * x_stride, size, eps, like, weight_like)
+@jit
+def norm_kernel(region, *args):
+    out_ptr, x_ptr, weight_ptr, out_stride, x_stride, size, eps, like, weight_like = args
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            norm_row_kernel(out_ptr, x_ptr, weight_ptr, row * out_stride, row * x_stride, size, eps, like, weight_like)
+        first, last = proceed(region)
+    return leave(region)
 
 
 # One iteration owns one row.
-@parallel_jit
-def add_norm_kernel(
-    out_ptr,
-    total_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_stride,
-    total_stride,
-    x_stride,
-    residual_stride,
-    rows,
-    size,
-    eps,
-    like,
-    weight_like,
-):
-    for row in numba.prange(rows):
-        add_norm_row_kernel(
-            out_ptr,
-            total_ptr,
-            x_ptr,
-            residual_ptr,
-            weight_ptr,
-            row * out_stride,
-            row * total_stride,
-            row * x_stride,
-            row * residual_stride,
-            size,
-            eps,
-            like,
-            weight_like,
-        )
+@jit
+def add_norm_kernel(region, *args):
+    (
+        out_ptr,
+        total_ptr,
+        x_ptr,
+        residual_ptr,
+        weight_ptr,
+        out_stride,
+        total_stride,
+        x_stride,
+        residual_stride,
+        size,
+        eps,
+        like,
+        weight_like,
+    ) = args
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            add_norm_row_kernel(
+                out_ptr,
+                total_ptr,
+                x_ptr,
+                residual_ptr,
+                weight_ptr,
+                row * out_stride,
+                row * total_stride,
+                row * x_stride,
+                row * residual_stride,
+                size,
+                eps,
+                like,
+                weight_like,
+            )
+        first, last = proceed(region)
+    return leave(region)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -101,9 +111,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), 0, 0, size, eps, *likes)
     else:
         x, out = as_rows("x", x), as_rows("out", out)
-        use_threads(x.numel())
-        strides = (out.stride(0), x.stride(0))
-        norm_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), *strides, x.shape[0], size, eps, *likes)
+        pointers, strides = (out.data_ptr(), x.data_ptr(), weight.data_ptr()), (out.stride(0), x.stride(0))
+        launch(norm_kernel, x.shape[0], x.numel(), *pointers, *strides, size, eps, *likes)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor) -> None:
@@ -120,6 +129,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     else:
         names = ("out", "residual_out", "x", "residual")
         rows = [as_rows(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-        use_threads(x.numel())
         pointers, strides = (t.data_ptr() for t in rows), (t.stride(0) for t in rows)
-        add_norm_kernel(*pointers, weight.data_ptr(), *strides, rows[0].shape[0], size, eps, *likes)
+        launch(add_norm_kernel, rows[0].shape[0], x.numel(), *pointers, weight.data_ptr(), *strides, size, eps, *likes)

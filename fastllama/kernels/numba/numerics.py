@@ -22,24 +22,8 @@ INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
 # Sums may be reordered and contracted, which lets LLVM vectorise a dot product; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract"}
 # cache: compiled once for a machine and signature; nogil: other Python threads go on meanwhile.
-jit = numba.njit(fastmath=FAST, cache=True, nogil=True)
-parallel_jit = numba.njit(fastmath=FAST, cache=True, nogil=True, parallel=True)
-
-SERIAL_WORK = 1 << 17  # multiplications: about 10 us of one thread
-# Starting Numba's threads sets OpenMP's number of them, which is torch's too: give torch back what it had.
-_TORCH_THREADS = torch.get_num_threads()
-numba.get_num_threads()
-torch.set_num_threads(_TORCH_THREADS)
-
-
-def use_threads(work: int) -> None:
-    """Give the next kernel torch's number of threads, or one where its multiplications are few.
-
-    A second thread has to be woken, and on a busy machine waited for: 10 ms in place of 10 us.
-    """
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if work > SERIAL_WORK else 1
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
+# Division by zero gives what IEEE 754 says: Python's exception for it would stand in the way of vectors.
+jit = numba.njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
 
 
 def _widened(builder, bits, element):
@@ -151,6 +135,22 @@ def load_integer(context, address, index, like):
         return number if number.type.width == 64 else builder.sext(number, ir.IntType(64))
 
     return types.int64(address, types.int64, like), generate
+
+
+@intrinsic
+def _pointer(context, address, like):
+    """An address as a pointer to elements."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), generate
+
+
+@jit
+def array(address, shape, like):
+    """The contiguous memory at an address as an array, which owns nothing and may be written."""
+    return numba.carray(_pointer(address, like), shape)
 
 
 @intrinsic

@@ -6,12 +6,13 @@ probabilities do. Masses are weights in units of 2^-44, which int64 adds exactly
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.numba.numerics import INTEGER_LIKE, LIKE, exp, jit, load, load_integer, parallel_jit, use_threads
+from fastllama.kernels.numba.numerics import INTEGER_LIKE, LIKE, array, exp, jit, load, load_integer
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 
 LARGEST_VOCAB = (1 << 19) - 1  # weights of 2^44 that fit in int64
 _UNITS = 2.0**44
@@ -72,15 +73,17 @@ def draw(weights, top_k, top_p, min_p, number):
     """The first token, in vocabulary order, at which the mass of what the filters keep passes `number` of its total."""
     keys = weights.view(np.int32)
     near = np.empty(len(weights), np.float32)
-    floor = 0
-    if 0 < top_k < len(weights):
-        floor = least_key(weights, 0, top_k, False, near)
-    if top_p < 1:
-        total = 0
-        for i in range(len(weights)):
-            total += mass(weights[i]) if keys[i] >= floor else 0
-        need = max(np.int64(np.ceil(np.float64(top_p) * np.float64(total))), 1)
-        floor = least_key(weights, floor, need, True, near)
+    floor = np.int64(0)
+    for by_mass in (False, True):  # top-k, then top-p of what that keeps; written once, for it is most of the code
+        if by_mass:
+            total = 0
+            for i in range(len(weights)):
+                total += mass(weights[i]) if keys[i] >= floor else 0
+            need = max(np.int64(np.ceil(np.float64(top_p) * np.float64(total))), 1)
+        else:
+            need = top_k
+        if (top_p < 1) if by_mass else (0 < top_k < len(weights)):
+            floor = least_key(weights, floor, need, by_mass, near)
     least = np.float32(min(min_p, np.float32(1)))
     total = 0
     for i in range(len(weights)):
@@ -123,37 +126,43 @@ def sample_row(logits_ptr, start, vocab, temperature, top_k, top_p, min_p, seed,
 
 
 # One iteration owns one row.
-@parallel_jit
-def sample_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    offset_ptr,
-    tokens,
-    logprobs,
-    row_stride,
-    rows,
-    vocab,
-    like,
-    top_k_like,
-):
+@jit
+def sample_rows_kernel(region, *args):
+    (
+        logits_ptr,
+        temperature_ptr,
+        top_k_ptr,
+        top_p_ptr,
+        min_p_ptr,
+        seed_ptr,
+        offset_ptr,
+        tokens_ptr,
+        logprobs_ptr,
+        row_stride,
+        rows,
+        vocab,
+        like,
+        top_k_like,
+    ) = args
     fp32, int64 = np.float32(0), np.int64(0)
-    for row in numba.prange(rows):
-        tokens[row], logprobs[row] = sample_row(
-            logits_ptr,
-            row * row_stride,
-            vocab,
-            load(temperature_ptr, row, fp32),
-            load_integer(top_k_ptr, row, top_k_like),
-            load(top_p_ptr, row, fp32),
-            load(min_p_ptr, row, fp32),
-            load_integer(seed_ptr, row, int64),
-            load_integer(offset_ptr, row, int64),
-            like,
-        )
+    tokens, logprobs = array(tokens_ptr, (rows,), int64), array(logprobs_ptr, (rows,), fp32)
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            tokens[row], logprobs[row] = sample_row(
+                logits_ptr,
+                row * row_stride,
+                vocab,
+                load(temperature_ptr, row, fp32),
+                load_integer(top_k_ptr, row, top_k_like),
+                load(top_p_ptr, row, fp32),
+                load(min_p_ptr, row, fp32),
+                load_integer(seed_ptr, row, int64),
+                load_integer(offset_ptr, row, int64),
+                like,
+            )
+        first, last = proceed(region)
+    return leave(region)
 
 
 def sample(
@@ -175,12 +184,14 @@ def sample(
         for target, result in zip((tokens, logprobs), reference.sample(logits, *parameters), strict=True):
             target.copy_(result)
         return
-    use_threads(logits.numel() if rows > 1 else 0)
-    sample_kernel(
+    launch(
+        sample_rows_kernel,
+        rows,
+        16 * logits.numel(),
         logits.data_ptr(),
         *(parameter.data_ptr() for parameter in parameters),
-        tokens.numpy(),
-        logprobs.numpy(),
+        tokens.data_ptr(),
+        logprobs.data_ptr(),
         logits.stride(0),
         rows,
         vocab,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, parallel_jit, store, use_threads
+from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, store
+from fastllama.kernels.numba.pieces import enter, leave, proceed
+from fastllama.kernels.numba.threads import launch
 
 
 @jit
@@ -20,10 +21,15 @@ def row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, like):
 
 
 # One iteration owns one row.
-@parallel_jit
-def rows_kernel(gate_up_ptr, out_ptr, gate_up_stride, out_stride, rows, size, like):
-    for row in numba.prange(rows):
-        row_kernel(gate_up_ptr, out_ptr, row * gate_up_stride, row * out_stride, size, like)
+@jit
+def rows_kernel(region, *args):
+    gate_up_ptr, out_ptr, gate_up_stride, out_stride, size, like = args
+    first, last = enter(region, args)
+    while first < last:
+        for row in range(first, last):
+            row_kernel(gate_up_ptr, out_ptr, row * gate_up_stride, row * out_stride, size, like)
+        first, last = proceed(region)
+    return leave(region)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -35,7 +41,5 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         row_kernel(gate_up.data_ptr(), out.data_ptr(), 0, 0, size, like)
     else:
         source, target = as_rows("gate_up", gate_up), as_rows("out", out)
-        use_threads(8 * out.numel())
-        rows_kernel(
-            source.data_ptr(), target.data_ptr(), source.stride(0), target.stride(0), source.shape[0], size, like
-        )
+        pointers, strides = (source.data_ptr(), target.data_ptr()), (source.stride(0), target.stride(0))
+        launch(rows_kernel, source.shape[0], 8 * out.numel(), *pointers, *strides, size, like)
