@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -258,3 +258,12 @@ def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implement
         device = device.device
     kind = torch.device(device).type
     return {name: op.implementation(kind) for name, op in sorted(OPS.items())}
+
+
+def compiling_announced(device: torch.device) -> AbstractContextManager[None]:
+    """Within, stderr tells of kernels that are compiled for a CPU, where that takes more than a moment."""
+    if not any(each.backend == "numba" for each in backend_of(device).values()):
+        return nullcontext()
+    from fastllama.kernels.numba.compiling import announced
+
+    return announced()

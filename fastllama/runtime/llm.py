@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
+from fastllama import kernels
 from fastllama.errors import check_choice, reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
@@ -54,7 +56,7 @@ class LLM:
     num_draft_tokens: guesses of a sequence in one step, 1 to 7.
     deterministic: a request's logits, and so its tokens, are the same bit for bit, whatever else runs beside it, from
     whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/numerics.md).
-    progress: bars on stderr; None shows them on a terminal only.
+    progress: bars on stderr; None shows them on a terminal only, and lines about kernels that are compiled anywhere.
 
     Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
     Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
@@ -119,21 +121,20 @@ class LLM:
                 f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
                 "legal: the tokenizer that the model was trained with"
             )
-        if quantization == "bf12":
-            if (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
-                raise ValueError(
-                    f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU"
-                )
-            packing.pack(loaded, progress=progress)
-        elif quantization in packing.QUANTIZED:
-            packing.quantize(loaded, quantization, progress=progress)
-        self.quantization = None if quantization == "auto" else quantization  # what was done
-        if isinstance(speculation, Path):
-            speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
-            if packing.pays(speculation):
-                packing.pack(speculation, progress=progress)
-        self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
-        self.warm_up_seconds = self._engine.warm_up()
+        if quantization == "bf12" and (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
+            raise ValueError(f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU")
+        self.quantization = None if quantization == "auto" else quantization  # what is done
+        with nullcontext() if progress is False else kernels.compiling_announced(loaded.device):
+            if quantization == "bf12":
+                packing.pack(loaded, progress=progress)
+            elif quantization in packing.QUANTIZED:
+                packing.quantize(loaded, quantization, progress=progress)
+            if isinstance(speculation, Path):
+                speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
+                if packing.pays(speculation):
+                    packing.pack(speculation, progress=progress)
+            self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
+            self.warm_up_seconds = self._engine.warm_up()
 
     @property
     def engine(self) -> Engine:
