@@ -34,11 +34,8 @@ from fastllama.layers.weights import load_weights
 QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-def build(dtype: torch.dtype, layers: int | None) -> tuple[dict[str, LLM], transformers.LlamaForCausalLM]:
-    """The same random TinyLlama-1.1B: ours by name (in bf16 packed and rounded, too), and theirs."""
-    config = LlamaConfig.preset("tinyllama-1.1b").to_hf()
-    if layers is not None:
-        config["num_hidden_layers"] = layers
+def build(dtype: torch.dtype, config: dict[str, Any]) -> tuple[dict[str, LLM], transformers.LlamaForCausalLM]:
+    """The same random Llama of a configuration in Hugging Face's words: ours by format in bf16, and theirs."""
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=dtype).eval()
     llms = {}
@@ -130,7 +127,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
-    llms, theirs = build(getattr(torch, options.dtype), options.layers)
+    config = LlamaConfig.preset("tinyllama-1.1b").to_hf()
+    if options.layers is not None:
+        config["num_hidden_layers"] = options.layers
+    llms, theirs = build(getattr(torch, options.dtype), config)
     absent = llama_cpp.missing() if options.dtype == "bfloat16" else "compared in bfloat16 only"
     runs: dict[str, Callable[[list[int]], Generation]] = {
         **{name: partial(time_ours, llm, tokens=options.tokens) for name, llm in llms.items()},

@@ -117,18 +117,16 @@ _kept: list[object] = []  # what C calls must not be freed
 
 
 class Decoder:
-    """A model of a GGUF file, on torch's number of threads."""
+    """A model of a GGUF file."""
 
     def __init__(self, file: Path, batch: int) -> None:
         """batch: the most tokens of a prompt."""
         self._api = importlib.import_module("llama_cpp")
-        threads = torch.get_num_threads()
         options = self._api.llama_model_default_params()
         options.use_mmap = False
         self._model = self._api.llama_model_load_from_file(str(file).encode(), options)
         settings = self._api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, batch, batch
-        settings.n_threads = settings.n_threads_batch = threads
         self._context = self._api.llama_init_from_model(self._model, settings)
         if not self._model or not self._context:
             raise RuntimeError(f"llama.cpp could not load {file}")
@@ -144,7 +142,9 @@ class Decoder:
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
     def generate(self, prompt: list[int], tokens: int) -> tuple[list[int], Generation]:
-        """Greedy decoding of some tokens, and how long it took."""
+        """Greedy decoding of some tokens on torch's number of threads, and how long it took."""
+        threads = torch.get_num_threads()
+        self._api.llama_set_n_threads(self._context, threads, threads)
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         start = time.monotonic()
         found = [self._next(prompt)]
