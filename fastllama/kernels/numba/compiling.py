@@ -24,7 +24,7 @@ def announced() -> Iterator[None]:
             announcement.close()
 
 
-class _Announcement(event.Listener):
+class _Announcement(event.Listener):  # type: ignore[misc]  # Numba has no types for mypy
     """Counts kernels: what they call is compiled on the way, as a part of them."""
 
     def __init__(self, stream: TextIO) -> None:
