@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from fastllama import kernels
 from fastllama.kernels.op import OPS
 from fastllama.kernels.recording import Recording, record
 from tests.kernels.honest import assert_equal
+
+ROOT = Path(__file__).parents[2]
 
 CPU = torch.device("cpu")
 WEIGHT = torch.linspace(0.5, 2, 8)
@@ -107,3 +112,17 @@ def test_an_interrupt_on_the_way_out_is_mended_too(monkeypatch: pytest.MonkeyPat
             record(lambda: None, CPU, [])
     assert {name: dict(op._bound) for name, op in OPS.items()} == before
     assert record(lambda: 3, CPU, [])[0] == 3, "somebody holds the lock"
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    """It takes 0.9 s, and every process that writes a token records a step."""
+    code = """
+import sys
+import torch
+from fastllama import kernels
+from fastllama.kernels.recording import record
+result, recording = record(lambda: kernels.rms_norm(torch.empty(2, 8), torch.ones(8)), torch.device("cpu"), [])
+print(recording.replayable, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "True False\n"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastllama import LLM, SamplingParams
+from fastllama import LLM, SamplingParams, kernels
 from fastllama.io.chat import encode_chat
 from fastllama.runtime import memory
 from fastllama.runtime.engine import Engine
@@ -306,3 +307,18 @@ def test_scripted_answers_are_what_the_tests_say() -> None:
     with running(model) as llm:
         assert llm.generate([5], SHORT)[0].outputs[0].token_ids == (9, 8, 7)
         assert llm.generate([5, 5], SHORT)[0].outputs[0].token_ids == (8, 7, 6)
+
+
+def test_without_progress_compilation_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+
+    @contextmanager
+    def announced(device: torch.device) -> Iterator[None]:
+        said.append(device.type)
+        yield
+
+    monkeypatch.setattr(kernels, "compiling_announced", announced)
+    for progress in (False, None):
+        with running(ours(), progress=progress):
+            pass
+    assert said == ["cpu"]

@@ -47,7 +47,8 @@ class _Announcement(event.Listener):  # type: ignore[misc]  # Numba has no types
         """Say how long it took, if anything was said."""
         if self._said:
             seconds = time.perf_counter() - self._start
-            line = f"fastllama: compiled {self._count} kernels for this CPU in {seconds:.1f} s"
+            kernels = "a kernel" if self._count == 1 else f"{self._count} kernels"
+            line = f"fastllama: compiled {kernels} for this CPU in {seconds:.1f} s"
             print(f"\r{line:<60}" if self._live else line, file=self._stream)
 
     def _say(self) -> None:

@@ -11,8 +11,8 @@
 
 Whoever is free claims the next piece, the caller of the kernel among them; helpers enter the same kernel with the same
 arguments, which are numbers and addresses: an array would be given back by whoever leaves last. threads.py has the
-threads. A region is (address of the state, iterations of a piece, all iterations, turns to wait at the end); without a
-state the kernel runs alone.
+threads. A region is (address of the state, iterations of a piece, all iterations, turns to wait at the end) for a
+caller, (that address, first and last iteration, -1) for a helper that enters, and (0, 0, all iterations, 0) alone.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _LOW = (1 << 32) - 1
 
 _I64 = ir.IntType(64)
 _PIECE = ir.FunctionType(ir.IntType(32), [_I64] * 3)  # (state, first, last) -> Numba's status
+_PLAIN = (types.Number, types.Boolean)
 # A hint to the core that it waits; Numba's LLVM has no assembler.
 _HINTS = {
     "x86_64": ("llvm.x86.sse2.pause", []),
@@ -158,7 +159,7 @@ def enter(typing, region, args):
     """
     signature = types.UniTuple(types.int64, 2)(region, args)
     for each in args:
-        if not isinstance(each, (types.Number, types.Boolean, types.UniTuple)):
+        if not isinstance(each.dtype if isinstance(each, types.UniTuple) else each, _PLAIN):
             raise TypingError(f"a kernel on several threads has an argument of type {each}; legal: numbers, addresses")
 
     def generate(context, builder, signature, values):

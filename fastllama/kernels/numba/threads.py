@@ -191,14 +191,11 @@ def _seconds_of_a_turn() -> float:
 
 
 _teams: list[Team] = []  # none or one
-_MAKING = threading.Lock()
 
 
 def _team() -> Team:
     if not _teams:
-        with _MAKING:
-            if not _teams:
-                _teams.append(Team())
+        _teams.append(Team())  # of two threads that come here at once, one makes a team that is never used
     return _teams[0]
 
 
