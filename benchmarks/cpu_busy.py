@@ -29,6 +29,13 @@ from fastllama.bench.timing import Generation
 
 Run = Callable[[list[int]], Generation]
 SETTLE = 0.5  # seconds for neighbours to start, and for threads to notice
+NEIGHBOUR = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # where this process is killed, they end too
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 @contextmanager
@@ -36,7 +43,7 @@ def neighbours(count: int) -> Iterator[None]:
     """Within, so many processes compute without a pause."""
     with ExitStack() as stack:
         for _ in range(count):
-            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
             stack.callback(process.wait)
             stack.callback(process.kill)
         time.sleep(SETTLE)

@@ -121,7 +121,8 @@ import sys
 import torch
 from fastllama import kernels
 from fastllama.kernels.recording import record
-result, recording = record(lambda: kernels.rms_norm(torch.empty(2, 8), torch.ones(8)), torch.device("cpu"), [])
+weight = torch.ones(8)
+result, recording = record(lambda: kernels.rms_norm(torch.empty(2, 8), weight), torch.device("cpu"), [])
 print(recording.replayable, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -377,7 +377,7 @@ class NotedWork(TorchDispatchMode):
 
 def test_torchs_threads_are_left_asleep() -> None:
     """They spin for milliseconds after each of its ops, on the cores that a kernel's helpers need."""
-    x, weight = torch.randn(32, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    x, weight = torch.randn(32, 2048).bfloat16(), (torch.randn(2048, 2048) / 45).bfloat16()
     given = {"norm": torch.rand(2048), "residual": torch.randn(32, 2048).bfloat16()}
     codes, scales = kernels.quantize_int8(weight, 2048)
     packed = kernels.pack_int8(codes)
@@ -389,7 +389,7 @@ def test_torchs_threads_are_left_asleep() -> None:
         kernels.attention_prefill(q, *pages, table, bounds[1:], bounds)
     assert noted.found == []
     expected = kernels.reference.matmul(x.double(), weight.double(), **{k: v.double() for k, v in given.items()})
-    torch.testing.assert_close(product.double(), expected, rtol=2e-2, atol=2e-1)
+    torch.testing.assert_close(product.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def in_a_process(code: str) -> SimpleNamespace:

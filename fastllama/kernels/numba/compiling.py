@@ -40,8 +40,9 @@ class _Announcement(event.Listener):  # type: ignore[misc]  # Numba has no types
 
     def on_end(self, event: event.Event) -> None:
         self._depth -= 1
-        self._count += not self._depth
-        self._say()
+        if not self._depth:
+            self._count += 1
+            self._say()
 
     def close(self) -> None:
         """Say how long it took, if anything was said."""

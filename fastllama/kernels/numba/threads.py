@@ -23,7 +23,7 @@ import torch
 from fastllama.kernels.numba.pieces import FAILED, FINISHED, HELPERS, PIECES, WORDS, give_up, serve, wait_turns
 
 SERIAL_WORK = 100_000  # multiplications, some microseconds: up to here a helper brings nothing
-LEAST_PIECE, LARGEST_PIECE = 1 << 15, 1 << 19  # multiplications
+LEAST_PIECE, LARGEST_PIECE = 1 << 15, 1 << 22  # multiplications
 PIECES_OF_A_THREAD = 4
 END_PATIENCE, IDLE_PATIENCE = 30e-6, 300e-6  # seconds for which the caller spins for the last pieces, a helper for work
 NAP = 50e-6  # seconds between looks at a piece that takes longer
@@ -39,11 +39,12 @@ class Payoff:
     """
 
     STRETCH = 0.02  # seconds: some slices of a scheduler
+    SHORT = 0.004  # seconds of a trial that is clearly lost
     PAUSES = 0.1, 2.0  # seconds between trials, at first and at most
-    WORSE = 1.3  # helpers that take so many times longer than usual are put to the test at once
-    GAIN = 0.9  # of the time alone, at most, for helpers to be taken
+    WORSE = 1.5  # times what is usual: then a trial is lost, and helpers that were kept are put to the test
+    GAIN = 0.95  # of the time alone, at most, for helpers to be taken
     GAP = 200e-6  # seconds before a call that are counted with it, at most: what its threads do to all else
-    WEIGHT = 0.2  # of the last call in what is usual
+    WEIGHT = 0.05  # of the last call in what is usual
 
     def __init__(self) -> None:
         self.together = True  # how the next call is to run
@@ -67,8 +68,12 @@ class Payoff:
             self._unknown += seconds
         if self.together == self._better:
             self._usual[call] = seconds if usual is None else usual + self.WEIGHT * (seconds - usual)
-        if self._seconds >= self.STRETCH or self._unknown >= 5 * self.STRETCH:
+        if self._seconds >= self.STRETCH or self._unknown >= 5 * self.STRETCH or self._is_lost():
             self._decide()
+
+    def _is_lost(self) -> bool:
+        """Whether this is a trial that need not go on."""
+        return self.together != self._better and self._seconds > max(self.SHORT, self.WORSE * self._expected)
 
     def _decide(self) -> None:
         seconds, expected, passed = self._seconds, self._expected, self._seconds + self._unknown
