@@ -25,7 +25,7 @@ from numba.core.errors import TypingError
 
 from fastllama.kernels.numba import threads
 from fastllama.kernels.numba.numerics import array, jit
-from fastllama.kernels.numba.pieces import FAILED, _get, _set, enter, leave, proceed
+from fastllama.kernels.numba.pieces import _COUNT, _GRAIN, _LEFT, FAILED, _get, _set, enter, leave, proceed
 
 ROOT = Path(__file__).parents[2]
 MANY = 1 << 40  # of work: worth threads
@@ -131,6 +131,30 @@ def test_each_iteration_runs_once(shared: None, count: int) -> None:
     for times in range(1, 101):
         threads.launch(count_kernel, count, MANY, numbers.data_ptr(), count)
         assert numbers.tolist() == [times] * count
+
+
+@jit
+def proceed_once(region):
+    return proceed(region)
+
+
+def test_a_helper_takes_pieces_of_its_region_only() -> None:
+    """It may still be in the kernel of the one before, with the arguments of that: its writes would go anywhere."""
+    state = np.zeros(threads.WORDS, np.int64)
+    state[[_LEFT, _COUNT, _GRAIN, threads.PIECES]] = (7 << 32) + 3, 3, 1, 3
+    assert proceed_once((state.ctypes.data, 0, 1, -1 - 6)) == (0, 0)
+    assert state[_LEFT] == (7 << 32) + 3
+    assert proceed_once((state.ctypes.data, 0, 1, -1 - 7)) == (0, 1)
+    assert state[_LEFT] == (7 << 32) + 2
+
+
+def test_regions_in_close_order_do_not_meet(shared: None) -> None:
+    some, others = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
+    for times in range(1, 2001):
+        threads.launch(count_kernel, 5, MANY, some.data_ptr(), 5)
+        threads.launch(count_kernel, 64, MANY, others.data_ptr(), 64)
+        assert some.tolist() == [times] * 5 + [0] * 59
+        assert others.tolist() == [times] * 64
 
 
 @pytest.mark.parametrize("grain", [1, 3, 10, 11])

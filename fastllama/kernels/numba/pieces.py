@@ -12,7 +12,9 @@
 Whoever is free claims the next piece, the caller of the kernel among them; helpers enter the same kernel with the same
 arguments, which are numbers and addresses: an array would be given back by whoever leaves last. threads.py has the
 threads. A region is (address of the state, iterations of a piece, all iterations, turns to wait at the end) for a
-caller, (that address, first and last iteration, -1) for a helper that enters, and (0, 0, all iterations, 0) alone.
+caller, (that address, first and last iteration, -1 - its number) for a helper that enters, and (0, 0, all iterations,
+0) alone. A helper may still be in the kernel of one region when the next has begun: regions have numbers, and it takes
+pieces of its own only.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ _ENTRY, _COUNT, _GRAIN, PIECES, HELPERS, FAILED, _IN_HAND = range(32, 39)
 _ARGS = 48
 WORDS = _ARGS + 128
 _LOW = (1 << 32) - 1
+_LARGEST_NUMBER = (1 << 31) - 1
 
 _I64 = ir.IntType(64)
-_PIECE = ir.FunctionType(ir.IntType(32), [_I64] * 3)  # (state, first, last) -> Numba's status
+_ENTRY_TYPE = ir.FunctionType(ir.IntType(32), [_I64] * 4)  # (state, first, last, -1 - number) -> Numba's status
 _PLAIN = (types.Number, types.Boolean)
 # A hint to the core that it waits; Numba's LLVM has no assembler.
 _HINTS = {
@@ -105,22 +108,21 @@ def _pause(context):
 
 
 @intrinsic
-def _run(context, state, first, last):
-    """A piece of the region in hand, and all others that can be had; Numba's status, 0 where nothing was raised."""
+def _run(context, state, first, last, role):
+    """A piece of a region, and all others that can be had; Numba's status, 0 where nothing was raised."""
 
     def generate(context, builder, signature, args):
-        state, first, last = args
-        address = builder.load(_word(builder, state, _I64(_ENTRY)))
-        return builder.sext(builder.call(builder.inttoptr(address, _PIECE.as_pointer()), [state, first, last]), _I64)
+        entry = builder.inttoptr(builder.load(_word(builder, args[0], _I64(_ENTRY))), _ENTRY_TYPE.as_pointer())
+        return builder.sext(builder.call(entry, args), _I64)
 
-    return types.int64(*[types.int64] * 3), generate
+    return types.int64(*[types.int64] * 4), generate
 
 
 @jit
-def _claim(state):
-    """The iterations of a piece that was nobody's, from the first to before the last; none where there is no such."""
+def _claim(state, number):
+    """The iterations of a piece of a region that was nobody's, from the first to before the last; else none."""
     left = _get(state, _LEFT)
-    while left & _LOW > 0:
+    while left & _LOW > 0 and left >> 32 == number:
         if _replace(state, _LEFT, left, left - 1):
             # The region cannot end now, so what stands in the state is of this one.
             first = (_get(state, PIECES) - (left & _LOW)) * _get(state, _GRAIN)
@@ -131,7 +133,7 @@ def _claim(state):
 
 @jit
 def _claim_for_caller(state):
-    first, last = _claim(state)
+    first, last = _claim(state, _get(state, _LEFT) >> 32)
     _set(state, _IN_HAND, first < last)
     return first, last
 
@@ -147,7 +149,8 @@ def _enter(region):
     _set(state, PIECES, pieces)
     _set(state, FAILED, 0)
     _set(state, FINISHED, 0)
-    _set(state, _LEFT, ((_get(state, _LEFT) >> 32) + 1 << 32) + pieces)
+    number = (_get(state, _LEFT) >> 32) + 1 & _LARGEST_NUMBER
+    _set(state, _LEFT, (number << 32) + pieces)
     return _claim_for_caller(state)
 
 
@@ -168,12 +171,11 @@ def enter(typing, region, args):
         size = context.get_abi_sizeof(given.type)
         if size > 8 * (WORDS - _ARGS):
             raise ValueError(f"the arguments of {kernel.name} take {size} bytes; legal: {8 * (WORDS - _ARGS)}")
-        entry = ir.Function(builder.module, _PIECE, f"{kernel.name}.entry")
+        entry = ir.Function(builder.module, _ENTRY_TYPE, f"{kernel.name}.entry")
         entry.linkage = "internal"
         inner = ir.IRBuilder(entry.append_basic_block())
-        state, first, last = entry.args
-        helpers = context.make_tuple(inner, kinds[0], [state, first, last, _I64(-1)])
-        place = inner.inttoptr(inner.add(state, _I64(8 * _ARGS)), given.type.as_pointer())
+        helpers = context.make_tuple(inner, kinds[0], entry.args)
+        place = inner.inttoptr(inner.add(entry.args[0], _I64(8 * _ARGS)), given.type.as_pointer())
         status, _ = context.call_conv.call_function(inner, kernel, types.int64, kinds, [helpers, inner.load(place)])
         inner.ret(status.code)
         state, _, _, patience = cgutils.unpack_tuple(builder, region, 4)
@@ -193,7 +195,7 @@ def proceed(region):
     if state == 0:
         return 0, 0
     _add(state, FINISHED, 1)
-    return _claim(state) if patience < 0 else _claim_for_caller(state)
+    return _claim(state, -1 - patience) if patience < 0 else _claim_for_caller(state)
 
 
 @jit
@@ -214,9 +216,10 @@ def serve(state, number, patience):
     """Work until there was nothing to do for some turns."""
     turns = patience
     while turns > 0:
-        first, last = _claim(state) if number < _get(state, HELPERS) else (0, 0)
+        region = _get(state, _LEFT) >> 32
+        first, last = _claim(state, region) if number < _get(state, HELPERS) else (0, 0)
         if first < last:
-            if _run(state, first, last) != 0:
+            if _run(state, first, last, -1 - region) != 0:
                 _set(state, FAILED, 1)
                 _add(state, FINISHED, 1)
             turns = patience
