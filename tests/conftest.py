@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,6 +12,8 @@ import hypothesis
 import pytest
 
 from fastllama import env
+from fastllama.testing.shard import Shard
+from tests import rounds
 from tools.fakegpu.environment import GPU_MACHINE
 
 # A busy machine is slow, not wrong. The printed blob reproduces a failure seen elsewhere.
@@ -21,8 +24,9 @@ hypothesis.settings.load_profile("fastllama")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long to soak: see tests/runtime/test_soak.py."""
+    """How long to soak (tests/runtime/test_soak.py), and which part of the tests to run."""
     parser.addoption("--soak", type=int, default=300, help="requests of tests/runtime/test_soak.py")
+    parser.addoption("--shard", type=Shard.parse, default=Shard(), help="K/N: the K-th of N parts of the tests")
 
 
 def _has_gpu() -> bool:
@@ -42,11 +46,24 @@ def _belongs_here(item: pytest.Item) -> bool:
     return env.triton_interpret() or not item.get_closest_marker("interpreter")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what another tier runs. Not skip: where nothing is left, the run must fail (exit status 5)."""
-    strangers = [item for item in items if not _belongs_here(item)]
-    config.hook.pytest_deselected(items=strangers)
-    items[:] = [item for item in items if item not in strangers]
+    """Deselect what another tier or shard runs. Not skip: where nothing is left, the run must fail (exit status 5)."""
+    shard = config.getoption("shard")
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        if rounds.repeats(item):
+            item.add_marker("exhaustive")
+        (chosen if _belongs_here(item) and shard.holds(item.nodeid) else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: tests that collect garbage need not look through it, for 0.3 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

@@ -67,7 +67,7 @@ def _run(stage: Stage, out: Path, limit: float, variables: Mapping[str, str]) ->
             flush=True,
         )
         said = file.tell()
-        status = _ended(["env", *given, sys.executable, *argv], file, limit)
+        status = _ended([*given, sys.executable, *argv], file, limit)
     outcome = {0: "passed", NO_TEST_RAN: "no test here", None: "cut short"}.get(status, "failed")
     found: dict[str, Any] = {"outcome": outcome, "status": status, "seconds": round(time.monotonic() - start, 1)}
     if current.exists():
@@ -81,7 +81,11 @@ def _run(stage: Stage, out: Path, limit: float, variables: Mapping[str, str]) ->
 
 
 def _ended(command: list[str], log: Any, seconds: float) -> int | None:
-    """The exit status; None where it, and all that it started, had to be ended."""
+    """The exit status; None where it, and all that it started, had to be ended.
+
+    command: what `env` takes, variables first. Of pytest, what the caller's shell adds to its own runs is not ours.
+    """
+    command = ["env", "-u", "PYTEST_ADDOPTS", *command]
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ from fastllama.testing.resources import Report, compile_launch
 from fastllama.testing.targets import TARGETS, target
 
 CACHE = Path("build", "compile_reports")
+REPORT, CODE = ".json", ".code.gz"  # of one launch, in that folder
 
 
 def compile_report(
@@ -43,8 +45,19 @@ def compile_report(
         for launch in launches:
             key = _key(launch)
             if (name, key) not in reports:
-                reports[name, key] = _report(launch, None if cache is None else cache / f"{key}.json")
+                reports[name, key] = _report(launch, None if cache is None else cache / key)
     return sorted(reports.values(), key=lambda report: report.launch)
+
+
+def machine_code_of(launch: Launch, cache: Path | None = CACHE) -> str:
+    """A launch's machine code as text, from the folder of kept reports where it has been compiled before."""
+    path = None if cache is None else cache / _key(launch)
+    if path is not None and path.with_suffix(CODE).exists():
+        return gzip.decompress(path.with_suffix(CODE).read_bytes()).decode()
+    report, text = _compile(launch, path)
+    if report.error:
+        raise RuntimeError(report.error)
+    return text
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -129,19 +142,30 @@ def _function(name: str) -> Callable[[], Any]:
 
 def _report(launch: Launch, path: Path | None) -> Report:
     """From the file at `path` where it exists, else made and written there."""
-    if path is not None and path.exists():
-        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    if path is not None and path.with_suffix(REPORT).exists():
+        return Report.from_json(json.loads(path.with_suffix(REPORT).read_text(encoding="utf-8")))
+    return _compile(launch, path)[0]
+
+
+def _compile(launch: Launch, path: Path | None) -> tuple[Report, str]:
+    """Compile; the report and the code are written beside `path`."""
     try:
-        report = compile_launch(launch)
+        report, text = compile_launch(launch)
     except triton_api.ToolMissingError as error:
-        return Report(str(launch), launch.target.name, error=f"cannot be compiled here: {error}")
+        return Report(str(launch), launch.target.name, error=f"cannot be compiled here: {error}"), ""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Processes share the folder: one sees the whole file of another, or none.
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            json.dump(report.to_json(), file)
-        os.replace(file.name, path)
-    return report
+        if text:
+            _write(path.with_suffix(CODE), gzip.compress(text.encode(), 1))
+        _write(path.with_suffix(REPORT), json.dumps(report.to_json()).encode())
+    return report, text
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Processes share the folder: one sees the whole file of another, or none."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
 
 
 def _key(launch: Launch) -> str:

@@ -1,6 +1,6 @@
 """Planted faults: edits of a source file that must turn tests red, and a runner that says which survive.
 
-    python -m fastllama.testing.mutants tests/kernels/triton/mutants.py [-k WORD] [--jobs N]
+    python -m fastllama.testing.mutants tests/kernels/triton/mutants.py [-k WORD] [-m EXPRESSION] [--shard K/N]
 
 The table is a Python file that defines MUTANTS, a sequence of Mutant; paths are relative to the working directory. The
 edits are made in a copy of it, so the working tree stays as it is.
@@ -22,7 +22,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastllama.testing.shard import Shard
+
+NO_TEST_RAN = 5  # pytest's exit status
 TIMEOUT = 600.0  # seconds; a kernel that never ends is caught too
+MARKS = ("<!-- mutants -->", "<!-- end of mutants -->")
 _NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "venv", "*.egg-info")
 
 
@@ -52,7 +56,8 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "killed", "survived", or "broken" where the tests could not run.
+    """What became of a mutant: "killed", "survived", "untested" where none of its tests is among those chosen by
+    markers, or "broken" where they could not run.
 
     failure: pytest's line on the first test that failed, and why: a kernel that does not build proves nothing.
     """
@@ -67,9 +72,10 @@ class Verdict:
         return f"{self.outcome:8} {self.seconds:5.1f} s  {mutant}  {self.failure}".rstrip()
 
 
-def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdict]:
+def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1, markers: str = "") -> Iterator[Verdict]:
     """Plant each mutant in a copy of `root` and run its tests.
 
+    markers: an expression as pytest's -m takes; of each mutant's tests only those that it chooses are run.
     Raises ValueError where a mutant does not fit its file, RuntimeError where tests do not pass without any fault,
     or there are none.
     """
@@ -83,9 +89,9 @@ def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdic
 
         def sound(tests: tuple[tuple[str, ...], bool]) -> None:
             copy = copies.get()
-            code, output = _pytest(copy, *tests)
+            code, output = _pytest(copy, *tests, markers)
             copies.put(copy)
-            if code != 0:
+            if code not in ((0, NO_TEST_RAN) if markers else (0,)):
                 raise RuntimeError(f"pytest {' '.join(tests[0])} does not pass without any mutant:\n{output[-2000:]}")
 
         def verdict(mutant: Mutant) -> Verdict:
@@ -93,10 +99,11 @@ def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1) -> Iterator[Verdic
             path = copy / mutant.path
             original = path.read_text(encoding="utf-8")
             path.write_text(mutant.edited(copy), encoding="utf-8")
-            code, output = _pytest(copy, mutant.tests, mutant.interpreter)
+            code, output = _pytest(copy, mutant.tests, mutant.interpreter, markers)
             path.write_text(original, encoding="utf-8")
             copies.put(copy)
-            outcome = {0: "survived", 1: "killed"}.get(code, "broken")
+            outcomes = {0: "survived", 1: "killed"} | ({NO_TEST_RAN: "untested"} if markers else {})
+            outcome = outcomes.get(code, "broken")
             return Verdict(mutant, outcome, _first_failure(output), time.perf_counter() - start)
 
         list(pool.map(sound, dict.fromkeys((mutant.tests, mutant.interpreter) for mutant in mutants)))
@@ -109,9 +116,15 @@ def _copy(root: Path) -> Iterator[Path]:
         yield Path(shutil.copytree(root, Path(folder, "copy"), ignore=_NOT_COPIED))
 
 
-def _pytest(root: Path, tests: Iterable[str], interpreter: bool) -> tuple[int, str]:
+def _pytest(root: Path, tests: Sequence[str], interpreter: bool, markers: str = "") -> tuple[int, str]:
     """pytest's exit status and output; 1 where it does not end."""
-    variables = ["TRITON_INTERPRET=1"] if interpreter else ["-u", "TRITON_INTERPRET"]
+    if markers and "-m" in tests:
+        own = tests.index("-m") + 1
+        tests = [*tests[:own], f"({tests[own]}) and ({markers})", *tests[own + 1 :]]
+    elif markers:
+        tests = ["-m", markers, *tests]
+    # What the caller's shell adds to its own runs of pytest is not for these.
+    variables = ["-u", "PYTEST_ADDOPTS", *(["TRITON_INTERPRET=1"] if interpreter else ["-u", "TRITON_INTERPRET"])]
     # Without bytecode: an edit of the same length in the same second would be taken for the file it was.
     # Columns for the reason of a failure, which pytest cuts at the terminal's width.
     python = ["env", *variables, "PYTHONDONTWRITEBYTECODE=1", "COLUMNS=240", sys.executable, "-m", "pytest"]
@@ -128,22 +141,42 @@ def _first_failure(output: str) -> str:
     return next(failures, "")
 
 
+def written(page: str, verdicts: Iterable[Verdict]) -> str:
+    """A page with a table in place of what stands between its marks: by file, how many were killed, and which not."""
+    rows: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        rows.setdefault(verdict.mutant.path, []).append(verdict)
+    lines = ["| file | mutants | killed | not killed |", "|---|---|---|---|"]
+    for path, own in rows.items():
+        left = [verdict.mutant.name for verdict in own if verdict.outcome != "killed"]
+        lines.append(f"| `{Path(path).name}` | {len(own)} | {len(own) - len(left)} | {', '.join(left) or '-'} |")
+    before, rest = page.split(MARKS[0])
+    return "\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for every mutant; 1 where one is not killed."""
     parser = argparse.ArgumentParser(prog="python -m fastllama.testing.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("table", type=Path, help="a Python file that defines MUTANTS")
     parser.add_argument("-k", dest="word", default="", help="only mutants with this word in their name or path")
+    parser.add_argument("-m", dest="markers", default="", help="run only tests that this expression of pytest chooses")
+    parser.add_argument("--shard", type=Shard.parse, default=Shard(), help="K/N: the K-th of N parts of the table")
+    parser.add_argument("--markdown", type=Path, help="a page between whose marks the outcomes are written, as a table")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
     options = parser.parse_args(arguments)
     table: Sequence[Mutant] = runpy.run_path(str(options.table))["MUTANTS"]
-    chosen = [mutant for mutant in table if options.word in f"{mutant.path}: {mutant.name}"]
-    if not chosen:
+    named = [mutant for mutant in table if options.word in f"{mutant.path}: {mutant.name}"]
+    if not named:
         parser.error(f"no mutant has {options.word!r} in its name or path; there are {len(table)}")
-    killed = 0
-    for verdict in run(chosen, Path.cwd(), options.jobs):
+    chosen = options.shard.of(named)
+    verdicts = []
+    for verdict in run(chosen, Path.cwd(), options.jobs, options.markers):
         print(verdict, flush=True)
-        killed += verdict.outcome == "killed"
+        verdicts.append(verdict)
+    if options.markdown:
+        options.markdown.write_text(written(options.markdown.read_text(encoding="utf-8"), verdicts), encoding="utf-8")
+    killed = sum(verdict.outcome == "killed" for verdict in verdicts)
     print(f"{killed} of {len(chosen)} mutants killed")
     return int(killed < len(chosen))
 

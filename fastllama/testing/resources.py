@@ -97,8 +97,10 @@ class Report:
         return cls(**{**values, **rebuilt})
 
 
-def compile_launch(launch: Launch) -> Report:
-    """The report on a recorded launch; where the kernel does not compile, one with the compiler's error.
+def compile_launch(launch: Launch) -> tuple[Report, str]:
+    """The report on a recorded launch, and its machine code as text.
+
+    Where the kernel does not compile, a report with the compiler's error, and no code.
 
     Raises triton_api.ToolMissingError where this installation of Triton cannot compile for the target.
     """
@@ -108,7 +110,7 @@ def compile_launch(launch: Launch) -> Report:
     except triton_api.ToolMissingError:
         raise
     except Exception as error:  # a compiler raises anything, from its own errors to a failed assertion
-        return Report(str(launch), target.name, error=f"does not compile: {triton_api.reason(error)}")
+        return Report(str(launch), target.name, error=f"does not compile: {triton_api.reason(error)}"), ""
     report = Report(
         str(launch),
         target.name,
@@ -119,9 +121,12 @@ def compile_launch(launch: Launch) -> Report:
         tensor_memory=compiled.tensor_memory,
     )
     if target.backend == "hip":
-        return _with_occupancy(_read_gcn(report, compiled.asm["amdgcn"]), target)
-    code = machine_code.sass(triton_api.disassemble(compiled.asm["cubin"]))
-    return _with_occupancy(_with_code(_read_ptxas(report, compiled.ptxas_log), code), target)
+        text = compiled.asm["amdgcn"]
+        read = _with_code(_read_gcn(report, text), machine_code.gcn(text))
+    else:
+        text = triton_api.disassemble(compiled.asm["cubin"])
+        read = _with_code(_read_ptxas(report, compiled.ptxas_log), machine_code.sass(text))
+    return _with_occupancy(read, target), text
 
 
 def _read_ptxas(report: Report, log: str) -> Report:
@@ -139,14 +144,13 @@ def _read_gcn(report: Report, text: str) -> Report:
     def number(name: str) -> int:
         return int(_only(re.compile(rf"\.{name}:\s+(\d+)"), text)[0])
 
-    read = replace(
+    return replace(
         report,
         registers=number("vgpr_count"),  # accumulation registers included: on CDNA 2 and 3 they share one file
         spilled_bytes=4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
         stack_bytes=number("private_segment_fixed_size"),
         shared_bytes=max(report.shared_bytes, number("group_segment_fixed_size")),
     )
-    return _with_code(read, machine_code.gcn(text))
 
 
 def _with_code(report: Report, code: machine_code.Code) -> Report:

@@ -10,6 +10,7 @@ import pytest
 from fastllama.cli import info
 from fastllama.kernels.op import OPS, Function, Op
 from tests.cli.conftest import Command
+from tests.rounds import exhaustive
 
 TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
 # What a model's steps in fp32 call: sums and silu * up are parts of products, the latter not of codes.
@@ -41,12 +42,26 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("quantization", "count", "products"), [("none", 16, set()), ("int4", 3, {"matmul_int4", "silu_mul"})]
+    ("packaged", "quantization", "count", "products"),
+    [
+        (True, "none", 3, set()),
+        (False, "int4", 3, {"matmul_int4", "silu_mul"}),
+        exhaustive(True, "none", 16, set()),
+        exhaustive(True, "int4", 3, {"matmul_int4", "silu_mul"}),
+    ],
 )
 def test_generate_writes_what_the_reference_writes(
-    command: Command, force: Force, ran: set[str], quantization: str, count: int, products: set[str]
+    command: Command,
+    force: Force,
+    ran: set[str],
+    model: str,
+    packaged: bool,
+    quantization: str,
+    count: int,
+    products: set[str],
 ) -> None:
-    story = (*STORY, "--max-tokens", str(count), "--quantize", quantization)
+    """A token of the packaged model takes the interpreter 2 s."""
+    story = (*STORY, *(() if packaged else ("--model", model)), "--max-tokens", str(count), "--quantize", quantization)
     force("reference")
     expected = json.loads(command(*story).out)["token_ids"]
     assert (len(expected), ran) == (count, set())

@@ -69,6 +69,7 @@ CASES = [
 ]
 
 
+@pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("op", "backend"), CASES)

@@ -173,6 +173,7 @@ def test_the_paged_references_are_the_definition(heads: str, queries: int) -> No
         torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.in_turn("heads")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,6 +186,7 @@ def test_varlen(backend: str, dtype: torch.dtype, heads: str, causal: bool) -> N
     assert_honest(run(batch.q, batch.k, batch.v, *cu, causal=causal), batch.plain(causal)[0], batch.exact(causal)[0])
 
 
+@pytest.mark.in_turn("heads", "page_size")
 @pytest.mark.parametrize(("page_size", "order"), PAGES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,6 +201,7 @@ def test_decode(backend: str, dtype: torch.dtype, heads: str, page_size: int, or
     assert_equal(public("attention_decode", backend)(*args), found[0])
 
 
+@pytest.mark.in_turn("heads", "page_size")
 @pytest.mark.parametrize(("page_size", "order"), PAGES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

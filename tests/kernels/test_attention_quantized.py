@@ -66,6 +66,7 @@ def quantized(batch: Packed, code: torch.dtype, page_size: int, order: str = "HN
     )
 
 
+@pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize(("page_size", "order", "heads"), [(5, "HND", "GQA 4"), (64, "NHD", "MHA")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_code

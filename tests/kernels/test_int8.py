@@ -153,6 +153,7 @@ def test_the_reference_is_the_definition(shape: tuple[int, int, int, int]) -> No
     assert_equal(reference.dequantize_int8(weight.codes, weight.scales.double()), weight.exact())
 
 
+@pytest.mark.in_turn("dtype")
 @shapes
 @dtypes
 @triton_too
@@ -169,6 +170,7 @@ def test_scales_in_fp32_are_not_rounded(backend: str, rows: int) -> None:
     check(backend, torch.randn(rows, 256).bfloat16(), Weight.of(65, 256, 64, torch.float32))
 
 
+@pytest.mark.in_turn("group")
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @dtypes
 @triton_too
@@ -196,6 +198,7 @@ def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
         torch.testing.assert_close(found, expected, rtol=2.0**-20 if dtype == torch.float32 else 0, atol=0)
 
 
+@pytest.mark.in_turn("rows")
 @pytest.mark.parametrize("rows", [1, 40, 66])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @triton_too

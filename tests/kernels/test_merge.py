@@ -147,6 +147,7 @@ def test_nan_is_not_hidden(backend: str) -> None:
     assert lse[:, [0, 2, 3, 4]].isfinite().all()
 
 
+@pytest.mark.in_turn("heads", "causal")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", ["MHA", "GQA 4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

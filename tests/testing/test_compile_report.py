@@ -12,7 +12,8 @@ import pytest
 
 from fastllama.testing import compile_report as module
 from fastllama.testing import triton_api
-from fastllama.testing.compile_report import CACHE, compile_report, main, table
+from fastllama.testing.compile_report import CACHE, CODE, REPORT, compile_report, machine_code_of, main, table
+from fastllama.testing.recorder import record
 from fastllama.testing.resources import Report
 from fastllama.testing.targets import TARGETS
 from tests.testing import toys
@@ -29,6 +30,13 @@ each_target = pytest.mark.parametrize("target", TARGETS)
 def report(function: toys.Launcher, target: str) -> Report:
     (found,) = compile_report(function, [target], KEPT)
     return found
+
+
+def kept(folder: Path) -> int:
+    """How many launches are in a folder of kept reports."""
+    reports, code = ({path.name.split(".")[0] for path in folder.glob(f"*{end}")} for end in (REPORT, CODE))
+    assert reports == code
+    return len(reports)
 
 
 @each_target
@@ -139,7 +147,7 @@ def test_without_the_tools_of_nvidia(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (problem,) = nvidia.problems()
     assert problem.startswith("cannot be compiled here: Cannot find ptxas in ")
     assert problem.endswith("The wheel on PyPI does; AMD targets need none")
-    assert len(list(tmp_path.iterdir())) == 1
+    assert kept(tmp_path) == 1
 
 
 def test_reports_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,7 +162,25 @@ def test_reports_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     compile_report(toys.copy, ["gfx942"], tmp_path)
     assert len(compiled) == 2
     compile_report(toys.copy, ["gfx942"], None)
-    assert (len(compiled), len(list(tmp_path.iterdir()))) == (3, 3)
+    assert (len(compiled), kept(tmp_path)) == (3, 3)
+
+
+def test_machine_code_is_kept_with_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with record(TARGETS["gfx942"]) as launches:
+        toys.copy()
+    compile_report(toys.copy, ["gfx942"], tmp_path)
+    fresh = machine_code_of(launches[0], cache=None)
+    monkeypatch.setattr(module, "compile_launch", None)
+    assert machine_code_of(launches[0], tmp_path) == fresh
+    assert "buffer_load" in fresh
+
+
+def test_what_does_not_compile_has_no_machine_code(tmp_path: Path) -> None:
+    with record(TARGETS["gfx942"]) as launches:
+        toys.broken()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="^does not compile: CompilationError"):
+            machine_code_of(launches[0], tmp_path)
 
 
 def test_nothing_launched() -> None:
@@ -207,4 +233,4 @@ class TestCommand:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert "gfx942" in done.stdout
-        assert len(list((tmp_path / CACHE).iterdir())) == 1
+        assert kept(tmp_path / CACHE) == 1

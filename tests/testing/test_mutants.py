@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastllama.testing import mutants
-from fastllama.testing.mutants import Mutant
+from fastllama.testing.mutants import Mutant, Verdict
 
 MODULE = "def double(x):\n    return 2 * x\n\n\ndef unused():\n    return 1\n"
 TESTS = """
@@ -71,6 +71,30 @@ def test_tests_that_do_not_pass_without_a_fault_prove_nothing(project: Path, tes
         list(mutants.run([mutant("2 * x", "2 + x", tests, interpreter=False)], project))
 
 
+@pytest.mark.parametrize(
+    ("tests", "markers", "outcome"),
+    [
+        (("test_toy.py",), "slow", "killed"),
+        (("test_toy.py",), "not slow", "survived"),
+        (("-m", "slow", "test_toy.py"), "not slow", "untested"),
+        (("-m", "slow", "test_toy.py"), "", "killed"),
+    ],
+)
+def test_markers_choose_among_a_mutants_tests(
+    project: Path, tests: tuple[str, ...], markers: str, outcome: str
+) -> None:
+    marked = TESTS.replace("def test_double", "import pytest\n@pytest.mark.slow\ndef test_double")
+    (project / "test_toy.py").write_text(marked)
+    (project / "pytest.ini").write_text("[pytest]\nmarkers = slow: so")
+    planted = Mutant("planted", "toy.py", "2 * x", "2 + x", tests)
+    assert [each.outcome for each in mutants.run([planted], project, markers=markers)] == [outcome]
+
+
+def test_what_the_caller_adds_to_pytest_is_not_inherited(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--deselect=test_toy.py")
+    assert [each.outcome for each in mutants.run([mutant("2 * x", "2 + x")], project)] == ["killed"]
+
+
 def test_skipped_tests_kill_nothing(project: Path) -> None:
     (project / "test_toy.py").write_text("import pytest\n\ndef test_toy():\n    pytest.skip()\n")
     assert [each.outcome for each in mutants.run([mutant("2 * x", "2 + x", "test_toy.py")], project)] == ["survived"]
@@ -93,6 +117,26 @@ def test_the_command(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["killed", "survived", "1"]
     assert lines[2] == "1 of 2 mutants killed"
+    assert mutants.main(["table.py", "--shard", "1/2"]) == 0
+    assert capsys.readouterr().out.endswith("1 of 1 mutants killed\n")
     with pytest.raises(SystemExit, match=r"^2$"):
         mutants.main(["table.py", "-k", "no such"])
     assert "no mutant has 'no such' in its name or path; there are 2" in capsys.readouterr().err
+
+
+def test_a_page_gets_the_outcomes_in_place_of_the_last_ones() -> None:
+    outcomes = {"adds": "killed", "forgets": "untested", "halves": "survived"}
+    verdicts = [Verdict(Mutant(name, "a/toy.py", "", "", ()), kind, "", 0) for name, kind in outcomes.items()]
+    verdicts.append(Verdict(Mutant("adds", "other.py", "", "", ()), "killed", "", 0))
+    page = mutants.written("Above.\n<!-- mutants -->\nold\n<!-- end of mutants -->\nBelow.\n", verdicts)
+    assert page.splitlines() == [
+        "Above.",
+        "<!-- mutants -->",
+        "| file | mutants | killed | not killed |",
+        "|---|---|---|---|",
+        "| `toy.py` | 3 | 1 | forgets, halves |",
+        "| `other.py` | 1 | 1 | - |",
+        "<!-- end of mutants -->",
+        "Below.",
+    ]
+    assert mutants.written(page, verdicts) == page

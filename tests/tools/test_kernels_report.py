@@ -8,18 +8,18 @@ import pytest
 import triton
 
 from fastllama.testing.targets import TARGETS
-from tests.kernels.triton.launches import SHIPPED, Shipped
+from tests.kernels.triton.launch_cases import ALL, CASES
+from tests.kernels.triton.launches import Shipped
 from tools import kernels_report
 
 ROOT = Path(__file__).parents[2]
-ALL = [shipped for launches in SHIPPED.values() for shipped in launches]
 PAGE = kernels_report.PAGE.read_text(encoding="utf-8")
 VERSION = kernels_report.version(PAGE)
 
 
 @pytest.mark.compile
 @pytest.mark.skipif(triton.__version__ != VERSION, reason=f"the page was made with Triton {VERSION}")
-@pytest.mark.parametrize("shipped", ALL, ids=[shipped.name for shipped in ALL])
+@pytest.mark.parametrize("shipped", CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_row_is_up_to_date(shipped: Shipped, target: str) -> None:
     missing = set(kernels_report.rows(shipped, target)) - set(PAGE.splitlines())

@@ -95,7 +95,8 @@ class Environment:
             variables["FAKEGPU_LOG"] = log
         given = [f"{name}={value}" for name, value in variables.items()]
         program = str(self.python) if argv[0] == "python" else argv[0]
-        return ["env", "-u", "TRITON_INTERPRET", *given, program, *argv[1:]]
+        unset = ["-u", "TRITON_INTERPRET", "-u", "PYTEST_ADDOPTS"]
+        return ["env", *unset, *given, program, *argv[1:]]
 
 
 def current() -> Environment:

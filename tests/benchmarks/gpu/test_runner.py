@@ -77,6 +77,11 @@ def test_variables_are_those_of_the_run_and_of_the_stage(tmp_path: Path) -> None
     assert "seen 1 2" in (tmp_path / runner.LOG).read_text()
 
 
+def test_what_the_caller_adds_to_pytest_is_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-q")
+    assert runner.run([stage("s", "import os; assert 'PYTEST_ADDOPTS' not in os.environ")], tmp_path, 1.0, {})
+
+
 def test_what_an_earlier_run_left_is_gone(tmp_path: Path) -> None:
     runner.run([stage("old", "print('old')")], tmp_path, 1.0, {})
     runner.run([stage("new", "print('new')")], tmp_path, 1.0, {})

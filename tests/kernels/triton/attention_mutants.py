@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.kernels.triton.planted import mutant
 
 VARLEN = "test_attention.py::test_varlen[triton-torch.float32-MHA-True]"
-PREFILL = "test_attention.py::test_prefill[triton-torch.float32-MHA-16-NHD]"
-DECODE = "test_attention.py::test_decode[triton-torch.float32-GQA 8-64-HND]"
+PREFILL = "test_attention.py::test_prefill[triton-torch.float32-MHA-5-HND]"
+DECODE = "test_attention.py::test_decode[triton-torch.bfloat16-GQA 8-64-HND]"
 DRAFTS = "test_attention.py::test_decode_of_several_queries[triton-torch.float32]"
 SPLITS = "triton/test_attention.py::test_splits_around_their_edges"
 FAR_KEYS = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
@@ -34,7 +34,7 @@ ATTENTION_MUTANTS = [
         "prefill",
         "kv_head = (head // GROUP)",
         "kv_head = (head % tl.maximum(num_heads // GROUP, 1))",
-        "test_attention.py::test_prefill[triton-torch.float32-GQA 4-16-NHD]",
+        "test_attention.py::test_prefill[triton-torch.float16-GQA 4-16-NHD]",
     ),
     mutant("log-sum-exp in base 2", "prefill", "(peak + tl.log2(total)) * lse_unit", "peak + tl.log2(total)", VARLEN),
     mutant("32-bit queries", "prefill", "offsets = row.to(tl.int64)[:, None]", "offsets = row[:, None]", FAR_KEYS),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
 
 from fastllama.kernels import tuning
 from fastllama.testing.compile_report import CACHE, compile_report
+from fastllama.testing.recorder import record
 from fastllama.testing.targets import TARGETS
+from tests.kernels.triton.launch_cases import ALL, CASES, form
 from tests.kernels.triton.launches import GPUS, SHIPPED, Shipped, on
 
 KEPT = Path(__file__).parents[3] / CACHE
@@ -18,11 +21,10 @@ FP32 = [
     for shipped in SHIPPED[family]
     if "fp32" in shipped.name and not shipped.name.startswith("attention_decode")
 ]
-ALL = [shipped for launches in SHIPPED.values() for shipped in launches]
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("shipped", ALL, ids=[shipped.name for shipped in ALL])
+@pytest.mark.parametrize("shipped", CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_fits(shipped: Shipped, target: str) -> None:
     with on(target):
@@ -38,6 +40,17 @@ def test_fp32_is_fp32(shipped: Shipped, target: str) -> None:
     with on(target):
         (report,) = compile_report(shipped.call, [target], KEPT)
     assert report.program.matrix == {}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_quick_round_has_each_kernel_in_each_form(name: str) -> None:
+    forms: dict[bool, set[Hashable]] = {True: set(), False: set()}
+    for shipped, case in zip(ALL, CASES, strict=True):
+        with on(name), record(TARGETS[name]) as launches:
+            shipped.call()
+        forms[bool(case.marks)] |= set(map(form, launches))
+    assert forms[True] - forms[False] == set()
 
 
 def test_each_launch_has_its_own_name() -> None:

@@ -56,6 +56,7 @@ def test_splits(
     assert launched.grid == (2, -(-tiles // per_split), 1)
 
 
+@pytest.mark.in_turn("splits", "zeros")
 @pytest.mark.usefixtures("_bound")
 @pytest.mark.parametrize("zeros", [None, torch.uint8], ids=["symmetric", "zeros"])
 @pytest.mark.parametrize("splits", [1, 3])

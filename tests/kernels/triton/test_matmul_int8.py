@@ -49,6 +49,7 @@ def test_splits(launch: Callable[[int], None], checked: Report, size: int, group
     assert launched.grid == (2, -(-tiles // per_split), 1)
 
 
+@pytest.mark.in_turn("splits")
 @pytest.mark.usefixtures("_bound")
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastllama.kernels.triton.overlap import overlapping, overlaps
-from fastllama.testing import machine_code, triton_api
+from fastllama.testing import machine_code
+from fastllama.testing.compile_report import CACHE, machine_code_of
 from fastllama.testing.machine_code import Code, Instruction
 from fastllama.testing.recorder import Launch, record
 from fastllama.testing.targets import TARGETS, target
 from tests.kernels.triton.launches import SHIPPED, Shipped, on
 
+KEPT = Path(__file__).parents[3] / CACHE
 META = torch.device("meta")
 # Not of a decode step: of prompts, which take a hundred times what an overlap gains, and of attention in two parts.
 IN_TURN = {"prefill_kernel", "dequantize_kernel", "merge_state_kernel"}
@@ -31,8 +34,7 @@ def constants(launch: Launch) -> dict[str, object]:
 
 
 def compiled(launch: Launch) -> Code:
-    cubin = triton_api.compile_source(launch.source, launch.target.triton, launch.options).asm["cubin"]
-    return machine_code.sass(triton_api.disassemble(cubin))
+    return machine_code.sass(machine_code_of(launch, KEPT))
 
 
 def ahead_of(name: str, code: Code) -> list[Instruction]:

@@ -1,0 +1,60 @@
+"""Which cases of a grid the quick round runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCE = """
+import pytest
+
+TRITON = pytest.param("triton", marks=pytest.mark.interpreter)
+
+@pytest.mark.in_turn("heads", "size")
+@pytest.mark.parametrize(("size", "order"), [(5, "HND"), (16, "NHD"), (64, "HND")])
+@pytest.mark.parametrize("heads", {"one": 1, "four": 4})
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("backend", ["torch", "numba", TRITON])
+def test_grid(backend, dtype, heads, size, order):
+    pass
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_one(size):
+    pass
+"""
+
+
+@pytest.fixture
+def collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The cases that a quick round in the interpreter collects."""
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "test_grid.py").write_text(SOURCE)
+    for name, value in {"PYTEST_ADDOPTS": "", "PYTHONPATH": str(TESTS.parent), "TRITON_INTERPRET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run([*command, "-m", "not exhaustive"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return {line.split("::")[1] for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_each_value_occurs_and_not_each_combination(collected: set[str]) -> None:
+    """The other tiers run the whole grid."""
+    cheap = {
+        f"test_grid[{backend}-{dtype}-{heads}-{pages}]"
+        for backend in ("torch", "numba")
+        for dtype in ("fp32", "fp16")
+        for heads in ("one", "four")
+        for pages in ("5-HND", "16-NHD", "64-HND")
+    }
+    assert collected - cheap == {
+        "test_grid[triton-fp32-one-5-HND]",
+        "test_grid[triton-fp16-four-16-NHD]",
+        "test_grid[triton-fp32-one-64-HND]",
+        "test_one[1]",
+    }
+    assert cheap <= collected
