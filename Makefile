@@ -8,19 +8,21 @@ CACHE ?=
 # Of the fake GPU: some of its parts (all without), and the versions of torch and Triton.
 PARTS ?=
 FAKE ?= 2.11.0/3.6.0 2.13.0/3.7.1
-# Proved beside the pinned Triton: the one that GPU machines still have, and the newest; all of it, or a SAMPLE: what the
-# interpreter is repaired for, and launches compiled for one target.
+# Proved beside the pinned Triton: the one that GPU machines still have, and the newest.
 TRITON ?= 3.6.0 3.9.0
-SAMPLE ?=
+# The tests of a tier: those of the quick round (tests/rounds.py), `make test ROUND=` all of them.
+ROUND ?= and not exhaustive
+# K/N: of what `make test-all` runs and `make test` does not, the K-th of N parts.
+SHARD ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) $(SHARD:%=--shard %)
 # The tiers differ by this variable, so a value left in the caller's shell must not leak into the others.
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reference test-interpreter test-compile test-triton fake-gpu gpu-cache mutants kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton fake-gpu gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,16 +43,20 @@ demo: $(STAMP) ## write text with the bundled model, greedy and sampled, and che
 	$(BIN)/fastllama generate --prompt "Once upon a time" --temperature 0.8 --seed 1 --max-tokens 120
 	$(BIN)/fastllama verify --quiet
 
-test: test-reference test-interpreter test-compile ## run the three tiers that need no GPU
+test: test-reference test-interpreter test-compile ## the quick round of the three tiers that need no GPU
+
+test-all: ## all that can be proved without a GPU, or of what `make test` leaves out a part: make test-all SHARD=3/24
+	@$(MAKE) --no-print-directory test ROUND="$(if $(SHARD),and exhaustive)"
+	@$(MAKE) --no-print-directory mutants test-triton fake-gpu
 
 test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
-	$(NO_INTERPRETER) $(PYTEST) -m "not compile" -n $(WORKERS)
+	$(NO_INTERPRETER) $(PYTEST) -m "not compile and not fakegpu $(ROUND)" --dist worksteal
 
 test-interpreter: $(STAMP) ## the Triton kernels' logic, in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter $(ROUND)" --dist worksteal
 
 test-compile: $(STAMP) ## the Triton kernels compiled ahead of time for NVIDIA and AMD
-	$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS)
+	$(NO_INTERPRETER) $(PYTEST) -m "compile $(ROUND)"
 
 build/triton/%: | $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $@.part triton==$*
@@ -60,20 +66,24 @@ test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile 
 	@for version in $(TRITON); do \
 		export PYTHONPATH=build/triton/$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', triton.__version__)" && \
-		TRITON_INTERPRET=1 $(PYTEST) -m interpreter -n $(WORKERS) tests/testing $(if $(SAMPLE),,tests/kernels) && \
-		$(NO_INTERPRETER) $(PYTEST) -m compile -n $(WORKERS) tests/testing tests/kernels $(SAMPLE:%=-k %) || exit 1; \
+		TRITON_INTERPRET=1 $(PYTEST) -m interpreter --dist worksteal tests/testing tests/kernels && \
+		$(NO_INTERPRETER) $(PYTEST) -m compile tests/testing tests/kernels || exit 1; \
 	done
 
 fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
 	@for pair in $(FAKE); do \
-		$(BIN)/python -m tools.fakegpu --torch $${pair%/*} --triton $${pair#*/} check $(PARTS) || exit 1; \
+		$(BIN)/python -m tools.fakegpu --torch $${pair%/*} --triton $${pair#*/} check $(SHARD:%=--shard %) $(PARTS) || exit 1; \
 	done
 
 gpu-cache: $(STAMP) ## compile the kernels of `make gpu` for a GPU machine, into one archive, on the fake GPU
 	$(BIN)/python -m tools.gpu_cache make
 
 mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices
-	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS)
+	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) $(SHARD:%=--shard %)
+
+mutants-report: $(STAMP) ## write into docs/testing.md which faults the quick round finds, and which only the full one
+	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) \
+		-m "not exhaustive" --markdown docs/testing.md
 
 kernels-report: $(STAMP) ## write docs/kernels.md: what each Triton kernel takes of each GPU, compiled ahead of time
 	$(NO_INTERPRETER) $(BIN)/python -m tools.kernels_report

@@ -2,9 +2,9 @@
 
 `@pytest.mark.exhaustive`: the test, or with `pytest.param(..., marks=...)` the case, repeats what another has shown:
 the same kernel and code path, with other numbers.
-`@pytest.mark.in_turn("heads", "page_size")`: of a grid in the interpreter, the named parameters take turns. In the quick
-round each of their values occurs, and each combination of the others, but not each of one with each of the other: a grid
-of 3 dtypes x 4 heads x 3 page sizes is 4 cases instead of 36.
+`@pytest.mark.in_turn("heads", "page_size")`: of a grid in the interpreter, the named parameters take turns. In the
+quick round each of their values occurs, and each combination of the others, but not each of one with each of the other:
+a grid of 3 dtypes x 4 heads x 3 page sizes is 4 cases instead of 36.
 """
 
 from __future__ import annotations

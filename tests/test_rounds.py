@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+Collect = Callable[..., tuple[list[str], int]]
 TESTS = Path(__file__).parent
 SOURCE = """
 import pytest
@@ -30,20 +32,24 @@ def test_one(size):
 
 
 @pytest.fixture
-def collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The cases that a quick round in the interpreter collects."""
+def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
+    """Cases that a run in the interpreter collects, and its exit status."""
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "test_grid.py").write_text(SOURCE)
     for name, value in {"PYTEST_ADDOPTS": "", "PYTHONPATH": str(TESTS.parent), "TRITON_INTERPRET": "1"}.items():
         monkeypatch.setenv(name, value)
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--rootdir", str(tmp_path), str(tmp_path)]
-    done = subprocess.run([*command, "-m", "not exhaustive"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return {line.split("::")[1] for line in done.stdout.splitlines() if "::" in line}
+
+    def run(*options: str) -> tuple[list[str], int]:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        return [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line], done.returncode
+
+    return run
 
 
-def test_each_value_occurs_and_not_each_combination(collected: set[str]) -> None:
+def test_each_value_occurs_and_not_each_combination(collect: Collect) -> None:
     """The other tiers run the whole grid."""
+    collected = set(collect("-m", "not exhaustive")[0])
     cheap = {
         f"test_grid[{backend}-{dtype}-{heads}-{pages}]"
         for backend in ("torch", "numba")
@@ -58,3 +64,13 @@ def test_each_value_occurs_and_not_each_combination(collected: set[str]) -> None
         "test_one[1]",
     }
     assert cheap <= collected
+
+
+def test_parts_are_everything_once(collect: Collect) -> None:
+    """A part may hold no test; a run that is no part must."""
+    everything, _ = collect("-m", "exhaustive")
+    parts = [collect("-m", "exhaustive", "--shard", f"{part}/6") for part in range(1, 7)]
+    assert sorted(name for names, _ in parts for name in names) == sorted(everything)
+    assert {status for _, status in parts} == {0}
+    assert collect("-m", "exhaustive", "--shard", "1/1000") == ([], 0)
+    assert collect("-m", "no_such") == ([], 5)

@@ -97,7 +97,6 @@ def test_prompts_without_an_answer_are_a_failure(installed: bool, monkeypatch: p
     assert ("psutil is not installed" in str(failure.value)) != installed
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(transformers, "ContinuousBatchingConfig"), reason="this transformers batches so on GPUs alone"
 )

@@ -15,7 +15,6 @@ from fastllama.bench import models, static_cache
 TINY = models.shape("tiny", 64)
 
 
-@pytest.mark.slow
 def test_the_tokens_are_those_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(0)
     torch.manual_seed(0)

@@ -33,7 +33,6 @@ def test_hits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         prefix_cost.rounds_of(llm, 1, 4, 1)
 
 
-@pytest.mark.slow
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "found.json"
     sizes = ["--requests", "3", "--tokens", "3", "--rounds", "2", "--output", str(output)]

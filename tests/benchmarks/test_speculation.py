@@ -44,7 +44,6 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *given: str) -> list[dict
     return samples
 
 
-@pytest.mark.slow
 def test_answers_with_and_without_guesses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +58,6 @@ def test_answers_with_and_without_guesses(
     assert [out.count(word) for word in ("a few words", "stories", "greedy", "sampled")] == [6] * 4
 
 
-@pytest.mark.slow
 def test_steps_of_several_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,6 @@ from tests.cli.models import write_model
 SMALL = ("--requests", "3", "--tokens", "4", "--rounds", "2", "--loads", "0.5", "2", "--arrivals", "12")
 
 
-@pytest.mark.slow
 def test_the_runtime_beside_transformers(command: Command, model: str, tmp_path: Path) -> None:
     output, picture = tmp_path / "found.json", tmp_path / "found.png"
     files = ("--output", output, "--plot", picture)
@@ -76,7 +75,6 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_codes_are_measured_where_they_are_asked_for(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +131,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ceilings.COPY, "cpu", ceilings.TOY_COPY)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_decode_steps(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "found.json"

@@ -193,7 +193,6 @@ MEASURE = """
 """
 
 
-@pytest.mark.slow  # a process of its own, which imports torch
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak of memory")
 def test_memory_peaks_at_the_model_and_one_shard(tmp_path: Path) -> None:
     large = random_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=3)

@@ -17,10 +17,7 @@ OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_o
 # inductor itself still uses what torch has deprecated
 INDUCTOR = pytest.param(
     "inductor",
-    marks=[
-        pytest.mark.slow,
-        pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    ],
+    marks=pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 )
 WITH_LSE = [op for op in OPS if op.startswith("attention")]
 

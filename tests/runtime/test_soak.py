@@ -160,7 +160,6 @@ def num_alive() -> Counter[str]:
     return Counter(type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), kinds))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [False, True], ids=["no guesses", "guesses"])
 def test_every_survivor_gets_what_it_gets_alone(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drafts: bool

@@ -179,7 +179,7 @@ def test_what_does_not_compile_has_no_machine_code(tmp_path: Path) -> None:
     with record(TARGETS["gfx942"]) as launches:
         toys.broken()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="^does not compile: CompilationError"):
+        with pytest.raises(RuntimeError, match=r"^does not compile: CompilationError"):
             machine_code_of(launches[0], tmp_path)
 
 
@@ -222,7 +222,6 @@ class TestCommand:
             main([function])
         assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
 
-    @pytest.mark.slow
     def test_as_a_module(self, tmp_path: Path) -> None:
         """A user's file in the working directory."""
         lines = (ROOT / "tests" / "testing" / "toys.py").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from fastllama.testing.shard import Shard
 from tools.fakegpu import log
 from tools.fakegpu.environment import GPU_MACHINE, ROOT, Environment
 from tools.fakegpu.parts import PARTS, PLANTED
@@ -45,12 +46,21 @@ def main() -> int:
     parser.add_argument("--torch", default=GPU_MACHINE.torch, help="version of torch's CUDA wheel")
     parser.add_argument("--triton", default=GPU_MACHINE.triton, help="version of Triton")
     commands = parser.add_subparsers(dest="do", required=True)
-    commands.add_parser("check").add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    check = commands.add_parser("check")
+    check.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    check.add_argument("--shard", type=Shard.parse, default=Shard(), help="K/N: the K-th of N parts of these")
     commands.add_parser("run").add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     options = parser.parse_args()
     environment = Environment(options.torch, options.triton)
     if options.do == "check" and (unknown := set(options.parts) - set(PARTS)):
         parser.error(f"parts are {', '.join(sorted(unknown))}; legal: {', '.join(PARTS)}")
+    parts = []
+    if options.do == "check":
+        versions = f"torch {environment.torch}, Triton {environment.triton}"
+        parts = [name for name in options.parts or PARTS if options.shard.holds(f"{name} of {versions}")]
+        if not parts:
+            print(f"{versions}: no part is in this shard")
+            return 0
     start = time.monotonic()
     environment.set_up()
     print(
@@ -58,7 +68,7 @@ def main() -> int:
     )
     if options.do == "run":
         return int(not run(environment, Path(options.argv[0]).name, options.argv))
-    failed = [name for name in options.parts or PARTS if not run(environment, name, PARTS[name])]
+    failed = [name for name in parts if not run(environment, name, PARTS[name])]
     print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
     return int(bool(failed))
 

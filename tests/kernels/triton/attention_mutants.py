@@ -67,40 +67,40 @@ ATTENTION_MUTANTS = [
     ),
 ]
 QUANTIZED = "test_attention_quantized.py"
-EXACT = (
-    f"{QUANTIZED}::test_of_the_values_that_codes_stand_for[attention_{{}}-triton-torch.int8-torch.float32-5-HND-GQA 4]"
-)
+VALUES = f"{QUANTIZED}::test_of_the_values_that_codes_stand_for"
+EXACT = {
+    "decode": f"{VALUES}[attention_decode-triton-torch.int8-torch.float16-5-HND-GQA 4]",
+    "prefill": f"{VALUES}[attention_prefill-triton-torch.int8-torch.float32-5-HND-GQA 4]",
+}
 EVERY_CODE = f"{QUANTIZED}::test_every_code_is_its_value"
 ANY_SCALE = f"{QUANTIZED}::test_scales_of_any_size"
 BASE_2 = "test_attention.py::test_the_log_sum_exp_to_base_2"
 PARTS = "triton/test_attention.py::test_a_workspace_holds_anything_before"
 SHORT = "triton/test_attention.py::test_a_workspace_that_is_too_small_is_refused_before_anything_is_written"
 QUANTIZED_MUTANTS = [
-    mutant("scales of keys forgotten", "flash", "scores *= k_scales[None, :]", "scores *= 1.0", EXACT.format("decode")),
-    mutant(
-        "scales of values forgotten", "flash", "weights *= (v_scales / unit)[None, :]", "pass", EXACT.format("decode")
-    ),
+    mutant("scales of keys forgotten", "flash", "scores *= k_scales[None, :]", "scores *= 1.0", EXACT["decode"]),
+    mutant("scales of values forgotten", "flash", "weights *= (v_scales / unit)[None, :]", "pass", EXACT["decode"]),
     mutant("the sum keeps its unit", "flash", "before / unit", "1.0", ANY_SCALE),
-    mutant("the sum stays in units", "flash", "    acc *= unit", "    acc *= 1.0", EXACT.format("decode")),
+    mutant("the sum stays in units", "flash", "    acc *= unit", "    acc *= 1.0", EXACT["decode"]),
     mutant("one unit for all", "flash", "tl.maximum(unit, tl.max(v_scales, 0))", "unit + 0", ANY_SCALE),
     mutant(
         "scales of one token",
         "flash",
         "k_scale_page_stride, 1, PAGE_SIZE)",
         "k_scale_page_stride, 0, PAGE_SIZE)",
-        EXACT.format("decode"),
+        EXACT["decode"],
     ),
     mutant(
         "scales past the end",
         "flash",
         "tl.load(ptrs, mask=exists, other=0.0) if MASKED else tl.load(ptrs)",
         "tl.load(ptrs)",
-        EXACT.format("decode").replace("5-HND-GQA 4", "64-NHD-MHA"),
+        f"{VALUES}[attention_decode-triton-torch.int8-torch.bfloat16-64-NHD-MHA]",
     ),
     mutant("codes without a sign", "flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
     mutant("codes without their bias", "flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
     *(
-        mutant(f"scales of {side}' first head in {op}", op, place, f"0 * {place}", EXACT.format(op))
+        mutant(f"scales of {side}' first head in {op}", op, place, f"0 * {place}", EXACT[op])
         for side in ("keys", "values")
         for op, head in (("decode", "kv_head.to(tl.int64)"), ("prefill", "kv_head"))
         for place in (f"{head} * {side[0].upper()}_SCALE_HEAD_STRIDE,",)

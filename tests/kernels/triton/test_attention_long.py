@@ -18,7 +18,6 @@ HEAD_DIM = 8
 
 
 @pytest.mark.interpreter
-@pytest.mark.slow
 def test_every_split_of_a_long_context_counts(checked: Report) -> None:
     """Each token at an edge of the first and last splits weighs as much as all ordinary ones: none is lost or twice."""
     batch = packed([1, 1], [LENGTH, 1], "MQA", torch.float16, HEAD_DIM)

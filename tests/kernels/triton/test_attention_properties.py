@@ -15,7 +15,7 @@ from fastllama.kernels import tuning
 from tests.kernels.honest import DTYPES, assert_equal, public
 from tests.kernels.test_attention import Packed, bounds, paged
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
+pytestmark = pytest.mark.interpreter
 
 HEAD_DIMS = [8, 16, 64, 80]
 CPU = torch.device("cpu")
