@@ -80,3 +80,10 @@ def test_links_lead_somewhere() -> None:
     local = [(page, link) for page, link in links if not link.startswith(("https://", "http://", "#"))]
     assert local
     assert [f"{name(page)}: {link}" for page, link in local if not (page.parent / link.split("#")[0]).exists()] == []
+
+
+def test_make_finds_each_test_that_compiles() -> None:
+    (folders,) = re.findall(r"^COMPILE_TESTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    marked = [path for path in sources() if re.search(r"mark\.compile\b", path.read_text(encoding="utf-8"))]
+    assert [name(path) for path in marked if not name(path).startswith(tuple(folders.split()))] == []
+    assert marked

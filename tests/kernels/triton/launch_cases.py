@@ -26,7 +26,7 @@ REPEATED = re.compile(
     r"|, 32 rows"
     r"|^matmul 7B (qkv|down) bf16, 64 rows"
     r"|^matmul_(int4|int8) 7B qkv bf16, (16|64|1024) rows, groups of 128$|^matmul_w8a8 7B qkv bf16, (64|1024) rows"
-    r"|groups of (64|11008)|16 rows, groups of 32|64 rows, groups of 128, (zeros|norm$|residual)"
+    r"|groups of (64|11008)|16 rows, groups of 32|64 rows, groups of 128($|, zeros|, norm$|, residual)"
 )
 CASES = [
     exhaustive(shipped, id=shipped.name) if REPEATED.search(shipped.name) else pytest.param(shipped, id=shipped.name)

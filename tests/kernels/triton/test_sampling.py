@@ -104,6 +104,7 @@ def test_what_the_kernel_does_not_take() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.exhaustive  # 200 numbers where others try those at the edges
 def test_draws_follow_the_distribution() -> None:
     """Pearson's chi-square of 200 draws, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
     count, logits = 200, torch.tensor([2.0, -1.0, 0.5, 0.5, 1.5, 0.0, -3.0, 1.0])
