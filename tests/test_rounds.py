@@ -69,7 +69,7 @@ def test_each_value_occurs_and_not_each_combination(collect: Collect) -> None:
 def test_parts_are_everything_once(collect: Collect) -> None:
     """A part may hold no test; a run that is no part must."""
     everything, _ = collect("-m", "exhaustive")
-    parts = [collect("-m", "exhaustive", "--shard", f"{part}/6") for part in range(1, 7)]
+    parts = [collect("-m", "exhaustive", "--shard", f"{part}/2") for part in (1, 2)]
     assert sorted(name for names, _ in parts for name in names) == sorted(everything)
     assert {status for _, status in parts} == {0}
     assert collect("-m", "exhaustive", "--shard", "1/1000") == ([], 0)

@@ -156,7 +156,7 @@ def test_the_reference_is_the_definition(shape: tuple[int, int, int, int], zeros
     )
 
 
-@pytest.mark.in_turn("dtype", "zeros")
+@pytest.mark.in_turn("zeros")
 @pytest.mark.parametrize("zeros", [None, torch.uint8], ids=["symmetric", "zeros"])
 @shapes
 @dtypes

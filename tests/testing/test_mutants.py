@@ -74,10 +74,8 @@ def test_tests_that_do_not_pass_without_a_fault_prove_nothing(project: Path, tes
 @pytest.mark.parametrize(
     ("tests", "markers", "outcome"),
     [
-        (("test_toy.py",), "slow", "killed"),
         (("test_toy.py",), "not slow", "survived"),
         (("-m", "slow", "test_toy.py"), "not slow", "untested"),
-        (("-m", "slow", "test_toy.py"), "", "killed"),
     ],
 )
 def test_markers_choose_among_a_mutants_tests(
