@@ -27,15 +27,17 @@ def repeats(item: pytest.Item) -> bool:
     The k-th case of the quick round has the k-th value of each parameter, counted round and round. All this is of the
     interpreter, where a case takes 0.1 to 1 s; compiled for the CPU it takes milliseconds.
     """
-    marker, case = item.get_closest_marker("in_turn"), getattr(item, "callspec", None)
+    marker = item.get_closest_marker("in_turn")
     if marker is None or item.get_closest_marker("interpreter") is None:
         return False
-    assert case is not None, f"{item.nodeid} has no parameters to take turns"
+    assert isinstance(item, pytest.Function)
+    given = item.callspec.params
+    assert set(marker.args) <= set(given), f"{item.nodeid}: {marker.args} take turns; legal: {', '.join(given)}"
     turns, rest = [], (0, 1)
     for grid in item.iter_markers("parametrize"):
         names = [grid.args[0]] if isinstance(grid.args[0], str) else list(grid.args[0])
         values = list(grid.args[1])
-        at = next(place for place, value in enumerate(values) if _holds(value, [case.params[name] for name in names]))
+        at = next(place for place, value in enumerate(values) if _holds(value, [given[name] for name in names]))
         own = [place for place, value in enumerate(values) if _tiers(value) == _tiers(values[at])]  # a process runs one
         axis = own.index(at), len(own)
         if set(names) & set(marker.args):
@@ -43,7 +45,8 @@ def repeats(item: pytest.Item) -> bool:
         else:
             rest = rest[0] * axis[1] + axis[0], rest[1] * axis[1]
     turns.append(rest)
-    return all(any(case % size != place for place, size in turns) for case in range(max(size for _, size in turns)))
+    rounds = range(max(size for _, size in turns))
+    return not any(all(k % size == place for place, size in turns) for k in rounds)
 
 
 def _holds(value: Any, expected: list[Any]) -> bool:

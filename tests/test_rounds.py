@@ -74,3 +74,8 @@ def test_parts_are_everything_once(collect: Collect) -> None:
     assert {status for _, status in parts} == {0}
     assert collect("-m", "exhaustive", "--shard", "1/1000") == ([], 0)
     assert collect("-m", "no_such") == ([], 5)
+
+
+def test_a_name_that_is_no_parameter_is_refused(collect: Collect, tmp_path: Path) -> None:
+    (tmp_path / "test_grid.py").write_text(SOURCE.replace('"heads", "size")', '"head")'))
+    assert collect()[1] == pytest.ExitCode.INTERNAL_ERROR

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fastllama.cli import info
 from fastllama.kernels.op import OPS, Function, Op
 from tests.cli.conftest import Command
+from tests.cli.models import write_model
 from tests.rounds import exhaustive
 
 TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
@@ -75,8 +77,9 @@ def test_generate_writes_what_the_reference_writes(
 
 
 @pytest.mark.interpreter
-def test_verify_covers_every_op(command: Command, model: str, force: Force, ran: set[str]) -> None:
+def test_verify_covers_every_op(command: Command, tmp_path: Path, force: Force, ran: set[str]) -> None:
     """In 16 bits it judges what `generate` cannot: whether tokens that differ are ties. Stock, bf16 fails it."""
+    model = write_model(tmp_path / "model", num_hidden_layers=1)
     force("triton")
     done = command("verify", "--model", model, "--dtype", "bfloat16", "--json")
     found = json.loads(done.out)

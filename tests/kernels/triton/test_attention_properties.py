@@ -15,7 +15,8 @@ from fastllama.kernels import tuning
 from tests.kernels.honest import DTYPES, assert_equal, public
 from tests.kernels.test_attention import Packed, bounds, paged
 
-pytestmark = pytest.mark.interpreter
+# Others have each edge; here they meet at random.
+pytestmark = [pytest.mark.interpreter, pytest.mark.exhaustive]
 
 HEAD_DIMS = [8, 16, 64, 80]
 CPU = torch.device("cpu")
