@@ -21,7 +21,7 @@ from fastllama.kernels.int8 import (
 from fastllama.kernels.matmul import embedding, matmul, matmul_workspace
 from fastllama.kernels.merge import merge_state
 from fastllama.kernels.norm import add_rms_norm, rms_norm
-from fastllama.kernels.op import Implementation, backend_of, compiling_announced
+from fastllama.kernels.op import Implementation, backend_of
 from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
 from fastllama.kernels.rounded import add_rms_norm_int8, rms_norm_int8, silu_mul_int8
 from fastllama.kernels.sampling import sample, sample_workspace
@@ -37,7 +37,6 @@ __all__ = [
     "attention_varlen",
     "attention_workspace",
     "backend_of",
-    "compiling_announced",
     "cos_sin_cache",
     "dequantize_int4",
     "dequantize_int8",

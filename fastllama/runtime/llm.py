@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from fastllama import kernels
 from fastllama.errors import check_choice, reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.kernels.op import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
@@ -124,7 +124,7 @@ class LLM:
         if quantization == "bf12" and (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
             raise ValueError(f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU")
         self.quantization = None if quantization == "auto" else quantization  # what is done
-        with nullcontext() if progress is False else kernels.compiling_announced(loaded.device):
+        with nullcontext() if progress is False else compiling_announced(loaded.device):
             if quantization == "bf12":
                 packing.pack(loaded, progress=progress)
             elif quantization in packing.QUANTIZED:

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("numba")
 import numba
 
-from fastllama import kernels
 from fastllama.kernels.numba import compiling
+from fastllama.kernels.op import compiling_announced
 
 
 def compile_one() -> None:
@@ -39,7 +39,7 @@ def test_kernels_are_counted_without_what_they_call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiling, "PATIENCE", 0.0)
-    with kernels.compiling_announced(torch.device("cpu")):
+    with compiling_announced(torch.device("cpu")):
         compile_one()
         compile_one()
     first, last = capsys.readouterr().err.splitlines()

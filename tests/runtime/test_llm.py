@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama import LLM, SamplingParams, kernels
+from fastllama import LLM, SamplingParams
 from fastllama.io.chat import encode_chat
 from fastllama.runtime import memory
 from fastllama.runtime.engine import Engine
@@ -317,7 +317,7 @@ def test_without_progress_compilation_is_not_said(monkeypatch: pytest.MonkeyPatc
         said.append(device.type)
         yield
 
-    monkeypatch.setattr(kernels, "compiling_announced", announced)
+    monkeypatch.setattr("fastllama.runtime.llm.compiling_announced", announced)
     for progress in (False, None):
         with running(ours(), progress=progress):
             pass
