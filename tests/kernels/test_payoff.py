@@ -65,3 +65,10 @@ def test_calls_that_were_not_seen_before_decide_nothing() -> None:
             machine.run(0.01, alone=1e-2, together=0.5e-2, call=f"{prompt}, {layer}")
         shared += machine.run(0.1, alone=2e-4, together=1e-4)
     assert shared / 50 > 0.9
+
+
+def test_calls_of_ever_new_kinds_are_forgotten() -> None:
+    machine = Machine(threads.Payoff())
+    for kind in range(50_000):
+        machine.run(1e-4, alone=1e-4, together=1e-4, call=str(kind))
+    assert len(machine.payoff._usual) <= threads.Payoff.KNOWN + 1000

@@ -45,6 +45,7 @@ class Payoff:
     GAIN = 0.95  # of the time alone, at most, for helpers to be taken
     GAP = 200e-6  # seconds before a call that are counted with it, at most: what its threads do to all else
     WEIGHT = 0.05  # of the last call in what is usual
+    KNOWN = 4096  # kinds of calls: a server that runs for months sees prompts of any length
 
     def __init__(self) -> None:
         self.together = True  # how the next call is to run
@@ -78,6 +79,8 @@ class Payoff:
     def _decide(self) -> None:
         seconds, expected, passed = self._seconds, self._expected, self._seconds + self._unknown
         self._seconds = self._expected = self._unknown = 0.0
+        if len(self._usual) > self.KNOWN:
+            self._usual.clear()
         if self.together != self._better:  # a trial ends
             if seconds < expected * (self.GAIN if self.together else 1):
                 self._better, self._pause = self.together, self.PAUSES[0]
