@@ -26,8 +26,8 @@ from benchmarks.engine_overhead import null_model
 from fastllama import LLM, SamplingParams
 from fastllama.bench.environment import environment, write_record
 from fastllama.bench.workload import LONGEST, prompts_of
-from fastllama.runtime.block_pool import BlockPool
-from fastllama.runtime.scheduler import Scheduler
+from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.scheduler import Scheduler
 
 VOCAB = 256  # of the model that computes nothing: small, so that the draw is next to nothing too
 TIMED = ((BlockPool, "match_prefix"), (Scheduler, "_publish_next"))

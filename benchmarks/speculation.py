@@ -31,10 +31,10 @@ from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.bench import models
 from fastllama.bench.environment import environment, write_record
 from fastllama.bench.text import table
-from fastllama.runtime.prompt_lookup import PROMPT_LOOKUP
-from fastllama.runtime.sequence import Sequence as Tokens
-from fastllama.runtime.speculation import Pace
-from fastllama.runtime.step import Step
+from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
+from fastllama.runtime.drafting.speculation import Pace
+from fastllama.runtime.planning.sequence import Sequence as Tokens
+from fastllama.runtime.planning.step import Step
 
 SENTENCES = (
     "The cat sat on the mat.",

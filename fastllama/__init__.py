@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Resolved on first use: `import fastllama` touches no device and imports neither torch nor Triton.
 _HOME = {
     "LLM": "fastllama.runtime.llm",
-    "AsyncEngine": "fastllama.runtime.async_engine",
+    "AsyncEngine": "fastllama.runtime.serving.async_engine",
     "SamplingParams": "fastllama.runtime.params",
     "RequestOutput": "fastllama.runtime.outputs",
     "CompletionOutput": "fastllama.runtime.outputs",
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from fastllama.io.tokenizer import load_tokenizer
     from fastllama.layers.config import LlamaConfig
     from fastllama.layers.model import LlamaForCausalLM
-    from fastllama.runtime.async_engine import AsyncEngine
     from fastllama.runtime.llm import LLM
     from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestOutput
     from fastllama.runtime.params import SamplingParams
+    from fastllama.runtime.serving.async_engine import AsyncEngine
 
 
 def __getattr__(name: str) -> Any:

@@ -19,13 +19,13 @@ from fastllama.bench.environment import environment
 from fastllama.errors import check_choice, check_range
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model, resolve_dtype
+from fastllama.io.load import load_model, resolve_device, resolve_dtype
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime.llm import LLM, resolve_device
+from fastllama.runtime.llm import LLM
 from fastllama.runtime.options import KV_DTYPES
 from fastllama.runtime.params import SamplingParams
 

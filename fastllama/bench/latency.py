@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from fastllama.bench.workload import Prompts
-from fastllama.runtime.async_engine import AsyncEngine
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.serving.async_engine import AsyncEngine
 
 
 async def arrivals(llm: LLM, prompts: Prompts, tokens: int, rate: float, generator: random.Random) -> dict[str, Any]:

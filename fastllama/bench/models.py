@@ -13,7 +13,7 @@ from fastllama.io.hub import resolve_model
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime.memory import available_bytes
+from fastllama.runtime.device.memory import available_bytes
 
 SHAPES = {"tiny": None, "1.1b": "tinyllama-1.1b", "7b": "llama-2-7b", "13b": "llama-2-13b", "70b": "llama-2-70b"}
 FEW = 64  # entries of the vocabulary of a model that is made for its layer

@@ -1,38 +1,14 @@
-"""What every checkpoint format offers: a configuration, and its tensors under Hugging Face names, lazily."""
+"""From a path to a checkpoint in the format that it is recognised as."""
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from fastllama.errors import CheckpointError
-from fastllama.layers.config import DTYPES, LlamaConfig
-
-AGAIN = "download or copy it again"
-
-
-class Checkpoint(ABC):
-    """A Llama on disk. Opening reads headers only; weights stay in the files until `tensors` reaches them."""
-
-    path: Path
-    config: LlamaConfig
-
-    @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, as (Hugging Face name, CPU tensor in Hugging Face's layout), one shard mapped at a time.
-
-        Raises CheckpointError when a file turns out to be damaged.
-        """
-
-    def file_of(self, name: str) -> Path:
-        """The file that holds the tensor, or the folder when the format spreads it over several."""
-        return self.path
+from fastllama.io.formats.base import Checkpoint
+from fastllama.io.formats.hf import HfCheckpoint
+from fastllama.io.formats.llama2c import Llama2cCheckpoint
+from fastllama.io.formats.meta import MetaCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -40,10 +16,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises FileNotFoundError if nothing is there, CheckpointError if it is no checkpoint or a damaged one.
     """
-    from fastllama.io.hf import HfCheckpoint
-    from fastllama.io.llama2c import Llama2cCheckpoint
-    from fastllama.io.meta import MetaCheckpoint
-
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_file():
@@ -56,38 +28,3 @@ def open_checkpoint(path: Path) -> Checkpoint:
         f"{path} holds neither config.json (Hugging Face) nor params.json (Meta); "
         "give a folder that holds one, or a llama2.c file"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or CheckpointError if it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save, memory-mapped, without running code from it (weights_only)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, {AGAIN}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged archive surfaces as anything from KeyError to UnpicklingError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({reason}); {AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{path} is not a plain dictionary of tensors; expected a model's state dict")
-    return state
-
-
-def dtype_name(tensor: Tensor) -> str | None:
-    """The dtype as a configuration spells it, None where a Llama cannot run in it."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return name if name in DTYPES else None

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastllama.errors import check_choice
-from fastllama.io.checkpoint import Checkpoint, open_checkpoint
+from fastllama.io.checkpoint import open_checkpoint
+from fastllama.io.formats.base import Checkpoint
 from fastllama.io.hub import resolve_model
 from fastllama.layers.config import DTYPES, LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
@@ -42,6 +43,23 @@ def resolve_dtype(dtype: str | torch.dtype, config: LlamaConfig) -> torch.dtype:
     check_choice("dtype", name, ("auto", *DTYPES))
     resolved = getattr(torch, (config.dtype or "float32") if name == "auto" else name)
     assert isinstance(resolved, torch.dtype)
+    return resolved
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that `device` names; "auto" is cuda where there is one. Raises ValueError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...") from None
+    check_choice("device type", resolved.type, ("cpu", "cuda"))
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise ValueError(
+            f"device is {str(device)!r}, and torch sees {count} CUDA devices; legal here: 'cpu' or a device it sees"
+        )
     return resolved
 
 

@@ -16,22 +16,21 @@ from fastllama.io.tokenizer import Tokenizer
 from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.runtime import memory, sampler
-from fastllama.runtime.block_pool import BlockPool
-from fastllama.runtime.draft_model import DraftModel
-from fastllama.runtime.execution import Launched, launch
-from fastllama.runtime.forking import check_fork
+from fastllama.runtime.device import memory, sampler
+from fastllama.runtime.device.execution import Launched, launch
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.device.warm_up import warm_up
+from fastllama.runtime.drafting.draft_model import DraftModel
+from fastllama.runtime.drafting.prompt_lookup import PromptLookup
+from fastllama.runtime.drafting.speculation import Drafter, Speculation
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import KV_DTYPES, EngineOptions
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.prompt_lookup import PromptLookup
-from fastllama.runtime.runner import Runner
-from fastllama.runtime.scheduler import Scheduler
-from fastllama.runtime.sequence import Request, Sequence, Status
-from fastllama.runtime.speculation import Drafter, Speculation
-from fastllama.runtime.step import Step
-from fastllama.runtime.warm_up import warm_up
+from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.scheduler import Scheduler
+from fastllama.runtime.planning.sequence import Request, Sequence, Status, check_fork
+from fastllama.runtime.planning.step import Step
 
 logger = logging.getLogger("fastllama")
 

@@ -11,7 +11,7 @@ from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.sequence import Request, Sequence, Status
+from fastllama.runtime.planning.sequence import Request, Sequence, Status
 
 
 class TextStream:

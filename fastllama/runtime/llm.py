@@ -15,18 +15,18 @@ from tqdm import tqdm
 from fastllama.errors import check_choice, reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model
+from fastllama.io.load import load_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 from fastllama.kernels.op import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.prompt_lookup import PROMPT_LOOKUP
 
 
 class LLM:
@@ -274,23 +274,6 @@ class LLM:
                 ended = {generation for generation in self.engine.step() if generation.finished} & pending
                 pending -= ended
                 bar.update(len(ended))
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device` names; "auto" is cuda where there is one. Raises ValueError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device is {device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...") from None
-    check_choice("device type", resolved.type, ("cpu", "cuda"))
-    count = torch.cuda.device_count()
-    if resolved.type == "cuda" and (resolved.index or 0) >= count:
-        raise ValueError(
-            f"device is {str(device)!r}, and torch sees {count} CUDA devices; legal here: 'cpu' or a device it sees"
-        )
-    return resolved
 
 
 def _find_tokenizer(tokenizer: str | Path | Tokenizer | None, model: Path | None) -> Tokenizer | None:

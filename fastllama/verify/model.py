@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastllama.io.checkpoint import Checkpoint
+from fastllama.io.formats.base import Checkpoint
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
 from fastllama.runtime.llm import LLM

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prefix_cost
-from fastllama.runtime.block_pool import BlockPool
-from fastllama.runtime.scheduler import Scheduler
+from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.scheduler import Scheduler
 from tests.runtime.models import ours, running
 
 

@@ -17,9 +17,9 @@ from fastllama import LLM, load_tokenizer
 from fastllama.cli import chat
 from fastllama.cli.main import main
 from fastllama.io.chat import Message, encode_chat
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.runner import Runner
-from fastllama.runtime.speculation import Pace
 from tests.cli.conftest import Command, Done
 
 Talk = Callable[..., Done]

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fastllama import LLM, RequestOutput, SamplingParams
-from fastllama.runtime.speculation import Pace
+from fastllama.runtime.drafting.speculation import Pace
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
 

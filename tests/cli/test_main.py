@@ -17,7 +17,7 @@ import pytest
 import fastllama
 from fastllama.cli import info, main
 from fastllama.errors import BackendError, ExtraRequiredError
-from fastllama.runtime import memory
+from fastllama.runtime.device import memory
 from tests.cli.conftest import Command
 
 ROOT = Path(fastllama.__file__).parents[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tools.rooms import Room, imported, module_name, rooms
 
 PACKAGE = Path(__file__).parents[2] / "fastllama"
 
@@ -18,16 +19,12 @@ MAY_IMPORT = {
     "env": {"errors"},
     "kernels": BASE,
     "testing": BASE,  # for kernels of any project; here the command alone imports it, to repair Triton's interpreter
-    "quant": BASE | {"kernels"},
-    "layers": BASE | {"kernels", "quant"},
-    "io": BASE | {"kernels", "quant", "layers"},
-    "runtime": BASE | {"kernels", "quant", "layers", "io"},
-    "integrations": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "serve": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "verify": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "bench": BASE | {"kernels", "quant", "layers", "io", "runtime"},
-    "cli": BASE
-    | {"kernels", "quant", "layers", "io", "runtime", "integrations", "serve", "verify", "bench", "testing"},
+    "layers": BASE | {"kernels"},
+    "io": BASE | {"kernels", "layers"},
+    "runtime": BASE | {"kernels", "layers", "io"},
+    "verify": BASE | {"kernels", "layers", "io", "runtime"},
+    "bench": BASE | {"kernels", "layers", "io", "runtime"},
+    "cli": BASE | {"kernels", "layers", "io", "runtime", "verify", "bench", "testing"},
 }
 # Optional packages, each with the only folders that may import it.
 HOMES = {
@@ -37,38 +34,26 @@ HOMES = {
     "matplotlib": ("fastllama.bench.",),
 }
 # The planning half of the runtime is testable in microseconds because it knows no tensors.
-PLANNING = ("params", "outputs", "sequence", "step", "block_pool", "scheduler", "inputs", "isolation", "speculation")
-PLANNING += ("prompt_lookup", "mailbox", "statistics")
-TORCH_FREE = [f"fastllama.runtime.{name}" for name in PLANNING]
+PLANNING = (
+    "params",
+    "outputs",
+    "drafting.speculation",
+    "drafting.prompt_lookup",
+    "serving.mailbox",
+    "serving.statistics",
+)
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth of it, in absolute spelling."""
-    here = module_name(path).split(".")
-    if path.name != "__init__.py":
-        here = here[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = here[: len(here) - node.level + 1] if node.level else []
-            base = ".".join([*above, *filter(None, [node.module])])
-            # `from fastllama import env` imports the module fastllama.env: keep both readings
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found
+def planning() -> list[str]:
+    folder = [module_name(path) for path in sorted((PACKAGE / "runtime" / "planning").glob("*.py"))]
+    return [*folder, *(f"fastllama.runtime.{name}" for name in PLANNING)]
 
 
 def packages(modules: set[str]) -> set[str]:
     return {module.split(".")[0] for module in modules}
 
 
-def rooms(modules: set[str]) -> set[str]:
+def rooms_of(modules: set[str]) -> set[str]:
     return {parts[1] for module in modules if (parts := module.split("."))[0] == "fastllama" and len(parts) > 1}
 
 
@@ -81,8 +66,20 @@ def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
     room = module_name(path).split(".")[1]
     assert room in MAY_IMPORT, f"{room} is a new room: give it its place in MAY_IMPORT and in docs/architecture.md"
     # what stands in the root itself (fastllama.LLM) is for users: inside, it would be a way around the order
-    wrong = rooms(imported(path)) - MAY_IMPORT[room] - {room, "__version__"}
+    wrong = rooms_of(imported(path)) - MAY_IMPORT[room] - {room, "__version__"}
     assert not wrong, f"{module_name(path)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("room", rooms(), ids=lambda room: room.name)
+def test_nothing_in_a_room_imports_what_imports_it(room: Room) -> None:
+    assert room.circles == []
+
+
+def test_a_checkpoint_format_knows_only_the_formats() -> None:
+    """What picks a format imports them all, so that none may import it back."""
+    found = set().union(*map(imported, (PACKAGE / "io" / "formats").glob("*.py")))
+    wrong = {each for each in found if each.startswith("fastllama.io.") and not each.startswith("fastllama.io.formats")}
+    assert wrong == set()
 
 
 def test_only_the_entries_stand_beside_the_rooms() -> None:
@@ -117,7 +114,7 @@ def run(code: str, *absent: str) -> str:
 
 
 def test_planning_imports_without_torch() -> None:
-    assert run(f"import {', '.join(TORCH_FREE)}; print('ok')", "torch", "numpy", "triton") == "ok\n"
+    assert run(f"import {', '.join(planning())}; print('ok')", "torch", "numpy", "triton") == "ok\n"
 
 
 def test_import_fastllama_loads_nothing_heavy() -> None:

@@ -16,13 +16,13 @@ from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.bench.models import random_model
 from fastllama.layers.batch import KVCache
 from fastllama.layers.block import LlamaMLP
-from fastllama.runtime import execution, sampler
-from fastllama.runtime.buffers import Buffers
-from fastllama.runtime.host_cache import HostCache
-from fastllama.runtime.runner import Runner
-from fastllama.runtime.sampler import StepLogits
-from fastllama.runtime.speculation import Pace
-from fastllama.runtime.step import Step
+from fastllama.runtime.device import execution, sampler
+from fastllama.runtime.device.buffers import Buffers
+from fastllama.runtime.device.host_cache import HostCache
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.device.sampler import StepLogits
+from fastllama.runtime.drafting.speculation import Pace
+from fastllama.runtime.planning.step import Step
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import torch
 
 from fastllama.errors import CheckpointError
 from fastllama.io import load
-from fastllama.io.load import load_model, resolve_dtype
+from fastllama.io.load import load_model, resolve_device, resolve_dtype
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
 from tests.io.checkpoints import hf_state, random_llama, write_hf_bin, write_llama2c, write_meta
@@ -208,3 +208,19 @@ def test_memory_peaks_at_the_model_and_one_shard(tmp_path: Path) -> None:
         shards = [file.stat().st_size for file in path.iterdir() if file.suffix == f".{path.name}"]
         assert sum(shards) > 4 * max(shards)  # so that holding all of them would show
         assert model < peak < model + 1.5 * max(shards), path.name
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_devices(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    assert resolve_device("auto") == torch.device("cuda" if count else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+    for device, needed in (("cuda", 1), ("cuda:1", 2), (torch.device("cuda", 2), 3)):
+        if count >= needed:
+            assert resolve_device(device) == torch.device(device)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"^device is '{device}', and torch sees {count} CUDA devices; legal here: "
+            ):
+                resolve_device(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastllama.runtime.runner import Runner
+from fastllama.runtime.device.runner import Runner
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import torch
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.runtime import engine as engine_module
-from fastllama.runtime.execution import Launched
+from fastllama.runtime.device.execution import Launched
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.sequence import UNKNOWN
+from fastllama.runtime.planning.sequence import UNKNOWN
+from tests.runtime.device.test_graphs import StandIn
 from tests.runtime.models import Scripted, ours, prompt_of, running
 from tests.runtime.test_engine import interrupted_at
-from tests.runtime.test_graphs import StandIn
 
 NEW_TOKENS = 20
 PROMPTS = [prompt_of(length, seed=6) for length in (1, 17, 40, 30, 33)]

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastllama import LlamaForCausalLM, SamplingParams
 from fastllama.layers import packing
 from fastllama.layers.linear import PackedLinear
-from fastllama.runtime import sampler
-from fastllama.runtime.runner import StepLogits
+from fastllama.runtime.device import sampler
+from fastllama.runtime.device.runner import StepLogits
 from tests.runtime.models import ours, prompt_of, running
 
 PROMPTS = [prompt_of(length) for length in (1, 2, 15, 16, 33, 70)]

@@ -11,7 +11,7 @@ import pytest
 from fastllama import LLM, SamplingParams
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation, TextStream
-from fastllama.runtime.sequence import Status
+from fastllama.runtime.planning.sequence import Status
 from tests.runtime.models import ours, prompt_of, running
 from tests.runtime.test_engine import HOT, alone, finish, num_held, tokens_of
 from tests.runtime.test_generation import FILLER, Pieces, saying

@@ -15,9 +15,8 @@ import torch
 
 from fastllama import LLM, SamplingParams
 from fastllama.io.chat import encode_chat
-from fastllama.runtime import memory
+from fastllama.runtime.device import memory
 from fastllama.runtime.engine import Engine
-from fastllama.runtime.llm import resolve_device
 from tests.io import tokenizer_samples as samples
 from tests.runtime.models import Scripted, check_idle, ours, prompt_of, running
 
@@ -205,22 +204,6 @@ def test_what_does_not_fit_the_model(options: dict[str, Any], message: str) -> N
     with pytest.raises(ValueError, match="legal: ") as raised:
         LLM(ours(), **({"kv_cache_tokens": 1024} | options))
     assert str(raised.value).startswith(message)
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_devices(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    assert resolve_device("auto") == torch.device("cuda" if count else "cpu")
-    assert resolve_device("cpu") == torch.device("cpu")
-    for device, needed in (("cuda", 1), ("cuda:1", 2), (torch.device("cuda", 2), 3)):
-        if count >= needed:
-            assert resolve_device(device) == torch.device(device)
-        else:
-            with pytest.raises(
-                ValueError, match=rf"^device is '{device}', and torch sees {count} CUDA devices; legal here: "
-            ):
-                resolve_device(device)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from torch import Tensor
 from fastllama import LLM, AsyncEngine, LlamaForCausalLM, SamplingParams
 from fastllama.errors import QueueFullError, RequestError
 from fastllama.layers.batch import BatchMeta, KVCache
-from fastllama.runtime.async_engine import RequestStream
+from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.mailbox import Mailbox
 from fastllama.runtime.outputs import CompletionOutput
-from fastllama.runtime.sequence import Request, Sequence
-from fastllama.runtime.speculation import Pace
+from fastllama.runtime.planning.sequence import Request, Sequence
+from fastllama.runtime.serving.async_engine import RequestStream
+from fastllama.runtime.serving.mailbox import Mailbox
 from tests.runtime.models import VOCAB, check_idle, ours, prompt_of
-from tests.runtime.test_async_engine import all_of, joined
+from tests.runtime.serving.test_async_engine import all_of, joined
 from tests.runtime.test_generation import Pieces
 
 EOS, CURSED, POISONED = 11, 95, 96

@@ -19,9 +19,9 @@ from fastllama.layers.block import LlamaMLP
 from fastllama.layers.config import RopeScaling
 from fastllama.layers.linear import RMSNorm
 from fastllama.layers.weights import hf_tensors
-from fastllama.runtime import sampler
-from fastllama.runtime.graphs import DecodeGraphs
-from fastllama.runtime.runner import Runner
+from fastllama.runtime.device import sampler
+from fastllama.runtime.device.graphs import DecodeGraphs
+from fastllama.runtime.device.runner import Runner
 from fastllama.verify import Report, Row, check, model, oracle
 from tests.cli.models import SIZES, write_model
 

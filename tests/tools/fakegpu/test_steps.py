@@ -11,7 +11,7 @@ pytestmark = pytest.mark.fakegpu
 PROGRAM = """
 import torch
 from fastllama import LLM, SamplingParams
-from fastllama.runtime import graphs
+from fastllama.runtime.device import graphs
 
 load = graphs._Graph.load
 

@@ -101,7 +101,7 @@ def watch_steps(graphs: ModuleType) -> None:
 AFTER_IMPORT = {
     "torch": patch_torch,
     "triton.runtime.jit": note_compilations,
-    "fastllama.runtime.graphs": watch_steps,
+    "fastllama.runtime.device.graphs": watch_steps,
     "benchmarks.gpu.answers": patch_answers,
 }
 

@@ -1,0 +1,53 @@
+"""Steps on their way through the device: run, drawn from, not yet read."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from fastllama.runtime.device import sampler
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.outputs import TokenLogprob
+from fastllama.runtime.planning.isolation import run_parts
+from fastllama.runtime.planning.sequence import Request, Sequence
+from fastllama.runtime.planning.step import Step
+
+
+class Computed(NamedTuple):
+    """What the tokens of a step, or of a part of one, give."""
+
+    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
+    draws: sampler.Draws
+
+
+class Launched(NamedTuple):
+    """A step that runs, in parts where it did not as a whole, and the requests for which it raised."""
+
+    step: Step
+    parts: list[Computed]
+    failures: dict[Request, Exception]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs as it was scheduled."""
+        return len(self.parts) == 1 and not self.failures
+
+    def read(self) -> list[sampler.Draw]:
+        """What was drawn, as soon as it is there."""
+        return [drawn for part in self.parts for drawn in part.draws.read()]
+
+
+def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launched | None = None) -> Launched:
+    """Have the device run a step. Raises what that raises, but where it is to be isolated: see isolation.py.
+
+    before: the step before, if that has not been read.
+    """
+    compute = partial(_compute, runner, None if before is None else before.parts[0].draws)
+    if isolate:
+        return Launched(step, *run_parts(step, compute))
+    return Launched(step, [compute(step)], {})
+
+
+def _compute(runner: Runner, before: sampler.Draws | None, step: Step) -> Computed:
+    logits = runner.run(step, before)
+    return Computed(sampler.prompt_logprobs(logits), sampler.start(logits))

@@ -1,0 +1,171 @@
+"""Decode steps, draws included, captured once for each shape and run again over the same buffers, without the modules.
+
+On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
+device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
+for each `bucket`, and the rows beyond a batch are padding, which no kernel writes for. On a CPU it is a record of what
+the ops ran (kernels/recording.py), of exactly the sequences there are.
+A step's tokens are drawn to where the next step of the same shape reads its ids: while the same sequences go on,
+nothing is moved between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastllama import env, kernels
+from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device.buffers import Buffers
+from fastllama.runtime.device.capture import Capture
+from fastllama.runtime.device.sampler import DTYPES, Drawn, Draws
+from fastllama.runtime.planning.inputs import Inputs, parameters
+
+PADDING = -1  # the slot of a row that is nobody's
+_Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class DecodeGraphs:
+    """Runs decode steps of a model: the first of each shape while it is captured, the others by replaying it.
+
+    Every step runs as it is written where the model has a forward of its own, a module has hooks, something between ops
+    computes that cannot be recorded, a step could not be captured, or FASTLLAMA_GRAPHS is 0. Other Python inside the
+    modules runs only while a step is captured, and parameters are those of that moment.
+    batch_of: BatchMeta, but for what is the same in every step.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, kv: KVCache, capture: Capture, batch_of: Callable[..., BatchMeta]
+    ) -> None:
+        self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
+        self._modules = list(model.modules())
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}  # that was run last comes last
+        self.replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
+
+    def take(self, inputs: Inputs) -> bool:
+        """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
+        return (
+            self.replayable
+            and "forward" not in vars(self._model)
+            and inputs.num_decodes == len(inputs.seq_lens)
+            and len(inputs.logits_rows) == len(inputs.ids)
+            and not inputs.prompts
+            and len({sample.row for sample in inputs.samples}) == len(inputs.samples)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+        )
+
+    def _shape(self, inputs: Inputs) -> tuple[int, int, int]:
+        return *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
+
+    def run(self, inputs: Inputs, before: Draws | None) -> tuple[Tensor, Drawn]:
+        """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
+
+        To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
+        step before, from which the tokens come that are UNKNOWN here.
+        """
+        shape = self._shape(inputs)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            graph = _Graph(*shape, self._model.device, self._batch_of)
+            graph.load(inputs, before)
+            logits, replay = self._capture.capture(graph.step(self._model, self._kv))
+            if replay is None:
+                self.replayable = False
+                self._graphs.clear()
+                return logits[: len(inputs.ids)], graph.drawn
+            if len(self._graphs) == self._capture.limit:
+                del self._graphs[next(iter(self._graphs))]
+            graph.replay, self._graphs[shape] = replay, graph
+        else:
+            self._graphs[shape] = self._graphs.pop(shape)
+            graph.load(inputs, before)
+            logits = graph.replay()
+        return logits[: len(inputs.ids)], graph.drawn
+
+
+class _Graph:
+    """The step of one shape: its inputs' buffers, what computes it, and the tokens drawn.
+
+    drawn: its tokens are the step's ids, until they are drawn over. replay: computes the loaded step and returns its
+    logits.
+    """
+
+    replay: Callable[[], Tensor]
+
+    def __init__(
+        self, num_seqs: int, num_pages: int, num_queries: int, device: torch.device, batch_of: Callable[..., BatchMeta]
+    ) -> None:
+        rows, wide, narrow = num_seqs * num_queries, torch.int64, torch.int32
+        inputs: _Parts = {
+            "positions": ((rows,), wide),
+            "slots": ((rows,), wide),
+            "seq_lens": ((num_seqs,), narrow),
+            "page_table": ((num_seqs, num_pages), narrow),
+        }
+        draws: _Parts = {name: ((rows,), dtype) for name, dtype in DTYPES.items()}
+        # Of ids of which the host does not know all: those it knows, which it does not, and their places before.
+        passed_on: _Parts = {"known": ((rows,), wide), "unknown": ((rows,), torch.bool), "places": ((rows,), wide)}
+        drawn: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
+        self._buffers = Buffers(inputs | draws | passed_on | drawn, device)
+        given = self._buffers.device
+        self.drawn = Drawn(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
+        self._passed_on = [given[name] for name in passed_on]
+        self._taken = torch.empty_like(given["tokens"])
+        self._parameters = {name: given[name] for name in draws}
+        self._num_seqs = num_seqs  # that the buffers hold numbers of
+        self._batch = batch_of(
+            **{name: given[name] for name in inputs},
+            num_decodes=num_seqs,
+            num_queries=num_queries,
+            cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
+            logits_rows=torch.arange(rows, device=device),
+        )
+
+    def step(self, model: LlamaForCausalLM, kv: KVCache) -> Callable[[], Tensor]:
+        """What computes the loaded step and returns its logits."""
+        tokens, logprobs = self.drawn.tokens, self.drawn.logprobs
+
+        def run() -> Tensor:
+            logits = model(tokens, self._batch, kv)
+            kernels.sample(logits, **self._parameters, tokens=tokens, logprobs=logprobs)
+            return logits
+
+        return run
+
+    def load(self, inputs: Inputs, before: Draws | None) -> None:
+        """Send a step's numbers to the device, and have the ids there that only the device knows."""
+        host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
+        rows = len(inputs.ids)
+        for name in ("positions", "slots"):
+            host[name][:rows] = getattr(inputs, name)
+        host["seq_lens"][:num_seqs] = inputs.seq_lens
+        host["page_table"][:num_seqs, :width] = inputs.page_table
+        drawn = [sample.row for sample in inputs.samples]
+        where = slice(rows) if drawn == list(range(rows)) else drawn  # by places, 64 rows take 15 us longer
+        for name, values in parameters(inputs.samples).items():
+            host[name][where] = values
+        if num_seqs < self._num_seqs:
+            host["slots"][rows:] = PADDING
+            host["seq_lens"][num_seqs:] = 0
+        self._num_seqs = num_seqs
+        if not inputs.unknown:
+            host["tokens"][:rows] = inputs.ids
+            self._buffers.send()
+            return
+        assert before is not None, "a token that nobody draws"
+        at, sequences = map(list, zip(*inputs.unknown, strict=True))
+        places = before.rows_of(sequences)
+        if before.drawn is self.drawn and at == places == list(range(rows)):  # the same sequences once more
+            self._buffers.send(before="tokens")
+            return
+        host["known"][:rows] = inputs.ids
+        host["places"][:rows] = 0
+        host["places"][at] = places
+        host["unknown"][:rows] = False
+        host["unknown"][at] = True
+        self._buffers.send(before="tokens")
+        known, unknown, place = (each[:rows] for each in self._passed_on)
+        torch.index_select(before.drawn.tokens, 0, place, out=self._taken[:rows])
+        torch.where(unknown, self._taken[:rows], known, out=self.drawn.tokens[:rows])

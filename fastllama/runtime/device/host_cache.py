@@ -1,0 +1,61 @@
+"""Pages of host memory behind those of the device: what their keys and values move to, and come back from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.layers.batch import KVCache
+from fastllama.layers.config import LlamaConfig
+from fastllama.runtime.device.memory import available_bytes
+from fastllama.runtime.planning.block_pool import Transfer
+
+logger = logging.getLogger("fastllama")
+
+
+class HostCache:
+    """Pages for num_tokens tokens, in the layout of `kv` and of the same dtype; pinned where `kv` is on a GPU.
+
+    Raises ValueError, in terms of the option host_cache_tokens, where there is too little memory for them.
+    """
+
+    def __init__(self, kv: KVCache, config: LlamaConfig, num_tokens: int) -> None:
+        pages = kv.layers[0].k_pages
+        self._num_device_pages, page_size = pages.shape[0], pages.shape[2]
+        num_pages = ceil_div(num_tokens, page_size)
+        pinned = pages.device.type == "cuda"
+        size = num_pages * page_size * KVCache.bytes_per_token(config, pages.dtype)
+        if pinned:
+            size = KVCache.pinned_bytes(config, num_pages * page_size, pages.dtype)
+        fits = available_bytes(torch.device("cpu"))
+        refusal = (
+            f"host_cache_tokens is {num_tokens}, which take {size / 1e9:.2f} GB of host memory; legal here: "
+            f"what fits into {fits / 1e9:.2f} GB"
+        )
+        if size > fits:
+            raise ValueError(refusal)
+        try:
+            host = KVCache.allocate(config, num_pages, page_size, pages.dtype, "cpu", pinned=pinned)
+        except RuntimeError as error:  # what torch raises where memory, or memory to pin, runs out
+            raise ValueError(refusal) from error
+        # (device, host) of each layer's tensors. A page of one is contiguous: one copy, without memory in between.
+        self._pairs = [
+            pair
+            for layers in zip(kv.layers, host.layers, strict=True)
+            for pair in zip(*(layer.tensors() for layer in layers), strict=True)
+        ]
+        logger.info("host cache: %d tokens, %.2f GB", num_pages * page_size, size / 1e9)
+
+    @torch.inference_mode()
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy pages in this order, behind what runs on the device; the host waits for none of it."""
+        first = self._num_device_pages
+        for source, destination in transfers:
+            for device, host in self._pairs:
+                if destination < first:
+                    device[destination].copy_(host[source - first], non_blocking=True)
+                else:
+                    host[destination - first].copy_(device[source], non_blocking=True)

@@ -1,0 +1,111 @@
+"""Runs a scheduler's step on the device: page copies, tensors of the batch, the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastllama import env
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device.buffers import on_device
+from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCapture
+from fastllama.runtime.device.graphs import DecodeGraphs
+from fastllama.runtime.device.host_cache import HostCache
+from fastllama.runtime.device.sampler import Draws, StepLogits
+from fastllama.runtime.planning.inputs import Inputs
+from fastllama.runtime.planning.step import Step
+
+
+class Runner:
+    """A model and its pages.
+
+    kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
+    tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        num_pages: int,
+        page_size: int,
+        *,
+        kv_dtype: torch.dtype,
+        host_cache_tokens: int,
+        max_num_tokens: int,
+        max_model_len: int,
+        deterministic: bool,
+    ) -> None:
+        self.model = model
+        # Whether the host may go on while a step runs.
+        self.runs_ahead = env.AHEAD.read() == "1" and model.device.type == "cuda"
+        self.page_size = page_size
+        self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
+        self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
+        self._deterministic = deterministic
+        workspace = model.workspace(max_num_tokens)
+        self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)
+        self._capture: Capture = RecordingCapture(model.device)
+        if model.device.type == "cuda":
+            self._capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
+        self._graphs = DecodeGraphs(model, self.kv, self._capture, self._batch_of)
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps of decodes are replayed, hooks aside."""
+        return self._graphs.replayable
+
+    def shape(self, num_seqs: int, num_queries: int) -> tuple[int, int]:
+        """What two steps of decodes have in common for which the same graph runs, if their pages are as many.
+
+        num_queries: tokens of each of the sequences.
+        """
+        if self._deterministic:
+            num_seqs, num_queries = num_seqs * num_queries, 1  # see Inputs.of
+        return self._capture.shape(num_seqs, 1)[0], num_queries
+
+    @torch.inference_mode()
+    def run(self, step: Step, before: Draws | None = None) -> StepLogits:
+        """Compute the step; its keys and values are in the pages afterwards.
+
+        before: of the step before, from which the tokens come that are UNKNOWN here.
+        """
+        self.copy(step)
+        inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
+        if self._graphs.take(inputs):
+            logits, drawn = self._graphs.run(inputs, before)
+            return StepLogits(logits, inputs.samples, inputs.prompts, drawn)
+        return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
+
+    def copy(self, step: Step) -> None:
+        """Only what the step copies from page to page."""
+        if step.copies:
+            self.kv.copy_pages(step.copies)
+
+    def _run_eagerly(self, inputs: Inputs, before: Draws | None) -> Tensor:
+        def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
+            return on_device(values, dtype, self.model.device)
+
+        # As wide as in a graph: on a GPU the page table's width decides how attention is launched.
+        width = self._capture.shape(1, len(inputs.page_table[0]))[1]
+        batch = self._batch_of(
+            positions=tensor(inputs.positions, torch.int64),
+            slots=tensor(inputs.slots, torch.int64),
+            page_table=tensor([pages + [0] * (width - len(pages)) for pages in inputs.page_table], torch.int32),
+            seq_lens=tensor(inputs.seq_lens, torch.int32),
+            num_decodes=inputs.num_decodes,
+            num_queries=inputs.num_queries,
+            cu_seqlens_q=tensor(inputs.cu_seqlens_q, torch.int32),
+            logits_rows=tensor(inputs.logits_rows, torch.int64),
+        )
+        ids = tensor(inputs.ids, torch.int64)
+        if inputs.unknown:
+            assert before is not None, "a token that nobody draws"
+            at, sequences = zip(*inputs.unknown, strict=True)
+            places = before.rows_of(sequences)
+            ids[tensor(at, torch.int64)] = before.drawn.tokens[tensor(places, torch.int64)]
+        return self.model(ids, batch, self.kv)

@@ -1,0 +1,228 @@
+"""From the logits of a step to its tokens: penalties and biases, the draw, log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.runtime.device.buffers import ALIGNMENT, on_device
+from fastllama.runtime.outputs import TokenLogprob
+from fastllama.runtime.planning.inputs import Sample, parameters
+from fastllama.runtime.planning.sequence import Sequence
+from fastllama.runtime.planning.step import Chunk
+
+DTYPES = {  # of a draw's parameters
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "offset": torch.int64,
+}
+
+
+class Drawn(NamedTuple):
+    """Where kernels.sample writes tokens [R] int64 and log-probabilities [R] fp32: one memory, copied at once.
+
+    memory: [N] uint8, which begins with the tokens and ends with the log-probabilities.
+    """
+
+    memory: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Drawn:
+        """Memory for so many rows."""
+        first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # of the log-probabilities
+        memory = torch.empty(first + 4 * rows, dtype=torch.uint8, device=device)
+        return cls(memory, memory[: 8 * rows].view(torch.int64), memory[first:].view(torch.float32))
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts.
+
+    drawn: what kernels.sample gave for each row with the parameters of `samples`, where that was part of the step.
+    """
+
+    logits: Tensor
+    samples: list[Sample]
+    prompts: list[tuple[Chunk, int, int]]
+    drawn: Drawn | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The token drawn for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers.
+
+    ahead: what would have to come before it.
+    """
+
+    seq: Sequence
+    ahead: tuple[int, ...]
+    token_id: int
+    finite: bool
+    logprob: TokenLogprob | None
+
+
+class Draws:
+    """Tokens of a step that are drawn on the device, and on their way to the host.
+
+    drawn: theirs until the next step draws there. rows: in it, of each sample.
+    """
+
+    def __init__(
+        self, samples: Items[Sample], rows: Items[int], drawn: Drawn, reports: Items[TokenLogprob | None]
+    ) -> None:
+        self.drawn = drawn
+        self._samples, self._rows, self._reports = samples, rows, reports
+        self._num_rows = drawn.tokens.shape[0]
+        # Copied, for the next step may draw there before these are read.
+        self._arrived: torch.cuda.Event | None = None
+        if drawn.memory.device.type == "cuda":
+            self._numbers = torch.empty(drawn.memory.shape, dtype=torch.uint8, pin_memory=True)
+            self._numbers.copy_(drawn.memory, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(drawn.memory.device))
+        else:
+            self._numbers = drawn.memory.clone()
+
+    def rows_of(self, sequences: Items[Sequence]) -> list[int]:
+        """Where `drawn` holds the token of each sequence."""
+        row_of = {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
+        return [row_of[seq] for seq in sequences]
+
+    def read(self) -> list[Draw]:
+        """The tokens, when they are there. NaN says that a row's logits were no numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers, count = self._numbers.numpy(), self._num_rows
+        tokens = numbers[: 8 * count].view(np.int64).tolist()
+        logprobs = numbers[numbers.shape[0] - 4 * count :].view(np.float32).tolist()
+        return [
+            Draw(sample.seq, sample.ahead, tokens[row], not math.isnan(logprobs[row]), report)
+            for sample, row, report in zip(self._samples, self._rows, self._reports, strict=True)
+        ]
+
+
+@torch.inference_mode()
+def start(step: StepLogits) -> Draws:
+    """Draw one token for each sample of the step."""
+    samples, logits = step.samples, step.logits
+    rows = [sample.row for sample in samples]
+    changes = _changes(samples)
+    if step.drawn is not None and not any(changes):
+        return Draws(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
+    places = range(len(samples))
+    if not samples:
+        return Draws(samples, places, Drawn.empty(0, torch.device("cpu")), [])
+    raw = logits if rows == list(range(logits.shape[0])) else logits[rows]
+    drawn = Drawn.empty(len(samples), raw.device)
+    kernels.sample(
+        _adjusted(raw, *changes),
+        **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
+        tokens=drawn.tokens,
+        logprobs=drawn.logprobs,
+    )
+    return Draws(samples, places, drawn, _reports(raw, places, samples, drawn.tokens, places))
+
+
+def draw(step: StepLogits) -> list[Draw]:
+    """One token for each sample of the step."""
+    return start(step).read()
+
+
+@torch.inference_mode()
+def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLogprob]]]:
+    """(sequence, first position predicted, log-probabilities from there on) for each chunk that wants them."""
+    found = []
+    for chunk, row, count in step.prompts:
+        first = chunk.start + 1
+        targets = chunk.seq.token_ids[first : first + count]
+        tops = [chunk.seq.request.params.prompt_logprobs or 0] * count
+        found.append((chunk.seq, first, _logprobs(step.logits[row : row + count], targets, tops)))
+    return found
+
+
+_Change = tuple[int, int, float]  # place of a sample, token id, how much
+
+
+def _changes(samples: Items[Sample]) -> tuple[list[_Change], list[_Change]]:
+    """Repetition penalties, then what is added to logits: biases and the other penalties."""
+    scaled: list[_Change] = []
+    added: list[_Change] = []
+    for place, (seq, _, ahead) in enumerate(samples):
+        params = seq.request.params
+        if params.repetition_penalty != 1:
+            scaled.extend((place, token_id, params.repetition_penalty) for token_id in {*seq.token_ids, *ahead})
+        if params.logit_bias:
+            added.extend((place, token_id, bias) for token_id, bias in params.logit_bias.items())
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter((*seq.token_ids[seq.num_prompt_tokens :], *ahead))
+            added.extend(
+                (place, token_id, -params.presence_penalty - count * params.frequency_penalty)
+                for token_id, count in counts.items()
+            )
+    return scaled, added
+
+
+def _adjusted(logits: Tensor, scaled: list[_Change], added: list[_Change]) -> Tensor:
+    """Logits in fp32 (fp64 stays) with these changes; the same tensor where there are none."""
+    if not scaled and not added:
+        return logits
+    adjusted = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if scaled:
+        where, penalty = _places(scaled, adjusted)
+        values = adjusted[where]
+        adjusted[where] = torch.where(values > 0, values / penalty, values * penalty)
+    if added:
+        adjusted.index_put_(*_places(added, adjusted), accumulate=True)
+    return adjusted
+
+
+def _places(changes: list[_Change], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(rows, token ids) and values of some changes, ready to index `logits`."""
+    rows, token_ids, values = zip(*changes, strict=True)
+    device = logits.device
+    where = on_device(rows, torch.int64, device), on_device(token_ids, torch.int64, device)
+    return where, on_device(values, logits.dtype, device)
+
+
+def _reports(
+    logits: Tensor, rows: Items[int], samples: Items[Sample], tokens: Tensor, places: Items[int]
+) -> list[TokenLogprob | None]:
+    """Log-probabilities under the model's own logits, for the sequences that want them.
+
+    rows, places: of each sample, in logits and in tokens.
+    """
+    reports: list[TokenLogprob | None] = [None] * len(samples)
+    asked = [sample.seq.request.params.logprobs for sample in samples]
+    wanted = [i for i, top in enumerate(asked) if top is not None]
+    if wanted:
+        tops, targets = [asked[i] or 0 for i in wanted], tokens[[places[i] for i in wanted]].tolist()
+        found = _logprobs(logits[[rows[i] for i in wanted]], targets, tops)
+        for i, report in zip(wanted, found, strict=True):
+            reports[i] = report
+    return reports
+
+
+def _logprobs(logits: Tensor, targets: list[int], tops: list[int]) -> list[TokenLogprob]:
+    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(max(tops), logprobs.shape[1]), dim=-1)
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return [
+        TokenLogprob(target, logprob, tuple(zip(ids[row][:top], values[row][:top], strict=True)))
+        for row, (target, logprob, top) in enumerate(zip(targets, chosen, tops, strict=True))
+    ]

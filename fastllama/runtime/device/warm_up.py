@@ -1,0 +1,84 @@
+"""Steps that are run before any request comes, so that what compiles or is captured at first use is so already.
+
+What a launch depends on, and so what these steps go through:
+- the rows that a step computes, rounded up to a power of two (products, rotation, silu * up), up to all tokens of the
+  largest step: prompts of 1, 2, 4, ... tokens in all;
+- the rows of logits, up to 64 and once more than that, where torch multiplies and the norm in front is a kernel of its
+  own: prompts of as many tokens, each with logits;
+- the tokens of each decoding sequence, and for a graph its bucket of sequences: decodes of every shape that occurs;
+- that some sequences decode and others read their prompts, which one step then does by two kernels: one step of both;
+- the dtype of the logits drawn from, which are fp32 behind penalties: one draw with a penalty.
+On a CPU rows decide nothing beyond one or more, and steps are captured by their number of pages, which takes as long as
+running them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from fastllama.kernels import tuning
+from fastllama.kernels.arithmetic import ceil_div
+from fastllama.runtime.device import sampler
+from fastllama.runtime.device.memory import Sizes
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.planning.sequence import Request, Sequence
+from fastllama.runtime.planning.step import Chunk, Step
+
+MANY_LOGITS = 128  # rows, the next power of two after 64
+PLAIN = SamplingParams(max_tokens=1, seed=0)
+OF_EACH_ROW = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0)
+PENALIZED = SamplingParams(max_tokens=1, seed=0, repetition_penalty=1.1)
+
+
+def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> float:
+    """Run all that a request may need. num_queries: tokens of a sequence in steps of decodes.
+
+    Whatever the pages hold is overwritten. Returns the seconds it took.
+    """
+    device, start = runner.model.device, time.perf_counter()
+    longest = min(sizes.max_model_len, sizes.kv_cache_tokens)
+    most = min(sizes.max_num_batched_tokens, longest * sizes.max_num_seqs)
+
+    def run(chunks: list[Chunk], num_decodes: int = 0) -> None:
+        sampler.draw(runner.run(Step(tuple(chunks), num_decodes=num_decodes, copies=())))
+
+    def prompts(rows: int) -> None:
+        lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
+        params = OF_EACH_ROW if 1 < rows <= MANY_LOGITS and device.type == "cuda" else PLAIN
+        run(_chunks(runner, lengths, params), num_decodes=1 if rows == 1 else 0)
+
+    tuning.warm_up(prompts, most, device)
+    if device.type == "cuda":
+        for num_seqs, length in decodes(runner, sizes.max_num_seqs, most, num_queries):
+            run(_chunks(runner, [length] * num_seqs, PLAIN), num_decodes=num_seqs)
+        run(_chunks(runner, [1], PENALIZED), num_decodes=1)
+        if longest > 1 < most:
+            run(_chunks(runner, [1, 2], PLAIN), num_decodes=1)
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def decodes(runner: Runner, max_num_seqs: int, most: int, num_queries: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Sequences, and tokens of each, of the smallest step of every shape that is captured apart; most: tokens."""
+    seen = set()
+    for length in num_queries:
+        for num_seqs in range(1, min(max_num_seqs, most // length) + 1):
+            shape = runner.shape(num_seqs, length)
+            if shape not in seen:
+                seen.add(shape)
+                yield num_seqs, length
+
+
+def _chunks(runner: Runner, lengths: list[int], params: SamplingParams) -> list[Chunk]:
+    """Sequences of so many tokens, all in the same pages."""
+    chunks = []
+    for number, length in enumerate(lengths):
+        request = Request("warm-up", (0,) * length, params, time.monotonic())
+        pages = list(range(ceil_div(length, runner.page_size)))
+        seq = Sequence(number, request, number, [0] * length, length, 1, page_ids=pages)
+        chunks.append(Chunk(seq, 0, length, (seq,)))
+    return chunks

@@ -1,0 +1,101 @@
+"""Drafts from a smaller model of the same vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device import sampler
+from fastllama.runtime.device.memory import Sizes
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.device.warm_up import warm_up
+from fastllama.runtime.planning.sequence import Sequence, Status
+from fastllama.runtime.planning.step import Chunk, Step
+
+
+class DraftModel:
+    """Proposes what a smaller model draws, with the same parameters and random numbers as the large one will.
+
+    It has as many pages, of the same size: where the large one has a token's keys and values, it has its own, in the
+    same page. So what is shared, copied or kept of pages is so of both, and nothing is kept book of but how many tokens
+    of a sequence it has computed. Where that is wrong, for a prefix came from the cache and was computed while drafts
+    did not pay, or came from the host, drafts are worse, and no answer is.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, large: LlamaForCausalLM, num_pages: int, page_size: int, sizes: Sizes
+    ) -> None:
+        """Beside a large model. Raises ValueError for another vocabulary, another device, fewer tokens."""
+        if (model.config.vocab_size, model.device) != (large.config.vocab_size, large.device):
+            raise ValueError(
+                f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
+                f"{large.config.vocab_size} on {large.device}"
+            )
+        if model.config.max_position_embeddings < sizes.max_model_len:
+            raise ValueError(
+                f"the draft model takes {model.config.max_position_embeddings} tokens and max_model_len is "
+                f"{sizes.max_model_len}; legal: a draft model that takes as many, or a smaller max_model_len"
+            )
+        model.set_max_model_len(sizes.max_model_len)
+        self._sizes = sizes
+        self._runner = Runner(
+            model,
+            num_pages,
+            page_size,
+            kv_dtype=model.dtype,
+            host_cache_tokens=0,
+            max_num_tokens=sizes.max_num_batched_tokens,
+            max_model_len=sizes.max_model_len,
+            deterministic=False,
+        )
+        self._held: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # tokens computed, and drafts behind them
+
+    def warm_up(self) -> float:
+        """Compile and capture passes over prompts and over the last token or two of sequences."""
+        return warm_up(self._runner, self._sizes, (1, 2))
+
+    def follow(self, step: Step) -> None:
+        """Compute the step too, if there is more in it than decodes: these are cheaper together, before a guess."""
+        if step.num_decodes == len(step.chunks):
+            self._runner.copy(step)
+            return
+        self._runner.run(step)
+        for chunk in step.chunks:
+            for seq in chunk.samples or (chunk.seq,):
+                self._held[seq] = chunk.start + chunk.length, ()
+
+    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+        """For each sequence `count` tokens, drawn one after another; none where one has but a single token."""
+        self._forget()
+        if any(len(seq.token_ids) < 2 for seq in sequences):
+            return [()] * len(sequences)
+        for seq in sequences:
+            self._catch_up(seq)
+        # The first pass takes two tokens: of the drafts of a step that accepted all, the last was not computed.
+        chunks = [Chunk(seq, len(seq.token_ids) - 2, 2, (seq,)) for seq in sequences]
+        for number in range(count):
+            draws = sampler.draw(self._runner.run(Step(tuple(chunks), num_decodes=len(chunks), copies=())))
+            chunks = [
+                Chunk(drawn.seq, len(drawn.seq.token_ids) + number, 1, (drawn.seq,), (*drawn.ahead, drawn.token_id))
+                for drawn in draws
+            ]
+        for chunk in chunks:
+            self._held[chunk.seq] = len(chunk.seq.token_ids), chunk.drafts[:-1]
+        return [chunk.drafts for chunk in chunks]
+
+    def _catch_up(self, seq: Sequence) -> None:
+        """Compute what a sequence gained while there were no guesses, but for its last two tokens."""
+        start, drafts = self._held.get(seq, (0, ()))
+        for token_id, draft in zip(seq.token_ids[start:], drafts, strict=False):
+            if token_id != draft:
+                break
+            start += 1
+        end = len(seq.token_ids) - 2
+        while start < end:
+            length = min(end - start, self._sizes.max_num_batched_tokens)
+            self._runner.run(Step((Chunk(seq, start, length, ()),), num_decodes=0, copies=()))
+            start += length
+
+    def _forget(self) -> None:
+        for seq in [seq for seq in self._held if seq.status is Status.FINISHED]:
+            del self._held[seq]

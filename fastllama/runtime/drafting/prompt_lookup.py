@@ -1,0 +1,61 @@
+"""Drafts from the text itself: what followed the last time that the newest tokens occurred together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from fastllama.runtime.planning.sequence import Sequence, Status
+from fastllama.runtime.planning.step import Step
+
+PROMPT_LOOKUP = "prompt_lookup"  # its name among options
+SIZES = (
+    4,
+    2,
+)  # of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often
+
+
+class PromptLookup:
+    """Proposes for each sequence what followed the latest earlier occurrence of its last 4 tokens, or else of 2.
+
+    Answers that repeat their prompt, as summaries, edits and code do, are drafted so for nothing but a lookup.
+    Source: Saxena, Prompt Lookup Decoding (2023), https://github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    def __init__(self) -> None:
+        self._indices: dict[Sequence, _Index] = {}
+
+    def warm_up(self) -> float:
+        """Nothing to do."""
+        return 0.0
+
+    def follow(self, step: Step) -> None:
+        """Nothing to do: what a sequence holds is read when a guess is wanted."""
+
+    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+        """For each sequence `count` tokens that may come next, or none at all."""
+        if len(self._indices) > 2 * len(sequences):
+            kept = {seq: index for seq, index in self._indices.items() if seq.status is not Status.FINISHED}
+            self._indices = kept
+        return [self._indices.setdefault(seq, _Index()).continuation(seq.token_ids, count) for seq in sequences]
+
+
+class _Index:
+    """Where each run of SIZES tokens was last followed by another token, of one sequence that only grows."""
+
+    def __init__(self) -> None:
+        self._behind: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in SIZES)  # run -> what follows it
+        self._num_seen = 0  # tokens that have followed a run
+
+    def continuation(self, token_ids: list[int], count: int) -> tuple[int, ...]:
+        """What followed the tokens' end, where it occurred before; what would run past the end begins again."""
+        for place in range(self._num_seen, len(token_ids)):
+            for size, behind in zip(SIZES, self._behind, strict=True):
+                if place >= size:
+                    behind[tuple(token_ids[place - size : place])] = place
+        self._num_seen = len(token_ids)
+        for size, behind in zip(SIZES, self._behind, strict=True):
+            first = behind.get(tuple(token_ids[-size:]))
+            if first is not None:
+                period = len(token_ids) - first
+                return tuple(token_ids[first + i % period] for i in range(count))
+        return ()

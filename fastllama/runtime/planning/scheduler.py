@@ -1,0 +1,390 @@
+"""Continuous batching: which tokens of which sequences the next forward pass computes, and in which KV pages."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+from fastllama.errors import check_range
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.planning.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Status
+from fastllama.runtime.planning.step import Chunk, Step
+
+
+class _Lookup(NamedTuple):
+    """What the head of the queue asked for when it was last looked up in the prefix cache, and did not get."""
+
+    seq: Sequence
+    num_tokens: int  # to compute
+    num_pages: int  # of those available
+    num_publications: int  # of the pool, by then
+
+
+class Scheduler:
+    """One step: `schedule()`, run it, `commit()` (or `rollback()` if it failed), `append()` or `finish()` each sample.
+
+    There are no phases: a decode is a chunk of one token. Every running decode gets its token; chunks of prompts
+    share what that leaves of max_num_batched_tokens; what then remains admits waiting requests in order of the queue.
+    An admitted sequence has pages for all its known tokens, so only a decode can lack one. Then the newest running
+    sequence gives up its pages and is recomputed later, through the prefix cache where they survive. Hence every
+    running sequence is ahead of every waiting one, the oldest is never preempted, and each request ends.
+    Chunked prefill: Agrawal et al. 2023 (arXiv 2308.16369); paging, preemption: Kwon et al. 2023 (arXiv 2309.06180).
+
+    Long prompts do not hold up short ones. The queue is one of arrival, but a prompt that has not begun lets later
+    ones pass until they have had half as many tokens as itself: the foremost of those passed pays, for they delay the
+    ones behind it no more. So a flood of short prompts delays a long one by half of its tokens and of those ahead of
+    it. And beside prompts that are under way, up to half of a step admits prompts that fit there whole.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        check_range("max_num_seqs", max_num_seqs, 1)
+        check_range("max_num_batched_tokens", max_num_batched_tokens, max_num_seqs)  # or some decode would have to wait
+        check_range("max_model_len", max_model_len, 2)
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        self._waiting: deque[Sequence] = deque()  # the next to be admitted first
+        self._running: list[Sequence] = []  # oldest first
+        self._num_seats = 0  # taken by running sequences
+        self._seq_ids = itertools.count()
+        self._last_lookup: _Lookup | None = None
+        self._in_flight: list[Step] = []  # not committed, in their order
+        self._num_expected = 0  # of those in flight
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError, and nothing changed, if it could never run."""
+        assert not request.sequences, f"request {request.request_id!r} was added before"
+        length, n = len(request.prompt_token_ids), request.params.n
+        max_length = self.check(length, request.params)
+        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
+        request.sequences.append(seq)
+        self._queue(seq)
+
+    def fork(self, seq: Sequence, request: Request) -> None:
+        """Add a request with the prompt of another, which goes on where that one's only sequence stands.
+
+        It runs beside it, in the same pages and of the same age, if that has all but its last token computed and a seat
+        is free. Else it waits as a prompt of all these tokens does, and finds in the prefix cache what is there.
+        """
+        assert not request.sequences, f"request {request.request_id!r} was added before"
+        assert seq.status is not Status.FINISHED, f"a fork of sequence {seq.seq_id}, which is FINISHED"
+        assert seq.request.params.n == request.params.n == 1, "a fork of several samples, or into several"
+        length, max_length = len(seq.token_ids), self.check(seq.num_prompt_tokens, request.params)
+        assert length < max_length, f"a fork of {length} tokens that may grow to {max_length}"
+        child = seq.fork(next(self._seq_ids), request=request, max_length=max_length, patience=length // 2)
+        request.sequences.append(child)
+        if child.status is Status.RUNNING and child.num_computed == length - 1 and self._num_seats < self.max_num_seqs:
+            request.num_cached_tokens = min(child.num_computed, child.num_prompt_tokens)
+            self._num_seats += 1
+            self._join(child, seq)
+        else:
+            child.release_pages()
+            child.status = Status.WAITING
+            self._queue(child)
+
+    def check(self, length: int, params: SamplingParams) -> int:
+        """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask."""
+        n, max_tokens = params.n, params.max_tokens
+        if length == 0:
+            raise ValueError("the prompt has 0 tokens; legal: at least 1")
+        if length >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {length} tokens; legal: at most {self.max_model_len - 1}, one less than max_model_len"
+            )
+        if n > self.max_num_seqs:
+            raise ValueError(f"n is {n}; legal: at most {self.max_num_seqs}, which is max_num_seqs")
+        max_length = min(length + max_tokens, self.max_model_len)
+        if self.pool.pages_for(max_length) > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {length} tokens with max_tokens {max_tokens} may grow to {max_length} tokens; "
+                f"legal: at most {self.pool.num_pages * self.pool.page_size}, the size of the KV cache"
+            )
+        return max_length
+
+    def schedule(self) -> Step | None:
+        """The next step, to be run and then committed or rolled back; None if there is no work."""
+        assert len(self._in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
+        num_preemptions = self.num_preemptions
+        single: list[tuple[Sequence, int]] = []
+        longer: list[tuple[Sequence, int]] = []
+        prefills: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
+        for seq in self._running:  # a preemption takes from its end: the present sequence, or one not yet looked at
+            pending = len(seq.token_ids) - seq.num_computed
+            if len(seq.token_ids) == seq.max_length and seq.token_ids[-1] == UNKNOWN:
+                continue  # it ends with the token that is being drawn
+            if pending > 1:
+                prefills.append(seq)
+            else:
+                assert pending == 1, f"sequence {seq.seq_id} was neither given a token nor finished"
+                if self._make_writable(seq, copies):
+                    single.append((seq, 1))
+        budget = self.max_num_batched_tokens - len(single)
+        # No admission beside a preemption: what was just taken from a sequence would go to it again.
+        may_admit = self.num_preemptions == num_preemptions
+        beside = self._admissions(budget // 2) if prefills and may_admit else iter(())
+        admitted = self._admissions() if may_admit else iter(())
+        candidates = itertools.chain(beside, prefills, admitted)
+        while budget and (candidate := next(candidates, None)):
+            length = min(len(candidate.token_ids) - candidate.num_computed, budget)
+            budget -= length
+            (single if length == 1 else longer).append((candidate, length))
+        if not single and not longer:
+            assert self._in_flight or not self.has_work, "nothing can be scheduled although there is work"
+            return None
+        assert not {source for source, _ in copies} & {destination for _, destination in copies}
+        chunks = tuple(self._chunk(seq, length) for seq, length in itertools.chain(single, longer))
+        self._in_flight.append(Step(chunks, len(single), tuple(copies), self.pool.take_transfers()))
+        return self._in_flight[-1]
+
+    def expect(self, step: Step) -> None:
+        """Take it that the step in flight has run, and that each of its samples drew a token, as yet UNKNOWN.
+
+        So the next step can be scheduled while it runs. commit() and append() then tell what came.
+        """
+        self._check_in_flight(step, self._in_flight)
+        self._num_expected = 1
+        for chunk in step.chunks:
+            for seq in chunk.samples or (chunk.seq,):
+                if seq.status is Status.RUNNING:
+                    seq.num_computed = chunk.start + chunk.length
+                    if chunk.samples:
+                        seq.token_ids.append(UNKNOWN)
+
+    def reserve(self, step: Step, count: int) -> bool:
+        """Pages for so many drafts after each chunk of a step of decodes; False, and nothing changed, without room.
+
+        There is room in the step, in the model's length, and in pages that nobody must give.
+        """
+        self._check_in_flight(step, self._in_flight)
+        assert step.num_decodes == len(step.chunks), "drafts in a step of prompts"
+        sequences = [chunk.seq for chunk in step.chunks]
+        longest = max(len(seq.token_ids) for seq in sequences) + count
+        if len(sequences) * (1 + count) > self.max_num_batched_tokens or longest > self.max_model_len:
+            return False
+        wanted: list[tuple[Sequence, int]] = []  # a page of its own in each place
+        for seq in sequences:
+            behind = range(seq.num_computed // self.pool.page_size + 1, self.pool.pages_for(len(seq.token_ids) + count))
+            held = len(seq.page_ids)
+            wanted.extend((seq, i) for i in behind if i >= held or self.pool.is_shared(seq.page_ids[i]))
+        if len(wanted) > self.pool.num_available:
+            return False
+        for seq, index in wanted:
+            page_id = self.pool.allocate()
+            self.pool.free(seq.page_ids[index : index + 1])
+            seq.page_ids[index : index + 1] = [page_id]
+        return True
+
+    def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
+        """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
+        self._check_in_flight(step, self._in_flight)
+        self._in_flight[0] = Step(
+            tuple(
+                Chunk(chunk.seq, chunk.start, 1 + len(own), chunk.samples, own)
+                for chunk, own in zip(step.chunks, drafts, strict=True)
+            ),
+            step.num_decodes,
+            step.copies,
+            self.pool.take_transfers(),
+        )
+        return self._in_flight[0]
+
+    def commit(self, step: Step) -> None:
+        """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
+        self._check_in_flight(step, self._in_flight[:1])
+        del self._in_flight[0]
+        self._num_expected = 0
+        for chunk in step.chunks:
+            end = chunk.start + chunk.length - len(chunk.drafts)
+            for seq in chunk.samples or (chunk.seq,):
+                if seq.status is Status.RUNNING:
+                    self._advance(seq, end)
+
+    def rollback(self) -> None:
+        """What is in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
+        self._in_flight.clear()
+        self._num_expected = 0
+        while self._running:
+            self._preempt_newest()
+        for seq in self._waiting:
+            seq.forget_unknown()
+
+    def append(self, seq: Sequence, token_id: int) -> None:
+        """Give a sequence the token drawn for it; it is fed in the next step."""
+        expected = seq.token_ids[-1] == UNKNOWN  # and perhaps preempted since
+        assert seq.status is Status.RUNNING or expected, (
+            f"a token for sequence {seq.seq_id}, which is {seq.status.name}"
+        )
+        assert seq.num_computed == len(seq.token_ids) or expected, f"a second token for sequence {seq.seq_id}"
+        seq.forget_unknown()
+        assert len(seq.token_ids) < seq.max_length, f"sequence {seq.seq_id} has reached its length"
+        seq.token_ids.append(token_id)
+
+    def keep_draft(self, seq: Sequence) -> None:
+        """The token just drawn was a draft: it is computed already, and what was drawn after it counts too."""
+        assert seq.num_computed == len(seq.token_ids) - 1, f"sequence {seq.seq_id} has no token to come"
+        self._advance(seq, len(seq.token_ids))
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End a sequence, wherever it stands, and return its pages at once. Without effect on a finished one."""
+        if seq.status is Status.RUNNING:
+            self._running.remove(seq)
+            self._release(seq)
+        elif seq.status is Status.WAITING:
+            self._waiting.remove(seq)
+        else:
+            return
+        seq.forget_unknown()
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+
+    def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
+        """End all sequences of a request that have not finished, for one reason."""
+        for seq in request.sequences:
+            self.finish(seq, reason, stop_reason)
+
+    def _queue(self, seq: Sequence) -> None:
+        """Behind all that wait, but for those that let it pass."""
+        length, place = len(seq.token_ids), len(self._waiting)
+        while place > 0 and length <= self._waiting[place - 1].patience:
+            place -= 1
+        if place < len(self._waiting):
+            self._waiting[place].patience -= length
+        self._waiting.insert(place, seq)
+
+    def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
+        page_ids, index = seq.page_ids, seq.num_computed // self.pool.page_size
+        # Asked anew after each preemption: it may free a page, or end the sharing that made one needed.
+        while (fresh := index == len(page_ids)) or self.pool.is_shared(page_ids[index]):
+            if self.pool.num_available == 0:
+                if self._preempt_newest() is seq:
+                    return False
+                continue
+            page_id = self.pool.allocate()
+            if fresh:
+                page_ids.append(page_id)
+            else:
+                copies.append((page_ids[index], page_id))
+                self.pool.free(page_ids[index : index + 1])
+                page_ids[index] = page_id
+        return True
+
+    def _preempt_newest(self) -> Sequence:
+        seq = self._running.pop()
+        self._release(seq)
+        seq.status, seq.patience = Status.WAITING, 0
+        self._waiting.appendleft(seq)
+        self.num_preemptions += 1
+        return seq
+
+    def _admissions(self, most: int | None = None) -> Iterator[Sequence]:
+        """Admit waiting sequences one by one, each with its pages, until the next finds no seat or too few pages.
+
+        most: tokens to compute that all of them may have together; None for no limit.
+        """
+        while self._waiting:
+            seq = self._waiting[0]
+            if self._num_seats + seq.num_seats > self.max_num_seqs or self._still_waits(seq, most):
+                return
+            # Prompt log-probabilities need the logits of every row, so all rows must be computed.
+            reuse = seq.request.params.prompt_logprobs is None
+            prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], ROOT)
+            length = len(seq.token_ids)
+            num_tokens, num_pages = length - len(prefix.page_ids) * self.pool.page_size, self.pool.cost(length, prefix)
+            self._last_lookup = _Lookup(seq, num_tokens, num_pages, self.pool.num_publications)
+            if most is not None:
+                most -= num_tokens
+                if most < 0:
+                    return
+            page_ids = self.pool.acquire(length, prefix)
+            if page_ids is None:
+                return
+            self._last_lookup = None  # the idle pages that it took are held now, and cost nobody anything
+            seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
+            seq.num_computed = seq.num_published * self.pool.page_size
+            if seq.request.num_cached_tokens is None:
+                seq.request.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            seq.status = Status.RUNNING
+            self._num_seats += seq.num_seats
+            self._running.append(self._waiting.popleft())
+            yield seq
+
+    def _still_waits(self, seq: Sequence, most: int | None) -> bool:
+        """Whether the last lookup tells, without another, that the head finds no room: each step asks, perhaps twice.
+
+        Until a sequence is admitted, only a page published since can spare it one, and the tokens in it.
+        """
+        last = self._last_lookup
+        if last is None or last.seq is not seq:
+            return False
+        spared = self.pool.num_publications - last.num_publications
+        return last.num_pages - spared > self.pool.num_available or (
+            most is not None and last.num_tokens - spared * self.pool.page_size > most
+        )
+
+    def _chunk(self, seq: Sequence, length: int) -> Chunk:
+        if seq.num_computed + length < len(seq.token_ids):
+            samples: tuple[Sequence, ...] = ()
+        else:
+            samples = (seq,) if seq.num_seats == 1 else self._split(seq)
+        return Chunk(seq, seq.num_computed, length, samples)
+
+    def _split(self, seq: Sequence) -> tuple[Sequence, ...]:
+        """All n sequences of the request: the children share the first one's pages, and its age."""
+        request = seq.request
+        seq.num_seats = 1
+        for index in range(1, request.params.n):
+            child = seq.fork(next(self._seq_ids), index=index)
+            self._join(child, request.sequences[-1])
+            request.sequences.append(child)
+        return tuple(request.sequences)
+
+    def _join(self, child: Sequence, other: Sequence) -> None:
+        """A fork runs right behind one with the same pages, and holds them too.
+
+        So those who copy one page come one after another, and nobody in between can preempt the last who holds it,
+        take it, and have it written before it was copied.
+        """
+        self.pool.share(child.page_ids)
+        self._running.insert(self._running.index(other) + 1, child)
+
+    def _advance(self, seq: Sequence, num_computed: int) -> None:
+        """So many tokens are computed: offer the pages that they fill."""
+        seq.num_computed = num_computed
+        while (seq.num_published + 1) * self.pool.page_size <= num_computed:
+            self._publish_next(seq)
+
+    def _publish_next(self, seq: Sequence) -> None:
+        size, index = self.pool.page_size, seq.num_published
+        tokens = tuple(seq.token_ids[index * size : (index + 1) * size])
+        seq.prefix_id = self.pool.publish(seq.page_ids[index], seq.prefix_id, tokens)
+        seq.num_published += 1
+
+    @staticmethod
+    def _check_in_flight(step: Step, steps: list[Step]) -> None:
+        assert [id(each) for each in steps] == [id(step)], "the step is not the one in flight"
+
+    def _release(self, seq: Sequence) -> None:
+        self._num_seats -= seq.num_seats
+        self.pool.free(seq.release_pages())

@@ -1,0 +1,103 @@
+"""A request, and the sequences (one per sample) that grow from its prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.planning.block_pool import ROOT
+
+UNKNOWN = -1  # stands for a token that is being drawn
+
+
+class Status(enum.Enum):
+    """Where a sequence stands with the scheduler: only a running one owns pages."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a caller asked for. The scheduler makes its first sequence when it is added, the rest as the prompt ends."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: float  # seconds, on the caller's clock
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+    num_drafted: int = 0  # tokens guessed for it, and verified
+    num_accepted: int = 0  # those of them that it then drew
+    sequences: list[Sequence] = field(default_factory=list, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request was added and all its sequences have finished."""
+        return bool(self.sequences) and all(seq.status is Status.FINISHED for seq in self.sequences)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Prompt and generated tokens of one sample, and the KV pages that hold the first `num_computed` of them.
+
+    The slot of position p is page_ids[p // page_size] * page_size + p % page_size. Only the scheduler changes it.
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    token_ids: list[int]
+    max_length: int  # tokens, prompt included, at which its caller must finish it with "length"
+    num_seats: int  # running sequences it stands for: all n of its request until the prompt is computed, then itself
+    patience: int = 0  # tokens of later prompts that may still pass it in the queue
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    num_published: int = 0  # leading pages that the prefix cache knows
+    prefix_id: int = ROOT  # its name for the tokens in those pages
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    def fork(self, seq_id: int, **changes: Any) -> Sequence:
+        """Another that holds the same tokens in the same pages (the caller counts the references)."""
+        return dataclasses.replace(
+            self, seq_id=seq_id, token_ids=list(self.token_ids), page_ids=list(self.page_ids), **changes
+        )
+
+    def forget_unknown(self) -> None:
+        """Leave out the token that is being drawn, if one is."""
+        if self.token_ids[-1] == UNKNOWN:
+            self.token_ids.pop()
+
+    def release_pages(self) -> list[int]:
+        """Forget everything computed and hand over the pages that held it."""
+        page_ids, self.page_ids = self.page_ids, []
+        self.num_computed = self.num_published = 0
+        self.prefix_id = ROOT
+        return page_ids
+
+
+def check_fork(request: Request, params: SamplingParams) -> None:
+    """Raises ValueError where a request with these parameters cannot go on from where an unfinished one stands."""
+    for name, n in (("n of the request to fork", request.params.n), ("n", params.n)):
+        if n != 1:
+            raise ValueError(f"{name} is {n}; legal: 1")
+    num_generated = len(request.sequences[0].token_ids) - len(request.prompt_token_ids)
+    if params.max_tokens <= num_generated:
+        raise ValueError(
+            f"max_tokens is {params.max_tokens}, of which {num_generated} are there; "
+            f"legal: at least {num_generated + 1}"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if value is not None and getattr(request.params, name) is None:
+            raise ValueError(f"{name} is {value}, and the request to fork has none to share; legal: None")

@@ -1,0 +1,1 @@
+"""AsyncEngine: requests from asyncio tasks, their streams and statistics."""

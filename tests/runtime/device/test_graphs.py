@@ -1,0 +1,338 @@
+"""Recorded decode steps: the same logits bit for bit, the modules run once for each shape, and no step a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastllama import LLM, LlamaForCausalLM, SamplingParams
+from fastllama.kernels.recording import Recording
+from fastllama.layers.batch import BatchMeta
+from fastllama.layers.block import LlamaMLP
+from fastllama.runtime.device import capture, graphs, runner
+from fastllama.runtime.device.runner import Runner
+from fastllama.runtime.planning.inputs import Inputs
+from fastllama.runtime.planning.step import Step
+from tests.runtime.models import ours, running
+
+PROMPTS = [[5, 3, 8], list(range(20)), [7] * 14]
+LENGTHS = [60, 20, 33]  # a page has 16 tokens, so tables grow from two pages to four while requests end
+
+
+def params(length: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+
+
+def logits_of_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits of every step of three requests of different lengths."""
+    found, run = [], Runner.run
+
+    def spying(self: Runner, step: Step, *before: Any) -> Any:
+        result = run(self, step, *before)
+        found.append(result.logits.clone())
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", spying)
+        llm.generate(PROMPTS, [params(length) for length in LENGTHS])
+    return found
+
+
+def nothing(*args: Any) -> None:
+    """A hook without effect but that steps run as written."""
+
+
+class Counting:
+    """Counts the runs of the first MLP."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM) -> None:
+        self.runs = 0
+        first, forward = model.layers[0].mlp, LlamaMLP.forward
+
+        def counting(mlp: LlamaMLP, *args: Any) -> Tensor:
+            self.runs += mlp is first
+            return forward(mlp, *args)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counting)
+
+
+class StandIn:
+    """What torch.cuda gives for a GPU's graphs, on a CPU: nothing is computed while it captures."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        """failing: the number of the capture that cannot be ended."""
+        self.memory: list[Tensor] = []  # which all graphs share
+        self.captured: list[int] = []  # ops of each
+        self.replays = 0
+        self.failing = failing
+        self.abandoned: list[str] = []  # what was called to take a failed capture back
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stand_in = self
+
+        class CUDAGraph:
+            recording: Recording
+            ended = False
+
+            def pool(self) -> str:
+                if not self.ended:
+                    raise RuntimeError("no capture has ended")
+                return "pool"
+
+            def replay(self) -> None:
+                stand_in.replays += 1
+                self.recording.replay()
+
+        @contextmanager
+        def capturing(graph: CUDAGraph, pool: str, capture_error_mode: str) -> Iterator[None]:
+            assert (pool, capture_error_mode) == ("pool", "thread_local")
+            try:
+                with Noting(torch.device("cpu"), stand_in.memory) as graph.recording:
+                    yield
+            finally:
+                if len(stand_in.captured) == stand_in.failing:
+                    raise RuntimeError("a previous error during capture")
+                graph.ended = True
+            assert graph.recording.replayable, "something computed that is no op"
+            stand_in.captured.append(len(graph.recording._calls))
+            for buffer in stand_in.memory:
+                buffer.fill_(0xFF)  # NaN
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "graph", capturing)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", [Numbers(stand_in)])
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+
+            def calling(device: int, pool: str, name: str = name) -> None:
+                assert (device, pool) == (0, "pool")
+                stand_in.abandoned.append(name)
+
+            monkeypatch.setattr(torch._C, name, calling, raising=False)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, nullcontext)
+        monkeypatch.setattr(
+            runner, "RecordingCapture", lambda device: capture.GraphCapture(device, max_pages=16)
+        )  # 256 tokens
+
+
+class Numbers:
+    """A device's generator, whose state a capture that did not end has spoilt."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in = stand_in
+
+    def clone_state(self) -> str:
+        return "as it was"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self._stand_in.abandoned.append(f"random numbers {state}")
+
+
+class Noting(Recording):
+    """Runs no op that it notes."""
+
+    def _noting(self, run: Callable[..., Any], owner: int) -> Callable[..., Any]:
+        return lambda *args: self._calls.append((run, args))
+
+
+def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as written: by products that add in one order whatever the number of rows."""
+    stand_in = StandIn()
+    with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+        llm.engine.model.layers[0].register_forward_hook(nothing)
+        written = logits_of_steps(llm, monkeypatch)
+    with monkeypatch.context() as patch:
+        stand_in.install(patch)
+        with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+            pages = [layer.k_pages for layer in llm.engine._runner.kv.layers]
+            for held in pages:
+                held.fill_(1e30)  # what padding must not read
+            replayed = logits_of_steps(llm, patch)
+    assert len(stand_in.captured) == 3  # of 1, 2 and 4 rows; the first while warming up
+    assert stand_in.replays == max(LENGTHS) - 1 - 2  # without the prompts' step, and two that were captured
+    for ours_, theirs in zip(replayed, written, strict=True):
+        assert torch.equal(ours_, theirs)
+
+
+def test_prompts_are_not_captured_whose_every_row_has_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length would be a graph of its own, captured while its request waits."""
+    stand_in = StandIn()
+    stand_in.install(monkeypatch)
+    with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
+        llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, prompt_logprobs=0))
+    assert len(stand_in.captured) == 1  # of one row, while warming up
+
+
+def test_page_tables_are_of_one_width_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is launched by it, in a graph and out of one."""
+    widths, forward = set(), LlamaForCausalLM.forward
+
+    def watching(self: LlamaForCausalLM, ids: Tensor, batch: BatchMeta, *args: Any) -> Tensor:
+        widths.add(batch.page_table.shape[1])
+        return forward(self, ids, batch, *args)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watching)
+    StandIn().install(monkeypatch)
+    with running(ours("biases", dtype=torch.float32)) as llm:
+        llm.generate(PROMPTS, [params(length) for length in LENGTHS])
+    assert widths == {16}
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "rows"), [(1, 1), (2, 2), (3, 4), (8, 8), (33, 64), (64, 64), (65, 128), (128, 128), (129, 192)]
+)
+def test_buckets(num_seqs: int, rows: int) -> None:
+    assert capture.bucket(num_seqs) == rows
+
+
+def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
+    """Nobody's slot is written to, and of nobody is anything read."""
+    graph = graphs._Graph(4, 2, 1, torch.device("cpu"), BatchMeta)
+
+    def load(num_seqs: int) -> BatchMeta:
+        numbers = list(range(1, num_seqs + 1))
+        tables = [[1, 1]] * num_seqs
+        graph.load(
+            Inputs(
+                ids=numbers,
+                positions=numbers,
+                slots=numbers,
+                page_table=tables,
+                seq_lens=numbers,
+                num_decodes=num_seqs,
+                num_queries=1,
+                cu_seqlens_q=[0],
+                logits_rows=numbers,
+                unknown=[],
+                samples=[],
+                prompts=[],
+            ),
+            None,
+        )
+        return graph._batch
+
+    assert (load(3).slots.tolist(), load(3).seq_lens.tolist()) == ([1, 2, 3, -1], [1, 2, 3, 0])
+    assert (load(4).slots.tolist(), load(4).seq_lens.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (load(1).slots.tolist(), load(1).seq_lens.tolist()) == ([1, -1, -1, -1], [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["mha", "gqa tied", "biases"])
+def test_replayed_logits_are_those_of_the_modules(
+    shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ours(shape, dtype=dtype)) as llm:
+        replayed = logits_of_steps(llm, monkeypatch)
+    with running(ours(shape, dtype=dtype)) as llm:
+        llm.engine.model.layers[0].register_forward_hook(nothing)
+        written = logits_of_steps(llm, monkeypatch)
+    assert len(replayed) == len(written) == max(LENGTHS)
+    for ours_, theirs in zip(replayed, written, strict=True):
+        assert torch.equal(ours_, theirs)
+
+
+def test_the_modules_run_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours()
+    counting = Counting(monkeypatch, model)
+    with running(model) as llm:
+        counting.runs = 0
+        logits_of_steps(llm, monkeypatch)
+        # the prompts; then sequences and pages: 3 of 2 and of 4, 2 of 4, 1 of 4
+        assert counting.runs == 1 + 4
+        logits_of_steps(llm, monkeypatch)
+        assert counting.runs == 1 + 4 + 1
+
+
+def test_a_hook_sees_every_step_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(ours()) as llm:
+        llm.generate([1, 2], params(5))
+        seen = []
+        handle = llm.engine.model.lm_head.register_forward_hook(lambda *args: seen.append(None))
+        llm.generate([1, 2], params(5))
+        assert len(seen) == 5
+        handle.remove()
+        llm.generate([1, 2], params(5))
+        assert len(seen) == 5
+
+
+def test_a_module_that_computes_is_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part would be missing from a replay."""
+    model, forward = ours(), LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, *args: forward(mlp, *args) * 1.5)
+    counting = Counting(monkeypatch, model)
+    with running(model) as llm:
+        counting.runs = 0
+        llm.generate([1, 2], params(5))
+    assert counting.runs == 5
+
+
+def test_a_model_with_its_own_forward_is_run_each_time() -> None:
+    class Own(LlamaForCausalLM):
+        runs = 0
+
+        def forward(self, *args: Any) -> Tensor:
+            self.runs += 1
+            return super().forward(*args)
+
+    model = ours(kind=Own)
+    assert isinstance(model, Own)
+    with running(model) as llm:
+        model.runs = 0
+        llm.generate([1, 2], params(5))
+    assert model.runs == 5
+
+
+def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(times: int) -> Callable[..., Tensor]:
+        forward, left = LlamaMLP.forward, times
+
+        def run(mlp: LlamaMLP, *args: Any) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MemoryError
+            return forward(mlp, *args)
+
+        return run
+
+    with running(ours()) as llm:
+        expected = llm.generate(PROMPTS, params(5))
+    with running(ours()) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", failing(len(llm.engine.model.layers) + 2))  # in the first decode
+            with pytest.raises(MemoryError):
+                llm.generate(PROMPTS, params(5))
+        outputs = llm.generate(PROMPTS, params(5))
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+
+
+def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture.RecordingCapture, "limit", 2)
+    with running(ours()) as llm:
+        expected = logits_of_steps(llm, monkeypatch)
+        again = logits_of_steps(llm, monkeypatch)
+        assert len(llm.engine._runner._graphs._graphs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_the_graph_that_was_used_longest_ago_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture.RecordingCapture, "limit", 2)
+    with running(ours()) as llm:
+        held = llm.engine._runner._graphs._graphs
+        for num_seqs in (2, 1, 3):  # one was captured while warming up
+            llm.generate([[1, 2]] * num_seqs, params(3))
+        assert [shape[0] for shape in held] == [1, 3]
+
+
+def test_modules_are_what_the_layers_say() -> None:
+    """The hooks looked for are those of nn.Module: a new kind there would have to be looked for too."""
+    kinds = {name for name in vars(nn.Module()) if "forward" in name and name.endswith("hooks")}
+    assert kinds == {"_forward_hooks", "_forward_pre_hooks"}

@@ -1,0 +1,161 @@
+"""How much memory is free, in a container as well, and what is chosen for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama import LlamaConfig
+from fastllama.layers.batch import KVCache
+from fastllama.layers.config import PRESETS
+from fastllama.runtime.device import memory
+from fastllama.runtime.device.memory import Sizes
+
+GROUPS = {
+    "v2": ("0::/a/b", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "v1": (
+        "3:cpu:/x\n2:memory:/a/b",
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+
+
+def limited(root: Path, version: str, folders: dict[str, tuple[str, int, int]]) -> list[int]:
+    """What container_bytes finds where control groups have a limit, a usage and an idle file cache."""
+    membership, mount, limit, used, cache = GROUPS[version]
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(membership + "\n")
+    for name, values in folders.items():
+        folder = root / mount / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{values[0]}\n")
+        (folder / used).write_text(f"{values[1]}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{cache} {values[2]}\nactive_file 7\n")
+    return list(memory.container_bytes(root))
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_a_group_and_those_around_it_count(version: str, tmp_path: Path) -> None:
+    assert limited(tmp_path, version, {"a/b": ("1000", 400, 50), "a": ("900", 500, 0)}) == [650, 400]
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_a_container_sees_its_group_as_the_root(version: str, tmp_path: Path) -> None:
+    assert limited(tmp_path, version, {"": ("1000", 400, 0)}) == [600]
+
+
+def test_a_group_without_a_limit_does_not_count(tmp_path: Path) -> None:
+    assert limited(tmp_path, "v2", {"a/b": ("max", 400, 0), "a": ("700", 400, 0)}) == [300]
+
+
+def test_without_control_groups_nothing_limits(tmp_path: Path) -> None:
+    assert list(memory.container_bytes(tmp_path)) == []
+
+
+def test_the_smallest_is_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "container_bytes", lambda: iter([5000, 3000]))
+    assert memory.available_bytes(torch.device("cpu")) == 3000
+
+
+GB = 10**9
+SMALL = LlamaConfig(100, 32, 96, 2, 4, 2, head_dim=16, max_position_embeddings=512)  # 1 KiB a token in fp64
+
+
+def chosen(config: LlamaConfig = SMALL, *, gigabytes: float = 1.0, device: str = "cpu", **given: Any) -> Sizes:
+    dtype = torch.float64 if config is SMALL else torch.bfloat16
+    sizes = {"dtype": dtype, "kv_dtype": dtype, "page_size": 64} | given
+    return memory.sizes(config, device=device, available=round(gigabytes * GB), **sizes)
+
+
+LLAMA2_7B, TINYLLAMA = PRESETS["llama-2-7b"], PRESETS["tinyllama-1.1b"]
+# Llama 3.1 8B: a long context of small keys and values, and four times the logits.
+LONG = replace(
+    LLAMA2_7B, vocab_size=128256, num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "gigabytes", "expected"),
+    [
+        (LLAMA2_7B, "cuda", 66, (4096, 105792, 103, 8192)),  # free beside the weights on a GPU of 80 GB
+        (LLAMA2_7B, "cuda", 10.5, (4096, 16640, 16, 2048)),  # of 24
+        (LLAMA2_7B, "cuda", 2, (3072, 3072, 16, 512)),  # of 16
+        (PRESETS["llama-2-70b"], "cuda", 100, (4096, 254912, 248, 8192)),
+        (LONG, "cuda", 64, (131072, 408320, 256, 8192)),
+        (LONG, "cuda", 8, (49216, 49216, 48, 2048)),
+        (TINYLLAMA, "cpu", 8, (2048, 87680, 64, 2048)),
+        (LLAMA2_7B, "cpu", 16, (4096, 7488, 16, 2048)),
+        (SMALL, "cpu", 1, (512, 512 * 64, 64, 2048)),  # no more cache than all sequences can fill
+        (SMALL, "cuda", 1, (512, 512 * 256, 256, 8192)),
+        (SMALL, "cpu", 0, (64, 64, 16, 512)),
+    ],
+)
+def test_what_is_chosen(config: LlamaConfig, device: str, gigabytes: float, expected: tuple[int, ...]) -> None:
+    found = chosen(config, gigabytes=gigabytes, device=device)
+    sizes = (found.max_model_len, found.kv_cache_tokens, found.max_num_seqs, found.max_num_batched_tokens)
+    assert sizes == expected
+    dtype = torch.float64 if config is SMALL else torch.bfloat16
+    assert found.kv_cache_bytes == found.kv_cache_tokens * KVCache.bytes_per_token(config, dtype)
+
+
+@pytest.mark.parametrize("gigabytes", [0.01, 0.1, 0.5, 2, 8, 30, 140])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("config", [*PRESETS.values(), LONG])
+def test_a_step_and_the_cache_fit_together(config: LlamaConfig, device: str, gigabytes: float) -> None:
+    found = chosen(config, gigabytes=gigabytes, device=device)
+    assert 1 <= found.max_num_seqs <= found.max_num_batched_tokens
+    step = found.max_num_batched_tokens * (2 * config.hidden_size + 3 * config.intermediate_size) * 2
+    logits = found.max_num_seqs * config.vocab_size * 6
+    assert step <= gigabytes * GB / 32 or found.max_num_batched_tokens == 512
+    page = 64 * KVCache.bytes_per_token(config, torch.bfloat16)
+    assert found.kv_cache_bytes <= max((gigabytes * GB - step - logits) * memory.KV_SHARE[device], page)
+
+
+def test_what_is_given_stays_and_the_rest_is_chosen_to_fit() -> None:
+    assert chosen(max_num_seqs=5000).max_num_batched_tokens == 5000, "each running sequence advances in each step"
+    assert chosen(max_num_batched_tokens=7).max_num_seqs == 7
+    assert chosen(max_num_batched_tokens=10**5).max_num_seqs == 64
+    assert chosen(max_num_seqs=300, max_num_batched_tokens=301, kv_cache_tokens=640).max_num_seqs == 300
+    assert chosen(max_num_seqs=3, max_model_len=100).kv_cache_tokens == 3 * 128
+    assert chosen(kv_cache_tokens=5000).kv_cache_tokens == 5056, "whole pages"
+    assert chosen(kv_cache_tokens=40, max_model_len=40) == Sizes(40, 64, 64 * 1024, 16, 2048)
+    assert chosen(kv_cache_tokens=200) == Sizes(200, 256, 256 * 1024, 16, 2048)
+    assert chosen(kv_cache_tokens=40 * 128).max_num_seqs == 40, "a quarter of 512 each"
+    assert chosen(LLAMA2_7B, kv_cache_tokens=40 * 1024).max_num_seqs == 40, "a quarter of 4096 each"
+    assert chosen(LONG, kv_cache_tokens=40 * 1024).max_num_seqs == 40, "a quarter of 131072 is more than is expected"
+
+
+def test_a_step_that_is_given_takes_from_the_cache() -> None:
+    given = chosen(LLAMA2_7B, gigabytes=66, device="cuda", max_num_batched_tokens=8192 * 4)
+    left = 66 * GB - 8192 * 4 * 82432 - 103 * 32000 * 6
+    assert given.kv_cache_bytes == pytest.approx(0.85 * left, rel=2e-3)
+    half = chosen(LLAMA2_7B, gigabytes=66, device="cuda", kv_dtype=torch.int8)
+    assert half.kv_cache_tokens == pytest.approx(105792 * 2 * 128 / 132, rel=2e-3), "a scale beside each 128 codes"
+
+
+def test_a_sequence_that_could_never_fit_is_refused() -> None:
+    for given, held in (({"kv_cache_tokens": 99}, 99), ({"gigabytes": 0}, 64)):
+        message = f"^max_model_len is 100 and the KV cache holds {held} tokens; legal: at most kv_cache_tokens$"
+        with pytest.raises(ValueError, match=message):
+            chosen(max_model_len=100, **given)
+
+
+def test_one_line_says_it() -> None:
+    assert str(chosen(LLAMA2_7B, gigabytes=66, device="cuda")) == (
+        "max_model_len 4096, KV cache 105792 tokens (55.47 GB), max_num_seqs 103, max_num_batched_tokens 8192"
+    )
+
+
+def test_what_torch_keeps_of_freed_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given back before the GPU is asked."""
+    kept = [3]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 - sum(kept), 10))
+    assert memory.available_bytes(torch.device("cuda")) == 10
