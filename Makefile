@@ -108,7 +108,7 @@ gpu-dry: $(STAMP) ## walk the stages of `make gpu` at toy sizes on this CPU
 	$(NO_INTERPRETER) $(BIN)/python -m benchmarks.gpu --dry --minutes 8 --out build/gpu-dry
 
 bench-cpu: $(STAMP) ## CPU decode of a 1.1B model beside transformers and, where installed, llama.cpp, in one run
-	$(BIN)/python -m benchmarks.cpu_decode
+	$(BIN)/python -m benchmarks.cpu.decode
 
 tiny-model: $(STAMP) ## write the stories, train the bundled model and export it (about an hour)
 	$(BIN)/python -m tools.tiny_model

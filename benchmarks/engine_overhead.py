@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
+from benchmarks.null_model import null_model
+from fastllama import LLM, SamplingParams
 from fastllama.bench.environment import environment, write_record
-from fastllama.layers.batch import BatchMeta, KVCache
 
 PROMPT_TOKENS = 128
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,23 +27,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.8, "top_p": 0.95},
     "penalties, logprobs": {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.1, "logprobs": 5},
 }
-
-
-class NullModel(LlamaForCausalLM):
-    """A Llama that computes nothing."""
-
-    logits: Tensor
-
-    def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
-        """The same logits for each row."""
-        return self.logits[: batch.logits_rows.shape[0]]
-
-
-def null_model(vocab_size: int, rows: int) -> NullModel:
-    """A null model of one narrow layer."""
-    model = NullModel(LlamaConfig(vocab_size, 8, 8, 1, 1, 1, head_dim=8, eos_token_ids=()))
-    model.logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
-    return model
 
 
 def time_steps(batch: int, vocab_size: int, kind: str, steps: int) -> list[float]:

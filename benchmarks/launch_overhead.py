@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from benchmarks.judge import OUTPUTS
-from benchmarks.registry import OPS as MEASURED
-from benchmarks.registry import Case, toy_cases
+from benchmarks.ops.judge import OUTPUTS
+from benchmarks.ops.registry import OPS as MEASURED
+from benchmarks.ops.registry import Case, toy_cases
 from fastllama import kernels
 from fastllama.bench import timing
 from fastllama.bench.environment import environment, write_record
-from fastllama.kernels.op import OPS
-from fastllama.kernels.triton.sampling import workspace_size
+from fastllama.kernels.dispatch.op import OPS
+from fastllama.kernels.triton.sampling.draw import workspace_size
 from fastllama.testing.drivers import DryDriver
 from fastllama.testing.targets import target
 

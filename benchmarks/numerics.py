@@ -12,9 +12,9 @@ from importlib.metadata import version
 
 import torch
 
-from benchmarks.micro import implementations, interpreted
+from benchmarks.ops.micro import implementations, interpreted
 from fastllama import env
-from fastllama.kernels.op import OPS, Implementation
+from fastllama.kernels.dispatch.op import OPS, Implementation
 from fastllama.verify import ops
 from fastllama.verify.case import Case, Results
 from fastllama.verify.cases import all_cases

@@ -17,7 +17,7 @@ import torch
 
 from fastllama import kernels
 from fastllama.bench import timing
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 
 Arguments = tuple[Any, ...]
 Outputs = dict[str, torch.Tensor]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_overhead import null_model
+from benchmarks.null_model import null_model
 from fastllama import LLM, SamplingParams
 from fastllama.bench.environment import environment, write_record
 from fastllama.bench.workload import LONGEST, prompts_of

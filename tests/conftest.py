@@ -82,7 +82,7 @@ def bind() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
     """`bind(op, run)`: `run` is what runs the op on CPU tensors, until the test ends."""
     import torch
 
-    from fastllama.kernels.op import OPS
+    from fastllama.kernels.dispatch.op import OPS
 
     with ExitStack() as stack:
         yield lambda op, run: stack.enter_context(OPS[op].bound_to(torch.device("cpu"), run))
@@ -91,7 +91,7 @@ def bind() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`force(backend)`: FASTLLAMA_BACKEND says so, and no op remembers what it chose before, until the test ends."""
-    from fastllama.kernels.op import OPS
+    from fastllama.kernels.dispatch.op import OPS
 
     def force(backend: str) -> None:
         monkeypatch.setenv("FASTLLAMA_BACKEND", backend)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
 from benchmarks.gpu import runner, verdict
 from benchmarks.gpu.plan import INSTALLED, plan
+from benchmarks.ops import report
 
 LEAST, MOST = 4.0, 60.0
 ALWAYS = ("facts", "cache")  # without them a report has no heading, and the others compile again

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastllama import LLM, SamplingParams, env
 from fastllama.kernels import reference
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.runtime.outputs import TokenLogprob
 
 FILE = Path(__file__).parent / "answers.json"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import micro
 from benchmarks.gpu import results, stage
 from benchmarks.gpu.goals import ALONE, OURS
-from benchmarks.registry import OPS, Case, cases, toy_cases
+from benchmarks.ops import micro
+from benchmarks.ops.registry import OPS, Case, cases, toy_cases
 from fastllama.bench.environment import gpu
 
 FIRST = ("matmul", "matmul_int4", "attention_decode", "attention_prefill")  # what a decode step and a prompt wait for

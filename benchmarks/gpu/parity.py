@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import micro
 from benchmarks.gpu import results, stage
-from benchmarks.registry import LLAMA_2, OPS, TOY, Case
+from benchmarks.ops import micro
+from benchmarks.ops.registry import LLAMA_2, OPS, TOY, Case
 
 ROWS = {"attention_varlen": 512, "attention_prefill": 512}
 MOST_ROWS = 64  # of the other ops: what their kernels of few rows take

@@ -75,7 +75,7 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
         decode = ("-m", "fastllama", "bench", "decode", *shape, *device, "--no-peers")
         yield Stage(f"decode at {context}", decode, 20, 90, needs=RUNTIME, writes=True)
     for name, variables in (("block", {}), ("block, no overlap", SWITCHES["no overlap of launches"])):
-        yield Stage(name, ("-m", "benchmarks.block", *toy), 20, 75, variables, writes=True)
+        yield Stage(name, ("-m", "benchmarks.ops.block", *toy), 20, 75, variables, writes=True)
     parallel = ("-n", str(min(workers, 8))) if importlib.util.find_spec("xdist") and not dry else ()
     for name, *argv in (
         ("runtime", "tests/gpu/test_runtime.py", "tests/gpu/test_warm_up.py"),
@@ -89,7 +89,7 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
     yield Stage("launches", ("-m", "benchmarks.launch_overhead", *rounds), 10, 60, compiled, writes=True)
     yield own("ops", "ops", 15, 480)
     found = ("--out", str(out / "tuned"), "--minutes", "4", "--most", "12")
-    yield Stage("tuning", ("-m", "benchmarks.tune", "--families", "matmul", "int4", *found, *toy), 60, 240)
+    yield Stage("tuning", ("-m", "benchmarks.ops.tune", "--families", "matmul", "int4", *found, *toy), 60, 240)
     yield own("profile", "profile", 30, 60)
     if not dry:
         peers = ("--shape", "7b", "--batch", "1", "--context", "512")

@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from benchmarks import block
 from benchmarks.gpu import results, stage
+from benchmarks.ops import block
 from fastllama import LlamaConfig
 
 KERNELS = 7  # launches of a block whose keys are split

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 
-from benchmarks import micro
 from benchmarks.gpu import answers, results, stage
+from benchmarks.ops import micro
 from fastllama import LLM
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu import goals, results
 from benchmarks.gpu.goals import GOALS, Results
-from benchmarks.report import table
+from benchmarks.ops.report import table
 
 KERNELS = {"weights": ("matmul",), "keys and values": ("decode_kernel", "combine_kernel", "attention")}
 

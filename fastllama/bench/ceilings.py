@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastllama.bench import timing
-from fastllama.kernels.device import device_info
+from fastllama.kernels.launch.device import device_info
 
 COPY = {"cuda": 1 << 29, "cpu": 1 << 27}  # bf16 numbers, 1 GiB and 256 MiB: more than the caches hold
 SIZE = 8192  # of a product's matrices

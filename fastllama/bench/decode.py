@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastllama.arithmetic import ceil_div
 from fastllama.bench import models, peers, static_cache, trace
 from fastllama.bench.ceilings import bandwidths, shares
 from fastllama.bench.decode_report import rate
@@ -20,7 +21,6 @@ from fastllama.errors import check_choice, check_range
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device, resolve_dtype
-from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from fastllama.arithmetic import ceil_div
 from fastllama.bench.workload import SEQUENCES, Prompts
-from fastllama.kernels.arithmetic import ceil_div
 
 OLDER_PAGE = 32  # tokens of a block before it could be configured
 STEP = 2048  # tokens of a step; for its default of 8192 it makes a mask of as many rows, however few come

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastllama.arithmetic import ceil_div
 from fastllama.bench import peers
 from fastllama.bench.environment import environment
 from fastllama.bench.latency import arrivals
@@ -20,7 +21,6 @@ from fastllama.bench.workload import LONGEST, SEQUENCES, SHORTEST, prompts_of
 from fastllama.errors import check_choice, check_range
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
-from fastllama.kernels.arithmetic import ceil_div
 from fastllama.runtime.llm import LLM
 
 PAGE = 64

@@ -98,7 +98,7 @@ def _cpu_name() -> str:
 
 def _ops(kind: str) -> dict[str, dict[str, str]]:
     """What runs each op for tensors on a kind of device, and why."""
-    from fastllama.kernels.op import OPS
+    from fastllama.kernels.dispatch.op import OPS
 
     table = {}
     for name, op in sorted(OPS.items()):

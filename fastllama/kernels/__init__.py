@@ -1,8 +1,9 @@
 """Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
 
-from fastllama.kernels.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
-from fastllama.kernels.bf12 import matmul_bf12, pack_bf12, unpack_bf12
-from fastllama.kernels.int4 import (
+from fastllama.kernels.dispatch.op import Implementation, backend_of
+from fastllama.kernels.ops.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
+from fastllama.kernels.ops.bf12 import matmul_bf12, pack_bf12, unpack_bf12
+from fastllama.kernels.ops.int4 import (
     dequantize_int4,
     matmul_int4,
     matmul_int4_workspace,
@@ -10,7 +11,7 @@ from fastllama.kernels.int4 import (
     quantize_int4,
     unpack_int4,
 )
-from fastllama.kernels.int8 import (
+from fastllama.kernels.ops.int8 import (
     dequantize_int8,
     matmul_int8,
     matmul_int8_workspace,
@@ -18,15 +19,14 @@ from fastllama.kernels.int8 import (
     quantize_int8,
     unpack_int8,
 )
-from fastllama.kernels.matmul import embedding, matmul, matmul_workspace
-from fastllama.kernels.merge import merge_state
-from fastllama.kernels.norm import add_rms_norm, rms_norm
-from fastllama.kernels.op import Implementation, backend_of
-from fastllama.kernels.rope import cos_sin_cache, rope, rope_and_write_kv
-from fastllama.kernels.rounded import add_rms_norm_int8, rms_norm_int8, silu_mul_int8
-from fastllama.kernels.sampling import sample, sample_workspace
-from fastllama.kernels.swiglu import silu_mul
-from fastllama.kernels.w8a8 import matmul_w8a8, matmul_w8a8_workspace, quantize_rows
+from fastllama.kernels.ops.matmul import embedding, matmul, matmul_workspace
+from fastllama.kernels.ops.merge import merge_state
+from fastllama.kernels.ops.norm import add_rms_norm, rms_norm
+from fastllama.kernels.ops.quantize_rows import add_rms_norm_int8, quantize_rows, rms_norm_int8, silu_mul_int8
+from fastllama.kernels.ops.rope import cos_sin_cache, rope, rope_and_write_kv
+from fastllama.kernels.ops.sampling import sample, sample_workspace
+from fastllama.kernels.ops.swiglu import silu_mul
+from fastllama.kernels.ops.w8a8 import matmul_w8a8, matmul_w8a8_workspace
 
 __all__ = [
     "Implementation",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastllama.kernels.arithmetic import power_of_2
-from fastllama.kernels.checks import CODES
+from fastllama.arithmetic import power_of_2
+from fastllama.kernels.dispatch.checks import CODES
 from fastllama.layers.config import LlamaConfig
 
 

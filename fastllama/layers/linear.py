@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import kernels
-from fastllama.kernels.compose import compose
+from fastllama.kernels.ops.compose import compose
 from fastllama.layers.batch import BatchMeta
 
 

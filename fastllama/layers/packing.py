@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from fastllama import kernels
-from fastllama.kernels.cpu.matmul import runs_natively
+from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
 from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear, W8A8Linear

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 
+from fastllama.arithmetic import ceil_div
 from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
-from fastllama.kernels.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device import memory, sampler

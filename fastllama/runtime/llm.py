@@ -17,7 +17,7 @@ from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
-from fastllama.kernels.op import compiling_announced
+from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastllama.bench import ceilings, decode, decode_report, static_cache
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 
 TINY = decode.Options(model="tiny", device="cpu", batch=(3,), context=(96,), tokens=5)
 

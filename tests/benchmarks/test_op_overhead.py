@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.op_overhead import cases, overheads
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 
 
 def test_every_op_is_measured() -> None:

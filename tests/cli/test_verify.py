@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from tests.cli.conftest import Command
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fastllama import kernels
 from fastllama.kernels import reference
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 
 TESTS = Path(__file__).parents[1] / "kernels"
 # Public functions that are no ops, and why.

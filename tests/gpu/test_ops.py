@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.inputs import Inputs
-from benchmarks.judge import copied, written
-from benchmarks.micro import running
-from benchmarks.registry import LLAMA_2, OPS, TOY, Case, cases
+from benchmarks.ops.inputs import Inputs
+from benchmarks.ops.judge import copied, written
+from benchmarks.ops.micro import running
+from benchmarks.ops.registry import LLAMA_2, OPS, TOY, Case, cases
 from fastllama import kernels
-from fastllama.kernels.op import OPS as BOUND
+from fastllama.kernels.dispatch.op import OPS as BOUND
 from fastllama.verify.ops import rows
 
 pytestmark = [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastllama.kernels import cos_sin_cache
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.reference import pack_bf12, pack_int4, pack_int8
 
 # tokens, query heads, key heads, head dimension, pages, page size: unlike, lest torch.compile takes one for another

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.testing.bounds import assert_equal, assert_honest, error
 
 __all__ = ["DTYPES", "assert_equal", "assert_honest", "backends", "double", "error", "on_cpu", "public"]

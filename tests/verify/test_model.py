@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama import LLM, LlamaConfig
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
 from fastllama.layers.config import RopeScaling

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify import ops
 from fastllama.verify.case import Case
 from fastllama.verify.cases import all_cases

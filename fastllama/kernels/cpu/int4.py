@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastllama.kernels.checks import as_rows
 from fastllama.kernels.cpu.matmul import by_blocks
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.reference.int4 import ROWS, dequantize_int4, unpack_int4
 
 

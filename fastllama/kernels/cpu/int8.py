@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllama.kernels.checks import as_rows
 from fastllama.kernels.cpu.matmul import BLOCK, by_blocks
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.reference.int4 import ROWS
 from fastllama.kernels.reference.int8 import dequantize_int8, unpack_int8
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastllama.kernels.checks import as_rows
+from fastllama.kernels.dispatch.checks import as_rows
+from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference import numerics
 
 ROW_LIMIT = 8  # up to so many rows, a pass over the 16-bit weight for each row beats one pass that widens it
@@ -47,10 +48,3 @@ def by_blocks(rows: Tensor, features: int, result: Tensor, widen: Callable[[int,
         wide = buffer[: features - start]
         widen(start, wide)
         result[:, start : start + BLOCK] = rows @ wide.T
-
-
-def runs_natively(dtype: torch.dtype) -> bool:
-    """Whether torch has this CPU's matrix instructions for a 16-bit dtype (AVX-512 BF16 or FP16, AMX, Arm BF16)."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -16,10 +16,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from fastllama.arithmetic import ceil_div
 from fastllama.kernels import reference
-from fastllama.kernels.arithmetic import ceil_div
-from fastllama.kernels.checks import as_rows
 from fastllama.kernels.cpu.matmul import by_blocks
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba.matmul import ROW_LIMIT
 from fastllama.kernels.numba.numerics import (
     FAST,

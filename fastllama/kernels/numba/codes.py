@@ -22,8 +22,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from fastllama.kernels.arithmetic import ceil_div
-from fastllama.kernels.checks import as_rows
+from fastllama.arithmetic import ceil_div
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba.fixed import RECORD, fixed_kernel
 from fastllama.kernels.numba.numerics import LIKE, array, jit, load, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed

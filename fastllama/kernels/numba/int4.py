@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
-from fastllama.kernels.checks import as_rows
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba import codes
 from fastllama.kernels.reference.int4 import MIDDLE
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
-from fastllama.kernels.checks import as_rows
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba.numerics import LIKE, jit, load, prefetch, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.checks import as_rows
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba.numerics import LIKE, jit, load, rounded, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch

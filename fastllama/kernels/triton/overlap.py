@@ -15,13 +15,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastllama import env
-from fastllama.kernels import tuning
+from fastllama.kernels.launch.device import arch
 
 
 def overlaps(device: torch.device) -> bool:
     """Whether a launch on a device may begin before the one before it has ended: never in the interpreter."""
-    arch = tuning.arch(device)
-    able = device.type != "cpu" and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+    target = arch(device)
+    able = device.type != "cpu" and target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
     return able and env.PDL.read() == "1"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
 
 ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
 

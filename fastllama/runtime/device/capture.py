@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastllama.kernels.arithmetic import ceil_div, power_of_2
-from fastllama.kernels.recording import record
+from fastllama.arithmetic import ceil_div, power_of_2
+from fastllama.kernels.dispatch.recording import record
 
 logger = logging.getLogger("fastllama")
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
 device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
 for each `bucket`, and the rows beyond a batch are padding, which no kernel writes for. On a CPU it is a record of what
-the ops ran (kernels/recording.py), of exactly the sequences there are.
+the ops ran (kernels/dispatch/recording.py), of exactly the sequences there are.
 A step's tokens are drawn to where the next step of the same shape reads its ids: while the same sequences go on,
 nothing is moved between two steps.
 """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.device.memory import available_bytes

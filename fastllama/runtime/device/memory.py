@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllama import env
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device.buffers import on_device

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
 from fastllama.runtime.device.buffers import ALIGNMENT, on_device
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.planning.inputs import Sample, parameters

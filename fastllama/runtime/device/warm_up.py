@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from fastllama.kernels import tuning
-from fastllama.kernels.arithmetic import ceil_div
+from fastllama.arithmetic import ceil_div
+from fastllama.kernels.launch import tuning
 from fastllama.runtime.device import sampler
 from fastllama.runtime.device.memory import Sizes
 from fastllama.runtime.device.runner import Runner

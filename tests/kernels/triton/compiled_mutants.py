@@ -25,24 +25,24 @@ SCALES = "    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(beg
 COMPILED_MUTANTS = [
     fault("nothing waits", "overlap", "        gdc_wait()", "        pass", f"{WAITS}[norm-sm_90]"),
     fault("no launch is let go", "overlap", "        gdc_launch_dependents()", "        pass", f"{WAITS}[norm-sm_90]"),
-    fault("a wait forgotten", "norm", "    follow(PDL)\n", "", f"{WAITS}[norm-sm_90]"),
+    fault("a wait forgotten", "rows/norm", "    follow(PDL)\n", "", f"{WAITS}[norm-sm_90]"),
     fault(
         "a wait on one path alone",
-        "sampling",
+        "sampling/draw",
         f"    follow(PDL)\n{CHUNK}",
         f"    if tl.program_id(0) > 0:\n        follow(PDL)\n{CHUNK}",
         f"{WAITS}[sampling-sm_90]",
     ),
     fault(
         "a wait behind the length",
-        "decode",
+        "attention/decode",
         f"    follow(PDL)\n{SEQUENCE}{LENGTH}",
         f"{SEQUENCE}{LENGTH}    follow(PDL)\n",
         f"{WAITS}[attention-sm_90]",
     ),
     fault(
         "a launch in its turn",
-        "swiglu",
+        "rows/swiglu",
         "BLOCK=launch.block,\n        **overlapping(out.device),",
         "BLOCK=launch.block,\n        PDL=False,",
         f"{EACH}[sm_90]",
@@ -57,28 +57,32 @@ COMPILED_MUTANTS = [
     ),
     fault(
         "scales not asked for",
-        "codes",
+        "matmul/quantized",
         SCALES,
         "",
         f"{OVERLAP}::test_weights_are_asked_for_before_the_wait[int4-sm_90]",
     ),
     fault(
         "a count reset with a fence",
-        "product",
+        "matmul/epilogue",
         'counters_ptr + tile, 0, sem="relaxed"',
         "counters_ptr + tile, 0",
         f"{OVERLAP}::test_a_sum_over_splits_takes_one_fence",
     ),
     fault(
         "a fence for each chunk's keys",
-        "filters",
+        "sampling/filters",
         'count, sem="relaxed"',
         "count",
         f"{OVERLAP}::test_the_sums_of_a_draw_take_no_fence",
     ),
-    fault("a kernel for one row", "norm", '(do_not_specialize=["num_rows"])', "", ROWS),
-    fault("a kernel for one sequence", "prefill", '        "num_seqs",\n', "", ROWS),
-    fault("a kernel for the width of a table", "decode", '"page_table_stride", ', "", WIDTHS),
-    fault("a kernel for a number of splits", "decode", '["seq_lens_ptr", "splits"]', '["seq_lens_ptr"]', WIDTHS),
-    fault("a kernel for where a part begins", "rope", '["positions_ptr", "slots_ptr"]', '["positions_ptr"]', PLACES),
+    fault("a kernel for one row", "rows/norm", '(do_not_specialize=["num_rows"])', "", ROWS),
+    fault("a kernel for one sequence", "attention/prefill", '        "num_seqs",\n', "", ROWS),
+    fault("a kernel for the width of a table", "attention/decode", '"page_table_stride", ', "", WIDTHS),
+    fault(
+        "a kernel for a number of splits", "attention/decode", '["seq_lens_ptr", "splits"]', '["seq_lens_ptr"]', WIDTHS
+    ),
+    fault(
+        "a kernel for where a part begins", "rows/rope", '["positions_ptr", "slots_ptr"]', '["positions_ptr"]', PLACES
+    ),
 ]

@@ -5,27 +5,27 @@ from __future__ import annotations
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.planted import mutant
 
-EXACT = "test_int4.py::test_every_code_is_exact"
-SHAPES = "test_int4.py::test_matmul_int4"
-NOISE = "test_int4.py::test_nothing_past_the_end_is_read_or_written"
-BETWEEN = "test_int4.py::test_zeros_between_codes"
-OWN = "triton/test_matmul_int4.py::test_"
+EXACT = "ops/test_int4.py::test_every_code_is_exact"
+SHAPES = "ops/test_int4.py::test_matmul_int4"
+NOISE = "ops/test_int4.py::test_nothing_past_the_end_is_read_or_written"
+BETWEEN = "ops/test_int4.py::test_zeros_between_codes"
+OWN = "triton/matmul/test_int4.py::test_"
 SPLITS = f"{OWN}splits"
 END = "tl.minimum(begin + SPLIT, SIZE)"
 FAR = f"{OWN}rows_past_two_to_the_31_elements"
 FAR_ROWS = "triton/test_launchers.py::test_rows_past_two_to_the_31_elements"
-FORMS = "test_around.py::test_it_is_the_composition"
+FORMS = "ops/test_fusion.py::test_it_is_the_composition"
 SHORT = f"{OWN}a_workspace_that_is_too_small_is_refused_before_anything_is_written"
 
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In the codes that are loaded."""
-    return mutant(name, "int4", old, new, *tests)
+    return mutant(name, "matmul/load_int4", old, new, *tests)
 
 
 def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In the kernels of codes."""
-    return mutant(name, "codes", old, new, *tests)
+    return mutant(name, "matmul/quantized", old, new, *tests)
 
 
 INT4_MUTANTS = [

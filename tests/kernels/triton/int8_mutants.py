@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.planted import mutant
 
-EXACT = "test_int8.py::test_every_code_is_exact"
-SHAPES = "test_int8.py::test_matmul_int8"
-OWN = "triton/test_matmul_int8.py::test_"
+EXACT = "ops/test_int8.py::test_every_code_is_exact"
+SHAPES = "ops/test_int8.py::test_matmul_int8"
+OWN = "triton/matmul/test_int8.py::test_"
 READ = f"{OWN}the_weight_is_read_once"
 SPLITS = f"{OWN}splits"
 FAR = f"{OWN}rows_past_two_to_the_31_words"
@@ -15,12 +15,12 @@ FAR = f"{OWN}rows_past_two_to_the_31_words"
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In the codes that are loaded."""
-    return mutant(f"bytes: {name}", "int8", old, new, *tests)
+    return mutant(f"bytes: {name}", "matmul/load_int8", old, new, *tests)
 
 
 def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In the kernels of codes, where these have 8 bits."""
-    return mutant(f"8 bits: {name}", "codes", old, new, *tests)
+    return mutant(f"8 bits: {name}", "matmul/quantized", old, new, *tests)
 
 
 INT8_MUTANTS = [
@@ -65,7 +65,7 @@ INT8_MUTANTS = [
         "x's order for codes of 4 bits",
         "k if BITS == 4 else order(k)",
         "order(k)",
-        "test_int4.py::test_every_code_is_exact",
+        "ops/test_int4.py::test_every_code_is_exact",
     ),
     shared("one tile a program", "gated or (_bits(packed) == 8", "gated or (_bits(packed) == 9", READ),
     shared("launched as of 4 bits", "tuning.int4 if _bits(packed) == 4 else tuning.int8", "tuning.int4", SPLITS),

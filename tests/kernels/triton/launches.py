@@ -17,23 +17,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastllama.kernels import tuning
-from fastllama.kernels.device import Device
+from fastllama.kernels.launch import device, tuning
+from fastllama.kernels.launch.device import Device
 from fastllama.kernels.reference.int4 import packed_shape
 from fastllama.kernels.reference.int8 import packed_shape as int8_shape
-from fastllama.kernels.triton import decode as decode_kernels
-from fastllama.kernels.triton import embedding as embedding_kernels
-from fastllama.kernels.triton import matmul as matmul_kernels
-from fastllama.kernels.triton import matmul_int4 as int4_kernels
-from fastllama.kernels.triton import matmul_int8 as int8_kernels
-from fastllama.kernels.triton import matmul_w8a8 as w8a8_kernels
-from fastllama.kernels.triton import merge as merge_kernels
-from fastllama.kernels.triton import norm as norm_kernels
-from fastllama.kernels.triton import prefill as prefill_kernels
-from fastllama.kernels.triton import quantize_rows as quantize_kernels
-from fastllama.kernels.triton import rope as rope_kernels
-from fastllama.kernels.triton import sampling as sampling_kernels
-from fastllama.kernels.triton import swiglu as swiglu_kernels
+from fastllama.kernels.triton.attention import decode as decode_kernels
+from fastllama.kernels.triton.attention import merge as merge_kernels
+from fastllama.kernels.triton.attention import prefill as prefill_kernels
+from fastllama.kernels.triton.matmul import dense as matmul_kernels
+from fastllama.kernels.triton.matmul import int4 as int4_kernels
+from fastllama.kernels.triton.matmul import int8 as int8_kernels
+from fastllama.kernels.triton.matmul import w8a8 as w8a8_kernels
+from fastllama.kernels.triton.rows import embedding as embedding_kernels
+from fastllama.kernels.triton.rows import norm as norm_kernels
+from fastllama.kernels.triton.rows import quantize_rows as quantize_kernels
+from fastllama.kernels.triton.rows import rope as rope_kernels
+from fastllama.kernels.triton.rows import swiglu as swiglu_kernels
+from fastllama.kernels.triton.sampling import draw as sampling_kernels
 from fastllama.testing.resources import NARROW
 from fastllama.testing.targets import Target, target
 
@@ -91,7 +91,8 @@ def on(name: str) -> Iterator[Target]:
     tuning._launch.cache_clear()
     with ExitStack() as stack:
         stack.callback(tuning._launch.cache_clear)
-        stack.enter_context(mock.patch.object(tuning, "device_info", return_value=facts))
+        for module in (tuning, device):
+            stack.enter_context(mock.patch.object(module, "device_info", return_value=facts))
         stack.enter_context(mock.patch.object(tuning, "user_folder", return_value=tuning.PACKAGED / facts.name))
         yield gpu
 

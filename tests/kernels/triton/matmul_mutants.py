@@ -5,45 +5,51 @@ from __future__ import annotations
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.planted import mutant
 
-COLUMNS = "triton/test_matmul.py::test_columns_in_any_number_of_splits"
-ORDER = "triton/test_matmul.py::test_the_order_of_a_sum_is_the_same_in_any_batch"
-STRIDES = "test_matmul.py::test_strided_inputs_and_outputs"
-SPLITS = "triton/test_product.py::test_any_form_in_splits"
-LAST = "triton/test_product.py::test_whichever_program_comes_last"
-FORMS = "test_around.py::test_it_is_the_composition"
-WORKSPACE = "triton/test_matmul.py::test_a_workspace_is_all_that_is_used"
-OUTSIDE = "triton/test_embedding.py::test_an_id_outside_the_table_gives_nan_and_reads_nothing"
+COLUMNS = "triton/matmul/test_dense.py::test_columns_in_any_number_of_splits"
+ORDER = "triton/matmul/test_dense.py::test_the_order_of_a_sum_is_the_same_in_any_batch"
+STRIDES = "ops/test_matmul.py::test_strided_inputs_and_outputs"
+SPLITS = "triton/matmul/test_epilogue.py::test_any_form_in_splits"
+LAST = "triton/matmul/test_epilogue.py::test_whichever_program_comes_last"
+FORMS = "ops/test_fusion.py::test_it_is_the_composition"
+WORKSPACE = "triton/matmul/test_dense.py::test_a_workspace_is_all_that_is_used"
+OUTSIDE = "triton/rows/test_embedding.py::test_an_id_outside_the_table_gives_nan_and_reads_nothing"
 
 
 def around(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In what surrounds a product."""
-    return mutant(name, "product", old, new, *tests)
+    return mutant(name, "matmul/epilogue", old, new, *tests)
 
 
 MATMUL_MUTANTS = [
-    mutant("negative ids are read", "embedding", "(row >= 0) & (row < num_rows)", "row < num_rows", OUTSIDE),
-    mutant("an id past the last is read", "embedding", "row < num_rows)", "row <= num_rows)", OUTSIDE),
+    mutant("negative ids are read", "rows/embedding", "(row >= 0) & (row < num_rows)", "row < num_rows", OUTSIDE),
+    mutant("an id past the last is read", "rows/embedding", "row < num_rows)", "row <= num_rows)", OUTSIDE),
     mutant(
-        "the next row", "embedding", "row * weight_row_stride + col", "(row + 1) * weight_row_stride + col", OUTSIDE
+        "the next row",
+        "rows/embedding",
+        "row * weight_row_stride + col",
+        "(row + 1) * weight_row_stride + col",
+        OUTSIDE,
     ),
-    mutant("the row's end", "embedding", "exists & (col < SIZE)", "exists", "test_matmul.py::test_embedding"),
-    mutant("columns past the end", "matmul", "exists = start + col < SIZE", "exists = start + col <= SIZE", COLUMNS),
+    mutant("the row's end", "rows/embedding", "exists & (col < SIZE)", "exists", "ops/test_matmul.py::test_embedding"),
+    mutant(
+        "columns past the end", "matmul/dense", "exists = start + col < SIZE", "exists = start + col <= SIZE", COLUMNS
+    ),
     mutant(
         "a split ends at the tile before",
-        "matmul",
+        "matmul/dense",
         "tl.minimum(first + SPLIT, SIZE)",
         "tl.minimum(first + SPLIT - BLOCK_K, SIZE)",
         COLUMNS,
     ),
     mutant(
         "splits overlap",
-        "matmul",
+        "matmul/dense",
         "first = tl.program_id(1) * SPLIT",
         "first = tl.program_id(1) * (SPLIT - BLOCK_K)",
         COLUMNS,
     ),
-    mutant("the first tile again", "matmul", "weight_ptr += BLOCK_K", "weight_ptr += 0", COLUMNS),
-    mutant("rows past the last read", "matmul", "tl.minimum(row, num_rows - 1)", "row", STRIDES),
+    mutant("the first tile again", "matmul/dense", "weight_ptr += BLOCK_K", "weight_ptr += 0", COLUMNS),
+    mutant("rows past the last read", "matmul/dense", "tl.minimum(row, num_rows - 1)", "row", STRIDES),
     around("the last split forgotten", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", COLUMNS),
     around("the first program stores", "== SPLITS - 1:", "== 0:", LAST),
     around("counts stay", "tl.atomic_xchg(counters_ptr + tile, 0,", "tl.atomic_xchg(counters_ptr + tile, 1,", LAST),

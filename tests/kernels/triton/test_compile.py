@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.kernels import tuning
+from fastllama.kernels.launch import tuning
 from fastllama.testing.compile_report import CACHE, compile_report
 from fastllama.testing.recorder import record
 from fastllama.testing.targets import TARGETS

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.testing.monitor import Report
 from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal, public
-from tests.kernels.test_compile import OUTPUTS, copy, same
-from tests.kernels.test_rope import cache
+from tests.kernels.ops.test_compile import OUTPUTS, copy, same
+from tests.kernels.ops.test_rope import cache
 
 ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
 OURS = [

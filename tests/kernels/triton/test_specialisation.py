@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels.arithmetic import power_of_2
-from fastllama.kernels.op import OPS
+from fastllama.arithmetic import power_of_2
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.testing import triton_api
 from fastllama.testing.recorder import Launch, record
 from fastllama.testing.targets import TARGETS

@@ -7,7 +7,7 @@ import torch
 
 from fastllama.testing.monitor import Report
 from tests.kernels.honest import public
-from tests.kernels.test_rope import cache
+from tests.kernels.ops.test_rope import cache
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.planted import mutant
 
-SHAPES = "test_w8a8.py::test_matmul_w8a8"
-NOISE = "test_w8a8.py::test_nothing_past_the_end_is_read_or_written"
-LONGEST = "test_w8a8.py::test_the_longest_sums_are_exact"
-ROUNDED = "test_w8a8.py::test_no_code_is_nearer"
-NORM = "test_rounded.py::test_rms_norm_int8"
-GATES = "test_rounded.py::test_silu_mul_int8"
-OWN = "triton/test_matmul_w8a8.py::test_"
+SHAPES = "ops/test_w8a8.py::test_matmul_w8a8"
+NOISE = "ops/test_w8a8.py::test_nothing_past_the_end_is_read_or_written"
+LONGEST = "ops/test_w8a8.py::test_the_longest_sums_are_exact"
+ROUNDED = "ops/test_w8a8.py::test_no_code_is_nearer"
+NORM = "ops/test_quantize_rows.py::test_rms_norm_int8"
+GATES = "ops/test_quantize_rows.py::test_silu_mul_int8"
+OWN = "triton/matmul/test_w8a8.py::test_"
 SPLITS = f"{OWN}splits"
 LAUNCHES = f"{OWN}launches_change_no_bit"
 EVERY = f"{OWN}every_tile_has_a_program"
@@ -21,7 +21,7 @@ WORKSPACE = f"{OWN}a_workspace_holds_anything_before_and_is_all_that_is_used"
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
     """In the product."""
-    return mutant(name, "matmul_w8a8", old, new, *tests)
+    return mutant(name, "matmul/w8a8", old, new, *tests)
 
 
 W8A8_MUTANTS = [
@@ -59,22 +59,34 @@ W8A8_MUTANTS = [
     fault("32-bit rows of tiles", "(place // together).to(tl.int64) * 128", "(place // together) * 128", FAR),
     fault("a short workspace is taken", "scratch(workspace, elements,", "scratch(workspace, elements - 1,", WORKSPACE),
     mutant(
-        "rows: another row's scale", "quantize_rows", "scales_out_ptr + row, x", "scales_out_ptr + row * 0, x", ROUNDED
+        "rows: another row's scale",
+        "rows/quantize_rows",
+        "scales_out_ptr + row, x",
+        "scales_out_ptr + row * 0, x",
+        ROUNDED,
     ),
-    mutant("rows: codes at x's stride", "quantize_rows", "out_ptr + row * SIZE", "out_ptr + row * BLOCK", ROUNDED),
-    mutant("rows: columns past the last", "quantize_rows", "(col < SIZE)", "(col < BLOCK)", ROUNDED),
+    mutant("rows: codes at x's stride", "rows/quantize_rows", "out_ptr + row * SIZE", "out_ptr + row * BLOCK", ROUNDED),
+    mutant("rows: columns past the last", "rows/quantize_rows", "(col < SIZE)", "(col < BLOCK)", ROUNDED),
     mutant(
         "rows: 32 bits",
-        "quantize_rows",
+        "rows/quantize_rows",
         "tl.program_id(0).to(tl.int64)",
         "tl.program_id(0)",
         f"{OWN}rounded_rows_past_two_to_the_31_elements",
     ),
     mutant(
-        "rows: cut to codes", "quantize", "x * inverse, 0.0), tl.int8)", "x * inverse * 0.99, 0.0), tl.int8)", ROUNDED
+        "rows: cut to codes",
+        "rows/quantize",
+        "x * inverse, 0.0), tl.int8)",
+        "x * inverse * 0.99, 0.0), tl.int8)",
+        ROUNDED,
     ),
-    mutant("norm: one scale", "norm", "scales_out_ptr + row,", "scales_out_ptr + row * 0,", NORM),
-    mutant("norm: codes of what is not rounded", "norm", "result.to(tl.float32), mask", "normed * weight, mask", NORM),
-    mutant("gates: one scale", "swiglu", "scales_out_ptr + row + one", "scales_out_ptr + one", GATES),
-    mutant("gates: not rounded first", "swiglu", "product = product.to(gate_up", "rounded = product.to(gate_up", GATES),
+    mutant("norm: one scale", "rows/norm", "scales_out_ptr + row,", "scales_out_ptr + row * 0,", NORM),
+    mutant(
+        "norm: codes of what is not rounded", "rows/norm", "result.to(tl.float32), mask", "normed * weight, mask", NORM
+    ),
+    mutant("gates: one scale", "rows/swiglu", "scales_out_ptr + row + one", "scales_out_ptr + one", GATES),
+    mutant(
+        "gates: not rounded first", "rows/swiglu", "product = product.to(gate_up", "rounded = product.to(gate_up", GATES
+    ),
 ]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastllama import LLM, SamplingParams
 from fastllama.errors import BackendError
-from fastllama.kernels.op import OPS
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.engine import Engine
 from tests.runtime.models import ours, running

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
-from fastllama.kernels.recording import Recording
+from fastllama.kernels.dispatch.recording import Recording
 from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
 from fastllama.runtime.device import capture, graphs, runner

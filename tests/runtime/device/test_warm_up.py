@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastllama.kernels.arithmetic import power_of_2
+from fastllama.arithmetic import power_of_2
 from fastllama.runtime.device import warm_up as module
 from fastllama.runtime.device.capture import GraphCapture, bucket
 from fastllama.runtime.device.memory import Sizes

@@ -1,0 +1,1 @@
+"""The microbenchmarks of the ops: registry, inputs, peers, reports and the tuner."""

@@ -1,0 +1,166 @@
+"""One op at one shape: ours and its peers, judged, then timed in turns; every sample is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.gpu.goals import ALONE, OURS
+from benchmarks.ops.inputs import Inputs
+from benchmarks.ops.peers import Function, peers
+from benchmarks.ops.registry import Case
+from fastllama import env, kernels
+from fastllama.bench import timing
+from fastllama.bench.models import check_memory
+from fastllama.kernels.dispatch.op import OPS, Implementation
+from fastllama.kernels.launch.device import device_info
+from fastllama.kernels.triton.overlap import overlaps
+
+T = TypeVar("T")
+ROUNDS = 30
+SECONDS = 3.0  # of samples for one way of timing; reached by the slowest shapes alone
+GRAPH_CALLS = 20
+CALLS_UNTIL_COLD = 64  # most input sets to rotate through: small ones never leave the L2 cache in a decode step either
+
+
+def implementations(op: str, device: torch.device) -> list[Implementation]:
+    """Everything that runs an op: the Triton kernel first wherever it can, on a CPU in the interpreter."""
+    found = OPS[op].implementations(device.type)
+    if device.type == "cpu" and env.triton_interpret() and OPS[op].has_triton:
+        found.insert(0, Implementation("triton", OPS[op].launcher("cpu"), "TRITON_INTERPRET=1"))
+    return found
+
+
+def implementation(op: str, device: torch.device) -> Implementation:
+    """What is measured: the Triton kernel wherever it runs, else what a user would get."""
+    return implementations(op, device)[0]
+
+
+def interpreted(wanted: bool) -> AbstractContextManager[None]:
+    """Where Triton kernels are to run in its interpreter, one that is right in bf16 as well."""
+    if not wanted:
+        return nullcontext()
+    from fastllama.testing.interpreter import repaired  # loads Triton's interpreter, which a GPU has no use for
+
+    return repaired()
+
+
+@contextmanager
+def running(op: str, device: torch.device) -> Iterator[Function]:
+    """The public op on that implementation."""
+    public: Callable[..., Any] = getattr(kernels, op)
+    with OPS[op].bound_to(device, implementation(op, device).run):
+        yield lambda inputs: public(**inputs)
+
+
+def alone(op: str, device: torch.device) -> Function:
+    """Ours, its launches not overlapping: a graph of equal ones in a row would else be faster than its kernels are.
+
+    Planned anew at each call, which a graph does not see.
+    """
+    run, public = implementation(op, device).run, getattr(kernels, op)
+
+    def call(inputs: Inputs) -> Any:
+        with env.PDL.set_to("0"), OPS[op].bound_to(device, run):
+            return public(**inputs)
+
+    return call
+
+
+def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The figures of one case, as JSON values. What a contender fails at is said in place of its samples.
+
+    Raises MemoryError, before it takes any, where two sets of its keys and values do not fit in memory.
+    """
+    check_memory("keys and values, twice,", 2 * case.kv_bytes, device)
+    sets = input_sets(case, device)
+    found: dict[str, Any] = {
+        "op": case.op,
+        "model": case.model.name,
+        "rows": case.rows,
+        "context": case.context,
+        "codes": case.codes and str(case.codes).removeprefix("torch."),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "label": case.label,
+        "backend": implementation(case.op, device).backend,
+        "bytes": case.bytes(sets[0]),
+        "flops": case.flops,
+        "input_sets": len(sets),
+    }
+    with torch.inference_mode(), running(case.op, device) as ours:
+        offered = {OURS: lambda: ours}
+        if found["backend"] == "triton" and overlaps(device):
+            offered[ALONE] = lambda: alone(case.op, device)
+        contenders, judged = _ready(case, device, offered | peers(case.op, device))
+        for name, ways in timed(contenders, sets, device, rounds, captured=found["backend"] != "reference").items():
+            judged[name] |= ways
+    found["contenders"] = judged
+    return found
+
+
+def timed(
+    contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, rounds: int, captured: bool
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Samples and quantiles by contender and way of timing, or what failed. captured: whether a graph can hold ours."""
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in contenders}
+    for way, samplers in _samplers(contenders, sets, device, captured).items():
+        for name, failure in samplers.items():
+            if isinstance(failure, str):
+                found[name][way] = {"failed": failure}
+        able = {name: sampler for name, sampler in samplers.items() if not isinstance(sampler, str)}
+        for name, seconds in timing.in_turns(able, rounds, SECONDS).items():
+            found[name][way] = {"seconds": seconds, **timing.quantiles(seconds)}
+    return found
+
+
+def input_sets(case: Case, device: torch.device) -> list[Inputs]:
+    """Inputs that together are four times the L2 cache, at least two."""
+    first = case.make(device, seed=1)
+    wanted = 4 * device_info(device).l2_cache // max(case.bytes(first), 1) + 1
+    return [first, *(case.make(device, seed) for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)))]
+
+
+def _ready(
+    case: Case, device: torch.device, offered: dict[str, Callable[[], Function]]
+) -> tuple[dict[str, Function], dict[str, dict[str, Any]]]:
+    """Those that load, run and are right; and of all, error, bound and seconds until judged, or what failed."""
+    ready: dict[str, Function] = {}
+    judged: dict[str, dict[str, Any]] = {}
+    for name, load in offered.items():
+        start = time.monotonic()
+        try:
+            function = load()
+            error, bound = case.judge(function, device)
+        except Exception as failure:  # a peer that cannot run is a finding, not the end of the run
+            judged[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            continue
+        judged[name] = {"error": error, "bound": bound, "judged_seconds": time.monotonic() - start}
+        if error <= bound:
+            ready[name] = function
+        else:
+            judged[name]["failed"] = f"wrong: error {error:.2g}, bound {bound:.2g}"
+    return ready, judged
+
+
+def _samplers(
+    contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, captured: bool
+) -> dict[str, dict[str, timing.Sampler | str]]:
+    """By way of timing and contender; a text where that way fails. captured: whether ours can be."""
+    calls = {name: timing.rotating(function, sets) for name, function in contenders.items()}
+    if device.type == "cpu":
+        return {"eager": {name: timing.wall(call) for name, call in calls.items()}}
+    scratch = torch.empty(2 * device_info(device).l2_cache, dtype=torch.int8, device=device)
+    graphs: dict[str, timing.Sampler | str] = {}
+    for name, call in calls.items():
+        if name == OURS and not captured:
+            graphs[name] = "not captured: the torch reference reads lengths on the host"
+            continue
+        try:
+            graphs[name] = timing.graph(call, max(GRAPH_CALLS, len(sets)))
+        except Exception as failure:  # capture fails in as many ways as there are peers
+            graphs[name] = f"{type(failure).__name__}: {failure}"[:500]
+    return {"graph": graphs, "eager": {name: timing.events(call, scratch) for name, call in calls.items()}}

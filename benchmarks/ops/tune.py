@@ -1,0 +1,237 @@
+"""Find launch configurations for this GPU by timing them, and write those that win to the user's cache folder.
+
+python -m benchmarks.ops.tune [--families norm ...] [--minutes 10] [--most 24] [--dtype bfloat16] [--out FOLDER] [--dry]
+
+The candidates nearest to the heuristic's launch are timed at Llama 2's shapes, in turns with it, in CUDA graphs over
+inputs that leave the cache: each takes up to a second to compile, and a matmul has a thousand. A candidate is written
+where it beats the heuristic by more than 2 %: less is noise. A launch that no number of rows may change (norm, sample)
+is judged by all of them together. What is found is read by the next process; `--out` writes elsewhere, to
+fastllama/kernels/configs/<gpu> for one to ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.ops import micro
+from benchmarks.ops.inputs import Inputs
+from benchmarks.ops.peers import Function
+from benchmarks.ops.registry import Case, cases, toy_cases
+from fastllama.arithmetic import power_of_2
+from fastllama.bench import timing
+from fastllama.bench.environment import environment
+from fastllama.kernels.launch import heuristics, tuned, tuning
+from fastllama.kernels.launch.device import Device, device_info
+
+OPS = {
+    "norm": "add_rms_norm",
+    "rope": "rope_and_write_kv",
+    "swiglu": "silu_mul",
+    "sample": "sample",
+    "prefill": "attention_prefill",
+    "decode": "attention_decode",
+    "matmul": "matmul",
+    "int4": "matmul_int4",
+    "int8": "matmul_int8",
+    "w8a8": "matmul_w8a8",
+}
+VALUES = {
+    "num_warps": (1, 2, 4, 8, 16, 32),
+    "heads": (1, 2, 4, 8, 16, 32),
+    "block": tuple(2**n for n in range(7, 15)),
+    "rows": (64, 128),
+    "columns": (64, 128),
+    "keys": (32, 64, 128),
+    "split": (256, 512, 1024),
+    "stages": (1, 2, 3, 4),
+    "features": (32, 64, 128),
+    "size": (64, 128, 256),
+    "splits": (1, 2, 4, 8, 16),
+}
+LEAST_ELEMENTS, MOST_ELEMENTS = 2, 64  # a thread's share: with less most threads idle, with more registers spill
+WORTH_IT = 1.02
+Asked = tuple[int, ...]  # the values of a family's shape
+
+
+def candidates(family: str, shape: tuned.Shape, device: Device) -> Iterator[Any]:
+    """The launches worth timing, the heuristic's first, then the nearest to it: by factors of two in each number."""
+    kind = tuning.FAMILIES[family]
+    first = kind.heuristic(device, **shape)
+    yield first
+    names = [each.name for each in fields(kind.launch)]
+    found = [kind.launch(*values) for values in itertools.product(*(VALUES[name] for name in names))]
+    for launch in sorted(found, key=partial(_distance, first)):
+        threads = launch.num_warps * device.warp_size
+        fits = LEAST_ELEMENTS * threads <= _share(launch, shape) <= MOST_ELEMENTS * threads
+        if launch != first and threads <= heuristics.MAX_THREADS and fits:
+            yield launch
+
+
+def _distance(first: Any, launch: Any) -> float:
+    pairs = zip(asdict(first).values(), asdict(launch).values(), strict=True)
+    return sum(abs(math.log2(value / origin)) for origin, value in pairs)
+
+
+def _share(launch: Any, shape: tuned.Shape) -> int:
+    """Elements that one program holds."""
+    if isinstance(launch, heuristics.RopeLaunch):
+        return launch.heads * shape["head_dim"]
+    if isinstance(launch, heuristics.PrefillLaunch):
+        return launch.rows * shape["head_dim"]
+    if isinstance(launch, heuristics.DecodeLaunch):
+        return max(power_of_2(shape["queries"]), 16) * shape["head_dim"]
+    if isinstance(launch, heuristics.MatmulLaunch):
+        return launch.features * 16
+    if isinstance(launch, heuristics.W8A8Launch):
+        return launch.rows * 128
+    if isinstance(launch, heuristics.CodesLaunch):
+        return 64 * 64
+    return shape["size"] if isinstance(launch, heuristics.NormLaunch) else int(launch.block)
+
+
+def asked(family: str, case: Case, device: torch.device) -> Asked | None:
+    """The shape for which a case's launcher asks; None where it asks for none: products of many rows are torch's."""
+    seen: list[Asked] = []
+    inputs = case.make(device, seed=0)  # before: what sizes a workspace asks, too, where the launch does not
+
+    def remember(name: str, device: torch.device, *values: int) -> Any:
+        if name == family:
+            seen.append(values)
+        kind = tuning.FAMILIES[name]
+        return kind.heuristic(device_info(device), **dict(zip(kind.shape, values, strict=True)))
+
+    with mock.patch.object(tuning, "_launch", remember), micro.running(case.op, device) as run:
+        run(inputs)
+    return seen[0] if seen else None
+
+
+@contextmanager
+def launching(case: Case, device: torch.device, launch: Any) -> Iterator[Function]:
+    """The op of a case with one launch."""
+    with mock.patch.object(tuning, "_launch", partial(_given, launch)), micro.running(case.op, device) as run:
+        yield run
+
+
+def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
+    """In place of a lookup."""
+    return launch
+
+
+def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
+    """Median seconds of a case with each launch; None where it cannot run."""
+    sets = micro.input_sets(case, device)
+    if any("workspace" in inputs for inputs in sets):
+        # As large as any launch needs it, and zeros: one that had to make its own would be timed with what that takes.
+        dtype = {"matmul_w8a8": torch.int32, "sample": torch.int64}.get(case.op, torch.float32)
+        scratch = torch.zeros(1 << (26 if device.type == "cuda" else 20), dtype=dtype, device=device)
+        sets = [{**inputs, "workspace": scratch} for inputs in sets]
+    samplers: dict[str, timing.Sampler] = {}
+    for number, launch in enumerate(launches):
+        call = timing.rotating(partial(_run, case, device, launch), sets)
+        try:
+            call()
+            calls = max(micro.GRAPH_CALLS, len(sets))
+            samplers[str(number)] = timing.wall(call) if device.type == "cpu" else timing.graph(call, calls)
+        except Exception as failure:  # too much shared memory, say: this launch is none
+            print(f"  {launch}: {type(failure).__name__}: {str(failure)[:99]}", flush=True)
+    taken = timing.in_turns(samplers, rounds)
+    return [statistics.median(taken[str(n)]) if str(n) in taken else None for n in range(len(launches))]
+
+
+def _run(case: Case, device: torch.device, launch: Any, inputs: Inputs) -> None:
+    with launching(case, device, launch) as run:
+        run(inputs)
+
+
+def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | None:
+    """The launch with the lowest geometric mean over the cases, in microseconds; None where the heuristic's will do."""
+    means = {
+        launch: statistics.geometric_mean([1e6 * each for each in seconds if each is not None])
+        for launch, seconds in times.items()
+        if None not in seconds
+    }
+    if heuristic not in means:
+        raise RuntimeError(f"the heuristic's {heuristic} cannot run here")
+    launch = min(means, key=lambda each: means[each])
+    if means[heuristic] < WORTH_IT * means[launch]:
+        return None
+    return tuned.Entry({}, launch, round(means[launch], 3), round(means[heuristic], 3))
+
+
+def tune(
+    family: str, found: list[Case], device: torch.device, rounds: int, deadline: float, most: int
+) -> list[tuned.Entry]:
+    """Entries for the shapes of the cases that the time allows. most: of candidates."""
+    kind, groups = tuning.FAMILIES[family], defaultdict(list)
+    for case in found:
+        if (values := asked(family, case, device)) is not None:
+            groups[values].append(case)
+    entries = []
+    for values, group in groups.items():
+        if time.monotonic() > deadline:
+            print(f"{family}: no time for {values}", flush=True)
+            continue
+        shape = dict(zip(kind.shape, values, strict=True))
+        launches = list(itertools.islice(candidates(family, shape, device_info(device)), most))
+        columns = [timed(case, device, launches, rounds) for case in group]
+        entry = best(dict(zip(launches, map(list, zip(*columns, strict=True)), strict=True)), launches[0])
+        print(f"{family} {shape}: {'the heuristic will do' if entry is None else asdict(entry)}", flush=True)
+        if entry is not None:
+            for case in group:
+                with launching(case, device, entry.launch) as run:
+                    error, bound = case.judge(run, device)
+                if error > bound:
+                    raise RuntimeError(f"{case.op}, {case.label}: wrong with {entry.launch}: {error:.2g} > {bound:.2g}")
+            entries.append(tuned.Entry(shape, entry.launch, entry.microseconds, entry.heuristic_microseconds))
+    return entries
+
+
+def main() -> None:
+    """Tune the families, most valuable first, and write a file for each that gained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=tuple(OPS), default=list(OPS))
+    parser.add_argument("--minutes", type=float, default=10.0, help="time budget")
+    parser.add_argument("--most", type=int, default=24, help="candidates of a shape, the heuristic's among them")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder of the files; by default the user's cache")
+    parser.add_argument("--dry", action="store_true", help="walk two candidates of a toy on a CPU; needs --out")
+    options = parser.parse_args()
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --dry walks the plan without one")
+    if options.dry and options.out is None:
+        parser.error("--dry needs --out: its times mean nothing and must not be found")
+    device = torch.device("cpu") if options.dry else torch.device("cuda", 0)
+    facts, seen = device_info(device), environment()
+    folder = options.out or tuning.user_folder(facts)
+    provenance = {name: str(seen[name]) for name in ("fastllama", "commit", "torch", "triton", "device")}
+    provenance["date"] = datetime.now(timezone.utc).date().isoformat()
+    provenance["command"] = f"python -m benchmarks.ops.tune --dtype {options.dtype}"
+    deadline = time.monotonic() + 60 * options.minutes
+    source, rounds, most = (toy_cases, 1, 2) if options.dry else (cases, 15, options.most)
+    for family in options.families:
+        found = list(source(getattr(torch, options.dtype), (OPS[family],)))
+        with torch.inference_mode(), micro.interpreted(options.dry):
+            entries = tune(family, found, device, rounds, deadline, most)
+        if entries:
+            path = folder / f"{family}.json"
+            tuned.write(path, family, facts.name, provenance, entries)
+            print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Says on stderr that kernels are being compiled, whichever compiler does it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fastllama.kernels.dispatch.op import backend_of
+
+
+def compiling_announced(device: torch.device) -> AbstractContextManager[None]:
+    """Within, stderr tells of kernels that are compiled for a CPU, where that takes more than a moment."""
+    if not any(each.backend == "numba" for each in backend_of(device).values()):
+        return nullcontext()
+    from fastllama.kernels.numba.compiling import announced
+
+    return announced()

@@ -1,0 +1,1 @@
+"""How an op call is checked, dispatched to an implementation, remembered and recorded."""

@@ -1,0 +1,1 @@
+"""How a Triton kernel is launched: device facts, heuristics, tuned files, planned calls."""

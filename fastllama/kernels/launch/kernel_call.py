@@ -1,0 +1,140 @@
+"""From the plan of an op's launches to its implementation, and the way back to the same launches without planning.
+
+Planning, and what Triton does to find the compiled kernel, take 10 to 30 us a launch on the host. A call like an
+earlier one (`Likeness`) needs the same kernels with the same numbers: only addresses differ, and are filled in.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.dispatch.op import Function
+
+ALIGNMENT = 16  # bytes; a pointer that is a multiple is compiled for 128-bit accesses, one that is not must not meet it
+
+
+class KernelCall:
+    """One launch: a jit function, the programs on each axis, its arguments and options (num_warps, ...) by name.
+
+    A pointer `x_ptr` takes the op's argument `x`, or another argument of the op itself, or a part of its `workspace`.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        self.kernel, self.grid, self.arguments = kernel, grid, arguments
+
+
+def launcher(plan: Callable[..., Sequence[KernelCall]]) -> Function:
+    """An op's implementation in out-form, from what plans its launches.
+
+    What `plan` returns may depend on the call's Likeness and on addresses modulo ALIGNMENT (not of pointers that a
+    kernel does not specialise on), and on nothing else. The implementation returns a function that runs calls like this
+    one, or None where there is none: in the interpreter, and where a launch takes memory that is not the op's.
+    """
+    names = tuple(inspect.signature(plan).parameters)
+
+    @functools.wraps(plan)
+    def run(*args: Any) -> Function | None:
+        calls = plan(*args)
+        kernels = [call.kernel[call.grid](**call.arguments) for call in calls]
+        if None in kernels:
+            return None
+        steps = []
+        for call, kernel in zip(calls, kernels, strict=True):
+            step = _step(call, kernel, names, args)
+            if step is None:
+                return None
+            steps.append(step)
+        return _repeat(run, steps)
+
+    return run
+
+
+def scratch(
+    workspace: Tensor | None, size: int, dtype: torch.dtype, device: torch.device, given: str = "tensors"
+) -> Tensor:
+    """The workspace, made where there is none. Raises ValueError for one of fewer than `size` elements."""
+    if workspace is None:
+        return torch.empty(size, dtype=dtype, device=device)
+    if workspace.numel() < size:
+        raise ValueError(f"workspace has {workspace.numel()} elements; legal for these {given}: at least {size}")
+    return workspace
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One launch of a compiled kernel.
+
+    launch: takes the kernel's arguments in order. values: these, but for the pointers. pointers: the place of each, the
+    op's argument that it points into, and at which byte. aligned: of these arguments, those that must be.
+    """
+
+    launch: Callable[..., None]
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]
+    aligned: set[int]
+
+
+def _step(call: KernelCall, kernel: Any, names: Sequence[str], args: Sequence[Any]) -> _Step | None:
+    values: list[Any] = []
+    pointers = []
+    aligned = set()
+    for place, name in enumerate(call.kernel.arg_names):
+        value = call.arguments[name]
+        if isinstance(value, Tensor):
+            source = _source(name, value, names, args)
+            if source is None:
+                return None
+            if not call.kernel.params[place].do_not_specialize:
+                if value.data_ptr() % ALIGNMENT or source[1] % ALIGNMENT:
+                    return None
+                aligned.add(source[0])
+            pointers.append((place, *source))
+            value = None
+        values.append(value)
+    return _Step(kernel[(*call.grid, 1, 1)[:3]], values, pointers, aligned)
+
+
+def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
+    """What takes the steps for the op's arguments; `run` where an address is not aligned as it was."""
+    aligned = sorted(set[int]().union(*(step.aligned for step in steps)))
+    used = aligned + sorted({source for step in steps for _, source, _ in step.pointers}.difference(aligned))
+    plain = [
+        (step.launch, step.values, [(place, used.index(source), byte) for place, source, byte in step.pointers])
+        for step in steps
+    ]
+
+    def again(*args: Any) -> None:
+        addresses = [args[source].data_ptr() for source in used]
+        for address in addresses[: len(aligned)]:
+            if address % ALIGNMENT:
+                run(*args)
+                return
+        for launch, values, pointers in plain:
+            arguments = values.copy()  # another thread may be here
+            for place, source, byte in pointers:
+                arguments[place] = addresses[source] + byte
+            launch(*arguments)
+
+    return again
+
+
+def _source(name: str, value: Tensor, names: Sequence[str], args: Sequence[Any]) -> tuple[int, int] | None:
+    """Which of the op's arguments a kernel's pointer `name` points into, and at which byte."""
+    for place, arg in enumerate(args):
+        if arg is value:
+            return place, 0
+    address = value.data_ptr()
+    for own in (name.removesuffix("_ptr"), "workspace"):
+        if own in names:
+            place = names.index(own)
+            arg = args[place]
+            if arg is not None and 0 <= (distance := address - arg.data_ptr()) < max(arg.nbytes, 1):
+                return place, distance
+    return None

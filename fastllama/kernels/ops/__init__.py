@@ -1,0 +1,1 @@
+"""The public ops: signature, checks, docstring, and which implementations each has."""

@@ -1,0 +1,267 @@
+"""attention_varlen, attention_prefill, attention_decode."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
+from fastllama.kernels.dispatch.op import Op
+
+_INT32 = (torch.int32,)
+
+
+def _check_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    _check_heads(q, k, v, ("k", "v"), ("Tk", "Hkv", "D"))
+    bounds = cu_seqlens_q.shape
+    if len(bounds) != 1 or not bounds[0]:
+        raise ValueError(f"cu_seqlens_q has shape {list(bounds)}; legal: [B + 1]")
+    check_elements("cu_seqlens_q", cu_seqlens_q, _INT32)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, _INT32)
+    check_tensor("out", out, q.shape, (q.dtype,))
+
+
+def _check_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    scale: float,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), _INT32)
+    check_tensor("out", out, q.shape, (q.dtype,))
+
+
+def _check_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    scale: float,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+    workspace: Tensor | None,
+) -> None:
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales)
+    if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
+        raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
+    check_tensor("out", out, q.shape, (q.dtype,))
+    check_workspace(workspace, torch.float32)
+
+
+def _check_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    names: tuple[str, str],
+    dims: tuple[str, ...],
+    codes: tuple[torch.dtype, ...] = (),
+) -> None:
+    """q [T, Hq, D]; keys and values with dimensions `dims`, heads in the second and q's D in the last.
+
+    These have q's dtype or one of `codes`.
+    """
+    check_shape("q", q, ("T", "Hq", "D"))
+    shape, keys = q.shape, k.shape
+    check_shape(names[0], k, (*dims[:-1], shape[2]))
+    heads = keys[1]
+    if not (heads and keys[2] and keys[-1]) or shape[1] % heads:
+        raise ValueError(
+            f"{names[0]} has shape {list(keys)}; legal: [{', '.join(dims)}], all but the first at least 1, "
+            f"and Hkv a divisor of q's {shape[1]} heads"
+        )
+    check_elements("q", q, FLOATS)
+    check_elements(names[0], k, (*codes, q.dtype))
+    check_tensor(names[1], v, keys, (k.dtype,))
+
+
+def _check_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+) -> int:
+    """The number of sequences."""
+    _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"), CODES)
+    check_scales("k_scales", k_scales, k_pages)
+    check_scales("v_scales", v_scales, k_pages)
+    check_shape("page_table", page_table, ("B", "max_pages"))
+    check_elements("page_table", page_table, _INT32)
+    num_seqs = page_table.shape[0]
+    check_tensor("seq_lens", seq_lens, (num_seqs,), _INT32)
+    return num_seqs
+
+
+_VARLEN = Op(
+    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
+    "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    check=_check_varlen,
+    reference=reference.attention_varlen,
+    cpu=cpu.attention_varlen,
+    triton="attention.prefill:attention_varlen",
+)
+_PREFILL = Op(
+    "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
+    "Tensor cu_seqlens_q, Tensor? k_scales, Tensor? v_scales, float scale, bool base2, "
+    "Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    check=_check_prefill,
+    reference=reference.attention_prefill,
+    cpu=cpu.attention_prefill,
+    numba="attention:attention_prefill",
+    triton="attention.prefill:attention_prefill",
+)
+_DECODE = Op(
+    "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
+    "Tensor? k_scales, Tensor? v_scales, float scale, bool base2, "
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace) -> ()",
+    check=_check_decode,
+    reference=reference.attention_decode,
+    cpu=cpu.attention_decode,
+    numba="attention:attention_decode",
+    triton="attention.decode:attention_decode",
+)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    base2: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed sequences with contiguous keys and values: softmax(scale * q k^T) v.
+
+    q: [Tq, Hq, D], k, v: [Tk, Hkv, D], one floating dtype, last dimension contiguous, Hq a multiple of Hkv (query head
+    h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1] int32, row bounds of each sequence, from 0;
+    rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D). causal: bottom-right
+    aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no key gives 0 and the log-sum-exp -inf.
+    out: like q; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the log-sum-exp of the
+    scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
+    Softmax and accumulation in fp32. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing
+    is written then.
+    Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
+    """
+    out, lse = _outputs(q, out, return_lse)
+    _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, base2, out, lse)
+    return out if lse is None else (out, lse)
+
+
+def attention_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    base2: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of new queries over paged keys and values: the cached prefix and the queries' own tokens.
+
+    q: [T, Hq, D], last dimension contiguous. k_pages, v_pages: [P, Hkv, page_size, D], any strides but the last; the
+    new tokens' keys and values are written already. page_table: [B, max_pages] int32, pages of each sequence in order;
+    entries past its length are not read. seq_lens: [B] int32, tokens of each sequence including the new ones.
+    cu_seqlens_q: [B + 1] int32, row bounds of each sequence's queries, which are its last tokens.
+    k_scales, v_scales: [P, Hkv, page_size] fp32, for pages of int8 or float8_e4m3fn, which are dequantized as they are
+    read: code * scale, as `rope_and_write_kv` wrote them (a code that is NaN, which it never writes, may count as 480).
+    scale, out, return_lse, base2, numerics: as `attention_varlen`.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
+    """
+    out, lse = _outputs(q, out, return_lse)
+    scale = _scale(scale, q)
+    _PREFILL(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, k_scales, v_scales, scale, base2, out, lse)
+    return out if lse is None else (out, lse)
+
+
+def attention_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    base2: bool = False,
+    workspace: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest tokens, the same few for each sequence, over paged keys and values.
+
+    q: [B * Q, Hq, D]: each sequence's last Q tokens (1 when decoding, more when verifying drafts), causal. A sequence
+    of length 0 is padding and gives 0. workspace: scratch memory of `attention_workspace`; allocated when None and
+    needed. Everything else: as `attention_prefill`.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
+    """
+    out, lse = _outputs(q, out, return_lse)
+    scale = _scale(scale, q)
+    _DECODE(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace)
+    return out if lse is None else (out, lse)
+
+
+def attention_workspace(q: Tensor, k_pages: Tensor, page_table: Tensor) -> Tensor:
+    """Scratch memory for `attention_decode` of such tensors, to be kept from call to call: [N] fp32, uninitialised.
+
+    For each query and head D + 1 numbers of every 512 tokens (or as many as are tuned) that page_table has room for,
+    where a Triton kernel runs; nothing elsewhere. Not to be shared by calls that overlap.
+    """
+    return _DECODE.workspace(q.device, torch.float32, q, k_pages, page_table)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    """The default for q, which is not checked yet, when None."""
+    return 1.0 / math.sqrt(math.prod(q.shape[-1:]) or 1) if scale is None else scale
+
+
+def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    if out is None:
+        out = torch.empty_like(q)
+    if not return_lse:
+        return out, None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, torch.empty(q.shape[:2], dtype=dtype, device=q.device)

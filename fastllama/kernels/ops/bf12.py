@@ -1,0 +1,105 @@
+"""matmul_bf12 and the packing of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_range, check_shape
+from fastllama.kernels import reference
+from fastllama.kernels.dispatch.checks import check_elements, check_product, check_tensor, product_shape
+from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compose import composed
+from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
+
+
+def _check(
+    x: Tensor,
+    codes: Tensor,
+    outliers: Tensor,
+    exponent: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+) -> None:
+    _result_shape(x, codes, gated)
+    check_elements("codes", codes, (torch.uint8,))
+    check_tensor("outliers", outliers, (*outliers.shape[:1], 3), (torch.int32,))
+    check_range("exponent", exponent, 1, LARGEST_EXPONENT)
+    check_product(x, codes.shape[0], bias, norm, residual, gated, out)
+
+
+def _result_shape(x: Tensor, codes: Tensor, gated: bool) -> tuple[int, ...]:
+    *leading, size = x.shape or (None,)
+    if size is None or size % BLOCK:
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K], K a multiple of {BLOCK}")
+    rows = codes.shape
+    if len(rows) != 2 or rows[1] != size // BLOCK * BLOCK_BYTES:
+        check_shape("codes", codes, ("N", size // BLOCK * BLOCK_BYTES))
+    return product_shape(leading, rows[0], gated)
+
+
+_MATMUL = Op(
+    "matmul_bf12(Tensor x, Tensor codes, Tensor outliers, int exponent, Tensor? bias, Tensor? norm, float eps, "
+    "Tensor? residual, bool gated, Tensor(a!) out) -> ()",
+    check=_check,
+    reference=reference.matmul_bf12,
+    numba="bf12:matmul_bf12",
+    around=composed,
+)
+
+
+def matmul_bf12(
+    x: Tensor,
+    codes: Tensor,
+    outliers: Tensor,
+    exponent: int,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """`matmul` by a bf16 weight that `pack_bf12` packed into 12 bits without loss.
+
+    x: [..., K], K a multiple of 64. codes: [N, K * 3 / 2] uint8, outliers: [M, 3] int32 and exponent, 1 to 127: what
+    pack_bf12 gave. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`.
+    Returns out.
+    Accumulates in fp32 from the exact weights; where x holds an infinity, a result may be NaN in place of an infinity.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then. What outliers say
+    is not checked: pack_bf12 makes them.
+    Source: kernels/reference/bf12.py.
+    """
+    if out is None:
+        out = torch.empty(_result_shape(x, codes, gated), dtype=x.dtype, device=x.device)
+    product(_MATMUL, deterministic, x, (codes, outliers, exponent, bias), norm, eps, residual, gated, out)
+    return out
+
+
+def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(codes, outliers, exponent) of a weight [N, K] bf16, K a multiple of 64: the same numbers in 12 bits each.
+
+    codes: [N, K * 3 / 2] uint8. outliers: [M, 3] int32, row, column and fp32 bits of each value that has no code: one
+    in ten thousand where values are distributed as in a trained or random Llama, at 12 bytes each. `unpack_bf12`
+    gives back every bit. Raises ValueError for a shape, TypeError for a dtype.
+    """
+    if weight.dim() != 2 or weight.shape[1] % BLOCK:
+        raise ValueError(f"weight has shape {list(weight.shape)}; legal: [N, K], K a multiple of {BLOCK}")
+    check_elements("weight", weight, (torch.bfloat16,))
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import bf12
+
+        return bf12.pack_bf12(weight)
+    return reference.pack_bf12(weight)
+
+
+def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
+    """The weight [N, K] bf16 that `pack_bf12` packed, bit for bit."""
+    return reference.unpack_bf12(codes, outliers, exponent)

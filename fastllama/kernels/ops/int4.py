@@ -1,0 +1,194 @@
+"""matmul_int4, and the rounding and packing of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.checks import (
+    FLOATS,
+    check_elements,
+    check_product,
+    check_tensor,
+    check_workspace,
+    product_shape,
+)
+from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compose import composed
+from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
+
+_CODES = (torch.uint8,)
+_WORDS = (torch.int32,)
+_TILE = (1024, 512, 4, 1)  # strides within a row of tiles
+
+
+def _check(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    result_shape(x, scales, gated)
+    size, features = x.shape[-1], scales.shape[0]
+    check_tensor("packed", packed, packed_shape(features, size), _WORDS)
+    if packed.stride()[1:] != _TILE:
+        raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
+    check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
+    check_product(x, features, bias, norm, residual, gated, out)
+    check_workspace(workspace, torch.float32)
+
+
+def result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
+    """The shape of what a product with codes gives. Raises ValueError for shapes."""
+    *leading, size = x.shape or (0,)
+    if not size:
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
+    check_shape("scales", scales, ("N", "K / G"))
+    return product_shape(leading, scales.shape[0], gated)
+
+
+def check_groups(
+    scales: Tensor, zeros: Tensor | None, features: int, size: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """ValueError or TypeError unless scales and zeros are legal for a weight [features, size]."""
+    rows, groups = scales.shape
+    if rows != features or (groups != 1 and (not groups or size % groups or size // groups not in GROUPS)):
+        raise ValueError(
+            f"scales has shape {list(scales.shape)}; legal: [{features}, {size} / G], "
+            f"G {', '.join(map(str, GROUPS))} or {size}"
+        )
+    dtypes = tuple(dict.fromkeys(dtypes))
+    check_elements("scales", scales, dtypes)
+    if zeros is not None:
+        check_tensor("zeros", zeros, scales.shape, (*_CODES, *dtypes))
+
+
+_MATMUL = Op(
+    "matmul_int4(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm, float eps, "
+    "Tensor? residual, bool gated, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+    check=_check,
+    reference=reference.matmul_int4,
+    cpu=cpu.matmul_int4,
+    numba="int4:matmul_int4",
+    triton="matmul.int4:matmul_int4",
+    around=composed,
+)
+
+
+def matmul_int4(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """x @ weight^T (+ bias), where a weight is (code - zero) * scale with a code of 4 bits.
+
+    x: [..., K], any floating dtype, rows at one stride. packed: [ceil(N / 64), ceil(K / 128), 2, 128, 4] int32, what
+    pack_int4 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
+    columns, G 32, 64, 128 or K. zeros: like scales, uint8, x's dtype or fp32, in units of codes; 8 when None. bias: [N]
+    in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`. workspace: scratch
+    memory of `matmul_int4_workspace`; allocated when None and needed. Returns out.
+    Accumulates in fp32. Up to 64 rows (16 in fp32, none there on sm_100) codes and zeros are exact, and a row's result
+    is the same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's dtype first.
+    Where x holds an infinity, a result may be NaN in place of an infinity.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/int4.py.
+    """
+    if out is None:
+        out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+    product(_MATMUL, deterministic, x, (packed, scales, zeros, bias), norm, eps, residual, gated, out, workspace)
+    return out
+
+
+def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Scratch memory for `matmul_int4` of such an x or one of fewer rows, to be kept from call to call: [S] fp32.
+
+    Where a Triton kernel runs, 4096 zeros as in `matmul_workspace`, and up to 64 rows (16 in fp32) a number for each of
+    N, each row and each split of K, of which a Llama 2 has up to 16; with more rows, the weight in x's dtype. Nothing
+    elsewhere. Not to be shared by calls that overlap.
+    """
+    return _MATMUL.workspace(x.device, torch.float32, x, packed, scales)
+
+
+def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, scales, zeros) of a weight [N, K], rounded to nearest: `dequantize_int4` of them is near it.
+
+    weight: bf16, fp16, fp32 or fp64, finite. group_size: 32, 64, 128 or K, a divisor of K. codes: [N, K] uint8, 0 to
+    15. scales: [N, K / group_size] in weight's dtype. symmetric: zeros is None, and the value of the largest magnitude
+    in a group is -8 scales, so that scales may be negative; otherwise zeros is [N, K / group_size] uint8, and codes
+    span the least and largest value, and 0. Raises ValueError for a shape or a value, TypeError for a dtype.
+    Source: GGML's Q4_0 for the sign of symmetric scales; Jacob et al. (2018) for zeros.
+    """
+    check_roundable(weight, group_size)
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.quantize_int4(weight, group_size, symmetric)
+    return reference.quantize_int4(weight, group_size, symmetric)
+
+
+def check_roundable(weight: Tensor, group_size: int) -> None:
+    """ValueError or TypeError unless the weight [N, K] can be rounded in groups of so many columns."""
+    check_shape("weight", weight, ("N", "K"))
+    check_elements("weight", weight, FLOATS)
+    size = weight.shape[1]
+    if group_size not in (*GROUPS, size) or size % group_size:
+        raise ValueError(f"group_size is {group_size}; legal for K = {size}: a divisor, of {list(GROUPS)} or K itself")
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+        raise ValueError("weight holds infinities or NaN; legal: finite values")
+
+
+def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """The weight [N, K] that codes stand for: (code - zero) * scale, in at least fp32, rounded to scales' dtype.
+
+    codes: [N, K] uint8. scales: [N, K / G], any floating dtype, and zeros: like scales, uint8, scales' dtype or fp32,
+    or None for 8, as `matmul_int4`. Raises ValueError for a shape, TypeError for a dtype.
+    """
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    check_shape("scales", scales, ("N", "K / G"))
+    check_elements("scales", scales, FLOATS)
+    features, size = codes.shape
+    check_groups(scales, zeros, features, size, (scales.dtype, torch.float32))
+    return reference.dequantize_int4(codes, scales, zeros)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """codes [N, K] uint8 of 0 to 15 in the order of `matmul_int4`: [ceil(N / 64), ceil(K / 128), 2, 128, 4] int32.
+
+    Rows and columns past N and K hold code 8. Raises ValueError for a shape or a value, TypeError for a dtype.
+    """
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    if codes.numel() and (most := int(codes.max())) > LARGEST:
+        raise ValueError(f"codes holds {most}; legal: 0 to {LARGEST}")
+    if _MATMUL.implementation(codes.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.pack_int4(codes)
+    return reference.pack_int4(codes)
+
+
+def unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The codes [rows, columns] uint8 that `pack_int4` packed. Raises ValueError for a shape, TypeError for a dtype."""
+    check_tensor("packed", packed, packed_shape(rows, columns), _WORDS)
+    return reference.unpack_int4(packed, rows, columns)

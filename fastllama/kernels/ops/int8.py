@@ -1,0 +1,143 @@
+"""matmul_int8, and the rounding and packing of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_product, check_tensor, check_workspace
+from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compose import composed
+from fastllama.kernels.ops.int4 import check_groups, check_roundable, result_shape
+from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.reference.int8 import packed_shape
+
+_CODES = (torch.int8,)
+_TILE = (8192, 2048, 16, 1)  # strides within a row of tiles
+
+
+def _check(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    result_shape(x, scales, gated)
+    size, features = x.shape[-1], scales.shape[0]
+    check_packed(packed, features, size)
+    check_groups(scales, None, features, size, (x.dtype, torch.float32))
+    check_product(x, features, bias, norm, residual, gated, out)
+    check_workspace(workspace, torch.float32)
+
+
+def check_packed(packed: Tensor, features: int, size: int) -> None:
+    """ValueError or TypeError unless `packed` is a weight [features, size] as pack_int8 gives it."""
+    check_tensor("packed", packed, packed_shape(features, size), _CODES)
+    if packed.stride()[1:] != _TILE:
+        raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
+
+
+_MATMUL = Op(
+    "matmul_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias, Tensor? norm, float eps, Tensor? residual, "
+    "bool gated, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+    check=_check,
+    reference=reference.matmul_int8,
+    cpu=cpu.matmul_int8,
+    numba="int8:matmul_int8",
+    triton="matmul.int8:matmul_int8",
+    around=composed,
+)
+
+
+def matmul_int8(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """x @ weight^T (+ bias), where a weight is code * scale with a code of 8 bits.
+
+    x: [..., K], any floating dtype, rows at one stride. packed: [ceil(N / 64), ceil(K / 128), 4, 128, 16] int8, what
+    pack_int8 gave; each row of tiles contiguous. scales: [N, K / G] in x's dtype or fp32, one for each group of G
+    columns, G 32, 64, 128 or K. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for
+    `matmul`. workspace: scratch memory of `matmul_int8_workspace`; allocated when None and needed. Returns out.
+    Accumulates in fp32. Up to 64 rows (16 in fp32, none there on sm_100; 32 on sm_80 and sm_89) codes are exact, and a
+    row's result is the same, bit for bit, whatever the other rows; with more, a Triton kernel rounds weights to x's
+    dtype first. Where x holds an infinity, a result may be NaN in place of an infinity.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/int8.py.
+    """
+    if out is None:
+        out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+    product(_MATMUL, deterministic, x, (packed, scales, bias), norm, eps, residual, gated, out, workspace)
+    return out
+
+
+def matmul_int8_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Scratch memory for `matmul_int8` of such an x or one of fewer rows: as `matmul_int4_workspace`."""
+    return _MATMUL.workspace(x.device, torch.float32, x, packed, scales)
+
+
+def quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of a weight [N, K], rounded to nearest: `dequantize_int8` of them is near it.
+
+    weight: bf16, fp16, fp32 or fp64, finite. group_size: 32, 64, 128 or K, a divisor of K. codes: [N, K] int8, the
+    largest magnitude of a group 127. scales: [N, K / group_size] in weight's dtype, that magnitude / 127.
+    Raises ValueError for a shape or a value, TypeError for a dtype.
+    Source: Dettmers et al., LLM.int8() (2022), absmax quantization; in groups, GGML's Q8_0.
+    """
+    check_roundable(weight, group_size)
+    if _MATMUL.implementation(weight.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.quantize_int8(weight, group_size)
+    return reference.quantize_int8(weight, group_size)
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """The weight [N, K] that codes stand for: code * scale, in at least fp32, rounded to scales' dtype.
+
+    codes: [N, K] int8. scales: [N, K / G], any floating dtype. Raises ValueError for a shape, TypeError for a dtype.
+    """
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    check_shape("scales", scales, ("N", "K / G"))
+    features, size = codes.shape
+    check_groups(scales, None, features, size, FLOATS)
+    return reference.dequantize_int8(codes, scales)
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """codes [N, K] int8 in the order of `matmul_int8`: [ceil(N / 64), ceil(K / 128), 4, 128, 16] int8.
+
+    Rows and columns past N and K hold code 0. Raises ValueError for a shape, TypeError for a dtype.
+    """
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    if _MATMUL.implementation(codes.device.type).backend == "numba":
+        from fastllama.kernels.numba import rounding
+
+        return rounding.pack_int8(codes)
+    return reference.pack_int8(codes)
+
+
+def unpack_int8(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The codes [rows, columns] int8 that `pack_int8` packed. Raises ValueError for a shape, TypeError for a dtype."""
+    check_tensor("packed", packed, packed_shape(rows, columns), _CODES)
+    return reference.unpack_int8(packed, rows, columns)

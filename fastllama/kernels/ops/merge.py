@@ -1,0 +1,65 @@
+"""merge_state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.kernels import reference
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
+from fastllama.kernels.dispatch.op import Op
+
+
+def _check(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, out: Tensor, lse_out: Tensor) -> None:
+    check_shape("a", a, ("T", "H", "D"))
+    check_elements("a", a, FLOATS)
+    shape, dtype = a.shape, (a.dtype,)
+    heads, sums = shape[:2], (_lse_dtype(a),)
+    check_tensor("a_lse", a_lse, heads, sums)
+    check_tensor("b", b, shape, dtype)
+    check_tensor("b_lse", b_lse, heads, sums)
+    check_tensor("out", out, shape, dtype)
+    check_tensor("lse_out", lse_out, heads, sums)
+
+
+def _lse_dtype(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+_MERGE_STATE = Op(
+    "merge_state(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor(a!) out, Tensor(b!) lse_out) -> ()",
+    check=_check,
+    reference=reference.merge_state,
+    triton="attention.merge:merge_state",
+)
+
+
+def merge_state(
+    a: Tensor,
+    a_lse: Tensor,
+    b: Tensor,
+    b_lse: Tensor,
+    *,
+    out: Tensor | None = None,
+    lse_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, from the same queries' attention over some of them and over the others.
+
+    For a prefix that sequences share (its keys read once for all of them) and for contexts in parts.
+    a, b: [T, H, D], what attention over either set gave, one floating dtype. a_lse, b_lse: [T, H] fp32 (fp64 where a
+    is), its log-sum-exp, natural log, as `attention_varlen` returns it. Last dimensions contiguous, other strides free.
+    Where one log-sum-exp is -inf the other side is returned bit for bit, whatever this one holds; where both are, 0
+    and -inf.
+    out: like a, may be a or b itself. lse_out: like a_lse, may be a_lse or b_lse. Allocated when None. Returns (out,
+    lse_out).
+    Computed in fp32, rounded once, at the end. Raises ValueError for a shape, stride or device, TypeError for a dtype;
+    nothing is written then.
+    Source: Dao et al., Flash-Decoding (2023); Juravsky et al., Hydragen (2024); Ye et al., Cascade Inference (2024).
+    """
+    if out is None:
+        out = torch.empty_like(a)
+    if lse_out is None:
+        lse_out = torch.empty(a.shape[:2], dtype=_lse_dtype(a), device=a.device)
+    _MERGE_STATE(a, a_lse, b, b_lse, out, lse_out)
+    return out, lse_out

@@ -1,0 +1,158 @@
+"""Rows as 8-bit codes with a scale each: quantize_rows, and norms and silu_mul that end in it, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
+from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.swiglu import product_shape
+
+SCALES = (torch.float64, torch.float32)  # of rows; fp64 is the oracle's
+
+
+def _check_quantize(x: Tensor, out: Tensor, scales_out: Tensor) -> None:
+    if not (x.shape and x.shape[-1]):
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
+    check_elements("x", x, FLOATS)
+    _check_rows_out(out, scales_out, x.shape)
+
+
+def _check_rows_out(out: Tensor, scales_out: Tensor, shape: Sequence[int]) -> None:
+    """ValueError or TypeError unless these can take the codes and scales of rows."""
+    check_tensor("out", out, shape, (torch.int8,))
+    check_tensor("scales_out", scales_out, shape[:-1], SCALES)
+
+
+def _empty_rows(
+    shape: Sequence[int], device: torch.device, out: Tensor | None, scales_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What takes the codes and scales of rows, made where it is None."""
+    if out is None:
+        out = torch.empty(shape, dtype=torch.int8, device=device)
+    if scales_out is None:
+        scales_out = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    return out, scales_out
+
+
+def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, scales_out: Tensor) -> None:
+    shape = x.shape
+    if not (shape and shape[-1]):
+        raise ValueError(f"x has shape {list(shape)}; legal: [..., H] with H >= 1")
+    check_elements("x", x, FLOATS)
+    check_tensor("weight", weight, (shape[-1],), (x.dtype, torch.float32))
+    _check_rows_out(out, scales_out, shape)
+
+
+def _check_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, scales_out: Tensor
+) -> None:
+    _check_rms_norm(x, weight, eps, out, scales_out)
+    check_tensor("residual", residual, x.shape, (x.dtype,))
+
+
+def _check_silu_mul(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> None:
+    shape = product_shape(gate_up)
+    if not shape[-1]:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I] with I >= 1")
+    check_elements("gate_up", gate_up, FLOATS)
+    _check_rows_out(out, scales_out, shape)
+
+
+_QUANTIZE = Op(
+    "quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
+    check=_check_quantize,
+    reference=reference.quantize_rows,
+    triton="rows.quantize_rows:quantize_rows",
+)
+_RMS_NORM = Op(
+    "rms_norm_int8(Tensor x, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
+    check=_check_rms_norm,
+    reference=reference.rms_norm_int8,
+    triton="rows.norm:rms_norm_int8",
+)
+_ADD_RMS_NORM = Op(
+    "add_rms_norm_int8(Tensor x, Tensor(c!) residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) "
+    "-> ()",
+    check=_check_add_rms_norm,
+    reference=reference.add_rms_norm_int8,
+    triton="rows.norm:add_rms_norm_int8",
+)
+_SILU_MUL = Op(
+    "silu_mul_int8(Tensor gate_up, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
+    check=_check_silu_mul,
+    reference=reference.silu_mul_int8,
+    triton="rows.swiglu:silu_mul_int8",
+)
+
+
+def quantize_rows(x: Tensor, *, out: Tensor | None = None, scales_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x as 8-bit codes with a scale for each row: x is about codes * scales. Returns (codes, scales).
+
+    x: [..., K], any floating dtype, last dimension contiguous, rows at one stride (any on the reference). out: [..., K]
+    int8 and scales_out: [...] fp32, contiguous, take codes and scales; allocated when None.
+    A scale is the row's largest magnitude / 127, which gets code 127 or -127; magnitudes under 2^-100 count as that.
+    Computed in fp32; codes are rounded to nearest even. A row that holds an infinity or a NaN gets codes 0 and a scale
+    of that kind, so that products with it are NaN and no other row's are.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: Dettmers et al., LLM.int8() (2022), row-wise absmax quantization.
+    """
+    out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
+    _QUANTIZE(x, out, scales_out)
+    return out, scales_out
+
+
+def rms_norm_int8(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None, scales_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of `rms_norm`, in one pass: returns (codes, scales).
+
+    x: [..., H], weight, eps: as for `rms_norm`. out: [..., H] int8 and scales_out: [...] fp32 as for `quantize_rows`.
+    The norm is rounded to x's dtype before it becomes codes, as it is when the two are separate ops.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/w8a8.py.
+    """
+    out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
+    _RMS_NORM(x, weight, eps, out, scales_out)
+    return out, scales_out
+
+
+def add_rms_norm_int8(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    out: Tensor | None = None,
+    scales_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the norm after a residual addition, in one pass: returns (codes, scales).
+
+    x: [..., H] and residual: [..., H], one dtype, weight, eps: as for `add_rms_norm`; residual becomes x + residual, in
+    place. out: [..., H] int8 and scales_out: [...] fp32 as for `quantize_rows`.
+    Sum and norm are rounded to x's dtype, as they are when these are separate ops.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/w8a8.py.
+    """
+    out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
+    _ADD_RMS_NORM(x, residual, weight, eps, out, scales_out)
+    return out, scales_out
+
+
+def silu_mul_int8(
+    gate_up: Tensor, *, out: Tensor | None = None, scales_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of `silu_mul`, in one pass: returns (codes, scales).
+
+    gate_up: [..., 2I] as for `silu_mul`. out: [..., I] int8 and scales_out: [...] fp32 as for `quantize_rows`.
+    The product is rounded to gate_up's dtype before it becomes codes, as it is when the two are separate ops.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/w8a8.py.
+    """
+    out, scales_out = _empty_rows(product_shape(gate_up), gate_up.device, out, scales_out)
+    _SILU_MUL(gate_up, out, scales_out)
+    return out, scales_out

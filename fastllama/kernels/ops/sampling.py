@@ -1,0 +1,87 @@
+"""sample and its workspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.dispatch.checks import FLOATS, INTEGERS, check_elements, check_tensor, check_workspace
+from fastllama.kernels.dispatch.op import Op
+
+_PARAMETERS = (
+    ("temperature", (torch.float32,)),
+    ("top_k", INTEGERS),
+    ("top_p", (torch.float32,)),
+    ("min_p", (torch.float32,)),
+    ("seed", (torch.int64,)),
+    ("offset", (torch.int64,)),
+    ("tokens", (torch.int64,)),
+    ("logprobs", (torch.float32,)),
+)
+
+
+def _check(logits: Tensor, *others: Tensor | None) -> None:
+    shape = logits.shape
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"logits has shape {list(shape)}; legal: [B, V] with V >= 1")
+    check_elements("logits", logits, FLOATS)
+    *parameters, workspace = others
+    for (name, dtypes), tensor in zip(_PARAMETERS, parameters, strict=True):
+        assert tensor is not None
+        check_tensor(name, tensor, (shape[0],), dtypes)
+    check_workspace(workspace, torch.int64)
+
+
+_SAMPLE = Op(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset, "
+    "Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!)? workspace) -> ()",
+    check=_check,
+    reference=reference.sample,
+    numba="sampling:sample",
+    triton="sampling.draw:sample",
+)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token for each row, each row with its own parameters and its own random number.
+
+    logits: [B, V], fp32, fp16 or bf16 (fp64 on the CPU), the largest of a row finite: a row with a NaN, with +inf or of
+    -inf alone gives token 0 and logprob NaN. temperature: [B] fp32, 0 means greedy (the
+    first largest logit). top_k: [B] int32 or int64, 0 means off. top_p: [B] fp32, 1 means off. min_p: [B] fp32, a
+    fraction of the largest probability, 0 means off. seed, offset: [B] int64: key and counter (its low 32 bits) of
+    Philox4x32-10, so a row draws the same token alone and in any batch.
+    tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their
+    natural-log probabilities under softmax(logits), before temperature and filters.
+    workspace: scratch memory of `sample_workspace` for as many rows or more; allocated when None and needed.
+    Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are
+    all kept. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
+    Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+    """
+    if tokens is None:
+        tokens = torch.empty_like(seed)
+    if logprobs is None:
+        logprobs = torch.empty_like(temperature)
+    _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, offset, tokens, logprobs, workspace)
+    return tokens, logprobs
+
+
+def sample_workspace(logits: Tensor) -> Tensor:
+    """Scratch memory with which `sample` allocates nothing for logits [B, V] like these or for fewer rows: int64 [N].
+
+    About 4 bytes for each logit where a Triton kernel runs, nothing elsewhere. Not to be shared by calls that overlap.
+    """
+    return _SAMPLE.workspace(logits.device, torch.int64, logits)

@@ -1,0 +1,92 @@
+"""matmul_w8a8: products of 8-bit codes on both sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor, check_workspace
+from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.int8 import check_packed
+from fastllama.kernels.ops.quantize_rows import SCALES
+from fastllama.kernels.reference.w8a8 import MOST_COLUMNS
+
+_CODES = (torch.int8,)
+
+
+def _check_matmul(
+    x: Tensor,
+    x_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    shape = _product_shape(x, scales)
+    size, features = x.shape[-1], shape[-1]
+    check_elements("x", x, _CODES)
+    check_tensor("x_scales", x_scales, x.shape[:-1], SCALES)
+    check_packed(packed, features, size)
+    check_tensor("out", out, shape, FLOATS)
+    dtypes = tuple(dict.fromkeys((out.dtype, torch.float32)))
+    check_tensor("scales", scales, (features,), dtypes)
+    if bias is not None:
+        check_tensor("bias", bias, (features,), dtypes)
+    check_workspace(workspace, torch.int32)
+
+
+def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
+    *leading, size = x.shape or (0,)
+    if not 0 < size <= MOST_COLUMNS:
+        raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K from 1 to {MOST_COLUMNS}")
+    check_shape("scales", scales, ("N",))
+    return (*leading, scales.shape[0])
+
+
+_MATMUL = Op(
+    "matmul_w8a8(Tensor x, Tensor x_scales, Tensor packed, Tensor scales, Tensor? bias, Tensor(a!) out, "
+    "Tensor(c!)? workspace) -> ()",
+    check=_check_matmul,
+    reference=reference.matmul_w8a8,
+    cpu=cpu.matmul_w8a8,
+    triton="matmul.w8a8:matmul_w8a8",
+)
+
+
+def matmul_w8a8(
+    x: Tensor,
+    x_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """(x * x_scales) @ weight^T (+ bias), where a weight is code * scale and both sides' codes have 8 bits.
+
+    x: [..., K] int8, rows at one stride, and x_scales: [...] fp32, what quantize_rows gave. packed: [ceil(N / 64),
+    ceil(K / 128), 4, 128, 16] int8, what pack_int8 gave. scales: [N], one for each row of the weight. bias: [N] or
+    None; both in out's dtype or fp32. out: [..., N], any floating dtype, that of scales when None. workspace: scratch
+    memory of `matmul_w8a8_workspace`; allocated when None and needed. Returns out.
+    Sums are int32, exact whatever their order: up to 131071 columns cannot overflow it. So a row's result is the same,
+    bit for bit, whatever the other rows; two products with scales in fp32, the bias, and one rounding follow.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    Source: kernels/reference/w8a8.py.
+    """
+    if out is None:
+        out = torch.empty(_product_shape(x, scales), dtype=scales.dtype, device=x.device)
+    _MATMUL(x, x_scales, packed, scales, bias, out, workspace)
+    return out
+
+
+def matmul_w8a8_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Scratch memory for `matmul_w8a8` of such tensors, to be kept from call to call: [S] int32, uninitialised.
+
+    Where a Triton kernel runs, a number for each of out and each split of K, where few rows need several. Nothing
+    elsewhere. Not to be shared by calls that overlap.
+    """
+    return _MATMUL.workspace(x.device, torch.int32, x, packed, scales)

@@ -1,0 +1,245 @@
+"""attention_varlen and attention_prefill in Triton: one kernel, keys and values one after another or in pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.arithmetic import power_of_2
+from fastllama.kernels.dispatch.checks import check_kernel_dtype
+from fastllama.kernels.launch import tuning
+from fastllama.kernels.launch.kernel_call import KernelCall, launcher
+from fastllama.kernels.triton.attention.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
+
+
+@triton.jit
+def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
+    """The block at which a sequence's begin: each has at most one more than its rows fill, so they do not overlap."""
+    return tl.load(cu_seqlens_q_ptr + seq) // BLOCK_M + seq
+
+
+# One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
+@triton.jit(
+    do_not_specialize=[
+        "cu_seqlens_q_ptr",
+        "k_bounds_ptr",
+        "page_table_ptr",
+        "num_seqs",
+        "num_rows",
+        "page_table_stride",
+    ]
+)
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    k_bounds_ptr,
+    page_table_ptr,
+    num_seqs,
+    num_rows,
+    scale_log2,
+    lse_unit,
+    q_token_stride,
+    k_page_stride,
+    v_page_stride,
+    k_scale_page_stride,
+    v_scale_page_stride,
+    k_token_stride,
+    v_token_stride,
+    out_token_stride,
+    page_table_stride,
+    Q_HEAD_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    K_SCALE_HEAD_STRIDE: tl.constexpr,
+    V_SCALE_HEAD_STRIDE: tl.constexpr,
+    OUT_HEAD_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # From the last block on, as programs start in their order: a causal sequence's last rows see most keys.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    seq, high = 0, num_seqs
+    while seq < high:
+        middle = (seq + high + 1) // 2
+        before = _first_block(cu_seqlens_q_ptr, middle, BLOCK_M) <= block
+        seq = tl.where(before, middle, seq)
+        high = tl.where(before, high, middle - 1)
+    exists = seq < num_seqs
+    begin = tl.load(cu_seqlens_q_ptr + seq)
+    end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows)
+    first_row = begin + (block - _first_block(cu_seqlens_q_ptr, seq, BLOCK_M)) * BLOCK_M
+    if first_row < end:
+        k_start = tl.full([], 0, tl.int32)
+        k_len = tl.load(k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)
+        if PAGE_SIZE == 0:
+            k_start = tl.load(k_bounds_ptr + seq, mask=exists, other=0)
+            k_len -= k_start
+        row = first_row + tl.arange(0, BLOCK_M)  # [M]
+        if CAUSAL:
+            ahead = k_len - end + 1  # row r sees keys up to this many more
+            visible = tl.minimum(tl.maximum(row + ahead, 0), k_len)  # [M]
+            whole = tl.minimum(tl.maximum(first_row + ahead, 0), k_len)
+            last = tl.minimum(tl.maximum(tl.minimum(first_row + BLOCK_M, end) - 1 + ahead, 0), k_len)
+        else:
+            visible = tl.zeros([BLOCK_M], tl.int32) + k_len
+            whole = k_len
+            last = k_len
+        dim = tl.arange(0, BLOCK_D)  # [D]
+        mask = (row < end)[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
+        offsets = row.to(tl.int64)[:, None]
+        q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
+        kv_head = (head // GROUP).to(tl.int64)
+        acc, peak, total = attend(
+            q,
+            visible,
+            whole,
+            0,
+            last,
+            k_len,
+            scale_log2,
+            k_ptr + k_start.to(tl.int64) * k_token_stride + kv_head * K_HEAD_STRIDE,
+            v_ptr + k_start.to(tl.int64) * v_token_stride + kv_head * V_HEAD_STRIDE,
+            k_scales_ptr,
+            v_scales_ptr,
+            kv_head * K_SCALE_HEAD_STRIDE,
+            kv_head * V_SCALE_HEAD_STRIDE,
+            page_table_ptr + tl.cast(seq, tl.int64) * page_table_stride,
+            k_page_stride,
+            v_page_stride,
+            k_scale_page_stride,
+            v_scale_page_stride,
+            k_token_stride,
+            v_token_stride,
+            HEAD_DIM,
+            PAGE_SIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            STAGES,
+        )
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gives 0
+        out_ptrs = out_ptr + offsets * out_token_stride + head * OUT_HEAD_STRIDE + dim[None, :]
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * lse_unit, mask=row < end)
+
+
+@launcher
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> list[KernelCall]:
+    """See kernels.attention_varlen."""
+    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, scale, causal, base2, out, lse)
+
+
+@launcher
+def attention_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    scale: float,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> list[KernelCall]:
+    """See kernels.attention_prefill."""
+    return _plan(
+        q,
+        k_pages,
+        v_pages,
+        k_scales,
+        v_scales,
+        cu_seqlens_q,
+        seq_lens,
+        page_table,
+        scale,
+        True,
+        base2,
+        out,
+        lse,
+    )
+
+
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    cu_seqlens_q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
+    base2: bool,
+    out: Tensor,
+    lse: Tensor | None,
+) -> list[KernelCall]:
+    check_kernel_dtype("q", q)
+    num_rows, num_heads, head_dim = q.shape
+    if not num_rows:
+        return []
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size(), key_itemsize=k.element_size())
+    call = KernelCall(
+        prefill_kernel,
+        (num_rows // launch.rows + num_seqs + 1, num_heads),
+        q_ptr=q,
+        k_ptr=as_codes(k),
+        v_ptr=as_codes(v),
+        k_scales_ptr=k_scales,
+        v_scales_ptr=v_scales,
+        out_ptr=out,
+        lse_ptr=lse,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        k_bounds_ptr=k_bounds,
+        page_table_ptr=k_bounds if page_table is None else page_table,
+        num_seqs=num_seqs,
+        num_rows=num_rows,
+        scale_log2=scale * LOG2_E,
+        lse_unit=lse_unit_from_base2(base2),
+        q_token_stride=q.stride(0),
+        out_token_stride=out.stride(0),
+        page_table_stride=0 if page_table is None else page_table.stride(0),
+        Q_HEAD_STRIDE=q.stride(1),
+        OUT_HEAD_STRIDE=out.stride(1),
+        GROUP=num_heads // k.shape[1],
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=0 if page_table is None else k.shape[2],
+        CAUSAL=causal,
+        BLOCK_M=launch.rows,
+        BLOCK_N=launch.keys,
+        BLOCK_D=max(power_of_2(head_dim), 16),
+        STAGES=launch.stages,
+        num_warps=launch.num_warps,
+        **strides(k, v, k_scales, v_scales),
+    )
+    return [call]

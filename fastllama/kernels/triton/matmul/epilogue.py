@@ -1,0 +1,272 @@
+"""What products of few rows have around the weight: a norm in front, the sum over splits, what becomes of results.
+
+The columns of a weight are split over programs, as its shape alone decides. Each program leaves its part in memory and
+counts itself; the last one that comes adds all parts, in one order: so no second launch, and a row's sums are the same
+whatever other rows there are. Counts are zero again after each launch.
+
+The norm needs a factor for each row that is known only when all of the row has been read. So x is multiplied by the
+norm's weight alone, its squares are added on the way, and the factor multiplies sums. Squares are added in pairs that
+the code names, not in an order that a layout chooses: the factor of a row does not depend on the other rows either.
+Source: counting programs, as stream-K does: Osama et al., Stream-K (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.arithmetic import ceil_div
+from fastllama.kernels.dispatch.checks import as_rows
+from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.launch.kernel_call import scratch
+from fastllama.kernels.ops.compose import compose, fuses_norm
+from fastllama.kernels.triton.overlap import overlapping
+
+COUNTERS = 4096  # in the first elements of a workspace, one for each tile of features that is split
+
+
+# The rows of the weight that a program owns, in place of those past the last the last again: [BLOCK_N]. Of a gated
+# weight [gate | up] as many of the gate as of up.
+@triton.jit
+def owned(FEATURES: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    lane = tl.arange(0, BLOCK_N)
+    if GATED:
+        feature = tl.minimum(tl.program_id(0) * (BLOCK_N // 2) + lane % (BLOCK_N // 2), FEATURES // 2 - 1)
+        feature += lane // (BLOCK_N // 2) * (FEATURES // 2)
+    else:
+        feature = tl.minimum(tl.program_id(0) * BLOCK_N + lane, FEATURES - 1)
+    return feature.to(tl.int64)
+
+
+# x [M, K] times the norm's weight of its columns, rounded to x's dtype.
+@triton.jit
+def weighted(x, norm_ptr, col, mask):
+    norm = tl.load(norm_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * norm[None, :]).to(x.dtype)
+
+
+# The squares of 8 neighbours of x [M, K] added: [M, K / 8].
+@triton.jit
+def squares_of(x):
+    x = x.to(tl.float32)
+    return pairs(pairs(pairs(x * x)))
+
+
+# Neighbours added: [M, K] -> [M, K / 2].
+@triton.jit
+def pairs(x):
+    first, second = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+    return first + second
+
+
+# [M, 4], [M, 8] or [M, 16] -> [M].
+@triton.jit
+def row_sums(x):
+    if x.shape[1] == 16:
+        x = pairs(x)
+    if x.shape[1] == 8:
+        x = pairs(x)
+    first, second = tl.split(pairs(x))
+    return first + second
+
+
+# Ends a product. acc: [N, M], one split's, of the features that are `owned`; squares: [M], of its columns of x; row:
+# [M]. Of all splits of a tile the last program stores out, some rows at a time: all parts at once take all registers.
+@triton.jit
+def finish(
+    acc,
+    squares,
+    row,
+    num_rows,
+    out_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    counters_ptr,
+    parts_ptr,
+    squares_ptr,
+    eps,
+    out_row_stride,
+    residual_row_stride,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    around = (out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride)
+    if SPLITS == 1:
+        store(acc, squares, row, num_rows, around, FEATURES, SIZE, GATED)
+    else:
+        BLOCK_N: tl.constexpr = acc.shape[0]
+        tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        parts_ptr += tile.to(tl.int64) * SPLITS * num_rows * BLOCK_N  # [SPLITS, rows, N]
+        squares_ptr += tile.to(tl.int64) * SPLITS * num_rows  # [SPLITS, rows]
+        place = split * num_rows + row
+        part_ptrs = parts_ptr + place[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        tl.store(part_ptrs, acc, mask=(row < num_rows)[None, :])
+        if norm_ptr is not None:
+            tl.store(squares_ptr + place, squares, mask=row < num_rows)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        if tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            ROWS: tl.constexpr = min(1024 // BLOCK_N, acc.shape[1])
+            for first in tl.static_range(0, acc.shape[1], ROWS):
+                some = first + tl.arange(0, ROWS).to(tl.int64)
+                total, squares_total = added(some, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N, SPLITS)
+                store(total, squares_total, some, num_rows, around, FEATURES, SIZE, GATED)
+            # For the next launch, which counts only when this one has ended: without a fence, and behind all loads.
+            tl.atomic_xchg(counters_ptr + tile, 0, sem="relaxed")
+
+
+# The sums over all splits of a tile, of rows [M]: [N, M], and of the rows' squares where there is a norm: [M].
+@triton.jit
+def added(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    mask = row < num_rows
+    total, squares = tl.zeros([BLOCK_N, row.shape[0]], tl.float32), tl.zeros(row.shape, tl.float32)
+    for part in tl.static_range(SPLITS):
+        place = part * num_rows + row
+        part_ptrs = parts_ptr + place[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        total += tl.load(part_ptrs, mask=mask[None, :], other=0.0, cache_modifier=".cg")
+        if norm_ptr is not None:
+            squares += tl.load(squares_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+    return total, squares
+
+
+# Stores rows of out, of whole sums acc [N, M] and squares [M]. around: what `finish` takes of it.
+@triton.jit
+def store(
+    acc,
+    squares,
+    row,
+    num_rows,
+    around,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride = around
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    COLUMNS: tl.constexpr = FEATURES // 2 if GATED else FEATURES
+    if norm_ptr is not None:
+        acc *= tl.rsqrt(squares / SIZE + eps)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + owned(FEATURES, BLOCK_N, GATED)).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(acc.reshape(2, WIDTH, acc.shape[1]).trans(1, 2, 0))  # [N / 2, M] each
+        acc = gate / (1.0 + tl.exp(-gate)) * up
+    col = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    mask = (col < COLUMNS)[:, None] & (row < num_rows)[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + row[None, :] * residual_row_stride + col[:, None]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + row[None, :] * out_row_stride + col[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How a weight's columns are divided over programs, and the workspace that takes.
+
+    columns: of a program, whole tiles. count: of splits. parts, squares: where these begin, in elements of fp32 behind
+    the counters; elements: where they end, 0 where there is one split.
+    """
+
+    columns: int
+    count: int
+    parts: int
+    squares: int
+    elements: int
+
+
+def splits_of(num_rows: int, size: int, block: int, tiles: int, width: int, wanted: int) -> Splits:
+    """`wanted` splits of `size` columns, or fewer, whole blocks each and none empty; of tiles of `width` features."""
+    blocks = max(ceil_div(size, block), 1)
+    each = ceil_div(blocks, wanted)
+    count = ceil_div(blocks, each)
+    if count == 1 or tiles > COUNTERS:
+        return Splits(blocks * block, 1, 0, 0, 0)
+    places = count * num_rows * tiles
+    return Splits(each * block, count, COUNTERS, COUNTERS + places * width, COUNTERS + places * (width + 1))
+
+
+def arguments(
+    features: int,
+    splits: Splits,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> dict[str, Any]:
+    """The arguments of a kernel that `owned` and `finish` take. out: [M, N], residual like it."""
+    held = scratch(workspace, splits.elements, torch.float32, out.device)
+    if workspace is None:
+        held[:COUNTERS].zero_()
+    split = splits.count > 1
+    return {
+        "num_rows": out.shape[0],
+        "out_ptr": out,
+        "bias_ptr": bias,
+        "norm_ptr": norm,
+        "residual_ptr": residual,
+        "counters_ptr": held[:COUNTERS].view(torch.int32) if split else None,
+        "parts_ptr": held[splits.parts : splits.squares] if split else None,
+        "squares_ptr": held[splits.squares : splits.elements] if split else None,
+        "eps": eps,
+        "out_row_stride": out.stride(0),
+        "residual_row_stride": 0 if residual is None else residual.stride(0),
+        "FEATURES": features,
+        "SPLIT": splits.columns,
+        "SPLITS": splits.count,
+        "GATED": gated,
+        **overlapping(out.device),
+    }
+
+
+def fused(
+    launch: Function,
+    x: Tensor,
+    weight: tuple[Any, ...],
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+    *,
+    fuses_gate: bool = True,
+) -> Function | None:
+    """Run `launch`, which takes all of these, on few rows; what its kernel cannot fuse is an op of its own."""
+    before = norm if norm is not None and not fuses_norm(x) else None
+    after = gated and not fuses_gate
+    if before is None and not after:
+        again: Function | None = launch(x, *weight, norm, eps, residual, gated, out, workspace)
+        return again
+    within = norm if before is None else None
+
+    def product(x: Tensor, out: Tensor) -> None:
+        launch(x, *weight, within, eps, residual, gated and not after, out, workspace)
+
+    compose(product, x, before, eps, out, gated=after)
+    return None
+
+
+def dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+    """torch's product with a weight [N, K], for `compose`."""
+
+    def product(x: Tensor, out: Tensor) -> None:
+        rows, result = as_rows("x", x), as_rows("out", out)
+        if bias is None:
+            torch.mm(rows, weight.T, out=result)
+        else:
+            torch.addmm(bias, rows, weight.T, out=result)
+
+    return product

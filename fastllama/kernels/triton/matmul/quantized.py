@@ -1,0 +1,391 @@
+"""Products with codes of 4 or 8 bits in Triton: for few rows with the codes, for many with the weight that they are.
+
+Few rows are bound by reading the weight, so nothing else may stand in its way: codes go from memory to the registers
+of a tensor core's left operand, in whose order they are packed (int4.py, int8.py), and out is computed transposed.
+Sums over K are split over programs at places that the weight's shape alone decides, and the order within a split does
+not depend on the tile's width: a row's sums are the same whatever other rows there are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.arithmetic import ceil_div, power_of_2
+from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.launch import heuristics, tuning
+from fastllama.kernels.launch.device import arch
+from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
+from fastllama.kernels.ops.compose import compose
+from fastllama.kernels.reference.int4 import COLUMNS, ROWS
+from fastllama.kernels.triton.matmul.epilogue import (
+    COUNTERS,
+    Splits,
+    arguments,
+    dense,
+    finish,
+    fused,
+    owned,
+    row_sums,
+    splits_of,
+    squares_of,
+    weighted,
+)
+from fastllama.kernels.triton.matmul.load_int4 import load_codes
+from fastllama.kernels.triton.matmul.load_int8 import load_bytes, order, unit
+from fastllama.kernels.triton.overlap import prefetch, release, wait
+
+
+def few_rows(x: Tensor, packed: Tensor) -> int:
+    """Rows of x up to which codes are multiplied: with more, arithmetic outweighs the weight's bytes.
+
+    In fp32 more sums spill, and on sm_100 Triton rounds codes in fp32 to TF32 unasked (triton-lang/triton#10176). x
+    beside codes of 8 bits spills where all of both is in registers.
+    """
+    target = arch(x.device)
+    if x.element_size() == 4:
+        return 0 if target == "sm_100" else 16
+    return 32 if _bits(packed) == 8 and target in ("sm_80", "sm_89") else 64
+
+
+# Codes less 8, or of 8 bits over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K], those ORDERED as `columns` says.
+@triton.jit
+def load(
+    packed_ptr,
+    row_stride,
+    tile,
+    start,
+    N: tl.constexpr,
+    dtype: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    if BITS == 4:
+        codes = load_codes(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K)
+    else:
+        codes = load_bytes(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K, UNIT, ORDERED)
+    return codes
+
+
+@triton.jit
+def columns(BLOCK_K: tl.constexpr, BITS: tl.constexpr):
+    k = tl.arange(0, BLOCK_K)
+    return k if BITS == 4 else order(k)
+
+
+# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load` takes.
+@triton.jit
+def lines(
+    packed_ptr,
+    row_stride,
+    tile,
+    begin,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    WORDS: tl.constexpr = 256 * BITS  # of 128 columns of a tile
+    LINES: tl.constexpr = WORDS // 8
+    line = tl.arange(0, LINES * TILES)
+    tile = tl.minimum(tile + line // LINES * STEP, (N - 1) // 64)
+    word = tl.minimum(begin // 128 * WORDS + line % LINES * 32, tl.cdiv(K, 128) * WORDS - 1)
+    return packed_ptr + tile * row_stride + word
+
+
+# A group's number of each row, in fp32: [rows, 1].
+@triton.jit
+def per_row(ptr, row, row_stride, group):
+    return tl.load(ptr + row * row_stride + group).to(tl.float32)[:, None]
+
+
+# One program owns 64 * TILES columns of all rows of out, of one split of K; of a gated weight's as many of each half.
+@triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride", "num_rows"])
+def matmul_kernel(
+    x_ptr,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    counters_ptr,
+    parts_ptr,
+    squares_ptr,
+    x_row_stride,
+    packed_row_stride,
+    scales_row_stride,
+    zeros_row_stride,
+    out_row_stride,
+    residual_row_stride,
+    num_rows,
+    eps,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    STEP: tl.constexpr = FEATURES // 128 if GATED else 1  # tiles from a gate's to its up's
+    tile = tl.program_id(0).to(tl.int64) * (1 if GATED else TILES)
+    dtype = x_ptr.dtype.element_ty
+    row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
+    feature = owned(FEATURES, 64 * TILES, GATED)  # [N]
+    some = (row < num_rows)[:, None]
+    acc = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
+    begin = tl.program_id(1) * SPLIT
+    release(PDL)
+    prefetch(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
+    # A row's sector of 32 bytes has 16 groups, mostly all of a split: loads of one group alone would wait for memory.
+    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
+    if zeros_ptr is not None:
+        prefetch(zeros_ptr + feature * zeros_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
+    wait(PDL)
+    packed_ptr += begin // 128 * (256 * BITS)
+    x_ptr += begin
+    for tile_start in tl.range(begin, tl.minimum(begin + SPLIT, SIZE), 128, num_stages=STAGES):
+        for part in tl.static_range(128 // GROUP):
+            products = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
+            sums = tl.zeros([64 * TILES, BLOCK_M], tl.float32)
+            for block in tl.static_range(GROUP // BLOCK_K):
+                place = part * GROUP + block * BLOCK_K
+                within = place + columns(BLOCK_K, BITS)  # [K], in the tile
+                col = tile_start + within
+                exists = col < SIZE
+                x_mask = some if SIZE % 128 == 0 else some & exists[None, :]
+                x = tl.load(x_ptr + row[:, None] * x_row_stride + within[None, :], mask=x_mask, other=0.0)  # [M, K]
+                if norm_ptr is not None:
+                    squares += squares_of(x)
+                    x = weighted(x, norm_ptr, col, exists)
+                codes = load(
+                    packed_ptr, packed_row_stride, tile, place, FEATURES, dtype, TILES, STEP, BLOCK_K, BITS, UNIT, True
+                )
+                products = tl.dot(codes, tl.trans(x), products, input_precision="ieee")
+                if zeros_ptr is not None:  # the sums of x in every row, in the layout in which they are needed
+                    ones = tl.full([64 * TILES, BLOCK_K], 1.0, dtype)
+                    sums = tl.dot(ones, tl.trans(x), sums, input_precision="ieee")
+            group = tl.minimum(tile_start // GROUP + part, GROUPS - 1)  # past K, where x is 0, there is none
+            if zeros_ptr is not None:
+                products -= (per_row(zeros_ptr, feature, zeros_row_stride, group) - 8.0) * sums
+            acc += products * (per_row(scales_ptr, feature, scales_row_stride, group) * UNIT)
+        packed_ptr += 256 * BITS  # carried, as in matmul.py
+        x_ptr += 128
+    finish(
+        acc,
+        row_sums(squares),
+        row,
+        num_rows,
+        out_ptr,
+        bias_ptr,
+        norm_ptr,
+        residual_ptr,
+        counters_ptr,
+        parts_ptr,
+        squares_ptr,
+        eps,
+        out_row_stride,
+        residual_row_stride,
+        FEATURES,
+        SIZE,
+        SPLITS,
+        GATED,
+    )
+
+
+# One program owns 64 rows and BLOCK_K columns of the weight.
+@triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride"])
+def dequantize_kernel(
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    weight_ptr,
+    packed_row_stride,
+    scales_row_stride,
+    zeros_row_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    tile, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K
+    dtype = weight_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * 64
+    row, inside = owned(N, 64, False), first + tl.arange(0, 64) < N  # [N]
+    col = start + tl.arange(0, BLOCK_K)[None, :]  # [1, K]
+    group = tl.minimum(start // GROUP, GROUPS - 1)
+    codes = load(packed_ptr, packed_row_stride, tile, start, N, dtype, 1, 1, BLOCK_K, BITS, UNIT, False).to(tl.float32)
+    if zeros_ptr is not None:
+        codes -= per_row(zeros_ptr, row, zeros_row_stride, group) - 8.0
+    weight = codes * (per_row(scales_ptr, row, scales_row_stride, group) * UNIT)
+    tl.store(weight_ptr + row[:, None] * K + col, weight.to(dtype), mask=inside[:, None] & (col < K))
+
+
+def _plan(num_rows: int, x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLaunch, Splits]:
+    size, features = x.shape[-1], scales.shape[0]
+    choose = tuning.int4 if _bits(packed) == 4 else tuning.int8
+    launch = choose(x.device, features=features, size=size, itemsize=x.element_size())
+    tiles = packed.shape[0] + 1  # a program may own two
+    return launch, splits_of(num_rows, size, COLUMNS, tiles, ROWS, launch.splits)
+
+
+def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
+    """Elements of fp32 that a product needs for so many rows of x or fewer."""
+    rows, few = math.prod(x.shape[:-1]), few_rows(x, packed)
+    parts = _plan(min(rows, few), x, packed, scales)[1].elements
+    return parts if rows <= few else max(parts, _weight_elements(x, scales))
+
+
+def _weight_elements(x: Tensor, scales: Tensor) -> int:
+    """Elements of fp32 in a workspace with the weight in x's dtype, for more than a few rows."""
+    return COUNTERS + ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
+
+
+def product(
+    few: Function,
+    x: Tensor,
+    weight: tuple[Any, ...],
+    zeros: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> Function | None:
+    """An op on codes, of which `few` runs few rows. weight: the op's own arguments, packed, scales, ..., bias."""
+    check_kernel_dtype("x", x)
+    packed, scales, bias = weight[0], weight[1], weight[-1]
+    features, size = scales.shape[0], x.shape[-1]
+    if math.prod(x.shape[:-1]) <= few_rows(x, packed):
+        # A tile of codes is a gate's or an up's; of fp32 the sums of two tiles spill.
+        gates = features % (2 * ROWS) == 0 and x.element_size() == 2
+        return fused(few, x, weight, norm, eps, residual, gated, out, workspace, fuses_gate=gates)
+    elements = _weight_elements(x, scales)
+    held = scratch(workspace, elements, torch.float32, x.device)
+    dequantized = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
+    _dequantize(packed, scales, zeros, dequantized)
+    compose(dense(dequantized, bias), x, norm, eps, out, residual, gated)
+    return None  # planned each time: many rows hide what that takes
+
+
+def _bits(packed: Tensor) -> int:
+    return 8 if packed.dtype == torch.int8 else 4
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Codes as kernels read them, int32. Raises ValueError where these do not lie at multiples of 4 bytes."""
+    try:
+        return packed.view(torch.int32)
+    except RuntimeError:
+        raise ValueError(
+            f"packed has stride {packed.stride(0)} and storage offset {packed.storage_offset()}; legal: multiples of 4"
+        ) from None
+
+
+def _codes(x: Tensor, packed: Tensor, scales: Tensor, size: int) -> dict[str, int]:
+    """What the kernels must know of codes for numbers like x, and groups: one of all columns is one of each tile."""
+    groups, bits = scales.shape[1], _bits(packed)
+    group = size // groups if groups > 1 else COLUMNS
+    known = {"GROUPS": groups, "GROUP": group, "BLOCK_K": min(group, 64)}
+    return known | {"BITS": bits, "UNIT": 1 if bits == 4 else unit(x)}
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> list[KernelCall]:
+    """Few rows, by codes of 4 or 8 bits."""
+    launch, splits = _plan(math.prod(x.shape[:-1]), x, packed, scales)
+    x, out = as_rows("x", x), as_rows("out", out)
+    if residual is not None:
+        residual = as_rows("residual", residual)
+    (num_rows, size), features = x.shape, scales.shape[0]
+    if not out.numel():
+        return []
+    around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
+    words = _words(packed)
+    block_m = max(power_of_2(num_rows), 16)
+    # Each program reads all of x: at 16 rows as many bytes as of a tile of 8 bits. A gated one owns a tile of the gate
+    # and one of up. In fp32 sums of two tiles spill.
+    wide = gated or (_bits(packed) == 8 and x.element_size() == 2)
+    groups_of_warps = 2 if block_m > 16 or (gated and _bits(packed) == 4) else 1
+    tiles = 2 if wide else groups_of_warps
+    call = KernelCall(
+        matmul_kernel,
+        (ceil_div(packed.shape[0], tiles), splits.count),
+        **around,
+        x_ptr=x,
+        packed_ptr=words,
+        scales_ptr=scales,
+        zeros_ptr=zeros,
+        x_row_stride=x.stride(0),
+        packed_row_stride=words.stride(0),
+        scales_row_stride=scales.stride(0),
+        zeros_row_stride=0 if zeros is None else zeros.stride(0),
+        SIZE=size,
+        TILES=tiles,
+        BLOCK_M=block_m,
+        STAGES=launch.stages,
+        **_codes(x, packed, scales, size),
+        num_warps=groups_of_warps * launch.num_warps,
+    )
+    return [call]
+
+
+@launcher
+def _dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, weight: Tensor) -> list[KernelCall]:
+    """weight: [N, K], contiguous."""
+    features, size = weight.shape
+    if not features:
+        return []
+    codes, words = _codes(weight, packed, scales, size), _words(packed)
+    call = KernelCall(
+        dequantize_kernel,
+        (words.shape[0], ceil_div(size, codes["BLOCK_K"])),
+        packed_ptr=words,
+        scales_ptr=scales,
+        zeros_ptr=zeros,
+        weight_ptr=weight,
+        packed_row_stride=words.stride(0),
+        scales_row_stride=scales.stride(0),
+        zeros_row_stride=0 if zeros is None else zeros.stride(0),
+        N=features,
+        K=size,
+        **codes,
+        num_warps=4,
+    )
+    return [call]

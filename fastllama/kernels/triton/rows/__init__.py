@@ -1,0 +1,1 @@
+"""The memory-bound kernels: each token or row is read and written once."""

@@ -1,0 +1,94 @@
+"""silu(gate) * up of the packed projection in Triton, in one pass over memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.arithmetic import ceil_div, power_of_2
+from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
+from fastllama.kernels.launch import tuning
+from fastllama.kernels.launch.kernel_call import KernelCall, launcher
+from fastllama.kernels.triton.overlap import follow, overlapping
+from fastllama.kernels.triton.rows.quantize import store_codes
+
+
+# One program owns BLOCK columns of one row, all of them for codes; programs of one row follow each other, as its memory
+# does.
+@triton.jit
+def silu_mul_kernel(
+    out_ptr,
+    gate_up_ptr,
+    scales_out_ptr,
+    out_row_stride,
+    gate_up_row_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    follow(PDL)
+    BLOCKS: tl.constexpr = tl.cdiv(SIZE, BLOCK)
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    col = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = col < SIZE
+    gate_ptrs = gate_up_ptr + row * gate_up_row_stride + col
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    up = tl.load(gate_ptrs + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    product = product.to(gate_up_ptr.dtype.element_ty)
+    out_ptrs = out_ptr + row * out_row_stride + col
+    if scales_out_ptr is None:
+        tl.store(out_ptrs, product, mask=mask)
+    else:
+        one = tl.arange(0, 1)
+        store_codes(out_ptrs, scales_out_ptr + row + one, product.to(tl.float32), mask, one < 1)
+
+
+@launcher
+def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
+    """See kernels.silu_mul."""
+    check_kernel_dtype("gate_up", gate_up)
+    gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
+    rows, size = out.shape
+    if not (rows and size):
+        return []
+    launch = tuning.swiglu(out.device, rows=rows, size=size, itemsize=out.element_size())
+    call = KernelCall(
+        silu_mul_kernel,
+        (rows * ceil_div(size, launch.block),),
+        out_ptr=out,
+        gate_up_ptr=gate_up,
+        scales_out_ptr=None,
+        out_row_stride=out.stride(0),
+        gate_up_row_stride=gate_up.stride(0),
+        SIZE=size,
+        BLOCK=launch.block,
+        **overlapping(out.device),
+        num_warps=launch.num_warps,
+    )
+    return [call]
+
+
+@launcher
+def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall]:
+    """See kernels.silu_mul_int8."""
+    check_kernel_dtype("gate_up", gate_up)
+    gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
+    rows, size = out.shape
+    if not rows:
+        return []
+    call = KernelCall(
+        silu_mul_kernel,
+        (rows,),
+        out_ptr=out,
+        gate_up_ptr=gate_up,
+        scales_out_ptr=scales_out,
+        out_row_stride=out.stride(0),
+        gate_up_row_stride=gate_up.stride(0),
+        SIZE=size,
+        BLOCK=power_of_2(size),
+        **overlapping(out.device),
+        num_warps=tuning.norm(out.device, size=size, itemsize=gate_up.element_size()).num_warps,
+    )
+    return [call]

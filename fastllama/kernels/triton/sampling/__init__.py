@@ -1,0 +1,1 @@
+"""Sampling of tokens by exact integer masses, without a sort."""

@@ -1,0 +1,98 @@
+"""What the attention peers that this machine cannot run hand over, and what those that it can compute."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops.attention_peers import FLEX, compiled_flex, xformers_decode
+from benchmarks.ops.inputs import Inputs
+from benchmarks.ops.registry import Case, toy_cases
+
+CPU = torch.device("cpu")
+
+
+def toy(op: str, codes: torch.dtype | None = None) -> Case:
+    return next(case for case in toy_cases(torch.float32, (op,)) if case.codes == codes)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_flex_attention_as_it_is_timed_is_right() -> None:
+    """By inductor, as on a GPU: the judge's tests only walk it."""
+    _, flex = FLEX["attention_varlen"]
+    with torch.inference_mode():
+        error, bound = toy("attention_varlen").judge(flex(compiled_flex("inductor")), CPU)
+    assert error <= bound
+
+
+def test_flex_attention_that_is_not_compiled_is_an_error() -> None:
+    """It would hold all scores, and be timed so."""
+    attend = compiled_flex("eager")
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
+        attend(*torch.randn(3, 3, 2, 16))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(*torch.randn(3, 4, 2, 16))
+
+
+class XFormers:
+    """As much of xformers.ops.fmha as the peer calls, of the shapes that its attn_bias.py and triton_splitk.py say.
+
+    The library itself needs a GPU. Nothing here shows that its kernel takes the call: the judge says so there.
+    """
+
+    def __init__(self) -> None:
+        self.plans = 0
+        mask = SimpleNamespace(from_seqlens=self.from_seqlens)
+        self.attn_bias = SimpleNamespace(PagedBlockDiagonalPaddedKeysMask=mask)
+        self.triton_splitk = SimpleNamespace(FwOp="split-K")
+
+    def from_seqlens(
+        self, q_seqlen: list[int], kv_seqlen: list[int], block_tables: Tensor, page_size: int, *, device: torch.device
+    ) -> Any:
+        self.plans += 1
+        assert len(q_seqlen) == len(kv_seqlen) == len(block_tables)
+        assert set(q_seqlen) == {1}
+        assert block_tables.dtype == torch.int32
+        assert block_tables.device == device
+        return SimpleNamespace(lengths=kv_seqlen, tables=block_tables, page_size=page_size)
+
+    def memory_efficient_attention_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Any, op: str
+    ) -> Tensor:
+        """Queries [1, sequences, heads, D] over keys and values [1, tokens of all pages, heads, D]."""
+        assert op == "split-K"
+        assert key.stride(2) == value.stride(2) == 0  # how it knows that heads share their keys
+        assert key.shape[1] % bias.page_size == 0
+        out = torch.empty_like(query)
+        for row, (length, table) in enumerate(zip(bias.lengths, bias.tables, strict=True)):
+            tokens = (table[:, None] * bias.page_size + torch.arange(bias.page_size)).flatten()[:length]
+            q, k, v = query[0, row, :, None], key[0, tokens].transpose(0, 1), value[0, tokens].transpose(0, 1)
+            out[0, row] = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return out
+
+
+def test_xformers_is_given_the_pages_as_it_reads_them() -> None:
+    module = XFormers()
+    case = toy("attention_decode")
+    error, bound = case.judge(xformers_decode(module), CPU)
+    assert error <= bound
+
+
+def test_xformers_is_planned_once_for_a_page_table() -> None:
+    module = XFormers()
+    run = xformers_decode(module)
+    sets: list[Inputs] = [toy("attention_decode").make(CPU, seed) for seed in (1, 2)]
+    for inputs in sets * 2:
+        run(inputs)
+    assert module.plans == 2
+
+
+def test_xformers_refuses_pages_of_codes() -> None:
+    case = toy("attention_decode", torch.int8)
+    with pytest.raises(NotImplementedError, match="int8 pages"):
+        xformers_decode(XFormers())(case.make(CPU, seed=0))

@@ -1,0 +1,155 @@
+"""Calls like an earlier one: recognised by all that their legality hangs on, and run without another check."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.kernels.dispatch.likeness import Likeness
+from fastllama.kernels.dispatch.op import _MOST_KNOWN, OPS
+from tests.kernels.calls import arguments
+from tests.kernels.honest import assert_equal
+
+WEIGHT = torch.ones(8)
+
+
+def x() -> Tensor:
+    return torch.zeros(3, 8)
+
+
+SAME = x()
+UNLIKE: dict[str, tuple[Any, ...]] = {
+    "a row more": (torch.zeros(4, 8), x(), 1e-5, None),
+    "a dimension more": (x()[None], x(), 1e-5, None),
+    "strides": (torch.zeros(8, 3).t(), x(), 1e-5, None),
+    "dtype": (x().half(), x(), 1e-5, None),
+    "dtype of another": (x(), x().half(), 1e-5, None),
+    "device": (x().to("meta"), x(), 1e-5, None),
+    "a parameter": (torch.nn.Parameter(x(), requires_grad=False), x(), 1e-5, None),
+    "requires grad": (x().requires_grad_(), x(), 1e-5, None),
+    "one tensor twice": (SAME, SAME, 1e-5, None),
+    "no tensor": (x(), None, 1e-5, None),
+    "a tensor more": (x(), x(), 1e-5, x()),
+    "a number": (x(), x(), 1e-6, None),
+    "no tensor at all": ([], x(), 1e-5, None),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_makes_calls_unlike(name: str) -> None:
+    like = Likeness((x(), x(), 1e-5, None), (0, 1, 3))
+    assert like((x(), x(), 1e-5, None))
+    assert not like(UNLIKE[name])
+    assert like((x(), x(), 1e-5, None))
+
+
+def test_a_tensor_that_came_twice_must_again() -> None:
+    like = Likeness((SAME, 1e-5, SAME), (0, 2))
+    other = x()
+    assert like((other, 1e-5, other))
+    assert not like((other, 1e-5, x()))
+
+
+def test_what_tensors_hold_and_where_makes_no_difference() -> None:
+    like = Likeness((x(), x()), (0, 1))
+    assert like((torch.ones(5, 8)[2:], torch.full((3, 8), torch.nan)))
+
+
+def test_inference_tensors_are_others_than_those_that_grad_could_know() -> None:
+    with torch.inference_mode():
+        like = Likeness((x(), x()), (0, 1))
+        assert like((x(), x()))
+    assert not like((x(), x()))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_tensor_is_kept_alive(op: str) -> None:
+    given = arguments(op)
+    with torch.inference_mode():
+        getattr(kernels, op)(**given)
+    alive = [weakref.ref(value) for value in given.values() if isinstance(value, Tensor)]
+    shared = {id(value) for value in arguments(op).values()}  # the module's own
+    del given
+    gc.collect()
+    assert [ref() for ref in alive if ref() is not None and id(ref()) not in shared] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_like_an_earlier_one_is_not_checked_and_runs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, run = [], []
+    check, implementation = OPS[op]._check, OPS[op].implementation("cpu").run
+
+    def noted(*args: Any) -> None:
+        run.append(args)
+        implementation(*args)
+
+    monkeypatch.setattr(OPS[op], "_check", lambda *args: (checked.append(args), check(*args)))
+    with torch.inference_mode(), OPS[op].bound_to(torch.device("cpu"), noted):
+        results = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            result = getattr(kernels, op)(**arguments(op))
+            results.append(result[0] if isinstance(result, tuple) else result)
+    assert (len(checked), len(run)) == (1, 3)
+    assert len({id(args[0]) for args in run}) == 3
+    assert_equal(results[2], results[0])
+
+
+def test_an_implementation_may_name_what_runs_the_calls_after_it(bind: Callable[..., None]) -> None:
+    ran: list[str] = []
+
+    def first(*args: Any) -> Callable[..., None]:
+        ran.append("first")
+        return lambda *args: ran.append("again")
+
+    bind("silu_mul", first)
+    for rows in (2, 2, 3, 2, 3):
+        kernels.silu_mul(torch.ones(rows, 8))
+    assert ran == ["first", "again", "first", "again", "again"]
+
+
+def test_grad_is_refused_also_of_what_was_known_without() -> None:
+    weight = torch.nn.Parameter(torch.ones(8))
+    for _ in range(2):
+        with torch.no_grad():
+            kernels.rms_norm(x(), weight)
+        with pytest.raises(RuntimeError, match=r"^weight requires grad"):
+            kernels.rms_norm(x(), weight)
+
+
+def test_what_is_refused_is_not_known() -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^weight has shape"):
+            kernels.rms_norm(x(), torch.ones(7))
+
+
+def test_another_implementation_starts_anew_and_so_does_the_one_after_it() -> None:
+    calls: list[str] = []
+    kernels.rms_norm(x(), WEIGHT)
+    with OPS["rms_norm"].bound_to(torch.device("cpu"), lambda *args: calls.append("other")):
+        kernels.rms_norm(x(), WEIGHT)
+        kernels.rms_norm(x(), WEIGHT)
+    assert calls == ["other", "other"]
+    assert_equal(kernels.rms_norm(x(), WEIGHT), x())
+    assert calls == ["other", "other"]
+
+
+def test_only_so_many_are_remembered() -> None:
+    for rows in range(1, 3 * _MOST_KNOWN):
+        kernels.rms_norm(torch.ones(rows, 8), WEIGHT)
+    assert 1 <= len(OPS["rms_norm"]._known) <= _MOST_KNOWN
+
+
+def test_a_number_that_is_a_tensor_is_never_taken_for_another() -> None:
+    """Its value could change, and a launch have kept it."""
+    eps = torch.zeros(())
+    with OPS["rms_norm"].bound_to(torch.device("cpu"), lambda *args: None):
+        kernels.rms_norm(x(), WEIGHT, eps)  # type: ignore[arg-type]
+        assert OPS["rms_norm"]._known == {}
