@@ -16,7 +16,7 @@ from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.dispatch.recording import Recording, record
 from tests.kernels.honest import assert_equal
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 CPU = torch.device("cpu")
 WEIGHT = torch.linspace(0.5, 2, 8)

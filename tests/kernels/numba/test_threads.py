@@ -27,7 +27,7 @@ from fastllama.kernels.numba import threads
 from fastllama.kernels.numba.numerics import array, jit
 from fastllama.kernels.numba.pieces import _COUNT, _GRAIN, _LEFT, FAILED, _get, _set, enter, leave, proceed
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MANY = 1 << 40  # of work: worth threads
 
 
