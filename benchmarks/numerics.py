@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.ops.micro import implementations, interpreted
 from fastllama import env
-from fastllama.kernels.dispatch.op import OPS, Implementation
+from fastllama.kernels.dispatch.backends import Implementation
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify import ops
 from fastllama.verify.case import Case, Results
 from fastllama.verify.cases import all_cases

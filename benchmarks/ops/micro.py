@@ -16,7 +16,8 @@ from benchmarks.ops.registry import Case
 from fastllama import env, kernels
 from fastllama.bench import timing
 from fastllama.bench.models import check_memory
-from fastllama.kernels.dispatch.op import OPS, Implementation
+from fastllama.kernels.dispatch.backends import Implementation
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch.device import device_info
 from fastllama.kernels.triton.overlap import overlaps
 

@@ -1,6 +1,7 @@
 """Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
 
-from fastllama.kernels.dispatch.op import Implementation, backend_of
+from fastllama.kernels.dispatch.backends import Implementation
+from fastllama.kernels.dispatch.op import backend_of
 from fastllama.kernels.ops.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
 from fastllama.kernels.ops.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.ops.int4 import (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import kernels
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.ops.compose import compose
 from fastllama.layers.batch import BatchMeta
 
@@ -178,7 +179,7 @@ class W8A8Linear(Int8Linear):
             codes = kernels.quantize_rows(x) if norm is None else kernels.rms_norm_int8(x, norm, around["eps"])
             kernels.matmul_w8a8(*codes, self.packed, self.scales.squeeze(1), self.bias, out=out)
 
-        compose(multiply, x, None, 0.0, out, around["residual"], gated)
+        compose(multiply, x, Fusion(residual=around["residual"], gated=gated), out)
         return out
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:

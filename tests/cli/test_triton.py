@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastllama.cli import info
-from fastllama.kernels.dispatch.op import OPS, Function, Op
+from fastllama.kernels.dispatch.backends import Function
+from fastllama.kernels.dispatch.op import OPS, Op
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
 from tests.rounds import exhaustive

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import check_dtype, check_rows, check_shape
+from fastllama.kernels.dispatch.fusion import Fusion
 
 KERNEL_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*KERNEL_FLOATS, torch.float64)  # fp64 is the oracle's: no Triton kernel takes it
@@ -43,24 +44,17 @@ def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
         raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
 
 
-def product_shape(leading: Sequence[int], features: int, gated: bool) -> tuple[int, ...]:
-    """The shape of a product's result. Raises ValueError for a gated weight of an odd number of rows."""
+def matmul_shape(leading: Sequence[int], features: int, gated: bool) -> tuple[int, ...]:
+    """The shape of a matmul's result. Raises ValueError for a gated weight of an odd number of rows."""
     if gated and features % 2:
         raise ValueError(f"gated is True; legal for a weight of {features} rows, which is odd: False")
     return (*leading, features // 2 if gated else features)
 
 
-def check_product(
-    x: Tensor,
-    features: int,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-) -> None:
-    """ValueError or TypeError unless x, and what is around its product with a weight of so many rows, are legal."""
-    dtype, shape = (x.dtype,), product_shape(x.shape[:-1], features, gated)
+def check_matmul(x: Tensor, features: int, bias: Tensor | None, fusion: Fusion, out: Tensor) -> None:
+    """ValueError or TypeError unless x and what is around its matmul by a weight of so many rows are legal."""
+    norm, _, residual, gated = fusion
+    dtype, shape = (x.dtype,), matmul_shape(x.shape[:-1], features, gated)
     check_elements("x", x, FLOATS)
     if bias is not None:
         check_tensor("bias", bias, (features,), dtype)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama.errors import BackendError
-from fastllama.kernels.dispatch.op import OPS, Function
+from fastllama.kernels.dispatch.backends import Function
+from fastllama.kernels.dispatch.op import OPS
 
 _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
 _LOCK = threading.Lock()  # each recording replaces what runs an op, and puts back what it found

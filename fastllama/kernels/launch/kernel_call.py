@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.dispatch.backends import Function
+from fastllama.kernels.dispatch.fusion import Fusion
 
 ALIGNMENT = 16  # bytes; a pointer that is a multiple is compiled for 128-bit accesses, one that is not must not meet it
 
@@ -29,24 +30,55 @@ class KernelCall:
     def __init__(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         self.kernel, self.grid, self.arguments = kernel, grid, arguments
 
+    def launch(self) -> Any:
+        """Launch it. The compiled kernel; None where it was interpreted."""
+        return self.kernel[self.grid](**self.arguments)
 
-def launcher(plan: Callable[..., Sequence[KernelCall]]) -> Function:
-    """An op's implementation in out-form, from what plans its launches.
+
+class VendorMatmul:
+    """out = x @ weight^T (+ bias) by torch, between launches: of many rows, where the vendor's library is the fastest.
+
+    x: [M, K], weight: [N, K], bias: [N] or None, out: [M, N]; one dtype.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        self.x, self.weight, self.bias, self.out = x, weight, bias, out
+
+    def launch(self) -> None:
+        """Run it. Nothing that a later call could repeat: many rows hide what planning takes."""
+        if self.bias is None:
+            torch.mm(self.x, self.weight.T, out=self.out)
+        else:
+            torch.addmm(self.bias, self.x, self.weight.T, out=self.out)
+
+
+Plan = Callable[..., Sequence[KernelCall | VendorMatmul]]
+
+
+def launcher(plan: Plan) -> Function:
+    """An op's implementation in out-form, from what plans its launches. A Fusion takes the place of its fields.
 
     What `plan` returns may depend on the call's Likeness and on addresses modulo ALIGNMENT (not of pointers that a
     kernel does not specialise on), and on nothing else. The implementation returns a function that runs calls like this
     one, or None where there is none: in the interpreter, and where a launch takes memory that is not the op's.
     """
-    names = tuple(inspect.signature(plan).parameters)
+    names = list(inspect.signature(plan).parameters)
+    place = names.index("fusion") if "fusion" in names else None
+    if place is not None:
+        names[place : place + 1] = Fusion._fields
 
     @functools.wraps(plan)
     def run(*args: Any) -> Function | None:
-        calls = plan(*args)
-        kernels = [call.kernel[call.grid](**call.arguments) for call in calls]
-        if None in kernels:
-            return None
+        given = args
+        if place is not None:
+            end = place + len(Fusion._fields)
+            given = *args[:place], Fusion(*args[place:end]), *args[end:]
+        calls = plan(*given)
+        kernels = [call.launch() for call in calls]
         steps = []
         for call, kernel in zip(calls, kernels, strict=True):
+            if isinstance(call, VendorMatmul) or kernel is None:
+                return None
             step = _step(call, kernel, names, args)
             if step is None:
                 return None

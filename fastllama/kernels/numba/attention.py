@@ -48,7 +48,7 @@ def softmax(scores):
 
 # One iteration owns one key/value head of one sequence, with all its queries. Strides count elements.
 @jit
-def paged_kernel(region, *args):
+def attention_paged_kernel(region, *args):
     (
         q_ptr,
         k_pages_ptr,
@@ -201,7 +201,7 @@ def _attend(
             f"page ids from 0 to {num_pages - 1}, and enough of them for the length"
         )
     launch(
-        paged_kernel,
+        attention_paged_kernel,
         num_seqs * num_kv_heads,
         work,
         q.data_ptr(),

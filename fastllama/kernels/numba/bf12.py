@@ -146,7 +146,7 @@ def first_outlier(outliers_ptr, count, row):
 # Rows of x in float32, the largest finite value of each scaled to 2^100, so that no product with a decoded weight
 # underflows. scales: what the products with a row are to be multiplied by.
 @jit
-def scaled_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
+def scale_rows_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
     for m in range(scales.shape[0]):
         largest = np.float32(0)
         for k in range(size):
@@ -172,7 +172,7 @@ def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, scale, like):
 
 # One iteration owns CHUNK output features. Strides count bytes.
 @jit
-def products_kernel(region, *args):
+def matmul_bf12_kernel(region, *args):
     (
         codes_ptr,
         x_ptr,
@@ -225,7 +225,7 @@ def products_kernel(region, *args):
 
 # One iteration owns one row of the weight, from row `start` on: in float32 to `wide`.
 @jit
-def decode_rows_kernel(region, *args):
+def widen_bf12_kernel(region, *args):
     codes_ptr, wide_ptr, outliers_ptr, start, codes_stride, blocks, num_outliers, scale = args
     first, last = enter(region, args)
     while first < last:
@@ -253,9 +253,9 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
     source, target = as_rows("x", x), as_rows("out", out)
     if rows <= ROW_LIMIT:
         wide, scales = torch.empty(rows, size), np.empty(rows)
-        scaled_kernel(x.data_ptr(), wide.data_ptr(), scales, source.stride(0), size, exponent, like)
+        scale_rows_kernel(x.data_ptr(), wide.data_ptr(), scales, source.stride(0), size, exponent, like)
         launch(
-            products_kernel,
+            matmul_bf12_kernel,
             ceil_div(features, CHUNK),
             rows * features * size,
             codes.data_ptr(),
@@ -280,7 +280,7 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
 
         def widen(first: int, wide: Tensor) -> None:
             pointers = (codes.data_ptr(), wide.data_ptr(), outliers.data_ptr())
-            launch(decode_rows_kernel, wide.shape[0], wide.numel(), *pointers, first, *places)
+            launch(widen_bf12_kernel, wide.shape[0], wide.numel(), *pointers, first, *places)
 
         by_blocks(source, features, target, widen)
     if bias is not None:
@@ -297,7 +297,7 @@ def packed_code(word, exponent):
 
 # One iteration owns one row of the weight: its codes, and how many outliers it has.
 @jit
-def pack_kernel(region, *args):
+def pack_bf12_kernel(region, *args):
     bits_ptr, codes_ptr, counts_ptr, features, size, exponent = args
     bits = array(bits_ptr, (features, size), np.int16(0))
     codes = array(codes_ptr, (features, size // BLOCK * BLOCK_BYTES), np.uint8(0))
@@ -348,7 +348,7 @@ def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     codes = torch.empty(features, size // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
     counts = torch.zeros(features + 1, dtype=torch.int64)
     work, shape = OPERATIONS * weight.numel(), (features, size, exponent)
-    launch(pack_kernel, features, work, weight.data_ptr(), codes.data_ptr(), counts[1:].data_ptr(), *shape)
+    launch(pack_bf12_kernel, features, work, weight.data_ptr(), codes.data_ptr(), counts[1:].data_ptr(), *shape)
     starts = counts.cumsum(0)
     outliers = torch.empty(int(starts[-1]), 3, dtype=torch.int32)
     launch(list_outliers_kernel, features, work, weight.data_ptr(), starts.data_ptr(), outliers.data_ptr(), *shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.dispatch.checks import as_rows
-from fastllama.kernels.numba import codes
+from fastllama.kernels.numba import quantized
 from fastllama.kernels.reference.int4 import MIDDLE
 
 
@@ -21,10 +21,10 @@ def matmul_int4(
     workspace: Tensor | None,
 ) -> None:
     """See kernels.matmul_int4."""
-    if not codes.runs(x, scales):
+    if not quantized.runs(x, scales):
         cpu.matmul_int4(x, packed, scales, zeros, bias, out, workspace)
     elif zeros is None:
-        codes.multiply(x, packed, scales, bias, out)
+        quantized.multiply(x, packed, scales, bias, out)
     else:
         _multiply(as_rows("x", x), packed, scales, zeros, bias, as_rows("out", out))
 
@@ -32,7 +32,7 @@ def matmul_int4(
 def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """By codes less 8; what zeros differ from 8 meets the sums of x over each group, of which there are few."""
     total = torch.empty(out.shape)
-    codes.multiply(x, packed, scales, None, total)
+    quantized.multiply(x, packed, scales, None, total)
     sums = x.float().unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]
     total.addmm_(sums, (scales.float() * (zeros.float() - MIDDLE)).T, alpha=-1)
     if bias is not None:

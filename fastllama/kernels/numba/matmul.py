@@ -25,7 +25,7 @@ AHEAD = 8  # rows: two iterations
 
 # One iteration owns four output features: a value of x, loaded once, serves four rows of the weight.
 @jit
-def one_row_kernel(region, *args):
+def matmul_row_kernel(region, *args):
     weight_ptr, x_ptr, out_ptr, weight_stride, features, size, like = args
     first, last = enter(region, args)
     while first < last:
@@ -63,7 +63,7 @@ def one_row_kernel(region, *args):
 
 # x in float32: by torch, its threads would be woken for it, and spin for a while where ours are to run.
 @jit
-def widen_kernel(x_ptr, wide_ptr, x_stride, rows, size, like):
+def widen_rows_kernel(x_ptr, wide_ptr, x_stride, rows, size, like):
     for m in range(rows):
         for k in range(size):
             store(wide_ptr, m * size + k, load(x_ptr, m * x_stride + k, like), np.float32(0))
@@ -71,7 +71,7 @@ def widen_kernel(x_ptr, wide_ptr, x_stride, rows, size, like):
 
 # One iteration owns two output features for all rows of x, two at a time, while the weights stay in the first cache.
 @jit
-def some_rows_kernel(region, *args):
+def matmul_rows_kernel(region, *args):
     weight_ptr, x_ptr, out_ptr, weight_stride, out_stride, rows, features, size, like = args
     first, last = enter(region, args)
     while first < last:
@@ -107,7 +107,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
     work = rows * features * size
     if rows == 1:
         launch(
-            one_row_kernel,
+            matmul_row_kernel,
             (features + 3) // 4,
             work,
             weight.data_ptr(),
@@ -121,9 +121,9 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
     else:
         target, source = as_rows("out", out), as_rows("x", x)
         wide = torch.empty(rows, size)
-        widen_kernel(source.data_ptr(), wide.data_ptr(), source.stride(0), rows, size, like)
+        widen_rows_kernel(source.data_ptr(), wide.data_ptr(), source.stride(0), rows, size, like)
         launch(
-            some_rows_kernel,
+            matmul_rows_kernel,
             (features + 1) // 2,
             work,
             weight.data_ptr(),

@@ -14,7 +14,7 @@ from fastllama.kernels.numba.threads import launch
 
 # One row: out = weight * cast(x / its rms), the cast to x's dtype. Starts and strides count elements.
 @jit
-def norm_row_kernel(out_ptr, x_ptr, weight_ptr, out_start, x_start, size, eps, like, weight_like):
+def rms_norm_row_kernel(out_ptr, x_ptr, weight_ptr, out_start, x_start, size, eps, like, weight_like):
     square = np.float32(0)
     for i in range(size):
         value = load(x_ptr, x_start + i, like)
@@ -27,7 +27,7 @@ def norm_row_kernel(out_ptr, x_ptr, weight_ptr, out_start, x_start, size, eps, l
 
 # One row: total = x + residual, rounded; out = the norm of that.
 @jit
-def add_norm_row_kernel(
+def add_rms_norm_row_kernel(
     out_ptr,
     total_ptr,
     x_ptr,
@@ -45,24 +45,26 @@ def add_norm_row_kernel(
     for i in range(size):
         total = load(x_ptr, x_start + i, like) + load(residual_ptr, residual_start + i, like)
         store(total_ptr, total_start + i, total, like)
-    norm_row_kernel(out_ptr, total_ptr, weight_ptr, out_start, total_start, size, eps, like, weight_like)
+    rms_norm_row_kernel(out_ptr, total_ptr, weight_ptr, out_start, total_start, size, eps, like, weight_like)
 
 
 # One iteration owns one row.
 @jit
-def norm_kernel(region, *args):
+def rms_norm_kernel(region, *args):
     out_ptr, x_ptr, weight_ptr, out_stride, x_stride, size, eps, like, weight_like = args
     first, last = enter(region, args)
     while first < last:
         for row in range(first, last):
-            norm_row_kernel(out_ptr, x_ptr, weight_ptr, row * out_stride, row * x_stride, size, eps, like, weight_like)
+            rms_norm_row_kernel(
+                out_ptr, x_ptr, weight_ptr, row * out_stride, row * x_stride, size, eps, like, weight_like
+            )
         first, last = proceed(region)
     return leave(region)
 
 
 # One iteration owns one row.
 @jit
-def add_norm_kernel(region, *args):
+def add_rms_norm_kernel(region, *args):
     (
         out_ptr,
         total_ptr,
@@ -81,7 +83,7 @@ def add_norm_kernel(region, *args):
     first, last = enter(region, args)
     while first < last:
         for row in range(first, last):
-            add_norm_row_kernel(
+            add_rms_norm_row_kernel(
                 out_ptr,
                 total_ptr,
                 x_ptr,
@@ -108,11 +110,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         return
     likes = (like, LIKE[weight.dtype])
     if x.numel() == size:
-        norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), 0, 0, size, eps, *likes)
+        rms_norm_row_kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), 0, 0, size, eps, *likes)
     else:
         x, out = as_rows("x", x), as_rows("out", out)
         pointers, strides = (out.data_ptr(), x.data_ptr(), weight.data_ptr()), (out.stride(0), x.stride(0))
-        launch(norm_kernel, x.shape[0], x.numel(), *pointers, *strides, size, eps, *likes)
+        launch(rms_norm_kernel, x.shape[0], x.numel(), *pointers, *strides, size, eps, *likes)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor) -> None:
@@ -125,9 +127,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     tensors = (out, residual_out, x, residual)
     likes = (like, LIKE[weight.dtype])
     if x.numel() == size:
-        add_norm_row_kernel(*(t.data_ptr() for t in tensors), weight.data_ptr(), 0, 0, 0, 0, size, eps, *likes)
+        add_rms_norm_row_kernel(*(t.data_ptr() for t in tensors), weight.data_ptr(), 0, 0, 0, 0, size, eps, *likes)
     else:
         names = ("out", "residual_out", "x", "residual")
         rows = [as_rows(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
         pointers, strides = (t.data_ptr() for t in rows), (t.stride(0) for t in rows)
-        launch(add_norm_kernel, rows[0].shape[0], x.numel(), *pointers, weight.data_ptr(), *strides, size, eps, *likes)
+        launch(
+            add_rms_norm_kernel, rows[0].shape[0], x.numel(), *pointers, weight.data_ptr(), *strides, size, eps, *likes
+        )

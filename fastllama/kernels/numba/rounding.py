@@ -29,7 +29,7 @@ OPERATIONS = 16  # a weight
 
 # One iteration owns a row of the weight. A group's scale is its largest value, or that one's magnitude, over `divisor`.
 @jit
-def round_rows_kernel(region, *args):
+def quantize_weight_kernel(region, *args):
     (
         weight_ptr,
         codes_ptr,
@@ -70,7 +70,7 @@ def round_rows_kernel(region, *args):
 
 # One iteration owns a row of tiles. codes: [N, K]; words: [tiles, tiles, 2, 4, 8, 4, 4], w, g, q and t last.
 @jit
-def pack_4_kernel(region, *args):
+def pack_int4_kernel(region, *args):
     codes_ptr, words_ptr, features, size, tall_tiles, broad_tiles = args
     codes = array(codes_ptr, (features, size), np.uint8(0))
     words = array(words_ptr, (tall_tiles, broad_tiles, 2, 4, 8, 4, 4), np.uint32(0))
@@ -103,7 +103,7 @@ def pack_4_kernel(region, *args):
 
 # One iteration owns a row of tiles. codes: [N, K]; packed: [tiles, tiles, 4, 4, 8, 4, 2, 2, 4], w, g, q, c, r, i last.
 @jit
-def pack_8_kernel(region, *args):
+def pack_int8_kernel(region, *args):
     codes_ptr, packed_ptr, features, size, tall_tiles, broad_tiles = args
     codes = array(codes_ptr, (features, size), np.int8(0))
     packed = array(packed_ptr, (tall_tiles, broad_tiles, 4, 4, 8, 4, 2, 2, 4), np.int8(0))
@@ -150,7 +150,7 @@ def _round(weight: Tensor, group_size: int, dtype: torch.dtype, *how: int) -> tu
     codes = torch.empty(features, size, dtype=dtype)
     scales = torch.empty(features, size // group_size, dtype=weight.dtype)
     launch(
-        round_rows_kernel,
+        quantize_weight_kernel,
         features,
         OPERATIONS * weight.numel(),
         *(each.data_ptr() for each in (weight, codes, scales)),
@@ -168,14 +168,14 @@ def _round(weight: Tensor, group_size: int, dtype: torch.dtype, *how: int) -> tu
 def pack_int4(codes: Tensor) -> Tensor:
     """See kernels.pack_int4."""
     packed = torch.empty(packed_shape_4(*codes.shape), dtype=torch.int32)
-    _pack(pack_4_kernel, codes, packed)
+    _pack(pack_int4_kernel, codes, packed)
     return packed
 
 
 def pack_int8(codes: Tensor) -> Tensor:
     """See kernels.pack_int8."""
     packed = torch.empty(packed_shape_8(*codes.shape), dtype=torch.int8)
-    _pack(pack_8_kernel, codes, packed)
+    _pack(pack_int8_kernel, codes, packed)
     return packed
 
 

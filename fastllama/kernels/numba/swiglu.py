@@ -13,7 +13,7 @@ from fastllama.kernels.numba.threads import launch
 
 
 @jit
-def row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, like):
+def silu_mul_row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, like):
     for i in range(size):
         gate = load(gate_up_ptr, gate_up_start + i, like)
         up = load(gate_up_ptr, gate_up_start + size + i, like)
@@ -22,12 +22,12 @@ def row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, like):
 
 # One iteration owns one row.
 @jit
-def rows_kernel(region, *args):
+def silu_mul_rows_kernel(region, *args):
     gate_up_ptr, out_ptr, gate_up_stride, out_stride, size, like = args
     first, last = enter(region, args)
     while first < last:
         for row in range(first, last):
-            row_kernel(gate_up_ptr, out_ptr, row * gate_up_stride, row * out_stride, size, like)
+            silu_mul_row_kernel(gate_up_ptr, out_ptr, row * gate_up_stride, row * out_stride, size, like)
         first, last = proceed(region)
     return leave(region)
 
@@ -38,8 +38,8 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     if like is None:
         out.copy_(reference.silu_mul(gate_up))
     elif out.numel() == size:
-        row_kernel(gate_up.data_ptr(), out.data_ptr(), 0, 0, size, like)
+        silu_mul_row_kernel(gate_up.data_ptr(), out.data_ptr(), 0, 0, size, like)
     else:
         source, target = as_rows("gate_up", gate_up), as_rows("out", out)
         pointers, strides = (source.data_ptr(), target.data_ptr()), (source.stride(0), target.stride(0))
-        launch(rows_kernel, source.shape[0], 8 * out.numel(), *pointers, *strides, size, like)
+        launch(silu_mul_rows_kernel, source.shape[0], 8 * out.numel(), *pointers, *strides, size, like)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
 
@@ -122,13 +123,43 @@ def _check_paged(
     return num_seqs
 
 
+def _triton_attention_varlen() -> Kernels:
+    from fastllama.kernels.triton.attention import prefill
+
+    return Kernels(prefill.attention_varlen)
+
+
+def _numba_attention_prefill() -> Kernels:
+    from fastllama.kernels.numba import attention
+
+    return Kernels(attention.attention_prefill)
+
+
+def _triton_attention_prefill() -> Kernels:
+    from fastllama.kernels.triton.attention import prefill
+
+    return Kernels(prefill.attention_prefill)
+
+
+def _numba_attention_decode() -> Kernels:
+    from fastllama.kernels.numba import attention
+
+    return Kernels(attention.attention_decode)
+
+
+def _triton_attention_decode() -> Kernels:
+    from fastllama.kernels.triton.attention import decode
+
+    return Kernels(decode.attention_decode, decode.workspace_size)
+
+
 _VARLEN = Op(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
     "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_varlen,
     reference=reference.attention_varlen,
     cpu=cpu.attention_varlen,
-    triton="attention.prefill:attention_varlen",
+    triton=_triton_attention_varlen,
 )
 _PREFILL = Op(
     "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
@@ -137,8 +168,8 @@ _PREFILL = Op(
     check=_check_prefill,
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
-    numba="attention:attention_prefill",
-    triton="attention.prefill:attention_prefill",
+    numba=_numba_attention_prefill,
+    triton=_triton_attention_prefill,
 )
 _DECODE = Op(
     "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
@@ -147,8 +178,8 @@ _DECODE = Op(
     check=_check_decode,
     reference=reference.attention_decode,
     cpu=cpu.attention_decode,
-    numba="attention:attention_decode",
-    triton="attention.decode:attention_decode",
+    numba=_numba_attention_decode,
+    triton=_triton_attention_decode,
 )
 
 

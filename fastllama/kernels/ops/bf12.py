@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastllama.errors import check_range, check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.checks import check_elements, check_product, check_tensor, product_shape
-from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.compose import composed
-from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.dispatch.backends import Kernels
+from fastllama.kernels.dispatch.checks import check_elements, check_matmul, check_tensor, matmul_shape
+from fastllama.kernels.dispatch.conversion import Conversion
+from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
 
 
@@ -20,17 +21,26 @@ def _check(
     outliers: Tensor,
     exponent: int,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
     out: Tensor,
 ) -> None:
-    _result_shape(x, codes, gated)
+    _result_shape(x, codes, fusion.gated)
+    _check_packed(codes, outliers, exponent)
+    check_matmul(x, codes.shape[0], bias, fusion, out)
+
+
+def _check_packed(codes: Tensor, outliers: Tensor, exponent: int) -> None:
+    if codes.dim() != 2 or codes.shape[1] % BLOCK_BYTES:
+        raise ValueError(f"codes has shape {list(codes.shape)}; legal: [N, K * 3 / 2], K a multiple of {BLOCK}")
     check_elements("codes", codes, (torch.uint8,))
     check_tensor("outliers", outliers, (*outliers.shape[:1], 3), (torch.int32,))
     check_range("exponent", exponent, 1, LARGEST_EXPONENT)
-    check_product(x, codes.shape[0], bias, norm, residual, gated, out)
+
+
+def _check_pack(weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] % BLOCK:
+        raise ValueError(f"weight has shape {list(weight.shape)}; legal: [N, K], K a multiple of {BLOCK}")
+    check_elements("weight", weight, (torch.bfloat16,))
 
 
 def _result_shape(x: Tensor, codes: Tensor, gated: bool) -> tuple[int, ...]:
@@ -40,17 +50,30 @@ def _result_shape(x: Tensor, codes: Tensor, gated: bool) -> tuple[int, ...]:
     rows = codes.shape
     if len(rows) != 2 or rows[1] != size // BLOCK * BLOCK_BYTES:
         check_shape("codes", codes, ("N", size // BLOCK * BLOCK_BYTES))
-    return product_shape(leading, rows[0], gated)
+    return matmul_shape(leading, rows[0], gated)
 
 
-_MATMUL = Op(
-    "matmul_bf12(Tensor x, Tensor codes, Tensor outliers, int exponent, Tensor? bias, Tensor? norm, float eps, "
-    "Tensor? residual, bool gated, Tensor(a!) out) -> ()",
+def _numba() -> Kernels:
+    from fastllama.kernels.numba import bf12
+
+    return Kernels(bf12.matmul_bf12)
+
+
+def _numba_pack() -> Kernels:
+    from fastllama.kernels.numba import bf12
+
+    return Kernels(bf12.pack_bf12)
+
+
+_MATMUL = MatmulOp(
+    "matmul_bf12",
+    "Tensor codes, Tensor outliers, int exponent",
     check=_check,
     reference=reference.matmul_bf12,
-    numba="bf12:matmul_bf12",
-    around=composed,
+    numba=_numba,
 )
+_PACK = Conversion(check=_check_pack, reference=reference.pack_bf12, numba=_numba_pack)
+_UNPACK = Conversion(check=_check_packed, reference=reference.unpack_bf12)
 
 
 def matmul_bf12(
@@ -79,7 +102,8 @@ def matmul_bf12(
     """
     if out is None:
         out = torch.empty(_result_shape(x, codes, gated), dtype=x.dtype, device=x.device)
-    product(_MATMUL, deterministic, x, (codes, outliers, exponent, bias), norm, eps, residual, gated, out)
+    run = _MATMUL.by_row if deterministic else _MATMUL
+    run(x, codes, outliers, exponent, bias, norm, eps, residual, gated, out)
     return out
 
 
@@ -90,16 +114,11 @@ def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     in ten thousand where values are distributed as in a trained or random Llama, at 12 bytes each. `unpack_bf12`
     gives back every bit. Raises ValueError for a shape, TypeError for a dtype.
     """
-    if weight.dim() != 2 or weight.shape[1] % BLOCK:
-        raise ValueError(f"weight has shape {list(weight.shape)}; legal: [N, K], K a multiple of {BLOCK}")
-    check_elements("weight", weight, (torch.bfloat16,))
-    if _MATMUL.implementation(weight.device.type).backend == "numba":
-        from fastllama.kernels.numba import bf12
-
-        return bf12.pack_bf12(weight)
-    return reference.pack_bf12(weight)
+    packed: tuple[Tensor, Tensor, int] = _PACK(weight)
+    return packed
 
 
 def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
-    """The weight [N, K] bf16 that `pack_bf12` packed, bit for bit."""
-    return reference.unpack_bf12(codes, outliers, exponent)
+    """The weight [N, K] bf16 that `pack_bf12` packed, bit for bit. Raises as `matmul_bf12` does for what packs it."""
+    weight: Tensor = _UNPACK(codes, outliers, exponent)
+    return weight

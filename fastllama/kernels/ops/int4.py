@@ -7,17 +7,18 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import (
     FLOATS,
     check_elements,
-    check_product,
+    check_matmul,
     check_tensor,
     check_workspace,
-    product_shape,
+    matmul_shape,
 )
-from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.compose import composed
-from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.dispatch.conversion import Conversion
+from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
 _CODES = (torch.uint8,)
@@ -31,30 +32,27 @@ def _check(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    result_shape(x, scales, gated)
+    quantized_shape(x, scales, fusion.gated)
     size, features = x.shape[-1], scales.shape[0]
     check_tensor("packed", packed, packed_shape(features, size), _WORDS)
     if packed.stride()[1:] != _TILE:
         raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
     check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
-    check_product(x, features, bias, norm, residual, gated, out)
+    check_matmul(x, features, bias, fusion, out)
     check_workspace(workspace, torch.float32)
 
 
-def result_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
-    """The shape of what a product with codes gives. Raises ValueError for shapes."""
+def quantized_shape(x: Tensor, scales: Tensor, gated: bool) -> tuple[int, ...]:
+    """The shape of a matmul by a quantized weight. Raises ValueError for shapes."""
     *leading, size = x.shape or (0,)
     if not size:
         raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K >= 1")
     check_shape("scales", scales, ("N", "K / G"))
-    return product_shape(leading, scales.shape[0], gated)
+    return matmul_shape(leading, scales.shape[0], gated)
 
 
 def check_groups(
@@ -73,16 +71,78 @@ def check_groups(
         check_tensor("zeros", zeros, scales.shape, (*_CODES, *dtypes))
 
 
-_MATMUL = Op(
-    "matmul_int4(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm, float eps, "
-    "Tensor? residual, bool gated, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+def check_roundable(weight: Tensor, group_size: int) -> None:
+    """ValueError or TypeError unless the weight [N, K] can be rounded in groups of so many columns."""
+    check_shape("weight", weight, ("N", "K"))
+    check_elements("weight", weight, FLOATS)
+    size = weight.shape[1]
+    if group_size not in (*GROUPS, size) or size % group_size:
+        raise ValueError(f"group_size is {group_size}; legal for K = {size}: a divisor, of {list(GROUPS)} or K itself")
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+        raise ValueError("weight holds infinities or NaN; legal: finite values")
+
+
+def _check_quantize(weight: Tensor, group_size: int, symmetric: bool) -> None:
+    check_roundable(weight, group_size)
+
+
+def _check_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    check_shape("scales", scales, ("N", "K / G"))
+    check_elements("scales", scales, FLOATS)
+    features, size = codes.shape
+    check_groups(scales, zeros, features, size, (scales.dtype, torch.float32))
+
+
+def _check_pack(codes: Tensor) -> None:
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    if codes.numel() and (most := int(codes.max())) > LARGEST:
+        raise ValueError(f"codes holds {most}; legal: 0 to {LARGEST}")
+
+
+def _check_unpack(packed: Tensor, rows: int, columns: int) -> None:
+    check_tensor("packed", packed, packed_shape(rows, columns), _WORDS)
+
+
+def _numba() -> Kernels:
+    from fastllama.kernels.numba import int4
+
+    return Kernels(int4.matmul_int4)
+
+
+def _triton() -> Kernels:
+    from fastllama.kernels.triton.matmul import int4, quantized
+
+    return Kernels(int4.matmul_int4, quantized.workspace_size, quantized.few_rows, int4.fuses)
+
+
+def _numba_quantize() -> Kernels:
+    from fastllama.kernels.numba import rounding
+
+    return Kernels(rounding.quantize_int4)
+
+
+def _numba_pack() -> Kernels:
+    from fastllama.kernels.numba import rounding
+
+    return Kernels(rounding.pack_int4)
+
+
+_MATMUL = MatmulOp(
+    "matmul_int4",
+    "Tensor packed, Tensor scales, Tensor? zeros",
     check=_check,
     reference=reference.matmul_int4,
     cpu=cpu.matmul_int4,
-    numba="int4:matmul_int4",
-    triton="matmul.int4:matmul_int4",
-    around=composed,
+    numba=_numba,
+    triton=_triton,
 )
+_QUANTIZE = Conversion(check=_check_quantize, reference=reference.quantize_int4, numba=_numba_quantize)
+_DEQUANTIZE = Conversion(check=_check_dequantize, reference=reference.dequantize_int4)
+_PACK = Conversion(check=_check_pack, reference=reference.pack_int4, numba=_numba_pack)
+_UNPACK = Conversion(check=_check_unpack, reference=reference.unpack_int4)
 
 
 def matmul_int4(
@@ -114,8 +174,9 @@ def matmul_int4(
     Source: kernels/reference/int4.py.
     """
     if out is None:
-        out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
-    product(_MATMUL, deterministic, x, (packed, scales, zeros, bias), norm, eps, residual, gated, out, workspace)
+        out = torch.empty(quantized_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+    run = _MATMUL.by_row if deterministic else _MATMUL
+    run(x, packed, scales, zeros, bias, norm, eps, residual, gated, out, workspace)
     return out
 
 
@@ -138,23 +199,8 @@ def quantize_int4(weight: Tensor, group_size: int, *, symmetric: bool = True) ->
     span the least and largest value, and 0. Raises ValueError for a shape or a value, TypeError for a dtype.
     Source: GGML's Q4_0 for the sign of symmetric scales; Jacob et al. (2018) for zeros.
     """
-    check_roundable(weight, group_size)
-    if _MATMUL.implementation(weight.device.type).backend == "numba":
-        from fastllama.kernels.numba import rounding
-
-        return rounding.quantize_int4(weight, group_size, symmetric)
-    return reference.quantize_int4(weight, group_size, symmetric)
-
-
-def check_roundable(weight: Tensor, group_size: int) -> None:
-    """ValueError or TypeError unless the weight [N, K] can be rounded in groups of so many columns."""
-    check_shape("weight", weight, ("N", "K"))
-    check_elements("weight", weight, FLOATS)
-    size = weight.shape[1]
-    if group_size not in (*GROUPS, size) or size % group_size:
-        raise ValueError(f"group_size is {group_size}; legal for K = {size}: a divisor, of {list(GROUPS)} or K itself")
-    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-        raise ValueError("weight holds infinities or NaN; legal: finite values")
+    made: tuple[Tensor, Tensor, Tensor | None] = _QUANTIZE(weight, group_size, symmetric)
+    return made
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -163,13 +209,8 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) 
     codes: [N, K] uint8. scales: [N, K / G], any floating dtype, and zeros: like scales, uint8, scales' dtype or fp32,
     or None for 8, as `matmul_int4`. Raises ValueError for a shape, TypeError for a dtype.
     """
-    check_shape("codes", codes, ("N", "K"))
-    check_elements("codes", codes, _CODES)
-    check_shape("scales", scales, ("N", "K / G"))
-    check_elements("scales", scales, FLOATS)
-    features, size = codes.shape
-    check_groups(scales, zeros, features, size, (scales.dtype, torch.float32))
-    return reference.dequantize_int4(codes, scales, zeros)
+    weight: Tensor = _DEQUANTIZE(codes, scales, zeros)
+    return weight
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -177,18 +218,11 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Rows and columns past N and K hold code 8. Raises ValueError for a shape or a value, TypeError for a dtype.
     """
-    check_shape("codes", codes, ("N", "K"))
-    check_elements("codes", codes, _CODES)
-    if codes.numel() and (most := int(codes.max())) > LARGEST:
-        raise ValueError(f"codes holds {most}; legal: 0 to {LARGEST}")
-    if _MATMUL.implementation(codes.device.type).backend == "numba":
-        from fastllama.kernels.numba import rounding
-
-        return rounding.pack_int4(codes)
-    return reference.pack_int4(codes)
+    packed: Tensor = _PACK(codes)
+    return packed
 
 
 def unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The codes [rows, columns] uint8 that `pack_int4` packed. Raises ValueError for a shape, TypeError for a dtype."""
-    check_tensor("packed", packed, packed_shape(rows, columns), _WORDS)
-    return reference.unpack_int4(packed, rows, columns)
+    codes: Tensor = _UNPACK(packed, rows, columns)
+    return codes

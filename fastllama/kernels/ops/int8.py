@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_product, check_tensor, check_workspace
-from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.compose import composed
-from fastllama.kernels.ops.int4 import check_groups, check_roundable, result_shape
-from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.dispatch.backends import Kernels
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_matmul, check_tensor, check_workspace
+from fastllama.kernels.dispatch.conversion import Conversion
+from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.int4 import check_groups, check_roundable, quantized_shape
+from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int8 import packed_shape
 
 _CODES = (torch.int8,)
@@ -23,18 +24,15 @@ def _check(
     packed: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    result_shape(x, scales, gated)
+    quantized_shape(x, scales, fusion.gated)
     size, features = x.shape[-1], scales.shape[0]
     check_packed(packed, features, size)
     check_groups(scales, None, features, size, (x.dtype, torch.float32))
-    check_product(x, features, bias, norm, residual, gated, out)
+    check_matmul(x, features, bias, fusion, out)
     check_workspace(workspace, torch.float32)
 
 
@@ -45,16 +43,60 @@ def check_packed(packed: Tensor, features: int, size: int) -> None:
         raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
 
 
-_MATMUL = Op(
-    "matmul_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias, Tensor? norm, float eps, Tensor? residual, "
-    "bool gated, Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+def _check_dequantize(codes: Tensor, scales: Tensor) -> None:
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+    check_shape("scales", scales, ("N", "K / G"))
+    features, size = codes.shape
+    check_groups(scales, None, features, size, FLOATS)
+
+
+def _check_pack(codes: Tensor) -> None:
+    check_shape("codes", codes, ("N", "K"))
+    check_elements("codes", codes, _CODES)
+
+
+def _check_unpack(packed: Tensor, rows: int, columns: int) -> None:
+    check_tensor("packed", packed, packed_shape(rows, columns), _CODES)
+
+
+def _numba() -> Kernels:
+    from fastllama.kernels.numba import int8
+
+    return Kernels(int8.matmul_int8)
+
+
+def _triton() -> Kernels:
+    from fastllama.kernels.triton.matmul import int8, quantized
+
+    return Kernels(int8.matmul_int8, quantized.workspace_size, quantized.few_rows, int8.fuses)
+
+
+def _numba_quantize() -> Kernels:
+    from fastllama.kernels.numba import rounding
+
+    return Kernels(rounding.quantize_int8)
+
+
+def _numba_pack() -> Kernels:
+    from fastllama.kernels.numba import rounding
+
+    return Kernels(rounding.pack_int8)
+
+
+_MATMUL = MatmulOp(
+    "matmul_int8",
+    "Tensor packed, Tensor scales",
     check=_check,
     reference=reference.matmul_int8,
     cpu=cpu.matmul_int8,
-    numba="int8:matmul_int8",
-    triton="matmul.int8:matmul_int8",
-    around=composed,
+    numba=_numba,
+    triton=_triton,
 )
+_QUANTIZE = Conversion(check=check_roundable, reference=reference.quantize_int8, numba=_numba_quantize)
+_DEQUANTIZE = Conversion(check=_check_dequantize, reference=reference.dequantize_int8)
+_PACK = Conversion(check=_check_pack, reference=reference.pack_int8, numba=_numba_pack)
+_UNPACK = Conversion(check=_check_unpack, reference=reference.unpack_int8)
 
 
 def matmul_int8(
@@ -84,8 +126,9 @@ def matmul_int8(
     Source: kernels/reference/int8.py.
     """
     if out is None:
-        out = torch.empty(result_shape(x, scales, gated), dtype=x.dtype, device=x.device)
-    product(_MATMUL, deterministic, x, (packed, scales, bias), norm, eps, residual, gated, out, workspace)
+        out = torch.empty(quantized_shape(x, scales, gated), dtype=x.dtype, device=x.device)
+    run = _MATMUL.by_row if deterministic else _MATMUL
+    run(x, packed, scales, bias, norm, eps, residual, gated, out, workspace)
     return out
 
 
@@ -102,12 +145,8 @@ def quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     Raises ValueError for a shape or a value, TypeError for a dtype.
     Source: Dettmers et al., LLM.int8() (2022), absmax quantization; in groups, GGML's Q8_0.
     """
-    check_roundable(weight, group_size)
-    if _MATMUL.implementation(weight.device.type).backend == "numba":
-        from fastllama.kernels.numba import rounding
-
-        return rounding.quantize_int8(weight, group_size)
-    return reference.quantize_int8(weight, group_size)
+    made: tuple[Tensor, Tensor] = _QUANTIZE(weight, group_size)
+    return made
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
@@ -115,12 +154,8 @@ def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
 
     codes: [N, K] int8. scales: [N, K / G], any floating dtype. Raises ValueError for a shape, TypeError for a dtype.
     """
-    check_shape("codes", codes, ("N", "K"))
-    check_elements("codes", codes, _CODES)
-    check_shape("scales", scales, ("N", "K / G"))
-    features, size = codes.shape
-    check_groups(scales, None, features, size, FLOATS)
-    return reference.dequantize_int8(codes, scales)
+    weight: Tensor = _DEQUANTIZE(codes, scales)
+    return weight
 
 
 def pack_int8(codes: Tensor) -> Tensor:
@@ -128,16 +163,11 @@ def pack_int8(codes: Tensor) -> Tensor:
 
     Rows and columns past N and K hold code 0. Raises ValueError for a shape, TypeError for a dtype.
     """
-    check_shape("codes", codes, ("N", "K"))
-    check_elements("codes", codes, _CODES)
-    if _MATMUL.implementation(codes.device.type).backend == "numba":
-        from fastllama.kernels.numba import rounding
-
-        return rounding.pack_int8(codes)
-    return reference.pack_int8(codes)
+    packed: Tensor = _PACK(codes)
+    return packed
 
 
 def unpack_int8(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The codes [rows, columns] int8 that `pack_int8` packed. Raises ValueError for a shape, TypeError for a dtype."""
-    check_tensor("packed", packed, packed_shape(rows, columns), _CODES)
-    return reference.unpack_int8(packed, rows, columns)
+    codes: Tensor = _UNPACK(packed, rows, columns)
+    return codes

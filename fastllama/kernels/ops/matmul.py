@@ -7,34 +7,32 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import (
     FLOATS,
     INTEGERS,
     check_elements,
-    check_product,
+    check_matmul,
     check_tensor,
     check_workspace,
-    product_shape,
+    matmul_shape,
 )
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.compose import composed
-from fastllama.kernels.ops.invariance import product
+from fastllama.kernels.ops.matmul_op import MatmulOp
 
 
 def _check_matmul(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    _result_shape(x, weight, gated)
+    _result_shape(x, weight, fusion.gated)
     check_elements("weight", weight, (x.dtype,))
-    check_product(x, weight.shape[0], bias, norm, residual, gated, out)
+    check_matmul(x, weight.shape[0], bias, fusion, out)
     check_workspace(workspace, torch.float32)
 
 
@@ -45,7 +43,7 @@ def _result_shape(x: Tensor, weight: Tensor, gated: bool) -> tuple[int, ...]:
     matrix = weight.shape
     if len(matrix) != 2 or matrix[1] != size:
         check_shape("weight", weight, ("N", size))
-    return product_shape(leading, matrix[0], gated)
+    return matmul_shape(leading, matrix[0], gated)
 
 
 def _check_embedding(ids: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -63,21 +61,38 @@ def _rows_shape(ids: Tensor, weight: Tensor) -> tuple[int, int]:
     return rows[0], table[1]
 
 
-_MATMUL = Op(
-    "matmul(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool gated, "
-    "Tensor(a!) out, Tensor(c!)? workspace) -> ()",
+def _numba() -> Kernels:
+    from fastllama.kernels.numba import matmul
+
+    return Kernels(matmul.matmul)
+
+
+def _triton() -> Kernels:
+    from fastllama.kernels.triton.matmul import dense
+
+    return Kernels(dense.matmul, dense.workspace_size, dense.few_rows, dense.fuses)
+
+
+def _triton_embedding() -> Kernels:
+    from fastllama.kernels.triton.rows import embedding
+
+    return Kernels(embedding.embedding)
+
+
+_MATMUL = MatmulOp(
+    "matmul",
+    "Tensor weight",
     check=_check_matmul,
     reference=reference.matmul,
     cpu=cpu.matmul,
-    numba="matmul:matmul",
-    triton="matmul.dense:matmul",
-    around=composed,
+    numba=_numba,
+    triton=_triton,
 )
 _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
     check=_check_embedding,
     reference=reference.embedding,
-    triton="rows.embedding:embedding",
+    triton=_triton_embedding,
 )
 
 
@@ -112,7 +127,8 @@ def matmul(
     """
     if out is None:
         out = torch.empty(_result_shape(x, weight, gated), dtype=x.dtype, device=x.device)
-    product(_MATMUL, deterministic, x, (weight, bias), norm, eps, residual, gated, out, workspace)
+    run = _MATMUL.by_row if deterministic else _MATMUL
+    run(x, weight, bias, norm, eps, residual, gated, out, workspace)
     return out
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.swiglu import product_shape
+from fastllama.kernels.ops.swiglu import silu_mul_shape
 
 SCALES = (torch.float64, torch.float32)  # of rows; fp64 is the oracle's
 
@@ -56,37 +57,61 @@ def _check_add_rms_norm(
 
 
 def _check_silu_mul(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> None:
-    shape = product_shape(gate_up)
+    shape = silu_mul_shape(gate_up)
     if not shape[-1]:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I] with I >= 1")
     check_elements("gate_up", gate_up, FLOATS)
     _check_rows_out(out, scales_out, shape)
 
 
+def _triton_quantize_rows() -> Kernels:
+    from fastllama.kernels.triton.rows import quantize_rows
+
+    return Kernels(quantize_rows.quantize_rows)
+
+
+def _triton_rms_norm_int8() -> Kernels:
+    from fastllama.kernels.triton.rows import norm
+
+    return Kernels(norm.rms_norm_int8)
+
+
+def _triton_add_rms_norm_int8() -> Kernels:
+    from fastllama.kernels.triton.rows import norm
+
+    return Kernels(norm.add_rms_norm_int8)
+
+
+def _triton_silu_mul_int8() -> Kernels:
+    from fastllama.kernels.triton.rows import swiglu
+
+    return Kernels(swiglu.silu_mul_int8)
+
+
 _QUANTIZE = Op(
     "quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_quantize,
     reference=reference.quantize_rows,
-    triton="rows.quantize_rows:quantize_rows",
+    triton=_triton_quantize_rows,
 )
 _RMS_NORM = Op(
     "rms_norm_int8(Tensor x, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_rms_norm,
     reference=reference.rms_norm_int8,
-    triton="rows.norm:rms_norm_int8",
+    triton=_triton_rms_norm_int8,
 )
 _ADD_RMS_NORM = Op(
     "add_rms_norm_int8(Tensor x, Tensor(c!) residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) "
     "-> ()",
     check=_check_add_rms_norm,
     reference=reference.add_rms_norm_int8,
-    triton="rows.norm:add_rms_norm_int8",
+    triton=_triton_add_rms_norm_int8,
 )
 _SILU_MUL = Op(
     "silu_mul_int8(Tensor gate_up, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_silu_mul,
     reference=reference.silu_mul_int8,
-    triton="rows.swiglu:silu_mul_int8",
+    triton=_triton_silu_mul_int8,
 )
 
 
@@ -153,6 +178,6 @@ def silu_mul_int8(
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/w8a8.py.
     """
-    out, scales_out = _empty_rows(product_shape(gate_up), gate_up.device, out, scales_out)
+    out, scales_out = _empty_rows(silu_mul_shape(gate_up), gate_up.device, out, scales_out)
     _SILU_MUL(gate_up, out, scales_out)
     return out, scales_out

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
 
 
 def _check(gate_up: Tensor, out: Tensor) -> None:
-    shape = product_shape(gate_up)
+    shape = silu_mul_shape(gate_up)
     check_elements("gate_up", gate_up, FLOATS)
     check_tensor("out", out, shape, (gate_up.dtype,))
 
 
-def product_shape(gate_up: Tensor) -> tuple[int, ...]:
+def silu_mul_shape(gate_up: Tensor) -> tuple[int, ...]:
     """Of silu(gate) * up. Raises ValueError for a shape."""
     *leading, width = gate_up.shape or (1,)
     if width % 2:
@@ -24,12 +25,24 @@ def product_shape(gate_up: Tensor) -> tuple[int, ...]:
     return (*leading, width // 2)
 
 
+def _numba() -> Kernels:
+    from fastllama.kernels.numba import swiglu
+
+    return Kernels(swiglu.silu_mul)
+
+
+def _triton() -> Kernels:
+    from fastllama.kernels.triton.rows import swiglu
+
+    return Kernels(swiglu.silu_mul)
+
+
 _SILU_MUL = Op(
     "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
     check=_check,
     reference=reference.silu_mul,
-    numba="swiglu:silu_mul",
-    triton="rows.swiglu:silu_mul",
+    numba=_numba,
+    triton=_triton,
 )
 
 
@@ -43,6 +56,6 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
     if out is None:
-        out = torch.empty(product_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
+        out = torch.empty(silu_mul_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
     _SILU_MUL(gate_up, out)
     return out

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
+from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.int8 import check_packed
@@ -46,13 +47,19 @@ def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
     return (*leading, scales.shape[0])
 
 
+def _triton() -> Kernels:
+    from fastllama.kernels.triton.matmul import w8a8
+
+    return Kernels(w8a8.matmul_w8a8, w8a8.workspace_size)
+
+
 _MATMUL = Op(
     "matmul_w8a8(Tensor x, Tensor x_scales, Tensor packed, Tensor scales, Tensor? bias, Tensor(a!) out, "
     "Tensor(c!)? workspace) -> ()",
     check=_check_matmul,
     reference=reference.matmul_w8a8,
     cpu=cpu.matmul_w8a8,
-    triton="matmul.w8a8:matmul_w8a8",
+    triton=_triton,
 )
 
 

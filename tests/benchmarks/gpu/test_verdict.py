@@ -24,9 +24,9 @@ def decode(kind: str, share: float) -> dict[str, Any]:
         "weight_bytes": 1e9,
         "kv_bytes": 1e8,
         "launches": [
-            {"name": "matmul_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 500.0},
-            {"name": "decode_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 40.0},
-            {"name": "combine_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 10.0},
+            {"name": "matmul_dense_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 500.0},
+            {"name": "attention_decode_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 40.0},
+            {"name": "attention_combine_kernel", "us_per_step": 900.0, "end_to_end_us_per_step": 10.0},
         ],
     }
     return {"outcome": "passed", "seconds": 60.0, "record": {"cases": [case]}}

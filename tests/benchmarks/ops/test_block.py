@@ -16,7 +16,7 @@ from benchmarks.ops.block import Step
 from fastllama.layers.linear import Linear
 
 CPU = torch.device("cpu")
-LAUNCHES = ["matmul_kernel", "rope_and_write_kv_kernel", "decode_kernel", *3 * ["matmul_kernel"]]
+LAUNCHES = ["matmul_dense_kernel", "rope_and_write_kv_kernel", "attention_decode_kernel", *3 * ["matmul_dense_kernel"]]
 pytestmark = pytest.mark.interpreter
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastllama import kernels
-from fastllama.kernels.dispatch.op import OPS, Function
+from fastllama.kernels.dispatch.backends import Function
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.sampling.draw import workspace_size

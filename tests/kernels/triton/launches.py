@@ -299,7 +299,10 @@ def int4() -> Iterator[Shipped]:
         held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
         loads = 128 // min(group, 128) * (4 if rows > 64 else 2)  # in a tile: of a thread's two or four rows
         besides = {"load 16": loads * (1 + (zeros == BF16)), "load 8": loads * (zeros == torch.uint8)}
-        weights = {"matmul_kernel": 64 * 128 * (1 if rows <= 16 else 2), "dequantize_kernel": 64 * min(group, 64)}
+        weights = {
+            "matmul_quantized_kernel": 64 * 128 * (1 if rows <= 16 else 2),
+            "dequantize_kernel": 64 * min(group, 64),
+        }
         title = f"matmul_int4 {name} {SHORT[dtype]}, {rows} rows, {held}"
         yield Shipped(title, call, besides=besides, weights=weights)
     for rows, (name, features, size, form) in itertools.product((16, 64), BLOCK):
@@ -308,7 +311,7 @@ def int4() -> Iterator[Shipped]:
             f"matmul_int4 {name} bf16, {rows} rows, groups of 128, {form}",
             partial(multiply, rows, features, size, 128, BF16, None, form),
             besides={"load 16": 2},
-            weights={"matmul_kernel": 64 * 128 * tiles},
+            weights={"matmul_quantized_kernel": 64 * 128 * tiles},
         )
 
 
@@ -327,7 +330,7 @@ def int8() -> Iterator[Shipped]:
         call = partial(multiply, rows, features, size, group, dtype)
         besides = {"load 16": 128 // min(group, 128) * (4 if rows >= 64 else 2)}
         weights = {
-            "matmul_kernel": 64 * 128 * (1 if dtype == FP32 else 2),
+            "matmul_quantized_kernel": 64 * 128 * (1 if dtype == FP32 else 2),
             "dequantize_kernel": 64 * min(group, 64),
         }
         title = f"matmul_int8 {name} {SHORT[dtype]}, {rows} rows, groups of {group}"
@@ -335,7 +338,10 @@ def int8() -> Iterator[Shipped]:
     for rows, (name, features, size, form) in itertools.product((16, 64), BLOCK):
         call = partial(multiply, rows, features, size, 128, BF16, form)
         title = f"matmul_int8 {name} bf16, {rows} rows, groups of 128, {form}"
-        weights = {"matmul_kernel": 2 * 64 * 128, "dequantize_kernel": 64 * 64}  # of 64 rows on sm_80 and sm_89
+        weights = {
+            "matmul_quantized_kernel": 2 * 64 * 128,
+            "dequantize_kernel": 64 * 64,
+        }  # of 64 rows on sm_80 and sm_89
         yield Shipped(title, call, besides={"load 16": 4}, weights=weights)
 
 
@@ -366,7 +372,7 @@ def w8a8() -> Iterator[Shipped]:
 
     for size, dtype in ((4096, BF16), (11008, BF16), (28672, BF16), (4096, FP32)):
         yield Shipped(f"quantize_rows K={size} {SHORT[dtype]}", partial(quantize, size, dtype), besides={"store 32": 1})
-    weights = {"matmul_kernel": 128 * 128}  # of two turns where they take 64 columns
+    weights = {"matmul_w8a8_kernel": 128 * 128}  # of two turns where they take 64 columns
     kinds = [(*weight, rows, BF16) for weight in (DOWN, QKV, GATE_UP) for rows in (1, 32, 64, 1024)]
     for name, features, size, rows, dtype in [*kinds, (*DOWN, 16, FP16), (*DOWN, 1024, FP32)]:
         call = partial(multiply, rows, features, size, dtype)

@@ -25,7 +25,7 @@ CONFIG = LlamaConfig(
     vocab_size=40,
     max_position_embeddings=64,
 )
-LAUNCHES = ["matmul_kernel", "rope_and_write_kv_kernel", "decode_kernel", *3 * ["matmul_kernel"]]
+LAUNCHES = ["matmul_dense_kernel", "rope_and_write_kv_kernel", "attention_decode_kernel", *3 * ["matmul_dense_kernel"]]
 
 
 @pytest.fixture

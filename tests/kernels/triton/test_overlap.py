@@ -19,7 +19,7 @@ from tests.kernels.triton.launches import SHIPPED, Shipped, on
 KEPT = Path(__file__).parents[3] / CACHE
 META = torch.device("meta")
 # Not of a decode step: of prompts, which take a hundred times what an overlap gains, and of attention in two parts.
-IN_TURN = {"prefill_kernel", "dequantize_kernel", "merge_state_kernel"}
+IN_TURN = {"attention_prefill_kernel", "dequantize_kernel", "merge_state_kernel"}
 
 
 def recorded(name: str, shipped: Shipped) -> list[Launch]:

@@ -21,7 +21,7 @@ from fastllama.kernels.triton.overlap import follow, overlapping
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
 @triton.jit(do_not_specialize=["page_table_ptr", "seq_lens_ptr", "page_table_stride", "splits"])
-def decode_kernel(
+def attention_decode_kernel(
     q_ptr,
     k_pages_ptr,
     v_pages_ptr,
@@ -113,7 +113,7 @@ def decode_kernel(
 
 # One program owns one query of one head.
 @triton.jit(do_not_specialize=["seq_lens_ptr", "splits"])
-def combine_kernel(
+def attention_combine_kernel(
     parts_ptr,
     part_lses_ptr,
     seq_lens_ptr,
@@ -208,7 +208,7 @@ def attention_decode(
         token_stride, head_stride = num_heads * head_dim, head_dim
     unit = lse_unit_from_base2(base2)
     call = KernelCall(
-        decode_kernel,
+        attention_decode_kernel,
         (num_seqs, num_kv_heads, splits),
         q_ptr=q,
         k_pages_ptr=as_codes(k_pages),
@@ -243,7 +243,7 @@ def attention_decode(
     if splits == 1:
         return [call]
     combine = KernelCall(
-        combine_kernel,
+        attention_combine_kernel,
         (rows, num_heads),
         parts_ptr=parts,
         part_lses_ptr=part_lses,

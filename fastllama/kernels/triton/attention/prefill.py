@@ -30,7 +30,7 @@ def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
         "page_table_stride",
     ]
 )
-def prefill_kernel(
+def attention_prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -210,7 +210,7 @@ def _plan(
     num_seqs = cu_seqlens_q.shape[0] - 1
     launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size(), key_itemsize=k.element_size())
     call = KernelCall(
-        prefill_kernel,
+        attention_prefill_kernel,
         (num_rows // launch.rows + num_seqs + 1, num_heads),
         q_ptr=q,
         k_ptr=as_codes(k),

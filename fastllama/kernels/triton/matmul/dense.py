@@ -14,16 +14,14 @@ from torch import Tensor
 
 from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
-from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.launch import heuristics, tuning
-from fastllama.kernels.launch.kernel_call import KernelCall, launcher
-from fastllama.kernels.ops.compose import compose
+from fastllama.kernels.launch.kernel_call import KernelCall, VendorMatmul, launcher
 from fastllama.kernels.triton.matmul.epilogue import (
     Splits,
     arguments,
-    dense,
     finish,
-    fused,
+    fuses_norm,
     owned,
     row_sums,
     splits_of,
@@ -43,7 +41,7 @@ def few_rows(x: Tensor, weight: Tensor) -> int:
 # One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last are
 # the last again, and are not stored.
 @triton.jit(do_not_specialize=["num_rows"])
-def matmul_kernel(
+def matmul_dense_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
@@ -120,51 +118,32 @@ def matmul_kernel(
     )
 
 
-def matmul(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> Function | None:
-    """See kernels.matmul."""
-    check_kernel_dtype("x", x)
-    if math.prod(x.shape[:-1]) <= MOST_ROWS:
-        return fused(_of_few_rows, x, (weight, bias), norm, eps, residual, gated, out, workspace)
-    compose(dense(weight, bias), x, norm, eps, out, residual, gated)
-    return None
+def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, fusion: Fusion) -> Fusion:
+    """What of a Fusion the kernel computes: nothing of many rows, which are torch's."""
+    if math.prod(x.shape[:-1]) > MOST_ROWS:
+        return Fusion()
+    return fusion if fusion.norm is None or fuses_norm(x) else fusion._replace(norm=None)
 
 
 @launcher
-def _of_few_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> list[KernelCall]:
+def matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, fusion: Fusion, out: Tensor, workspace: Tensor | None
+) -> list[KernelCall | VendorMatmul]:
+    """See kernels.matmul, of what `fuses` leaves of its Fusion."""
+    check_kernel_dtype("x", x)
     x, out = as_rows("x", x), as_rows("out", out)
-    if residual is not None:
-        residual = as_rows("residual", residual)
     num_rows, (features, size) = x.shape[0], weight.shape
+    if num_rows > MOST_ROWS:
+        return [VendorMatmul(x, weight, bias, out)]
     launch, splits = _plan(num_rows, weight)
     if not out.numel():
         return []
     block_m = max(power_of_2(num_rows), 16)
-    wide = 2 if block_m == 64 and norm is not None else 1  # 64 rows of x in registers spill on sm_80
-    around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
+    wide = 2 if block_m == 64 and fusion.norm is not None else 1  # 64 rows of x in registers spill on sm_80
     call = KernelCall(
-        matmul_kernel,
-        (ceil_div(out.shape[1], launch.features // (2 if gated else 1)), splits.count),
-        **around,
+        matmul_dense_kernel,
+        (ceil_div(out.shape[1], launch.features // (2 if fusion.gated else 1)), splits.count),
+        **arguments(features, splits, bias, fusion, out, workspace),
         x_ptr=x,
         weight_ptr=weight,
         x_row_stride=x.stride(0),

@@ -12,7 +12,6 @@ Source: counting programs, as stream-K does: Osama et al., Stream-K (2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from fastllama.arithmetic import ceil_div
 from fastllama.kernels.dispatch.checks import as_rows
-from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.launch.kernel_call import scratch
-from fastllama.kernels.ops.compose import compose, fuses_norm
 from fastllama.kernels.triton.overlap import overlapping
 
 COUNTERS = 4096  # in the first elements of a workspace, one for each tile of features that is split
@@ -199,14 +197,12 @@ def arguments(
     features: int,
     splits: Splits,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
     out: Tensor,
     workspace: Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments of a kernel that `owned` and `finish` take. out: [M, N], residual like it."""
+    """The arguments of a kernel that `owned` and `finish` take. out: [M, N]."""
+    residual = None if fusion.residual is None else as_rows("residual", fusion.residual)
     held = scratch(workspace, splits.elements, torch.float32, out.device)
     if workspace is None:
         held[:COUNTERS].zero_()
@@ -215,58 +211,25 @@ def arguments(
         "num_rows": out.shape[0],
         "out_ptr": out,
         "bias_ptr": bias,
-        "norm_ptr": norm,
+        "norm_ptr": fusion.norm,
         "residual_ptr": residual,
         "counters_ptr": held[:COUNTERS].view(torch.int32) if split else None,
         "parts_ptr": held[splits.parts : splits.squares] if split else None,
         "squares_ptr": held[splits.squares : splits.elements] if split else None,
-        "eps": eps,
+        "eps": fusion.eps,
         "out_row_stride": out.stride(0),
         "residual_row_stride": 0 if residual is None else residual.stride(0),
         "FEATURES": features,
         "SPLIT": splits.columns,
         "SPLITS": splits.count,
-        "GATED": gated,
+        "GATED": fusion.gated,
         **overlapping(out.device),
     }
 
 
-def fused(
-    launch: Function,
-    x: Tensor,
-    weight: tuple[Any, ...],
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-    *,
-    fuses_gate: bool = True,
-) -> Function | None:
-    """Run `launch`, which takes all of these, on few rows; what its kernel cannot fuse is an op of its own."""
-    before = norm if norm is not None and not fuses_norm(x) else None
-    after = gated and not fuses_gate
-    if before is None and not after:
-        again: Function | None = launch(x, *weight, norm, eps, residual, gated, out, workspace)
-        return again
-    within = norm if before is None else None
+def fuses_norm(x: Tensor) -> bool:
+    """Whether the norm's weight may multiply x in front of the norm's factor.
 
-    def product(x: Tensor, out: Tensor) -> None:
-        launch(x, *weight, within, eps, residual, gated and not after, out, workspace)
-
-    compose(product, x, before, eps, out, gated=after)
-    return None
-
-
-def dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], None]:
-    """torch's product with a weight [N, K], for `compose`."""
-
-    def product(x: Tensor, out: Tensor) -> None:
-        rows, result = as_rows("x", x), as_rows("out", out)
-        if bias is None:
-            torch.mm(rows, weight.T, out=result)
-        else:
-            torch.addmm(bias, rows, weight.T, out=result)
-
-    return product
+    Not in fp16, which that may leave, nor in fp32, of which a tile in registers spills.
+    """
+    return x.dtype == torch.bfloat16

@@ -1,31 +1,18 @@
-"""matmul_int4 in Triton: see codes.py."""
+"""matmul_int4 in Triton: see quantized.py."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.launch.kernel_call import launcher
-from fastllama.kernels.triton.matmul.quantized import few_rows, multiply, product, workspace_size
+from fastllama.kernels.triton.matmul import quantized
 
-__all__ = ["few_rows", "matmul_int4", "workspace_size"]
-
-_multiply = launcher(multiply)
+matmul_int4 = launcher(quantized.multiply)
 
 
-def matmul_int4(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> Function | None:
-    """See kernels.matmul_int4."""
-    weight = packed, scales, zeros, bias
-    return product(_multiply, x, weight, zeros, norm, eps, residual, gated, out, workspace)
+def fuses(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, fusion: Fusion
+) -> Fusion:
+    """What of a Fusion `matmul_int4` computes."""
+    return quantized.fuses(x, packed, scales, fusion)

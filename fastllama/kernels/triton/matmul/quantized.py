@@ -9,7 +9,7 @@ not depend on the tile's width: a row's sums are the same whatever other rows th
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,19 +18,17 @@ from torch import Tensor
 
 from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
-from fastllama.kernels.dispatch.op import Function
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.device import arch
-from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
-from fastllama.kernels.ops.compose import compose
+from fastllama.kernels.launch.kernel_call import KernelCall, VendorMatmul, scratch
 from fastllama.kernels.reference.int4 import COLUMNS, ROWS
 from fastllama.kernels.triton.matmul.epilogue import (
     COUNTERS,
     Splits,
     arguments,
-    dense,
     finish,
-    fused,
+    fuses_norm,
     owned,
     row_sums,
     splits_of,
@@ -112,7 +110,7 @@ def per_row(ptr, row, row_stride, group):
 
 # One program owns 64 * TILES columns of all rows of out, of one split of K; of a gated weight's as many of each half.
 @triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride", "num_rows"])
-def matmul_kernel(
+def matmul_quantized_kernel(
     x_ptr,
     packed_ptr,
     scales_ptr,
@@ -265,32 +263,19 @@ def _weight_elements(x: Tensor, scales: Tensor) -> int:
     return COUNTERS + ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
 
-def product(
-    few: Function,
-    x: Tensor,
-    weight: tuple[Any, ...],
-    zeros: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> Function | None:
-    """An op on codes, of which `few` runs few rows. weight: the op's own arguments, packed, scales, ..., bias."""
-    check_kernel_dtype("x", x)
-    packed, scales, bias = weight[0], weight[1], weight[-1]
-    features, size = scales.shape[0], x.shape[-1]
-    if math.prod(x.shape[:-1]) <= few_rows(x, packed):
-        # A tile of codes is a gate's or an up's; of fp32 the sums of two tiles spill.
-        gates = features % (2 * ROWS) == 0 and x.element_size() == 2
-        return fused(few, x, weight, norm, eps, residual, gated, out, workspace, fuses_gate=gates)
-    elements = _weight_elements(x, scales)
-    held = scratch(workspace, elements, torch.float32, x.device)
-    dequantized = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
-    _dequantize(packed, scales, zeros, dequantized)
-    compose(dense(dequantized, bias), x, norm, eps, out, residual, gated)
-    return None  # planned each time: many rows hide what that takes
+def fuses(x: Tensor, packed: Tensor, scales: Tensor, fusion: Fusion) -> Fusion:
+    """What of a Fusion the kernel computes: nothing of many rows, which are torch's.
+
+    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill.
+    """
+    if math.prod(x.shape[:-1]) > few_rows(x, packed):
+        return Fusion()
+    features = scales.shape[0]
+    gates = features % (2 * ROWS) == 0 and x.element_size() == 2
+    norms = fusion.norm is None or fuses_norm(x)
+    if norms and (gates or not fusion.gated):
+        return fusion
+    return fusion._replace(norm=fusion.norm if norms else None, gated=fusion.gated and gates)
 
 
 def _bits(packed: Tensor) -> int:
@@ -321,33 +306,47 @@ def multiply(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
+    fusion: Fusion,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> Sequence[KernelCall | VendorMatmul]:
+    """By packed values of 4 or 8 bits: few rows by these themselves, many by the weight that they stand for."""
+    check_kernel_dtype("x", x)
+    rows, result = as_rows("x", x), as_rows("out", out)
+    if rows.shape[0] <= few_rows(x, packed):
+        return _multiply_few(rows, packed, scales, zeros, bias, fusion, result, workspace)
+    features, size, elements = scales.shape[0], rows.shape[1], _weight_elements(x, scales)
+    held = scratch(workspace, elements, torch.float32, x.device)
+    weight = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
+    return [*_dequantize(packed, scales, zeros, weight), VendorMatmul(rows, weight, bias, result)]
+
+
+def _multiply_few(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    fusion: Fusion,
     out: Tensor,
     workspace: Tensor | None,
 ) -> list[KernelCall]:
-    """Few rows, by codes of 4 or 8 bits."""
-    launch, splits = _plan(math.prod(x.shape[:-1]), x, packed, scales)
-    x, out = as_rows("x", x), as_rows("out", out)
-    if residual is not None:
-        residual = as_rows("residual", residual)
+    """x: [M, K], out: [M, N]."""
     (num_rows, size), features = x.shape, scales.shape[0]
+    launch, splits = _plan(num_rows, x, packed, scales)
     if not out.numel():
         return []
-    around = arguments(features, splits, bias, norm, eps, residual, gated, out, workspace)
     words = _words(packed)
     block_m = max(power_of_2(num_rows), 16)
     # Each program reads all of x: at 16 rows as many bytes as of a tile of 8 bits. A gated one owns a tile of the gate
     # and one of up. In fp32 sums of two tiles spill.
-    wide = gated or (_bits(packed) == 8 and x.element_size() == 2)
-    groups_of_warps = 2 if block_m > 16 or (gated and _bits(packed) == 4) else 1
+    wide = fusion.gated or (_bits(packed) == 8 and x.element_size() == 2)
+    groups_of_warps = 2 if block_m > 16 or (fusion.gated and _bits(packed) == 4) else 1
     tiles = 2 if wide else groups_of_warps
     call = KernelCall(
-        matmul_kernel,
+        matmul_quantized_kernel,
         (ceil_div(packed.shape[0], tiles), splits.count),
-        **around,
+        **arguments(features, splits, bias, fusion, out, workspace),
         x_ptr=x,
         packed_ptr=words,
         scales_ptr=scales,
@@ -366,7 +365,6 @@ def multiply(
     return [call]
 
 
-@launcher
 def _dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, weight: Tensor) -> list[KernelCall]:
     """weight: [N, K], contiguous."""
     features, size = weight.shape

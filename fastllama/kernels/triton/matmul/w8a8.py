@@ -61,7 +61,7 @@ def scaled(sums, x_scale, scale, bias_ptrs, mask):
 
 # One program owns 128 features and BLOCK_M rows of out, of one split of K: sums where there are several, else results.
 @triton.jit(do_not_specialize=["num_rows"])
-def matmul_kernel(
+def matmul_w8a8_kernel(
     x_ptr,
     x_scales_ptr,
     packed_ptr,
@@ -116,7 +116,7 @@ def matmul_kernel(
 
 # One program owns BLOCK features of one row.
 @triton.jit(do_not_specialize=["num_rows"])
-def sum_kernel(
+def matmul_w8a8_sum_kernel(
     out_ptr,
     parts_ptr,
     x_scales_ptr,
@@ -181,7 +181,7 @@ def matmul_w8a8(
     parts = out[None] if splits == 1 else workspace[:elements].view(splits, num_rows, features)
     whole = splits == 1
     product = KernelCall(
-        matmul_kernel,
+        matmul_w8a8_kernel,
         (ceil_div(num_rows, launch.rows) * ceil_div(features, FEATURES), splits),
         x_ptr=x,
         x_scales_ptr=x_scales if whole else None,
@@ -206,7 +206,7 @@ def matmul_w8a8(
     if whole:
         return [product]
     added = KernelCall(
-        sum_kernel,
+        matmul_w8a8_sum_kernel,
         (num_rows, ceil_div(features, BLOCK)),
         out_ptr=out,
         parts_ptr=parts,

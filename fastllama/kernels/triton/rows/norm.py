@@ -16,7 +16,7 @@ from fastllama.kernels.triton.rows.quantize import store_codes
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
 @triton.jit(do_not_specialize=["num_rows"])
-def norm_kernel(
+def rms_norm_kernel(
     out_ptr,
     residual_out_ptr,
     x_ptr,
@@ -113,7 +113,7 @@ def _plan(
     block = power_of_2(size)
     rows = rows_per_program(block, launch.num_warps)
     call = KernelCall(
-        norm_kernel,
+        rms_norm_kernel,
         (ceil_div(num_rows, rows),),
         out_ptr=out,
         residual_out_ptr=residual_out,

@@ -17,7 +17,7 @@ from fastllama.kernels.triton.rows.quantize import store_codes
 
 # One program owns ROWS rows.
 @triton.jit(do_not_specialize=["num_rows"])
-def quantize_kernel(
+def quantize_rows_kernel(
     out_ptr,
     scales_out_ptr,
     x_ptr,
@@ -48,7 +48,7 @@ def quantize_rows(x: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall
     block = power_of_2(size)
     rows = rows_per_program(block, launch.num_warps)
     call = KernelCall(
-        quantize_kernel,
+        quantize_rows_kernel,
         (ceil_div(num_rows, rows),),
         out_ptr=out,
         scales_out_ptr=scales_out,

@@ -22,7 +22,7 @@ from fastllama.kernels.triton.sampling.masses import LARGEST_VOCAB, keys_of, loa
 
 # One program owns one chunk of one row: its largest logit, its sum of exp. The first also clears the row's sums.
 @triton.jit
-def peak_kernel(
+def sample_peak_kernel(
     logits_ptr,
     peaks_ptr,
     octaves_ptr,
@@ -58,7 +58,7 @@ def _kept_masses(x, cols, peak, temperature, state_ptr, row, VOCAB: tl.constexpr
 
 # One program owns one chunk of one row: the mass that the filters keep of it.
 @triton.jit(do_not_specialize=["temperature_ptr"])
-def mass_kernel(
+def sample_mass_kernel(
     logits_ptr,
     temperature_ptr,
     peaks_ptr,
@@ -85,7 +85,7 @@ def mass_kernel(
 
 # One program owns one row: finds the chunk of its token, then the token.
 @triton.jit(do_not_specialize=["temperature_ptr", "seed_ptr", "offset_ptr", "tokens_ptr", "logprobs_ptr"])
-def draw_kernel(
+def sample_draw_kernel(
     logits_ptr,
     temperature_ptr,
     seed_ptr,
@@ -203,7 +203,7 @@ def sample(
     blocks = numbers | {"CHUNKS_BLOCK": power_of_2(chunks)}
     return [
         KernelCall(
-            peak_kernel,
+            sample_peak_kernel,
             grid,
             logits_ptr=logits,
             peaks_ptr=peaks,
@@ -214,7 +214,7 @@ def sample(
             **numbers,
         ),
         KernelCall(
-            filters.octave_kernel,
+            filters.sample_octave_kernel,
             grid,
             logits_ptr=logits,
             temperature_ptr=temperature,
@@ -229,7 +229,7 @@ def sample(
             **blocks,
         ),
         KernelCall(
-            filters.collect_kernel,
+            filters.sample_collect_kernel,
             grid,
             logits_ptr=logits,
             temperature_ptr=temperature,
@@ -245,7 +245,7 @@ def sample(
             **blocks,
         ),
         KernelCall(
-            filters.threshold_kernel,
+            filters.sample_threshold_kernel,
             (num_rows,),
             temperature_ptr=temperature,
             top_k_ptr=top_k,
@@ -262,7 +262,7 @@ def sample(
             **options,
         ),
         KernelCall(
-            mass_kernel,
+            sample_mass_kernel,
             grid,
             logits_ptr=logits,
             temperature_ptr=temperature,
@@ -273,7 +273,7 @@ def sample(
             **blocks,
         ),
         KernelCall(
-            draw_kernel,
+            sample_draw_kernel,
             (num_rows,),
             logits_ptr=logits,
             temperature_ptr=temperature,

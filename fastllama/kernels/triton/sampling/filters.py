@@ -14,7 +14,7 @@ from fastllama.kernels.triton.overlap import follow
 from fastllama.kernels.triton.sampling.masses import ONE, WHOLE, keys_of, load_logits, mantissas_of, masses_of, row_peak
 
 OCTAVES = 32  # powers of two told apart; weights below 2^-30 share the first
-LANE = 8  # neighbours that `octave_kernel` adds in 32 bits: 8 masses of 24 bits and their number
+LANE = 8  # neighbours that `sample_octave_kernel` adds in 32 bits: 8 masses of 24 bits and their number
 GROUP = 4  # octaves it adds at a time: more do not stay in registers
 PIVOTS = 8  # thresholds tried in a pass over the candidates
 TILE = 1024  # candidates read at a time
@@ -53,7 +53,7 @@ def _octave_bounds(counts, masses, top_k, top_p, VOCAB: tl.constexpr, OCTAVES: t
 
 # One program owns one chunk of one row: adds its tokens and masses by octave to the row's.
 @triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr"])
-def octave_kernel(
+def sample_octave_kernel(
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -100,7 +100,7 @@ def octave_kernel(
 
 # One program owns one chunk of one row: appends its keys in the octaves of the thresholds to the row's candidates.
 @triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr"])
-def collect_kernel(
+def sample_collect_kernel(
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -182,7 +182,7 @@ def _largest_enough(
 
 # One program owns one row: the least key that every filter keeps.
 @triton.jit(do_not_specialize=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])
-def threshold_kernel(
+def sample_threshold_kernel(
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,

@@ -68,7 +68,9 @@ def test_a_program_that_does_not_wait_for_the_others_is_a_race(monkeypatch: pyte
     given, _ = case(3, 256, 20, "")
     workspace = torch.zeros(module.workspace_size(3, given[1]))
     workspace[:COUNTERS].view(torch.int32)[:] = 2
-    with pytest.raises(CheckError, match=r"^race in matmul_kernel: one program reads what another writes, parts_ptr"):
+    with pytest.raises(
+        CheckError, match=r"^race in matmul_dense_kernel: one program reads what another writes, parts_ptr"
+    ):
         matmul(*given, workspace=workspace)
 
 

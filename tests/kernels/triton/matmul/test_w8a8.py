@@ -44,7 +44,9 @@ def test_splits(launch: Choose, checked: Report, splits: int, columns: int) -> N
     launch(16, columns, splits)
     check("triton", *drawn(19, 130, 600, torch.float16), torch.randn(130).half())
     per_split = -(-5 // splits)
-    assert [each.kernel for each in checked.launches] == ["matmul_kernel", "sum_kernel"][: 1 + (splits > 1)]
+    assert [each.kernel for each in checked.launches] == ["matmul_w8a8_kernel", "matmul_w8a8_sum_kernel"][
+        : 1 + (splits > 1)
+    ]
     assert checked.launches[0].grid == (4, -(-5 // per_split), 1)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastllama.arithmetic import ceil_div
 from fastllama.kernels.dispatch.checks import as_rows
-from fastllama.kernels.numba.fixed import RECORD, fixed_kernel
+from fastllama.kernels.numba.fixed_point import RECORD, fixed_point_kernel
 from fastllama.kernels.numba.numerics import LIKE, array, jit, load, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
@@ -177,7 +177,7 @@ def total(context, kind, results, row):
 # One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Their scales are
 # brought into fp32 first; those of codes at bit 4 are multiplied by upper_place. offsets: bytes to a step's scales.
 @jit
-def products_kernel(region, *args):
+def matmul_quantized_kernel(region, *args):
     (
         kind,
         codes_ptr,
@@ -255,7 +255,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
     given, target = as_rows("x", x), as_rows("out", out)
     records = np.empty(rows * parts * steps * RECORD, np.uint8)
     launch(
-        fixed_kernel,
+        fixed_point_kernel,
         rows,
         8 * rows * size,
         given.data_ptr(),
@@ -269,7 +269,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
         LIKE[x.dtype],
     )
     launch(
-        products_kernel,
+        matmul_quantized_kernel,
         ceil_div(features, ROWS),
         rows * features * size,
         kind,

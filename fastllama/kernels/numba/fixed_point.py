@@ -77,7 +77,7 @@ def fix(context, x, record, rests, parts):
 # x [rows, size] as integers: a record for each step. A row of fp32 has twice as many (parts), of which the second half
 # is for the rests, in units 2^-15 times as large.
 @jit
-def fixed_kernel(region, *args):
+def fixed_point_kernel(region, *args):
     x_ptr, records_ptr, places_ptr, columns, x_stride, size, steps, parts, like = args
     places, x = array(places_ptr, (64,), np.int64(0)), np.empty(64, np.float32)
     first, last = enter(region, args)

@@ -1,0 +1,120 @@
+"""The implementations of one function, and which of them runs on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastllama import env
+from fastllama.errors import BackendError
+from fastllama.kernels.dispatch.fusion import Fusion
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What runs an op on one kind of device: "triton", "numba", "cpu" or "reference"; `reason` says why."""
+
+    backend: str
+    run: Function
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One compiler's kernels for an op, and what the op must know of them. All but `run` for Triton's matmuls alone.
+
+    run: in out-form. It may return a function, which then runs the calls that are like this one in its place.
+    workspace_size: elements of scratch memory, from what the op's `..._workspace` is asked.
+    few_rows: rows of x up to which none changes a bit of another's result, from x and the weight.
+    fuses: what of a Fusion `run` computes itself, from the op's arguments up to it and the Fusion.
+    """
+
+    run: Function
+    workspace_size: Callable[..., int] | None = None
+    few_rows: Callable[..., int] | None = None
+    fuses: Callable[..., Fusion] | None = None
+
+
+class Backends:
+    """A function that has a reference, and may have an implementation of torch's ops for CPUs, in Numba and in Triton.
+
+    reference: the function of the same name in kernels/reference.
+    cpu: faster than it for CPU tensors. numba, triton: import the kernels and return them; called when first needed, so
+    that both packages stay optional.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Function,
+        cpu: Function | None = None,
+        numba: Callable[[], Kernels] | None = None,
+        triton: Callable[[], Kernels] | None = None,
+    ) -> None:
+        self.name = name
+        self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
+
+    @property
+    def has_triton(self) -> bool:
+        """Whether there is a Triton kernel."""
+        return self._triton is not None
+
+    def implementation(self, device: str) -> Implementation:
+        """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
+
+        Raises BackendError when the variable asks for a Triton kernel that there is and that cannot run here.
+        """
+        wanted = env.BACKEND.read()
+        if wanted == "reference":
+            return Implementation("reference", self._run_reference, "FASTLLAMA_BACKEND=reference")
+        if wanted == "triton" and self.has_triton:
+            return Implementation("triton", self.launcher(device), "FASTLLAMA_BACKEND=triton")
+        chosen = self.implementations(device)[0]
+        if wanted == "triton" and device != "cuda":  # where that is the reason anyway
+            return replace(chosen, reason=f"no Triton kernel yet; {chosen.reason}")
+        return chosen
+
+    def implementations(self, device: str) -> list[Implementation]:
+        """Everything that runs it on a device type, the preferred first and the reference last."""
+        found = []
+        missing = f"no kernels for {device}"
+        if device == "cpu":
+            if self._numba is not None and importlib.util.find_spec("numba") is not None:
+                run = self._whole(self._numba())
+                found.append(Implementation("numba", run, "tensors on cpu, Numba is installed"))
+            if self._cpu is not None:
+                found.append(Implementation("cpu", self._whole(Kernels(self._cpu)), "tensors on cpu"))
+            missing = "tensors on cpu; the reference is the CPU backend"
+        elif device == "cuda":
+            if self.has_triton:
+                found.append(Implementation("triton", self.launcher(device), "tensors on cuda"))
+            missing = "no Triton kernel yet"
+        return [*found, Implementation("reference", self._run_reference, missing)]
+
+    def launcher(self, device: str) -> Function:
+        """What launches the Triton kernels, where there are any. Raises BackendError where they cannot run."""
+        return self._whole(self._triton_kernels(device))
+
+    def _triton_kernels(self, device: str) -> Kernels:
+        assert self._triton is not None, f"op {self.name} has no Triton kernel"
+        if importlib.util.find_spec("triton") is None:
+            raise BackendError(
+                f"op {self.name} needs Triton on {device}: pip install triton, or set FASTLLAMA_BACKEND=reference"
+            )
+        if device == "cpu" and not env.triton_interpret():
+            raise BackendError(
+                f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1"
+            )
+        return self._triton()
+
+    def _whole(self, kernels: Kernels) -> Function:
+        """What runs all of a call by kernels that may do a part of it."""
+        return kernels.run
+
+    def _run_reference(self, *args: Any) -> Any:
+        return self._reference(*args)

@@ -1,0 +1,32 @@
+"""A change of a weight's form (quantize, pack and back), dispatched like an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastllama.kernels.dispatch.backends import Backends, Function, Kernels
+
+
+class Conversion(Backends):
+    """Returns tensors that it makes, where an Op writes into its caller's: it runs once for a weight, not in a step.
+
+    So it is not registered with torch, and its implementation is chosen anew at each call, by the first argument.
+    check: takes the arguments and raises for what is not legal.
+    """
+
+    def __init__(
+        self,
+        *,
+        check: Callable[..., None],
+        reference: Function,
+        numba: Callable[[], Kernels] | None = None,
+    ) -> None:
+        super().__init__(reference.__name__, reference=reference, numba=numba)
+        self._check = check
+
+    def __call__(self, first: Tensor, *others: Any) -> Any:
+        self._check(first, *others)
+        return self.implementation(first.device.type).run(first, *others)
