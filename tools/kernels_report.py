@@ -8,7 +8,7 @@ from pathlib import Path
 import triton
 
 from fastllama.testing.compile_report import CACHE, COLUMNS, cells, compile_report
-from fastllama.testing.resources import Report
+from fastllama.testing.resources import KernelReport
 from fastllama.testing.targets import TARGETS, target
 from tests.kernels.triton.launches import SHIPPED, Shipped, on
 
@@ -49,7 +49,7 @@ def rows(shipped: Shipped, name: str) -> list[str]:
     ]
 
 
-def _per_weight(shipped: Shipped, kernel: str, report: Report) -> list[str]:
+def _per_weight(shipped: Shipped, kernel: str, report: KernelReport) -> list[str]:
     """The cell under *a weight*; none where a launch has no 4-bit weights."""
     if not shipped.weights:
         return []

@@ -18,10 +18,10 @@ import torch
 from fastllama.errors import check_choice
 from fastllama.testing.floats import Array
 from fastllama.testing.interpreter import RepairedBuilder, RepairedExecutor, repaired, swapped
-from fastllama.testing.monitor import TAG, CheckError, Launch, Monitor, Report
+from fastllama.testing.monitor import TAG, CheckedLaunch, CheckedRun, CheckError, Monitor
 from fastllama.testing.triton_api import TritonSemantic, interpreter
 
-__all__ = ["CheckError", "Launch", "Report", "checks", "same_in_any_order"]
+__all__ = ["CheckError", "CheckedLaunch", "CheckedRun", "checks", "same_in_any_order"]
 
 ORDERS = ("forward", "reverse", "shuffle")
 
@@ -106,7 +106,7 @@ def checks(
     seed: int = 0,
     allow_races: Iterable[str] = (),
     memory: Iterable[torch.Tensor] = (),
-) -> Iterator[Report]:
+) -> Iterator[CheckedRun]:
     """Run the kernels launched inside the block repaired and checked; the first fault raises CheckError.
 
     Always: every access inside its own argument and between its elements, and aligned to its size; tl.device_assert.

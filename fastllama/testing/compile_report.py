@@ -21,7 +21,7 @@ from typing import Any
 
 from fastllama.testing import triton_api
 from fastllama.testing.recorder import Launch, record
-from fastllama.testing.resources import Report, compile_launch
+from fastllama.testing.resources import KernelReport, compile_launch
 from fastllama.testing.targets import TARGETS, target
 
 CACHE = Path("build", "compile_reports")
@@ -30,13 +30,13 @@ REPORT, CODE = ".json", ".code.gz"  # of one launch, in that folder
 
 def compile_report(
     function: Callable[[], Any], targets: Iterable[str] = tuple(TARGETS), cache: Path | None = CACHE
-) -> list[Report]:
+) -> list[KernelReport]:
     """Reports on every launch that `function` makes (see recorder.record), equal launches once, for each target.
 
     cache: a folder where reports are kept by the content of what they depend on; None keeps nothing.
     Raises ValueError for an unknown target, and where `function` launches nothing.
     """
-    reports: dict[tuple[str, str], Report] = {}
+    reports: dict[tuple[str, str], KernelReport] = {}
     for name in targets:
         with record(target(name)) as launches:
             function()
@@ -65,13 +65,13 @@ def _counts(counts: Mapping[str, int]) -> str:
     return " ".join(f"{count}x{name}" for name, count in counts.items()) or "-"
 
 
-def _per_byte(report: Report) -> str:
+def _per_byte(report: KernelReport) -> str:
     found = report.hot.instructions_per_byte
     return "-" if found is None else f"{found:.2f}"
 
 
 # Counts are those of the hot loop, or of the whole program where there is no loop.
-COLUMNS: dict[str, Callable[[Report], str]] = {
+COLUMNS: dict[str, Callable[[KernelReport], str]] = {
     "target": lambda report: report.target,
     "warps": lambda report: str(report.num_warps),
     "stages": lambda report: str(report.num_stages),
@@ -88,12 +88,12 @@ COLUMNS: dict[str, Callable[[Report], str]] = {
 }
 
 
-def cells(report: Report) -> list[str]:
+def cells(report: KernelReport) -> list[str]:
     """A report as the row of a table under COLUMNS; dashes where it is an error."""
     return [report.target, *("-" if report.error else text(report) for text in list(COLUMNS.values())[1:])]
 
 
-def table(reports: Sequence[Report]) -> str:
+def table(reports: Sequence[KernelReport]) -> str:
     """Plain text: for each launch its rows, and below them what is wrong."""
     lines = []
     for launch in dict.fromkeys(report.launch for report in reports):
@@ -140,19 +140,19 @@ def _function(name: str) -> Callable[[], Any]:
     return found
 
 
-def _report(launch: Launch, path: Path | None) -> Report:
+def _report(launch: Launch, path: Path | None) -> KernelReport:
     """From the file at `path` where it exists, else made and written there."""
     if path is not None and path.with_suffix(REPORT).exists():
-        return Report.from_json(json.loads(path.with_suffix(REPORT).read_text(encoding="utf-8")))
+        return KernelReport.from_json(json.loads(path.with_suffix(REPORT).read_text(encoding="utf-8")))
     return _compile(launch, path)[0]
 
 
-def _compile(launch: Launch, path: Path | None) -> tuple[Report, str]:
+def _compile(launch: Launch, path: Path | None) -> tuple[KernelReport, str]:
     """Compile; the report and the code are written beside `path`."""
     try:
         report, text = compile_launch(launch)
     except triton_api.ToolMissingError as error:
-        return Report(str(launch), launch.target.name, error=f"cannot be compiled here: {error}"), ""
+        return KernelReport(str(launch), launch.target.name, error=f"cannot be compiled here: {error}"), ""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if text:

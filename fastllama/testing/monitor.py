@@ -29,7 +29,7 @@ class CheckError(AssertionError):
 
 
 @dataclass
-class Launch:
+class CheckedLaunch:
     """One launch: bytes by argument, each access counted as often as it is made, masked-off lanes not at all."""
 
     kernel: str
@@ -40,10 +40,10 @@ class Launch:
 
 
 @dataclass
-class Report:
+class CheckedRun:
     """What ran under `checks`, in order."""
 
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[CheckedLaunch] = field(default_factory=list)
 
     @property
     def bytes_loaded(self) -> int:
@@ -60,14 +60,14 @@ class Monitor:
     def __init__(
         self, order: str, seed: int, races: bool, allow_races: Iterable[str], memory: Iterable[torch.Tensor]
     ) -> None:
-        self.report = Report()
+        self.report = CheckedRun()
         self.tags: dict[int, int] = {}
         self._order, self._random, self._races = order, np.random.default_rng(seed), races
         self._allow_races, self._memory = frozenset(allow_races), list(memory)
 
     def start(self, kernel: str, arguments: Iterable[tuple[str, Any]]) -> None:
         """A launch begins; arguments: every parameter's name and value."""
-        self._launch = Launch(kernel)
+        self._launch = CheckedLaunch(kernel)
         self.report.launches.append(self._launch)
         own = [pair for name, value in arguments for pair in pointers(value, name)]
         self.tags = {id(value): tag for tag, (_, value) in enumerate(own, 1)}

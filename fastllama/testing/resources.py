@@ -25,7 +25,7 @@ _WARNING = re.compile(r"^ptxas.*(?:warning|\(C7\d+\)).*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """One launch compiled for one target. Registers, spills and stack are those of one thread."""
 
     launch: str
@@ -86,7 +86,7 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Report:
+    def from_json(cls, values: Mapping[str, Any]) -> KernelReport:
         """The report that `to_json` wrote."""
         rebuilt = {
             "occupancy": Occupancy(**values["occupancy"]),
@@ -97,7 +97,7 @@ class Report:
         return cls(**{**values, **rebuilt})
 
 
-def compile_launch(launch: Launch) -> tuple[Report, str]:
+def compile_launch(launch: Launch) -> tuple[KernelReport, str]:
     """The report on a recorded launch, and its machine code as text.
 
     Where the kernel does not compile, a report with the compiler's error, and no code.
@@ -110,8 +110,8 @@ def compile_launch(launch: Launch) -> tuple[Report, str]:
     except triton_api.ToolMissingError:
         raise
     except Exception as error:  # a compiler raises anything, from its own errors to a failed assertion
-        return Report(str(launch), target.name, error=f"does not compile: {triton_api.reason(error)}"), ""
-    report = Report(
+        return KernelReport(str(launch), target.name, error=f"does not compile: {triton_api.reason(error)}"), ""
+    report = KernelReport(
         str(launch),
         target.name,
         num_warps=compiled.num_warps,
@@ -129,7 +129,7 @@ def compile_launch(launch: Launch) -> tuple[Report, str]:
     return _with_occupancy(read, target), text
 
 
-def _read_ptxas(report: Report, log: str) -> Report:
+def _read_ptxas(report: KernelReport, log: str) -> KernelReport:
     stack, stores, loads = map(int, _only(_STACK, log))
     return replace(
         report,
@@ -140,7 +140,7 @@ def _read_ptxas(report: Report, log: str) -> Report:
     )
 
 
-def _read_gcn(report: Report, text: str) -> Report:
+def _read_gcn(report: KernelReport, text: str) -> KernelReport:
     def number(name: str) -> int:
         return int(_only(re.compile(rf"\.{name}:\s+(\d+)"), text)[0])
 
@@ -153,7 +153,7 @@ def _read_gcn(report: Report, text: str) -> Report:
     )
 
 
-def _with_code(report: Report, code: machine_code.Code) -> Report:
+def _with_code(report: KernelReport, code: machine_code.Code) -> KernelReport:
     return replace(
         report,
         program=machine_code.mix(code.instructions),
@@ -161,7 +161,7 @@ def _with_code(report: Report, code: machine_code.Code) -> Report:
     )
 
 
-def _with_occupancy(report: Report, target: Target) -> Report:
+def _with_occupancy(report: KernelReport, target: Target) -> KernelReport:
     fits = occupancy(target, report.num_warps, report.registers, report.shared_bytes, report.tensor_memory)
     return replace(report, occupancy=fits)
 

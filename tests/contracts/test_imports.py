@@ -27,6 +27,17 @@ MAY_IMPORT = {
     "bench": BASE | {"kernels", "layers", "io", "runtime"},
     "cli": BASE | {"kernels", "layers", "io", "runtime", "verify", "bench", "testing"},
 }
+# The same within kernels: what computes an op does not know the ops.
+KERNELS_MAY_IMPORT = {
+    "reference": set(),
+    "dispatch": set(),
+    "launch": {"dispatch"},
+    "cpu": {"dispatch", "launch", "reference"},
+    "numba": {"dispatch", "cpu", "reference"},
+    "triton": {"dispatch", "launch", "reference"},
+    "compiling": {"dispatch", "numba"},
+    "ops": {"dispatch", "reference", "cpu", "numba", "triton"},
+}
 # Optional packages, each with the only folders that may import it.
 HOMES = {
     "triton": ("fastllama.kernels.triton.", "fastllama.testing."),
@@ -69,6 +80,13 @@ def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
     # what stands in the root itself (fastllama.LLM) is for users: inside, it would be a way around the order
     wrong = rooms_of(imported(path)) - MAY_IMPORT[room] - {room, "__version__"}
     assert not wrong, f"{module_name(path)} imports {sorted(wrong)}"
+
+
+def test_kernels_import_only_what_stands_before_them() -> None:
+    (kernels,) = (room for room in rooms() if room.name == "fastllama.kernels")
+    assert set(kernels.arrows) == set(KERNELS_MAY_IMPORT)
+    wrong = {box: found - KERNELS_MAY_IMPORT[box] for box, found in kernels.arrows.items()}
+    assert {box: found for box, found in wrong.items() if found} == {}
 
 
 @pytest.mark.parametrize("room", rooms(), ids=lambda room: room.name)

@@ -14,7 +14,7 @@ from fastllama.testing import compile_report as module
 from fastllama.testing import triton_api
 from fastllama.testing.compile_report import CACHE, CODE, REPORT, compile_report, machine_code_of, main, table
 from fastllama.testing.recorder import record
-from fastllama.testing.resources import Report
+from fastllama.testing.resources import KernelReport
 from fastllama.testing.targets import TARGETS
 from tests.testing import toys
 
@@ -27,7 +27,7 @@ NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 each_target = pytest.mark.parametrize("target", TARGETS)
 
 
-def report(function: toys.Launcher, target: str) -> Report:
+def report(function: toys.Launcher, target: str) -> KernelReport:
     (found,) = compile_report(function, [target], KEPT)
     return found
 
@@ -206,7 +206,7 @@ class TestCommand:
         (found,) = json.loads(capsys.readouterr().out)
         assert found["problems"] == report(toys.narrow, "sm_80").problems()
         assert found.pop("problems")
-        assert Report.from_json(found) == report(toys.narrow, "sm_80")
+        assert KernelReport.from_json(found) == report(toys.narrow, "sm_80")
 
     @pytest.mark.parametrize(
         ("function", "message"),

@@ -104,7 +104,7 @@ class W8A8Launch:
     num_warps: int
 
 
-Launch = (
+LaunchConfig = (
     NormLaunch
     | RopeLaunch
     | SwigluLaunch

@@ -26,7 +26,7 @@ from fastllama.kernels.launch.device import Device, device_info
 from fastllama.kernels.launch.heuristics import (
     CodesLaunch,
     DecodeLaunch,
-    Launch,
+    LaunchConfig,
     MatmulLaunch,
     NormLaunch,
     PrefillLaunch,
@@ -56,7 +56,7 @@ class Family:
 
     launch: type[Any]
     shape: tuple[str, ...]
-    heuristic: Callable[..., Launch]
+    heuristic: Callable[..., LaunchConfig]
 
 
 FAMILIES = {
@@ -152,11 +152,11 @@ def warm_up(run: Callable[[int], Any], most: int, device: torch.device) -> float
 
 
 @functools.cache
-def _launch(family: str, device: torch.device, *values: int) -> Launch:
+def _launch(family: str, device: torch.device, *values: int) -> LaunchConfig:
     facts, kind = device_info(device), FAMILIES[family]
     shape: Shape = dict(zip(kind.shape, values, strict=True))
     for folder in (user_folder(facts), PACKAGED / facts.name):
         found = nearest(read(folder / f"{family}.json", family, facts.name, kind.shape, kind.launch), shape)
         if found is not None:
-            return cast(Launch, found)
+            return cast(LaunchConfig, found)
     return kind.heuristic(facts, **shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels import reference
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, implementation, public
 from tests.kernels.ops.test_attention import Packed, bounds, packed
 
@@ -234,7 +234,7 @@ def test_the_order_of_the_sides_does_not_matter(backend: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_each_side_is_read_once_and_the_result_written_once(checked: Report) -> None:
+def test_each_side_is_read_once_and_the_result_written_once(checked: CheckedRun) -> None:
     public("merge_state", "triton")(*sides((3, 40, 80), torch.bfloat16))
     (launch,) = checked.launches
     side, sums = 3 * 40 * 80 * 2, 3 * 40 * 4

@@ -11,7 +11,7 @@ from fastllama import LlamaConfig
 from fastllama.layers import packing
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import error
 
 BF16 = torch.bfloat16
@@ -59,7 +59,7 @@ def step(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["bf16", "int4", "int8"])
 def test_a_decode_step_is_six_launches_a_layer(
-    model: LlamaForCausalLM, kind: str, checked: Report, force: Callable[[str], None]
+    model: LlamaForCausalLM, kind: str, checked: CheckedRun, force: Callable[[str], None]
 ) -> None:
     """And one that combines, where keys are split. The residual stream is the reference's, but for rounding."""
     if kind != "bf16":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.dispatch.op import OPS
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.ops.test_compile import OUTPUTS, copy, same
@@ -175,7 +175,7 @@ def test_pages_past_two_to_the_31_elements_are_read(op: str, name: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_lazy_memory")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_a_pool_past_two_to_the_31_elements(dtype: torch.dtype, checked: Report) -> None:
+def test_a_pool_past_two_to_the_31_elements(dtype: torch.dtype, checked: CheckedRun) -> None:
     """Its last slot is written, by a byte for each element; the pool itself takes no memory."""
     heads, page_size, head_dim = 8, 64, 128
     num_pages = (1 << 31) // (heads * page_size * head_dim) + 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import public
 from tests.kernels.ops.test_rope import cache
 
@@ -13,7 +13,7 @@ ROWS, HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
 
 
 @pytest.mark.interpreter
-def test_the_norm_reads_and_writes_each_row_once(checked: Report) -> None:
+def test_the_norm_reads_and_writes_each_row_once(checked: CheckedRun) -> None:
     x = torch.randn(ROWS, 5120).bfloat16()
     public("add_rms_norm", "triton")(x, x.clone(), x[0].clone())
     (launch,) = checked.launches
@@ -23,7 +23,7 @@ def test_the_norm_reads_and_writes_each_row_once(checked: Report) -> None:
 
 
 @pytest.mark.interpreter
-def test_silu_mul_reads_two_and_writes_one(checked: Report) -> None:
+def test_silu_mul_reads_two_and_writes_one(checked: CheckedRun) -> None:
     public("silu_mul", "triton")(torch.randn(ROWS, 2 * 13824).bfloat16())
     (launch,) = checked.launches
     assert launch.loaded == {"gate_up_ptr": ROWS * 2 * 2 * 13824}
@@ -34,7 +34,7 @@ def test_silu_mul_reads_two_and_writes_one(checked: Report) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_rotation_reads_the_projection_once_and_writes_it_once(
-    quantized: bool, interleaved: bool, checked: Report
+    quantized: bool, interleaved: bool, checked: CheckedRun
 ) -> None:
     """Padding is not even read; quantized pages take one byte for an element, and four for a head."""
     dtype = torch.int8 if quantized else torch.bfloat16
@@ -56,7 +56,7 @@ def test_rotation_reads_the_projection_once_and_writes_it_once(
 
 
 @pytest.mark.interpreter
-def test_rope_reads_and_writes_each_head_once(checked: Report) -> None:
+def test_rope_reads_and_writes_each_head_once(checked: CheckedRun) -> None:
     q, k = (torch.randn(ROWS, heads, HEAD_DIM).bfloat16() for heads in (HEADS, KV_HEADS))
     public("rope", "triton")(q, k, cache(HEAD_DIM), torch.arange(ROWS))
     (launch,) = checked.launches

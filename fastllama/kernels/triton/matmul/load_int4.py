@@ -10,7 +10,7 @@ import triton.language as tl
 # each other, from column `start`. BLOCK_K is 64, all four words of a thread, or 32, two of them. Past the last tile
 # there is that one again.
 @triton.jit
-def load_codes(
+def load_int4(
     packed_ptr,
     row_stride,
     tile,

@@ -17,7 +17,7 @@ from fastllama.kernels.launch.device import arch
 
 
 def unit(x: Tensor) -> int:
-    """What `load_bytes` is to divide codes by for rows of x: 1 where there is no assembly, or a power of two."""
+    """What `load_int8` is to divide codes by for rows of x: 1 where there is no assembly, or a power of two."""
     if not arch(x.device).startswith("sm_"):
         return 1
     return 64 if x.dtype == torch.bfloat16 else 512
@@ -29,10 +29,10 @@ def order(k):
     return k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2
 
 
-# Codes / UNIT in dtype, exactly: [64 * TILES, BLOCK_K] of the tiles that int4.py's `load_codes` takes, from column
+# Codes / UNIT in dtype, exactly: [64 * TILES, BLOCK_K] of the tiles that `load_int4` takes, from column
 # `start`, of words. BLOCK_K is a multiple of 32; where ORDERED, columns are in `order`.
 @triton.jit
-def load_bytes(
+def load_int8(
     packed_ptr,
     row_stride,
     tile,

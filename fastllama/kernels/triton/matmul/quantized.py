@@ -35,8 +35,8 @@ from fastllama.kernels.triton.matmul.epilogue import (
     squares_of,
     weighted,
 )
-from fastllama.kernels.triton.matmul.load_int4 import load_codes
-from fastllama.kernels.triton.matmul.load_int8 import load_bytes, order, unit
+from fastllama.kernels.triton.matmul.load_int4 import load_int4
+from fastllama.kernels.triton.matmul.load_int8 import load_int8, order, unit
 from fastllama.kernels.triton.overlap import prefetch, release, wait
 
 
@@ -54,7 +54,7 @@ def few_rows(x: Tensor, packed: Tensor) -> int:
 
 # Codes less 8, or of 8 bits over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K], those ORDERED as `columns` says.
 @triton.jit
-def load(
+def load_packed(
     packed_ptr,
     row_stride,
     tile,
@@ -69,9 +69,9 @@ def load(
     ORDERED: tl.constexpr,
 ):
     if BITS == 4:
-        codes = load_codes(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K)
+        codes = load_int4(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K)
     else:
-        codes = load_bytes(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K, UNIT, ORDERED)
+        codes = load_int8(packed_ptr, row_stride, tile, start, N, dtype, TILES, STEP, BLOCK_K, UNIT, ORDERED)
     return codes
 
 
@@ -177,7 +177,7 @@ def matmul_quantized_kernel(
                 if norm_ptr is not None:
                     squares += squares_of(x)
                     x = weighted(x, norm_ptr, col, exists)
-                codes = load(
+                codes = load_packed(
                     packed_ptr, packed_row_stride, tile, place, FEATURES, dtype, TILES, STEP, BLOCK_K, BITS, UNIT, True
                 )
                 products = tl.dot(codes, tl.trans(x), products, input_precision="ieee")
@@ -236,7 +236,8 @@ def dequantize_kernel(
     row, inside = owned(N, 64, False), first + tl.arange(0, 64) < N  # [N]
     col = start + tl.arange(0, BLOCK_K)[None, :]  # [1, K]
     group = tl.minimum(start // GROUP, GROUPS - 1)
-    codes = load(packed_ptr, packed_row_stride, tile, start, N, dtype, 1, 1, BLOCK_K, BITS, UNIT, False).to(tl.float32)
+    codes = load_packed(packed_ptr, packed_row_stride, tile, start, N, dtype, 1, 1, BLOCK_K, BITS, UNIT, False)
+    codes = codes.to(tl.float32)
     if zeros_ptr is not None:
         codes -= per_row(zeros_ptr, row, zeros_row_stride, group) - 8.0
     weight = codes * (per_row(scales_ptr, row, scales_row_stride, group) * UNIT)

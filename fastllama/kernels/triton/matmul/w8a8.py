@@ -29,7 +29,7 @@ BLOCK = 256  # features of a program that adds parts
 # Codes [128, BLOCK_K] int8 from row `row`, a multiple of 64, and column `start`. Past the last row of tiles there is
 # that one again.
 @triton.jit
-def load_codes(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_left(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.constexpr):
     QUARTERS: tl.constexpr = BLOCK_K // 32
     lane = tl.arange(0, 256)[:, None, None]
     quarter, byte = tl.arange(0, QUARTERS)[None, :, None], tl.arange(0, 16)[None, None, :]
@@ -40,7 +40,7 @@ def load_codes(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.
     return codes.trans(0, 5, 1, 3, 4, 2, 6).reshape(128, BLOCK_K)
 
 
-# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load_codes` takes.
+# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load_left` takes.
 @triton.jit
 def lines(packed_ptr, row_stride, row, begin, N: tl.constexpr, K: tl.constexpr):
     line = tl.arange(0, 512)
@@ -100,7 +100,7 @@ def matmul_w8a8_kernel(
     for start in tl.range(begin, tl.minimum(begin + SPLIT, K), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptrs + k) if K % BLOCK_K == 0 else tl.load(x_ptrs + k, mask=k < K, other=0)  # [M, K]
-        codes = load_codes(packed_ptr, packed_row_stride, first, start, N, BLOCK_K)
+        codes = load_left(packed_ptr, packed_row_stride, first, start, N, BLOCK_K)
         acc = tl.dot(codes, tl.trans(x), acc, out_dtype=tl.int32)
     mask = inside[:, None] & some[None, :]
     out_ptrs = out_ptr + (split.to(tl.int64) * num_rows + row)[None, :] * out_row_stride + col[:, None]

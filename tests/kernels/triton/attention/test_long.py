@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllama.kernels.launch import tuning
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import public
 from tests.kernels.ops.test_attention import assert_both_honest, packed, paged
 
@@ -18,7 +18,7 @@ HEAD_DIM = 8
 
 
 @pytest.mark.interpreter
-def test_every_split_of_a_long_context_counts(checked: Report) -> None:
+def test_every_split_of_a_long_context_counts(checked: CheckedRun) -> None:
     """Each token at an edge of the first and last splits weighs as much as all ordinary ones: none is lost or twice."""
     batch = packed([1, 1], [LENGTH, 1], "MQA", torch.float16, HEAD_DIM)
     split = tuning.decode(torch.device("cpu"), queries=5, head_dim=HEAD_DIM, itemsize=2).split

@@ -15,7 +15,7 @@ from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.triton.matmul import dense as module
 from fastllama.kernels.triton.matmul.epilogue import COUNTERS, splits_of
 from fastllama.testing.checks import CheckError
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import assert_equal, assert_honest, double, public
 from tests.kernels.ops.test_fusion import FORMS, around, plain, weight_of
 from tests.kernels.triton.matmul.test_dense import launching, matmul
@@ -92,7 +92,7 @@ def test_the_factor_of_a_row_is_the_same_in_any_batch(monkeypatch: pytest.Monkey
 
 
 @interpreter
-def test_all_of_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, checked: Report) -> None:
+def test_all_of_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, checked: CheckedRun) -> None:
     """That reads x, the weight and the rest once, whatever the number of splits but for their parts."""
     for splits in (1, 4):
         launching(monkeypatch, splits=splits, features=32)
@@ -109,7 +109,7 @@ def test_all_of_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, checked: Repor
 
 
 @interpreter
-def test_what_a_kernel_does_not_take_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch, checked: Report) -> None:
+def test_what_a_kernel_does_not_take_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch, checked: CheckedRun) -> None:
     """A norm in fp16 or fp32; silu * up of halves that are not whole tiles of 4-bit codes."""
     launching(monkeypatch)
     (x, weight), options = case(2, 64, 24, "norm")

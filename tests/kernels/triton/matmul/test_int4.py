@@ -14,7 +14,7 @@ from fastllama import kernels
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.triton.matmul.epilogue import COUNTERS
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from fastllama.testing.poison import noise_, surrounded
 from tests.kernels.honest import assert_equal
 from tests.kernels.ops.test_int4 import Weight, check
@@ -44,7 +44,7 @@ def _bound(bind: Callable[..., None]) -> None:
     ("size", "group", "zeros"), [(640, 128, None), (608, 32, torch.uint8), (400, 400, torch.float16), (576, 64, None)]
 )
 def test_splits(
-    launch: Callable[[int], None], checked: Report, size: int, group: int, zeros: torch.dtype | None, splits: int
+    launch: Callable[[int], None], checked: CheckedRun, size: int, group: int, zeros: torch.dtype | None, splits: int
 ) -> None:
     """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
     launch(splits)
@@ -117,7 +117,7 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written(
 
 @pytest.mark.usefixtures("_bound")
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
-def test_the_weight_is_read_once(launch: Callable[[int], None], checked: Report, rows: int) -> None:
+def test_the_weight_is_read_once(launch: Callable[[int], None], checked: CheckedRun, rows: int) -> None:
     """Half a byte each, and 2 for each scale and zero; x for every 64 features, from 17 rows on for every 128."""
     launch(2)
     weight = Weight.of(128, 512, 128, torch.bfloat16, torch.bfloat16)
@@ -134,7 +134,7 @@ def test_the_weight_is_read_once(launch: Callable[[int], None], checked: Report,
 
 
 @pytest.mark.usefixtures("_bound")
-def test_the_weight_of_many_rows_is_written_once(checked: Report) -> None:
+def test_the_weight_of_many_rows_is_written_once(checked: CheckedRun) -> None:
     weight = Weight.of(70, 192, 64, torch.bfloat16)
     kernels.matmul_int4(torch.randn(65, 192).bfloat16(), *weight.packed)
     (launched,) = checked.launches

@@ -12,7 +12,7 @@ from fastllama import kernels
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.triton.matmul.epilogue import COUNTERS
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from fastllama.testing.poison import noise_, surrounded
 from tests.kernels.honest import assert_equal
 from tests.kernels.ops.test_int8 import ASSEMBLY, Weight, check
@@ -39,7 +39,7 @@ def _bound(bind: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize(("size", "group"), [(640, 128), (608, 32), (400, 400), (576, 64)])
-def test_splits(launch: Callable[[int], None], checked: Report, size: int, group: int, splits: int) -> None:
+def test_splits(launch: Callable[[int], None], checked: CheckedRun, size: int, group: int, splits: int) -> None:
     """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
     launch(splits)
     check(ASSEMBLY, torch.randn(3, size).half(), Weight.of(130, size, group, torch.float16), torch.randn(130).half())
@@ -89,7 +89,7 @@ def test_a_workspace_is_as_of_4_bits(
 
 @pytest.mark.usefixtures("_bound")
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
-def test_the_weight_is_read_once(launch: Callable[[int], None], checked: Report, rows: int) -> None:
+def test_the_weight_is_read_once(launch: Callable[[int], None], checked: CheckedRun, rows: int) -> None:
     """A byte each, and 2 for each scale; x for every 128 features."""
     launch(2)
     weight = Weight.of(256, 512, 128, torch.bfloat16)
@@ -102,7 +102,7 @@ def test_the_weight_is_read_once(launch: Callable[[int], None], checked: Report,
 
 
 @pytest.mark.usefixtures("_bound")
-def test_the_weight_of_many_rows_is_written_once(checked: Report) -> None:
+def test_the_weight_of_many_rows_is_written_once(checked: CheckedRun) -> None:
     weight = Weight.of(70, 192, 64, torch.bfloat16)
     kernels.matmul_int8(torch.randn(65, 192).bfloat16(), *weight.packed)
     (launched,) = checked.launches

@@ -11,7 +11,7 @@ import torch
 from fastllama import kernels
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import heuristics, tuning
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from fastllama.testing.poison import noise_, surrounded
 from tests.kernels.honest import assert_equal
 from tests.kernels.ops.test_w8a8 import check, drawn
@@ -39,7 +39,7 @@ def _bound(bind: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
-def test_splits(launch: Choose, checked: Report, splits: int, columns: int) -> None:
+def test_splits(launch: Choose, checked: CheckedRun, splits: int, columns: int) -> None:
     """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
     launch(16, columns, splits)
     check("triton", *drawn(19, 130, 600, torch.float16), torch.randn(130).half())
@@ -94,7 +94,7 @@ def test_a_workspace_holds_anything_before_and_is_all_that_is_used(
 
 @pytest.mark.usefixtures("_bound")
 @pytest.mark.parametrize("rows", [1, 16])
-def test_the_weight_is_read_once(launch: Choose, checked: Report, rows: int) -> None:
+def test_the_weight_is_read_once(launch: Choose, checked: CheckedRun, rows: int) -> None:
     """A byte each; x for every 128 features."""
     launch(splits=2)
     x, x_scales, codes, scales = drawn(rows, 256, 512, torch.bfloat16)
@@ -109,7 +109,7 @@ def test_the_weight_is_read_once(launch: Choose, checked: Report, rows: int) -> 
 
 
 @pytest.mark.usefixtures("_bound")
-def test_rows_are_rounded_in_one_pass(checked: Report) -> None:
+def test_rows_are_rounded_in_one_pass(checked: CheckedRun) -> None:
     kernels.quantize_rows(torch.randn(5, 300).bfloat16())
     (launched,) = checked.launches
     assert launched.loaded == {"x_ptr": 5 * 300 * 2}

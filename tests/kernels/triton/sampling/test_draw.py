@@ -15,7 +15,7 @@ from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.triton.sampling import draw as sampling
 from fastllama.testing.checks import same_in_any_order
-from fastllama.testing.monitor import Report
+from fastllama.testing.monitor import CheckedRun
 from fastllama.verify.sampling import Draw, candidates
 from tests.kernels.honest import assert_equal
 from tests.kernels.ops.test_sampling import rows, survivors
@@ -204,7 +204,7 @@ def test_rows_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> No
     ("filters", "passes"),
     [({"temperature": 0.0, "top_k": 9, "top_p": 0.5}, 1), ({"min_p": 0.5}, 2), ({"top_k": 9}, 4), ({"top_p": 0.5}, 4)],
 )
-def test_a_row_pays_for_what_it_asks(checked: Report, filters: dict[str, float], passes: int) -> None:
+def test_a_row_pays_for_what_it_asks(checked: CheckedRun, filters: dict[str, float], passes: int) -> None:
     """Passes over the logits, and at the end once more the chunk of the token."""
     chunk, vocab = 4096, 12288
     assert tuning.sample(torch.device("cpu"), vocab_size=vocab, itemsize=4).block == chunk
