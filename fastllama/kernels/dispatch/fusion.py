@@ -22,4 +22,5 @@ class Fusion(NamedTuple):
     gated: bool = False
 
 
+Fields = tuple[Tensor | None, float, Tensor | None, bool]  # those of a Fusion
 SCHEMA = "Tensor? norm, float eps, Tensor? residual, bool gated"

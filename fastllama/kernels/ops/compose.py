@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.dispatch.fusion import Fields
 from fastllama.kernels.ops.norm import rms_norm
 from fastllama.kernels.ops.swiglu import silu_mul
 
@@ -16,18 +16,19 @@ from fastllama.kernels.ops.swiglu import silu_mul
 ONE_THREAD = 1 << 15
 
 
-def compose(matmul: Callable[[Tensor, Tensor], object], x: Tensor, fusion: Fusion, out: Tensor) -> None:
-    """out = what `matmul(x, out)` writes, with what `fusion` has around it."""
-    if fusion.norm is not None:
-        x = rms_norm(x, fusion.norm, fusion.eps)
-    if fusion.gated:
+def compose(matmul: Callable[[Tensor, Tensor], object], x: Tensor, fusion: Fields, out: Tensor) -> None:
+    """out = what `matmul(x, out)` writes, with what a Fusion, or its fields in a plain tuple, have around it."""
+    norm, eps, residual, gated = fusion
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    if gated:
         gate_up = out.new_empty(*out.shape[:-1], 2 * out.shape[-1])
         matmul(x, gate_up)
         silu_mul(gate_up, out=out)
-    elif fusion.residual is not None:
+    elif residual is not None:
         found = torch.empty_like(out)  # out may be residual itself
         matmul(x, found)
-        _add(fusion.residual, found, out)
+        _add(residual, found, out)
     else:
         matmul(x, out)
 

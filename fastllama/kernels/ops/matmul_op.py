@@ -13,8 +13,6 @@ from fastllama.kernels.dispatch.fusion import SCHEMA, Fusion
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.compose import compose
 
-UNFUSED = Fusion()
-
 
 class MatmulOp(Op):
     """x, what stands for the weight, bias, a Fusion's fields, out, and a workspace where a Triton kernel needs one.
@@ -54,11 +52,11 @@ class MatmulOp(Op):
         return self._composed[kernels]
 
     def _unfused(self, multiply: Function) -> Function:
-        before, behind = self._before, self._behind
+        before, behind = self._before - 1, self._behind - 1  # without x
 
         def run(x: Tensor, *args: Any) -> None:
-            weight, fusion, (out, *workspace) = args[: before - 1], args[before - 1 : behind - 1], args[behind - 1 :]
-            compose(lambda x, out: multiply(x, *weight, out, *workspace), x, Fusion(*fusion), out)
+            weight, out, workspace = args[:before], args[behind], args[behind + 1 :]
+            compose(lambda x, out: multiply(x, *weight, out, *workspace), x, args[before:behind], out)
 
         return run
 
