@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels import reference
-from fastllama.kernels.launch import tuning
+from fastllama.kernels.launch import device
 from fastllama.testing.poison import noise_
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, on_cpu, public
 
@@ -98,7 +98,7 @@ def product(backend: str) -> Callable[..., Tensor]:
     run = public("matmul_int8", "triton")
 
     def assembled(*args: Any, **options: Any) -> Tensor:
-        with mock.patch.object(tuning, "arch", return_value="sm_90"):
+        with mock.patch.object(device, "device_info", return_value=replace(device.CPU, arch="sm_90")):
             return run(*args, **options)
 
     return assembled

@@ -25,7 +25,6 @@ CONFIG = LlamaConfig(
     vocab_size=40,
     max_position_embeddings=64,
 )
-LAUNCHES = ["matmul_dense_kernel", "rope_and_write_kv_kernel", "attention_decode_kernel", *3 * ["matmul_dense_kernel"]]
 
 
 @pytest.fixture
@@ -68,5 +67,7 @@ def test_a_decode_step_is_six_launches_a_layer(
     for backend in ("reference", "triton"):
         force(backend)
         found[backend] = step(model, hidden.clone())
-    assert [launch.kernel for launch in checked.launches] == LAUNCHES
+    matmul = "matmul_dense_kernel" if kind == "bf16" else "matmul_quantized_kernel"
+    launches = [matmul, "rope_and_write_kv_kernel", "attention_decode_kernel", *3 * [matmul]]
+    assert [launch.kernel for launch in checked.launches] == launches
     assert error(found["triton"], found["reference"].double()) < 4 * torch.finfo(BF16).eps

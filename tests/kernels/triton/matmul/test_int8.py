@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from fastllama import kernels
 from fastllama.kernels.dispatch.op import OPS
-from fastllama.kernels.launch import heuristics, tuning
+from fastllama.kernels.launch import device, heuristics, tuning
 from fastllama.kernels.triton.matmul.epilogue import COUNTERS
 from fastllama.testing.monitor import CheckedRun
 from fastllama.testing.poison import noise_, surrounded
@@ -61,7 +62,7 @@ def test_a_row_is_the_same_whatever_the_others(
     launch(splits)
     most = 16 if dtype == torch.float32 else 64
     weight, x = Weight.of(70, 608, 32, dtype), torch.randn(most, 608).to(dtype)
-    with mock.patch.object(tuning, "arch", return_value=arch):
+    with mock.patch.object(device, "device_info", return_value=replace(device.CPU, arch=arch)):
         whole = kernels.matmul_int8(x, *weight.packed)
         for rows in (1, 3, 15, 16, 17, 33, 63):
             if rows < most:
