@@ -21,6 +21,11 @@ class Fusion(NamedTuple):
     residual: Tensor | None = None
     gated: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing around the matmul."""
+        return self.norm is None and self.residual is None and not self.gated
+
 
 Fields = tuple[Tensor | None, float, Tensor | None, bool]  # those of a Fusion
 SCHEMA = "Tensor? norm, float eps, Tensor? residual, bool gated"

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import device, tuning
 from fastllama.kernels.launch.device import Device
 from fastllama.kernels.reference.int4 import packed_shape
@@ -24,9 +25,6 @@ from fastllama.kernels.reference.int8 import packed_shape as int8_shape
 from fastllama.kernels.triton.attention import decode as decode_kernels
 from fastllama.kernels.triton.attention import merge as merge_kernels
 from fastllama.kernels.triton.attention import prefill as prefill_kernels
-from fastllama.kernels.triton.matmul import dense as matmul_kernels
-from fastllama.kernels.triton.matmul import int4 as int4_kernels
-from fastllama.kernels.triton.matmul import int8 as int8_kernels
 from fastllama.kernels.triton.matmul import w8a8 as w8a8_kernels
 from fastllama.kernels.triton.rows import embedding as embedding_kernels
 from fastllama.kernels.triton.rows import norm as norm_kernels
@@ -236,7 +234,7 @@ def matmul() -> Iterator[Shipped]:
 
     def multiply(rows: int, features: int, size: int, form: str, dtype: torch.dtype) -> None:
         x, weight = meta(rows, size, dtype=dtype), meta(features, size, dtype=dtype)
-        matmul_kernels.matmul(x, weight, None, *around(form, x, features))
+        OPS["matmul"].launcher("cuda")(x, weight, None, *around(form, x, features))
 
     products = [("7B qkv", 12288, 4096, ""), ("7B qkv", 12288, 4096, "norm"), ("7B down", 4096, 11008, "residual")]
     products += [("7B gate_up", 22016, 4096, "norm, gated"), ("70B gate_up", 57344, 8192, "norm, gated")]
@@ -287,7 +285,7 @@ def int4() -> Iterator[Shipped]:
         x, packed = meta(rows, size, dtype=dtype), meta(*packed_shape(features, size), dtype=torch.int32)
         groups = (features, size // group)
         held = meta(*groups, dtype=dtype), None if zeros is None else meta(*groups, dtype=zeros)
-        int4_kernels.matmul_int4(x, packed, *held, None, *around(form, x, features))
+        OPS["matmul_int4"].launcher("cuda")(x, packed, *held, None, *around(form, x, features))
 
     kinds = [(*weight, 128, BF16, None, rows) for weight in (DOWN, QKV, GATE_UP) for rows in (16, 64, 1024)]
     kinds += [(*DOWN, 128, FP16, None, 16), (*DOWN, 128, BF16, None, 32), (*DOWN, 11008, BF16, None, 16)]
@@ -321,7 +319,7 @@ def int8() -> Iterator[Shipped]:
     def multiply(rows: int, features: int, size: int, group: int, dtype: torch.dtype, form: str = "") -> None:
         x, packed = meta(rows, size, dtype=dtype), meta(*int8_shape(features, size), dtype=torch.int8)
         scales = meta(features, size // group, dtype=dtype)
-        int8_kernels.matmul_int8(x, packed, scales, None, *around(form, x, features))
+        OPS["matmul_int8"].launcher("cuda")(x, packed, scales, None, *around(form, x, features))
 
     kinds = [(*weight, 128, BF16, rows) for weight in (DOWN, QKV, GATE_UP) for rows in (16, 64, 1024)]
     kinds += [(*DOWN, 128, FP16, 16), (*DOWN, 128, FP16, 1024), (*DOWN, 128, BF16, 32), (*DOWN, 128, FP32, 16)]

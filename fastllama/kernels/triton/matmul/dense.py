@@ -134,6 +134,7 @@ def matmul(
     x, out = as_rows("x", x), as_rows("out", out)
     num_rows, (features, size) = x.shape[0], weight.shape
     if num_rows > MOST_ROWS:
+        assert fusion.is_empty, "see `fuses`"
         return [VendorMatmul(x, weight, bias, out)]
     launch, splits = _plan(num_rows, weight)
     if not out.numel():

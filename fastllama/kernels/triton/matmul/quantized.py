@@ -316,6 +316,7 @@ def multiply(
     rows, result = as_rows("x", x), as_rows("out", out)
     if rows.shape[0] <= few_rows(x, packed):
         return _multiply_few(rows, packed, scales, zeros, bias, fusion, result, workspace)
+    assert fusion.is_empty, "see `fuses`"
     features, size, elements = scales.shape[0], rows.shape[1], _weight_elements(x, scales)
     held = scratch(workspace, elements, torch.float32, x.device)
     weight = held[COUNTERS:elements].view(x.dtype)[: features * size].view(features, size)
