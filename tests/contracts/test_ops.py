@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 
 from fastllama import kernels
 from fastllama.kernels import reference
+from fastllama.kernels.dispatch.backends import Backends
 from fastllama.kernels.dispatch.op import OPS
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
+OPS_FOLDER = Path(kernels.__file__).parent / "ops"
 TESTS = Path(__file__).parents[1] / "kernels"
 # Public functions that are no ops, and why.
 HELPERS = {
@@ -57,6 +61,15 @@ def test_public_functions_and_ops_are_the_same() -> None:
     functions = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), FunctionType)}
     assert functions - set(HELPERS) == set(OPS)
     assert set(HELPERS) <= functions
+
+
+def test_a_compilers_table_has_just_what_asks_for_it() -> None:
+    """A name that an op does not have would be found by nobody, one that lacks at the first call."""
+    modules = [importlib.import_module(f"fastllama.kernels.ops.{path.stem}") for path in OPS_FOLDER.glob("*.py")]
+    bound = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Backends)}
+    assert set(OPS) <= set(bound)
+    assert {name for name, value in bound.items() if value._numba} == set(numba_kernels())
+    assert {name for name, value in bound.items() if value._triton} == set(triton_kernels())
 
 
 @pytest.mark.parametrize("op", OPS)

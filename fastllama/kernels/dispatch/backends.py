@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,12 +39,15 @@ class Kernels:
     fuses: Callable[..., Fusion] | None = None
 
 
+Table = Callable[[], Mapping[str, Kernels]]
+
+
 class Backends:
     """A function that has a reference, and may have an implementation of torch's ops for CPUs, in Numba and in Triton.
 
     reference: the function of the same name in kernels/reference.
-    cpu: faster than it for CPU tensors. numba, triton: import the kernels and return them; called when first needed, so
-    that both packages stay optional.
+    cpu: faster than it for CPU tensors. numba, triton: give a compiler's kernels by name, this function's among them;
+    called when first needed, so that both packages stay optional.
     """
 
     def __init__(
@@ -53,8 +56,8 @@ class Backends:
         *,
         reference: Function,
         cpu: Function | None = None,
-        numba: Callable[[], Kernels] | None = None,
-        triton: Callable[[], Kernels] | None = None,
+        numba: Table | None = None,
+        triton: Table | None = None,
     ) -> None:
         self.name = name
         self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
@@ -85,7 +88,7 @@ class Backends:
         missing = f"no kernels for {device}"
         if device == "cpu":
             if self._numba is not None and importlib.util.find_spec("numba") is not None:
-                run = self._whole(self._numba())
+                run = self._whole(self._numba()[self.name])
                 found.append(Implementation("numba", run, "tensors on cpu, Numba is installed"))
             if self._cpu is not None:
                 found.append(Implementation("cpu", self._whole(Kernels(self._cpu)), "tensors on cpu"))
@@ -110,7 +113,7 @@ class Backends:
             raise BackendError(
                 f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1"
             )
-        return self._triton()
+        return self._triton()[self.name]
 
     def _whole(self, kernels: Kernels) -> Function:
         """What runs all of a call by kernels that may do a part of it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastllama.kernels.dispatch.backends import Backends, Function, Kernels
+from fastllama.kernels.dispatch.backends import Backends, Function, Table
 
 
 class Conversion(Backends):
@@ -22,7 +22,7 @@ class Conversion(Backends):
         *,
         check: Callable[..., None],
         reference: Function,
-        numba: Callable[[], Kernels] | None = None,
+        numba: Table | None = None,
     ) -> None:
         super().__init__(reference.__name__, reference=reference, numba=numba)
         self._check = check

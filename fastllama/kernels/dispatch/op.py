@@ -17,7 +17,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastllama.errors import check_device
-from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Kernels
+from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Table
 from fastllama.kernels.dispatch.likeness import Likeness
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
@@ -45,8 +45,8 @@ class Op(Backends):
         check: Callable[..., None],
         reference: Callable[..., Any],
         cpu: Function | None = None,
-        numba: Callable[[], Kernels] | None = None,
-        triton: Callable[[], Kernels] | None = None,
+        numba: Table | None = None,
+        triton: Table | None = None,
     ) -> None:
         name, parameters = schema.removesuffix(") -> ()").split("(", 1)
         kinds, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 _INT32 = (torch.int32,)
 
@@ -123,43 +123,13 @@ def _check_paged(
     return num_seqs
 
 
-def _triton_attention_varlen() -> Kernels:
-    from fastllama.kernels.triton.attention import prefill
-
-    return Kernels(prefill.attention_varlen)
-
-
-def _numba_attention_prefill() -> Kernels:
-    from fastllama.kernels.numba import attention
-
-    return Kernels(attention.attention_prefill)
-
-
-def _triton_attention_prefill() -> Kernels:
-    from fastllama.kernels.triton.attention import prefill
-
-    return Kernels(prefill.attention_prefill)
-
-
-def _numba_attention_decode() -> Kernels:
-    from fastllama.kernels.numba import attention
-
-    return Kernels(attention.attention_decode)
-
-
-def _triton_attention_decode() -> Kernels:
-    from fastllama.kernels.triton.attention import decode
-
-    return Kernels(decode.attention_decode, decode.workspace_size)
-
-
 _VARLEN = Op(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
     "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_varlen,
     reference=reference.attention_varlen,
     cpu=cpu.attention_varlen,
-    triton=_triton_attention_varlen,
+    triton=triton_kernels,
 )
 _PREFILL = Op(
     "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
@@ -168,8 +138,8 @@ _PREFILL = Op(
     check=_check_prefill,
     reference=reference.attention_prefill,
     cpu=cpu.attention_prefill,
-    numba=_numba_attention_prefill,
-    triton=_triton_attention_prefill,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 _DECODE = Op(
     "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
@@ -178,8 +148,8 @@ _DECODE = Op(
     check=_check_decode,
     reference=reference.attention_decode,
     cpu=cpu.attention_decode,
-    numba=_numba_attention_decode,
-    triton=_triton_attention_decode,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

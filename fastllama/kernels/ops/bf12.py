@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastllama.errors import check_range, check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import check_elements, check_matmul, check_tensor, matmul_shape
 from fastllama.kernels.dispatch.conversion import Conversion
 from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.compiled import numba_kernels
 from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, LARGEST_EXPONENT
 
@@ -53,26 +53,14 @@ def _result_shape(x: Tensor, codes: Tensor, gated: bool) -> tuple[int, ...]:
     return matmul_shape(leading, rows[0], gated)
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import bf12
-
-    return Kernels(bf12.matmul_bf12)
-
-
-def _numba_pack() -> Kernels:
-    from fastllama.kernels.numba import bf12
-
-    return Kernels(bf12.pack_bf12)
-
-
 _MATMUL = MatmulOp(
     "matmul_bf12",
     "Tensor codes, Tensor outliers, int exponent",
     check=_check,
     reference=reference.matmul_bf12,
-    numba=_numba,
+    numba=numba_kernels,
 )
-_PACK = Conversion(check=_check_pack, reference=reference.pack_bf12, numba=_numba_pack)
+_PACK = Conversion(check=_check_pack, reference=reference.pack_bf12, numba=numba_kernels)
 _UNPACK = Conversion(check=_check_packed, reference=reference.unpack_bf12)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import (
     FLOATS,
     check_elements,
@@ -18,6 +17,7 @@ from fastllama.kernels.dispatch.checks import (
 )
 from fastllama.kernels.dispatch.conversion import Conversion
 from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
@@ -106,42 +106,18 @@ def _check_unpack(packed: Tensor, rows: int, columns: int) -> None:
     check_tensor("packed", packed, packed_shape(rows, columns), _WORDS)
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import int4
-
-    return Kernels(int4.matmul_int4)
-
-
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.matmul import int4, quantized
-
-    return Kernels(int4.matmul_int4, quantized.workspace_size, quantized.few_rows, int4.fuses)
-
-
-def _numba_quantize() -> Kernels:
-    from fastllama.kernels.numba import rounding
-
-    return Kernels(rounding.quantize_int4)
-
-
-def _numba_pack() -> Kernels:
-    from fastllama.kernels.numba import rounding
-
-    return Kernels(rounding.pack_int4)
-
-
 _MATMUL = MatmulOp(
     "matmul_int4",
     "Tensor packed, Tensor scales, Tensor? zeros",
     check=_check,
     reference=reference.matmul_int4,
     cpu=cpu.matmul_int4,
-    numba=_numba,
-    triton=_triton,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
-_QUANTIZE = Conversion(check=_check_quantize, reference=reference.quantize_int4, numba=_numba_quantize)
+_QUANTIZE = Conversion(check=_check_quantize, reference=reference.quantize_int4, numba=numba_kernels)
 _DEQUANTIZE = Conversion(check=_check_dequantize, reference=reference.dequantize_int4)
-_PACK = Conversion(check=_check_pack, reference=reference.pack_int4, numba=_numba_pack)
+_PACK = Conversion(check=_check_pack, reference=reference.pack_int4, numba=numba_kernels)
 _UNPACK = Conversion(check=_check_unpack, reference=reference.unpack_int4)
 
 

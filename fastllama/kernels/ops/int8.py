@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_matmul, check_tensor, check_workspace
 from fastllama.kernels.dispatch.conversion import Conversion
 from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.int4 import check_groups, check_roundable, quantized_shape
 from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int8 import packed_shape
@@ -60,42 +60,18 @@ def _check_unpack(packed: Tensor, rows: int, columns: int) -> None:
     check_tensor("packed", packed, packed_shape(rows, columns), _CODES)
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import int8
-
-    return Kernels(int8.matmul_int8)
-
-
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.matmul import int8, quantized
-
-    return Kernels(int8.matmul_int8, quantized.workspace_size, quantized.few_rows, int8.fuses)
-
-
-def _numba_quantize() -> Kernels:
-    from fastllama.kernels.numba import rounding
-
-    return Kernels(rounding.quantize_int8)
-
-
-def _numba_pack() -> Kernels:
-    from fastllama.kernels.numba import rounding
-
-    return Kernels(rounding.pack_int8)
-
-
 _MATMUL = MatmulOp(
     "matmul_int8",
     "Tensor packed, Tensor scales",
     check=_check,
     reference=reference.matmul_int8,
     cpu=cpu.matmul_int8,
-    numba=_numba,
-    triton=_triton,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
-_QUANTIZE = Conversion(check=check_roundable, reference=reference.quantize_int8, numba=_numba_quantize)
+_QUANTIZE = Conversion(check=check_roundable, reference=reference.quantize_int8, numba=numba_kernels)
 _DEQUANTIZE = Conversion(check=_check_dequantize, reference=reference.dequantize_int8)
-_PACK = Conversion(check=_check_pack, reference=reference.pack_int8, numba=_numba_pack)
+_PACK = Conversion(check=_check_pack, reference=reference.pack_int8, numba=numba_kernels)
 _UNPACK = Conversion(check=_check_unpack, reference=reference.unpack_int8)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import (
     FLOATS,
     INTEGERS,
@@ -19,6 +18,7 @@ from fastllama.kernels.dispatch.checks import (
 )
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.matmul_op import MatmulOp
 
 
@@ -61,38 +61,20 @@ def _rows_shape(ids: Tensor, weight: Tensor) -> tuple[int, int]:
     return rows[0], table[1]
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import matmul
-
-    return Kernels(matmul.matmul)
-
-
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.matmul import dense
-
-    return Kernels(dense.matmul, dense.workspace_size, dense.few_rows, dense.fuses)
-
-
-def _triton_embedding() -> Kernels:
-    from fastllama.kernels.triton.rows import embedding
-
-    return Kernels(embedding.embedding)
-
-
 _MATMUL = MatmulOp(
     "matmul",
     "Tensor weight",
     check=_check_matmul,
     reference=reference.matmul,
     cpu=cpu.matmul,
-    numba=_numba,
-    triton=_triton,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
     check=_check_embedding,
     reference=reference.embedding,
-    triton=_triton_embedding,
+    triton=triton_kernels,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastllama.kernels.dispatch.backends import Function, Kernels
+from fastllama.kernels.dispatch.backends import Function, Kernels, Table
 from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.dispatch.fusion import SCHEMA, Fusion
 from fastllama.kernels.dispatch.op import Op
@@ -31,8 +31,8 @@ class MatmulOp(Op):
         check: Callable[..., None],
         reference: Function,
         cpu: Function | None = None,
-        numba: Callable[[], Kernels] | None = None,
-        triton: Callable[[], Kernels] | None = None,
+        numba: Table | None = None,
+        triton: Table | None = None,
     ) -> None:
         scratch = ", Tensor(c!)? workspace" if triton is not None else ""
         schema = f"{name}(Tensor x, {weight}, Tensor? bias, {SCHEMA}, Tensor(a!) out{scratch}) -> ()"

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import triton_kernels
 
 
 def _check(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, out: Tensor, lse_out: Tensor) -> None:
@@ -28,17 +28,11 @@ def _lse_dtype(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.attention import merge
-
-    return Kernels(merge.merge_state)
-
-
 _MERGE_STATE = Op(
     "merge_state(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor(a!) out, Tensor(b!) lse_out) -> ()",
     check=_check,
     reference=reference.merge_state,
-    triton=_triton,
+    triton=triton_kernels,
 )
 
 

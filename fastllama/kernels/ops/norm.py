@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -28,43 +28,19 @@ def _check_add_rms_norm(
     check_tensor("residual_out", residual_out, x.shape, (x.dtype,))
 
 
-def _numba_rms_norm() -> Kernels:
-    from fastllama.kernels.numba import norm
-
-    return Kernels(norm.rms_norm)
-
-
-def _triton_rms_norm() -> Kernels:
-    from fastllama.kernels.triton.rows import norm
-
-    return Kernels(norm.rms_norm)
-
-
-def _numba_add_rms_norm() -> Kernels:
-    from fastllama.kernels.numba import norm
-
-    return Kernels(norm.add_rms_norm)
-
-
-def _triton_add_rms_norm() -> Kernels:
-    from fastllama.kernels.triton.rows import norm
-
-    return Kernels(norm.add_rms_norm)
-
-
 _RMS_NORM = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
     check=_check_rms_norm,
     reference=reference.rms_norm,
-    numba=_numba_rms_norm,
-    triton=_triton_rms_norm,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 _ADD_RMS_NORM = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
     check=_check_add_rms_norm,
     reference=reference.add_rms_norm,
-    numba=_numba_add_rms_norm,
-    triton=_triton_add_rms_norm,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import triton_kernels
 from fastllama.kernels.ops.swiglu import silu_mul_shape
 
 SCALES = (torch.float64, torch.float32)  # of rows; fp64 is the oracle's
@@ -64,54 +64,30 @@ def _check_silu_mul(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> None:
     _check_rows_out(out, scales_out, shape)
 
 
-def _triton_quantize_rows() -> Kernels:
-    from fastllama.kernels.triton.rows import quantize_rows
-
-    return Kernels(quantize_rows.quantize_rows)
-
-
-def _triton_rms_norm_int8() -> Kernels:
-    from fastllama.kernels.triton.rows import norm
-
-    return Kernels(norm.rms_norm_int8)
-
-
-def _triton_add_rms_norm_int8() -> Kernels:
-    from fastllama.kernels.triton.rows import norm
-
-    return Kernels(norm.add_rms_norm_int8)
-
-
-def _triton_silu_mul_int8() -> Kernels:
-    from fastllama.kernels.triton.rows import swiglu
-
-    return Kernels(swiglu.silu_mul_int8)
-
-
 _QUANTIZE = Op(
     "quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_quantize,
     reference=reference.quantize_rows,
-    triton=_triton_quantize_rows,
+    triton=triton_kernels,
 )
 _RMS_NORM = Op(
     "rms_norm_int8(Tensor x, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_rms_norm,
     reference=reference.rms_norm_int8,
-    triton=_triton_rms_norm_int8,
+    triton=triton_kernels,
 )
 _ADD_RMS_NORM = Op(
     "add_rms_norm_int8(Tensor x, Tensor(c!) residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scales_out) "
     "-> ()",
     check=_check_add_rms_norm,
     reference=reference.add_rms_norm_int8,
-    triton=_triton_add_rms_norm_int8,
+    triton=triton_kernels,
 )
 _SILU_MUL = Op(
     "silu_mul_int8(Tensor gate_up, Tensor(a!) out, Tensor(b!) scales_out) -> ()",
     check=_check_silu_mul,
     reference=reference.silu_mul_int8,
-    triton=_triton_silu_mul_int8,
+    triton=triton_kernels,
 )
 
 

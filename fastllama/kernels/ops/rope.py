@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import CODES, FLOATS, INTEGERS, check_elements, check_scales, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 _FP32 = (torch.float32,)
 
@@ -76,30 +76,12 @@ def _check_angles(
     check_tensor("positions", positions, (tokens,), INTEGERS)
 
 
-def _triton_rope() -> Kernels:
-    from fastllama.kernels.triton.rows import rope
-
-    return Kernels(rope.rope)
-
-
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import rope
-
-    return Kernels(rope.rope_and_write_kv)
-
-
-def _triton_rope_and_write_kv() -> Kernels:
-    from fastllama.kernels.triton.rows import rope
-
-    return Kernels(rope.rope_and_write_kv)
-
-
 _ROPE = Op(
     "rope(Tensor q, Tensor k, Tensor cos_sin, Tensor positions, bool interleaved, "
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     check=_check_rope,
     reference=reference.rope,
-    triton=_triton_rope,
+    triton=triton_kernels,
 )
 _ROPE_AND_WRITE_KV = Op(
     "rope_and_write_kv(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor slots, "
@@ -107,8 +89,8 @@ _ROPE_AND_WRITE_KV = Op(
     "Tensor(a!) q_out) -> ()",
     check=_check_rope_and_write_kv,
     reference=reference.rope_and_write_kv,
-    numba=_numba,
-    triton=_triton_rope_and_write_kv,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, INTEGERS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 _PARAMETERS = (
     ("temperature", (torch.float32,)),
@@ -34,25 +34,13 @@ def _check(logits: Tensor, *others: Tensor | None) -> None:
     check_workspace(workspace, torch.int64)
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import sampling
-
-    return Kernels(sampling.sample)
-
-
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.sampling import draw
-
-    return Kernels(draw.sample, draw.workspace_size)
-
-
 _SAMPLE = Op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset, "
     "Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!)? workspace) -> ()",
     check=_check,
     reference=reference.sample,
-    numba=_numba,
-    triton=_triton,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 
 def _check(gate_up: Tensor, out: Tensor) -> None:
@@ -25,24 +25,12 @@ def silu_mul_shape(gate_up: Tensor) -> tuple[int, ...]:
     return (*leading, width // 2)
 
 
-def _numba() -> Kernels:
-    from fastllama.kernels.numba import swiglu
-
-    return Kernels(swiglu.silu_mul)
-
-
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.rows import swiglu
-
-    return Kernels(swiglu.silu_mul)
-
-
 _SILU_MUL = Op(
     "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
     check=_check,
     reference=reference.silu_mul,
-    numba=_numba,
-    triton=_triton,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

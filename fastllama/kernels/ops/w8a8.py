@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops.compiled import triton_kernels
 from fastllama.kernels.ops.int8 import check_packed
 from fastllama.kernels.ops.quantize_rows import SCALES
 from fastllama.kernels.reference.w8a8 import MOST_COLUMNS
@@ -47,19 +47,13 @@ def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
     return (*leading, scales.shape[0])
 
 
-def _triton() -> Kernels:
-    from fastllama.kernels.triton.matmul import w8a8
-
-    return Kernels(w8a8.matmul_w8a8, w8a8.workspace_size)
-
-
 _MATMUL = Op(
     "matmul_w8a8(Tensor x, Tensor x_scales, Tensor packed, Tensor scales, Tensor? bias, Tensor(a!) out, "
     "Tensor(c!)? workspace) -> ()",
     check=_check_matmul,
     reference=reference.matmul_w8a8,
     cpu=cpu.matmul_w8a8,
-    triton=_triton,
+    triton=triton_kernels,
 )
 
 

@@ -1,0 +1,25 @@
+"""What runs each op, and each change of a weight's form, in Numba."""
+
+from __future__ import annotations
+
+from fastllama.kernels.dispatch.backends import Kernels
+from fastllama.kernels.numba import attention, bf12, int4, int8, matmul, norm, rope, rounding, sampling, swiglu
+
+KERNELS = {
+    "add_rms_norm": Kernels(norm.add_rms_norm),
+    "attention_decode": Kernels(attention.attention_decode),
+    "attention_prefill": Kernels(attention.attention_prefill),
+    "matmul": Kernels(matmul.matmul),
+    "matmul_bf12": Kernels(bf12.matmul_bf12),
+    "matmul_int4": Kernels(int4.matmul_int4),
+    "matmul_int8": Kernels(int8.matmul_int8),
+    "pack_bf12": Kernels(bf12.pack_bf12),
+    "pack_int4": Kernels(rounding.pack_int4),
+    "pack_int8": Kernels(rounding.pack_int8),
+    "quantize_int4": Kernels(rounding.quantize_int4),
+    "quantize_int8": Kernels(rounding.quantize_int8),
+    "rms_norm": Kernels(norm.rms_norm),
+    "rope_and_write_kv": Kernels(rope.rope_and_write_kv),
+    "sample": Kernels(sampling.sample),
+    "silu_mul": Kernels(swiglu.silu_mul),
+}
