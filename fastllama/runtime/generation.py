@@ -163,14 +163,18 @@ class Generation:
         return Generation(request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs))
 
     def abort(self, reason: FinishReason = "abort") -> None:
-        """End now: what has not finished does for this reason, and its text is all that is certain of it."""
+        """End now: what has not finished does for this reason, and its text is all that is certain of it.
+
+        A sequence that an interrupt kept from finishing, although it has all its tokens, ends by its "length".
+        """
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
-                seq.status, seq.finish_reason = Status.FINISHED, reason
                 seq.forget_unknown()
+                seq.finish_reason = "length" if len(seq.token_ids) >= seq.max_length else reason
+                seq.status = Status.FINISHED
         self.finish_time = time.monotonic()
         for sample in self.samples.values():
-            if sample.stream is not None and sample.seq.finish_reason == reason:
+            if sample.stream is not None and sample.seq.finish_reason in (reason, "length"):
                 sample.stream.close()
 
     def metrics(self) -> RequestMetrics:

@@ -32,6 +32,13 @@ class Launched(NamedTuple):
         """Whether it runs as it was scheduled."""
         return len(self.parts) == 1 and not self.failures
 
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether the next step can run before these tokens are known: penalties want them."""
+        return self.whole and not any(
+            seq.request.params.penalizes for chunk in self.step.chunks for seq in chunk.samples
+        )
+
     def read(self) -> list[sampler.Draw]:
         """What was drawn, as soon as it is there."""
         return [drawn for part in self.parts for drawn in part.draws.read()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+import logging
+from collections import abc
 from functools import partial
 
 import torch
@@ -17,8 +18,11 @@ from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCap
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.device.host_cache import HostCache
 from fastllama.runtime.device.sampler import Draws, StepLogits
+from fastllama.runtime.planning.block_pool import BlockPool, Transfer
 from fastllama.runtime.planning.inputs import Inputs
 from fastllama.runtime.planning.step import Step
+
+logger = logging.getLogger("fastllama")
 
 
 class Runner:
@@ -81,13 +85,29 @@ class Runner:
             return StepLogits(logits, inputs.samples, inputs.prompts, drawn)
         return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
 
+    def transfer(self, transfers: abc.Sequence[Transfer], pool: BlockPool) -> None:
+        """Copy pages between device and host. Where a copy fails, `host` is None from then on, and the pool has none.
+
+        Nothing needs the host cache to get on, and whoever tries the same again may never.
+        """
+        assert self.host is not None, "transfers without a host cache"
+        try:
+            self.host.transfer(transfers)
+        except BaseException as error:
+            pool.forget(transfers)
+            if not isinstance(error, Exception):
+                raise
+            logger.warning("the host cache is given up, for a copy failed: %r", error)
+            pool.drop_host()
+            self.host = None
+
     def copy(self, step: Step) -> None:
         """Only what the step copies from page to page."""
         if step.copies:
             self.kv.copy_pages(step.copies)
 
     def _run_eagerly(self, inputs: Inputs, before: Draws | None) -> Tensor:
-        def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
+        def tensor(values: abc.Sequence[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
         # As wide as in a graph: on a GPU the page table's width decides how attention is launched.
