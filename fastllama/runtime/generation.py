@@ -90,7 +90,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass
-class Sample:
+class Completion:
     """One sample so far; `stream` is None without a tokenizer."""
 
     seq: Sequence
@@ -135,7 +135,7 @@ class Generation:
     request: Request
     prompt: str | None
     tokenizer: Tokenizer | None
-    samples: dict[int, Sample] = field(default_factory=dict)
+    samples: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; the first token has none
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -146,20 +146,20 @@ class Generation:
         """Whether all its samples are, and the engine is through with them."""
         return self.finish_time is not None
 
-    def sample(self, seq: Sequence) -> Sample:
+    def sample(self, seq: Sequence) -> Completion:
         """The sample that a sequence grows."""
         found = self.samples.get(seq.index)
         if found is None:
             request = self.request
             stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
-            found = self.samples[seq.index] = Sample(seq, stream)
+            found = self.samples[seq.index] = Completion(seq, stream)
         return found
 
     def fork(self, request: Request) -> Generation:
         """What `request`, forked from this one, has so far: the same, but for its times."""
         sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
         stream = sample.stream.fork(request.params) if sample.stream is not None else None
-        samples = {seq.index: Sample(seq, stream, list(sample.logprobs))}
+        samples = {seq.index: Completion(seq, stream, list(sample.logprobs))}
         return Generation(request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs))
 
     def abort(self, reason: FinishReason = "abort") -> None:

@@ -12,7 +12,7 @@ from fastllama.errors import check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.device.execution import Launched
-from fastllama.runtime.device.sampler import Draw
+from fastllama.runtime.device.sampler import SampledToken
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
@@ -100,7 +100,9 @@ class LiveRequests:
         self.generations.clear()
         self.scheduler = scheduler
 
-    def take_in(self, launched: Launched, draws: list[Draw], *, isolate: bool) -> tuple[list[Generation], Gained]:
+    def take_in(
+        self, launched: Launched, draws: list[SampledToken], *, isolate: bool
+    ) -> tuple[list[Generation], Gained]:
         """Append the tokens of a step that has run; returns the generations that gained one or failed, and the tokens.
 
         isolate: what raises for a request fails that one alone.
@@ -146,7 +148,7 @@ class LiveRequests:
         """End a sequence whose logits are no numbers."""
         self.scheduler.finish(seq, "error", "the model's logits are not finite numbers")
 
-    def _accept(self, generation: Generation, drawn: Draw, now: float) -> None:
+    def _accept(self, generation: Generation, drawn: SampledToken, now: float) -> None:
         """Append a token to its sequence and finish that if it ends there."""
         seq, token_id = drawn.seq, drawn.token_id
         sample = generation.sample(seq)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -150,8 +151,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
 
@@ -171,12 +172,12 @@ class LLM:
             raise
         return [generation.output() for generation in generations]
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+    def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation in Llama 2's chat format; messages: [{"role": "user", "content": ...}, ...]."""
         return self.generate([encode_chat(self._needed_tokenizer(), messages)], params)[0]
 
     def stream(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
         """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
 
@@ -185,7 +186,7 @@ class LLM:
         return self.follow(self.start(prompt, params))
 
     def start(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
         (params,) = _params_of_each(params, 1)
@@ -210,18 +211,18 @@ class LLM:
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
         return self.engine.fork(generation, params)
 
-    def encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> Sequence[int]:
+    def encode(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message]) -> abc.Sequence[int]:
         """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        if not isinstance(prompt, abc.Sequence) or isinstance(prompt, bytes):
             raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
         if isinstance(prompt, str):
             return self._needed_tokenizer().encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return encode_chat(self._needed_tokenizer(), cast(Sequence[Message], prompt))
-        return cast(Sequence[int], prompt)
+            return encode_chat(self._needed_tokenizer(), cast(abc.Sequence[Message], prompt))
+        return cast(abc.Sequence[int], prompt)
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it."""
@@ -256,7 +257,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Generation:
+    def _add(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams) -> Generation:
         text = prompt if isinstance(prompt, str) else None
         return self.engine.add_request(self.encode(prompt), params, prompt=text)
 
@@ -291,22 +292,24 @@ def _find_tokenizer(tokenizer: str | Path | Tokenizer | None, model: Path | None
         return None
 
 
-def _as_list(prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
+def _as_list(
+    prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
+) -> list[str | abc.Sequence[int]]:
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+    if isinstance(prompts, abc.Sequence) and not isinstance(prompts, bytes):
         if len(prompts) > 0 and isinstance(prompts[0], int):
-            return [cast("Sequence[int]", prompts)]
-        if all(isinstance(prompt, Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
-            return list(cast("Sequence[str] | Sequence[Sequence[int]]", prompts))
+            return [cast("abc.Sequence[int]", prompts)]
+        if all(isinstance(prompt, abc.Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
+            return list(cast("abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]", prompts))
     raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
 
 
-def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
     each = [params] * count if isinstance(params, SamplingParams) else params
-    if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
+    if not isinstance(each, abc.Sequence) or not all(isinstance(own, SamplingParams) for own in each):
         raise TypeError(f"params is {params!r:.99}; legal: SamplingParams, or a list of one for each prompt")
     if len(each) != count:
         raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")

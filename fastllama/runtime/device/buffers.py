@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
 _IN_NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
 
 
-def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(values: abc.Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of the values. On a GPU they are pinned first, so that the copy runs while the host goes on."""
     host = torch.from_numpy(np.array(values, _IN_NUMPY[dtype]))
     if device.type == "cpu":
@@ -34,7 +35,7 @@ class Buffers:
     been copied: an event tells, which is waited for only where steps were launched that nobody read (after Ctrl-C).
     """
 
-    def __init__(self, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
+    def __init__(self, wanted: Mapping[str, tuple[abc.Sequence[int], torch.dtype]], device: torch.device) -> None:
         end = 0
         self._places: dict[str, slice] = {}  # in bytes
         for name, (shape, dtype) in wanted.items():

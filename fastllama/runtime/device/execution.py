@@ -17,7 +17,7 @@ class Computed(NamedTuple):
     """What the tokens of a step, or of a part of one, give."""
 
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
-    draws: sampler.Draws
+    draws: sampler.PendingTokens
 
 
 class Launched(NamedTuple):
@@ -39,7 +39,7 @@ class Launched(NamedTuple):
             seq.request.params.penalizes for chunk in self.step.chunks for seq in chunk.samples
         )
 
-    def read(self) -> list[sampler.Draw]:
+    def read(self) -> list[sampler.SampledToken]:
         """What was drawn, as soon as it is there."""
         return [drawn for part in self.parts for drawn in part.draws.read()]
 
@@ -55,6 +55,6 @@ def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launche
     return Launched(step, [compute(step)], {})
 
 
-def _compute(runner: Runner, before: sampler.Draws | None, step: Step) -> Computed:
+def _compute(runner: Runner, before: sampler.PendingTokens | None, step: Step) -> Computed:
     logits = runner.run(step, before)
     return Computed(sampler.prompt_logprobs(logits), sampler.start(logits))

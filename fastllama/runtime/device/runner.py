@@ -17,7 +17,7 @@ from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCapture
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.device.host_cache import HostCache
-from fastllama.runtime.device.sampler import Draws, StepLogits
+from fastllama.runtime.device.sampler import PendingTokens, StepLogits
 from fastllama.runtime.planning.block_pool import BlockPool, Transfer
 from fastllama.runtime.planning.inputs import Inputs
 from fastllama.runtime.planning.step import Step
@@ -73,7 +73,7 @@ class Runner:
         return self._capture.shape(num_seqs, 1)[0], num_queries
 
     @torch.inference_mode()
-    def run(self, step: Step, before: Draws | None = None) -> StepLogits:
+    def run(self, step: Step, before: PendingTokens | None = None) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards.
 
         before: of the step before, from which the tokens come that are UNKNOWN here.
@@ -106,7 +106,7 @@ class Runner:
         if step.copies:
             self.kv.copy_pages(step.copies)
 
-    def _run_eagerly(self, inputs: Inputs, before: Draws | None) -> Tensor:
+    def _run_eagerly(self, inputs: Inputs, before: PendingTokens | None) -> Tensor:
         def tensor(values: abc.Sequence[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 

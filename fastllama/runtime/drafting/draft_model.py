@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device import sampler
@@ -64,7 +64,7 @@ class DraftModel:
             for seq in chunk.samples or (chunk.seq,):
                 self._held[seq] = chunk.start + chunk.length, ()
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens, drawn one after another; none where one has but a single token."""
         self._forget()
         if any(len(seq.token_ids) < 2 for seq in sequences):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 
 from fastllama.runtime.planning.sequence import Sequence, Status
 from fastllama.runtime.planning.step import Step
@@ -31,7 +31,7 @@ class PromptLookup:
     def follow(self, step: Step) -> None:
         """Nothing to do: what a sequence holds is read when a guess is wanted."""
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
         if len(self._indices) > 2 * len(sequences):
             kept = {seq: index for seq, index in self._indices.items() if seq.status is not Status.FINISHED}

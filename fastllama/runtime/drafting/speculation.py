@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Items
 from typing import Protocol
 
 from fastllama.runtime.planning.scheduler import Scheduler
@@ -35,7 +34,7 @@ class Drafter(Protocol):
     def follow(self, step: Step) -> None:
         """A step that the model is about to compute."""
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
 
 

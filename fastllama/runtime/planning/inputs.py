@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,15 +12,15 @@ from fastllama.runtime.planning.step import Chunk, Step
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
 
 
-class Sample(NamedTuple):
-    """A token to draw from a row of the logits: the next of a sequence, if the tokens `ahead` come before it."""
+class SamplingRow(NamedTuple):
+    """A row of the logits and the sequence whose next token is sampled from it, behind the draft tokens `ahead`."""
 
     seq: Sequence
     row: int
     ahead: tuple[int, ...] = ()
 
 
-def parameters(samples: Items[Sample]) -> dict[str, list[float] | list[int]]:
+def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | list[int]]:
     """What kernels.sample takes for some draws, by its names.
 
     Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
@@ -56,7 +56,7 @@ class Inputs:
     cu_seqlens_q: list[int]
     logits_rows: list[int]
     unknown: list[tuple[int, Sequence]]
-    samples: list[Sample]
+    samples: list[SamplingRow]
     prompts: list[tuple[Chunk, int, int]]
 
     @classmethod
@@ -115,7 +115,7 @@ class Inputs:
                 rows.extend(range(first, first + unknown - start))
             for position in range(unknown, end):
                 ahead = chunk.drafts[: position + 1 - held]
-                self.samples.extend(Sample(sample, len(rows), ahead) for sample in chunk.samples)
+                self.samples.extend(SamplingRow(sample, len(rows), ahead) for sample in chunk.samples)
                 rows.append(first + position - start)
 
     def _add_decode(self, seq: Sequence, position: int, page_size: int) -> None:
@@ -126,5 +126,5 @@ class Inputs:
         self.ids.append(token_id)
         self.positions.append(position)
         self.slots.append(seq.page_ids[position // page_size] * page_size + position % page_size)
-        self.samples.append(Sample(seq, len(self.logits_rows)))
+        self.samples.append(SamplingRow(seq, len(self.logits_rows)))
         self.logits_rows.append(row)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 from fastllama.errors import check_range
@@ -194,7 +193,7 @@ class Scheduler:
             seq.page_ids[index : index + 1] = [page_id]
         return True
 
-    def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
+    def extend(self, step: Step, drafts: abc.Sequence[tuple[int, ...]]) -> Step:
         """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
         self._check_in_flight(step, self.in_flight)
         self.in_flight[0] = Step(

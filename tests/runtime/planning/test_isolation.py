@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastllama import LlamaForCausalLM, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
-from fastllama.runtime.device.sampler import Draw
+from fastllama.runtime.device.sampler import SampledToken
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.live_requests import LiveRequests
@@ -212,7 +212,7 @@ def test_what_breaks_behind_the_logits_ends_one_request(monkeypatch: pytest.Monk
         generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, (HOT, three, HOT), strict=True)]
         accept = LiveRequests._accept
 
-        def breaking(requests: LiveRequests, generation: Generation, drawn: Draw, now: float) -> None:
+        def breaking(requests: LiveRequests, generation: Generation, drawn: SampledToken, now: float) -> None:
             if generation is generations[1] and drawn.seq.index == 1:
                 raise UnicodeError("no text")
             accept(requests, generation, drawn, now)
