@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from fastllama.errors import check_choice, reject_unknown
+from fastllama.errors import reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
@@ -22,6 +22,7 @@ from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantization import check_quantization
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
@@ -102,7 +103,7 @@ class LLM:
             deterministic=deterministic,
             num_draft_tokens=num_draft_tokens,
         )
-        check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
+        check_quantization(quantization)
         if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
             speculation = resolve_model(str(speculation))
         self._progress = progress
@@ -115,25 +116,18 @@ class LLM:
             target, path = resolve_device(device), resolve_model(str(model))
             self.tokenizer = _find_tokenizer(tokenizer, path)
             loaded = load_model(path, dtype=dtype, device=target, progress=progress)
-            if quantization == "auto" and packing.pays(loaded):
-                quantization = "bf12"
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
             raise ValueError(
                 f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
                 "legal: the tokenizer that the model was trained with"
             )
-        if quantization == "bf12" and (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
-            raise ValueError(f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU")
-        self.quantization = None if quantization == "auto" else quantization  # what is done
+        given = isinstance(model, LlamaForCausalLM)
+        self.quantization = packing.resolve(loaded, quantization, given=given)  # what is done
         with nullcontext() if progress is False else compiling_announced(loaded.device):
-            if quantization == "bf12":
-                packing.pack(loaded, progress=progress)
-            elif quantization in packing.QUANTIZED:
-                packing.quantize(loaded, quantization, progress=progress)
+            packing.apply(loaded, self.quantization, progress=progress)
             if isinstance(speculation, Path):
                 speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
-                if packing.pays(speculation):
-                    packing.pack(speculation, progress=progress)
+                packing.apply(speculation, packing.resolve(speculation, "auto"), progress=progress)
             self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
             self.warm_up_seconds = self._engine.warm_up()
 
