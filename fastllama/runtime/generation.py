@@ -1,4 +1,4 @@
-"""A request as its caller sees it: text, tokens and log-probabilities of each sample as they grow."""
+"""A request as its caller sees it: text, tokens and log-probabilities of each completion as they grow."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass
 class Completion:
-    """One sample so far; `stream` is None without a tokenizer."""
+    """One of a request's n samples so far; `stream` is None without a tokenizer."""
 
     seq: Sequence
     stream: TextStream | None
@@ -116,7 +116,7 @@ class Completion:
         return ("length", None) if full else None
 
     def output(self) -> CompletionOutput:
-        """The sample as a value."""
+        """The completion as a value."""
         seq = self.seq
         return CompletionOutput(
             index=seq.index,
@@ -147,7 +147,7 @@ class Generation:
         return self.finish_time is not None
 
     def sample(self, seq: Sequence) -> Completion:
-        """The sample that a sequence grows."""
+        """The completion that a sequence grows."""
         found = self.samples.get(seq.index)
         if found is None:
             request = self.request
@@ -156,7 +156,7 @@ class Generation:
         return found
 
     def fork(self, request: Request) -> Generation:
-        """What `request`, forked from this one, has so far: the same, but for its times."""
+        """The generation of `request`, forked from this one: a copy, but for its times."""
         sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
         stream = sample.stream.fork(request.params) if sample.stream is not None else None
         samples = {seq.index: Completion(seq, stream, list(sample.logprobs))}

@@ -1,4 +1,4 @@
-"""Steps on their way through the device: run, drawn from, not yet read."""
+"""Steps in flight on the device: the forward pass and sampling are launched, the tokens not yet read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastllama.runtime.planning.step import Step
 
 
 class Computed(NamedTuple):
-    """What the tokens of a step, or of a part of one, give."""
+    """Results of a step, or of a part of one: prompt log-probabilities, and the tokens that are being sampled."""
 
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
     draws: sampler.PendingTokens
 
 
 class Launched(NamedTuple):
-    """A step that runs, in parts where it did not as a whole, and the requests for which it raised."""
+    """A step in flight, in parts where it raised as a whole, and the requests for which it raised."""
 
     step: Step
     parts: list[Computed]
@@ -40,12 +40,12 @@ class Launched(NamedTuple):
         )
 
     def read(self) -> list[sampler.SampledToken]:
-        """What was drawn, as soon as it is there."""
+        """Wait for the sampled tokens and return them."""
         return [drawn for part in self.parts for drawn in part.draws.read()]
 
 
 def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launched | None = None) -> Launched:
-    """Have the device run a step. Raises what that raises, but where it is to be isolated: see isolation.py.
+    """Launch a step's forward pass and sampling. Raises what these raise, unless isolated: see isolation.py.
 
     before: the step before, if that has not been read.
     """

@@ -1,4 +1,4 @@
-"""Decode steps, draws included, captured once for each shape and run again over the same buffers, without the modules.
+"""Decode steps, sampling included, captured once for each shape and replayed over the same buffers.
 
 On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
 device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
@@ -23,7 +23,7 @@ from fastllama.runtime.device.capture import Capture
 from fastllama.runtime.device.sampler import DTYPES, PendingTokens, SampleBuffers
 from fastllama.runtime.planning.inputs import Inputs, parameters
 
-PADDING = -1  # the slot of a row that is nobody's
+PADDING = -1  # the slot of a row without a sequence
 _Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 

@@ -1,4 +1,4 @@
-"""Pages of host memory behind those of the device: what their keys and values move to, and come back from."""
+"""KV pages in host memory, to which pages of the device are evicted, and from which they come back."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("fastllama")
 
 
 class Runner:
-    """A model and its pages.
+    """A model, its KV cache and its captured decode steps.
 
     kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
     tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
@@ -102,7 +102,7 @@ class Runner:
             self.host = None
 
     def copy(self, step: Step) -> None:
-        """Only what the step copies from page to page."""
+        """Copy pages as the step asks for, and run nothing else."""
         if step.copies:
             self.kv.copy_pages(step.copies)
 

@@ -1,4 +1,4 @@
-"""From the logits of a step to its tokens: penalties and biases, the draw, log-probabilities."""
+"""Samples a step's tokens from its logits: penalties and biases, sampling, log-probabilities."""
 
 from __future__ import annotations
 

@@ -8,10 +8,8 @@ from fastllama.runtime.planning.sequence import Sequence, Status
 from fastllama.runtime.planning.step import Step
 
 PROMPT_LOOKUP = "prompt_lookup"  # its name among options
-SIZES = (
-    4,
-    2,
-)  # of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often
+# Of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often.
+SIZES = (4, 2)
 
 
 class PromptLookup:
@@ -29,7 +27,7 @@ class PromptLookup:
         return 0.0
 
     def follow(self, step: Step) -> None:
-        """Nothing to do: what a sequence holds is read when a guess is wanted."""
+        """Nothing to do: what a sequence holds is read when drafts are wanted."""
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""

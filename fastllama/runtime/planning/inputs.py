@@ -1,4 +1,4 @@
-"""A scheduler's step as the numbers that its forward pass and its draws take: lists, made without torch."""
+"""The inputs of a step's forward pass and sampling, as lists of numbers, made without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SamplingRow(NamedTuple):
 
 
 def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | list[int]]:
-    """What kernels.sample takes for some draws, by its names.
+    """Sampling parameters of each row, by the names of kernels.sample's arguments.
 
     Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
     """
@@ -38,10 +38,10 @@ def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | li
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The tokens of a step and what layers.batch.BatchMeta says of them, with the same names.
+    """Token ids of a step, its batch metadata under the names of layers.batch.BatchMeta, and its sampling rows.
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
-    samples: the tokens to draw; those of one prompt share a row.
+    samples: the rows to sample from; the n samples of one prompt share a row.
     unknown: (row, sequence) of ids that are being drawn by the step before.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """

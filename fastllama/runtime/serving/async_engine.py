@@ -26,7 +26,7 @@ from fastllama.runtime.serving.statistics import Snapshot, Statistics
 
 @dataclass
 class _Told:
-    """What the reader of a request was told of one sample."""
+    """What the reader of a request has been sent of one sample."""
 
     num_tokens: int = 0
     num_logprobs: int = 0
@@ -270,7 +270,7 @@ class AsyncEngine:
         wake(readers)
 
     def _drafts(self) -> tuple[int, int]:
-        """Guesses verified, and those that came true, since the LLM was made: these no engine counts anew."""
+        """Draft tokens verified, and those accepted, since the LLM was made: these no engine counts anew."""
         speculation = self._engine.speculation
         return (0, 0) if speculation is None else (speculation.num_drafted, speculation.num_accepted)
 
