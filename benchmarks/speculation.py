@@ -18,7 +18,8 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
@@ -33,7 +34,7 @@ from fastllama.bench.environment import environment, write_record
 from fastllama.bench.text import table
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.drafting.speculation import Pace
-from fastllama.runtime.planning.sequence import Sequence as Tokens
+from fastllama.runtime.planning.sequence import Sequence
 from fastllama.runtime.planning.step import Step
 
 SENTENCES = (
@@ -123,7 +124,7 @@ class Scripted:
     def follow(self, step: Step) -> None:
         """Nothing to do."""
 
-    def propose(self, sequences: Sequence[Tokens], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens."""
         return [tuple(RIGHT if self._random.random() < self._right else WRONG for _ in range(count)) for _ in sequences]
 

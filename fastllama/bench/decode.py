@@ -25,12 +25,12 @@ from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantization import NONE, WORDS, quantization_of
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.options import KV_DTYPES
 from fastllama.runtime.params import SamplingParams
 
 OURS = "fastllama"
-KINDS = ("none", "bf12", *packing.QUANTIZED)
 UNCOUNTED = 4  # steps at the start: torch.compile records its graphs in the third
 TRACED = 3  # at the end, on a GPU
 PAGE = 64
@@ -45,15 +45,15 @@ class Options:
     """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
 
     model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. quantization: of
-    KINDS. kv_cache_dtype, deterministic: LLM's, of ours. batch: sequences. context: tokens of each at the end. tokens:
-    steps that count. peers: whether transformers' are measured, which needs CUDA.
+    quantization.WORDS. kv_cache_dtype, deterministic: LLM's, of ours. batch: sequences. context: tokens of each at the
+    end. tokens: steps that count. peers: whether transformers' are measured, which needs CUDA.
     """
 
     model: str = "7b"
     checkpoint: bool = False
     dtype: str = "auto"
     device: str = "auto"
-    quantization: tuple[str, ...] = ("none",)
+    quantization: tuple[str, ...] = (NONE,)
     kv_cache_dtype: str = "auto"
     deterministic: bool = False
     batch: tuple[int, ...] = (1, 8, 32, 128)
@@ -66,7 +66,7 @@ class Options:
             check_choice("shape", self.model, models.SHAPES)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         for kind in self.quantization:
-            check_choice("quantization", kind, KINDS)
+            check_choice("quantization", kind, WORDS)
         for rows in self.batch:
             check_range("batch", rows, 1)
         check_range("tokens", self.tokens, 1)
@@ -98,8 +98,8 @@ class _Bench:
         else:
             config = models.shape(options.model, longest)
         dtype = resolve_dtype(options.dtype, config)
-        if "bf12" in options.quantization and (dtype, device.type) != (torch.bfloat16, "cpu"):
-            raise ValueError(f"quantization is 'bf12' for {dtype} on {device}; legal: bfloat16 on a CPU")
+        for kind in options.quantization:
+            packing.check(quantization_of(kind), dtype, device)
         return cls(options, config, dtype, device)
 
     def build(self, kind: str) -> LlamaForCausalLM:
@@ -108,7 +108,7 @@ class _Bench:
         if not self.options.checkpoint:
             return models.random_model(self.config, kind, self.dtype, self.device)
         model = load_model(self.options.model, dtype=self.dtype, device=self.device, progress=False)
-        models.pack(model, kind)
+        packing.apply(model, quantization_of(kind), progress=False)
         return model
 
     def prompts(self, batch: int, context: int) -> list[list[int]]:
@@ -265,7 +265,7 @@ def _contenders(bench: _Bench, record: Record) -> Iterator[Contender]:
         if why:
             record["absent"][static_cache.NAME] = why
         else:
-            yield static_cache.NAME, "none", bench.build_theirs, bench.theirs
+            yield static_cache.NAME, NONE, bench.build_theirs, bench.theirs
 
 
 def _reason(failure: BaseException) -> str:

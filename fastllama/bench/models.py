@@ -13,6 +13,7 @@ from fastllama.io.hub import resolve_model
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantization import quantization_of
 from fastllama.runtime.device.memory import available_bytes
 
 SHAPES = {"tiny": None, "1.1b": "tinyllama-1.1b", "7b": "llama-2-7b", "13b": "llama-2-13b", "70b": "llama-2-70b"}
@@ -33,8 +34,8 @@ def shape(name: str, positions: int) -> LlamaConfig:
 def random_model(config: LlamaConfig, kind: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     """A model whose weights are normal, of the deviation 1/sqrt(columns), which keeps activations in scale.
 
-    kind: "none", or what LLM's `quantization` names: each layer is made, and rounded, before the next is, so that what
-    fits when it is rounded can be made. Drawn by torch's generator of the device. Raises MemoryError where the layers
+    kind: one of quantization.WORDS: each layer is made, and packed, before the next is, so that what fits when it is
+    packed can be made. Drawn by torch's generator of the device. Raises MemoryError where the layers
     do not fit.
     """
     model = _packed(replace(config, num_hidden_layers=1), kind, dtype, device)
@@ -55,16 +56,8 @@ def _packed(config: LlamaConfig, kind: str, dtype: torch.dtype, device: torch.de
             parameter.normal_(std=parameter.shape[1] ** -0.5)
         else:
             parameter.uniform_(0.5, 1.5)
-    pack(model, kind)
+    packing.apply(model, quantization_of(kind), progress=False)
     return model
-
-
-def pack(model: LlamaForCausalLM, kind: str) -> None:
-    """Keep the weights of a model as `kind` says, in place."""
-    if kind == "bf12":
-        packing.pack(model, progress=False)
-    elif kind != "none":
-        packing.quantize(model, kind, progress=False)
 
 
 def kept_bytes(module: nn.Module) -> int:

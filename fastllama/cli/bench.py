@@ -16,6 +16,7 @@ from fastllama.cli.options import (
     runtime_options,
 )
 from fastllama.cli.parser import add_command as add
+from fastllama.layers.quantization import NONE, WORDS
 
 FAILED = 1
 SHAPES = ("tiny", "1.1b", "7b", "13b", "70b")
@@ -147,8 +148,8 @@ def _add_decode(commands: Any) -> None:
     number(
         "--quantize",
         nargs="+",
-        choices=("none", "bf12", "int8", "int4", "w8a8"),
-        default=["none"],
+        choices=WORDS,
+        default=[NONE],
         help="how weights are kept, as for LLM (default none)",
     )
     number("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="sequences (1 8 32 128)")

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastllama.layers.quantization import WORDS, quantization_of
 from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
 
@@ -46,7 +47,7 @@ def add_quantize_option(parser: argparse.ArgumentParser) -> None:
     """--quantize."""
     parser.add_argument(
         "--quantize",
-        choices=("auto", "int4", "int8", "w8a8", "bf12", "none"),
+        choices=("auto", *WORDS),
         default="auto",
         help="int4, int8: weights rounded to so many bits; w8a8: activations to 8 as well; bf12: bf16 in 12 bits "
         "without loss (default: where that is faster)",
@@ -81,7 +82,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def quantization(args: argparse.Namespace) -> str | None:
     """The option of add_quantize_option, as LLM takes it."""
-    return None if args.quantize == "none" else str(args.quantize)
+    return quantization_of(args.quantize)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Swapping a model's linear layers for ones that read fewer bytes."""
+"""Packs a model's linear layers, in place, so that they read fewer bytes: without loss (bf12), or quantized."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, 
 from fastllama.layers.model import LlamaForCausalLM
 
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
+
+
+def check(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError if the linear layers of a model in dtype on a device cannot be packed into a kind."""
+    if kind == "bf12" and (dtype, device.type) != (torch.bfloat16, "cpu"):
+        raise ValueError(f"quantization is 'bf12' for {dtype} on {device}; legal: bfloat16 on a CPU")
+
+
+def resolve(model: LlamaForCausalLM, quantization: str | None, *, given: bool = False) -> str | None:
+    """What `apply` is to do: one of quantization.KINDS, or None, which keeps the weights as they came.
+
+    "auto" keeps what the checkpoint brings, but packs bf16 without loss where that `pays`, and touches nothing of a
+    model that was given and not loaded here. Raises ValueError where `check` does.
+    """
+    if quantization == "auto":
+        return "bf12" if not given and pays(model) else None
+    check(quantization, model.dtype, model.device)
+    return quantization
+
+
+def apply(model: LlamaForCausalLM, kind: str | None, *, progress: bool | None = None) -> None:
+    """Pack the linear layers into one of quantization.KINDS, in place; None leaves them. progress: as for `pack`."""
+    if kind == "bf12":
+        pack(model, progress=progress)
+    elif kind is not None:
+        quantize(model, kind, progress=progress)
 
 
 def pays(model: LlamaForCausalLM) -> bool:

@@ -1,4 +1,4 @@
-"""A request as its caller sees it: text, tokens and log-probabilities of each sample as they grow."""
+"""A request as its caller sees it: text, tokens and log-probabilities of each completion as they grow."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass
-class Sample:
-    """One sample so far; `stream` is None without a tokenizer."""
+class Completion:
+    """One of a request's n samples so far; `stream` is None without a tokenizer."""
 
     seq: Sequence
     stream: TextStream | None
@@ -116,7 +116,7 @@ class Sample:
         return ("length", None) if full else None
 
     def output(self) -> CompletionOutput:
-        """The sample as a value."""
+        """The completion as a value."""
         seq = self.seq
         return CompletionOutput(
             index=seq.index,
@@ -135,7 +135,7 @@ class Generation:
     request: Request
     prompt: str | None
     tokenizer: Tokenizer | None
-    samples: dict[int, Sample] = field(default_factory=dict)
+    samples: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; the first token has none
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -146,31 +146,35 @@ class Generation:
         """Whether all its samples are, and the engine is through with them."""
         return self.finish_time is not None
 
-    def sample(self, seq: Sequence) -> Sample:
-        """The sample that a sequence grows."""
+    def sample(self, seq: Sequence) -> Completion:
+        """The completion that a sequence grows."""
         found = self.samples.get(seq.index)
         if found is None:
             request = self.request
             stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
-            found = self.samples[seq.index] = Sample(seq, stream)
+            found = self.samples[seq.index] = Completion(seq, stream)
         return found
 
     def fork(self, request: Request) -> Generation:
-        """What `request`, forked from this one, has so far: the same, but for its times."""
+        """The generation of `request`, forked from this one: a copy, but for its times."""
         sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
         stream = sample.stream.fork(request.params) if sample.stream is not None else None
-        samples = {seq.index: Sample(seq, stream, list(sample.logprobs))}
+        samples = {seq.index: Completion(seq, stream, list(sample.logprobs))}
         return Generation(request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs))
 
     def abort(self, reason: FinishReason = "abort") -> None:
-        """End now: what has not finished does for this reason, and its text is all that is certain of it."""
+        """End now: what has not finished does for this reason, and its text is all that is certain of it.
+
+        A sequence that an interrupt kept from finishing, although it has all its tokens, ends by its "length".
+        """
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
-                seq.status, seq.finish_reason = Status.FINISHED, reason
                 seq.forget_unknown()
+                seq.finish_reason = "length" if len(seq.token_ids) >= seq.max_length else reason
+                seq.status = Status.FINISHED
         self.finish_time = time.monotonic()
         for sample in self.samples.values():
-            if sample.stream is not None and sample.seq.finish_reason == reason:
+            if sample.stream is not None and sample.seq.finish_reason in (reason, "length"):
                 sample.stream.close()
 
     def metrics(self) -> RequestMetrics:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from fastllama.errors import check_choice, reject_unknown
+from fastllama.errors import reject_unknown
 from fastllama.io.chat import Message, encode_chat
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
@@ -21,6 +22,7 @@ from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantization import check_quantization
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
@@ -101,7 +103,7 @@ class LLM:
             deterministic=deterministic,
             num_draft_tokens=num_draft_tokens,
         )
-        check_choice("quantization", quantization, ("auto", "bf12", *packing.QUANTIZED, None))
+        check_quantization(quantization)
         if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
             speculation = resolve_model(str(speculation))
         self._progress = progress
@@ -114,25 +116,18 @@ class LLM:
             target, path = resolve_device(device), resolve_model(str(model))
             self.tokenizer = _find_tokenizer(tokenizer, path)
             loaded = load_model(path, dtype=dtype, device=target, progress=progress)
-            if quantization == "auto" and packing.pays(loaded):
-                quantization = "bf12"
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
             raise ValueError(
                 f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
                 "legal: the tokenizer that the model was trained with"
             )
-        if quantization == "bf12" and (loaded.dtype, loaded.device.type) != (torch.bfloat16, "cpu"):
-            raise ValueError(f"quantization is 'bf12' for {loaded.dtype} on {loaded.device}; legal: bfloat16 on a CPU")
-        self.quantization = None if quantization == "auto" else quantization  # what is done
+        given = isinstance(model, LlamaForCausalLM)
+        self.quantization = packing.resolve(loaded, quantization, given=given)  # what is done
         with nullcontext() if progress is False else compiling_announced(loaded.device):
-            if quantization == "bf12":
-                packing.pack(loaded, progress=progress)
-            elif quantization in packing.QUANTIZED:
-                packing.quantize(loaded, quantization, progress=progress)
+            packing.apply(loaded, self.quantization, progress=progress)
             if isinstance(speculation, Path):
                 speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
-                if packing.pays(speculation):
-                    packing.pack(speculation, progress=progress)
+                packing.apply(speculation, packing.resolve(speculation, "auto"), progress=progress)
             self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
             self.warm_up_seconds = self._engine.warm_up()
 
@@ -150,8 +145,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
 
@@ -171,12 +166,12 @@ class LLM:
             raise
         return [generation.output() for generation in generations]
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+    def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation in Llama 2's chat format; messages: [{"role": "user", "content": ...}, ...]."""
         return self.generate([encode_chat(self._needed_tokenizer(), messages)], params)[0]
 
     def stream(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
         """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
 
@@ -185,7 +180,7 @@ class LLM:
         return self.follow(self.start(prompt, params))
 
     def start(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
         (params,) = _params_of_each(params, 1)
@@ -210,18 +205,18 @@ class LLM:
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
         return self.engine.fork(generation, params)
 
-    def encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> Sequence[int]:
+    def encode(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message]) -> abc.Sequence[int]:
         """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        if not isinstance(prompt, abc.Sequence) or isinstance(prompt, bytes):
             raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
         if isinstance(prompt, str):
             return self._needed_tokenizer().encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return encode_chat(self._needed_tokenizer(), cast(Sequence[Message], prompt))
-        return cast(Sequence[int], prompt)
+            return encode_chat(self._needed_tokenizer(), cast(abc.Sequence[Message], prompt))
+        return cast(abc.Sequence[int], prompt)
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it."""
@@ -256,7 +251,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Generation:
+    def _add(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams) -> Generation:
         text = prompt if isinstance(prompt, str) else None
         return self.engine.add_request(self.encode(prompt), params, prompt=text)
 
@@ -291,22 +286,24 @@ def _find_tokenizer(tokenizer: str | Path | Tokenizer | None, model: Path | None
         return None
 
 
-def _as_list(prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
+def _as_list(
+    prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
+) -> list[str | abc.Sequence[int]]:
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
+    if isinstance(prompts, abc.Sequence) and not isinstance(prompts, bytes):
         if len(prompts) > 0 and isinstance(prompts[0], int):
-            return [cast("Sequence[int]", prompts)]
-        if all(isinstance(prompt, Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
-            return list(cast("Sequence[str] | Sequence[Sequence[int]]", prompts))
+            return [cast("abc.Sequence[int]", prompts)]
+        if all(isinstance(prompt, abc.Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
+            return list(cast("abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]", prompts))
     raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
 
 
-def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
     each = [params] * count if isinstance(params, SamplingParams) else params
-    if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
+    if not isinstance(each, abc.Sequence) or not all(isinstance(own, SamplingParams) for own in each):
         raise TypeError(f"params is {params!r:.99}; legal: SamplingParams, or a list of one for each prompt")
     if len(each) != count:
         raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")

@@ -16,9 +16,9 @@ class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen by memory.sizes.
 
     kv_cache_tokens and host_cache_tokens are rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES.
-    deterministic: a request's logits do not depend on what else runs. num_draft_tokens: guesses that follow a
-    sequence's last token in one step, where there is something to guess them: 7 at most, for attention is proven for 8
-    tokens of a sequence at once.
+    deterministic: a request's logits do not depend on what else runs. num_draft_tokens: drafts behind a
+    sequence's last token in one step, if something proposes them: 7 at most, for attention is proven for 8 tokens of a
+    sequence at once.
     """
 
     max_model_len: int | None = None

@@ -44,8 +44,8 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
     num_generated_tokens: int = 0
-    num_draft_tokens: int = 0  # guessed and verified
-    num_accepted_tokens: int = 0  # guessed rightly: generated tokens beyond one for each step
+    num_draft_tokens: int = 0  # verified
+    num_accepted_tokens: int = 0  # of them: generated tokens beyond one for each step
 
 
 @dataclass(frozen=True, slots=True)

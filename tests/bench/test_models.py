@@ -9,6 +9,7 @@ import torch
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.bench import models
+from fastllama.layers import packing
 from fastllama.layers.linear import Int4Linear, Linear
 from tests.cli.models import random_model
 
@@ -65,5 +66,5 @@ def test_what_cannot_be_had_is_said_in_gigabytes(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_that_is_given_is_packed_as_llm_does_it() -> None:
     model = random_model()
-    models.pack(model, "int4")
+    packing.apply(model, "int4", progress=False)
     assert type(model.layers[1].self_attn.qkv_proj) is Int4Linear

@@ -12,6 +12,7 @@ import pytest
 from fastllama import LLM
 from fastllama.bench import ceilings, decode, models, peers, runtime
 from fastllama.cli import bench, main
+from fastllama.layers.quantization import WORDS
 from fastllama.runtime.options import KV_DTYPES
 from tests.cli.conftest import Command
 from tests.cli.models import write_model
@@ -197,7 +198,7 @@ def test_the_choices_are_those_of_what_is_called() -> None:
         return set(actions[command]._option_string_actions[option].choices)
 
     assert choices("decode", "--shape") == set(models.SHAPES)
-    assert choices("decode", "--quantize") == set(decode.KINDS)
+    assert choices("decode", "--quantize") == set(WORDS)
     assert choices("runtime", "--peers") == set(peers.PEERS)
     for command in ("decode", "runtime"):
         assert choices(command, "--kv-cache-dtype") == set(KV_DTYPES)

@@ -52,7 +52,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Those of every draw."""
     found, start = [], sampler.start
 
-    def spying(step: StepLogits) -> sampler.Draws:
+    def spying(step: StepLogits) -> sampler.PendingTokens:
         found.append(step.logits.clone())
         return start(step)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams, kernels
-from fastllama.layers import packing
-from fastllama.layers.linear import Bf12Linear, Linear
+from fastllama.layers import packing, quantization
+from fastllama.layers.linear import Bf12Linear, Linear, LinearBase, PackedLinear
 from fastllama.layers.weights import hf_tensors
 from fastllama.runtime.llm import LLM
 
@@ -112,3 +112,18 @@ def test_auto_packs_what_pays_and_is_its_own(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM("tiny", **options)
+
+
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_each_kind_by_name_is_one_that_packs(kind: str) -> None:
+    packed = model()
+    packing.apply(packed, kind, progress=False)
+    assert isinstance(packed.layers[0].mlp.gate_up_proj, PackedLinear)
+    assert set(quantization.KINDS) == {"bf12", *packing.QUANTIZED}
+    assert quantization.quantization_of(kind) == kind
+
+
+def test_none_keeps_the_weights() -> None:
+    kept = model()
+    packing.apply(kept, quantization.quantization_of("none"), progress=False)
+    assert all(type(module) is Linear for module in kept.modules() if isinstance(module, LinearBase))

@@ -112,7 +112,7 @@ def check_idle(engine: Engine) -> None:
     assert engine.pool.num_available == engine.pool.num_pages
     assert not engine.has_work
     assert engine.step() == []
-    assert engine._generations == {}
+    assert engine._requests.generations == {}
 
 
 def prompt_of(length: int, seed: int = 0, vocab_size: int = VOCAB) -> list[int]:

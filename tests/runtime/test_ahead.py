@@ -246,4 +246,4 @@ def test_nothing_is_launched_that_nobody_waits_for(ahead: None, events: list[str
         llm.generate([PROMPTS[1]], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, stop_token_ids=[stop]))
         assert events.count("launch") == events.count("read") + 1
         assert llm.engine._ahead is None
-        assert llm.engine.scheduler._in_flight == []
+        assert llm.engine.scheduler.in_flight == []

@@ -40,7 +40,7 @@ def run(
     found: Logits = {}
     start = sampler.start
 
-    def spying(step: StepLogits) -> sampler.Draws:
+    def spying(step: StepLogits) -> sampler.PendingTokens:
         for seq, row, _ in step.samples:
             found[seq.request.params.seed or 0, len(seq.token_ids)] = step.logits[row].clone()
         return start(step)

@@ -18,12 +18,14 @@ from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime import engine as engine_module
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.planning.scheduler import Scheduler
 from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running
 
 NEW_TOKENS = 10
 # no two sequences are ever at the same position, so that a position names a request
 PROMPTS = [prompt_of(length, seed=2) for length in (2, 20, 40)]
 HOT = SamplingParams(temperature=3.0, seed=3, max_tokens=NEW_TOKENS)
+LONGER = SamplingParams(temperature=3.0, seed=3, max_tokens=2 * NEW_TOKENS)
 
 
 class Flaky(LlamaForCausalLM):
@@ -161,7 +163,7 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         if event == "call":
-            return trace if Path(frame.f_code.co_filename).parent == RUNTIME else None
+            return trace if Path(frame.f_code.co_filename).is_relative_to(RUNTIME) else None
         if event == "line":
             count[0] += 1
             if count[0] == line:
@@ -211,6 +213,25 @@ def test_an_interrupt_anywhere_leaves_a_whole_engine(line: int, each_alone: list
                 assert sample.token_ids == whole[sample.index][:length]
                 assert sample.finish_reason == ("length" if length == NEW_TOKENS else "abort")
         assert tokens_of(llm.generate(PROMPTS[0], HOT)[0]) == each_alone[0]
+
+
+def test_an_interrupt_behind_the_last_token_leaves_an_answer_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequence has all its tokens and was not finished yet; another, which has not, ends by the interrupt."""
+    with running(ours()) as llm:
+        first, other = llm.engine.add_request(PROMPTS[0], HOT), llm.engine.add_request(PROMPTS[1], LONGER)
+
+        def interrupted(*given: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "finish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                finish(llm.engine, first)
+        assert llm.engine.step() == []
+        ends = [
+            (sample.finish_reason, len(sample.token_ids)) for each in (first, other) for sample in each.output().outputs
+        ]
+    assert ends == [("length", NEW_TOKENS), ("abort", NEW_TOKENS - 1)]
 
 
 @pytest.mark.parametrize("num_steps", range(0, 12, 2))

@@ -278,7 +278,7 @@ def test_what_is_no_unfinished_request_is_refused() -> None:
 def test_an_interrupt_before_it_ends_what_would_be_forked() -> None:
     with running(ours()) as llm:
         first = llm.engine.add_request(PROMPT, HOT)
-        llm.engine._torn = True
+        llm.engine._consistency.torn = True
         with pytest.raises(ValueError, match=r"^generation is request '0', which has ended"):
             llm.fork(first)
         assert first.output().outputs[0].finish_reason == "abort"

@@ -142,7 +142,7 @@ def test_a_closed_llm_says_so() -> None:
             with pytest.raises(RuntimeError, match=r"^this LLM is closed; make a new one$"):
                 use()
         llm._engine = engine  # for the check of `running`
-        for request in list(engine._generations.values()):
+        for request in list(engine._requests.generations.values()):
             engine.abort(request)
 
 

@@ -1,9 +1,10 @@
-"""Numbers of the host on their way to the device, which nobody waits for."""
+"""Host-to-device transfer buffers; pinned on a GPU, so that the copy is asynchronous."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
 _IN_NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
 
 
-def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the values. On a GPU they are pinned first, so that the copy runs while the host goes on."""
+def on_device(values: abc.Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the values on the device; to a GPU they are copied asynchronously, from pinned memory."""
     host = torch.from_numpy(np.array(values, _IN_NUMPY[dtype]))
     if device.type == "cpu":
         return host
@@ -27,14 +28,15 @@ def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device
 
 
 class Buffers:
-    """Tensors that stay where they are, filled on the host and sent to the device in one copy.
+    """Tensors at fixed addresses, filled on the host and copied to the device together.
 
     host, device: the same by name, zeros at first; on a CPU they share memory. On a GPU what is sent goes by pinned
-    memory, of which there are two: a step is prepared while the one before it runs. Which of them is filled again has
-    been copied: an event tells, which is waited for only where steps were launched that nobody read (after Ctrl-C).
+    memory, of which there are two: a step is prepared while the one before it runs. The one that is
+    filled again has been copied: an event says so, which is waited for only behind steps that were never read (after
+    Ctrl-C).
     """
 
-    def __init__(self, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
+    def __init__(self, wanted: Mapping[str, tuple[abc.Sequence[int], torch.dtype]], device: torch.device) -> None:
         end = 0
         self._places: dict[str, slice] = {}  # in bytes
         for name, (shape, dtype) in wanted.items():

@@ -1,4 +1,4 @@
-"""Steps on their way through the device: run, drawn from, not yet read."""
+"""Steps in flight on the device: the forward pass and sampling are launched, the tokens not yet read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastllama.runtime.planning.step import Step
 
 
 class Computed(NamedTuple):
-    """What the tokens of a step, or of a part of one, give."""
+    """Results of a step, or of a part of one: prompt log-probabilities, and the tokens that are being sampled."""
 
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]]
-    draws: sampler.Draws
+    draws: sampler.PendingTokens
 
 
 class Launched(NamedTuple):
-    """A step that runs, in parts where it did not as a whole, and the requests for which it raised."""
+    """A step in flight, in parts where it raised as a whole, and the requests for which it raised."""
 
     step: Step
     parts: list[Computed]
@@ -32,13 +32,20 @@ class Launched(NamedTuple):
         """Whether it runs as it was scheduled."""
         return len(self.parts) == 1 and not self.failures
 
-    def read(self) -> list[sampler.Draw]:
-        """What was drawn, as soon as it is there."""
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether the next step can run before these tokens are known: penalties want them."""
+        return self.whole and not any(
+            seq.request.params.penalizes for chunk in self.step.chunks for seq in chunk.samples
+        )
+
+    def read(self) -> list[sampler.SampledToken]:
+        """Wait for the sampled tokens and return them."""
         return [drawn for part in self.parts for drawn in part.draws.read()]
 
 
 def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launched | None = None) -> Launched:
-    """Have the device run a step. Raises what that raises, but where it is to be isolated: see isolation.py.
+    """Launch a step's forward pass and sampling. Raises what these raise, unless isolated: see isolation.py.
 
     before: the step before, if that has not been read.
     """
@@ -48,6 +55,6 @@ def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launche
     return Launched(step, [compute(step)], {})
 
 
-def _compute(runner: Runner, before: sampler.Draws | None, step: Step) -> Computed:
+def _compute(runner: Runner, before: sampler.PendingTokens | None, step: Step) -> Computed:
     logits = runner.run(step, before)
     return Computed(sampler.prompt_logprobs(logits), sampler.start(logits))

@@ -1,4 +1,4 @@
-"""Decode steps, draws included, captured once for each shape and run again over the same buffers, without the modules.
+"""Decode steps, sampling included, captured once for each shape and replayed over the same buffers.
 
 On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
 device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
@@ -20,10 +20,10 @@ from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device.buffers import Buffers
 from fastllama.runtime.device.capture import Capture
-from fastllama.runtime.device.sampler import DTYPES, Drawn, Draws
+from fastllama.runtime.device.sampler import DTYPES, PendingTokens, SampleBuffers
 from fastllama.runtime.planning.inputs import Inputs, parameters
 
-PADDING = -1  # the slot of a row that is nobody's
+PADDING = -1  # the slot of a row without a sequence
 _Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -59,7 +59,7 @@ class DecodeGraphs:
     def _shape(self, inputs: Inputs) -> tuple[int, int, int]:
         return *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
 
-    def run(self, inputs: Inputs, before: Draws | None) -> tuple[Tensor, Drawn]:
+    def run(self, inputs: Inputs, before: PendingTokens | None) -> tuple[Tensor, SampleBuffers]:
         """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
 
         To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
@@ -110,7 +110,7 @@ class _Graph:
         drawn: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
         self._buffers = Buffers(inputs | draws | passed_on | drawn, device)
         given = self._buffers.device
-        self.drawn = Drawn(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
+        self.drawn = SampleBuffers(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
         self._passed_on = [given[name] for name in passed_on]
         self._taken = torch.empty_like(given["tokens"])
         self._parameters = {name: given[name] for name in draws}
@@ -134,7 +134,7 @@ class _Graph:
 
         return run
 
-    def load(self, inputs: Inputs, before: Draws | None) -> None:
+    def load(self, inputs: Inputs, before: PendingTokens | None) -> None:
         """Send a step's numbers to the device, and have the ids there that only the device knows."""
         host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
         rows = len(inputs.ids)

@@ -1,9 +1,9 @@
-"""Pages of host memory behind those of the device: what their keys and values move to, and come back from."""
+"""KV pages in host memory, to which pages of the device are evicted, and from which they come back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import abc
 
 import torch
 
@@ -50,7 +50,7 @@ class HostCache:
         logger.info("host cache: %d tokens, %.2f GB", num_pages * page_size, size / 1e9)
 
     @torch.inference_mode()
-    def transfer(self, transfers: Sequence[Transfer]) -> None:
+    def transfer(self, transfers: abc.Sequence[Transfer]) -> None:
         """Copy pages in this order, behind what runs on the device; the host waits for none of it."""
         first = self._num_device_pages
         for source, destination in transfers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+import logging
+from collections import abc
 from functools import partial
 
 import torch
@@ -16,13 +17,16 @@ from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCapture
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.device.host_cache import HostCache
-from fastllama.runtime.device.sampler import Draws, StepLogits
+from fastllama.runtime.device.sampler import PendingTokens, StepLogits
+from fastllama.runtime.planning.block_pool import BlockPool, Transfer
 from fastllama.runtime.planning.inputs import Inputs
 from fastllama.runtime.planning.step import Step
 
+logger = logging.getLogger("fastllama")
+
 
 class Runner:
-    """A model and its pages.
+    """A model, its KV cache and its captured decode steps.
 
     kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
     tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
@@ -69,7 +73,7 @@ class Runner:
         return self._capture.shape(num_seqs, 1)[0], num_queries
 
     @torch.inference_mode()
-    def run(self, step: Step, before: Draws | None = None) -> StepLogits:
+    def run(self, step: Step, before: PendingTokens | None = None) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards.
 
         before: of the step before, from which the tokens come that are UNKNOWN here.
@@ -81,13 +85,29 @@ class Runner:
             return StepLogits(logits, inputs.samples, inputs.prompts, drawn)
         return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
 
+    def transfer(self, transfers: abc.Sequence[Transfer], pool: BlockPool) -> None:
+        """Copy pages between device and host. Where a copy fails, `host` is None from then on, and the pool has none.
+
+        Nothing needs the host cache to get on, and whoever tries the same again may never.
+        """
+        assert self.host is not None, "transfers without a host cache"
+        try:
+            self.host.transfer(transfers)
+        except BaseException as error:
+            pool.forget(transfers)
+            if not isinstance(error, Exception):
+                raise
+            logger.warning("the host cache is given up, for a copy failed: %r", error)
+            pool.drop_host()
+            self.host = None
+
     def copy(self, step: Step) -> None:
-        """Only what the step copies from page to page."""
+        """Copy pages as the step asks for, and run nothing else."""
         if step.copies:
             self.kv.copy_pages(step.copies)
 
-    def _run_eagerly(self, inputs: Inputs, before: Draws | None) -> Tensor:
-        def tensor(values: Items[object], dtype: torch.dtype) -> Tensor:
+    def _run_eagerly(self, inputs: Inputs, before: PendingTokens | None) -> Tensor:
+        def tensor(values: abc.Sequence[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
         # As wide as in a graph: on a GPU the page table's width decides how attention is launched.

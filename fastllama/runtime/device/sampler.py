@@ -1,10 +1,9 @@
-"""From the logits of a step to its tokens: penalties and biases, the draw, log-probabilities."""
+"""Samples a step's tokens from its logits: penalties and biases, sampling, log-probabilities."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence as Items
+from collections import Counter, abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from fastllama import kernels
 from fastllama.arithmetic import ceil_div
 from fastllama.runtime.device.buffers import ALIGNMENT, on_device
 from fastllama.runtime.outputs import TokenLogprob
-from fastllama.runtime.planning.inputs import Sample, parameters
+from fastllama.runtime.planning.inputs import SamplingRow, parameters
 from fastllama.runtime.planning.sequence import Sequence
 from fastllama.runtime.planning.step import Chunk
 
@@ -30,8 +29,8 @@ DTYPES = {  # of a draw's parameters
 }
 
 
-class Drawn(NamedTuple):
-    """Where kernels.sample writes tokens [R] int64 and log-probabilities [R] fp32: one memory, copied at once.
+class SampleBuffers(NamedTuple):
+    """Device buffers of kernels.sample: tokens [R] int64 and log-probabilities [R] fp32 in one memory, copied at once.
 
     memory: [N] uint8, which begins with the tokens and ends with the log-probabilities.
     """
@@ -41,7 +40,7 @@ class Drawn(NamedTuple):
     logprobs: Tensor
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> Drawn:
+    def empty(cls, rows: int, device: torch.device) -> SampleBuffers:
         """Memory for so many rows."""
         first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # of the log-probabilities
         memory = torch.empty(first + 4 * rows, dtype=torch.uint8, device=device)
@@ -56,16 +55,16 @@ class StepLogits:
     """
 
     logits: Tensor
-    samples: list[Sample]
+    samples: list[SamplingRow]
     prompts: list[tuple[Chunk, int, int]]
-    drawn: Drawn | None = None
+    drawn: SampleBuffers | None = None
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The token drawn for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers.
+class SampledToken:
+    """A token sampled for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers.
 
-    ahead: what would have to come before it.
+    ahead: the draft tokens that have to be accepted before it.
     """
 
     seq: Sequence
@@ -75,14 +74,18 @@ class Draw:
     logprob: TokenLogprob | None
 
 
-class Draws:
-    """Tokens of a step that are drawn on the device, and on their way to the host.
+class PendingTokens:
+    """Tokens of a step that are sampled on the device, and their asynchronous copy to the host.
 
-    drawn: theirs until the next step draws there. rows: in it, of each sample.
+    drawn: their buffers, until the next step samples there. rows: in them, of each sampling row.
     """
 
     def __init__(
-        self, samples: Items[Sample], rows: Items[int], drawn: Drawn, reports: Items[TokenLogprob | None]
+        self,
+        samples: abc.Sequence[SamplingRow],
+        rows: abc.Sequence[int],
+        drawn: SampleBuffers,
+        reports: abc.Sequence[TokenLogprob | None],
     ) -> None:
         self.drawn = drawn
         self._samples, self._rows, self._reports = samples, rows, reports
@@ -97,12 +100,12 @@ class Draws:
         else:
             self._numbers = drawn.memory.clone()
 
-    def rows_of(self, sequences: Items[Sequence]) -> list[int]:
+    def rows_of(self, sequences: abc.Sequence[Sequence]) -> list[int]:
         """Where `drawn` holds the token of each sequence."""
         row_of = {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
         return [row_of[seq] for seq in sequences]
 
-    def read(self) -> list[Draw]:
+    def read(self) -> list[SampledToken]:
         """The tokens, when they are there. NaN says that a row's logits were no numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -110,35 +113,35 @@ class Draws:
         tokens = numbers[: 8 * count].view(np.int64).tolist()
         logprobs = numbers[numbers.shape[0] - 4 * count :].view(np.float32).tolist()
         return [
-            Draw(sample.seq, sample.ahead, tokens[row], not math.isnan(logprobs[row]), report)
+            SampledToken(sample.seq, sample.ahead, tokens[row], not math.isnan(logprobs[row]), report)
             for sample, row, report in zip(self._samples, self._rows, self._reports, strict=True)
         ]
 
 
 @torch.inference_mode()
-def start(step: StepLogits) -> Draws:
-    """Draw one token for each sample of the step."""
+def start(step: StepLogits) -> PendingTokens:
+    """Sample one token for each sampling row of the step, on its device."""
     samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
     changes = _changes(samples)
     if step.drawn is not None and not any(changes):
-        return Draws(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
+        return PendingTokens(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
     places = range(len(samples))
     if not samples:
-        return Draws(samples, places, Drawn.empty(0, torch.device("cpu")), [])
+        return PendingTokens(samples, places, SampleBuffers.empty(0, torch.device("cpu")), [])
     raw = logits if rows == list(range(logits.shape[0])) else logits[rows]
-    drawn = Drawn.empty(len(samples), raw.device)
+    drawn = SampleBuffers.empty(len(samples), raw.device)
     kernels.sample(
         _adjusted(raw, *changes),
         **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
         tokens=drawn.tokens,
         logprobs=drawn.logprobs,
     )
-    return Draws(samples, places, drawn, _reports(raw, places, samples, drawn.tokens, places))
+    return PendingTokens(samples, places, drawn, _reports(raw, places, samples, drawn.tokens, places))
 
 
-def draw(step: StepLogits) -> list[Draw]:
-    """One token for each sample of the step."""
+def draw(step: StepLogits) -> list[SampledToken]:
+    """The token sampled for each sampling row of the step."""
     return start(step).read()
 
 
@@ -157,7 +160,7 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
 _Change = tuple[int, int, float]  # place of a sample, token id, how much
 
 
-def _changes(samples: Items[Sample]) -> tuple[list[_Change], list[_Change]]:
+def _changes(samples: abc.Sequence[SamplingRow]) -> tuple[list[_Change], list[_Change]]:
     """Repetition penalties, then what is added to logits: biases and the other penalties."""
     scaled: list[_Change] = []
     added: list[_Change] = []
@@ -199,7 +202,11 @@ def _places(changes: list[_Change], logits: Tensor) -> tuple[tuple[Tensor, Tenso
 
 
 def _reports(
-    logits: Tensor, rows: Items[int], samples: Items[Sample], tokens: Tensor, places: Items[int]
+    logits: Tensor,
+    rows: abc.Sequence[int],
+    samples: abc.Sequence[SamplingRow],
+    tokens: Tensor,
+    places: abc.Sequence[int],
 ) -> list[TokenLogprob | None]:
     """Log-probabilities under the model's own logits, for the sequences that want them.
 

@@ -1,1 +1,1 @@
-"""Speculative decoding: who drafts tokens, and when that pays."""
+"""Speculative decoding: what proposes draft tokens, and when that pays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device import sampler
@@ -14,7 +14,7 @@ from fastllama.runtime.planning.step import Chunk, Step
 
 
 class DraftModel:
-    """Proposes what a smaller model draws, with the same parameters and random numbers as the large one will.
+    """Proposes the tokens that a smaller model samples, with the parameters and random numbers that the large one uses.
 
     It has as many pages, of the same size: where the large one has a token's keys and values, it has its own, in the
     same page. So what is shared, copied or kept of pages is so of both, and nothing is kept book of but how many tokens
@@ -55,7 +55,7 @@ class DraftModel:
         return warm_up(self._runner, self._sizes, (1, 2))
 
     def follow(self, step: Step) -> None:
-        """Compute the step too, if there is more in it than decodes: these are cheaper together, before a guess."""
+        """Compute the step too, unless it only decodes: prompts are cheaper in one pass, before drafts are wanted."""
         if step.num_decodes == len(step.chunks):
             self._runner.copy(step)
             return
@@ -64,7 +64,7 @@ class DraftModel:
             for seq in chunk.samples or (chunk.seq,):
                 self._held[seq] = chunk.start + chunk.length, ()
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens, drawn one after another; none where one has but a single token."""
         self._forget()
         if any(len(seq.token_ids) < 2 for seq in sequences):
@@ -84,7 +84,7 @@ class DraftModel:
         return [chunk.drafts for chunk in chunks]
 
     def _catch_up(self, seq: Sequence) -> None:
-        """Compute what a sequence gained while there were no guesses, but for its last two tokens."""
+        """Compute what a sequence gained while there were no drafts, but for its last two tokens."""
         start, drafts = self._held.get(seq, (0, ()))
         for token_id, draft in zip(seq.token_ids[start:], drafts, strict=False):
             if token_id != draft:

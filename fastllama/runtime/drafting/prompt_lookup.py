@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 
 from fastllama.runtime.planning.sequence import Sequence, Status
 from fastllama.runtime.planning.step import Step
 
 PROMPT_LOOKUP = "prompt_lookup"  # its name among options
-SIZES = (
-    4,
-    2,
-)  # of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often
+# Of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often.
+SIZES = (4, 2)
 
 
 class PromptLookup:
@@ -29,9 +27,9 @@ class PromptLookup:
         return 0.0
 
     def follow(self, step: Step) -> None:
-        """Nothing to do: what a sequence holds is read when a guess is wanted."""
+        """Nothing to do: what a sequence holds is read when drafts are wanted."""
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
         if len(self._indices) > 2 * len(sequences):
             kept = {seq: index for seq, index in self._indices.items() if seq.status is not Status.FINISHED}

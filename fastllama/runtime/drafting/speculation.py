@@ -1,9 +1,10 @@
-"""Speculative decoding: tokens that may come next are computed along with the one that does, in one pass.
+"""Speculative decoding: draft tokens are verified together with the next token, in one forward pass.
 
-A pass over few tokens takes as long as over one, for its time is that of reading the weights. So drafts, guessed by
-something cheap, go in behind each sequence's last token, and every row draws: with its own parameters, penalties and
-random number, as if the drafts before it had been drawn. It counts if they were. So drafts change what is computed
-together, never what is drawn: an answer is, seed by seed, the one without them (to the bit with deterministic=True).
+A pass over few tokens takes as long as over one, for its time is that of reading the weights. So draft tokens, which
+something cheap proposes, go in behind each sequence's last token, and each row is sampled: with its own parameters,
+penalties and random number, as if the drafts before it had been sampled. It counts if they were: drafts change what is
+computed together, never what is sampled. An answer is, seed by seed, the one without them (to the bit with
+deterministic=True).
 Source: Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); theirs draw anew where a draft
 is refused, which accepts more of a draft model's guesses, and gives other tokens of the same distribution.
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Items
 from typing import Protocol
 
 from fastllama.runtime.planning.scheduler import Scheduler
@@ -27,7 +27,7 @@ PERIOD = 64  # steps of one kind after which the other is tried again
 
 
 class Drafter(Protocol):
-    """What guesses tokens."""
+    """Proposes draft tokens."""
 
     def warm_up(self) -> float:
         """Do what is done at first use, before any request. Returns the seconds it took."""
@@ -35,12 +35,12 @@ class Drafter(Protocol):
     def follow(self, step: Step) -> None:
         """A step that the model is about to compute."""
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
 
 
 class Pace:
-    """Whether drafts pay, from the seconds that steps with and without them took, and the guesses that came true.
+    """Whether drafts pay, from the seconds that steps with and without them took, and the drafts accepted.
 
     count: drafts of a sequence. Until something is known of both kinds of steps, both are tried; and the one that
     loses is tried again now and then, for texts change.
@@ -66,7 +66,7 @@ class Pace:
         return gain * statistics.median(plain) > statistics.median(drafted)
 
     def note(self, num_seqs: int, seconds: float, num_proposals: int, num_accepted: int) -> None:
-        """What a step took and, where it was extended, how many drafts of its proposals came true."""
+        """What a step took and, where it was extended, how many drafts of its proposals were accepted."""
         drafted = num_proposals > 0
         self._seconds.setdefault((num_seqs, drafted), deque(maxlen=RECENT)).append(seconds)
         self._run = self._run + 1 if drafted is self._last else 1
@@ -78,7 +78,7 @@ class Pace:
 class Speculation:
     """Extends decode steps by drafts where that pays. count: drafts of a sequence.
 
-    num_drafted, num_accepted: guesses verified so far, and those that came true.
+    num_drafted, num_accepted: draft tokens verified so far, and those accepted.
     """
 
     def __init__(self, drafter: Drafter, count: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -107,7 +107,7 @@ class Speculation:
         if not found or not self._pace.pays(len(proposed), len(found)):
             return None
         self._proposals = found
-        # All decodes of a step are of one length: where nothing was guessed, any token will do.
+        # All decodes of a step are of one length: where nothing was proposed, any token will do.
         return [found.get(chunk.seq, (chunk.seq.token_ids[-1],) * self.count) for chunk in step.chunks]
 
     def follow(self, step: Step) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, abc
 from typing import NamedTuple
 
 from fastllama.errors import check_range
@@ -82,7 +81,7 @@ class BlockPool:
         """Whether more than one sequence holds the page, so that none of them may write to it."""
         return self._references[page_id] > 1
 
-    def match_prefix(self, token_ids: Sequence[int]) -> Prefix:
+    def match_prefix(self, token_ids: abc.Sequence[int]) -> Prefix:
         """The longest cached prefix, not yet taken. The last token is never part of it: its logits must be computed."""
         size = self.page_size
         page_ids: list[int] = []
@@ -128,14 +127,14 @@ class BlockPool:
         self._references[page_id] = 1
         return page_id
 
-    def share(self, page_ids: Sequence[int]) -> None:
+    def share(self, page_ids: abc.Sequence[int]) -> None:
         """Hold pages once more: those of another sequence, or idle ones."""
         for page_id in page_ids:
             if self._references[page_id] == 0:
                 del self._idle[page_id]
             self._references[page_id] += 1
 
-    def free(self, page_ids: Sequence[int]) -> None:
+    def free(self, page_ids: abc.Sequence[int]) -> None:
         """Let go of a sequence's pages, in its order. Those that nobody else holds become idle if cached, else free."""
         # Last page first, so that it is evicted first: a page is of no use once the ones before it are gone.
         for page_id in reversed(page_ids):
@@ -175,7 +174,7 @@ class BlockPool:
         transfers, self._transfers = tuple(self._transfers), []
         return transfers
 
-    def forget(self, transfers: Sequence[Transfer]) -> None:
+    def forget(self, transfers: abc.Sequence[Transfer]) -> None:
         """These were perhaps not copied: nobody is to find what their destinations should hold."""
         for _, place in transfers:
             if self._keys[place] is None:

@@ -1,8 +1,8 @@
-"""A scheduler's step as the numbers that its forward pass and its draws take: lists, made without torch."""
+"""The inputs of a step's forward pass and sampling, as lists of numbers, made without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from fastllama.runtime.planning.step import Chunk, Step
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring seeds and samples apart
 
 
-class Sample(NamedTuple):
-    """A token to draw from a row of the logits: the next of a sequence, if the tokens `ahead` come before it."""
+class SamplingRow(NamedTuple):
+    """A row of the logits and the sequence whose next token is sampled from it, behind the draft tokens `ahead`."""
 
     seq: Sequence
     row: int
     ahead: tuple[int, ...] = ()
 
 
-def parameters(samples: Items[Sample]) -> dict[str, list[float] | list[int]]:
-    """What kernels.sample takes for some draws, by its names.
+def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | list[int]]:
+    """Sampling parameters of each row, by the names of kernels.sample's arguments.
 
     Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
     """
@@ -38,10 +38,10 @@ def parameters(samples: Items[Sample]) -> dict[str, list[float] | list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The tokens of a step and what layers.batch.BatchMeta says of them, with the same names.
+    """Token ids of a step, its batch metadata under the names of layers.batch.BatchMeta, and its sampling rows.
 
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
-    samples: the tokens to draw; those of one prompt share a row.
+    samples: the rows to sample from; the n samples of one prompt share a row.
     unknown: (row, sequence) of ids that are being drawn by the step before.
     prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     """
@@ -56,7 +56,7 @@ class Inputs:
     cu_seqlens_q: list[int]
     logits_rows: list[int]
     unknown: list[tuple[int, Sequence]]
-    samples: list[Sample]
+    samples: list[SamplingRow]
     prompts: list[tuple[Chunk, int, int]]
 
     @classmethod
@@ -115,7 +115,7 @@ class Inputs:
                 rows.extend(range(first, first + unknown - start))
             for position in range(unknown, end):
                 ahead = chunk.drafts[: position + 1 - held]
-                self.samples.extend(Sample(sample, len(rows), ahead) for sample in chunk.samples)
+                self.samples.extend(SamplingRow(sample, len(rows), ahead) for sample in chunk.samples)
                 rows.append(first + position - start)
 
     def _add_decode(self, seq: Sequence, position: int, page_size: int) -> None:
@@ -126,5 +126,5 @@ class Inputs:
         self.ids.append(token_id)
         self.positions.append(position)
         self.slots.append(seq.page_ids[position // page_size] * page_size + position % page_size)
-        self.samples.append(Sample(seq, len(self.logits_rows)))
+        self.samples.append(SamplingRow(seq, len(self.logits_rows)))
         self.logits_rows.append(row)

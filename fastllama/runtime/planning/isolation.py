@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def run_parts(step: Step, run: Callable[[Step], T]) -> tuple[list[T], dict[Request, Exception]]:
-    """What `run` gives for a step, or for the parts of it that run; and the requests that fail alone, with the cause.
+    """Run a step, in parts where it raises; returns the results, and the requests that fail alone, with the cause.
 
     A step that raises is run again in halves, down to single tokens of single sequences. So a fault is found that
     follows a request, nobody fails for one that has passed, and what was too large for the memory is tried smaller. A

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 from fastllama.errors import check_range
@@ -55,7 +54,7 @@ class Scheduler:
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
         self._last_lookup: _Lookup | None = None
-        self._in_flight: list[Step] = []  # not committed, in their order
+        self.in_flight: list[Step] = []  # not committed, in their order
         self._num_expected = 0  # of those in flight
 
     @property
@@ -122,7 +121,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, to be run and then committed or rolled back; None if there is no work."""
-        assert len(self._in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
+        assert len(self.in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
         num_preemptions = self.num_preemptions
         single: list[tuple[Sequence, int]] = []
         longer: list[tuple[Sequence, int]] = []
@@ -149,19 +148,19 @@ class Scheduler:
             budget -= length
             (single if length == 1 else longer).append((candidate, length))
         if not single and not longer:
-            assert self._in_flight or not self.has_work, "nothing can be scheduled although there is work"
+            assert self.in_flight or not self.has_work, "nothing can be scheduled although there is work"
             return None
         assert not {source for source, _ in copies} & {destination for _, destination in copies}
         chunks = tuple(self._chunk(seq, length) for seq, length in itertools.chain(single, longer))
-        self._in_flight.append(Step(chunks, len(single), tuple(copies), self.pool.take_transfers()))
-        return self._in_flight[-1]
+        self.in_flight.append(Step(chunks, len(single), tuple(copies), self.pool.take_transfers()))
+        return self.in_flight[-1]
 
     def expect(self, step: Step) -> None:
         """Take it that the step in flight has run, and that each of its samples drew a token, as yet UNKNOWN.
 
         So the next step can be scheduled while it runs. commit() and append() then tell what came.
         """
-        self._check_in_flight(step, self._in_flight)
+        self._check_in_flight(step, self.in_flight)
         self._num_expected = 1
         for chunk in step.chunks:
             for seq in chunk.samples or (chunk.seq,):
@@ -175,7 +174,7 @@ class Scheduler:
 
         There is room in the step, in the model's length, and in pages that nobody must give.
         """
-        self._check_in_flight(step, self._in_flight)
+        self._check_in_flight(step, self.in_flight)
         assert step.num_decodes == len(step.chunks), "drafts in a step of prompts"
         sequences = [chunk.seq for chunk in step.chunks]
         longest = max(len(seq.token_ids) for seq in sequences) + count
@@ -194,10 +193,10 @@ class Scheduler:
             seq.page_ids[index : index + 1] = [page_id]
         return True
 
-    def extend(self, step: Step, drafts: Items[tuple[int, ...]]) -> Step:
+    def extend(self, step: Step, drafts: abc.Sequence[tuple[int, ...]]) -> Step:
         """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
-        self._check_in_flight(step, self._in_flight)
-        self._in_flight[0] = Step(
+        self._check_in_flight(step, self.in_flight)
+        self.in_flight[0] = Step(
             tuple(
                 Chunk(chunk.seq, chunk.start, 1 + len(own), chunk.samples, own)
                 for chunk, own in zip(step.chunks, drafts, strict=True)
@@ -206,12 +205,12 @@ class Scheduler:
             step.copies,
             self.pool.take_transfers(),
         )
-        return self._in_flight[0]
+        return self.in_flight[0]
 
     def commit(self, step: Step) -> None:
         """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
-        self._check_in_flight(step, self._in_flight[:1])
-        del self._in_flight[0]
+        self._check_in_flight(step, self.in_flight[:1])
+        del self.in_flight[0]
         self._num_expected = 0
         for chunk in step.chunks:
             end = chunk.start + chunk.length - len(chunk.drafts)
@@ -221,7 +220,7 @@ class Scheduler:
 
     def rollback(self) -> None:
         """What is in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
-        self._in_flight.clear()
+        self.in_flight.clear()
         self._num_expected = 0
         while self._running:
             self._preempt_newest()
@@ -254,9 +253,8 @@ class Scheduler:
         else:
             return
         seq.forget_unknown()
-        seq.status = Status.FINISHED
-        seq.finish_reason = reason
-        seq.stop_reason = stop_reason
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        seq.status = Status.FINISHED  # last: what an interrupt leaves unfinished, Generation.abort finishes
 
     def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
         """End all sequences of a request that have not finished, for one reason."""

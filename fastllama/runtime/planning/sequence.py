@@ -31,8 +31,8 @@ class Request:
     params: SamplingParams
     arrival: float  # seconds, on the caller's clock
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
-    num_drafted: int = 0  # tokens guessed for it, and verified
-    num_accepted: int = 0  # those of them that it then drew
+    num_drafted: int = 0  # draft tokens verified for it
+    num_accepted: int = 0  # those of them that were accepted
     sequences: list[Sequence] = field(default_factory=list, repr=False)
 
     @property
@@ -87,7 +87,7 @@ class Sequence:
 
 
 def check_fork(request: Request, params: SamplingParams) -> None:
-    """Raises ValueError where a request with these parameters cannot go on from where an unfinished one stands."""
+    """Checks whether an unfinished request can be forked with these sampling parameters. Raises ValueError."""
     for name, n in (("n of the request to fork", request.params.n), ("n", params.n)):
         if n != 1:
             raise ValueError(f"{name} is {n}; legal: 1")

@@ -6,7 +6,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,14 +19,14 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestDelta
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.planning.sequence import Sequence as Tokens
+from fastllama.runtime.planning.sequence import Sequence
 from fastllama.runtime.serving.mailbox import Mailbox, wake
 from fastllama.runtime.serving.statistics import Snapshot, Statistics
 
 
 @dataclass
 class _Told:
-    """What the reader of a request was told of one sample."""
+    """What the reader of a request has been sent of one sample."""
 
     num_tokens: int = 0
     num_logprobs: int = 0
@@ -120,7 +121,7 @@ class AsyncEngine:
 
     def add_request(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: str | abc.Sequence[int] | abc.Sequence[Message],
         params: SamplingParams | None = None,
         *,
         deadline: float | None = None,
@@ -269,7 +270,7 @@ class AsyncEngine:
         wake(readers)
 
     def _drafts(self) -> tuple[int, int]:
-        """Guesses verified, and those that came true, since the LLM was made: these no engine counts anew."""
+        """Draft tokens verified, and those accepted, since the LLM was made: these no engine counts anew."""
         speculation = self._engine.speculation
         return (0, 0) if speculation is None else (speculation.num_drafted, speculation.num_accepted)
 
@@ -317,7 +318,7 @@ class AsyncEngine:
         if error is not None:
             wake([order.mailbox.end(error)])
 
-    def _piece(self, order: _Order, generation: Generation, seq: Tokens, now: float) -> CompletionOutput | None:
+    def _piece(self, order: _Order, generation: Generation, seq: Sequence, now: float) -> CompletionOutput | None:
         """What one sample gained; None if that is nothing. How a request ended that raised, its error says."""
         sample, told = generation.sample(seq), order.told.setdefault(seq.index, _Told())
         token_ids = tuple(seq.token_ids[seq.num_prompt_tokens + told.num_tokens :])

@@ -1,4 +1,4 @@
-"""The way of a request's deltas from the thread that makes them to the asyncio loop that reads them."""
+"""Passes a request's deltas from the engine's thread to the asyncio loop that reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestDel
 
 @dataclass
 class _Gain:
-    """What one sample gained that nobody has read."""
+    """Tokens and text of one sample that have not been read."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -23,7 +23,7 @@ class _Gain:
 
 
 class Mailbox:
-    """Deltas of one request. What nobody has read is one delta: a client that never reads costs its tokens once.
+    """Deltas of one request. Unread ones are merged: a client that never reads costs its tokens once.
 
     Any thread may put, one task reads.
     """

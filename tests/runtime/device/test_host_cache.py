@@ -207,7 +207,7 @@ def test_an_engine_that_starts_anew_trusts_neither_tier() -> None:
         for prompt in PROMPTS:
             llm.generate(prompt, LONG)
         before = llm.engine.pool
-        llm.engine._torn = True
+        llm.engine._consistency.torn = True
         assert [tokens_of(output) for output in llm.generate(PROMPTS, HOT)] == [alone(prompt) for prompt in PROMPTS]
         assert llm.engine.pool is not before
         assert llm.engine.pool.num_host_pages == before.num_host_pages == 25

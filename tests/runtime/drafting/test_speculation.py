@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections import Counter
-from collections.abc import Sequence as Items
+from collections import Counter, abc
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ def drafter(kind: str) -> str | LlamaForCausalLM:
     return {"text": lambda: "prompt_lookup", "itself": ours, "another": lambda: ours("mqa")}[kind]()
 
 
-def told(outputs: Items[RequestOutput]) -> list[Any]:
+def told(outputs: abc.Sequence[RequestOutput]) -> list[Any]:
     """All that callers see, log-probabilities as exact as one batch makes them."""
     return [
         [
@@ -186,7 +185,7 @@ class Wild:
 
     def follow(self, step: Step) -> None: ...
 
-    def propose(self, sequences: Items[Sequence], count: int) -> list[tuple[int, ...]]:
+    def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         return [
             tuple(self.rng.randrange(VOCAB) for _ in range(count)) if self.rng.random() < 0.7 else () for _ in sequences
         ]

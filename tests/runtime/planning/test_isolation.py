@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastllama import LlamaForCausalLM, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
-from fastllama.runtime.device.sampler import Draw
+from fastllama.runtime.device.sampler import SampledToken
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.live_requests import LiveRequests
 from fastllama.runtime.planning.isolation import run_parts
 from fastllama.runtime.planning.step import Step
 from tests.runtime.models import VOCAB, ours, prompt_of, running
@@ -209,14 +210,14 @@ def test_what_breaks_behind_the_logits_ends_one_request(monkeypatch: pytest.Monk
     three = SamplingParams(temperature=3.0, seed=5, n=3, max_tokens=10)
     with running(ours()) as llm:
         generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, (HOT, three, HOT), strict=True)]
-        accept = Engine._accept
+        accept = LiveRequests._accept
 
-        def breaking(engine: Engine, generation: Generation, drawn: Draw, now: float) -> None:
+        def breaking(requests: LiveRequests, generation: Generation, drawn: SampledToken, now: float) -> None:
             if generation is generations[1] and drawn.seq.index == 1:
                 raise UnicodeError("no text")
-            accept(engine, generation, drawn, now)
+            accept(requests, generation, drawn, now)
 
-        monkeypatch.setattr(Engine, "_accept", breaking)
+        monkeypatch.setattr(LiveRequests, "_accept", breaking)
         finish(llm.engine, generations)
         outputs = [generation.output() for generation in generations]
     assert isinstance(generations[1].error, UnicodeError)

@@ -1,0 +1,169 @@
+"""The requests that have not ended: how they come, gain tokens, and end."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections import abc
+
+from fastllama.errors import check_range
+from fastllama.io.tokenizer import Tokenizer
+from fastllama.layers.config import LlamaConfig
+from fastllama.runtime.device.execution import Launched
+from fastllama.runtime.device.sampler import SampledToken
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.planning.scheduler import Scheduler
+from fastllama.runtime.planning.sequence import Request, Sequence, Status, check_fork
+
+Gained = dict[Sequence, tuple[int, ...]]  # the tokens that a step added to each sequence
+
+
+class LiveRequests:
+    """Requests that have not ended: the scheduler holds their sequences, a Generation their text and reports.
+
+    A method that changes both leaves them torn where it is broken into: the caller notices that (consistency.py).
+    seed: of the seeds of requests that bring none.
+    """
+
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None, config: LlamaConfig, seed: int) -> None:
+        self.scheduler = scheduler
+        self.generations: dict[str, Generation] = {}
+        self._tokenizer, self._config = tokenizer, config
+        self._numbers = itertools.count()
+        self._seeds = random.Random(seed)
+
+    def check(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
+        vocab = self._config.vocab_size
+        for place, token_id in enumerate(prompt_token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
+                raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
+        for token_id in (*(params.logit_bias or ()), *params.stop_token_ids):
+            check_range("a token id in logit_bias or stop_token_ids", token_id, 0, vocab - 1)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(
+                f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
+            )
+        self.scheduler.check(len(prompt_token_ids), params)
+
+    def check_fork(self, generation: Generation, params: SamplingParams) -> None:
+        """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
+        origin = generation.request
+        if self.generations.get(origin.request_id) is not generation:
+            raise ValueError(
+                f"generation is request {origin.request_id!r}, which has ended or is another engine's; "
+                "legal: an unfinished one of this engine"
+            )
+        check_fork(origin, params)
+        self.check(origin.prompt_token_ids, params)
+
+    def add(self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float) -> Generation:
+        """Queue a prompt that `check` passes."""
+        request = Request(str(next(self._numbers)), ids, params, arrival)
+        self.scheduler.add(request)
+        self._give_seed(request)
+        generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
+        return generation
+
+    def fork(self, generation: Generation, params: SamplingParams) -> Generation:
+        """Add a request that goes on from where another stands, which `check_fork` passes."""
+        origin = generation.request
+        request = Request(str(next(self._numbers)), origin.prompt_token_ids, params, time.monotonic())
+        self.scheduler.fork(origin.sequences[0], request)
+        self._give_seed(request)
+        forked = self.generations[request.request_id] = generation.fork(request)
+        return forked
+
+    def _give_seed(self, request: Request) -> None:
+        if request.params.seed is None:
+            request.params = dataclasses.replace(request.params, seed=self._seeds.getrandbits(63))
+
+    def abort(self, generation: Generation, reason: FinishReason) -> None:
+        """End a request now; its pages return at once. Without effect on a finished one."""
+        if generation.request.request_id in self.generations:
+            self.scheduler.abort(generation.request, reason)
+            generation.abort(reason)
+            del self.generations[generation.request.request_id]  # last: an interrupt must find it
+
+    def start_anew(self, scheduler: Scheduler) -> None:
+        """End every request with "abort", whatever state its sequences are in, and go on with another scheduler."""
+        for request_id, generation in list(self.generations.items()):
+            try:
+                generation.abort()
+            except Exception:  # a tokenizer's, which would raise at each call
+                del self.generations[request_id]
+                raise
+        self.generations.clear()
+        self.scheduler = scheduler
+
+    def take_in(
+        self, launched: Launched, draws: list[SampledToken], *, isolate: bool
+    ) -> tuple[list[Generation], Gained]:
+        """Append the tokens of a step that has run; returns the generations that gained one or failed, and the tokens.
+
+        isolate: what raises for a request fails that one alone.
+        """
+        # Before the commit, which would offer their pages to other requests.
+        touched = {request.request_id: self._fail(request, error) for request, error in launched.failures.items()}
+        draws = [drawn for drawn in draws if drawn.seq.status is not Status.FINISHED]  # ended, while it ran, or failed
+        for drawn in draws:
+            if not drawn.ahead and not drawn.finite:
+                self._spoil(drawn.seq)
+        self.scheduler.commit(launched.step)
+        for seq, first, logprobs in (report for part in launched.parts for report in part.prompt_logprobs):
+            if seq.request.request_id in self.generations:
+                self.generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
+        now = time.monotonic()
+        gained: Gained = {}
+        for drawn in draws:
+            generation = touched[drawn.seq.request.request_id] = self.generations[drawn.seq.request.request_id]
+            ended = drawn.ahead and drawn.seq.status is Status.FINISHED
+            if drawn.ahead != gained.get(drawn.seq, ()) or ended or generation.error is not None:
+                continue  # sampled behind a refused draft, behind the end, for a request that failed
+            try:
+                self._accept(generation, drawn, now)
+            except Exception as error:
+                if not isolate:
+                    raise
+                self._fail(generation.request, error)
+            gained[drawn.seq] = *drawn.ahead, drawn.token_id
+        for generation in touched.values():
+            if generation.request.finished:
+                generation.finish_time = now
+                del self.generations[generation.request.request_id]
+        return list(touched.values()), gained
+
+    def _fail(self, request: Request, error: Exception) -> Generation:
+        """End a request that raised; what is held of its text stays so, for its tokenizer may be what raised."""
+        self.scheduler.abort(request, "error", repr(error))
+        generation = self.generations[request.request_id]
+        generation.error = error
+        return generation
+
+    def _spoil(self, seq: Sequence) -> None:
+        """End a sequence whose logits are no numbers."""
+        self.scheduler.finish(seq, "error", "the model's logits are not finite numbers")
+
+    def _accept(self, generation: Generation, drawn: SampledToken, now: float) -> None:
+        """Append a token to its sequence and finish that if it ends there."""
+        seq, token_id = drawn.seq, drawn.token_id
+        sample = generation.sample(seq)
+        if not drawn.finite:
+            self._spoil(seq)
+            if sample.stream is not None:
+                sample.stream.close()
+            return
+        if drawn.ahead:
+            self.scheduler.keep_draft(seq)
+        if generation.first_token_time is None:
+            generation.first_token_time = now
+        self.scheduler.append(seq, token_id)
+        if drawn.logprob is not None:
+            sample.logprobs.append(drawn.logprob)
+        ended = sample.push(token_id, self._config.eos_token_ids)
+        if ended is not None:
+            self.scheduler.finish(seq, *ended)
