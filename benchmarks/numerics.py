@@ -12,8 +12,8 @@ from importlib.metadata import version
 
 import torch
 
-from benchmarks.ops.micro import implementations, interpreted
 from fastllama import env
+from fastllama.bench.ops.comparison import implementations, interpreted
 from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify import ops
