@@ -38,11 +38,16 @@ def attention_prefill(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    *,
+    held: Arguments | None = None,
     **cache: Any,
 ) -> Arguments:
-    """lengths: tokens of each sequence in the cache, of which the last are its queries. cache: as `paged`."""
+    """lengths: tokens of each sequence in the cache, of which the last are its queries.
+
+    held: what `paged` made, where it is there already. cache: its options.
+    """
     q = m.normal(sum(queries), heads, head_dim)
-    held = paged(m, lengths, kv_heads, head_dim, **cache)
+    held = held or paged(m, lengths, kv_heads, head_dim, **cache)
     return {"q": q, **held, "cu_seqlens_q": _bounds(m, queries), **_result(m, q)}
 
 
@@ -54,11 +59,12 @@ def attention_decode(
     head_dim: int,
     *,
     queries: int = 1,
+    held: Arguments | None = None,
     **cache: Any,
 ) -> Arguments:
-    """queries: of each sequence, its last tokens. cache: as `paged`."""
+    """queries: of each sequence, its last tokens. held, cache: as of `attention_prefill`."""
     q = m.normal(queries * len(lengths), heads, head_dim)
-    call = {"q": q, **paged(m, lengths, kv_heads, head_dim, **cache), **_result(m, q)}
+    call = {"q": q, **(held or paged(m, lengths, kv_heads, head_dim, **cache)), **_result(m, q)}
     return call | {"workspace": m.workspace(attention_workspace, q, call["k_pages"], call["page_table"])}
 
 
