@@ -49,6 +49,11 @@ class LlamaSizes:
         return self.name.rsplit("-", 1)[-1].upper()
 
     @property
+    def attention(self) -> tuple[int, int, int]:
+        """Query heads, key heads and the dimension of each."""
+        return self.heads, self.kv_heads, self.head_dim
+
+    @property
     def qkv(self) -> tuple[int, int]:
         """Features and columns of the fused query, key and value projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastllama.catalogue.sizes import LlamaSizes
 # for another.
 T, HQ, HKV, D, P, SMALL_PAGE = 3, 6, 2, 8, 5, 7
 POSITIONS, FEATURES, VOCAB = 16, 6, 9  # of small calls
-SMALL_PAGES = {"page": SMALL_PAGE, "pages": P, "width": 2}
+SMALL_PAGES: dict[str, Any] = {"page": SMALL_PAGE, "pages": P, "width": 2}
 SMALL_LENGTHS, SMALL_QUERIES = (6, 3, 0), (2, 1, 0)  # the last sequence is padding
 SMALL_FILTERS = ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.0), (0.5, 2, 1.0, 0.1))
 FORM = "bias, norm, residual"  # of small products
@@ -119,10 +119,6 @@ DECODES = (
 )
 
 
-def _heads(sizes: LlamaSizes) -> tuple[int, int, int]:
-    return sizes.heads, sizes.kv_heads, sizes.head_dim
-
-
 def _small_bf12(m: Maker) -> Arguments:
     """Rows unlike the 3 numbers of an outlier, and two outliers."""
     values = m.normal(FEATURES, 64).bfloat16()
@@ -139,7 +135,7 @@ def _small_slots(m: Maker) -> Arguments:
 def _decode(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
     width = -(-shape.context // PAGE)
     lengths = [shape.context] * shape.rows
-    return attention.attention_decode(m, lengths, *_heads(sizes), width=width, codes=shape.codes)
+    return attention.attention_decode(m, lengths, *sizes.attention, width=width, codes=shape.codes)
 
 
 # The most telling of a Llama's speed first.
@@ -152,7 +148,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "rope_and_write_kv": Entry(
         _small_slots,
-        lambda m, sizes, shape: rotary.rope_and_write_kv(m, shape.rows, *_heads(sizes), codes=shape.codes),
+        lambda m, sizes, shape: rotary.rope_and_write_kv(m, shape.rows, *sizes.attention, codes=shape.codes),
         ROWS,
         _page_bytes,
     ),
@@ -176,7 +172,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "rope": Entry(
         lambda m: rotary.rope(m, T, HQ, HKV, D, positions=POSITIONS),
-        lambda m, sizes, shape: rotary.rope(m, shape.rows, *_heads(sizes)),
+        lambda m, sizes, shape: rotary.rope(m, shape.rows, *sizes.attention),
         ROWS,
         _all_bytes,
     ),
@@ -195,14 +191,14 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "attention_varlen": Entry(
         lambda m: attention.attention_varlen(m, SMALL_QUERIES, SMALL_QUERIES, HQ, HKV, D),
-        lambda m, sizes, shape: attention.attention_varlen(m, [shape.rows], [shape.rows], *_heads(sizes)),
+        lambda m, sizes, shape: attention.attention_varlen(m, [shape.rows], [shape.rows], *sizes.attention),
         PROMPTS,
         _all_bytes,
         _causal_flops,
     ),
     "attention_prefill": Entry(  # of a Llama: a prompt with nothing before it, the same work as attention_varlen
         lambda m: attention.attention_prefill(m, SMALL_LENGTHS, SMALL_QUERIES, HQ, HKV, D, **SMALL_PAGES),
-        lambda m, sizes, shape: attention.attention_prefill(m, [shape.rows], [shape.rows], *_heads(sizes)),
+        lambda m, sizes, shape: attention.attention_prefill(m, [shape.rows], [shape.rows], *sizes.attention),
         PROMPTS,
         _all_bytes,
         _causal_flops,
