@@ -13,6 +13,7 @@ from fastllama.catalogue import arguments
 from fastllama.catalogue.llama_calls import LlamaCall
 from fastllama.catalogue.maker import Arguments
 from fastllama.kernels import reference
+from fastllama.runtime.device.memory import available_bytes
 from fastllama.testing.bounds import error
 
 JUDGED_PROMPT = 2048  # tokens: their scores in fp64 are 1 GiB of a 7B, and 64 times as much of eight times the prompt
@@ -25,13 +26,10 @@ def judged(case: LlamaCall, function: Function, device: torch.device) -> tuple[f
     As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
     """
     rows = min(case.rows, JUDGED_PROMPT) if case.op in ("attention_varlen", "attention_prefill") else case.rows
-    if device.type != "cuda":
-        return judge(case.op, function, case.make(device, seed=0, rows=rows))
-    free = torch.cuda.mem_get_info(device)[0]
     if case.kv_bytes:  # before a byte of them is asked for
-        rows = min(rows, max(free * rows // (JUDGE_BYTES * case.kv_bytes), 1))
+        rows = min(rows, max(available_bytes(device) * rows // (JUDGE_BYTES * case.kv_bytes), 1))
     call = case.make(device, seed=0, rows=rows)
-    share = torch.cuda.mem_get_info(device)[0] / (JUDGE_BYTES * max(case.bytes(call), 1))  # 0 bytes of no rows
+    share = available_bytes(device) / (JUDGE_BYTES * max(case.bytes(call), 1))  # 0 bytes of no rows
     if share < 1:
         call = case.make(device, seed=0, rows=max(int(share * rows), 1))
     return judge(case.op, function, call)

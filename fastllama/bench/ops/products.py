@@ -21,6 +21,8 @@ TINYGEMM_SHAPE = (8, 16 * TINYGEMM_TILES)  # divisors of the weight's
 
 def torch_products(op: str, device: torch.device, backend: str) -> dict[str, Callable[[], Function]]:
     """torch's own by name, as `peers`. backend: of torch.compile."""
+    if op == "matmul_bf12":
+        return {"F.linear, unpacked": linear}
     if op not in ("matmul_int4", "matmul_int8", "matmul_w8a8"):
         return {}
     found: dict[str, Callable[[], Function]] = {"F.linear, unquantized": linear}
@@ -38,9 +40,10 @@ def prepared(prepare: Callable[[Arguments], Any], run: Callable[[Arguments, Any]
     made: dict[int, tuple[Tensor, Any]] = {}  # the weight is held, or another could come to lie at its address
 
     def call(t: Arguments) -> Tensor:
-        key = t["packed"].data_ptr()
+        weight = t["codes" if "exponent" in t else "packed"]
+        key = weight.data_ptr()
         if key not in made:
-            made[key] = t["packed"], prepare(t)
+            made[key] = weight, prepare(t)
         return run(t, made[key][1])
 
     return call
@@ -61,6 +64,8 @@ def linear() -> Function:
     """What a model that is not quantized runs: all weights, and x where it is codes, in the result's dtype."""
 
     def prepare(t: Arguments) -> tuple[Tensor, Tensor]:
+        if "exponent" in t:
+            return t["x"], kernels.unpack_bf12(t["codes"], t["outliers"], t["exponent"]).to(t["x"].dtype)
         codes, scales = codes_of(t), t["scales"]
         if "x_scales" in t:
             x = (t["x"] * t["x_scales"][:, None]).to(scales.dtype)
