@@ -60,7 +60,7 @@ def test_torchs_own_are_offered(op: str) -> None:
     assert (own in torch_peers(op, CPU)) == (op != "matmul_int4")  # there by another name, in another layout
 
 
-@pytest.mark.parametrize("op", ["matmul_int4", "matmul_int8"])
+@pytest.mark.parametrize("op", ["matmul_bf12", "matmul_int4", "matmul_int8"])
 def test_the_unquantized_product_is_that_of_all_groups(op: str) -> None:
     check(op, products.linear())
 

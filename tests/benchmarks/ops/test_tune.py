@@ -14,21 +14,22 @@ import torch
 from benchmarks.ops import tune
 from fastllama.bench.ops import comparison
 from fastllama.catalogue.llama_calls import LlamaCall, toy_calls
+from fastllama.catalogue.sizes import LLAMA_2
 from fastllama.kernels.launch import heuristics, tuned, tuning
 from fastllama.kernels.launch.device import CPU, Device
 
 H200 = Device("nvidia-h200", "sm_90", 132, 32, 227 << 10, 60 << 20)
+SIZES = LLAMA_2[0]
+DOWN = dict(zip(("features", "size"), SIZES.down, strict=True))
 SHAPES = {
-    "norm": {"size": 4096, "itemsize": 2},
-    "rope": {"rows": 8192, "heads": 96, "head_dim": 128, "itemsize": 2},
-    "swiglu": {"rows": 8192, "size": 11008, "itemsize": 2},
-    "sample": {"vocab_size": 32000, "itemsize": 2},
-    "prefill": {"head_dim": 128, "itemsize": 2, "key_itemsize": 2},
-    "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
-    "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
-    "int4": {"features": 4096, "size": 11008, "itemsize": 2},
-    "int8": {"features": 4096, "size": 11008, "itemsize": 2},
-    "w8a8": {"rows": 1024, "features": 4096, "size": 11008},
+    "norm": {"size": SIZES.hidden, "itemsize": 2},
+    "rope": {"rows": 8192, "heads": SIZES.heads + 2 * SIZES.kv_heads, "head_dim": SIZES.head_dim, "itemsize": 2},
+    "swiglu": {"rows": 8192, "size": SIZES.intermediate, "itemsize": 2},
+    "sample": {"vocab_size": SIZES.vocab, "itemsize": 2},
+    "prefill": {"head_dim": SIZES.head_dim, "itemsize": 2, "key_itemsize": 2},
+    "decode": {"queries": 8, "head_dim": SIZES.head_dim, "itemsize": 2},
+    **{family: DOWN | {"itemsize": 2} for family in ("matmul", "int4", "int8")},
+    "w8a8": {"rows": 1024, **DOWN},
 }
 
 
@@ -48,7 +49,8 @@ def test_candidates_are_legal_and_the_heuristics_is_the_first(family: str) -> No
 
 def test_the_nearest_candidates_come_first() -> None:
     """Three stages of a matmul, of which three programs are resident and not two, and twice the splits."""
-    shape = {"features": 22016, "size": 4096, "itemsize": 2}
+    features, size = SIZES.gate_up
+    shape = {"features": features, "size": size, "itemsize": 2}
     first, *near = list(tune.candidates("matmul", shape, H200))[:10]
     assert dataclasses.replace(first, stages=3) in near
     assert dataclasses.replace(first, splits=2 * first.splits) in near
