@@ -71,7 +71,7 @@ def main() -> None:
         driver.set_active(DryDriver(target("sm_90"), lambda *launch: None))
     dtype = torch.bfloat16
     torch.set_num_threads(1)
-    plan = [case for case in toy_calls(dtype, tuple(triton_ops())) if case.codes is None]
+    plan = [case for case in toy_calls(dtype, tuple(triton_ops())) if case.pages_dtype is None]
     found = {case.op: measure(case, device, options.rounds) for case in plan}
     what = "whole launches" if device.type == "cuda" else "without the driver"
     x = torch.randn(1, 16)

@@ -77,12 +77,12 @@ def paged(
     page: int = PAGE,
     pages: int | None = None,
     width: int | None = None,
-    codes: torch.dtype | None = None,
+    pages_dtype: torch.dtype | None = None,
 ) -> Arguments:
     """Pages in any order, the table and the lengths. Slots of no token hold NaN, as uninitialised memory may.
 
-    page: tokens of one. pages: how many there are; width: of the table; as many as are needed where None. codes: the
-    dtype of quantized pages, which have scales.
+    page: tokens of one. pages: how many there are; width: of the table; as many as are needed where None. pages_dtype:
+    of quantized pages, which have scales.
     """
     counts = [-(-length // page) for length in lengths]
     shape = (sum(counts) if pages is None else pages, kv_heads, page, head_dim)
@@ -90,8 +90,8 @@ def paged(
     table = torch.zeros(
         len(lengths), max(counts, default=0) if width is None else width, dtype=torch.int32, device=m.device
     )
-    held = [m.fresh(*shape, dtype=codes) for _ in "kv"]
-    scales = [None if codes is None else m.fresh(*shape[:3], dtype=torch.float32) for _ in "kv"]
+    held = [m.fresh(*shape, dtype=pages_dtype) for _ in "kv"]
+    scales = [None if pages_dtype is None else m.fresh(*shape[:3], dtype=torch.float32) for _ in "kv"]
     for sequence, (length, count) in enumerate(zip(lengths, () if m.is_meta else counts, strict=False)):
         own, used = ids[used : used + count], used + count
         table[sequence, :count] = own

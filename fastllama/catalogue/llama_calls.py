@@ -18,26 +18,26 @@ MEASURED = tuple(op for op, entry in CATALOGUE.items() if entry.only is None)
 
 @dataclass(frozen=True)
 class LlamaCall:
-    """One op at one shape. rows, context, codes: as of `Shape`."""
+    """One op at one shape. rows, context, pages_dtype: as of `Shape`."""
 
     op: str
     sizes: LlamaSizes
     rows: int
     context: int
     dtype: torch.dtype
-    codes: torch.dtype | None = None
+    pages_dtype: torch.dtype | None = None
 
     @property
     def label(self) -> str:
         """The shape in words."""
         context = f", {self.context} tokens of context" if self.context else ""
-        codes = "" if self.codes is None else f", {str(self.codes).removeprefix('torch.')} pages"
-        return f"{self.sizes.name}, {self.rows} rows{context}{codes}"
+        pages = "" if self.pages_dtype is None else f", {str(self.pages_dtype).removeprefix('torch.')} pages"
+        return f"{self.sizes.name}, {self.rows} rows{context}{pages}"
 
     @property
     def shape(self) -> Shape:
         """What it is besides its op, its sizes and its dtype."""
-        return Shape(self.rows, self.context, self.codes)
+        return Shape(self.rows, self.context, self.pages_dtype)
 
     def make(self, device: torch.device, seed: int, rows: int | None = None) -> Arguments:
         """Fresh random inputs, and poisoned outputs; `rows` in place of the call's own."""
@@ -59,7 +59,8 @@ class LlamaCall:
         if not self.context:
             return 0
         values = self.rows * -(-self.context // PAGE) * PAGE * self.sizes.kv_heads
-        return 2 * values * (self.sizes.head_dim * (self.codes or self.dtype).itemsize + (4 if self.codes else 0))
+        per_head = self.sizes.head_dim * (self.pages_dtype or self.dtype).itemsize + (4 if self.pages_dtype else 0)
+        return 2 * values * per_head
 
 
 def llama_calls(
@@ -71,8 +72,8 @@ def llama_calls(
         for place, sizes in enumerate(models):
             for op in ops:
                 if 0 <= rank - place < len(CATALOGUE[op].shapes):
-                    rows, context, codes = CATALOGUE[op].shapes[rank - place]
-                    yield LlamaCall(op, sizes, rows, context, dtype, codes)
+                    shape = CATALOGUE[op].shapes[rank - place]
+                    yield LlamaCall(op, sizes, shape.rows, shape.context, dtype, shape.pages_dtype)
 
 
 def toy_calls(dtype: torch.dtype, ops: Sequence[str] = MEASURED) -> Iterator[LlamaCall]:
@@ -80,5 +81,5 @@ def toy_calls(dtype: torch.dtype, ops: Sequence[str] = MEASURED) -> Iterator[Lla
     for op in ops:
         shapes = CATALOGUE[op].shapes
         context = 2 * PAGE if shapes[0].context else 0
-        for codes in dict.fromkeys(shape.codes for shape in shapes):
-            yield LlamaCall(op, TOY, 3, context, dtype, codes)
+        for pages_dtype in dict.fromkeys(shape.pages_dtype for shape in shapes):
+            yield LlamaCall(op, TOY, 3, context, dtype, pages_dtype)

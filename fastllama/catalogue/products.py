@@ -82,14 +82,14 @@ def int4_weight(
     group: int,
     zeros: torch.dtype | None = None,
     *,
-    codes: Tensor | None = None,
+    integers: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Arguments:
-    """codes: [features, size] of 0 to 15, and scales, where they are given."""
+    """integers: [features, size] uint8, 0 to 15, and scales, where they are given."""
     if m.is_meta:
         packed = m.fresh(*int4.packed_shape(features, size), dtype=torch.int32)
     else:
-        packed = pack_int4(m.integers(0, 16, features, size, dtype=torch.uint8) if codes is None else codes)
+        packed = pack_int4(m.integers(0, 16, features, size, dtype=torch.uint8) if integers is None else integers)
     scales = m.normal(*groups_of(features, size, group)) / (8 * math.sqrt(size)) if scales is None else scales
     return {"packed": packed, "scales": scales, "zeros": None if zeros is None else int4_zeros(m, scales, zeros)}
 
@@ -121,10 +121,10 @@ def matmul_int8(
 
 
 def int8_weight(
-    m: Maker, features: int, size: int, group: int, *, codes: Tensor | None = None, scales: Tensor | None = None
+    m: Maker, features: int, size: int, group: int, *, integers: Tensor | None = None, scales: Tensor | None = None
 ) -> Arguments:
-    """codes: [features, size] int8, and scales, where they are given."""
-    packed = _packed_int8(m, features, size, codes)
+    """integers: [features, size] int8, and scales, where they are given."""
+    packed = _packed_int8(m, features, size, integers)
     scales = m.normal(*groups_of(features, size, group)) / (128 * math.sqrt(size)) if scales is None else scales
     return {"packed": packed, "scales": scales}
 
@@ -137,13 +137,13 @@ def matmul_w8a8(
     *,
     form: str = "",
     x: Tensor | None = None,
-    codes: Tensor | None = None,
+    integers: Tensor | None = None,
 ) -> Arguments:
-    """form: "" or "bias". x: [rows, size] of -127 to 127 and codes: [features, size], int8, where they are given."""
+    """form: "" or "bias". x: [rows, size] of -127 to 127 and integers: [features, size], int8, where they are given."""
     x = m.integers(-127, 128, rows, size, dtype=torch.int8) if x is None else x
     x_scales = (m.normal(rows).abs().float() + 1) / 64
     scales = m.normal(features) / (64 * math.sqrt(size))
-    packed = _packed_int8(m, features, size, codes)
+    packed = _packed_int8(m, features, size, integers)
     return {
         "x": x,
         "x_scales": x_scales,
@@ -155,10 +155,10 @@ def matmul_w8a8(
     }
 
 
-def _packed_int8(m: Maker, features: int, size: int, codes: Tensor | None) -> Tensor:
+def _packed_int8(m: Maker, features: int, size: int, integers: Tensor | None) -> Tensor:
     if m.is_meta:
         return m.fresh(*int8.packed_shape(features, size), dtype=torch.int8)
-    return pack_int8(m.integers(-128, 128, features, size, dtype=torch.int8) if codes is None else codes)
+    return pack_int8(m.integers(-128, 128, features, size, dtype=torch.int8) if integers is None else integers)
 
 
 def _around(m: Maker, rows: int, features: int, size: int, form: str) -> Arguments:

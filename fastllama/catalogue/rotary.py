@@ -47,11 +47,11 @@ def rope_and_write_kv(
     pages: int | None = None,
     positions: int = POSITIONS,
     padding: int | None = None,
-    codes: torch.dtype | None = None,
+    pages_dtype: torch.dtype | None = None,
 ) -> Arguments:
     """pages: how many there are, enough for the rows where None. padding: every so-manieth row has no slot.
 
-    codes: the dtype of quantized pages.
+    pages_dtype: of quantized pages.
     """
     count = max(-(-rows // page), 1) if pages is None else pages
     slots = m.some_of(count * page, rows)
@@ -66,8 +66,8 @@ def rope_and_write_kv(
         "q_out": m.fresh(rows, heads, head_dim),
     }
     for side in "kv":
-        call[f"{side}_pages"] = torch.full(shape, HELD, dtype=codes or m.dtype, device=m.device)
-        call[f"{side}_scales"] = None if codes is None else m.fresh(*shape[:3], dtype=torch.float32)
+        call[f"{side}_pages"] = torch.full(shape, HELD, dtype=pages_dtype or m.dtype, device=m.device)
+        call[f"{side}_scales"] = None if pages_dtype is None else m.fresh(*shape[:3], dtype=torch.float32)
     return call
 
 

@@ -31,12 +31,12 @@ FORM = "bias, norm, residual"  # of small products
 class Shape(NamedTuple):
     """One call of a Llama. rows: tokens, or sequences where the op has a row for each (sample, attention_decode).
 
-    context: tokens that a sequence of attention_decode sees, 0 elsewhere. codes: the dtype of quantized pages.
+    context: tokens that a sequence of attention_decode sees, 0 elsewhere. pages_dtype: of quantized pages.
     """
 
     rows: int
     context: int = 0
-    codes: torch.dtype | None = None
+    pages_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,14 @@ def _small_slots(m: Maker) -> Arguments:
     return call | {"slots": m.tensor([0, -1, 7], torch.int64)}
 
 
+def _rotation(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
+    return rotary.rope_and_write_kv(m, shape.rows, *sizes.attention, pages_dtype=shape.pages_dtype)
+
+
 def _decode(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
     width = -(-shape.context // PAGE)
     lengths = [shape.context] * shape.rows
-    return attention.attention_decode(m, lengths, *sizes.attention, width=width, codes=shape.codes)
+    return attention.attention_decode(m, lengths, *sizes.attention, width=width, pages_dtype=shape.pages_dtype)
 
 
 # The most telling of a Llama's speed first.
@@ -148,7 +152,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "rope_and_write_kv": Entry(
         _small_slots,
-        lambda m, sizes, shape: rotary.rope_and_write_kv(m, shape.rows, *sizes.attention, codes=shape.codes),
+        _rotation,
         ROWS,
         _page_bytes,
     ),

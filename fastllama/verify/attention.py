@@ -43,7 +43,7 @@ def prefill(m: Maker) -> Iterator[FormulaCase]:
         call = calls.attention_prefill(m, lengths, fresh, heads, kv_heads, dim, page=page)
         label = f"q [86, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         yield from _with_and_without_lse("attention_prefill", label, call, _paged)
-    held = calls.paged(m, lengths, 2, 64, page=16, codes=torch.int8)
+    held = calls.paged(m, lengths, 2, 64, page=16, pages_dtype=torch.int8)
     call = calls.attention_prefill(m, lengths, fresh, 8, 2, 64, held=held)
     yield _rounded_pages("attention_prefill", "q [86, 8, 64]", call)
 
@@ -54,7 +54,7 @@ def decode(m: Maker) -> Iterator[FormulaCase]:
         call = calls.attention_decode(m, lengths, heads, kv_heads, dim, page=page, queries=queries)
         label = f"q [{queries * len(lengths)}, {heads}, {dim}], {kv_heads} KV heads, page size {page}"
         yield from _with_and_without_lse("attention_decode", label, call, _paged)
-    held = calls.paged(m, lengths, 2, 64, page=16, codes=torch.int8)
+    held = calls.paged(m, lengths, 2, 64, page=16, pages_dtype=torch.int8)
     call = calls.attention_decode(m, lengths, 8, 2, 64, held=held)
     yield _rounded_pages("attention_decode", "q [4, 8, 64]", call)
 

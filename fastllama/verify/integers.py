@@ -44,7 +44,7 @@ def matmul_w8a8(m: Maker) -> Iterator[FormulaCase]:
             (m.some_of(count * inner, count * inner).view(count, inner) % 255 - 127).to(torch.int8)
             for count in (tokens, outer)
         )
-        call = products.matmul_w8a8(m, tokens, outer, inner, form="bias", x=x, codes=integers)
+        call = products.matmul_w8a8(m, tokens, outer, inner, form="bias", x=x, integers=integers)
         label, known = f"x [{tokens}, {inner}], weight [{outer}, {inner}]", {"integers": integers}
         yield FormulaCase("matmul_w8a8", label, given("matmul_w8a8", call), formula, known=known)
 

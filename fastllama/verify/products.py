@@ -86,7 +86,7 @@ def _matmul_int4(m: Maker, inner: int, outer: int, group: int) -> Iterator[Judge
         return ((groups - (8 if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
 
     scales = _signs(m, outer, inner, group) / (4 * math.sqrt(inner))
-    packed = calls.int4_weight(m, outer, inner, group, codes=integers.to(torch.uint8), scales=scales)
+    packed = calls.int4_weight(m, outer, inner, group, integers=integers.to(torch.uint8), scales=scales)
     label, known = f", groups of {group}", {"integers": integers}
     yield JudgedWeight(calls.matmul_int4, label, packed, plain, known)
     packed = packed | {"zeros": calls.int4_zeros(m, scales, m.dtype)}
@@ -100,7 +100,7 @@ def _matmul_int8(m: Maker, inner: int, outer: int, group: int) -> Iterator[Judge
         return (integers.to(x).unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
 
     scales = _signs(m, outer, inner, group) / (64 * math.sqrt(inner))
-    packed = calls.int8_weight(m, outer, inner, group, codes=integers.to(torch.int8), scales=scales)
+    packed = calls.int8_weight(m, outer, inner, group, integers=integers.to(torch.int8), scales=scales)
     yield JudgedWeight(calls.matmul_int8, f", groups of {group}", packed, plain, {"integers": integers})
 
 

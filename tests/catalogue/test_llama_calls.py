@@ -20,7 +20,8 @@ def test_every_op_is_measured() -> None:
     )  # LLM keeps weights in 12 bits on CPUs alone: benchmarks/cpu/matmul.py
     assert {case.op for case in llama_calls(BF16)} == set(MEASURED)
     assert list(dict.fromkeys(case.op for case in toy_calls(BF16))) == list(MEASURED)
-    assert {(case.op, case.codes) for case in toy_calls(BF16)} == {(case.op, case.codes) for case in llama_calls(BF16)}
+    toys, llamas = ({(case.op, case.pages_dtype) for case in calls} for calls in (toy_calls(BF16), llama_calls(BF16)))
+    assert toys == llamas
 
 
 def test_the_most_valuable_comes_first() -> None:
@@ -109,9 +110,9 @@ def test_seeds_make_other_inputs_and_the_same_again() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("codes", [None, torch.int8])
-def test_keys_and_values_are_counted_before_they_are_made(codes: torch.dtype | None) -> None:
-    case = LlamaCall("attention_decode", TOY, 5, 70, BF16, codes)
+@pytest.mark.parametrize("pages_dtype", [None, torch.int8])
+def test_keys_and_values_are_counted_before_they_are_made(pages_dtype: torch.dtype | None) -> None:
+    case = LlamaCall("attention_decode", TOY, 5, 70, BF16, pages_dtype)
     inputs = case.make(CPU, seed=0)
     assert case.kv_bytes == sum(
         value.nbytes for name, value in inputs.items() if name.startswith(("k_", "v_")) and value is not None

@@ -11,16 +11,16 @@ from fastllama.catalogue.maker import Maker
 LENGTHS = (6, 3, 0, 15)
 
 
-@pytest.mark.parametrize("codes", [None, torch.int8])
-def test_slots_of_tokens_alone_hold_values(codes: torch.dtype | None) -> None:
-    call = paged(Maker(torch.float32), LENGTHS, 2, 8, page=7, pages=9, codes=codes)
+@pytest.mark.parametrize("pages_dtype", [None, torch.int8])
+def test_slots_of_tokens_alone_hold_values(pages_dtype: torch.dtype | None) -> None:
+    call = paged(Maker(torch.float32), LENGTHS, 2, 8, page=7, pages=9, pages_dtype=pages_dtype)
     held = torch.zeros(9, 7, dtype=torch.bool)
     for row, length in zip(call["page_table"].tolist(), LENGTHS, strict=True):
         for token in range(length):
             held[row[token // 7], token % 7] = True
     assert held.sum() == sum(LENGTHS)
     for side in "kv":
-        values = call[f"{side}_pages"] if codes is None else call[f"{side}_scales"][..., None]
+        values = call[f"{side}_pages"] if pages_dtype is None else call[f"{side}_scales"][..., None]
         assert torch.equal(~values.isnan().any(-1), held[:, None].expand(9, 2, 7))
     assert call["seq_lens"].tolist() == list(LENGTHS)
     assert call["page_table"].shape == (4, 3)

@@ -92,7 +92,7 @@ def measure(case: LlamaCall, device: torch.device, peers: Peers, rounds: int = R
         "model": case.sizes.name,
         "rows": case.rows,
         "context": case.context,
-        "codes": case.codes and str(case.codes).removeprefix("torch."),
+        "codes": case.pages_dtype and str(case.pages_dtype).removeprefix("torch."),
         "dtype": str(case.dtype).removeprefix("torch."),
         "label": case.label,
         "backend": implementation(case.op, device).backend,

@@ -18,8 +18,8 @@ from fastllama.catalogue.maker import Arguments
 CPU = torch.device("cpu")
 
 
-def toy(op: str, codes: torch.dtype | None = None) -> LlamaCall:
-    return next(case for case in toy_calls(torch.float32, (op,)) if case.codes == codes)
+def toy(op: str, pages_dtype: torch.dtype | None = None) -> LlamaCall:
+    return next(case for case in toy_calls(torch.float32, (op,)) if case.pages_dtype == pages_dtype)
 
 
 class XFormers:

@@ -99,9 +99,9 @@ def rope() -> Iterator[Shipped]:
         for sizes in MODELS:
             call = launching(rotary.rope, BF16, tokens, *sizes.attention, fused=True)
             yield Shipped(f"rope {sizes.short} bf16 {step}", call)
-            for codes in (None, torch.int8, torch.float8_e4m3fn)[: 1 if sizes.short == "13B" else 3]:
-                name = f"rope_and_write_kv {sizes.short} bf16 {step}, pages {SHORT[codes or BF16]}"
-                options = {"pages": PAGES, "codes": codes}
+            for pages_dtype in (None, torch.int8, torch.float8_e4m3fn)[: 1 if sizes.short == "13B" else 3]:
+                name = f"rope_and_write_kv {sizes.short} bf16 {step}, pages {SHORT[pages_dtype or BF16]}"
+                options = {"pages": PAGES, "pages_dtype": pages_dtype}
                 yield Shipped(name, launching(rotary.rope_and_write_kv, BF16, tokens, *sizes.attention, **options))
 
 
@@ -130,25 +130,26 @@ def attention() -> Iterator[Shipped]:
     """Sequences of 32 pages at most, or 64 of a decode. Lengths, bounds and page ids are loads by themselves."""
     each = [STEPS["prefill"] // SEQUENCES] * SEQUENCES  # tokens of a prompt
 
-    def decode(sizes: LlamaSizes, codes: torch.dtype | None, width: int, queries: int) -> Callable[[], Any]:
-        options = {"queries": queries, "width": width, "pages": PAGES, "codes": codes}
+    def decode(sizes: LlamaSizes, pages_dtype: torch.dtype | None, width: int, queries: int) -> Callable[[], Any]:
+        options = {"queries": queries, "width": width, "pages": PAGES, "pages_dtype": pages_dtype}
         return launching(attentions.attention_decode, BF16, [1] * SEQUENCES, *sizes.attention, **options)
 
-    def prefill(sizes: LlamaSizes, dtype: torch.dtype, codes: torch.dtype | None) -> Callable[[], Any]:
-        options = {"width": 32, "pages": PAGES, "codes": codes}
+    def prefill(sizes: LlamaSizes, dtype: torch.dtype, pages_dtype: torch.dtype | None) -> Callable[[], Any]:
+        options = {"width": 32, "pages": PAGES, "pages_dtype": pages_dtype}
         return launching(attentions.attention_prefill, dtype, each, each, *sizes.attention, **options)
 
     for sizes in (SMALL, LARGE):
-        for codes in (None, torch.int8, torch.float8_e4m3fn):
-            held = f"pages {SHORT[codes or BF16]}"
-            yield Shipped(f"attention_decode {sizes.short} bf16, split, {held}", decode(sizes, codes, 64, 1))
-            yield Shipped(f"attention_prefill {sizes.short} bf16, {held}", prefill(sizes, BF16, codes))
+        for pages_dtype in (None, torch.int8, torch.float8_e4m3fn):
+            held = f"pages {SHORT[pages_dtype or BF16]}"
+            yield Shipped(f"attention_decode {sizes.short} bf16, split, {held}", decode(sizes, pages_dtype, 64, 1))
+            yield Shipped(f"attention_prefill {sizes.short} bf16, {held}", prefill(sizes, BF16, pages_dtype))
     yield Shipped("attention_decode 70B bf16, 4 queries", decode(LARGE, None, 8, 4))
     for dtype in (FP16, FP32):
         call = launching(attentions.attention_varlen, dtype, each, each, *SMALL.attention)
         yield Shipped(f"attention_varlen 7B {SHORT[dtype]}", call)
-    for codes in (None, torch.int8):
-        yield Shipped(f"attention_prefill 7B fp32, pages {SHORT[codes or FP32]}", prefill(SMALL, FP32, codes))
+    for pages_dtype in (None, torch.int8):
+        held = f"pages {SHORT[pages_dtype or FP32]}"
+        yield Shipped(f"attention_prefill 7B fp32, {held}", prefill(SMALL, FP32, pages_dtype))
 
 
 QKV, GATE_UP, DOWN = ("7B qkv", *SMALL.qkv), ("7B gate_up", *SMALL.gate_up), ("7B down", *SMALL.down)
