@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from benchmarks.ops.judge import OUTPUTS
-from benchmarks.ops.registry import OPS as MEASURED
-from benchmarks.ops.registry import Case, toy_cases
 from fastllama import kernels
 from fastllama.bench import timing
 from fastllama.bench.environment import environment, write_record
+from fastllama.catalogue.arguments import as_written, inputs
+from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, toy_calls
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.triton.sampling.draw import workspace_size
 from fastllama.testing.drivers import DryDriver
@@ -46,14 +45,15 @@ def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
 
 
 @torch.inference_mode()
-def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(case: LlamaCall, device: torch.device, rounds: int) -> dict[str, Any]:
     """Microseconds of each call, outputs given and allocated."""
-    inputs = case.make(device, seed=0)
+    call = case.make(device, seed=0)
     if case.op == "sample":  # on a CPU its public function makes none
-        inputs["workspace"] = torch.empty(workspace_size(inputs["logits"]), dtype=torch.int64, device=device)
-    fewer = {name: value for name, value in inputs.items() if name not in OUTPUTS}
+        call["workspace"] = torch.empty(workspace_size(call["logits"]), dtype=torch.int64, device=device)
+    args, named = as_written(case.op, call)
+    fewer = inputs(case.op, named)
     public = getattr(kernels, case.op)
-    calls = {"outputs given": lambda: public(**inputs), "allocated": lambda: public(**fewer)}
+    calls = {"outputs given": lambda: public(*args, **named), "allocated": lambda: public(*args, **fewer)}
     with OPS[case.op].bound_to(device, OPS[case.op].launcher("cuda")):
         taken = timing.in_turns({name: _emptied(call, device) for name, call in calls.items()}, rounds)
     microseconds = {name: [1e6 * seconds for seconds in samples] for name, samples in taken.items()}
@@ -71,7 +71,7 @@ def main() -> None:
         driver.set_active(DryDriver(target("sm_90"), lambda *launch: None))
     dtype = torch.bfloat16
     torch.set_num_threads(1)
-    plan = [case for case in toy_cases(dtype, tuple(triton_ops())) if case.codes is None]
+    plan = [case for case in toy_calls(dtype, tuple(triton_ops())) if case.pages_dtype is None]
     found = {case.op: measure(case, device, options.rounds) for case in plan}
     what = "whole launches" if device.type == "cuda" else "without the driver"
     x = torch.randn(1, 16)

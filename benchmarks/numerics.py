@@ -12,12 +12,12 @@ from importlib.metadata import version
 
 import torch
 
-from benchmarks.ops.micro import implementations, interpreted
 from fastllama import env
+from fastllama.bench.ops.comparison import implementations, interpreted
 from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify import ops
-from fastllama.verify.case import Case, Results
+from fastllama.verify.case import FormulaCase, Results
 from fastllama.verify.cases import all_cases
 from fastllama.verify.report import error_of
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 
 
-def run(case: Case, implementation: Implementation) -> Results:
+def run(case: FormulaCase, implementation: Implementation) -> Results:
     """The outputs of an op on one implementation."""
     with OPS[case.op].bound_to(CPU, implementation.run):
         return ops.run(case)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from fastllama import kernels
 from fastllama.bench import timing
 from fastllama.bench.environment import environment, write_record
+from fastllama.catalogue.sizes import LlamaSizes
 
-SHAPES = ((11264, 2048), (22016, 4096))  # [N, K]
+SHAPES = [LlamaSizes.of(name).gate_up for name in ("tinyllama-1.1b", "llama-2-7b")]  # [N, K]
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 BYTES = 300_000_000  # of weights gone through: ten times a large shared cache
 CALLS = 9

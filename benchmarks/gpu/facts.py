@@ -9,7 +9,7 @@ import triton
 
 from benchmarks.gpu import results, stage
 from benchmarks.gpu.plan import TESTS
-from benchmarks.ops.peers import libraries
+from benchmarks.ops.libraries import libraries
 from fastllama.bench.environment import environment
 from tools.gpu_cache import fingerprint
 

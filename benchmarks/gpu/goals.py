@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OURS = "fastllama"
-ALONE = "fastllama, no overlap"  # its launches wait for each other, as those of peers do
+from fastllama.bench.ops.report import ALONE, OURS
+
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 FEW_ROWS = (1, 2, 4, 8, 16)
 

@@ -8,20 +8,23 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu import results, stage
-from benchmarks.gpu.goals import ALONE, OURS
-from benchmarks.ops import micro
-from benchmarks.ops.registry import OPS, Case, cases, toy_cases
+from benchmarks.ops.libraries import peers
 from fastllama.bench.environment import gpu
+from fastllama.bench.ops import comparison
+from fastllama.bench.ops.report import ALONE, OURS
+from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, llama_calls, toy_calls
 
 FIRST = ("matmul", "matmul_int4", "attention_decode", "attention_prefill")  # what a decode step and a prompt wait for
 
 
-def plan(dtype: torch.dtype, dry: bool, device: torch.device) -> Iterator[Case]:
+def plan(dtype: torch.dtype, dry: bool, device: torch.device) -> Iterator[LlamaCall]:
     """The cases in order: FIRST, then other ops with a kernel for the device, then the rest; within, as registered."""
-    order = (*FIRST, *(op for op in OPS if op not in FIRST))
-    found = list(toy_cases(dtype, order) if dry else cases(dtype, order))
+    order = (*FIRST, *(op for op in MEASURED if op not in FIRST))
+    found = list(toy_calls(dtype, order) if dry else llama_calls(dtype, order))
     for kernel in (True, False):
-        yield from (case for case in found if (micro.implementation(case.op, device).backend != "reference") == kernel)
+        yield from (
+            case for case in found if (comparison.implementation(case.op, device).backend != "reference") == kernel
+        )
 
 
 def main() -> int:
@@ -34,8 +37,10 @@ def main() -> int:
             results.append(options.results, stage="ops", skipped=f"{case.op}, {case.label}: no time left")
             continue
         try:
-            with micro.interpreted(options.dry):
-                found = micro.measure(case, device, rounds=2 if options.dry else micro.ROUNDS)
+            with comparison.interpreted(options.dry):
+                found = comparison.measure(
+                    case, device, peers(case.op, device), rounds=2 if options.dry else comparison.ROUNDS
+                )
         except (MemoryError, torch.OutOfMemoryError):
             results.append(options.results, stage="ops", skipped=f"{case.op}, {case.label}: does not fit in memory")
             continue

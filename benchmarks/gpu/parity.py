@@ -8,33 +8,35 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu import results, stage
-from benchmarks.ops import micro
-from benchmarks.ops.registry import LLAMA_2, OPS, TOY, Case
+from fastllama.bench.ops import comparison
+from fastllama.bench.ops.judge import judged
+from fastllama.catalogue.llama_calls import MEASURED, LlamaCall
+from fastllama.catalogue.sizes import LLAMA_2, TOY
 
 ROWS = {"attention_varlen": 512, "attention_prefill": 512}
 MOST_ROWS = 64  # of the other ops: what their kernels of few rows take
 
 
-def cases(dtype: torch.dtype, dry: bool) -> Iterator[Case]:
+def cases(dtype: torch.dtype, dry: bool) -> Iterator[LlamaCall]:
     """Two of each op: in order of the ops, so that one that hangs costs those behind it alone."""
-    for op in OPS:
+    for op in MEASURED:
         for model, rows in ((TOY, 3),) if dry else ((LLAMA_2[0], ROWS.get(op, MOST_ROWS)), (LLAMA_2[0], 3)):
             context = {TOY: 70}.get(model, 4096) if op == "attention_decode" else 0
-            yield Case(op, model, rows, context, dtype)
+            yield LlamaCall(op, model, rows, context, dtype)
 
 
 def main() -> int:
     """A line for each case; 1 where one is wrong or does not run."""
     options = stage.options(__doc__)
     device, wrong = stage.device(options.dry), 0
-    with torch.inference_mode(), micro.interpreted(options.dry):
+    with torch.inference_mode(), comparison.interpreted(options.dry):
         for dtype in (torch.bfloat16, torch.float32):
             for case in cases(dtype, options.dry):
                 start = time.monotonic()
                 found: dict[str, object] = {}
                 try:
-                    with micro.running(case.op, device) as function:
-                        error, bound = case.judge(function, device)
+                    with comparison.running(case.op, device) as function:
+                        error, bound = judged(case, function, device)
                     found |= {"error": error, "bound": bound, "right": error <= bound}
                 except Exception as failure:  # of one op, of which the others may know nothing
                     found |= {"failed": f"{type(failure).__name__}: {failure}"[:500], "right": False}

@@ -1,1 +1,1 @@
-"""The microbenchmarks of the ops: registry, inputs, peers, reports and the tuner."""
+"""What needs more than the package to measure ops: optional libraries, a block beside torch, tuning, a run's report."""

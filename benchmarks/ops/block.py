@@ -28,15 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu.goals import OURS
-from benchmarks.ops import judge, micro
-from benchmarks.ops.inputs import PAGE
-from benchmarks.ops.peers import EAGER
-from benchmarks.ops.registry import TOY
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.bench.ceilings import ceilings, shares
 from fastllama.bench.environment import environment, gpu, write_record
 from fastllama.bench.models import kept_bytes, random_model
+from fastllama.bench.ops import comparison, judge
+from fastllama.bench.ops.formulas import EAGER
+from fastllama.bench.ops.report import OURS
+from fastllama.catalogue.rotary import PAGE
+from fastllama.catalogue.sizes import TOY, config_of
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch.device import device_info
 from fastllama.kernels.launch.kernel_call import KernelCall
@@ -214,7 +214,7 @@ def _bound(device: torch.device) -> Iterator[None]:
     """Every op on the implementation that is measured, no call remembered."""
     with ExitStack() as stack:
         for name, op in OPS.items():
-            stack.enter_context(op.bound_to(device, micro.implementation(name, device).run))
+            stack.enter_context(op.bound_to(device, comparison.implementation(name, device).run))
         yield
 
 
@@ -236,7 +236,7 @@ def measure(
                 found[name]["launches"] = launches(CONTENDERS[name], first)
             else:
                 found[name]["failed"] = f"wrong: error {wrong:.2g}, bound {bound:.2g}"
-        for name, ways in micro.timed(ready, sets, first.hidden.device, rounds, captured=True).items():
+        for name, ways in comparison.timed(ready, sets, first.hidden.device, rounds, captured=True).items():
             found[name] |= ways
             for figures in ways.values():
                 if "median" in figures:
@@ -259,7 +259,7 @@ def main() -> int:
     device = torch.device("cpu") if options.dry else torch.device("cuda", 0)
     if options.dry:
         options.models, options.rows, options.context = ["toy"], [3], [PAGE + 9]
-    with torch.no_grad(), micro.interpreted(options.dry):
+    with torch.no_grad(), comparison.interpreted(options.dry):
         return _run(options, device)
 
 
@@ -278,7 +278,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     for name, kind in product(options.models, options.quantization):
         models: list[LlamaForCausalLM] = []  # those before are given up first
         try:
-            models = copies(_config(name, max(options.context)), kind, device, least)
+            models = copies(replace(config_of(name), max_position_embeddings=max(options.context)), kind, device, least)
         except (MemoryError, torch.OutOfMemoryError):
             record["skipped"].append(f"{name}, {kind}: its weights do not fit in memory")
         except Exception as failure:  # of one kind, of which the others may know nothing
@@ -290,7 +290,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             continue
         for context, rows in product(options.context, options.rows):
             label = f"{name}, {kind}, {rows} rows, {context} tokens of context"
-            rounds = 1 if options.dry else micro.ROUNDS
+            rounds = 1 if options.dry else comparison.ROUNDS
             try:
                 figures = measure(models, rows, context, reached, rounds)
             except torch.OutOfMemoryError:
@@ -318,22 +318,6 @@ def _failed(failure: Exception) -> dict[str, Any]:
     """What a case holds of which ours raised; the traceback is printed at once."""
     traceback.print_exception(failure)
     return {"contenders": {OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}}
-
-
-def _config(name: str, context: int) -> LlamaConfig:
-    """A preset, or the toy, for so many positions."""
-    if name != TOY.name:
-        return replace(LlamaConfig.preset(name), max_position_embeddings=context)
-    return LlamaConfig(
-        TOY.vocab,
-        TOY.hidden,
-        TOY.intermediate,
-        1,
-        TOY.heads,
-        TOY.kv_heads,
-        TOY.head_dim,
-        max_position_embeddings=context,
-    )
 
 
 def _failure(contender: dict[str, Any]) -> str | None:

@@ -13,23 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import goals, results
-from benchmarks.gpu.goals import ALONE, OURS, Results
+from benchmarks.gpu.goals import Results
 from fastllama.bench import decode_report
+from fastllama.bench.ops.report import ALONE, OURS, floor, median
 
 HOW = ("outputs given", "allocated")  # of benchmarks.launch_overhead
 Row = dict[str, Any]
-
-
-def floor(case: Row, ceilings: Row) -> float:
-    """The seconds below which no implementation can be."""
-    bytes_floor = case["bytes"] / max(ceilings["copy_bytes_per_second"], ceilings["read_bytes_per_second"])
-    return float(max(bytes_floor, case["flops"] / ceilings["bf16_flops_per_second"]))
-
-
-def median(contender: Row, way: str) -> float | None:
-    """Seconds of a call; None where it failed."""
-    taken = contender.get(way, {})
-    return taken.get("median") if isinstance(taken, dict) else None
 
 
 def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:

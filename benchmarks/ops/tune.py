@@ -28,13 +28,14 @@ from unittest import mock
 
 import torch
 
-from benchmarks.ops import micro
-from benchmarks.ops.inputs import Inputs
-from benchmarks.ops.peers import Function
-from benchmarks.ops.registry import Case, cases, toy_cases
 from fastllama.arithmetic import power_of_2
 from fastllama.bench import timing
 from fastllama.bench.environment import environment
+from fastllama.bench.ops import comparison
+from fastllama.bench.ops.formulas import Function
+from fastllama.bench.ops.judge import judged
+from fastllama.catalogue.llama_calls import LlamaCall, llama_calls, toy_calls
+from fastllama.catalogue.maker import Arguments
 from fastllama.kernels.launch import heuristics, tuned, tuning
 from fastllama.kernels.launch.device import Device, device_info
 
@@ -104,7 +105,7 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
     return shape["size"] if isinstance(launch, heuristics.NormLaunch) else int(launch.block)
 
 
-def asked(family: str, case: Case, device: torch.device) -> Asked | None:
+def asked(family: str, case: LlamaCall, device: torch.device) -> Asked | None:
     """The shape for which a case's launcher asks; None where it asks for none: products of many rows are torch's."""
     seen: list[Asked] = []
     inputs = case.make(device, seed=0)  # before: what sizes a workspace asks, too, where the launch does not
@@ -115,15 +116,15 @@ def asked(family: str, case: Case, device: torch.device) -> Asked | None:
         kind = tuning.FAMILIES[name]
         return kind.heuristic(device_info(device), **dict(zip(kind.shape, values, strict=True)))
 
-    with mock.patch.object(tuning, "_launch", remember), micro.running(case.op, device) as run:
+    with mock.patch.object(tuning, "_launch", remember), comparison.running(case.op, device) as run:
         run(inputs)
     return seen[0] if seen else None
 
 
 @contextmanager
-def launching(case: Case, device: torch.device, launch: Any) -> Iterator[Function]:
+def launching(case: LlamaCall, device: torch.device, launch: Any) -> Iterator[Function]:
     """The op of a case with one launch."""
-    with mock.patch.object(tuning, "_launch", partial(_given, launch)), micro.running(case.op, device) as run:
+    with mock.patch.object(tuning, "_launch", partial(_given, launch)), comparison.running(case.op, device) as run:
         yield run
 
 
@@ -132,9 +133,9 @@ def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
     return launch
 
 
-def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
+def timed(case: LlamaCall, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
     """Median seconds of a case with each launch; None where it cannot run."""
-    sets = micro.input_sets(case, device)
+    sets = comparison.input_sets(case, device)
     if any("workspace" in inputs for inputs in sets):
         # As large as any launch needs it, and zeros: one that had to make its own would be timed with what that takes.
         dtype = {"matmul_w8a8": torch.int32, "sample": torch.int64}.get(case.op, torch.float32)
@@ -145,7 +146,7 @@ def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) ->
         call = timing.rotating(partial(_run, case, device, launch), sets)
         try:
             call()
-            calls = max(micro.GRAPH_CALLS, len(sets))
+            calls = max(comparison.GRAPH_CALLS, len(sets))
             samplers[str(number)] = timing.wall(call) if device.type == "cpu" else timing.graph(call, calls)
         except Exception as failure:  # too much shared memory, say: this launch is none
             print(f"  {launch}: {type(failure).__name__}: {str(failure)[:99]}", flush=True)
@@ -153,7 +154,7 @@ def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) ->
     return [statistics.median(taken[str(n)]) if str(n) in taken else None for n in range(len(launches))]
 
 
-def _run(case: Case, device: torch.device, launch: Any, inputs: Inputs) -> None:
+def _run(case: LlamaCall, device: torch.device, launch: Any, inputs: Arguments) -> None:
     with launching(case, device, launch) as run:
         run(inputs)
 
@@ -174,7 +175,7 @@ def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | 
 
 
 def tune(
-    family: str, found: list[Case], device: torch.device, rounds: int, deadline: float, most: int
+    family: str, found: list[LlamaCall], device: torch.device, rounds: int, deadline: float, most: int
 ) -> list[tuned.Entry]:
     """Entries for the shapes of the cases that the time allows. most: of candidates."""
     kind, groups = tuning.FAMILIES[family], defaultdict(list)
@@ -194,7 +195,7 @@ def tune(
         if entry is not None:
             for case in group:
                 with launching(case, device, entry.launch) as run:
-                    error, bound = case.judge(run, device)
+                    error, bound = judged(case, run, device)
                 if error > bound:
                     raise RuntimeError(f"{case.op}, {case.label}: wrong with {entry.launch}: {error:.2g} > {bound:.2g}")
             entries.append(tuned.Entry(shape, entry.launch, entry.microseconds, entry.heuristic_microseconds))
@@ -222,10 +223,10 @@ def main() -> None:
     provenance["date"] = datetime.now(timezone.utc).date().isoformat()
     provenance["command"] = f"python -m benchmarks.ops.tune --dtype {options.dtype}"
     deadline = time.monotonic() + 60 * options.minutes
-    source, rounds, most = (toy_cases, 1, 2) if options.dry else (cases, 15, options.most)
+    source, rounds, most = (toy_calls, 1, 2) if options.dry else (llama_calls, 15, options.most)
     for family in options.families:
         found = list(source(getattr(torch, options.dtype), (OPS[family],)))
-        with torch.inference_mode(), micro.interpreted(options.dry):
+        with torch.inference_mode(), comparison.interpreted(options.dry):
             entries = tune(family, found, device, rounds, deadline, most)
         if entries:
             path = folder / f"{family}.json"

@@ -10,7 +10,8 @@ from fastllama.bench import timing
 from fastllama.kernels.launch.device import device_info
 
 COPY = {"cuda": 1 << 29, "cpu": 1 << 27}  # bf16 numbers, 1 GiB and 256 MiB: more than the caches hold
-SIZE = 8192  # of a product's matrices
+SIZE = {"cuda": 8192, "cpu": 2048}  # of a product's matrices
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOY_COPY, TOY_SIZE = 1 << 15, 64
 COLUMNS = 8192  # of the matrix that a read multiplies by a vector
 ROUNDS = 10
@@ -42,14 +43,14 @@ def bandwidths(device: torch.device, toy: bool = False) -> dict[str, Any]:
     }
 
 
-def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """`bandwidths`, and beside them operations a second in a large product in bf16."""
-    size = TOY_SIZE if toy else SIZE
+def ceilings(device: torch.device, toy: bool = False, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """`bandwidths`, and operations a second in a large product: "bf16_flops_per_second", or of another dtype."""
+    size = TOY_SIZE if toy else SIZE[device.type]
     found = bandwidths(device, toy)
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
     seconds = _samples(lambda: torch.matmul(a, b, out=c), device)
-    found["bf16_flops_per_second"] = 2 * size**3 / timing.quantiles(seconds)["median"]
+    found[f"{SHORT[dtype]}_flops_per_second"] = 2 * size**3 / timing.quantiles(seconds)["median"]
     found["seconds"]["product"] = seconds
     return found
 

@@ -20,6 +20,7 @@ from fastllama.layers.quantization import NONE, WORDS
 
 FAILED = 1
 SHAPES = ("tiny", "1.1b", "7b", "13b", "70b")
+OP_SHAPES = ("toy", *SHAPES[1:])
 RUNTIME = """Throughput: prompts of 8 to 400 random tokens, all there at the start, each answered greedily with as many
 tokens, by the runtime and by transformers, where it is installed, on the same device: `generate` on one padded batch,
 and `generate_batch`, its continuous batching. They take turns, after one round that is not counted.
@@ -37,6 +38,14 @@ weights are bf16 too unless --dtype says otherwise. What does not fit in memory 
 of ours fails."""
 
 
+OPS = """Each op is first compared with an fp64 reference, on inputs of its own: what is wrong is named and not timed,
+and the exit status is 1. Then it takes turns with plain torch as Hugging Face writes the formula, eager and through
+torch.compile, and with torch's own fused op where there is one. On CUDA calls are captured in a graph that goes through
+more inputs than the L2 cache holds. `of a ceiling` is the least time that the bytes which must move and the operations
+take at the rates of a copy or read and of a product, measured in the same run, over our time. Inputs are bf16 unless
+--dtype says otherwise."""
+
+
 def add_command(commands: Any) -> None:
     """Define the subcommand and its own."""
     parser = add(
@@ -44,11 +53,12 @@ def add_command(commands: Any) -> None:
         "bench",
         "measure speed on this machine",
         None,
-        examples=("runtime", "decode --shape 1.1b"),
+        examples=("runtime", "decode --shape 1.1b", "ops --most 1"),
     )
     measured = parser.add_subparsers(metavar="WHAT", dest="what", title="what is measured", required=True)
     _add_runtime(measured)
     _add_decode(measured)
+    _add_ops(measured)
 
 
 def _add_runtime(commands: Any) -> None:
@@ -187,6 +197,55 @@ def run_decode(args: argparse.Namespace) -> int:
     record = measure(options, _progress(args), keep)
     print(report(record))
     return FAILED if any("failed" in case for case in record["cases"] if case["name"] == OURS) else 0
+
+
+def _add_ops(commands: Any) -> None:
+    parser = add(
+        commands,
+        "bench ops",
+        "every op at the shapes of a Llama, judged, and timed beside torch",
+        run_ops,
+        details=OPS,
+        examples=(
+            "--most 1 --minutes 3",
+            "--ops rms_norm matmul_int4 --shape 7b --dtype float16",
+            "--shape toy --no-peers --output ops.json",
+        ),
+    )
+    option = parser.add_argument
+    option("--ops", nargs="+", default=[], metavar="OP", help="which (default: all that are for the device)")
+    option("--shape", choices=OP_SHAPES, help="sizes of the model (default: 7b on a GPU, 1.1b on a CPU)")
+    add_place_options(parser.add_argument_group("place"))
+    option("--most", type=int, metavar="N", help="shapes of each op, the most telling first (default: all, 2 on a CPU)")
+    option("--minutes", type=float, default=10.0, metavar="M", help="begin no shape after these (default 10)")
+    option("--no-peers", action="store_true", help="leave out torch")
+    _add_outputs(parser)
+
+
+def run_ops(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the file after each shape, and return the exit status."""
+    from fastllama.bench.environment import write_record
+    from fastllama.bench.ops.report import Record, report
+    from fastllama.bench.ops.suite import OpsOptions, failed, measure
+
+    options = OpsOptions(
+        ops=tuple(args.ops),
+        shape=args.shape,
+        dtype=args.dtype,
+        device=args.device,
+        most=args.most,
+        minutes=args.minutes,
+        peers=not args.no_peers,
+    )
+    _check_folders(args.output)
+
+    def keep(record: Record) -> None:
+        if args.output is not None:
+            write_record(args.output, record)
+
+    record = measure(options, _progress(args), keep)
+    print(report(record))
+    return FAILED if failed(record) else 0
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:

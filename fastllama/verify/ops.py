@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from fastllama import kernels
-from fastllama.verify.case import Case, Results
+from fastllama.verify.case import FormulaCase, Results
 from fastllama.verify.cases import all_cases
 from fastllama.verify.report import Row, bound_of, error_of
 
@@ -23,7 +23,7 @@ def rows(dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
         yield replace(worst, backend=backends[op].backend)
 
 
-def _judge(case: Case) -> Iterator[Row]:
+def _judge(case: FormulaCase) -> Iterator[Row]:
     """A row for each output of the op."""
     try:
         found = run(case)
@@ -35,11 +35,9 @@ def _judge(case: Case) -> Iterator[Row]:
         yield Row("op", case.op, case.label, error_of(ours, reference), bound_of(theirs, reference, ours.dtype))
 
 
-def run(case: Case) -> Results:
+def run(case: FormulaCase) -> Results:
     """The outputs of the public op, and what it writes in place."""
-    args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
-    first = len(args) - len(case.named)
-    named = dict(zip(case.named, args[first:], strict=True))
-    results = getattr(kernels, case.op)(*args[:first], **named, **case.options)
+    given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in case.given.items()}
+    results = getattr(kernels, case.op)(**given, **case.options)
     results = results if isinstance(results, tuple) else (results,)
-    return case.view((*results, *(args[place] for place in case.written)))
+    return case.view((*results, *(given[name] for name in case.written)))

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastllama import LLM
 from fastllama.bench import ceilings, decode, models, peers, runtime
+from fastllama.bench.ops import comparison, suite
 from fastllama.cli import bench, main
+from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.layers.quantization import WORDS
 from fastllama.runtime.options import KV_DTYPES
 from tests.cli.conftest import Command
@@ -192,6 +195,41 @@ def test_what_does_not_fit_in_memory_is_named(command: Command, monkeypatch: pyt
     assert not re.search("^fastllama ", done.out, re.MULTILINE)
 
 
+TOY_OPS = ("bench", "ops", "--shape", "toy", "--device", "cpu", "--ops", "rms_norm", "silu_mul", "--no-peers")
+
+
+def test_ops(command: Command, tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    done = command(*TOY_OPS, "--output", output)
+    assert done.status == 0, done.err
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [case["op"] for case in found["cases"]] == ["rms_norm", "silu_mul"]
+    assert found["conditions"]["shape"] == "toy"
+    for case in found["cases"]:
+        assert re.search(rf"^{case['op']} \(\w+\) +toy, 3 rows +[\d.]+ +\d+ % ", done.out, re.MULTILINE)
+        assert f"{case['op']}, toy, 3 rows: " in done.err
+    assert done.out.startswith("bfloat16 on cpu: a copy moves ")
+
+
+def test_an_op_that_is_wrong_is_named_and_the_commands_failure(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = comparison.implementation
+
+    def zeros(*args: torch.Tensor) -> None:
+        args[-1].zero_()
+
+    def implementation(op: str, device: torch.device) -> Implementation:
+        return Implementation("made up", zeros, "") if op == "rms_norm" else right(op, device)
+
+    monkeypatch.setattr(comparison, "implementation", implementation)
+    done = command(*TOY_OPS, "--quiet")
+    assert (done.status, done.err) == (bench.FAILED, "")
+    said = r"^rms_norm, toy, 3 rows: fastllama failed: wrong: error 1, bound 0\.0\d+$"
+    assert re.search(said, done.out, re.MULTILINE)
+    assert re.search(r"^silu_mul \(", done.out, re.MULTILINE)
+
+
 def test_the_choices_are_those_of_what_is_called() -> None:
     def choices(command: str, option: str) -> set[str]:
         actions = main._parser()._subparsers._group_actions[0].choices["bench"]._subparsers._group_actions[0].choices
@@ -199,6 +237,7 @@ def test_the_choices_are_those_of_what_is_called() -> None:
 
     assert choices("decode", "--shape") == set(models.SHAPES)
     assert choices("decode", "--quantize") == set(WORDS)
+    assert choices("ops", "--shape") == set(suite.SHAPES)
     assert choices("runtime", "--peers") == set(peers.PEERS)
     for command in ("decode", "runtime"):
         assert choices(command, "--kv-cache-dtype") == set(KV_DTYPES)

@@ -19,13 +19,14 @@ MAY_IMPORT = {
     "arithmetic": set(),
     "env": {"errors"},
     "kernels": BASE,
-    "testing": BASE,  # for kernels of any project; here the command alone imports it, to repair Triton's interpreter
+    "testing": BASE,  # for kernels of any project; bench and the command take bounds and Triton's repaired interpreter
     "layers": BASE | {"kernels"},
+    "catalogue": BASE | {"kernels", "layers"},
     "io": BASE | {"kernels", "layers"},
     "runtime": BASE | {"kernels", "layers", "io"},
-    "verify": BASE | {"kernels", "layers", "io", "runtime"},
-    "bench": BASE | {"kernels", "layers", "io", "runtime"},
-    "cli": BASE | {"kernels", "layers", "io", "runtime", "verify", "bench", "testing"},
+    "verify": BASE | {"kernels", "layers", "io", "runtime", "catalogue"},
+    "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},
+    "cli": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "verify", "bench", "testing"},
 }
 # The same within kernels: what computes an op does not know the ops.
 KERNELS_MAY_IMPORT = {

@@ -1,4 +1,4 @@
-"""Contract: every op has a documented public function, a reference of the same name and inputs, and a test."""
+"""Contract: every op has a documented public function, a reference of the same inputs, legal calls and a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.llama_calls import toy_calls
+from fastllama.catalogue.table import CATALOGUE, small_call
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.backends import Backends
 from fastllama.kernels.dispatch.op import OPS
@@ -120,3 +123,14 @@ def test_its_docstring_is_a_contract(op: str) -> None:
 def test_it_has_a_test(op: str) -> None:
     called = re.compile(rf"\b{op}\b")
     assert any(called.search(path.read_text(encoding="utf-8")) for path in TESTS.rglob("test_*.py")), f"no test of {op}"
+
+
+def test_the_catalogue_has_every_op() -> None:
+    assert set(CATALOGUE) == set(OPS), "give it an entry in fastllama/catalogue/table.py"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_its_calls_in_the_catalogue_are_legal(op: str) -> None:
+    llamas = [call.make(torch.device("cpu"), seed=0) for call in toy_calls(torch.bfloat16, (op,))]
+    for call in (small_call(op), *llamas):
+        OPS[op].check(positional(op, call))

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.ops.inputs import Inputs
-from benchmarks.ops.judge import copied, written
-from benchmarks.ops.micro import running
-from benchmarks.ops.registry import LLAMA_2, OPS, TOY, Case, cases
 from fastllama import kernels
-from fastllama.kernels.dispatch.op import OPS as BOUND
+from fastllama.bench.ops.comparison import running
+from fastllama.bench.ops.judge import copied, judged, written
+from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, llama_calls
+from fastllama.catalogue.maker import Arguments
+from fastllama.catalogue.sizes import LLAMA_2, TOY
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify.ops import rows
 
 pytestmark = [
@@ -22,14 +23,14 @@ pytestmark = [
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TRITON = [op for op in OPS if BOUND[op].has_triton]
+TRITON = [op for op in MEASURED if OPS[op].has_triton]
 MODEL = LLAMA_2[0]
 
 triton_ops = pytest.mark.parametrize("op", TRITON)
 
 
-def case(op: str, rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> Case:
-    return Case(op, MODEL, rows, 1024 if op == "attention_decode" else 0, dtype)  # in two splits
+def case(op: str, rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> LlamaCall:
+    return LlamaCall(op, MODEL, rows, 1024 if op == "attention_decode" else 0, dtype)  # in two splits
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +54,22 @@ def test_odd_shapes(dtype: torch.dtype) -> None:
 @triton_ops
 def test_llamas_shapes(op: str, dtype: torch.dtype) -> None:
     """Those of the benchmarks: 1 to 8192 rows of every Llama 2, so every launch that the heuristics choose for them."""
-    for each in cases(dtype, (op,)):
+    for each in llama_calls(dtype, (op,)):
         with running(op, DEVICE) as function:
-            error, bound = each.judge(function, DEVICE)
+            error, bound = judged(each, function, DEVICE)
         assert error <= bound, each.label
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @triton_ops
 def test_few_rows_of_a_small_model(op: str, rows: int) -> None:
-    small = Case(op, TOY, rows, 70 if op == "attention_decode" else 0, torch.float32)
+    small = LlamaCall(op, TOY, rows, 70 if op == "attention_decode" else 0, torch.float32)
     with running(op, DEVICE) as function:
-        error, bound = small.judge(function, DEVICE)
+        error, bound = judged(small, function, DEVICE)
     assert error <= bound
 
 
-def run(op: str, inputs: Inputs) -> list[torch.Tensor]:
+def run(op: str, inputs: Arguments) -> list[torch.Tensor]:
     with running(op, DEVICE) as function:
         return written(inputs, function(inputs))
 

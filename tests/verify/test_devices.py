@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastllama.kernels.dispatch.op import OPS
-from fastllama.verify.case import Case
+from fastllama.verify.case import FormulaCase
 from fastllama.verify.cases import all_cases
 
 CASES = list(all_cases(torch.float32))
@@ -54,9 +54,9 @@ class Device(TorchFunctionMode):
         return result
 
 
-def mixed(case: Case) -> list[str]:
+def mixed(case: FormulaCase) -> list[str]:
     """The functions that took tensors of the host beside the case's own."""
-    held = tree_leaves((case.args, case.options, case.known))
+    held = tree_leaves((case.given, case.options, case.known))
     with Device([leaf for leaf in held if isinstance(leaf, Tensor)]) as device:
         case.expected()
     return device.mixed
@@ -69,14 +69,14 @@ def test_a_formula_meets_no_tensor_of_the_host(op: str) -> None:
 
 
 def test_such_a_meeting_is_seen() -> None:
-    here = torch.ones(3)
-    assert mixed(Case("an op", "", (torch.ones(3),), lambda x: (x * here,))) == ["mul"]
-    assert mixed(Case("an op", "", (torch.ones(3),), lambda x, here: (x * here,), known={"here": here})) == []
+    given, here = {"x": torch.ones(3)}, torch.ones(3)
+    assert mixed(FormulaCase("an op", "", given, lambda x: (x * here,))) == ["mul"]
+    assert mixed(FormulaCase("an op", "", given, lambda x, here: (x * here,), known={"here": here})) == []
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_all_that_a_case_holds_moves_with_it(op: str) -> None:
     for case in (case for case in CASES if case.op == op):
         moved = case.to(torch.device("meta"))
-        leaves = tree_leaves((moved.args, moved.options, moved.known))
+        leaves = tree_leaves((moved.given, moved.options, moved.known))
         assert {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} == {"meta"}, case.label

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.verify import ops
-from fastllama.verify.case import Case
+from fastllama.verify.case import FormulaCase
 from fastllama.verify.cases import all_cases
 from fastllama.verify.report import Row
 
@@ -29,7 +29,7 @@ def row_of(op: str, dtype: torch.dtype = torch.float32) -> Row:
 
 
 Bind = Callable[[str, Callable[..., Any]], None]  # the fixture
-CASES: dict[torch.dtype, list[Case]] = {dtype: list(all_cases(dtype)) for dtype in DTYPES}
+CASES: dict[torch.dtype, list[FormulaCase]] = {dtype: list(all_cases(dtype)) for dtype in DTYPES}
 
 
 def test_every_op_is_checked_and_named_once() -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ops import block, micro
+from benchmarks.ops import block
 from benchmarks.ops.block import Step
+from fastllama.bench.ops import comparison
+from fastllama.bench.ops.report import OURS
+from fastllama.catalogue.sizes import TOY_CONFIG
 from fastllama.layers.linear import Linear
 
 CPU = torch.device("cpu")
@@ -28,8 +31,8 @@ def run(monkeypatch: pytest.MonkeyPatch, path: Path, *kinds: str) -> tuple[int, 
 
 @pytest.fixture
 def step() -> Iterator[Step]:
-    with torch.no_grad(), micro.interpreted(True):
-        yield block.steps(block.copies(block._config("toy", 20), "none", CPU, 1), rows=2, context=20)[0]
+    with torch.no_grad(), comparison.interpreted(True):
+        yield block.steps(block.copies(TOY_CONFIG, "none", CPU, 1), rows=2, context=20)[0]
 
 
 def test_the_dry_run_writes_what_a_block_takes(
@@ -40,7 +43,7 @@ def test_the_dry_run_writes_what_a_block_takes(
     assert record["environment"]["torch"] == torch.__version__
     assert record["conditions"]["quantization"] == ["none", "int4"]
     bf16, int4 = record["cases"]
-    own, torchs = (bf16["contenders"][name] for name in (micro.OURS, block.TORCH))
+    own, torchs = (bf16["contenders"][name] for name in (OURS, block.TORCH))
     numbers = 64 * (64 + 2 * 32) + 64 * 64 + 64 * 192 + 96 * 64 + 2 * 64  # qkv, o, gate and up, down, the norms
     keys_and_values = 3 * 73 * 2 * 32
     assert own["bytes"] == torchs["bytes"] == 2 * (numbers + keys_and_values)
@@ -50,7 +53,7 @@ def test_the_dry_run_writes_what_a_block_takes(
         (seconds,) = each["eager"]["seconds"]
         copy = record["ceilings"]["copy_bytes_per_second"]
         assert each["eager"]["of_copy"] == pytest.approx(each["bytes"] / seconds / copy)
-    assert int4["contenders"][micro.OURS]["bytes"] < own["bytes"] == int4["contenders"][block.TORCH]["bytes"]
+    assert int4["contenders"][OURS]["bytes"] < own["bytes"] == int4["contenders"][block.TORCH]["bytes"]
     assert f"{own['eager']['median'] * 1e6:.1f} us" in capsys.readouterr().out
 
 
@@ -66,8 +69,8 @@ def test_what_is_wrong_is_named_and_not_timed(
     status, record = run(monkeypatch, tmp_path / "block.json", "none")
     assert status == 1
     (case,) = record["cases"]
-    assert case["contenders"][micro.OURS]["failed"].startswith("wrong: error ")
-    assert "eager" not in case["contenders"][micro.OURS]
+    assert case["contenders"][OURS]["failed"].startswith("wrong: error ")
+    assert "eager" not in case["contenders"][OURS]
     assert case["contenders"][block.TORCH]["eager"]["median"] > 0
     assert "fastllama failed: wrong: error " in capsys.readouterr().out
 
@@ -80,12 +83,12 @@ def test_a_shape_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch, 
 
     own = block.ours
     monkeypatch.setattr(block, "ours", breaking)
-    monkeypatch.setitem(block.CONTENDERS, micro.OURS, breaking)
+    monkeypatch.setitem(block.CONTENDERS, OURS, breaking)
     status, record = run(monkeypatch, tmp_path / "block.json", "none", "int8")
     assert status == 1
     broken, whole = record["cases"]
-    assert broken["contenders"][micro.OURS] == {"failed": "RuntimeError: no such launch"}
-    assert whole["contenders"][micro.OURS]["eager"]["median"] > 0
+    assert broken["contenders"][OURS] == {"failed": "RuntimeError: no such launch"}
+    assert whole["contenders"][OURS]["eager"]["median"] > 0
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no such weights"), MemoryError("too many")])
@@ -105,9 +108,9 @@ def test_a_kind_that_cannot_be_made_leaves_the_others(
     fits = isinstance(failure, RuntimeError)
     assert status == fits
     assert [case["quantization"] for case in record["cases"]] == ["int8", "none"][not fits :]
-    assert record["cases"][-1]["contenders"][micro.OURS]["eager"]["median"] > 0
+    assert record["cases"][-1]["contenders"][OURS]["eager"]["median"] > 0
     if fits:
-        assert record["cases"][0]["contenders"][micro.OURS] == {"failed": "RuntimeError: no such weights"}
+        assert record["cases"][0]["contenders"][OURS] == {"failed": "RuntimeError: no such weights"}
     else:
         assert record["skipped"] == ["toy, int8: its weights do not fit in memory"]
 
@@ -143,7 +146,7 @@ def test_torchs_own_launches_are_counted_and_views_and_memory_are_not(step: Step
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
 def test_copies_hold_so_many_bytes(kind: str) -> None:
     with torch.no_grad():
-        models = block.copies(block._config("toy", 20), kind, CPU, 100_000)
+        models = block.copies(TOY_CONFIG, kind, CPU, 100_000)
     one = block.kept_bytes(models[0].layers[0])
     assert len(models) == -(-100_000 // one) > 1
     assert {len(model.layers) for model in models} == {1}

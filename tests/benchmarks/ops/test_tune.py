@@ -11,23 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ops import micro, tune
-from benchmarks.ops.registry import Case, toy_cases
+from benchmarks.ops import tune
+from fastllama.bench.ops import comparison
+from fastllama.catalogue.llama_calls import LlamaCall, toy_calls
+from fastllama.catalogue.sizes import LLAMA_2
 from fastllama.kernels.launch import heuristics, tuned, tuning
 from fastllama.kernels.launch.device import CPU, Device
 
 H200 = Device("nvidia-h200", "sm_90", 132, 32, 227 << 10, 60 << 20)
+SIZES = LLAMA_2[0]
+DOWN = dict(zip(("features", "size"), SIZES.down, strict=True))
 SHAPES = {
-    "norm": {"size": 4096, "itemsize": 2},
-    "rope": {"rows": 8192, "heads": 96, "head_dim": 128, "itemsize": 2},
-    "swiglu": {"rows": 8192, "size": 11008, "itemsize": 2},
-    "sample": {"vocab_size": 32000, "itemsize": 2},
-    "prefill": {"head_dim": 128, "itemsize": 2, "key_itemsize": 2},
-    "decode": {"queries": 8, "head_dim": 128, "itemsize": 2},
-    "matmul": {"features": 4096, "size": 11008, "itemsize": 2},
-    "int4": {"features": 4096, "size": 11008, "itemsize": 2},
-    "int8": {"features": 4096, "size": 11008, "itemsize": 2},
-    "w8a8": {"rows": 1024, "features": 4096, "size": 11008},
+    "norm": {"size": SIZES.hidden, "itemsize": 2},
+    "rope": {"rows": 8192, "heads": SIZES.heads + 2 * SIZES.kv_heads, "head_dim": SIZES.head_dim, "itemsize": 2},
+    "swiglu": {"rows": 8192, "size": SIZES.intermediate, "itemsize": 2},
+    "sample": {"vocab_size": SIZES.vocab, "itemsize": 2},
+    "prefill": {"head_dim": SIZES.head_dim, "itemsize": 2, "key_itemsize": 2},
+    "decode": {"queries": 8, "head_dim": SIZES.head_dim, "itemsize": 2},
+    **{family: DOWN | {"itemsize": 2} for family in ("matmul", "int4", "int8")},
+    "w8a8": {"rows": 1024, **DOWN},
 }
 
 
@@ -47,7 +49,8 @@ def test_candidates_are_legal_and_the_heuristics_is_the_first(family: str) -> No
 
 def test_the_nearest_candidates_come_first() -> None:
     """Three stages of a matmul, of which three programs are resident and not two, and twice the splits."""
-    shape = {"features": 22016, "size": 4096, "itemsize": 2}
+    features, size = SIZES.gate_up
+    shape = {"features": features, "size": size, "itemsize": 2}
     first, *near = list(tune.candidates("matmul", shape, H200))[:10]
     assert dataclasses.replace(first, stages=3) in near
     assert dataclasses.replace(first, splits=2 * first.splits) in near
@@ -58,9 +61,9 @@ def test_the_nearest_candidates_come_first() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("family", ["norm", "matmul"])
 def test_every_launch_is_timed_with_a_workspace_and_without(family: str) -> None:
-    case = next(iter(toy_cases(torch.float32, (tune.OPS[family],))))
+    case = next(iter(toy_calls(torch.float32, (tune.OPS[family],))))
     device = torch.device("cpu")
-    with torch.inference_mode(), micro.interpreted(True):
+    with torch.inference_mode(), comparison.interpreted(True):
         asked = tune.asked(family, case, device)
         assert asked is not None
         shape = dict(zip(tuning.FAMILIES[family].shape, asked, strict=True))
@@ -99,12 +102,12 @@ def test_a_heuristic_that_cannot_run_is_no_tie() -> None:
 def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that only ask for their launch: two warps take half the time of others."""
 
-    def timed(case: Case, device: torch.device, launches: list[Any], rounds: int) -> list[float]:
+    def timed(case: LlamaCall, device: torch.device, launches: list[Any], rounds: int) -> list[float]:
         return [1e-6 if launch.num_warps == 2 else 2e-6 for launch in launches]
 
     monkeypatch.setattr(tune, "timed", timed)
     monkeypatch.setattr(tune, "asked", lambda family, case, device: tuple(SHAPES[family].values()))
-    monkeypatch.setattr(Case, "judge", lambda case, run, device: (0.0, 1.0))
+    monkeypatch.setattr(tune, "judged", lambda case, run, device: (0.0, 1.0))
     tuning._launch.cache_clear()
     yield
     tuning._launch.cache_clear()
@@ -116,7 +119,7 @@ class TestTune:
 
     @staticmethod
     def tune(deadline: float = float("inf"), most: int = 99) -> list[tuned.Entry]:
-        (case,) = toy_cases(torch.bfloat16, ("add_rms_norm",))
+        (case,) = toy_calls(torch.bfloat16, ("add_rms_norm",))
         return tune.tune("norm", [case, case], torch.device("cpu"), 1, deadline, most)
 
     def test_what_it_finds_is_what_launchers_get(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ class TestTune:
         assert tuning.norm(torch.device("cpu"), **SHAPES["norm"]) == heuristics.NormLaunch(2)
 
     def test_a_wrong_winner_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Case, "judge", lambda case, run, device: (2.0, 1.0))
+        monkeypatch.setattr(tune, "judged", lambda case, run, device: (2.0, 1.0))
         with pytest.raises(RuntimeError, match=r"add_rms_norm, toy, 3 rows: wrong with NormLaunch\(num_warps=2\)"):
             self.tune()
 
@@ -145,8 +148,8 @@ def test_a_launch_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         def __exit__(self, *error: object) -> None:
             """Nothing to undo."""
 
-    monkeypatch.setattr(tune.micro, "running", lambda op, device: Running())
-    (case,) = toy_cases(torch.bfloat16, ("rms_norm",))
+    monkeypatch.setattr(tune.comparison, "running", lambda op, device: Running())
+    (case,) = toy_calls(torch.bfloat16, ("rms_norm",))
     device = torch.device("cpu")
     assert tune.asked("norm", case, device) == (64, 2)
     assert tune.asked("matmul", case, device) is None  # of which it asks nothing
@@ -171,5 +174,5 @@ def test_a_case_whose_workspace_alone_asks_is_not_tuned(monkeypatch: pytest.Monk
         def __exit__(self, *error: object) -> None:
             """Nothing to undo."""
 
-    monkeypatch.setattr(tune.micro, "running", lambda op, device: Running())
+    monkeypatch.setattr(tune.comparison, "running", lambda op, device: Running())
     assert tune.asked("int4", Case(), torch.device("cpu")) is None  # type: ignore[arg-type]

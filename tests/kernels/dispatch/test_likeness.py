@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.likeness import Likeness
 from fastllama.kernels.dispatch.op import _MOST_KNOWN, OPS
-from tests.kernels.calls import arguments
 from tests.kernels.honest import assert_equal
 
 WEIGHT = torch.ones(8)
@@ -71,11 +71,11 @@ def test_inference_tensors_are_others_than_those_that_grad_could_know() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_tensor_is_kept_alive(op: str) -> None:
-    given = arguments(op)
+    given = small_call(op)
     with torch.inference_mode():
         getattr(kernels, op)(**given)
     alive = [weakref.ref(value) for value in given.values() if isinstance(value, Tensor)]
-    shared = {id(value) for value in arguments(op).values()}  # the module's own
+    shared = {id(value) for value in small_call(op).values()}  # the module's own
     del given
     gc.collect()
     assert [ref() for ref in alive if ref() is not None and id(ref()) not in shared] == []
@@ -95,7 +95,7 @@ def test_a_call_like_an_earlier_one_is_not_checked_and_runs(op: str, monkeypatch
         results = []
         for _ in range(3):
             torch.manual_seed(0)
-            result = getattr(kernels, op)(**arguments(op))
+            result = getattr(kernels, op)(**small_call(op))
             results.append(result[0] if isinstance(result, tuple) else result)
     assert (len(checked), len(run)) == (1, 3)
     assert len({id(args[0]) for args in run}) == 3

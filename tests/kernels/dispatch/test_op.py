@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fastllama import kernels
+from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS, Op
-from tests.kernels.calls import arguments
 from tests.kernels.honest import assert_equal
 
 FLOAT_INPUTS = [
     (op, name)
     for op in OPS
-    for name, value in arguments(op).items()
+    for name, value in small_call(op).items()
     if isinstance(value, torch.Tensor) and value.is_floating_point()
 ]
 
@@ -134,33 +134,33 @@ def test_a_call_raises_too_and_binds_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FASTLLAMA_BACKEND", "triton")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
-            kernels.rms_norm(**arguments("rms_norm"))
+            kernels.rms_norm(**small_call("rms_norm"))
     monkeypatch.setenv("FASTLLAMA_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"FASTLLAMA_BACKEND is 'fastest'.*'auto', 'reference', 'triton'"):
-        kernels.rms_norm(**arguments("rms_norm"))
+        kernels.rms_norm(**small_call("rms_norm"))
     monkeypatch.setenv("FASTLLAMA_BACKEND", "auto")
-    kernels.rms_norm(**arguments("rms_norm"))
+    kernels.rms_norm(**small_call("rms_norm"))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_variable_decides_which_implementation_a_call_runs(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """Read once for each op and device: a value set later changes nothing."""
-    ran = []
+    ran, given = [], small_call(op)
     reference = OPS[op]._reference
     monkeypatch.setattr(OPS[op], "_reference", lambda *args: (ran.append(op), reference(*args))[1])
     monkeypatch.setenv("FASTLLAMA_BACKEND", "reference")
-    getattr(kernels, op)(**arguments(op))
+    getattr(kernels, op)(**given)
     assert ran == [op]
     monkeypatch.setenv("FASTLLAMA_BACKEND", "fastest")
-    getattr(kernels, op)(**arguments(op))
+    getattr(kernels, op)(**given)
     assert ran == [op, op]
 
 
 @pytest.mark.parametrize(("op", "name"), FLOAT_INPUTS)
 def test_no_op_pretends_to_have_a_backward(op: str, name: str) -> None:
     """Not even for outputs: writing into a leaf that requires grad would lose its history."""
-    given = arguments(op)
-    expected = getattr(kernels, op)(**arguments(op))
+    given = small_call(op)
+    expected = getattr(kernels, op)(**small_call(op))
     torch.manual_seed(0)
     given[name].requires_grad_()
     message = f"^{name} requires grad, and op {op} has no backward: call it under torch.inference_mode"
@@ -173,7 +173,7 @@ def test_no_op_pretends_to_have_a_backward(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_inference_mode_changes_nothing(op: str) -> None:
-    given = arguments(op)
+    given = small_call(op)
     expected = getattr(kernels, op)(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()})
     with torch.inference_mode():
         found = getattr(kernels, op)(**given)

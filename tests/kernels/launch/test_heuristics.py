@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama.arithmetic import power_of_2
+from fastllama.catalogue.sizes import LlamaSizes
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.device import CPU, Device
 
@@ -17,6 +18,7 @@ A100 = Device("nvidia-a100-sxm4-80gb", "sm_80", 108, 32, 163 << 10, 40 << 20)
 RTX_4090 = Device("nvidia-geforce-rtx-4090", "sm_89", 128, 32, 99 << 10, 72 << 20)
 H200 = Device("nvidia-h200", "sm_90", 132, 32, 227 << 10, 60 << 20)
 MI300X = Device("amd-instinct-mi300x", "gfx942", 304, 64, 64 << 10, 4 << 20)
+SMALL, LARGE = LlamaSizes.of("llama-2-7b"), LlamaSizes.of("llama-2-70b")
 DEVICES = [A100, RTX_4090, H200, MI300X, CPU]
 
 sizes = st.integers(1, 1 << 18)
@@ -105,7 +107,7 @@ def test_codes(device: Device, features: int, size: int, itemsize: int, bits: in
     assert launch.stages == 1 or launch.stages * 128 * (16 * bits + 64 * itemsize) <= device.shared_memory
 
 
-@pytest.mark.parametrize(("features", "size", "splits"), [(4096, 11008, 8), (12288, 4096, 4), (57344, 8192, 1)])
+@pytest.mark.parametrize(("features", "size", "splits"), [(*SMALL.down, 8), (*SMALL.qkv, 4), (*LARGE.gate_up, 1)])
 def test_codes_of_llama_2(features: int, size: int, splits: int) -> None:
     """A program has twice as many rows of the weight where codes have 8 bits."""
     shape = {"features": features, "size": size, "itemsize": 2}

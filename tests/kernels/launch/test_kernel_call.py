@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.backends import Function
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch import heuristics, tuning
@@ -21,7 +23,6 @@ from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.sampling.draw import workspace_size
 from fastllama.testing.drivers import DryLaunch, dry_run
 from fastllama.testing.targets import TARGETS
-from tests.kernels.calls import arguments, positional
 
 pytestmark = pytest.mark.compile
 TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
@@ -36,7 +37,7 @@ def launches() -> Iterator[list[DryLaunch]]:
 
 def call(op: str) -> dict[str, Any]:
     """Every argument by name, tensors fresh; of products in bf16, in which one kernel does all."""
-    given = arguments(op)
+    given = small_call(op)
     if "gated" in given:
         given = {name: value.bfloat16() if is_float(value) else value for name, value in given.items()}
     if op == "sample":

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.table import small_call
 from fastllama.kernels import reference
 from fastllama.kernels.reference.quantize import LARGEST_CODE, dequantize_heads, quantize_heads
-from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, public
 from tests.kernels.ops.test_attention import Packed, bounds, packed, paged
 
@@ -166,7 +167,7 @@ def test_compiled_and_checked(op: str) -> None:
 def test_scales_and_pages_that_do_not_fit(
     op: str, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    given = arguments(op)
+    given = small_call(op)
     codes = {name: torch.zeros(5, 2, 7, 8, dtype=torch.int8) for name in ("k_pages", "v_pages")}
     given |= codes | {name: torch.ones(5, 2, 7) for name in ("k_scales", "v_scales")}
     getattr(kernels, op)(**given)

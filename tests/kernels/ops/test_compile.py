@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
-from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal
 
 OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out")
@@ -49,7 +50,7 @@ def same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(("op", "lse"), [*((op, False) for op in OPS), *((op, True) for op in WITH_LSE)])
 def test_opcheck(op: str, lse: bool) -> None:
     """Schema (what is written and what is not), autograd registration, fake tensors, and tracing by AOTAutograd."""
-    given = arguments(op)
+    given = small_call(op)
     if lse:
         given["lse"] = torch.empty(given["q"].shape[:2])
     torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, given))
@@ -59,7 +60,7 @@ def test_opcheck(op: str, lse: bool) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_is_eager(op: str, allocate: bool) -> None:
     """Results and everything written in place."""
-    given = arguments(op)
+    given = small_call(op)
     if allocate:
         given = {name: value for name, value in given.items() if name not in OUTPUTS}
     options = {"return_lse": True} if op in WITH_LSE else {}
@@ -84,7 +85,7 @@ def test_one_graph_serves_all_sizes_of_a_batch(op: str) -> None:
     fixed = {"weight", "codes", "outliers", "packed", "scales", "zeros", "bias", "norm", "cos_sin"}
     fixed |= {"k_pages", "v_pages"}
     for repeats in (1, 2, 3):
-        given = {name: value for name, value in arguments(op).items() if name not in OUTPUTS}
+        given = {name: value for name, value in small_call(op).items() if name not in OUTPUTS}
         for name, value in given.items():
             if name.startswith("cu_seqlens"):
                 step = value[-1]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.table import HKV, SMALL_PAGE, D, T, small_call
 from fastllama.kernels.dispatch.op import OPS
-from tests.kernels.calls import HKV, PAGE, D, T, arguments
 from tests.kernels.honest import assert_equal, on_cpu, public
 
-TENSORS = [(op, name) for op in OPS for name, value in arguments(op).items() if isinstance(value, Tensor)]
+TENSORS = [(op, name) for op in OPS for name, value in small_call(op).items() if isinstance(value, Tensor)]
 OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out", "k_pages", "v_pages")
 SHAPE = r"^\w+ has shape \[.*\]; legal: \[.*\]"
 every_tensor = pytest.mark.parametrize(("op", "name"), TENSORS)
@@ -30,13 +30,13 @@ def refuse(op: str, given: dict[str, Any], error: type[Exception], message: str)
 
 
 def wrong(op: str, name: str, value: Tensor) -> dict[str, Any]:
-    return arguments(op) | {name: value}
+    return small_call(op) | {name: value}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_calls_are_legal_and_complete(op: str) -> None:
     """Only then do the refusals below come from what is wrong in them."""
-    given = arguments(op)
+    given = small_call(op)
     schema = {argument.name for argument in getattr(torch.ops.fastllama, op).default._schema.arguments}
     assert schema - {"lse"} == set(given)
     getattr(kernels, op)(**given)
@@ -45,7 +45,7 @@ def test_the_calls_are_legal_and_complete(op: str) -> None:
 @every_tensor
 def test_rank(op: str, name: str) -> None:
     """A dimension more, one less, none at all. Where any number is legal, the other tensors no longer agree."""
-    value = arguments(op)[name]
+    value = small_call(op)[name]
     for other in (value[None], value[0], value.flatten()[0]):
         refuse(op, wrong(op, name, other), ValueError, SHAPE)
 
@@ -56,14 +56,14 @@ def test_size(op: str, name: str) -> None:
 
     Logits and page tables may be of any width.
     """
-    value = arguments(op)[name]
+    value = small_call(op)[name]
     refuse(op, wrong(op, name, torch.cat((value, value[..., :1]), -1)), ValueError, SHAPE)
 
 
 @every_tensor
 def test_dtype(op: str, name: str) -> None:
     """Integers where floats belong and the other way round; of one integer's width where another's is written."""
-    value = arguments(op)[name]
+    value = small_call(op)[name]
     refuse(
         op,
         wrong(op, name, value.to(torch.int16 if value.is_floating_point() else torch.float32)),
@@ -77,11 +77,11 @@ ANY_DTYPE = {("embedding", "weight"), ("matmul_w8a8", "out")}  # what others are
 
 def names_of_one_dtype() -> list[tuple[str, str]]:
     """What has to be of the first tensor's dtype, or of fp32 where that is a vector of parameters."""
-    first = {op: next(iter(arguments(op))) for op in OPS}
+    first = {op: next(iter(small_call(op))) for op in OPS}
     return [
         (op, name)
         for op, name in TENSORS
-        if arguments(op)[name].is_floating_point() and name != first[op] and (op, name) not in ANY_DTYPE
+        if small_call(op)[name].is_floating_point() and name != first[op] and (op, name) not in ANY_DTYPE
     ]
 
 
@@ -89,13 +89,13 @@ def names_of_one_dtype() -> list[tuple[str, str]]:
 def test_a_mixture_of_dtypes(op: str, name: str) -> None:
     """Each float tensor alone in fp16, where all others are fp32."""
     message = rf"^{name} has dtype torch\.float16; legal: (torch\.float32|.*, torch\.float32)$"
-    refuse(op, wrong(op, name, arguments(op)[name].half()), TypeError, message)
+    refuse(op, wrong(op, name, small_call(op)[name].half()), TypeError, message)
 
 
 @every_tensor
 def test_stride(op: str, name: str) -> None:
     """Every second element: the last dimension of every tensor is contiguous."""
-    value = arguments(op)[name]
+    value = small_call(op)[name]
     spread = torch.stack((value, value), -1).flatten(-2)[..., ::2]
     message = rf"^{name} has strides \[.*2\]; legal: a contiguous last dimension"
     refuse(op, wrong(op, name, spread), ValueError, message)
@@ -104,7 +104,7 @@ def test_stride(op: str, name: str) -> None:
 @every_tensor
 def test_device(op: str, name: str) -> None:
     """One tensor elsewhere: the first is named beside it."""
-    given = arguments(op)
+    given = small_call(op)
     first, *others = (key for key, value in given.items() if isinstance(value, Tensor))
     seen, told = (others[0], "cpu, {} on meta") if name == first else (name, "meta, {} on cpu")
     message = rf"^{seen} is on {told.format(first)}; legal: one device for all"
@@ -118,11 +118,11 @@ def test_device(op: str, name: str) -> None:
         ("rope", "cos_sin", (16, 10), "cos_sin has shape [16, 10]; legal: [max_position, R] with R even and at most 8"),
         ("rope_and_write_kv", "qkv", (T, 2 * HKV * D), "legal: [T, (Hq + 2 * 2) * 8] with Hq >= 1"),
         ("rope_and_write_kv", "qkv", (T, 60), "qkv has shape [3, 60]; legal: [T, (Hq + 2 * 2) * 8]"),
-        ("rope_and_write_kv", "k_pages", (0, HKV, PAGE, D), "[P, Hkv, page_size, D], each at least 1"),
+        ("rope_and_write_kv", "k_pages", (0, HKV, SMALL_PAGE, D), "[P, Hkv, page_size, D], each at least 1"),
         ("rope_and_write_kv", "k_pages", (5, HKV, 0, D), "[P, Hkv, page_size, D], each at least 1"),
         ("attention_decode", "k_pages", (5, HKV, 0, D), "all but the first at least 1"),
-        ("attention_decode", "k_pages", (5, 0, PAGE, D), "all but the first at least 1"),
-        ("attention_prefill", "k_pages", (5, 4, PAGE, D), "Hkv a divisor of q's 6 heads"),
+        ("attention_decode", "k_pages", (5, 0, SMALL_PAGE, D), "all but the first at least 1"),
+        ("attention_prefill", "k_pages", (5, 4, SMALL_PAGE, D), "Hkv a divisor of q's 6 heads"),
         ("attention_varlen", "k", (T, 4, D), "Hkv a divisor of q's 6 heads"),
         ("attention_varlen", "cu_seqlens_q", (0,), "cu_seqlens_q has shape [0]; legal: [B + 1]"),
         ("attention_decode", "q", (4, 6, D), "[B * Q, Hq, D] for the 3 sequences in seq_lens"),
@@ -131,7 +131,7 @@ def test_device(op: str, name: str) -> None:
     ],
 )
 def test_sizes_that_mean_nothing(op: str, name: str, shape: tuple[int, ...], message: str) -> None:
-    value = torch.zeros(shape, dtype=arguments(op)[name].dtype)
+    value = torch.zeros(shape, dtype=small_call(op)[name].dtype)
     given = wrong(op, name, value)
     if name == "k_pages":
         given["v_pages"] = value.clone()
@@ -160,7 +160,7 @@ def test_rows_at_two_strides(op: str, name: str) -> None:
     """Kernels over rows refuse what they could read only as a copy; the reference takes it."""
     given = {
         key: value.expand(2, *value.shape).clone() if isinstance(value, Tensor) and value.shape[0] == T else value
-        for key, value in arguments(op).items()
+        for key, value in small_call(op).items()
     }
     expected = getattr(kernels, op)(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()})
     given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)

@@ -11,32 +11,16 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.testing.monitor import CheckedRun
-from tests.kernels.calls import arguments, positional
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.ops.test_compile import OUTPUTS, copy, same
 from tests.kernels.ops.test_rope import cache
 
 ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
-OURS = [
-    "rms_norm",
-    "add_rms_norm",
-    "rope",
-    "rope_and_write_kv",
-    "silu_mul",
-    "rms_norm_int8",
-    "add_rms_norm_int8",
-    "silu_mul_int8",
-    "matmul",
-    "matmul_int4",
-    "matmul_int8",
-    "quantize_rows",
-    "matmul_w8a8",
-    "embedding",
-    "merge_state",
-    *ATTENTION,
-]
+OURS = [op for op in OPS if OPS[op].has_triton and op != "sample"]  # whose tests are in sampling/test_draw.py
 every_op = pytest.mark.parametrize("op", OURS)
 KEPT = ("cos_sin", "a_lse", "b_lse", "lse_out", "x_scales", "scales_out")  # in fp32
 FAR = 1 << 30  # elements; two of it are more than int32 counts
@@ -50,7 +34,7 @@ def _bound(op: str, bind: Callable[..., None]) -> None:
 @pytest.mark.interpreter
 @every_op
 def test_fp64_is_the_references_alone(op: str) -> None:
-    given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in small_call(op).items()}
     first = next(name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point())
     message = f"^{first} has dtype torch.float64; legal: torch.bfloat16, torch.float16, torch.float32$"
     with pytest.raises(TypeError, match=message):
@@ -72,7 +56,7 @@ def test_fp64_is_the_references_alone(op: str) -> None:
     ],
 )
 def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, name: str) -> None:
-    given = arguments(op)
+    given = small_call(op)
     rows = {key for key, value in given.items() if isinstance(value, Tensor) and value.dim() == 2}
     given |= {key: given[key].expand(4, *given[key].shape).clone() for key in rows}
     given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
@@ -86,14 +70,14 @@ def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, nam
 @pytest.mark.usefixtures("_bound")
 @every_op
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, arguments(op)))
+    torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, small_call(op)))
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_bound")
 @every_op
 def test_compiled_is_eager(op: str) -> None:
-    given = {name: value for name, value in arguments(op).items() if name not in OUTPUTS}
+    given = {name: value for name, value in small_call(op).items() if name not in OUTPUTS}
     function = getattr(kernels, op)
     ours, theirs = copy(given), copy(given)
     torch.compiler.reset()
@@ -151,7 +135,7 @@ def far_rows(values: Tensor) -> Tensor:
 )
 def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
     run = public(op, "triton")
-    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in small_call(op).items()}
     given |= {name: given[name].float() for name in KEPT if name in given}
     expected, far = copy(given), copy(given)
     far[name] = far_rows(given[name])
@@ -163,7 +147,7 @@ def test_rows_past_two_to_the_31_elements(op: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["k_pages", "v_pages"])
 @pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
 def test_pages_past_two_to_the_31_elements_are_read(op: str, name: str) -> None:
-    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments(op).items()}
+    given = {k: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in small_call(op).items()}
     pages = given[name]
     apart = (2 * FAR + 64) // (pages.shape[0] - 1)
     buffer = torch.empty(apart * (pages.shape[0] - 1) + pages[0].numel(), dtype=pages.dtype)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastllama.arithmetic import power_of_2
+from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.table import T, small_call
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.testing import triton_api
 from fastllama.testing.recorder import Launch, record
 from fastllama.testing.targets import TARGETS
-from tests.kernels.calls import T, arguments, positional
 from tests.kernels.triton.launches import SHIPPED, on
 
 pytestmark = pytest.mark.compile
@@ -31,7 +32,7 @@ WIDTHS = (1, 2, 3, 16, 17, 64, 80, 160, 1170)  # pages of 7 tokens: of one split
 
 def sized(op: str, rows: int, width: int = 2) -> dict[str, Any]:
     """A call of so many rows or sequences, and tables of `width` pages; products in bf16, where one kernel does all."""
-    given = arguments(op)
+    given = small_call(op)
     for name, value in given.items():
         if not isinstance(value, Tensor):
             continue

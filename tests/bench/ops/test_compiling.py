@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ops import compiling, peers
-from benchmarks.ops.compiling import compiled
+from fastllama.bench.ops import compiling
+from fastllama.bench.ops.compiling import compiled
+from fastllama.bench.ops.formulas import EAGER
 
-ROOT = Path(compiling.__file__).parents[2]
+ROOT = Path(compiling.__file__).parents[3]
 OLDEST = {"model", "fullgraph", "dynamic", "backend", "mode", "options", "disable"}  # torch.compile's, in 2.7
 
 
@@ -39,7 +40,7 @@ def test_the_shapes_of_one_contender_are_not_counted_against_the_next(fullgraph:
 
 
 def test_the_peers_by_formula_can_be_compiled_so() -> None:
-    assert all(inspect.isfunction(function) for function in peers.EAGER.values())
+    assert all(inspect.isfunction(function) for function in EAGER.values())
 
 
 def test_torch_compile_is_given_what_the_oldest_torch_takes() -> None:

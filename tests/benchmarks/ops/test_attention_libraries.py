@@ -1,4 +1,4 @@
-"""What the attention peers that this machine cannot run hand over, and what those that it can compute."""
+"""What the attention of libraries that this machine cannot run is handed."""
 
 from __future__ import annotations
 
@@ -10,33 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.attention_peers import FLEX, compiled_flex, xformers_decode
-from benchmarks.ops.inputs import Inputs
-from benchmarks.ops.registry import Case, toy_cases
+from benchmarks.ops.attention_libraries import xformers_decode
+from fastllama.bench.ops.judge import judged
+from fastllama.catalogue.llama_calls import LlamaCall, toy_calls
+from fastllama.catalogue.maker import Arguments
 
 CPU = torch.device("cpu")
 
 
-def toy(op: str, codes: torch.dtype | None = None) -> Case:
-    return next(case for case in toy_cases(torch.float32, (op,)) if case.codes == codes)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
-def test_flex_attention_as_it_is_timed_is_right() -> None:
-    """By inductor, as on a GPU: the judge's tests only walk it."""
-    _, flex = FLEX["attention_varlen"]
-    with torch.inference_mode():
-        error, bound = toy("attention_varlen").judge(flex(compiled_flex("inductor")), CPU)
-    assert error <= bound
-
-
-def test_flex_attention_that_is_not_compiled_is_an_error() -> None:
-    """It would hold all scores, and be timed so."""
-    attend = compiled_flex("eager")
-    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
-        attend(*torch.randn(3, 3, 2, 16))
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            attend(*torch.randn(3, 4, 2, 16))
+def toy(op: str, pages_dtype: torch.dtype | None = None) -> LlamaCall:
+    return next(case for case in toy_calls(torch.float32, (op,)) if case.pages_dtype == pages_dtype)
 
 
 class XFormers:
@@ -79,14 +62,14 @@ class XFormers:
 def test_xformers_is_given_the_pages_as_it_reads_them() -> None:
     module = XFormers()
     case = toy("attention_decode")
-    error, bound = case.judge(xformers_decode(module), CPU)
+    error, bound = judged(case, xformers_decode(module), CPU)
     assert error <= bound
 
 
 def test_xformers_is_planned_once_for_a_page_table() -> None:
     module = XFormers()
     run = xformers_decode(module)
-    sets: list[Inputs] = [toy("attention_decode").make(CPU, seed) for seed in (1, 2)]
+    sets: list[Arguments] = [toy("attention_decode").make(CPU, seed) for seed in (1, 2)]
     for inputs in sets * 2:
         run(inputs)
     assert module.plans == 2

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.ops.inputs import Inputs
+from fastllama.bench.ops.formulas import Function
+from fastllama.catalogue import arguments
+from fastllama.catalogue.llama_calls import LlamaCall
+from fastllama.catalogue.maker import Arguments
 from fastllama.kernels import reference
+from fastllama.runtime.device.memory import available_bytes
 from fastllama.testing.bounds import error
 
-OUTPUTS = (
-    "out",
-    "residual_out",
-    "q_out",
-    "k_out",
-    "tokens",
-    "logprobs",
-    "lse_out",
-    "scales_out",
-    "workspace",
-)  # may be left out
+JUDGED_PROMPT = 2048  # tokens: their scores in fp64 are 1 GiB of a 7B, and 64 times as much of eight times the prompt
+JUDGE_BYTES = 40  # of memory for each byte of the call, at most: fp64 is four times bf16, and formulas have temporaries
 
 
-def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """Inputs of their own memory, floating tensors in another dtype if one is given."""
+def judged(case: LlamaCall, function: Function, device: torch.device) -> tuple[float, float]:
+    """The error of function(call) against the fp64 reference, and what plain torch's own error allows.
+
+    As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
+    """
+    rows = min(case.rows, JUDGED_PROMPT) if case.op in ("attention_varlen", "attention_prefill") else case.rows
+    if case.kv_bytes:  # before a byte of them is asked for
+        rows = min(rows, max(available_bytes(device) * rows // (JUDGE_BYTES * case.kv_bytes), 1))
+    call = case.make(device, seed=0, rows=rows)
+    share = available_bytes(device) / (JUDGE_BYTES * max(case.bytes(call), 1))  # 0 bytes of no rows
+    if share < 1:
+        call = case.make(device, seed=0, rows=max(int(share * rows), 1))
+    return judge(case.op, function, call)
+
+
+def copied(inputs: Arguments, dtype: torch.dtype | None = None) -> Arguments:
+    """Arguments of their own memory, floating tensors in another dtype if one is given."""
 
     def own(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -37,7 +46,7 @@ def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     return {name: own(value) for name, value in inputs.items()}
 
 
-def written(inputs: Inputs, results: Any) -> list[Tensor]:
+def written(inputs: Arguments, results: Any) -> list[Tensor]:
     """What an op gave: the tensors it returned, codes as what they stand for, and the pages it wrote."""
     returned = list(results) if isinstance(results, tuple) else [results]
     if returned[0].dtype == torch.int8:
@@ -46,18 +55,14 @@ def written(inputs: Inputs, results: Any) -> list[Tensor]:
     return [*returned, *(inputs[name] for name in ("k_pages", "v_pages") if "slots" in inputs)]
 
 
-def _plain(op: str, inputs: Inputs) -> list[Tensor]:
+def _plain(op: str, inputs: Arguments) -> list[Tensor]:
     """The reference's results, computed in the inputs' dtype."""
-    given = {name: value for name, value in inputs.items() if name not in OUTPUTS}
-    if op.startswith("attention"):
-        given["scale"] = 1 / math.sqrt(inputs["q"].shape[-1])
-        if "page_table" in given:
-            given |= {name: given.get(name) for name in ("k_scales", "v_scales")}
+    given = arguments.inputs(op, inputs)
     results = getattr(reference, op)(**given)
     return written(given, results[0] if op.startswith("attention") else results)
 
 
-def judge(op: str, function: Callable[[Inputs], Any], inputs: Inputs) -> tuple[float, float]:
+def judge(op: str, function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
     """The error of function(inputs) and its bound, as in docs/numerics.md: that of the worst of its results."""
     if op == "sample":
         return _judge_sample(function, inputs)
@@ -69,7 +74,7 @@ def judge(op: str, function: Callable[[Inputs], Any], inputs: Inputs) -> tuple[f
     return max(found, key=lambda each: (each[0] > each[1], each[0]))
 
 
-def _judge_sample(function: Callable[[Inputs], Any], inputs: Inputs) -> tuple[float, float]:
+def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
     """The mass of the rows whose token the filters exclude, and the error of the log-probabilities.
 
     Which of the legal tokens is drawn is not compared: peers draw other random numbers.

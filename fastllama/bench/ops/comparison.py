@@ -9,17 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.gpu.goals import ALONE, OURS
-from benchmarks.ops.inputs import Inputs
-from benchmarks.ops.peers import Function, peers
-from benchmarks.ops.registry import Case
 from fastllama import env, kernels
 from fastllama.bench import timing
 from fastllama.bench.models import check_memory
+from fastllama.bench.ops.formulas import Function
+from fastllama.bench.ops.judge import judged
+from fastllama.bench.ops.peers import Peers
+from fastllama.bench.ops.report import ALONE, OURS
+from fastllama.catalogue.llama_calls import LlamaCall
+from fastllama.catalogue.maker import Arguments
 from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.launch.device import device_info
-from fastllama.kernels.triton.overlap import overlaps
 
 T = TypeVar("T")
 ROUNDS = 30
@@ -65,15 +66,22 @@ def alone(op: str, device: torch.device) -> Function:
     """
     run, public = implementation(op, device).run, getattr(kernels, op)
 
-    def call(inputs: Inputs) -> Any:
+    def call(inputs: Arguments) -> Any:
         with env.PDL.set_to("0"), OPS[op].bound_to(device, run):
             return public(**inputs)
 
     return call
 
 
-def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
-    """The figures of one case, as JSON values. What a contender fails at is said in place of its samples.
+def overlaps(device: torch.device) -> bool:
+    """Whether launches on a device can begin while the one before ends."""
+    from fastllama.kernels.triton import overlap  # where a kernel runs, Triton is installed
+
+    return overlap.overlaps(device)
+
+
+def measure(case: LlamaCall, device: torch.device, peers: Peers, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The figures of one call beside its peers, as JSON values. What a contender fails at is in place of its samples.
 
     Raises MemoryError, before it takes any, where two sets of its keys and values do not fit in memory.
     """
@@ -81,10 +89,10 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str,
     sets = input_sets(case, device)
     found: dict[str, Any] = {
         "op": case.op,
-        "model": case.model.name,
+        "model": case.sizes.name,
         "rows": case.rows,
         "context": case.context,
-        "codes": case.codes and str(case.codes).removeprefix("torch."),
+        "codes": case.pages_dtype and str(case.pages_dtype).removeprefix("torch."),
         "dtype": str(case.dtype).removeprefix("torch."),
         "label": case.label,
         "backend": implementation(case.op, device).backend,
@@ -93,13 +101,13 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> dict[str,
         "input_sets": len(sets),
     }
     with torch.inference_mode(), running(case.op, device) as ours:
-        offered = {OURS: lambda: ours}
+        offered: Peers = {OURS: lambda: ours}
         if found["backend"] == "triton" and overlaps(device):
             offered[ALONE] = lambda: alone(case.op, device)
-        contenders, judged = _ready(case, device, offered | peers(case.op, device))
+        contenders, verdicts = _ready(case, device, offered | peers)
         for name, ways in timed(contenders, sets, device, rounds, captured=found["backend"] != "reference").items():
-            judged[name] |= ways
-    found["contenders"] = judged
+            verdicts[name] |= ways
+    found["contenders"] = verdicts
     return found
 
 
@@ -118,33 +126,33 @@ def timed(
     return found
 
 
-def input_sets(case: Case, device: torch.device) -> list[Inputs]:
-    """Inputs that together are four times the L2 cache, at least two."""
+def input_sets(case: LlamaCall, device: torch.device) -> list[Arguments]:
+    """Arguments that together are four times the L2 cache, at least two."""
     first = case.make(device, seed=1)
     wanted = 4 * device_info(device).l2_cache // max(case.bytes(first), 1) + 1
     return [first, *(case.make(device, seed) for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)))]
 
 
 def _ready(
-    case: Case, device: torch.device, offered: dict[str, Callable[[], Function]]
+    case: LlamaCall, device: torch.device, offered: Peers
 ) -> tuple[dict[str, Function], dict[str, dict[str, Any]]]:
     """Those that load, run and are right; and of all, error, bound and seconds until judged, or what failed."""
     ready: dict[str, Function] = {}
-    judged: dict[str, dict[str, Any]] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
     for name, load in offered.items():
         start = time.monotonic()
         try:
             function = load()
-            error, bound = case.judge(function, device)
+            error, bound = judged(case, function, device)
         except Exception as failure:  # a peer that cannot run is a finding, not the end of the run
-            judged[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            verdicts[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
             continue
-        judged[name] = {"error": error, "bound": bound, "judged_seconds": time.monotonic() - start}
+        verdicts[name] = {"error": error, "bound": bound, "judged_seconds": time.monotonic() - start}
         if error <= bound:
             ready[name] = function
         else:
-            judged[name]["failed"] = f"wrong: error {error:.2g}, bound {bound:.2g}"
-    return ready, judged
+            verdicts[name]["failed"] = f"wrong: error {error:.2g}, bound {bound:.2g}"
+    return ready, verdicts
 
 
 def _samplers(

@@ -1,0 +1,51 @@
+"""The arguments of an op: which are outputs, their order, and how a call is written."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.catalogue.maker import Arguments
+from fastllama.kernels.dispatch.op import OPS
+
+SCRATCH = "workspace"
+
+
+def outputs(op: str) -> tuple[str, ...]:
+    """The names of an op's outputs, which its public function allocates where they are not given."""
+    names = [name for name in OPS[op].names if name != SCRATCH]
+    return tuple(names[len(names) - OPS[op].num_outputs :])
+
+
+def inputs(op: str, call: Arguments) -> Arguments:
+    """A call without its outputs and its scratch memory."""
+    return {name: value for name, value in call.items() if name not in (*outputs(op), SCRATCH)}
+
+
+def positional(op: str, call: Arguments) -> tuple[Any, ...]:
+    """The arguments as the op itself and its launchers take them; None where the call has no such name."""
+    return tuple(call.get(name) for name in OPS[op].names)
+
+
+def in_order(op: str, call: Arguments) -> Arguments:
+    """The call in the order of the op's arguments. Raises ValueError where one lacks or is not the op's."""
+    optional = outputs(op)[1:]  # the log-sum-exp of attention
+    names = [name for name in OPS[op].names if name in call or name not in optional]
+    if set(names) != set(call):
+        raise ValueError(f"a call of {op} has {sorted(call)}; legal: {names}")
+    return {name: call[name] for name in names}
+
+
+def as_written(op: str, call: Arguments) -> tuple[tuple[Any, ...], Arguments]:
+    """What one passes to the public function by place and by name: nothing that is its default anyway."""
+    parameters = inspect.signature(getattr(kernels, op)).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    named = {
+        name: value
+        for name, value in call.items()
+        if name not in required and (isinstance(value, Tensor) or value != parameters[name].default)
+    }
+    return tuple(call[name] for name in required), named

@@ -1,0 +1,77 @@
+"""Calls of the rotary embedding, alone and with keys and values written into pages."""
+
+from __future__ import annotations
+
+import torch
+
+from fastllama.catalogue.maker import Arguments, Maker
+from fastllama.kernels import cos_sin_cache
+
+POSITIONS = 4096
+PAGE = 64  # tokens
+HELD = 7  # what a page holds before anything is written; exact in every dtype
+
+
+def rope(
+    m: Maker,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    positions: int = POSITIONS,
+    rotated: int | None = None,
+    interleaved: bool = False,
+    fused: bool = False,
+) -> Arguments:
+    """rotated: dimensions of a head, all where None. fused: in place in one projection of queries, keys and values."""
+    if fused:
+        qkv = m.normal(rows, heads + 2 * kv_heads, head_dim)
+        q, k, _ = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        outputs = {"q_out": q, "k_out": k}
+    else:
+        q, k = (m.normal(rows, count, head_dim) for count in (heads, kv_heads))
+        outputs = {"q_out": m.fresh(*q.shape), "k_out": m.fresh(*k.shape)}
+    turns = _turns(m, rows, positions, rotated or head_dim)
+    return {"q": q, "k": k, **turns, "interleaved": interleaved, **outputs}
+
+
+def rope_and_write_kv(
+    m: Maker,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    page: int = PAGE,
+    pages: int | None = None,
+    positions: int = POSITIONS,
+    padding: int | None = None,
+    pages_dtype: torch.dtype | None = None,
+) -> Arguments:
+    """pages: how many there are, enough for the rows where None. padding: every so-manieth row has no slot.
+
+    pages_dtype: of quantized pages.
+    """
+    count = max(-(-rows // page), 1) if pages is None else pages
+    slots = m.some_of(count * page, rows)
+    if padding is not None:
+        slots[1::padding] = -1
+    shape = (count, kv_heads, page, head_dim)
+    call: Arguments = {
+        "qkv": m.normal(rows, (heads + 2 * kv_heads) * head_dim),
+        **_turns(m, rows, positions, head_dim),
+        "slots": slots,
+        "interleaved": False,
+        "q_out": m.fresh(rows, heads, head_dim),
+    }
+    for side in "kv":
+        call[f"{side}_pages"] = torch.full(shape, HELD, dtype=pages_dtype or m.dtype, device=m.device)
+        call[f"{side}_scales"] = None if pages_dtype is None else m.fresh(*shape[:3], dtype=torch.float32)
+    return call
+
+
+def _turns(m: Maker, rows: int, positions: int, rotated: int) -> Arguments:
+    """The cos/sin cache, and each row's position."""
+    frequencies = 10000.0 ** -(torch.arange(0, rotated, 2, device=m.device) / rotated)
+    return {"cos_sin": cos_sin_cache(frequencies, positions), "positions": m.some_of(positions, rows)}

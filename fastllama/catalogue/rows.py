@@ -1,0 +1,77 @@
+"""Calls of the ops that treat each row by itself: norms, SwiGLU, rounding to 8 bits, embedding, merged attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastllama.catalogue.maker import EPS, Arguments, Maker
+
+
+def rms_norm(m: Maker, rows: int, size: int, *, weight_dtype: torch.dtype | None = None) -> Arguments:
+    """The weight in the dtype of x where None is given."""
+    return {
+        "x": m.normal(rows, size),
+        "weight": m.normal(size, dtype=weight_dtype),
+        "eps": EPS,
+        "out": m.fresh(rows, size),
+    }
+
+
+def add_rms_norm(m: Maker, rows: int, size: int, *, weight_dtype: torch.dtype | None = None) -> Arguments:
+    return {
+        "x": m.normal(rows, size),
+        "residual": m.normal(rows, size),
+        "weight": m.normal(size, dtype=weight_dtype),
+        "eps": EPS,
+        "out": m.fresh(rows, size),
+        "residual_out": m.fresh(rows, size),
+    }
+
+
+def silu_mul(m: Maker, rows: int, size: int) -> Arguments:
+    """size: of the result; the projection has twice as many columns."""
+    return {"gate_up": m.normal(rows, 2 * size), "out": m.fresh(rows, size)}
+
+
+def quantize_rows(m: Maker, rows: int, size: int) -> Arguments:
+    return {"x": m.normal(rows, size), **_rounded(m, rows, size)}
+
+
+def rms_norm_int8(m: Maker, rows: int, size: int) -> Arguments:
+    return rms_norm(m, rows, size) | _rounded(m, rows, size)
+
+
+def add_rms_norm_int8(m: Maker, rows: int, size: int) -> Arguments:
+    """The residual is updated in place."""
+    call = add_rms_norm(m, rows, size) | _rounded(m, rows, size)
+    del call["residual_out"]
+    return call
+
+
+def silu_mul_int8(m: Maker, rows: int, size: int) -> Arguments:
+    return silu_mul(m, rows, size) | _rounded(m, rows, size)
+
+
+def _rounded(m: Maker, rows: int, size: int) -> Arguments:
+    return {"out": m.fresh(rows, size, dtype=torch.int8), "scales_out": m.fresh(rows, dtype=torch.float32)}
+
+
+def embedding(m: Maker, rows: int, vocab: int, size: int) -> Arguments:
+    return {"ids": m.some_of(vocab, rows), "weight": m.normal(vocab, size), "out": m.fresh(rows, size)}
+
+
+def merge_state(m: Maker, rows: int, heads: int, head_dim: int, *, unseen: bool = False) -> Arguments:
+    """Log-sum-exps near each other, so that neither side's share is 0.
+
+    unseen: they are further apart, and some queries saw keys on one side alone, or on none.
+    """
+    call: Arguments = {}
+    for place, side in enumerate("ab"):
+        lse = m.normal(rows, heads).float()
+        if unseen:
+            lse *= 3
+            lse[place::5] = lse[4::5] = -math.inf
+        call |= {side: m.normal(rows, heads, head_dim), f"{side}_lse": lse}
+    return call | {"out": m.fresh(rows, heads, head_dim), "lse_out": m.fresh(rows, heads, dtype=torch.float32)}

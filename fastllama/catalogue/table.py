@@ -1,0 +1,276 @@
+"""Every op: a small call, the call that a Llama makes, the shapes that are measured, the bytes and the operations.
+
+Bytes count each input read once and each output written once: time at the device's copy bandwidth is the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllama.catalogue import attention, products, rotary, rows, sampling
+from fastllama.catalogue.arguments import SCRATCH, in_order
+from fastllama.catalogue.maker import Arguments, Maker
+from fastllama.catalogue.rotary import PAGE
+from fastllama.catalogue.sizes import LlamaSizes
+
+# Of small calls: tokens, query heads, key heads, head dimension, pages, page size. Unlike, lest torch.compile takes one
+# for another.
+T, HQ, HKV, D, P, SMALL_PAGE = 3, 6, 2, 8, 5, 7
+POSITIONS, FEATURES, VOCAB = 16, 6, 9  # of small calls
+SMALL_PAGES: dict[str, Any] = {"page": SMALL_PAGE, "pages": P, "width": 2}
+SMALL_LENGTHS, SMALL_QUERIES = (6, 3, 0), (2, 1, 0)  # the last sequence is padding
+SMALL_FILTERS = ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.0), (0.5, 2, 1.0, 0.1))
+FORM = "bias, norm, residual"  # of small products
+
+
+class Shape(NamedTuple):
+    """One call of a Llama. rows: tokens, or sequences where the op has a row for each (sample, attention_decode).
+
+    context: tokens that a sequence of attention_decode sees, 0 elsewhere. pages_dtype: of quantized pages.
+    """
+
+    rows: int
+    context: int = 0
+    pages_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the catalogue knows of an op.
+
+    small: one call with all tensors that the op can take, in unlike sizes. llama: the call of a Llama's layer, or of
+    the largest of its layers' products. shapes: those that are measured, the most telling first. flops: floating-point
+    operations; 0 where arithmetic is beside the point. only: the type of device that the op is for, any where None.
+    """
+
+    small: Callable[[Maker], Arguments]
+    llama: Callable[[Maker, LlamaSizes, Shape], Arguments]
+    shapes: tuple[Shape, ...]
+    bytes: Callable[[LlamaSizes, Shape, Arguments], int]
+    flops: Callable[[LlamaSizes, Shape], int] = lambda sizes, shape: 0
+    only: str | None = None
+
+
+def small_call(op: str) -> Arguments:
+    """Every argument by name but an optional log-sum-exp, in fp32 on the CPU."""
+    return in_order(op, CATALOGUE[op].small(Maker(torch.float32)))
+
+
+def _all_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
+    """Every tensor once but scratch memory, and of the cos/sin cache only the rows that are read."""
+    tensors = {name: value.nbytes for name, value in call.items() if isinstance(value, Tensor) and name != SCRATCH}
+    if "cos_sin" in tensors:
+        tensors["cos_sin"] = shape.rows * sizes.head_dim * 4
+    return sum(tensors.values())
+
+
+def _page_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
+    """Of the pages only the slots that are written."""
+    pages = sum(call[name].nbytes for name in ("k_pages", "v_pages"))
+    slots = shape.rows / call["k_pages"].shape[0] / PAGE
+    return _all_bytes(sizes, shape, call) - pages + round(pages * slots)
+
+
+def _row_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
+    """Of the table only the rows that are read."""
+    return int(call["ids"].nbytes + 2 * call["out"].nbytes)
+
+
+def _product_flops(sizes: LlamaSizes, shape: Shape) -> int:
+    features, size = sizes.gate_up
+    return 2 * shape.rows * features * size
+
+
+def _causal_flops(sizes: LlamaSizes, shape: Shape) -> int:
+    return 2 * sizes.heads * sizes.head_dim * shape.rows * (shape.rows + 1)
+
+
+def _decode_flops(sizes: LlamaSizes, shape: Shape) -> int:
+    return 4 * sizes.heads * sizes.head_dim * shape.rows * shape.context
+
+
+def _of_rows(*counts: int) -> tuple[Shape, ...]:
+    return tuple(map(Shape, counts))
+
+
+ROWS = _of_rows(8192, 1, 64, 1024)
+PRODUCTS = _of_rows(1, 64, 16, 1024, 8, 256, 32, 4, 128, 2)
+PROMPTS = _of_rows(2048, 8192, 512, 16384, 4096, 1024)
+DECODES = (
+    Shape(1, 4096),
+    Shape(64, 4096),
+    Shape(1, 4096, torch.int8),
+    Shape(8, 4096),
+    Shape(1, 16384),
+    Shape(64, 512),
+    Shape(8, 16384),
+    Shape(64, 4096, torch.int8),
+    Shape(1, 32768),
+    Shape(8, 32768),
+    Shape(1, 512),
+    Shape(8, 512),
+    Shape(64, 16384),
+    Shape(64, 32768),
+)
+
+
+def _small_bf12(m: Maker) -> Arguments:
+    """Rows unlike the 3 numbers of an outlier, and two outliers."""
+    values = m.normal(FEATURES, 64).bfloat16()
+    values[2, 7], values[5, 63] = 2.0**40, 2.0**-40
+    return products.matmul_bf12(m, 4, FEATURES, 64, form=FORM, weight=products.bf12_weight(values))
+
+
+def _small_slots(m: Maker) -> Arguments:
+    """One of the rows is padding."""
+    call = rotary.rope_and_write_kv(m, T, HQ, HKV, D, page=SMALL_PAGE, pages=P, positions=POSITIONS)
+    return call | {"slots": m.tensor([0, -1, 7], torch.int64)}
+
+
+def _rotation(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
+    return rotary.rope_and_write_kv(m, shape.rows, *sizes.attention, pages_dtype=shape.pages_dtype)
+
+
+def _decode(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
+    width = -(-shape.context // PAGE)
+    lengths = [shape.context] * shape.rows
+    return attention.attention_decode(m, lengths, *sizes.attention, width=width, pages_dtype=shape.pages_dtype)
+
+
+# The most telling of a Llama's speed first.
+CATALOGUE: dict[str, Entry] = {
+    "add_rms_norm": Entry(
+        lambda m: rows.add_rms_norm(m, T, D),
+        lambda m, sizes, shape: rows.add_rms_norm(m, shape.rows, sizes.hidden),
+        ROWS,
+        _all_bytes,
+    ),
+    "rope_and_write_kv": Entry(
+        _small_slots,
+        _rotation,
+        ROWS,
+        _page_bytes,
+    ),
+    "silu_mul": Entry(
+        lambda m: rows.silu_mul(m, T, D),
+        lambda m, sizes, shape: rows.silu_mul(m, shape.rows, sizes.intermediate),
+        ROWS,
+        _all_bytes,
+    ),
+    "sample": Entry(
+        lambda m: sampling.sample(m, T, VOCAB, filters=SMALL_FILTERS),
+        lambda m, sizes, shape: sampling.sample(m, shape.rows, sizes.vocab),
+        _of_rows(64, 1, 256),
+        _all_bytes,
+    ),
+    "rms_norm": Entry(
+        lambda m: rows.rms_norm(m, T, D),
+        lambda m, sizes, shape: rows.rms_norm(m, shape.rows, sizes.hidden),
+        ROWS,
+        _all_bytes,
+    ),
+    "rope": Entry(
+        lambda m: rotary.rope(m, T, HQ, HKV, D, positions=POSITIONS),
+        lambda m, sizes, shape: rotary.rope(m, shape.rows, *sizes.attention),
+        ROWS,
+        _all_bytes,
+    ),
+    "merge_state": Entry(
+        lambda m: rows.merge_state(m, T, HQ, D),
+        lambda m, sizes, shape: rows.merge_state(m, shape.rows, sizes.heads, sizes.head_dim),
+        ROWS,
+        _all_bytes,
+    ),
+    "attention_decode": Entry(
+        lambda m: attention.attention_decode(m, SMALL_LENGTHS, HQ, HKV, D, **SMALL_PAGES),
+        _decode,
+        DECODES,
+        _all_bytes,
+        _decode_flops,
+    ),
+    "attention_varlen": Entry(
+        lambda m: attention.attention_varlen(m, SMALL_QUERIES, SMALL_QUERIES, HQ, HKV, D),
+        lambda m, sizes, shape: attention.attention_varlen(m, [shape.rows], [shape.rows], *sizes.attention),
+        PROMPTS,
+        _all_bytes,
+        _causal_flops,
+    ),
+    "attention_prefill": Entry(  # of a Llama: a prompt with nothing before it, the same work as attention_varlen
+        lambda m: attention.attention_prefill(m, SMALL_LENGTHS, SMALL_QUERIES, HQ, HKV, D, **SMALL_PAGES),
+        lambda m, sizes, shape: attention.attention_prefill(m, [shape.rows], [shape.rows], *sizes.attention),
+        PROMPTS,
+        _all_bytes,
+        _causal_flops,
+    ),
+    "matmul": Entry(
+        lambda m: products.matmul(m, T, FEATURES, D, form=FORM),
+        lambda m, sizes, shape: products.matmul(m, shape.rows, *sizes.gate_up),
+        PRODUCTS,
+        _all_bytes,
+        _product_flops,
+    ),
+    "matmul_int4": Entry(
+        lambda m: products.matmul_int4(m, T, FEATURES, 160, group=32, zeros=m.dtype, form=FORM),
+        lambda m, sizes, shape: products.matmul_int4(m, shape.rows, *sizes.gate_up),
+        PRODUCTS,
+        _all_bytes,
+        _product_flops,
+    ),
+    "matmul_int8": Entry(
+        lambda m: products.matmul_int8(m, T, FEATURES, 160, group=32, form=FORM),
+        lambda m, sizes, shape: products.matmul_int8(m, shape.rows, *sizes.gate_up),
+        PRODUCTS,
+        _all_bytes,
+        _product_flops,
+    ),
+    "quantize_rows": Entry(
+        lambda m: rows.quantize_rows(m, T, D),
+        lambda m, sizes, shape: rows.quantize_rows(m, shape.rows, sizes.hidden),
+        ROWS,
+        _all_bytes,
+    ),
+    "rms_norm_int8": Entry(
+        lambda m: rows.rms_norm_int8(m, T, D),
+        lambda m, sizes, shape: rows.rms_norm_int8(m, shape.rows, sizes.hidden),
+        ROWS,
+        _all_bytes,
+    ),
+    "add_rms_norm_int8": Entry(
+        lambda m: rows.add_rms_norm_int8(m, T, D),
+        lambda m, sizes, shape: rows.add_rms_norm_int8(m, shape.rows, sizes.hidden),
+        ROWS,
+        _all_bytes,
+    ),
+    "silu_mul_int8": Entry(
+        lambda m: rows.silu_mul_int8(m, T, D),
+        lambda m, sizes, shape: rows.silu_mul_int8(m, shape.rows, sizes.intermediate),
+        ROWS,
+        _all_bytes,
+    ),
+    "matmul_w8a8": Entry(
+        lambda m: products.matmul_w8a8(m, T, FEATURES, 128, form="bias"),
+        lambda m, sizes, shape: products.matmul_w8a8(m, shape.rows, *sizes.gate_up),
+        (*PRODUCTS, Shape(8192)),
+        _all_bytes,
+        _product_flops,
+    ),
+    "embedding": Entry(
+        lambda m: rows.embedding(m, T, FEATURES, D),
+        lambda m, sizes, shape: rows.embedding(m, shape.rows, sizes.vocab, sizes.hidden),
+        _of_rows(64, 1024),
+        _row_bytes,
+    ),
+    "matmul_bf12": Entry(  # in which LLM keeps weights on CPUs alone
+        _small_bf12,
+        lambda m, sizes, shape: products.matmul_bf12(m, shape.rows, *sizes.gate_up),
+        PRODUCTS,
+        _all_bytes,
+        _product_flops,
+        only="cpu",
+    ),
+}
