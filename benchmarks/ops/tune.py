@@ -159,7 +159,7 @@ def _run(case: LlamaCall, device: torch.device, launch: Any, inputs: Arguments) 
         run(inputs)
 
 
-def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | None:
+def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.TunedLaunch | None:
     """The launch with the lowest geometric mean over the cases, in microseconds; None where the heuristic's will do."""
     means = {
         launch: statistics.geometric_mean([1e6 * each for each in seconds if each is not None])
@@ -171,12 +171,12 @@ def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.Entry | 
     launch = min(means, key=lambda each: means[each])
     if means[heuristic] < WORTH_IT * means[launch]:
         return None
-    return tuned.Entry({}, launch, round(means[launch], 3), round(means[heuristic], 3))
+    return tuned.TunedLaunch({}, launch, round(means[launch], 3), round(means[heuristic], 3))
 
 
 def tune(
     family: str, found: list[LlamaCall], device: torch.device, rounds: int, deadline: float, most: int
-) -> list[tuned.Entry]:
+) -> list[tuned.TunedLaunch]:
     """Entries for the shapes of the cases that the time allows. most: of candidates."""
     kind, groups = tuning.FAMILIES[family], defaultdict(list)
     for case in found:
@@ -198,7 +198,7 @@ def tune(
                     error, bound = judged(case, run, device)
                 if error > bound:
                     raise RuntimeError(f"{case.op}, {case.label}: wrong with {entry.launch}: {error:.2g} > {bound:.2g}")
-            entries.append(tuned.Entry(shape, entry.launch, entry.microseconds, entry.heuristic_microseconds))
+            entries.append(tuned.TunedLaunch(shape, entry.launch, entry.microseconds, entry.heuristic_microseconds))
     return entries
 
 

@@ -41,7 +41,7 @@ Contender = tuple[str, str, Callable[[], Any], Callable[[Any, int, int], Record]
 
 
 @dataclass(frozen=True)
-class Options:
+class DecodeOptions:
     """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
 
     model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. quantization: of
@@ -83,13 +83,13 @@ class Options:
 class _Bench:
     """The options, and what they mean here."""
 
-    options: Options
+    options: DecodeOptions
     config: LlamaConfig
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, options: Options) -> _Bench:
+    def of(cls, options: DecodeOptions) -> _Bench:
         """Resolved. Raises ValueError for what this machine or this checkpoint cannot do."""
         device, longest = resolve_device(options.device), max(options.context)
         if options.checkpoint:
@@ -197,7 +197,7 @@ class _Bench:
         }
 
 
-def measure(options: Options, say: Callable[[str], None], keep: Callable[[Record], None]) -> Record:
+def measure(options: DecodeOptions, say: Callable[[str], None], keep: Callable[[Record], None]) -> Record:
     """Take all measurements; what to write as JSON, and what `decode_report.report` tells.
 
     say: called with a line at each step. keep: called with the record so far after each case. What does not fit in

@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
+class RuntimeOptions:
     """What is measured. Raises ValueError for what cannot be.
 
     requests: prompts of the throughput, all there at the start. tokens: of each answer. rounds: of the throughput,
@@ -63,7 +63,7 @@ class Options:
             check_range("loads", load, 0.01, 100)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Record:
+def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
     """Take all measurements; what to write as JSON, and what `report` tells. say: called with a line at each step.
 
     Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.

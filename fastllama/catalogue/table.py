@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """What the catalogue knows of an op.
 
     small: one call with all tensors that the op can take, in unlike sizes. llama: the call of a Llama's layer, or of
@@ -143,129 +143,129 @@ def _decode(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
 
 
 # The most telling of a Llama's speed first.
-CATALOGUE: dict[str, Entry] = {
-    "add_rms_norm": Entry(
+CATALOGUE: dict[str, CatalogueEntry] = {
+    "add_rms_norm": CatalogueEntry(
         lambda m: rows.add_rms_norm(m, T, D),
         lambda m, sizes, shape: rows.add_rms_norm(m, shape.rows, sizes.hidden),
         ROWS,
         _all_bytes,
     ),
-    "rope_and_write_kv": Entry(
+    "rope_and_write_kv": CatalogueEntry(
         _small_slots,
         _rotation,
         ROWS,
         _page_bytes,
     ),
-    "silu_mul": Entry(
+    "silu_mul": CatalogueEntry(
         lambda m: rows.silu_mul(m, T, D),
         lambda m, sizes, shape: rows.silu_mul(m, shape.rows, sizes.intermediate),
         ROWS,
         _all_bytes,
     ),
-    "sample": Entry(
+    "sample": CatalogueEntry(
         lambda m: sampling.sample(m, T, VOCAB, filters=SMALL_FILTERS),
         lambda m, sizes, shape: sampling.sample(m, shape.rows, sizes.vocab),
         _of_rows(64, 1, 256),
         _all_bytes,
     ),
-    "rms_norm": Entry(
+    "rms_norm": CatalogueEntry(
         lambda m: rows.rms_norm(m, T, D),
         lambda m, sizes, shape: rows.rms_norm(m, shape.rows, sizes.hidden),
         ROWS,
         _all_bytes,
     ),
-    "rope": Entry(
+    "rope": CatalogueEntry(
         lambda m: rotary.rope(m, T, HQ, HKV, D, positions=POSITIONS),
         lambda m, sizes, shape: rotary.rope(m, shape.rows, *sizes.attention),
         ROWS,
         _all_bytes,
     ),
-    "merge_state": Entry(
+    "merge_state": CatalogueEntry(
         lambda m: rows.merge_state(m, T, HQ, D),
         lambda m, sizes, shape: rows.merge_state(m, shape.rows, sizes.heads, sizes.head_dim),
         ROWS,
         _all_bytes,
     ),
-    "attention_decode": Entry(
+    "attention_decode": CatalogueEntry(
         lambda m: attention.attention_decode(m, SMALL_LENGTHS, HQ, HKV, D, **SMALL_PAGES),
         _decode,
         DECODES,
         _all_bytes,
         _decode_flops,
     ),
-    "attention_varlen": Entry(
+    "attention_varlen": CatalogueEntry(
         lambda m: attention.attention_varlen(m, SMALL_QUERIES, SMALL_QUERIES, HQ, HKV, D),
         lambda m, sizes, shape: attention.attention_varlen(m, [shape.rows], [shape.rows], *sizes.attention),
         PROMPTS,
         _all_bytes,
         _causal_flops,
     ),
-    "attention_prefill": Entry(  # of a Llama: a prompt with nothing before it, the same work as attention_varlen
+    "attention_prefill": CatalogueEntry(  # a prompt with nothing before it: the same work as attention_varlen
         lambda m: attention.attention_prefill(m, SMALL_LENGTHS, SMALL_QUERIES, HQ, HKV, D, **SMALL_PAGES),
         lambda m, sizes, shape: attention.attention_prefill(m, [shape.rows], [shape.rows], *sizes.attention),
         PROMPTS,
         _all_bytes,
         _causal_flops,
     ),
-    "matmul": Entry(
+    "matmul": CatalogueEntry(
         lambda m: products.matmul(m, T, FEATURES, D, form=FORM),
         lambda m, sizes, shape: products.matmul(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
     ),
-    "matmul_int4": Entry(
+    "matmul_int4": CatalogueEntry(
         lambda m: products.matmul_int4(m, T, FEATURES, 160, group=32, zeros=m.dtype, form=FORM),
         lambda m, sizes, shape: products.matmul_int4(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
     ),
-    "matmul_int8": Entry(
+    "matmul_int8": CatalogueEntry(
         lambda m: products.matmul_int8(m, T, FEATURES, 160, group=32, form=FORM),
         lambda m, sizes, shape: products.matmul_int8(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
     ),
-    "quantize_rows": Entry(
+    "quantize_rows": CatalogueEntry(
         lambda m: rows.quantize_rows(m, T, D),
         lambda m, sizes, shape: rows.quantize_rows(m, shape.rows, sizes.hidden),
         ROWS,
         _all_bytes,
     ),
-    "rms_norm_int8": Entry(
+    "rms_norm_int8": CatalogueEntry(
         lambda m: rows.rms_norm_int8(m, T, D),
         lambda m, sizes, shape: rows.rms_norm_int8(m, shape.rows, sizes.hidden),
         ROWS,
         _all_bytes,
     ),
-    "add_rms_norm_int8": Entry(
+    "add_rms_norm_int8": CatalogueEntry(
         lambda m: rows.add_rms_norm_int8(m, T, D),
         lambda m, sizes, shape: rows.add_rms_norm_int8(m, shape.rows, sizes.hidden),
         ROWS,
         _all_bytes,
     ),
-    "silu_mul_int8": Entry(
+    "silu_mul_int8": CatalogueEntry(
         lambda m: rows.silu_mul_int8(m, T, D),
         lambda m, sizes, shape: rows.silu_mul_int8(m, shape.rows, sizes.intermediate),
         ROWS,
         _all_bytes,
     ),
-    "matmul_w8a8": Entry(
+    "matmul_w8a8": CatalogueEntry(
         lambda m: products.matmul_w8a8(m, T, FEATURES, 128, form="bias"),
         lambda m, sizes, shape: products.matmul_w8a8(m, shape.rows, *sizes.gate_up),
         (*PRODUCTS, Shape(8192)),
         _all_bytes,
         _product_flops,
     ),
-    "embedding": Entry(
+    "embedding": CatalogueEntry(
         lambda m: rows.embedding(m, T, FEATURES, D),
         lambda m, sizes, shape: rows.embedding(m, shape.rows, sizes.vocab, sizes.hidden),
         _of_rows(64, 1024),
         _row_bytes,
     ),
-    "matmul_bf12": Entry(  # in which LLM keeps weights on CPUs alone
+    "matmul_bf12": CatalogueEntry(  # in which LLM keeps weights on CPUs alone
         _small_bf12,
         lambda m, sizes, shape: products.matmul_bf12(m, shape.rows, *sizes.gate_up),
         PRODUCTS,

@@ -107,9 +107,9 @@ def run_runtime(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files that are asked for, and return the exit status."""
     from fastllama.bench.environment import write_record
     from fastllama.bench.plot import check_plot, plot
-    from fastllama.bench.runtime import Options, measure, report
+    from fastllama.bench.runtime import RuntimeOptions, measure, report
 
-    options = Options(
+    options = RuntimeOptions(
         model=args.model,
         dtype=args.dtype,
         device=args.device,
@@ -172,11 +172,11 @@ def _add_decode(commands: Any) -> None:
 
 def run_decode(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the file after each case, and return the exit status."""
-    from fastllama.bench.decode import OURS, Options, Record, measure
+    from fastllama.bench.decode import OURS, DecodeOptions, Record, measure
     from fastllama.bench.decode_report import report
     from fastllama.bench.environment import write_record
 
-    options = Options(
+    options = DecodeOptions(
         model=args.model or args.shape,
         checkpoint=args.model is not None,
         dtype=args.dtype,

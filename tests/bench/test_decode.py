@@ -13,7 +13,7 @@ import torch
 from fastllama.bench import ceilings, decode, decode_report, static_cache
 from fastllama.kernels.dispatch.op import OPS
 
-TINY = decode.Options(model="tiny", device="cpu", batch=(3,), context=(96,), tokens=5)
+TINY = decode.DecodeOptions(model="tiny", device="cpu", batch=(3,), context=(96,), tokens=5)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ceilings.COPY, "cpu", ceilings.TOY_COPY)
 
 
-def measure(options: decode.Options) -> tuple[dict[str, Any], list[int]]:
+def measure(options: decode.DecodeOptions) -> tuple[dict[str, Any], list[int]]:
     """The record, and how many cases it held each time it was kept."""
     kept: list[int] = []
     return decode.measure(options, lambda line: None, lambda record: kept.append(len(record["cases"]))), kept
@@ -69,7 +69,7 @@ def test_a_sequence_that_stands_still_is_a_failure(monkeypatch: pytest.MonkeyPat
 
 def test_a_checkpoint_is_measured_too() -> None:
     record, _ = measure(
-        decode.Options(model="tiny", checkpoint=True, device="cpu", batch=(1,), context=(64,), tokens=2)
+        decode.DecodeOptions(model="tiny", checkpoint=True, device="cpu", batch=(1,), context=(64,), tokens=2)
     )
     assert len(record["cases"][0]["seconds"]) == 2
     assert decode_report.report(record).startswith(
@@ -142,7 +142,7 @@ def test_a_model_is_given_up_before_the_next_is_made(monkeypatch: pytest.MonkeyP
         return model
 
     monkeypatch.setattr(decode._Bench, "build", build)
-    options = decode.Options(
+    options = decode.DecodeOptions(
         model="tiny", device="cpu", batch=(1, 2), context=(48, 64), tokens=2, quantization=("none", "int8"), peers=False
     )
     record, kept = measure(options)

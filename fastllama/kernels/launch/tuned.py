@@ -21,7 +21,7 @@ Shape = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TunedLaunch:
     """One tuned shape: its launch, and the times of that launch and of the heuristic's."""
 
     shape: Shape
@@ -30,7 +30,7 @@ class Entry:
     heuristic_microseconds: float
 
 
-def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any]) -> list[Entry]:
+def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any]) -> list[TunedLaunch]:
     """The entries of a file; none where there is no file. Raises TuningError naming the file and the field."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any
     return entries
 
 
-def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries: Iterable[Entry]) -> None:
+def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries: Iterable[TunedLaunch]) -> None:
     """Write a file that `read` reads, making its folder; a reader sees the old file or the new one, never a part."""
     found = {"op": op, "gpu": gpu, "provenance": dict(provenance), "launches": [asdict(entry) for entry in entries]}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries:
     partial.replace(path)
 
 
-def nearest(entries: Iterable[Entry], shape: Shape) -> Any | None:
+def nearest(entries: Iterable[TunedLaunch], shape: Shape) -> Any | None:
     """The launch tuned for `shape`, its rows as near as there are any (in powers of two); None where nothing fits."""
     others = {name: value for name, value in shape.items() if name != "rows"}
     fitting = [entry for entry in entries if others.items() <= entry.shape.items()]
@@ -77,8 +77,8 @@ def nearest(entries: Iterable[Entry], shape: Shape) -> Any | None:
     return min(fitting, key=lambda entry: abs(math.log2(entry.shape.get("rows", rows) / rows))).launch
 
 
-def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: type[Any]) -> Entry:
-    _check_names(path, where, found, [each.name for each in fields(Entry)])
+def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: type[Any]) -> TunedLaunch:
+    _check_names(path, where, found, [each.name for each in fields(TunedLaunch)])
     _check_names(path, f"{where}.shape", found["shape"], shape)
     _check_names(path, f"{where}.launch", found["launch"], [each.name for each in fields(launch)])
     for part in ("shape", "launch"):
@@ -91,7 +91,9 @@ def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: t
         value = found[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise TuningError(f"{path}: {where}.{name} is {value!r}; legal: a positive number")
-    return Entry(found["shape"], launch(**found["launch"]), found["microseconds"], found["heuristic_microseconds"])
+    return TunedLaunch(
+        found["shape"], launch(**found["launch"]), found["microseconds"], found["heuristic_microseconds"]
+    )
 
 
 def _check_names(path: Path, where: str, found: Any, names: Iterable[str]) -> None:

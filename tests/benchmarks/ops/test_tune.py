@@ -118,13 +118,13 @@ class TestTune:
     """From cases to a file."""
 
     @staticmethod
-    def tune(deadline: float = float("inf"), most: int = 99) -> list[tuned.Entry]:
+    def tune(deadline: float = float("inf"), most: int = 99) -> list[tuned.TunedLaunch]:
         (case,) = toy_calls(torch.bfloat16, ("add_rms_norm",))
         return tune.tune("norm", [case, case], torch.device("cpu"), 1, deadline, most)
 
     def test_what_it_finds_is_what_launchers_get(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         entries = self.tune()
-        assert entries == [tuned.Entry(SHAPES["norm"], heuristics.NormLaunch(2), 1.0, 2.0)]
+        assert entries == [tuned.TunedLaunch(SHAPES["norm"], heuristics.NormLaunch(2), 1.0, 2.0)]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         tuned.write(tuning.user_folder(CPU) / "norm.json", "norm", CPU.name, {"torch": "2"}, entries)
         assert tuning.norm(torch.device("cpu"), **SHAPES["norm"]) == heuristics.NormLaunch(2)

@@ -42,7 +42,7 @@ def one(part: str, **changes: Any) -> dict[str, Any]:
     return found
 
 
-def read(path: Path, found: Any) -> list[tuned.Entry]:
+def read(path: Path, found: Any) -> list[tuned.TunedLaunch]:
     path.write_text(found if isinstance(found, str) else json.dumps(found))
     family = tuning.FAMILIES["norm"]
     return tuned.read(path, "norm", H200.name, family.shape, family.launch)
@@ -54,7 +54,7 @@ class TestFiles:
     def test_what_is_written_is_read(self, tmp_path: Path) -> None:
         family = tuning.FAMILIES["swiglu"]
         entries = [
-            tuned.Entry({"rows": n, "size": 64, "itemsize": 2}, heuristics.SwigluLaunch(32, n), 1.0, 1.5)
+            tuned.TunedLaunch({"rows": n, "size": 64, "itemsize": 2}, heuristics.SwigluLaunch(32, n), 1.0, 1.5)
             for n in (1, 4)
         ]
         path = tmp_path / "new" / "swiglu.json"
@@ -64,7 +64,7 @@ class TestFiles:
 
     def test_stages_may_be_three(self, tmp_path: Path) -> None:
         family, shape = tuning.FAMILIES["matmul"], {"features": 4096, "size": 4096, "itemsize": 2}
-        entries = [tuned.Entry(shape, heuristics.MatmulLaunch(64, 128, 4, 3, 4), 1.0, 1.5)]
+        entries = [tuned.TunedLaunch(shape, heuristics.MatmulLaunch(64, 128, 4, 3, 4), 1.0, 1.5)]
         tuned.write(tmp_path / "matmul.json", "matmul", "cpu", {}, entries)
         assert tuned.read(tmp_path / "matmul.json", "matmul", "cpu", family.shape, family.launch) == entries
 
@@ -114,7 +114,7 @@ class TestFiles:
     )
     def test_the_nearest_number_of_rows_decides(self, rows: int, expected: int) -> None:
         entries = [
-            tuned.Entry({"rows": n, "size": size, "itemsize": 2}, launch, 1.0, 1.0)
+            tuned.TunedLaunch({"rows": n, "size": size, "itemsize": 2}, launch, 1.0, 1.0)
             for n, size, launch in ((1, 64, 1), (1, 128, 9), (4, 64, 2), (64, 64, 4))
         ]
         assert tuned.nearest(entries, {"rows": rows, "size": 64, "itemsize": 2}) == expected
@@ -140,7 +140,9 @@ def _h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def put(folder: Path, num_warps: int, size: int = 4096) -> None:
     family = heuristics.NormLaunch(num_warps)
-    tuned.write(folder / "norm.json", "norm", H200.name, {}, [tuned.Entry({"size": size, "itemsize": 2}, family, 1, 2)])
+    tuned.write(
+        folder / "norm.json", "norm", H200.name, {}, [tuned.TunedLaunch({"size": size, "itemsize": 2}, family, 1, 2)]
+    )
 
 
 @pytest.mark.usefixtures("_h200")
