@@ -6,8 +6,8 @@ import json
 import time
 
 from benchmarks.gpu import answers, results, stage
-from benchmarks.ops import micro
 from fastllama import LLM
+from fastllama.bench.ops import comparison
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     start = time.monotonic()
     device, few = ("cpu", (1, 4)) if options.dry else ("cuda", ())
     with (
-        micro.interpreted(options.dry),
+        comparison.interpreted(options.dry),
         LLM("tiny", dtype="float32", device=device, max_num_seqs=len(answers.PROMPTS), progress=False) as llm,
     ):
         found = answers.answers(llm, *few)

@@ -31,9 +31,9 @@ def matmul(
     m: Maker, rows: int, features: int, size: int, *, form: str = "", weight: Arguments | None = None
 ) -> Arguments:
     """weight: what `matmul_weight` made, where it is there already; likewise below."""
-    weight = weight or matmul_weight(m, features, size)
-    call = weight | _around(m, rows, features, size, form)
-    return call | {"workspace": m.workspace(matmul_workspace, rows, weight["weight"])}
+    around = _around(m, rows, features, size, form)
+    call = (weight or matmul_weight(m, features, size)) | around
+    return call | {"workspace": m.workspace(matmul_workspace, rows, call["weight"])}
 
 
 def matmul_weight(m: Maker, features: int, size: int) -> Arguments:
@@ -43,8 +43,8 @@ def matmul_weight(m: Maker, features: int, size: int) -> Arguments:
 def matmul_bf12(
     m: Maker, rows: int, features: int, size: int, *, form: str = "", weight: Arguments | None = None
 ) -> Arguments:
-    weight = weight or bf12_weight(bf12_values(m, features, size))
-    return weight | _around(m, rows, features, size, form)
+    around = _around(m, rows, features, size, form)
+    return (weight or bf12_weight(bf12_values(m, features, size))) | around
 
 
 def bf12_values(m: Maker, features: int, size: int) -> Tensor:
@@ -70,8 +70,8 @@ def matmul_int4(
     weight: Arguments | None = None,
 ) -> Arguments:
     """group: columns that share a scale, all where they are fewer. zeros: their dtype; symmetric where None."""
-    weight = weight or int4_weight(m, features, size, group, zeros)
-    call = weight | _around(m, rows, features, size, form)
+    around = _around(m, rows, features, size, form)
+    call = (weight or int4_weight(m, features, size, group, zeros)) | around
     return call | {"workspace": m.workspace(matmul_int4_workspace, call["x"], call["packed"], call["scales"])}
 
 
@@ -115,8 +115,8 @@ def matmul_int8(
     weight: Arguments | None = None,
 ) -> Arguments:
     """group: as of 4 bits."""
-    weight = weight or int8_weight(m, features, size, group)
-    call = weight | _around(m, rows, features, size, form)
+    around = _around(m, rows, features, size, form)
+    call = (weight or int8_weight(m, features, size, group)) | around
     return call | {"workspace": m.workspace(matmul_int8_workspace, call["x"], call["packed"], call["scales"])}
 
 

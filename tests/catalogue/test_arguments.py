@@ -44,6 +44,7 @@ def test_what_is_the_default_is_not_written() -> None:
     args, named = as_written("matmul", call | {"bias": None, "residual": None})
     assert args == (call["x"], call["weight"])
     assert set(named) == {"norm", "out"}
+    assert as_written("matmul", call | {"gated": True})[1]["gated"] is True
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "sample"])

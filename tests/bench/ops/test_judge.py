@@ -141,6 +141,12 @@ def test_no_more_keys_are_made_than_can_be_judged(monkeypatch: pytest.MonkeyPatc
     assert judged_rows(monkeypatch, case, 3 * 40 * case.kv_bytes // 6)[0] == 3
 
 
+def test_no_more_rows_are_judged_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LlamaCall("silu_mul", TOY, 512, 0, torch.bfloat16)
+    needed = 40 * case.bytes(case.make(CPU, seed=0))
+    assert judged_rows(monkeypatch, case, needed // 2) == [512, 256]
+
+
 @pytest.mark.parametrize("op", [op for op in MEASURED if op != "sample"])
 def test_no_rows_can_be_judged(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some ops move no byte then, by which memory was divided."""
