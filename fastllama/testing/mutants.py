@@ -149,7 +149,8 @@ def written(page: str, verdicts: Iterable[Verdict]) -> str:
     lines = ["| file | mutants | killed | not killed |", "|---|---|---|---|"]
     for path, own in rows.items():
         left = [verdict.mutant.name for verdict in own if verdict.outcome != "killed"]
-        lines.append(f"| `{Path(path).name}` | {len(own)} | {len(own) - len(left)} | {', '.join(left) or '-'} |")
+        name = "/".join(Path(path).parts[-2:])  # with its folder: kernels of several have one name
+        lines.append(f"| `{name}` | {len(own)} | {len(own) - len(left)} | {', '.join(left) or '-'} |")
     before, rest = page.split(MARKS[0])
     return "\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]])
 

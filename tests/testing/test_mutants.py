@@ -132,7 +132,7 @@ def test_a_page_gets_the_outcomes_in_place_of_the_last_ones() -> None:
         "<!-- mutants -->",
         "| file | mutants | killed | not killed |",
         "|---|---|---|---|",
-        "| `toy.py` | 3 | 1 | forgets, halves |",
+        "| `a/toy.py` | 3 | 1 | forgets, halves |",
         "| `other.py` | 1 | 1 | - |",
         "<!-- end of mutants -->",
         "Below.",

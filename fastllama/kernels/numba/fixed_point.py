@@ -1,4 +1,4 @@
-"""x in 16-bit fixed point, in the order of a weight's codes: what the integer products of codes.py multiply by.
+"""x in 16-bit fixed point, in the order of a weight's codes: what the integer products of quantized.py multiply by.
 
 A record is a step's 64 numbers of x. The eight of them that meet in one lane of a vector have a common exponent.
 """
