@@ -19,8 +19,8 @@ class MatmulOp(Op):
 
     weight: its arguments in the schema, "Tensor packed, Tensor scales".
     check: takes x, the weight's arguments, bias, a Fusion, out and the workspace.
-    numba, cpu: take these but the Fusion, all of which is composed. triton: takes the op's arguments, with what
-    `Kernels.fuses` leaves of the Fusion; the rest is composed.
+    numba, cpu: take these but the Fusion, all of which is composed. triton: takes the op's arguments, with the part of
+    the Fusion that `Kernels.fuses` returns; the rest is composed.
     """
 
     def __init__(
