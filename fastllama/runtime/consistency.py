@@ -9,8 +9,8 @@ from types import TracebackType
 class Consistency:
     """Says after each change of the bookkeeping whether it is whole or torn.
 
-        with consistency.change():  # torn from here on ...
-            with consistency.attempt():
+        with consistency.change(start_anew):  # torn from here on ...
+            with consistency.attempt(roll_back):
                 ...  # whatever this raises, `roll_back` makes the bookkeeping whole
             ...
         # ... and whole again
@@ -19,35 +19,34 @@ class Consistency:
     then unknown, and the next change starts anew first. Wherever an interrupt comes, here too, the bookkeeping is
     whole or known to be torn: it is declared whole last.
     start_anew: ends every request and empties the pool; is called again where it was interrupted itself.
-    roll_back: undoes what is in flight.
+    roll_back: undoes what is in flight. Neither is kept: a method of who owns this would hold its owner, and with it
+    the model, until the garbage collector comes by.
     """
 
-    def __init__(self, start_anew: Callable[[], None], roll_back: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.torn = False
-        self._start_anew = start_anew
-        self._change, self._attempt = _Change(self), _Attempt(self, roll_back)
 
-    def mend(self) -> None:
+    def mend(self, start_anew: Callable[[], None]) -> None:
         """Start anew if the last change was broken into."""
         if self.torn:
-            self._start_anew()
+            start_anew()
             self.torn = False
 
-    def change(self) -> _Change:
+    def change(self, start_anew: Callable[[], None]) -> _Change:
         """Around a change of several parts, on whole ones."""
-        return self._change
+        return _Change(self, start_anew)
 
-    def attempt(self) -> _Attempt:
+    def attempt(self, roll_back: Callable[[], None]) -> _Attempt:
         """Around a part of a change that may raise without harm to the bookkeeping: running the model, copying."""
-        return self._attempt
+        return _Attempt(self, roll_back)
 
 
 class _Change:
-    def __init__(self, consistency: Consistency) -> None:
-        self._consistency = consistency
+    def __init__(self, consistency: Consistency, start_anew: Callable[[], None]) -> None:
+        self._consistency, self._start_anew = consistency, start_anew
 
     def __enter__(self) -> None:
-        self._consistency.mend()
+        self._consistency.mend(self._start_anew)
         self._consistency.torn = True
 
     def __exit__(

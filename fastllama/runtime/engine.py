@@ -59,7 +59,7 @@ class Engine:
         scheduler = self._new_scheduler(num_pages, ceil_div(options.host_cache_tokens, size))
         self._requests = LiveRequests(scheduler, tokenizer, model.config, options.seed)
         self._ahead: Launched | None = None  # the step after the last that was taken in, where it runs already
-        self._consistency = Consistency(self._start_anew, self._roll_back)
+        self._consistency = Consistency()
         self._runner = Runner(
             model,
             num_pages,
@@ -139,7 +139,7 @@ class Engine:
         """
         ids = tuple(prompt_token_ids)
         self._requests.check(ids, params)
-        with self._consistency.change():
+        with self._consistency.change(self._start_anew):
             return self._requests.add(ids, params, prompt, time.monotonic() if arrival is None else arrival)
 
     def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
@@ -148,14 +148,14 @@ class Engine:
         Raises ValueError, and changes nothing, if that has ended, is another engine's, or cannot go on with `params`.
         """
         params = generation.request.params if params is None else params
-        self._consistency.mend()  # which ends it where an interrupt has torn the engine
+        self._consistency.mend(self._start_anew)  # which ends it where an interrupt has torn the engine
         self._requests.check_fork(generation, params)
-        with self._consistency.change():
+        with self._consistency.change(self._start_anew):
             return self._requests.fork(generation, params)
 
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
-        with self._consistency.change():
+        with self._consistency.change(self._start_anew):
             self._requests.abort(generation, reason)
             self._settle()
 
@@ -165,7 +165,7 @@ class Engine:
         isolate: where something raises, find out for which requests (see isolation.py). These end with "error" and
         have the cause in their `error`; the others go on, and nothing is raised.
         """
-        with self._consistency.change():
+        with self._consistency.change(self._start_anew):
             launched = self._launched(isolate)
             if launched is None:
                 return []
@@ -178,7 +178,7 @@ class Engine:
         """The step that runs already, or else the next, scheduled and launched; None if there is no work."""
         launched, self._ahead = self._ahead, None
         if launched is None and (step := self._schedule(isolate)) is not None:
-            with self._consistency.attempt():
+            with self._consistency.attempt(self._roll_back):
                 launched = launch(self._runner, step, isolate=isolate)
         return launched
 
@@ -197,7 +197,7 @@ class Engine:
     def _extended(self, step: Step, speculation: Speculation, isolate: bool) -> Step:
         """The step with drafts, if it gets any. A fault in proposing them is no request's."""
         wanted, drafts = speculation.reserve(step, self.scheduler), None
-        with self._consistency.attempt():
+        with self._consistency.attempt(self._roll_back):
             try:
                 speculation.follow(step)
                 drafts = speculation.guess(step) if wanted else None
@@ -211,7 +211,7 @@ class Engine:
         """Copy the step's pages between device and host. False if that failed: the step cannot run then."""
         if not step.transfers:
             return True
-        with self._consistency.attempt():
+        with self._consistency.attempt(self._roll_back):
             self._runner.transfer(step.transfers, self.pool)
         return self._runner.host is not None
 
@@ -227,7 +227,7 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None or not self._transfer(step):
             return
-        with self._consistency.attempt():
+        with self._consistency.attempt(self._roll_back):
             try:
                 self._ahead = launch(self._runner, step, before=launched)
             except Exception as error:
@@ -241,7 +241,7 @@ class Engine:
 
     def _collect(self, launched: Launched, isolate: bool) -> list[Generation]:
         """Wait for a step's tokens and append them; returns the generations that gained one or failed."""
-        with self._consistency.attempt():
+        with self._consistency.attempt(self._roll_back):
             draws = launched.read()
         touched, gained = self._requests.take_in(launched, draws, isolate=isolate)
         if self.speculation is not None:

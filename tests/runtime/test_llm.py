@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,22 @@ def test_a_bar_for_batches_where_it_is_asked_for_or_seen(
     shown = count > 1 and (terminal if progress is None else progress)
     assert ("Generating" in screen.getvalue()) == shown
     assert bool(screen.getvalue()) == shown
+
+
+@pytest.mark.parametrize("speculation", [None, "prompt_lookup", "draft"])
+def test_closing_frees_all_at_once(speculation: str | None) -> None:
+    """Model, pages and graphs go as the last name for them does: what waits for the garbage collector holds memory."""
+    draft = ours() if speculation == "draft" else speculation
+    llm = LLM(ours(), kv_cache_tokens=256, host_cache_tokens=64, max_model_len=64, progress=False, speculation=draft)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=8))
+        held = [weakref.ref(each) for each in (llm.engine, llm.engine.model, llm.engine._runner, llm.engine.pool)]
+        llm.close()
+        assert [each() for each in held] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_closed_llm_says_so() -> None:
