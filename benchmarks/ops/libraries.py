@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.ops import attention_libraries as attention
 from fastllama.bench.ops.formulas import Function
+from fastllama.bench.ops.matmuls import codes_of, group_of, prepared
 from fastllama.bench.ops.peers import Peers, torch_peers
-from fastllama.bench.ops.products import codes_of, group_of, prepared
 from fastllama.catalogue.maker import EPS, Arguments
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllama.catalogue import attention, products, rotary, rows, sampling
+from fastllama.catalogue import attention, matmuls, rotary, rows, sampling
 from fastllama.catalogue.arguments import SCRATCH, in_order
 from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.catalogue.rotary import PAGE
@@ -123,7 +123,7 @@ def _small_bf12(m: Maker) -> Arguments:
     """Rows unlike the 3 numbers of an outlier, and two outliers."""
     values = m.normal(FEATURES, 64).bfloat16()
     values[2, 7], values[5, 63] = 2.0**40, 2.0**-40
-    return products.matmul_bf12(m, 4, FEATURES, 64, form=FORM, weight=products.bf12_weight(values))
+    return matmuls.matmul_bf12(m, 4, FEATURES, 64, form=FORM, weight=matmuls.bf12_weight(values))
 
 
 def _small_slots(m: Maker) -> Arguments:
@@ -208,22 +208,22 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _causal_flops,
     ),
     "matmul": CatalogueEntry(
-        lambda m: products.matmul(m, T, FEATURES, D, form=FORM),
-        lambda m, sizes, shape: products.matmul(m, shape.rows, *sizes.gate_up),
+        lambda m: matmuls.matmul(m, T, FEATURES, D, form=FORM),
+        lambda m, sizes, shape: matmuls.matmul(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
     ),
     "matmul_int4": CatalogueEntry(
-        lambda m: products.matmul_int4(m, T, FEATURES, 160, group=32, zeros=m.dtype, form=FORM),
-        lambda m, sizes, shape: products.matmul_int4(m, shape.rows, *sizes.gate_up),
+        lambda m: matmuls.matmul_int4(m, T, FEATURES, 160, group=32, zeros=m.dtype, form=FORM),
+        lambda m, sizes, shape: matmuls.matmul_int4(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
     ),
     "matmul_int8": CatalogueEntry(
-        lambda m: products.matmul_int8(m, T, FEATURES, 160, group=32, form=FORM),
-        lambda m, sizes, shape: products.matmul_int8(m, shape.rows, *sizes.gate_up),
+        lambda m: matmuls.matmul_int8(m, T, FEATURES, 160, group=32, form=FORM),
+        lambda m, sizes, shape: matmuls.matmul_int8(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,
@@ -253,8 +253,8 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _all_bytes,
     ),
     "matmul_w8a8": CatalogueEntry(
-        lambda m: products.matmul_w8a8(m, T, FEATURES, 128, form="bias"),
-        lambda m, sizes, shape: products.matmul_w8a8(m, shape.rows, *sizes.gate_up),
+        lambda m: matmuls.matmul_w8a8(m, T, FEATURES, 128, form="bias"),
+        lambda m, sizes, shape: matmuls.matmul_w8a8(m, shape.rows, *sizes.gate_up),
         (*PRODUCTS, Shape(8192)),
         _all_bytes,
         _product_flops,
@@ -267,7 +267,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     ),
     "matmul_bf12": CatalogueEntry(  # in which LLM keeps weights on CPUs alone
         _small_bf12,
-        lambda m, sizes, shape: products.matmul_bf12(m, shape.rows, *sizes.gate_up),
+        lambda m, sizes, shape: matmuls.matmul_bf12(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
         _product_flops,

@@ -12,7 +12,7 @@ from fastllama.catalogue import rotary, rows, sampling
 from fastllama.catalogue.maker import Maker
 from fastllama.verify import attention, integers, oracle
 from fastllama.verify.case import FormulaCase, Results, given
-from fastllama.verify.products import products
+from fastllama.verify.matmuls import matmuls
 from fastllama.verify.sampling import Draw, miss, take
 
 POSITIONS = 200
@@ -26,7 +26,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[FormulaCase]:
         _rms_norm,
         _add_rms_norm,
         _embedding,
-        products,
+        matmuls,
         _rope,
         _rope_and_write_kv,
         _silu_mul,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.catalogue import products, rows
+from fastllama.catalogue import matmuls, rows
 from fastllama.catalogue.maker import Maker
 from fastllama.verify import oracle
 from fastllama.verify.case import FormulaCase, Results, given
@@ -44,7 +44,7 @@ def matmul_w8a8(m: Maker) -> Iterator[FormulaCase]:
             (m.some_of(count * inner, count * inner).view(count, inner) % 255 - 127).to(torch.int8)
             for count in (tokens, outer)
         )
-        call = products.matmul_w8a8(m, tokens, outer, inner, form="bias", x=x, integers=integers)
+        call = matmuls.matmul_w8a8(m, tokens, outer, inner, form="bias", x=x, integers=integers)
         label, known = f"x [{tokens}, {inner}], weight [{outer}, {inner}]", {"integers": integers}
         yield FormulaCase("matmul_w8a8", label, given("matmul_w8a8", call), formula, known=known)
 

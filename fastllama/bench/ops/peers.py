@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fastllama.bench.ops import attention, products
+from fastllama.bench.ops import attention, matmuls
 from fastllama.bench.ops.compiling import compiled
 from fastllama.bench.ops.formulas import EAGER, Function
 from fastllama.catalogue.maker import EPS
@@ -40,4 +40,4 @@ def torch_peers(op: str, device: torch.device, backend: str = "inductor") -> Pee
     if op in attention.FLEX:
         gathered, flex = attention.FLEX[op]
         found["flex_attention" + gathered] = lambda: flex(attention.compiled_flex(backend))
-    return found | products.torch_products(op, device, backend)
+    return found | matmuls.torch_products(op, device, backend)

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from fastllama.catalogue import attention as attentions
-from fastllama.catalogue import products, rotary, rows, sampling
+from fastllama.catalogue import matmuls, rotary, rows, sampling
 from fastllama.catalogue.arguments import in_order, positional
 from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.catalogue.sizes import LLAMA_2, LlamaSizes
@@ -164,9 +164,9 @@ def matmul() -> Iterator[Shipped]:
         for name, *sizes, form in ((*QKV, ""), *BLOCK):
             title = f"matmul {name} bf16, {count} rows{form and ', ' + form}"
             once = {"load 16": 1} if "norm" in form else {}  # the norm's weight: one number of each column
-            yield Shipped(title, launching(products.matmul, BF16, count, *sizes, form=form), besides=once)
-    yield Shipped("matmul 7B qkv fp16, 1 rows", launching(products.matmul, FP16, 1, *SMALL.qkv))
-    yield Shipped("matmul 7B qkv fp32, 64 rows", launching(products.matmul, FP32, 64, *SMALL.qkv))
+            yield Shipped(title, launching(matmuls.matmul, BF16, count, *sizes, form=form), besides=once)
+    yield Shipped("matmul 7B qkv fp16, 1 rows", launching(matmuls.matmul, FP16, 1, *SMALL.qkv))
+    yield Shipped("matmul 7B qkv fp32, 64 rows", launching(matmuls.matmul, FP32, 64, *SMALL.qkv))
 
 
 def embedding() -> Iterator[Shipped]:
@@ -192,7 +192,7 @@ def int4() -> Iterator[Shipped]:
     kinds += [(*DOWN, 128, BF16, zeros, count) for zeros in (torch.uint8, BF16) for count in (16, 64)]
     kinds += [(*DOWN, 128, BF16, torch.uint8, 1024), (*DOWN, 128, FP32, None, 16)]
     for name, features, size, group, dtype, zeros, count in kinds:
-        call = launching(products.matmul_int4, dtype, count, features, size, group=group, zeros=zeros)
+        call = launching(matmuls.matmul_int4, dtype, count, features, size, group=group, zeros=zeros)
         held = f"groups of {group}" + ("" if zeros is None else f", zeros {SHORT[zeros]}")
         loads = 128 // min(group, 128) * (4 if count > 64 else 2)  # in a tile: of a thread's two or four rows
         besides = {"load 16": loads * (1 + (zeros == BF16)), "load 8": loads * (zeros == torch.uint8)}
@@ -206,7 +206,7 @@ def int4() -> Iterator[Shipped]:
         tiles = 2 if count > 16 or "gated" in form else 1
         yield Shipped(
             f"matmul_int4 {name} bf16, {count} rows, groups of 128, {form}",
-            launching(products.matmul_int4, BF16, count, *sizes, form=form),
+            launching(matmuls.matmul_int4, BF16, count, *sizes, form=form),
             besides={"load 16": 2},
             weights={"matmul_quantized_kernel": 64 * 128 * tiles},
         )
@@ -218,7 +218,7 @@ def int8() -> Iterator[Shipped]:
     kinds += [(*DOWN, 128, FP16, 16), (*DOWN, 128, FP16, 1024), (*DOWN, 128, BF16, 32), (*DOWN, 128, FP32, 16)]
     kinds += [(*DOWN, group, BF16, count) for group in (64, 32, 11008) for count in (16, 64)]
     for name, features, size, group, dtype, count in kinds:
-        call = launching(products.matmul_int8, dtype, count, features, size, group=group)
+        call = launching(matmuls.matmul_int8, dtype, count, features, size, group=group)
         besides = {"load 16": 128 // min(group, 128) * (4 if count >= 64 else 2)}
         weights = {
             "matmul_quantized_kernel": 64 * 128 * (1 if dtype == FP32 else 2),
@@ -227,7 +227,7 @@ def int8() -> Iterator[Shipped]:
         title = f"matmul_int8 {name} {SHORT[dtype]}, {count} rows, groups of {group}"
         yield Shipped(title, call, besides=besides, weights=weights)
     for count, (name, *sizes, form) in itertools.product((16, 64), BLOCK):
-        call = launching(products.matmul_int8, BF16, count, *sizes, form=form)
+        call = launching(matmuls.matmul_int8, BF16, count, *sizes, form=form)
         title = f"matmul_int8 {name} bf16, {count} rows, groups of 128, {form}"
         # dequantized where there are 64 rows, on sm_80 and sm_89
         weights = {"matmul_quantized_kernel": 2 * 64 * 128, "dequantize_kernel": 64 * 64}
@@ -248,7 +248,7 @@ def w8a8() -> Iterator[Shipped]:
     weights = {"matmul_w8a8_kernel": 128 * 128}  # of two turns where they take 64 columns
     kinds = [(*weight, count, BF16) for weight in (DOWN, QKV, LARGEST) for count in (1, 32, 64, 1024)]
     for name, *sizes, count, dtype in [*kinds, (*DOWN, 16, FP16), (*DOWN, 1024, FP32)]:
-        call = launching(products.matmul_w8a8, dtype, count, *sizes)
+        call = launching(matmuls.matmul_w8a8, dtype, count, *sizes)
         title = f"matmul_w8a8 {name} {SHORT[dtype]}, {count} rows"
         yield Shipped(title, call, besides={"load 16": 2}, weights=weights)
 

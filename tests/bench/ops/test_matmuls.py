@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.bench.ops import judge, products
+from fastllama.bench.ops import judge, matmuls
 from fastllama.bench.ops.formulas import Function
 from fastllama.bench.ops.peers import torch_peers
 from fastllama.catalogue.llama_calls import LlamaCall
@@ -62,18 +62,18 @@ def test_torchs_own_are_offered(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["matmul_bf12", "matmul_int4", "matmul_int8"])
 def test_the_unquantized_product_is_that_of_all_groups(op: str) -> None:
-    check(op, products.linear())
+    check(op, matmuls.linear())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_int_mm_as_it_is_timed_is_right() -> None:
     """Scaled by inductor, as on a GPU: the judge's tests only walk it."""
     with torch.inference_mode():
-        check("matmul_w8a8", products.int_mm("inductor"))
+        check("matmul_w8a8", matmuls.int_mm("inductor"))
 
 
 def test_tinygemm_is_given_our_codes_and_scales() -> None:
-    check("matmul_int4", products.tinygemm(Aten()))
+    check("matmul_int4", matmuls.tinygemm(Aten()))
 
 
 def toy(group: int = 128, dtype: torch.dtype = BF16, shape: tuple[int, int] = (192, 256)) -> Arguments:
@@ -84,7 +84,7 @@ def toy(group: int = 128, dtype: torch.dtype = BF16, shape: tuple[int, int] = (1
 
 def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
     module = Aten()
-    run, sets = products.tinygemm(module), [toy(), toy()]
+    run, sets = matmuls.tinygemm(module), [toy(), toy()]
     first = [run(inputs) for inputs in sets]
     again = [run(inputs) for inputs in sets]
     assert module.packed == 2
@@ -107,9 +107,9 @@ def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
 )
 def test_tinygemm_refuses_what_it_cannot_take(options: dict[str, Any], said: str) -> None:
     with pytest.raises(NotImplementedError, match=said):
-        products.tinygemm(Aten())(toy(**options))
+        matmuls.tinygemm(Aten())(toy(**options))
 
 
 def test_int8pack_refuses_groups() -> None:
     with pytest.raises(NotImplementedError, match="groups of 128: only one scale for a row"):
-        products.int8pack()(LlamaCall("matmul_int8", GROUPED, 3, 0, BF16).make(CPU, seed=0))
+        matmuls.int8pack()(LlamaCall("matmul_int8", GROUPED, 3, 0, BF16).make(CPU, seed=0))

@@ -1,4 +1,4 @@
-"""Calls of products: every kind of weight, alone and with what a block of Llama has before and behind it.
+"""Calls of matmuls: every kind of weight, alone and with what a block of Llama has before and behind it.
 
 form: what else a product does, words of FORMS: adds a bias, normalises x before, gates the result as silu(gate) * up,
 adds a residual.

@@ -1,4 +1,4 @@
-"""Cases of products: every kind of weight, alone and with what a block of Llama has before and behind it."""
+"""Cases of matmuls: every kind of weight, alone and with what a block of Llama has before and behind it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.catalogue import products as calls
+from fastllama.catalogue import matmuls as calls
 from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.verify import oracle
 from fastllama.verify.case import FormulaCase, Results, given
@@ -30,7 +30,7 @@ class JudgedWeight(NamedTuple):
     known: dict[str, Tensor] = {}  # noqa: RUF012 - nobody writes to it
 
 
-def products(m: Maker) -> Iterator[FormulaCase]:
+def matmuls(m: Maker) -> Iterator[FormulaCase]:
     """Op by op."""
     for make in (_matmul, _matmul_bf12, _matmul_int4, _matmul_int8):
         for tokens, inner, outer, group in SHAPES:
