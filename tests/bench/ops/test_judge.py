@@ -98,7 +98,7 @@ def test_log_probabilities_of_other_tokens_are_wrong() -> None:
     assert not verdict("sample", shifted)
 
 
-def test_what_is_wrong_or_x_and_not_timed() -> None:
+def test_what_is_wrong_or_breaks_is_named_and_not_timed() -> None:
     def breaks(inputs: Arguments) -> Any:
         raise NotImplementedError("no such kernel")
 
