@@ -14,6 +14,7 @@ from fastllama.catalogue.llama_calls import LlamaCall
 from fastllama.catalogue.maker import Arguments
 from fastllama.kernels import reference
 from fastllama.runtime.device.memory import available_bytes
+from fastllama.testing import bounds
 from fastllama.testing.bounds import error
 
 JUDGED_PROMPT = 2048  # tokens: their scores in fp64 are 1 GiB of a 7B, and 64 times as much of eight times the prompt
@@ -95,5 +96,5 @@ def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tu
 
 
 def bound(plain: Tensor, exact: Tensor) -> float:
-    """The error that plain torch's own result allows: see fastllama.testing.bounds."""
-    return 2 * error(plain, exact) + torch.finfo(plain.dtype).eps / 2
+    """The error that plain torch's own result allows."""
+    return bounds.bound(error(plain, exact), plain.dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fastllama import env
 from fastllama.bench import models
 from fastllama.bench.ceilings import ceilings
 from fastllama.bench.environment import environment, gpu
@@ -96,8 +95,7 @@ def measure(
             continue
         peers = torch_peers(call.op, device) if options.peers else {}
         try:
-            with comparison.interpreted(env.triton_interpret()):
-                case = comparison.measure(call, device, peers)
+            case = comparison.measure(call, device, peers)
         except (MemoryError, torch.OutOfMemoryError):
             record["skipped"].append(f"{call.op}, {call.label}: does not fit in memory")
             continue
@@ -116,7 +114,7 @@ def measure(
 
 def failed(record: Record) -> bool:
     """Whether one of ours is wrong, or does not run."""
-    return any("failed" in each for case in record["cases"] for each in (case["contenders"][OURS],))
+    return any("failed" in case["contenders"][OURS] for case in record["cases"])
 
 
 def _failed(call: LlamaCall, failure: Exception) -> dict[str, Any]:

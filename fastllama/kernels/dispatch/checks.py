@@ -32,6 +32,14 @@ def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> 
         check_rows(name, tensor)
 
 
+def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """check_tensor for a packed weight [tiles, tiles, ...], of which each row of tiles must be contiguous."""
+    check_tensor("packed", packed, shape, (dtype,))
+    _, _, a, b, c = shape
+    if packed.stride()[1:] != (a * b * c, b * c, c, 1):
+        raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
+
+
 def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
     """ValueError unless there are scales [P, Hkv, page_size] where pages hold CODES, and none elsewhere."""
     quantized = pages.dtype in CODES

@@ -11,6 +11,7 @@ from fastllama.kernels.dispatch.checks import (
     FLOATS,
     check_elements,
     check_matmul,
+    check_packed,
     check_tensor,
     check_workspace,
     matmul_shape,
@@ -22,8 +23,6 @@ from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int4 import GROUPS, LARGEST, packed_shape
 
 _CODES = (torch.uint8,)
-_WORDS = (torch.int32,)
-_TILE = (1024, 512, 4, 1)  # strides within a row of tiles
 
 
 def _check(
@@ -38,9 +37,7 @@ def _check(
 ) -> None:
     quantized_shape(x, scales, fusion.gated)
     size, features = x.shape[-1], scales.shape[0]
-    check_tensor("packed", packed, packed_shape(features, size), _WORDS)
-    if packed.stride()[1:] != _TILE:
-        raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
+    check_packed(packed, packed_shape(features, size), torch.int32)
     check_groups(scales, zeros, features, size, (x.dtype, torch.float32))
     check_matmul(x, features, bias, fusion, out)
     check_workspace(workspace, torch.float32)
@@ -103,7 +100,7 @@ def _check_pack(codes: Tensor) -> None:
 
 
 def _check_unpack(packed: Tensor, rows: int, columns: int) -> None:
-    check_tensor("packed", packed, packed_shape(rows, columns), _WORDS)
+    check_tensor("packed", packed, packed_shape(rows, columns), (torch.int32,))
 
 
 _MATMUL = MatmulOp(

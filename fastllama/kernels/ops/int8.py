@@ -7,7 +7,14 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_matmul, check_tensor, check_workspace
+from fastllama.kernels.dispatch.checks import (
+    FLOATS,
+    check_elements,
+    check_matmul,
+    check_packed,
+    check_tensor,
+    check_workspace,
+)
 from fastllama.kernels.dispatch.conversion import Conversion
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
@@ -16,7 +23,6 @@ from fastllama.kernels.ops.matmul_op import MatmulOp
 from fastllama.kernels.reference.int8 import packed_shape
 
 _CODES = (torch.int8,)
-_TILE = (8192, 2048, 16, 1)  # strides within a row of tiles
 
 
 def _check(
@@ -30,17 +36,10 @@ def _check(
 ) -> None:
     quantized_shape(x, scales, fusion.gated)
     size, features = x.shape[-1], scales.shape[0]
-    check_packed(packed, features, size)
+    check_packed(packed, packed_shape(features, size), torch.int8)
     check_groups(scales, None, features, size, (x.dtype, torch.float32))
     check_matmul(x, features, bias, fusion, out)
     check_workspace(workspace, torch.float32)
-
-
-def check_packed(packed: Tensor, features: int, size: int) -> None:
-    """ValueError or TypeError unless `packed` is a weight [features, size] as pack_int8 gives it."""
-    check_tensor("packed", packed, packed_shape(features, size), _CODES)
-    if packed.stride()[1:] != _TILE:
-        raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
 
 
 def _check_dequantize(codes: Tensor, scales: Tensor) -> None:

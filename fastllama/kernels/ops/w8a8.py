@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor, check_workspace
+from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_packed, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.compiled import triton_kernels
-from fastllama.kernels.ops.int8 import check_packed
 from fastllama.kernels.ops.quantize_rows import SCALES
+from fastllama.kernels.reference.int8 import packed_shape
 from fastllama.kernels.reference.w8a8 import MOST_COLUMNS
 
 _CODES = (torch.int8,)
@@ -30,7 +30,7 @@ def _check_matmul(
     size, features = x.shape[-1], shape[-1]
     check_elements("x", x, _CODES)
     check_tensor("x_scales", x_scales, x.shape[:-1], SCALES)
-    check_packed(packed, features, size)
+    check_packed(packed, packed_shape(features, size), torch.int8)
     check_tensor("out", out, shape, FLOATS)
     dtypes = tuple(dict.fromkeys((out.dtype, torch.float32)))
     check_tensor("scales", scales, (features,), dtypes)
