@@ -13,6 +13,7 @@ import torch
 from triton.runtime import driver
 
 from fastllama.testing.targets import Target
+from fastllama.testing.triton_api import quiet
 
 _DRIVERS = itertools.count()
 
@@ -111,5 +112,5 @@ def dry_run(target: Target) -> Iterator[list[DryLaunch]]:
         plain = tuple(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments[4:])
         launches.append(DryLaunch(binary, (x, y, z), plain))
 
-    with active(DryDriver(target, note)):
+    with active(DryDriver(target, note)), quiet():
         yield launches

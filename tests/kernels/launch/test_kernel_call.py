@@ -22,6 +22,7 @@ from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.sampling.draw import workspace_size
 from fastllama.testing.drivers import DryLaunch, dry_run
+from fastllama.testing.recorder import record
 from fastllama.testing.targets import TARGETS
 
 pytestmark = pytest.mark.compile
@@ -85,6 +86,16 @@ def test_an_address_that_is_not_aligned_is_planned(op: str, launches: list[DryLa
             given = call(op) | {name: misaligned(value)}
             planned = launched(launches, op, plan, given)
             assert launched(launches, op, again, given) == planned
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_the_environment_does_not_choose_the_rounding(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `a * b + c`, for which Triton has a variable, and a default that 3.10 changes."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with record(TARGETS["sm_90"]) as recorded:
+        OPS[op].launcher("cuda")(*positional(op, call(op)))
+    assert recorded
+    assert all(launch.options["enable_fp_fusion"] for launch in recorded)
 
 
 def test_a_call_that_is_not_aligned_gives_nothing_to_repeat(launches: list[DryLaunch]) -> None:

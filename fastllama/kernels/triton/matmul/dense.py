@@ -140,7 +140,8 @@ def matmul(
     if not out.numel():
         return []
     block_m = max(power_of_2(num_rows), 16)
-    wide = 2 if block_m == 64 and fusion.norm is not None else 1  # 64 rows of x in registers spill on sm_80
+    fused = fusion.norm is not None or fusion.residual is not None
+    wide = 2 if block_m == 64 and fused else 1  # 64 rows of x in registers spill on sm_80
     call = KernelCall(
         matmul_dense_kernel,
         (ceil_div(out.shape[1], launch.features // (2 if fusion.gated else 1)), splits.count),

@@ -267,13 +267,16 @@ def _weight_elements(x: Tensor, scales: Tensor) -> int:
 def fuses(x: Tensor, packed: Tensor, scales: Tensor, fusion: Fusion) -> Fusion:
     """What of a Fusion the kernel computes: nothing of many rows, which are torch's.
 
-    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill.
+    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill. So do, on gfx942 with Triton 3.9, 64
+    rows of x with a norm beside codes of 8 bits.
     """
-    if math.prod(x.shape[:-1]) > few_rows(x, packed):
+    rows = math.prod(x.shape[:-1])
+    if rows > few_rows(x, packed):
         return Fusion()
     features = scales.shape[0]
     gates = features % (2 * ROWS) == 0 and x.element_size() == 2
-    norms = fusion.norm is None or fuses_norm(x)
+    spills = rows > 32 and _bits(packed) == 8 and arch(x.device) == "gfx942"
+    norms = fusion.norm is None or (fuses_norm(x) and not spills)
     if norms and (gates or not fusion.gated):
         return fusion
     return fusion._replace(norm=fusion.norm if norms else None, gated=fusion.gated and gates)
