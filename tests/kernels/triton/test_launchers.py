@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.catalogue.arguments import positional
+from fastllama.catalogue import matmuls
+from fastllama.catalogue.arguments import in_order, positional
+from fastllama.catalogue.maker import Maker
 from fastllama.catalogue.table import small_call
+from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.op import OPS
+from fastllama.kernels.triton.table import KERNELS
 from fastllama.testing.monitor import CheckedRun
+from fastllama.testing.targets import TARGETS
 from tests.kernels.honest import assert_equal, public
 from tests.kernels.ops.test_compile import OUTPUTS, copy, same
 from tests.kernels.ops.test_rope import cache
+from tests.kernels.triton.launches import META, on
 
 ATTENTION = ["attention_varlen", "attention_prefill", "attention_decode"]
 OURS = [op for op in OPS if OPS[op].has_triton and op != "sample"]  # whose tests are in sampling/test_draw.py
@@ -64,6 +70,26 @@ def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, nam
     with pytest.raises(ValueError, match=rf"^{name} has strides \[.*\]; legal: all rows at one stride"):
         public(op, "triton")(**given)
     same(given, before)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("form", ["norm", "residual", "norm, gated"])
+@pytest.mark.parametrize("op", [op for op, table in KERNELS.items() if table.fuses])
+def test_what_is_fused_is_the_same_for_all_few_rows(op: str, form: str, name: str) -> None:
+    """A norm in front that is composed is rounded: a row's bits would depend on how many the others are."""
+    fuses, few_rows = KERNELS[op].fuses, KERNELS[op].few_rows
+    assert fuses is not None
+    assert few_rows is not None
+    place = OPS[op].names.index("norm")
+    fused = set()
+    with on(name):
+        for rows in (1, 16, 17, 32, 33, 64):
+            call = getattr(matmuls, op)(Maker(torch.bfloat16, META), rows, 256, 256, form=form)
+            args = positional(op, in_order(op, call))
+            if rows <= few_rows(*args[:2]):
+                found = fuses(*args[:place], Fusion(*args[place : place + len(Fusion._fields)]))
+                fused.add((found.norm is not None, found.residual is not None, found.gated))
+    assert fused == {("norm" in form, "residual" in form, "gated" in form)}
 
 
 @pytest.mark.interpreter

@@ -267,16 +267,13 @@ def _weight_elements(x: Tensor, scales: Tensor) -> int:
 def fuses(x: Tensor, packed: Tensor, scales: Tensor, fusion: Fusion) -> Fusion:
     """What of a Fusion the kernel computes: nothing of many rows, which are torch's.
 
-    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill. So do, on gfx942 with Triton 3.9, 64
-    rows of x with a norm beside codes of 8 bits.
+    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill.
     """
-    rows = math.prod(x.shape[:-1])
-    if rows > few_rows(x, packed):
+    if math.prod(x.shape[:-1]) > few_rows(x, packed):
         return Fusion()
     features = scales.shape[0]
     gates = features % (2 * ROWS) == 0 and x.element_size() == 2
-    spills = rows > 32 and _bits(packed) == 8 and arch(x.device) == "gfx942"
-    norms = fusion.norm is None or (fuses_norm(x) and not spills)
+    norms = fusion.norm is None or fuses_norm(x)
     if norms and (gates or not fusion.gated):
         return fusion
     return fusion._replace(norm=fusion.norm if norms else None, gated=fusion.gated and gates)
@@ -348,6 +345,7 @@ def _multiply_few(
     wide = fusion.gated or (_bits(packed) == 8 and x.element_size() == 2)
     groups_of_warps = 2 if block_m > 16 or (fusion.gated and _bits(packed) == 4) else 1
     tiles = 2 if wide else groups_of_warps
+    spills = block_m == 64 and fusion.norm is not None and _bits(packed) == 8 and arch(x.device) == "gfx942"
     call = KernelCall(
         matmul_quantized_kernel,
         (ceil_div(packed.shape[0], tiles), splits.count),
@@ -363,7 +361,7 @@ def _multiply_few(
         SIZE=size,
         TILES=tiles,
         BLOCK_M=block_m,
-        STAGES=launch.stages,
+        STAGES=max(launch.stages, 3) if spills else launch.stages,  # 88 bytes in two stages, with Triton 3.9
         **_codes(x, packed, scales, size),
         num_warps=groups_of_warps * launch.num_warps,
     )
