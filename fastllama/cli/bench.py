@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +174,8 @@ def _add_decode(commands: Any) -> None:
 
 def run_decode(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the file after each case, and return the exit status."""
-    from fastllama.bench.decode import OURS, DecodeOptions, Record, measure
+    from fastllama.bench.decode import OURS, DecodeOptions, measure
     from fastllama.bench.decode_report import report
-    from fastllama.bench.environment import write_record
 
     options = DecodeOptions(
         model=args.model or args.shape,
@@ -188,14 +189,7 @@ def run_decode(args: argparse.Namespace) -> int:
         peers=not args.no_peers,
         **runtime_options(args),
     )
-    _check_folders(args.output)
-
-    def keep(record: Record) -> None:
-        if args.output is not None:
-            write_record(args.output, record)
-
-    record = measure(options, _progress(args), keep)
-    print(report(record))
+    record = _measured(args, partial(measure, options), report)
     return FAILED if any("failed" in case for case in record["cases"] if case["name"] == OURS) else 0
 
 
@@ -224,8 +218,7 @@ def _add_ops(commands: Any) -> None:
 
 def run_ops(args: argparse.Namespace) -> int:
     """Measure, print the table, write the file after each shape, and return the exit status."""
-    from fastllama.bench.environment import write_record
-    from fastllama.bench.ops.report import Record, report
+    from fastllama.bench.ops.report import report
     from fastllama.bench.ops.suite import OpsOptions, failed, measure
 
     options = OpsOptions(
@@ -237,20 +230,30 @@ def run_ops(args: argparse.Namespace) -> int:
         minutes=args.minutes,
         peers=not args.no_peers,
     )
-    _check_folders(args.output)
-
-    def keep(record: Record) -> None:
-        if args.output is not None:
-            write_record(args.output, record)
-
-    record = measure(options, _progress(args), keep)
-    print(report(record))
+    record = _measured(args, partial(measure, options), report)
     return FAILED if failed(record) else 0
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="F", help="write conditions and every sample as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def _measured(
+    args: argparse.Namespace, measure: Callable[..., dict[str, Any]], report: Callable[[Any], str]
+) -> dict[str, Any]:
+    """Measure, with the file written after each case, and print the tables. measure: takes progress and what keeps."""
+    from fastllama.bench.environment import write_record
+
+    _check_folders(args.output)
+
+    def keep(record: dict[str, Any]) -> None:
+        if args.output is not None:
+            write_record(args.output, record)
+
+    record = measure(_progress(args), keep)
+    print(report(record))
+    return record
 
 
 def _check_folders(*paths: Path | None) -> None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastllama import kernels
 from fastllama.bench.ops import judge, matmuls
 from fastllama.bench.ops.formulas import Function
 from fastllama.bench.ops.peers import torch_peers
 from fastllama.catalogue.llama_calls import LlamaCall
-from fastllama.catalogue.maker import Arguments
-from fastllama.catalogue.sizes import TOY
+from tests.bench.ops.grouped import GROUPED, assert_prepared_once, product
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-GROUPED = dataclasses.replace(TOY, name="grouped", hidden=256)  # two groups of 128
 
 
 def check(op: str, function: Function, dtype: torch.dtype = BF16) -> None:
@@ -76,24 +72,9 @@ def test_tinygemm_is_given_our_codes_and_scales() -> None:
     check("matmul_int4", matmuls.tinygemm(Aten()))
 
 
-def toy(group: int = 128, dtype: torch.dtype = BF16, shape: tuple[int, int] = (192, 256)) -> Arguments:
-    codes = torch.randint(16, shape, dtype=torch.uint8)
-    scales = torch.randn(shape[0], shape[1] // group).to(dtype)
-    return {"x": torch.randn(3, shape[1]).to(dtype), "packed": kernels.pack_int4(codes), "scales": scales}
-
-
 def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
-    module = Aten()
-    run, sets = matmuls.tinygemm(module), [toy(), toy()]
-    first = [run(inputs) for inputs in sets]
-    again = [run(inputs) for inputs in sets]
-    assert module.packed == 2
-    assert not torch.equal(*first)
-    assert all(map(torch.equal, first, again))
-    del sets, first, again
-    for number in range(3, 8):  # memory that was given back would soon be another weight's
-        run(toy())
-        assert module.packed == number
+    library = Aten()
+    assert_prepared_once(matmuls.tinygemm(library), library)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +88,7 @@ def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
 )
 def test_tinygemm_refuses_what_it_cannot_take(options: dict[str, Any], said: str) -> None:
     with pytest.raises(NotImplementedError, match=said):
-        matmuls.tinygemm(Aten())(toy(**options))
+        matmuls.tinygemm(Aten())(product(**options))
 
 
 def test_int8pack_refuses_groups() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.libraries import LIBRARIES, Library, gemlite, libraries, peers
-from fastllama import kernels
 from fastllama.bench.ops.judge import judged
 from fastllama.catalogue.llama_calls import LlamaCall
-from fastllama.catalogue.maker import Arguments
-from fastllama.catalogue.sizes import TOY
+from tests.bench.ops.grouped import GROUPED, assert_prepared_once
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-GROUPED = dataclasses.replace(TOY, name="grouped", hidden=256)  # two groups of 128
 
 
 def test_the_absence_of_a_library_is_named() -> None:
@@ -76,22 +72,6 @@ def test_gemlite_is_given_our_codes_and_scales(op: str, dtype: torch.dtype) -> N
     assert error <= bound
 
 
-def toy() -> Arguments:
-    shape = (192, 256)
-    codes = torch.randint(16, shape, dtype=torch.uint8)
-    scales = torch.randn(shape[0], shape[1] // 128).to(BF16)
-    return {"x": torch.randn(3, shape[1]).to(BF16), "packed": kernels.pack_int4(codes), "scales": scales}
-
-
 def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
-    module = Gemlite()
-    run, sets = gemlite(module), [toy(), toy()]
-    first = [run(inputs) for inputs in sets]
-    again = [run(inputs) for inputs in sets]
-    assert module.packed == 2
-    assert not torch.equal(*first)
-    assert all(map(torch.equal, first, again))
-    del sets, first, again
-    for number in range(3, 8):  # memory that was given back would soon be another weight's
-        run(toy())
-        assert module.packed == number
+    library = Gemlite()
+    assert_prepared_once(gemlite(library), library)
