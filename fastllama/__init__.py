@@ -20,6 +20,9 @@ _HOME = {
     "load_model": "fastllama.io.load",
     "save_model": "fastllama.io.save",
     "load_tokenizer": "fastllama.io.tokenizer",
+    "patch": "fastllama.integrations.transformers.patch",
+    "unpatch": "fastllama.integrations.transformers.patch",
+    "PatchReport": "fastllama.integrations.transformers.patch",
 }
 __all__ = [
     "LLM",
@@ -27,16 +30,20 @@ __all__ = [
     "CompletionOutput",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "PatchReport",
     "RequestDelta",
     "RequestOutput",
     "SamplingParams",
     "__version__",
     "load_model",
     "load_tokenizer",
+    "patch",
     "save_model",
+    "unpatch",
 ]
 
 if TYPE_CHECKING:
+    from fastllama.integrations.transformers.patch import PatchReport, patch, unpatch
     from fastllama.io.load import load_model
     from fastllama.io.save import save_model
     from fastllama.io.tokenizer import load_tokenizer

@@ -1,0 +1,97 @@
+"""Attention of a patched model: whatever keys and values a cache hands out, read as pages of one token each.
+
+A page of one token may lie anywhere, so padding, holes and the layouts of other caches are all a page table's matter.
+It costs 4 bytes a key, beside 512 of a key and value of 128 numbers in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fastllama import kernels
+from fastllama.integrations.transformers.masks import is_key_list
+from fastllama.integrations.transformers.step import PageTable
+
+
+def pages_of(buffer: Tensor) -> Tensor:
+    """A contiguous [B, L, Hkv, D] as pages of a token: [B * L, Hkv, 1, D]."""
+    return buffer.view(-1, 1, *buffer.shape[2:]).transpose(1, 2)
+
+
+def as_pages(k: Tensor, v: Tensor, settled: bool) -> tuple[Tensor, Tensor, int]:
+    """Keys and values [B, Hkv, L, D] as pages of a token, and the pages from a sequence's first to the next one's.
+
+    settled: the strides are the same at every call, as a static cache's are. Other keys are copied to [B, L, Hkv, D]
+    where they are laid out otherwise: Triton compiles the stride between heads into a kernel, and would do so anew at
+    each token.
+    """
+    batch, heads, length, head_dim = k.shape
+    step = k.stride(2)
+    if settled and k.stride() == v.stride() and k.stride(3) == 1 and k.stride(0) % step == 0:
+        row = k.stride(0) // step
+        shape = (batch - 1) * row + length, heads, 1, head_dim
+        strides = step, k.stride(1), head_dim, 1
+        return k.as_strided(shape, strides), v.as_strided(shape, strides), row
+    k, v = (tensor.transpose(1, 2).contiguous() for tensor in (k, v))
+    return pages_of(k), pages_of(v), length
+
+
+def is_settled(cache: Cache | None, index: int) -> bool:
+    """Whether a cache's layer hands out keys with the same strides at every token."""
+    layers = getattr(cache, "layers", ())
+    return index < len(layers) and getattr(layers[index], "is_compileable", False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float) -> Tensor:
+    """q [B * S, Hq, D], k, v in pages -> [B * S, Hq, D], causal: a sequence's queries are its last tokens."""
+    out = torch.empty_like(q)
+    if q.shape[0] == table.lengths.shape[0]:
+        kernels.attention_decode(q, k, v, table.pages, table.lengths, scale=scale, out=out)
+    else:
+        kernels.attention_prefill(q, k, v, table.pages, table.lengths, table.bounds, scale=scale, out=out)
+    return out
+
+
+def attend_by_sdpa(module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The same by torch under any mask [B, 1, S, L], of keys and values [B, Hkv, L, D]."""
+    batch, _, _, head_dim = keys.shape
+    query = q.view(batch, -1, *q.shape[1:]).transpose(1, 2)
+    out, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=module.scaling)
+    return out.reshape(-1, out.shape[2], head_dim)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function "fastllama", for layers that run its own code.
+
+    query: [B, Hq, S, D], key, value: [B, Hkv, L, D]. Returns [B, S, Hq, D].
+
+    attention_mask: a key list, or None for causal attention to all keys; any other is SDPA's.
+    """
+    if attention_mask is not None and not is_key_list(attention_mask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"dropout of attention is {dropout} without gradients; legal: 0, or fastllama.unpatch(model)"
+        )
+    batch, heads, queries, head_dim = query.shape
+    scale = head_dim**-0.5 if scaling is None else scaling
+    k, v, row = as_pages(key, value, False)
+    table = PageTable.of(attention_mask, batch, queries, key.shape[2], row, query.device)
+    q = query.transpose(1, 2).reshape(batch * queries, heads, head_dim)
+    return attend(q, k, v, table, scale).view(batch, queries, heads, head_dim), None

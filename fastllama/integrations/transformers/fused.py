@@ -1,0 +1,94 @@
+"""Several linear layers as one matmul: their weights lie one after another in memory, and a view spans them.
+
+The fused matrix is no tensor beside the parameters: what trains, loads, saves or moves a parameter finds it where
+transformers put it, and a view that is derived from the parameters cannot be out of date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllama import kernels
+
+Fused = tuple[Any, Any]  # weight [N, K] and bias [N] or None, or lists of the parts of each
+
+_LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its op dies with it
+_LIBRARY.define(
+    "fused_matmul(Tensor x, Tensor[] weights, Tensor[] biases, Tensor norm, float eps, bool gated, Tensor(a!) out) "
+    "-> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def fused_matmul(x: Tensor, fused: Fused, norm: Any, *, gated: bool = False, workspace: Tensor | None = None) -> Tensor:
+    """`kernels.matmul` of norm(x) [..., K]; fused: from `fuse`, or in torch.compile's graph from `parts`.
+
+    In the graph an op takes the parameters as they are at each call, which CUDA graphs then take for static inputs,
+    and joins them itself. norm: a LlamaRMSNorm.
+    """
+    weight, bias = fused
+    norm_weight, eps = norm._parameters["weight"], norm.variance_epsilon
+    if isinstance(weight, Tensor):
+        return kernels.matmul(x, weight, bias, norm=norm_weight, eps=eps, gated=gated, workspace=workspace)
+    features = sum(part.shape[0] for part in weight)
+    out = x.new_empty(*x.shape[:-1], features // 2 if gated else features)
+    torch.ops.fastllama_transformers.fused_matmul(x, weight, bias, norm_weight, eps, gated, out)
+    return out
+
+
+def _compiled(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Tensor, eps: float, gated: bool, out: Tensor
+) -> None:
+    bias = _joined(biases) if biases else None
+    kernels.matmul(x, _joined(weights), bias, norm=norm, eps=eps, gated=gated, out=out)
+
+
+_LIBRARY.impl("fused_matmul", _compiled, "CompositeExplicitAutograd")
+torch.library.register_fake("fastllama_transformers::fused_matmul", lambda *args: None, lib=_LIBRARY)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All their rows: a copy where a parameter was moved or replaced since the graph was compiled."""
+    whole = spanning(tensors)
+    return torch.cat([*tensors]) if whole is None else whole
+
+
+def parts(owner: nn.Module, names: Sequence[str]) -> Fused:
+    """The parameters of linear layers, as they are."""
+    linears: list[Any] = [owner._modules[name] for name in names]
+    return [linear.weight for linear in linears], [linear.bias for linear in linears if linear.bias is not None]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fuse(linears: Sequence[nn.Linear]) -> Fused:
+    """One weight [N, K] and bias [N] over the memory of several, which are moved together where they are apart."""
+    weight = _adjoined([linear.weight for linear in linears])
+    return weight, None if linears[0].bias is None else _adjoined([linear.bias for linear in linears])
+
+
+def _adjoined(tensors: Sequence[Tensor]) -> Tensor:
+    whole = spanning(tensors)
+    if whole is None:
+        whole = torch.cat([part.detach() for part in tensors])
+        for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
+            part.data = piece
+    return whole
+
+
+def spanning(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of all the rows of contiguous tensors, if they lie one after another in one storage; else None."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for part in tensors:
+        if part.data_ptr() != end or part.dtype != first.dtype:
+            return None
+        end += part.nbytes
+    size = end - first.data_ptr()
+    if first.storage_offset() * first.element_size() + size > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    rows = sum(part.shape[0] for part in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())

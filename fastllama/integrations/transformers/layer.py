@@ -1,0 +1,122 @@
+"""LlamaDecoderLayer as six ops, under the name of what it replaces."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.llama import modeling_llama
+
+from fastllama import kernels
+from fastllama.integrations.transformers.attention import (
+    as_pages,
+    attend,
+    attend_by_sdpa,
+    attention,
+    is_settled,
+    pages_of,
+)
+from fastllama.integrations.transformers.cache import own_layer
+from fastllama.integrations.transformers.fused import fused_matmul, parts
+from fastllama.integrations.transformers.masks import is_key_list, key_list
+from fastllama.integrations.transformers.step import Step
+from fastllama.integrations.transformers.weights import GATE_UP, NAME, NORMS, QKV, Reading, trouble
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, key_list)
+
+_POSITIONAL = [*inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters][2:]  # behind hidden_states
+# transformers 4.57 tells a cache where to write; 5 asks the cache.
+_CACHE_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
+    """A decoder layer on our ops; on transformers' own code where `_runs` says so."""
+
+    _fastllama: Reading
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [B, S, H] -> [B, S, H]; other arguments by position or name, as the stock layer takes them."""
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions is True, but a patched model has no attention weights to give: "
+                "fastllama.unpatch(model), then model.set_attn_implementation('eager')"
+            )
+        if not self._runs(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        given = kwargs | dict(zip(_POSITIONAL, args, strict=False)) if args else kwargs
+        modules: dict[str, Any] = self._modules
+        attention, mlp, first_norm, second_norm = (modules[name] for name in ("self_attn", "mlp", *NORMS))
+        o_proj, down_proj = attention._modules["o_proj"]._parameters, mlp._modules["down_proj"]._parameters
+        batch, tokens, _ = hidden_states.shape
+        step = Step.of(given["position_embeddings"], batch, tokens)
+        if is_compiling():
+            qkv, gate_up = parts(attention, QKV), parts(mlp, GATE_UP)
+        else:
+            qkv, gate_up = self._fastllama.qkv, self._fastllama.gate_up
+            if step.workspace is None:
+                step.workspace = self._fastllama.workspace(batch * tokens)
+        space = step.workspace
+        x = hidden_states.contiguous()
+        heads = fused_matmul(x, qkv, first_norm, workspace=space).view(batch * tokens, -1, attention.head_dim)
+        out = self._attend(attention, heads, o_proj["weight"].shape[1], step, given)
+        x = kernels.matmul(out.view(batch, tokens, -1), o_proj["weight"], o_proj["bias"], residual=x, workspace=space)
+        up = fused_matmul(x, gate_up, second_norm, gated=True, workspace=space)
+        return kernels.matmul(up, down_proj["weight"], down_proj["bias"], residual=x, workspace=space)
+
+    def _attend(self, attention: Any, qkv: Tensor, features: int, step: Step, given: dict[str, Any]) -> Tensor:
+        """Rotate, cache and attend: qkv [B * S, Hq + 2 Hkv, D], features: Hq * D -> [B * S, Hq, D]."""
+        mask, batch, tokens = given.get("attention_mask"), step.batch, step.tokens
+        head_dim, scale = attention.head_dim, attention.scaling
+        heads = features // head_dim
+        kv_heads = (qkv.shape[1] - heads) // 2
+        cache = given.get("cache")
+        if cache is None:
+            cache = given.get("past_key_values")  # before transformers 5.24
+        own = None if is_compiling() else own_layer(cache, attention.layer_idx)
+        if own is not None:
+            k, v = own.reserve(qkv, (batch, kv_heads, head_dim), tokens)
+            k_pages, v_pages = pages_of(k), pages_of(v)
+            table = step.table(mask, own.get_seq_length() + tokens, k.shape[1])
+            q = kernels.rope_and_write_kv(qkv.flatten(1), step.angles, step.positions, table.slots, k_pages, v_pages)
+            own.written(tokens)
+        else:
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+            q, k = kernels.rope(q, k, step.angles, step.positions)
+            keys, values = (t.reshape(batch, tokens, kv_heads, head_dim).transpose(1, 2) for t in (k, v))
+            if cache is not None:
+                where = ({"cache_position": given.get("cache_position")},) if _CACHE_KWARGS else ()
+                keys, values = cache.update(keys, values, attention.layer_idx, *where)
+        if mask is not None and not is_key_list(mask):
+            if own is not None:
+                keys, values = own.keys, own.values
+            return attend_by_sdpa(attention, q, keys, values, mask)
+        if own is None:
+            k_pages, v_pages, row = as_pages(keys, values, is_settled(cache, attention.layer_idx))
+            table = step.table(mask, keys.shape[2], row)
+        return attend(q, k_pages, v_pages, table, scale)
+
+    def _runs(self, x: Tensor) -> bool:
+        """Whether this call is one for our ops; a warning says why not, where the caller might not know."""
+        reason = None
+        if self.training:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            reason = "gradients are wanted: call the model under torch.inference_mode()"
+        elif torch.is_autocast_enabled(x.device.type):
+            reason = "autocast is on: load the model in the dtype that it is to compute in"
+        elif is_compiling() or not self._fastllama.holds(self):
+            chosen = self.self_attn.config._attn_implementation
+            reason = trouble(self) if chosen == NAME else f"attention was set to {chosen!r}"
+            if reason is None and not is_compiling():
+                self._fastllama.read(self)
+        if reason is not None and not is_compiling():
+            warnings.warn(f"layers of a patched model run transformers' own code: {reason}", stacklevel=2)
+        return reason is None

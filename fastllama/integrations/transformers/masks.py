@@ -1,0 +1,114 @@
+"""The attention mask of a patched model: which cached tokens each sequence attends to, as a list made once a forward.
+
+transformers asks a mask function for one tensor that every layer then gets. A stock one is [B, 1, S, L] booleans; ours
+is a page table: for each sequence its number of keys and their slots in the cache, in order. Padding on either side and
+holes are slots that are not listed, so the paged attention kernels need no mask at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from fastllama.arithmetic import ceil_div
+
+STEP = 256  # slots are listed in multiples of so many, so that a decode step's tensors keep their shapes for as long
+
+
+def width_of(num_keys: int) -> int:
+    """Columns of a list of so many slots."""
+    return ceil_div(num_keys, STEP) * STEP
+
+
+def is_key_list(mask: Tensor | None) -> bool:
+    """Whether a layer's mask is one of ours; else it is None or of the caller: booleans, or numbers to be added."""
+    return mask is not None and mask.dtype == torch.int32
+
+
+def key_list(
+    *,
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    q_length: int | None = None,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The mask function that transformers calls once a forward; attention_mask: [B, up to L] booleans, of padding.
+
+    Returns [B, 1, 1, 1 + W] int32, first the number of a sequence's keys and then their slots, W being L in steps of
+    256; or None, where every token attends to all before it; or what SDPA takes, [B, 1, S, L] booleans, for what a list
+    cannot say: several sequences packed into one row, padding behind or between the new tokens (attention aligns the
+    last query with the last key), or a forward that keeps gradients.
+    4-D, because transformers hands such a mask on as it is. Where several new tokens come with a mask it waits for the
+    device once, to look at the padding; a decode step never waits.
+    transformers 5 gives q_length and q_offset, 4.57 cache_position.
+    """
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        others["cache_position"] = cache_position
+    else:
+        others |= {"q_length": q_length, "q_offset": q_offset}
+    assert q_length is not None
+    device = others.get("device", cache_position.device if cache_position is not None else None)
+    listed = mask_function is causal_mask_function and not kv_offset and not torch.is_grad_enabled()
+    if listed and attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+        return None
+    if listed and attention_mask is not None:
+        attention_mask = _as_long(attention_mask, kv_length)
+        if q_length > 1:
+            listed = not is_compiling()  # which could not wait for the device
+            if listed:
+                plain, ragged = _facts(attention_mask, q_offset, q_length)
+                listed = not ragged
+                if plain and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+                    return None
+    if listed:
+        return _listed(attention_mask, batch_size, kv_length, q_offset, q_length, device)
+    others |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
+    others["allow_is_causal_skip"] = False  # None would not say whether a cache is longer than what it holds
+    return sdpa_mask(batch_size=batch_size, kv_length=kv_length, **others)
+
+
+def _as_long(mask: Tensor, num_keys: int) -> Tensor:
+    """[B, L], where slots that nothing is said of are padding."""
+    missing = num_keys - mask.shape[-1]
+    return torch.nn.functional.pad(mask, (0, missing)) if missing > 0 else mask[:, :num_keys]
+
+
+def _facts(mask: Tensor, q_offset: int | Tensor, q_length: int) -> tuple[bool, bool]:
+    """Whether nothing is padding, and whether a new token is padding behind one that is not: read from the device."""
+    slot = torch.arange(mask.shape[1], device=mask.device)
+    new = (slot >= q_offset) & (slot < q_offset + q_length)
+    behind = (mask.cumsum(1) > 0) & ~mask & new
+    plain, ragged = torch.stack((mask.all(), behind.any())).tolist()
+    return plain, ragged
+
+
+def _listed(
+    mask: Tensor | None,
+    batch: int,
+    num_keys: int,
+    q_offset: int | Tensor,
+    q_length: int,
+    device: torch.device | None,
+) -> Tensor:
+    slot = torch.arange(num_keys, device=device)
+    kept = (slot < q_offset + q_length).expand(batch, num_keys)
+    if mask is not None:
+        kept = kept & mask
+    counts = kept.cumsum(1)
+    width = width_of(num_keys)
+    table = torch.zeros(batch, width + 2, dtype=torch.int32, device=device)
+    # A slot's place is how many are kept up to it; those that are not kept go to a last column, which is cut off.
+    places = torch.where(kept, counts, width + 1)
+    table.scatter_(1, places, slot.to(torch.int32).expand(batch, num_keys))
+    table[:, 0] = counts[:, -1]
+    return table[:, None, None, : width + 1]

@@ -1,0 +1,148 @@
+"""The growing KV cache: as transformers' own under everything that generate does to it, and one shape for Triton."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from fastllama.integrations.transformers.attention import pages_of
+from fastllama.integrations.transformers.cache import SMALLEST, GrowingLayer, own_layer
+from tests.integrations.models import BEFORE_5, CACHE, IDS, assert_close, cache_of, pair
+
+SHAPE = 2, 3, 4  # sequences, heads, numbers
+
+
+def tokens(count: int, batch: int) -> Any:
+    return torch.randn(batch, SHAPE[1], count, SHAPE[2])
+
+
+def write(layer: GrowingLayer, keys: Any, values: Any) -> None:
+    """As a patched layer does, into the pages themselves."""
+    batch, heads, count, head_dim = keys.shape
+    past = layer.get_seq_length()
+    for buffer, new in zip(layer.reserve(keys, (batch, heads, head_dim), count), (keys, values), strict=True):
+        pages = pages_of(buffer)
+        for row in range(batch):
+            for i in range(count):
+                pages[row * buffer.shape[1] + past + i, :, 0] = new[row, :, i]
+    layer.written(count)
+
+
+def crop(layer: Any, count: int) -> None:
+    if BEFORE_5:
+        layer.crop(max(layer.get_seq_length() - count, 0))
+    else:
+        layer.crop(-count)
+
+
+ACTIONS: dict[str, Callable[[Any], None]] = {
+    "crop 1": lambda layer: crop(layer, 1),
+    "crop 0": lambda layer: crop(layer, 0) if not BEFORE_5 else None,
+    "reorder": lambda layer: layer.reorder_cache(torch.arange(layer.keys.shape[0]).flip(0)),
+    "repeat": lambda layer: layer.batch_repeat_interleave(2),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([0])),
+}
+
+
+@given(st.data())
+def test_whatever_is_done_to_it_it_holds_what_a_stock_layer_holds(data: st.DataObject) -> None:
+    ours, stock = GrowingLayer(), DynamicLayer()
+    for _ in range(data.draw(st.integers(1, 8))):
+        action = data.draw(st.sampled_from(["update", "write", "copy", "pickle", *ACTIONS]))
+        batch = stock.keys.shape[0] if stock.is_initialized else SHAPE[0]
+        if action in ("update", "write") or not stock.get_seq_length():
+            count = data.draw(st.sampled_from([1, 2, 5, SMALLEST]))
+            keys, values = tokens(count, batch), tokens(count, batch)
+            stock.update(keys, values)
+            if action == "write":
+                write(ours, keys, values)
+            else:
+                ours.update(keys, values)
+        elif action == "copy":
+            before, ours = ours, copy.deepcopy(ours)
+            before.keys.zero_()  # which is none of the copy's business
+        elif action == "pickle":
+            ours = pickle.loads(pickle.dumps(ours))
+        else:
+            for layer in (ours, stock):
+                ACTIONS[action](layer)
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert torch.equal(ours.keys, stock.keys)
+        assert torch.equal(ours.values, stock.values)
+
+
+def test_its_strides_stay_and_its_memory_doubles() -> None:
+    layer, buffers, strides = GrowingLayer(), set(), set()
+    for _ in range(3 * SMALLEST):
+        layer.update(tokens(1, 2), tokens(1, 2))
+        buffers.add(layer.keys.data_ptr())
+        strides.add(layer.keys.stride()[1:])
+    assert strides == {(SHAPE[2], SHAPE[1] * SHAPE[2], 1)}
+    assert len(buffers) <= 3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_another_batch_is_refused_before_anything_is_written(batch: int) -> None:
+    layer = GrowingLayer()
+    layer.update(tokens(2, 2), tokens(2, 2))
+    with pytest.raises(ValueError, match=rf"the cache holds 2 sequences of 3 heads of 4, .*; these are {batch} of 3"):
+        layer.reserve(torch.empty(0), (batch, 3, 4), 1)
+    assert layer.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("made", ["from nothing", "from a configuration"])
+def test_an_empty_dynamic_cache_gets_our_layers(made: str) -> None:
+    stock, patched = pair()
+    cache = DynamicCache() if made == "from nothing" else DynamicCache(config=stock.config)
+    with torch.inference_mode():
+        patched(IDS, **{CACHE: cache})
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer] * stock.config.num_hidden_layers
+
+
+def test_a_cache_of_another_kind_stays_what_it_is() -> None:
+    class Compressing(DynamicLayer):
+        """As a quantized cache: what comes out is not what went in."""
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys.bfloat16().float(), values.bfloat16().float()
+
+    stock, patched = pair()
+    found = []
+    with torch.inference_mode():
+        for model in (stock, patched):
+            cache = DynamicCache(config=model.config)
+            cache.layers = [Compressing() for _ in cache.layers]
+            model(IDS, **{CACHE: cache})
+            found.append(model(IDS[:, :1], **{CACHE: cache}).logits)
+            assert type(cache.layers[0]) is Compressing
+    assert_close(found[1], found[0], bound=1e-2)  # what rounds to one side here may round to the other there
+
+
+def test_a_filled_cache_is_not_taken_over() -> None:
+    stock, patched = pair()
+    with torch.inference_mode():
+        cache = cache_of(stock(IDS))
+        patched(IDS[:, :1], **{CACHE: cache})
+    assert type(cache.layers[0]) is DynamicLayer
+    assert own_layer(cache, 0) is None
+
+
+def test_a_prompts_cache_is_used_again() -> None:
+    """A copy of the cache of a common beginning, as transformers' documentation advises."""
+    stock, patched = pair()
+    with torch.inference_mode():
+        begun = cache_of(patched(IDS, use_cache=True))
+        for end in (IDS[:, :3], IDS[:, 4:9]):
+            found = patched(end, **{CACHE: copy.deepcopy(begun)}).logits
+            assert_close(found, stock(torch.cat((IDS, end), 1)).logits[:, 9:])
+        assert begun.get_seq_length() == 9
