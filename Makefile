@@ -10,6 +10,11 @@ PARTS ?=
 FAKE ?= 2.11.0/3.6.0 2.13.0/3.7.1
 # Proved beside the pinned Triton: the one that GPU machines still have, and the newest.
 TRITON ?= 3.6.0 3.9.0
+# Of those that fastllama.patch supports, the oldest, one of the GPU machines, the pinned one and the newest.
+TRANSFORMERS ?= 4.57.6 5.17.0 5.23.0 5.24.0
+# What a version needs beside it, where the pinned packages do not suit it.
+BESIDE_4.57.6 := huggingface_hub==0.36.0 tokenizers==0.22.2 requests urllib3 idna charset-normalizer certifi
+BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx httpcore h11 anyio sniffio exceptiongroup idna certifi
 # The tests of a tier: those of the quick round (tests/rounds.py), `make test ROUND=` all of them.
 ROUND ?= and not exhaustive
 # K/N: of what `make test-all` runs and `make test` does not, the K-th of N parts.
@@ -19,12 +24,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) $(SHARD:%=--shard %)
 # A run that looks elsewhere too takes 10 s more to begin.
-COMPILE_TESTS := tests/kernels tests/testing tests/tools
+COMPILE_TESTS := tests/kernels tests/testing tests/tools tests/integrations/test_launches.py
 # The tiers differ by this variable, so a value left in the caller's shell must not leak into the others.
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton fake-gpu gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers fake-gpu gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +54,7 @@ test: test-reference test-interpreter test-compile ## the quick round of the thr
 
 test-all: ## all that can be proved without a GPU, or of what `make test` leaves out a part: make test-all SHARD=3/48
 	@$(MAKE) --no-print-directory test ROUND="$(if $(SHARD),and exhaustive)"
-	@$(MAKE) --no-print-directory mutants test-triton fake-gpu
+	@$(MAKE) --no-print-directory mutants test-triton test-transformers fake-gpu
 
 test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
 	$(NO_INTERPRETER) $(PYTEST) -m "not compile and not fakegpu $(ROUND)" --dist worksteal
@@ -71,6 +76,18 @@ test-triton: $(STAMP) $(TRITON:%=build/triton/%) ## the interpreter and compile 
 		TRITON_INTERPRET=1 $(PYTEST) -m interpreter --dist worksteal tests/testing tests/kernels && \
 		$(NO_INTERPRETER) $(PYTEST) -m compile tests/testing tests/kernels || exit 1; \
 	done
+
+build/transformers/%: | $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $@.part transformers==$* $(BESIDE_$*)
+	@mv $@.part $@
+
+test-transformers: $(STAMP) $(TRANSFORMERS:%=build/transformers/%) ## fastllama.patch on versions of transformers: make test-transformers TRANSFORMERS=5.24.0
+	@for version in $(TRANSFORMERS); do \
+		export PYTHONPATH=build/transformers/$$version; \
+		$(BIN)/python -c "import transformers; assert transformers.__version__ == '$$version'; print('transformers', '$$version')" && \
+		$(NO_INTERPRETER) $(PYTEST) -m "not compile" --dist worksteal tests/integrations || exit 1; \
+	done
+	FASTLLAMA_BACKEND=triton TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/integrations/test_patch.py
 
 fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
 	@for pair in $(FAKE); do \

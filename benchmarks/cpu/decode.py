@@ -98,11 +98,12 @@ def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], token
 @torch.inference_mode()
 def time_forward(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Generation:
     """transformers' forward pass in the barest greedy loop."""
-    cache, ids, times = transformers.DynamicCache(), torch.tensor([prompt]), []
+    cache, ids, times = transformers.DynamicCache(), torch.tensor([prompt], device=model.device), []
     start = time.monotonic()
     for _ in range(tokens):
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
+        ids.tolist()  # as `generate` does, and until then a GPU is at it
         times.append(time.monotonic())
     return {"prefill": times[0] - start, "decode": times[-1] - times[0]}
 

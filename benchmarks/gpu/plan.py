@@ -80,10 +80,14 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
     for name, *argv in (
         ("runtime", "tests/gpu/test_runtime.py", "tests/gpu/test_warm_up.py"),
         ("ops", "tests/gpu/test_ops.py", "-k", "not llamas_shapes", *parallel),
+        ("patch", "tests/gpu/test_patch.py"),
         ("shapes", "tests/gpu/test_ops.py", "-k", "llamas_shapes and bfloat16", *parallel),
     ):
         pytest = ("-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider")
-        yield Stage(f"tests of {name}", (*pytest, *argv), 15, 90, needs=TESTS)
+        needs = (*TESTS, "transformers") if name == "patch" else TESTS
+        yield Stage(f"tests of {name}", (*pytest, *argv), 15, 90, needs=needs)
+    patch = ("-m", "benchmarks.transformers_patch", *device, *(("--size", "toy", "--rounds", "2") if dry else ()))
+    yield Stage("patched transformers", patch, 15, 60, needs=(*RUNTIME, "transformers"), writes=True)
     rounds = ("--rounds", "3" if dry else "40")
     compiled = {"TRITON_INTERPRET": "0"}  # in a walk, too
     yield Stage("launches", ("-m", "benchmarks.launch_overhead", *rounds), 10, 60, compiled, writes=True)

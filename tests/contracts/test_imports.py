@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "catalogue": BASE | {"kernels", "layers"},
     "io": BASE | {"kernels", "layers"},
     "runtime": BASE | {"kernels", "layers", "io"},
+    "integrations": BASE | {"kernels"},
     "verify": BASE | {"kernels", "layers", "io", "runtime", "catalogue"},
     "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},
     "cli": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "verify", "bench", "testing"},
@@ -43,7 +44,7 @@ KERNELS_MAY_IMPORT = {
 HOMES = {
     "triton": ("fastllama.kernels.triton.", "fastllama.testing."),
     "numba": ("fastllama.kernels.numba.",),
-    "transformers": ("fastllama.bench.",),
+    "transformers": ("fastllama.bench.", "fastllama.integrations."),
     "matplotlib": ("fastllama.bench.",),
 }
 # The planning half of the runtime is testable in microseconds because it knows no tensors.

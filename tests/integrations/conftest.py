@@ -1,15 +1,19 @@
-"""What transformers and torch warn of by themselves, stock or patched, is no error here."""
+"""What every test of a stack gets: that stack's own warnings are no errors, and nothing compiled is left behind."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastllama import env
 
 OF_OTHERS = [
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # inductor's own
     "ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning",  # Dynamo's, under 4.57
-    "ignore:`output_attentions=True` is not supported with:UserWarning",  # of every implementation but eager, under 4.57
+    "ignore:`output_attentions=True` is not supported with:UserWarning",  # of all but eager, under 4.57
 ]
 
 
@@ -19,3 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             for text in OF_OTHERS:
                 item.add_marker(pytest.mark.filterwarnings(text))
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """Dynamo counts how often a function was compiled, for all models of a process, and gives up after eight times."""
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _repaired() -> Iterator[None]:
+    """As a program on Triton's interpreter has it: stock, it rounds bf16 wrongly."""
+    if not env.triton_interpret():
+        yield
+        return
+    from fastllama.testing.interpreter import repaired
+
+    with repaired():
+        yield

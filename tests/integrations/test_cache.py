@@ -134,7 +134,7 @@ def test_a_filled_cache_is_not_taken_over() -> None:
         cache = cache_of(stock(IDS))
         patched(IDS[:, :1], **{CACHE: cache})
     assert type(cache.layers[0]) is DynamicLayer
-    assert own_layer(cache, 0) is None
+    assert own_layer(cache, 0, torch.float32) is None
 
 
 def test_a_prompts_cache_is_used_again() -> None:

@@ -96,7 +96,7 @@ ON_TRANSFORMERS: dict[str, tuple[Change, str]] = {
         "Linear in it has a hook",
     ),
     "a forward of its own": (lambda layer: set_forward(layer.mlp), "LlamaMLP in it has a forward of its own"),
-    "an activation": (lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()), "activation is torch.*GELU"),
+    "an activation": (lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()), "activation is a torch.*GELU"),
     "a parametrization": (
         lambda layer: parametrize.register_parametrization(layer.self_attn.q_proj, "weight", Doubled()),
         "q_proj is a .*ParametrizedLinear",

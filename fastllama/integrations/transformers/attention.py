@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastllama import kernels
-from fastllama.integrations.transformers.masks import is_key_list
+from fastllama.integrations.transformers.masks import as_booleans, is_key_list
 from fastllama.integrations.transformers.step import PageTable
 
 
@@ -47,13 +47,14 @@ def is_settled(cache: Cache | None, index: int) -> bool:
     return index < len(layers) and getattr(layers[index], "is_compileable", False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float, workspace: Tensor | None = None) -> Tensor:
     """q [B * S, Hq, D], k, v in pages -> [B * S, Hq, D], causal: a sequence's queries are its last tokens."""
     out = torch.empty_like(q)
+    pages = k, v, table.pages, table.lengths
     if q.shape[0] == table.lengths.shape[0]:
-        kernels.attention_decode(q, k, v, table.pages, table.lengths, scale=scale, out=out)
+        kernels.attention_decode(q, *pages, scale=scale, out=out, workspace=workspace)
     else:
-        kernels.attention_prefill(q, k, v, table.pages, table.lengths, table.bounds, scale=scale, out=out)
+        kernels.attention_prefill(q, *pages, table.bounds, scale=scale, out=out)
     return out
 
 
@@ -73,23 +74,30 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function "fastllama", for layers that run its own code.
 
-    query: [B, Hq, S, D], key, value: [B, Hkv, L, D]. Returns [B, S, Hq, D].
-
-    attention_mask: a key list, or None for causal attention to all keys; any other is SDPA's.
+    query: [B, Hq, S, D], key, value: [B, Hkv, L, D]. attention_mask: a key list, or None for causal attention to all
+    keys; any other is SDPA's, as are gradients, dropout and tensors that are none of torch's own.
+    Returns [B, S, Hq, D].
     """
-    if attention_mask is not None and not is_key_list(attention_mask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
-        )
-    if dropout:
-        raise NotImplementedError(
-            f"dropout of attention is {dropout} without gradients; legal: 0, or fastllama.unpatch(model)"
-        )
     batch, heads, queries, head_dim = query.shape
+    ours = attention_mask is None or is_key_list(attention_mask)
+    if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        ours = False
+    elif ours and (
+        dropout
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or not type(query) is type(key) is type(value) is Tensor
+        or not query.dtype == key.dtype == value.dtype
+    ):
+        ours, is_causal = False, None
+        attention_mask = as_booleans(attention_mask, batch, queries, key.shape[2], query.device)
+    if not ours:
+        others |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     scale = head_dim**-0.5 if scaling is None else scaling
     k, v, row = as_pages(key, value, False)
     table = PageTable.of(attention_mask, batch, queries, key.shape[2], row, query.device)

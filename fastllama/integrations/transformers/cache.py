@@ -7,15 +7,17 @@ is D for ever, a token is written in place, and capacity doubles.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from fastllama.arithmetic import power_of_2
 
 SMALLEST = 256  # tokens of a sequence
+_UPDATES = DynamicLayer.update, Cache.update  # which some libraries replace, to see or to change what is cached
 
 
 class _Growing:
@@ -40,11 +42,17 @@ class _Growing:
             self.buffer = like.new_empty(batch, capacity, heads, head_dim)
             if old is not None:
                 self.buffer[:, : self.length] = old[:, : self.length]
+        elif old.is_inference() and not torch.is_inference_mode_enabled():
+            self.buffer = old.clone()  # torch writes to no tensor of inference mode outside of it
         assert self.buffer is not None
         return self.buffer
 
     def append(self, new: Tensor) -> Tensor:
-        """Write new [B, Hkv, S, D] behind what is there; returns `view`."""
+        """Write new [B, Hkv, S, D] behind what is there; returns `view`. The result has the wider of two dtypes."""
+        view = self.view
+        if view is not None and (view.dtype != new.dtype or (torch.is_grad_enabled() and new.requires_grad)):
+            view = self.view = torch.cat((view, new), -2)  # not in place: a backward may want the old ones
+            return view
         batch, heads, tokens, head_dim = new.shape
         buffer = self.reserve(new, (batch, heads, head_dim), tokens)
         end = self.length + tokens
@@ -63,15 +71,24 @@ class _Growing:
         view = self.view
         if value is None or value.dim() != 4:  # transformers begins with a tensor of no dimensions worth the name
             self.buffer, self.length = None, 0
-        elif view is not None and value.data_ptr() == view.data_ptr() and value.stride() == view.stride():
+        elif view is not None and _begins(value, view):
             self.length = value.shape[2]
         else:
             self.buffer, self.length = None, 0
             self.append(value)
 
 
+def _begins(value: Tensor, view: Tensor) -> bool:
+    """Whether a tensor is the first tokens of every sequence and head of a view."""
+    same = value.data_ptr() == view.data_ptr() and value.stride() == view.stride() and value.dtype == view.dtype
+    return same and (value.shape[:2], value.shape[3]) == (view.shape[:2], view.shape[3])
+
+
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer that writes in place. What sets or slices `keys` and `values` does as it does on a stock one."""
+    """A DynamicLayer that writes in place. What sets or slices `keys` and `values` does as it does on a stock one.
+
+    `keys` and `values` are views: after a crop, what is written next shows in those taken before.
+    """
 
     def __init__(self, **unused: Any) -> None:
         self._keys, self._values = _Growing(), _Growing()
@@ -79,6 +96,10 @@ class GrowingLayer(DynamicLayer):
 
     keys = property(lambda self: self._keys.view, lambda self, value: setattr(self._keys, "view", value))
     values = property(lambda self: self._values.view, lambda self, value: setattr(self._values, "view", value))
+
+    def __copy__(self) -> GrowingLayer:
+        """Of its own, as two that write to one buffer would overwrite each other's tokens."""
+        return copy.deepcopy(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Nothing is allocated before the first token."""
@@ -109,21 +130,27 @@ class GrowingLayer(DynamicLayer):
         self._keys.length += tokens
         self._values.length += tokens
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether keys and values of a dtype may be written to the buffers."""
+        return all(kept.buffer is None or kept.buffer.dtype == dtype for kept in (self._keys, self._values))
 
-def own_layer(cache: Cache | None, index: int) -> GrowingLayer | None:
-    """The layer of a cache, if it is one of ours; an empty layer of a DynamicCache becomes one.
 
-    Other caches (static, quantized, offloaded, or filled by something else) stay what they are.
+def own_layer(cache: Cache | None, index: int, dtype: torch.dtype) -> GrowingLayer | None:
+    """The layer of a cache, if it is one of ours and takes a dtype; an empty layer of a DynamicCache becomes one.
+
+    Other caches (static, quantized, offloaded, or filled by something else) stay what they are, and one whose `update`
+    was replaced is asked for it.
     """
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) is not DynamicCache or cache.offloading or "update" in cache.__dict__:
+        return None
+    if (DynamicLayer.update, Cache.update) != _UPDATES:
         return None
     layers: list[Any] = cache.layers
-    if not is_compiling():
-        if cache.layer_class_to_replicate is DynamicLayer:
-            cache.layer_class_to_replicate = GrowingLayer
-        while cache.layer_class_to_replicate is GrowingLayer and len(layers) <= index:
-            layers.append(GrowingLayer())
-        if type(layers[index]) is DynamicLayer and not layers[index].is_initialized:
-            layers[index] = GrowingLayer()
-    layer = layers[index] if index < len(layers) else None
-    return layer if isinstance(layer, GrowingLayer) else None
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    while cache.layer_class_to_replicate is GrowingLayer and len(layers) <= index:
+        layers.append(GrowingLayer())
+    layer = layers[index]
+    if type(layer) is DynamicLayer and not layer.is_initialized and "update" not in layer.__dict__:
+        layer = layers[index] = GrowingLayer()
+    return layer if type(layer) is GrowingLayer and "update" not in layer.__dict__ and layer.takes(dtype) else None

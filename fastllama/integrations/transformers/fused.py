@@ -1,20 +1,24 @@
-"""Several linear layers as one matmul: their weights lie one after another in memory, and a view spans them.
+"""Several linear layers as one matmul: their weights lie one after another in memory, which one tensor spans.
 
-The fused matrix is no tensor beside the parameters: what trains, loads, saves or moves a parameter finds it where
-transformers put it, and a view that is derived from the parameters cannot be out of date.
+The fused matrix is no copy beside the parameters: what trains, loads or saves one finds it where transformers put it,
+and what is written to it is in the matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from fastllama import kernels
 
 Fused = tuple[Any, Any]  # weight [N, K] and bias [N] or None, or lists of the parts of each
+# Fused tensors by their address, while a layer holds them: so long no other memory can have it.
+_WHOLE: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 _LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its op dies with it
 _LIBRARY.define(
@@ -63,12 +67,11 @@ def parts(owner: nn.Module, names: Sequence[str]) -> Fused:
     return [linear.weight for linear in linears], [linear.bias for linear in linears if linear.bias is not None]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def fuse(linears: Sequence[nn.Linear]) -> Fused:
     """One weight [N, K] and bias [N] over the memory of several, which are moved together where they are apart."""
-    weight = _adjoined([linear.weight for linear in linears])
-    return weight, None if linears[0].bias is None else _adjoined([linear.bias for linear in linears])
+    with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
+        weight = _adjoined([linear.weight for linear in linears])
+        return weight, None if linears[0].bias is None else _adjoined([linear.bias for linear in linears])
 
 
 def _adjoined(tensors: Sequence[Tensor]) -> Tensor:
@@ -76,19 +79,21 @@ def _adjoined(tensors: Sequence[Tensor]) -> Tensor:
     if whole is None:
         whole = torch.cat([part.detach() for part in tensors])
         for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
-            part.data = piece
+            # A storage of its own over the same memory: libraries that save weights take two tensors of one storage
+            # for two names of one, and drop the second.
+            part.data = from_dlpack(piece)
+        _WHOLE[whole.data_ptr()] = whole
     return whole
 
 
 def spanning(tensors: Sequence[Tensor]) -> Tensor | None:
-    """A view of all the rows of contiguous tensors, if they lie one after another in one storage; else None."""
-    first, end = tensors[0], tensors[0].data_ptr()
+    """What `fuse` made, if the tensors are its rows in their order; else None."""
+    end = tensors[0].data_ptr()
+    whole = _WHOLE.get(end)
+    if whole is None or whole.nbytes != sum(part.nbytes for part in tensors):
+        return None
     for part in tensors:
-        if part.data_ptr() != end or part.dtype != first.dtype:
+        if part.data_ptr() != end or part.dtype != whole.dtype:
             return None
         end += part.nbytes
-    size = end - first.data_ptr()
-    if first.storage_offset() * first.element_size() + size > first.untyped_storage().nbytes():
-        return None  # neighbours by chance
-    rows = sum(part.shape[0] for part in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    return whole

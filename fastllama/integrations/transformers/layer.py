@@ -26,44 +26,44 @@ from fastllama.integrations.transformers.attention import (
 from fastllama.integrations.transformers.cache import own_layer
 from fastllama.integrations.transformers.fused import fused_matmul, parts
 from fastllama.integrations.transformers.masks import is_key_list, key_list
+from fastllama.integrations.transformers.reading import Reading
 from fastllama.integrations.transformers.step import Step
-from fastllama.integrations.transformers.weights import GATE_UP, NAME, NORMS, QKV, Reading, trouble
+from fastllama.integrations.transformers.trouble import GATE_UP, NAME, NORMS, QKV, is_stock, trouble
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, key_list)
 
-_POSITIONAL = [*inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters][2:]  # behind hidden_states
+_STOCK = modeling_llama.LlamaDecoderLayer
+_POSITIONAL = [*inspect.signature(_STOCK.forward).parameters][2:]  # behind hidden_states
 # transformers 4.57 tells a cache where to write; 5 asks the cache.
 _CACHE_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
-class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
+class LlamaDecoderLayer(_STOCK):
     """A decoder layer on our ops; on transformers' own code where `_runs` says so."""
 
     _fastllama: Reading
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, H] -> [B, S, H]; other arguments by position or name, as the stock layer takes them."""
+        if type(self) is not LlamaDecoderLayer or not self._runs(hidden_states, kwargs):
+            return _STOCK.forward(self, hidden_states, *args, **kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions is True, but a patched model has no attention weights to give: "
                 "fastllama.unpatch(model), then model.set_attn_implementation('eager')"
             )
-        if not self._runs(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
         given = kwargs | dict(zip(_POSITIONAL, args, strict=False)) if args else kwargs
         modules: dict[str, Any] = self._modules
         attention, mlp, first_norm, second_norm = (modules[name] for name in ("self_attn", "mlp", *NORMS))
         o_proj, down_proj = attention._modules["o_proj"]._parameters, mlp._modules["down_proj"]._parameters
         batch, tokens, _ = hidden_states.shape
-        step = Step.of(given["position_embeddings"], batch, tokens)
+        step = Step.of(given["position_embeddings"], batch, tokens, attention.layer_idx == 0)
         if is_compiling():
-            qkv, gate_up = parts(attention, QKV), parts(mlp, GATE_UP)
+            qkv, gate_up, space = parts(attention, QKV), parts(mlp, GATE_UP), None
         else:
-            qkv, gate_up = self._fastllama.qkv, self._fastllama.gate_up
-            if step.workspace is None:
-                step.workspace = self._fastllama.workspace(batch * tokens)
-        space = step.workspace
+            qkv, gate_up = self._fastllama.matrices
+            space = step.workspace(self._fastllama.room(batch * tokens))
         x = hidden_states.contiguous()
         heads = fused_matmul(x, qkv, first_norm, workspace=space).view(batch * tokens, -1, attention.head_dim)
         out = self._attend(attention, heads, o_proj["weight"].shape[1], step, given)
@@ -80,7 +80,7 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         cache = given.get("cache")
         if cache is None:
             cache = given.get("past_key_values")  # before transformers 5.24
-        own = None if is_compiling() else own_layer(cache, attention.layer_idx)
+        own = None if is_compiling() else own_layer(cache, attention.layer_idx, qkv.dtype)
         if own is not None:
             k, v = own.reserve(qkv, (batch, kv_heads, head_dim), tokens)
             k_pages, v_pages = pages_of(k), pages_of(v)
@@ -101,22 +101,47 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         if own is None:
             k_pages, v_pages, row = as_pages(keys, values, is_settled(cache, attention.layer_idx))
             table = step.table(mask, keys.shape[2], row)
-        return attend(q, k_pages, v_pages, table, scale)
+        return attend(q, k_pages, v_pages, table, scale, step.attention_workspace(q, k_pages, table))
 
-    def _runs(self, x: Tensor) -> bool:
-        """Whether this call is one for our ops; a warning says why not, where the caller might not know."""
-        reason = None
-        if self.training:
+    def _runs(self, x: Tensor, given: dict[str, Any]) -> bool:
+        """Whether this call is one for our ops; a warning says why not, where the caller might not know.
+
+        Raises RuntimeError where transformers' code could not run either, for what our mask is to another attention.
+        """
+        attention: Any = self._modules["self_attn"]
+        causal = given.get("is_causal")
+        if causal is None:
+            causal = getattr(attention, "is_causal", True)
+        if self.training or not causal or type(x) is not Tensor:
             return False
+        reason = None
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             reason = "gradients are wanted: call the model under torch.inference_mode()"
         elif torch.is_autocast_enabled(x.device.type):
             reason = "autocast is on: load the model in the dtype that it is to compute in"
         elif is_compiling() or not self._fastllama.holds(self):
-            chosen = self.self_attn.config._attn_implementation
-            reason = trouble(self) if chosen == NAME else f"attention was set to {chosen!r}"
-            if reason is None and not is_compiling():
-                self._fastllama.read(self)
+            reason = self._changed()
+        if reason is None and not is_compiling() and x.dtype != self._fastllama.dtype:
+            return False  # transformers promotes, or raises
         if reason is not None and not is_compiling():
             warnings.warn(f"layers of a patched model run transformers' own code: {reason}", stacklevel=2)
         return reason is None
+
+    def _changed(self) -> str | None:
+        """Read the layer anew, or say why not."""
+        reason = trouble(self)
+        config = getattr(self.self_attn, "config", None)
+        if config is not None and config._attn_implementation != NAME:
+            reason = f"attention was set to {config._attn_implementation!r}"
+        elif not is_stock(self.self_attn, "LlamaAttention"):
+            raise RuntimeError(f"{reason}, which the masks of a patched model do not suit: fastllama.unpatch(model)")
+        if not is_compiling():
+            self._fastllama.forget()
+            if reason is None:
+                self._fastllama.read(self)
+        return reason
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What moves or converts weights: the old ones are not kept until the next call."""
+        self._fastllama.forget()
+        return super()._apply(fn, recurse)

@@ -26,7 +26,26 @@ def width_of(num_keys: int) -> int:
 
 def is_key_list(mask: Tensor | None) -> bool:
     """Whether a layer's mask is one of ours; else it is None or of the caller: booleans, or numbers to be added."""
-    return mask is not None and mask.dtype == torch.int32
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[2] == 1 and mask.shape[3] % STEP == 1
+
+
+def keys_of(mask: Tensor) -> int | None:
+    """How many keys a key list was made for; None where a compiled graph has made it."""
+    return getattr(mask, "_fastllama_keys", None)
+
+
+def as_booleans(mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """What a key list, or None, says as SDPA takes it: [B, 1, S, L]."""
+    if mask is None:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        return seen.expand(batch, 1, queries, keys)
+    lengths, slots = mask[:, 0, 0, :1], mask[:, 0, 0, 1:].long()
+    places = torch.arange(slots.shape[1], device=device).expand_as(slots)
+    # Of each slot its place in the list; what is not listed is behind every query's last key.
+    listed = torch.where(places < lengths, slots, keys)
+    place_of = torch.full((batch, keys + 1), 1 << 30, device=device).scatter_(1, listed, places)[:, :keys]
+    last = lengths - queries + torch.arange(queries, device=device)
+    return (place_of[:, None] <= last[:, :, None])[:, None]
 
 
 def key_list(
@@ -46,7 +65,7 @@ def key_list(
     Returns [B, 1, 1, 1 + W] int32, first the number of a sequence's keys and then their slots, W being L in steps of
     256; or None, where every token attends to all before it; or what SDPA takes, [B, 1, S, L] booleans, for what a list
     cannot say: several sequences packed into one row, padding behind or between the new tokens (attention aligns the
-    last query with the last key), or a forward that keeps gradients.
+    last query with the last key); and where layers run transformers' code, with gradients or under autocast.
     4-D, because transformers hands such a mask on as it is. Where several new tokens come with a mask it waits for the
     device once, to look at the padding; a decode step never waits.
     transformers 5 gives q_length and q_offset, 4.57 cache_position.
@@ -58,7 +77,7 @@ def key_list(
         others |= {"q_length": q_length, "q_offset": q_offset}
     assert q_length is not None
     device = others.get("device", cache_position.device if cache_position is not None else None)
-    listed = mask_function is causal_mask_function and not kv_offset and not torch.is_grad_enabled()
+    listed = mask_function is causal_mask_function and not kv_offset and not _by_transformers(device)
     if listed and attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_length:
         return None
     if listed and attention_mask is not None:
@@ -66,15 +85,20 @@ def key_list(
         if q_length > 1:
             listed = not is_compiling()  # which could not wait for the device
             if listed:
-                plain, ragged = _facts(attention_mask, q_offset, q_length)
+                padding, ragged = _facts(attention_mask, q_offset, q_length)
                 listed = not ragged
-                if plain and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+                if not padding and isinstance(q_offset, int) and q_offset + q_length == kv_length:
                     return None
     if listed:
         return _listed(attention_mask, batch_size, kv_length, q_offset, q_length, device)
     others |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
-    others["allow_is_causal_skip"] = False  # None would not say whether a cache is longer than what it holds
+    # None would say neither whether a cache is longer than what it holds, nor that attention is not causal.
+    others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(batch_size=batch_size, kv_length=kv_length, **others)
+
+
+def _by_transformers(device: torch.device | None) -> bool:
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu" if device is None else torch.device(device).type)
 
 
 def _as_long(mask: Tensor, num_keys: int) -> Tensor:
@@ -84,12 +108,12 @@ def _as_long(mask: Tensor, num_keys: int) -> Tensor:
 
 
 def _facts(mask: Tensor, q_offset: int | Tensor, q_length: int) -> tuple[bool, bool]:
-    """Whether nothing is padding, and whether a new token is padding behind one that is not: read from the device."""
+    """Whether anything is padding, and whether a new token is, behind one that is not: read from the device."""
     slot = torch.arange(mask.shape[1], device=mask.device)
     new = (slot >= q_offset) & (slot < q_offset + q_length)
     behind = (mask.cumsum(1) > 0) & ~mask & new
-    plain, ragged = torch.stack((mask.all(), behind.any())).tolist()
-    return plain, ragged
+    padding, ragged = torch.stack(((~mask).any(), behind.any())).tolist()
+    return padding, ragged
 
 
 def _listed(
@@ -111,4 +135,7 @@ def _listed(
     places = torch.where(kept, counts, width + 1)
     table.scatter_(1, places, slot.to(torch.int32).expand(batch, num_keys))
     table[:, 0] = counts[:, -1]
-    return table[:, None, None, : width + 1]
+    table = table[:, None, None, : width + 1]
+    if not is_compiling():
+        table._fastllama_keys = num_keys  # type: ignore[attr-defined]
+    return table

@@ -16,6 +16,7 @@ class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
         """[..., H] -> [..., H]."""
         weight = self.weight
         gradients = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-        if gradients or type(weight) is not nn.Parameter or weight.dtype != hidden_states.dtype:
+        plain = type(hidden_states) is Tensor and type(weight) is nn.Parameter and weight.device.type != "meta"
+        if gradients or not plain or weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states)
         return kernels.rms_norm(hidden_states.contiguous(), weight, self.variance_epsilon)

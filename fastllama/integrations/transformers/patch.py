@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,10 @@ from transformers.models.llama import modeling_llama
 
 from fastllama.integrations.transformers.layer import LlamaDecoderLayer
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
-from fastllama.integrations.transformers.weights import NAME, Reading, overridden, trouble
+from fastllama.integrations.transformers.reading import Reading
+from fastllama.integrations.transformers.trouble import NAME, collects, is_stock, moved, overridden, trouble
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"  # of transformers, tested with what lies between
-_SWAPPED = {modeling_llama.LlamaDecoderLayer: LlamaDecoderLayer, modeling_llama.LlamaRMSNorm: LlamaRMSNorm}
 
 
 @dataclass(frozen=True)
@@ -62,32 +62,34 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
             f"{OLDEST} to {NEWEST}",
             stacklevel=2,
         )
-    for body in bodies:
+    layers: dict[str, Any] = {}
+    left: dict[str, str] = {}
+    ready = []
+    for name, body in bodies:
         if getattr(body.config, "output_attentions", False):
             raise ValueError("config.output_attentions is True; legal: False, as fused attention keeps no weights")
-    layers = dict(_layers(model))
-    left = {name: reason for name, layer in layers.items() if (reason := _unfit(layer))}
-    report = PatchReport(len(layers) - len(left), len(layers), 0, left)
+        of_body = {f"{name}.layers.{index}".lstrip("."): layer for index, layer in enumerate(body.layers)}
+        foreign = _foreign_attention(of_body)
+        layers |= of_body
+        left |= {name: reason for name, layer in of_body.items() if (reason := foreign or _unfit(layer))}
+        if foreign is None:
+            ready.append(body)
     if left and strict:
-        raise ValueError(f"strict: {report}")
-    for body in bodies:
+        raise ValueError(f"strict: {PatchReport(len(layers) - len(left), len(layers), 0, left)}")
+    for body in ready:
         _take_attention(model, body)
+    inside = set()
     for name, layer in layers.items():
-        if name not in left and type(layer) is not LlamaDecoderLayer:
-            _swap(layer)
-            layer._fastllama = Reading()
-            layer._fastllama.read(layer)
-    inside = {
-        id(norm)
-        for name, layer in layers.items()
-        if name not in left
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-    }
+        if name not in left:
+            inside |= {id(layer.input_layernorm), id(layer.post_attention_layernorm)}
+            if type(layer) is not LlamaDecoderLayer:
+                reading = layer.__dict__["_fastllama"] = Reading()
+                reading.read(layer)
+                _give_class(layer, LlamaDecoderLayer)
     norms = [module for module in model.modules() if id(module) not in inside and _is_norm(module)]
     for norm in norms:
-        if type(norm) is not LlamaRMSNorm:
-            _swap(norm)
-    report = PatchReport(report.patched, report.layers, len(norms), left)
+        _give_class(norm, LlamaRMSNorm)
+    report = PatchReport(len(layers) - len(left), len(layers), len(norms), left)
     if left:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -98,20 +100,20 @@ def unpatch(model: nn.Module) -> None:
 
     Raises TypeError for a model without a LlamaModel; one that is not patched stays as it is.
     """
-    for body in _bodies(model):
+    for _, body in _bodies(model):
         before = body.__dict__.pop("_fastllama_attention", None)
         if before is not None and body.config._attn_implementation == NAME:
             body.config._attn_implementation = before
     for module in model.modules():
-        if type(module) in _SWAPPED.values():
-            module.__dict__.pop("_fastllama", None)
+        if type(module) in (LlamaDecoderLayer, LlamaRMSNorm):
             _give_class(module, type(module).__mro__[1])
+            module.__dict__.pop("_fastllama", None)
 
 
-def _bodies(model: nn.Module) -> list[Any]:
+def _bodies(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; legal: a transformers model")
-    bodies = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaModel)]
+    bodies = [(name, module) for name, module in model.named_modules() if isinstance(module, modeling_llama.LlamaModel)]
     if not bodies:
         raise TypeError(
             f"model is a {type(model).__module__}.{type(model).__qualname__}; legal: a transformers model of "
@@ -120,23 +122,26 @@ def _bodies(model: nn.Module) -> list[Any]:
     return bodies
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, modeling_llama.LlamaModel):
-            for index, layer in enumerate(module.layers):
-                yield f"{name}.layers.{index}".lstrip("."), layer
+def _foreign_attention(layers: Mapping[str, Any]) -> str | None:
+    """Why none of a body's layers can be patched: they all get one mask, and ours suits no other attention."""
+    for name, layer in layers.items():
+        attention = getattr(layer, "self_attn", None)
+        if not is_stock(attention, "LlamaAttention"):
+            return f"{name}.self_attn is a {type(attention).__module__}.{type(attention).__qualname__}"
+    return None
 
 
 def _unfit(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched; None where it can be, or is."""
-    if type(layer) not in (modeling_llama.LlamaDecoderLayer, LlamaDecoderLayer):
+    if type(layer) is not LlamaDecoderLayer and not is_stock(layer, "LlamaDecoderLayer"):
         return f"it is a {type(layer).__module__}.{type(layer).__qualname__}"
     reason = overridden(layer)
     return trouble(layer) if reason is None else f"it has {reason}"
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module) in (modeling_llama.LlamaRMSNorm, LlamaRMSNorm) and overridden(module) is None
+    kind = type(module) is LlamaRMSNorm or is_stock(module, "LlamaRMSNorm")
+    return kind and moved(module) is None and overridden(module) is None
 
 
 def _take_attention(model: nn.Module, body: Any) -> None:
@@ -150,17 +155,16 @@ def _take_attention(model: nn.Module, body: Any) -> None:
     body.config._attn_implementation = NAME
 
 
-def _swap(module: nn.Module) -> None:
-    _give_class(module, _SWAPPED[type(module)])
-
-
 def _give_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change a module's class, and what the module itself keeps of the old one's forward.
 
     accelerate keeps it behind its hook, and transformers 4.57 leaves it there after collecting hidden states.
     """
+    old = type(module)
+    if old is kind:
+        return
+    kept = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    forward = module.__dict__.get(kept)
     module.__class__ = kind
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
-    elif "forward" in module.__dict__:
-        del module.forward
+    if forward is not None and (getattr(forward, "__func__", None) is old.forward or collects(forward)):
+        module.__dict__[kept] = types.MethodType(kind.forward, module)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastllama.integrations.transformers.masks import is_key_list, width_of
+from fastllama import kernels
+from fastllama.integrations.transformers.masks import is_key_list, keys_of, width_of
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,43 @@ class Step:
     """One forward of [B, S] tokens. The first layer makes it; it is kept on the cosines, which all layers get."""
 
     def __init__(self, cos: Tensor, sin: Tensor, batch: int, tokens: int) -> None:
-        self.batch, self.tokens, self.device = batch, tokens, cos.device
+        self.batch, self.tokens, self.device, self._sin = batch, tokens, cos.device, sin
         half = cos.shape[-1] // 2
         angles = torch.cat((cos[..., :half], sin[..., :half]), -1).float()
         self.angles = angles.expand(batch, tokens, 2 * half).reshape(batch * tokens, 2 * half)  # [B * S, D]
         self.positions = torch.arange(batch * tokens, dtype=torch.int32, device=cos.device)  # a token's row of angles
-        self.workspace: Tensor | None = None
+        # Scratch memory, from the first layer that needs some: an op that is given none plans its launches anew.
+        self._workspace: Tensor | None = None
+        self._attention_workspace: Tensor | None = None
         self._table: tuple[Tensor | None, int, int, PageTable] | None = None
 
     @classmethod
-    def of(cls, embeddings: tuple[Any, Tensor], batch: int, tokens: int) -> Step:
-        """embeddings: cosines and sines, each [B or 1, S, D], of any of transformers' kinds of rope."""
+    def of(cls, embeddings: tuple[Any, Tensor], batch: int, tokens: int, first: bool) -> Step:
+        """embeddings: cosines and sines, each [B or 1, S, D], of any of transformers' kinds of rope.
+
+        first: of the forward's layers, so that what is known of these tensors is of an earlier forward.
+        """
         cos, sin = embeddings
         if is_compiling():  # where equal parts of a graph are computed once anyway
             return cls(cos, sin, batch, tokens)
-        step: Step | None = getattr(cos, "_fastllama_step", None)
-        if step is None or (step.batch, step.tokens) != (batch, tokens):
+        step: Step | None = None if first else getattr(cos, "_fastllama_step", None)
+        if step is None or (step.batch, step.tokens) != (batch, tokens) or step._sin is not sin:
             step = cls(cos, sin, batch, tokens)
             cos._fastllama_step = step
         return step
+
+    def workspace(self, size: int) -> Tensor | None:
+        """Zeros for the matmuls, so many numbers or more; None where none are needed."""
+        if size and (self._workspace is None or self._workspace.numel() < size):
+            self._workspace = torch.zeros(size, dtype=torch.float32, device=self.device)
+        return self._workspace
+
+    def attention_workspace(self, q: Tensor, k_pages: Tensor, table: PageTable) -> Tensor | None:
+        """Scratch memory for attention of one token of each sequence; None where none is needed."""
+        if self.tokens == 1 and self._attention_workspace is None and not is_compiling():
+            self._attention_workspace = kernels.attention_workspace(q, k_pages, table.pages)
+        space = self._attention_workspace
+        return None if space is None or not space.numel() else space
 
     def table(self, mask: Tensor | None, keys: int, row: int) -> PageTable:
         """The page table for so many keys; mask and row: as in PageTable, but any mask that is no key list is None."""
@@ -65,6 +84,10 @@ class Step:
         if known is not None and known[0] is mask and known[1:3] == (keys, row):
             return known[3]
         listed = mask if is_key_list(mask) else None
+        if listed is not None and (expected := keys_of(listed)) is not None and expected != keys:
+            raise ValueError(
+                f"the mask was made for {expected} keys, and a layer's cache holds {keys}: are layers numbered from 0?"
+            )
         table = PageTable.of(listed, self.batch, self.tokens, keys, row, self.device)
         self._table = mask, keys, row, table
         return table

@@ -1,0 +1,115 @@
+"""fastllama.patch on the device: the numbers and tokens of transformers, and a decode step that waits for nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import fastllama
+from fastllama.bench.static_cache import compiled
+
+pytestmark = pytest.mark.gpu
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def pair(dtype: torch.dtype) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        stock = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), dtype=dtype).eval()
+    patched = copy.deepcopy(stock)
+    fastllama.patch(patched, strict=True)
+    return stock, patched
+
+
+@pytest.fixture
+def prompt() -> dict[str, Tensor]:
+    ids = torch.randint(3, 512, (3, 250), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():  # graphs of torch.compile take no tensor of inference mode
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_as_exact_as_transformers(prompt: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Of a prompt, and of a token behind it."""
+    stock, patched = pair(dtype)
+    rows = prompt["attention_mask"].bool()
+    one = prompt["input_ids"][:, :1]
+    longer = torch.cat((prompt["attention_mask"], torch.ones_like(one)), 1)
+    found = []
+    for model in (copy.deepcopy(stock).float(), stock, patched):
+        output = model(**prompt, use_cache=True)
+        after = model(one, attention_mask=longer, **{CACHE: getattr(output, CACHE)}).logits
+        found.append((output.logits[rows].float(), after.float()))
+    for exact, plain, ours in zip(*found, strict=True):
+        assert ((ours - exact).norm() <= 1.2 * (plain - exact).norm()).all()
+        assert not ours.isnan().any()
+
+
+def decoded(model: Any, prompt: dict[str, Tensor], cache: Any, forward: Callable[..., Any]) -> Tensor:
+    """Greedy tokens by hand, which the fake GPU can end: `generate` asks the device. forward: of all but the prompt."""
+    mask, ids, found, length = prompt["attention_mask"], prompt["input_ids"], [], 0
+    for _ in range(17):
+        given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, length:], CACHE: cache}
+        if "cache_position" in inspect.signature(model.forward).parameters:  # before transformers 5
+            given["cache_position"] = torch.arange(length, mask.shape[1], device="cuda")
+        length = mask.shape[1]
+        ids = (forward if found else model)(ids, **given, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        found.append(ids.clone())
+        mask = torch.cat((mask, torch.ones_like(ids)), 1)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor has much to say
+@pytest.mark.parametrize("kind", ["default", "offloaded", "static", "static, compiled"])
+def test_tokens_are_those_of_transformers(prompt: dict[str, Tensor], kind: str) -> None:
+    """Compiled, a step is a CUDA graph, whose static inputs the parameters are."""
+    models = pair(torch.float32)
+    found = []
+    for model in models:
+        if kind.startswith("static"):
+            cache: Any = StaticCache(config=model.config, max_cache_len=300)
+        else:
+            cache = DynamicCache(config=model.config, offloading=kind == "offloaded")
+        found.append(decoded(model, prompt, cache, compiled(model) if kind.endswith("compiled") else model))
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", says its first use
+def test_a_decode_step_waits_for_nothing(prompt: dict[str, Tensor]) -> None:
+    _, patched = pair(torch.bfloat16)
+    cache = getattr(patched(**prompt, use_cache=True), CACHE)
+    mask, token = prompt["attention_mask"], prompt["input_ids"][:, :1]
+    for step in range(12):  # the cache and the lists of keys grow on the way
+        mask = torch.cat((mask, torch.ones_like(token)), 1)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first may be compiled
+        try:
+            patched(token, attention_mask=mask, **{CACHE: cache})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert cache.get_seq_length() == 262
