@@ -13,6 +13,7 @@ from fastllama import env
 OF_OTHERS = [
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # inductor's own
     "ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning",  # Dynamo's, under 4.57
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT's use of it
     "ignore:`output_attentions=True` is not supported with:UserWarning",  # of all but eager, under 4.57
 ]
 

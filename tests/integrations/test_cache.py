@@ -50,6 +50,8 @@ ACTIONS: dict[str, Callable[[Any], None]] = {
     "reorder": lambda layer: layer.reorder_cache(torch.arange(layer.keys.shape[0]).flip(0)),
     "repeat": lambda layer: layer.batch_repeat_interleave(2),
     "select": lambda layer: layer.batch_select_indices(torch.tensor([0])),
+    "first sequence": lambda layer: layer.batch_select_indices(slice(0, 1)),
+    "wider numbers": lambda layer: layer.update(*[torch.ones(layer.keys.shape[0], 3, 1, 4, dtype=torch.float64)] * 2),
 }
 
 
@@ -63,12 +65,12 @@ def test_whatever_is_done_to_it_it_holds_what_a_stock_layer_holds(data: st.DataO
             count = data.draw(st.sampled_from([1, 2, 5, SMALLEST]))
             keys, values = tokens(count, batch), tokens(count, batch)
             stock.update(keys, values)
-            if action == "write":
+            if action == "write" and ours.takes(torch.float32):
                 write(ours, keys, values)
             else:
                 ours.update(keys, values)
         elif action == "copy":
-            before, ours = ours, copy.deepcopy(ours)
+            before, ours = ours, data.draw(st.sampled_from([copy.copy, copy.deepcopy]))(ours)
             before.keys.zero_()  # which is none of the copy's business
         elif action == "pickle":
             ours = pickle.loads(pickle.dumps(ours))
@@ -135,6 +137,39 @@ def test_a_filled_cache_is_not_taken_over() -> None:
         patched(IDS[:, :1], **{CACHE: cache})
     assert type(cache.layers[0]) is DynamicLayer
     assert own_layer(cache, 0, torch.float32) is None
+
+
+@pytest.mark.parametrize("place", ["cache", "layer", "class"])
+def test_an_update_that_was_replaced_is_called(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what compresses caches, or records them."""
+    _, patched = pair()
+    cache, calls = DynamicCache(config=patched.config), []
+    owner: Any = {"cache": cache, "layer": cache.layers[0], "class": DynamicLayer}[place]
+    stock = owner.update
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "update", counting)
+    with torch.inference_mode():
+        patched(IDS, **{CACHE: cache})
+        patched(IDS[:, :1], **{CACHE: cache})
+    assert len(calls) == (2 if place == "layer" else 2 * patched.config.num_hidden_layers)
+
+
+def test_gradients_go_through_the_cache() -> None:
+    """A cache of a patched model, gone on with by layers that train: none of what they keep is written over."""
+    found = []
+    for layer in (GrowingLayer(), DynamicLayer()):
+        torch.manual_seed(0)
+        layer.update(tokens(3, 2), tokens(3, 2))
+        leaf = tokens(2, 2).requires_grad_()
+        first, _ = layer.update(leaf, leaf.detach())
+        second, _ = layer.update(2 * leaf, leaf.detach())
+        ((first**2).sum() + (second**3).sum()).backward()
+        found.append(leaf.grad)
+    assert_close(found[0], found[1])
 
 
 def test_a_prompts_cache_is_used_again() -> None:

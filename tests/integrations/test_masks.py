@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from fastllama.integrations.transformers.masks import is_key_list, key_list, width_of
+from fastllama.integrations.transformers.masks import as_booleans, is_key_list, key_list, width_of
 
 CALLED_BY_POSITION = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers 4.57
 
@@ -27,7 +27,7 @@ def both(mask: Tensor | None, past: int, new: int, keys: int, batch: int, static
         return key_list(**call), sdpa_mask(**call, allow_is_causal_skip=False)
 
 
-def as_booleans(found: Tensor | None, new: int, keys: int, batch: int) -> Tensor:
+def meant(found: Tensor | None, new: int, keys: int, batch: int) -> Tensor:
     """[B, 1, S, L]: what paged attention over a key list looks at, by its definition."""
     if found is None:
         return torch.ones(new, keys, dtype=torch.bool).tril(keys - new).expand(batch, 1, new, keys)
@@ -56,7 +56,9 @@ def test_any_mask(data: st.DataObject) -> None:
             data.draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=batch, max_size=batch))
         )
     found, expected = both(mask, past, new, keys, batch, static)
-    seen = as_booleans(found, new, keys, batch)
+    seen = meant(found, new, keys, batch)
+    if found is None or is_key_list(found):
+        assert torch.equal(as_booleans(found, batch, new, keys, torch.device("cpu")), seen)
     expected = expected.expand(batch, 1, new, keys)
     # rows of padding in front of a sequence attend to nothing, or to anything: nobody reads them
     rows = expected.any(-1)

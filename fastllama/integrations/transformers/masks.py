@@ -71,7 +71,8 @@ def key_list(
     transformers 5 gives q_length and q_offset, 4.57 cache_position.
     """
     if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        q_length = cache_position.shape[0]
+        q_offset = 0 if q_length == kv_length else cache_position[0]
         others["cache_position"] = cache_position
     else:
         others |= {"q_length": q_length, "q_offset": q_offset}
