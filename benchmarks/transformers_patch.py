@@ -2,7 +2,7 @@
 
 python -m benchmarks.transformers_patch [--device cuda] [--rounds 7] [--tokens 32] [--prompt-tokens 400] [--output FILE]
 
-Random weights in bf16, 103M of them on a CPU and 1.1B on a GPU. transformers' models are called in the barest greedy
+Random weights, 103M of them on a CPU and 1.1B on a GPU. transformers' models are called in the barest greedy
 loop, over a DynamicCache. All take turns, a round each. Beside it: what a patched layer takes to notice a change.
 """
 
@@ -37,19 +37,17 @@ SIZES: dict[str, dict[str, Any]] = {
 NAMES = "transformers", "patched", "fastllama.LLM"
 
 
-def build(size: str, device: str) -> tuple[Any, Any, fastllama.LLM]:
+def build(size: str, device: str, dtype: torch.dtype) -> tuple[Any, Any, fastllama.LLM]:
     """The same random Llama three times: stock, patched and in our runtime, its weights as they are."""
     config = SIZES[size] | COMMON
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         with torch.device(device):
-            models.append(
-                transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=torch.bfloat16)
-            )
+            models.append(transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=dtype))
     stock, patched = (model.eval() for model in models)
     print(fastllama.patch(patched, strict=True))
-    ours = fastllama.LlamaForCausalLM(fastllama.LlamaConfig.from_hf(stock.config.to_dict()), torch.bfloat16, device)
+    ours = fastllama.LlamaForCausalLM(fastllama.LlamaConfig.from_hf(stock.config.to_dict()), dtype, device)
     load_weights(ours, stock.state_dict().items())
     return stock, patched, fastllama.LLM(ours, max_model_len=2048, kv_cache_tokens=2048, quantization=None)
 
@@ -66,13 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: 103m on a CPU, 1.1b on a GPU")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=400)
     parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     size = options.size or {"cpu": "103m", "cuda": "1.1b"}[options.device]
-    stock, patched, llm = build(size, options.device)
+    stock, patched, llm = build(size, options.device, getattr(torch, options.dtype))
     takes = {"tokens": options.tokens}
     runs: dict[str, Callable[[list[int]], Generation]] = {
         NAMES[0]: partial(time_forward, stock, **takes),
@@ -93,7 +92,7 @@ def main() -> None:
     if options.output:
         record = {
             "benchmark": "transformers_patch",
-            "model": f"{sum(p.numel() for p in stock.parameters()) / 1e6:.0f}M random weights in bf16",
+            "model": f"{sum(p.numel() for p in stock.parameters()) / 1e6:.0f}M random weights",
             "conditions": {key: value for key, value in vars(options).items() if key != "output"} | {"size": size},
             "environment": environment() | {"transformers": transformers.__version__},
             "seconds_to_notice": seconds,

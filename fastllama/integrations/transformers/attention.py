@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastllama import kernels
 from fastllama.integrations.transformers.masks import as_booleans, is_key_list
-from fastllama.integrations.transformers.step import PageTable
+from fastllama.integrations.transformers.shared import PageTable
 
 
 def pages_of(buffer: Tensor) -> Tensor:

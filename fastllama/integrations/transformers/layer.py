@@ -27,7 +27,7 @@ from fastllama.integrations.transformers.cache import own_layer
 from fastllama.integrations.transformers.fused import fused_matmul, parts
 from fastllama.integrations.transformers.masks import is_key_list, key_list
 from fastllama.integrations.transformers.reading import Reading
-from fastllama.integrations.transformers.step import Step
+from fastllama.integrations.transformers.shared import Shared
 from fastllama.integrations.transformers.trouble import GATE_UP, NAME, NORMS, QKV, is_stock, trouble
 
 AttentionInterface.register(NAME, attention)
@@ -58,22 +58,22 @@ class LlamaDecoderLayer(_STOCK):
         attention, mlp, first_norm, second_norm = (modules[name] for name in ("self_attn", "mlp", *NORMS))
         o_proj, down_proj = attention._modules["o_proj"]._parameters, mlp._modules["down_proj"]._parameters
         batch, tokens, _ = hidden_states.shape
-        step = Step.of(given["position_embeddings"], batch, tokens, attention.layer_idx == 0)
+        shared = Shared.of(given["position_embeddings"], batch, tokens, attention.layer_idx == 0)
         if is_compiling():
             qkv, gate_up, space = parts(attention, QKV), parts(mlp, GATE_UP), None
         else:
             qkv, gate_up = self._fastllama.matrices
-            space = step.workspace(self._fastllama.room(batch * tokens))
+            space = shared.workspace(self._fastllama.room(batch * tokens))
         x = hidden_states.contiguous()
         heads = fused_matmul(x, qkv, first_norm, workspace=space).view(batch * tokens, -1, attention.head_dim)
-        out = self._attend(attention, heads, o_proj["weight"].shape[1], step, given)
+        out = self._attend(attention, heads, o_proj["weight"].shape[1], shared, given)
         x = kernels.matmul(out.view(batch, tokens, -1), o_proj["weight"], o_proj["bias"], residual=x, workspace=space)
         up = fused_matmul(x, gate_up, second_norm, gated=True, workspace=space)
         return kernels.matmul(up, down_proj["weight"], down_proj["bias"], residual=x, workspace=space)
 
-    def _attend(self, attention: Any, qkv: Tensor, features: int, step: Step, given: dict[str, Any]) -> Tensor:
+    def _attend(self, attention: Any, qkv: Tensor, features: int, shared: Shared, given: dict[str, Any]) -> Tensor:
         """Rotate, cache and attend: qkv [B * S, Hq + 2 Hkv, D], features: Hq * D -> [B * S, Hq, D]."""
-        mask, batch, tokens = given.get("attention_mask"), step.batch, step.tokens
+        mask, batch, tokens = given.get("attention_mask"), shared.batch, shared.tokens
         head_dim, scale = attention.head_dim, attention.scaling
         heads = features // head_dim
         kv_heads = (qkv.shape[1] - heads) // 2
@@ -84,12 +84,14 @@ class LlamaDecoderLayer(_STOCK):
         if own is not None:
             k, v = own.reserve(qkv, (batch, kv_heads, head_dim), tokens)
             k_pages, v_pages = pages_of(k), pages_of(v)
-            table = step.table(mask, own.get_seq_length() + tokens, k.shape[1])
-            q = kernels.rope_and_write_kv(qkv.flatten(1), step.angles, step.positions, table.slots, k_pages, v_pages)
+            table = shared.table(mask, own.get_seq_length() + tokens, k.shape[1])
+            q = kernels.rope_and_write_kv(
+                qkv.flatten(1), shared.angles, shared.positions, table.slots, k_pages, v_pages
+            )
             own.written(tokens)
         else:
             q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-            q, k = kernels.rope(q, k, step.angles, step.positions)
+            q, k = kernels.rope(q, k, shared.angles, shared.positions)
             keys, values = (t.reshape(batch, tokens, kv_heads, head_dim).transpose(1, 2) for t in (k, v))
             if cache is not None:
                 where = ({"cache_position": given.get("cache_position")},) if _CACHE_KWARGS else ()
@@ -100,8 +102,8 @@ class LlamaDecoderLayer(_STOCK):
             return attend_by_sdpa(attention, q, keys, values, mask)
         if own is None:
             k_pages, v_pages, row = as_pages(keys, values, is_settled(cache, attention.layer_idx))
-            table = step.table(mask, keys.shape[2], row)
-        return attend(q, k_pages, v_pages, table, scale, step.attention_workspace(q, k_pages, table))
+            table = shared.table(mask, keys.shape[2], row)
+        return attend(q, k_pages, v_pages, table, scale, shared.attention_workspace(q, k_pages, table))
 
     def _runs(self, x: Tensor, given: dict[str, Any]) -> bool:
         """Whether this call is one for our ops; a warning says why not, where the caller might not know.

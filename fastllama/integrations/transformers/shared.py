@@ -36,7 +36,7 @@ class PageTable:
         return cls(first + slots, lengths, bounds, (first + new).view(-1))
 
 
-class Step:
+class Shared:
     """One forward of [B, S] tokens. The first layer makes it; it is kept on the cosines, which all layers get."""
 
     def __init__(self, cos: Tensor, sin: Tensor, batch: int, tokens: int) -> None:
@@ -51,7 +51,7 @@ class Step:
         self._table: tuple[Tensor | None, int, int, PageTable] | None = None
 
     @classmethod
-    def of(cls, embeddings: tuple[Any, Tensor], batch: int, tokens: int, first: bool) -> Step:
+    def of(cls, embeddings: tuple[Any, Tensor], batch: int, tokens: int, first: bool) -> Shared:
         """embeddings: cosines and sines, each [B or 1, S, D], of any of transformers' kinds of rope.
 
         first: of the forward's layers, so that what is known of these tensors is of an earlier forward.
@@ -59,11 +59,11 @@ class Step:
         cos, sin = embeddings
         if is_compiling():  # where equal parts of a graph are computed once anyway
             return cls(cos, sin, batch, tokens)
-        step: Step | None = None if first else getattr(cos, "_fastllama_step", None)
-        if step is None or (step.batch, step.tokens) != (batch, tokens) or step._sin is not sin:
-            step = cls(cos, sin, batch, tokens)
-            cos._fastllama_step = step
-        return step
+        shared: Shared | None = None if first else getattr(cos, "_fastllama_shared", None)
+        if shared is None or (shared.batch, shared.tokens) != (batch, tokens) or shared._sin is not sin:
+            shared = cls(cos, sin, batch, tokens)
+            cos._fastllama_shared = shared
+        return shared
 
     def workspace(self, size: int) -> Tensor | None:
         """Zeros for the matmuls, so many numbers or more; None where none are needed."""
