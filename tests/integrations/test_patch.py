@@ -154,6 +154,20 @@ def test_generate_with_an_assistant(helper: str) -> None:
     assert torch.equal(generated(patched, IDS[:1], None, assistant_model=assistant), expected)
 
 
+@pytest.mark.parametrize("call", ["no cache", "left padding", "own mask"])
+def test_what_is_compiled_are_our_ops(call: str) -> None:
+    _, patched = pair()
+    found: list[str] = []
+
+    def noting(graph: Any, inputs: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.inference_mode():
+        torch.compile(patched, fullgraph=True, backend=noting)(IDS, **{**CALLS[call][0], "use_cache": False})
+    assert found.count("fastllama_transformers.fused_matmul") == 2 * SIZES["num_hidden_layers"]
+
+
 def static_steps(model: Any, forward: Callable[..., Any]) -> Tensor:
     """Logits of a prompt and four tokens over a static cache, step by step."""
     cache = StaticCache(config=model.config, max_cache_len=32)

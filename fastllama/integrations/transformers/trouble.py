@@ -94,12 +94,16 @@ def moved(module: nn.Module) -> str | None:
     return f"accelerate's {type(hook).__name__}"
 
 
-def overridden(module: nn.Module) -> str | None:
+def overridden(module: Any) -> str | None:
     """A forward that stands between a module and its class's; None where there is none, but for accelerate's."""
-    forward = module.forward
-    if getattr(forward, "__func__", None) is type(module).forward or getattr(module, "_hf_hook", None) is not None:
+    if getattr(module, "_hf_hook", None) is not None:
         return None
-    return None if collects(forward) else "a forward of its own"
+    forward, stock = module.forward, type(module).forward
+    if is_compiling():  # Dynamo guards what code a method has, and knows no method's function
+        own = getattr(forward, "__code__", None) is not stock.__code__
+    else:
+        own = getattr(forward, "__func__", None) is not stock
+    return "a forward of its own" if own and not collects(forward) else None
 
 
 def collects(function: Any) -> bool:
