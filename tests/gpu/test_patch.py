@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+LONGEST = 300  # tokens of a static cache
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -73,15 +74,19 @@ def test_logits_are_as_exact_as_transformers(prompt: dict[str, Tensor], dtype: t
 
 def decoded(model: Any, prompt: dict[str, Tensor], cache: Any, forward: Callable[..., Any]) -> Tensor:
     """Greedy tokens by hand, which the fake GPU can end: `generate` asks the device. forward: of all but the prompt."""
-    mask, ids, found, length = prompt["attention_mask"], prompt["input_ids"], [], 0
+    ids, found, begin = prompt["input_ids"], [], 0
+    whole = torch.nn.functional.pad(prompt["attention_mask"], (0, LONGEST - ids.shape[1]), value=1)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
     for _ in range(17):
-        given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, length:], CACHE: cache}
+        end = begin + ids.shape[1]
+        # A static cache's mask is as long as the cache at every step, or each would be a graph of its own.
+        mask = whole if isinstance(cache, StaticCache) else whole[:, :end]
+        given = {"attention_mask": mask, "position_ids": positions[:, begin:end], CACHE: cache}
         if "cache_position" in inspect.signature(model.forward).parameters:  # before transformers 5
-            given["cache_position"] = torch.arange(length, mask.shape[1], device="cuda")
-        length = mask.shape[1]
+            given["cache_position"] = torch.arange(begin, end, device="cuda")
+        begin = end
         ids = (forward if found else model)(ids, **given, logits_to_keep=1).logits[:, -1:].argmax(-1)
         found.append(ids.clone())
-        mask = torch.cat((mask, torch.ones_like(ids)), 1)
     return torch.cat(found, 1)
 
 
@@ -93,7 +98,7 @@ def test_tokens_are_those_of_transformers(prompt: dict[str, Tensor], kind: str) 
     found = []
     for model in models:
         if kind.startswith("static"):
-            cache: Any = StaticCache(config=model.config, max_cache_len=300)
+            cache: Any = StaticCache(config=model.config, max_cache_len=LONGEST)
         else:
             cache = DynamicCache(config=model.config, offloading=kind == "offloaded")
         found.append(decoded(model, prompt, cache, compiled(model) if kind.endswith("compiled") else model))
