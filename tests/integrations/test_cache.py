@@ -92,6 +92,17 @@ def test_its_strides_stay_and_its_memory_doubles() -> None:
     assert len(buffers) <= 3
 
 
+def test_a_crop_copies_nothing() -> None:
+    """Assisted decoding crops at every step."""
+    layer = GrowingLayer()
+    layer.update(tokens(9, 2), tokens(9, 2))
+    before = layer.keys.data_ptr(), layer.values.data_ptr()
+    crop(layer, 3)
+    layer.update(tokens(1, 2), tokens(1, 2))
+    assert (layer.keys.data_ptr(), layer.values.data_ptr()) == before
+    assert layer.get_seq_length() == 7
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_another_batch_is_refused_before_anything_is_written(batch: int) -> None:
     layer = GrowingLayer()
