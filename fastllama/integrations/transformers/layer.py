@@ -138,9 +138,10 @@ class LlamaDecoderLayer(_STOCK):
         elif not is_stock(self.self_attn, "LlamaAttention"):
             raise RuntimeError(f"{reason}, which the masks of a patched model do not suit: fastllama.unpatch(model)")
         if not is_compiling():
-            self._fastllama.forget()
             if reason is None:
                 self._fastllama.read(self)
+            else:
+                self._fastllama.forget()
         return reason
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

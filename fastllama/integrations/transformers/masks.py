@@ -1,8 +1,8 @@
 """The attention mask of a patched model: which cached tokens each sequence attends to, as a list made once a forward.
 
 transformers asks a mask function for one tensor that every layer then gets. A stock one is [B, 1, S, L] booleans; ours
-is a page table: for each sequence its number of keys and their slots in the cache, in order. Padding on either side and
-holes are slots that are not listed, so the paged attention kernels need no mask at all.
+is a page table: for each sequence its number of keys and their slots in the cache, in order. Padding in front, and gaps
+among the cached tokens, are slots that are not listed, so the paged attention kernels need no mask at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def width_of(num_keys: int) -> int:
 
 def is_key_list(mask: Tensor | None) -> bool:
     """Whether a layer's mask is one of ours; else it is None or of the caller: booleans, or numbers to be added."""
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[2] == 1 and mask.shape[3] % STEP == 1
+    if mask is None or mask.dtype != torch.int32 or mask.dim() != 4:
+        return False
+    return mask.shape[2] == 1 and mask.shape[3] % STEP == 1
 
 
 def keys_of(mask: Tensor) -> int | None:

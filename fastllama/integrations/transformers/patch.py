@@ -32,11 +32,11 @@ class PatchReport:
     left: dict[str, str] = field(default_factory=dict)  # module's name -> reason
 
     def __str__(self) -> str:
-        """`patched 30 of 32 layers; left as they are: model.layers.3 and 1 others (q_proj is a ...)`."""
+        """`patched 29 of 32 layers; left as they are: model.layers.3 and 2 more (q_proj is a ...)`."""
         text = f"patched {self.patched} of {self.layers} layers"
         for reason in dict.fromkeys(self.left.values()):
             first, *others = (name for name, why in self.left.items() if why == reason)
-            text += f"; left as they are: {first}{f' and {len(others)} others' if others else ''} ({reason})"
+            text += f"; left as they are: {first}{f' and {len(others)} more' if others else ''} ({reason})"
         return text
 
 
