@@ -31,8 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "103m": {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     | {"num_attention_heads": 16, "num_key_value_heads": 8},
-    "1.1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
-    | {"num_attention_heads": 32, "num_key_value_heads": 4},
+    "1.1b": fastllama.LlamaConfig.preset("tinyllama-1.1b").to_hf(),
 }
 NAMES = "transformers", "patched", "fastllama.LLM"
 

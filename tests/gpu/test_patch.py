@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import fastllama
 from fastllama.bench.static_cache import compiled
+from tests.integrations.models import BEFORE_5, CACHE
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +29,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LONGEST = 300  # tokens of a static cache
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def pair(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -82,7 +81,7 @@ def decoded(model: Any, prompt: dict[str, Tensor], cache: Any, forward: Callable
         # A static cache's mask is as long as the cache at every step, or each would be a graph of its own.
         mask = whole if isinstance(cache, StaticCache) else whole[:, :end]
         given = {"attention_mask": mask, "position_ids": positions[:, begin:end], CACHE: cache}
-        if "cache_position" in inspect.signature(model.forward).parameters:  # before transformers 5
+        if BEFORE_5:
             given["cache_position"] = torch.arange(begin, end, device="cuda")
         begin = end
         ids = (forward if found else model)(ids, **given, logits_to_keep=1).logits[:, -1:].argmax(-1)

@@ -47,6 +47,11 @@ def is_settled(cache: Cache | None, index: int) -> bool:
     return index < len(layers) and getattr(layers[index], "is_compileable", False)
 
 
+def causal(module: Any, asked: bool | None) -> bool:
+    """Whether an attention is causal: what a call asks for, else what its module says."""
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float, workspace: Tensor | None = None) -> Tensor:
     """q [B * S, Hq, D], k, v in pages -> [B * S, Hq, D], causal: a sequence's queries are its last tokens."""
     out = torch.empty_like(q)
@@ -85,7 +90,7 @@ def attention(
     """
     batch, heads, queries, head_dim = query.shape
     ours = attention_mask is None or is_key_list(attention_mask)
-    if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if attention_mask is None and not causal(module, is_causal):
         ours = False
     elif ours and (
         dropout

@@ -20,6 +20,7 @@ from fastllama.integrations.transformers.attention import (
     attend,
     attend_by_sdpa,
     attention,
+    causal,
     is_settled,
     pages_of,
 )
@@ -110,11 +111,7 @@ class LlamaDecoderLayer(_STOCK):
 
         Raises RuntimeError where transformers' code could not run either, for what our mask is to another attention.
         """
-        attention: Any = self._modules["self_attn"]
-        causal = given.get("is_causal")
-        if causal is None:
-            causal = getattr(attention, "is_causal", True)
-        if self.training or not causal or type(x) is not Tensor:
+        if self.training or type(x) is not Tensor or not causal(self._modules["self_attn"], given.get("is_causal")):
             return False
         reason = None
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):

@@ -81,17 +81,14 @@ def key_list(
     assert q_length is not None
     device = others.get("device", cache_position.device if cache_position is not None else None)
     listed = mask_function is causal_mask_function and not kv_offset and not _by_transformers(device)
-    if listed and attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_length:
-        return None
+    padding = attention_mask is not None
     if listed and attention_mask is not None:
         attention_mask = _as_long(attention_mask, kv_length)
         if q_length > 1:
-            listed = not is_compiling()  # which could not wait for the device
-            if listed:
-                padding, ragged = _facts(attention_mask, q_offset, q_length)
-                listed = not ragged
-                if not padding and isinstance(q_offset, int) and q_offset + q_length == kv_length:
-                    return None
+            padding, ragged = _facts(attention_mask, q_offset, q_length)
+            listed = not ragged
+    if listed and not padding and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+        return None
     if listed:
         return _listed(attention_mask, batch_size, kv_length, q_offset, q_length, device)
     others |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
@@ -111,7 +108,12 @@ def _as_long(mask: Tensor, num_keys: int) -> Tensor:
 
 
 def _facts(mask: Tensor, q_offset: int | Tensor, q_length: int) -> tuple[bool, bool]:
-    """Whether anything is padding, and whether a new token is, behind one that is not: read from the device."""
+    """Whether anything is padding, and whether a new token is, behind one that is not: read from the device.
+
+    In torch.compile's graph, which cannot wait for it, both.
+    """
+    if is_compiling():
+        return True, True
     slot = torch.arange(mask.shape[1], device=mask.device)
     new = (slot >= q_offset) & (slot < q_offset + q_length)
     behind = (mask.cumsum(1) > 0) & ~mask & new

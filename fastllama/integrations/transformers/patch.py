@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from fastllama.integrations.transformers.layer import LlamaDecoderLayer
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 from fastllama.integrations.transformers.reading import Reading
-from fastllama.integrations.transformers.trouble import NAME, collects, is_stock, moved, overridden, trouble
+from fastllama.integrations.transformers.trouble import NAME, collects, is_stock, kind_of, moved, overridden, trouble
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"  # of transformers, tested with what lies between
 
@@ -116,7 +116,7 @@ def _bodies(model: nn.Module) -> list[tuple[str, Any]]:
     bodies = [(name, module) for name, module in model.named_modules() if isinstance(module, modeling_llama.LlamaModel)]
     if not bodies:
         raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}; legal: a transformers model of "
+            f"model is {kind_of(model)}; legal: a transformers model of "
             "model_type llama, or one that holds a transformers LlamaModel"
         )
     return bodies
@@ -127,14 +127,14 @@ def _foreign_attention(layers: Mapping[str, Any]) -> str | None:
     for name, layer in layers.items():
         attention = getattr(layer, "self_attn", None)
         if not is_stock(attention, "LlamaAttention"):
-            return f"{name}.self_attn is a {type(attention).__module__}.{type(attention).__qualname__}"
+            return f"{name}.self_attn is {kind_of(attention)}"
     return None
 
 
 def _unfit(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched; None where it can be, or is."""
     if type(layer) is not LlamaDecoderLayer and not is_stock(layer, "LlamaDecoderLayer"):
-        return f"it is a {type(layer).__module__}.{type(layer).__qualname__}"
+        return f"it is {kind_of(layer)}"
     reason = overridden(layer)
     return trouble(layer) if reason is None else f"it has {reason}"
 

@@ -30,14 +30,14 @@ def trouble(layer: Any) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     for name, kind in (("self_attn", "LlamaAttention"), ("mlp", "LlamaMLP")):
         if not is_stock(getattr(layer, name), kind):
-            return f"{name} is {_kind(getattr(layer, name))}"
+            return f"{name} is {kind_of(getattr(layer, name))}"
     first = attention.q_proj.weight if type(attention.q_proj) is nn.Linear else None
     owners: tuple[tuple[Any, tuple[str, ...]], ...] = (attention, (*QKV, "o_proj")), (mlp, (*GATE_UP, "down_proj"))
     for owner, names in owners:
         for name in names:
             linear = getattr(owner, name)
             if type(linear) is not nn.Linear:
-                return f"{name} is {_kind(linear)}"
+                return f"{name} is {kind_of(linear)}"
             if (reason := _weight_trouble(linear.weight, first)) or (
                 linear.bias is not None and (reason := _weight_trouble(linear.bias, first))
             ):
@@ -50,11 +50,11 @@ def trouble(layer: Any) -> str | None:
     for name in NORMS:
         norm = getattr(layer, name)
         if type(norm) is not LlamaRMSNorm and not is_stock(norm, "LlamaRMSNorm"):
-            return f"{name} is {_kind(norm)}"
+            return f"{name} is {kind_of(norm)}"
         if reason := _weight_trouble(norm.weight, first):
             return f"{name}'s {reason}"
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
-        return f"its activation is {_kind(mlp.act_fn)}"
+        return f"its activation is {kind_of(mlp.act_fn)}"
     if not modeling_llama.apply_rotary_pos_emb.__module__.startswith("transformers."):
         return "modeling_llama.apply_rotary_pos_emb was replaced"
     norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -114,7 +114,7 @@ def collects(function: Any) -> bool:
 def _weight_trouble(weight: Any, first: Tensor | None) -> str | None:
     """first: what dtype and device must be those of."""
     if type(weight) is not nn.Parameter:
-        return f"weight is {_kind(weight)}"
+        return f"weight is {kind_of(weight)}"
     if weight.device.type == "meta":
         return "weight is on the meta device: offloaded, or not loaded yet"
     if weight.dtype not in DTYPES:
@@ -126,5 +126,6 @@ def _weight_trouble(weight: Any, first: Tensor | None) -> str | None:
     return None if weight.is_contiguous() else "weight is not contiguous"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """A value's class in a sentence: "a torch.nn.modules.linear.Linear"."""
     return f"a {type(value).__module__}.{type(value).__qualname__}"
