@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from fastllama.kernels.dispatch.backends import Backends, Function, Table
+from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autocast
 
 
 class Conversion(Backends):
     """Returns tensors that it makes, where an Op writes into its caller's: it runs once for a weight, not in a step.
 
-    So it is not registered with torch, and its implementation is chosen anew at each call, by the first argument.
+    So it is not registered with torch, and its implementation is chosen anew at each call, by the first argument. It
+    runs without autocast, as an op does.
     check: takes the arguments and raises for what is not legal.
     """
 
@@ -29,4 +31,7 @@ class Conversion(Backends):
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
         self._check(first, *others)
-        return self.implementation(first.device.type).run(first, *others)
+        run = self.implementation(first.device.type).run
+        if autocast_enabled(first.device.type):
+            run = without_autocast(run)
+        return run(first, *others)
