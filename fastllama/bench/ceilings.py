@@ -25,7 +25,7 @@ def bandwidths(device: torch.device, toy: bool = False) -> dict[str, Any]:
     Returns {"copy_bytes_per_second": float, "read_bytes_per_second": float, "seconds": {"copy" | "sum" | "mv": [...]}}.
     """
     count = TOY_COPY if toy else COPY[device.type]
-    source = torch.randn(TOY_COPY, device=device).to(torch.bfloat16).repeat(count // TOY_COPY)
+    source = torch.randn(TOY_COPY, dtype=torch.float32, device=device).to(torch.bfloat16).repeat(count // TOY_COPY)
     target, pairs = torch.empty_like(source), source.view(torch.float32)
     matrix = source.view(-1, COLUMNS)
     vector, products = matrix[0].clone(), source.new_empty(len(matrix))
@@ -47,7 +47,7 @@ def ceilings(device: torch.device, toy: bool = False, dtype: torch.dtype = torch
     """`bandwidths`, and operations a second in a large product: "bf16_flops_per_second", or of another dtype."""
     size = TOY_SIZE if toy else SIZE[device.type]
     found = bandwidths(device, toy)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
     seconds = _samples(lambda: torch.matmul(a, b, out=c), device)
     found[f"{SHORT[dtype]}_flops_per_second"] = 2 * size**3 / timing.quantiles(seconds)["median"]

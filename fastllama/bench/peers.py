@@ -40,8 +40,9 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def generate(model: Any, prompts: Prompts, tokens: int) -> Prompts:
     """What transformers does with one batch, padded on the left."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(rows, dtype=torch.int64, device=model.device) for rows in (padded, real))
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=mask, generation_config=_greedy(model, tokens))
     answers: Prompts = found[:, longest:].tolist()

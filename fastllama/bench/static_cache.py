@@ -45,13 +45,13 @@ def decoder(model: Any, forward: Callable[..., Any], prompts: list[list[int]], c
     """
     import transformers
 
-    ids = torch.tensor(prompts, device=model.device)
+    ids = torch.tensor(prompts, dtype=torch.int64, device=model.device)
     cache = transformers.StaticCache(config=model.config, max_cache_len=context)
     told = "cache_position" in inspect.signature(model.forward).parameters  # in transformers 4; later caches count
 
     def arguments(first: int, end: int) -> dict[str, Any]:
-        places = {"cache_position": torch.arange(first, end, device=model.device)} if told else {}
-        return {"past_key_values": cache, **places}
+        positions = torch.arange(first, end, dtype=torch.int64, device=model.device)
+        return {"past_key_values": cache, **({"cache_position": positions} if told else {})}
 
     length = 0
     for some in ids.split(max(PREFILLED // len(prompts), 1), dim=1):

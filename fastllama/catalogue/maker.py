@@ -65,7 +65,8 @@ class Maker:
         """`count` int64 below `end`, no two alike as long as there are enough."""
         if self.is_meta:
             return torch.empty(count, dtype=torch.int64, device=self.device)
-        return torch.randperm(max(end, count), generator=self.generator, device=self.device)[:count] % max(end, 1)
+        order = torch.randperm(max(end, count), generator=self.generator, dtype=torch.int64, device=self.device)
+        return order[:count] % max(end, 1)
 
     def tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
         """Values that are given."""

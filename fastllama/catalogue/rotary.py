@@ -73,5 +73,5 @@ def rope_and_write_kv(
 
 def _turns(m: Maker, rows: int, positions: int, rotated: int) -> Arguments:
     """The cos/sin cache, and each row's position."""
-    frequencies = 10000.0 ** -(torch.arange(0, rotated, 2, device=m.device) / rotated)
+    frequencies = 10000.0 ** -(torch.arange(0, rotated, 2, dtype=torch.float32, device=m.device) / rotated)
     return {"cos_sin": cos_sin_cache(frequencies, positions), "positions": m.some_of(positions, rows)}

@@ -85,7 +85,7 @@ class KVCache:
         wanted = kinds * config.num_hidden_layers
         if pinned:
             sizes = [math.prod(size) * of.itemsize for of, size in wanted]  # multiples of 16, as tokens of a page are
-            block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            block = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=True)
             made = [part.view(of).view(size) for part, (of, size) in zip(block.split(sizes), wanted, strict=True)]
         else:
             made = [torch.empty(size, dtype=of, device=device) for of, size in wanted]

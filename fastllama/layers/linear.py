@@ -55,7 +55,7 @@ class LinearBase(nn.Module):
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         """What `product` takes for so many rows of x in dtype, or fewer: [E] fp32; none needed has no elements."""
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Linear(LinearBase):
@@ -183,4 +183,4 @@ class W8A8Linear(Int8Linear):
         return out
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")

@@ -23,7 +23,7 @@ def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
         trained = scaling.original_max_position_embeddings or config.max_position_embeddings
         stretch = scaling.factor * max(max_model_len, trained) / trained - (scaling.factor - 1)
         theta *= stretch ** (dim / (dim - 2))
-    inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2).float() / dim))
+    inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     if scaling is not None and scaling.kind == "linear":
         inv_freq = inv_freq / scaling.factor
     if scaling is not None and scaling.kind == "llama3":

@@ -19,7 +19,7 @@ NAMES = ("bf16", *FP8)
 
 
 def _values(dtype: torch.dtype) -> Array:
-    values: Array = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+    values: Array = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float().numpy()
     return values
 
 

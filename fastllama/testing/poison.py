@@ -37,10 +37,10 @@ def noise_(x: Tensor) -> Tensor:
     """
     if not x.is_floating_point():
         limits = torch.iinfo(x.dtype)
-        return x.copy_(torch.randint(limits.min, limits.max, x.shape, dtype=torch.int64))
+        return x.copy_(torch.randint(limits.min, limits.max, x.shape, dtype=torch.int64, device="cpu"))
     largest = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max)
-    size = torch.rand(x.shape) / 2 + 0.5
-    sign = torch.randint(0, 2, x.shape) * 2 - 1
+    size = torch.rand(x.shape, dtype=torch.float32, device="cpu") / 2 + 0.5
+    sign = torch.randint(0, 2, x.shape, dtype=torch.int64, device="cpu") * 2 - 1
     return x.copy_(size * sign * largest)
 
 

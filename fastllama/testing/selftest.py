@@ -45,7 +45,8 @@ def _kernel(out_ptr, x_ptr, y_ptr, n, N: tl.constexpr):
 
 def _expected(x: Tensor, y: Tensor, n: int) -> dict[str, Tensor]:
     z = y.bfloat16()
-    small = (torch.arange(N * N).view(N, N) % 7).float()
+    places = torch.arange(N * N, dtype=torch.int64, device="cpu").view(N, N)
+    small = (places % 7).float()
     fp8 = (y * 100).clamp(-448, 448)
     return {
         "bf16 rounding": z,
@@ -58,19 +59,20 @@ def _expected(x: Tensor, y: Tensor, n: int) -> dict[str, Tensor]:
         "bf16 dot": (small @ small).sum(0),
         "fp8 e4m3": fp8.to(torch.float8_e4m3fn),
         "fp8 e5m2": (y * 100).to(torch.float8_e5m2),
-        "range of a runtime integer": torch.tensor(n * (n - 1) / 2).expand(N),
-        "masks": (torch.arange(N * N).view(N, N) < n).sum(1),
+        "range of a runtime integer": torch.tensor(n * (n - 1) / 2, dtype=torch.float32, device="cpu").expand(N),
+        "masks": (places < n).sum(1),
     }
 
 
 @functools.cache
 def check_repairs() -> None:
     """Raise RuntimeError, naming what is wrong, unless the repaired interpreter gives torch's bits."""
-    x = torch.arange(-8, 8).bfloat16() + torch.arange(N).bfloat16() / 32
-    y = torch.linspace(-5, 7, N)
+    x, fractions = (torch.arange(*span, dtype=torch.bfloat16, device="cpu") for span in ((-8, 8), (N,)))
+    x += fractions / 32
+    y = torch.linspace(-5, 7, N, dtype=torch.float32, device="cpu")
     n = 5
     expected = _expected(x, y, n)
-    out = torch.full((len(expected), N), torch.nan)
+    out = torch.full((len(expected), N), torch.nan, dtype=torch.float32, device="cpu")
     _kernel[(1,)](out, x, y, n, N=N)
     wrong = [name for row, (name, exact) in zip(out, expected.items(), strict=True) if not row.equal(exact.float())]
     if wrong:

@@ -118,15 +118,16 @@ def _sample(m: Maker) -> Iterator[FormulaCase]:
 
     def formula(logits: Tensor, **_: Any) -> Results:
         values = oracle.wide(logits)
-        tokens = torch.tensor([take(row, draw) for row, draw in zip(values, draws, strict=True)])
-        tokens = tokens.to(logits.device)
+        taken = [take(row, draw) for row, draw in zip(values, draws, strict=True)]
+        tokens = torch.tensor(taken, dtype=torch.int64, device=logits.device)
         return tokens, values.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     def view(results: Results) -> Results:
         """How far each token missed, in place of the tokens."""
         tokens, logprobs = results
-        drawn = zip(tokens.tolist(), torch.tensor(logits, dtype=torch.float64), draws, strict=True)
-        return torch.tensor([miss(*row) for row in drawn]).float().to(logprobs.device), logprobs
+        drawn = zip(tokens.tolist(), torch.tensor(logits, dtype=torch.float64, device="cpu"), draws, strict=True)
+        missed = [miss(*row) for row in drawn]
+        return torch.tensor(missed, dtype=torch.float32, device=logprobs.device), logprobs
 
     yield FormulaCase("sample", "logits [36, 1000]", call, formula, view=view)
 

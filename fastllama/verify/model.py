@@ -99,7 +99,10 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
     if run.trouble is not None:
         return Row("tokens", "tokens", f"{case}, then {run.trouble}", math.inf, bound)
     logits = logits[-len(run.answer) :]
-    best, ours = logits.amax(-1), logits.gather(1, torch.tensor(run.answer, device=logits.device)[:, None])[:, 0]
+    best, ours = (
+        logits.amax(-1),
+        logits.gather(1, torch.tensor(run.answer, dtype=torch.int64, device=logits.device)[:, None])[:, 0],
+    )
     gaps = (best - ours) / logits.abs().amax(-1)
     if ties := int((gaps > 0).sum()):
         case += f", {ties} of them near-ties" if float(gaps.max()) <= bound else f", {ties} of them others"
@@ -126,7 +129,8 @@ def _text_ids(llm: LLM, count: int) -> list[int]:
     """The start of the held-out text; without a tokenizer, ids from a seed."""
     if llm.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(llm.config.vocab_size, (count,), generator=generator).tolist()
+        ids = torch.randint(llm.config.vocab_size, (count,), generator=generator, dtype=torch.int64, device="cpu")
+        return ids.tolist()
     text = importlib.resources.files("fastllama").joinpath("assets", "tiny", "heldout_seed.txt")
     return llm.tokenizer.encode(text.read_text(encoding="utf-8")[: 40 * count])[:count]
 
@@ -151,5 +155,5 @@ def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
         for handle in handles:
             handle.remove()
     sample, seen = result.outputs[0], torch.cat(logits)
-    fed = torch.tensor([*ids, *sample.token_ids][: seen.shape[0]], device=model.device)
+    fed = torch.tensor([*ids, *sample.token_ids][: seen.shape[0]], dtype=torch.int64, device=model.device)
     return Run(fed, [torch.cat(stream) for stream in streams], seen, sample.token_ids, sample.stop_reason)

@@ -62,7 +62,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
     scores = scale * (wide(q).transpose(0, 1) @ wide(k).transpose(1, 2))  # [Hq, Lq, Lk]
     if causal:
         len_q, len_k = scores.shape[1:]
-        seen = torch.arange(len_k, device=q.device) <= torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
+        queries, keys = (torch.arange(count, dtype=torch.int64, device=q.device) for count in (len_q, len_k))
+        seen = keys <= queries[:, None] + len_k - len_q
         scores = scores.masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # NaN: -inf - -inf, a query that sees no key
@@ -77,7 +78,7 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor
     Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card.
     """
     theta, scaling, dim = config.rope_theta, config.rope_scaling, config.head_dim
-    exponents = torch.arange(0, dim, 2, device=positions.device).float() / dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     if scaling is not None and scaling.kind == "dynamic":
         trained = scaling.original_max_position_embeddings or config.max_position_embeddings
         grown = max(max_model_len / trained, 1.0)
@@ -113,7 +114,7 @@ def forward(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, config.head_dim))
 
-    turns = angles(config, torch.arange(ids.shape[0], device=ids.device), max_model_len)
+    turns = angles(config, torch.arange(ids.shape[0], dtype=torch.int64, device=ids.device), max_model_len)
     cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in (turns.cos(), turns.sin()))
     x = weights["model.embed_tokens.weight"][ids].to(dtype)
     for i in range(config.num_hidden_layers):

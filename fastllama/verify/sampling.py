@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ def uniform(seed: int, offset: int) -> float:
         keys = [(keys[0] + 0x9E3779B9) & _WORD, (keys[1] + 0xBB67AE85) & _WORD]
     word = words[0]
     folded = word if word < 1 << 31 else _WORD - word
-    return (torch.tensor(folded).float() * torch.tensor(4.6566127342e-10)).item()
+    as_fp32 = functools.partial(torch.tensor, dtype=torch.float32, device="cpu")
+    return (as_fp32(folded) * as_fp32(4.6566127342e-10)).item()
 
 
 def candidates(logits: Tensor, draw: Draw) -> Tensor:

@@ -61,7 +61,7 @@ def _sample(t: Arguments) -> tuple[Tensor, Tensor]:
     """One sort for top-k, top-p and min-p, then the first token whose cumulative mass passes a random number."""
     logits = t["logits"].float()
     probs, order = (logits / t["temperature"][:, None]).softmax(-1).sort(dim=-1, descending=True)
-    ranks = torch.arange(probs.shape[1], device=probs.device)
+    ranks = torch.arange(probs.shape[1], dtype=torch.int64, device=probs.device)
     probs = probs.masked_fill(ranks >= t["top_k"][:, None], 0.0)
     mass = probs.cumsum(-1)
     probs = probs.masked_fill(mass - probs >= t["top_p"][:, None] * mass[:, -1:], 0.0)

@@ -42,11 +42,12 @@ def as_booleans(mask: Tensor | None, batch: int, queries: int, keys: int, device
         seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
         return seen.expand(batch, 1, queries, keys)
     lengths, slots = mask[:, 0, 0, :1], mask[:, 0, 0, 1:].long()
-    places = torch.arange(slots.shape[1], device=device).expand_as(slots)
+    places = torch.arange(slots.shape[1], dtype=torch.int64, device=device).expand_as(slots)
     # Of each slot its place in the list; what is not listed is behind every query's last key.
     listed = torch.where(places < lengths, slots, keys)
-    place_of = torch.full((batch, keys + 1), 1 << 30, device=device).scatter_(1, listed, places)[:, :keys]
-    last = lengths - queries + torch.arange(queries, device=device)
+    place_of = torch.full((batch, keys + 1), 1 << 30, dtype=torch.int64, device=device)
+    place_of = place_of.scatter_(1, listed, places)[:, :keys]
+    last = lengths - queries + torch.arange(queries, dtype=torch.int64, device=device)
     return (place_of[:, None] <= last[:, :, None])[:, None]
 
 
@@ -114,7 +115,7 @@ def _facts(mask: Tensor, q_offset: int | Tensor, q_length: int) -> tuple[bool, b
     """
     if is_compiling():
         return True, True
-    slot = torch.arange(mask.shape[1], device=mask.device)
+    slot = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)
     new = (slot >= q_offset) & (slot < q_offset + q_length)
     behind = (mask.cumsum(1) > 0) & ~mask & new
     padding, ragged = torch.stack(((~mask).any(), behind.any())).tolist()
@@ -129,7 +130,7 @@ def _listed(
     q_length: int,
     device: torch.device | None,
 ) -> Tensor:
-    slot = torch.arange(num_keys, device=device)
+    slot = torch.arange(num_keys, dtype=torch.int64, device=device)
     kept = (slot < q_offset + q_length).expand(batch, num_keys)
     if mask is not None:
         kept = kept & mask

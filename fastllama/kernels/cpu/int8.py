@@ -44,7 +44,7 @@ def matmul_w8a8(
         some = slice(start, start + BLOCK)
         wanted = scales[some].to(factors.dtype)
         codes = unpack_int8(packed[start // ROWS : -(-(start + BLOCK) // ROWS)], wanted.shape[0], rows.shape[1]).float()
-        sums = torch.zeros(rows.shape[0], wanted.shape[0], dtype=torch.int32)
+        sums = torch.zeros(rows.shape[0], wanted.shape[0], dtype=torch.int32, device=rows.device)
         for left, right in zip(rows.split(EXACT, 1), codes.split(EXACT, 1), strict=True):
             sums += (left @ right.T).int()
         y = sums * factors * wanted

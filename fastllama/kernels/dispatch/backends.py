@@ -10,6 +10,7 @@ from typing import Any
 from fastllama import env
 from fastllama.errors import BackendError
 from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.dispatch.isolation import in_full_precision
 
 Function = Callable[..., Any]
 
@@ -45,7 +46,7 @@ Table = Callable[[], Mapping[str, Kernels]]
 class Backends:
     """A function that has a reference, and may have an implementation of torch's ops for CPUs, in Numba and in Triton.
 
-    reference: the function of the same name in kernels/reference.
+    reference: the function of the same name in kernels/reference. Its matmuls get full precision here.
     cpu: faster than it for CPU tensors. numba, triton: give a compiler's kernels by name, this function's among them;
     called when first needed, so that both packages stay optional.
     """
@@ -60,7 +61,8 @@ class Backends:
         triton: Table | None = None,
     ) -> None:
         self.name = name
-        self._reference, self._cpu, self._numba, self._triton = reference, cpu, numba, triton
+        self._reference = in_full_precision(reference)
+        self._cpu, self._numba, self._triton = cpu, numba, triton
 
     @property
     def has_triton(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastllama.kernels.dispatch.backends import Function
 from fastllama.kernels.dispatch.fusion import Fusion
+from fastllama.kernels.dispatch.isolation import full_precision
 
 ALIGNMENT = 16  # bytes; a pointer that is a multiple is compiled for 128-bit accesses, one that is not must not meet it
 
@@ -41,7 +42,8 @@ class KernelCall:
 class VendorMatmul:
     """out = x @ weight^T (+ bias) by torch, between launches: of many rows, where the vendor's library is the fastest.
 
-    x: [M, K], weight: [N, K], bias: [N] or None, out: [M, N]; one dtype.
+    x: [M, K], weight: [N, K], bias: [N] or None, out: [M, N]; one dtype. Summed in fp32 without TF32, whatever the
+    process allows: torch's default lets cuBLAS add splits of K in 16 bits.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -49,10 +51,11 @@ class VendorMatmul:
 
     def launch(self) -> None:
         """Run it. Nothing that a later call could repeat: many rows hide what planning takes."""
-        if self.bias is None:
-            torch.mm(self.x, self.weight.T, out=self.out)
-        else:
-            torch.addmm(self.bias, self.x, self.weight.T, out=self.out)
+        with full_precision(self.x.device.type):
+            if self.bias is None:
+                torch.mm(self.x, self.weight.T, out=self.out)
+            else:
+                torch.addmm(self.bias, self.x, self.weight.T, out=self.out)
 
 
 Plan = Callable[..., Sequence[KernelCall | VendorMatmul]]

@@ -20,6 +20,7 @@ from fastllama.arithmetic import ceil_div
 from fastllama.kernels import reference
 from fastllama.kernels.cpu.matmul import by_blocks
 from fastllama.kernels.dispatch.checks import as_rows
+from fastllama.kernels.dispatch.isolation import full_precision
 from fastllama.kernels.numba.matmul import ROW_LIMIT
 from fastllama.kernels.numba.numerics import (
     FAST,
@@ -252,7 +253,7 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
         return
     source, target = as_rows("x", x), as_rows("out", out)
     if rows <= ROW_LIMIT:
-        wide, scales = torch.empty(rows, size), np.empty(rows)
+        wide, scales = torch.empty(rows, size, dtype=torch.float32, device=x.device), np.empty(rows)
         scale_rows_kernel(x.data_ptr(), wide.data_ptr(), scales, source.stride(0), size, exponent, like)
         launch(
             matmul_bf12_kernel,
@@ -282,7 +283,8 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
             pointers = (codes.data_ptr(), wide.data_ptr(), outliers.data_ptr())
             launch(widen_bf12_kernel, wide.shape[0], wide.numel(), *pointers, first, *places)
 
-        by_blocks(source, features, target, widen)
+        with full_precision("cpu"):
+            by_blocks(source, features, target, widen)
     if bias is not None:
         out += bias
 
@@ -345,11 +347,11 @@ def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """See kernels.pack_bf12."""
     exponent = commonest_exponent(weight)
     (features, size), weight = weight.shape, weight.contiguous()
-    codes = torch.empty(features, size // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
-    counts = torch.zeros(features + 1, dtype=torch.int64)
+    codes = torch.empty(features, size // BLOCK * BLOCK_BYTES, dtype=torch.uint8, device=weight.device)
+    counts = torch.zeros(features + 1, dtype=torch.int64, device=weight.device)
     work, shape = OPERATIONS * weight.numel(), (features, size, exponent)
     launch(pack_bf12_kernel, features, work, weight.data_ptr(), codes.data_ptr(), counts[1:].data_ptr(), *shape)
     starts = counts.cumsum(0)
-    outliers = torch.empty(int(starts[-1]), 3, dtype=torch.int32)
+    outliers = torch.empty(int(starts[-1]), 3, dtype=torch.int32, device=weight.device)
     launch(list_outliers_kernel, features, work, weight.data_ptr(), starts.data_ptr(), outliers.data_ptr(), *shape)
     return codes, outliers, exponent

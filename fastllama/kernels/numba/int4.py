@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.dispatch.checks import as_rows
+from fastllama.kernels.dispatch.isolation import full_precision
 from fastllama.kernels.numba import quantized
 from fastllama.kernels.reference.int4 import MIDDLE
 
@@ -31,10 +32,11 @@ def matmul_int4(
 
 def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """By codes less 8; what zeros differ from 8 meets the sums of x over each group, of which there are few."""
-    total = torch.empty(out.shape)
+    total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     quantized.multiply(x, packed, scales, None, total)
     sums = x.float().unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]
-    total.addmm_(sums, (scales.float() * (zeros.float() - MIDDLE)).T, alpha=-1)
+    with full_precision("cpu"):
+        total.addmm_(sums, (scales.float() * (zeros.float() - MIDDLE)).T, alpha=-1)
     if bias is not None:
         total += bias
     out.copy_(total)

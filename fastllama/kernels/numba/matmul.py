@@ -120,7 +120,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
         )
     else:
         target, source = as_rows("out", out), as_rows("x", x)
-        wide = torch.empty(rows, size)
+        wide = torch.empty(rows, size, dtype=torch.float32, device=x.device)
         widen_rows_kernel(source.data_ptr(), wide.data_ptr(), source.stride(0), rows, size, like)
         launch(
             matmul_rows_kernel,

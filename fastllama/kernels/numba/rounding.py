@@ -147,8 +147,8 @@ def _runs(weight: Tensor) -> bool:
 
 def _round(weight: Tensor, group_size: int, dtype: torch.dtype, *how: int) -> tuple[Tensor, Tensor]:
     features, size = weight.shape
-    codes = torch.empty(features, size, dtype=dtype)
-    scales = torch.empty(features, size // group_size, dtype=weight.dtype)
+    codes = torch.empty(features, size, dtype=dtype, device=weight.device)
+    scales = torch.empty(features, size // group_size, dtype=weight.dtype, device=weight.device)
     launch(
         quantize_weight_kernel,
         features,
@@ -167,14 +167,14 @@ def _round(weight: Tensor, group_size: int, dtype: torch.dtype, *how: int) -> tu
 
 def pack_int4(codes: Tensor) -> Tensor:
     """See kernels.pack_int4."""
-    packed = torch.empty(packed_shape_4(*codes.shape), dtype=torch.int32)
+    packed = torch.empty(packed_shape_4(*codes.shape), dtype=torch.int32, device=codes.device)
     _pack(pack_int4_kernel, codes, packed)
     return packed
 
 
 def pack_int8(codes: Tensor) -> Tensor:
     """See kernels.pack_int8."""
-    packed = torch.empty(packed_shape_8(*codes.shape), dtype=torch.int8)
+    packed = torch.empty(packed_shape_8(*codes.shape), dtype=torch.int8, device=codes.device)
     _pack(pack_int8_kernel, codes, packed)
     return packed
 

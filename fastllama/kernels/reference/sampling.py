@@ -73,7 +73,11 @@ def sample(
         bar = philox(seed, offset).to(mass.dtype)[:, None] * mass[:, -1:]
         drawn = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)
         # Rounding of the cumulative sum can end it on a filtered token: step back to the last that was kept.
-        kept = torch.where(probs > 0, torch.arange(probs.shape[-1], device=probs.device), -1).cummax(-1).values
+        kept = (
+            torch.where(probs > 0, torch.arange(probs.shape[-1], dtype=torch.int64, device=probs.device), -1)
+            .cummax(-1)
+            .values
+        )
         drawn = kept.gather(1, drawn[:, None])[:, 0]
         tokens = torch.where(greedy, tokens, drawn)
     legal = legal[:, 0]

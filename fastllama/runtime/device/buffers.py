@@ -43,7 +43,7 @@ class Buffers:
             size = math.prod(shape) * dtype.itemsize
             self._places[name] = slice(end, end + size)
             end += ceil_div(size, ALIGNMENT) * ALIGNMENT
-        self._host = torch.zeros(end, dtype=torch.uint8)
+        self._host = torch.zeros(end, dtype=torch.uint8, device="cpu")
         num_pinned = 2 if device.type == "cuda" else 0
         self._pinned = [(torch.empty_like(self._host, pin_memory=True), torch.cuda.Event()) for _ in range(num_pinned)]
         self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)

@@ -120,7 +120,7 @@ class _Graph:
             num_decodes=num_seqs,
             num_queries=num_queries,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
-            logits_rows=torch.arange(rows, device=device),
+            logits_rows=torch.arange(rows, dtype=torch.int64, device=device),
         )
 
     def step(self, model: LlamaForCausalLM, kv: KVCache) -> Callable[[], Tensor]:

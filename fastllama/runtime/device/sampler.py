@@ -93,7 +93,7 @@ class PendingTokens:
         # Copied, for the next step may draw there before these are read.
         self._arrived: torch.cuda.Event | None = None
         if drawn.memory.device.type == "cuda":
-            self._numbers = torch.empty(drawn.memory.shape, dtype=torch.uint8, pin_memory=True)
+            self._numbers = torch.empty(drawn.memory.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
             self._numbers.copy_(drawn.memory, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(drawn.memory.device))
@@ -226,7 +226,8 @@ def _reports(
 def _logprobs(logits: Tensor, targets: list[int], tops: list[int]) -> list[TokenLogprob]:
     """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V)."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
+    places = torch.tensor(targets, dtype=torch.int64, device=logits.device)
+    chosen = logprobs.gather(1, places[:, None])[:, 0].tolist()
     best = logprobs.topk(min(max(tops), logprobs.shape[1]), dim=-1)
     values, ids = best.values.tolist(), best.indices.tolist()
     return [
