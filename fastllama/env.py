@@ -85,7 +85,10 @@ XDG_CACHE_HOME = Variable(
     "XDG_CACHE_HOME",
     "~/.cache",
     "Where caches lie, a variable of the XDG Base Directory Specification: launch configurations tuned on this machine "
-    "are read from its folder `fastllama/tuned/<gpu>`. Empty or not absolute counts as not set, as it demands.",
+    "are read from its folder `fastllama/tuned/<gpu>`; CPU kernels that Numba compiled are kept in `fastllama/numba`, "
+    "a few megabytes for each version, which may be removed at any time. Where that cannot be written, they are "
+    "compiled anew in each process, and `fastllama info` says so. Empty or not absolute counts as not set, as it "
+    "demands.",
 )
 VARIABLES = (BACKEND, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME)
 
@@ -96,9 +99,14 @@ def triton_interpret() -> bool:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again, by the XDG rule; it need not exist."""
-    given = Path(XDG_CACHE_HOME.read())
-    return (given if given.is_absolute() else Path(XDG_CACHE_HOME.default).expanduser()) / "fastllama"
+    """The folder for what can be made again, by the XDG rule; it need not exist, and without a home it cannot."""
+    folder = Path(XDG_CACHE_HOME.read())
+    if not folder.is_absolute():
+        try:
+            folder = Path(XDG_CACHE_HOME.default).expanduser()
+        except RuntimeError:  # a user whom the system does not know, as in a container, and no HOME
+            folder = Path(os.devnull)
+    return folder / "fastllama"
 
 
 def markdown() -> str:

@@ -31,14 +31,21 @@ def run(args: argparse.Namespace) -> int:
     versions, devices = _versions(), _devices()
     variables = {variable.name: variable.read() for variable in env.VARIABLES}
     ops = {device["type"]: _ops(device["type"]) for device in devices}
+    machine_code = _machine_code()
     if args.json:
-        found = {"versions": versions, "devices": devices, "environment": variables, "ops": ops}
+        found = {
+            "versions": versions,
+            "devices": devices,
+            "environment": variables,
+            "machine_code": machine_code,
+            "ops": ops,
+        }
         print(json.dumps(found), flush=True)
         return 0
     sections = [
         [(name, version or "not installed") for name, version in versions.items()],
         [(device["name"], _describe(device)) for device in devices],
-        list(variables.items()),
+        [*variables.items(), ("compiled CPU kernels", machine_code)],
     ]
     for kind, table in ops.items():
         lines = [(name, f"{row['backend']}: {row['reason']}") for name, row in table.items()]
@@ -94,6 +101,15 @@ def _cpu_name() -> str:
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _machine_code() -> str:
+    """Where CPU kernels are kept once they are compiled."""
+    try:
+        from fastllama.kernels.numba.cache import described
+    except ImportError:
+        return "none, as numba is not installed"
+    return described()
 
 
 def _ops(kind: str) -> dict[str, dict[str, str]]:

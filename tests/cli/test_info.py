@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +72,31 @@ def test_a_forced_backend_shows_where_it_does_not_run(command: Command, monkeypa
     assert ops["matmul_bf12"]["reason"].startswith("no Triton kernel yet; tensors on cpu")
     assert ops["rms_norm"]["backend"] == "nothing"
     assert ops["rms_norm"]["reason"].endswith("only in the interpreter; set TRITON_INTERPRET=1")
+
+
+def test_where_compiled_kernels_are_kept_or_why_they_are_not(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache = pytest.importorskip("fastllama.kernels.numba.cache")
+
+    def shown(home: Path) -> str:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        monkeypatch.setattr(cache, "FOLDER", cache.MachineCodeFolder())
+        told = json.loads(command("info", "--json").out)["machine_code"]
+        lines = [" ".join(line.split()) for line in command("info").out.splitlines()]
+        assert f"compiled CPU kernels {told}" in lines
+        return str(told)
+
+    assert shown(tmp_path / "new") == str(tmp_path / "new" / "fastllama" / "numba")
+    assert not (tmp_path / "new").exists(), "who asks changes nothing"
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "fastllama" / "numba"
+    assert shown(tmp_path / "file") == f"{folder}, not writable: compiled anew in each process"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    folder = tmp_path / "fastllama" / "numba"
+    assert shown(tmp_path) == f"{folder}, not writable: compiled anew in each process"
+    monkeypatch.setitem(sys.modules, "fastllama.kernels.numba.cache", None)
+    assert json.loads(command("info", "--json").out)["machine_code"] == "none, as numba is not installed"
 
 
 def test_gpus_are_listed_with_what_they_have(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

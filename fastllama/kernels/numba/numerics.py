@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fastllama.kernels.numba.cache import kept
 from fastllama.kernels.numba.vectors import I8, fetch
 
 # What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
@@ -21,9 +22,14 @@ CODE_LIKE = {torch.int8: np.int8(0), torch.float8_e4m3fn: np.uint8(0)}  # only s
 INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
 # Sums may be reordered and contracted, which lets LLVM vectorise a dot product; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract"}
-# cache: compiled once for a machine and signature; nogil: other Python threads go on meanwhile.
-# Division by zero gives what IEEE 754 says: Python's exception for it would stand in the way of vectors.
-jit = numba.njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
+
+
+def jit(function):
+    """A kernel: compiled once for a machine and signature (cache.py); other Python threads go on while it runs.
+
+    Division by zero gives what IEEE 754 says: Python's exception for it would stand in the way of vectors.
+    """
+    return kept(numba.njit(fastmath=FAST, nogil=True, error_model="numpy")(function))
 
 
 def _widened(builder, bits, element):
