@@ -65,7 +65,13 @@ W8A8_MUTANTS = [
         "scales_out_ptr + row * 0, x",
         ROUNDED,
     ),
-    mutant("rows: codes at x's stride", "rows/quantize_rows", "out_ptr + row * SIZE", "out_ptr + row * BLOCK", ROUNDED),
+    mutant(
+        "rows: codes at x's stride",
+        "rows/quantize_rows",
+        "out_ptr + row * out_row_stride",
+        "out_ptr + row * BLOCK",
+        ROUNDED,
+    ),
     mutant("rows: columns past the last", "rows/quantize_rows", "(col < SIZE)", "(col < BLOCK)", ROUNDED),
     mutant(
         "rows: 32 bits",

@@ -20,6 +20,7 @@ from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
 from fastllama.kernels.reference.int4 import COLUMNS
 from fastllama.kernels.triton.overlap import follow, overlapping, prefetch, release, wait
+from fastllama.kernels.triton.rows.quantize import as_scales
 
 FEATURES = 128  # of a program: two tiles of the layout
 TOGETHER = 16  # tiles of rows, whose programs follow each other: they share tiles of the weight, and x stays in L2
@@ -174,7 +175,7 @@ def matmul_w8a8(
     check_kernel_dtype("scales", scales)
     launch, split, splits, elements = _plan(x, scales)
     workspace = scratch(workspace, elements, torch.int32, x.device)
-    x, out = as_rows("x", x), as_rows("out", out)
+    x, x_scales, out = as_rows("x", x), as_scales("x_scales", x_scales), as_rows("out", out)
     (num_rows, size), features = x.shape, scales.shape[0]
     if not (num_rows and features):
         return []

@@ -11,7 +11,7 @@ from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
-from fastllama.kernels.triton.rows.quantize import store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
 
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
@@ -120,7 +120,7 @@ def _plan(
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,
-        scales_out_ptr=scales_out,
+        scales_out_ptr=None if scales_out is None else as_scales("scales_out", scales_out),
         out_row_stride=out.stride(0),
         residual_out_row_stride=0 if residual_out is None else residual_out.stride(0),
         x_row_stride=x.stride(0),

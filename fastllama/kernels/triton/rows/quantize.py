@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, to nearest even, in the lowest bits
 SMALLEST_BITS = tl.constexpr((127 - 100) << 23)  # of 2^-100: its reciprocal and those of larger numbers are finite
+
+
+def as_scales(name: str, scales: Tensor) -> Tensor:
+    """`scales` [...] of rows, one after another. Raises ValueError where they do not lie so: nothing is copied."""
+    if not scales.is_contiguous():
+        raise ValueError(f"{name} has strides {list(scales.stride())}; legal for the Triton kernel: contiguous")
+    return scales
 
 
 # Both halves [HEADS, PAIRS] of heads in fp32 -> their codes, and each head's scale [HEADS, 1]: absmax / largest code.

@@ -12,7 +12,7 @@ from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.rows.norm import rows_per_program
-from fastllama.kernels.triton.rows.quantize import store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
 
 
 # One program owns ROWS rows.
@@ -21,6 +21,7 @@ def quantize_rows_kernel(
     out_ptr,
     scales_out_ptr,
     x_ptr,
+    out_row_stride,
     x_row_stride,
     num_rows,
     SIZE: tl.constexpr,
@@ -33,14 +34,14 @@ def quantize_rows_kernel(
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < num_rows) & (col < SIZE)
     x = tl.load(x_ptr + row * x_row_stride + col, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    store_codes(out_ptr + row * SIZE + col, scales_out_ptr + row, x, mask, row < num_rows)
+    store_codes(out_ptr + row * out_row_stride + col, scales_out_ptr + row, x, mask, row < num_rows)
 
 
 @launcher
 def quantize_rows(x: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall]:
     """See kernels.quantize_rows."""
     check_kernel_dtype("x", x)
-    x = as_rows("x", x)
+    x, out = as_rows("x", x), as_rows("out", out)
     num_rows, size = x.shape
     if not num_rows:
         return []
@@ -51,8 +52,9 @@ def quantize_rows(x: Tensor, out: Tensor, scales_out: Tensor) -> list[KernelCall
         quantize_rows_kernel,
         (ceil_div(num_rows, rows),),
         out_ptr=out,
-        scales_out_ptr=scales_out,
+        scales_out_ptr=as_scales("scales_out", scales_out),
         x_ptr=x,
+        out_row_stride=out.stride(0),
         x_row_stride=x.stride(0),
         num_rows=num_rows,
         SIZE=size,

@@ -11,7 +11,7 @@ from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
-from fastllama.kernels.triton.rows.quantize import store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
 
 
 # One program owns BLOCK columns of one row, all of them for codes; programs of one row follow each other, as its memory
@@ -83,7 +83,7 @@ def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[Kern
         (rows,),
         out_ptr=out,
         gate_up_ptr=gate_up,
-        scales_out_ptr=scales_out,
+        scales_out_ptr=as_scales("scales_out", scales_out),
         out_row_stride=out.stride(0),
         gate_up_row_stride=gate_up.stride(0),
         SIZE=size,
