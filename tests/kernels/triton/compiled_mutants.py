@@ -22,6 +22,7 @@ SEQUENCE = "    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_
 LENGTH = "    k_len = tl.load(seq_lens_ptr + seq)\n"
 CHUNK = "    row = tl.program_id(0).to(tl.int64)\n    chunk = tl.program_id(1)\n    temperature"
 SCALES = "    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)\n"
+OFFSETS = f"{TESTS}/triton/test_offsets.py"
 COMPILED_MUTANTS = [
     fault("nothing waits", "overlap", "        gdc_wait()", "        pass", f"{WAITS}[norm-sm_90]"),
     fault("no launch is let go", "overlap", "        gdc_launch_dependents()", "        pass", f"{WAITS}[norm-sm_90]"),
@@ -84,5 +85,26 @@ COMPILED_MUTANTS = [
     ),
     fault(
         "a kernel for where a part begins", "rows/rope", '["positions_ptr", "slots_ptr"]', '["positions_ptr"]', PLACES
+    ),
+    fault(
+        "32-bit rows of a weight",
+        "matmul/quantized",
+        "weight_ptr + row[:, None] * K",
+        "weight_ptr + row.to(tl.int32)[:, None] * K",
+        f"{OFFSETS}::test_no_product_with_a_weight_of_two_to_the_34_elements",
+    ),
+    fault(
+        "32-bit strides of heads",
+        "attention/merge",
+        "tl.arange(0, HEADS))[:, None].to(tl.int64)",
+        "tl.arange(0, HEADS))[:, None]",
+        f"{OFFSETS}::test_no_small_call[merge_state]",
+    ),
+    fault(
+        "32-bit rows of codes",
+        "rows/quantize_rows",
+        "tl.program_id(0).to(tl.int64) * ROWS",
+        "tl.program_id(0) * ROWS",
+        f"{OFFSETS}::test_no_small_call[quantize_rows]",
     ),
 ]

@@ -62,8 +62,8 @@ MATMUL_MUTANTS = [
     ),
     around(
         "parts of one row",
-        "place = part * num_rows + row\n    ",
-        "place = part * num_rows + row * 0\n    ",
+        "place = row\n    ",
+        "place = row * 0\n    ",
         COLUMNS,
     ),
     around(

@@ -126,12 +126,13 @@ def finish(
 def added(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     mask = row < num_rows
     total, squares = tl.zeros([BLOCK_N, row.shape[0]], tl.float32), tl.zeros(row.shape, tl.float32)
-    for part in tl.static_range(SPLITS):
-        place = part * num_rows + row
+    place = row
+    for _ in tl.static_range(SPLITS):
         part_ptrs = parts_ptr + place[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         total += tl.load(part_ptrs, mask=mask[None, :], other=0.0, cache_modifier=".cg")
         if norm_ptr is not None:
             squares += tl.load(squares_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+        place += num_rows
     return total, squares
 
 
