@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from fastllama import kernels
+from fastllama.kernels.dispatch.isolation import no_autocast
 
 Fused = tuple[Any, Any]  # weight [N, K] and bias [N] or None, or lists of the parts of each
 # Fused tensors by their address, while a layer holds them: so long no other memory can have it.
@@ -58,7 +59,12 @@ torch.library.register_fake("fastllama_transformers::fused_matmul", lambda *args
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """All their rows: a copy where a parameter was moved or replaced since the graph was compiled."""
     whole = spanning(tensors)
-    return torch.cat([*tensors]) if whole is None else whole
+    return _concatenated(tensors) if whole is None else whole
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    with no_autocast():  # where torch.cat of fp16 raises
+        return torch.cat([*tensors])
 
 
 def parts(owner: nn.Module, names: Sequence[str]) -> Fused:
@@ -77,7 +83,7 @@ def fuse(linears: Sequence[nn.Linear]) -> Fused:
 def _adjoined(tensors: Sequence[Tensor]) -> Tensor:
     whole = spanning(tensors)
     if whole is None:
-        whole = torch.cat([part.detach() for part in tensors])
+        whole = _concatenated([part.detach() for part in tensors])
         for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
             # A storage of its own over the same memory: libraries that save weights take two tensors of one storage
             # for two names of one, and drop the second.

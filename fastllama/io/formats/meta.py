@@ -13,6 +13,7 @@ from torch import Tensor
 from fastllama.errors import CheckpointError
 from fastllama.io.formats.base import AGAIN, Checkpoint, dtype_name, read_json, read_torch
 from fastllama.io.formats.interleaved import LAYER_NAMES, half_split, rotary_heads
+from fastllama.kernels.dispatch.isolation import no_autocast
 from fastllama.layers.config import LlamaConfig
 
 _TOP_NAMES: dict[str, tuple[str, int | None]] = {
@@ -59,7 +60,8 @@ class MetaCheckpoint(Checkpoint):
             return parts[0]
         if dim >= parts[0].ndim:
             raise CheckpointError(f"{self.path}: tensor {name} has shape {shapes[0]}, expected a matrix")
-        return torch.cat(parts, dim)
+        with no_autocast():  # where torch.cat of fp16 raises
+            return torch.cat(parts, dim)
 
     def _read_config(self) -> LlamaConfig:
         embedding = self._ranks[0].get(_EMBEDDING)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastllama.kernels.dispatch.backends import Backends, Function, Table
-from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autocast
+from fastllama.kernels.dispatch.isolation import autocast_enabled, no_autocast
 
 
 class Conversion(Backends):
@@ -30,8 +30,11 @@ class Conversion(Backends):
         self._check = check
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
-        self._check(first, *others)
-        run = self.implementation(first.device.type).run
         if autocast_enabled(first.device.type):
-            run = without_autocast(run)
-        return run(first, *others)
+            with no_autocast():  # not the check either: torch.stack of fp16 raises under autocast to bf16
+                return self._run(first, *others)
+        return self._run(first, *others)
+
+    def _run(self, first: Tensor, *others: Any) -> Any:
+        self._check(first, *others)
+        return self.implementation(first.device.type).run(first, *others)

@@ -135,9 +135,10 @@ class _FullPrecision:
         self._inside: dict[int, int] = {}  # entries by thread
         self._turn = 0  # odd while any thread is inside
         self._undo: Function | None = None
-        os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._after_in_child
-        )
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._after_in_child
+            )
 
     def needed(self, is_full: Callable[[], bool] = _is_full) -> bool:
         """Whether matmuls of the calling thread have to be inside: 0.2 us."""
