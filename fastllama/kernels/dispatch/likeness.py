@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any
 
+from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 _PLAIN = (bool, int, float, type(None))
@@ -17,7 +18,8 @@ class Likeness:
 
     Metadata are type, device, dtype, shape, strides and requires_grad: not the address, not what a tensor holds. The
     guard that torch.compile evaluates before it runs compiled code compares them: 0.9 us for seven tensors, of which
-    Python would need 0.3 us each to read them.
+    Python would need 0.3 us each to read them. It also compares the dispatch keys of tensors and of the thread, so that
+    no wrapped tensor and no call under one of torch's modes is like a call that was none.
     """
 
     def __init__(self, args: Arguments, tensors: Collection[int]) -> None:
@@ -31,25 +33,36 @@ class Likeness:
                 self._same.append((place, first[id(arg)]))
             else:
                 first[id(arg)] = place
-        unique = [args[place] for place in first.values()]
+        self.places = [*first.values()]  # of the tensors
+        unique = [args[place] for place in self.places]
         sizes: list[Any] = [list(tensor.shape) for tensor in unique]  # each as it is: none may vary
         strides: list[Any] = [list(tensor.stride()) for tensor in unique]
-        self._guards = TensorGuards(*unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._tensors, self._others = _picker([*first.values()]), _picker(others)
-        self._values = self._others(args)
-        self.plain = all(isinstance(value, _PLAIN) for value in self._values)
+        self._check = TensorGuards(*unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self._tensors, self._others = picker(self.places), itemgetter(*others) if others else _nothing
+        values = self._others(args)
+        self.plain = all(isinstance(args[place], _PLAIN) for place in others)
+        self._values = frozenset([values]) if self.plain else frozenset()  # by hash: a tensor equals no number
         self.requires_grad = any(tensor.requires_grad for tensor in unique)
 
-    def __call__(self, args: Arguments) -> bool:
-        """Whether a call of the same op with these arguments is like the first."""
-        for place, other in self._same:
-            if args[place] is not args[other]:
-                return False
-        return self._guards.check(*self._tensors(args)) and self._others(args) == self._values
+    def __call__(self, args: Arguments) -> tuple[Tensor, ...] | None:
+        """The tensors of a call of the same op, each once, where it is like the first; else None."""
+        if self._same:
+            for place, other in self._same:
+                if args[place] is not args[other]:
+                    return None
+        tensors = self._tensors(args)
+        return tensors if self._check(*tensors) and self._others(args) in self._values else None
 
 
-def _picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:
-    """The arguments at some places, as a tuple."""
+def picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:
+    """A function that returns the arguments at some places, as a tuple."""
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda args: tuple(args[place] for place in places)
+    if places:
+        (place,) = places
+        return lambda args: (args[place],)
+    return lambda args: ()
+
+
+def _nothing(args: Arguments) -> None:
+    """What a call has besides its tensors."""

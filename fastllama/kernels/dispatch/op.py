@@ -1,29 +1,61 @@
 """An op: checks a call, runs the implementation bound to its device, and is opaque to torch.compile.
 
 Every implementation writes into tensors its caller passes and allocates no result: so an op aliases nothing, needs no
-fake beyond "no result", and can be captured in a CUDA graph. Eager calls go straight to it: the dispatcher costs 2 us a
-call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than many of the kernels
-themselves. A call like an earlier one is not checked again.
+fake beyond "no result", and can be captured in a CUDA graph. Eager calls of plain tensors go straight to it: the
+dispatcher costs 2 us a call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than
+many of the kernels themselves. What is not plain (plainness.py) goes through the dispatcher, which knows what to do.
+A call like an earlier one is not checked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from fastllama.errors import check_device
+from fastllama.kernels.dispatch.aliasing import Aliasing, InPlace
 from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Table
-from fastllama.kernels.dispatch.likeness import Likeness
+from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autocast
+from fastllama.kernels.dispatch.likeness import Likeness, picker
+from fastllama.kernels.dispatch.plainness import check_no_tangent, is_plain
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
+_MOST_DISTANCES = 1024  # remembered of each, between tensors that lie among each other: a few for each such buffer
 
 _LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
 OPS: dict[str, Op] = {}
+_NUMBERS: dict[str, tuple[type, ...]] = {
+    "float": (Real, torch.SymFloat, torch.SymInt),
+    "int": (Integral, torch.SymInt),
+    "bool": (bool, Integral, torch.SymBool),
+}
+_address = Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class _Known:
+    """How calls like one that has been checked are run.
+
+    written: picks the tensors that are written. near: two places of `like`'s tensors, of which one is written, and
+    between which distances in bytes their memory meets. apart: such places with a distance at which it does, and may:
+    columns of one buffer lie among each other.
+    """
+
+    like: Likeness
+    run: Function
+    written: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
+    near: list[tuple[int, int, int, int]]
+    apart: set[tuple[int, int, int]] = field(default_factory=set)
 
 
 class Op(Backends):
@@ -35,6 +67,7 @@ class Op(Backends):
     check: takes the arguments and raises for what is not legal; devices are checked here. Whether a call is legal must
     depend on nothing but its Likeness.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
+    in_place: which outputs may be written over which inputs, as for Aliasing; all others need memory of their own.
     cpu, numba, triton: as for Backends, in out-form.
     """
 
@@ -44,6 +77,7 @@ class Op(Backends):
         *,
         check: Callable[..., None],
         reference: Callable[..., Any],
+        in_place: InPlace | None = None,
         cpu: Function | None = None,
         numba: Table | None = None,
         triton: Table | None = None,
@@ -54,14 +88,19 @@ class Op(Backends):
         self.num_outputs = sum(is_output)
         self._inputs = is_output.index(True) if self.num_outputs else len(kinds)
         self.names = names
+        self._kinds = kinds
         self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
+        self._written = tuple(i for i, kind in enumerate(kinds) if "!" in kind)
+        self._aliasing = Aliasing(names, self._written, in_place or {})
         super().__init__(name, reference=reference, cpu=cpu, numba=numba, triton=triton)
         self._check = check
         self._bound: dict[torch.device, Function] = {}
         self._second = self._tensors[1]
-        self._known: dict[tuple[int, int], tuple[Likeness, Function]] = {}  # by the first two tensors' sizes
+        self._known: dict[tuple[int, int], _Known] = {}  # by the first two tensors' sizes
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
+        # torch.compile also traces what the ops of its graphs run in Python, if it is not told to leave them alone.
+        run = _disable_dynamo(lambda *args: self.run_apart(args))
+        _LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         self._opaque = getattr(torch.ops.fastllama, self.name).default
         OPS[self.name] = self
@@ -71,27 +110,53 @@ class Op(Backends):
             self.check(args)
             self._opaque(*args)
             return
-        sizes = args[0].numel(), args[self._second].numel()
+        try:
+            sizes = args[0].numel(), args[self._second].numel()
+        except AttributeError:  # no tensor
+            self.check(args)
+            raise
         known = self._known.get(sizes)
-        if known is None or not known[0](args) or (known[0].requires_grad and is_grad_enabled()):
+        tensors = known.like(args) if known is not None and forward_ad._current_level < 0 else None
+        if known is None or tensors is None or (known.like.requires_grad and is_grad_enabled()):
             self._run_unknown(sizes, args)
-        else:
-            known[1](*args)
+            return
+        addresses = [*map(_address, tensors)]
+        if 0 in addresses:
+            self._check_addresses(args)
+        for one, other, low, high in known.near:
+            distance = addresses[one] - addresses[other]
+            if low < distance < high and (one, other, distance) not in known.apart:
+                self._check_aliasing(args)
+                if len(known.apart) < _MOST_DISTANCES:
+                    known.apart.add((one, other, distance))
+        increment_version(known.written(args))
+        known.run(*args)
 
     def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
         """Check a call, run it and remember what runs those like it."""
         known = self._known  # which `bound_to` replaces: what runs now is remembered there or nowhere
         self.check(args)
-        run = self.bound(args[0].device)
+        given = self._given(args)
+        if not is_plain(given):
+            self._opaque(*args)
+            return
+        self._check_addresses(args)
+        self._check_aliasing(args)
+        written = picker([place for place in self._written if args[place] is not None])
+        increment_version(written(args))
+        run = self._isolated(args[0].device)
         run = run(*args) or run
         like = Likeness(args, self._tensors)
         if like.plain:
             if len(known) == _MOST_KNOWN:
                 known.clear()
-            known[sizes] = like, run
+            near = self._aliasing.near(like.places, args)
+            known[sizes] = _Known(like, run, written, near)
 
     def check(self, args: tuple[Any, ...]) -> None:
-        """Raise for what is not legal."""
+        """Raise for what is not legal, but for memory that is shared or lacks."""
+        for name, kind, value in zip(self.names, self._kinds, args, strict=True):
+            _check_kind(name, kind, value)
         self._check(*args)
         device = args[0].device
         for i in self._tensors:
@@ -104,9 +169,49 @@ class Op(Backends):
                         f"{self.names[i]} requires grad, and op {self.name} has no backward: "
                         "call it under torch.inference_mode() or torch.no_grad()"
                     )
+        if not is_compiling() and forward_ad._current_level >= 0:
+            for i in self._tensors:
+                if args[i] is not None:
+                    check_no_tangent(self.names[i], args[i], self.name)
 
-    def _dispatched(self, *args: Any) -> None:
-        self.bound(args[0].device)(*args)
+    def _given(self, args: Sequence[Any]) -> list[Tensor]:
+        return [args[place] for place in self._tensors if args[place] is not None]
+
+    def _check_aliasing(self, args: Sequence[Any]) -> None:
+        """Raise for a tensor that is written and shares memory that it may not."""
+        for place, other in self._aliasing.overlaps(args):
+            raise ValueError(self._aliasing.refusal(place, other))
+
+    def _check_addresses(self, args: Sequence[Any]) -> None:
+        for place in self._tensors:
+            tensor = args[place]
+            if tensor is not None and tensor.numel() and not tensor.data_ptr():
+                raise ValueError(
+                    f"{self.names[place]} has no memory behind its {tensor.numel()} elements (a wrapper, or a storage "
+                    "that was freed); legal: a tensor with data"
+                )
+
+    def run_apart(self, args: Sequence[Any]) -> None:
+        """Run the op, as torch's dispatcher does: where an output overlaps an input, that input is copied first.
+
+        torch.compile makes such calls of programs without overlap: it takes `y = x.clone(); matmul(y, w, out=x)` for
+        one that needs no clone.
+        """
+        given = [*args]
+        device = args[0].device
+        if device.type in ("cpu", "cuda"):
+            self._check_addresses(args)
+            for place, other in self._aliasing.overlaps(args):
+                if other in self._written:
+                    raise ValueError(self._aliasing.refusal(place, other))
+                given[other] = args[other].clone()
+        increment_version([args[place] for place in self._written if args[place] is not None])
+        self._isolated(device)(*given)
+
+    def _isolated(self, device: torch.device) -> Function:
+        """What runs the op on a device, the same whether autocast is on or not."""
+        run = self.bound(device)
+        return without_autocast(run) if autocast_enabled(device.type) else run
 
     def bound(self, device: torch.device) -> Function:
         """What runs the op on a device, in out-form: chosen once, at the first call. Raises BackendError."""
@@ -145,6 +250,17 @@ class Op(Backends):
         for output, result in zip(outputs, (results,) if len(outputs) == 1 else results or (), strict=True):
             if output is not None:
                 output.copy_(result)
+
+
+def _check_kind(name: str, kind: str, value: Any) -> None:
+    """TypeError unless a value is what the schema says: a strided tensor, or a number that is no tensor."""
+    if kind.startswith("Tensor"):
+        if not isinstance(value, Tensor) and not (value is None and kind.endswith("?")):
+            raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; legal: a tensor")
+        if value is not None and value.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {value.layout}; legal: {torch.strided}")
+    elif not isinstance(value, _NUMBERS[kind]):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; legal: a number ({kind})")
 
 
 def _on(index: int, run: Function) -> Function:

@@ -6,43 +6,38 @@ implementations saves all else between them: modules, views, allocations and che
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from fastllama.errors import BackendError
 from fastllama.kernels.dispatch.backends import Function
-from fastllama.kernels.dispatch.op import OPS
+from fastllama.kernels.dispatch.isolation import without_autocast
+from fastllama.kernels.dispatch.op import OPS, Op
 
 _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
-_LOCK = threading.Lock()  # each recording replaces what runs an op, and puts back what it found
 T = TypeVar("T")
 
 
 def record(run: Callable[[], T], device: torch.device, memory: list[Tensor]) -> tuple[T, Recording]:
-    """What `run` returns, and the recording of it; recordings of several threads wait for each other."""
+    """What `run` returns, and the recording of it."""
     recording = Recording(device, memory)
-    with _LOCK:
-        try:
-            with recording:
-                return run(), recording
-        except BaseException:
-            recording.close()  # Ctrl-C on the way out of a `with` skips its __exit__
-            raise
+    try:
+        with recording:
+            return run(), recording
+    except BaseException:
+        recording.close()
+        raise
 
 
 class Recording(TorchDispatchMode):
     """Notes every op that this thread runs on `device` inside a `with`; `replay()` runs them again on the same tensors.
 
     memory: buffers, grown as needed, that the tensors allocated inside take theirs from; recordings that never run at
-    the same time may share them. Only what ops compute is noted: `replayable` is False where anything but views and
-    allocations ran between them.
+    the same time may share them. Only what ops compute is noted, not what their implementations call: `replayable` is
+    False where anything but views and allocations ran between them.
     """
 
     def __init__(self, device: torch.device, memory: list[Tensor]) -> None:
@@ -51,53 +46,25 @@ class Recording(TorchDispatchMode):
         self._device, self._memory = device, memory
         self._calls: list[tuple[Function, tuple[Any, ...]]] = []
         self._allocations = 0
-        self._depth = 0  # of ops: what an implementation does itself is repeated by running it
-        self._stack = ExitStack()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Of torch: saying yes imports its compiler, 0.9 s at the first step of every process."""
         return False
 
-    def __enter__(self) -> Recording:
-        owner = threading.get_ident()
-        with ExitStack() as stack:
-            for op in OPS.values():
-                with suppress(BackendError):  # an op that cannot run here says so when it is called
-                    stack.enter_context(op.bound_to(self._device, self._noting(op.bound(self._device), owner)))
-            super().__enter__()
-            stack.push(super().__exit__)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Note no more. May be called twice."""
-        self._stack.close()
+        """Record no more, where Ctrl-C on the way out of a `with` has skipped its `__exit__`."""
+        if self in _get_current_dispatch_mode_stack():
+            super().__exit__(None, None, None)
 
     def replay(self) -> None:
         """Run the ops again, in order. Raises what they raise."""
         assert self.replayable
+        without_autocast(self._run)()
+
+    def _run(self) -> None:
         for run, args in self._calls:
             run(*args)
-
-    def _noting(self, run: Function, owner: int) -> Function:
-        def note(*args: Any) -> None:
-            if threading.get_ident() != owner or self._depth:  # an op within an op
-                run(*args)
-                return
-            self._depth += 1
-            try:
-                run(*args)
-            finally:
-                self._depth -= 1
-            self._calls.append((run, args))
-
-        return note
 
     def __torch_dispatch__(
         self,
@@ -106,13 +73,19 @@ class Recording(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func.namespace == "fastllama" and args[0].device == self._device:
+            self._note(OPS[func._opname], args)
+            return None
         result = func(*args, **(kwargs or {}))
-        if self._depth or func.is_view:
-            return result
         if func in _ALLOCATIONS:
             return self._placed(result)
-        self.replayable = False
+        if not func.is_view:
+            self.replayable = False
         return result
+
+    def _note(self, op: Op, args: tuple[Any, ...]) -> None:
+        op.run_apart(args)
+        self._calls.append((op.bound(self._device), args))
 
     def _placed(self, wanted: Tensor) -> Tensor:
         """A tensor like `wanted`, fresh and contiguous, in the next buffer."""

@@ -128,6 +128,7 @@ _VARLEN = Op(
     "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_varlen,
     reference=reference.attention_varlen,
+    in_place={"out": {"q": 1}},
     cpu=cpu.attention_varlen,
     triton=triton_kernels,
 )
@@ -137,6 +138,7 @@ _PREFILL = Op(
     "Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_prefill,
     reference=reference.attention_prefill,
+    in_place={"out": {"q": 1}},
     cpu=cpu.attention_prefill,
     numba=numba_kernels,
     triton=triton_kernels,
@@ -147,6 +149,7 @@ _DECODE = Op(
     "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace) -> ()",
     check=_check_decode,
     reference=reference.attention_decode,
+    in_place={"out": {"q": 1}},
     cpu=cpu.attention_decode,
     numba=numba_kernels,
     triton=triton_kernels,

@@ -43,7 +43,15 @@ class MatmulOp(Op):
         def check_fusion(*args: Any) -> None:
             check(*args[: self._before], Fusion(*args[self._before : self._behind]), *args[self._behind :])
 
-        super().__init__(schema, check=check_fusion, reference=reference, cpu=cpu, numba=numba, triton=triton)
+        super().__init__(
+            schema,
+            check=check_fusion,
+            reference=reference,
+            in_place={"out": {"residual": 1}},
+            cpu=cpu,
+            numba=numba,
+            triton=triton,
+        )
 
     def _whole(self, kernels: Kernels) -> Function:
         """Composes what kernels do not fuse. The same kernels make the same function."""

@@ -32,6 +32,7 @@ _MERGE_STATE = Op(
     "merge_state(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse, Tensor(a!) out, Tensor(b!) lse_out) -> ()",
     check=_check,
     reference=reference.merge_state,
+    in_place={"out": {"a": 1, "b": 1}, "lse_out": {"a_lse": 1, "b_lse": 1}},
     triton=triton_kernels,
 )
 

@@ -32,6 +32,7 @@ _RMS_NORM = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
     check=_check_rms_norm,
     reference=reference.rms_norm,
+    in_place={"out": {"x": 1}},
     numba=numba_kernels,
     triton=triton_kernels,
 )
@@ -39,6 +40,7 @@ _ADD_RMS_NORM = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
     check=_check_add_rms_norm,
     reference=reference.add_rms_norm,
+    in_place={"out": {"x": 1, "residual": 1}, "residual_out": {"x": 1, "residual": 1}},
     numba=numba_kernels,
     triton=triton_kernels,
 )

@@ -81,6 +81,7 @@ _ROPE = Op(
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     check=_check_rope,
     reference=reference.rope,
+    in_place={"q_out": {"q": 1}, "k_out": {"k": 1}},
     triton=triton_kernels,
 )
 _ROPE_AND_WRITE_KV = Op(
@@ -89,6 +90,7 @@ _ROPE_AND_WRITE_KV = Op(
     "Tensor(a!) q_out) -> ()",
     check=_check_rope_and_write_kv,
     reference=reference.rope_and_write_kv,
+    in_place={"q_out": {"qkv": 1}},
     numba=numba_kernels,
     triton=triton_kernels,
 )

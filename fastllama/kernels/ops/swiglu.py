@@ -29,6 +29,7 @@ _SILU_MUL = Op(
     "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
     check=_check,
     reference=reference.silu_mul,
+    in_place={"out": {"gate_up": 2}},
     numba=numba_kernels,
     triton=triton_kernels,
 )

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -147,9 +148,21 @@ def test_only_so_many_are_remembered() -> None:
     assert 1 <= len(OPS["rms_norm"]._known) <= _MOST_KNOWN
 
 
-def test_a_number_that_is_a_tensor_is_never_taken_for_another() -> None:
-    """Its value could change, and a launch have kept it."""
-    eps = torch.zeros(())
-    with OPS["rms_norm"].bound_to(torch.device("cpu"), lambda *args: None):
-        kernels.rms_norm(x(), WEIGHT, eps)  # type: ignore[arg-type]
-        assert OPS["rms_norm"]._known == {}
+@pytest.mark.parametrize("eps", [torch.zeros(()), torch.tensor([1e-5]), "1e-5", None, [1e-5]], ids=str)
+def test_what_is_no_number_is_refused_also_where_a_call_with_its_value_is_known(eps: Any) -> None:
+    """A tensor's value could change, and a launch have kept it."""
+    for known in (0.0, 1e-5):
+        kernels.rms_norm(x(), WEIGHT, known)
+    with pytest.raises(TypeError, match=r"^eps is .* of type \w+; legal: a number|^unhashable"):
+        kernels.rms_norm(x(), WEIGHT, eps)
+
+
+@pytest.mark.parametrize("eps", [1, np.float32(1e-5), np.float64(1e-5), np.int32(0)], ids=repr)
+def test_numbers_of_every_kind_are_taken(eps: Any) -> None:
+    given = torch.randn(3, 8)
+    assert_equal(kernels.rms_norm(given, WEIGHT, eps), kernels.rms_norm(given, WEIGHT, float(eps)))
+
+
+def test_no_tensor_at_all() -> None:
+    with pytest.raises(TypeError, match=r"^weight is None of type NoneType; legal: a tensor$"):
+        kernels.rms_norm(x(), None)  # type: ignore[arg-type]

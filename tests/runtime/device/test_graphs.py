@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
+from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.dispatch.recording import Recording
 from fastllama.layers.batch import BatchMeta
 from fastllama.layers.block import LlamaMLP
@@ -139,8 +140,8 @@ class Numbers:
 class Noting(Recording):
     """Runs no op that it notes."""
 
-    def _noting(self, run: Callable[..., Any], owner: int) -> Callable[..., Any]:
-        return lambda *args: self._calls.append((run, args))
+    def _note(self, op: Op, args: tuple[Any, ...]) -> None:
+        self._calls.append((op.bound(torch.device("cpu")), args))
 
 
 def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:

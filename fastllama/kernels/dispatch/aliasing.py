@@ -1,0 +1,122 @@
+"""Finds tensors of a call that share memory where the op would read what it has already overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+MOST_WORK = 100_000  # candidates that NumPy may look at to tell two strided tensors apart: a millisecond
+
+InPlace = Mapping[str, Mapping[str, int]]
+
+
+class Aliasing:
+    """Which tensors of an op's calls may share memory.
+
+    names: of all arguments. written: places of the tensors that the op writes. in_place: by output, the inputs over
+    which it may be written, element for element: each with how many such rows fit into one of the input's (`silu_mul`
+    may write over either half of its input: 2; else 1, which is the input itself, or the beginning of its rows).
+    """
+
+    def __init__(self, names: Sequence[str], written: Collection[int], in_place: InPlace) -> None:
+        self._names, self._written, self._in_place = names, written, in_place
+
+    def overlaps(self, args: Sequence[Any]) -> Iterator[tuple[int, int]]:
+        """The places of each tensor that is written, and of one that shares memory with it, and may not.
+
+        Raises ValueError for a tensor that is written and holds some element twice, as an expanded one does.
+        """
+        spans = {place: _span(arg) for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.numel()}
+        for place in self._written:
+            if place not in spans:
+                continue
+            if _folds(args[place]):
+                shape, strides = list(args[place].shape), list(args[place].stride())
+                raise ValueError(
+                    f"{self._names[place]} has shape {shape} and strides {strides}, so that elements share memory; "
+                    "legal: memory of its own for each, as it is written"
+                )
+            start, end = spans[place]
+            for other, (other_start, other_end) in spans.items():
+                apart = other_end <= start or end <= other_start
+                if apart or other == place or (other in self._written and other < place):
+                    continue
+                if not self._is_in_place(place, other, args) and _share(args[place], args[other]):
+                    yield place, other
+
+    def near(self, places: Sequence[int], args: Sequence[Any]) -> list[tuple[int, int, int, int]]:
+        """(i, j, low, high) for each two of some tensors, one of which is written: where their memory can meet.
+
+        It does not as long as the address of the i-th less that of the j-th is no more than `low`, or at least `high`.
+        """
+        found = []
+        bytes_of = [end - start for start, end in (_span(args[place]) for place in places)]
+        for i, place in enumerate(places):
+            for j, other in enumerate(places):
+                twice = other in self._written and j < i
+                if place in self._written and i != j and not twice and args[place].numel() and args[other].numel():
+                    found.append((i, j, -bytes_of[i], bytes_of[j]))
+        return found
+
+    def refusal(self, place: int, other: int) -> str:
+        """Why a call with such an overlap is refused."""
+        name, over = self._names[place], self._names[other]
+        exact = f", or {over} itself" if over in self._in_place.get(name, ()) else ""
+        return f"{name} shares memory with {over}; legal: memory of its own{exact}"
+
+    def _is_in_place(self, place: int, other: int, args: Sequence[Any]) -> bool:
+        """Whether each element of an output lies on the element of an input that it is computed from."""
+        parts = self._in_place.get(self._names[place], {}).get(self._names[other], 0)
+        out, x = args[place], args[other]
+        lead = x.dim() - 1
+        if out.dtype != x.dtype or out.shape[:lead] != x.shape[:lead]:
+            return False
+        for dim, size in enumerate(x.shape[:lead]):
+            if size > 1 and out.stride(dim) != x.stride(dim):
+                return False
+        row = out[(0,) * lead]
+        part, rest = divmod(out.data_ptr() - x.data_ptr(), max(row.nbytes, 1))
+        return row.is_contiguous() and not rest and 0 <= part < parts
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one past its last."""
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
+
+
+def _folds(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor may be one in memory: no stride steps over all that lies within it."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte belongs to both: columns of one buffer do not share any, though they lie among each other."""
+    try:
+        return np.shares_memory(_addressed(a), _addressed(b), max_work=MOST_WORK)  # type: ignore[arg-type]  # any int
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _addressed(tensor: Tensor) -> Any:
+    """A tensor's memory, on whichever device, as an array that nobody reads."""
+    size = tensor.itemsize
+    interface = {
+        "version": 3,
+        "data": (tensor.data_ptr(), False),
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * size for stride in tensor.stride()),
+        "typestr": f"|V{size}",
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -1,0 +1,56 @@
+"""Tells calls of plain tensors, which may go straight to an implementation, from those that torch must dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_C = torch._C
+_WITH_MEMORY = ("cpu", "cuda")
+_DISABLED = _C._disabled_torch_function_impl  # of classes that are tensors and no more: Parameter
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but memory is behind tensors, and no mode of torch watches what is called.
+
+    False under a TorchDispatchMode (FakeTensorMode, make_fx, flop counters), within torch.func's transforms and
+    torch.jit.trace, and for subclasses with a behaviour of their own (DTensor, quantized weights), functional tensors,
+    lazily negated ones and devices whose memory has no address here (meta, mps).
+    """
+    if _C._dispatch_tls_local_include_set().raw_repr() & ~_usual():
+        return False
+    return all(
+        tensor.device.type in _WITH_MEMORY
+        and (type(tensor) is Tensor or type(tensor).__torch_function__ is _DISABLED)
+        and _C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
+        for tensor in tensors
+    )
+
+
+def check_no_tangent(name: str, tensor: Tensor, op: str) -> None:
+    """RuntimeError for a tensor with which forward-mode differentiation goes on."""
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            f"{name} carries a tangent, and op {op} has no derivative: call it outside of forward-mode differentiation"
+        )
+
+
+@lru_cache(None)
+def _usual() -> int:
+    """The dispatch keys that every thread includes."""
+    keys = _C.DispatchKeySet(_C.DispatchKey.BackendSelect).add(_C.DispatchKey.ADInplaceOrView)
+    return int(keys.raw_repr())
+
+
+@lru_cache(None)
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of a tensor that holds memory of a device, made in inference mode and outside of it."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+    return frozenset(found)
