@@ -165,7 +165,7 @@ class MachineCodeCache:
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep machine code, unless addresses of this process are in it."""
-        if not self._is_enabled or FOLDER.problem or data.library.has_dynamic_globals or data.lifted:
+        if not self._is_enabled or data.library.has_dynamic_globals or data.lifted:
             return
         FOLDER.write(*self._place(sig, data.codegen), dumps(data._reduce()))
 

@@ -6,6 +6,10 @@ sleeps, and so gives its core to the thread that it waits for. And helpers must 
 are run the other way, alone or together, and what took less time goes on. OpenMP, by which Numba and torch run threads,
 spins for milliseconds at the end of each of a hundred kernels a token: where two programs want the two cores of a
 machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/tuning.md).
+
+A forked process starts helpers of its own. Torch's OpenMP does not: where it had threads in the parent, an op of torch
+that wants them waits for them in the child, for good. So a child that runs more than these kernels (prompts, ops that
+have none) first calls torch.set_num_threads(1), as torch's own DataLoader does, or is spawned.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.core.compiler_lock import global_compiler_lock
 
 from fastllama.kernels.numba.pieces import FAILED, FINISHED, HELPERS, PIECES, WORDS, give_up, serve, wait_turns
 
@@ -213,5 +218,11 @@ def _retire() -> None:
 
 
 atexit.register(_retire)
-if hasattr(os, "register_at_fork"):  # threads do not come along
-    os.register_at_fork(after_in_child=_teams.clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_teams.clear)  # threads do not come along
+    # Nor does a thread that compiles: a child of that moment would find the lock taken, and wait for good.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )

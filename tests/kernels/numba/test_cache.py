@@ -18,7 +18,7 @@ pytest.importorskip("numba")
 import numba
 
 from fastllama import env
-from fastllama.kernels.numba import cache, swiglu
+from fastllama.kernels.numba import cache, compiling, swiglu
 from fastllama.kernels.numba.numerics import LIKE, jit
 from tools.rooms import imported, module_name
 
@@ -138,6 +138,19 @@ def test_what_was_compiled_is_loaded(folder: cache.MachineCodeFolder) -> None:
     assert swiglu.silu_mul_row_kernel.stats.cache_path == str(folder.path)
 
 
+def test_what_is_loaded_is_not_announced_as_compiled(
+    folder: cache.MachineCodeFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "PATIENCE", 0.0)
+    run_anew()
+    with compiling.announced():
+        run_anew()
+    assert capsys.readouterr().err == ""
+    with compiling.announced():
+        run_anew(torch.bfloat16)
+    assert "compiled a kernel for this CPU" in capsys.readouterr().err
+
+
 def test_processes_that_start_at_once_share_what_they_compile(tmp_path: Path) -> None:
     """Numba's own cache may give two signatures one file there."""
     place = {"XDG_CACHE_HOME": str(tmp_path)}
@@ -170,6 +183,12 @@ def test_a_file_that_is_not_what_was_written_is_replaced(folder: cache.MachineCo
     (other,) = set(files(folder.path)) - {path}
     spoil(path, how, other)
     assert [run_anew(), run_anew()] == [0, 1]
+
+
+def test_a_file_answers_to_its_own_key_alone(folder: cache.MachineCodeFolder) -> None:
+    folder.write("name", b"one key", b"value")
+    assert folder.read("name", b"one key") == b"value"
+    assert folder.read("name", b"another") is None
 
 
 def test_a_whole_file_that_numba_cannot_read_is_replaced(
