@@ -1,8 +1,8 @@
 """Runs code as if torch's process-wide and thread-wide settings were at their defaults, whoever called it.
 
-Autocast intercepts torch's matmuls and casts their operands: w8a8's sums, exact in fp32, were 2e-3 off. After
+Autocast intercepts torch's matmuls and casts their operands and results: w8a8's, of exact sums, were 2e-3 off. After
 `torch.set_float32_matmul_precision("medium")` torch multiplies fp32 in bf16 where the CPU has instructions for it, and
-so are they, by as much.
+an fp32 matmul is as far off.
 """
 
 from __future__ import annotations

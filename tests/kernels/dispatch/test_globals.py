@@ -15,21 +15,26 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue import matmuls
 from fastllama.catalogue.arguments import in_order, inputs
 from fastllama.catalogue.llama_calls import LlamaCall
 from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.catalogue.rotary import PAGE
-from fastllama.catalogue.sizes import TOY
+from fastllama.catalogue.sizes import LlamaSizes
 from fastllama.catalogue.table import CATALOGUE
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.conversion import Conversion
+from fastllama.kernels.dispatch.isolation import no_autocast
 from fastllama.kernels.dispatch.op import OPS
+from fastllama.kernels.launch.kernel_call import VendorMatmul
 from fastllama.kernels.ops import bf12, int4, int8
 from tests.kernels.honest import DTYPES, implementation, on_cpu
 from tests.rounds import exhaustive
 from tests.torch_settings import SETTINGS, default_settings
 
 CPU = torch.device("cpu")
+# Large enough that oneDNN multiplies by bf16 instructions where it may: not [70, 64] by [192, 64].
+LLAMA = LlamaSizes("small", hidden=256, intermediate=96, heads=4, kv_heads=2, head_dim=64, vocab=128)
 CONVERSIONS = [
     value for module in (bf12, int4, int8) for value in vars(module).values() if isinstance(value, Conversion)
 ]
@@ -38,14 +43,17 @@ TELLING = ("default dtype bf16", "default device meta", "autocast bf16", "matmul
 
 
 def calls(op: str) -> Iterator[tuple[str, Arguments]]:
-    """All optional tensors, then one, a few and many rows of a toy Llama, each with pages of every kind."""
+    """All optional tensors, then one, a few and many rows of a small Llama, each with pages of every kind."""
+    if op == "matmul_int4":  # what zeros add is a matmul of fp32, which has a column for each group
+        call = matmuls.matmul_int4(Maker(torch.float32), 70, 96, 8192, group=64, zeros=torch.float32)
+        yield "many groups with zeros", in_order(op, call)
     kinds = dict.fromkeys(shape.pages_dtype for shape in CATALOGUE[op].shapes)
     for dtype in DTYPES:
         yield f"small, {dtype}", in_order(op, CATALOGUE[op].small(Maker(dtype)))
         for rows in (1, 3, 70):
             for pages_dtype in (*kinds, torch.float8_e4m3fn) if len(kinds) > 1 or op == "rope_and_write_kv" else kinds:
                 context = 2 * PAGE if CATALOGUE[op].shapes[0].context else 0
-                call = LlamaCall(op, TOY, rows, context, dtype, pages_dtype)
+                call = LlamaCall(op, LLAMA, rows, context, dtype, pages_dtype)
                 yield f"{call.label}, {dtype}", call.make(CPU, seed=0)
 
 
@@ -117,6 +125,21 @@ def test_no_setting_changes_a_bit_of_a_triton_kernel(op: str, name: str, force: 
     force("triton")
     call = in_order(op, CATALOGUE[op].small(Maker(torch.float32)))
     assert op_changes(op, call, {name: SETTINGS[name]}) == []
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_setting_changes_a_bit_of_a_vendors_matmul(biased: bool) -> None:
+    """Which runs between Triton kernels, on a GPU alone."""
+    x, weight = torch.randn(70, 256), torch.randn(192, 256)
+    bias = torch.randn(192) if biased else None
+
+    def run() -> Tensor:
+        with no_autocast():  # as the op around it has it
+            VendorMatmul(x, weight, bias, out).launch()
+        return out
+
+    out = torch.empty(70, 192)
+    assert changes(run, dict(SETTINGS)) == []
 
 
 def conversion_arguments(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
