@@ -191,6 +191,13 @@ def test_a_file_answers_to_its_own_key_alone(folder: cache.MachineCodeFolder) ->
     assert folder.read("name", b"another") is None
 
 
+def test_code_for_other_arguments_is_not_run_even_under_the_right_key(
+    folder: cache.MachineCodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.MachineCodeCache, "_place", lambda *args: ("name", b"key"))
+    assert [run_anew(), run_anew(torch.bfloat16), run_anew(torch.bfloat16)] == [0, 0, 1]
+
+
 def test_a_whole_file_that_numba_cannot_read_is_replaced(
     folder: cache.MachineCodeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
