@@ -53,6 +53,15 @@ BACKEND = Variable(
     ("auto", "reference", "triton"),
 )
 _SWITCH = ("1", "0")
+CHECK = Variable(
+    "FASTLLAMA_CHECK",
+    "0",
+    "`1`: before each op, what its tensors hold is checked on the host: token ids, positions, slots, lengths, page ids "
+    "and bounds of sequences; a ValueError names the first that is not legal. For debugging: on a GPU each op then "
+    "waits for the device, so set FASTLLAMA_GRAPHS=0 as well. `0`: such a value gives NaN. Read once for each op and "
+    "device.",
+    _SWITCH,
+)
 GRAPHS = Variable(
     "FASTLLAMA_GRAPHS",
     "1",
@@ -90,7 +99,7 @@ XDG_CACHE_HOME = Variable(
     "compiled anew in each process, and `fastllama info` says so. Empty or not absolute counts as not set, as it "
     "demands.",
 )
-VARIABLES = (BACKEND, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME)
+VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME)
 
 
 def triton_interpret() -> bool:

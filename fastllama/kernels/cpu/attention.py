@@ -2,18 +2,27 @@
 
 Keys and values are widened to fp32 first: products in bf16 and fp16 run at a fifth of fp32's rate on CPUs without
 hardware for them, and scaled_dot_product_attention spends 250 us on one query where the two products need 30.
+What lengths, pages and bounds that are not legal give: see kernels/reference/attention.py.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels.reference.attention import attend, check_lengths, gather_pages, lse_unit
+from fastllama.kernels.dispatch.isolation import in_full_precision
+from fastllama.kernels.reference.attention import ascend, attend, gather_pages, lse_unit, room
+from fastllama.kernels.reference.merge import merge_state
 from fastllama.kernels.reference.numerics import wide
 
+# What scaled_dot_product_attention runs on a CPU, but where the program has told it to run another one (sdpa_kernel);
+# it gives the log-sum-exps as well, without all scores in memory.
+_blocked = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
+
+@in_full_precision
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -28,9 +37,10 @@ def attention_varlen(
 ) -> None:
     """See kernels.attention_varlen."""
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    out[bounds_q[-1] :].zero_()
-    if lse is not None:
-        lse[bounds_q[-1] :].fill_(float("-inf"))
+    if not (ascend(bounds_q, q.shape[0]) and ascend(bounds_k, k.shape[0])):
+        _fill(out, lse, math.nan, math.nan)
+        return
+    _fill(out[bounds_q[-1] :], None if lse is None else lse[bounds_q[-1] :], 0.0, -math.inf)
     for b in range(len(bounds_q) - 1):
         rows, keys = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
         k_b, v_b = (wide(x[keys]).transpose(0, 1) for x in (k, v))
@@ -39,6 +49,7 @@ def attention_varlen(
         lse.mul_(lse_unit(base2))
 
 
+@in_full_precision
 def attention_prefill(
     q: Tensor,
     k_pages: Tensor,
@@ -55,9 +66,14 @@ def attention_prefill(
 ) -> None:
     """See kernels.attention_prefill."""
     held = ((k_pages, k_scales), (v_pages, v_scales))
-    _paged(q, held, page_table, seq_lens.tolist(), cu_seqlens_q.tolist(), scale, base2, out, lse)
+    bounds = cu_seqlens_q.tolist()
+    if ascend(bounds, q.shape[0]):
+        _paged(q, held, page_table, seq_lens.tolist(), bounds, scale, base2, out, lse)
+    else:
+        _fill(out, lse, math.nan, math.nan)
 
 
+@in_full_precision
 def attention_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -91,21 +107,29 @@ def _paged(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    check_lengths(lengths, page_table, held[0][0].shape[2])
-    out[bounds[-1] :].zero_()
-    if lse is not None:
-        lse[bounds[-1] :].fill_(float("-inf"))
+    _fill(out[bounds[-1] :], None if lse is None else lse[bounds[-1] :], 0.0, -math.inf)
+    (k_pages, k_scales), (v_pages, v_scales) = held
+    longest = room(k_pages, page_table)
     for b, length in enumerate(lengths):
         rows = slice(bounds[b], bounds[b + 1])
-        k, v = (_gather(*each, page_table[b], length, q.dtype) for each in held)
-        _attend(q[rows], k, v, scale, True, out[rows], None if lse is None else lse[rows])
+        own_lse = None if lse is None else lse[rows]
+        if not 0 <= length <= longest:
+            _fill(out[rows], own_lse, math.nan, math.nan)
+            continue
+        k, complete = gather_pages(k_pages, k_scales, page_table[b], length, q.dtype, missing=math.nan)
+        v, _ = gather_pages(v_pages, v_scales, page_table[b], length, q.dtype, missing=0.0)
+        if complete:
+            _attend(q[rows], wide(k).transpose(0, 1), wide(v).transpose(0, 1), scale, True, out[rows], own_lse)
+        else:  # NaN, and torch's kernel brings it to queries that do not see it, too
+            _explicit(q[rows], k, v, scale, True, out[rows], own_lse)
     if lse is not None:
         lse.mul_(lse_unit(base2))
 
 
-def _gather(pages: Tensor, scales: Tensor | None, page_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first `length` tokens of a sequence as [heads, length, D] in fp32."""
-    return wide(gather_pages(pages, scales, page_ids, length, dtype)).transpose(0, 1)
+def _fill(out: Tensor, lse: Tensor | None, value: float, lse_value: float) -> None:
+    out.fill_(value)
+    if lse is not None:
+        lse.fill_(lse_value)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:
@@ -116,16 +140,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Te
         if lse is not None:
             lse.copy_(scores.logsumexp(-1).view(1, num_q_heads))
         out.copy_(torch.bmm(scores.softmax(-1), v).view(1, num_q_heads, head_dim))
-    elif lse is not None or len_k < len_q:
-        result, sums = attend(q, k.transpose(0, 1), v.transpose(0, 1), scale, causal)
-        out.copy_(result)
-        if lse is not None:
-            lse.copy_(sums)
+    elif not len_k or (causal and len_k < len_q):  # queries without a key
+        _explicit(q, k.transpose(0, 1), v.transpose(0, 1), scale, causal, out, lse)
     elif len_q > 0:
-        hidden = causal and len_q != len_k
-        mask = torch.ones(len_q, len_k, dtype=torch.bool).tril(len_k - len_q) if hidden else None
         group = num_q_heads // num_kv_heads
         k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v)) if group > 1 else (k[None], v[None])
         heads_first = wide(q).transpose(0, 1)[None]
-        result = F.scaled_dot_product_attention(heads_first, k, v, mask, is_causal=causal and not hidden, scale=scale)
+        cached = len_k - len_q if causal else 0  # tokens that all queries see
+        result, sums = _blocked(heads_first, k[:, :, cached:], v[:, :, cached:], 0.0, causal, scale=scale)
+        if cached:  # not by a mask: one that is added makes NaN of an infinite score
+            before, before_sums = _blocked(heads_first, k[:, :, :cached], v[:, :, :cached], 0.0, False, scale=scale)
+            result, sums = merge_state(before, before_sums, result, sums)
         out.copy_(result[0].transpose(0, 1))
+        if lse is not None:
+            lse.copy_(sums[0].T)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:
+    """One sequence, all its scores at once: q, out [Lq, Hq, D]; k, v [Lk, Hkv, D]; lse [Lq, Hq] or None."""
+    result, sums = attend(q, k, v, scale, causal)
+    out.copy_(result)
+    if lse is not None:
+        lse.copy_(sums)

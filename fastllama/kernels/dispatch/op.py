@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from fastllama import env
 from fastllama.errors import check_device
 from fastllama.kernels.dispatch.aliasing import Aliasing, InPlace
 from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Table
@@ -67,6 +68,7 @@ class Op(Backends):
     check: takes the arguments and raises for what is not legal; devices are checked here. Whether a call is legal must
     depend on nothing but its Likeness.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
+    values: takes the arguments and raises ValueError for what they hold that is not legal; asked by FASTLLAMA_CHECK=1.
     in_place: which outputs may be written over which inputs, as for Aliasing; all others need memory of their own.
     cpu, numba, triton: as for Backends, in out-form.
     """
@@ -77,6 +79,7 @@ class Op(Backends):
         *,
         check: Callable[..., None],
         reference: Callable[..., Any],
+        values: Callable[..., None] | None = None,
         in_place: InPlace | None = None,
         cpu: Function | None = None,
         numba: Table | None = None,
@@ -93,7 +96,7 @@ class Op(Backends):
         self._written = tuple(i for i, kind in enumerate(kinds) if "!" in kind)
         self._aliasing = Aliasing(names, self._written, in_place or {})
         super().__init__(name, reference=reference, cpu=cpu, numba=numba, triton=triton)
-        self._check = check
+        self._check, self._values = check, values
         self._bound: dict[torch.device, Function] = {}
         self._second = self._tensors[1]
         self._known: dict[tuple[int, int], _Known] = {}  # by the first two tensors' sizes
@@ -217,6 +220,8 @@ class Op(Backends):
         """What runs the op on a device, in out-form: chosen once, at the first call. Raises BackendError."""
         if device not in self._bound:
             run = self.implementation(device.type).run
+            if self._values is not None and env.CHECK.read() == "1":
+                run = _after(self._values, run)
             if device.type == "cuda" and torch.cuda.device_count() > 1:
                 run = _on(device.index, run)
             self._bound.setdefault(device, run)
@@ -250,6 +255,17 @@ class Op(Backends):
         for output, result in zip(outputs, (results,) if len(outputs) == 1 else results or (), strict=True):
             if output is not None:
                 output.copy_(result)
+
+
+def _after(check: Function, run: Function) -> Function:
+    """`run` behind a check of its arguments."""
+
+    def checked(*args: Any) -> Function | None:
+        check(*args)
+        again = run(*args)
+        return again and _after(check, again)
+
+    return checked
 
 
 def _check_kind(name: str, kind: str, value: Any) -> None:

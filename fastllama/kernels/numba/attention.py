@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import mul
 
 import numpy as np
 from torch import Tensor
@@ -11,24 +12,10 @@ from fastllama.kernels import cpu
 from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, load_integer, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
-from fastllama.kernels.reference.attention import lse_unit
+from fastllama.kernels.reference.attention import ascend, lse_unit, room
 
 INT32 = np.int32(0)
 SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1B model
-
-
-@jit
-def first_illegal(page_table_ptr, seq_lens_ptr, table_stride, num_seqs, max_pages, num_pages, page_size):
-    """The first sequence that names a page outside the pool or is longer than its pages; -1 if there is none."""
-    for seq in range(num_seqs):
-        length = load_integer(seq_lens_ptr, seq, INT32)
-        used = (length + page_size - 1) // page_size
-        if length < 0 or used > max_pages:
-            return seq
-        for i in range(used):
-            if not 0 <= load_integer(page_table_ptr, seq * table_stride + i, INT32) < num_pages:
-                return seq
-    return -1
 
 
 @jit
@@ -46,7 +33,9 @@ def softmax(scores):
     return top + np.log(total)
 
 
-# One iteration owns one key/value head of one sequence, with all its queries. Strides count elements.
+# One iteration owns one key/value head of one sequence, with all its queries. Strides count elements. A length that is
+# negative or above `longest` gives NaN, and so does a page outside the pool to the queries that see it: the first page
+# is read in its place, for nothing.
 @jit
 def attention_paged_kernel(region, *args):
     (
@@ -67,7 +56,9 @@ def attention_paged_kernel(region, *args):
         num_kv_heads,
         group,
         head_dim,
+        num_pages,
         page_size,
+        longest,
         scale,
         lse_unit,
         like,
@@ -77,35 +68,41 @@ def attention_paged_kernel(region, *args):
         for item in range(first, last):
             seq, kv_head = item // num_kv_heads, item % num_kv_heads
             length, pages = load_integer(seq_lens_ptr, seq, INT32), seq * table_stride
-            scores = np.empty((group, max(length, 1)), np.float32)
+            exists = 0 <= length <= longest
+            scores = np.empty((group, max(length, 1) if exists else 1), np.float32)
             queries, result = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
             start, stop = seq * queries_of_each, (seq + 1) * queries_of_each
             if cu_seqlens_q_ptr != 0:
                 start, stop = load_integer(cu_seqlens_q_ptr, seq, INT32), load_integer(cu_seqlens_q_ptr, seq + 1, INT32)
             for row in range(start, stop):
-                visible = max(length - stop + row + 1, 0)
+                visible = max(length - stop + row + 1, 0) if exists else 0
                 for g in range(group):
                     at = row * q_strides[0] + (kv_head * group + g) * q_strides[1]
                     for i in range(head_dim):
                         queries[g, i] = load(q_ptr, at + i, like) * np.float32(scale)
                 for token in range(visible):
                     page = load_integer(page_table_ptr, pages + token // page_size, INT32)
+                    in_pool = 0 <= page < num_pages
+                    page = page if in_pool else 0
                     at = page * k_strides[0] + kv_head * k_strides[1] + token % page_size * k_strides[2]
                     for g in range(group):
-                        score = np.float32(0)
+                        score = np.float32(0) if in_pool else np.float32(np.nan)
                         for i in range(head_dim):
                             score += queries[g, i] * load(k_pages_ptr, at + i, like)
                         scores[g, token] = score
                 for g in range(group):
-                    total = softmax(scores[g, :visible]) if visible > 0 else np.float32(-np.inf)
+                    total = np.float32(-np.inf) if exists else np.float32(np.nan)
+                    if visible > 0:
+                        total = softmax(scores[g, :visible])
                     if lse_ptr != 0:
                         total *= np.float32(lse_unit)
                         store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
                 for g in range(group):
                     for i in range(head_dim):
-                        result[g, i] = np.float32(0)
+                        result[g, i] = np.float32(0) if exists else np.float32(np.nan)
                 for token in range(visible):
                     page = load_integer(page_table_ptr, pages + token // page_size, INT32)
+                    page = page if 0 <= page < num_pages else 0
                     at = page * v_strides[0] + kv_head * v_strides[1] + token % page_size * v_strides[2]
                     for g in range(group):
                         weight = scores[g, token]
@@ -133,7 +130,7 @@ def attention_decode(
     lse: Tensor | None,
     workspace: Tensor | None,
 ) -> None:
-    """See kernels.attention_decode. Raises ValueError for a page that does not exist, writing nothing."""
+    """See kernels.attention_decode."""
     if q.dtype not in LIKE or k_scales is not None:
         cpu.attention_decode(
             q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace
@@ -157,15 +154,16 @@ def attention_prefill(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    """See kernels.attention_prefill: short prompts as in decoding. Raises ValueError as that does.
+    """See kernels.attention_prefill: short prompts as in decoding.
 
     torch's kernel brings all its threads to the smallest prompt: 6 ms where the machine has something else to do.
     """
     bounds, (_, num_q_heads, head_dim) = cu_seqlens_q.tolist(), q.shape
     queries = [end - start for start, end in pairwise(bounds)]
-    pairs = sum(number * length for number, length in zip(queries, seq_lens.tolist(), strict=True))
-    work = 2 * pairs * num_q_heads * head_dim
-    if q.dtype not in LIKE or k_scales is not None or work > SHORT_WORK:
+    longest = room(k_pages, page_table)
+    lengths = [length if 0 <= length <= longest else 0 for length in seq_lens.tolist()]
+    work = 2 * sum(map(mul, queries, lengths)) * num_q_heads * head_dim
+    if q.dtype not in LIKE or k_scales is not None or work > SHORT_WORK or not ascend(bounds, q.shape[0]):
         cpu.attention_prefill(
             q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, k_scales, v_scales, scale, base2, out, lse
         )
@@ -192,14 +190,7 @@ def _attend(
     """The queries of all sequences, each with as many as the next where cu_seqlens_q is None."""
     rows, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    num_seqs, max_pages = page_table.shape
-    tables = (page_table.data_ptr(), seq_lens.data_ptr(), page_table.stride(0))
-    illegal = first_illegal(*tables, num_seqs, max_pages, num_pages, page_size)
-    if illegal >= 0:
-        raise ValueError(
-            f"sequence {illegal} has length {int(seq_lens[illegal])} and pages {page_table[illegal].tolist()}; legal: "
-            f"page ids from 0 to {num_pages - 1}, and enough of them for the length"
-        )
+    num_seqs = page_table.shape[0]
     launch(
         attention_paged_kernel,
         num_seqs * num_kv_heads,
@@ -209,7 +200,9 @@ def _attend(
         v_pages.data_ptr(),
         out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
-        *tables,
+        page_table.data_ptr(),
+        seq_lens.data_ptr(),
+        page_table.stride(0),
         0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
         q.stride(),
         k_pages.stride(),
@@ -219,7 +212,9 @@ def _attend(
         num_kv_heads,
         num_q_heads // num_kv_heads,
         head_dim,
+        num_pages,
         page_size,
+        room(k_pages, page_table),
         scale,
         lse_unit(base2),
         LIKE[q.dtype],

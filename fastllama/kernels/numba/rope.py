@@ -16,15 +16,29 @@ from fastllama.kernels.reference.quantize import LARGEST_CODE, SMALLEST_ABSMAX
 
 @jit
 def rotate(
-    x_ptr, out_ptr, cos_sin_ptr, x_start, out_start, angles_start, out_like, head_dim, rotary_dim, interleaved, like
+    x_ptr,
+    out_ptr,
+    cos_sin_ptr,
+    x_start,
+    out_start,
+    angles_start,
+    one,
+    out_like,
+    head_dim,
+    rotary_dim,
+    interleaved,
+    like,
 ):
-    """One head of head_dim elements from each start on; dimensions past rotary_dim pass through."""
+    """One head of head_dim elements from each start on; dimensions past rotary_dim pass through.
+
+    one: 1, or NaN where the angles are those of no position.
+    """
     half = rotary_dim // 2
     step = 2 if interleaved else 1
     apart = 1 if interleaved else half
     for i in range(half):
         a, b = load(x_ptr, x_start + i * step, like), load(x_ptr, x_start + i * step + apart, like)
-        cos = load(cos_sin_ptr, angles_start + i, np.float32(0))
+        cos = load(cos_sin_ptr, angles_start + i, np.float32(0)) * one
         sin = load(cos_sin_ptr, angles_start + half + i, np.float32(0))
         store(out_ptr, out_start + i * step, a * cos - b * sin, out_like)
         store(out_ptr, out_start + i * step + apart, b * cos + a * sin, out_like)
@@ -47,8 +61,8 @@ def quantize(x_ptr, codes_ptr, scales_ptr, codes_start, scale_at, size, largest,
     store(scales_ptr, scale_at, absmax / largest, np.float32(0))
 
 
-# Strides count elements. scratch_ptr: head_dim fp32 where pages hold codes, else 0. Returns the first token whose
-# position or slot does not exist, having written nothing, or -1.
+# Strides count elements. scratch_ptr: head_dim fp32 where pages hold codes, else 0. A position that does not exist
+# turns by NaN; a slot that does not is written nowhere.
 @jit
 def rope_and_write_kv_kernel(
     qkv_ptr,
@@ -86,17 +100,16 @@ def rope_and_write_kv_kernel(
 ):
     for token in range(tokens):
         position = load_integer(positions_ptr, token, position_like)
-        if not 0 <= position < num_positions or load_integer(slots_ptr, token, slot_like) >= num_pages * page_size:
-            return token
-    for token in range(tokens):
-        angles = load_integer(positions_ptr, token, position_like) * cos_sin_position_stride
+        exists = 0 <= position < num_positions
+        one = np.float32(1) if exists else np.float32(np.nan)
+        angles = position * cos_sin_position_stride if exists else 0
         first = token * qkv_token_stride
         for head in range(num_q_heads):
             to = token * q_out_token_stride + head * q_out_head_stride
             x = first + head * head_dim
-            rotate(qkv_ptr, q_out_ptr, cos_sin_ptr, x, to, angles, like, head_dim, rotary_dim, interleaved, like)
+            rotate(qkv_ptr, q_out_ptr, cos_sin_ptr, x, to, angles, one, like, head_dim, rotary_dim, interleaved, like)
         slot = load_integer(slots_ptr, token, slot_like)
-        if slot < 0:
+        if not 0 <= slot < num_pages * page_size:
             continue
         page, offset = slot // page_size, slot % page_size
         for head in range(2 * num_kv_heads):
@@ -115,6 +128,7 @@ def rope_and_write_kv_kernel(
                     x,
                     0,
                     angles,
+                    one,
                     np.float32(0),
                     head_dim,
                     turned,
@@ -124,8 +138,9 @@ def rope_and_write_kv_kernel(
                 scale_at = page * scale_strides[0] + kv_head * scale_strides[1] + offset
                 quantize(scratch_ptr, pages_ptr, scales_ptr, to, scale_at, head_dim, largest, page_like)
             else:
-                rotate(qkv_ptr, pages_ptr, cos_sin_ptr, x, to, angles, page_like, head_dim, turned, interleaved, like)
-    return -1
+                rotate(
+                    qkv_ptr, pages_ptr, cos_sin_ptr, x, to, angles, one, page_like, head_dim, turned, interleaved, like
+                )
 
 
 def rope_and_write_kv(
@@ -140,7 +155,7 @@ def rope_and_write_kv(
     interleaved: bool,
     q_out: Tensor,
 ) -> None:
-    """See kernels.rope_and_write_kv. Raises ValueError for a position or slot that does not exist, writing nothing."""
+    """See kernels.rope_and_write_kv."""
     like = LIKE.get(qkv.dtype)
     if like is None:
         q_out.copy_(
@@ -152,15 +167,17 @@ def rope_and_write_kv(
     num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     tokens, num_q_heads, _ = q_out.shape
     num_positions, rotary_dim = cos_sin.shape
+    if not num_positions:  # so that there is one to read in place of those that do not exist
+        cos_sin = cos_sin.new_zeros(1, rotary_dim)
     scales = (0, 0, 0)
     scale_strides: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0))
     page_like, largest = like, np.float32(0)
     if k_scales is not None and v_scales is not None:
-        scratch = torch.empty(head_dim, dtype=torch.float32)
+        scratch = torch.empty(head_dim, dtype=torch.float32, device=qkv.device)
         scales = (k_scales.data_ptr(), v_scales.data_ptr(), scratch.data_ptr())
         scale_strides = (k_scales.stride(), v_scales.stride())
         page_like, largest = CODE_LIKE[k_pages.dtype], np.float32(LARGEST_CODE[k_pages.dtype])
-    illegal = rope_and_write_kv_kernel(
+    rope_and_write_kv_kernel(
         qkv.data_ptr(),
         cos_sin.data_ptr(),
         positions.data_ptr(),
@@ -191,8 +208,3 @@ def rope_and_write_kv(
         INTEGER_LIKE[positions.dtype],
         INTEGER_LIKE[slots.dtype],
     )
-    if illegal >= 0:
-        raise ValueError(
-            f"token {illegal} has position {int(positions[illegal])} and slot {int(slots[illegal])}; legal: positions "
-            f"from 0 to {num_positions - 1}, slots below {num_pages * page_size}"
-        )

@@ -11,6 +11,7 @@ from fastllama.errors import check_shape
 from fastllama.kernels import cpu, reference
 from fastllama.kernels.dispatch.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops import values
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 _INT32 = (torch.int32,)
@@ -128,6 +129,7 @@ _VARLEN = Op(
     "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_varlen,
     reference=reference.attention_varlen,
+    values=values.check_varlen,
     in_place={"out": {"q": 1}},
     cpu=cpu.attention_varlen,
     triton=triton_kernels,
@@ -138,6 +140,7 @@ _PREFILL = Op(
     "Tensor(a!) out, Tensor(b!)? lse) -> ()",
     check=_check_prefill,
     reference=reference.attention_prefill,
+    values=values.check_prefill,
     in_place={"out": {"q": 1}},
     cpu=cpu.attention_prefill,
     numba=numba_kernels,
@@ -149,6 +152,7 @@ _DECODE = Op(
     "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace) -> ()",
     check=_check_decode,
     reference=reference.attention_decode,
+    values=values.check_decode,
     in_place={"out": {"q": 1}},
     cpu=cpu.attention_decode,
     numba=numba_kernels,

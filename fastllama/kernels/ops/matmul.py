@@ -18,6 +18,7 @@ from fastllama.kernels.dispatch.checks import (
 )
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops import values
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.matmul_op import MatmulOp
 
@@ -74,6 +75,7 @@ _EMBEDDING = Op(
     "embedding(Tensor ids, Tensor weight, Tensor(a!) out) -> ()",
     check=_check_embedding,
     reference=reference.embedding,
+    values=values.check_embedding,
     triton=triton_kernels,
 )
 

@@ -9,6 +9,7 @@ from fastllama.errors import check_shape
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.checks import CODES, FLOATS, INTEGERS, check_elements, check_scales, check_tensor
 from fastllama.kernels.dispatch.op import Op
+from fastllama.kernels.ops import values
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 _FP32 = (torch.float32,)
@@ -81,6 +82,7 @@ _ROPE = Op(
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     check=_check_rope,
     reference=reference.rope,
+    values=values.check_rope,
     in_place={"q_out": {"q": 1}, "k_out": {"k": 1}},
     triton=triton_kernels,
 )
@@ -90,6 +92,7 @@ _ROPE_AND_WRITE_KV = Op(
     "Tensor(a!) q_out) -> ()",
     check=_check_rope_and_write_kv,
     reference=reference.rope_and_write_kv,
+    values=values.check_rope_and_write_kv,
     in_place={"q_out": {"qkv": 1}},
     numba=numba_kernels,
     triton=triton_kernels,

@@ -4,7 +4,8 @@ from fastllama.kernels.reference.attention import attention_decode, attention_pr
 from fastllama.kernels.reference.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.reference.int4 import dequantize_int4, matmul_int4, pack_int4, quantize_int4, unpack_int4
 from fastllama.kernels.reference.int8 import dequantize_int8, matmul_int8, pack_int8, quantize_int8, unpack_int8
-from fastllama.kernels.reference.matmul import embedding, matmul
+from fastllama.kernels.reference.lookup import embedding
+from fastllama.kernels.reference.matmul import matmul
 from fastllama.kernels.reference.merge import merge_state
 from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
 from fastllama.kernels.reference.rope import rope, rope_and_write_kv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,9 +41,14 @@ def attention_varlen(
     causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b owns rows bounds[b] : bounds[b + 1] of q, k and v; rows of no sequence give 0 and -inf."""
+    """Sequence b owns rows bounds[b] : bounds[b + 1] of q, k and v; rows of no sequence give 0 and -inf.
+
+    Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
+    """
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if not (ascend(bounds_q, q.shape[0]) and ascend(bounds_k, k.shape[0])):
+        return out.fill_(math.nan), lse.fill_(math.nan)
     for b in range(len(bounds_q) - 1):
         rows, keys = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
         out[rows], lse[rows] = attend(q[rows], k[keys], v[keys], scale, causal)
@@ -54,26 +60,36 @@ def lse_unit(base2: bool) -> float:
     return 1 / math.log(2) if base2 else 1.0
 
 
-def check_lengths(lengths: list[int], page_table: Tensor, page_size: int) -> None:
-    """Raise ValueError for a sequence longer than its pages, whose last tokens would be missing without a word."""
-    if lengths and max(lengths) > page_table.shape[1] * page_size:
-        raise ValueError(
-            f"seq_lens has a length of {max(lengths)}; legal: at most {page_table.shape[1] * page_size}, "
-            f"{page_table.shape[1]} pages of {page_size}"
-        )
+def ascend(bounds: list[int], rows: int) -> bool:
+    """Whether bounds of sequences are legal: from 0 on, none below the one before, and within so many rows."""
+    return bounds[0] == 0 and bounds[-1] <= rows and all(a <= b for a, b in pairwise(bounds))
 
 
-def gather_pages(pages: Tensor, scales: Tensor | None, page_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids]; pages [P, heads, page_size, D].
+def room(pages: Tensor, page_table: Tensor) -> int:
+    """The longest that a sequence can be: the tokens of all pages in its row of the page table."""
+    num_pages, _, page_size, _ = pages.shape
+    return page_table.shape[1] * page_size if num_pages else 0
 
-    Dequantized where there are scales, in fp32, or in fp64 for queries of that dtype.
+
+def gather_pages(
+    pages: Tensor, scales: Tensor | None, page_ids: Tensor, length: int, dtype: torch.dtype, missing: float
+) -> tuple[Tensor, bool]:
+    """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids], and whether all its pages exist.
+
+    pages: [P, heads, page_size, D]; those that do not exist give `missing`. Dequantized where there are scales, in
+    fp32, or in fp64 for queries of that dtype.
     """
-    _, heads, page_size, head_dim = pages.shape
+    num_pages, heads, page_size, head_dim = pages.shape
     page_ids = page_ids[: -(-length // page_size)]
+    exists = (page_ids >= 0) & (page_ids < num_pages)
+    page_ids = page_ids.clamp(0, max(num_pages - 1, 0))
     held = pages.index_select(0, page_ids)
     if scales is not None:
         held = dequantize_heads(held, scales.index_select(0, page_ids), dtype)
-    return held.transpose(1, 2).reshape(-1, heads, head_dim)[:length]
+    complete = bool(exists.all())
+    if not complete:
+        held = held.masked_fill(~exists[:, None, None, None], missing)
+    return held.transpose(1, 2).reshape(-1, heads, head_dim)[:length], complete
 
 
 def attention_prefill(
@@ -88,16 +104,22 @@ def attention_prefill(
     scale: float,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """New queries attend to the cached prefix and, causally, to themselves; their keys are in the pages already."""
+    """New queries attend to the cached prefix and, causally, to themselves; their keys are in the pages already.
+
+    NaN: everywhere for bounds that do not ascend, for a sequence that is longer than its row of the page table or whose
+    length is negative, and for a query that sees a token of a page that does not exist.
+    """
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
     bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
-    check_lengths(lengths, page_table, k_pages.shape[2])
+    if not ascend(bounds, q.shape[0]):
+        return out.fill_(math.nan), lse.fill_(math.nan)
     for b, length in enumerate(lengths):
         rows = slice(bounds[b], bounds[b + 1])
-        k, v = (
-            gather_pages(pages, scales, page_table[b], length, q.dtype)
-            for pages, scales in ((k_pages, k_scales), (v_pages, v_scales))
-        )
+        if not 0 <= length <= room(k_pages, page_table):
+            out[rows], lse[rows] = math.nan, math.nan
+            continue
+        k, _ = gather_pages(k_pages, k_scales, page_table[b], length, q.dtype, missing=math.nan)
+        v, _ = gather_pages(v_pages, v_scales, page_table[b], length, q.dtype, missing=0.0)
         out[rows], lse[rows] = attend(q[rows], k, v, scale, causal=True)
     return out, lse * lse_unit(base2)
 
@@ -116,5 +138,5 @@ def attention_decode(
     """attention_prefill with the same number of queries, q.shape[0] // B, for each sequence."""
     num_seqs = seq_lens.shape[0]
     queries = q.shape[0] // max(num_seqs, 1)
-    bounds = torch.arange(num_seqs + 1, dtype=torch.int32) * queries
+    bounds = torch.arange(num_seqs + 1, dtype=torch.int32, device=seq_lens.device) * queries
     return attention_prefill(q, k_pages, v_pages, page_table, seq_lens, bounds, k_scales, v_scales, scale, base2)

@@ -1,4 +1,4 @@
-"""Dense products with weights stored [N, K], and the embedding lookup."""
+"""Dense products with weights stored [N, K]."""
 
 from __future__ import annotations
 
@@ -32,8 +32,3 @@ def matmul(
     if residual is not None:
         y = y + wide(residual)
     return y.to(x.dtype)
-
-
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows weight[ids] of [V, H]."""
-    return weight.index_select(0, ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastllama.kernels.reference.lookup import lookup
 from fastllama.kernels.reference.numerics import wide
 from fastllama.kernels.reference.quantize import quantize_heads
 
@@ -23,8 +24,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """`rope` before it rounds."""
-    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
+    """`rope` before it rounds; a position that the cache does not have turns by NaN."""
+    cos, sin = lookup(cos_sin, positions)[:, None, :].chunk(2, dim=-1)
     return _rotate(wide(q), cos, sin, interleaved), _rotate(wide(k), cos, sin, interleaved)
 
 
@@ -45,16 +46,17 @@ def rope_and_write_kv(
     v_scales: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Split qkv, rotate q and k, write k and v into their pages at `slots` (negative: nowhere), return q [T, Hq, D].
+    """Split qkv, rotate q and k, write k and v into their pages at `slots`, return q [T, Hq, D].
 
+    A slot that the pages do not have, below 0 or behind them, is written nowhere.
     With scales [P, Hkv, page_size] the pages hold codes (`quantize_heads`), of k before it is rounded to qkv's dtype.
     """
-    _, num_kv_heads, page_size, head_dim = k_pages.shape
+    num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
     q, k = _rope(q, k, cos_sin, positions, interleaved)
-    kept = slots >= 0
+    kept = (slots >= 0) & (slots < num_pages * page_size)
     if not bool(kept.all()):
         slots, k, v = slots[kept], k[kept], v[kept]
     page, offset = slots // page_size, slots % page_size

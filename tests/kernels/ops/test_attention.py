@@ -259,26 +259,6 @@ def test_poison_would_be_seen(op: str, poison: float) -> None:
     assert (out[1].abs() < 100).all()
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [(op, each) for op in ("attention_prefill", "attention_decode") for each in on_cpu(op)],
-)
-@pytest.mark.parametrize("trouble", ["length", "page too high", "page negative"])
-def test_pages_that_are_not_there_are_an_error(op: str, backend: str, trouble: str) -> None:
-    """A sequence longer than its pages, or with a page outside the pool: never memory of somebody else."""
-    batch = packed([1, 1], [16, 5], "GQA 4")
-    cache = paged(batch, 5)
-    cache.page_table = cache.page_table[:, :4].contiguous()
-    if trouble == "length":
-        cache.seq_lens[0] = 21
-    else:
-        cache.page_table[0, 3] = cache.k_pages.shape[0] if trouble == "page too high" else -1
-    args = (batch.q, cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    extra = (bounds([1, 1]),) if op == "attention_prefill" else ()
-    with pytest.raises((ValueError, IndexError), match="21" if trouble == "length" else "page|out of range"):
-        public(op, backend)(*args, *extra)
-
-
 @pytest.mark.parametrize("backend", backends("attention_decode"))
 def test_a_sequence_does_not_depend_on_the_others(backend: str) -> None:
     lengths = [9, 70, 33]

@@ -185,14 +185,3 @@ def test_rope_and_write_kv_in_place_with_int32_indices(backend: str) -> None:
     assert_equal(pages[3], pages[1])
     assert (buffer[:, :4] == HUGE).all()
     assert (buffer[:, 196:] == HUGE).all()
-
-
-@pytest.mark.parametrize("backend", on_cpu("rope_and_write_kv"))
-@pytest.mark.parametrize(("position", "slot"), [(POSITIONS, 0), (0, 8)])
-def test_what_lies_outside_is_not_read_or_written(backend: str, position: int, slot: int) -> None:
-    """A position past the cache or a slot past the pages is an error on a CPU, never memory of somebody else."""
-    pages = [pages_of("HND", 2, 2, 4, 16, torch.float32) for _ in range(2)]
-    with pytest.raises((ValueError, IndexError)):
-        public("rope_and_write_kv", backend)(
-            torch.randn(1, 96), cache(16), torch.tensor([position]), torch.tensor([slot]), *pages
-        )

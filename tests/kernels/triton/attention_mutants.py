@@ -19,7 +19,13 @@ ATTENTION_MUTANTS = [
         "tokens[None, :] <= visible[:, None]",
         VARLEN,
     ),
-    mutant("a key past the end", "attention/flash", "(tokens < k_len)[:, None]", "(tokens <= k_len)[:, None]", DECODE),
+    mutant(
+        "a key past the end",
+        "attention/flash",
+        "((tokens < k_len) & exists)[:, None]",
+        "((tokens <= k_len) & exists)[:, None]",
+        DECODE,
+    ),
     mutant(
         "the page of the tile before",
         "attention/flash",
@@ -27,7 +33,7 @@ ATTENTION_MUTANTS = [
         "start, k_len, PAGE_SIZE",
         DECODE,
     ),
-    mutant("scale forgotten", "attention/flash", 'precision="ieee") * scale_log2', 'precision="ieee")', VARLEN),
+    mutant("scale forgotten", "attention/flash", 'precision="ieee") * factor', 'precision="ieee")', VARLEN),
     mutant(
         "stale peak",
         "attention/flash",
@@ -47,13 +53,17 @@ ATTENTION_MUTANTS = [
     mutant("32-bit keys", "attention/flash", "tokens.to(tl.int64) * token_stride", "tokens * token_stride", FAR_KEYS),
     mutant("queries aligned at the top", "attention/prefill", "ahead = k_len - end + 1", "ahead = 1 - begin", PREFILL),
     mutant(
-        "rows of no sequence left", "attention/prefill", "mask=exists, other=num_rows", "mask=exists, other=0", PREFILL
+        "rows of no sequence left",
+        "attention/prefill",
+        "seq + 1, mask=exists, other=num_rows",
+        "seq + 1, mask=exists, other=0",
+        PREFILL,
     ),
     mutant(
         "key head of another group",
         "attention/prefill",
-        "kv_head = (head // GROUP)",
-        "kv_head = (head % tl.maximum(num_heads // GROUP, 1))",
+        "kv_head = head // GROUP",
+        "kv_head = head % tl.maximum(num_heads // GROUP, 1)",
         "ops/test_attention.py::test_prefill[triton-torch.float16-GQA 4-16-NHD]",
     ),
     mutant(
@@ -99,8 +109,8 @@ ATTENTION_MUTANTS = [
     mutant(
         "32-bit sequences",
         "attention/decode",
-        "tl.program_id(0).to(tl.int64), tl.program_id(1), tl",
-        "tl.program_id(0), tl.program_id(1), tl",
+        "seq, kv_head, split = tl.program_id(0).to(tl.int64),",
+        "seq, kv_head, split = tl.program_id(0),",
         FAR_KEYS,
     ),
 ]
@@ -148,8 +158,8 @@ QUANTIZED_MUTANTS = [
     *(
         mutant(f"scales of {side}' first head in {op}", f"attention/{op}", place, f"0 * {place}", EXACT[op])
         for side in ("keys", "values")
-        for op, head in (("decode", "kv_head.to(tl.int64)"), ("prefill", "kv_head"))
-        for place in (f"{head} * {side[0].upper()}_SCALE_HEAD_STRIDE,",)
+        for op in ("decode", "prefill")
+        for place in (f"kv_head * {side[0].upper()}_SCALE_HEAD_STRIDE,",)
     ),
     mutant("parts in another base", "attention/decode", "unit if splits == 1 else 1.0", "unit", BASE_2),
     mutant(

@@ -18,8 +18,8 @@ def fault(name: str, file: str, old: str, new: str, test: str) -> Mutant:
     return Mutant(name, f"{KERNELS}/{file}.py", old, new, (test,), interpreter=False)
 
 
-SEQUENCE = "    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)\n"
-LENGTH = "    k_len = tl.load(seq_lens_ptr + seq)\n"
+SEQUENCE = "    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)\n"
+LENGTH = "    k_len, is_legal = load_length(seq_lens_ptr + seq, longest)\n"
 CHUNK = "    row = tl.program_id(0).to(tl.int64)\n    chunk = tl.program_id(1)\n    temperature"
 SCALES = "    prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)\n"
 OFFSETS = f"{TESTS}/triton/test_offsets.py"
@@ -81,10 +81,31 @@ COMPILED_MUTANTS = [
     fault("a kernel for one sequence", "attention/prefill", '        "num_seqs",\n', "", ROWS),
     fault("a kernel for the width of a table", "attention/decode", '"page_table_stride", ', "", WIDTHS),
     fault(
-        "a kernel for a number of splits", "attention/decode", '["seq_lens_ptr", "splits"]', '["seq_lens_ptr"]', WIDTHS
+        "a kernel for a number of splits",
+        "attention/decode",
+        '["seq_lens_ptr", "longest", "splits"]',
+        '["seq_lens_ptr", "longest"]',
+        WIDTHS,
     ),
     fault(
-        "a kernel for where a part begins", "rows/rope", '["positions_ptr", "slots_ptr"]', '["positions_ptr"]', PLACES
+        "a kernel for where a part begins", "rows/rope", '["positions_ptr", "slots_ptr", ', '["positions_ptr", ', PLACES
+    ),
+    fault(
+        "a kernel for a longest length",
+        "attention/decode",
+        '"longest", "page_table_stride"',
+        '"page_table_stride"',
+        WIDTHS,
+    ),
+    *(
+        fault(
+            f"32-bit heads in {file}",
+            f"attention/{file}",
+            "tl.program_id(1).to(tl.int64), tl",
+            "tl.program_id(1), tl",
+            f"{OFFSETS}",
+        )
+        for file in ("decode", "prefill")
     ),
     fault(
         "32-bit rows of a weight",

@@ -13,6 +13,7 @@ from tests.kernels.triton.int8_mutants import INT8_MUTANTS
 from tests.kernels.triton.matmul_mutants import MATMUL_MUTANTS
 from tests.kernels.triton.planted import TESTS, mutant
 from tests.kernels.triton.sampling_mutants import FILTERS_MUTANTS, SAMPLING_MUTANTS, WEIGHTS_MUTANTS, WORKSPACE
+from tests.kernels.triton.values_mutants import VALUES_MUTANTS
 from tests.kernels.triton.w8a8_mutants import W8A8_MUTANTS
 
 NORM = "triton/rows/test_norm.py::test_several_rows_of_one_program"
@@ -92,7 +93,7 @@ ROPE_MUTANTS = [
         "slot = tl.load(slots_ptr + token).to(tl.int32)",
         FAR_POOL,
     ),
-    mutant("padding written", "rows/rope", "    elif slot >= 0:", "    else:", WRITE),
+    mutant("padding written", "rows/rope", "    elif (slot >= 0) & (slot < num_slots):", "    else:", WRITE),
     mutant("values turned", "rows/rope", "                False,\n", "                True,\n", WRITE),
     mutant(
         "pages taken for contiguous",
@@ -206,6 +207,7 @@ MUTANTS = [
     *SAMPLING_MUTANTS,
     *ATTENTION_MUTANTS,
     *QUANTIZED_MUTANTS,
+    *VALUES_MUTANTS,
     *MATMUL_MUTANTS,
     *MERGE_MUTANTS,
     *INT4_MUTANTS,

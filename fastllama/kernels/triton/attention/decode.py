@@ -15,12 +15,20 @@ from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
-from fastllama.kernels.triton.attention.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
+from fastllama.kernels.reference.attention import room
+from fastllama.kernels.triton.attention.flash import (
+    LOG2_E,
+    as_codes,
+    attend,
+    load_length,
+    lse_unit_from_base2,
+    strides,
+)
 from fastllama.kernels.triton.overlap import follow, overlapping
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
-@triton.jit(do_not_specialize=["page_table_ptr", "seq_lens_ptr", "page_table_stride", "splits"])
+@triton.jit(do_not_specialize=["page_table_ptr", "seq_lens_ptr", "num_pages", "longest", "page_table_stride", "splits"])
 def attention_decode_kernel(
     q_ptr,
     k_pages_ptr,
@@ -31,6 +39,8 @@ def attention_decode_kernel(
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
+    num_pages,
+    longest,
     scale_log2,
     lse_unit,
     q_token_stride,
@@ -61,8 +71,8 @@ def attention_decode_kernel(
     PDL: tl.constexpr,
 ):
     follow(PDL)
-    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    k_len = tl.load(seq_lens_ptr + seq)
+    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    k_len, is_legal = load_length(seq_lens_ptr + seq, longest)
     first = split * SPLIT
     # The first split also writes what padding gives: zeros.
     if (first < k_len) | (split == 0):
@@ -82,13 +92,14 @@ def attention_decode_kernel(
             last,
             k_len,
             scale_log2,
-            k_pages_ptr + kv_head.to(tl.int64) * K_HEAD_STRIDE,
-            v_pages_ptr + kv_head.to(tl.int64) * V_HEAD_STRIDE,
+            k_pages_ptr + kv_head * K_HEAD_STRIDE,
+            v_pages_ptr + kv_head * V_HEAD_STRIDE,
             k_scales_ptr,
             v_scales_ptr,
-            kv_head.to(tl.int64) * K_SCALE_HEAD_STRIDE,
-            kv_head.to(tl.int64) * V_SCALE_HEAD_STRIDE,
+            kv_head * K_SCALE_HEAD_STRIDE,
+            kv_head * V_SCALE_HEAD_STRIDE,
             page_table_ptr + seq * page_table_stride,
+            num_pages,
             k_page_stride,
             v_page_stride,
             k_scale_page_stride,
@@ -102,6 +113,7 @@ def attention_decode_kernel(
             BLOCK_D,
             STAGES,
         )
+        total = tl.where(is_legal, total, float("nan"))
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         place = row * out_token_stride + head * OUT_HEAD_STRIDE  # [M]; a head's parts follow each other
         to = (place * splits + split * HEAD_DIM)[:, None] + dim[None, :]
@@ -112,13 +124,14 @@ def attention_decode_kernel(
 
 
 # One program owns one query of one head.
-@triton.jit(do_not_specialize=["seq_lens_ptr", "splits"])
+@triton.jit(do_not_specialize=["seq_lens_ptr", "longest", "splits"])
 def attention_combine_kernel(
     parts_ptr,
     part_lses_ptr,
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
+    longest,
     lse_unit,
     out_token_stride,
     splits,
@@ -130,9 +143,10 @@ def attention_combine_kernel(
     PDL: tl.constexpr,
 ):
     follow(PDL)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = row * tl.num_programs(1) + head
-    used = tl.maximum(tl.cdiv(tl.load(seq_lens_ptr + row // QUERIES), SPLIT), 1)
+    k_len, _ = load_length(seq_lens_ptr + row // QUERIES, longest)
+    used = tl.maximum(tl.cdiv(k_len, SPLIT), 1)
     peaks = tl.full([64], float("-inf"), tl.float32)
     for start in range(0, used, 64):
         split = start + tl.arange(0, 64)
@@ -206,7 +220,7 @@ def attention_decode(
         results = rows * num_heads * splits * head_dim
         parts, part_lses = workspace[:results], workspace[results:size]  # [rows, heads, splits, D] and without D
         token_stride, head_stride = num_heads * head_dim, head_dim
-    unit = lse_unit_from_base2(base2)
+    longest, unit = room(k_pages, page_table), lse_unit_from_base2(base2)
     call = KernelCall(
         attention_decode_kernel,
         (num_seqs, num_kv_heads, splits),
@@ -219,6 +233,8 @@ def attention_decode(
         seq_lens_ptr=seq_lens,
         out_ptr=parts,
         lse_ptr=part_lses,
+        num_pages=k_pages.shape[0],
+        longest=longest,
         scale_log2=scale * LOG2_E,
         lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
@@ -250,6 +266,7 @@ def attention_decode(
         seq_lens_ptr=seq_lens,
         out_ptr=out,
         lse_ptr=lse,
+        longest=longest,
         lse_unit=unit,
         out_token_stride=out.stride(0),
         splits=splits,

@@ -56,8 +56,16 @@ def _softmax_step(scores, acc, peak, total, shrink):
 
 
 @triton.jit
+def load_length(ptr, longest):
+    """The length of a sequence, and whether it is legal: 0 in place of one that is not."""
+    length = tl.load(ptr)
+    is_legal = (length >= 0) & (length <= longest)
+    return tl.where(is_legal, length, 0), is_legal
+
+
+@triton.jit
 def _pages(page_table_ptr, start, k_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of a tile's tokens: one where no tile crosses pages, else one for each token [N]; 0 past the end."""
+    """The ids of a tile's pages: one where no tile crosses pages, else one for each token [N]; 0 past the end."""
     if PAGE_SIZE == 0:
         pages = tl.full([], 0, tl.int64)
     elif PAGE_SIZE % BLOCK_N == 0:
@@ -74,6 +82,16 @@ def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
     if PAGE_SIZE == 0:
         return tokens.to(tl.int64) * token_stride
     return pages * page_stride + (tokens % PAGE_SIZE).to(tl.int64) * token_stride
+
+
+@triton.jit
+def _checked(pages, num_pages, scale_log2, PAGE_SIZE: tl.constexpr):
+    """Pages with the first in place of those that do not exist, whether each does, and what scores are multiplied by.
+
+    NaN for a page that does not exist: four instructions for each tile of keys and values, of 16 KiB and more.
+    """
+    exists = pages == 0 if PAGE_SIZE == 0 else (pages >= 0) & (pages < num_pages)
+    return tl.where(exists, pages, 0), exists, tl.where(exists, scale_log2, float("nan"))
 
 
 @triton.jit
@@ -111,6 +129,7 @@ def attend(
     k_scales_start,
     v_scales_start,
     page_table_ptr,
+    num_pages,
     k_page_stride,
     v_page_stride,
     k_scale_page_stride,
@@ -129,7 +148,8 @@ def attend(
     Keys and values begin at k_ptr and v_ptr, their scales, if there are any, at element k_scales_start and its like.
     Without masks up to token `whole`, which every row sees with all before it; with masks behind. PAGE_SIZE 0: keys lie
     one after another. Keys and values are codes where there are scales, which then multiply scores and weights: fewer
-    than the codes. Returns the sum of values [M, D], the largest score [M] and the sum of weights [M].
+    than the codes. A page that is not one of num_pages gives NaN to the rows that see it. Returns the sum of values
+    [M, D], the largest score [M] and the sum of weights [M].
     """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -143,17 +163,18 @@ def attend(
         pages = _pages(page_table_ptr, begin, k_len, PAGE_SIZE, BLOCK_N)
         for start in tl.range(begin, last if masked else edge, BLOCK_N, num_stages=STAGES):
             tokens = start + tl.arange(0, BLOCK_N)  # [N]
+            pages, exists, factor = _checked(pages, num_pages, scale_log2, PAGE_SIZE)
             k_ptrs = k_ptr + _offsets(tokens, pages, k_page_stride, k_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
             v_ptrs = v_ptr + _offsets(tokens, pages, v_page_stride, v_token_stride, PAGE_SIZE)[:, None] + dim[None, :]
             if k_scales_ptr is not None:
                 k_slots = k_scales_start + _offsets(tokens, pages, k_scale_page_stride, 1, PAGE_SIZE)
                 v_slots = v_scales_start + _offsets(tokens, pages, v_scale_page_stride, 1, PAGE_SIZE)
-                k_scales = _scales(k_scales_ptr + k_slots, tokens < k_len, masked == 1)
-                v_scales = _scales(v_scales_ptr + v_slots, tokens < k_len, masked == 1)
+                k_scales = _scales(k_scales_ptr + k_slots, (tokens < k_len) & exists, masked == 1)
+                v_scales = _scales(v_scales_ptr + v_slots, (tokens < k_len) & exists, masked == 1)
             # Carried from tile to tile: as a load in front of these it would take stages of the pipeline from them.
             pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
             if masked:
-                inside = (tokens < k_len)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]
+                inside = ((tokens < k_len) & exists)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]
                 k = tl.load(k_ptrs, mask=inside, other=0.0)
                 v = tl.load(v_ptrs, mask=inside, other=0.0)
             elif BLOCK_D != HEAD_DIM:
@@ -162,7 +183,7 @@ def attend(
             else:
                 k = tl.load(k_ptrs)
                 v = tl.load(v_ptrs)
-            scores = tl.dot(q, tl.trans(_decoded(k, q.dtype)), input_precision="ieee") * scale_log2  # [M, N]
+            scores = tl.dot(q, tl.trans(_decoded(k, q.dtype)), input_precision="ieee") * factor  # [M, N]
             if k_scales_ptr is not None:
                 scores *= k_scales[None, :]
             if masked:

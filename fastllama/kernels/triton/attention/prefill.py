@@ -10,13 +10,45 @@ from fastllama.arithmetic import power_of_2
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
+from fastllama.kernels.reference.attention import room
 from fastllama.kernels.triton.attention.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
+
+LANES = tl.constexpr(128)  # bounds that a program reads at once
 
 
 @triton.jit
-def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
+def _first_block(begin, seq, BLOCK_M: tl.constexpr):
     """The block at which a sequence's begin: each has at most one more than its rows fill, so they do not overlap."""
-    return tl.load(cu_seqlens_q_ptr + seq) // BLOCK_M + seq
+    return begin // BLOCK_M + seq
+
+
+@triton.jit
+def _load_bounds(bounds_ptr, seq, num_seqs, num_rows):
+    """The bounds `seq` [LANES] of sequences, and which are wrong: they ascend from 0 to at most num_rows."""
+    exists = seq <= num_seqs
+    bounds = tl.load(bounds_ptr + seq, mask=exists, other=num_rows)
+    least = tl.load(bounds_ptr + seq - 1, mask=exists & (seq > 0), other=0)
+    return bounds, (bounds < least) | (bounds > num_rows) | ((seq == 0) & (bounds != 0))
+
+
+@triton.jit
+def _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, K_BOUNDS, BLOCK_M: tl.constexpr):
+    """The sequence that owns a block, num_seqs behind all; and whether bounds are legal, those of keys if K_BOUNDS.
+
+    Every program looks at all of them: 4 bytes a sequence from L2, where it reads kilobytes of keys.
+    """
+    begun = tl.zeros([LANES], tl.int32)
+    wrong = tl.zeros([LANES], tl.int1)
+    for start in range(0, num_seqs + 1, LANES):
+        seq = start + tl.arange(0, LANES)
+        bounds, is_wrong = _load_bounds(cu_seqlens_q_ptr, seq, num_seqs, num_rows)
+        begun += ((_first_block(bounds, seq, BLOCK_M) <= block) & (seq <= num_seqs)).to(tl.int32)
+        wrong |= is_wrong
+        if K_BOUNDS:
+            _, is_wrong = _load_bounds(k_bounds_ptr, seq, num_seqs, longest)
+            wrong |= is_wrong
+    is_legal = tl.max(wrong.to(tl.int32), 0) == 0
+    return tl.where(is_legal, tl.sum(begun, 0) - 1, num_seqs), is_legal
 
 
 # One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
@@ -27,6 +59,8 @@ def _first_block(cu_seqlens_q_ptr, seq, BLOCK_M: tl.constexpr):
         "page_table_ptr",
         "num_seqs",
         "num_rows",
+        "num_pages",
+        "longest",
         "page_table_stride",
     ]
 )
@@ -43,6 +77,8 @@ def attention_prefill_kernel(
     page_table_ptr,
     num_seqs,
     num_rows,
+    num_pages,
+    longest,
     scale_log2,
     lse_unit,
     q_token_stride,
@@ -71,20 +107,18 @@ def attention_prefill_kernel(
 ):
     # From the last block on, as programs start in their order: a causal sequence's last rows see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, num_heads = tl.program_id(1), tl.num_programs(1)
-    seq, high = 0, num_seqs
-    while seq < high:
-        middle = (seq + high + 1) // 2
-        before = _first_block(cu_seqlens_q_ptr, middle, BLOCK_M) <= block
-        seq = tl.where(before, middle, seq)
-        high = tl.where(before, high, middle - 1)
+    head, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    seq, is_legal = _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, PAGE_SIZE == 0, BLOCK_M)
     exists = seq < num_seqs
-    begin = tl.load(cu_seqlens_q_ptr + seq)
+    begin = tl.where(is_legal, tl.load(cu_seqlens_q_ptr + seq), 0)
     end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows)
-    first_row = begin + (block - _first_block(cu_seqlens_q_ptr, seq, BLOCK_M)) * BLOCK_M
+    first_row = begin + (block - _first_block(begin, seq, BLOCK_M)) * BLOCK_M
+    first_row = tl.where(is_legal, first_row, block * BLOCK_M)  # else every row belongs to no sequence, and gets NaN
     if first_row < end:
         k_start = tl.full([], 0, tl.int32)
         k_len = tl.load(k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)
+        is_legal &= (k_len >= 0) & (k_len <= longest)
+        k_len = tl.where(is_legal, k_len, 0)
         if PAGE_SIZE == 0:
             k_start = tl.load(k_bounds_ptr + seq, mask=exists, other=0)
             k_len -= k_start
@@ -102,7 +136,7 @@ def attention_prefill_kernel(
         mask = (row < end)[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
         offsets = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * q_token_stride + head * Q_HEAD_STRIDE + dim[None, :], mask=mask, other=0.0)
-        kv_head = (head // GROUP).to(tl.int64)
+        kv_head = head // GROUP
         acc, peak, total = attend(
             q,
             visible,
@@ -118,6 +152,7 @@ def attention_prefill_kernel(
             kv_head * K_SCALE_HEAD_STRIDE,
             kv_head * V_SCALE_HEAD_STRIDE,
             page_table_ptr + tl.cast(seq, tl.int64) * page_table_stride,
+            num_pages,
             k_page_stride,
             v_page_stride,
             k_scale_page_stride,
@@ -131,6 +166,7 @@ def attention_prefill_kernel(
             BLOCK_D,
             STAGES,
         )
+        total = tl.where(is_legal, total, float("nan"))
         result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gives 0
         out_ptrs = out_ptr + offsets * out_token_stride + head * OUT_HEAD_STRIDE + dim[None, :]
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -224,6 +260,8 @@ def _plan(
         page_table_ptr=k_bounds if page_table is None else page_table,
         num_seqs=num_seqs,
         num_rows=num_rows,
+        num_pages=0 if page_table is None else k.shape[0],
+        longest=k.shape[0] if page_table is None else room(k, page_table),
         scale_log2=scale * LOG2_E,
         lse_unit=lse_unit_from_base2(base2),
         q_token_stride=q.stride(0),

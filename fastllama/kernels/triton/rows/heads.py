@@ -68,13 +68,14 @@ def store_pairs(
         tl.store(x_ptr + start + other_dim, second, mask=mask & (other_dim < HEAD_DIM))
 
 
-# Pairs [HEADS, PAIRS] turned by the angles at angles_ptr, the cos/sin cache's row of one position.
+# Pairs [HEADS, PAIRS] turned by the angles at angles_ptr, the cos/sin cache's row of one position. A position that does
+# not exist makes them NaN, and nothing is read.
 @triton.jit
-def rotated(first, second, angles_ptr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr):
+def rotated(first, second, angles_ptr, exists, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr):
     pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS]
     turns = pair < ROTARY // 2
-    cos = tl.load(angles_ptr + pair, mask=turns, other=1.0)
-    sin = tl.load(angles_ptr + ROTARY // 2 + pair, mask=turns, other=0.0)
+    cos = tl.load(angles_ptr + pair, mask=turns & exists, other=tl.where(exists, 1.0, float("nan")))
+    sin = tl.load(angles_ptr + ROTARY // 2 + pair, mask=turns & exists, other=0.0)
     first_turned, second_turned = first * cos - second * sin, second * cos + first * sin
     if ROTARY < HEAD_DIM:  # sin = 0 alone would not do: 0 * inf is NaN
         first_turned = tl.where(turns, first_turned, first)

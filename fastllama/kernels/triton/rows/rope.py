@@ -22,6 +22,7 @@ def rotate_heads(
     out_ptr,
     x_ptr,
     angles_ptr,
+    exists,
     head,
     NUM_HEADS: tl.constexpr,
     OUT_HEAD_STRIDE: tl.constexpr,
@@ -33,7 +34,7 @@ def rotate_heads(
 ):
     mask = head < NUM_HEADS  # [HEADS, 1]
     first, second = load_pairs(x_ptr, head * X_HEAD_STRIDE, mask, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
-    first, second = rotated(first, second, angles_ptr, HEAD_DIM, ROTARY, PAIRS)
+    first, second = rotated(first, second, angles_ptr, exists, HEAD_DIM, ROTARY, PAIRS)
     dtype = out_ptr.dtype.element_ty
     first, second = first.to(dtype), second.to(dtype)
     store_pairs(out_ptr, head * OUT_HEAD_STRIDE, mask, first, second, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
@@ -47,6 +48,7 @@ def write_heads(
     scales_ptr,
     x_ptr,
     angles_ptr,
+    exists,
     head,
     slot,
     STRIDES: tl.constexpr,
@@ -62,7 +64,7 @@ def write_heads(
     mask = head < NUM_HEADS  # [HEADS, 1]
     first, second = load_pairs(x_ptr, head * HEAD_DIM, mask, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
     if ROTATE:
-        first, second = rotated(first, second, angles_ptr, HEAD_DIM, ROTARY, PAIRS)
+        first, second = rotated(first, second, angles_ptr, exists, HEAD_DIM, ROTARY, PAIRS)
     dtype: tl.constexpr = pages_ptr.dtype.element_ty
     page, place = slot // PAGE_SIZE, slot % PAGE_SIZE
     if dtype.is_floating():
@@ -74,8 +76,15 @@ def write_heads(
     store_pairs(pages_ptr, start, mask, first, second, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
 
 
+# The row of the cos/sin cache for a position, and whether there is one.
+@triton.jit
+def find_angles(cos_sin_ptr, position_ptr, num_positions, stride):
+    position = tl.load(position_ptr).to(tl.int64)
+    return cos_sin_ptr + position * stride, (position >= 0) & (position < num_positions)
+
+
 # One program owns HEADS heads of the queries, or of the keys, of one token.
-@triton.jit(do_not_specialize=["positions_ptr"])
+@triton.jit(do_not_specialize=["positions_ptr", "num_positions"])
 def rope_kernel(
     q_out_ptr,
     k_out_ptr,
@@ -83,6 +92,7 @@ def rope_kernel(
     k_ptr,
     cos_sin_ptr,
     positions_ptr,
+    num_positions,
     q_out_token_stride,
     k_out_token_stride,
     q_token_stride,
@@ -106,12 +116,13 @@ def rope_kernel(
     BLOCKS: tl.constexpr = Q_BLOCKS + (NUM_KV_HEADS + HEADS - 1) // HEADS
     token, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     head = tl.arange(0, HEADS)[:, None].to(tl.int64)  # [HEADS, 1]
-    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * cos_sin_position_stride
+    angles_ptr, exists = find_angles(cos_sin_ptr, positions_ptr + token, num_positions, cos_sin_position_stride)
     if block < Q_BLOCKS:
         rotate_heads(
             q_out_ptr + token * q_out_token_stride,
             q_ptr + token * q_token_stride,
             angles_ptr,
+            exists,
             head + block * HEADS,
             NUM_Q_HEADS,
             Q_OUT_HEAD_STRIDE,
@@ -126,6 +137,7 @@ def rope_kernel(
             k_out_ptr + token * k_out_token_stride,
             k_ptr + token * k_token_stride,
             angles_ptr,
+            exists,
             head + (block - Q_BLOCKS) * HEADS,
             NUM_KV_HEADS,
             K_OUT_HEAD_STRIDE,
@@ -138,7 +150,7 @@ def rope_kernel(
 
 
 # One program owns HEADS heads of the queries, the keys or the values of one token.
-@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr", "num_positions", "num_slots"])
 def rope_and_write_kv_kernel(
     q_out_ptr,
     k_pages_ptr,
@@ -149,6 +161,8 @@ def rope_and_write_kv_kernel(
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
+    num_positions,
+    num_slots,
     q_out_token_stride,
     qkv_token_stride,
     cos_sin_position_stride,
@@ -173,7 +187,7 @@ def rope_and_write_kv_kernel(
     BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
     token, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     head = tl.arange(0, HEADS)[:, None].to(tl.int64)  # [HEADS, 1]
-    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * cos_sin_position_stride
+    angles_ptr, exists = find_angles(cos_sin_ptr, positions_ptr + token, num_positions, cos_sin_position_stride)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     q_ptr = qkv_ptr + token * qkv_token_stride
     k_ptr = q_ptr + NUM_Q_HEADS * HEAD_DIM
@@ -183,6 +197,7 @@ def rope_and_write_kv_kernel(
             q_out_ptr + token * q_out_token_stride,
             q_ptr,
             angles_ptr,
+            exists,
             head + block * HEADS,
             NUM_Q_HEADS,
             Q_OUT_HEAD_STRIDE,
@@ -192,13 +207,14 @@ def rope_and_write_kv_kernel(
             PAIRS,
             INTERLEAVED,
         )
-    elif slot >= 0:
+    elif (slot >= 0) & (slot < num_slots):
         if block < Q_BLOCKS + KV_BLOCKS:
             write_heads(
                 k_pages_ptr,
                 k_scales_ptr,
                 k_ptr,
                 angles_ptr,
+                exists,
                 head + (block - Q_BLOCKS) * HEADS,
                 slot,
                 K_STRIDES,
@@ -217,6 +233,7 @@ def rope_and_write_kv_kernel(
                 v_scales_ptr,
                 v_ptr,
                 angles_ptr,
+                exists,
                 head + (block - Q_BLOCKS - KV_BLOCKS) * HEADS,
                 slot,
                 V_STRIDES,
@@ -254,6 +271,7 @@ def rope(
         k_ptr=k,
         cos_sin_ptr=cos_sin,
         positions_ptr=positions,
+        num_positions=cos_sin.shape[0],
         q_out_token_stride=q_out.stride(0),
         k_out_token_stride=k_out.stride(0),
         q_token_stride=q.stride(0),
@@ -313,6 +331,8 @@ def rope_and_write_kv(
         cos_sin_ptr=cos_sin,
         positions_ptr=positions,
         slots_ptr=slots,
+        num_positions=cos_sin.shape[0],
+        num_slots=k_pages.shape[0] * page_size,
         q_out_token_stride=q_out.stride(0),
         qkv_token_stride=qkv.stride(0),
         cos_sin_position_stride=cos_sin.stride(0),
