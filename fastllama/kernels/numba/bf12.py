@@ -162,12 +162,18 @@ def scale_rows_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
 
 
 @jit
-def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, scale, like):
-    """Store a product, with those of the outliers from `outlier` to `end` added: one after another, so in fp64."""
+def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, size, scale, like):
+    """Store a product, with those of the outliers from `outlier` to `end` added: one after another, so in fp64.
+
+    NaN where one of them is of a column that x does not have.
+    """
     total *= scale
     for i in range(outlier, end):
         column = load_integer(outliers_ptr, 3 * i + 1, np.int32(0))
-        total += np.float64(load(outliers_ptr, 3 * i + 2, np.float32(0))) * load(x_ptr, column, like)
+        if 0 <= column < size:
+            total += np.float64(load(outliers_ptr, 3 * i + 2, np.float32(0))) * load(x_ptr, column, like)
+        else:
+            total = np.nan
     store(out_ptr, 0, np.float32(total), like)
 
 
@@ -198,12 +204,13 @@ def matmul_bf12_kernel(region, *args):
             first = CHUNK * chunk
             end = first_outlier(outliers_ptr, num_outliers, first)
             for n in range(first, min(first + CHUNK, features)):
-                row_ptr, to = codes_ptr + n * codes_stride, out_ptr + n * itemsize
+                row_ptr, to, size = codes_ptr + n * codes_stride, out_ptr + n * itemsize, blocks * BLOCK
                 outlier = end
                 while end < num_outliers and load_integer(outliers_ptr, 3 * end, np.int32(0)) == n:
                     end += 1
                 if rows == 1:
-                    finish(dot(row_ptr, wide_ptr, blocks), x_ptr, outliers_ptr, to, outlier, end, scales[0], like)
+                    dot_of_codes = dot(row_ptr, wide_ptr, blocks)
+                    finish(dot_of_codes, x_ptr, outliers_ptr, to, outlier, end, size, scales[0], like)
                     continue
                 last = rows - 1
                 for m in range(0, last + 1, 4):
@@ -219,7 +226,7 @@ def matmul_bf12_kernel(region, *args):
                     )
                     for i, row in enumerate((a, b, c, d)):
                         x_row, out_row = x_ptr + row * x_stride, to + row * out_stride
-                        finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, scales[row], like)
+                        finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, size, scales[row], like)
         first_chunk, last_chunk = proceed(region)
     return leave(region)
 
@@ -236,7 +243,12 @@ def widen_bf12_kernel(region, *args):
             outlier = first_outlier(outliers_ptr, num_outliers, n)
             while outlier < num_outliers and load_integer(outliers_ptr, 3 * outlier, np.int32(0)) == n:
                 column = load_integer(outliers_ptr, 3 * outlier + 1, np.int32(0))
-                store(to, column, load(outliers_ptr, 3 * outlier + 2, np.float32(0)), np.float32(0))
+                if 0 <= column < blocks * BLOCK:
+                    store(to, column, load(outliers_ptr, 3 * outlier + 2, np.float32(0)), np.float32(0))
+                else:  # the whole row: a NaN in one place could be an outlier's own
+                    for k in range(blocks * BLOCK):
+                        store(to, k, np.float32(np.nan), np.float32(0))
+                    break
                 outlier += 1
         first, last = proceed(region)
     return leave(region)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from torch import Tensor
 
@@ -10,6 +11,13 @@ from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.numba.numerics import LIKE, jit, load, rounded, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
+
+
+# Without leave to reassociate, which Numba hands down if not told: x times the weight, 1e30 * 1e30, may overflow where
+# the normalised value does not.
+@numba.njit(fastmath=False)
+def weighed(normed, weight):
+    return normed * weight
 
 
 # One row: out = weight * cast(x / its rms), the cast to x's dtype. Starts and strides count elements.
@@ -22,7 +30,7 @@ def rms_norm_row_kernel(out_ptr, x_ptr, weight_ptr, out_start, x_start, size, ep
     scale = np.float32(1) / np.sqrt(square / np.float32(size) + np.float32(eps))
     for i in range(size):
         normed = rounded(load(x_ptr, x_start + i, like) * scale, like)
-        store(out_ptr, out_start + i, normed * load(weight_ptr, i, weight_like), like)
+        store(out_ptr, out_start + i, weighed(normed, load(weight_ptr, i, weight_like)), like)
 
 
 # One row: total = x + residual, rounded; out = the norm of that.

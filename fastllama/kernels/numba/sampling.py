@@ -79,12 +79,13 @@ def draw(weights, top_k, top_p, min_p, number):
             total = 0
             for i in range(len(weights)):
                 total += mass(weights[i]) if keys[i] >= floor else 0
-            need = max(np.int64(np.ceil(np.float64(top_p) * np.float64(total))), 1)
+            share = np.float64(top_p) if 0 < top_p < 1 else 0.0  # an infinity or NaN is no integer
+            need = max(np.int64(np.ceil(share * np.float64(total))), 1)
         else:
             need = top_k
         if (top_p < 1) if by_mass else (0 < top_k < len(weights)):
             floor = least_key(weights, floor, need, by_mass, near)
-    least = np.float32(min(min_p, np.float32(1)))
+    least = np.float32(1) if min_p > 1 else min_p if min_p > 0 else np.float32(0)  # NaN is off
     total = 0
     for i in range(len(weights)):
         near[i] = weights[i] if keys[i] >= floor and weights[i] >= least else 0
@@ -115,7 +116,8 @@ def sample_row(logits_ptr, start, vocab, temperature, top_k, top_p, min_p, seed,
     token = 0
     if temperature > 0:
         if temperature != 1:
-            scale = np.float32(1) / max(temperature, np.float32(1e-37))
+            # Not 0 at an infinite temperature: a logit of -inf must stay that.
+            scale = max(np.float32(1) / max(temperature, np.float32(1e-37)), np.float32(1e-45))
             for i in range(vocab):
                 weights[i] = exp((load(logits_ptr, start + i, like) - largest) * scale)
         token = draw(weights, top_k, top_p, min_p, uniform(seed, offset))

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, store
+from fastllama.kernels.numba.numerics import FAST, LIKE, exp, jit, load, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
+
+END = np.float32(88)  # `exp` gives e^88 beyond
+
+
+# Without leave to reassociate, which Numba hands down if not told: gate * up may overflow where the result does not.
+@numba.njit(fastmath=False)
+def times(silu, up):
+    return silu * up
+
+
+# As torch: a gate of -90 gives -0, as e^90 is infinite in fp32, and -inf NaN; an `exp` that ends at e^88 would give
+# -60 for a gate of -100 and an up of 1e38. What is added to `exp` past its end is e^x to 0.7 % up to the largest number
+# and infinite beyond: 2 % slower than without, where a branch takes 8 %.
+@numba.njit(fastmath=FAST, error_model="numpy")
+def silu_mul_of(gate, up):
+    past = max(-gate - END, np.float32(0))
+    power = exp(-gate) * (np.float32(1) + past + np.float32(0.61) * (past * past))
+    return times(gate / (np.float32(1) + power), up)
 
 
 @jit
@@ -17,7 +36,7 @@ def silu_mul_row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, li
     for i in range(size):
         gate = load(gate_up_ptr, gate_up_start + i, like)
         up = load(gate_up_ptr, gate_up_start + size + i, like)
-        store(out_ptr, out_start + i, gate / (np.float32(1) + exp(-gate)) * up, like)
+        store(out_ptr, out_start + i, silu_mul_of(gate, up), like)
 
 
 # One iteration owns one row.

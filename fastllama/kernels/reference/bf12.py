@@ -26,6 +26,7 @@ BLOCK_BYTES = 96
 CODES = 15  # exponents that have a code
 LARGEST_EXPONENT = 127  # of code 1, so that 2^(exponent - 1) is a number in fp32
 SAMPLE = 256  # rows that decide which exponents get codes
+NAN = 0x7FC0  # bits of bf16
 
 
 def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -56,16 +57,23 @@ def commonest_exponent(weight: Tensor) -> int:
 
 
 def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
-    """The bf16 weight [N, K] that `pack_bf12` took, bit for bit."""
-    blocks = codes.view(codes.shape[0], -1, 3, BLOCK // 2)
+    """The bf16 weight [N, K] that `pack_bf12` took, bit for bit.
+
+    An outlier of a row that does not exist is nothing; one of a column that does not makes its row NaN.
+    """
+    features, row_bytes = codes.shape
+    blocks = codes.view(features, row_bytes // BLOCK_BYTES, 3, BLOCK // 2)
     low, both = blocks[:, :, :2], blocks[:, :, 2]
     high = torch.stack((both, both << 4 | both >> 4), 2)
     low, high = (_in_order(part).to(torch.int16) for part in (low, high))  # [N, K]
     code = (high & 7) << 1 | low >> 7
     exponents = torch.where(code > 0, code + (exponent - 1), 0)
     bits = high << 8 & -0x8000 | exponents << 7 | low & 0x7F
-    rows, columns, values = outliers.unbind(1)
+    outliers = outliers[(outliers[:, 0] >= 0) & (outliers[:, 0] < features)]
+    exists = (outliers[:, 1] >= 0) & (outliers[:, 1] < bits.shape[1])
+    rows, columns, values = outliers[exists].unbind(1)
     bits[rows, columns] = (values >> 16).to(torch.int16)
+    bits[outliers[~exists, 0]] = NAN
     return bits.view(torch.bfloat16)
 
 
@@ -86,11 +94,13 @@ def matmul_bf12(
 
 def _interleaved(values: Tensor) -> Tensor:
     """[N, K] -> [N, K / 64, 2, 32]: weight 16 a + 8 b + 4 c + d of a group of 32 lies at 16 c + 8 a + 2 d + b."""
-    groups = values.view(values.shape[0], -1, 2, 2, 2, 2, 4)  # [..., group, a, b, c, d]
-    return groups.permute(0, 1, 2, 5, 3, 6, 4).reshape(values.shape[0], -1, 2, BLOCK // 2)
+    features, size = values.shape
+    groups = values.view(features, size // BLOCK, 2, 2, 2, 2, 4)  # [..., group, a, b, c, d]
+    return groups.permute(0, 1, 2, 5, 3, 6, 4).reshape(features, size // BLOCK, 2, BLOCK // 2)
 
 
 def _in_order(values: Tensor) -> Tensor:
     """[N, K / 64, 2, 32] -> [N, K]: the inverse of `_interleaved`."""
-    groups = values.reshape(values.shape[0], -1, 2, 2, 2, 4, 2)  # [..., group, c, a, d, b]
-    return groups.permute(0, 1, 2, 4, 6, 3, 5).reshape(values.shape[0], -1)
+    features, blocks = values.shape[:2]
+    groups = values.reshape(features, blocks, 2, 2, 2, 4, 2)  # [..., group, c, a, d, b]
+    return groups.permute(0, 1, 2, 4, 6, 3, 5).reshape(features, blocks * BLOCK)

@@ -37,7 +37,8 @@ def philox(seed: Tensor, offset: Tensor) -> Tensor:
 def filter_probs(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """probs [B, V] with everything outside top-k, then top-p of what is left, then min-p set to 0 (not renormalised).
 
-    Each filter keeps all tokens at least as likely as the last one it needs, so ties at a threshold stay together.
+    Each filter keeps all tokens at least as likely as the last one it needs, so ties at a threshold stay together. A
+    NaN for top-p or min-p, or a negative min-p, is off; a min-p above 1 is 1, which keeps the likeliest.
     """
     vocab = probs.shape[-1]
     ranked = probs.sort(dim=-1, descending=True).values
@@ -46,7 +47,7 @@ def filter_probs(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
     mass = torch.where(ranked >= floor, ranked, 0).cumsum(-1)
     needed = (mass < top_p[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=vocab - 1)
     floor = torch.maximum(floor, torch.where(top_p[:, None] < 1, ranked.gather(1, needed), 0))
-    floor = torch.maximum(floor, ranked[:, :1] * min_p[:, None])
+    floor = torch.maximum(floor, ranked[:, :1] * min_p.nan_to_num(0.0, posinf=1.0).clamp(0, 1)[:, None])
     return torch.where(probs >= floor, probs, 0)
 
 
@@ -55,8 +56,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B] and their log-probabilities [B] under softmax(logits).
 
-    Temperature 0 takes the first largest logit. Otherwise the token is the first, in vocabulary order, at which the
-    cumulative filtered mass exceeds philox(seed, offset) of its total. A row whose largest logit is not finite gives
+    Where the temperature is not above 0 (nor is NaN) the token is the first of the largest logit. Otherwise it is the
+    first, in vocabulary order, at which the cumulative filtered mass exceeds philox(seed, offset) of its total. An
+    infinite temperature makes all tokens alike, but for those of -inf. A row whose largest logit is not finite gives
     token 0 and NaN.
     """
     scores = wide(logits)
@@ -64,11 +66,12 @@ def sample(
     legal = largest.isfinite()
     # Less their largest, softmax is the same and no temperature makes it overflow.
     scores = torch.where(legal, scores - largest, 0)
-    greedy = temperature <= 0
+    greedy = ~(temperature > 0)
     tokens = scores.argmax(-1)
     if not bool(greedy.all()):
         heat = torch.where(greedy, 1.0, temperature).to(scores.dtype)[:, None]
-        probs = filter_probs(torch.softmax(scores / heat, -1), top_k, top_p.to(scores.dtype), min_p.to(scores.dtype))
+        heated = torch.where(scores == -torch.inf, scores, scores / heat)  # -inf / inf is NaN
+        probs = filter_probs(torch.softmax(heated, -1), top_k, top_p.to(scores.dtype), min_p.to(scores.dtype))
         mass = probs.cumsum(-1)
         bar = philox(seed, offset).to(mass.dtype)[:, None] * mass[:, -1:]
         drawn = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)

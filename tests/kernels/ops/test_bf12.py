@@ -178,3 +178,28 @@ def test_a_size_that_is_no_multiple() -> None:
     codes, outliers, exponent = kernels.pack_bf12(torch.ones(2, 64).bfloat16())
     with pytest.raises(ValueError, match=r"x has shape \[1, 65\]; legal: .* multiple of 64"):
         kernels.matmul_bf12(torch.ones(1, 65), codes, outliers, exponent)
+
+
+@pytest.mark.parametrize("outlier", [(1, 64), (1, -1), (1, 2**31 - 1), (3, 0), (-1, 0), (2**31 - 1, 5)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("backend", on_cpu("matmul_bf12"))
+def test_outliers_of_no_place(backend: str, rows: int, outlier: tuple[int, int]) -> None:
+    """A column that x has not makes its feature NaN, a row that the weight has not nothing; no memory is touched."""
+    x, weight = torch.ones(rows, 64), torch.ones(3, 64).bfloat16()
+    codes, outliers, exponent = kernels.pack_bf12(weight)
+    bits = torch.tensor([[*outlier, torch.tensor(7.0).view(torch.int32).item()]], dtype=torch.int32)
+    outliers = torch.cat((outliers, bits))
+    expected = torch.full((rows, 3), 64.0)
+    if outlier[0] == 1:
+        expected[:, 1] = math.nan
+    assert_equal(public("matmul_bf12", backend)(x, codes, outliers, exponent), expected)
+
+
+@packers
+@pytest.mark.parametrize("shape", [(0, 64), (0, 0), (3, 0)], ids=str)
+def test_weights_without_elements(pack: object, shape: tuple[int, int]) -> None:
+    assert callable(pack)
+    packed = pack(torch.empty(shape).bfloat16())
+    assert kernels.unpack_bf12(*packed).shape == shape
+    for backend in on_cpu("matmul_bf12"):
+        assert_equal(public("matmul_bf12", backend)(torch.ones(2, shape[1]), *packed), torch.zeros(2, shape[0]))

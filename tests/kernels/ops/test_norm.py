@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,3 +144,23 @@ def test_a_row_does_not_depend_on_the_others(backend: str) -> None:
     x, _, weight = inputs((9, 300), torch.bfloat16)
     together = public("rms_norm", backend)(x, weight, EPS)
     assert_equal(together[4:5], public("rms_norm", backend)(x[4:5], weight, EPS))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_the_weight_multiplies_what_is_normalised(backend: str, rows: int) -> None:
+    """Not x, which times the weight overflows: 3e19 * 3e19, or 0 * inf where the mean square does."""
+    x, weight = torch.full((rows, 9), 3.0e18), torch.full((9,), 3.0e30)
+    assert_honest(
+        public("rms_norm", backend)(x, weight, EPS), hugging_face(x, weight), double(weight)[0].expand(rows, 9)
+    )
+    x, weight = torch.full((rows, 9), -3.0e38), torch.full((9,), 2.0)
+    assert_equal(public("rms_norm", backend)(x, weight, EPS), hugging_face(x, weight))
+
+
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+@pytest.mark.parametrize("eps", [0, 0.0, 1e-45, 1e30, math.inf, math.nan, -1.0])
+def test_any_eps_and_a_row_of_zeros(backend: str, eps: float) -> None:
+    x = torch.tensor([[0.0, -0.0, 0.0], [1.0, -2.0, 3.0], [1e-30, -1e-30, 1e-30]])
+    found, expected = public("rms_norm", backend)(x, torch.ones(3), eps), hugging_face(x, torch.ones(3), eps)
+    torch.testing.assert_close(found, expected, equal_nan=True)

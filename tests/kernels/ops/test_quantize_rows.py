@@ -107,3 +107,10 @@ def test_what_is_refused() -> None:
         kernels.add_rms_norm_int8(x, torch.zeros(3, 4), weight)
     with pytest.raises(ValueError, match=r"^scales_out has shape \[3\]; legal: \[2\]$"):
         kernels.silu_mul_int8(x, scales_out=torch.zeros(3))
+
+
+@pytest.mark.parametrize("backend", backends("rms_norm_int8"))
+def test_a_row_too_small_to_be_normalised_has_an_infinite_scale(backend: str) -> None:
+    """1 / sqrt(0) is infinite, and by it the numbers past the end of a row, which are 0, are NaN."""
+    codes, scales = public("rms_norm_int8", backend)(torch.full((1, 5), 1e-30), torch.ones(5), 0.0)
+    assert (codes.tolist(), scales.tolist()) == ([[0] * 5], [math.inf])

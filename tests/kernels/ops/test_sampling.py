@@ -349,3 +349,36 @@ def test_strided_logits_and_given_outputs(backend: str) -> None:
     assert found[1] is logprobs
     for result, expected in zip(found, run(logits, *parameters), strict=True):
         assert_equal(result, expected)
+
+
+@on_every_backend
+def test_an_infinite_temperature_leaves_out_what_is_masked(backend: str) -> None:
+    """All other tokens are alike: 200 draws find each of the three."""
+    logits = torch.tensor([0.0, -math.inf, 5.0, -math.inf, -5.0, -math.inf]).expand(200, 6).contiguous()
+    tokens, _ = public("sample", backend)(logits, *rows(200, temperature=math.inf, offset=list(range(200))))
+    assert set(tokens.tolist()) == {0, 2, 4}
+
+
+@on_every_backend
+@pytest.mark.parametrize("temperature", [math.nan, -1.0, -0.0, -math.inf])
+def test_what_is_no_temperature_above_0_is_greedy(backend: str, temperature: float) -> None:
+    tokens, _ = public("sample", backend)(torch.tensor([[0.0, 3.0, 3.0, 1.0]] * 8), *rows(8, temperature=temperature))
+    assert tokens.tolist() == [1] * 8
+
+
+@on_every_backend
+@pytest.mark.parametrize("filters", [{"min_p": 1.5}, {"min_p": math.inf}, {"top_p": -math.inf}, {"top_k": 1}], ids=str)
+def test_filters_past_their_end_keep_the_largest(backend: str, filters: dict[str, Any]) -> None:
+    parameters = rows(50, offset=list(range(50)), **filters)
+    tokens, _ = public("sample", backend)(torch.tensor([[0.0, 3.0, -1.0, 2.9]] * 50), *parameters)
+    assert tokens.tolist() == [1] * 50
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "filters", [{"min_p": math.nan}, {"min_p": -1.0}, {"top_p": math.nan}, {"top_p": math.inf}, {"top_k": -1}], ids=str
+)
+def test_filters_that_are_none_are_off(backend: str, filters: dict[str, Any]) -> None:
+    logits = torch.randn(50, 40)
+    given, off = (rows(50, offset=list(range(50)), **each) for each in (filters, {}))
+    assert_equal(public("sample", backend)(logits, *given)[0], public("sample", backend)(logits, *off)[0])

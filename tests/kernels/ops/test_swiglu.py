@@ -62,3 +62,13 @@ def test_strided_rows_and_output(backend: str) -> None:
     assert_equal(out, run(gate_up))
     buffer[:, 5:15] = 7.0
     assert (buffer == 7.0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backend", backends("silu_mul"))
+def test_gates_past_the_end_of_exp(backend: str, rows: int) -> None:
+    """As torch: silu(-100) is -0 in fp32, also by an up of 3e38, silu(-inf) NaN, and 3e38 * 0.5 * 2 no infinity."""
+    gate = torch.tensor([-100.0, -1e4, -3e38, -89.0, -math.inf, math.inf, math.nan, 3e38, -3e38, -80.0])
+    up = torch.tensor([3e38, -1e38, -3e38, 3e38, 1.0, 1.0, 1.0, 0.5, math.inf, 3e38])
+    found = public("silu_mul", backend)(torch.cat((gate, up)).expand(rows, 20).contiguous())
+    torch.testing.assert_close(found, (F.silu(gate) * up).expand(rows, 10), rtol=1e-6, atol=1.0, equal_nan=True)

@@ -55,7 +55,8 @@ def rms_norm_kernel(
         tl.store(out_ptr + row * out_row_stride + col, result, mask=mask)
     else:
         out_ptrs = out_ptr + row * out_row_stride + col
-        store_codes(out_ptrs, scales_out_ptr + row, result.to(tl.float32), mask, row < num_rows)
+        result = tl.where(mask, result.to(tl.float32), 0.0)  # past SIZE it is 0 * scale, NaN where a row's scale is inf
+        store_codes(out_ptrs, scales_out_ptr + row, result, mask, row < num_rows)
 
 
 def rows_per_program(block: int, num_warps: int) -> int:

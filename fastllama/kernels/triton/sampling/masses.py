@@ -34,8 +34,9 @@ def row_peak(peaks_ptr, row, CHUNKS: tl.constexpr, CHUNKS_BLOCK: tl.constexpr):
 
 @triton.jit
 def keys_of(x, peak, temperature):
-    # A temperature below 2^-120 leaves but the ties of the largest logit, as 2^-120 does.
-    scale = 1.4426950408889634 / tl.maximum(temperature, 7.5e-37)
+    # A temperature below 2^-120 leaves but the ties of the largest logit, as 2^-120 does. An infinite one must not make
+    # the scale 0, by which -inf is NaN.
+    scale = 1.4426950408889634 / tl.minimum(tl.maximum(temperature, 7.5e-37), 1.2e38)
     return tl.minimum(tl.exp2((x - peak) * scale), 1.0).to(tl.int32, bitcast=True)
 
 
