@@ -29,7 +29,7 @@ COMPILE_TESTS := tests/kernels tests/testing tests/tools tests/integrations/test
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers fake-gpu gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,12 @@ fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton
 	@for pair in $(FAKE); do \
 		$(BIN)/python -m tools.fakegpu --torch $${pair%/*} --triton $${pair#*/} check $(SHARD:%=--shard %) $(PARTS) || exit 1; \
 	done
+
+fuzz: $(STAMP) ## all ops on extreme values and odd shapes against fp64, on all backends: make fuzz MINUTES=10
+	@status=0; \
+	$(NO_INTERPRETER) $(BIN)/python -m tests.kernels.fuzz --minutes $(MINUTES) || status=1; \
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.kernels.fuzz --small --minutes $(MINUTES) || status=1; \
+	exit $$status
 
 gpu-cache: $(STAMP) ## compile the kernels of `make gpu` for a GPU machine, into one archive, on the fake GPU
 	$(BIN)/python -m tools.gpu_cache make
