@@ -124,7 +124,7 @@ def _paged(m: CallMaker, lengths: list[int], kv_heads: int, size: int) -> Argume
             held = m.values.tensor(m.dtype, *shape).masked_fill(~kept[..., None], math.nan)
         else:
             held = (40 * m.values.normal(*shape)).round().clamp(-127, 127).to(codes)
-            scales = m.values.tensor(torch.float32, *shape[:3], 1)[..., 0].abs() / 64
+            scales = m.values.tensor(torch.float32, *shape[:3], 1)[..., 0].abs() / 512  # times 127 no overflow
             scales = m.memory.place(f"{side}_scales", scales.masked_fill(~kept, math.nan), 3)
         call[f"{side}_pages"], call[f"{side}_scales"] = m.place(f"{side}_pages", held, 3), scales
     return call

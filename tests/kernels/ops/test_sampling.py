@@ -352,10 +352,11 @@ def test_strided_logits_and_given_outputs(backend: str) -> None:
 
 
 @on_every_backend
-def test_an_infinite_temperature_leaves_out_what_is_masked(backend: str) -> None:
-    """All other tokens are alike: 200 draws find each of the three."""
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.5}], ids=str)
+def test_an_infinite_temperature_leaves_out_what_is_masked(backend: str, filters: dict[str, Any]) -> None:
+    """All other tokens are alike, so each filter keeps them: 200 draws find each of the three."""
     logits = torch.tensor([0.0, -math.inf, 5.0, -math.inf, -5.0, -math.inf]).expand(200, 6).contiguous()
-    tokens, _ = public("sample", backend)(logits, *rows(200, temperature=math.inf, offset=list(range(200))))
+    tokens, _ = public("sample", backend)(logits, *rows(200, temperature=math.inf, offset=list(range(200)), **filters))
     assert set(tokens.tolist()) == {0, 2, 4}
 
 
