@@ -99,7 +99,13 @@ XDG_CACHE_HOME = Variable(
     "compiled anew in each process, and `fastllama info` says so. Empty or not absolute counts as not set, as it "
     "demands.",
 )
-VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME)
+NUMBA_CACHE_DIR = Variable(
+    "NUMBA_CACHE_DIR",
+    "",
+    "Numba's own variable: where it is set, the machine code of CPU kernels lies in its folder `fastllama`. Read when "
+    "Numba's kernels are loaded.",
+)
+VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME, NUMBA_CACHE_DIR)
 
 
 def triton_interpret() -> bool:
@@ -116,6 +122,12 @@ def cache_dir() -> Path:
         except RuntimeError:  # a user whom the system does not know, as in a container, and no HOME
             folder = Path(os.devnull)
     return folder / "fastllama"
+
+
+def machine_code_dir() -> Path:
+    """The folder for the machine code of CPU kernels; it need not exist."""
+    given = NUMBA_CACHE_DIR.read()
+    return Path(given).absolute() / "fastllama" if given else cache_dir() / "numba"
 
 
 def markdown() -> str:

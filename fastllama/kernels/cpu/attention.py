@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastllama.kernels.dispatch.isolation import in_full_precision
 from fastllama.kernels.reference.attention import ascend, attend, gather_pages, lse_unit, room
-from fastllama.kernels.reference.merge import merge_state
 from fastllama.kernels.reference.numerics import wide
 
 # What scaled_dot_product_attention runs on a CPU, but where the program has told it to run another one (sdpa_kernel);
@@ -135,25 +134,36 @@ def _fill(out: Tensor, lse: Tensor | None, value: float, lse_value: float) -> No
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:
     """One sequence: q, out [Lq, Hq, D]; k, v [Hkv, Lk, D] in fp32; lse [Lq, Hq] or None."""
     (len_q, num_q_heads, head_dim), (num_kv_heads, len_k, _) = q.shape, k.shape
-    if len_q == 1:
-        scores = torch.bmm(wide(q).view(num_kv_heads, -1, head_dim) * scale, k.transpose(1, 2))
+    if not q.numel():
+        return
+    queries = wide(q) * scale  # not left to torch's kernel, which puts the mask on before it scales
+    hidden = len_k - len_q if causal else 0  # keys that the first query sees more or less than a square mask shows it
+    if not len_k or hidden < 0 or not _scores_are_finite(queries, k):
+        _explicit(q, k.transpose(0, 1), v.transpose(0, 1), scale, causal, out, lse)
+    elif len_q == 1:
+        scores = torch.bmm(queries.view(num_kv_heads, -1, head_dim), k.transpose(1, 2))
         if lse is not None:
             lse.copy_(scores.logsumexp(-1).view(1, num_q_heads))
         out.copy_(torch.bmm(scores.softmax(-1), v).view(1, num_q_heads, head_dim))
-    elif not len_k or (causal and len_k < len_q):  # queries without a key
-        _explicit(q, k.transpose(0, 1), v.transpose(0, 1), scale, causal, out, lse)
-    elif len_q > 0:
+    else:
+        mask = None
+        if hidden:
+            mask = torch.full((len_q, len_k), -math.inf, dtype=k.dtype, device=q.device).triu(hidden + 1)
         group = num_q_heads // num_kv_heads
         k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v)) if group > 1 else (k[None], v[None])
-        heads_first = wide(q).transpose(0, 1)[None]
-        cached = len_k - len_q if causal else 0  # tokens that all queries see
-        result, sums = _blocked(heads_first, k[:, :, cached:], v[:, :, cached:], 0.0, causal, scale=scale)
-        if cached:  # not by a mask: one that is added makes NaN of an infinite score
-            before, before_sums = _blocked(heads_first, k[:, :, :cached], v[:, :, :cached], 0.0, False, scale=scale)
-            result, sums = merge_state(before, before_sums, result, sums)
+        is_causal = causal and mask is None
+        result, sums = _blocked(queries.transpose(0, 1)[None], k, v, 0.0, is_causal, attn_mask=mask, scale=1.0)
         out.copy_(result[0].transpose(0, 1))
         if lse is not None:
             lse.copy_(sums[0].T)
+
+
+def _scores_are_finite(q: Tensor, k: Tensor) -> bool:
+    """Whether none can be infinite or NaN, which a mask that is added would bring to queries that it hides them from.
+
+    None is larger than the product of the Euclidean norms of all queries and of all keys: a pass over them.
+    """
+    return math.prod(float(torch.linalg.vector_norm(x)) for x in (q, k)) < torch.finfo(k.dtype).max
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _increment_version, _len_torch_dispatch_stack
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from fastllama import env
@@ -119,7 +119,8 @@ class Op(Backends):
             self.check(args)
             raise
         known = self._known.get(sizes)
-        tensors = known.like(args) if known is not None and forward_ad._current_level < 0 else None
+        watched = _len_torch_dispatch_stack() or forward_ad._current_level >= 0  # which no Likeness sees
+        tensors = None if known is None or watched else known.like(args)
         if known is None or tensors is None or (known.like.requires_grad and is_grad_enabled()):
             self._run_unknown(sizes, args)
             return
@@ -132,7 +133,7 @@ class Op(Backends):
                 self._check_aliasing(args)
                 if len(known.apart) < _MOST_DISTANCES:
                     known.apart.add((one, other, distance))
-        increment_version(known.written(args))
+        _increment_version(known.written(args))
         known.run(*args)
 
     def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
@@ -146,7 +147,7 @@ class Op(Backends):
         self._check_addresses(args)
         self._check_aliasing(args)
         written = picker([place for place in self._written if args[place] is not None])
-        increment_version(written(args))
+        _increment_version(written(args))
         run = self._isolated(args[0].device)
         run = run(*args) or run
         like = Likeness(args, self._tensors)
@@ -172,10 +173,26 @@ class Op(Backends):
                         f"{self.names[i]} requires grad, and op {self.name} has no backward: "
                         "call it under torch.inference_mode() or torch.no_grad()"
                     )
-        if not is_compiling() and forward_ad._current_level >= 0:
+        if is_compiling():
+            return
+        if forward_ad._current_level >= 0:
             for i in self._tensors:
                 if args[i] is not None:
                     check_no_tangent(self.names[i], args[i], self.name)
+        if not torch.is_inference_mode_enabled():
+            for i in self._written:
+                if args[i] is not None and args[i].is_inference():
+                    raise RuntimeError(
+                        f"{self.names[i]} is an inference tensor, which is not to be written outside of inference "
+                        f"mode: call op {self.name} under torch.inference_mode()"
+                    )
+
+    def check_all(self, args: tuple[Any, ...]) -> None:
+        """Raise for what is not legal, memory that is shared or lacks included."""
+        self.check(args)
+        if is_plain(self._given(args)):
+            self._check_addresses(args)
+            self._check_aliasing(args)
 
     def _given(self, args: Sequence[Any]) -> list[Tensor]:
         return [args[place] for place in self._tensors if args[place] is not None]
@@ -208,7 +225,7 @@ class Op(Backends):
                 if other in self._written:
                     raise ValueError(self._aliasing.refusal(place, other))
                 given[other] = args[other].clone()
-        increment_version([args[place] for place in self._written if args[place] is not None])
+        _increment_version([args[place] for place in self._written if args[place] is not None])
         self._isolated(device)(*given)
 
     def _isolated(self, device: torch.device) -> Function:

@@ -1,4 +1,4 @@
-"""Machine code of kernels, kept between processes in `<cache folder>/numba/<state>`, a file for each signature.
+"""Machine code of kernels, kept between processes in `env.machine_code_dir()/<state>`, a file for each signature.
 
 Numba's own cache (`cache=True`) looks at a kernel's own source file alone, so that after an upgrade the old code of an
 inlined helper runs on; it needs a writable `__pycache__`, without which no kernel runs at all; and two processes that
@@ -69,7 +69,7 @@ class MachineCodeFolder:
         self._is_used = False
         try:
             self.state = state_of()  # of what is imported now, not of what is there when a kernel is compiled
-            self.path = env.cache_dir() / "numba" / self.state
+            self.path = env.machine_code_dir() / self.state
         except OSError as error:
             self.problem = str(error)
 

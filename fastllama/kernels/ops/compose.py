@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.dispatch.fusion import Fields
 from fastllama.kernels.ops.norm import rms_norm
 from fastllama.kernels.ops.swiglu import silu_mul
@@ -37,5 +38,6 @@ def _add(a: Tensor, b: Tensor, out: Tensor) -> None:
     if out.device.type != "cpu" or out.numel() <= ONE_THREAD:
         torch.add(a, b, out=out)
         return
-    for parts in zip(*(each.view(-1).split(ONE_THREAD) for each in (a, b, out)), strict=True):
+    rows = [as_rows(name, each) for name, each in (("residual", a), ("out", b), ("out", out))]
+    for parts in zip(*(each.split(max(ONE_THREAD // out.shape[-1], 1)) for each in rows), strict=True):
         torch.add(*parts[:2], out=parts[2])

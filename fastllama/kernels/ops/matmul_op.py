@@ -97,7 +97,7 @@ class MatmulOp(Op):
         if rows <= block:
             self(x, *args)
             return
-        self.check((x, *args))
+        self.check_all((x, *args))
         given = [x, *args]
         rowwise = {place: as_rows(name, given[place]) for place, name in self._rowwise(given)}
         for first in range(0, rows, block):

@@ -26,6 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
         hidden = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).triu(len_k - len_q + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
+    lse = lse.masked_fill(lse == math.inf, math.nan)  # an infinite score has no softmax
     weights = scores.softmax(-1).masked_fill(lse[..., None] == float("-inf"), 0.0)
     out = torch.einsum("hgqk,khd->qhgd", weights, wide(v)).reshape(len_q, num_q_heads, head_dim)
     return out.to(q.dtype), lse.permute(2, 0, 1).reshape(len_q, num_q_heads)
