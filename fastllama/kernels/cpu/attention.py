@@ -136,12 +136,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Te
     (len_q, num_q_heads, head_dim), (num_kv_heads, len_k, _) = q.shape, k.shape
     if not q.numel():
         return
-    queries = wide(q) * scale  # not left to torch's kernel, which puts the mask on before it scales
+    queries = wide(q)
+    if not scale > 0:  # not left to torch's kernel, which puts the mask on before it scales
+        queries, scale = queries * scale, 1.0
     hidden = len_k - len_q if causal else 0  # keys that the first query sees more or less than a square mask shows it
-    if not len_k or hidden < 0 or not _scores_are_finite(queries, k):
-        _explicit(q, k.transpose(0, 1), v.transpose(0, 1), scale, causal, out, lse)
+    if not len_k or hidden < 0 or not _scores_are_finite(queries, k, scale):
+        _explicit(queries, k.transpose(0, 1), v.transpose(0, 1), scale, causal, out, lse)
     elif len_q == 1:
-        scores = torch.bmm(queries.view(num_kv_heads, -1, head_dim), k.transpose(1, 2))
+        scores = torch.bmm(queries.view(num_kv_heads, -1, head_dim) * scale, k.transpose(1, 2))
         if lse is not None:
             lse.copy_(scores.logsumexp(-1).view(1, num_q_heads))
         out.copy_(torch.bmm(scores.softmax(-1), v).view(1, num_q_heads, head_dim))
@@ -152,18 +154,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Te
         group = num_q_heads // num_kv_heads
         k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v)) if group > 1 else (k[None], v[None])
         is_causal = causal and mask is None
-        result, sums = _blocked(queries.transpose(0, 1)[None], k, v, 0.0, is_causal, attn_mask=mask, scale=1.0)
+        result, sums = _blocked(queries.transpose(0, 1)[None], k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
         out.copy_(result[0].transpose(0, 1))
         if lse is not None:
             lse.copy_(sums[0].T)
 
 
-def _scores_are_finite(q: Tensor, k: Tensor) -> bool:
+def _scores_are_finite(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether none can be infinite or NaN, which a mask that is added would bring to queries that it hides them from.
 
     None is larger than the product of the Euclidean norms of all queries and of all keys: a pass over them.
     """
-    return math.prod(float(torch.linalg.vector_norm(x)) for x in (q, k)) < torch.finfo(k.dtype).max
+    return math.prod(float(torch.linalg.vector_norm(x)) for x in (q, k)) * scale < torch.finfo(k.dtype).max
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, lse: Tensor | None) -> None:

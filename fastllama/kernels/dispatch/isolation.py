@@ -203,3 +203,16 @@ def in_full_precision(run: Function) -> Function:
             return run(*args, **kwargs)
 
     return isolated
+
+
+def _run_on_one_thread() -> None:
+    """In a forked child: torch's OpenMP threads do not come along, and its first parallel loop would wait for them.
+
+    As torch's own DataLoader does in its workers. `torch.set_num_threads` in the child brings our kernels' own threads
+    back, which start anew; ops that torch computes would hang, as torch does.
+    """
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_run_on_one_thread)

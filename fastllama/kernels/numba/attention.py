@@ -20,10 +20,13 @@ SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1
 
 @jit
 def softmax(scores):
-    """Scores become weights; returns their log-sum-exp."""
+    """Scores become weights; returns their log-sum-exp. Where all are -inf, no key is seen."""
     top = scores[0]
     for token in range(1, scores.shape[0]):
         top = max(top, scores[token])
+    if top == -np.inf and not np.isnan(scores).any():
+        scores[:] = np.float32(0)
+        return top
     total = np.float32(0)
     for token in range(scores.shape[0]):
         scores[token] = exp(scores[token] - top)

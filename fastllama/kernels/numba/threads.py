@@ -7,9 +7,8 @@ are run the other way, alone or together, and what took less time goes on. OpenM
 spins for milliseconds at the end of each of a hundred kernels a token: where two programs want the two cores of a
 machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/tuning.md).
 
-A forked process starts helpers of its own. Torch's OpenMP does not: where it had threads in the parent, an op of torch
-that wants them waits for them in the child, for good. So a child that runs more than these kernels (prompts, ops that
-have none) first calls torch.set_num_threads(1), as torch's own DataLoader does, or is spawned.
+A forked process starts helpers of its own, once it asks torch for more than the one thread that it begins with
+(dispatch/isolation.py).
 """
 
 from __future__ import annotations

@@ -58,10 +58,14 @@ def rope_and_write_kv(m: CallMaker) -> Arguments:
 
 
 def _heads(m: CallMaker) -> tuple[int, int, int]:
-    m.values.not_finite = False
     kv_heads = m.one_of(1, 2)
     size = m.one_of(1, 2, 7, 8, 16, 17, 64) if not m.small else m.one_of(8, 16)
     return kv_heads * m.one_of(0, 1, 3, 5), kv_heads, size
+
+
+def _finite(m: CallMaker, name: str, *shape: int) -> Tensor:
+    """Values: one that is not finite may reach queries that it is hidden from, as 0 times it is NaN."""
+    return m.place(name, m.values.tensor(m.dtype, *shape, not_finite=False), 1)
 
 
 def _bounds(m: CallMaker, name: str, counts: list[int]) -> Tensor:
@@ -85,8 +89,8 @@ def attention_varlen(m: CallMaker) -> Arguments:
     queries = [m.one_of(0, 1, 2, 5, 17) for _ in range(count)]
     keys = [m.one_of(0, 1, 2, 9, 17, 33) for _ in range(count)]
     q = m.floats("q", sum(queries) + m.one_of(0, 0, 2), heads, size, lead=1)
-    k, v = (m.floats(name, sum(keys) + m.one_of(0, 0, 1), kv_heads, size, lead=1) for name in "kv")
-    v = v if v.shape == k.shape else m.floats("v", *k.shape, lead=1)
+    k = m.floats("k", sum(keys) + m.one_of(0, 0, 1), kv_heads, size, lead=1)
+    v = _finite(m, "v", *k.shape)
     bounds = {
         "cu_seqlens_q": _bounds(m, "cu_seqlens_q", queries),
         "cu_seqlens_k": _bounds(m, "cu_seqlens_k", keys),
@@ -117,10 +121,11 @@ def _paged(m: CallMaker, lengths: list[int], kv_heads: int, size: int) -> Argume
     for side in "kv":
         scales = None
         if codes is None:  # what lies in slots of no token is NaN
-            held = m.values.tensor(m.dtype, *shape).masked_fill(~kept[..., None], math.nan)
+            held = m.values.tensor(m.dtype, *shape, not_finite=side == "k").masked_fill(~kept[..., None], math.nan)
         else:
             held = (40 * m.values.normal(*shape)).round().clamp(-127, 127).to(codes)
-            scales = m.values.tensor(torch.float32, *shape[:3], 1)[..., 0].abs() / 512  # times 127 no overflow
+            scales = m.values.tensor(torch.float32, *shape[:3], 1, not_finite=side == "k")[..., 0].abs()
+            scales /= 512  # times 127 no overflow
             scales = m.memory.place(f"{side}_scales", scales.masked_fill(~kept, math.nan), 3)
         call[f"{side}_pages"], call[f"{side}_scales"] = m.place(f"{side}_pages", held, 3), scales
     return call

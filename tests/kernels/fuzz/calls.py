@@ -142,7 +142,7 @@ def merge_state(m: CallMaker) -> Arguments:
     rows, heads, size = m.rows(), m.one_of(0, 1, 2, 5), m.size()
     call: Arguments = {}
     for side in "ab":
-        lse = m.values.tensor(torch.float32, rows, heads, not_finite=False)
+        lse = m.values.tensor(torch.float32, rows, heads)
         for place in range(lse.numel()):
             if m.chance(0.3):
                 lse.view(-1)[place] = m.one_of(-math.inf, -math.inf, 0.0, -1e38, 3e38, 1e4, -104.0, math.nan)

@@ -112,7 +112,7 @@ def fork(work: Callable[[Callable[[str], None]], None], where: str) -> None:
 
 
 def forked() -> None:
-    """What a parent ran on several threads runs in its child, on threads again; torch's ops on one."""
+    """What a parent ran on several threads runs in its child: all of it on one, these kernels on several again."""
     found = calls()
     torch.set_num_threads(1)
     alone = results(found)
@@ -121,11 +121,11 @@ def forked() -> None:
     ours, all_of_it = copy.deepcopy(by_numba(found)), copy.deepcopy(found)
 
     def work(note: Callable[[str], None]) -> None:
-        check(run(ours, note), alone, "in a child")
+        check(run(all_of_it, note), alone, "in a child")
+        torch.set_num_threads(2)
+        check(run(ours, note), alone, "in a child on two threads")
         helpers = [each for each in threading.enumerate() if each.name.startswith("fastllama")]
         assert len(helpers) == 1
-        torch.set_num_threads(1)
-        check(run(all_of_it, note), alone, "in a child with one thread")
 
     fork(work, "that runs everything")
     check(results(by_numba(found)), alone, "in its parent")
