@@ -19,39 +19,54 @@ class Likeness:
     Metadata are type, device, dtype, shape, strides and requires_grad: not the address, not what a tensor holds. The
     guard that torch.compile evaluates before it runs compiled code compares them: 0.9 us for seven tensors, of which
     Python would need 0.3 us each to read them. It also compares the dispatch keys of tensors and of the thread, so that
-    no wrapped tensor and no call under one of torch's modes is like a call that was none.
+    no wrapped tensor and no call under a transform of torch is like a call that was none.
+
+    match: returns the tensors of a call of the same op, each once, where it is like the first; else None. places: of
+    these tensors. plain: whether all other arguments are numbers, so that other calls can be like this one.
     """
 
     def __init__(self, args: Arguments, tensors: Collection[int]) -> None:
         """Of a call with these arguments, where `tensors` are the places that a tensor or None must take."""
         first: dict[int, int] = {}  # where each tensor occurs first, by identity
-        self._same, others = [], []
+        same, others = [], []
         for place, arg in enumerate(args):
             if place not in tensors or arg is None:
                 others.append(place)
             elif id(arg) in first:
-                self._same.append((place, first[id(arg)]))
+                same.append((place, first[id(arg)]))
             else:
                 first[id(arg)] = place
         self.places = [*first.values()]  # of the tensors
         unique = [args[place] for place in self.places]
         sizes: list[Any] = [list(tensor.shape) for tensor in unique]  # each as it is: none may vary
         strides: list[Any] = [list(tensor.stride()) for tensor in unique]
-        self._check = TensorGuards(*unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        self._tensors, self._others = picker(self.places), itemgetter(*others) if others else _nothing
-        values = self._others(args)
-        self.plain = all(isinstance(args[place], _PLAIN) for place in others)
-        self._values = frozenset([values]) if self.plain else frozenset()  # by hash: a tensor equals no number
         self.requires_grad = any(tensor.requires_grad for tensor in unique)
+        self.plain = all(isinstance(args[place], _PLAIN) for place in others)
+        guards = TensorGuards(*unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.match = _matcher(guards.check, picker(self.places), same, others, args)
 
-    def __call__(self, args: Arguments) -> tuple[Tensor, ...] | None:
-        """The tensors of a call of the same op, each once, where it is like the first; else None."""
-        if self._same:
-            for place, other in self._same:
+
+def _matcher(
+    check: Callable[..., bool],
+    tensors: Callable[[Arguments], tuple[Tensor, ...]],
+    same: Sequence[tuple[int, int]],
+    others: Sequence[int],
+    args: Arguments,
+) -> Callable[[Arguments], tuple[Tensor, ...] | None]:
+    """`Likeness.match`. A closure: attributes of an object would take 0.1 us to read."""
+    pick = itemgetter(*others) if others else _nothing
+    plain = all(isinstance(args[place], _PLAIN) for place in others)
+    values = frozenset([pick(args)]) if plain else frozenset()  # compared by hash: a tensor equals no number
+
+    def match(args: Arguments) -> tuple[Tensor, ...] | None:
+        if same:
+            for place, other in same:
                 if args[place] is not args[other]:
                     return None
-        tensors = self._tensors(args)
-        return tensors if self._check(*tensors) and self._others(args) in self._values else None
+        found = tensors(args)
+        return found if check(*found) and pick(args) in values else None
+
+    return match
 
 
 def picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:

@@ -31,7 +31,7 @@ from fastllama.kernels.dispatch.likeness import Likeness, picker
 from fastllama.kernels.dispatch.plainness import check_no_tangent, is_plain
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
-_MOST_DISTANCES = 1024  # remembered of each, between tensors that lie among each other: a few for each such buffer
+_MOST_PLACES = 1024  # remembered of each: those of some dozen layers, and of what is allocated between them
 
 _LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
 OPS: dict[str, Op] = {}
@@ -47,16 +47,18 @@ _address = Tensor.data_ptr
 class _Known:
     """How calls like one that has been checked are run.
 
-    written: picks the tensors that are written. near: two places of `like`'s tensors, of which one is written, and
-    between which distances in bytes their memory meets. apart: such places with a distance at which it does, and may:
-    columns of one buffer lie among each other.
+    match, requires_grad: of its Likeness. written: picks the tensors that are written and whose versions autograd
+    counts, if there are any. near: two of the tensors that `match` returns, of which one is written, and between which
+    distances in bytes their memory meets. places: addresses of all at which memory is there, and is not shared: buffers
+    that are kept, and those that an allocator hands out again, are looked at once.
     """
 
-    like: Likeness
+    match: Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]
+    requires_grad: bool
     run: Function
-    written: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
+    written: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] | None
     near: list[tuple[int, int, int, int]]
-    apart: set[tuple[int, int, int]] = field(default_factory=set)
+    places: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class Op(Backends):
@@ -120,21 +122,28 @@ class Op(Backends):
             raise
         known = self._known.get(sizes)
         watched = _len_torch_dispatch_stack() or forward_ad._current_level >= 0  # which no Likeness sees
-        tensors = None if known is None or watched else known.like(args)
-        if known is None or tensors is None or (known.like.requires_grad and is_grad_enabled()):
+        tensors = None if known is None or watched else known.match(args)
+        if known is None or tensors is None or (known.requires_grad and is_grad_enabled()):
             self._run_unknown(sizes, args)
             return
-        addresses = [*map(_address, tensors)]
+        addresses = tuple(map(_address, tensors))
+        if addresses not in known.places:
+            self._place(known, args, addresses)
+        if known.written is not None:
+            _increment_version(known.written(args))
+        known.run(*args)
+
+    def _place(self, known: _Known, args: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
+        """Raise where tensors have no memory or share it, and remember their addresses."""
         if 0 in addresses:
             self._check_addresses(args)
         for one, other, low, high in known.near:
-            distance = addresses[one] - addresses[other]
-            if low < distance < high and (one, other, distance) not in known.apart:
+            if low < addresses[one] - addresses[other] < high:
                 self._check_aliasing(args)
-                if len(known.apart) < _MOST_DISTANCES:
-                    known.apart.add((one, other, distance))
-        _increment_version(known.written(args))
-        known.run(*args)
+                break
+        if len(known.places) == _MOST_PLACES:
+            known.places.clear()
+        known.places.add(addresses)
 
     def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
         """Check a call, run it and remember what runs those like it."""
@@ -146,8 +155,10 @@ class Op(Backends):
             return
         self._check_addresses(args)
         self._check_aliasing(args)
-        written = picker([place for place in self._written if args[place] is not None])
-        _increment_version(written(args))
+        counted = [place for place in self._written if args[place] is not None and not args[place].is_inference()]
+        written = picker(counted) if counted else None
+        if written is not None:
+            _increment_version(written(args))
         run = self._isolated(args[0].device)
         run = run(*args) or run
         like = Likeness(args, self._tensors)
@@ -155,7 +166,7 @@ class Op(Backends):
             if len(known) == _MOST_KNOWN:
                 known.clear()
             near = self._aliasing.near(like.places, args)
-            known[sizes] = _Known(like, run, written, near)
+            known[sizes] = _Known(like.match, like.requires_grad, run, written, near)
 
     def check(self, args: tuple[Any, ...]) -> None:
         """Raise for what is not legal, but for memory that is shared or lacks."""

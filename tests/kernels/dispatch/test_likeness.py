@@ -46,28 +46,28 @@ UNLIKE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", UNLIKE)
 def test_what_makes_calls_unlike(name: str) -> None:
     like = Likeness((x(), x(), 1e-5, None), (0, 1, 3))
-    assert like((x(), x(), 1e-5, None))
-    assert not like(UNLIKE[name])
-    assert like((x(), x(), 1e-5, None))
+    assert like.match((x(), x(), 1e-5, None))
+    assert not like.match(UNLIKE[name])
+    assert like.match((x(), x(), 1e-5, None))
 
 
 def test_a_tensor_that_came_twice_must_again() -> None:
     like = Likeness((SAME, 1e-5, SAME), (0, 2))
     other = x()
-    assert like((other, 1e-5, other))
-    assert not like((other, 1e-5, x()))
+    assert like.match((other, 1e-5, other))
+    assert not like.match((other, 1e-5, x()))
 
 
 def test_what_tensors_hold_and_where_makes_no_difference() -> None:
     like = Likeness((x(), x()), (0, 1))
-    assert like((torch.ones(5, 8)[2:], torch.full((3, 8), torch.nan)))
+    assert like.match((torch.ones(5, 8)[2:], torch.full((3, 8), torch.nan)))
 
 
 def test_inference_tensors_are_others_than_those_that_grad_could_know() -> None:
     with torch.inference_mode():
         like = Likeness((x(), x()), (0, 1))
-        assert like((x(), x()))
-    assert not like((x(), x()))
+        assert like.match((x(), x()))
+    assert not like.match((x(), x()))
 
 
 @pytest.mark.parametrize("op", OPS)
