@@ -179,7 +179,8 @@ def attention_varlen(
     h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1] int32, row bounds of each sequence, from 0;
     rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D). causal: bottom-right
     aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no key gives 0 and the log-sum-exp -inf.
-    out: like q; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the log-sum-exp of the
+    Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
+    out: like q, may be q itself; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the log-sum-exp of the
     scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
     Softmax and accumulation in fp32. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing
     is written then.
@@ -213,6 +214,8 @@ def attention_prefill(
     cu_seqlens_q: [B + 1] int32, row bounds of each sequence's queries, which are its last tokens.
     k_scales, v_scales: [P, Hkv, page_size] fp32, for pages of int8 or float8_e4m3fn, which are dequantized as they are
     read: code * scale, as `rope_and_write_kv` wrote them (a code that is NaN, which it never writes, may count as 480).
+    NaN: everywhere for bounds that do not ascend from 0 to at most T, for a sequence whose length is negative or more
+    than its row of page_table has room for, and for a query that sees a page outside of the pool.
     scale, out, return_lse, base2, numerics: as `attention_varlen`.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).

@@ -100,7 +100,7 @@ def matmul(
     norm, eps: x is `rms_norm(x, norm, eps)` first; norm: [K] in x's dtype or fp32.
     gated: the weight is [gate | up], and out is silu(gate) * up: [..., N / 2].
     residual: like out, added; may be out itself. None where gated.
-    out: [..., N]; allocated when None. Returns out.
+    out: [..., N], of memory of its own otherwise; allocated when None. Returns out.
     workspace: scratch memory of `matmul_workspace` for as many rows or more; allocated when None and needed.
     deterministic: a row's result is the same, bit for bit, whatever the other rows, and however many: rows are
     multiplied a few at a time (64 where a Triton kernel runs, else 1), each time with the weight read anew.
@@ -131,7 +131,7 @@ def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tens
 
     ids: [T] int32 or int64, each in [0, V). weight: [V, H], any floating dtype. out: [T, H]; allocated when None.
     Returns out. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
-    Ids are not read on the host: the caller checks their range. One outside it gives NaN on a GPU, an error on a CPU.
+    Ids are not read on the host: one outside of the table gives NaN.
     Source: table lookup.
     """
     if out is None:

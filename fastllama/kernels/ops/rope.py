@@ -125,7 +125,7 @@ def rope(
 
     q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] fp32, R
     even, R <= D (`cos_sin_cache`); dimensions past R pass through. positions: [T] int32 or int64, each below
-    max_position.
+    max_position; another one gives NaN.
     interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
     q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
     Rotates in fp32 and rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is
@@ -156,7 +156,8 @@ def rope_and_write_kv(
     """Rotate q and k out of the fused projection's output and write k and v into their pages, in one pass.
 
     qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
-    slots: [T] int32 or int64, page * page_size + offset of each token; negative slots are padding and are not written.
+    slots: [T] int32 or int64, page * page_size + offset of each token; a slot that is negative, as padding is, or
+    behind the pages is not written.
     k_pages, v_pages: [P, Hkv, page_size, D], qkv's dtype, any strides but the last; written in place. Quantized pages
     are int8 or float8_e4m3fn, with k_scales, v_scales: [P, Hkv, page_size] fp32, one scale for each token and head: the
     largest magnitude (of k after its rotation) over the largest code, 127 or 448. A code is the quotient rounded to
