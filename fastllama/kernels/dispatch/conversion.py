@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fastllama.kernels.dispatch.backends import Backends, Function, Table
 from fastllama.kernels.dispatch.isolation import autocast_enabled, no_autocast
+from fastllama.kernels.dispatch.plainness import check_memory, is_plain
 
 
 class Conversion(Backends):
     """Returns tensors that it makes, where an Op writes into its caller's: it runs once for a weight, not in a step.
 
     So it is not registered with torch, and its implementation is chosen anew at each call, by the first argument. It
-    runs without autocast, as an op does.
+    runs without autocast, as an op does. What is not a plain tensor gets the reference, whose torch ops know it.
     check: takes the arguments and raises for what is not legal.
     """
 
@@ -37,4 +38,9 @@ class Conversion(Backends):
 
     def _run(self, first: Tensor, *others: Any) -> Any:
         self._check(first, *others)
+        tensors = [each for each in (first, *others) if isinstance(each, Tensor)]
+        if not is_plain(tensors):
+            return self._run_reference(first, *others)
+        for tensor in tensors:
+            check_memory("a tensor", tensor)
         return self.implementation(first.device.type).run(first, *others)

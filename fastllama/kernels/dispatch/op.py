@@ -28,7 +28,7 @@ from fastllama.kernels.dispatch.aliasing import Aliasing, InPlace
 from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Table
 from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autocast
 from fastllama.kernels.dispatch.likeness import Likeness, picker
-from fastllama.kernels.dispatch.plainness import check_no_tangent, is_plain
+from fastllama.kernels.dispatch.plainness import check_memory, check_no_tangent, is_plain
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
 _MOST_PLACES = 1024  # remembered of each: those of some dozen layers, and of what is allocated between them
@@ -215,12 +215,8 @@ class Op(Backends):
 
     def _check_addresses(self, args: Sequence[Any]) -> None:
         for place in self._tensors:
-            tensor = args[place]
-            if tensor is not None and tensor.numel() and not tensor.data_ptr():
-                raise ValueError(
-                    f"{self.names[place]} has no memory behind its {tensor.numel()} elements (a wrapper, or a storage "
-                    "that was freed); legal: a tensor with data"
-                )
+            if args[place] is not None:
+                check_memory(self.names[place], args[place])
 
     def run_apart(self, args: Sequence[Any]) -> None:
         """Run the op, as torch's dispatcher does: where an output overlaps an input, that input is copied first.
@@ -257,7 +253,7 @@ class Op(Backends):
 
     @contextmanager
     def bound_to(self, device: torch.device, run: Function) -> Iterator[None]:
-        """Within, `run` runs the op on a device: for measurements, recordings and tests."""
+        """Within, `run` runs the op on a device: for measurements and tests."""
         bound = self._bound
         self._bound, self._known = bound | {device: run}, {}
         try:

@@ -39,6 +39,15 @@ def check_no_tangent(name: str, tensor: Tensor, op: str) -> None:
         )
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """ValueError for elements at the address 0: of a wrapper, or in a storage that was freed."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(
+            f"{name} has no memory behind its {tensor.numel()} elements (a wrapper, or a storage that was freed); "
+            "legal: a tensor with data"
+        )
+
+
 @lru_cache(None)
 def _usual() -> int:
     """The dispatch keys that every thread includes."""

@@ -180,7 +180,8 @@ def attention_varlen(
     rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D). causal: bottom-right
     aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no key gives 0 and the log-sum-exp -inf.
     Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
-    out: like q, may be q itself; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the log-sum-exp of the
+    out: like q, may be q itself; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the
+    log-sum-exp of the
     scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
     Softmax and accumulation in fp32. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing
     is written then.

@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from fastllama import kernels
 from fastllama.kernels import reference
@@ -92,3 +98,44 @@ def test_what_unpack_bf12_is_given_is_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             kernels.unpack_bf12(*args)
+
+
+# What they make, or whether it is legal, hangs on numbers: is a weight finite, is a code one of 16, what is an outlier?
+READING = {"quantize_int4", "quantize_int8", "pack_int4", "pack_int8", "pack_bf12", "unpack_bf12"}
+
+
+def changed(args: tuple[Any, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, ...]:
+    return tuple(change(each) if isinstance(each, torch.Tensor) else each for each in args)
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_fake_tensors_give_fake_results_or_say_that_numbers_are_asked_for(conversion: Conversion) -> None:
+    expected = flat(conversion(*given(conversion.name)))
+    with FakeTensorMode() as mode:
+        args = changed(given_outside(mode, conversion.name), mode.from_tensor)
+        try:
+            found = flat(conversion(*args))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            assert conversion.name in READING
+            return
+    for ours, theirs in zip(found, expected, strict=True):
+        if isinstance(theirs, torch.Tensor):
+            assert isinstance(ours, FakeTensor)
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+def given_outside(mode: FakeTensorMode, name: str) -> tuple[Any, ...]:
+    """Arguments that are real."""
+    mode.__exit__(None, None, None)
+    try:
+        return given(name)
+    finally:
+        mode.__enter__()
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_storage_that_was_freed_is_an_error(conversion: Conversion) -> None:
+    args = changed(given(conversion.name), torch.Tensor.clone)
+    args[0].untyped_storage().resize_(0)
+    with pytest.raises((ValueError, RuntimeError), match=r"no memory behind|not allocated"):
+        conversion(*args)

@@ -29,7 +29,7 @@ WEIGHTS_MUTANTS = [
     mutant(
         "heat without limits",
         "sampling/masses",
-        "tl.maximum(temperature, 7.5e-37)\n    return tl.minimum(tl.exp2((x - peak) * scale), 1.0)",
+        "tl.minimum(tl.maximum(temperature, 7.5e-37), 1.2e38)\n    return tl.minimum(tl.exp2((x - peak) * scale), 1.0)",
         "temperature\n    return tl.exp2((x - peak) * scale)",
         EXTREME,
     ),

@@ -89,7 +89,11 @@ W8A8_MUTANTS = [
     ),
     mutant("norm: one scale", "rows/norm", "scales_out_ptr + row,", "scales_out_ptr + row * 0,", NORM),
     mutant(
-        "norm: codes of what is not rounded", "rows/norm", "result.to(tl.float32), mask", "normed * weight, mask", NORM
+        "norm: codes of what is not rounded",
+        "rows/norm",
+        "mask, result.to(tl.float32), 0.0)",
+        "mask, normed * weight, 0.0)",
+        NORM,
     ),
     mutant("gates: one scale", "rows/swiglu", "scales_out_ptr + row + one", "scales_out_ptr + one", GATES),
     mutant(

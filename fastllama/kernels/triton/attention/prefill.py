@@ -37,18 +37,17 @@ def _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, K
 
     Every program looks at all of them: 4 bytes a sequence from L2, where it reads kilobytes of keys.
     """
-    begun = tl.zeros([LANES], tl.int32)
-    wrong = tl.zeros([LANES], tl.int1)
+    # Numbers, summed in each turn: where vectors are carried, Triton 3.7 loads the masked tiles of keys synchronously.
+    begun, wrong = 0, 0
     for start in range(0, num_seqs + 1, LANES):
         seq = start + tl.arange(0, LANES)
         bounds, is_wrong = _load_bounds(cu_seqlens_q_ptr, seq, num_seqs, num_rows)
-        begun += ((_first_block(bounds, seq, BLOCK_M) <= block) & (seq <= num_seqs)).to(tl.int32)
-        wrong |= is_wrong
+        begun += tl.sum(((_first_block(bounds, seq, BLOCK_M) <= block) & (seq <= num_seqs)).to(tl.int32), 0)
         if K_BOUNDS:
-            _, is_wrong = _load_bounds(k_bounds_ptr, seq, num_seqs, longest)
-            wrong |= is_wrong
-    is_legal = tl.max(wrong.to(tl.int32), 0) == 0
-    return tl.where(is_legal, tl.sum(begun, 0) - 1, num_seqs), is_legal
+            is_wrong |= _load_bounds(k_bounds_ptr, seq, num_seqs, longest)[1]
+        wrong += tl.sum(is_wrong.to(tl.int32), 0)
+    is_legal = wrong == 0
+    return tl.where(is_legal, begun - 1, num_seqs), is_legal
 
 
 # One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
