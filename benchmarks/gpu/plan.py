@@ -79,7 +79,7 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
     parallel = ("-n", str(min(workers, 8))) if importlib.util.find_spec("xdist") and not dry else ()
     for name, *argv in (
         ("runtime", "tests/gpu/test_runtime.py", "tests/gpu/test_warm_up.py"),
-        ("ops", "tests/gpu/test_ops.py", "-k", "not llamas_shapes", *parallel),
+        ("ops", "tests/gpu/test_ops.py", "tests/gpu/test_values.py", "-k", "not llamas_shapes", *parallel),
         ("patch", "tests/gpu/test_patch.py"),
         ("shapes", "tests/gpu/test_ops.py", "-k", "llamas_shapes and bfloat16", *parallel),
     ):

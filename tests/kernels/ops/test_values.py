@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.catalogue.arguments import inputs, outputs
+from fastllama.catalogue.arguments import inputs
 from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
+from tests.kernels.garbage import INDEXED, INT32, WRONG, garbage_calls
 from tests.kernels.honest import assert_equal, backends, public
 
-INT32 = torch.iinfo(torch.int32)
-WRONG = (-1, INT32.min, INT32.max)
 PAGE, PAGES, HEADS, KV_HEADS, DIM = 4, 6, 4, 2, 16
 SEEN_BY = {"attention_prefill": 3, "attention_decode": 1}  # queries of each sequence
 
@@ -194,35 +193,14 @@ def test_more_bounds_than_are_read_at_once(op: str, backend: str) -> None:
     assert run(q, k, v, bounds, bounds.sort().values).isnan().all()
 
 
-SMALL = [
-    name
-    for name in OPS
-    if any(
-        v.dtype in (torch.int32, torch.int64) for v in inputs(name, small_call(name)).values() if isinstance(v, Tensor)
-    )
-]
-INDICES = {"ids", "positions", "slots", "page_table", "seq_lens", "cu_seqlens_q", "cu_seqlens_k"}
-
-
-@everywhere(*(op for op in SMALL if INDICES & set(OPS[op].names)))
+@everywhere(*INDEXED)
 def test_every_backend_makes_the_same_of_garbage(op: str, backend: str) -> None:
-    """Numbers of all kinds in all tensors of indices; in the interpreter, every access is checked as well."""
-    torch.manual_seed(0)
-    for _ in range(12):
-        call = inputs(op, small_call(op))
-        for name in INDICES & set(call):
-            numbers = torch.tensor([0, 1, 2, 3, 5, 8, 14, 15, 35, 1000, *WRONG], dtype=call[name].dtype)
-            chosen = numbers[torch.randint(len(numbers), call[name].shape)]
-            call[name] = torch.where(torch.rand(call[name].shape) < 0.3, chosen, call[name])
-        slots = call.get("slots", torch.zeros(0))
-        if len(slots.unique()) < len(slots):
-            continue  # two tokens of one slot: either may come last
-        theirs, ours = ({n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()} for _ in range(2))
+    """In the interpreter, every access is checked as well."""
+    for theirs in garbage_calls(op):
+        ours = {name: value.clone() if isinstance(value, Tensor) else value for name, value in theirs.items()}
         expected, found = public(op, "reference")(**theirs), public(op, backend)(**ours)
-        for right, result in (
-            *pairs(expected, found),
-            *((theirs[n], ours[n]) for n in theirs if isinstance(ours[n], Tensor)),
-        ):
+        written = [(value, ours[name]) for name, value in theirs.items() if isinstance(value, Tensor)]
+        for right, result in (*pairs(expected, found), *written):
             torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -281,5 +259,4 @@ def test_a_page_that_does_not_exist_is_an_error_where_that_is_asked_for(
 
 
 def test_every_op_with_indices_has_a_check_of_them() -> None:
-    assert {op for op in OPS if INDICES & set(OPS[op].names)} == {op for op in OPS if OPS[op]._values}
-    assert outputs("embedding") == ("out",)
+    assert set(INDEXED) == {op for op in OPS if OPS[op]._values}

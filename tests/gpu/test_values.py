@@ -1,0 +1,26 @@
+"""Ids, positions, slots, lengths, pages and bounds that are not legal, on the device: what the reference says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from tests.kernels.garbage import INDEXED, garbage_calls
+from tests.kernels.honest import public
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("op", INDEXED)
+def test_garbage_gives_what_the_reference_says(op: str) -> None:
+    """Results and pages alike; a wrong access would end the process, or write where these are compared."""
+    for call in garbage_calls(op):
+        there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.items()}
+        expected, found = public(op, "reference")(**call), getattr(kernels, op)(**there)
+        pairs = [*zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True)]
+        pairs += [(call[name], value) for name, value in there.items() if isinstance(value, Tensor)]
+        for right, result in pairs:
+            torch.testing.assert_close(result.cpu(), right, rtol=1e-3, atol=1e-4, equal_nan=True)
