@@ -384,12 +384,15 @@ def test_torchs_number_of_threads_stays_as_it_is() -> None:
 
 
 @pytest.mark.skipif(not hasattr(threads.os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_helpers_of_its_own() -> None:
+def test_a_forked_process_begins_alone_and_has_helpers_of_its_own_where_it_asks() -> None:
     code = """
 import os, threading, warnings
 warnings.simplefilter("ignore")  # of Python 3.12, for it finds threads
 child = os.fork()
 if child == 0:
+    call()
+    print(torch.get_num_threads(), sum(each.name.startswith("fastllama") for each in threading.enumerate()))
+    torch.set_num_threads(3)
     call()
     print(sum(each.name.startswith("fastllama") for each in threading.enumerate()), flush=True)
     os._exit(0)
@@ -397,4 +400,4 @@ assert os.waitpid(child, 0)[1] == 0
 call()
 """
     done = in_a_process(LARGE.format(threads=3) + code)
-    assert (done.status, done.out, done.err) == (0, "2\n", "")
+    assert (done.status, done.out, done.err) == (0, "1 0\n2\n", "")
