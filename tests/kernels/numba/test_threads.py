@@ -371,7 +371,7 @@ import torch
 from fastllama import kernels
 torch.set_num_threads({threads})
 x, weight = torch.ones(1, 1024), torch.ones(4096, 1024)
-def call():
+def call(*_):
     for _ in range(200):
         assert (kernels.matmul(x, weight) == 1024).all()
 call()
@@ -388,16 +388,13 @@ def test_a_forked_process_begins_alone_and_has_helpers_of_its_own_where_it_asks(
     code = """
 import os, threading, warnings
 warnings.simplefilter("ignore")  # of Python 3.12, for it finds threads
-child = os.fork()
-if child == 0:
-    call()
-    print(torch.get_num_threads(), sum(each.name.startswith("fastllama") for each in threading.enumerate()))
-    torch.set_num_threads(3)
-    call()
-    print(sum(each.name.startswith("fastllama") for each in threading.enumerate()), flush=True)
+if not (child := os.fork()):
+    for threads in (torch.get_num_threads(), 3):
+        call(torch.set_num_threads(threads))
+        print(threads, sum(each.name.startswith("fastllama") for each in threading.enumerate()), flush=True)
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 call()
 """
     done = in_a_process(LARGE.format(threads=3) + code)
-    assert (done.status, done.out, done.err) == (0, "1 0\n2\n", "")
+    assert (done.status, done.out, done.err) == (0, "1 0\n3 2\n", "")
