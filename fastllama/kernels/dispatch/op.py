@@ -116,15 +116,13 @@ class Op(Backends):
             self._opaque(*args)
             return
         try:
-            sizes = args[0].numel(), args[self._second].numel()
-        except AttributeError:  # no tensor
-            self.check(args)
-            raise
-        known = self._known.get(sizes)
+            known = self._known.get((args[0].numel(), args[self._second].numel()))
+        except (AttributeError, TypeError):  # no tensor, or one of symbolic sizes
+            known = None
         watched = _len_torch_dispatch_stack() or forward_ad._current_level >= 0  # which no Likeness sees
         tensors = None if known is None or watched else known.match(args)
         if known is None or tensors is None or (known.requires_grad and is_grad_enabled()):
-            self._run_unknown(sizes, args)
+            self._run_unknown(args)
             return
         addresses = tuple(map(_address, tensors))
         if addresses not in known.places:
@@ -145,7 +143,7 @@ class Op(Backends):
             known.places.clear()
         known.places.add(addresses)
 
-    def _run_unknown(self, sizes: tuple[int, int], args: tuple[Any, ...]) -> None:
+    def _run_unknown(self, args: tuple[Any, ...]) -> None:
         """Check a call, run it and remember what runs those like it."""
         known = self._known  # which `bound_to` replaces: what runs now is remembered there or nowhere
         self.check(args)
@@ -166,7 +164,9 @@ class Op(Backends):
             if len(known) == _MOST_KNOWN:
                 known.clear()
             near = self._aliasing.near(like.places, args)
-            known[sizes] = _Known(like.match, like.requires_grad, run, written, near)
+            known[args[0].numel(), args[self._second].numel()] = _Known(
+                like.match, like.requires_grad, run, written, near
+            )
 
     def check(self, args: tuple[Any, ...]) -> None:
         """Raise for what is not legal, but for memory that is shared or lacks."""

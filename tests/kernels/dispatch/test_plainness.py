@@ -65,13 +65,16 @@ def test_meta_tensors_give_meta_results(op: str) -> None:
         assert (ours.shape, ours.dtype, ours.device.type) == (theirs.shape, theirs.dtype, "meta")
 
 
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @every_op
-def test_make_fx_has_the_op_in_its_graph(op: str) -> None:
+def test_make_fx_has_the_op_in_its_graph(op: str, mode: str) -> None:
     call = small_call(op)
     names = [name for name, value in call.items() if isinstance(value, Tensor)]
-    graph = make_fx(lambda *given: getattr(kernels, op)(**(call | dict(zip(names, given, strict=True)))))(
-        *(call[name] for name in names)
-    )
+
+    def program(*given: Tensor) -> Any:
+        return getattr(kernels, op)(**(call | dict(zip(names, given, strict=True))))
+
+    graph = make_fx(program, tracing_mode=mode)(*(call[name] for name in names))
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert getattr(torch.ops.fastllama, op).default in targets
 
