@@ -28,7 +28,7 @@ from fastllama.kernels.dispatch.aliasing import Aliasing, InPlace
 from fastllama.kernels.dispatch.backends import Backends, Function, Implementation, Table
 from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autocast
 from fastllama.kernels.dispatch.likeness import Likeness, picker
-from fastllama.kernels.dispatch.plainness import check_memory, check_no_tangent, is_plain
+from fastllama.kernels.dispatch.plainness import check_memory, check_no_tangent, is_plain, is_zero_tensor
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
 _MOST_PLACES = 1024  # remembered of each: those of some dozen layers, and of what is allocated between them
@@ -149,6 +149,8 @@ class Op(Backends):
         self.check(args)
         given = self._given(args)
         if not is_plain(given):
+            if any(map(is_zero_tensor, given)):  # torch's fallback for these loses what an op writes
+                self._check_addresses(args)
             self._opaque(*args)
             return
         self._check_addresses(args)

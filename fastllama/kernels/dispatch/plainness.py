@@ -31,6 +31,11 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether it is one of autograd's zeros that take no memory."""
+    return bool(_C._dispatch_keys(tensor).has(_C.DispatchKey.ZeroTensor))
+
+
 def check_no_tangent(name: str, tensor: Tensor, op: str) -> None:
     """RuntimeError for a tensor with which forward-mode differentiation goes on."""
     if forward_ad.unpack_dual(tensor).tangent is not None:

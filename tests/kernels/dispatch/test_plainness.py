@@ -23,6 +23,8 @@ from tests.kernels.honest import assert_equal
 every_op = pytest.mark.parametrize("op", OPS)
 # Each argument of each op that is a tensor, outputs among them.
 PLACES = [(op, name) for op in OPS for name, value in small_call(op).items() if isinstance(value, Tensor)]
+FLOATS = [(op, name) for op, name in PLACES if small_call(op)[name].dtype == torch.float32 and name not in outputs(op)]
+every_float = pytest.mark.parametrize(("op", "name"), FLOATS)
 every_tensor = pytest.mark.parametrize(("op", "name"), PLACES)
 
 
@@ -146,15 +148,19 @@ def test_a_storage_that_was_freed_is_an_error(op: str, name: str) -> None:
         getattr(torch.ops.fastllama, op)(*(call.get(each) for each in OPS[op].names))
 
 
+@every_float
+def test_a_zero_tensor_is_an_error(op: str, name: str) -> None:
+    """Autograd's zeros, which take no memory: torch's fallback would lose what the op writes."""
+    call = small_call(op)
+    with pytest.raises(ValueError, match=rf"^{name} has no memory behind its"):
+        run(op, call | {name: torch._efficientzerotensor(call[name].shape)})
+
+
 @every_tensor
 def test_what_is_not_strided_is_an_error(op: str, name: str) -> None:
     call = small_call(op)
     with pytest.raises(TypeError, match=rf"^{name} has layout torch\.sparse_coo; legal: torch\.strided$"):
         run(op, call | {name: torch.empty(call[name].shape, dtype=call[name].dtype, layout=torch.sparse_coo)})
-
-
-FLOATS = [(op, name) for op, name in PLACES if small_call(op)[name].dtype == torch.float32 and name not in outputs(op)]
-every_float = pytest.mark.parametrize(("op", "name"), FLOATS)
 
 
 @every_float
