@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,42 +12,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def within(write: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
+    write(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        write(before)
 
 
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return within(torch.set_default_dtype, dtype, torch.get_default_dtype())
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def default_device(device: str) -> AbstractContextManager[None]:
+    return within(torch.set_default_device, device, None)
 
 
-@contextmanager
-def fp32_precision(place: Any, precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> AbstractContextManager[None]:
+    return within(torch.set_float32_matmul_precision, precision, torch.get_float32_matmul_precision())
+
+
+def fp32_precision(place: Any, precision: str) -> AbstractContextManager[None]:
     """place: torch.backends, or a backend's operators, "none" of themselves."""
-    place.fp32_precision = precision
-    try:
-        yield
-    finally:
-        place.fp32_precision = "none"
+    return within(partial(setattr, place, "fp32_precision"), precision, "none")
 
 
 @contextmanager

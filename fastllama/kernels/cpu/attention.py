@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastllama.kernels.dispatch.isolation import in_full_precision
 from fastllama.kernels.reference.attention import ascend, attend, gather_pages, lse_unit, room
 from fastllama.kernels.reference.numerics import wide
 
@@ -21,7 +20,6 @@ from fastllama.kernels.reference.numerics import wide
 _blocked = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-@in_full_precision
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -48,7 +46,6 @@ def attention_varlen(
         lse.mul_(lse_unit(base2))
 
 
-@in_full_precision
 def attention_prefill(
     q: Tensor,
     k_pages: Tensor,
@@ -72,7 +69,6 @@ def attention_prefill(
         _fill(out, lse, math.nan, math.nan)
 
 
-@in_full_precision
 def attention_decode(
     q: Tensor,
     k_pages: Tensor,

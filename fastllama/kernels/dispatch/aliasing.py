@@ -30,37 +30,41 @@ class Aliasing:
 
         Raises ValueError for a tensor that is written and holds some element twice, as an expanded one does.
         """
-        spans = {place: _span(arg) for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.numel()}
+        spans = _spans(args)
         for place in self._written:
-            if place not in spans:
-                continue
-            if _folds(args[place]):
+            if place in spans and _folds(args[place]):
                 shape, strides = list(args[place].shape), list(args[place].stride())
                 raise ValueError(
                     f"{self._names[place]} has shape {shape} and strides {strides}, so that elements share memory; "
                     "legal: memory of its own for each, as it is written"
                 )
-            start, end = spans[place]
-            for other, (other_start, other_end) in spans.items():
-                apart = other_end <= start or end <= other_start
-                if apart or other == place or (other in self._written and other < place):
-                    continue
-                if not self._is_in_place(place, other, args) and _share(args[place], args[other]):
-                    yield place, other
+        for place, other in self._pairs(spans):
+            (start, end), (other_start, other_end) = spans[place], spans[other]
+            if other_end <= start or end <= other_start or self._is_in_place(place, other, args):
+                continue
+            if _share(args[place], args[other]):
+                yield place, other
 
     def near(self, places: Sequence[int], args: Sequence[Any]) -> list[tuple[int, int, int, int]]:
-        """(i, j, low, high) for each two of some tensors, one of which is written: where their memory can meet.
+        """(i, j, low, high) for each two of the tensors, one of which is written: where their memory can meet.
 
-        It does not as long as the address of the i-th less that of the j-th is no more than `low`, or at least `high`.
+        places: of each tensor, once; i and j count in them. Memory does not meet as long as the address of the i-th
+        less that of the j-th is no more than `low`, or at least `high`.
         """
-        found = []
-        bytes_of = [end - start for start, end in (_span(args[place]) for place in places)]
-        for i, place in enumerate(places):
-            for j, other in enumerate(places):
-                twice = other in self._written and j < i
-                if place in self._written and i != j and not twice and args[place].numel() and args[other].numel():
-                    found.append((i, j, -bytes_of[i], bytes_of[j]))
-        return found
+        sizes = {place: end - start for place, (start, end) in _spans(args).items()}
+        indices = {id(args[place]): index for index, place in enumerate(places)}
+        found = [
+            (indices[id(args[place])], indices[id(args[other])], -sizes[place], sizes[other])
+            for place, other in self._pairs(sizes)
+        ]
+        return [each for each in found if each[0] != each[1]]  # what is one tensor is judged once for all calls alike
+
+    def _pairs(self, places: Collection[int]) -> Iterator[tuple[int, int]]:
+        """Each two of some places, once, the first of which is written."""
+        for place in self._written:
+            for other in places if place in places else ():
+                if other != place and not (other in self._written and other < place):
+                    yield place, other
 
     def refusal(self, place: int, other: int) -> str:
         """Why a call with such an overlap is refused."""
@@ -81,6 +85,11 @@ class Aliasing:
         row = out[(0,) * lead]
         part, rest = divmod(out.data_ptr() - x.data_ptr(), max(row.nbytes, 1))
         return row.is_contiguous() and not rest and 0 <= part < parts
+
+
+def _spans(args: Sequence[Any]) -> dict[int, tuple[int, int]]:
+    """By place, of each tensor that is not empty."""
+    return {place: _span(arg) for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.numel()}
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -43,20 +43,19 @@ class Likeness:
         self.requires_grad = any(tensor.requires_grad for tensor in unique)
         self.plain = all(isinstance(args[place], _PLAIN) for place in others)
         guards = TensorGuards(*unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self.match = _matcher(guards.check, picker(self.places), same, others, args)
+        pick = itemgetter(*others) if others else _nothing
+        values = frozenset([pick(args)]) if self.plain else frozenset()  # compared by hash: a tensor equals no number
+        self.match = _matcher(guards.check, picker(self.places), same, pick, values)
 
 
 def _matcher(
     check: Callable[..., bool],
     tensors: Callable[[Arguments], tuple[Tensor, ...]],
     same: Sequence[tuple[int, int]],
-    others: Sequence[int],
-    args: Arguments,
+    pick: Callable[[Arguments], Any],
+    values: Collection[Any],
 ) -> Callable[[Arguments], tuple[Tensor, ...] | None]:
     """`Likeness.match`. A closure: attributes of an object would take 0.1 us to read."""
-    pick = itemgetter(*others) if others else _nothing
-    plain = all(isinstance(args[place], _PLAIN) for place in others)
-    values = frozenset([pick(args)]) if plain else frozenset()  # compared by hash: a tensor equals no number
 
     def match(args: Arguments) -> tuple[Tensor, ...] | None:
         if same:
@@ -70,13 +69,11 @@ def _matcher(
 
 
 def picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:
-    """A function that returns the arguments at some places, as a tuple."""
+    """A function that returns the arguments at some places, at least one, as a tuple."""
     if len(places) > 1:
         return itemgetter(*places)
-    if places:
-        (place,) = places
-        return lambda args: (args[place],)
-    return lambda args: ()
+    (place,) = places
+    return lambda args: (args[place],)
 
 
 def _nothing(args: Arguments) -> None:

@@ -153,8 +153,7 @@ class Op(Backends):
                 self._check_addresses(args)
             self._opaque(*args)
             return
-        self._check_addresses(args)
-        self._check_aliasing(args)
+        self._check_memory(args)
         counted = [place for place in self._written if args[place] is not None and not args[place].is_inference()]
         written = picker(counted) if counted else None
         if written is not None:
@@ -204,11 +203,14 @@ class Op(Backends):
         """Raise for what is not legal, memory that is shared or lacks included."""
         self.check(args)
         if is_plain(self._given(args)):
-            self._check_addresses(args)
-            self._check_aliasing(args)
+            self._check_memory(args)
 
     def _given(self, args: Sequence[Any]) -> list[Tensor]:
         return [args[place] for place in self._tensors if args[place] is not None]
+
+    def _check_memory(self, args: Sequence[Any]) -> None:
+        self._check_addresses(args)
+        self._check_aliasing(args)
 
     def _check_aliasing(self, args: Sequence[Any]) -> None:
         """Raise for a tensor that is written and shares memory that it may not."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.checks import as_rows
-from fastllama.kernels.numba.numerics import LIKE, jit, load, rounded, store
+from fastllama.kernels.numba.numerics import LIKE, as_written, jit, load, rounded, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
 
 
-# Without leave to reassociate, which Numba hands down if not told: x times the weight, 1e30 * 1e30, may overflow where
-# the normalised value does not.
-@numba.njit(fastmath=False)
+# x times the weight, 1e30 * 1e30, may overflow where the normalised value does not.
+@as_written
 def weighed(normed, weight):
     return normed * weight
 

@@ -32,6 +32,11 @@ def jit(function):
     return kept(numba.njit(fastmath=FAST, nogil=True, error_model="numpy")(function))
 
 
+# For what a kernel calls and LLVM must compute as it is written: without leave to reassociate, which Numba hands down
+# if it is not told otherwise. a * b * c may overflow in one order alone.
+as_written = numba.njit(fastmath=False, error_model="numpy")
+
+
 def _widened(builder, bits, element):
     """The float32 that an element holds."""
     if element == types.uint16:

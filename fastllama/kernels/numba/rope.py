@@ -5,13 +5,12 @@ One thread: a token of a 1.1B model takes 2 us, its layer's products a hundred t
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.numba.numerics import CODE_LIKE, INTEGER_LIKE, LIKE, jit, load, load_integer, store
+from fastllama.kernels.numba.numerics import CODE_LIKE, INTEGER_LIKE, LIKE, as_written, jit, load, load_integer, store
 from fastllama.kernels.reference.quantize import LARGEST_CODE, SMALLEST_ABSMAX
 
 
@@ -47,8 +46,8 @@ def rotate(
         store(out_ptr, out_start + i, load(x_ptr, x_start + i, like), out_like)
 
 
-# Without leave to reassociate: x * largest may overflow where x * (largest / absmax) does not.
-@numba.njit(fastmath=False, error_model="numpy")
+# x * largest may overflow where x * (largest / absmax) does not.
+@as_written
 def quantize(x_ptr, codes_ptr, scales_ptr, codes_start, scale_at, size, largest, code_like):
     """One head in fp32 to its codes and its scale; see reference.quantize."""
     absmax = np.float32(SMALLEST_ABSMAX)

@@ -133,6 +133,17 @@ def test_columns_of_one_buffer_share_no_memory() -> None:
     assert k.shape == (5, 2, 8)
 
 
+@torch.inference_mode()
+def test_an_output_that_is_an_input_is_still_told_from_the_others() -> None:
+    """A call like an earlier one that was in place: what is written has two names there."""
+    buffer = torch.randn(3, 64)
+    x, weight = buffer[:2], torch.ones(64)
+    for _ in range(2):
+        kernels.rms_norm(x, weight, out=x)
+    with pytest.raises(ValueError, match=r"^out shares memory with weight"):
+        kernels.rms_norm(x, buffer[1], out=x)
+
+
 def rewritten(op: str, name: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
     """A right program that torch.compile turns into a call whose output is its input (pytorch/pytorch#198031)."""
 
