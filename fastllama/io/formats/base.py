@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
@@ -46,22 +45,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save, memory-mapped, without running code from it (weights_only)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, {AGAIN}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged archive surfaces as anything from KeyError to UnpicklingError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({reason}); {AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{path} is not a plain dictionary of tensors; expected a model's state dict")
-    return state
 
 
 def dtype_name(tensor: Tensor) -> str | None:
