@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import abc
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from fastllama.errors import reject_unknown
 from fastllama.io.chat import Message, encode_chat
+from fastllama.io.companions import GENERATION_CONFIG, find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +32,8 @@ from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
 
+_LOG = logging.getLogger("fastllama")
+
 
 class LLM:
     """A Llama with its tokenizer and runtime.
@@ -37,6 +41,10 @@ class LLM:
     model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, whose
     rotary cache is then made anew for max_model_len.
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
+    adapter: a PEFT LoRA folder or Hub id, merged into the weights while they load. A model that is itself such a folder
+    brings its base.
+    chat_format: "auto" is the checkpoint's own chat template, "llama2", "plain" (text, for base models), or a .jinja
+    file; `chat_format.description` says what was chosen.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
     device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
     quantization: "int4" rounds weights to 4 bits in groups of 128, "int8" to 8 bits with a scale for each row, "w8a8"
@@ -73,6 +81,8 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         quantization: str | None = "auto",
+        adapter: str | Path | None = None,
+        chat_format: str = "auto",
         max_model_len: int | None = None,
         kv_cache_tokens: int | None = None,
         host_cache_tokens: int = 0,
@@ -107,19 +117,31 @@ class LLM:
         if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
             speculation = resolve_model(str(speculation))
         self._progress = progress
+        if not isinstance(model, (str, Path, LlamaForCausalLM)):
+            raise TypeError(
+                f"model is a {type(model).__name__}; legal: 'tiny', a path, a Hub id, or what fastllama.load_model "
+                "returns (for a model of transformers: fastllama.patch(model))"
+            )
+        self._name = None if isinstance(model, LlamaForCausalLM) else str(model)
+        self._chosen_format = chat_format
+        self.sampling_defaults: dict[str, Any] = {}  # what generation_config.json sets, by SamplingParams' names
         if isinstance(model, LlamaForCausalLM):
             for name, value in (("dtype", dtype), ("device", device)):
                 if value != "auto":
                     raise ValueError(f"{name} is {value!r} beside a loaded model, which has its own; legal: 'auto'")
-            self.tokenizer, loaded = _find_tokenizer(tokenizer, None), model
+            if adapter is not None:
+                raise ValueError(f"adapter is {str(adapter)!r} beside a loaded model; legal: load_model(..., adapter=)")
+            self.tokenizer, loaded = _tokenizer_of(tokenizer), model
         else:
             target, path = resolve_device(device), resolve_model(str(model))
-            self.tokenizer = _find_tokenizer(tokenizer, path)
+            self.tokenizer = _tokenizer_of(tokenizer, path)
+            self.sampling_defaults = _legal_settings(path)
             loaded = load_model(path, dtype=dtype, device=target, progress=progress)
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
-            raise ValueError(
-                f"tokenizer has {self.tokenizer.vocab_size} pieces, the model {loaded.config.vocab_size} embeddings; "
-                "legal: the tokenizer that the model was trained with"
+            _LOG.warning(
+                "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
+                self.tokenizer.vocab_size - 1,
+                loaded.config.vocab_size - 1,
             )
         given = isinstance(model, LlamaForCausalLM)
         self.quantization = packing.resolve(loaded, quantization, given=given)  # what is done
@@ -143,6 +165,11 @@ class LLM:
         """The model's configuration."""
         return self.engine.model.config
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """The parameters of requests that bring none: the checkpoint's sampling settings, else SamplingParams' own."""
+        return SamplingParams(**self.sampling_defaults)
+
     def generate(
         self,
         prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
@@ -154,7 +181,7 @@ class LLM:
         Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ.
         """
         given = _as_list(prompts)
-        each = _params_of_each(params, len(given))
+        each = _params_of_each(self.default_params if params is None else params, len(given))
         generations: list[Generation] = []
         try:
             for prompt, own in zip(given, each, strict=True):
@@ -183,7 +210,7 @@ class LLM:
         self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
-        (params,) = _params_of_each(params, 1)
+        (params,) = _params_of_each(self.default_params if params is None else params, 1)
         self._needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
@@ -213,10 +240,17 @@ class LLM:
         if not isinstance(prompt, abc.Sequence) or isinstance(prompt, bytes):
             raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
         if isinstance(prompt, str):
-            return self._needed_tokenizer().encode(prompt)
+            return self._encode_text(prompt)
         if prompt and isinstance(prompt[0], Mapping):
             return encode_chat(self._needed_tokenizer(), cast(abc.Sequence[Message], prompt))
         return cast(abc.Sequence[int], prompt)
+
+    def _encode_text(self, text: str) -> list[int]:
+        tokenizer = self._needed_tokenizer()
+        ids = tokenizer.encode(text)
+        if not ids and tokenizer.bos_token_id is not None:  # nothing to go on from, as in transformers' generate
+            return [tokenizer.bos_token_id]
+        return ids
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it."""
@@ -271,19 +305,29 @@ class LLM:
                 bar.update(len(ended))
 
 
-def _find_tokenizer(tokenizer: str | Path | Tokenizer | None, model: Path | None) -> Tokenizer | None:
-    """The tokenizer that is given or lies at a path, else the one beside the model, else None."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    folder = None if model is None else model if model.is_dir() else model.parent
-    if folder is None:
-        return None
-    try:
-        return load_tokenizer(folder)
-    except FileNotFoundError:
-        return None
+def _tokenizer_of(tokenizer: str | Path | Tokenizer | None, *places: Path) -> Tokenizer | None:
+    """The tokenizer that is given or lies at a path, else the first that lies with the model."""
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer or find_tokenizer(*places)
+    if not isinstance(tokenizer, (str, Path)):
+        raise TypeError(f"tokenizer is {tokenizer!r:.99}; legal: a path, fastllama's Tokenizer, or None")
+    return load_tokenizer(tokenizer)
+
+
+def _legal_settings(model: Path) -> dict[str, Any]:
+    """The checkpoint's sampling settings, less those that SamplingParams refuses, which are logged."""
+    legal = {}
+    for name, value in read_sampling_settings(model).items():
+        try:
+            SamplingParams.from_dict({name: value})
+        except (TypeError, ValueError) as error:
+            _LOG.warning("%s: %s; the setting is ignored", model / GENERATION_CONFIG, error)
+        else:
+            legal[name] = value
+    if legal:
+        given = ", ".join(f"{name}={value!r}" for name, value in legal.items())
+        _LOG.info("generation_config.json: %s, unless a request brings parameters of its own", given)
+    return legal
 
 
 def _as_list(
@@ -299,9 +343,7 @@ def _as_list(
     raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
 
 
-def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
+def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     each = [params] * count if isinstance(params, SamplingParams) else params
     if not isinstance(each, abc.Sequence) or not all(isinstance(own, SamplingParams) for own in each):
         raise TypeError(f"params is {params!r:.99}; legal: SamplingParams, or a list of one for each prompt")

@@ -194,6 +194,9 @@ def test_a_closed_llm_says_so() -> None:
         ({"dtype": "float8"}, ValueError, "dtype is 'float8'"),
         ({"model": "no/such/model"}, FileNotFoundError, "model is 'no/such/model', but no such file or folder exists"),
         ({"tokenizer": "no/such"}, FileNotFoundError, "no tokenizer at no/such"),
+        ({"tokenizer": 3}, TypeError, "tokenizer is 3; legal: a path, fastllama's Tokenizer, or None"),
+        ({"model": None}, TypeError, "model is a NoneType; legal: 'tiny', a path, a Hub id, or what fastllama.load_"),
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "model is a Linear; legal: 'tiny', a path"),
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(
@@ -215,7 +218,7 @@ def test_mistakes_are_told_before_weights_are_read(
         ),
         ({"dtype": "float32"}, "dtype is 'float32' beside a loaded model, which has its own; legal: 'auto'"),
         ({"device": "cpu"}, "device is 'cpu' beside a loaded model, which has its own; legal: 'auto'"),
-        ({"tokenizer": samples.TINY}, "tokenizer has 2048 pieces, the model 97 embeddings; legal: the tokenizer that"),
+        ({"adapter": "some/where"}, "adapter is 'some/where' beside a loaded model; legal: load_model(..., adapter=)"),
     ],
 )
 def test_what_does_not_fit_the_model(options: dict[str, Any], message: str) -> None:

@@ -134,7 +134,7 @@ class AsyncEngine:
         """
         arrival = time.monotonic()
         if params is None:
-            params = SamplingParams()
+            params = self._llm.default_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams")
         if deadline is not None:
