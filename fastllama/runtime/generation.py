@@ -13,6 +13,47 @@ from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMet
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
 
+_FIRST_MARK = 0x100000  # of a private plane of Unicode: stands for a special token where stop strings are sought
+
+
+class StopStrings:
+    """The stop strings of a request, as they are sought in its text.
+
+    A special token ends a text too where a stop string spells it ("<|im_end|>"), although it shows none: there it is
+    marked by one private character, which `shown` takes out again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        special = sorted(tokenizer.special_ids) if params.stop and params.skip_special_tokens else []
+        spelled = {i: tokenizer.token_bytes(i, skip_special_tokens=False).decode("utf-8", "replace") for i in special}
+        spelled = {i: text for i, text in spelled.items() if text and any(text in stop for stop in params.stop)}
+        self.marks = {i: chr(_FIRST_MARK + n) for n, i in enumerate(spelled)}  # by token id
+        self._given = {stop: stop for stop in params.stop}
+        for stop in params.stop:
+            marked = stop
+            for i in sorted(spelled, key=lambda i: -len(spelled[i])):
+                marked = marked.replace(spelled[i], self.marks[i])
+            self._given[marked] = stop
+        self._no_marks = dict.fromkeys(map(ord, self.marks.values()))
+
+    def find(self, text: str) -> tuple[int, str] | None:
+        """Where the first to be complete begins, the longest of those, and how it was given; None if none is there."""
+        ends = [
+            (text.index(stop) + len(stop), -len(stop), given) for stop, given in self._given.items() if stop in text
+        ]
+        if not ends:
+            return None
+        end, length, given = min(ends)  # so it does not matter how tokens divide the text
+        return end + length, given
+
+    def held_back(self, text: str) -> int:
+        """How many characters at the end of a text may begin one."""
+        return max((_overlap(text, stop) for stop in self._given), default=0)
+
+    def shown(self, text: str) -> str:
+        """The text without marks."""
+        return text.translate(self._no_marks) if self.marks else text
+
 
 class TextStream:
     """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not.
@@ -21,13 +62,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
-        self._num_pieces = tokenizer.vocab_size
+        self._tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             (token_id for token_id in prompt_ids if token_id < self._num_pieces),
             skip_special_tokens=params.skip_special_tokens,
         )
-        self._stops = tuple(params.stop)
+        self._stops = StopStrings(tokenizer, params)
         self._held = ""
         self._released: list[str] = []
         self._num_taken = 0
@@ -39,7 +80,7 @@ class TextStream:
         """
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
-        other._stops = tuple(params.stop)
+        other._stops, other._held = StopStrings(self._tokenizer, params), self._stops.shown(self._held)
         other._released = list(self._released)
         other._num_taken = 0
         return other
@@ -57,28 +98,29 @@ class TextStream:
 
     def push(self, token_id: int) -> str | None:
         """Add a token; the stop string that the text has now reached, cut off with all behind it, or None."""
-        return self._take(self._detokenizer.push(token_id) if token_id < self._num_pieces else "")
+        text = self._detokenizer.push(token_id) if token_id < self._num_pieces else ""
+        return self._take(text + self._stops.marks.get(token_id, ""))
 
     def close(self) -> str | None:
         """No token follows: release what is held. The stop string that the last characters complete, or None."""
         stop = self._take(self._detokenizer.flush())
-        self._released.append(self._held)
-        self._held = ""
+        self._release(len(self._held))
         return stop
 
     def _take(self, text: str) -> str | None:
         self._held += text
-        ends = [(self._held.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
-        if ends:
-            # The first to be complete, the longest of those: so it does not matter how tokens divide the text.
-            end, _, stop = min(ends)
-            self._released.append(self._held[: end - len(stop)])
-            self._held = ""
-            return stop
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        self._released.append(self._held[: len(self._held) - keep])
-        self._held = self._held[len(self._held) - keep :]
-        return None
+        found = self._stops.find(self._held)
+        if found is None:
+            self._release(len(self._held) - self._stops.held_back(self._held))
+            return None
+        start, stop = found
+        self._release(start)
+        self._held = ""
+        return stop
+
+    def _release(self, length: int) -> None:
+        self._released.append(self._stops.shown(self._held[:length]))
+        self._held = self._held[length:]
 
 
 def _overlap(text: str, stop: str) -> int:

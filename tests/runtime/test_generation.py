@@ -74,6 +74,37 @@ def test_stop_strings_do_not_depend_on_tokens(text: str, stops: list[str], cuts:
     assert (stream.text, taken, reached) == (final, final, expected)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("pieces", "tokens", "stop", "text"),
+    [
+        ([b"ab"], [4, EOS], "</s>", "ab"),
+        ([b"ab"], [4, EOS], "b</s>", "a"),
+        ([b"ab", b"c"], [4, EOS, 5], "b</s>c", "a"),
+        ([b"a</", b"s>"], [4, 5], "</s>", "a"),  # spelled by plain pieces
+        ([b"a"], [4, EOS, EOS], "</s></s>", "a"),
+    ],
+)
+def test_a_special_token_that_shows_no_text_ends_it_where_a_stop_string_spells_it(
+    skip: bool, pieces: list[bytes], tokens: list[int], stop: str, text: str
+) -> None:
+    stream = TextStream(Pieces(pieces), (1,), SamplingParams(stop=["zz", stop], skip_special_tokens=skip))
+    *before, last = [stream.push(token) for token in tokens]
+    assert (before, last) == ([None] * len(before), stop)
+    assert stream.text == text
+
+
+def test_special_tokens_within_a_text_that_no_stop_string_ends_stay_hidden() -> None:
+    stream = TextStream(Pieces([b"a", b"b"]), (1,), SamplingParams(stop="</s>!"))
+    assert [stream.push(token) for token in (4, EOS, 5, EOS)] == [None] * 4
+    assert (stream.close(), stream.text) == (None, "ab")
+    other = TextStream(Pieces([b"a"]), (1,), SamplingParams(stop="</s>!"))
+    other.push(EOS)
+    forked = other.fork(SamplingParams(stop="x"))
+    forked.push(4)
+    assert (forked.close(), forked.text) == (None, "a")
+
+
 def test_a_text_that_ends_inside_a_character_shows_it() -> None:
     stream = TextStream(Pieces([b"a\xe2", b"\x98"]), (1,), SamplingParams(stop="\ufffd!"))
     assert (stream.push(4), stream.push(5), stream.take()) == (None, None, "a")
