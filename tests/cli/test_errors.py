@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -43,6 +44,21 @@ def write(name: str, data: bytes) -> Spoil:
     return lambda folder: (folder / name).write_bytes(data) and None
 
 
+def only(name: str) -> Spoil:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name) and None
+
+
+def objects(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"args": argparse.Namespace()}, folder / "pytorch_model.bin")
+
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/abc")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"6" * 64 + b"\nsize 499723\n"
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "truncated": (truncate, "model.safetensors is not a complete safetensors file"),
     "NaN": (
@@ -59,6 +75,13 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "wrong type in config": (change_config(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
     "config no JSON": (write("config.json", b"{"), "config.json is not valid JSON"),
     "broken tokenizer": (write("tokenizer.model", b"\xff" * 50), "broken or not a SentencePiece tokenizer.model"),
+    "LFS pointer": (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer"),
+    "web page": (write("model.safetensors", b"<html>Log in"), "model.safetensors is a web page saved under that name"),
+    "Python objects": (objects, "pytorch_model.bin holds Python objects (argparse.Namespace); only tensors are read"),
+    "shard of many": (only("model-00001-of-00003.safetensors"), "model.safetensors.index.json is missing: 1 of 3"),
+    "GGUF": (only("llama-2-7b.Q4_0.gguf"), "but llama-2-7b.Q4_0.gguf: GGUF is not read"),
+    "link to nowhere": (dangling, "model.safetensors is a link that leads nowhere"),
+    "config null": (write("config.json", b"null"), "config.json holds null, expected a JSON object"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "give one with --tokenizer"),
 }
@@ -156,6 +179,7 @@ def check_line(command: Command, args: list[str], stdin: bytes, says: str) -> No
     assert done.err.startswith("fastllama: error: ")
     assert done.err.endswith("\n")
     assert done.err.count("\n") == 1, done.err
+    assert "\x1b" not in done.err
     assert says in done.err
 
 

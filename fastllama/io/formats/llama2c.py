@@ -17,6 +17,7 @@ from torch import Tensor
 from fastllama.errors import CheckpointError
 from fastllama.io.formats.base import Checkpoint
 from fastllama.io.formats.interleaved import LAYER_NAMES, half_split, rotary_heads
+from fastllama.io.formats.recognise import what_is
 from fastllama.layers.config import LlamaConfig
 
 _MAGIC = 0x616B3432  # "ak42"
@@ -50,19 +51,23 @@ class Llama2cCheckpoint(Checkpoint):
         self.path = path
         with path.open("rb") as file:
             head = file.read(_HEADER_SIZE)
-        if path.suffix in (".safetensors", ".pth", ".pt", ".json") or head[:4] == b"PK\x03\x04":
+        what = what_is(path)
+        if path.suffix in (".safetensors", ".pth", ".pt", ".json") or (what or "").startswith("PyTorch"):
             raise CheckpointError(f"{path} is one file of a model; give the folder that holds it and its configuration")
-        if head[:4] == b"GGUF":
-            raise CheckpointError(f"{path} is a GGUF file; expected a Hugging Face or Meta folder, or a llama2.c file")
         try:
             self._start, self.config, self._kinds = _read_header(head)
-        except (struct.error, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} does not begin with a llama2.c header ({error})") from None
-        self._size = self._start + sum(kind.count * kind.nbytes for kind in self._kinds)
-        if (size := path.stat().st_size) != self._size:
-            raise CheckpointError(
-                f"{path} has {size} bytes, expected {self._size} by its header; it is truncated or not a llama2.c file"
-            )
+            self._size = self._start + sum(kind.count * kind.nbytes for kind in self._kinds)
+            size = path.stat().st_size
+            trouble = f"has {size} bytes, expected {self._size} by its header; it is truncated or not a llama2.c file"
+            trouble = "" if size == self._size else trouble
+        except struct.error:
+            trouble = f"has {len(head)} bytes, too few for a llama2.c header"
+        except (ValueError, TypeError) as error:
+            trouble = f"does not begin with a llama2.c header ({error})"
+        if trouble and what not in (None, "a llama2.c file"):
+            trouble = f"is {what}"
+        if trouble:
+            raise CheckpointError(f"{path} {trouble}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         data = torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)

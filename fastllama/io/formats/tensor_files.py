@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +17,12 @@ from torch import Tensor
 
 from fastllama.errors import CheckpointError
 from fastllama.io.formats.base import AGAIN
+from fastllama.io.formats.recognise import what_is
+
+_LOG = logging.getLogger("fastllama")
+_LARGEST_HEADER = 100_000_000  # bytes; what the safetensors package accepts
+_FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+_ONLY_TENSORS = "only tensors are read, as unpickling runs code; save its state dict as safetensors"
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -24,33 +34,125 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
             try:
                 tensor = handle.get_tensor(name)
-            except (SafetensorError, RuntimeError, TypeError) as error:
-                raise CheckpointError(f"{file}: tensor {name} cannot be read ({error}); {AGAIN}") from error
+            except (SafetensorError, RuntimeError, TypeError, AttributeError):
+                dtype = handle.get_slice(name).get_dtype()
+                raise CheckpointError(
+                    f"{file}: tensor {name} of dtype {dtype} cannot be read; expected BF16, F16 or F32"
+                ) from None
             yield name, tensor
 
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises CheckpointError where its header or its size is not right."""
+    """An open safetensors file. Raises CheckpointError where it is none, is truncated, or holds no tensor."""
     try:
         handle = safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a complete safetensors file ({error}); {AGAIN}") from error
+    except (SafetensorError, OSError):
+        raise CheckpointError(f"{file} {_safetensors_trouble(file)}") from None
     with handle as opened:
+        if not opened.keys():
+            raise CheckpointError(f"{file} holds no tensors; {AGAIN}")
         yield opened
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save, memory-mapped, without running code from it (weights_only)."""
-    if not path.is_file():
+    """The state dict in a file of torch.save, also one that a trainer nests in a dictionary, without running code.
+
+    Memory-mapped, except for the format before torch 1.6, which is read into memory. Raises CheckpointError for
+    anything but strided tensors with names.
+    """
+    if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, {AGAIN}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive surfaces as anything from KeyError to UnpicklingError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({reason}); {AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{path} is not a plain dictionary of tensors; expected a model's state dict")
-    return state
+        raise CheckpointError(f"{path} {_torch_trouble(path, error)}") from None
+    return _state_dict(path, content)
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """The named tensors in what torch.save wrote; other entries, such as a trainer's step, are logged and left out."""
+    place = ""
+    while not (found := _named_tensors(content)):
+        nested = [key for key, value in content.items() if _holds_tensors(value)] if isinstance(content, dict) else []
+        if not nested:
+            raise CheckpointError(f"{path} is not a plain dictionary of tensors; expected a model's state dict")
+        if len(nested) > 1:
+            names = ", ".join(map(repr, nested))
+            raise CheckpointError(f"{path} holds several sets of tensors ({names}); save one of them as a state dict")
+        place, content = f"{place}[{nested[0]!r}]", content[nested[0]]
+    if nested := [key for key, value in content.items() if _holds_tensors(value)]:
+        raise CheckpointError(f"{path}: {nested[0]!r} holds tensors beside named tensors; save one state dict")
+    if place:
+        _LOG.info("%s: the weights are those under %s", path, place)
+    others = [key for key in content if key not in found]
+    if tensors := [key for key in others if isinstance(content[key], Tensor)]:
+        raise CheckpointError(f"{path}: {tensors[0]!r} is no name of a tensor; expected a model's state dict")
+    if others:
+        _LOG.info("%s: not read, as no named tensors: %s", path, ", ".join(map(repr, others)))
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "has no data" if tensor.is_meta else "is sparse or quantized"
+            raise CheckpointError(f"{path}: tensor {name} {kind}; expected a plain tensor")
+    return found
+
+
+def _named_tensors(content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a dictionary has named tensors at any depth; an optimizer's state, under numbers, does not count."""
+    if not isinstance(value, dict):
+        return False
+    return bool(_named_tensors(value)) or any(
+        isinstance(key, str) and _holds_tensors(inner) for key, inner in value.items()
+    )
+
+
+def _torch_trouble(path: Path, error: Exception) -> str:
+    what = what_is(path)
+    if what is None:
+        return f"cannot be read as PyTorch weights: it does not begin as a file of torch.save; {AGAIN}"
+    if what == "a Python pickle":
+        return f"is a Python pickle, not a file of torch.save; {_ONLY_TENSORS}"
+    if what == "a safetensors file":
+        return f"is {what}; rename it to model.safetensors"
+    if not what.startswith("PyTorch"):
+        return f"is {what}"
+    if "TorchScript" in str(error):
+        return "is a TorchScript program; expected a model's state dict"
+    if isinstance(error, UnpicklingError):
+        found = _FOREIGN_CLASS.search(str(error))
+        return f"holds Python objects{f' ({found[1]})' if found else ''}; {_ONLY_TENSORS}"
+    return f"cannot be read as PyTorch weights: it is truncated or damaged; {AGAIN}"
+
+
+def _safetensors_trouble(file: Path) -> str:
+    """What is wrong with a file that the safetensors package refuses, from its header: https://hf.co/docs/safetensors."""
+    if (what := what_is(file)) != "a safetensors file":
+        advice = "; rename it to pytorch_model.bin" if what and what.startswith("PyTorch") else ""
+        return f"is {what}{advice}" if what else f"is not a safetensors file; {AGAIN}"
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _LARGEST_HEADER:
+            return f"has a header of {length} bytes, expected at most {_LARGEST_HEADER}; {AGAIN}"
+        if 8 + length > size:
+            return f"is not a complete safetensors file: {size} bytes, and the header alone has {8 + length}; {AGAIN}"
+        header = opened.read(length)
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError):
+        return f"is not a complete safetensors file: its header is damaged; {AGAIN}"
+    if size != expected:
+        return f"is not a complete safetensors file: {size} bytes, expected {expected} by its header; {AGAIN}"
+    dtypes = sorted({str(entry.get("dtype")) for entry in entries.values()})
+    return f"has a header that contradicts itself, or a dtype that is unknown ({', '.join(dtypes)}); {AGAIN}"

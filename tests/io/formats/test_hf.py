@@ -147,12 +147,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: truncate(path / "model.safetensors", 0.001),
         "is not a complete safetensors file",
     ),
-    "empty weights": (lambda path: truncate(path / "model.safetensors", 0), "is not a complete safetensors file"),
+    "empty weights": (lambda path: truncate(path / "model.safetensors", 0), "model.safetensors is empty"),
     "truncated config": (lambda path: truncate(path / "config.json", 0.5), "config.json is not valid JSON"),
     "config is a list": (lambda path: (path / "config.json").write_text("[]"), "holds a list, expected a JSON object"),
     "config is binary": (
         lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"),
-        "config.json is not valid JSON",
+        "config.json is UTF-16 text; save it as UTF-8",
     ),
     "other model": (
         lambda path: edit_config(path, model_type="mistral"),
@@ -221,7 +221,9 @@ class Pickled:
 def test_code_in_a_pytorch_bin_is_not_run(tmp_path: Path) -> None:
     path = write_hf_bin(random_llama(), tmp_path / "bin")
     torch.save({Q: Pickled(tmp_path / "touched")}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin cannot be read as PyTorch weights"):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model.bin holds Python objects \(getattr\); only tensors are read"
+    ):
         list(open_checkpoint(path).tensors())
     assert not (tmp_path / "touched").exists()
 
@@ -229,9 +231,9 @@ def test_code_in_a_pytorch_bin_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read as PyTorch weights"),
-        (b"PK\x03\x04 cut off", "cannot be read as PyTorch weights"),
-        (pickle.dumps({"a": 1}), "cannot be read as PyTorch weights"),
+        (b"", "is empty"),
+        (b"PK\x03\x04 cut off", "is a zip archive"),
+        (pickle.dumps({"a": 1}), "is a Python pickle"),
     ],
 )
 def test_a_broken_pytorch_bin_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -79,8 +79,8 @@ def patch(path: Path, offset: int, data: bytes) -> None:
 
 
 DAMAGE: dict[str, tuple[int, Callable[[Path], object], str]] = {
-    "empty": (0, lambda path: path.write_bytes(b""), "does not begin with a llama2.c header"),
-    "header cut": (1, lambda path: path.write_bytes(path.read_bytes()[:30]), "does not begin with a llama2.c header"),
+    "empty": (0, lambda path: path.write_bytes(b""), "is empty"),
+    "header cut": (1, lambda path: path.write_bytes(path.read_bytes()[:30]), "has 30 bytes, too few for a llama2.c"),
     "v0 cut": (0, lambda path: path.write_bytes(path.read_bytes()[:-4]), "it is truncated or not a llama2.c file"),
     "v1 cut": (1, lambda path: path.write_bytes(path.read_bytes()[:-1]), "it is truncated or not a llama2.c file"),
     "v2 cut": (2, lambda path: path.write_bytes(path.read_bytes()[:300]), "it is truncated or not a llama2.c file"),
@@ -96,8 +96,12 @@ DAMAGE: dict[str, tuple[int, Callable[[Path], object], str]] = {
     "flag": (1, lambda path: patch(path, 36, b"\x07"), "(shared classifier flag 7; legal: 0, 1)"),
     "group 0": (2, lambda path: patch(path, 37, struct.pack("i", 0)), "(group size 0; legal: a divisor"),
     "group 48": (2, lambda path: patch(path, 37, struct.pack("i", 48)), "(group size 48; legal: a divisor"),
-    "text": (0, lambda path: path.write_text("once upon a time there was a little file"), "llama2.c"),
-    "GGUF": (0, lambda path: path.write_bytes(b"GGUF" + bytes(300)), "is a GGUF file; expected"),
+    "text": (
+        0,
+        lambda path: path.write_text("once upon a time there was a little file"),
+        "is text that begins with 'once",
+    ),
+    "GGUF": (0, lambda path: path.write_bytes(b"GGUF" + bytes(300)), "is a GGUF file, which is not read; give"),
     "a PyTorch file": (0, lambda path: torch.save({"a": torch.zeros(9)}, path), "give the folder that holds it"),
 }
 
