@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastllama.errors import check_choice
 from fastllama.io.checkpoint import open_checkpoint
@@ -16,6 +15,7 @@ from fastllama.io.hub import resolve_model
 from fastllama.layers.config import DTYPES, LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.weights import load_weights, slots
+from fastllama.progress import progress_bar
 
 
 def load_model(
@@ -67,8 +67,7 @@ def _counted(checkpoint: Checkpoint, model: LlamaForCausalLM, progress: bool | N
     """The checkpoint's tensors, with a bar that counts the bytes of the model they fill."""
     parameters, table = dict(model.named_parameters()), slots(checkpoint.config)
     total = sum(parameter.nbytes for parameter in parameters.values())
-    disable = None if progress is None else not progress  # None: tqdm shows itself on a terminal only
-    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+    with progress_bar("Loading weights", progress, total=total, unit="B", unit_scale=True) as bar:
         for name, tensor in checkpoint.tensors():
             yield name, tensor
             if name in table:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from fastllama import kernels
 from fastllama.kernels.launch.device import runs_natively
@@ -14,6 +13,7 @@ from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
 from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear, W8A8Linear
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.progress import progress_bar
 
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
 
@@ -91,8 +91,7 @@ def _swap(
         for name, child in parent.named_children()
         if isinstance(child, Linear) and child.weight is not model.embed_tokens.weight
     ]
-    disable = None if progress is None else not progress
-    for parent, name in tqdm(places, desc=title, disable=disable, leave=False):
+    for parent, name in progress_bar(title, progress, iterable=places):
         packed = make(getattr(parent, name))
         if packed is not None:
             setattr(parent, name, packed)

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
 from fastllama.errors import reject_unknown
 from fastllama.io.chat import Message, encode_chat
@@ -25,6 +24,7 @@ from fastllama.layers import packing
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantization import check_quantization
+from fastllama.progress import progress_bar
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
@@ -296,9 +296,9 @@ class LLM:
 
     def _finish(self, generations: list[Generation]) -> None:
         """Run until these requests have finished."""
-        disable = len(generations) < 2 or (None if self._progress is None else not self._progress)
+        shown = False if len(generations) < 2 else self._progress
         pending = set(generations)
-        with tqdm(total=len(generations), desc="Generating", unit="prompt", disable=disable, leave=False) as bar:
+        with progress_bar("Generating", shown, total=len(generations), unit="prompt") as bar:
             while pending:
                 ended = {generation for generation in self.engine.step() if generation.finished} & pending
                 pending -= ended

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastllama.io.formats.base import Checkpoint
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
+from fastllama.progress import progress_bar
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
@@ -74,8 +74,7 @@ def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
     exact, plain = (
         oracle.forward(llm.config, weights, run.ids, dtype, max_model_len) for dtype in (torch.float64, model.dtype)
     )
-    disable = None if progress is None else not progress
-    with torch.inference_mode(), tqdm(total=len(run.layers), desc="Layers", disable=disable, leave=False) as bar:
+    with torch.inference_mode(), progress_bar("Layers", progress, total=len(run.layers)) as bar:
         for i, ours in enumerate(run.layers):
             reference = next(exact)
             bound = bound_of(next(plain), reference, model.dtype)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from fastllama.errors import CheckpointError
-from fastllama.io import load
 from fastllama.io.load import load_model, resolve_device, resolve_dtype
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
@@ -93,12 +93,12 @@ def test_the_model_has_the_dtype_asked_for(tmp_path: Path, dtype: str) -> None:
 def test_the_bar_counts_the_bytes_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
 
-    class Bar(load.tqdm):
+    class Bar(tqdm):
         def close(self) -> None:
             counts.append((self.n, self.total))
             super().close()
 
-    monkeypatch.setattr(load, "tqdm", Bar)
+    monkeypatch.setattr("fastllama.progress.tqdm", Bar)
     path = write_llama2c(random_llama(tied=True), tmp_path / "model.bin", version=2)
     model = load_model(path, dtype="float16", progress=True)
     total = sum(parameter.nbytes for parameter in model.parameters())
