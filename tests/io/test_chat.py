@@ -1,4 +1,4 @@
-"""Chat ids against Meta's format spelled out turn by turn, and against Llama 2's chat template run by transformers."""
+"""Llama 2's chat ids against Meta's format spelled out, and against its chat template run by transformers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,8 @@ from hypothesis import strategies as st
 from fastllama.io.chat import TAGS, encode_chat
 from fastllama.io.tokenizer import Tokenizer
 from tests.io import tokenizer_samples as samples
+from tests.io.chat_templates import LLAMA2
 
-# chat_template of meta-llama/Llama-2-7b-chat-hf's tokenizer_config.json
-TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 ODD = "ab \n\t\u3000\u00a0é😀"
 CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<>[]")) | st.text(ODD)
 fewer = settings(deadline=None, max_examples=60)
@@ -55,7 +43,7 @@ def hugging_face(name: str, layout: str):
     with tempfile.TemporaryDirectory() as folder:
         path = samples.write_json(samples.model_bytes(name), Path(folder), layout)
         backend = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="</s>")
-    backend.chat_template = TEMPLATE
+    backend.chat_template = LLAMA2
     return lambda messages: backend.apply_chat_template(messages, tokenize=True, return_dict=False)
 
 
@@ -185,7 +173,7 @@ class TestTags:
         (["user", "assistant", "assistant"], r"^messages\[2\] has role 'assistant'; legal here: 'user'"),
         (["system", "user", "assistant"], r"^messages\[2\], the last, has role 'assistant'; legal: 'user'$"),
         (["system"], r"^messages\[0\], the last, has role 'system'; legal: 'user'$"),
-        (["user", ["user"]], r"^messages\[1\] has role \['user'\]; legal here: 'assistant'"),
+        (["system", "assistant", "user"], r"^messages\[1\] has role 'assistant'; legal here: 'user'"),
     ],
 )
 def test_order_of_roles(tiny, roles, message):
@@ -199,6 +187,7 @@ def test_order_of_roles(tiny, roles, message):
         ("Hi", r"^messages\[1\] is 'Hi'; legal: a mapping of 'role' and 'content'$"),
         ({"role": "assistant"}, r"^messages\[1\] is .*; legal: a mapping of 'role' and 'content'$"),
         ({"role": "assistant", "content": "", "name": "x"}, r"^messages\[1\] is .*; legal: a mapping"),
+        ({"role": ["user"], "content": ""}, r"^messages\[1\]\['role'\] must be str, got list$"),
         ({"role": "assistant", "content": None}, r"^messages\[1\]\['content'\] must be str, got NoneType$"),
     ],
 )

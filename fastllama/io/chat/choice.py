@@ -1,0 +1,161 @@
+"""Which chat format a model is asked in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastllama.errors import CheckpointError, check_choice
+from fastllama.io.chat import llama2, plain
+from fastllama.io.chat.messages import Message, Tags
+from fastllama.io.chat.template import ChatTemplate
+from fastllama.io.tokenizer import Tokenizer
+
+_LOG = logging.getLogger("fastllama")
+_CHOICES = ("auto", "llama2", "plain")
+_CHAT_MODEL = re.compile(r"(?<![a-z])(?:chat|instruct)(?![a-z])")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a conversation becomes token ids, and what ends an answer beyond the model's EOS.
+
+    name: "template", "llama2" or "plain". description: one line that says what was chosen, and why. guessed: no file
+    of the checkpoint says so. stop, stop_token_ids: texts and ids that end an answer, for SamplingParams.
+    """
+
+    name: str
+    description: str
+    guessed: bool
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    _encode: Callable[[Sequence[Message], Tags], list[int]] = field(repr=False, compare=False)
+
+    def encode(self, messages: Sequence[Message], *, tags: Tags = "refuse") -> list[int]:
+        """Token ids that ask for the next answer.
+
+        Args:
+            messages: the conversation, the last message not from the assistant. Which roles and which order are legal,
+                the format says.
+            tags: what to do with text inside contents that would pose as another role: special pieces, the template's
+                own tags and labels. "refuse" raises ValueError; "escape" puts a backslash behind the opening bracket
+                ("[\\INST]", "<\\|im_end|>", "<\\/s>"), or before the last letter of what has none ("USER\\:"), so that
+                the text still reads, is no longer the tag, and can be put back.
+
+        Raises:
+            ValueError: naming the message's index, for a role, a refused tag, a message that would be left out; in the
+                template's words, where it refuses the conversation.
+            TypeError: for a message that is not a mapping of `role` and `content`, both text.
+            CheckpointError: where the template fails.
+        """
+        check_choice("tags", tags, ("refuse", "escape"))
+        return self._encode(messages, tags)
+
+
+def chat_format(tokenizer: Tokenizer, *, choice: str | Path = "auto", model: str | None = None) -> ChatFormat:
+    """The format in which a model is asked. What no file says, but a guess, is logged as a warning.
+
+    choice: "auto", "llama2", "plain", or the path of a jinja file. "auto" is the template that lies with the tokenizer;
+    without one, Llama 2's format where `model` is None or its name holds the word chat or instruct, else plain text.
+    model: what the user calls the model (a path or Hub id), None where that is unknown.
+
+    A template that writes what Meta's reference writes is Llama 2's format, whatever its text: Meta's ids are exact
+    for every tokenizer (llama2.py says where transformers' differ).
+    Raises ValueError for another choice, FileNotFoundError for a missing file, CheckpointError for a broken template.
+    """
+    chosen = _choose(tokenizer, choice, model)
+    if chosen.guessed:
+        _LOG.warning("%s", chosen.description)
+    return chosen
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags = "refuse") -> list[int]:
+    """Token ids that ask for the next answer, in the template with the tokenizer, else in Llama 2's format.
+
+    Arguments and errors are those of `ChatFormat.encode`.
+    """
+    return _choose(tokenizer, "auto", None).encode(messages, tags=tags)
+
+
+def _choose(tokenizer: Tokenizer, choice: str | Path, model: str | None) -> ChatFormat:
+    if choice == "llama2":
+        return _llama2(tokenizer, "chat format: Llama 2's, as asked")
+    if choice == "plain":
+        return _plain(tokenizer, "chat format: plain text, as asked")
+    if choice != "auto":
+        return _of_template(tokenizer, _read(Path(choice)), str(choice))
+    if tokenizer.chat_template is not None:
+        return _of_template(tokenizer, tokenizer.chat_template, str(_template_file(tokenizer)))
+    missing = "the checkpoint has no chat template"
+    if model is None:
+        return _llama2(tokenizer, f"{missing}: Llama 2's chat format", guessed=True)
+    if _CHAT_MODEL.search(_name(model).lower()):
+        return _llama2(tokenizer, f"{missing}, and its name is a chat model's: Llama 2's chat format", guessed=True)
+    return _plain(tokenizer, f"{missing}, and its name is not a chat model's: plain text", guessed=True)
+
+
+def _of_template(tokenizer: Tokenizer, source: str, file: str) -> ChatFormat:
+    template = ChatTemplate(tokenizer, source, file)
+    bos, eos = (tokenizer.special_tokens.get(name, "") for name in ("bos_token", "eos_token"))
+    ids = [tokenizer.encode_template(text) for text in (bos, eos)]
+    if ids == [[tokenizer.bos_token_id], [tokenizer.eos_token_id]] and llama2.is_written_by(template.render, bos, eos):
+        return _llama2(tokenizer, f"chat format: Llama 2's, which the chat template of {file} writes")
+    found = template.findings
+    description = f"chat format: the chat template of {file}"
+    return ChatFormat("template", description, False, found.stop, found.stop_token_ids, template.encode)
+
+
+def _llama2(tokenizer: Tokenizer, description: str, *, guessed: bool = False) -> ChatFormat:
+    special = _special_in_text(tokenizer)
+    encode = functools.partial(llama2.encode, tokenizer, special)
+    return ChatFormat("llama2", description, guessed, (), (tokenizer.eos_token_id,), encode)
+
+
+def _plain(tokenizer: Tokenizer, description: str, *, guessed: bool = False) -> ChatFormat:
+    special = _special_in_text(tokenizer)
+    encode = functools.partial(plain.encode, tokenizer, special)
+    return ChatFormat("plain", description, guessed, (plain.STOP,), (tokenizer.eos_token_id,), encode)
+
+
+def _special_in_text(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special pieces that become ids in plain text too: added tokens do, SentencePiece's own do not."""
+    return tuple(
+        piece
+        for piece in tokenizer.special_pieces()
+        if not tokenizer.special_ids.isdisjoint(tokenizer.encode(f"a{piece}", bos=False))
+    )
+
+
+def _read(path: Path) -> str:
+    """The text of a jinja file."""
+    if not path.is_file():
+        if path.suffix:
+            raise FileNotFoundError(f"chat_format is {str(path)!r}, and there is no such file")
+        check_choice("chat_format", str(path), (*_CHOICES, "the path of a .jinja file"))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is no chat template: it is not UTF-8 text") from None
+
+
+def _template_file(tokenizer: Tokenizer) -> Path:
+    file = tokenizer.path.with_name("chat_template.jinja")
+    return file if file.is_file() else tokenizer.path.with_name("tokenizer_config.json")
+
+
+def _name(model: str) -> str:
+    """The part of a path or Hub id that names the model: with a file its folder, of the Hub's cache the repository."""
+    path = Path(os.path.abspath(os.path.expanduser(model)))
+    repository = next((part for part in path.parts if part.startswith("models--")), None)
+    return (
+        repository.rsplit("--")[-1]
+        if repository
+        else f"{path.parent.name} {path.name}"
+        if path.is_file()
+        else path.name
+    )

@@ -1,0 +1,125 @@
+"""A checkpoint's own chat template: rendered in a sandbox, its special pieces made ids, forged ones refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastllama.errors import ExtraRequiredError
+from fastllama.io.chat import markers
+from fastllama.io.chat.messages import Message, Tags, check_messages, forged, without_markers
+from fastllama.io.tokenizer import Tokenizer
+
+_LOG = logging.getLogger("fastllama")
+_ROLE = re.compile(r"[^\W\d_][\w .\-]*")
+_OLDEST_JINJA = (3, 1, 6)  # known ways out of the sandbox are closed from here on
+
+
+class ChatTemplate:
+    """A jinja2 template and the tokenizer for what it renders.
+
+    `encode` gives the ids of transformers' `apply_chat_template(messages, add_generation_prompt=True)`, and raises
+    where that would let a content pose as another role, or would drop a message.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, file: str) -> None:
+        """`file`: where the template lies. CheckpointError for a broken one, ExtraRequiredError without jinja2."""
+        _need_jinja()
+        self.tokenizer, self.source, self.file = tokenizer, source, file
+        self._undefined: set[str] = set()
+        self.findings = markers.examine(self.render, tokenizer)
+        if self._undefined:
+            names = ", ".join(map(repr, sorted(self._undefined)))
+            _LOG.warning("%s: the chat template prints %s, undefined here, as nothing", file, names)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text that asks for the next answer."""
+        from fastllama.io.chat.sandbox import render
+
+        variables: dict[str, Any] = {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
+        variables |= {"tools": None, "documents": None, **self.tokenizer.special_tokens}
+        characters = sum(len(message["role"]) + len(message["content"]) for message in messages)
+        text, undefined = render(self.source, self.file, variables, characters)
+        self._undefined |= undefined
+        return text
+
+    def encode(self, messages: Sequence[Message], tags: Tags) -> list[int]:
+        """Token ids of a conversation; the roles are the template's to judge.
+
+        Raises ValueError in the template's words where it refuses the conversation, and naming messages[i] for a
+        marker in a content (see markers.py), for one that content and template would form together, and for a message
+        that the template leaves out without a word. CheckpointError where the template fails.
+        """
+        messages = check_messages(messages)
+        for index, message in enumerate(messages):
+            self._check_role(index, message["role"])
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(
+                f"messages[{len(messages) - 1}], the last, has role 'assistant'; legal: one that is answered"
+            )
+        messages = without_markers(messages, self.findings.markers, tags)
+        text = self.render(messages)
+        # The same conversation with contents that can be no marker's part: what it lacks, a content has brought.
+        harmless = [_harmless(index, message) for index, message in enumerate(messages)]
+        own = self.render(harmless)
+        for index, message in enumerate(messages):
+            if message["content"].strip() and self._is_left_out(index, harmless, own):
+                raise ValueError(
+                    f"messages[{index}] has role {message['role']!r}, and the chat template of {self.file} "
+                    "leaves it out; legal: roles that the template writes"
+                )
+        ids = self.tokenizer.encode_template(text)
+        expected = self._marks(own, self.tokenizer.encode_template(own))
+        if self._marks(text, ids) != expected:
+            for index, message in enumerate(messages):
+                alone = self.render([*harmless[:index], message, *harmless[index + 1 :]])
+                more = self._marks(alone, self.tokenizer.encode_template(alone)) - expected
+                for marker in more:
+                    raise forged(index, marker)
+            raise ValueError("messages together form special tags of the chat template, which would pose as a role")
+        return ids
+
+    def _marks(self, text: str, ids: Sequence[int]) -> Counter[str]:
+        """Markers of a rendering: how often each special id, and each text."""
+        found = Counter(self.tokenizer.id_to_piece(i) for i in ids if i in self.findings.guarded_ids)
+        return found + Counter(self.findings.markers.all(text))
+
+    def _is_left_out(self, index: int, harmless: Sequence[Message], own: str) -> bool:
+        """Whether a rendering does not depend on the content of a message."""
+        if markers.placeholder(index) in own.casefold():
+            return False
+        other: Message = {"role": harmless[index]["role"], "content": "another text"}
+        return self.render([*harmless[:index], other, *harmless[index + 1 :]]) == own
+
+    def _check_role(self, index: int, role: str) -> None:
+        """A template may put brackets around a role: it must be a word, and no special token's."""
+        legal = "legal: a word, such as 'system', 'user', 'assistant'"
+        if not _ROLE.fullmatch(role):
+            raise ValueError(f"messages[{index}] has role {role!r}; {legal}")
+        for piece in self._control_pieces():
+            if re.sub(r"^\W+|\W+$", "", piece) == role:
+                raise ValueError(
+                    f"messages[{index}] has role {role!r}, which names the special token {piece!r}; {legal}"
+                )
+
+    def _control_pieces(self) -> set[str]:
+        ends = {self.tokenizer.id_to_piece(i) for i in self.findings.stop_token_ids}
+        return ends | set(self.tokenizer.special_tokens.values())
+
+
+def _harmless(index: int, message: Message) -> Message:
+    content = markers.placeholder(index) if message["content"].strip() else message["content"]
+    return {"role": message["role"], "content": content}
+
+
+def _need_jinja() -> None:
+    try:
+        installed = tuple(int(part) for part in re.findall(r"\d+", version("jinja2"))[:3])
+    except PackageNotFoundError:
+        installed = ()
+    if installed < _OLDEST_JINJA:
+        raise ExtraRequiredError("the chat template", "jinja2>=" + ".".join(map(str, _OLDEST_JINJA)), "hf")
