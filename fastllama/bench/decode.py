@@ -94,7 +94,7 @@ class _Bench:
         device, longest = resolve_device(options.device), max(options.context)
         if options.checkpoint:
             config = open_checkpoint(resolve_model(options.model)).config
-            check_range("context", longest, 1, config.max_position_embeddings)
+            check_range("context", longest, 1, config.longest_context)
         else:
             config = models.shape(options.model, longest)
         dtype = resolve_dtype(options.dtype, config)

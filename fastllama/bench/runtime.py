@@ -69,7 +69,7 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
     Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.
     """
     generator, path = random.Random(0), resolve_model(options.model)
-    context = open_checkpoint(path).config.max_position_embeddings
+    context = open_checkpoint(path).config.context_length
     check_range("tokens", options.tokens, 2, context - SHORTEST)
     length, sequences = min(LONGEST + options.tokens, context), min(options.requests, SEQUENCES)
     longest = length - options.tokens

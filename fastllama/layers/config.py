@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastllama.errors import check_choice, check_range
+from fastllama.layers.fields import check_flag, check_integer, check_positive, check_size, field, first_of, logger
+from fastllama.layers.rope_scaling import ROPE_KINDS, RopeScaling, rope_from_hf, rope_to_hf
+
+__all__ = ["DTYPES", "PRESETS", "ROPE_KINDS", "LlamaConfig", "RopeScaling", "token_ids"]
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROPE_KINDS = ("linear", "dynamic", "llama3")
 
-# Meta's params.json of Llama 1, 2, Code Llama and 3; the last three steer Meta's own runtime, not the model's shape.
+# Meta's params.json of Llama 1, 2, Code Llama and 3; max_seq_len and max_batch_size steer Meta's own runtime.
 _META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size"}
 _META_KEYS |= {"rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size"}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    linear: position interpolation (Chen et al. 2023, arXiv 2306.15595); dynamic: NTK-aware base change with the length;
-    llama3: Llama 3.1's split by wavelength, which alone uses the last three fields.
-    """
-
-    kind: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-
-    def __post_init__(self) -> None:
-        check_choice("rope scaling kind", self.kind, ROPE_KINDS)
-        _check_positive("rope scaling factor", self.factor)
-        if self.original_max_position_embeddings is not None:
-            _check_size("rope scaling original_max_position_embeddings", self.original_max_position_embeddings)
-        elif self.kind == "llama3":
-            raise ValueError("rope scaling original_max_position_embeddings is None; legal for llama3: at least 1")
-        _check_positive("rope scaling low_freq_factor", self.low_freq_factor)
-        _check_positive("rope scaling high_freq_factor", self.high_freq_factor)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"rope scaling high_freq_factor is {self.high_freq_factor}; legal: above low_freq_factor="
-                f"{self.low_freq_factor}"
-            )
+# Keys of other models in this layout, and of other weights: with them the numbers would be others.
+_NOT_META: tuple[str, ...] = ("quantization_args", "lora_args", "moe", "moe_args", "sliding_window", "head_dim")
+_NOT_META += ("hidden_dim", "vision_num_cross_attention_layers", "vision_args", "rope_scaling_factor")
+# Constants of Meta's reference code of Llama 3.1. (Hugging Face's files of Llama 3.2 1B and 3B say a factor of 32.)
+_LLAMA3_SCALING = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+# <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>: Meta's tokenizer of Llama 3 holds them, not params.json.
+_LLAMA3_VOCABULARY, _LLAMA3_BOS, _LLAMA3_EOS = 128256, 128000, (128001, 128008, 128009)
 
 
 @dataclass(frozen=True)
@@ -65,15 +44,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     dtype: str | None = None  # the checkpoint's own, None when it does not say
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads is {self.num_key_value_heads}; legal: a divisor of "
@@ -81,17 +60,27 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; legal: an even number, rotary embedding turns pairs")
-        _check_positive("rms_norm_eps", self.rms_norm_eps)
-        _check_positive("rope_theta", self.rope_theta)
+        check_positive("rms_norm_eps", self.rms_norm_eps)
+        check_positive("rope_theta", self.rope_theta)
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; legal: true or false")
+            check_flag(name, getattr(self, name))
         if not isinstance(self.eos_token_ids, tuple):
             raise TypeError(f"eos_token_ids is {self.eos_token_ids!r}; legal: a tuple of token ids")
-        for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)):
-            _check_integer(name, token)
+        bos = () if self.bos_token_id is None else (("bos_token_id", self.bos_token_id),)
+        for name, token in (*bos, *(("eos_token_ids", token) for token in self.eos_token_ids)):
+            check_integer(name, token)
             check_range(name, token, 0, self.vocab_size - 1)
         check_choice("dtype", self.dtype, (*DTYPES, None))
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: RopeScaling) -> None:
+        """What the formulas divide by: the logarithm of the base, the dimensions of a head but two."""
+        if scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; legal with yarn: above 1")
+        if scaling.kind == "dynamic" and self.head_dim == 2:
+            raise ValueError("head_dim is 2; legal with dynamic rope scaling: at least 4")
+        check_size("max_position_embeddings times rope_scaling.factor", self.context_length)
 
     @property
     def q_size(self) -> int:
@@ -113,6 +102,26 @@ class LlamaConfig:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the model takes by default.
+
+        Linear and YaRN scaling stretch original_max_position_embeddings, or max_position_embeddings where the
+        configuration does not name it, by their factor, as vLLM reads them; a larger max_position_embeddings is the
+        stretched one already. Dynamic scaling is for prompts beyond it, and so the default is not stretched.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        trained = scaling.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(trained * scaling.factor))
+
+    @property
+    def longest_context(self) -> int | None:
+        """The largest legal max_model_len; None where dynamic rope scaling follows any length."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+        return None if dynamic else self.context_length
+
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:
         """A published shape by name, such as "llama-2-7b"; ValueError lists the names."""
@@ -127,28 +136,29 @@ class LlamaConfig:
         if missing := [name for name in required if d.get(name) is None]:
             raise ValueError(f"the configuration lacks {', '.join(missing)}")
         for name in required:
-            _check_size(name, d[name])
+            check_size(name, d[name])
         heads, head_dim = d["num_attention_heads"], d.get("head_dim")
         if head_dim is None:
             if d["hidden_size"] % heads:
                 raise ValueError(f"hidden_size is {d['hidden_size']}; legal: a multiple of num_attention_heads={heads}")
             head_dim = d["hidden_size"] // heads
-        max_positions = _get(d, "max_position_embeddings", 2048)
-        theta, scaling = _rope_from_hf(d, max_positions)
-        eos = d.get("eos_token_id", 2)
+        max_positions = field(d, "max_position_embeddings", 2048)
+        check_size("max_position_embeddings", max_positions)
+        theta, scaling = rope_from_hf(d, max_positions)
+        bos = token_ids("bos_token_id", d.get("bos_token_id", 1), d["vocab_size"])
         return cls(
             **{name: d[name] for name in required},
-            num_key_value_heads=_get(d, "num_key_value_heads", heads),
+            num_key_value_heads=field(d, "num_key_value_heads", heads),
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rms_norm_eps=_get(d, "rms_norm_eps", 1e-6),
+            rms_norm_eps=field(d, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=_get(d, "tie_word_embeddings", False),
-            attention_bias=_get(d, "attention_bias", False),
-            mlp_bias=_get(d, "mlp_bias", False),
-            bos_token_id=_get(d, "bos_token_id", 1),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            tie_word_embeddings=field(d, "tie_word_embeddings", False),
+            attention_bias=field(d, "attention_bias", False),
+            mlp_bias=field(d, "mlp_bias", False),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=token_ids("eos_token_id", d.get("eos_token_id", 2), d["vocab_size"]),
             dtype=_dtype_from_hf(d),
         )
 
@@ -156,28 +166,35 @@ class LlamaConfig:
     def from_meta(cls, params: Mapping[str, Any], *, vocab_size: int) -> LlamaConfig:
         """From Meta's params.json; `vocab_size` counts the rows of the embedding, as the file often says -1.
 
-        The file does not hold the context length: it is 16384 where rope_theta was raised to 1e6 (Code Llama), else
-        8192 where it was raised at all (Llama 3), else 4096 (Llama 2).
+        The file does not hold the context length: it is 131072 where use_scaled_rope is set (Llama 3.1), else 16384
+        where rope_theta was raised to 1e6 (Code Llama), else 8192 where it was raised at all (Llama 3), else 2048 where
+        norm_eps is 1e-6 (Llama 1, as llama.cpp tells it), else 4096 (Llama 2). The ids of special tokens are Llama 3's
+        where the vocabulary is. Unknown keys are logged, as Meta's own code passes over them.
         """
-        if unknown := sorted(set(params) - _META_KEYS):
-            raise ValueError(f"params.json has {unknown[0]!r}, which no Llama of Meta's has")
+        if refused := [name for name in _NOT_META if params.get(name)]:
+            raise ValueError(f"{refused[0]} is {params[refused[0]]!r}; legal: none, no plain Llama of Meta's has it")
+        if unknown := sorted(params.keys() - _META_KEYS - {*_NOT_META}):
+            logger.warning("params.json: %s is not used, no Llama of Meta's has such a key", ", ".join(unknown))
         if missing := [name for name in ("dim", "n_layers", "n_heads") if params.get(name) is None]:
             raise ValueError(f"params.json lacks {', '.join(missing)}")
-        if params.get("use_scaled_rope"):
-            raise ValueError("params.json sets use_scaled_rope without its factor; use its Hugging Face files")
-        declared = _get(params, "vocab_size", -1)
+        declared = field(params, "vocab_size", -1)
+        check_integer("vocab_size", declared)
         if declared not in (-1, vocab_size):
-            raise ValueError(f"params.json says vocab_size={declared}, but the embedding has {vocab_size} rows")
+            raise ValueError(f"vocab_size is {declared}, but tensor tok_embeddings.weight has {vocab_size} rows")
+        scaled = field(params, "use_scaled_rope", False)
+        check_flag("use_scaled_rope", scaled)
         dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
-        multiple = _get(params, "multiple_of", 256)
+        multiple = field(params, "multiple_of", 256)
         for name, value in (("dim", dim), ("n_layers", layers), ("n_heads", heads), ("multiple_of", multiple)):
-            _check_size(name, value)
+            check_size(name, value)
         if dim % heads:
             raise ValueError(f"dim is {dim}; legal: a multiple of n_heads={heads}")
-        multiplier = _get(params, "ffn_dim_multiplier", 1.0)
-        _check_positive("ffn_dim_multiplier", multiplier)
-        theta = _get(params, "rope_theta", 10000.0)
-        _check_positive("rope_theta", theta)
+        multiplier = field(params, "ffn_dim_multiplier", 1.0)
+        check_positive("ffn_dim_multiplier", multiplier)
+        theta, eps = field(params, "rope_theta", 10000.0), field(params, "norm_eps", 1e-5)
+        check_positive("rope_theta", theta)
+        llama3 = vocab_size == _LLAMA3_VOCABULARY
+        trained = 16384 if theta >= 1e6 else 8192 if theta > 1e4 else 2048 if eps == 1e-6 else 4096
         # Two thirds of 4 * dim keep SwiGLU's three matrices at the parameters of two (Shazeer 2020, arXiv 2002.05202).
         inner = int(multiplier * (8 * dim // 3))
         return cls(
@@ -186,11 +203,14 @@ class LlamaConfig:
             intermediate_size=-(-inner // multiple) * multiple,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_get(params, "n_kv_heads", heads),
+            num_key_value_heads=field(params, "n_kv_heads", heads),
             head_dim=dim // heads,
-            max_position_embeddings=16384 if theta >= 1e6 else 8192 if theta > 1e4 else 4096,
-            rms_norm_eps=_get(params, "norm_eps", 1e-5),
+            max_position_embeddings=131072 if scaled else trained,
+            rms_norm_eps=eps,
             rope_theta=theta,
+            rope_scaling=_LLAMA3_SCALING if scaled else None,
+            bos_token_id=_LLAMA3_BOS if llama3 else 1,
+            eos_token_ids=_LLAMA3_EOS if llama3 else (2,),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -198,79 +218,49 @@ class LlamaConfig:
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"} | asdict(self)
         eos = list(config.pop("eos_token_ids"))
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
-        config["rope_scaling"] = None if self.rope_scaling is None else _rope_to_hf(self.rope_scaling)
+        config["rope_scaling"] = None if self.rope_scaling is None else rope_to_hf(self.rope_scaling)
         config["torch_dtype"] = config.pop("dtype")
         return config
 
 
+def token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The token ids of a configuration's field: null, one or several. Raises TypeError for anything else.
+
+    An id beyond the vocabulary, which files say for "none" or for a token that was never added, is logged and left out:
+    no model says it, so transformers goes on as if it was not there.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"{name} is {value!r}; legal: a token id, several of them, or null")
+    known = tuple(token for token in ids if 0 <= token < vocab_size)
+    if len(known) < len(ids):
+        logger.warning("%s is %r, which the vocabulary of %d tokens does not hold: not used", name, value, vocab_size)
+    return known
+
+
 def _refuse_foreign(d: Mapping[str, Any]) -> None:
-    kind, names = d.get("model_type"), _get(d, "architectures", [])
+    kind, names = d.get("model_type"), field(d, "architectures", [])
+    if not isinstance(names, list):
+        raise TypeError(f"architectures is {names!r}; legal: a list of names")
     if kind != "llama" and not (kind is None and "LlamaForCausalLM" in names):
-        raise ValueError(f"the model is of type {kind!r} (architectures {names}); legal: model_type 'llama'")
-    if (activation := _get(d, "hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"model_type is {kind!r} (architectures {names}); legal: 'llama'")
+    if (activation := field(d, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; legal: 'silu'")
-
-
-def _rope_from_hf(d: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
-        part = _get(d, name, {})
-        if not isinstance(part, Mapping):
-            raise TypeError(f"{name} is {part!r}; legal: an object with rope_type and its settings")
-        rope |= part
-    theta = _get(rope, "rope_theta", _get(d, "rope_theta", 10000.0))
-    if (partial := _get(rope, "partial_rotary_factor", _get(d, "partial_rotary_factor", 1.0))) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {partial!r}; legal: 1, as a Llama rotates whole heads")
-    kind = _get(rope, "rope_type", _get(rope, "type", "default"))
-    check_choice("rope_type", kind, ("default", *ROPE_KINDS))
-    if kind == "default":
-        return theta, None
-    if rope.get("factor") is None:
-        raise ValueError(f"rope scaling of type {kind!r} lacks its factor")
-    if kind != "llama3":
-        return theta, RopeScaling(kind, rope["factor"])
-    original = _get(rope, "original_max_position_embeddings", max_positions)
-    return theta, RopeScaling(
-        kind, rope["factor"], original, _get(rope, "low_freq_factor", 1.0), _get(rope, "high_freq_factor", 4.0)
-    )
-
-
-def _rope_to_hf(rope: RopeScaling) -> dict[str, Any]:
-    known = {"rope_type": rope.kind, "factor": float(rope.factor)}
-    if rope.kind != "llama3":
-        return known
-    known["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    return known | {"low_freq_factor": float(rope.low_freq_factor), "high_freq_factor": float(rope.high_freq_factor)}
+    if layers := d.get("per_layer_config"):
+        raise ValueError(f"per_layer_config is {layers!r}; legal: none, as all layers of a Llama are alike")
 
 
 def _dtype_from_hf(d: Mapping[str, Any]) -> str | None:
-    name = _get(d, "dtype", d.get("torch_dtype"))
-    if name is None or name == "auto":
+    place, name = first_of({"dtype": d.get("dtype"), "torch_dtype": d.get("torch_dtype")}, "auto")
+    known = name.removeprefix("torch.") if isinstance(name, str) else name
+    if known == "auto":
         return None
-    check_choice("dtype", name, DTYPES)
-    return str(name)
-
-
-def _get(d: Mapping[str, Any], name: str, default: Any) -> Any:
-    """`d[name]`, where JSON's null counts as absent."""
-    value = d.get(name)
-    return default if value is None else value
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; legal: an integer")
-
-
-def _check_size(name: str, value: Any) -> None:
-    _check_integer(name, value)
-    check_range(name, value, 1)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    check_range(name, value, 0)
-    if value == 0 or math.isinf(value):
-        raise ValueError(f"{name} is {value!r}; legal: a positive number")
+    if known == "float64":
+        logger.warning("%s is 'float64', in which fastllama does not compute", place)
+        return None
+    check_choice(place, known, DTYPES)
+    return str(known)
 
 
 def _llama(

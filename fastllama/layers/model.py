@@ -47,14 +47,12 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
-        self.set_max_model_len(config.max_position_embeddings)
+        self.set_max_model_len(config.context_length)
 
     def set_max_model_len(self, max_model_len: int) -> None:
-        """Make the rotary cache cover so many positions; beyond the configuration's only where its rope is dynamic."""
-        config = self.config
-        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
-        check_range("max_model_len", max_model_len, 1, None if dynamic else config.max_position_embeddings)
-        cache = rotary_cache(config, max_model_len, self.embed_tokens.weight.device)
+        """Make the rotary cache cover so many positions, of those that the configuration's rope is made for."""
+        check_range("max_model_len", max_model_len, 1, self.config.longest_context)
+        cache = rotary_cache(self.config, max_model_len, self.embed_tokens.weight.device)
         self.register_buffer("cos_sin", cache, persistent=False)
 
     @property

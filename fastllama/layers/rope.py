@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllama.kernels import cos_sin_cache
 from fastllama.layers.config import LlamaConfig, RopeScaling
+from fastllama.layers.rope_scaling import yarn_attention_factor
 
 
 def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
@@ -16,30 +17,57 @@ def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
 
     Dynamic NTK scaling takes its base from max_model_len once, so that cached keys stay valid: within the trained
     context that is the plain base; beyond it, transformers moves the base with every new length instead.
-    Sources: linear, Chen et al. 2023; dynamic NTK, bloc97 2023; llama3, the Llama 3.1 model card.
+    Sources: linear, Chen et al. 2023; dynamic NTK, bloc97 2023; llama3, the Llama 3.1 model card; YaRN, Peng et al.
+    2023.
     """
     theta, scaling, dim = config.rope_theta, config.rope_scaling, config.head_dim
     if scaling is not None and scaling.kind == "dynamic":
-        trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+        trained = config.max_position_embeddings
         stretch = scaling.factor * max(max_model_len, trained) / trained - (scaling.factor - 1)
         theta *= stretch ** (dim / (dim - 2))
     inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
-    if scaling is not None and scaling.kind == "linear":
-        inv_freq = inv_freq / scaling.factor
-    if scaling is not None and scaling.kind == "llama3":
-        inv_freq = _llama3(inv_freq, scaling)
-    return inv_freq
+    if scaling is None or scaling.kind == "dynamic":
+        return inv_freq
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor
+    kept = _llama3(inv_freq, scaling) if scaling.kind == "llama3" else _yarn(inv_freq, theta, scaling)
+    return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
 def rotary_cache(config: LlamaConfig, max_model_len: int, device: torch.device | str) -> Tensor:
-    """cos_sin [max_model_len, head_dim] fp32 for kernels.rope."""
-    return cos_sin_cache(inverse_frequencies(config, max_model_len), max_model_len).to(device)
+    """cos_sin [max_model_len, head_dim] fp32 for kernels.rope, times YaRN's attention factor where that scales."""
+    cache = cos_sin_cache(inverse_frequencies(config, max_model_len), max_model_len)
+    return cache.mul_(attention_factor(config)).to(device)
+
+
+def attention_factor(config: LlamaConfig) -> float:
+    """What cosines and sines are multiplied by: 1 but for YaRN, which keeps the entropy of attention over more keys."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    given = scaling.attention_factor
+    return yarn_attention_factor(scaling.factor) if given is None else given
 
 
 def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are stretched by the factor, short ones kept, those between blended."""
+    """The share of each frequency that is kept: all of short wavelengths, none of long ones, a blend between."""
     assert scaling.original_max_position_embeddings is not None
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)  # within the trained context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return inv_freq * (blend + (1 - blend) / scaling.factor)
+    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+
+
+def _yarn(inv_freq: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """The share of each frequency that is kept: a ramp over the dimensions between beta_fast turns and beta_slow."""
+    half, trained = inv_freq.shape[0], scaling.original_max_position_embeddings
+    assert trained is not None
+
+    def dimension(turns: float) -> float:
+        """The index, a fraction, of the frequency that turns so often within the trained context."""
+        return half * math.log(trained / (2 * math.pi * turns)) / math.log(theta)
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)  # as published: a bound over pairs that counts dimensions
+    index = torch.arange(half, dtype=torch.float32, device="cpu")
+    return 1 - ((index - low) / (high - low or 0.001)).clamp(0, 1)

@@ -28,7 +28,7 @@ CHUNK = 40  # prompt tokens of one step: the text takes three, at bounds that no
 
 def lengths(config: LlamaConfig) -> tuple[int, int]:
     """Tokens of text and of greedy answer, fewer where the model's context holds fewer."""
-    total = min(NUM_TOKENS, config.max_position_embeddings)
+    total = min(NUM_TOKENS, config.context_length)
     answer = min(NUM_GREEDY, total // 4)
     return total - answer, answer
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.layers.config import LlamaConfig
+from fastllama.layers.config import LlamaConfig, RopeScaling
 
 
 def wide(x: Tensor) -> Tensor:
@@ -75,13 +75,13 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor
 
     The frequencies and this product are fp32 by definition, as Meta and Hugging Face compute them: a model was trained
     with these angles, and more exact ones would be others (6e-5 apart at position 1000).
-    Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card.
+    Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card;
+    YaRN: Peng et al., 2023.
     """
     theta, scaling, dim = config.rope_theta, config.rope_scaling, config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     if scaling is not None and scaling.kind == "dynamic":
-        trained = scaling.original_max_position_embeddings or config.max_position_embeddings
-        grown = max(max_model_len / trained, 1.0)
+        grown = max(max_model_len / config.max_position_embeddings, 1.0)
         theta = theta * (1 + scaling.factor * (grown - 1)) ** (dim / (dim - 2))
     frequencies = 1.0 / theta**exponents
     if scaling is not None and scaling.kind == "linear":
@@ -92,7 +92,35 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor
         turns = frequencies * scaling.original_max_position_embeddings / math.tau
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    if scaling is not None and scaling.kind == "yarn":
+        frequencies = frequencies.lerp(frequencies / scaling.factor, stretched(scaling, theta, dim).to(frequencies))
     return torch.outer(positions.float(), frequencies).double()
+
+
+def stretched(scaling: RopeScaling, theta: float, dim: int) -> Tensor:
+    """YaRN's share [dim / 2] of each frequency that is divided by the factor, after the authors' code.
+
+    Frequency i turns L theta^(-2i/dim) / tau times in the trained length L, so it is beta times at
+    i = dim log(L / (tau beta)) / (2 log theta).
+    """
+    length = scaling.original_max_position_embeddings
+    assert length is not None
+    ends = [dim * math.log(length / (math.tau * beta), theta) / 2 for beta in (scaling.beta_fast, scaling.beta_slow)]
+    if scaling.truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], dim - 1)
+    steps = torch.arange(dim // 2, dtype=torch.float64, device="cpu") - first
+    return (steps / (last - first if last != first else 1e-3)).clamp(0, 1)
+
+
+def magnitude(config: LlamaConfig) -> float:
+    """The length of a rotation's cosine and sine: 1, but YaRN's 0.1 ln(factor) + 1 unless the checkpoint gives it."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 1 + math.log(max(scaling.factor, 1)) / 10
 
 
 def forward(
@@ -115,7 +143,8 @@ def forward(
         return x.unflatten(-1, (-1, config.head_dim))
 
     turns = angles(config, torch.arange(ids.shape[0], dtype=torch.int64, device=ids.device), max_model_len)
-    cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in (turns.cos(), turns.sin()))
+    length = magnitude(config)
+    cos, sin = (length * x.to(torch.promote_types(dtype, torch.float32)) for x in (turns.cos(), turns.sin()))
     x = weights["model.embed_tokens.weight"][ids].to(dtype)
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"

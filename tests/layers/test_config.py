@@ -47,9 +47,9 @@ def test_sizes_follow_from_heads() -> None:
         ({"head_dim": 7}, ValueError, "head_dim is 7; legal: an even number"),
         ({"max_position_embeddings": 0}, ValueError, "max_position_embeddings is 0; legal: at least 1"),
         ({"rms_norm_eps": 0}, ValueError, "rms_norm_eps is 0; legal: a positive number"),
-        ({"rms_norm_eps": float("nan")}, ValueError, "rms_norm_eps is nan; legal: at least 0"),
+        ({"rms_norm_eps": float("nan")}, ValueError, "rms_norm_eps is nan; legal: a positive number"),
         ({"rope_theta": float("inf")}, ValueError, "rope_theta is inf; legal: a positive number"),
-        ({"rope_theta": "1e4"}, TypeError, "rope_theta must be a number"),
+        ({"rope_theta": "1e4"}, TypeError, "rope_theta is '1e4'; legal: a positive number"),
         ({"tie_word_embeddings": 1}, TypeError, "tie_word_embeddings is 1; legal: true or false"),
         ({"bos_token_id": 50}, ValueError, "bos_token_id is 50; legal: 0 to 49"),
         ({"eos_token_ids": (2, 50)}, ValueError, "eos_token_ids is 50; legal: 0 to 49"),
@@ -66,17 +66,56 @@ def test_impossible_shapes_are_refused(change: dict[str, Any], error: type[Excep
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yarn", 2.0), "rope scaling kind is 'yarn'; legal values: 'linear', 'dynamic', 'llama3'"),
-        (("linear", 0), "rope scaling factor is 0; legal: a positive number"),
-        (("llama3", 8.0), "rope scaling original_max_position_embeddings is None"),
-        (("llama3", 8.0, 0), "rope scaling original_max_position_embeddings is 0"),
-        (("llama3", 8.0, 8192, 4.0, 4.0), "rope scaling high_freq_factor is 4.0; legal: above low_freq_factor=4.0"),
+        (("su", 2.0), "kind is 'su'; legal values: 'linear', 'dynamic', 'llama3', 'yarn'"),
+        (("linear", 0), "factor is 0; legal: a positive number"),
+        (("linear", float("inf")), "factor is inf; legal: a positive number"),
+        (("llama3", 8.0), "original_max_position_embeddings is None; legal for llama3: at least 1"),
+        (("yarn", 8.0), "original_max_position_embeddings is None; legal for yarn: at least 1"),
+        (("dynamic", 8.0, 64), "original_max_position_embeddings is 64; legal for dynamic: None"),
+        (("llama3", 8.0, 0), "original_max_position_embeddings is 0; legal: at least 1"),
+        (("llama3", 8.0, 8192, 4.0, 4.0), "high_freq_factor is 4.0; legal: above low_freq_factor=4.0"),
+        (("yarn", 8.0, 64, 1.0, 4.0, 1, 32), "beta_fast is 1; legal: at least beta_slow=32"),
+        (("yarn", 8.0, 64, 1.0, 4.0, 32, 1, 0), "attention_factor is 0; legal: a positive number"),
     ],
 )
 def test_impossible_rope_scalings_are_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match="rope scaling") as raised:
+    with pytest.raises(ValueError, match=r".") as raised:
         RopeScaling(*arguments)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 1, "rope_scaling": RopeScaling("yarn", 2.0, 64)}, "rope_theta is 1; legal with yarn: above 1"),
+        ({"head_dim": 2, "rope_scaling": RopeScaling("dynamic", 2.0)}, "head_dim is 2; legal with dynamic rope"),
+        ({"rope_scaling": RopeScaling("linear", 1e9)}, "max_position_embeddings times rope_scaling.factor is 4096"),
+    ],
+)
+def test_a_scaling_that_does_not_fit_the_model_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as raised:
+        replace(SMALL, **change)
+    assert str(raised.value).startswith(message)
+
+
+CONTEXTS = {
+    "plain": (None, 4096, 4096),
+    "llama3": (LLAMA3, 4096, 4096),
+    "linear: the base is configured (vicuna-16k)": (RopeScaling("linear", 4.0), 16384, 16384),
+    "linear: the stretched one is": (RopeScaling("linear", 2.0, 2048), 4096, 4096),
+    "yarn: the base is": (RopeScaling("yarn", 4.0, 4096), 16384, 16384),
+    "yarn: the stretched one is (Yarn-Llama-2)": (RopeScaling("yarn", 16.0, 256), 4096, 4096),
+    "yarn: the base is shorter than what is configured": (RopeScaling("yarn", 2.0, 256), 4096, 4096),
+    "dynamic": (RopeScaling("dynamic", 4.0), 4096, None),
+}
+
+
+@pytest.mark.parametrize(("scaling", "default", "longest"), CONTEXTS.values(), ids=CONTEXTS)
+def test_the_context_is_what_the_rope_is_made_for(
+    scaling: RopeScaling | None, default: int, longest: int | None
+) -> None:
+    config = replace(SMALL, rope_scaling=scaling)
+    assert (config.context_length, config.longest_context) == (default, longest)
 
 
 def parameters(config: LlamaConfig) -> int:
@@ -133,6 +172,12 @@ def test_hf_defaults_are_those_of_transformers() -> None:
         ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
         ({"dtype": "float16"}, {"dtype": "float16"}),
         ({"dtype": "auto"}, {}),
+        ({"dtype": "torch.float16"}, {"dtype": "float16"}),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, {"dtype": "float16"}),
+        ({"torch_dtype": "float64"}, {}),
+        ({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}, {"bos_token_id": 0, "eos_token_ids": (1,)}),
+        ({"bos_token_id": None}, {"bos_token_id": None}),
+        ({"bos_token_id": -1, "eos_token_id": [2, 50]}, {"bos_token_id": None, "eos_token_ids": (2,)}),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
         ({"attention_bias": True, "mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}),
         ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
@@ -166,17 +211,20 @@ def test_hf_spellings(extra: dict[str, Any], expected: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'mistral'"),
-        ({"model_type": "qwen2"}, "the model is of type 'qwen2'"),
-        ({"model_type": None}, "the model is of type None"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2' (architectures []); legal: 'llama'"),
+        ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; legal: 'silu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'; legal values: 'default', 'linear'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope scaling of type 'linear' lacks its factor"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling.type is 'su'; legal values: 'default', 'line"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type is 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling lacks factor, which rope_type 'linear' needs"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor is 0; legal: a positive"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "rope_parameters.full_attention is {"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config is {'0': "),
         ({"hidden_size": None}, "the configuration lacks hidden_size"),
         ({"hidden_size": 33}, "hidden_size is 33; legal: a multiple of num_attention_heads=4"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"torch_dtype": "float64"}, "dtype is 'float64'"),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; legal values: 'bfloat16', 'float16', 'float32'"),
     ],
 )
 def test_what_is_no_llama_is_refused(change: dict[str, Any], message: str) -> None:
@@ -202,6 +250,14 @@ ROUND_TRIPS = {
     "no eos": replace(SMALL, eos_token_ids=()),
     "tied, biased": replace(SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, dtype="float16"),
     "linear": replace(SMALL, rope_scaling=RopeScaling("linear", 2)),
+    "linear, from a length": replace(SMALL, rope_scaling=RopeScaling("linear", 2, 1024)),
+    "yarn": replace(SMALL, rope_scaling=RopeScaling("yarn", 16, 256)),
+    "yarn, all settings": replace(
+        SMALL,
+        rope_scaling=RopeScaling("yarn", 2.5, 256, beta_fast=16, beta_slow=2, attention_factor=1.25, truncate=False),
+        rope_theta=5e5,
+    ),
+    "no bos": replace(SMALL, bos_token_id=None),
     "dynamic": replace(SMALL, rope_scaling=RopeScaling("dynamic", 3.0), rope_theta=1e6),
     "llama3": replace(SMALL, rope_scaling=LLAMA3, rope_theta=5e5, max_position_embeddings=131072),
     **PRESETS,
@@ -252,10 +308,11 @@ def test_metas_llama_3_has_8192_positions() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sliding_window": 4096}, "params.json has 'sliding_window', which no Llama of Meta's has"),
+        ({"sliding_window": 4096}, "sliding_window is 4096; legal: none, no plain Llama of Meta's has it"),
+        ({"quantization_args": {"scheme": "int4"}}, "quantization_args is {'scheme': 'int4'}; legal: none"),
+        ({"lora_args": {"rank": 16}}, "lora_args is {'rank': 16}; legal: none"),
         ({"n_heads": None}, "params.json lacks n_heads"),
-        ({"use_scaled_rope": True}, "params.json sets use_scaled_rope without its factor"),
-        ({"vocab_size": 32016}, "params.json says vocab_size=32016, but the embedding has 32000 rows"),
+        ({"vocab_size": 32016}, "vocab_size is 32016, but tensor tok_embeddings.weight has 32000 rows"),
         ({"n_heads": 3}, "dim is 4096; legal: a multiple of n_heads=3"),
         ({"multiple_of": 0}, "multiple_of is 0; legal: at least 1"),
         ({"ffn_dim_multiplier": float("inf")}, "ffn_dim_multiplier is inf"),

@@ -30,6 +30,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 64}
 SHAPES: Mapping[str, dict[str, Any]] = {
     "mha": {"kv_heads": 4},
     "gqa tied": {"kv_heads": 2, "tied": True},
@@ -37,6 +38,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     "wide heads": {"kv_heads": 2, "head_dim": 24},
     "biases": {"kv_heads": 2, "attention_bias": True, "mlp_bias": True},
     "llama3 rope": {"kv_heads": 2, "rope_parameters": LLAMA3_ROPE},
+    "yarn rope": {"kv_heads": 2, "rope_parameters": YARN_ROPE},
 }
 
 

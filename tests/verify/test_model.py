@@ -31,7 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mha, biases": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
     "wide heads": {"head_dim": 24},
     "linear rope": {"rope_scaling": RopeScaling("linear", 4.0)},
-    "dynamic rope": {"rope_scaling": RopeScaling("dynamic", 2.0, 64)},
+    "dynamic rope": {"rope_scaling": RopeScaling("dynamic", 2.0), "max_position_embeddings": 64},
+    "yarn rope": {"rope_scaling": RopeScaling("yarn", 4.0, 32)},
     "short context": {"max_position_embeddings": 20},
 }
 

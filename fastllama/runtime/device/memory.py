@@ -133,7 +133,7 @@ def sizes(
     if seqs is None:
         seqs = min(max(share // of_row, LEAST_SEQS), MOST_SEQS[device], tokens)
 
-    length = config.max_position_embeddings if max_model_len is None else max_model_len
+    length = config.context_length if max_model_len is None else max_model_len
     of_kv = KVCache.bytes_per_token(config, kv_dtype) + more_per_token
     held = kv_cache_tokens
     if held is None:
@@ -169,7 +169,7 @@ def choose(model: LlamaForCausalLM, options: EngineOptions, kv_dtype: torch.dtyp
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     logger.info("%s", chosen)
-    held, limit = chosen.max_model_len, model.config.max_position_embeddings
+    held, limit = chosen.max_model_len, model.config.context_length
     if options.max_model_len is None and held < limit:
         logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
     return chosen

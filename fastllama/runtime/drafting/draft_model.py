@@ -31,9 +31,10 @@ class DraftModel:
                 f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
                 f"{large.config.vocab_size} on {large.device}"
             )
-        if model.config.max_position_embeddings < sizes.max_model_len:
+        longest = model.config.longest_context
+        if longest is not None and longest < sizes.max_model_len:
             raise ValueError(
-                f"the draft model takes {model.config.max_position_embeddings} tokens and max_model_len is "
+                f"the draft model takes {longest} tokens and max_model_len is "
                 f"{sizes.max_model_len}; legal: a draft model that takes as many, or a smaller max_model_len"
             )
         model.set_max_model_len(sizes.max_model_len)

@@ -156,7 +156,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other model": (
         lambda path: edit_config(path, model_type="mistral"),
-        "config.json: the model is of type 'mistral'",
+        "config.json: model_type is 'mistral'",
     ),
     "wrong type": (
         lambda path: edit_config(path, vocab_size="40"),
