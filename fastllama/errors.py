@@ -38,9 +38,9 @@ class RequestError(RuntimeError):
     """A request that failed while it ran; its `__cause__` is what was raised."""
 
 
-def nearest(word: str, legal: Iterable[str]) -> str | None:
-    """The legal word most like `word`, or None when nothing is close."""
-    found = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.5)
+def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
+    """The legal word most like `word`, or None when nothing is close: `alike` as difflib's ratio, 0 to 1."""
+    found = difflib.get_close_matches(word, list(legal), n=1, cutoff=alike)
     return found[0] if found else None
 
 

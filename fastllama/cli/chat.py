@@ -22,7 +22,7 @@ from fastllama.cli.options import (
     sampling_params,
 )
 from fastllama.cli.parser import add_command as add
-from fastllama.cli.text import decode
+from fastllama.cli.text import argument, decode
 from fastllama.cli.timings import Timings
 from fastllama.errors import nearest
 from fastllama.runtime.params import SamplingParams
@@ -50,7 +50,9 @@ def add_command(commands: Any) -> None:
             "--temperature 0 --quiet < questions.txt",
         ),
     )
-    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
+    parser.add_argument(
+        "--system", type=argument, default="", metavar="TEXT", help="what the model is told before everything else"
+    )
     parser.add_argument("--quiet", action="store_true", help="print the answers alone")
     add_model_options(parser)
     add_quantize_option(parser)

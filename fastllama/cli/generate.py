@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastllama.cli.options import (
     Loaded,
@@ -13,19 +16,27 @@ from fastllama.cli.options import (
     add_quantize_option,
     add_runtime_options,
     add_sampling_options,
+    check_names,
+    describe_defaults,
     load,
     no_numbers,
     sampling_params,
 )
 from fastllama.cli.parser import add_command as add
-from fastllama.cli.text import read_prompt
+from fastllama.cli.text import argument, read_input, read_prompt, unescape
 from fastllama.cli.timings import Timings
-from fastllama.runtime.outputs import CompletionOutput, RequestOutput
+from fastllama.runtime.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 
-DETAILS = """Prints the prompt and, as it comes, what the model writes after it; statistics go to standard error.
-Of a file or standard input, the newline at the end is no part of the prompt. Without a prompt, as with an
-empty one, the model begins a text of its own. With --n above 1, the samples are printed when all are finished."""
+if TYPE_CHECKING:
+    from fastllama.io.tokenizer import Tokenizer
+
+FILL = "<FILL_ME>"
+DETAILS = f"""Prints the prompt and, as it comes, what the model writes after it; statistics go to standard error.
+Without a prompt, what is piped or redirected to standard input is one; where there is nothing, as with an empty
+prompt, the model begins a text of its own. Of a file or standard input, the newline at the end is no part of the
+prompt. A prompt that holds {FILL} is filled there, by a model that knows how (Code Llama).
+With --n above 1, the samples are printed when all are finished."""
 
 
 def add_command(commands: Any) -> None:
@@ -44,10 +55,21 @@ def add_command(commands: Any) -> None:
         ),
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default="", metavar="TEXT", help="text to complete")
-    source.add_argument("--prompt-file", metavar="F", help="file that holds it, in UTF-8")
+    source.add_argument(
+        "-p", "--prompt", type=argument, metavar="TEXT", help="text to complete, as it is; see --escape"
+    )
+    source.add_argument("-f", "--prompt-file", metavar="F", help="file that holds it, in UTF-8")
     source.add_argument("stdin", nargs="?", metavar="-", help="read it from standard input")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples to draw (default 1)")
+    parser.add_argument(
+        "-e", "--escape", action="store_true", help=r"read \n, \t, \\, \uHHHH ... in the prompt as in --stop"
+    )
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples to draw (default 1); -n is --max-tokens")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="print each token's log-probability and the N likeliest in its place, as a table or in the JSON",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token_ids, finish_reason...")
     parser.add_argument("--quiet", action="store_true", help="print no statistics")
     add_model_options(parser)
@@ -58,43 +80,110 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and return the exit status."""
-    params = sampling_params(args, n=args.n)
+    more = {"n": args.n, "logprobs": args.logprobs}
+    sampling_params(args, **more)
+    check_names(args)
     prompt = _prompt(args)
     loaded = load(args)
-    if args.json:
-        (output,) = loaded.llm.generate(prompt, params)
-    elif params.n == 1:
-        output = _stream(loaded, prompt, params)
+    defaults = loaded.llm.sampling_defaults
+    text = PromptText.of(prompt, loaded.tokenizer)
+    params = sampling_params(args, defaults, **more, **text.ends)
+    if params.n == 1 and not args.json:
+        output = _stream(loaded, text, params)
     else:
-        (output,) = loaded.llm.generate(prompt, params)
-        for sample in output.outputs:
-            print(f"[{sample.index + 1}/{params.n}] {prompt}{sample.text}\n", flush=True)
+        (output,) = loaded.llm.generate(text.given, params)
     for sample in output.outputs:
         if sample.finish_reason == "error":
             raise ValueError(no_numbers(sample))
     if args.json:
         print(json.dumps(_as_json(loaded, prompt, params, output)), flush=True)
-    elif not args.quiet:
+        return 0
+    for sample in output.outputs:
+        if params.n > 1:
+            print(f"[{sample.index + 1}/{params.n}] {text.before}{sample.text}{text.behind}\n", flush=True)
+        if sample.logprobs is not None:
+            print(f"\n{_table(loaded.tokenizer, sample.logprobs)}", flush=True)
+    if not args.quiet:
         reasons = ", ".join(str(sample.finish_reason) for sample in output.outputs)
         print(loaded.describe(), file=sys.stderr)
-        print(f"{Timings.of(output).describe()}; finish: {reasons}; seed {params.seed}", file=sys.stderr)
+        said = f"{Timings.of(output).describe()}; finish: {reasons}; seed {params.seed}"
+        print(said + describe_defaults(args, defaults), file=sys.stderr)
     return 0
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """What is around the answer, what the runtime is given for it, and the parameters that end the answer beside."""
+
+    before: str
+    behind: str
+    given: str | list[int]
+    ends: dict[str, Any]
+
+    @classmethod
+    def of(cls, prompt: str, tokenizer: Tokenizer) -> PromptText:
+        """A prompt to be continued, or filled where it holds FILL. Raises ValueError where it holds that twice."""
+        before, *behind = prompt.split(FILL)
+        if not behind:
+            return cls(prompt, "", prompt, {})
+        if len(behind) > 1:
+            raise ValueError(f"the prompt holds {FILL} {len(behind)} times; legal: once")
+        ids = tokenizer.encode_infilling(before, behind[0])
+        assert tokenizer.infilling is not None
+        return cls(before, behind[0], ids, {"stop_token_ids": [tokenizer.infilling.end]})
 
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.stdin not in (None, "-"):
         raise ValueError(f"unknown argument {args.stdin!r}; legal: '-' for standard input; a text goes behind --prompt")
     path = args.stdin or args.prompt_file
-    return str(args.prompt) if path is None else read_prompt(path)
+    if path is not None:
+        prompt = read_prompt(path, quiet=args.quiet)
+    else:
+        prompt = read_input(quiet=args.quiet) if args.prompt is None else args.prompt
+    return unescape(prompt, "the prompt") if args.escape else prompt
 
 
-def _stream(loaded: Loaded, prompt: str, params: SamplingParams) -> RequestOutput:
-    generation = loaded.llm.start(prompt, params)
-    print(prompt, end="", flush=True)
+def _stream(loaded: Loaded, text: PromptText, params: SamplingParams) -> RequestOutput:
+    generation = loaded.llm.start(text.given, params)
+    print(text.before, end="", flush=True)
     for piece in loaded.llm.follow(generation):
         print(piece, end="", flush=True)
-    print(flush=True)
+    print(text.behind, flush=True)
     return generation.output()
+
+
+def _table(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> str:
+    """A row for each token: its piece, its probability and logarithm, and the likeliest in its place."""
+
+    def shown(token_id: int, logprob: float) -> str:
+        return f"{_piece(tokenizer, token_id)} {100 * math.exp(logprob):.1f} %"
+
+    rows = [("token", "logprob", "probability", "likeliest in its place")]
+    for each in logprobs:
+        best = [shown(*one) for one in each.top]
+        rows.append(
+            (
+                _piece(tokenizer, each.token_id),
+                f"{each.logprob:.3f}",
+                f"{100 * math.exp(each.logprob):.1f} %",
+                "  ".join(best),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{piece:{widths[0]}}  {logprob:>{widths[1]}}  {probability:>{widths[2]}}  {best}".rstrip()
+        for piece, logprob, probability, best in rows
+    )
+
+
+def _piece(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as a quoted text, that of a part of a character as its bytes."""
+    data = tokenizer.token_bytes(token_id, skip_special_tokens=False)
+    try:
+        return repr(data.decode())
+    except UnicodeDecodeError:
+        return repr(data)[1:]
 
 
 def _as_json(loaded: Loaded, prompt: str, params: SamplingParams, output: RequestOutput) -> dict[str, Any]:
@@ -116,4 +205,5 @@ def _as_json(loaded: Loaded, prompt: str, params: SamplingParams, output: Reques
 
 def _sample_as_json(sample: CompletionOutput) -> dict[str, Any]:
     names = ("text", "token_ids", "finish_reason", "stop_reason")
-    return {name: getattr(sample, name) for name in names}
+    found = {name: getattr(sample, name) for name in names}
+    return found if sample.logprobs is None else found | {"logprobs": [asdict(each) for each in sample.logprobs]}

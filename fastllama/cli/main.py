@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 
 import fastllama
 from fastllama import env
@@ -31,7 +31,11 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (by default the process's own) and return its exit status."""
-    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    with _standard_streams():
+        return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+
+
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv  # by hand, so that it also covers what is wrong with the arguments
     try:
         args = _parser().parse_args(argv)
@@ -46,19 +50,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        _say("")
         return INTERRUPTED
     except Exception as error:
-        if debug:
-            raise
         message = _users_mistake(error)
+        if debug or message is None:
+            _say(traceback.format_exc().rstrip())
         if message is None:
-            traceback.print_exc()
-            print("fastllama: this is a bug in fastllama; please report it with the lines above", file=sys.stderr)
+            _say("fastllama: this is a bug in fastllama; please report it with the lines above")
             return BUG
-        print(f"fastllama: error: {' '.join(message.split())}", file=sys.stderr)
+        _say(f"fastllama: error: {' '.join(message.split())}")
         _drop_output()
         return USER_ERROR
+
+
+def _say(line: str) -> None:
+    """A line on standard error; where that cannot be written, the exit status is all there is."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Within, streams that the process was started without (pythonw, a service, `2>&-`) are there, and empty.
+
+    print(file=None) would write to standard output what is meant for standard error, and the next file that is opened
+    would get the number of the stream that lacks, and all that C libraries write to it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes the lowest number that is free
+    names = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    with ExitStack() as opened:
+        for name in names:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, opened.enter_context(open(os.devnull, mode, encoding="utf-8")))
+        try:
+            yield
+        finally:
+            for name in names:
+                setattr(sys, name, None)
 
 
 def _parser() -> Parser:

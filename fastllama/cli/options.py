@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastllama.cli.text import argument, unescape
+from fastllama.errors import check_choice
+from fastllama.layers.config import DTYPES
 from fastllama.layers.quantization import WORDS, quantization_of
 from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
@@ -17,21 +22,39 @@ if TYPE_CHECKING:
     from fastllama.runtime.llm import LLM
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --tokenizer, --dtype, --device."""
+# Of the options that are not given, where the checkpoint says nothing either.
+SAMPLING = {
+    "max_tokens": 256,
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+_HUB_ID = re.compile(r"[^./~\\][^/\\]*/[^/\\]+")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+    """--model, --tokenizer, --adapter, --dtype, --device."""
     group = parser.add_argument_group("model")
     add_model_option(group)
     group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+    if adapter:
+        group.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA folder, merged into the weights as they load")
     add_place_options(group)
 
 
 def add_model_option(group: argparse._ArgumentGroup) -> None:
     """--model."""
     group.add_argument(
+        "-m",
         "--model",
         default="tiny",
         metavar="M",
-        help="'tiny' (packaged, the default), a Hugging Face or Meta folder, a llama2.c file, or a Hub id owner/name",
+        help="'tiny' (packaged, the default), a Hugging Face or Meta folder, a llama2.c file, or a Hub id, owner/name "
+        "or owner/name@revision",
     )
 
 
@@ -86,29 +109,74 @@ def quantization(args: argparse.Namespace) -> str | None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are drawn, how many, and where they end; the context length, which bounds them too."""
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default 256)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default 0: all)")
-    add("--top-p", type=float, default=0.95, metavar="P", help="draw from this much probability (default 0.95; 1: all)")
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="least share of the likeliest's probability (default 0)",
+    """How tokens are sampled, how many, and where they end; the context length, which bounds them too."""
+    group = parser.add_argument_group(
+        "sampling", "Defaults are the checkpoint's own (generation_config.json) where it has some, else these."
     )
-    add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default 0)")
-    add("--stop", action="append", default=[], metavar="S", help="end before this text; may be given several times")
-    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's)")
+
+    def add(*names: str, kind: Any = float, **settings: Any) -> None:
+        group.add_argument(*names, type=kind, **settings)
+
+    add("-n", "--max-tokens", kind=int, metavar="N", help="tokens to generate at most (default 256)")
+    add("--temperature", metavar="T", help="0 takes the likeliest token (default 0.8)")
+    add("--top-k", kind=int, metavar="K", help="sample from the K likeliest tokens (default 0: all)")
+    add("--top-p", metavar="P", help="sample from this much probability (default 0.95; 1: all)")
+    add("--min-p", metavar="P", help="least share of the likeliest's probability (default 0)")
+    add("--repetition-penalty", metavar="R", help="divides the logits of tokens there are already (default 1: off)")
+    add("--presence-penalty", metavar="X", help="subtracted from the logits of generated tokens (default 0)")
+    add("--frequency-penalty", metavar="X", help="subtracted once for each time that one was generated (default 0)")
+    add("-s", "--seed", kind=int, default=0, metavar="S", help="same seed, same text (default 0)")
+    add(
+        "--stop",
+        kind=argument,
+        action="append",
+        default=[],
+        metavar="S",
+        help=r"end before this text, in which \n, \t, \r, \\, \xHH and \uHHHH are escapes; may be given several times",
+    )
+    add(
+        "-c",
+        "--max-model-len",
+        kind=int,
+        metavar="N",
+        help="tokens of prompt and answer together (default: the model's)",
+    )
 
 
-def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
-    """The sampling options, checked: what SamplingParams refuses is refused before a model is loaded."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    return SamplingParams(**{name: getattr(args, name) for name in names} | more)
+def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None, **more: Any) -> SamplingParams:
+    """The sampling options, checked: what SamplingParams refuses is refused before a model is loaded.
+
+    defaults: of the options that are not given, LLM.sampling_defaults; without them, and for the others, SAMPLING.
+    more: parameters that are no options, or are not as they were given.
+    """
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    stop = [unescape(text, "--stop") for text in args.stop]
+    return SamplingParams(**{"seed": args.seed, "stop": stop} | SAMPLING | dict(defaults or {}) | given | more)
+
+
+def describe_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
+    """What of the sampling is the checkpoint's: "; temperature 0.6, top-p 0.9: the model's", "" where nothing is."""
+    own = {name: value for name, value in defaults.items() if getattr(args, name, None) is None}
+    return f"; {', '.join(f'{_spelled(name)} {own[name]}' for name in own)}: the model's" if own else ""
+
+
+def _spelled(name: str) -> str:
+    return re.sub("_([pk])$", r"-\1", name).replace("_", " ")
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Raise for a dtype, device or model that is nothing on any machine: before torch is imported, which takes seconds.
+
+    A Hub id is not looked up here. Raises what LLM does.
+    """
+    check_choice("dtype", args.dtype, ("auto", *DTYPES))
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", args.device):
+        raise ValueError(f"device is {args.device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...")
+    from fastllama.io.hub import resolve_model
+
+    for name in (getattr(args, "model", None), getattr(args, "speculation", None)):
+        if name not in (None, "prompt_lookup") and not _HUB_ID.fullmatch(name):
+            resolve_model(name)
 
 
 @dataclass(frozen=True)
@@ -132,6 +200,7 @@ class Loaded:
 
 def load(args: argparse.Namespace) -> Loaded:
     """Load the model that the options name. Raises ValueError where it has no tokenizer, and what LLM raises."""
+    check_names(args)
     from fastllama.kernels import backend_of
     from fastllama.runtime.llm import LLM
 
@@ -142,6 +211,8 @@ def load(args: argparse.Namespace) -> Loaded:
         dtype=args.dtype,
         device=args.device,
         quantization=quantization(args),
+        adapter=args.adapter,
+        chat_format=getattr(args, "chat_format", "auto"),
         max_model_len=args.max_model_len,
         seed=args.seed,
         progress=False if args.quiet else None,

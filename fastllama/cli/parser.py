@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from fastllama.errors import nearest
+from fastllama.cli.hints import hint, is_foreign
+from fastllama.cli.text import argument as text
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,15 +18,65 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        named = re.sub(r"-\w/(--[\w-]+)", r"\1", message)  # "argument -m/--model": one name is enough
+        raise ValueError(f"{named} (see {self.prog} --help)")
 
     # Overridden here and not in parse_args, since this is what runs for a subcommand, with its own options.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        namespace, unknown = super().parse_known_args(args, namespace)
+        words = list(self._joined(args))
+        for word in self._own(words):
+            self._check_known(word)
+        namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            hint = nearest(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {hint}?" if hint else ""))
+            self._refuse(unknown[0])
         return namespace, unknown
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.13 argparse drops a "--" here, also where it is an option's value: --prompt=--.
+        if arg_strings == ["--"] and action.type is text:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
+    def _joined(self, words: Sequence[str]) -> Iterator[str]:
+        """The words, each value that looks like an option joined to its own, which argparse would not take apart."""
+        rest = iter(words)
+        for word in rest:
+            action = self._option_string_actions.get(word)
+            if action is None or action.type not in (text, int, float) or action.nargs is not None:
+                yield word
+                continue
+            name, value = action.option_strings[-1], next(rest, None)
+            if value is None:
+                yield word
+            elif value.split("=")[0] in self._option_string_actions:
+                said = f"; a text that begins so is given as {name}={value}" if action.type is text else ""
+                self.error(f"argument {name}: expected a value, not the option {value}{said}")
+            elif action.type is text or value.startswith("-"):
+                yield f"{name}={value}"
+            else:
+                yield from (word, value)
+
+    def _own(self, words: list[str]) -> Iterator[str]:
+        """The words that are options of this parser, not of a subcommand, known or unknown."""
+        for word in words:
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                return
+            if word.startswith("-") and word != "-" and not re.match(r"-\.?\d", word):
+                yield word
+
+    def _check_known(self, word: str) -> None:
+        """Raise for an unknown option before what stands behind it is taken for something else."""
+        name, known = word.split("=")[0], self._option_string_actions
+        attached = not name.startswith("--") and f"-{name}" not in known and not is_foreign(name)  # as in -n5
+        if name not in known and not (attached and name[:2] in known):
+            self._refuse(word)
+
+    def _refuse(self, word: str) -> NoReturn:
+        if self._subparsers is not None and word.startswith("-"):
+            (commands,) = self._subparsers._group_actions
+            behind = f"; options come behind one of {', '.join(commands.choices or ())}"
+            self.error(f"unknown argument {word!r}{behind}")
+        self.error(f"unknown argument {word!r}{hint(word, self._option_string_actions)}")
 
 
 def add_command(

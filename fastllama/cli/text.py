@@ -1,26 +1,111 @@
-"""Text from files and standard input: bytes, read as strict UTF-8."""
+"""Text from arguments, files and standard input: bytes, read as strict UTF-8."""
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import stat
 import sys
+from argparse import ArgumentTypeError
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
+
+PATIENCE = 1.0  # seconds that reading standard input takes without a word
+SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
+_ESCAPE = re.compile(r"""\\([ntr\\'"])|((?:\\x[0-9a-fA-F]{2})+)|((?:\\u[0-9a-fA-F]{4})+)""")
 
 
-def read_prompt(path: str) -> str:
-    """The text of a file, of standard input where path is "-", less the one newline that ends it.
+def read_prompt(path: str, *, quiet: bool = False) -> str:
+    """The text of a file, of standard input where path is "-", less a byte order mark and the newline that ends it.
 
-    Raises ValueError if it is empty or no UTF-8, OSError if it cannot be read.
+    quiet: say nothing of standard input that lets one wait. Raises ValueError if it is empty or no UTF-8, OSError if
+    it cannot be read.
     """
     source = "standard input" if path == "-" else path
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    if path == "-":
+        with _announced(quiet):
+            data = sys.stdin.buffer.read()
+    else:
+        data = Path(path).read_bytes()
     if not data:
         raise ValueError(f"{source} is empty; legal: text (the empty prompt is --prompt '')")
     return decode(data, source).removesuffix("\n").removesuffix("\r")
 
 
-def decode(data: bytes, source: str) -> str:
-    """UTF-8 to text. Raises ValueError naming the source, the offending byte and where it is."""
+def read_input(*, quiet: bool = False) -> str:
+    """What is piped or redirected to standard input, as `read_prompt` gives it; "" where nothing is.
+
+    A terminal is not read, nor a device as /dev/null.
+    """
     try:
-        return data.decode()
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except io.UnsupportedOperation:  # a program has put a stream of its own there
+        mode = stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return ""
+    with _announced(quiet):
+        data = sys.stdin.buffer.read()
+    return decode(data, "standard input").removesuffix("\n").removesuffix("\r")
+
+
+def decode(data: bytes, source: str) -> str:
+    """UTF-8 to text, without a byte order mark, which Windows writes in front.
+
+    Raises ValueError naming the source, the offending byte and where it is.
+    """
+    try:
+        return data.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+        start = error.start + (len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0)
+        raise ValueError(f"{source} is not UTF-8: byte 0x{data[start]:02x} at offset {start}") from None
+
+
+def unescape(text: str, name: str) -> str:
+    r"""A text in which \n, \t, \r, \\, \', \", \xHH (a byte of UTF-8) and \uHHHH stand for what they mean.
+
+    Every other backslash is itself, as in llama.cpp. Raises ValueError naming the argument for \x or \u that are no
+    character.
+    """
+
+    def character(found: re.Match[str]) -> str:
+        simple, octets, units = found.groups()
+        try:
+            if octets:
+                return bytes.fromhex(octets.replace("\\x", "")).decode()
+            return SIMPLE[simple] if simple else bytes.fromhex(units.replace("\\u", "")).decode("utf-16-be")
+        except UnicodeDecodeError:
+            what = r"UTF-8; legal: as \xc3\xa9 or \u00e9" if octets else r"UTF-16; legal: as \u00e9 or \ud83d\ude00"
+            raise ValueError(f"{name} holds {found[0]}, which is no {what}") from None
+
+    return _ESCAPE.sub(character, text)
+
+
+def argument(value: str) -> str:
+    """The type of an option that takes text, which may begin with a dash: `--prompt -hello` is `--prompt=-hello`.
+
+    Read as UTF-8 whatever the locale, as files are. Raises ArgumentTypeError for what is none.
+    """
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        locale = f"the locale's encoding is {sys.getfilesystemencoding()}"
+        raise ArgumentTypeError(f"{value!r:.99} is not UTF-8: {what}; {locale}") from None
+
+
+@contextmanager
+def _announced(quiet: bool) -> Iterator[None]:
+    """Within, a line on stderr tells what is waited for, where that takes long."""
+    line = "fastllama: reading the prompt from standard input"
+    timer = Timer(PATIENCE, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

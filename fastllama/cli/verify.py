@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from fastllama.cli.options import add_model_options
+from fastllama.cli.options import add_model_options, check_names
 from fastllama.cli.parser import add_command as add
 
 DISAGREEMENT = 1
@@ -31,11 +31,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="print one line: what agrees, or what does not")
-    add_model_options(parser)
+    add_model_options(parser, adapter=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, and return the exit status."""
+    check_names(args)
     from fastllama.verify import check
 
     report = check(

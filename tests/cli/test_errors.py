@@ -169,7 +169,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "decode's device": ("bench decode --device cuda:9", b"", "device is 'cuda:9'"),
     "decode's bf12": ("bench decode --quantize none bf12 --dtype float32", b"", "legal: bfloat16 on a CPU"),
     "decode's output": ("bench decode --output {folder}/b/c.json", b"", "/b' to write 'c.json' into"),
-    "prompt no Unicode": ("generate --model {model} --prompt \udcff", b"", "lone surrogate U+DCFF at index 0"),
+    "prompt no Unicode": ("generate --model {model} --prompt \udcff", b"", "is not UTF-8: byte 0xff at offset 0"),
 }
 
 

@@ -40,6 +40,9 @@ def test_it_prints_the_prompt_and_its_completion(command: Command, model: str) -
         (["--temperature", "2", "--top-p", "0.3"], {"temperature": 2, "top_p": 0.3}),
         (["--temperature", "2", "--min-p", "0.4"], {"temperature": 2, "min_p": 0.4}),
         (["--max-tokens", "3"], {"max_tokens": 3}),
+        (["--temperature", "0", "--repetition-penalty", "9"], {"temperature": 0, "repetition_penalty": 9}),
+        (["--temperature", "0", "--presence-penalty", "2"], {"temperature": 0, "presence_penalty": 2}),
+        (["--temperature", "0", "--frequency-penalty", "2"], {"temperature": 0, "frequency_penalty": 2}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -114,8 +117,8 @@ def test_each_piece_is_shown_before_the_next_is_computed(
 
 
 def test_an_empty_prompt_is_the_begin_token_alone(command: Command, model: str) -> None:
-    for source in ([], ["--prompt", ""]):
-        done = command("generate", "--model", model, *source, "--max-tokens", "4", "--json")
+    for source, stdin in (([], b""), (["--prompt", ""], b"not read"), ([], b"\n")):
+        done = command("generate", "--model", model, *source, "--max-tokens", "4", "--json", stdin=stdin)
         found = json.loads(done.out)
         assert (found["prompt"], found["prompt_token_ids"]) == ("", [1])
         assert len(found["token_ids"]) == 4
@@ -129,7 +132,14 @@ def test_files_and_standard_input_lose_the_newline_at_their_end(
     file = tmp_path / "prompt.txt"
     file.write_bytes(data)
     args = ("generate", "--model", model, "--max-tokens", "2", "--json")
-    for done in (command(*args, "--prompt-file", file), command(*args, "-", stdin=data)):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + data)
+    for done in (
+        command(*args, "--prompt-file", file),
+        command(*args, "-f", marked),
+        command(*args, "-", stdin=data),
+        command(*args, stdin=data),
+    ):
         assert json.loads(done.out)["prompt"] == "Zoë \n was\nhere"
 
 

@@ -121,13 +121,17 @@ def test_a_mistake_of_the_user_is_one_line(
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith(f"fastllama: error: {says}")
     assert done.err.count("\n") == 1
-    with pytest.raises(type(error)):
-        main.main(["info", "--debug"])
+    shown = command("info", "--debug")
+    assert (shown.status, shown.out) == (2, "")
+    assert shown.err.startswith("Traceback")
+    assert shown.err.endswith(done.err)
 
 
-def test_debug_covers_the_arguments_too() -> None:
-    with pytest.raises(ValueError, match="unknown argument '--zzz'"):
-        main.main(["info", "--zzz", "--debug"])
+def test_debug_covers_the_arguments_too(command: Command) -> None:
+    plain, shown = command("info", "--zzz"), command("info", "--zzz", "--debug")
+    assert plain.status == shown.status == 2
+    assert shown.err.startswith("Traceback")
+    assert shown.err.endswith(plain.err)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +143,33 @@ def test_a_bug_is_shown_in_full(command: Command, monkeypatch: pytest.MonkeyPatc
     assert done.status == 70
     assert done.err.startswith("Traceback")
     assert done.err.endswith("fastllama: this is a bug in fastllama; please report it with the lines above\n")
-    with pytest.raises(type(error)):
-        main.main(["info", "--debug"])
+    assert command("info", "--debug").status == 70
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+@pytest.mark.parametrize("error", [None, ValueError("n is 0"), KeyError("odd"), KeyboardInterrupt()], ids=repr)
+def test_without_a_console_the_status_is_the_same_and_nothing_goes_astray(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException | None
+) -> None:
+    """As under pythonw, in a service or behind `2>&-`: Python's stream is None there."""
+    if error is not None:
+        fails_with(error, monkeypatch)
+    usual = main.main(["info"]), *capsys.readouterr()
+    monkeypatch.setattr(sys, name, None)
+    found = main.main(["info"]), *capsys.readouterr()
+    assert getattr(sys, name) is None
+    assert found[0] == usual[0]
+    assert found[1] == ("" if name == "stdout" else usual[1])
+    assert bool(found[2]) == (bool(usual[2]) and name != "stderr")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("line", ["info --zzz", "verify --model ./nowhere", "bench runtime --dtype x", "generate -"])
+def test_closed_streams_give_no_traceback(line: str, closed: str) -> None:
+    shell = f"{shlex.quote(sys.executable)} -m fastllama {line} {closed}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == (0 if "2>" in closed else 1)
 
 
 def test_an_impossible_backend_is_one_line(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,78 @@
+"""What options of other programs (llama.cpp, vLLM, transformers, Ollama) are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastllama.errors import nearest
+
+ALIKE = 0.7  # of two names: --promt and --prompt are, --port and --prompt are not
+
+_SAME = {
+    "--prompt": ("--input", "--text", "--query"),
+    "--prompt-file": ("--file", "--input-file"),
+    "--escape": ("--process-escapes",),
+    "--system": ("--system-prompt", "--system-message", "-sys"),
+    "--model": ("--model-path", "--model-id", "--model-name", "--model-name-or-path", "--hf-repo", "-hf", "-hfr", "-M"),
+    "--tokenizer": ("--tokenizer-path", "--tokenizer-name", "--vocab-file"),
+    "--adapter": ("--lora", "--lora-path", "--lora-modules", "--peft", "--adapter-path"),
+    "--max-tokens": ("--n-predict", "--predict", "--num-predict", "--max-new-tokens", "--max-gen-len", "--length"),
+    "--max-model-len": ("--ctx-size", "--n-ctx", "--num-ctx", "--context-size", "--max-seq-len", "--max-length"),
+    "--temperature": ("--temp", "-T"),
+    "--repetition-penalty": ("--repeat-penalty", "--penalty-repeat"),
+    "--top-k": ("-k",),
+    "--logprobs": ("--n-probs", "--top-logprobs", "--num-logprobs"),
+    "--n": ("--num-samples", "--num-return-sequences", "--num-completions", "--best-of"),
+    "--seed": ("--random-seed", "--rng-seed"),
+    "--stop": ("--reverse-prompt", "-r", "--stop-sequence", "--stop-sequences", "--stop-words", "--eos"),
+    "--device": ("--n-gpu-layers", "--gpu-layers", "-ngl", "--gpu", "--cuda", "--cpu", "--main-gpu", "-mg"),
+    "--dtype": ("--torch-dtype", "--precision", "--bf16", "--fp16", "--half"),
+    "--quantize": ("--quantization", "--quant", "--load-in-4bit", "--load-in-8bit", "--int4", "--int8", "--bits"),
+    "--kv-cache-dtype": ("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"),
+    "--speculation": ("--model-draft", "-md", "--draft-model", "--speculative-model", "--speculative-config"),
+    "--num-draft-tokens": ("--draft", "--draft-max", "--draft-n", "--num-speculative-tokens"),
+    "--quiet": ("--log-disable", "--silent", "--no-progress"),
+    "--debug": ("--verbose", "-v", "--log-verbose", "--log-level", "--traceback"),
+    "--help": ("-?", "--usage"),
+    "--batch": ("--batch-size", "-b", "-npl"),
+    "--context": ("--depth", "-d", "-npp", "--input-len", "--ctx-size"),
+    "--tokens": ("--output-len", "-ntg"),
+    "--requests": ("--num-prompts", "--num-requests"),
+    "--loads": ("--request-rate",),
+    "--rounds": ("--repetitions", "-r", "--repeat", "--num-iters"),
+    "--output": ("--output-json", "--output-file", "-o", "--out"),
+}
+_ELSEWHERE = {
+    ("--prompt", "-p", "--prompt-file", "-f"): "fastllama generate takes a prompt",
+    ("--system", "--system-prompt", "--system-message", "-sys"): "fastllama chat takes a system message",
+    ("--interactive", "-i", "--conversation", "-cnv", "--chat"): "fastllama chat holds a conversation",
+    ("--threads", "-t", "--threads-batch", "-tb"): "threads are torch's: set OMP_NUM_THREADS",
+}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is an option of another program: `-ngl` is none of ours with a value `gl`."""
+    return any(name in theirs for theirs in _SAME.values())
+
+
+def hint(word: str, options: Collection[str]) -> str:
+    """What to say behind `unknown argument WORD`, given the options there are; "" where nothing is close.
+
+    A name of one letter is like every other, so it is looked up and never compared.
+    """
+    name = word.split("=")[0]
+    if f"-{name}" in options:
+        return f"; did you mean -{name}?"
+    names = (name, name[:2]) if not name.startswith("--") else (name.replace("_", "-"),)
+    for said in names:
+        for ours, theirs in _SAME.items():
+            if ours in options and said in theirs:
+                return f"; did you mean {ours}?"
+        for theirs, sentence in _ELSEWHERE.items():
+            if said in theirs:
+                return f"; {sentence}"
+    if name.startswith("--"):
+        long = {option[2:]: option for option in options if option.startswith("--")}
+        found = nearest(names[0][2:], long, ALIKE)
+        return f"; did you mean {long[found]}?" if found else ""
+    return ""
