@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.null_model import null_model
 from fastllama import LLM, SamplingParams
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 
 PROMPT_TOKENS = 128
 KINDS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32, 32000])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     samples = []

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastllama import LLM, SamplingParams
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.runtime.options import KV_DTYPES
 from tools.tiny_model.evaluate import held_out_text
 from tools.tiny_model.stories import story
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="as LLM takes it")
     parser.add_argument("--dtype", default="float32", help="of the model: in 16 bits its own rounding is in the way")
     parser.add_argument("--text", type=Path, help="a file in UTF-8, a document a line")
-    parser.add_argument("--output", type=Path, help="where to write conditions and figures as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
     options = parser.parse_args()
     lines = options.text.read_text(encoding="utf-8").splitlines() if options.text else held_out_text(story)
     cases: list[dict[str, Any]] = []

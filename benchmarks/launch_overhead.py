@@ -7,7 +7,6 @@ the driver is left out: Triton compiles for an H100 and calls a launcher that do
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from triton.runtime import driver
 
 from fastllama import kernels
 from fastllama.bench import timing
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.catalogue.arguments import as_written, inputs
 from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, toy_calls
 from fastllama.kernels.dispatch.op import OPS
@@ -64,7 +64,7 @@ def main() -> None:
     """Measure every op, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.null_model import null_model
 from fastllama import LLM, SamplingParams
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.workload import LONGEST, prompts_of
 from fastllama.runtime.planning.block_pool import BlockPool
 from fastllama.runtime.planning.scheduler import Scheduler
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="where to write conditions and every round as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and every round as JSON")
     options = parser.parse_args()
     samples = []
     for name in (options.model, "nothing computed"):

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.bench import models
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.text import table
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.drafting.speculation import Pace
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--right", type=float, default=0.8, help="probability that a guess is right")
     parser.add_argument("--steps", type=int, default=32, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="where to write conditions and every sample as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and every sample as JSON")
     options = parser.parse_args()
     found = compare(options) if options.shape is None else verify(options)
     print((compared if options.shape is None else verified)(found), flush=True)

@@ -13,7 +13,6 @@ import statistics
 import timeit
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ import transformers
 
 import fastllama
 from benchmarks.cpu.decode import time_forward, time_ours
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.timing import Generation
 from fastllama.layers.weights import load_weights
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=400)
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     size = options.size or {"cpu": "103m", "cuda": "1.1b"}[options.device]
     stock, patched, llm = build(size, options.device, getattr(torch, options.dtype))

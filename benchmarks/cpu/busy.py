@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 
 from benchmarks.cpu import llama_cpp
 from benchmarks.cpu.decode import build, load_llama_cpp, time_llama_cpp, time_ours
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.models import shape
 from fastllama.bench.timing import Generation
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     llms, theirs = build(torch.bfloat16, shape(options.model, 1024).to_hf())
     runs: dict[str, Run] = {

@@ -25,7 +25,8 @@ import transformers
 
 from benchmarks.cpu import llama_cpp
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM, SamplingParams
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.models import read_bytes
 from fastllama.bench.timing import Generation
 from fastllama.layers.weights import load_weights
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     config = LlamaConfig.preset("tinyllama-1.1b").to_hf()
     if options.layers is not None:

@@ -12,14 +12,14 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from fastllama import kernels
 from fastllama.bench import timing
-from fastllama.bench.environment import environment, write_record
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
 from fastllama.catalogue.sizes import LlamaSizes
 
 SHAPES = [LlamaSizes.of(name).gate_up for name in ("tinyllama-1.1b", "llama-2-7b")]  # [N, K]
@@ -49,7 +49,7 @@ def main() -> None:
     """Measure every shape and number of rows, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     records = []

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.bench.ceilings import ceilings, shares
-from fastllama.bench.environment import environment, gpu, write_record
+from fastllama.bench.environment import environment, gpu
+from fastllama.bench.files import output_file, write_record
 from fastllama.bench.models import kept_bytes, random_model
 from fastllama.bench.ops import comparison, judge
 from fastllama.bench.ops.formulas import EAGER
@@ -254,7 +254,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64], help="sequences")
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096], help="tokens, the new one included")
     parser.add_argument("--quantization", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--output", type=Path, help="where to write conditions and raw samples as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     parser.add_argument("--dry", action="store_true", help="walk a toy shape on a CPU; its times mean nothing")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():

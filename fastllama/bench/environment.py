@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -58,13 +57,6 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
     query = f"--query-gpu={','.join(fields)}"
     seen = _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader")
     return found | dict(zip(fields, seen.split(", "), strict=False) if seen else ())
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a result with its conditions as JSON: whole, or as it was before where the process is ended meanwhile."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _commit() -> str | None:

@@ -6,14 +6,15 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from fastllama.bench.files import output_file, write_record
 from fastllama.cli.options import (
     add_model_option,
     add_place_options,
     add_quantize_option,
     add_runtime_options,
+    check_names,
     quantization,
     runtime_options,
 )
@@ -102,12 +103,12 @@ def _add_runtime(commands: Any) -> None:
     )
     number("--arrivals", type=int, default=500, metavar="N", help="requests that arrive at each load (default 500)")
     _add_outputs(parser)
-    number("--plot", type=Path, metavar="F", help="draw the latencies, as .png or .svg; needs the extra [bench]")
+    number("--plot", type=output_file, metavar="F", help="draw the latencies, as .png or .svg; needs the extra [bench]")
 
 
 def run_runtime(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files that are asked for, and return the exit status."""
-    from fastllama.bench.environment import write_record
+    check_names(args)
     from fastllama.bench.plot import check_plot, plot
     from fastllama.bench.runtime import RuntimeOptions, measure, report
 
@@ -128,7 +129,6 @@ def run_runtime(args: argparse.Namespace) -> int:
         check_plot(args.plot)
         if not options.loads:
             raise ValueError("loads is empty beside --plot; legal: at least one load to draw")
-    _check_folders(args.output, args.plot)
     record = measure(options, _progress(args))
     print(report(record))
     if args.output is not None:
@@ -174,6 +174,7 @@ def _add_decode(commands: Any) -> None:
 
 def run_decode(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the file after each case, and return the exit status."""
+    check_names(args)
     from fastllama.bench.decode import OURS, DecodeOptions, measure
     from fastllama.bench.decode_report import report
 
@@ -218,6 +219,7 @@ def _add_ops(commands: Any) -> None:
 
 def run_ops(args: argparse.Namespace) -> int:
     """Measure, print the table, write the file after each shape, and return the exit status."""
+    check_names(args)
     from fastllama.bench.ops.report import report
     from fastllama.bench.ops.suite import OpsOptions, failed, measure
 
@@ -235,7 +237,7 @@ def run_ops(args: argparse.Namespace) -> int:
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, metavar="F", help="write conditions and every sample as JSON")
+    parser.add_argument("--output", type=output_file, metavar="F", help="write conditions and every sample as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -243,9 +245,6 @@ def _measured(
     args: argparse.Namespace, measure: Callable[..., dict[str, Any]], report: Callable[[Any], str]
 ) -> dict[str, Any]:
     """Measure, with the file written after each case, and print the tables. measure: takes progress and what keeps."""
-    from fastllama.bench.environment import write_record
-
-    _check_folders(args.output)
 
     def keep(record: dict[str, Any]) -> None:
         if args.output is not None:
@@ -254,13 +253,6 @@ def _measured(
     record = measure(_progress(args), keep)
     print(report(record))
     return record
-
-
-def _check_folders(*paths: Path | None) -> None:
-    """Before the minutes that a measurement takes."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
 
 
 def _progress(args: argparse.Namespace) -> Any:

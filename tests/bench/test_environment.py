@@ -43,18 +43,3 @@ def test_it_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package's metadata leave that out."""
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     assert environment.environment(torch.device("cpu"))["torch"] == "2.11.0+cu130"
-
-
-def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads it must not meet half of it: its writer may be ended at any moment."""
-    path = tmp_path / "record.json"
-    environment.write_record(path, {"cases": [1]})
-
-    def ended(self: Path, text: str, encoding: str) -> int:
-        self.write_bytes(text[:3].encode())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", ended)
-    with pytest.raises(KeyboardInterrupt):
-        environment.write_record(path, {"cases": [1, 2]})
-    assert path.read_text() == '{\n "cases": [\n  1\n ]\n}\n'

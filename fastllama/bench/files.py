@@ -1,0 +1,55 @@
+"""Files that results are written to: checked before the minutes that a measurement takes, replaced as a whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
+
+def output_file(value: str) -> Path:
+    """The type of an option that names a file to write, which need not exist. Leaves nothing behind.
+
+    Raises ArgumentTypeError where it cannot be written.
+    """
+    path = Path(value)
+    if not path.absolute().parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not _is_special(path):
+            _part(path).touch()
+            _part(path).unlink()
+    except OSError as error:
+        raise ArgumentTypeError(f"{value!r} cannot be written: {error.strerror}; legal: a file or a new name") from None
+    return path
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a result with its conditions as JSON: whole, or as it was before where the process is ended meanwhile.
+
+    A device or a pipe, such as /dev/stdout, is written to.
+    """
+    text = json.dumps(record, indent=1) + "\n"
+    if _is_special(path):
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+        return
+    part = _part(path)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path.resolve())  # of a link, what it leads to
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
+
+
+def _part(path: Path) -> Path:
+    target = path.resolve()
+    return target.with_name(f"{target.name}.part")
