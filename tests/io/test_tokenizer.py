@@ -217,10 +217,10 @@ class TestByteLevel:
     @fewer
     def test_decode_inverts_encode(self, folder, text):
         tokenizer = load_tokenizer(folder)
-        ids = tokenizer.encode(text)
-        assert ids[0] == tokenizer.bos_token_id
+        ids = tokenizer.encode(text, bos=True)
+        assert ids == [tokenizer.bos_token_id, *tokenizer.encode(text)]  # no post-processor: no BOS by itself
         assert tokenizer.decode(ids) == text
-        assert not tokenizer.special_ids & set(tokenizer.encode(f"{text}<|eot_id|>", bos=False))
+        assert tokenizer.encode(f"{text}<|eot_id|>", bos=False)[-1] == tokenizer.eos_token_id
 
     def test_special_pieces_are_shown_as_they_are(self, folder):
         tokenizer = load_tokenizer(folder)
@@ -232,17 +232,23 @@ class TestByteLevel:
         tokenizer = load_tokenizer(folder)
         ids = tokenizer.encode("the<|Ġtool|>", bos=False)
         assert ids[-1] == tokenizer.vocab_size - 1
-        assert tokenizer.decode(ids) == "the<|Ġtool|>"
+        assert tokenizer.decode(ids) == "the<| tool|>"  # as in transformers: Ġ is a space wherever it stands
 
 
 class TestFiles:
-    def test_a_folder_prefers_tokenizer_model(self, tmp_path):
-        samples.write_json(samples.model_bytes("tiny"), tmp_path, "prepend")
-        assert isinstance(load_tokenizer(str(tmp_path)), HFTokenizer)
+    def test_a_folder_prefers_tokenizer_json_if_it_can_be_read(self, tmp_path, monkeypatch):
         (tmp_path / "tokenizer.model").write_bytes(samples.model_bytes("tiny"))
-        assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+        assert isinstance(load_tokenizer(str(tmp_path)), SentencePieceTokenizer)
+        samples.write_json(samples.model_bytes("tiny"), tmp_path, "prepend")
+        assert isinstance(load_tokenizer(tmp_path), HFTokenizer)
+        assert isinstance(load_tokenizer(tmp_path / "tokenizer.model"), SentencePieceTokenizer)
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
         assert load_tokenizer(tmp_path).path == tmp_path / "tokenizer.model"
-        assert isinstance(load_tokenizer(tmp_path / "tokenizer.json"), HFTokenizer)
+
+    @pytest.mark.parametrize("wrong", [3, None, b"tokenizer.model", ["a"]])
+    def test_what_is_no_path(self, wrong):
+        with pytest.raises(TypeError, match=f"^tokenizer must be a path, got {type(wrong).__name__}$"):
+            load_tokenizer(wrong)
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"^no tokenizer in .*; legal: tokenizer.model or tokenizer.json$"):
@@ -254,13 +260,16 @@ class TestFiles:
         ("name", "data", "message"),
         [
             ("tokenizer.model", b"", "is empty"),
-            ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 100, "is broken or not a SentencePiece"),  # Llama 3's tiktoken
+            ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 100, "use its tokenizer.json"),  # Llama 3's tiktoken
             ("tokenizer.model", samples.model_bytes("tiny")[:-100], "is broken or not a SentencePiece"),
             ("tokenizer.bin", b"\x1b\x00\x00\x00\x00\x00\x00\x00", "is broken or not a SentencePiece"),
-            ("tokenizer.model", samples.without_bos(samples.model_bytes("tiny")), "has no BOS piece"),
+            ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run `git lfs pull`"),
+            ("tokenizer.model", b"<!DOCTYPE html><html>", "is a web page"),
+            ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run `git lfs pull`"),
+            ("tokenizer.json", b"null", "holds null"),
             ("tokenizer.json", b"{", "is not valid JSON"),
-            ("tokenizer.json", b"\xff\xfe", "is not valid JSON"),
-            ("tokenizer.json", b"[]", "holds a JSON list"),
+            ("tokenizer.json", b"\xff\xfe", "UTF-16"),
+            ("tokenizer.json", b"[]", "holds a list"),
             ("tokenizer.json", b'{"model": {}}', "is not a tokenizer.json that tokenizers can read"),
         ],
     )
@@ -294,12 +303,29 @@ class TestFiles:
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (5, 7, 9)
 
     @pytest.mark.parametrize("config", [{}, {"bos_token_id": None}, {"bos_token_id": -1}, {"bos_token_id": []}])
-    def test_no_bos(self, converted, config):
+    def test_a_tokenizer_may_have_no_bos(self, converted, config):
         converted.with_name("config.json").write_text(json.dumps({"eos_token_id": 2, **config}))
-        with pytest.raises(CheckpointError, match="holds no BOS piece"):
+        tokenizer = load_tokenizer(converted)
+        assert tokenizer.bos_token_id is None
+        with pytest.raises(
+            ValueError, match=r"^BOS is asked for, but .*tokenizer.json and the files beside it name none"
+        ):
+            tokenizer.encode("a", bos=True)
+
+    def test_a_model_may_have_no_bos(self, tmp_path):
+        tokenizer = samples.load(samples.without_bos(samples.model_bytes("tiny")), tmp_path)
+        assert tokenizer.bos_token_id is None
+        assert tokenizer.encode("a") == samples.tokenizer("tiny").encode("a", bos=False)
+
+    @pytest.mark.parametrize("value", [-1, 2048, 10**9, "2", 2.5, True, {}, [[]]])
+    def test_an_eos_that_is_no_piece_names_file_and_key(self, converted, value):
+        converted.with_name("config.json").write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(
+            CheckpointError, match=r"config\.json: eos_token_id is .*; legal: an id of tokenizer\.json, 0 to 2047$"
+        ):
             load_tokenizer(converted)
-        converted.with_name("tokenizer_config.json").write_text(json.dumps({"bos_token": "<|gone|>"}))
-        with pytest.raises(CheckpointError, match="holds no BOS piece"):
+        converted.with_name("config.json").unlink()
+        with pytest.raises(CheckpointError, match=r"holds no EOS piece: tokenizer_config\.json .* name none$"):
             load_tokenizer(converted)
 
     def test_tokenizer_json_needs_the_extra(self, converted, monkeypatch):

@@ -28,7 +28,7 @@ class Pieces(Tokenizer):
         names = {i: str(piece) for i, piece in text.items()}
         super().__init__(Path("pieces"), Vocabulary(names, text, frozenset({0, 1, 2})), 1, EOS, None)
 
-    def _encode_raw(self, text: str) -> list[int]:
+    def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
         return []
 
 

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 
+from fastllama.errors import CheckpointError
+from fastllama.io.formats.recognise import what_is
 from fastllama.io.tokenizer.base import Tokenizer
 from fastllama.io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from fastllama.io.tokenizer.tokenizer_json import HFTokenizer
 
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a tokenizer.model, a tokenizer.json, or a folder holding one (tokenizer.model first).
 
-    FileNotFoundError where there is none, CheckpointError for a broken or foreign file, ExtraRequiredError for a
-    tokenizer.json without the extra [hf].
+def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, or in one file of it: tokenizer.json or tokenizer.model, and what lies beside.
+
+    Of both in a folder tokenizer.json is read, as transformers does, if the package tokenizers can be imported.
+
+    Raises:
+        TypeError: unless `tokenizer` is a path.
+        FileNotFoundError: where there is none.
+        CheckpointError: for a broken or foreign file, by its name and key.
+        ExtraRequiredError: for a tokenizer.json alone without the extra [hf].
     """
-    path = Path(path)
+    if not isinstance(tokenizer, str | os.PathLike):
+        raise TypeError(f"tokenizer must be a path, got {type(tokenizer).__name__}")
+    path = Path(tokenizer)
     if path.is_dir():
-        names = ("tokenizer.model", "tokenizer.json")
-        found = next((path / name for name in names if (path / name).is_file()), None)
-        if found is None:
-            raise FileNotFoundError(f"no tokenizer in {path}; legal: {' or '.join(names)}")
-        path = found
-    elif not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; legal: tokenizer.model, tokenizer.json or a folder with one")
+        found = [path / name for name in (_JSON, _MODEL) if (path / name).is_file() or (path / name).is_symlink()]
+        if not found:
+            raise FileNotFoundError(f"no tokenizer in {path}; legal: {_MODEL} or {_JSON}")
+        path = found[0] if len(found) == 1 or _imports_tokenizers() else found[1]
+    elif not path.is_file() and not path.is_symlink():
+        raise FileNotFoundError(f"no tokenizer at {path}; legal: {_MODEL}, {_JSON} or a folder with one")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is {what_is(path)}")
     return HFTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def _imports_tokenizers() -> bool:
+    try:
+        importlib.import_module("tokenizers")
+    except ImportError:
+        return False
+    return True

@@ -1,50 +1,153 @@
-"""SentencePiece's tokenizer.model."""
+"""SentencePiece's tokenizer.model, with the added tokens that lie beside it."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
 
 from fastllama.errors import CheckpointError
-from fastllama.io.tokenizer.base import SPACE, Tokenizer, Vocabulary
-from fastllama.io.tokenizer.settings import read_settings
+from fastllama.io.formats.recognise import what_is
+from fastllama.io.tokenizer.added import AddedMatcher, AddedPiece, number
+from fastllama.io.tokenizer.base import ANCHOR, INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
+from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_LOG = logging.getLogger("fastllama")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece tokenizer.model (Llama 1 and 2, Code Llama): BPE with byte pieces and a leading space."""
+    """A SentencePiece tokenizer.model (Llama 1 and 2, Code Llama, Yi): BPE with byte pieces and a leading space.
+
+    Normalization and the leading space are those of the model file; transformers leaves out the space where
+    tokenizer_config.json names another class than LlamaTokenizer. Where there is no tokenizer_config.json, BOS is put
+    before a text as in Meta's reference; where it says nothing of add_bos_token, none is, as in transformers 5.
+    """
 
     def __init__(self, path: Path) -> None:
-        """`path`: the model file. CheckpointError if it is not a SentencePiece model with BOS and EOS pieces."""
-        data = path.read_bytes()
-        if not data:  # SentencePiece takes no bytes for a model, and complains on stderr when asked
-            raise CheckpointError(f"{path} is empty; legal: a SentencePiece tokenizer.model")
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(data)
-        except RuntimeError:
-            raise CheckpointError(f"{path} is broken or not a SentencePiece tokenizer.model") from None
-        bos, eos, pad = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
-        if bos < 0 or eos < 0:
-            raise CheckpointError(f"{path} is not a Llama tokenizer: it has no {'BOS' if bos < 0 else 'EOS'} piece")
-        super().__init__(path, self._vocabulary(), bos, eos, pad if pad >= 0 else None, read_settings(path.parent))
+        """`path`: the model file. CheckpointError if it, or a file beside it, is broken or has no EOS piece."""
+        self._processor = processor = _read_model(path)
+        pieces = dict(enumerate(processor.id_to_piece(list(range(processor.vocab_size())))))
+        own = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+        settings = read_settings(path.parent)
+        named = {name: pieces[i] for name, i in own.items() if i >= 0 and name not in settings.removed}
+        settings = replace(settings, special_tokens={**named, **settings.special_tokens})
+        added = self._added(path, settings, {piece: i for i, piece in pieces.items()})
+        pieces |= {i: piece.content for i, piece in added.items()}
+        ids = {piece: i for i, piece in pieces.items()}
 
-    def _vocabulary(self) -> Vocabulary:
+        plain = {*own.values(), *(ids[piece] for piece in INFILLING_PIECES if piece in ids)}
+        self._matcher = AddedMatcher(added)
+        self._plain_matcher = AddedMatcher({i: piece for i, piece in added.items() if i not in plain})
+        self._adds_space = settings.add_prefix_space is not False
+        self._space_after_added = settings.legacy
+        bos, eos, pad = (ids.get(settings.special_tokens.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
+        if eos is None:
+            eos = processor.eos_id()
+        if eos < 0:
+            raise CheckpointError(f"{path} is not a Llama tokenizer: it has no EOS piece, and {CONFIG} names none")
+        if pad is None and processor.pad_id() >= 0:
+            pad = processor.pad_id()
+        super().__init__(
+            path,
+            Vocabulary(
+                pieces,
+                {i: piece_bytes(piece) for i, piece in pieces.items()},
+                frozenset(i for i, piece in added.items() if piece.special),
+                frozenset(added),
+            ),
+            bos,
+            eos,
+            pad,
+            frame=_frame(path, settings, bos, eos),
+            adds_leading_space=self._adds_space and processor.normalize("a").startswith(SPACE),
+            settings=settings,
+        )
+
+    def _added(self, path: Path, settings: TokenizerSettings, ids: Mapping[str, int]) -> dict[int, AddedPiece]:
+        """Added tokens by id: the model's control and user-defined pieces, and those of the files beside it."""
         processor = self._processor
-        ids = list(range(processor.vocab_size()))
-        pieces = dict(enumerate(processor.id_to_piece(ids)))
-        text = {i: piece_bytes(piece) for i, piece in pieces.items()}
-        hidden = zip(ids, processor.is_control(ids), processor.is_unknown(ids), strict=True)
-        return Vocabulary(pieces, text, frozenset(i for i, control, unknown in hidden if control or unknown))
+        special = set(settings.special_tokens.values())
+        own = [AddedPiece(piece) for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)]
+        own += [AddedPiece(piece, special=piece in special) for piece in _user_defined(processor)]
+        given = settings.added(own)
+        added = number([*own, *given], ids)
+        numbers = {piece.content: i for i, piece in added.items()}
+        for piece in given:
+            if piece.token_id not in (None, numbers[piece.content]):
+                _LOG.warning(
+                    "%s: added token %r has the id %d in the files beside it, which is another piece's; it is %d here, "
+                    "as in transformers",
+                    *(path, piece.content, piece.token_id, numbers[piece.content]),
+                )
+        return added
 
-    def _encode_raw(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
+    def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
+        ids: list[int] = []
+        for token_id, part, begins in (self._matcher if template else self._plain_matcher).split(text):
+            if token_id is not None:
+                ids.append(token_id)
+                continue
+            # transformers adds no space to what begins with one; at the beginning of plain text we do.
+            spaced = part.startswith((" ", SPACE)) and (template or not begins)
+            if self._adds_space and (begins or self._space_after_added) and not spaced:
+                ids += self._processor.encode(part)
+            else:
+                ids += self._unspaced(part)
+        return ids
+
+    def _unspaced(self, text: str) -> list[int]:
+        """Ids of text without added tokens and without the leading space."""
+        anchor = len(self._processor.encode(ANCHOR))
+        ids: list[int] = self._processor.encode(ANCHOR + text)[anchor:]
         return ids
 
 
 def piece_bytes(piece: str) -> bytes:
     """UTF-8 of a SentencePiece piece; one byte for a byte piece such as "<0x0A>"."""
     return bytes([int(piece[3:5], 16)]) if _BYTE_PIECE.fullmatch(piece) else piece.replace(SPACE, " ").encode()
+
+
+def _read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    data = path.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        if data:  # SentencePiece takes no bytes for a model, and complains on stderr when asked
+            processor.LoadFromSerializedProto(data)
+            return processor
+    except RuntimeError:
+        pass
+    what = what_is(path)
+    broken = what is None or what == "a SentencePiece model"
+    raise CheckpointError(f"{path} is {'broken or not a SentencePiece model' if broken else what}")
+
+
+def _user_defined(processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
+    """Pieces of type USER_DEFINED, for which the package has no question: ModelProto.pieces (field 1) of type 4."""
+    data: bytes = processor.serialized_model_proto()
+    start = token_id = 0
+    while data[start : start + 1] == b"\x0a":
+        start, size, shift = start + 1, 0, 0
+        while True:  # a varint: seven bits a byte, the lowest first
+            byte = data[start]
+            start, size, shift = start + 1, size | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                break
+        start += size
+        if data[start - 2 : start] == b"\x18\x04":  # field 3 (type) comes last
+            yield processor.id_to_piece(token_id)
+        token_id += 1
+
+
+def _frame(path: Path, settings: TokenizerSettings, bos: int | None, eos: int) -> Frame:
+    add_bos = settings.add_bos
+    if add_bos is None:
+        add_bos = not settings.is_given or settings.tokenizer_class == "CodeLlamaTokenizer"
+        if not add_bos:
+            _LOG.warning("%s says nothing of add_bos_token: no BOS, as in transformers 5", path.with_name(CONFIG))
+    ends = settings.add_eos and "eos_token" in settings.special_tokens
+    return Frame((bos,) if add_bos and bos is not None else (), (eos,) if ends else ())

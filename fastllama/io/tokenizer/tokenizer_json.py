@@ -1,85 +1,197 @@
-"""Hugging Face's tokenizer.json."""
+"""Hugging Face's tokenizer.json, with the added tokens that lie beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastllama.errors import CheckpointError, ExtraRequiredError
-from fastllama.io.tokenizer.base import SPACE, Tokenizer, Vocabulary
+from fastllama.io.formats.base import read_json
+from fastllama.io.tokenizer.added import AddedPiece
+from fastllama.io.tokenizer.base import INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
 from fastllama.io.tokenizer.sentencepiece_model import piece_bytes
-from fastllama.io.tokenizer.settings import read_json, read_settings
+from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_LOG = logging.getLogger("fastllama")
 
 
 class HFTokenizer(Tokenizer):
     """A tokenizer.json: SentencePiece's BPE converted (Llama 2) or byte-level BPE (Llama 3). Needs the extra [hf].
 
+    Text runs through the package tokenizers, set up as transformers 5 sets it up for the same folder: where
+    tokenizer_config.json names LlamaTokenizer, its `legacy` and `add_prefix_space` decide on the leading space, else
+    tokenizer.json does. A byte-level pre-tokenizer is always the file's own; transformers replaces it where the class
+    is GPT2Tokenizer, and so loses the splitting of digits that SmolLM 2 was trained with.
+
     On a converted Llama 2 tokenizer its results equal SentencePieceTokenizer's. BOS, EOS and padding are those of
-    the tokenizer_config.json beside the file, else of config.json.
+    the files beside it, else of config.json.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path`: the tokenizer.json. CheckpointError if it is broken or of another family."""
-        try:
-            from tokenizers import Tokenizer as Backend
-        except ImportError:
-            raise ExtraRequiredError(f"reading {path.name}", "tokenizers", "hf") from None
+        """`path`: the tokenizer.json. CheckpointError if it, or a file beside it, is broken or of another family."""
         spec = read_json(path)
-        try:
-            self._backend = Backend.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the package raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
-        self._backend.encode_special_tokens = True  # added special tokens are not looked for in plain text
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        vocabulary = self._vocabulary(path, spec)
-        named = {name: self._named_id(path, name) for name in ("bos", "eos", "pad")}
-        for name in ("bos", "eos"):
-            if named[name] not in vocabulary.pieces:
-                raise CheckpointError(
-                    f"{path} holds no {name.upper()} piece: tokenizer_config.json ({name}_token) "
-                    f"and config.json ({name}_token_id) beside it name none of its pieces"
-                )
-        self._swallows_space = False
-        super().__init__(path, vocabulary, named["bos"], named["eos"], named["pad"], read_settings(path.parent))
-        # The Metaspace layout of transformers 5 adds no space to text that begins with one; SentencePiece always does.
-        self._swallows_space = self._encode_raw(" a") == self._encode_raw("a")
-
-    def _named_id(self, path: Path, name: str) -> Any:
-        """Id of the BOS, EOS or padding token as the files say, unchecked; the first of several EOS ids."""
-        token = read_json(path.with_name("tokenizer_config.json"), missing={}).get(f"{name}_token")
-        if isinstance(token, dict):  # a serialized AddedToken
-            token = token.get("content")
-        if isinstance(token, str):
-            return self._backend.token_to_id(token)
-        ids = read_json(path.with_name("config.json"), missing={}).get(f"{name}_token_id")
-        return next(iter(ids), None) if isinstance(ids, list) else ids
-
-    def _vocabulary(self, path: Path, spec: Mapping[str, Any]) -> Vocabulary:
-        pieces = {i: piece for piece, i in self._backend.get_vocab(with_added_tokens=True).items()}
-        added = self._backend.get_added_tokens_decoder()
+        self._template = _backend(path, spec)
         decoders = list(_decoders(spec.get("decoder")))
         kinds = [decoder["type"] for decoder in decoders]
-        if "ByteLevel" in kinds:
-            byte_of = _byte_level_alphabet()
-            text = {i: b"".join(byte_of.get(c) or c.encode() for c in piece) for i, piece in pieces.items()}
-            text |= {i: token.content.encode() for i, token in added.items()}
-        elif "Metaspace" in kinds or "ByteFallback" in kinds:
-            text = {i: piece_bytes(piece) for i, piece in pieces.items()}
-        else:
+        is_byte_level = "ByteLevel" in kinds
+        if not is_byte_level and not {"Metaspace", "ByteFallback"} & {*kinds}:
             raise CheckpointError(
                 f"{path} is not a Llama tokenizer: its decoder is {', '.join(kinds) or 'absent'}; "
                 "legal: ByteFallback or Metaspace (Llama 2), ByteLevel (Llama 3)"
             )
-        unknown = self._backend.token_to_id(spec["model"].get("unk_token") or "<unk>")
-        special = {i for i, token in added.items() if token.special} | ({unknown} if unknown is not None else set())
-        return Vocabulary(pieces, text, frozenset(special))
+        settings = read_settings(path.parent, spec=spec)
+        known = [AddedPiece(piece.content) for piece in self._template.get_added_tokens_decoder().values()]
+        given = settings.added(known)
+        spaced = settings.is_llama and spec["model"]["type"] == "BPE"
+        _set_up(self._template, given, settings if spaced else None)
+        _report_moved(path, self._template, spec, given)
 
-    def _encode_raw(self, text: str) -> list[int]:
-        if self._swallows_space and text.startswith((" ", SPACE)):
+        added = self._template.get_added_tokens_decoder()
+        pieces = {i: piece for piece, i in self._template.get_vocab(with_added_tokens=True).items()}
+        unknown = self._template.token_to_id(spec["model"].get("unk_token") or "<unk>")
+        special = {i for i, token in added.items() if token.special} | ({unknown} if unknown is not None else set())
+        self._plain = self._template
+        if not is_byte_level:
+            # A second tokenizer that does not know the control pieces: SentencePiece gives them the first three ids.
+            hidden = {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
+            self._plain = _backend(path, _without(spec, hidden))
+            _set_up(
+                self._plain, [piece for piece in given if piece.content not in hidden], settings if spaced else None
+            )
+        alphabet = _byte_level_alphabet()
+        text = {
+            i: _byte_level_bytes(piece, alphabet) if is_byte_level else piece_bytes(piece)
+            for i, piece in pieces.items()
+        }
+        bos, eos, pad = (_named_id(path, name, settings, pieces) for name in ("bos", "eos", "pad"))
+        if eos is None:
+            raise CheckpointError(
+                f"{path} holds no EOS piece: {CONFIG} (eos_token) and config.json (eos_token_id) beside it name none"
+            )
+        self._swallows_space = False
+        super().__init__(
+            path,
+            Vocabulary(pieces, text, frozenset(special), frozenset(added)),
+            bos,
+            eos,
+            pad,
+            frame=_frame(self._template, settings, bos, eos),
+            adds_leading_space=_strips_space(decoders) and (not spaced or settings.add_prefix_space is not False),
+            settings=settings,
+        )
+        # The Metaspace layout adds no space to text that begins with one; SentencePiece always does.
+        self._swallows_space = self.adds_leading_space and self._encode_raw(" a") == self._encode_raw("a")
+
+    def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
+        if self._swallows_space and not template and text.startswith((" ", SPACE)):
             text = " " + text
-        return self._backend.encode(text, add_special_tokens=False).ids
+        backend = self._template if template else self._plain
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise ExtraRequiredError(f"reading {path.name}", "tokenizers", "hf") from None
+    try:
+        backend = Backend.from_str(json.dumps(spec))
+    except Exception as error:  # the package raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _set_up(backend: tokenizers.Tokenizer, given: Collection[AddedPiece], settings: TokenizerSettings | None) -> None:
+    """Give a backend the added tokens of the files beside it; with `settings` also transformers' leading space."""
+    from tokenizers import AddedToken, pre_tokenizers
+
+    if settings is not None:
+        after_added = "always" if settings.legacy else "first"
+        scheme = "never" if settings.add_prefix_space is False else after_added
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    declared = list(backend.get_added_tokens_decoder().values())  # again: they are kept in normalized form
+    backend.add_tokens(declared)
+    backend.add_tokens([AddedToken(each.content, **{flag: getattr(each, flag) for flag in _FLAGS}) for each in given])
+
+
+def _without(spec: Mapping[str, Any], hidden: Collection[str]) -> dict[str, Any]:
+    """The content of a tokenizer.json that neither looks for the hidden pieces in a text nor merges any into one."""
+    model = dict(spec["model"])
+    if "merges" in model:
+        joined = [merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
+        model["merges"] = [merge for merge, whole in zip(model["merges"], joined, strict=True) if whole not in hidden]
+    return {
+        **spec,
+        "model": model,
+        "added_tokens": [each for each in spec["added_tokens"] if each["content"] not in hidden],
+    }
+
+
+def _report_moved(
+    path: Path, backend: tokenizers.Tokenizer, spec: Mapping[str, Any], given: Collection[AddedPiece]
+) -> None:
+    declared = {each["content"]: each["id"] for each in spec.get("added_tokens", ())}
+    declared |= {piece.content: piece.token_id for piece in given if piece.token_id is not None}
+    for content, token_id in declared.items():
+        found = backend.token_to_id(content)
+        if found != token_id:
+            message = "%s: added token %r has the id %d in the files, and %d here, as in transformers"
+            _LOG.warning(message, path, content, token_id, found)
+
+
+def _named_id(path: Path, name: str, settings: TokenizerSettings, pieces: Mapping[int, str]) -> int | None:
+    """Id of the BOS, EOS or padding token as the files say; the first of several EOS ids."""
+    token = settings.special_tokens.get(f"{name}_token")
+    if token is not None:
+        return next(i for i, piece in pieces.items() if piece == token)
+    if f"{name}_token" in settings.removed and name != "eos":
+        return None
+    config, key = path.with_name("config.json"), f"{name}_token_id"
+    value = read_json(config).get(key) if config.is_file() else None
+    token_id = next(iter(value), None) if isinstance(value, list) else value
+    if token_id is None or (name != "eos" and token_id == -1):
+        return None
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id not in pieces:
+        raise CheckpointError(f"{config}: {key} is {value!r}; legal: an id of {path.name}, 0 to {max(pieces)}")
+    return token_id
+
+
+def _frame(backend: tokenizers.Tokenizer, settings: TokenizerSettings, bos: int | None, eos: int | None) -> Frame:
+    """What the post-processor puts around a text: transformers 5 goes by it, and not by add_bos_token beside it."""
+    if settings.tokenizer_class == "CodeLlamaTokenizer":
+        return Frame((bos,) if bos is not None else ())
+    inner = backend.encode("a", add_special_tokens=False).ids
+    outer = backend.encode("a").ids
+    start = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+    return Frame(outer[:start], outer[start + len(inner) :])
+
+
+def _strips_space(decoders: Collection[Mapping[str, Any]]) -> bool:
+    """Whether decoding drops the space that encoding put in front."""
+    return any(
+        (each["type"] == "Strip" and each["content"] == " " and each["start"] > 0)
+        or (each["type"] == "Metaspace" and each.get("prepend_scheme", "always") != "never")
+        for each in decoders
+    )
+
+
+def _byte_level_bytes(piece: str, alphabet: Mapping[str, bytes]) -> bytes:
+    """The bytes that a piece of byte-level BPE stands for; an added token with other signs stands for itself."""
+    try:
+        return b"".join(alphabet[sign] for sign in piece)
+    except KeyError:
+        return piece.encode()
 
 
 def _byte_level_alphabet() -> dict[str, bytes]:

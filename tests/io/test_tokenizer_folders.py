@@ -1,0 +1,115 @@
+"""Whole folders against transformers on the same files: ids, text, streamed text, special tokens, chat template."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastllama.io.detokenizer import IncrementalDetokenizer
+from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from tests.io import tokenizer_folders as folders
+
+CONTROL = ("<s>", "</s>", "<unk>")
+TAGS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "[PAD]",
+    "<pad>",
+    "<x>",
+    "<think>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<l>",
+    "<r>",
+]
+TAGS += ["cat", "catalogue", "<lr>", "fox", "<|endoftext|>", "<|reserved_special_token_7|>", "<|im_start|>user\n"]
+PARTS = [
+    " ",
+    "\n",
+    "  ",
+    "\t",
+    "é",
+    "😀",
+    "㐂",
+    "a",
+    "word",
+    "<",
+    "|>",
+    "´",
+    "\u0301",
+    "_",
+    "the théâtre",
+    "\x00",
+    "\u200d",
+    "²",
+]
+TEXT = st.lists(st.sampled_from([*TAGS, *PARTS]), max_size=8).map("".join)
+TEMPLATE = st.lists(st.sampled_from([*TAGS, *PARTS, *CONTROL]), max_size=8).map("".join)
+fewer = settings(deadline=None, max_examples=60)
+
+
+@pytest.fixture(scope="module", params=folders.names())
+def name(request) -> str:
+    return request.param
+
+
+@functools.cache
+def ours(name: str) -> Tokenizer:
+    return load_tokenizer(folders.folder(name))
+
+
+@functools.cache
+def theirs(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folders.folder(name))
+
+
+@fewer
+@given(text=TEXT)
+@example(text="")
+def test_encode_is_that_of_transformers(name, text):
+    text = text.lstrip(" ") if ours(name).adds_leading_space else text  # spaces that transformers swallows
+    assert ours(name).encode(text) == theirs(name)(text).input_ids
+    assert ours(name).encode(text, bos=False) == theirs(name)(text, add_special_tokens=False).input_ids
+
+
+@fewer
+@given(text=TEMPLATE)
+def test_a_rendered_template_becomes_the_ids_of_transformers(name, text):
+    assert ours(name).encode_template(text) == theirs(name)(text, add_special_tokens=False).input_ids
+
+
+@fewer
+@given(text=TEMPLATE, skip=st.booleans(), cut=st.integers(0, 20))
+def test_decoding_and_streaming_are_that_of_transformers(name, text, skip, cut):
+    ids = theirs(name)(text).input_ids
+    expected = theirs(name).decode(ids, skip_special_tokens=skip)
+    assert ours(name).decode(ids, skip_special_tokens=skip) == expected
+    stream = IncrementalDetokenizer(ours(name), ids[:cut], skip_special_tokens=skip)
+    streamed = "".join([*map(stream.push, ids[cut:]), stream.flush()])
+    assert streamed == expected[len(ours(name).decode(ids[:cut], skip_special_tokens=skip)) :]
+
+
+def test_the_vocabulary_is_that_of_transformers(name):
+    mine, reference = ours(name), theirs(name)
+    assert {mine.id_to_piece(i): i for i in range(mine.vocab_size)} == reference.get_vocab()
+    assert dict(mine.special_tokens) == reference.special_tokens_map
+    assert (mine.bos_token_id, mine.eos_token_id) == (reference.bos_token_id, reference.eos_token_id)
+    assert mine.pad_token_id == reference.pad_token_id
+    assert mine.chat_template == reference.chat_template
+    assert mine.special_ids == {i for i, token in reference.added_tokens_decoder.items() if token.special} | {
+        i for i in [reference.unk_token_id] if i is not None
+    }
+
+
+def test_control_pieces_of_sentencepiece_in_plain_text_are_text(name):
+    if ours(name).adds_leading_space:
+        for piece in CONTROL:
+            ids = ours(name).encode(f"a{piece}b", bos=False)
+            assert not {0, 1, 2} & set(ids)
+            assert ours(name).decode(ids) == f"a{piece}b"
