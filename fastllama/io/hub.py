@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from fastllama.errors import nearest
+from fastllama.progress import has_console
 
 # Asked for by name, and offered when a name is mistyped.
 KNOWN_MODELS = (
@@ -14,50 +17,79 @@ KNOWN_MODELS = (
     *(f"codellama/CodeLlama-{size}{kind}-hf" for size in ("7b", "13b", "34b") for kind in ("", "-Python", "-Instruct")),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 )
-_DESCRIPTIONS = ["*.json", "*.jinja", "tokenizer.model"]
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Weights in the order in which they are looked for: .bin repeats safetensors where both are there.
+_WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin", "consolidated.*.pth", "adapter_model.bin"])
+_DESCRIPTIONS = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
+# Folders such as original/ and onnx/ repeat the weights; of all folders only additional_chat_templates/ is wanted.
+_IGNORED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+_HUB_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#@]+)(?:/(?:tree|commit)/([^?#]+?))?/?"
+)
 _PATH_ENDS = ("/", ".bin", ".pth", ".pt", ".safetensors", ".gguf", ".json")
 
 
-def resolve_model(model: str) -> Path:
-    """The folder, or the llama2.c file, that `model` means.
+def resolve_model(model: str, *, argument: str = "model") -> Path:
+    """The folder, or the llama2.c file, that `model` means; `argument` is what messages call it.
 
     "tiny" is the packaged model, an existing path is itself (the network is never asked), anything of the form
-    owner/name is fetched from the Hugging Face Hub into its cache. Raises FileNotFoundError when there is no such model
-    or it cannot be had, ValueError when the name cannot be one; each says what to do.
+    owner/name or owner/name@revision (a branch, tag or commit), or the address of its page, is fetched from the Hugging
+    Face Hub into its cache. Raises FileNotFoundError when there is no such model or it cannot be had, ValueError when
+    the name cannot be one; each says what to do.
     """
     if model == "tiny":
         return Path(str(importlib.resources.files("fastllama"))) / "assets" / "tiny"
-    path = Path(model).expanduser()
-    if model and path.exists():
+    path = _expanded(model)
+    if model and os.path.lexists(path):  # a link that leads nowhere is told by who opens it
         return path
-    if model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1 or model.endswith(_PATH_ENDS):
-        raise FileNotFoundError(f"model is {model!r}, but no such file or folder exists")
-    if not _HUB_ID.fullmatch(model):
+    if page := _HUB_PAGE.fullmatch(model):
+        return _download(page[1], unquote(page[2]) if page[2] else None, argument)
+    if "://" in model:
+        raise ValueError(f"{argument} is {model!r}; legal: a path, or a Hub id as {KNOWN_MODELS[0]!r}")
+    name = model.partition("@")[0]
+    if model.startswith((".", "/", "~")) or "\\" in model or name.count("/") > 1 or name.endswith(_PATH_ENDS):
+        raise FileNotFoundError(f"{argument} is {model!r}, but no such file or folder exists")
+    if not (hub := _HUB_ID.fullmatch(model)):
         raise ValueError(
-            f"model is {model!r}{_meant(model)}; legal: 'tiny', an existing path, or a Hub id as {KNOWN_MODELS[0]!r}"
+            f"{argument} is {model!r}{_meant(model)}; "
+            f"legal: 'tiny', an existing path, or a Hub id as {KNOWN_MODELS[0]!r}, with @revision if wanted"
         )
-    return _download(model)
+    return _download(hub[1], hub[2], argument)
 
 
-def _download(repo_id: str) -> Path:
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # there is no home to expand ~ to
+        return Path(model)
+
+
+def _download(repo_id: str, revision: str | None, argument: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not has_console():
+        disable_progress_bars()
+    at = "" if revision is None else f" at revision {revision!r}"
     try:
-        # Folders such as 'original/' repeat the weights in other formats, and so does .bin where safetensors exist.
-        for weights in (["*.safetensors"], ["pytorch_model*.bin", "consolidated.*.pth"]):
+        for weights in _WEIGHTS:
             patterns = [*_DESCRIPTIONS, *weights]
-            path = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            path = Path(
+                snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED)
+            )
             if any(path.glob("*.safetensors")):
                 break
-    except HFValidationError as error:
-        raise ValueError(f"model is {repo_id!r}, which is no Hub id ({error}); legal: owner/name") from None
+    except HFValidationError:
+        raise ValueError(f"{argument} is {repo_id!r}, which is no Hub id; legal: owner/name") from None
     except GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
         raise FileNotFoundError(
             f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, then run 'hf auth login'"
@@ -66,15 +98,37 @@ def _download(repo_id: str) -> Path:
         raise FileNotFoundError(
             f"{repo_id} is not on the Hugging Face Hub{_meant(repo_id)}; if it is private, run 'hf auth login'"
         ) from None
-    except LocalEntryNotFoundError:
+    except RevisionNotFoundError:
         raise FileNotFoundError(
-            f"{repo_id} is not complete in the local cache and the Hugging Face Hub cannot be reached; "
-            "go online once, or give a local path"
+            f"{repo_id} has no revision {revision!r}; legal: a branch, tag or commit that "
+            f"https://huggingface.co/{repo_id} shows"
         ) from None
-    except Exception as error:  # a full disk, or a failure of requests or httpx, whichever huggingface_hub uses
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{repo_id} cannot be fetched: {reason}") from error
+    except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
+        way = "unset it" if HF_HUB_OFFLINE else "go online"
+        raise FileNotFoundError(
+            f"{repo_id}{at} is not complete in the local cache and {why}; {way} once, or give a local path"
+        ) from None
+    except PermissionError as error:
+        raise FileNotFoundError(
+            f"{repo_id} cannot be fetched: {error.filename or HF_HUB_CACHE} may not be written by this user; "
+            "set HF_HOME to a folder that may"
+        ) from None
+    except OSError as error:
+        if isinstance(error, HfHubHTTPError) or error.errno is None:
+            raise FileNotFoundError(f"{repo_id} cannot be fetched: {_first_line(error)}") from None
+        where = error.filename or HF_HUB_CACHE
+        raise FileNotFoundError(
+            f"{repo_id} cannot be fetched: {where}: {error.strerror}; HF_HOME names another folder"
+        ) from None
+    except Exception as error:  # a failure of requests or httpx, whichever huggingface_hub uses
+        raise FileNotFoundError(f"{repo_id} cannot be fetched: {_first_line(error)}") from None
     return path
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(letter for letter in line if letter.isprintable())
 
 
 def _meant(model: str) -> str:

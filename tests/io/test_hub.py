@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,8 @@ def test_a_name_that_is_neither_path_nor_id_gets_the_nearest(name: str, hint: st
 
 
 Download = Callable[..., str]
+BIN_PATTERNS = ["pytorch_model*.bin", "consolidated.*.pth", "adapter_model.bin"]
+WEIGHT_PATTERNS = ["*.safetensors", *BIN_PATTERNS]
 
 
 def patch_download(monkeypatch: pytest.MonkeyPatch, download: Download) -> None:
@@ -92,28 +95,43 @@ def patch_download(monkeypatch: pytest.MonkeyPatch, download: Download) -> None:
     ("weights", "downloads"),
     [
         (["model.safetensors"], [["*.safetensors"]]),
-        (["pytorch_model.bin"], [["*.safetensors"], ["pytorch_model*.bin", "consolidated.*.pth"]]),
+        (["adapter_model.safetensors"], [["*.safetensors"]]),
+        (["pytorch_model.bin"], [["*.safetensors"], BIN_PATTERNS]),
+        (["consolidated.00.pth"], [["*.safetensors"], BIN_PATTERNS]),
+        (["adapter_model.bin"], [["*.safetensors"], BIN_PATTERNS]),
     ],
 )
 def test_bin_is_fetched_only_without_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: list[str], downloads: list[list[str]]
 ) -> None:
     asked = []
+    companions = {
+        "config.json",
+        "tokenizer.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
+    companions |= {"additional_chat_templates/tool_use.jinja", "adapter_config.json", "merges.txt", "vocab.json"}
+    unwanted = ["README.md", "original/params.json", "original/tokenizer.model", "onnx/model.onnx", "optimizer.pt"]
+    unwanted += ["adapters/a.json", "original/consolidated.00.pth", "assets/x.json", "llama.Q4_0.gguf"]
 
-    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert repo_id == REPO
-        found = ["config.json", "tokenizer.model", *weights, "README.md", "original/params.json"]
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (repo_id, revision) == (REPO, None)
+        found = [*companions, *weights, *unwanted]
         for name in huggingface_hub.utils.filter_repo_objects(
             found, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):
-            (tmp_path / name).touch()  # fails for what is in a folder
-        asked.append([pattern for pattern in allow_patterns if pattern not in ("*.json", "*.jinja", "tokenizer.model")])
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        asked.append([pattern for pattern in allow_patterns if pattern in WEIGHT_PATTERNS])
         return str(tmp_path)
 
     patch_download(monkeypatch, download)
     assert resolve_model(REPO) == tmp_path
     assert asked == downloads
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "tokenizer.model", *weights}
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*companions, *weights}
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
@@ -143,10 +161,10 @@ def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHT
         (
             errors.LocalEntryNotFoundError("no"),
             REPO,
-            f"{REPO} is not complete in the local cache and the Hugging Face Hub cannot",
+            f"{REPO} is not complete in the local cache and the Hugging Face Hub cannot be reached; go online once",
         ),
         (http_error(errors.HfHubHTTPError, 503), REPO, f"{REPO} cannot be fetched: 503 said the server"),
-        (OSError(28, "No space left on device"), REPO, f"{REPO} cannot be fetched: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), REPO, f"{REPO} cannot be fetched: /"),
         (RuntimeError(), REPO, f"{REPO} cannot be fetched: RuntimeError"),
     ],
     ids=["gated", "mistyped", "missing", "offline", "refused", "disk", "silent"],
@@ -174,6 +192,140 @@ def test_offline_is_known_without_a_network(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"{REPO} is not complete in the local cache"):
         resolve_model(REPO)
+
+
+def test_offline_by_choice_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as raised:
+        resolve_model(f"{REPO}@v1")
+    line = (
+        "at revision 'v1' is not complete in the local cache and HF_HUB_OFFLINE is set; unset it once, or give a local"
+    )
+    assert line in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/cache/hub"),
+            "/cache/hub may not be written by this user; set HF_HOME",
+        ),
+        (
+            OSError(28, "No space left on device", "/cache/a"),
+            "/cache/a: No space left on device; HF_HOME names another",
+        ),
+        (OSError(30, "Read-only file system"), "hub: Read-only file system; HF_HOME names another folder"),
+        (NotADirectoryError(20, "Not a directory", "/dev/null/.cache"), "/dev/null/.cache: Not a directory; HF_HOME"),
+        (RuntimeError("\x1b[1mred\x1b[0m"), "cannot be fetched: [1mred[0m"),
+    ],
+    ids=["permission", "disk", "read-only", "no home", "escape codes"],
+)
+def test_a_cache_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def download(*arguments: Any, **options: Any) -> str:
+        raise error
+
+    patch_download(monkeypatch, download)
+    with pytest.raises(FileNotFoundError) as raised:
+        resolve_model(REPO)
+    assert message in str(raised.value)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "revision"),
+    [
+        ("owner/name", "owner/name", None),
+        ("owner/name@main", "owner/name", "main"),
+        ("owner/na.me-1@v1.0", "owner/na.me-1", "v1.0"),
+        ("owner/name@refs/pr/3", "owner/name", "refs/pr/3"),
+        (
+            "owner/name@08751db2aca9bf2f7f80d2e516117a53d7450235",
+            "owner/name",
+            "08751db2aca9bf2f7f80d2e516117a53d7450235",
+        ),
+        ("https://huggingface.co/owner/name", "owner/name", None),
+        ("https://huggingface.co/owner/name/", "owner/name", None),
+        ("huggingface.co/owner/name", "owner/name", None),
+        ("http://hf.co/owner/name/tree/v1", "owner/name", "v1"),
+        ("https://huggingface.co/owner/name/tree/refs%2Fpr%2F3", "owner/name", "refs/pr/3"),
+        ("https://huggingface.co/owner/name/commit/abc123", "owner/name", "abc123"),
+    ],
+)
+def test_a_revision_and_the_address_of_a_page_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str, revision: str | None
+) -> None:
+    asked = []
+
+    def download(repo_id: str, *, revision: str | None, **options: Any) -> str:
+        asked.append((repo_id, revision))
+        (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    patch_download(monkeypatch, download)
+    assert resolve_model(name) == tmp_path
+    assert asked == [(repository, revision)]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "https://huggingface.co/owner/name/blob/main/config.json",
+        "https://example.com/owner/name",
+        "owner/name@",
+        "owner/name@a b",
+        "x" * 5000,
+        "a\0b",
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_is_legal(name: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter is .*; legal: .*a Hub id as {REPO!r}"):
+        resolve_model(name, argument="adapter")
+
+
+def test_a_revision_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*arguments: Any, **options: Any) -> str:
+        raise http_error(errors.RevisionNotFoundError, 404)
+
+    patch_download(monkeypatch, download)
+    with pytest.raises(
+        FileNotFoundError, match=f"{REPO} has no revision 'v9'; legal: a branch, tag or commit that http"
+    ):
+        resolve_model(f"{REPO}@v9")
+
+
+def test_a_path_with_a_sign_in_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name@v1").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("owner/name@v1") == Path("owner/name@v1")
+    assert resolve_model("link") == Path("link")
+
+
+def test_a_home_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(FileNotFoundError, match="model is '~/model', but no such file or folder exists"):
+        resolve_model("~/model")
+
+
+def test_a_download_without_a_console_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").touch()
+    patch_download(monkeypatch, lambda *arguments, **options: str(tmp_path))
+    disabled: list[bool] = []
+    bars = importlib.import_module("huggingface_hub.utils.tqdm")
+    monkeypatch.setattr(bars, "disable_progress_bars", lambda: disabled.append(True))
+    resolve_model(REPO)
+    assert not disabled
+    monkeypatch.setattr("sys.stderr", None)
+    resolve_model(REPO)
+    assert disabled
 
 
 def test_known_models_are_hub_ids() -> None:
