@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,11 +13,28 @@ from torch import Tensor
 
 from fastllama.errors import CheckpointError
 from fastllama.layers.config import LlamaConfig
+from fastllama.layers.tensor_names import is_foreign, is_quantized, is_recomputed, undeclared_bias, why_unexpected
 
 if TYPE_CHECKING:
     from fastllama.layers.model import LlamaForCausalLM
 
+logger = logging.getLogger("fastllama")
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEGAL = "float32, bfloat16, float16 or float64"
+# The sizes of a configuration that give a parameter its shape.
+_SIZES = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "vocab_size, hidden_size",
+    "qkv_proj": "heads * head_dim, hidden_size",
+    "o_proj": "hidden_size, num_attention_heads * head_dim",
+    "gate_up_proj": "intermediate_size, hidden_size",
+    "down_proj": "hidden_size, intermediate_size",
+    "norm": "hidden_size",
+    "input_layernorm": "hidden_size",
+    "post_attention_layernorm": "hidden_size",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Slot:
 def slots(config: LlamaConfig) -> dict[str, Slot]:
     """Hugging Face tensor name -> where it lives. Tied embeddings have no lm_head.weight of their own."""
     hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
-    table = {"model.embed_tokens.weight": Slot("embed_tokens.weight", 0, config.vocab_size)}
+    table = {EMBEDDING: Slot("embed_tokens.weight", 0, config.vocab_size)}
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -49,7 +67,7 @@ def slots(config: LlamaConfig) -> dict[str, Slot]:
             table[f"{at}.down_proj.{kind}"] = Slot(f"{layer}.mlp.down_proj.{kind}", 0, hidden)
     table["model.norm.weight"] = Slot("norm.weight", 0, hidden)
     if not config.tie_word_embeddings:
-        table["lm_head.weight"] = Slot("lm_head.weight", 0, config.vocab_size)
+        table[HEAD] = Slot("lm_head.weight", 0, config.vocab_size)
     return table
 
 
@@ -59,39 +77,79 @@ def load_weights(
 ) -> None:
     """Copy Hugging Face tensors into the model, cast to each parameter's dtype; each is checked before it is written.
 
-    `file_of` names the file of a tensor for messages. Raises CheckpointError for a tensor that is unexpected, repeated,
-    missing, of the wrong shape or dtype, holds NaN or infinity, or does not fit the parameter's dtype.
+    Tables that everyone recomputes are passed over. Logged are tensors outside of every Llama, such as a value head,
+    biases that the configuration does not declare and that are zero, and declared ones that are missing, which become
+    zero. `file_of` names the file of a tensor for messages. Raises CheckpointError for a tensor that is unexpected,
+    missing, of the wrong shape or dtype, holds NaN or infinity, does not fit the parameter's dtype, or comes again with
+    other values. (transformers loads a file with an unexpected or a missing weight, and warns.)
     """
-    parameters, missing = dict(model.named_parameters()), slots(model.config)
-    expected = frozenset(missing)
+    config, parameters, missing = model.config, dict(model.named_parameters()), slots(model.config)
+    table, skipped, zeros = dict(missing), [], []
+    if config.tie_word_embeddings:  # either name fills the one matrix
+        table[HEAD] = table[EMBEDDING]
+    written: set[Slot] = set()
 
     def fail(name: str, trouble: str) -> CheckpointError:
         origin = f"{file_of(name)}: " if file_of else ""
         return CheckpointError(f"{origin}tensor {name} {trouble}")
 
     for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq"):  # written by transformers before 4.32, and recomputed by everyone
-            continue
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            wanted = list(model.embed_tokens.weight.shape)
-            if list(tensor.shape) != wanted:
-                raise fail(name, f"has shape {list(tensor.shape)}, expected {wanted}, as the embeddings are tied to it")
-            continue
-        if name not in expected:
-            raise fail(name, "is unexpected: no part of the Llama that the configuration declares")
-        slot = missing.pop(name, None)
+        slot = table.get(name)
         if slot is None:
-            raise fail(name, "appears twice")
+            if is_recomputed(name):
+                continue
+            if is_quantized(name):
+                raise fail(name, f"belongs to quantized weights; expected {_LEGAL}")
+            if is_foreign(name):
+                skipped.append(name)
+                continue
+            flag = undeclared_bias(name, config)
+            if flag is None:
+                raise fail(name, f"is unexpected: {why_unexpected(name, config)}")
+            if tensor.dtype not in _FLOATS or tensor.any():
+                raise fail(name, f"is unexpected: the configuration has {flag}=False, and the bias is not zero")
+            zeros.append(name)
+            continue
         target = parameters[slot.parameter][slot.start : slot.start + slot.rows]
         if tensor.shape != target.shape:
-            raise fail(name, f"has shape {list(tensor.shape)}, expected {list(target.shape)} by the configuration")
+            names = _SIZES[slot.parameter.split(".")[-2]]
+            raise fail(
+                name, f"has shape {list(tensor.shape)}, expected {list(target.shape)} by the configuration ({names})"
+            )
         if trouble := _value_trouble(tensor, target.dtype):
             raise fail(name, trouble)
-        target.copy_(tensor)
-    if missing:
-        first, *rest = missing
-        others = f", and so are {len(rest)} others" if rest else ""
-        raise fail(first, f"is missing{others}; the checkpoint is incomplete")
+        if slot not in written:
+            target.copy_(tensor)
+            written.add(slot)
+        elif not torch.equal(tensor.to(target), target):
+            tied = f" ({EMBEDDING} and {HEAD} are tied)" if table[name] is table.get(HEAD) is table[EMBEDDING] else ""
+            raise fail(name, f"appears twice, with different values{tied}")
+    absent = [name for name, slot in missing.items() if slot not in written]
+    biases = [name for name in absent if name.endswith(".bias")]
+    if len(biases) < len(absent):
+        raise fail(*_missing([name for name in absent if name not in biases], skipped))
+    for name in biases:
+        slot = missing[name]
+        parameters[slot.parameter][slot.start : slot.start + slot.rows] = 0
+    _log(skipped, "outside of the Llama, and not loaded")
+    _log(zeros, "not loaded: the configuration declares no such bias, and its values are all zero")
+    _log(biases, "missing, and taken as zero, as in transformers")
+
+
+def _missing(absent: list[str], skipped: list[str]) -> tuple[str, str]:
+    first, *rest = absent
+    others = f", and so are {len(rest)} others" if rest else ""
+    if prefixed := [name for name in skipped if name.endswith(f".{first}")]:
+        return first, f"is missing{others}; names here begin otherwise: {prefixed[0]}"
+    if absent == [HEAD]:
+        return first, "is missing, and the configuration has tie_word_embeddings=False; the checkpoint is incomplete"
+    return first, f"is missing{others}; the checkpoint is incomplete"
+
+
+def _log(names: list[str], what: str) -> None:
+    if names:
+        others = f" and {len(names) - 1} more are" if names[1:] else " is"
+        logger.warning("tensor %s%s %s", names[0], others, what)
 
 
 def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +160,7 @@ def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def _value_trouble(tensor: Tensor, dtype: torch.dtype) -> str | None:
     if tensor.dtype not in _FLOATS:
-        return f"has dtype {tensor.dtype}, expected floating point; is the checkpoint quantized?"
+        return f"has dtype {tensor.dtype}, expected {_LEGAL}; is the checkpoint quantized?"
     low, high = (bound.item() for bound in torch.aminmax(tensor))  # NaN wins over every number
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         return "holds NaN or infinity; the file is damaged or the training diverged"

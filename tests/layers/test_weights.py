@@ -104,17 +104,101 @@ def test_tensors_are_cast_to_the_parameters(source: torch.dtype, dtype: torch.dt
         assert torch.equal(tensor, tensors[name].to(dtype)), name
 
 
-def test_the_head_of_a_tied_model_is_its_embedding() -> None:
-    config = CONFIGS["tied"]
-    model, tensors = fresh(config), random_tensors(config)
-    load_weights(model, [*tensors.items(), ("lm_head.weight", torch.randn(11, 12))])
+TIED = CONFIGS["tied"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("names", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD], [HEAD, EMBEDDING]], ids=str)
+def test_either_name_fills_the_matrix_of_a_tied_model(names: list[str]) -> None:
+    model, tensors = fresh(TIED), random_tensors(TIED)
+    embedding = tensors.pop(EMBEDDING)
+    load_weights(model, [*tensors.items(), *((name, embedding.clone()) for name in names)])
     assert model.lm_head.weight is model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight, embedding)
 
 
-def test_recomputed_rotary_frequencies_are_ignored() -> None:
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((2,), float("nan"))}
-    load_weights(fresh(GQA), (random_tensors(GQA) | extra).items())
+@pytest.mark.parametrize("first", [EMBEDDING, HEAD])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(first: str) -> None:
+    both = {HEAD: torch.randn(11, 12), EMBEDDING: torch.randn(11, 12)}
+    second = HEAD if first == EMBEDDING else EMBEDDING
+    ordered = [(first, both[first]), (second, both[second])]
+    message = rf"tensor {second} appears twice, with different values \(.* are tied\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(fresh(TIED), ordered)
+
+
+LAYER = "model.layers.0.self_attn"
+BUFFERS = [
+    f"{LAYER}.rotary_emb.inv_freq",
+    f"{LAYER}.rotary_emb.cos_cached",
+    f"{LAYER}.rotary_emb.sin_cached",
+    "model.rotary_emb.original_inv_freq",
+    "rotary_emb.inv_freq",
+    "rope.freqs",
+    "freqs_cis",
+    "layers.0.attention.inner_attention.rope.freqs",
+    f"{LAYER}.masked_bias",
+    f"{LAYER}.bias",
+    "layers.0.attention.mask",
+    "transformer.h.0.attn.bias",
+    "model.embeddings.position_ids",
+]
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_tables_and_masks_are_recomputed_wherever_they_lie(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_weights(fresh(GQA), (random_tensors(GQA) | {name: torch.full((2,), float("nan"))}).items())
+    assert caplog.messages == []
+
+
+FOREIGN = ["v_head.summary.weight", "v_head.summary.bias", "score.weight", "mtp.layers.0.proj.weight", "value_head.0.w"]
+
+
+def test_tensors_outside_of_every_llama_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = random_tensors(GQA)
+    load_weights(fresh(GQA), [*((name, torch.ones(2)) for name in FOREIGN), *tensors.items()])
+    assert caplog.messages == ["tensor v_head.summary.weight and 4 more are outside of the Llama, and not loaded"]
+
+
+def test_a_bias_that_is_not_declared_may_be_zero(caplog: pytest.LogCaptureFixture) -> None:
+    zeros = {
+        "model.layers.1.self_attn.q_proj.bias": torch.zeros(24),
+        "model.layers.0.mlp.up_proj.bias": torch.zeros(10),
+    }
+    load_weights(fresh(GQA), (random_tensors(GQA) | zeros).items())
+    (line,) = caplog.messages
+    assert line.startswith("tensor model.layers.1.self_attn.q_proj.bias and 1 more are not loaded: the configuration")
+
+
+def test_a_bias_that_is_declared_and_missing_is_zero(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers warns and makes it zero: a model made from one with biases of q, k and v alone is right so."""
+    config = CONFIGS["attention bias"]
+    model, tensors = fresh(config), random_tensors(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    for layer in range(2):
+        del tensors[f"model.layers.{layer}.self_attn.o_proj.bias"]
+    load_weights(model, tensors.items())
+    assert torch.equal(dict(model.named_parameters())["layers.1.self_attn.o_proj.bias"], torch.zeros(12))
+    assert caplog.messages == [
+        "tensor model.layers.0.self_attn.o_proj.bias and 1 more are missing, and taken as zero, as in transformers"
+    ]
+
+
+QUANTIZED = [
+    f"{LAYER}.q_proj.{end}"
+    for end in ("qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "input_scale", "SCB")
+] + [
+    f"{LAYER}.q_proj.weight.{end}" for end in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4", "nested_absmax")
+]
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, f"{LAYER}.q_proj.weight_packed", f"{LAYER}.k_scale", "lm_head.qweight"])
+def test_what_quantized_weights_leave_is_recognised(name: str) -> None:
+    message = f"tensor {name} belongs to quantized weights; expected float32, bfloat16, float16 or float64"
+    with pytest.raises(CheckpointError) as raised:
+        load_weights(fresh(GQA), broken(name, torch.ones(2, dtype=torch.uint8)))
+    assert str(raised.value) == message
 
 
 def broken(name: str, value: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -136,9 +220,27 @@ def with_value(value: float) -> Tensor:
         (Q, torch.zeros(12, 24), "has shape [12, 24], expected [24, 12] by the configuration"),
         (Q, torch.zeros(24), "has shape [24], expected [24, 12] by the configuration"),
         (Q, None, "is missing; the checkpoint is incomplete"),
-        ("model.layers.2.input_layernorm.weight", torch.zeros(12), "is unexpected"),
-        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(24), "is unexpected"),
-        (Q, torch.zeros(24, 12, dtype=torch.int8), "has dtype torch.int8, expected floating point"),
+        (
+            "model.layers.2.input_layernorm.weight",
+            torch.zeros(12),
+            "is unexpected: the configuration has num_hidden_layers=2",
+        ),
+        ("layers.2.self_attn.q_proj.bias", torch.zeros(12), "is unexpected: the configuration has num_hidden_layers=2"),
+        ("model.layers.0.self_attn.q_norm.weight", torch.zeros(4), "is unexpected: no part of the Llama"),
+        ("model.embed_positions.weight", torch.zeros(4, 12), "is unexpected: no part of the Llama"),
+        ("lm_head.bias", torch.zeros(11), "is unexpected: no part of the Llama"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            torch.ones(24),
+            "is unexpected: the configuration has attention_bias=Fa",
+        ),
+        ("model.layers.0.mlp.up_proj.bias", torch.ones(10), "is unexpected: the configuration has mlp_bias=False, and"),
+        (
+            Q,
+            torch.zeros(24, 12, dtype=torch.int8),
+            "has dtype torch.int8, expected float32, bfloat16, float16 or float",
+        ),
+        (Q, torch.zeros(24, 12, dtype=torch.float8_e4m3fn), "has dtype torch.float8_e4m3fn, expected float32"),
         (Q, with_value(float("nan")), "holds NaN or infinity"),
         (Q, with_value(float("inf")), "holds NaN or infinity"),
         (Q, with_value(float("-inf")), "holds NaN or infinity"),
@@ -156,10 +258,33 @@ def test_a_wrong_tensor_is_named_and_not_written(name: str, value: Tensor | None
     assert bool((dict(hf_tensors(model))[Q] == 3).all())
 
 
-def test_a_tensor_that_comes_twice_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tensor_that_comes_twice_must_be_the_same(dtype: torch.dtype) -> None:
     tensors = random_tensors(GQA)
-    with pytest.raises(CheckpointError, match=rf"tensor {Q} appears twice"):
-        load_weights(fresh(GQA), [*tensors.items(), (Q, tensors[Q])])
+    load_weights(fresh(GQA, dtype), [*tensors.items(), (Q, tensors[Q].clone())])
+    with pytest.raises(CheckpointError, match=rf"tensor {Q} appears twice, with different values$"):
+        load_weights(fresh(GQA, dtype), [*tensors.items(), (Q, 2 * tensors[Q])])
+
+
+def test_names_with_a_prefix_of_their_own_are_told() -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in random_tensors(GQA).items()}
+    message = r"is missing, and so are 20 others; names here begin otherwise: module\.model\.embed_tokens\.weight$"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(fresh(GQA), tensors.items())
+
+
+def test_a_head_that_is_not_tied_must_be_there() -> None:
+    tensors = random_tensors(GQA)
+    del tensors[HEAD]
+    with pytest.raises(CheckpointError, match=rf"tensor {HEAD} is missing, and the configuration has tie_word_embedd"):
+        load_weights(fresh(GQA), tensors.items())
+
+
+def test_a_shape_is_told_with_the_sizes_that_give_it() -> None:
+    tensors = random_tensors(GQA) | {EMBEDDING: torch.zeros(16, 12)}
+    message = r"has shape \[16, 12\], expected \[11, 12\] by the configuration \(vocab_size, hidden_size\)$"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(fresh(GQA), tensors.items())
 
 
 def test_all_that_is_missing_is_counted() -> None:

@@ -2,52 +2,95 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
 from fastllama.io.formats.base import Checkpoint, dtype_name, read_json
 from fastllama.io.formats.tensor_files import open_safetensors, read_tensors
 from fastllama.io.formats.weight_files import weight_files
-from fastllama.layers.config import LlamaConfig
+from fastllama.layers.config import LlamaConfig, token_ids
+from fastllama.layers.weights import EMBEDDING, HEAD, slots
+
+logger = logging.getLogger("fastllama")
 
 
 class HfCheckpoint(Checkpoint):
-    """A folder as transformers' save_pretrained writes it. Memory-mapped: one shard's pages are held at a time."""
+    """A folder as transformers' save_pretrained writes it. Memory-mapped: one shard's pages are held at a time.
+
+    Tensors get the names of LlamaForCausalLM, as transformers gives them: "model." in front is missing in files of
+    LlamaModel, and is there twice in those of wrappers. Where tie_word_embeddings is true, the one matrix has the
+    embedding's name, whichever of the two is stored; a head with other values unties them, as in transformers 5.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files, self._index = weight_files(path)
+        self._files, index = weight_files(path)
         for file in self._files:
             if file.suffix == ".safetensors":
                 with open_safetensors(file):  # a truncated download shows before any memory is allocated
                     pass
         self.config = self._read_config()
+        self._names = {name: name for name in (*slots(self.config), HEAD)}
+        self._index = {self._name(name): file for name, file in index.items()}
+        if self.config.tie_word_embeddings:
+            self._look_at_tied()
+        if self.config.dtype is None:
+            first = next((tensor for name, tensor in self.tensors() if name in self._names), None)
+            self.config = self.config if first is None else replace(self.config, dtype=dtype_name(first))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for file in self._files:
-            yield from read_tensors(file)
+            for name, tensor in read_tensors(file):
+                yield self._name(name), tensor
 
     def file_of(self, name: str) -> Path:
         return self._index.get(name, self._files[0] if len(self._files) == 1 else self.path)
 
+    def _name(self, name: str) -> str:
+        return self._names.get(name.removeprefix("model."), self._names.get(f"model.{name}", name))
+
+    def _look_at_tied(self) -> None:
+        found = {name: tensor for name, tensor in self.tensors() if name in (EMBEDDING, HEAD)}
+        if found.keys() == {HEAD}:
+            self._names[HEAD] = EMBEDDING
+        if len(found) == 2 and not _equal(found[EMBEDDING], found[HEAD]):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but %s differs from %s: not tied, as in transformers",
+                self.path / "config.json",
+                HEAD,
+                EMBEDDING,
+            )
+            self.config = replace(self.config, tie_word_embeddings=False)
+
     def _read_config(self) -> LlamaConfig:
-        file = self.path / "config.json"
+        file, generation = self.path / "config.json", self.path / "generation_config.json"
         raw = read_json(file)
         if quantization := raw.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(f"{file}: the weights are quantized ({method!r}); expected bf16, fp16 or fp32")
-        generation = self.path / "generation_config.json"
-        if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
-            raw["eos_token_id"] = eos  # as transformers' generate: chat models stop at more than the base model's token
+            raise CheckpointError(
+                f"{file}: quantization_config says that the weights are quantized ({method!r}); "
+                "expected bf16, fp16 or fp32"
+            )
         try:
             config = LlamaConfig.from_hf(raw)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {error}") from None
-        if config.dtype is None:
-            _, first = next(self.tensors(), (None, None))
-            config = config if first is None else replace(config, dtype=dtype_name(first))
+        # generation_config.json comes first, as in transformers' generate: chat models stop at more than base models.
+        # Where it names no token, those of config.json stay; transformers would not stop at all.
+        if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+            try:
+                ids = token_ids(f"{generation}: eos_token_id", eos, config.vocab_size)
+            except TypeError as error:
+                raise CheckpointError(str(error)) from None
+            config = replace(config, eos_token_ids=ids)
         return config
+
+
+def _equal(embedding: Tensor, head: Tensor) -> bool:
+    return embedding.shape == head.shape and torch.equal(embedding.to(head.dtype), head)

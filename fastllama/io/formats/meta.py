@@ -16,9 +16,10 @@ from fastllama.io.formats.interleaved import LAYER_NAMES, half_split, rotary_hea
 from fastllama.io.formats.tensor_files import read_torch
 from fastllama.kernels.dispatch.isolation import no_autocast
 from fastllama.layers.config import LlamaConfig
+from fastllama.layers.tensor_names import is_recomputed
 
 _TOP_NAMES: dict[str, tuple[str, int | None]] = {
-    "tok_embeddings": ("model.embed_tokens", 1),
+    "tok_embeddings": ("model.embed_tokens", 1),  # or 0: see _split
     "norm": ("model.norm", None),
     "output": ("lm_head", 0),
 }
@@ -26,7 +27,11 @@ _EMBEDDING = "tok_embeddings.weight"
 
 
 class MetaCheckpoint(Checkpoint):
-    """A folder of Meta's download, all its files mapped. A tensor is merged from them when it is reached."""
+    """A folder of Meta's download, all its files mapped. A tensor is merged from them when it is reached.
+
+    Llama 1 and 2 split the embedding by columns (fairscale's ParallelEmbedding), Llama 3 by rows
+    (VocabParallelEmbedding): rows where each file has all `dim` columns.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,9 +50,10 @@ class MetaCheckpoint(Checkpoint):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._ranks[0]:
-            if name == "rope.freqs":  # recomputed from rope_theta
+            if is_recomputed(name):
                 continue
             hf_name, dim = _translate(name)
+            dim = self._split if name == _EMBEDDING else dim
             merged = self._merge(name, dim)
             heads = rotary_heads(hf_name, self.config)
             yield hf_name, merged if heads is None else half_split(merged, heads, f"{self.path}: tensor {name}")
@@ -69,15 +75,16 @@ class MetaCheckpoint(Checkpoint):
         if embedding is None or embedding.ndim != 2:
             raise CheckpointError(f"{self.path / 'consolidated.00.pth'}: tensor {_EMBEDDING} is missing or no matrix")
         file = self.path / "params.json"
+        params, count = read_json(file), len(self._ranks)
+        rows, columns = embedding.shape
+        self._split = 0 if columns == params.get("dim") else 1
         try:
-            config = LlamaConfig.from_meta(read_json(file), vocab_size=embedding.shape[0])
-        except CheckpointError:
-            raise
+            config = LlamaConfig.from_meta(params, vocab_size=rows * count if self._split == 0 else rows)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {error}") from None
-        if (columns := embedding.shape[1] * len(self._ranks)) != config.hidden_size:
+        if self._split == 1 and columns * count != config.hidden_size:
             raise CheckpointError(
-                f"{self.path}: the {len(self._ranks)} consolidated.*.pth hold {columns} of the {config.hidden_size} "
+                f"{self.path}: the {count} consolidated.*.pth hold {columns * count} of the {config.hidden_size} "
                 f"columns of tensor {_EMBEDDING}; are all files there?"
             )
         return replace(config, dtype=dtype_name(embedding))

@@ -81,8 +81,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "params truncated": (lambda path: truncate(path / "params.json"), "params.json is not valid JSON"),
     "params of another model": (
-        lambda path: (path / "params.json").write_text(json.dumps({"dim": 64, "moe": {}})),
-        "params.json: params.json has 'moe'",
+        lambda path: (path / "params.json").write_text(json.dumps({"dim": 64, "moe": {"num_experts": 8}})),
+        "params.json: moe is {'num_experts': 8}; legal: none",
     ),
     "uneven parts": (
         lambda path: edit(path, SECOND, lambda s: s.update({WQ: torch.zeros(8, 64)})),
