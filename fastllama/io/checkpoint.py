@@ -42,7 +42,7 @@ def _no_configuration(path: Path) -> str:
         if (what := what_is(path / name)) is not None:
             return f"{path / name} is {what}"
     if (path / "adapter_config.json").is_file():
-        return f"{path} is an adapter and no model; load it with load_model, or give its base"
+        return f"{path} is an adapter and no model; give its base"
     if (path / "model_index.json").is_file():
         return f"{path} is a pipeline of diffusers (model_index.json), not a Llama"
     if (path / "modules.json").is_file():

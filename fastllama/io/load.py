@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import check_choice
+from fastllama.io.adapter import AdaptedCheckpoint, locate
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.base import Checkpoint
-from fastllama.io.hub import resolve_model
 from fastllama.layers.config import DTYPES, LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.weights import load_weights, slots
@@ -21,18 +21,25 @@ from fastllama.progress import progress_bar
 def load_model(
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     progress: bool | None = None,
 ) -> LlamaForCausalLM:
     """Load a model in evaluation mode: "tiny", a path (Hugging Face or Meta folder, llama2.c file) or a Hub id.
 
-    dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32". progress: a bar on stderr; None shows it
-    on a terminal only. Host memory peaks at the model (if on the CPU) plus one mapped shard; Meta's tensors are spread
-    over all its files, which stay mapped. Raises FileNotFoundError, or CheckpointError naming file and tensor.
+    adapter: a PEFT LoRA adapter (folder or Hub id), merged into the weights in `dtype`; a model that is itself one is
+    merged into the base that it names. dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
+    progress: a bar on stderr; None shows it on a terminal only. Host memory peaks at the model (if on the CPU) plus one
+    mapped shard; Meta's tensors are spread over all its files, which stay mapped. Raises FileNotFoundError, or
+    CheckpointError naming file and tensor.
     """
-    checkpoint = open_checkpoint(resolve_model(str(model)))
-    built = LlamaForCausalLM(checkpoint.config, resolve_dtype(dtype, checkpoint.config), torch.device(device))
+    path, adapter_path = locate(model, adapter)
+    checkpoint = open_checkpoint(path)
+    target = resolve_dtype(dtype, checkpoint.config)
+    if adapter_path is not None:
+        checkpoint = AdaptedCheckpoint(checkpoint, adapter_path, target)
+    built = LlamaForCausalLM(checkpoint.config, target, torch.device(device))
     load_weights(built, _counted(checkpoint, built, progress), file_of=checkpoint.file_of)
     return built.eval()
 

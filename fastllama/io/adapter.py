@@ -1,0 +1,265 @@
+"""PEFT LoRA adapters, merged into the weights of their base while these are loaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import CheckpointError
+from fastllama.io.formats.base import AGAIN, Checkpoint
+from fastllama.io.formats.recognise import what_is
+from fastllama.io.formats.tensor_files import read_tensors
+from fastllama.io.hub import resolve_model
+from fastllama.io.lora import ADAPTER_CONFIG, LoraSettings
+from fastllama.kernels.dispatch.isolation import no_autocast
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.weights import slots
+
+_LOG = logging.getLogger("fastllama")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in peft's order
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Each with the module, then A or B; an adapter's name may stand behind that.
+_FACTORS = (
+    re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight"),
+    re.compile(r"base_model\.model\.(.+)\.lora_embedding_([AB])(?:\.([^.]+))?"),
+)
+_REPLACEMENT = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save(?:\.([^.]+))?)?\.(weight|bias)")
+
+
+@dataclass
+class _Change:
+    """What an adapter does to one parameter: replaces it, adds scale * B A, or both, in this order."""
+
+    replacement: Tensor | None = None
+    factors: dict[str, Tensor] = field(default_factory=dict)  # "A" [rank, in], "B" [out, rank]
+    keys: dict[str, str] = field(default_factory=dict)  # the adapter's names of "A", "B" and of the replacement, "W"
+
+    @property
+    def names(self) -> str:
+        return f"{self.keys['A']} and {self.keys['B']}"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter and no whole model: adapter_config.json, and no config.json."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(adapter: Path) -> Path:
+    """The folder of an adapter's base model: a path (from here, or from the adapter's folder), or fetched from the Hub.
+
+    Raises FileNotFoundError, ValueError or CheckpointError as `resolve_model`, naming adapter_config.json.
+    """
+    settings = LoraSettings(adapter)
+    name, revision = settings.base
+    if not Path(name).exists() and (adapter / name).exists():
+        return adapter / name
+    try:
+        return resolve_model(name if revision is None or Path(name).exists() else f"{name}@{revision}")
+    except (FileNotFoundError, ValueError) as error:
+        trouble = str(error).removeprefix("model is ")
+        raise type(error)(f"{settings.file}: base_model_name_or_path is {trouble}, or give the base as model") from None
+
+
+def locate(model: str | Path, adapter: str | Path | None) -> tuple[Path, Path | None]:
+    """Where a model lies, and the adapter to merge into it; a model that is an adapter lies where its base does."""
+    path = resolve_model(str(model))
+    if is_adapter(path):
+        if adapter is not None:
+            raise CheckpointError(
+                f"{path} is an adapter itself; give its base as model beside adapter {str(adapter)!r}"
+            )
+        return base_of(path), path
+    return path, None if adapter is None else resolve_model(str(adapter), argument="adapter")
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A base checkpoint whose tensors come with a LoRA adapter merged into them, one after another.
+
+    The numbers are those of peft's merge_and_unload on a CPU (peft 0.21): W is cast to `dtype`, then scale * (B A),
+    computed in fp32, is added and the sum rounded once; on an embedding it is rounded before it is added, too.
+    Differs from peft where that would be silent: every tensor of the adapter must be of use, every target module must
+    have its tensors, and LoRA on the embedding or head of a tied model is refused, as peft merges each into both. Where
+    embedding and head were both trained with more tokens, the vocabulary is theirs; peft asks to resize the base first.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+        self.path = base.path
+        self._base, self._dtype = base, dtype
+        self._file = _weights_of(folder)
+        self._settings = LoraSettings(folder)
+        self._changes = self._read_changes()
+        self.config = self._adapted_config()
+        self._check()
+
+    def file_of(self, name: str) -> Path:
+        change = self._changes.get(name)
+        return self._base.file_of(name) if change is None or change.replacement is None else self._file
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        left = dict(self._changes)
+        for name, tensor in self._named():
+            yield name, self._changed(name, tensor, left.pop(name, None))
+        if left:
+            name, change = next(iter(left.items()))
+            raise self._wrong(next(iter(change.keys.values())), f"is for {name}, which {self.path} does not hold")
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """The base's tensors; of a tied one the one matrix that is stored, under each name that it has from now on."""
+        tied, met = self._base.config.tie_word_embeddings, False
+        for name, tensor in self._base.tensors():
+            if not tied or name not in (_EMBEDDING, _HEAD):
+                yield name, tensor
+            elif not met:
+                met = True
+                yield _EMBEDDING, tensor
+                if not self.config.tie_word_embeddings:
+                    yield _HEAD, tensor
+
+    def _changed(self, name: str, tensor: Tensor, change: _Change | None) -> Tensor:
+        if change is None:
+            return tensor
+        if change.replacement is not None:
+            tensor = change.replacement
+        if not change.factors or not tensor.is_floating_point():
+            return tensor
+        weight = tensor.to(self._dtype, copy=True)
+        if not torch.isfinite(weight).all():  # the loader says what is wrong with the tensor itself
+            return tensor
+        a, b = change.factors["A"].float(), change.factors["B"].float()
+        with no_autocast():
+            delta = (b @ a if name != _EMBEDDING else (b @ a).T) * self._settings.scale(_module(name))
+        if delta.shape != weight.shape:
+            raise CheckpointError(
+                f"{self._file}: tensors {change.names} make {list(delta.shape)}, but {name} of the base has shape "
+                f"{list(weight.shape)}; was the adapter trained on this base?"
+            )
+        weight += delta.to(self._dtype) if name == _EMBEDDING else delta
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{self._file}: merging {change.names} into {name} gives NaN or infinity")
+        return weight
+
+    def _read_changes(self) -> dict[str, _Change]:
+        """What the adapter's tensors are for, by the name of the base's tensor."""
+        changes: dict[str, _Change] = defaultdict(_Change)
+        adapters = set()
+        for key, tensor in read_tensors(self._file):
+            if tensor.dtype not in _FLOATS:
+                raise self._wrong(key, f"has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+            if not torch.isfinite(tensor).all():
+                raise self._wrong(key, "holds NaN or infinity; the training diverged or the file is damaged")
+            if factor := next((found for pattern in _FACTORS if (found := pattern.fullmatch(key))), None):
+                module, part, adapter = factor.groups()
+                change = changes[f"{module}.weight"]
+                change.factors[part] = tensor
+                if (".lora_embedding_" in key) != (f"{module}.weight" == _EMBEDDING):
+                    raise self._wrong(key, "is for the other kind of layer: lora_embedding is for embed_tokens alone")
+            elif whole := _REPLACEMENT.fullmatch(key):
+                (module, adapter, kind), part = whole.groups(), "W"
+                if tensor.ndim == 0:
+                    raise self._wrong(key, "is a single number, expected a vector or a matrix")
+                change = changes[f"{module}.{kind}"]
+                change.replacement = tensor
+            else:
+                raise self._wrong(key, "is no part of a plain LoRA; expected base_model.model.MODULE.lora_A.weight ...")
+            if part in change.keys:
+                raise self._wrong(key, f"is the same part as {change.keys[part]}; one adapter is merged")
+            change.keys[part] = key
+            adapters |= {adapter} if adapter else set()
+            if len(adapters) > 1:
+                raise self._wrong(key, f"is of a second adapter ({', '.join(sorted(adapters))}); one is merged")
+        return dict(changes)
+
+    def _adapted_config(self) -> LlamaConfig:
+        """The base's configuration, with the vocabulary and the tie that its changed embedding and head have."""
+        config, changes = self._base.config, self._changes
+        embedding, head = (changes[name].replacement if name in changes else None for name in (_EMBEDDING, _HEAD))
+        if config.tie_word_embeddings and (embedding is not None or head is not None):
+            if self._separates(embedding, head):
+                config = replace(config, tie_word_embeddings=False)
+            elif head is not None:
+                changes.setdefault(_EMBEDDING, changes.pop(_HEAD))
+                embedding = changes[_EMBEDDING].replacement
+        rows = {None if tensor is None else tensor.shape[0] for tensor in (embedding, head)}
+        if config.tie_word_embeddings:
+            rows.discard(None)
+        if len(rows) == 1 and (count := rows.pop()) not in (None, config.vocab_size):
+            _LOG.info("%s: the vocabulary has %d tokens, the base's %d", self._file, count, config.vocab_size)
+            config = replace(config, vocab_size=count)
+        return config
+
+    def _separates(self, embedding: Tensor | None, head: Tensor | None) -> bool:
+        """Whether modules_to_save gives a tied model an embedding and a head that differ, as peft's wrappers do."""
+        wrapped = [
+            name for name in (_EMBEDDING, _HEAD) if _module(name).endswith(tuple(self._settings.saved_modules or [" "]))
+        ]
+        if not wrapped or (wrapped == [_EMBEDDING] and head is None and self._settings.ensures_tie):
+            return False
+        return embedding is None or head is None or not torch.equal(embedding, head)
+
+    def _check(self) -> None:
+        """Raises CheckpointError where the adapter does not fit its settings or its base, before any weight is read."""
+        table, tied = slots(self.config), self._base.config.tie_word_embeddings
+        for name, change in self._changes.items():
+            first = next(iter(change.keys.values()))
+            if tied and name in (_EMBEDDING, _HEAD) and change.factors:
+                raise self._wrong(first, "would change head and embedding, which are one matrix in the base")
+            if name not in table and not (tied and name == _HEAD):
+                raise self._wrong(first, f"is for {name}, which the base does not have")
+            if len(change.factors) == 1:
+                (part,) = change.factors
+                raise self._wrong(change.keys[part], f"has no lora_{'B' if part == 'A' else 'A'} beside it")
+            if change.factors:
+                self._check_rank(name, change)
+        modules = [_module(name) for name in table if name.endswith(".weight")]
+        for module in self._settings.targets(modules):
+            if not self._changes.get(f"{module}.weight", _Change()).factors:
+                raise CheckpointError(f"{self._file} holds no lora_A and lora_B of {module}, a target module; {AGAIN}")
+        replaced = [_module(name) for name, change in self._changes.items() if change.replacement is not None]
+        for ending in self._settings.saved_modules:
+            if not any(module.endswith(ending) for module in replaced):
+                raise CheckpointError(f"{self._file} holds no weight of {ending}, one of modules_to_save; {AGAIN}")
+
+    def _check_rank(self, name: str, change: _Change) -> None:
+        rank = self._settings.rank(_module(name))
+        for part, tensor in change.factors.items():
+            if tensor.ndim != 2 or tensor.shape[0 if part == "A" else 1] != rank:
+                shape = list(tensor.shape)
+                raise self._wrong(
+                    change.keys[part], f"has shape {shape}, expected rank {rank} by {self._settings.file.name}"
+                )
+
+    def _wrong(self, key: str, trouble: str) -> CheckpointError:
+        return CheckpointError(f"{self._file}: tensor {key} {trouble}")
+
+
+def _weights_of(folder: Path) -> Path:
+    """The weight file of an adapter's folder. Raises FileNotFoundError or CheckpointError that says what is there."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is {what_is(folder)}; give the adapter's folder, with {ADAPTER_CONFIG}")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        if (what := what_is(folder / ADAPTER_CONFIG)) is not None:
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG} is {what}")
+        if nested := sorted(child.name for child in folder.iterdir() if (child / ADAPTER_CONFIG).is_file()):
+            raise CheckpointError(
+                f"{folder} holds {len(nested)} adapters ({', '.join(nested)}); give {folder / nested[0]}"
+            )
+        raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; expected the folder of a PEFT LoRA adapter")
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+        if (what := what_is(folder / name)) is not None:
+            raise CheckpointError(f"{folder / name} is {what}")
+    raise FileNotFoundError(f"{folder} holds no {_WEIGHTS[0]}, nor {_WEIGHTS[1]}; {AGAIN}")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
