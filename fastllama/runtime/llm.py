@@ -7,6 +7,7 @@ import logging
 from collections import abc
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -14,7 +15,9 @@ from typing import Any, cast
 import torch
 
 from fastllama.errors import reject_unknown
-from fastllama.io.chat import Message, encode_chat
+from fastllama.io.adapter import locate
+from fastllama.io.chat import ChatFormat, Message
+from fastllama.io.chat import chat_format as choose_format
 from fastllama.io.companions import GENERATION_CONFIG, find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
@@ -82,7 +85,7 @@ class LLM:
         device: str | torch.device = "auto",
         quantization: str | None = "auto",
         adapter: str | Path | None = None,
-        chat_format: str = "auto",
+        chat_format: str | Path = "auto",
         max_model_len: int | None = None,
         kv_cache_tokens: int | None = None,
         host_cache_tokens: int = 0,
@@ -123,7 +126,8 @@ class LLM:
                 "returns (for a model of transformers: fastllama.patch(model))"
             )
         self._name = None if isinstance(model, LlamaForCausalLM) else str(model)
-        self._chosen_format = chat_format
+        self._choice = chat_format
+        self._chat_format: ChatFormat | None = None
         self.sampling_defaults: dict[str, Any] = {}  # what generation_config.json sets, by SamplingParams' names
         if isinstance(model, LlamaForCausalLM):
             for name, value in (("dtype", dtype), ("device", device)):
@@ -133,10 +137,12 @@ class LLM:
                 raise ValueError(f"adapter is {str(adapter)!r} beside a loaded model; legal: load_model(..., adapter=)")
             self.tokenizer, loaded = _tokenizer_of(tokenizer), model
         else:
-            target, path = resolve_device(device), resolve_model(str(model))
-            self.tokenizer = _tokenizer_of(tokenizer, path)
+            target, (path, merged) = resolve_device(device), locate(model, adapter)
+            self.tokenizer = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
             self.sampling_defaults = _legal_settings(path)
-            loaded = load_model(path, dtype=dtype, device=target, progress=progress)
+            if chat_format != "auto" and self.tokenizer is not None:
+                self._chat_format = choose_format(self.tokenizer, choice=chat_format, model=self._name)
+            loaded = load_model(path, adapter=merged, dtype=dtype, device=target, progress=progress)
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
             _LOG.warning(
                 "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
@@ -170,6 +176,13 @@ class LLM:
         """The parameters of requests that bring none: the checkpoint's sampling settings, else SamplingParams' own."""
         return SamplingParams(**self.sampling_defaults)
 
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How conversations are asked, and what ends an answer. A guess is logged as a warning, once."""
+        if self._chat_format is None:
+            self._chat_format = choose_format(self._needed_tokenizer(), choice=self._choice, model=self._name)
+        return self._chat_format
+
     def generate(
         self,
         prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
@@ -194,8 +207,9 @@ class LLM:
         return [generation.output() for generation in generations]
 
     def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation in Llama 2's chat format; messages: [{"role": "user", "content": ...}, ...]."""
-        return self.generate([encode_chat(self._needed_tokenizer(), messages)], params)[0]
+        """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...]."""
+        (params,) = _params_of_each(self.default_params if params is None else params, 1)
+        return self.generate([self.chat_format.encode(messages)], self._ending_answers(params))[0]
 
     def stream(
         self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
@@ -242,8 +256,26 @@ class LLM:
         if isinstance(prompt, str):
             return self._encode_text(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return encode_chat(self._needed_tokenizer(), cast(abc.Sequence[Message], prompt))
+            return self.chat_format.encode(cast(abc.Sequence[Message], prompt))
         return cast(abc.Sequence[int], prompt)
+
+    def prepare(
+        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams
+    ) -> tuple[abc.Sequence[int], SamplingParams]:
+        """What `encode` gives, and the parameters that it runs with: those of a chat end where its format's answers do.
+
+        Raises what `encode` raises.
+        """
+        ids = self.encode(prompt)
+        chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
+        return ids, self._ending_answers(params) if chat else params
+
+    def _ending_answers(self, params: SamplingParams) -> SamplingParams:
+        """Parameters that end an answer where the chat format does, too."""
+        chat = self.chat_format
+        ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self.config.eos_token_ids]
+        stop, stop_token_ids = (*params.stop, *chat.stop), (*params.stop_token_ids, *ids)
+        return replace(params, stop=stop, stop_token_ids=stop_token_ids)
 
     def _encode_text(self, text: str) -> list[int]:
         tokenizer = self._needed_tokenizer()
@@ -286,8 +318,8 @@ class LLM:
         self.close()
 
     def _add(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams) -> Generation:
-        text = prompt if isinstance(prompt, str) else None
-        return self.engine.add_request(self.encode(prompt), params, prompt=text)
+        ids, params = self.prepare(prompt, params)
+        return self.engine.add_request(ids, params, prompt=prompt if isinstance(prompt, str) else None)
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

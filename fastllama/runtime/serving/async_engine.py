@@ -140,9 +140,9 @@ class AsyncEngine:
         if deadline is not None:
             check_range("deadline", deadline, 0)
             deadline += arrival
-        ids = tuple(self._llm.encode(prompt))
+        ids, params = self._llm.prepare(prompt, params)
         self._engine.check_request(ids, params)
-        order = _Order(ids, prompt if isinstance(prompt, str) else None, params, arrival, deadline)
+        order = _Order(tuple(ids), prompt if isinstance(prompt, str) else None, params, arrival, deadline)
         with self._lock, self._statistics.lock:
             if self._refusal is not None:
                 raise RuntimeError(f"this AsyncEngine {self._refusal}; make a new one")
