@@ -57,6 +57,15 @@ class ChatFormat:
         return self._encode(messages, tags)
 
 
+def check_chat_format(choice: str | Path) -> None:
+    """Raise ValueError or FileNotFoundError unless `choice` is one that `chat_format` takes; no file is read."""
+    if str(choice) in _CHOICES or Path(choice).is_file():
+        return
+    if isinstance(choice, Path) or choice.endswith(".jinja"):
+        raise FileNotFoundError(f"chat_format is {str(choice)!r}: there is no such file")
+    check_choice("chat_format", choice, (*_CHOICES, "FILE.jinja"))
+
+
 def chat_format(tokenizer: Tokenizer, *, choice: str | Path = "auto", model: str | None = None) -> ChatFormat:
     """The format in which a model is asked. What no file says, but a guess, is logged as a warning.
 
@@ -83,6 +92,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags
 
 
 def _choose(tokenizer: Tokenizer, choice: str | Path, model: str | None) -> ChatFormat:
+    check_chat_format(choice)
     if choice == "llama2":
         return _llama2(tokenizer, "chat format: Llama 2's, as asked")
     if choice == "plain":
@@ -133,14 +143,11 @@ def _special_in_text(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def _read(path: Path) -> str:
     """The text of a jinja file."""
-    if not path.is_file():
-        if path.suffix:
-            raise FileNotFoundError(f"chat_format is {str(path)!r}, and there is no such file")
-        check_choice("chat_format", str(path), (*_CHOICES, "the path of a .jinja file"))
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} is no chat template: it is not UTF-8 text") from None
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise CheckpointError(f"{path} is no chat template: not UTF-8 text, {byte}") from None
 
 
 def _template_file(tokenizer: Tokenizer) -> Path:

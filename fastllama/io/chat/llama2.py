@@ -29,7 +29,8 @@ def encode(tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Mess
     stripped. Each turn is encoded by itself, so it begins with SentencePiece's leading space. The chat template on
     Hugging Face gives the same ids, except that
 
-    - a tokenizer.json with `prepend_scheme: first` leaves out that space after each BOS (the piece "[", not "▁[");
+    - transformers 5 leaves out that space after each BOS (the piece "[", not "▁[") where the files do not ask for it by
+      `legacy: true`, or by a `Prepend` in tokenizer.json and a tokenizer_class that is not LlamaTokenizer;
     - "<s>" and "</s>" inside contents become control ids there, and stay plain text here and in Meta's reference.
 
     Contents may hold neither TAGS nor the `special` pieces that this tokenizer reads as ids in plain text.

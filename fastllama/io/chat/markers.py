@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from fastllama.errors import CheckpointError
+from fastllama.io.chat.errors import TemplateBudgetError
 from fastllama.io.chat.messages import Markers, Message
 from fastllama.io.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) ->
     """
     segments = [segment for text, roles in _renderings(render) for segment in _segments(text, roles)]
     tags = {tag for segment in segments for tag in _TAG.findall(segment.text)}
-    known = {piece: tokenizer.encode_template(piece) for piece in (*tags, *tokenizer.special_pieces())}
+    known = {piece: tokenizer.encode_template(piece) for piece in (*tags, *tokenizer.special_pieces()) if piece.strip()}
     pieces = {piece: ids[0] for piece, ids in known.items() if len(ids) == 1}
     fences = Markers(known)
     labels = [label for segment in segments for label in _labels(segment, fences)]
@@ -75,12 +76,14 @@ def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) ->
 
 
 def _renderings(render: Callable[[Sequence[Message]], str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The probes that the template takes. What it says of the first one is raised if that is broken, not refused."""
+    """The probes that the template takes; where it takes none, but fails, what it says of the first is raised."""
     failures = []
     for roles in _PROBES:
         messages: list[Message] = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
         try:
             yield render(messages), roles
+        except TemplateBudgetError:
+            raise
         except ValueError as error:
             failures.append(error)
     if len(failures) == len(_PROBES) and isinstance(failures[0], CheckpointError):

@@ -27,8 +27,9 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from fastllama.errors import CheckpointError
+from fastllama.io.chat.errors import ConversationRefusedError, TemplateBudgetError
 
-_STEPS = 500_000  # loop steps and characters that any rendering may spend: a second or two
+_STEPS = 200_000  # loop steps and characters that any rendering may spend: a second or two
 _STEPS_PER_CHARACTER = 100  # and for each character of what is rendered
 
 
@@ -38,10 +39,6 @@ class Rendering:
 
     budget: int
     undefined: set[str] = field(default_factory=set)
-
-
-class ConversationRefusedError(ValueError):
-    """A template called `raise_exception`: the conversation is not one that it writes."""
 
 
 _RENDERING: ContextVar[Rendering] = ContextVar("rendering")
@@ -62,7 +59,9 @@ def render(source: str, file: str, variables: Mapping[str, Any], characters: int
     except TemplateSyntaxError as error:
         raise CheckpointError(f"{file}: the chat template is broken at line {error.lineno}: {_words(error)}") from None
     except RecursionError:
-        raise CheckpointError(f"{file}: the chat template is nested or calls itself too deeply") from None
+        raise TemplateBudgetError(f"{file}: the chat template is nested or calls itself too deeply") from None
+    except TemplateBudgetError:
+        raise TemplateBudgetError(f"{file}: the chat template loops or grows beyond reason") from None
     except Exception as error:  # whatever a stranger's program can raise
         raise CheckpointError(f"{file}: the chat template fails: {_words(error)}") from None
     finally:
@@ -79,7 +78,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         run = _RENDERING.get()
         run.budget -= amount
         if run.budget < 0:
-            raise OverflowError("it loops or grows beyond reason")
+            raise TemplateBudgetError
         return True
 
     def joined(self, *values: Any) -> str:

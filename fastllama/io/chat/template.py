@@ -16,7 +16,7 @@ from fastllama.io.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("fastllama")
 _ROLE = re.compile(r"[^\W\d_][\w .\-]*")
-_OLDEST_JINJA = (3, 1, 6)  # known ways out of the sandbox are closed from here on
+_OLDEST_JINJA = (3, 1, 6)
 
 
 class ChatTemplate:
@@ -100,7 +100,7 @@ class ChatTemplate:
         legal = "legal: a word, such as 'system', 'user', 'assistant'"
         if not _ROLE.fullmatch(role):
             raise ValueError(f"messages[{index}] has role {role!r}; {legal}")
-        for piece in self._control_pieces():
+        for piece in () if role in ("system", "user", "assistant") else self._control_pieces():
             if re.sub(r"^\W+|\W+$", "", piece) == role:
                 raise ValueError(
                     f"messages[{index}] has role {role!r}, which names the special token {piece!r}; {legal}"
@@ -118,8 +118,10 @@ def _harmless(index: int, message: Message) -> Message:
 
 def _need_jinja() -> None:
     try:
-        installed = tuple(int(part) for part in re.findall(r"\d+", version("jinja2"))[:3])
+        installed = version("jinja2")
     except PackageNotFoundError:
-        installed = ()
-    if installed < _OLDEST_JINJA:
-        raise ExtraRequiredError("the chat template", "jinja2>=" + ".".join(map(str, _OLDEST_JINJA)), "hf")
+        raise ExtraRequiredError("a chat template", "jinja2", "hf") from None
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) < _OLDEST_JINJA:
+        raise ValueError(
+            f"jinja2 is {installed}, with known ways out of its sandbox; legal for a chat template: 3.1.6 and newer"
+        )
