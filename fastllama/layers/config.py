@@ -180,15 +180,19 @@ class LlamaConfig:
         declared = field(params, "vocab_size", -1)
         check_integer("vocab_size", declared)
         if declared not in (-1, vocab_size):
-            raise ValueError(f"vocab_size is {declared}, but tensor tok_embeddings.weight has {vocab_size} rows")
+            rows = f"tensor tok_embeddings.weight has {vocab_size} rows"
+            raise ValueError(f"vocab_size is {declared}, but {rows}; are all files there?")
         scaled = field(params, "use_scaled_rope", False)
         check_flag("use_scaled_rope", scaled)
         dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
-        multiple = field(params, "multiple_of", 256)
-        for name, value in (("dim", dim), ("n_layers", layers), ("n_heads", heads), ("multiple_of", multiple)):
+        kv_heads, multiple = field(params, "n_kv_heads", heads), field(params, "multiple_of", 256)
+        for name, value in (("dim", dim), ("n_layers", layers), ("n_heads", heads), ("n_kv_heads", kv_heads)):
             check_size(name, value)
+        check_size("multiple_of", multiple)
         if dim % heads:
             raise ValueError(f"dim is {dim}; legal: a multiple of n_heads={heads}")
+        if heads % kv_heads:
+            raise ValueError(f"n_kv_heads is {kv_heads}; legal: a divisor of n_heads={heads}")
         multiplier = field(params, "ffn_dim_multiplier", 1.0)
         check_positive("ffn_dim_multiplier", multiplier)
         theta, eps = field(params, "rope_theta", 10000.0), field(params, "norm_eps", 1e-5)
@@ -203,7 +207,7 @@ class LlamaConfig:
             intermediate_size=-(-inner // multiple) * multiple,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=field(params, "n_kv_heads", heads),
+            num_key_value_heads=kv_heads,
             head_dim=dim // heads,
             max_position_embeddings=131072 if scaled else trained,
             rms_norm_eps=eps,

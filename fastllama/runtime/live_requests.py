@@ -48,7 +48,13 @@ class LiveRequests:
             raise ValueError(
                 f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
             )
-        self.scheduler.check(len(prompt_token_ids), params)
+        length, limit = len(prompt_token_ids), self.scheduler.max_model_len
+        if length >= limit and self._config.longest_context is None:
+            raise ValueError(
+                f"the prompt has {length} tokens; legal: at most {limit - 1}, one less than max_model_len, "
+                "which can be raised, as the model's rope scaling is dynamic"
+            )
+        self.scheduler.check(length, params)
 
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
         """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.layers.config import RopeScaling
 from fastllama.runtime import engine as engine_module
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
@@ -306,6 +308,20 @@ def test_a_step_tells_who_gained_a_token() -> None:
         assert set(llm.engine.step()) == {short, long}
         finish(llm.engine, short, long)
         assert not llm.engine.has_work
+
+
+def test_a_long_prompt_of_a_model_with_dynamic_rope_is_told_what_to_raise() -> None:
+    """Its default context is the trained one, in which the scaling does nothing."""
+    model = ours()
+    model.config = replace(model.config, rope_scaling=RopeScaling("dynamic", 2.0))
+    prompt = [1] * 600
+    with running(model, max_model_len=None) as llm, pytest.raises(ValueError, match=r".") as raised:
+        llm.generate(prompt)
+    assert str(raised.value).endswith(
+        "at most 511, one less than max_model_len, which can be raised, as the model's rope scaling is dynamic"
+    )
+    with running(model, max_model_len=700) as llm:
+        assert len(llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2))[0].outputs[0].token_ids) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from fastllama.errors import CheckpointError
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.meta import half_split
-from fastllama.layers.config import LlamaConfig
+from fastllama.layers.config import LlamaConfig, RopeScaling
 from tests.io.checkpoints import SHAPES, hf_state, interleaved, random_llama, write_meta
 
 
@@ -118,3 +118,94 @@ def test_an_unknown_tensor_keeps_its_name(tmp_path: Path) -> None:
     path = write_meta(random_llama(), tmp_path / "meta")
     edit(path, "consolidated.00.pth", lambda state: state.update({"layers.0.attention.gate.weight": torch.zeros(1)}))
     assert "layers.0.attention.gate.weight" in dict(open_checkpoint(path).tensors())
+
+
+def rows_instead(path: Path) -> Path:
+    """Split the embedding by rows, as Llama 3's files are."""
+    files = sorted(path.glob("consolidated.*.pth"))
+    whole = torch.cat([torch.load(file)["tok_embeddings.weight"] for file in files], 1)
+    for file, part in zip(files, whole.chunk(len(files)), strict=True):
+        edit(path, file.name, lambda state, part=part: state.update({"tok_embeddings.weight": part.clone()}))
+    return path
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_an_embedding_split_by_rows_merges_bit_for_bit(tmp_path: Path, shards: int) -> None:
+    model = random_llama()
+    checkpoint = open_checkpoint(rows_instead(write_meta(model, tmp_path / "meta", shards=shards)))
+    found = dict(checkpoint.tensors())
+    assert checkpoint.config.vocab_size == 40
+    assert all(torch.equal(found[name], tensor) for name, tensor in hf_state(model).items())
+
+
+def test_a_file_that_is_missing_of_rows_is_seen_by_the_vocabulary(tmp_path: Path) -> None:
+    path = rows_instead(write_meta(random_llama(), tmp_path / "meta", shards=2))
+    set_params(path, vocab_size=40)
+    (path / SECOND).unlink()
+    message = r"params.json: vocab_size is 40, but tensor tok_embeddings.weight has 20 rows; are all files there\?$"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+
+
+def set_params(path: Path, **params: object) -> None:
+    file = path / "params.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | params))
+
+
+def test_frequencies_in_every_layer_are_recomputed(tmp_path: Path) -> None:
+    """Llama 1's files hold them there."""
+    path = write_meta(random_llama(), tmp_path / "meta", shards=2)
+    extra = {f"layers.{i}.attention.inner_attention.rope.freqs": torch.rand(2) for i in range(2)}
+    for file in path.glob("*.pth"):
+        edit(path, file.name, lambda state: state.update(extra))
+    assert dict(open_checkpoint(path).tensors()).keys() == hf_state(random_llama()).keys()
+
+
+CONTEXTS: dict[str, tuple[dict[str, object], int, float | None]] = {
+    "Llama 1": ({"norm_eps": 1e-6}, 2048, None),
+    "Llama 2": ({"norm_eps": 1e-5}, 4096, None),
+    "Code Llama": ({"rope_theta": 1e6}, 16384, None),
+    "Llama 3": ({"rope_theta": 5e5, "use_scaled_rope": False}, 8192, None),
+    "Llama 3.1": ({"rope_theta": 5e5, "use_scaled_rope": True}, 131072, 8.0),
+}
+
+
+@pytest.mark.parametrize(("params", "context", "factor"), CONTEXTS.values(), ids=CONTEXTS)
+def test_the_context_is_that_of_the_generation(
+    tmp_path: Path, params: dict[str, object], context: int, factor: float | None
+) -> None:
+    path = write_meta(random_llama(), tmp_path / "meta")
+    set_params(path, **params)
+    config = open_checkpoint(path).config
+    assert config.context_length == context
+    expected = None if factor is None else RopeScaling("llama3", factor, 8192, 1.0, 4.0)
+    assert config.rope_scaling == expected
+
+
+def test_keys_that_are_not_known_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_meta(random_llama(), tmp_path / "meta")
+    set_params(path, model_parallel_size=1, date="2023-07-18", quantization_args=None)
+    open_checkpoint(path)
+    assert caplog.messages == ["params.json: date, model_parallel_size is not used, no Llama of Meta's has such a key"]
+
+
+META_KEYS = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size"]
+META_KEYS += ["rope_theta", "use_scaled_rope", "max_seq_len", "quantization_args", "lora_args"]
+
+
+@pytest.mark.parametrize("key", META_KEYS)
+@pytest.mark.parametrize("value", [None, True, 0, -3, 1.5, float("inf"), "many", [], [1], {}, {"a": 1}], ids=repr)
+def test_a_wrong_value_in_params_json_is_named(tmp_path: Path, key: str, value: object) -> None:
+    path = write_meta(random_llama(), tmp_path / "meta")
+    set_params(path, **{key: value})
+    trouble = refusal(path)
+    assert trouble is None or key in trouble.removeprefix(f"{path / 'params.json'}: ")
+
+
+def refusal(path: Path) -> str | None:
+    """What is said where a folder is opened, None where nothing is."""
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
