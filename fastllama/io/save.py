@@ -14,11 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllama.errors import check_range
-from fastllama.io.formats.base import dtype_name
+from fastllama.io.formats.base import dtype_name, read_json
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.weights import hf_tensors
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Everything that load_tokenizer and transformers' AutoTokenizer read of a Llama's folder: vocabularies, the rest.
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
+_COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja", "additional_chat_templates/*.jinja"),
+)
 
 
 def save_model(
@@ -30,25 +35,34 @@ def save_model(
 ) -> None:
     """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each (or one tensor).
 
-    `tokenizer` is a tokenizer file, or a folder whose tokenizer files are copied. The folder `path` appears complete or
-    not at all: everything is written beside it first. Raises ValueError if it exists and is not empty,
-    FileNotFoundError if the tokenizer does not exist.
+    `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
+    with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
+    BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written under another name first.
+    Raises ValueError if it exists and is not empty, FileNotFoundError if the tokenizer does not exist, CheckpointError
+    if a configuration beside it is broken.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"path is {str(path)!r}, which exists; legal: a new or an empty folder")
-    extras = [] if tokenizer is None else _tokenizer_files(Path(tokenizer))
+    extras, generation, kept = {}, {}, {}
+    if tokenizer is not None:
+        extras = _tokenizer_files(Path(tokenizer))
+        generation = _settings(Path(tokenizer), "generation_config.json")
+        config = _settings(Path(tokenizer), "config.json")
+        kept = {key: config[key] for key in ("tokenizer_class",) if key in config}  # AutoTokenizer reads it here, too
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
         partial = Path(scratch) / "model"
         partial.mkdir()
         _write_weights(model, partial, max_shard_size)
-        for file in extras:
-            shutil.copyfile(file, partial / file.name)
+        for name, file in extras.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
         config = replace(model.config, dtype=dtype_name(model.embed_tokens.weight)).to_hf()
-        _write_json(partial / "generation_config.json", {k: config[k] for k in ("bos_token_id", "eos_token_id")})
-        _write_json(partial / "config.json", config)
+        generation |= {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+        _write_json(partial / "generation_config.json", generation)
+        _write_json(partial / "config.json", kept | config)
         partial.replace(path)
 
 
@@ -80,13 +94,23 @@ def _shards(model: LlamaForCausalLM, max_shard_size: int) -> Iterator[dict[str, 
     yield shard
 
 
-def _tokenizer_files(source: Path) -> list[Path]:
+def _tokenizer_files(source: Path) -> dict[str, Path]:
+    """What is to be copied, by its place in the new folder."""
+    folder, vocabularies = source, [source / name for name in _VOCABULARIES if (source / name).is_file()]
+    found = {file.name: file for file in vocabularies}
     if source.is_file():
-        return [source]
-    if found := [source / name for name in TOKENIZER_FILES if (source / name).is_file()]:
-        return found
-    wanted = ", ".join(TOKENIZER_FILES)
-    raise FileNotFoundError(f"tokenizer is {str(source)!r}; legal: a tokenizer file, or a folder with one of {wanted}")
+        folder, found = source.parent, {"tokenizer.json" if source.suffix == ".json" else "tokenizer.model": source}
+    if not found:
+        wanted = " or ".join(_VOCABULARIES[:3])
+        raise FileNotFoundError(f"tokenizer is {str(source)!r}; legal: a tokenizer file, or a folder with {wanted}")
+    beside = (file for name in _COMPANIONS for file in folder.glob(name))
+    return found | {file.relative_to(folder).as_posix(): file for file in beside if file.is_file()}
+
+
+def _settings(tokenizer: Path, name: str) -> dict[str, Any]:
+    """A JSON file that lies with the tokenizer; {} where there is none."""
+    file = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / name
+    return read_json(file) if file.is_file() else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from fastllama.errors import CheckpointError
 from fastllama.io import save
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.load import load_model
 from fastllama.io.save import save_model
+from fastllama.io.tokenizer import load_tokenizer
 from fastllama.layers.model import LlamaForCausalLM
+from tests.io import tokenizer_folders
 from tests.io.checkpoints import SHAPES, random_llama, write_llama2c
 
 
@@ -105,18 +109,88 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path: Path, model: LlamaFo
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3 + 2 * 9
 
 
+COMPANIONS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+COMPANIONS += ["chat_templates/a.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json"]
+VOCABULARIES = ["tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"]
+WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def files(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+
+
 def test_the_tokenizer_comes_along(tmp_path: Path, model: LlamaForCausalLM) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for name in ("tokenizer.model", "tokenizer_config.json", "README.md"):
+    for name in (*VOCABULARIES, *COMPANIONS, "README.md", "optimizer.pt", "other/tokenizer.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     save_model(model, tmp_path / "folder", source)
+    assert files(tmp_path / "folder") == {*WEIGHTS, *VOCABULARIES, *COMPANIONS}
+    assert all((tmp_path / "folder" / name).read_text() == name for name in (*VOCABULARIES, *COMPANIONS))
     save_model(model, tmp_path / "file", source / "tokenizer.model")
-    weights = {"config.json", "generation_config.json", "model.safetensors"}
-    found = {path.name for path in (tmp_path / "folder").iterdir()}
-    assert found == weights | {"tokenizer.model", "tokenizer_config.json"}
-    assert (tmp_path / "folder" / "tokenizer.model").read_text() == "tokenizer.model"
-    assert {path.name for path in (tmp_path / "file").iterdir()} == weights | {"tokenizer.model"}
+    assert files(tmp_path / "file") == {*WEIGHTS, "tokenizer.model", *COMPANIONS}
+    (source / "tokenizer.model").rename(source / "llama.model")
+    save_model(model, tmp_path / "renamed", source / "llama.model")
+    assert (tmp_path / "renamed" / "tokenizer.model").read_text() == "tokenizer.model"
+
+
+@pytest.mark.parametrize("name", tokenizer_folders.names())
+def test_transformers_and_we_read_the_same_tokenizer_from_what_is_saved(
+    tmp_path: Path, model: LlamaForCausalLM, name: str
+) -> None:
+    source = tokenizer_folders.folder(name)
+    save_model(model, tmp_path / "out", source)
+    ours, back = load_tokenizer(source), load_tokenizer(tmp_path / "out")
+    theirs, theirs_back = (transformers.AutoTokenizer.from_pretrained(each) for each in (source, tmp_path / "out"))
+    assert (len(theirs_back), type(theirs_back)) == (len(theirs), type(theirs))
+    assert theirs_back.special_tokens_map == theirs.special_tokens_map
+    assert theirs_back.chat_template == theirs.chat_template
+    assert theirs_back.added_tokens_decoder == theirs.added_tokens_decoder
+    assert (back.special_tokens, back.chat_template) == (ours.special_tokens, ours.chat_template)
+    for line in (*tokenizer_folders.LINES, *theirs.all_special_tokens):
+        assert back.encode(line) == ours.encode(line)
+        assert theirs_back(line).input_ids == theirs(line).input_ids
+
+
+def test_sampling_settings_are_kept_and_bos_and_eos_are_the_models(tmp_path: Path) -> None:
+    random_llama(eos_token_id=[2, 5], bos_token_id=3).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "generation_config.json"
+    settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "max_new_tokens": 7, "pad_token_id": 0}
+    file.write_text(json.dumps(settings | {"eos_token_id": 7, "bos_token_id": 1}))
+    (tmp_path / "theirs" / "tokenizer.model").touch()
+    model = load_model(tmp_path / "theirs")
+    save_model(model, tmp_path / "ours", tmp_path / "theirs")
+    written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert written == settings | {"eos_token_id": 7, "bos_token_id": 3}
+    save_model(model, tmp_path / "bare")
+    assert json.loads((tmp_path / "bare" / "generation_config.json").read_text()).keys() == {
+        "bos_token_id",
+        "eos_token_id",
+    }
+    file.write_text("null")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json holds null"):
+        save_model(model, tmp_path / "never", tmp_path / "theirs")
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_class_of_the_tokenizer_is_kept_where_config_json_names_it(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    shutil.copytree(tokenizer_folders.folder("llama2_json"), tmp_path / "source")
+    config = {"model_type": "llama", "tokenizer_class": "PreTrainedTokenizerFast", "vocab_size": 9}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    save_model(model, tmp_path / "out", tmp_path / "source")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["tokenizer_class"], written["vocab_size"]) == ("PreTrainedTokenizerFast", 40)
+
+
+def test_a_tied_model_is_saved_tied(tmp_path: Path) -> None:
+    random_llama(tied=True).save_pretrained(tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours")
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as handle:
+        assert "lm_head.weight" not in handle.keys()  # noqa: SIM118 (safe_open is no mapping)
+    model = load_model(tmp_path / "ours")
+    assert model.lm_head.weight is model.embed_tokens.weight
+    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    assert back.lm_head.weight is back.model.embed_tokens.weight
 
 
 def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(
