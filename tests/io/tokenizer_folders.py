@@ -203,6 +203,43 @@ def tinyllama_chat(path: Path) -> None:
 
 
 @_kind
+def code_llama_slow(path: Path) -> None:
+    config = LLAMA | {"tokenizer_class": "CodeLlamaTokenizer", "fill_token": "<FILL_ME>", "suffix_first": False}
+    _sentencepiece(path, config)
+    model = samples.with_pieces(samples.model_bytes("tiny"), samples.INFILLING, samples.NORMAL)
+    (path / "tokenizer.model").write_bytes(model)
+
+
+@_kind
+def code_llama_json(path: Path) -> None:
+    samples.write_json(
+        samples.with_pieces(samples.model_bytes("tiny"), samples.INFILLING, samples.CONTROL), path, "prepend"
+    )
+    config = LLAMA | {"tokenizer_class": "CodeLlamaTokenizerFast", "add_bos_token": False}
+    write(path, "tokenizer_config.json", config)
+
+
+@_kind
+def control_and_user_defined_pieces(path: Path) -> None:
+    """SentencePiece models that hold their chat tokens themselves."""
+    _sentencepiece(path, LLAMA | {"add_bos_token": True, "eos_token": "<|im_end|>"})
+    model = samples.with_pieces(samples.model_bytes("tiny"), ["<|im_start|>", "<x>"], samples.USER_DEFINED)
+    model = samples.with_pieces(model, ["<|im_end|>", "<pad>"], samples.CONTROL)
+    (path / "tokenizer.model").write_bytes(model)
+
+
+@_kind
+def unigram_json(path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("the", -3.0), ("▁the", -3.0)]
+    pieces += [(letter, -9.0) for letter in "abcdefhijknorstuw<>|/_[]PAD"]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    backend.save(str(path / "tokenizer.json"))
+    write(path, "tokenizer_config.json", LLAMA | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+@_kind
 def every_flag(path: Path) -> None:
     decoder = {
         str(_size() + 0): token("<l>", lstrip=True),

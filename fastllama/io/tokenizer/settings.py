@@ -16,7 +16,9 @@ CONFIG, OVERRIDES, NUMBERS = "tokenizer_config.json", "special_tokens_map.json",
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(_LLAMA, "<|endoftext|>")
-_NAMED_BY_CLASS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GPT2Tokenizer": _GPT2}
+# transformers' fifth of Code Llama, <FILL_ME>, is no token of the model: Tokenizer.encode_infilling takes two texts.
+_INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>"}
+_NAMED_BY_CLASS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA | _INFILLING, "GPT2Tokenizer": _GPT2}
 _LOG = logging.getLogger("fastllama")
 _T = TypeVar("_T", str, bool)
 
@@ -89,8 +91,9 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
 
     read: dict[str, AddedPiece | None] = {}
     for file in (config, overrides):
-        for key in file.content:
-            if key.endswith("_token") and (key in _NAMES or isinstance(file.content[key], str | dict)):
+        for key, value in file.content.items():
+            is_own = key.endswith("_token") and not key.startswith(("add_", "fill_")) and isinstance(value, str)
+            if key in _NAMES or is_own:
                 read[key] = file.token(key)
     removed = frozenset(key for key, piece in read.items() if piece is None)
     found = {key: piece for key, piece in read.items() if piece and piece.content}
@@ -107,14 +110,16 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
         extra = overrides.tokens("additional_special_tokens")
     numbered = config.numbered_by_id() if decides else _File(folder / NUMBERS).numbered_by_text(special)
     if spec is not None and not decides:
-        numbered += [added_piece(f"{folder / 'tokenizer.json'}: added_tokens", each) for each in spec["added_tokens"]]
+        numbered += [
+            added_piece(f"{folder / 'tokenizer.json'}: added_tokens", each) for each in spec.get("added_tokens", ())
+        ]
     return TokenizerSettings(
         is_given=config.path.is_file(),
         tokenizer_class=kind,
         special_tokens={name: found[name].content for name in names},
         removed=removed,
-        numbered=tuple(sorted(numbered, key=lambda piece: piece.token_id or 0)),
-        named=(*(found[name] for name in names), *extra),
+        numbered=tuple(sorted((piece for piece in numbered if piece.content), key=lambda piece: piece.token_id or 0)),
+        named=(*(found[name] for name in names), *(piece for piece in extra if piece.content)),
         chat_template=_chat_template(folder, config),
         add_bos=config.get("add_bos_token", bool),
         add_eos=config.get("add_eos_token", bool),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,12 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         """`path`: the tokenizer.json. CheckpointError if it, or a file beside it, is broken or of another family."""
         spec = read_json(path)
-        self._template = _backend(path, spec)
-        decoders = list(_decoders(spec.get("decoder")))
+        self._template = _backend(path, path.read_text(encoding="utf-8"))
+        if not isinstance(spec["model"], dict) or not all(
+            isinstance(each, dict) for each in spec.get("added_tokens", ())
+        ):
+            raise CheckpointError(f"{path}: model and each of added_tokens must be an object")
+        decoders = _decoders(self._template)
         kinds = [decoder["type"] for decoder in decoders]
         is_byte_level = "ByteLevel" in kinds
         if not is_byte_level and not {"Metaspace", "ByteFallback"} & {*kinds}:
@@ -49,7 +54,7 @@ class HFTokenizer(Tokenizer):
         settings = read_settings(path.parent, spec=spec)
         known = [AddedPiece(piece.content) for piece in self._template.get_added_tokens_decoder().values()]
         given = settings.added(known)
-        spaced = settings.is_llama and spec["model"]["type"] == "BPE"
+        spaced = settings.is_llama and spec["model"].get("type", "BPE") == "BPE"
         _set_up(self._template, given, settings if spaced else None)
         _report_moved(path, self._template, spec, given)
 
@@ -61,7 +66,7 @@ class HFTokenizer(Tokenizer):
         if not is_byte_level:
             # A second tokenizer that does not know the control pieces: SentencePiece gives them the first three ids.
             hidden = {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
-            self._plain = _backend(path, _without(spec, hidden))
+            self._plain = _backend(path, json.dumps(_without(spec, hidden)))
             _set_up(
                 self._plain, [piece for piece in given if piece.content not in hidden], settings if spaced else None
             )
@@ -82,7 +87,7 @@ class HFTokenizer(Tokenizer):
             bos,
             eos,
             pad,
-            frame=_frame(self._template, settings, bos, eos),
+            frame=_frame(path, self._template, settings, bos),
             adds_leading_space=_strips_space(decoders) and (not spaced or settings.add_prefix_space is not False),
             settings=settings,
         )
@@ -97,15 +102,20 @@ class HFTokenizer(Tokenizer):
         return ids
 
 
-def _backend(path: Path, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _backend(path: Path, content: str) -> tokenizers.Tokenizer:
     try:
-        from tokenizers import Tokenizer as Backend
+        import tokenizers
     except ImportError:
         raise ExtraRequiredError(f"reading {path.name}", "tokenizers", "hf") from None
     try:
-        backend = Backend.from_str(json.dumps(spec))
+        backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
+        place = re.search(r"line \d+ column \d+", str(error))
+        where = f" ({place[0]})" if place else ""
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json that tokenizers can read{where}: it is broken, or newer than the package "
+            f"({tokenizers.__version__})"
+        ) from None
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -134,7 +144,7 @@ def _without(spec: Mapping[str, Any], hidden: Collection[str]) -> dict[str, Any]
     return {
         **spec,
         "model": model,
-        "added_tokens": [each for each in spec["added_tokens"] if each["content"] not in hidden],
+        "added_tokens": [each for each in spec.get("added_tokens", ()) if each["content"] not in hidden],
     }
 
 
@@ -167,13 +177,15 @@ def _named_id(path: Path, name: str, settings: TokenizerSettings, pieces: Mappin
     return token_id
 
 
-def _frame(backend: tokenizers.Tokenizer, settings: TokenizerSettings, bos: int | None, eos: int | None) -> Frame:
+def _frame(path: Path, backend: tokenizers.Tokenizer, settings: TokenizerSettings, bos: int | None) -> Frame:
     """What the post-processor puts around a text: transformers 5 goes by it, and not by add_bos_token beside it."""
     if settings.tokenizer_class == "CodeLlamaTokenizer":
         return Frame((bos,) if bos is not None else ())
     inner = backend.encode("a", add_special_tokens=False).ids
     outer = backend.encode("a").ids
-    start = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+    start = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
+    if start is None or not inner:
+        raise CheckpointError(f"{path}: post_processor changes the text's own tokens; legal: to add some around them")
     return Frame(outer[:start], outer[start + len(inner) :])
 
 
@@ -181,7 +193,11 @@ def _strips_space(decoders: Collection[Mapping[str, Any]]) -> bool:
     """Whether decoding drops the space that encoding put in front."""
     return any(
         (each["type"] == "Strip" and each["content"] == " " and each["start"] > 0)
-        or (each["type"] == "Metaspace" and each.get("prepend_scheme", "always") != "never")
+        or (
+            each["type"] == "Metaspace"
+            and each.get("add_prefix_space") is not False
+            and each.get("prepend_scheme") != "never"
+        )
         for each in decoders
     )
 
@@ -202,12 +218,12 @@ def _byte_level_alphabet() -> dict[str, bytes]:
     return shown | {chr(0x100 + n): bytes([byte]) for n, byte in enumerate(others)}
 
 
-def _decoders(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The decoder of a tokenizer.json, its sequences flattened."""
-    if decoder is None:
-        return
-    if decoder["type"] == "Sequence":
-        for inner in decoder["decoders"]:
-            yield from _decoders(inner)
-    else:
-        yield decoder
+def _decoders(backend: tokenizers.Tokenizer) -> list[Mapping[str, Any]]:
+    """What tokenizer.json says of its decoder, sequences flattened."""
+    waiting = [json.loads(backend.decoder.__getstate__())] if backend.decoder else []
+    found = []
+    while waiting:
+        decoder = waiting.pop(0)
+        waiting = decoder.get("decoders", []) + waiting
+        found.append(decoder)
+    return [decoder for decoder in found if decoder["type"] != "Sequence"]
