@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 import signal
@@ -17,12 +18,13 @@ from fastllama.cli.options import (
     add_quantize_option,
     add_runtime_options,
     add_sampling_options,
+    describe_defaults,
     load,
     no_numbers,
     sampling_params,
 )
 from fastllama.cli.parser import add_command as add
-from fastllama.cli.text import argument, decode
+from fastllama.cli.text import argument, decode, read_prompt
 from fastllama.cli.timings import Timings
 from fastllama.errors import nearest
 from fastllama.runtime.params import SamplingParams
@@ -31,9 +33,12 @@ if TYPE_CHECKING:
     from fastllama.io.chat import Message
 
 COMMANDS = {"/help": "show this", "/reset": "forget the conversation", "/exit": "leave, as Ctrl-D does"}
-DETAILS = """One line is one message. /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer:
-what was written of it stays in the conversation. When the conversation outgrows the model's context, its oldest
-turns are dropped. The tags of Llama 2's chat format ([INST], <<SYS>>...) are escaped wherever they occur in a text."""
+LINES = "a line that ends in a backslash goes on in the next"
+DETAILS = """One line is one message; a line that ends in a backslash goes on in the next. /reset forgets the conversation,
+/exit or Ctrl-D leaves. Ctrl-C stops an answer: what was written of it stays in the conversation. When the conversation
+outgrows the model's context, its oldest turns are dropped. The chat format is the checkpoint's own template; without
+one, Llama 2's for a model whose name holds chat or instruct, else plain text. Its tags ([INST], <|im_end|>...) are
+escaped wherever they occur in a text."""
 
 
 def add_command(commands: Any) -> None:
@@ -50,8 +55,16 @@ def add_command(commands: Any) -> None:
             "--temperature 0 --quiet < questions.txt",
         ),
     )
-    parser.add_argument(
+    system = parser.add_mutually_exclusive_group()
+    system.add_argument(
         "--system", type=argument, default="", metavar="TEXT", help="what the model is told before everything else"
+    )
+    system.add_argument("--system-file", metavar="F", help="file that holds it, in UTF-8")
+    parser.add_argument(
+        "--chat-format",
+        default="auto",
+        metavar="C",
+        help="auto (the checkpoint's own template), llama2, plain, or a .jinja file",
     )
     parser.add_argument("--quiet", action="store_true", help="print the answers alone")
     add_model_options(parser)
@@ -61,22 +74,30 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer lines until they end, and return the exit status."""
+    """Answer messages until they end, and return the exit status."""
+    from fastllama.io.chat import check_chat_format
+
+    # What needs no model first: a wrong option should not cost the minute that loading takes.
+    sampling_params(args)
+    check_chat_format(args.chat_format)
+    system = _system(args)
+    loaded = load(args)
     # No seed of its own for each answer: the engine draws them from --seed, so that no two answers share one.
-    params = sampling_params(args, seed=None)
-    conversation = Conversation(load(args), params, args.system)
+    conversation = Conversation(loaded, sampling_params(args, loaded.llm.sampling_defaults, seed=None), system)
     if not args.quiet:
-        _notice(conversation.loaded.describe())
+        _notice(loaded.describe() + describe_defaults(args, loaded.llm.sampling_defaults))
+        if not conversation.format.guessed:  # a guess is logged as a warning
+            _notice(conversation.format.description)
         _notice("/help says what you can do" if sys.stdin.isatty() else "reading messages from standard input")
-    for line in _lines():
-        if not line.strip():
+    for message in _messages():
+        if not message.strip():
             continue
-        if re.fullmatch(r"/\w+", line.strip()):
-            if line.strip() == "/exit":
+        if re.fullmatch(r"/\w+", message.strip()):
+            if message.strip() == "/exit":
                 break
-            _obey(line.strip(), conversation)
+            _obey(message.strip(), conversation)
             continue
-        statistics = conversation.answer(line, lambda piece: print(piece, end="", flush=True))
+        statistics = conversation.answer(message, lambda piece: print(piece, end="", flush=True))
         if statistics is not None:
             print(flush=True)
             if not args.quiet:
@@ -88,9 +109,17 @@ class Conversation:
     """Messages so far, and a model that answers the next."""
 
     def __init__(self, loaded: Loaded, params: SamplingParams, system: str) -> None:
-        self.loaded, self.params = loaded, params
+        """`params`: of each answer, which the chat format ends too. ValueError if it takes no system message."""
+        self.loaded, self.format = loaded, loaded.llm.chat_format
+        self.params = dataclasses.replace(
+            params,
+            stop=[*params.stop, *self.format.stop],
+            stop_token_ids=[*params.stop_token_ids, *self.format.stop_token_ids],
+        )
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._turns: list[Message] = []
+        if system:
+            self.format.encode([*self._system, {"role": "user", "content": "Hi"}], tags="escape")
 
     def reset(self) -> None:
         """Forget everything but the system's message."""
@@ -99,7 +128,7 @@ class Conversation:
     def answer(self, text: str, write: Callable[[str], None]) -> str | None:
         """Write the answer in pieces and return a line of statistics. Ctrl-C ends it with its next piece.
 
-        A message that does not fit (None) or gets no answer is dropped again.
+        A message that does not fit or that the chat format refuses (None), or that gets no answer, is dropped again.
         """
         self._turns.append({"role": "user", "content": text})
         ids = self._fitting_ids()
@@ -130,14 +159,16 @@ class Conversation:
 
     def _fitting_ids(self) -> list[int] | None:
         """The conversation's ids, its oldest turns dropped until there is room for an answer; None if that fails."""
-        from fastllama.io.chat import encode_chat
-
         limit = self.loaded.llm.engine.scheduler.max_model_len
         room = min(self.params.max_tokens, limit // 4)
         dropped = 0
         while True:
-            # Tags are escaped: a model may write some too, and must not make its own history illegal.
-            ids = encode_chat(self.loaded.tokenizer, [*self._system, *self._turns], tags="escape")
+            try:
+                # Tags are escaped: a model may write some too, and must not make its own history illegal.
+                ids = self.format.encode([*self._system, *self._turns], tags="escape")
+            except ValueError as error:
+                _notice(f"the message is dropped: {error}")
+                return None
             if len(ids) + room <= limit or len(self._turns) == 1:
                 break
             del self._turns[:2]
@@ -167,18 +198,44 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _lines() -> Iterator[str]:
-    """What the user writes, line by line: with a prompt and a history on a terminal, as UTF-8 from elsewhere."""
+def _system(args: argparse.Namespace) -> str:
+    """The system message. Raises ValueError for a file that is none, or is where the messages come from."""
+    if args.system_file is None:
+        return str(args.system)
+    if args.system_file == "-":
+        raise ValueError("--system-file is '-', and standard input holds the messages; legal: a file")
+    return read_prompt(args.system_file)
+
+
+def _messages() -> Iterator[str]:
+    """What the user writes: lines, joined where one ends in a backslash, of which two are one that stays."""
+    begun: list[str] = []
+    for line in _lines(begun):
+        backslashes = len(line) - len(line.rstrip("\\"))
+        begun.append(line[:-1] if backslashes % 2 else line)
+        if backslashes % 2 == 0:
+            yield "\n".join(begun)
+            begun.clear()
+    if begun:
+        yield "\n".join(begun)
+
+
+def _lines(begun: list[str]) -> Iterator[str]:
+    """Line by line without their ends: with a prompt and a history on a terminal, as UTF-8 from elsewhere.
+
+    begun: the lines of an unfinished message, which Ctrl-C on a terminal forgets.
+    """
     if not sys.stdin.isatty():
         for number, data in enumerate(sys.stdin.buffer, 1):
-            yield decode(data, f"line {number} of standard input")
+            yield decode(data, f"line {number} of standard input").removesuffix("\n").removesuffix("\r")
         return
     with suppress(ImportError):  # not everywhere; importing it gives input() its line editing
         importlib.import_module("readline")
     while True:
         try:
-            yield input("> ")
+            yield input(". " if begun else "> ")
         except KeyboardInterrupt:
+            begun.clear()
             print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
         except EOFError:
             print()
@@ -190,7 +247,7 @@ def _obey(command: str, conversation: Conversation) -> None:
         conversation.reset()
         _notice("the conversation starts anew")
     elif command == "/help":
-        _notice("\n".join(f"{name:7} {meaning}" for name, meaning in COMMANDS.items()))
+        _notice("\n".join([*(f"{name:7} {meaning}" for name, meaning in COMMANDS.items()), LINES]))
     else:
         hint = nearest(command, COMMANDS)
         _notice(f"unknown command {command}; " + (f"did you mean {hint}?" if hint else f"legal: {', '.join(COMMANDS)}"))

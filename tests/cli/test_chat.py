@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,11 +43,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
 
 @pytest.fixture
 def talk(command: Command, model: str) -> Talk:
-    """Messages through a pipe, 8 tokens an answer unless `options` say otherwise."""
+    """Messages through a pipe in Llama 2's format, 8 tokens an answer unless `options` say otherwise."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> Done:
         stdin = "".join(f"{line}\n" for line in lines).encode()
-        return command("chat", "--model", model, "--max-tokens", "8", *options, stdin=stdin)
+        asked = ("chat", "--model", model, "--chat-format", "llama2", "--max-tokens", "8")
+        return command(*asked, *options, stdin=stdin)
 
     return run
 
@@ -120,6 +122,61 @@ def test_a_system_message_outlives_a_reset(talk: Talk, asked: list[Generation], 
     assert "the conversation starts anew" in done.err
 
 
+@pytest.mark.parametrize(
+    ("lines", "messages"),
+    [
+        (("tell me\\", "a story", "so"), ["tell me\na story", "so"]),
+        (("tell me\\", "", "so"), ["tell me\n", "so"]),
+        (("a\\", "b\\", "c"), ["a\nb\nc"]),
+        (("a\\\\", "b"), ["a\\\\", "b"]),
+        (("a \\ b", "/reset\\", "c"), ["a \\ b", "/reset\nc"]),
+        (("a\r", "b\\"), ["a", "b"]),
+    ],
+)
+def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...], messages: list[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(chat.Conversation, "answer", lambda self, text, write: said.append(text))
+    assert talk(*lines).status == 0
+    assert said == messages
+
+
+def test_a_system_message_may_be_a_file(talk: Talk, asked: list[Generation], model: str, tmp_path: Path) -> None:
+    file = tmp_path / "system.txt"
+    file.write_text("be a bird\nof few words\n")
+    talk("who are you", options=("--system-file", str(file)))
+    assert prompts(asked) == [conversation(model, "who are you", system="be a bird\nof few words")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--system-file", "no/such"), "no/such: No such file or directory"),
+        (("--system-file", "-"), "--system-file is '-', and standard input holds the messages; legal: a file"),
+        (("--system-file", "x", "--system", "y"), "argument --system: not allowed with argument --system-file"),
+        (("--chat-format", "lama"), "chat_format is 'lama' (did you mean 'llama2'?)"),
+        (("--chat-format", "no.jinja"), "chat_format is 'no.jinja': there is no such file"),
+    ],
+)
+def test_wrong_options_are_said_before_a_model_is_loaded(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(chat, "load", lambda args: pytest.fail("loaded"))
+    done = talk("a", options=options)
+    assert done.status == 2
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_closed_standard_input_holds_no_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "--model", model, "--quiet"]) == 0
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
 def test_tags_are_escaped_in_what_either_side_says(
     talk: Talk, asked: list[Generation], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,14 +245,22 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def type_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str) -> Talk:
+def prompted() -> list[str]:
+    """What the command wrote where it waits for a line."""
+    return []
+
+
+@pytest.fixture
+def type_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, prompted: list[str]
+) -> Talk:
     """What a user types at a terminal: lines, Ctrl-C (KeyboardInterrupt), and in the end Ctrl-D."""
 
     def run(*lines: str | type[KeyboardInterrupt], options: tuple[str, ...] = ()) -> Done:
         typed: Iterator[Any] = iter(lines)
 
         def read(prompt: str) -> str:
-            assert prompt == "> "
+            prompted.append(prompt)
             line = next(typed, EOFError)
             if isinstance(line, str):
                 return line
@@ -203,18 +268,27 @@ def type_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
         monkeypatch.setattr(sys, "stdin", Terminal())
         monkeypatch.setattr(builtins, "input", read)
-        status = main(["chat", "--model", model, "--max-tokens", "24", *options])
+        status = main(["chat", "--model", model, "--chat-format", "llama2", "--max-tokens", "24", *options])
         return Done(status, *capsys.readouterr())
 
     return run
 
 
-def test_ctrl_c_and_ctrl_d_at_the_prompt(type_in: Talk, asked: list[Generation]) -> None:
+def test_ctrl_c_and_ctrl_d_at_the_prompt(type_in: Talk, asked: list[Generation], prompted: list[str]) -> None:
     done = type_in("tell me", KeyboardInterrupt, "more")
     assert done.status == 0
+    assert prompted == ["> "] * 4
     assert len(asked) == 2
     assert "(Ctrl-D or /exit leaves)" in done.err
     assert "/help says what you can do" in done.err
+
+
+def test_ctrl_c_forgets_the_lines_of_an_unfinished_message(
+    type_in: Talk, asked: list[Generation], model: str, prompted: list[str]
+) -> None:
+    type_in("tell\\", KeyboardInterrupt, "tell me\\", "a story")
+    assert prompted == ["> ", ". ", "> ", ". ", "> "]
+    assert prompts(asked) == [conversation(model, "tell me\na story")]
 
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, at_step: int, times: int = 1) -> None:
@@ -283,7 +357,7 @@ def test_pages_return_after_every_interruption(
 def test_ctrl_c_while_reading_a_pipe_ends_the_program(
     command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read() -> Iterator[str]:
+    def read(begun: list[str]) -> Iterator[str]:
         raise KeyboardInterrupt
         yield
 
