@@ -1,6 +1,10 @@
-"""Whole numbers of blocks."""
+"""Whole numbers of blocks, and numbers that fp32 holds."""
 
 from __future__ import annotations
+
+import math
+
+FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal and finite
 
 
 # Launchers use these two: triton.next_power_of_2 and triton.cdiv take 5 us each on the host, a third of a launch.
@@ -12,3 +16,10 @@ def power_of_2(count: int) -> int:
 def ceil_div(count: int, size: int) -> int:
     """How many blocks of `size` hold `count`."""
     return -(-count // size)
+
+
+def within_fp32(value: float) -> float:
+    """The nearest number whose magnitude fp32 holds, 0 or not: a finite number stays one, and its sign too."""
+    if value == 0:
+        return value
+    return math.copysign(min(max(abs(value), FP32_SMALLEST), FP32_LARGEST), value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections import abc
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastllama.arithmetic import within_fp32
 from fastllama.errors import check_range, reject_unknown
 
 MAX_LOGPROBS = 20  # what OpenAI's chat API allows; each one is copied to the host for every token
@@ -84,6 +86,11 @@ class SamplingParams:
         legal = [field.name for field in dataclasses.fields(cls)]
         reject_unknown(cls.__name__, (name for name in options if name not in legal), legal)
         return cls(**options)
+
+    @functools.cached_property
+    def in_fp32(self) -> tuple[float, float, float]:
+        """temperature, top_p and min_p as a device takes them: what is beyond fp32 is the nearest number within."""
+        return within_fp32(self.temperature), within_fp32(self.top_p), within_fp32(self.min_p)
 
     @property
     def penalizes(self) -> bool:

@@ -180,14 +180,18 @@ def _changes(samples: abc.Sequence[SamplingRow]) -> tuple[list[_Change], list[_C
 
 
 def _adjusted(logits: Tensor, scaled: list[_Change], added: list[_Change]) -> Tensor:
-    """Logits in fp32 (fp64 stays) with these changes; the same tensor where there are none."""
+    """Logits in fp32 (fp64 stays) with these changes; the same tensor where there are none.
+
+    A change that overflows is as large as can be, so that logits which are numbers stay some.
+    """
     if not scaled and not added:
         return logits
     adjusted = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if scaled:
         where, penalty = _places(scaled, adjusted)
-        values = adjusted[where]
-        adjusted[where] = torch.where(values > 0, values / penalty, values * penalty)
+        values, limit = adjusted[where], _limit(adjusted)
+        changed = torch.where(values > 0, values / penalty, values * penalty).clamp(-limit, limit)
+        adjusted[where] = torch.where(values.isfinite(), changed, values)
     if added:
         adjusted.index_put_(*_places(added, adjusted), accumulate=True)
     return adjusted
@@ -198,7 +202,13 @@ def _places(changes: list[_Change], logits: Tensor) -> tuple[tuple[Tensor, Tenso
     rows, token_ids, values = zip(*changes, strict=True)
     device = logits.device
     where = on_device(rows, torch.int64, device), on_device(token_ids, torch.int64, device)
-    return where, on_device(values, logits.dtype, device)
+    limit = _limit(logits)
+    return where, on_device([min(max(value, -limit), limit) for value in values], logits.dtype, device)
+
+
+def _limit(logits: Tensor) -> float:
+    """The largest change of a logit: a few of them add up to a finite number."""
+    return torch.finfo(logits.dtype).max / 4
 
 
 def _reports(

@@ -26,11 +26,12 @@ def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | li
     Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
     """
     params = [sample.seq.request.params for sample in samples]
+    reals = [p.in_fp32 for p in params]
     return {
-        "temperature": [p.temperature for p in params],
+        "temperature": [temperature for temperature, _, _ in reals],
         "top_k": [p.top_k for p in params],
-        "top_p": [p.top_p for p in params],
-        "min_p": [p.min_p for p in params],
+        "top_p": [top_p for _, top_p, _ in reals],
+        "min_p": [min_p for _, _, min_p in reals],
         "seed": [((p.seed or 0) + sample.seq.index * _ODD) % 2**63 for p, sample in zip(params, samples, strict=True)],
         "offset": [len(seq.token_ids) - seq.num_prompt_tokens + len(ahead) for seq, _, ahead in samples],
     }

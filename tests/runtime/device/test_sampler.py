@@ -213,6 +213,36 @@ def test_a_bias_forces_or_bans_a_token() -> None:
     assert not set(usual) & set(banned)
 
 
+@pytest.mark.parametrize(
+    ("extreme", "same"),
+    [
+        ({"temperature": 1e308}, {"temperature": 1e30}),
+        ({"temperature": 1e308, "top_k": 5}, {"temperature": 1e30, "top_k": 5}),
+        ({"temperature": 1e-300}, {"temperature": 0}),
+        ({"temperature": 1e-40}, {"temperature": 0}),
+        ({"temperature": 5e-324}, {"temperature": 0}),
+        ({"temperature": 3, "top_p": 1e-300}, {"temperature": 0}),
+        ({"temperature": 3, "min_p": 1e-300}, {"temperature": 3}),
+        ({"temperature": 3, "min_p": 1e-42}, {"temperature": 3}),
+        ({"temperature": 3, "logit_bias": {42: 1e308}}, {"temperature": 3, "logit_bias": {42: 1e4}}),
+        ({"temperature": 3, "logit_bias": {42: -1e308}}, {"temperature": 3, "logit_bias": {42: -1e4}}),
+        ({"temperature": 3, "logit_bias": {42: 1e-320}}, {"temperature": 3}),
+        ({"temperature": 0, "repetition_penalty": 1e308}, {"temperature": 0, "repetition_penalty": 1e30}),
+        ({"temperature": 3, "repetition_penalty": 1e-300}, {"temperature": 3, "repetition_penalty": 1e-30}),
+        (
+            {"temperature": 1e-300, "repetition_penalty": 1e-300, "logit_bias": {42: 1e308}},
+            {"temperature": 0, "repetition_penalty": 1e-30, "logit_bias": {42: 1e37}},
+        ),
+    ],
+    ids=str,
+)
+def test_a_legal_number_that_fp32_cannot_hold_acts_as_its_limit(extreme: dict[str, Any], same: dict[str, Any]) -> None:
+    """Nor does NumPy warn of an overflow, which would be an error here."""
+    for prompt in PROMPTS[2:4]:
+        found, expected = (run(prompt, seed=3, **params).outputs[0] for params in (extreme, same))
+        assert (found.token_ids, found.finish_reason) == (expected.token_ids, "length")
+
+
 def check_logprobs(reports: Sequence[TokenLogprob], logits: Tensor, token_ids: Sequence[int], top: int) -> None:
     """Each report says what log_softmax of its row of transformers' logits says of its token."""
     expected = torch.log_softmax(logits, -1)
