@@ -20,11 +20,10 @@ from fastllama.io.hub import resolve_model
 from fastllama.io.lora import ADAPTER_CONFIG, LoraSettings
 from fastllama.kernels.dispatch.isolation import no_autocast
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.weights import slots
+from fastllama.layers.weights import EMBEDDING, HEAD, slots
 
 _LOG = logging.getLogger("fastllama")
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in peft's order
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Each with the module, then A or B; an adapter's name may stand behind that.
 _FACTORS = (
@@ -105,24 +104,25 @@ class AdaptedCheckpoint(Checkpoint):
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        left = dict(self._changes)
+        met = set()
         for name, tensor in self._named():
-            yield name, self._changed(name, tensor, left.pop(name, None))
-        if left:
-            name, change = next(iter(left.items()))
+            met.add(name)
+            yield name, self._changed(name, tensor, self._changes.get(name))
+        for name in self._changes.keys() - met:
+            change = self._changes[name]
             raise self._wrong(next(iter(change.keys.values())), f"is for {name}, which {self.path} does not hold")
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The base's tensors; of a tied one the one matrix that is stored, under each name that it has from now on."""
         tied, met = self._base.config.tie_word_embeddings, False
         for name, tensor in self._base.tensors():
-            if not tied or name not in (_EMBEDDING, _HEAD):
+            if not tied or name not in (EMBEDDING, HEAD):
                 yield name, tensor
             elif not met:
                 met = True
-                yield _EMBEDDING, tensor
+                yield EMBEDDING, tensor
                 if not self.config.tie_word_embeddings:
-                    yield _HEAD, tensor
+                    yield HEAD, tensor
 
     def _changed(self, name: str, tensor: Tensor, change: _Change | None) -> Tensor:
         if change is None:
@@ -136,13 +136,13 @@ class AdaptedCheckpoint(Checkpoint):
             return tensor
         a, b = change.factors["A"].float(), change.factors["B"].float()
         with no_autocast():
-            delta = (b @ a if name != _EMBEDDING else (b @ a).T) * self._settings.scale(_module(name))
+            delta = (b @ a if name != EMBEDDING else (b @ a).T) * self._settings.scale(_module(name))
         if delta.shape != weight.shape:
             raise CheckpointError(
                 f"{self._file}: tensors {change.names} make {list(delta.shape)}, but {name} of the base has shape "
                 f"{list(weight.shape)}; was the adapter trained on this base?"
             )
-        weight += delta.to(self._dtype) if name == _EMBEDDING else delta
+        weight += delta.to(self._dtype) if name == EMBEDDING else delta
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"{self._file}: merging {change.names} into {name} gives NaN or infinity")
         return weight
@@ -160,7 +160,7 @@ class AdaptedCheckpoint(Checkpoint):
                 module, part, adapter = factor.groups()
                 change = changes[f"{module}.weight"]
                 change.factors[part] = tensor
-                if (".lora_embedding_" in key) != (f"{module}.weight" == _EMBEDDING):
+                if (".lora_embedding_" in key) != (f"{module}.weight" == EMBEDDING):
                     raise self._wrong(key, "is for the other kind of layer: lora_embedding is for embed_tokens alone")
             elif whole := _REPLACEMENT.fullmatch(key):
                 (module, adapter, kind), part = whole.groups(), "W"
@@ -181,13 +181,13 @@ class AdaptedCheckpoint(Checkpoint):
     def _adapted_config(self) -> LlamaConfig:
         """The base's configuration, with the vocabulary and the tie that its changed embedding and head have."""
         config, changes = self._base.config, self._changes
-        embedding, head = (changes[name].replacement if name in changes else None for name in (_EMBEDDING, _HEAD))
+        embedding, head = (changes[name].replacement if name in changes else None for name in (EMBEDDING, HEAD))
         if config.tie_word_embeddings and (embedding is not None or head is not None):
             if self._separates(embedding, head):
                 config = replace(config, tie_word_embeddings=False)
             elif head is not None:
-                changes.setdefault(_EMBEDDING, changes.pop(_HEAD))
-                embedding = changes[_EMBEDDING].replacement
+                changes.setdefault(EMBEDDING, changes.pop(HEAD))
+                embedding = changes[EMBEDDING].replacement
         rows = {None if tensor is None else tensor.shape[0] for tensor in (embedding, head)}
         if config.tie_word_embeddings:
             rows.discard(None)
@@ -199,9 +199,9 @@ class AdaptedCheckpoint(Checkpoint):
     def _separates(self, embedding: Tensor | None, head: Tensor | None) -> bool:
         """Whether modules_to_save gives a tied model an embedding and a head that differ, as peft's wrappers do."""
         wrapped = [
-            name for name in (_EMBEDDING, _HEAD) if _module(name).endswith(tuple(self._settings.saved_modules or [" "]))
+            name for name in (EMBEDDING, HEAD) if _module(name).endswith(tuple(self._settings.saved_modules or [" "]))
         ]
-        if not wrapped or (wrapped == [_EMBEDDING] and head is None and self._settings.ensures_tie):
+        if not wrapped or (wrapped == [EMBEDDING] and head is None and self._settings.ensures_tie):
             return False
         return embedding is None or head is None or not torch.equal(embedding, head)
 
@@ -210,9 +210,9 @@ class AdaptedCheckpoint(Checkpoint):
         table, tied = slots(self.config), self._base.config.tie_word_embeddings
         for name, change in self._changes.items():
             first = next(iter(change.keys.values()))
-            if tied and name in (_EMBEDDING, _HEAD) and change.factors:
+            if tied and name in (EMBEDDING, HEAD) and change.factors:
                 raise self._wrong(first, "would change head and embedding, which are one matrix in the base")
-            if name not in table and not (tied and name == _HEAD):
+            if name not in table and not (tied and name == HEAD):
                 raise self._wrong(first, f"is for {name}, which the base does not have")
             if len(change.factors) == 1:
                 (part,) = change.factors

@@ -16,14 +16,23 @@ from tests.io.adapters import Q, base_in, edit_config, edit_weights, trained
 from tests.io.checkpoints import random_llama
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return base_in(tmp_path / "base")
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and an adapter of it."""
+    folder = tmp_path_factory.mktemp("good")
+    base_in(folder / "base")
+    trained(random_llama(), folder / "adapter")
+    return folder
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return trained(random_llama(), tmp_path / "adapter")
+def base(good: Path) -> Path:
+    return good / "base"
+
+
+@pytest.fixture
+def adapter(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good / "adapter", tmp_path / "adapter"))
 
 
 Spoil = Callable[[Path], object]

@@ -238,7 +238,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "weights alone": (without_configuration(WEIGHTS), rf"but {WEIGHTS}: weights; config.json belongs beside them"),
     "Meta's weights alone": (without_configuration("consolidated.00.pth"), r"Meta's weights; params.json belongs"),
     "notes alone": (without_configuration("README.md"), r"holds neither config.json .* or a llama2.c file"),
-    "adapter": (without_configuration("adapter_config.json"), "is an adapter and no model"),
+    "adapter": (without_configuration("adapter_config.json"), "adapter_config.json is not UTF-8: byte 0xff"),
     "diffusers": (without_configuration("model_index.json"), r"is a pipeline of diffusers \(model_index.json\)"),
     "sentence-transformers": (without_configuration("modules.json"), "is a model of sentence-transformers"),
     "one folder down": (moved("7b"), r"but 7b in it does; give .*/7b$"),
