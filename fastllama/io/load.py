@@ -34,14 +34,20 @@ def load_model(
     mapped shard; Meta's tensors are spread over all its files, which stay mapped. Raises FileNotFoundError, or
     CheckpointError naming file and tensor.
     """
-    path, adapter_path = locate(model, adapter)
-    checkpoint = open_checkpoint(path)
-    target = resolve_dtype(dtype, checkpoint.config)
-    if adapter_path is not None:
-        checkpoint = AdaptedCheckpoint(checkpoint, adapter_path, target)
+    checkpoint, target = open_model(model, adapter=adapter, dtype=dtype)
     built = LlamaForCausalLM(checkpoint.config, target, torch.device(device))
     load_weights(built, _counted(checkpoint, built, progress), file_of=checkpoint.file_of)
     return built.eval()
+
+
+def open_model(
+    model: str | Path, *, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[Checkpoint, torch.dtype]:
+    """The checkpoint that load_model reads, adapter merged, and the dtype to compute in. Weights stay in the files."""
+    path, adapter_path = locate(model, adapter)
+    checkpoint = open_checkpoint(path)
+    target = resolve_dtype(dtype, checkpoint.config)
+    return (checkpoint if adapter_path is None else AdaptedCheckpoint(checkpoint, adapter_path, target)), target
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: LlamaConfig) -> torch.dtype:

@@ -37,8 +37,9 @@ def save_model(
 
     `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
     with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
-    BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises ValueError if it exists and is not empty, FileNotFoundError if the tokenizer does not exist, CheckpointError
-    if a configuration beside it is broken.
+    BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises
+    ValueError if it exists and is not empty, FileNotFoundError if the tokenizer does not exist, CheckpointError if a
+    configuration beside that is broken.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)

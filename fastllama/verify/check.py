@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastllama.io.checkpoint import open_checkpoint
-from fastllama.io.hub import resolve_model
+from fastllama.io.load import open_model
 from fastllama.runtime.llm import LLM
 from fastllama.verify import model as whole
 from fastllama.verify import ops
@@ -30,7 +29,7 @@ def check(
     of 128 tokens. Raises what LLM raises.
     """
     start = time.perf_counter()
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint, _ = open_model(model, dtype=dtype)
     total = sum(whole.lengths(checkpoint.config))
     with LLM(
         model,

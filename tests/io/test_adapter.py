@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from fastllama.io.adapter import base_of, is_adapter, locate
-from fastllama.io.load import load_model
+from fastllama.io.load import load_model, open_model
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.weights import hf_tensors
 from tests.io.adapters import LINEAR, base_in, edit_config, edit_weights, merged, peft, trained
@@ -202,6 +202,14 @@ def test_an_adapter_names_a_base_on_the_hub_with_its_revision(
     edit_config(adapter, base_model_name_or_path="owner/name", revision=None)
     assert base_of(adapter) == tmp_path
     assert asked == ["owner/name@v1", "owner/name"]
+
+
+def test_what_verify_compares_the_model_with_is_merged_too(adapter: Path, base: Path) -> None:
+    edit_config(adapter, base_model_name_or_path=str(base))
+    checkpoint, dtype = open_model(adapter)
+    state = dict(hf_tensors(load_model(adapter, progress=False)))
+    assert dtype == torch.float32
+    assert all(torch.equal(state[name], tensor) for name, tensor in checkpoint.tensors() if name in state)
 
 
 def test_an_embedding_and_a_head_trained_with_more_tokens_bring_the_vocabulary(base: Path, adapter: Path) -> None:
