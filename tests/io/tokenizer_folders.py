@@ -106,6 +106,13 @@ def llama2_json_of_its_own(path: Path) -> None:
 
 
 @_kind
+def normalized_tokens_of_its_own(path: Path) -> None:
+    """The normalizer puts a space before added tokens as well."""
+    numbers = {"<|im_start|>": _size(), "<|im_end|>": _size() + 1}
+    _sentencepiece(path, LLAMA | {"tokenizer_class": "PreTrainedTokenizerFast"}, "prepend", added_tokens__json=numbers)
+
+
+@_kind
 def metaspace_json(path: Path) -> None:
     _sentencepiece(path, LLAMA | {"tokenizer_class": "TokenizersBackend"}, "metaspace")
 

@@ -23,8 +23,9 @@ _LOG = logging.getLogger("fastllama")
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece tokenizer.model (Llama 1 and 2, Code Llama, Yi): BPE with byte pieces and a leading space.
 
-    Normalization and the leading space are those of the model file; transformers leaves out the space where
-    tokenizer_config.json names another class than LlamaTokenizer. Where there is no tokenizer_config.json, BOS is put
+    Pieces are merged by the model file's scores (transformers 5 merges by ids: other pieces for Llama 2's runs of
+    spaces), and normalization and the leading space are its own too (transformers leaves out the space where
+    tokenizer_config.json names another class than LlamaTokenizer). Where there is no tokenizer_config.json, BOS is put
     before a text as in Meta's reference; where it says nothing of add_bos_token, none is, as in transformers 5.
     """
 

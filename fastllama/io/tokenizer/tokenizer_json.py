@@ -71,9 +71,10 @@ class HFTokenizer(Tokenizer):
                 self._plain, [piece for piece in given if piece.content not in hidden], settings if spaced else None
             )
         alphabet = _byte_level_alphabet()
+        # Decoding shows added tokens in normalized form, as the package does.
+        shown = pieces | {i: self._template.id_to_token(i) or "" for i in added}
         text = {
-            i: _byte_level_bytes(piece, alphabet) if is_byte_level else piece_bytes(piece)
-            for i, piece in pieces.items()
+            i: _byte_level_bytes(piece, alphabet) if is_byte_level else piece_bytes(piece) for i, piece in shown.items()
         }
         bos, eos, pad = (_named_id(path, name, settings, pieces) for name in ("bos", "eos", "pad"))
         if eos is None:
