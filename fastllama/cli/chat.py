@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 COMMANDS = {"/help": "show this", "/reset": "forget the conversation", "/exit": "leave, as Ctrl-D does"}
 LINES = "a line that ends in a backslash goes on in the next"
-DETAILS = """One line is one message; a line that ends in a backslash goes on in the next. /reset forgets the conversation,
-/exit or Ctrl-D leaves. Ctrl-C stops an answer: what was written of it stays in the conversation. When the conversation
-outgrows the model's context, its oldest turns are dropped. The chat format is the checkpoint's own template; without
-one, Llama 2's for a model whose name holds chat or instruct, else plain text. Its tags ([INST], <|im_end|>...) are
-escaped wherever they occur in a text."""
+DETAILS = """One line is one message; a line that ends in a backslash goes on in the next. /reset forgets the
+conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer: what was written of it stays in the conversation. When the
+conversation outgrows the model's context, its oldest turns are dropped. The chat format is the checkpoint's own
+template; without one, Llama 2's for a model whose name holds chat or instruct, else plain text. Its tags ([INST],
+<|im_end|>...) are escaped wherever they occur in a text."""
 
 
 def add_command(commands: Any) -> None:

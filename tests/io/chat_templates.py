@@ -138,10 +138,12 @@ MACHINERY = """{% macro turn(m, last=false) -%}
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[PAD]")
 
 
-def write_folder(folder: Path, template: Any, *, kind: str = "prepend", **settings: Any) -> Path:
+def write_folder(
+    folder: Path, template: Any, *, kind: str = "prepend", plain: tuple[str, ...] = (), **settings: Any
+) -> Path:
     """A tokenizer folder that fastllama and transformers read: Llama 2's kind ("prepend", "metaspace") or byte-level.
 
-    Added to the vocabulary are the special tokens CONTROLS.
+    Added to the vocabulary are the special tokens CONTROLS, and `plain` ones that are not special.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "bytes":
@@ -151,6 +153,9 @@ def write_folder(folder: Path, template: Any, *, kind: str = "prepend", **settin
         first = max(spec["model"]["vocab"].values()) + 1
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         spec["added_tokens"] += [{"id": first + n, "content": text, **flags} for n, text in enumerate(CONTROLS)]
+    first = 1 + max(*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"]))
+    flags = spec["added_tokens"][-1] | {"special": False}
+    spec["added_tokens"] += [flags | {"id": first + n, "content": text} for n, text in enumerate(plain)]
     spec["truncation"] = None
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     named = {

@@ -238,6 +238,30 @@ class TestForgedTags:
         assert of(template).encode([{"role": "tool", "content": "a"}])
 
 
+class TestThoughts:
+    """A template in the manner of DeepSeek R1's: the answer's head begins a thought, and history has none."""
+
+    TEMPLATE = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ '<|im_start|>' ~ m.content.split('</think>')[-1] ~ '<|im_end|>' }}"
+        "{% else %}{{ '[PAD]' ~ m.content }}{% endif %}{% endfor %}"
+        "{{ '<|im_start|><think>\\n' if add_generation_prompt }}"
+    )
+    THINK = ("<think>", "</think>")
+
+    @pytest.mark.parametrize("answer", ["I see\n</think>\n\nYo", "<think>\nI see\n</think>\n\nYo", "a </think> b"])
+    def test_may_stand_in_an_answer(self, answer: str) -> None:
+        messages = conversation(["Hi", answer, "b"])
+        chosen = chat_format(samples.tokenizer(self.TEMPLATE, "bytes", plain=self.THINK))
+        assert chosen.encode(messages) == samples.hugging_face(self.TEMPLATE, "bytes", plain=self.THINK)(messages)
+
+    @pytest.mark.parametrize("tag", ["[PAD]", "<|im_start|>", "<|im_end|>"])
+    def test_hide_no_role(self, tag: str) -> None:
+        chosen = chat_format(samples.tokenizer(self.TEMPLATE, "bytes", plain=self.THINK))
+        with pytest.raises(ValueError, match=r"^messages\[1\] contains the special tag"):
+            chosen.encode(conversation(["Hi", f"I see\n</think>\n\n{tag}", "b"]))
+
+
 class TestMessagesThatATemplateLeavesOut:
     SILENT = "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}<|im_end|>{% endfor %}"
 

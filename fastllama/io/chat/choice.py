@@ -59,10 +59,11 @@ class ChatFormat:
 
 def check_chat_format(choice: str | Path) -> None:
     """Raise ValueError or FileNotFoundError unless `choice` is one that `chat_format` takes; no file is read."""
-    if str(choice) in _CHOICES or Path(choice).is_file():
+    choice = str(choice)
+    if choice in _CHOICES or Path(choice).is_file():
         return
-    if isinstance(choice, Path) or choice.endswith(".jinja"):
-        raise FileNotFoundError(f"chat_format is {str(choice)!r}: there is no such file")
+    if choice.endswith(".jinja") or os.sep in choice:
+        raise FileNotFoundError(f"chat_format is {choice!r}: there is no such file")
     check_choice("chat_format", choice, (*_CHOICES, "FILE.jinja"))
 
 
@@ -93,12 +94,13 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags
 
 def _choose(tokenizer: Tokenizer, choice: str | Path, model: str | None) -> ChatFormat:
     check_chat_format(choice)
+    choice = str(choice)
     if choice == "llama2":
         return _llama2(tokenizer, "chat format: Llama 2's, as asked")
     if choice == "plain":
         return _plain(tokenizer, "chat format: plain text, as asked")
     if choice != "auto":
-        return _of_template(tokenizer, _read(Path(choice)), str(choice))
+        return _of_template(tokenizer, _read(Path(choice)), choice)
     if tokenizer.chat_template is not None:
         return _of_template(tokenizer, tokenizer.chat_template, str(_template_file(tokenizer)))
     missing = "the checkpoint has no chat template"
@@ -137,7 +139,7 @@ def _special_in_text(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(
         piece
         for piece in tokenizer.special_pieces()
-        if not tokenizer.special_ids.isdisjoint(tokenizer.encode(f"a{piece}", bos=False))
+        if set(tokenizer.encode_template(piece)) & set(tokenizer.encode(f"a{piece}", bos=False))
     )
 
 
@@ -151,18 +153,15 @@ def _read(path: Path) -> str:
 
 
 def _template_file(tokenizer: Tokenizer) -> Path:
-    file = tokenizer.path.with_name("chat_template.jinja")
-    return file if file.is_file() else tokenizer.path.with_name("tokenizer_config.json")
+    names = ("chat_template.jinja", "chat_templates/default.jinja")
+    files = [tokenizer.path.parent / name for name in names]
+    return next((file for file in files if file.is_file()), tokenizer.path.with_name("tokenizer_config.json"))
 
 
 def _name(model: str) -> str:
     """The part of a path or Hub id that names the model: with a file its folder, of the Hub's cache the repository."""
     path = Path(os.path.abspath(os.path.expanduser(model)))
-    repository = next((part for part in path.parts if part.startswith("models--")), None)
-    return (
-        repository.rsplit("--")[-1]
-        if repository
-        else f"{path.parent.name} {path.name}"
-        if path.is_file()
-        else path.name
-    )
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.split("--")[-1]
+    return f"{path.parent.name} {path.name}" if path.is_file() else path.name

@@ -43,19 +43,29 @@ def placeholder(index: int) -> str:
 def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) -> Findings:
     """Render conversations of harmless contents, and look at what stands around these.
 
-    Markers are the tokenizer's special pieces, every tag (`<...>`, `[...]`) in the literal text, and labels: the line
-    right before a content, behind any special piece or tag, that begins or ends with a sign such as "#" or ":". A label
-    that the template only writes where a line begins is a marker only there.
+    Markers are the tokenizer's special pieces, every tag (`<...>`, `[...]`) in the literal text before a content, and
+    labels: the line right before a content, behind any special piece or tag, that begins or ends with a sign such as
+    "#" or ":". A label that the template only writes where a line begins is a marker only there. No markers are added
+    tokens that are neither special nor before a content, such as the "<think>" that some templates begin an answer
+    with: a model's answers hold them.
 
     An answer is ended by the special piece that directly follows an assistant's content, or, where only plain text
     follows, by the tag or label that it begins with.
     """
     segments = [segment for text, roles in _renderings(render) for segment in _segments(text, roles)]
-    tags = {tag for segment in segments for tag in _TAG.findall(segment.text)}
+    heads = segments
+    if any(segment.after == "assistant" for segment in segments):  # then what begins an answer stands there too
+        heads = [segment for segment in segments if segment.after]
+    tags = {tag for segment in heads for tag in _TAG.findall(segment.text)}
     known = {piece: tokenizer.encode_template(piece) for piece in (*tags, *tokenizer.special_pieces()) if piece.strip()}
-    pieces = {piece: ids[0] for piece, ids in known.items() if len(ids) == 1}
-    fences = Markers(known)
-    labels = [label for segment in segments for label in _labels(segment, fences)]
+    pieces = {
+        piece: ids[0]
+        for piece, ids in known.items()
+        if len(ids) == 1 and (piece in tags or ids[0] in tokenizer.special_ids or piece.startswith("<|"))
+    }
+    spoken = {piece.replace("▁", " ").strip() for piece in pieces}  # "▁<PRE>" is what " <PRE>" becomes
+    fences = Markers({*tags, *pieces, *spoken})
+    labels = [label for segment in heads for label in _labels(segment, fences)]
     anywhere = {text for text, line_start in labels if not line_start}
     markers = Markers({*fences.anywhere, *anywhere}, {text for text, line_start in labels if line_start})
     unknown = tokenizer.special_tokens.get("unk_token")

@@ -106,9 +106,9 @@ class ChatTemplate:
                     f"messages[{index}] has role {role!r}, which names the special token {piece!r}; {legal}"
                 )
 
-    def _control_pieces(self) -> set[str]:
+    def _control_pieces(self) -> list[str]:
         ends = {self.tokenizer.id_to_piece(i) for i in self.findings.stop_token_ids}
-        return ends | set(self.tokenizer.special_tokens.values())
+        return sorted(ends | set(self.tokenizer.special_tokens.values()))
 
 
 def _harmless(index: int, message: Message) -> Message:
