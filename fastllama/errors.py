@@ -7,6 +7,8 @@ are read.
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,11 +17,35 @@ class CheckpointError(ValueError):
     """A checkpoint that is broken or does not hold the model it declares; the message names the file and the tensor."""
 
 
+NOT_INSTALLED = "not installed"
+
+
+def why_unusable(package: str) -> str | None:
+    """Why an optional package cannot be used: NOT_INSTALLED, or what importing it raises. None where it works.
+
+    That it is there says little: it may be too old for the NumPy beside it, or want a folder that cannot be written.
+    """
+    if importlib.util.find_spec(package) is None:
+        return NOT_INSTALLED
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return summary(error)
+    return None
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].removesuffix(": ")
+
+
 class ExtraRequiredError(ImportError):
-    """An optional dependency is missing; the message names the pip extra that brings it."""
+    """An optional dependency is missing or broken; the message names the pip extra that brings it."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(f"{feature} needs {package!r}, which is not installed: pip install 'fastllama[{extra}]'")
+        why = why_unusable(package) or NOT_INSTALLED
+        said = f"is {why}" if why == NOT_INSTALLED else f"is installed but cannot be imported ({why})"
+        super().__init__(f"{feature} needs {package!r}, which {said}: pip install 'fastllama[{extra}]'")
 
 
 class TuningError(ValueError):
@@ -36,6 +62,11 @@ class QueueFullError(RuntimeError):
 
 class RequestError(RuntimeError):
     """A request that failed while it ran; its `__cause__` is what was raised."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, "1 token" or "2 tokens"; the plural ends in s unless it is given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:

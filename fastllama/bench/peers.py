@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from fastllama.arithmetic import ceil_div
 from fastllama.bench.workload import SEQUENCES, Prompts
+from fastllama.errors import NOT_INSTALLED, counted, why_unusable
 
 OLDER_PAGE = 32  # tokens of a block before it could be configured
 STEP = 2048  # tokens of a step; for its default of 8192 it makes a mask of as many rows, however few come
@@ -22,18 +22,26 @@ WITHOUT_PSUTIL = "; psutil is not installed, by which it counts a CPU's memory: 
 
 def missing(path: Path | None = None) -> str | None:
     """Why transformers cannot run beside us; None where it can. path: of the model that it is to load."""
-    if importlib.util.find_spec("transformers") is None:
-        return "not installed: pip install 'fastllama[hf]'"
+    why = why_unusable("transformers")
+    if why:
+        return f"{why}: pip install 'fastllama[hf]'" if why == NOT_INSTALLED else f"cannot be imported: {why}"
     if path is not None and not (path / "config.json").is_file():
         return "reads Hugging Face folders alone"
     return None
 
 
 def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' model, its weights as they are in the checkpoint, in a dtype."""
+    """transformers' model, its weights as they are in the checkpoint, in a dtype; its bar, which pipes get, is off."""
     import transformers
+    from transformers.utils import logging
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.to(device).eval()
 
 
@@ -63,8 +71,8 @@ def generate_batch(model: Any, prompts: Prompts, tokens: int) -> Prompts:
     by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in found.values()}
     missed = sum(tuple(prompt) not in by_prompt for prompt in prompts)
     if missed:
-        said = f"{missed} of {len(prompts)} prompts got no answer; the log of transformers tells why"
-        raise RuntimeError(said + ("" if importlib.util.find_spec("psutil") else WITHOUT_PSUTIL))
+        said = f"{missed} of {counted(len(prompts), 'prompt')} got no answer; the log of transformers tells why"
+        raise RuntimeError(said + (WITHOUT_PSUTIL if why_unusable("psutil") else ""))
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 

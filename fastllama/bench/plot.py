@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from fastllama.bench.text import PERCENTILES, percentiles
-from fastllama.errors import ExtraRequiredError
+from fastllama.errors import ExtraRequiredError, counted, why_unusable
 
 KINDS = (".png", ".svg")
 COLORS = ("#1b6ca8", "#d9822b", "#a82a2a")
@@ -15,10 +14,10 @@ PANELS = (("first", "Time to the first token"), ("inter", "Time from one token t
 
 
 def check_plot(path: Path) -> None:
-    """Raises ExtraRequiredError where matplotlib is not installed, ValueError where a picture cannot be so named."""
+    """Raises ExtraRequiredError where matplotlib cannot be used, ValueError where a picture cannot be so named."""
     if path.suffix not in KINDS:
         raise ValueError(f"plot is {str(path)!r}; legal: a file that ends in {' or '.join(KINDS)}")
-    if importlib.util.find_spec("matplotlib") is None:
+    if why_unusable("matplotlib"):
         raise ExtraRequiredError("--plot", "matplotlib", "bench")
 
 
@@ -39,7 +38,7 @@ def plot(path: Path, record: dict[str, Any]) -> None:
                 for place in told:
                     axes.annotate(f"{place[1]:.3g}", place, (0, 6), textcoords="offset points", ha="center", size=8)
                 axes.annotate(f"p{percent}", told[-1], (9, 0), textcoords="offset points", va="center", color=color)
-        axes.set_title(f"{title}\n({len(runs[0][f'{name}_token_seconds'])} samples at each point)", size=10)
+        axes.set_title(f"{title}\n({counted(len(runs[0][f'{name}_token_seconds']), 'sample')} at each point)", size=10)
         axes.set(xlabel="requests a second, at random (share of the throughput)", ylabel="milliseconds", yscale="log")
         axes.set_xticks(rates, [f"{run['rate']:.3g}\n({run['load']:.0%})" for run in runs])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

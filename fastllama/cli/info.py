@@ -13,7 +13,7 @@ from typing import Any
 import fastllama
 from fastllama import env
 from fastllama.cli.parser import add_command as add
-from fastllama.errors import BackendError
+from fastllama.errors import NOT_INSTALLED, BackendError, counted, summary, why_unusable
 
 PACKAGES = ("torch", "triton", "numba", "transformers", "safetensors", "sentencepiece", "huggingface_hub")
 
@@ -92,7 +92,8 @@ def _devices() -> list[dict[str, Any]]:
 
 def _describe(device: dict[str, Any]) -> str:
     kind, capability, memory = device["type"], device["capability"], device["memory_bytes"] / 2**30
-    units = f"{device['threads']} threads" if kind == "cpu" else f"{device['multiprocessors']} multiprocessors"
+    noun = "thread" if kind == "cpu" else "multiprocessor"
+    units = counted(device[f"{noun}s"], noun)
     return f"{kind}, capability {capability}, {units}, {memory:.1f} GiB"
 
 
@@ -105,10 +106,14 @@ def _cpu_name() -> str:
 
 def _machine_code() -> str:
     """Where CPU kernels are kept once they are compiled."""
-    try:
-        from fastllama.kernels.numba.cache import described
-    except ImportError:
+    why = why_unusable("numba")
+    if why == NOT_INSTALLED:
         return "none, as numba is not installed"
+    try:
+        from fastllama.kernels.numba import table  # noqa: F401  # all that is compiled, which may not be there
+        from fastllama.kernels.numba.cache import described
+    except Exception as error:
+        return f"none, as numba cannot be used: {why or summary(error)}"
     return described()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ import fastllama
 from fastllama import env
 from fastllama.cli import bench, chat, generate, info, verify
 from fastllama.cli.parser import Parser
-from fastllama.errors import BackendError, ExtraRequiredError
+from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 STATUSES = f"""exit status:
@@ -147,7 +146,7 @@ def _log_to_stderr(level: int) -> Iterator[None]:
 
 def _repaired_interpreter() -> AbstractContextManager[None]:
     """Where Triton kernels are interpreted, they round as on a GPU while the command runs: stock, bf16 is wrong."""
-    if not env.triton_interpret() or importlib.util.find_spec("triton") is None:
+    if not env.triton_interpret() or why_unusable("triton"):
         return nullcontext()
     from fastllama.testing.interpreter import repaired
 

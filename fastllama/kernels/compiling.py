@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +11,12 @@ from fastllama.kernels.dispatch.op import backend_of
 
 
 def compiling_announced(device: torch.device) -> AbstractContextManager[None]:
-    """Within, stderr tells of kernels that are compiled for a CPU, where that takes more than a moment."""
-    if not any(each.backend == "numba" for each in backend_of(device).values()):
+    """Within, stderr tells of kernels that are compiled for a CPU, where that takes more than a moment.
+
+    Without a stderr (pythonw, a service, `2>&-`) nothing is said.
+    """
+    silent = sys.stderr is None or getattr(sys.stderr, "closed", False)
+    if silent or not any(each.backend == "numba" for each in backend_of(device).values()):
         return nullcontext()
     from fastllama.kernels.numba.compiling import announced
 

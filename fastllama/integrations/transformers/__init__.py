@@ -1,8 +1,6 @@
 """transformers' Llama on this project's ops: `patch(model)` swaps the classes of one model's layers."""
 
-import importlib.util
+from fastllama.errors import ExtraRequiredError, why_unusable
 
-from fastllama.errors import ExtraRequiredError
-
-if importlib.util.find_spec("transformers") is None:
+if why_unusable("transformers"):
     raise ExtraRequiredError("fastllama.patch", "transformers", "hf")

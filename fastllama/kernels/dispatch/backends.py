@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastllama import env
-from fastllama.errors import BackendError
+from fastllama.errors import NOT_INSTALLED, BackendError, summary, why_unusable
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.isolation import in_full_precision
 
+logger = logging.getLogger("fastllama")
 Function = Callable[..., Any]
 
 
@@ -41,6 +43,26 @@ class Kernels:
 
 
 Table = Callable[[], Mapping[str, Kernels]]
+_unusable: dict[Table, str] = {}  # tables that cannot be used here, and why
+
+
+def _why_unusable(compiler: str, table: Table) -> str | None:
+    """Why a compiler's kernels cannot be used: NOT_INSTALLED, or what importing them raises; None where they can.
+
+    Tried and logged once. A Numba that is there may be too old for NumPy, or find no folder that it may write.
+    """
+    if table not in _unusable:
+        why = why_unusable(compiler.lower())
+        if why is None:
+            try:
+                table()
+            except Exception as error:
+                why = summary(error)
+        if why is None or why == NOT_INSTALLED:
+            return why
+        _unusable[table] = f"cannot be used: {why}"
+        logger.warning("%s %s; its kernels are replaced by others", compiler, _unusable[table])
+    return _unusable[table]
 
 
 class Backends:
@@ -89,12 +111,14 @@ class Backends:
         found = []
         missing = f"no kernels for {device}"
         if device == "cpu":
-            if self._numba is not None and importlib.util.find_spec("numba") is not None:
+            why = NOT_INSTALLED if self._numba is None else _why_unusable("Numba", self._numba)
+            broken = "" if why in (None, NOT_INSTALLED) else f"; Numba {why}"
+            if self._numba is not None and why is None:
                 run = self._whole(self._numba()[self.name])
                 found.append(Implementation("numba", run, "tensors on cpu, Numba is installed"))
             if self._cpu is not None:
-                found.append(Implementation("cpu", self._whole(Kernels(self._cpu)), "tensors on cpu"))
-            missing = "tensors on cpu; the reference is the CPU backend"
+                found.append(Implementation("cpu", self._whole(Kernels(self._cpu)), f"tensors on cpu{broken}"))
+            missing = f"tensors on cpu; the reference is the CPU backend{broken}"
         elif device == "cuda":
             if self.has_triton:
                 found.append(Implementation("triton", self.launcher(device), "tensors on cuda"))
@@ -115,6 +139,9 @@ class Backends:
             raise BackendError(
                 f"op {self.name}: Triton kernels run on CPU tensors only in the interpreter; set TRITON_INTERPRET=1"
             )
+        why = _why_unusable("Triton", self._triton)
+        if why is not None:
+            raise BackendError(f"op {self.name}: Triton {why}; legal without it: FASTLLAMA_BACKEND=reference")
         return self._triton()[self.name]
 
     def _whole(self, kernels: Kernels) -> Function:
