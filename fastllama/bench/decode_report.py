@@ -8,6 +8,7 @@ from typing import Any
 
 from fastllama import env
 from fastllama.bench.text import milliseconds, table
+from fastllama.errors import counted
 
 SHOWN = 12  # kernels of a step; the record holds all
 SPENT = ("us_per_step", "end_to_end_us_per_step")
@@ -62,7 +63,7 @@ def report(record: Record) -> str:
     weights = "" if said["checkpoint"] else ", random weights"
     heading = (
         f"{said['model']}, {said['parameters'] / 1e6:,.1f} M parameters{weights}, {said['dtype']} on "
-        f"{record['environment']['device']}{_moved(record)}: {said['tokens']} steps each; a copy moves "
+        f"{record['environment']['device']}{_moved(record)}: {counted(said['tokens'], 'step')} each; a copy moves "
         f"{copy:.1f} GB/s, a read {read:.1f}"
     )
     parts = [heading, "\n".join([table([HEADER, *rows(record)]), *failures(record)])]
@@ -87,7 +88,7 @@ def _launches(case: Record) -> str:
     rest = found[SHOWN:]
     if rest:
         count, *spent = (sum(row[name] for row in rest) for name in ("per_step", *SPENT))
-        cells.append((f"{len(rest)} others", f"{count:g}", "", *(f"{us:.1f}" for us in spent)))
+        cells.append((counted(len(rest), "other"), f"{count:g}", "", *(f"{us:.1f}" for us in spent)))
     durations, span = (sum(row[name] for row in found) for name in SPENT)
     step = 1e6 * statistics.median(case["seconds"])
     head = (

@@ -18,7 +18,7 @@ from fastllama.bench.latency import arrivals
 from fastllama.bench.text import PERCENTILES, milliseconds, table
 from fastllama.bench.throughput import OURS, Contender, ours, throughput
 from fastllama.bench.workload import LONGEST, SEQUENCES, SHORTEST, prompts_of
-from fastllama.errors import check_choice, check_range
+from fastllama.errors import check_choice, check_range, counted
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
 from fastllama.runtime.llm import LLM
@@ -105,7 +105,9 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
         runs = []
         for load in options.loads:
             rate = load * found[OURS]["requests_per_second"]
-            say(f"latency: {options.arrivals} requests, {rate:.2f} a second, {options.arrivals / rate:.0f} s")
+            say(
+                f"latency: {counted(options.arrivals, 'request')}, {rate:.2f} a second, {options.arrivals / rate:.0f} s"
+            )
             run = asyncio.run(arrivals(llm, make(options.arrivals), options.tokens, rate, generator))
             runs.append({"load": load, **run})
         conditions = asdict(options) | {
@@ -131,21 +133,35 @@ def report(record: Record) -> str:
     if said["kv_cache_dtype"] != "auto":
         weights += f", keys and values in {said['kv_cache_dtype']}"
     weights += ", deterministic" if said["deterministic"] else ""
-    guesses = f", {said['num_draft_tokens']} guesses by {said['speculation']}" if said["speculation"] else ""
+    guesses = (
+        f", {counted(said['num_draft_tokens'], 'guess', 'guesses')} by {said['speculation']}"
+        if said["speculation"]
+        else ""
+    )
     shortest, longest = said["prompt_tokens"]
     heading = (
         f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}{guesses}: "
         f"prompts of {shortest} to {longest} tokens, {said['tokens']} new ones each"
     )
-    parts = [heading, f"{said['requests']} requests at once, medians of {said['rounds']} rounds\n{_throughput(record)}"]
+    parts = [
+        heading,
+        f"{counted(said['requests'], 'request')} at once, {_rounds(said['rounds'])}\n{_throughput(record)}",
+    ]
     if record["arrivals"]:
-        parts.append(f"{said['arrivals']} requests at random, by load; milliseconds\n{_latency(record['arrivals'])}")
+        parts.append(
+            f"{counted(said['arrivals'], 'request')} at random, by load; milliseconds\n{_latency(record['arrivals'])}"
+        )
     return "\n\n".join(parts)
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"medians of {count} rounds"
 
 
 def _throughput(record: Record) -> str:
     tokens, own = record["conditions"]["tokens"], record["throughput"][OURS]["requests_per_second"]
-    rows = [("", "requests/s", "tokens/s", "ours is", "answers differ")]
+    compared = any("failed" not in figures for name, figures in record["throughput"].items() if name != OURS)
+    rows: list[tuple[str, ...]] = [("", "requests/s", "tokens/s", *(("ours is", "answers differ") if compared else ()))]
     failed = []
     for name, figures in record["throughput"].items():
         if "failed" in figures:
@@ -153,7 +169,8 @@ def _throughput(record: Record) -> str:
             continue
         rate = figures["requests_per_second"]
         ratio = "" if name == OURS else f"{own / rate:.2f} times"
-        rows.append((name, f"{rate:.2f}", f"{tokens * rate:.1f}", ratio, str(figures["different"])))
+        beside = (ratio, str(figures["different"])) if compared else ()
+        rows.append((name, f"{rate:.2f}", f"{tokens * rate:.1f}", *beside))
     return "\n".join([table(rows), *failed])
 
 
@@ -164,6 +181,6 @@ def _latency(runs: Sequence[Record]) -> str:
         cells = [f"{run['load']:.0%}", f"{run['rate']:.2f}"]
         for each in ("first", "inter"):
             seconds = run[f"{each}_token_seconds"]
-            cells += [f"{len(seconds)} samples", *milliseconds(seconds)]
+            cells += [counted(len(seconds), "sample"), *milliseconds(seconds)]
         rows.append(tuple(cells))
     return table(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastllama.errors import counted
 from fastllama.runtime.outputs import RequestOutput
 
 
@@ -55,9 +56,11 @@ class Timings:
     def describe(self) -> str:
         """One line of statistics."""
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
-        prompt = f"prompt: {self.prompt_tokens} tokens{cached}{_rate(self.prompt_tokens_per_s)}"
+        prompt = f"prompt: {counted(self.prompt_tokens, 'token')}{cached}{_rate(self.prompt_tokens_per_s)}"
         drafts = f"; drafted {self.drafted_tokens}, accepted {self.accepted_tokens}" if self.drafted_tokens else ""
-        return f"{prompt}; generated: {self.generated_tokens} tokens{_rate(self.decode_tokens_per_s)}{drafts}"
+        return (
+            f"{prompt}; generated: {counted(self.generated_tokens, 'token')}{_rate(self.decode_tokens_per_s)}{drafts}"
+        )
 
 
 def _rate(rate: float | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastllama.errors import counted
 from fastllama.io.formats.base import Checkpoint
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
@@ -78,11 +79,11 @@ def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
         for i, ours in enumerate(run.layers):
             reference = next(exact)
             bound = bound_of(next(plain), reference, model.dtype)
-            yield Row("layer", f"layer {i}", f"{ours.shape[0]} tokens", error_of(ours, reference), bound)
+            yield Row("layer", f"layer {i}", counted(ours.shape[0], "token"), error_of(ours, reference), bound)
             bar.update()
         reference = next(exact)
         bound = bound_of(next(plain), reference, model.dtype)
-        yield Row("logits", "logits", f"{run.logits.shape[0]} tokens", error_of(run.logits, reference), bound)
+        yield Row("logits", "logits", counted(run.logits.shape[0], "token"), error_of(run.logits, reference), bound)
         ties = 0.0 if model.dtype == torch.float32 else 2 * bound
         yield _token_row(run, reference, ties)
         way = "by replayed steps" if llm.engine.replays else "by steps as written"
@@ -94,7 +95,7 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
 
     In fp32 each must be its choice. In 16 bits, logits that may each be off by their bound leave ties up to twice it.
     """
-    case = f"{len(run.answer)} greedy tokens"
+    case = counted(len(run.answer), "greedy token")
     if run.trouble is not None:
         return Row("tokens", "tokens", f"{case}, then {run.trouble}", math.inf, bound)
     logits = logits[-len(run.answer) :]
@@ -104,7 +105,8 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
     )
     gaps = (best - ours) / logits.abs().amax(-1)
     if ties := int((gaps > 0).sum()):
-        case += f", {ties} of them near-ties" if float(gaps.max()) <= bound else f", {ties} of them others"
+        one, more = ("a near-tie", "near-ties") if float(gaps.max()) <= bound else ("another", "others")
+        case += f", {ties} of them {one if ties == 1 else more}"
     return Row("tokens", "tokens", case, float(gaps.max()), bound)
 
 

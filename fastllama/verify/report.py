@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastllama.errors import counted
+
 Kind = Literal["op", "weights", "layer", "logits", "tokens"]
 
 
@@ -62,10 +64,8 @@ class Report:
             return f"parity: FAILED in {', '.join(failed)} ({conditions})"
         count = {kind: sum(row.kind == kind for row in self.rows) for kind in ("op", "layer")}
         tokens = next(row.case for row in self.rows if row.kind == "tokens")
-        return (
-            f"parity: {count['op']} ops, {count['layer']} layers, logits and {tokens} agree with the reference "
-            f"({conditions})"
-        )
+        compared = f"{counted(count['op'], 'op')}, {counted(count['layer'], 'layer')}, logits and {tokens}"
+        return f"parity: {compared} agree with the reference ({conditions})"
 
     def table(self) -> str:
         """Every row, aligned, with a line on the conditions above and the summary below."""

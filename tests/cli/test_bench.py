@@ -55,7 +55,20 @@ def test_peers_that_cannot_run_are_named(command: Command, model: str, monkeypat
     assert (done.status, done.err) == (0, "")
     for name in ("generate", "generate_batch"):
         assert f"transformers {name}: not installed: pip install 'fastllama[hf]'\n" in done.out
-    assert "transformers" not in command("bench", "runtime", "--model", model, *alone, "--peers").out
+    without = command("bench", "runtime", "--model", model, *alone, "--peers").out
+    assert "transformers" not in without
+    assert "ours is" not in without, "a column of nothing"
+    assert "ours is" not in done.out, "a column of nothing"
+
+
+def test_a_peer_is_loaded_without_a_bar_and_one_of_anything_is_singular(command: Command, model: str) -> None:
+    one = ("--requests", "1", "--tokens", "2", "--rounds", "1", "--loads", "1", "--arrivals", "1", "--quiet")
+    done = command("bench", "runtime", "--model", model, *one, "--peers", "generate")
+    assert (done.status, done.err) == (0, "")
+    assert "\n1 request at once, 1 round\n" in done.out
+    assert "\n1 request at random, by load; milliseconds\n" in done.out
+    assert " 1 sample " in done.out
+    assert "ours is" in done.out
 
 
 def test_a_peer_that_does_not_load_is_named(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_a_wrong_draw_fails_the_tokens_alone(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sampler, "start", wrong)
     report = check(path)
     assert failed(report) == ["tokens"]
-    assert report.rows[-2].case == "32 greedy tokens, 1 of them others"
+    assert report.rows[-2].case == "32 greedy tokens, 1 of them another"
 
 
 def test_logits_that_are_no_numbers_fail_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +215,8 @@ def answer_row(logits: list[list[float]], answer: tuple[int, ...], bound: float)
     ("answer", "bound", "error", "case"),
     [
         ((0, 1), 0.0, 0.0, "2 greedy tokens"),
-        ((1, 1), 0.2, 0.125, "2 greedy tokens, 1 of them near-ties"),
-        ((1, 1), 0.1, 0.125, "2 greedy tokens, 1 of them others"),
+        ((1, 1), 0.2, 0.125, "2 greedy tokens, 1 of them a near-tie"),
+        ((1, 1), 0.1, 0.125, "2 greedy tokens, 1 of them another"),
         ((1, 0), 0.2, 0.5, "2 greedy tokens, 2 of them others"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_report_in_which_all_agree() -> None:
     found = report(*ROWS)
     assert found.ok
     assert found.summary() == (
-        "parity: 2 ops, 1 layers, logits and 4 greedy tokens agree with the reference (float16, cuda:0)"
+        "parity: 2 ops, 1 layer, logits and 4 greedy tokens agree with the reference (float16, cuda:0)"
     )
     assert found.table().splitlines() == [
         "model some/model, float16 on cuda:0, 1.3 s",
