@@ -32,6 +32,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": YARN,
     "yarn, whose base is trained (Yarn-Llama-2-64k)": {"type": "yarn", "factor": 16.0, "finetuned": True} | FROM_4096,
     "yarn, other settings": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False, "rope_theta": 500000.0},
+    "yarn, null for truncate, which is false": YARN | {"truncate": None, "beta_fast": 16},
     "yarn, attention factor": YARN | {"attention_factor": 1.25},
     "yarn, DeepSeek's scales": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
     "yarn, of few positions": YARN | {"original_max_position_embeddings": 4},
