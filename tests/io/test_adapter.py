@@ -92,10 +92,14 @@ def test_a_tied_model_is_untied_where_its_matrices_part(tmp_path: Path, saved: l
 
 
 def test_a_tied_model_whose_embedding_and_head_were_trained_as_one_stays_tied(tmp_path: Path) -> None:
+    """Also where the one matrix is stored once, which peft does not read."""
     base = base_in(tmp_path / "base", tied=True)
     settings = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     adapter = trained(random_llama(tied=True), tmp_path / "adapter", **settings)
-    assert check_against_peft(base, adapter, torch.float32).config.tie_word_embeddings
+    both = check_against_peft(base, adapter, torch.float32)
+    assert both.config.tie_word_embeddings
+    edit_weights(adapter, lambda weights: weights.pop("base_model.model.lm_head.weight"))
+    assert same(load_model(base, adapter=adapter, progress=False), both)
 
 
 def test_the_logits_are_those_of_the_unmerged_model(tmp_path: Path) -> None:

@@ -83,6 +83,10 @@ WRONG: dict[str, tuple[Spoil, str]] = {
         config(target_modules=["q_proj", "v_proj", "up_proj"]),
         "holds no lora_A and lora_B of model.layers.0.mlp.up_proj, a target module",
     ),
+    "target in one layer without tensors": (
+        config(target_modules=["q_proj", "v_proj", "up_proj"], layers_to_transform=[1]),
+        "holds no lora_A and lora_B of model.layers.1.mlp.up_proj, a target module",
+    ),
     "saved module without tensors": (
         config(modules_to_save=["lm_head"]),
         "holds no weight of lm_head, one of modules_t",

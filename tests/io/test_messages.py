@@ -375,3 +375,5 @@ def test_transformers_order_of_files_is_ours(good: Path, tmp_path: Path, origina
     torch.save(hf_state(original), folder / "pytorch_model.bin")
     link(WEIGHTS, "../abc")(folder)
     assert open_checkpoint(folder).file_of("lm_head.weight") == folder / "pytorch_model.bin"
+    in_place_of_file(WEIGHTS)(folder)
+    assert open_checkpoint(folder).file_of("lm_head.weight") == folder / "pytorch_model.bin"
