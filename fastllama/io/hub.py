@@ -86,8 +86,8 @@ def _download(repo_id: str, revision: str | None, argument: str) -> Path:
             path = Path(
                 snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED)
             )
-            if any(path.glob("*.safetensors")):
-                break
+            if any(file for pattern in weights for file in path.glob(pattern)):
+                return path
     except HFValidationError:
         raise ValueError(f"{argument} is {repo_id!r}, which is no Hub id; legal: owner/name") from None
     except GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
@@ -123,7 +123,8 @@ def _download(repo_id: str, revision: str | None, argument: str) -> Path:
         ) from None
     except Exception as error:  # a failure of requests or httpx, whichever huggingface_hub uses
         raise FileNotFoundError(f"{repo_id} cannot be fetched: {_first_line(error)}") from None
-    return path
+    kinds = ", ".join(pattern for patterns in _WEIGHTS for pattern in patterns)
+    raise FileNotFoundError(f"{repo_id}{at} has no weights that are read ({kinds}); GGUF, for one, is not")
 
 
 def _first_line(error: Exception) -> str:

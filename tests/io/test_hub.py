@@ -298,6 +298,15 @@ def test_a_revision_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
         resolve_model(f"{REPO}@v9")
 
 
+def test_a_repository_without_weights_that_are_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").touch()
+    patch_download(monkeypatch, lambda *arguments, **options: str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/name-GGUF has no weights that are read \(\*\.safetensors, .* GGUF"
+    ):
+        resolve_model("owner/name-GGUF")
+
+
 def test_a_path_with_a_sign_in_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name@v1").mkdir(parents=True)
     (tmp_path / "link").symlink_to("nowhere")
