@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,6 +17,7 @@ from fastllama.bench import models, peers, static_cache, trace
 from fastllama.bench.ceilings import bandwidths, shares
 from fastllama.bench.decode_report import rate
 from fastllama.bench.environment import environment
+from fastllama.bench.estimate import Rates, Work, largest_shape
 from fastllama.errors import check_choice, check_range
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
@@ -34,6 +35,7 @@ OURS = "fastllama"
 UNCOUNTED = 4  # steps at the start: torch.compile records its graphs in the third
 TRACED = 3  # at the end, on a GPU
 PAGE = 64
+DEFAULTS = {"cpu": ((1, 8), (512,)), "cuda": ((1, 8, 32, 128), (512, 4096))}  # batches and contexts
 
 Record = dict[str, Any]
 Step = Callable[[], object]
@@ -44,25 +46,27 @@ Contender = tuple[str, str, Callable[[], Any], Callable[[Any, int, int], Record]
 class DecodeOptions:
     """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
 
-    model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. quantization: of
+    model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. None is a shape that
+    the machine can hold: 7b on a GPU if that does, on a CPU the largest that takes some minutes. quantization: of
     quantization.WORDS. kv_cache_dtype, deterministic: LLM's, of ours. batch: sequences. context: tokens of each at the
-    end. tokens: steps that count. peers: whether transformers' are measured, which needs CUDA.
+    end; both by default those of DEFAULTS. tokens: steps that count. peers: whether transformers' are measured, which
+    needs CUDA.
     """
 
-    model: str = "7b"
+    model: str | None = None
     checkpoint: bool = False
     dtype: str = "auto"
     device: str = "auto"
     quantization: tuple[str, ...] = (NONE,)
     kv_cache_dtype: str = "auto"
     deterministic: bool = False
-    batch: tuple[int, ...] = (1, 8, 32, 128)
-    context: tuple[int, ...] = (512, 4096)
+    batch: tuple[int, ...] = ()
+    context: tuple[int, ...] = ()
     tokens: int = 128
     peers: bool = True
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
+        if not self.checkpoint and self.model is not None:
             check_choice("shape", self.model, models.SHAPES)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         for kind in self.quantization:
@@ -81,7 +85,7 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class _Bench:
-    """The options, and what they mean here."""
+    """The options, none left open, and what they mean here."""
 
     options: DecodeOptions
     config: LlamaConfig
@@ -89,24 +93,47 @@ class _Bench:
     device: torch.device
 
     @classmethod
-    def of(cls, options: DecodeOptions) -> _Bench:
-        """Resolved. Raises ValueError for what this machine or this checkpoint cannot do."""
-        device, longest = resolve_device(options.device), max(options.context)
+    def of(cls, options: DecodeOptions, say: Callable[[str], None]) -> _Bench:
+        """Resolved, and said what it will take. Raises ValueError for what this machine or checkpoint cannot do."""
+        device = resolve_device(options.device)
+        batch, context = DEFAULTS[device.type]
         if options.checkpoint:
+            assert options.model is not None
             config = open_checkpoint(resolve_model(options.model)).config
-            check_range("context", longest, 1, config.longest_context)
+            limit = config.longest_context
+            context = context if limit is None else tuple(dict.fromkeys(min(n, limit) for n in context))
+            check_range("context", max(options.context or context), 1, limit)
         else:
-            config = models.shape(options.model, longest)
+            config = models.shape(options.model or "tiny", max(options.context or context))
         dtype = resolve_dtype(options.dtype, config)
         for kind in options.quantization:
             packing.check(quantization_of(kind), dtype, device)
-        return cls(options, config, dtype, device)
+        options = replace(options, batch=options.batch or batch, context=options.context or context)
+        bench = cls(options, config, dtype, device)
+        rates = Rates.of(dtype) if device.type == "cpu" else None
+        if options.model is None:
+            name = largest_shape(device, lambda name: bench.at(name).work(), rates)
+            bench = bench.at(name)
+            say(f"no --shape is given: {name} is the largest for this {'GPU' if rates is None else 'CPU'}")
+        say(f"{bench.options.model}: {bench.work().describe(rates)}")
+        return bench
+
+    def at(self, shape: str) -> _Bench:
+        """The same of random weights of another shape."""
+        config = models.shape(shape, max(self.options.context))
+        return replace(self, options=replace(self.options, model=shape), config=config)
+
+    def work(self) -> Work:
+        """What all cases of ours will take."""
+        said = self.options
+        return Work.of(self.config, self.dtype, self.kv_dtype, said.quantization, said.batch, said.context, said.steps)
 
     def build(self, kind: str) -> LlamaForCausalLM:
         """The model, its weights kept as `kind` says. Raises MemoryError where they do not fit."""
         torch.manual_seed(0)
         if not self.options.checkpoint:
             return models.random_model(self.config, kind, self.dtype, self.device)
+        assert self.options.model is not None
         model = load_model(self.options.model, dtype=self.dtype, device=self.device, progress=False)
         packing.apply(model, quantization_of(kind), progress=False)
         return model
@@ -204,8 +231,8 @@ def measure(options: DecodeOptions, say: Callable[[str], None], keep: Callable[[
     memory is named in "skipped", and what a case raised in its "failed".
     Raises what LLM raises, ValueError where a context is longer than the checkpoint's.
     """
-    bench = _Bench.of(options)
-    device = bench.device
+    bench = _Bench.of(options, say)
+    options, device = bench.options, bench.device
     say("copying and reading")
     resolved = {
         "dtype": str(bench.dtype).removeprefix("torch."),

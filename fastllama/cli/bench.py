@@ -153,8 +153,13 @@ def _add_decode(commands: Any) -> None:
     )
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--shape", choices=SHAPES, default="7b", help="random weights of this shape (default 7b)")
-    which.add_argument("--model", metavar="M", help="a checkpoint: a path, a Hub id, or 'tiny', the packaged one")
+    which.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="random weights of this shape (default: 7b where a GPU holds it; on a CPU the largest that fits and takes "
+        "some minutes)",
+    )
+    which.add_argument("-m", "--model", metavar="M", help="a checkpoint: a path, a Hub id, or 'tiny', the packaged one")
     add_place_options(group)
     number = parser.add_argument
     number(
@@ -164,8 +169,9 @@ def _add_decode(commands: Any) -> None:
         default=[NONE],
         help="how weights are kept, as for LLM (default none)",
     )
-    number("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="sequences (1 8 32 128)")
-    number("--context", nargs="+", type=int, default=[512, 4096], metavar="N", help="tokens of each (512 4096)")
+    several: dict[str, Any] = {"nargs": "+", "type": int, "default": [], "metavar": "N"}
+    number("--batch", help="sequences (default 1 8 32 128; on a CPU 1 8)", **several)
+    number("--context", help="tokens of each (default 512 4096; on a CPU 512)", **several)
     number("--tokens", type=int, default=128, metavar="N", help="steps of each case that count (default 128)")
     number("--no-peers", action="store_true", help="leave out transformers")
     add_runtime_options(parser, speculation=False)

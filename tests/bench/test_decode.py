@@ -80,7 +80,7 @@ def test_a_checkpoint_is_measured_too() -> None:
 def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pass not compiled here, which takes a compiler and half a minute."""
     monkeypatch.setattr(static_cache, "compiled", lambda model: model.forward)
-    bench = decode._Bench.of(TINY)
+    bench = decode._Bench.of(TINY, lambda line: None)
     figures = bench.theirs(bench.build_theirs(), 3, 96)
     assert len(figures["seconds"]) == 5
     own = bench.ours(bench.build("none"), 3, 96)

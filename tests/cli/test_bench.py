@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastllama import LLM
-from fastllama.bench import ceilings, decode, models, peers, runtime
+from fastllama.bench import ceilings, decode, estimate, models, peers, runtime
 from fastllama.bench.ops import comparison, suite
 from fastllama.cli import bench, main
 from fastllama.kernels.dispatch.backends import Implementation
@@ -206,6 +206,34 @@ def test_what_does_not_fit_in_memory_is_named(command: Command, monkeypatch: pyt
     done = command(*TINY, "--quiet")
     assert "skipped: fastllama, none: the weights take 0.0 GB, and 0.0 GB are free" in done.out
     assert not re.search("^fastllama ", done.out, re.MULTILINE)
+
+
+class Enough(ValueError):
+    """Ends the command before a weight is made."""
+
+
+@pytest.mark.parametrize("options", [[], ["--batch", "100000"], ["--shape", "7b"], ["--model", "tiny"]])
+def test_what_it_will_take_is_said_before_anything_is_made(
+    command: Command, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    def end(*args: object) -> None:
+        raise Enough("enough")
+
+    monkeypatch.setattr(decode, "bandwidths", end)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 16e9)
+    monkeypatch.setattr(estimate.Rates, "of", lambda dtype: estimate.Rates(1e11, 2e10))
+    done = command("bench", "decode", "--device", "cpu", *options)
+    assert done.status == 2
+    *lines, end_line = done.err.splitlines()
+    assert end_line == "fastllama: error: enough"
+    said = r"[\w.]+: weights [\d.]+ GB, keys and values up to [\d.]+ GB; [\d,]+ tokens of prompts, \d+ steps: about .+"
+    assert lines[-1] == "copying and reading"
+    assert re.fullmatch(said, lines[-2])
+    chosen = {"": "1.1b", "--batch": "tiny"}.get(options[0] if options else "")
+    if chosen:
+        assert f"no --shape is given: {chosen} is the largest for this CPU" in lines
+    else:
+        assert not any("no --shape" in line for line in lines)
 
 
 TOY_OPS = ("bench", "ops", "--shape", "toy", "--device", "cpu", "--ops", "rms_norm", "silu_mul", "--no-peers")
