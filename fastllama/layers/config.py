@@ -237,10 +237,9 @@ def token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{name} is {value!r}; legal: a token id, several of them, or null")
-    known = tuple(token for token in ids if 0 <= token < vocab_size)
-    if len(known) < len(ids):
-        logger.warning("%s is %r, which the vocabulary of %d tokens does not hold: not used", name, value, vocab_size)
-    return known
+    if beyond := [token for token in ids if not 0 <= token < vocab_size]:
+        logger.warning("%s %d is not used: the vocabulary has %d tokens", name, beyond[0], vocab_size)
+    return tuple(token for token in ids if token not in beyond)
 
 
 def _refuse_foreign(d: Mapping[str, Any]) -> None:

@@ -154,6 +154,16 @@ def test_answers_end_where_the_files_say(
     assert open_checkpoint(path).config.eos_token_ids == expected
 
 
+def test_an_end_beyond_the_vocabulary_is_logged_with_its_file(
+    tmp_path: Path, states: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, state = states[False]
+    file = write(tmp_path / "model", config, state) / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2, 300]}))
+    open_checkpoint(file.parent)
+    assert caplog.messages == [f"{file}: eos_token_id 300 is not used: the vocabulary has 40 tokens"]
+
+
 @pytest.mark.parametrize("value", ["2", 2.0, True, {"id": 2}, [2, "3"], [[2]]])
 def test_a_broken_id_is_named_by_its_own_file(tmp_path: Path, states: Any, value: Any) -> None:
     config, state = states[False]
