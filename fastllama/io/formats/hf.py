@@ -84,6 +84,13 @@ class HfCheckpoint(Checkpoint):
         # generation_config.json comes first, as in transformers' generate: chat models stop at more than base models.
         # Where it names no token, those of config.json stay; transformers would not stop at all.
         if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+            ends = eos if isinstance(eos, list) else [eos]
+            # transformers runs such a model, but no answer of it ends there
+            if beyond := [end for end in ends if isinstance(end, int) and end >= config.vocab_size]:
+                raise CheckpointError(
+                    f"{generation}: eos_token_id is {beyond[0]}, and {file.name} has vocab_size={config.vocab_size}; "
+                    "legal: an id that the model has"
+                )
             try:
                 ids = token_ids(f"{generation}: eos_token_id", eos, config.vocab_size)
             except TypeError as error:

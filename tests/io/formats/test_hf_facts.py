@@ -135,8 +135,7 @@ ENDS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {  # of generation_config.js
     "generation_config.json comes first": (9, 7, (9,)),
     "several": ([9, 8], 7, (9, 8)),
     "null": (None, 7, (7,)),
-    "beyond the vocabulary": (40, 7, ()),
-    "one of several beyond": ([9, 32000, -1], 7, (9,)),
+    "-1 among several": ([9, -1], 7, (9,)),
     "none in config.json": (..., None, ()),
     "-1 in config.json": (..., -1, ()),
     "beyond in config.json": (..., [7, 40], (7,)),
@@ -154,14 +153,15 @@ def test_answers_end_where_the_files_say(
     assert open_checkpoint(path).config.eos_token_ids == expected
 
 
-def test_an_end_beyond_the_vocabulary_is_logged_with_its_file(
-    tmp_path: Path, states: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_end_beyond_the_vocabulary_is_refused_by_its_file(tmp_path: Path, states: Any) -> None:
     config, state = states[False]
     file = write(tmp_path / "model", config, state) / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [2, 300]}))
-    open_checkpoint(file.parent)
-    assert caplog.messages == [f"{file}: eos_token_id 300 is not used: the vocabulary has 40 tokens"]
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(file.parent)
+    assert str(raised.value) == (
+        f"{file}: eos_token_id is 300, and config.json has vocab_size=40; legal: an id that the model has"
+    )
 
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, {"id": 2}, [2, "3"], [[2]]])
