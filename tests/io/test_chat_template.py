@@ -362,8 +362,8 @@ def test_what_a_template_says_in_refusing_is_told_without_control_characters() -
 def test_long_conversations_are_within_reason() -> None:
     messages = conversation(["a long story about a fox " * 50] * 401)
     assert of(samples.MACHINERY.replace("> 40", "> 999")).encode(messages)
-    content = "a fox\n" * 100_000
-    assert of(samples.CHATML).encode(conversation([content]))
+    for content in ("a fox\n" * 50_000, "\r" * 50_000, "<[" * 50_000):
+        assert of(samples.ALPACA).encode(conversation([content]))
 
 
 def test_undefined_names_that_are_printed_are_told_of(caplog: pytest.LogCaptureFixture) -> None:

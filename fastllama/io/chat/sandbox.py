@@ -170,7 +170,6 @@ def _compiled(source: str) -> jinja2.Template:
         lstrip_blocks=True,
         extensions=[GenerationTag, loopcontrols],
         finalize=_printed,
-        optimized=False,  # constants are computed while rendering, within the budget, not while compiling
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {
