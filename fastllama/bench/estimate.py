@@ -97,7 +97,7 @@ class Work:
 
     def describe(self, rates: Rates | None) -> str:
         """One line; with a time where the rates are known."""
-        memory = f"weights {self.weight_bytes / 1e9:.1f} GB, keys and values up to {self.kv_bytes / 1e9:.1f} GB"
+        memory = f"weights {_size(self.weight_bytes)}, keys and values up to {_size(self.kv_bytes)}"
         amount = f"{self.prompt_tokens:,} tokens of prompts, {counted(self.steps, 'step')}"
         return f"{memory}; {amount}" + ("" if rates is None else f": about {_duration(self.seconds(rates))}")
 
@@ -113,6 +113,10 @@ def largest_shape(device: torch.device, work_of: Callable[[str], Work], rates: R
         if work.fits(device) and (rates is None or work.seconds(rates) <= PATIENCE):
             return name
     return smallest
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from fastllama.cli.options import (
     add_quantize_option,
     add_runtime_options,
     add_sampling_options,
+    check_names,
     describe_defaults,
     load,
     no_numbers,
@@ -75,10 +76,11 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer messages until they end, and return the exit status."""
-    from fastllama.io.chat import check_chat_format
-
     # What needs no model first: a wrong option should not cost the minute that loading takes.
     sampling_params(args)
+    check_names(args)
+    from fastllama.io.chat import check_chat_format
+
     check_chat_format(args.chat_format)
     system = _system(args)
     loaded = load(args)

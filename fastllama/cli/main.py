@@ -121,6 +121,11 @@ def _users_mistake(error: Exception) -> str | None:
     exhausted = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     if exhausted or isinstance(error, MemoryError):
         return f"out of memory: try --dtype bfloat16 or a smaller --max-model-len ({error})"
+    if isinstance(error, ImportError) and not isinstance(error, ExtraRequiredError):
+        ours = (error.name or "").startswith("fastllama")
+        return None if ours else f"a package that is needed cannot be imported: {error}"
+    if isinstance(error, RuntimeError) and "driver" in str(error):  # torch's, of a GPU whose driver is too old or gone
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, BackendError, ExtraRequiredError)):

@@ -226,7 +226,8 @@ def test_what_it_will_take_is_said_before_anything_is_made(
     assert done.status == 2
     *lines, end_line = done.err.splitlines()
     assert end_line == "fastllama: error: enough"
-    said = r"[\w.]+: weights [\d.]+ GB, keys and values up to [\d.]+ GB; [\d,]+ tokens of prompts, \d+ steps: about .+"
+    said = r"[\w.]+: weights [\d.]+ [GM]B, keys and values up to [\d.]+ [GM]B; [\d,]+ tokens of prompts, "
+    said += r"\d+ steps: about .+"
     assert lines[-1] == "copying and reading"
     assert re.fullmatch(said, lines[-2])
     chosen = {"": "1.1b", "--batch": "tiny"}.get(options[0] if options else "")

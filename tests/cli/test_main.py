@@ -107,6 +107,12 @@ def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixtu
             ExtraRequiredError("this", "tokenizers", "hf"),
             "this needs 'tokenizers', which is not installed: pip install",
         ),
+        (
+            ImportError("libomp.so.5: cannot open shared object file", name="torch._C"),
+            "a package that is needed cannot be imported: libomp.so.5",
+        ),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "a package that is needed cannot be imported"),
+        (RuntimeError("The NVIDIA driver on your system is too old"), "The NVIDIA driver on your system is too old"),
         (MemoryError(), "out of memory: try --dtype bfloat16 or a smaller --max-model-len"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --dtype"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try --dtype"),
@@ -135,7 +141,15 @@ def test_debug_covers_the_arguments_too(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [AssertionError("odd"), TypeError("odd"), KeyError("odd"), RuntimeError("odd")], ids=repr
+    "error",
+    [
+        AssertionError("odd"),
+        TypeError("odd"),
+        KeyError("odd"),
+        RuntimeError("odd"),
+        ImportError("cannot import name 'x'", name="fastllama.io"),
+    ],
+    ids=repr,
 )
 def test_a_bug_is_shown_in_full(command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     fails_with(error, monkeypatch)
