@@ -14,6 +14,8 @@ import torch
 
 from fastllama import errors
 from fastllama.errors import BackendError, ExtraRequiredError
+from fastllama.io.hub import resolve_model
+from fastllama.io.tokenizer import load_tokenizer
 from fastllama.kernels.dispatch import backends
 from fastllama.kernels.dispatch.backends import Backends, Kernels
 
@@ -75,6 +77,19 @@ def test_triton_kernels_that_cannot_be_imported_are_named(monkeypatch: pytest.Mo
     function = Backends("f", reference=torch.neg, triton=table)
     with pytest.raises(BackendError, match="Triton cannot be used: AttributeError: no such driver; legal without it"):
         function.launcher("cuda")
+
+
+def test_a_broken_package_that_is_needed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tokenizers", "huggingface_hub"):
+        write_broken(tmp_path, package, BROKEN["AttributeError"])
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ExtraRequiredError, match=r"installed but cannot be imported \(AttributeError: np.bool8\)"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"huggingface_hub is needed: AttributeError: np\.bool8"):
+        resolve_model("owner/name")
 
 
 @pytest.mark.parametrize("package", ["numba", "triton", "transformers", "matplotlib", "tokenizers", "huggingface_hub"])

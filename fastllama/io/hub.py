@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from fastllama.errors import nearest
+from fastllama.errors import nearest, why_unusable
 from fastllama.progress import has_console
 
 # Asked for by name, and offered when a name is mistyped.
@@ -65,6 +65,8 @@ def _expanded(model: str) -> Path:
 
 
 def _download(repo_id: str, revision: str | None, argument: str) -> Path:
+    if why := why_unusable("huggingface_hub"):
+        raise FileNotFoundError(f"{repo_id} cannot be fetched: huggingface_hub is needed: {why}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
     from huggingface_hub.errors import (

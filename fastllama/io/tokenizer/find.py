@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
-from fastllama.errors import CheckpointError
+from fastllama.errors import CheckpointError, why_unusable
 from fastllama.io.formats.recognise import what_is
 from fastllama.io.tokenizer.base import Tokenizer
 from fastllama.io.tokenizer.sentencepiece_model import SentencePieceTokenizer
@@ -33,17 +32,9 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
         found = [path / name for name in (_JSON, _MODEL) if (path / name).is_file() or (path / name).is_symlink()]
         if not found:
             raise FileNotFoundError(f"no tokenizer in {path}; legal: {_MODEL} or {_JSON}")
-        path = found[0] if len(found) == 1 or _imports_tokenizers() else found[1]
+        path = found[0] if len(found) == 1 or why_unusable("tokenizers") is None else found[1]
     elif not path.is_file() and not path.is_symlink():
         raise FileNotFoundError(f"no tokenizer at {path}; legal: {_MODEL}, {_JSON} or a folder with one")
     if not path.is_file():
         raise CheckpointError(f"{path} is {what_is(path)}")
     return HFTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def _imports_tokenizers() -> bool:
-    try:
-        importlib.import_module("tokenizers")
-    except ImportError:
-        return False
-    return True

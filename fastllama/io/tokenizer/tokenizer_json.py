@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastllama.errors import CheckpointError, ExtraRequiredError
+from fastllama.errors import CheckpointError, ExtraRequiredError, why_unusable
 from fastllama.io.formats.base import read_json
 from fastllama.io.tokenizer.added import AddedPiece
 from fastllama.io.tokenizer.base import INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
@@ -104,10 +104,10 @@ class HFTokenizer(Tokenizer):
 
 
 def _backend(path: Path, content: str) -> tokenizers.Tokenizer:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ExtraRequiredError(f"reading {path.name}", "tokenizers", "hf") from None
+    if why_unusable("tokenizers"):
+        raise ExtraRequiredError(f"reading {path.name}", "tokenizers", "hf")
+    import tokenizers
+
     try:
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the package raises bare Exception
