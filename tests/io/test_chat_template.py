@@ -106,6 +106,7 @@ class TestEndsOfAnAnswer:
             ("' USER: '", ("USER:",)),
             ("'\\n'", ()),
             ("' and '", ()),
+            ("'<|user|>' ~ eos_token ~ ' '", ()),
         ],
     )
     def test_are_text_only_where_a_tag_or_label_follows(self, behind: str, stop: tuple[str, ...]) -> None:
