@@ -21,14 +21,16 @@ from tests.io import tokenizer_folders as folders
 from tests.io import tokenizer_samples as samples
 
 SIGNS = "ab<_ \n\t\u00a0\u0301é²\u200dⅧ\x1c"
-CONTENT = st.text("ab<_ é", min_size=1, max_size=3).filter(lambda text: text == text.strip())
+CONTENT = st.text("ab<", min_size=1, max_size=3) | st.text("ab<_ é", min_size=1, max_size=3).filter(
+    lambda text: text == text.strip()
+)
 PIECES = st.lists(st.tuples(CONTENT, *[st.booleans()] * 5), max_size=5, unique_by=lambda piece: piece[0])
 KINDS = [True, 3, -1, 2.5, 10**30, [], ["a"], [[]], [None], {}, {"a": 1}, {"content": 3}, {"content": "\ud800"}]
 KINDS += [{"content": "x", "special": "y"}, {"content": "x", "lstrip": 1}]
 
 
 @settings(deadline=None, max_examples=400)
-@given(described=PIECES, text=st.text(SIGNS, max_size=20))
+@given(described=PIECES, text=st.text("ab< ", max_size=20) | st.text(SIGNS, max_size=20))
 def test_a_text_is_split_as_the_package_tokenizers_does(described, text):
     pieces = [AddedPiece(content, None, *flags) for content, *flags in described]
     backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
@@ -102,6 +104,14 @@ def test_both_files_of_a_folder_give_the_same_ids(name, tmp_path, monkeypatch):
         assert of_json.decode(ids, skip_special_tokens=False) == of_model.decode(ids, skip_special_tokens=False)
     assert of_json.special_ids == of_model.special_ids
     assert of_json.special_pieces() == of_model.special_pieces()
+
+
+def test_merges_do_not_make_a_control_piece_of_plain_text(tmp_path):
+    model = samples.with_pieces(samples.model_bytes("tiny"), ["s>", "/s>"], samples.NORMAL)
+    tokenizer = samples.load(model, tmp_path, "metaspace")
+    for text in ["<s>", "a</s>"]:
+        assert not {1, 2} & set(tokenizer.encode(text, bos=False))
+        assert {1, 2} & set(tokenizer.encode_template(text))
 
 
 def test_special_pieces_are_what_steers_a_model(tmp_path):

@@ -69,6 +69,18 @@ def theirs(name: str) -> Any:
     return AutoTokenizer.from_pretrained(folders.folder(name))
 
 
+AROUND = ["{}", "a{}b", " {} ", "a {} b", "a  {}  b", "{0}{0}", "{0} {0}", "\n{}\n", "_{}", "{}é"]
+
+
+def test_added_tokens_between_all_that_may_be_around_them(name):
+    texts = [around.format(tag) for tag in [*TAGS, *CONTROL] for around in AROUND]
+    expected = theirs(name)(texts, add_special_tokens=False).input_ids
+    assert [ours(name).encode_template(text) for text in texts] == expected
+    for text, ids in zip(texts, expected, strict=True):
+        if not any(piece in text for piece in CONTROL) and not (ours(name).adds_leading_space and text[0] == " "):
+            assert ours(name).encode(text, bos=False) == ids
+
+
 @fewer
 @given(text=TEXT)
 @example(text="")
@@ -101,7 +113,7 @@ def test_the_vocabulary_is_that_of_transformers(name):
     assert {mine.id_to_piece(i): i for i in range(mine.vocab_size)} == pieces
     assert dict(mine.special_tokens) == {k: v for k, v in reference.special_tokens_map.items() if k != "fill_token"}
     assert (mine.bos_token_id, mine.eos_token_id) == (reference.bos_token_id, reference.eos_token_id)
-    assert mine.pad_token_id == reference.pad_token_id or name == "control_and_user_defined_pieces"  # the model's own
+    assert mine.pad_token_id == reference.pad_token_id
     assert mine.chat_template == reference.chat_template
     assert mine.special_ids == {
         i for i, token in reference.added_tokens_decoder.items() if token.special and i < mine.vocab_size

@@ -113,6 +113,12 @@ def normalized_tokens_of_its_own(path: Path) -> None:
 
 
 @_kind
+def normalized_tokens_of_llama(path: Path) -> None:
+    _sentencepiece(path, LLAMA | {"legacy": False}, "prepend")
+    _add(path, [token("<|im_start|>", normalized=True, special=False), token("<l>", normalized=True, lstrip=True)])
+
+
+@_kind
 def metaspace_json(path: Path) -> None:
     _sentencepiece(path, LLAMA | {"tokenizer_class": "TokenizersBackend"}, "metaspace")
 
@@ -158,6 +164,7 @@ def yi(path: Path) -> None:
 def chatml_slow(path: Path) -> None:
     numbers = {"<|im_end|>": _size(), "<|im_start|>": _size() + 1, "fox": _size() + 2}
     config = LLAMA | {"add_bos_token": True, "eos_token": "<|im_end|>", "chat_template": CHATML}
+    config["additional_special_tokens"] = ["<|im_start|>"]
     _sentencepiece(path, config, added_tokens__json=numbers)
 
 
@@ -165,10 +172,15 @@ def chatml_slow(path: Path) -> None:
 def chatml_slow_legacy(path: Path) -> None:
     """The files of transformers 4: what is special is said in special_tokens_map.json alone."""
     numbers = {"[PAD]": _size(), "<|im_end|>": _size() + 1, "<|im_start|>": _size() + 2}
-    named = {"eos_token": token("<|im_end|>", lstrip=True), "pad_token": "[PAD]", "bos_token": token("<s>")}
+    named: dict[str, Any] = {
+        "eos_token": token("<|im_end|>", lstrip=True),
+        "pad_token": "[PAD]",
+        "bos_token": token("<s>"),
+    }
     for each in (named["eos_token"], named["bos_token"]):
         del each["special"]
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    named["additional_special_tokens"] = ["<|im_start|>", "<x>"]
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, "eos_token": "</s>"}
     _sentencepiece(path, config, added_tokens__json=numbers, special_tokens_map__json=named)
 
 
@@ -222,6 +234,8 @@ def code_llama_json(path: Path) -> None:
     samples.write_json(
         samples.with_pieces(samples.model_bytes("tiny"), samples.INFILLING, samples.CONTROL), path, "prepend"
     )
+    spec = json.loads((path / "tokenizer.json").read_text())
+    write(path, "tokenizer.json", spec | {"post_processor": None})
     config = LLAMA | {"tokenizer_class": "CodeLlamaTokenizerFast", "add_bos_token": False}
     write(path, "tokenizer_config.json", config)
 
@@ -229,7 +243,7 @@ def code_llama_json(path: Path) -> None:
 @_kind
 def control_and_user_defined_pieces(path: Path) -> None:
     """SentencePiece models that hold their chat tokens themselves."""
-    _sentencepiece(path, LLAMA | {"add_bos_token": True, "eos_token": "<|im_end|>"})
+    _sentencepiece(path, LLAMA | {"add_bos_token": True, "eos_token": "<|im_end|>", "pad_token": "<x>"})
     model = samples.with_pieces(samples.model_bytes("tiny"), ["<|im_start|>", "<x>"], samples.USER_DEFINED)
     model = samples.with_pieces(model, ["<|im_end|>", "<pad>"], samples.CONTROL)
     (path / "tokenizer.model").write_bytes(model)

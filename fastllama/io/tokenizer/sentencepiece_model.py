@@ -73,7 +73,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Added tokens by id: the model's control and user-defined pieces, and those of the files beside it."""
         processor = self._processor
         special = set(settings.special_tokens.values())
-        own = [AddedPiece(piece) for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)]
+        hidden = [piece for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)]
+        own = [AddedPiece(piece) for piece in hidden if piece in special or not settings.lists_extra]
         own += [AddedPiece(piece, special=piece in special) for piece in _user_defined(processor)]
         given = settings.added(own)
         added = number([*own, *given], ids)

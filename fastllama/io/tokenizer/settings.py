@@ -37,6 +37,7 @@ class TokenizerSettings:
         removed: names that the files set to null.
         numbered: added tokens that the files give ids, in the order of these.
         named: special and extra tokens, which come at the end of the vocabulary where they have no id.
+        lists_extra: extra tokens are listed: then only the named ones of tokenizer.model's control pieces are special.
         chat_template: jinja source; of several templates the one named "default".
         add_bos, add_eos: whether BOS is put in front of a text and EOS behind it, None where nothing is said.
         legacy: text after an added token gets the leading space too.
@@ -49,6 +50,7 @@ class TokenizerSettings:
     removed: frozenset[str] = frozenset()
     numbered: tuple[AddedPiece, ...] = ()
     named: tuple[AddedPiece, ...] = ()
+    lists_extra: bool = False
     chat_template: str | None = None
     add_bos: bool | None = None
     add_eos: bool | None = None
@@ -120,6 +122,7 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
         removed=removed,
         numbered=tuple(sorted((piece for piece in numbered if piece.content), key=lambda piece: piece.token_id or 0)),
         named=(*(found[name] for name in names), *(piece for piece in extra if piece.content)),
+        lists_extra=bool(extra),
         chat_template=_chat_template(folder, config),
         add_bos=config.get("add_bos_token", bool),
         add_eos=config.get("add_eos_token", bool),

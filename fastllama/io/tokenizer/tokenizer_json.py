@@ -131,8 +131,6 @@ def _set_up(backend: tokenizers.Tokenizer, given: Collection[AddedPiece], settin
         scheme = "never" if settings.add_prefix_space is False else after_added
         backend.normalizer = None
         backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    declared = list(backend.get_added_tokens_decoder().values())  # again: they are kept in normalized form
-    backend.add_tokens(declared)
     backend.add_tokens([AddedToken(each.content, **{flag: getattr(each, flag) for flag in _FLAGS}) for each in given])
 
 
