@@ -120,7 +120,8 @@ class TestWithoutATemplate:
         )
 
     @pytest.mark.parametrize(
-        "model", ["meta-llama/Llama-2-7b-hf", "chat/llama-7b", "chatty/snapshots", "/instruct/x", "Llamachatter", "."]
+        "model",
+        ["meta-llama/Llama-2-7b-hf", "chat/llama-7b", "chatty/snapshots", "/instruct/x", "Llamachatter", "wechat", "."],
     )
     def test_another_name_means_plain_text(self, bare: Tokenizer, model: str, caplog: pytest.LogCaptureFixture) -> None:
         chosen = chat_format(bare, model=model)
