@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import AGAIN, Checkpoint
+from fastllama.io.formats.base import Checkpoint
+from fastllama.io.formats.json_files import AGAIN
 from fastllama.io.formats.recognise import what_is
 from fastllama.io.formats.tensor_files import read_tensors
 from fastllama.io.hub import resolve_model

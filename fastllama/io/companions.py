@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastllama.io.formats.base import read_json
+from fastllama.io.formats.json_files import read_json
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"

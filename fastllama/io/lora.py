@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import json_kind, read_json
+from fastllama.io.formats.json_files import json_kind, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What changes more than W + scale * B A, or another W: refused by name where it is set.

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllama.errors import check_range
-from fastllama.io.formats.base import dtype_name, read_json
+from fastllama.io.formats.base import dtype_name
+from fastllama.io.formats.json_files import read_json
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.weights import hf_tensors
 

@@ -136,6 +136,10 @@ def run(code: str, *absent: str) -> str:
     return done.stdout
 
 
+def test_tokenizers_and_chat_formats_import_without_torch() -> None:
+    assert run("import fastllama.io.tokenizer, fastllama.io.chat; print('ok')", "torch", "triton") == "ok\n"
+
+
 def test_planning_imports_without_torch() -> None:
     assert run(f"import {', '.join(planning())}; print('ok')", "torch", "numpy", "triton") == "ok\n"
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import Checkpoint, dtype_name, read_json
+from fastllama.io.formats.base import Checkpoint, dtype_name
+from fastllama.io.formats.json_files import read_json
 from fastllama.io.formats.tensor_files import open_safetensors, read_tensors
 from fastllama.io.formats.weight_files import weight_files
 from fastllama.layers.config import LlamaConfig, token_ids

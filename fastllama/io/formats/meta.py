@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import AGAIN, Checkpoint, dtype_name, read_json
+from fastllama.io.formats.base import Checkpoint, dtype_name
 from fastllama.io.formats.interleaved import LAYER_NAMES, half_split, rotary_heads
+from fastllama.io.formats.json_files import AGAIN, read_json
 from fastllama.io.formats.tensor_files import read_torch
 from fastllama.kernels.dispatch.isolation import no_autocast
 from fastllama.layers.config import LlamaConfig

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import AGAIN
+from fastllama.io.formats.json_files import AGAIN
 from fastllama.io.formats.recognise import what_is
 
 _LOG = logging.getLogger("fastllama")

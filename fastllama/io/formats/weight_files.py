@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import AGAIN, json_kind, read_json
+from fastllama.io.formats.json_files import AGAIN, json_kind, read_json
 from fastllama.io.formats.recognise import what_is
 
 # In the order transformers looks for them.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastllama.errors import CheckpointError
-from fastllama.io.formats.base import json_kind, read_json
+from fastllama.io.formats.json_files import json_kind, read_json
 from fastllama.io.tokenizer.added import AddedPiece
 
 CONFIG, OVERRIDES, NUMBERS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

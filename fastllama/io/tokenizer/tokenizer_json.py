@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastllama.errors import CheckpointError, ExtraRequiredError, why_unusable
-from fastllama.io.formats.base import read_json
+from fastllama.io.formats.json_files import read_json
 from fastllama.io.tokenizer.added import AddedPiece
 from fastllama.io.tokenizer.base import INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
 from fastllama.io.tokenizer.sentencepiece_model import piece_bytes
