@@ -33,7 +33,6 @@ SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-_HUB_ID = re.compile(r"[^./~\\][^/\\]*/[^/\\]+")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
@@ -174,9 +173,10 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError(f"device is {args.device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...")
     from fastllama.io.hub import resolve_model
 
-    for name in (getattr(args, "model", None), getattr(args, "speculation", None)):
-        if name not in (None, "prompt_lookup") and not _HUB_ID.fullmatch(name):
-            resolve_model(name)
+    for option in ("model", "speculation"):
+        name = getattr(args, option, None)
+        if name not in (None, "prompt_lookup") and ("/" not in name or name.startswith((".", "/", "~"))):
+            resolve_model(name, argument=f"--{option}")
 
 
 @dataclass(frozen=True)
