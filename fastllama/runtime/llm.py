@@ -16,7 +16,7 @@ import torch
 
 from fastllama.errors import reject_unknown
 from fastllama.io.adapter import locate
-from fastllama.io.chat import ChatFormat, Message
+from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat import chat_format as choose_format
 from fastllama.io.companions import GENERATION_CONFIG, find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
@@ -117,6 +117,7 @@ class LLM:
             num_draft_tokens=num_draft_tokens,
         )
         check_quantization(quantization)
+        check_chat_format(chat_format)
         if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
             speculation = resolve_model(str(speculation))
         self._progress = progress
@@ -140,8 +141,6 @@ class LLM:
             target, (path, merged) = resolve_device(device), locate(model, adapter)
             self.tokenizer = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
             self.sampling_defaults = _legal_settings(path)
-            if chat_format != "auto" and self.tokenizer is not None:
-                self._chat_format = choose_format(self.tokenizer, choice=chat_format, model=self._name)
             loaded = load_model(path, adapter=merged, dtype=dtype, device=target, progress=progress)
         if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
             _LOG.warning(

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.errors import CheckpointError, ExtraRequiredError
+from fastllama.errors import CheckpointError
 from fastllama.io.chat import ChatFormat, chat_format, encode_chat
-from fastllama.io.chat import template as chat_template
 from tests.io import chat_templates as samples
 
 TEMPLATES = {
@@ -372,19 +371,3 @@ def test_undefined_names_that_are_printed_are_told_of(caplog: pytest.LogCaptureF
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "the chat template prints 'name', 'system_prompt', undefined here, as nothing" in record.getMessage()
-
-
-@pytest.mark.parametrize("installed", ["3.1.5", "2.11"])
-def test_an_old_jinja_is_not_trusted(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
-    monkeypatch.setattr(chat_template, "version", lambda name: installed)
-    with pytest.raises(ValueError, match=rf"^jinja2 is {installed}, .* legal for a chat template: 3\.1\.6 and newer$"):
-        of(samples.CHATML)
-
-
-def test_without_jinja_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise chat_template.PackageNotFoundError(name)
-
-    monkeypatch.setattr(chat_template, "version", version)
-    with pytest.raises(ExtraRequiredError, match=r"^a chat template needs 'jinja2', .*fastllama\[hf\]"):
-        of(samples.CHATML)

@@ -6,17 +6,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastllama.errors import ExtraRequiredError
 from fastllama.io.chat import markers
 from fastllama.io.chat.messages import Message, Tags, check_messages, forged, without_markers
 from fastllama.io.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("fastllama")
 _ROLE = re.compile(r"[^\W\d_][\w .\-]*")
-_OLDEST_JINJA = (3, 1, 6)
 
 
 class ChatTemplate:
@@ -27,8 +24,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, file: str) -> None:
-        """`file`: where the template lies. CheckpointError for a broken one, ExtraRequiredError without jinja2."""
-        _need_jinja()
+        """`file`: where the template lies. CheckpointError for a broken one."""
         self.tokenizer, self.source, self.file = tokenizer, source, file
         self._undefined: set[str] = set()
         self.findings = markers.examine(self.render, tokenizer)
@@ -114,14 +110,3 @@ class ChatTemplate:
 def _harmless(index: int, message: Message) -> Message:
     content = markers.placeholder(index) if message["content"].strip() else message["content"]
     return {"role": message["role"], "content": content}
-
-
-def _need_jinja() -> None:
-    try:
-        installed = version("jinja2")
-    except PackageNotFoundError:
-        raise ExtraRequiredError("a chat template", "jinja2", "hf") from None
-    if tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) < _OLDEST_JINJA:
-        raise ValueError(
-            f"jinja2 is {installed}, with known ways out of its sandbox; legal for a chat template: 3.1.6 and newer"
-        )
