@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         print(loaded.describe(), file=sys.stderr)
         said = f"{Timings.of(output).describe()}; finish: {reasons}; seed {params.seed}"
         print(said + describe_defaults(args, defaults), file=sys.stderr)
+        if prompt and loaded.tokenizer.chat_template is not None:  # llama.cpp's -p would ask in it
+            print("--prompt is continued as it stands; fastllama chat asks in the model's chat format", file=sys.stderr)
     return 0
 
 

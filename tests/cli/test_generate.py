@@ -266,3 +266,14 @@ def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monk
         ["auto", False, None, 3],
         ["int8", True, "prompt_lookup", 2],
     ]
+
+
+def test_who_prompts_a_chat_model_is_told_of_its_chat_format(command: Command) -> None:
+    words = "--prompt is continued as it stands; fastllama chat asks in the model's chat format\n"
+    assert words in command("generate", "-p", "Once", "-n", 1).err  # the bundled model has a chat template
+    for args in (("-n", 1), ("-p", "Once", "-n", 1, "--quiet")):
+        assert words not in command("generate", *args).err
+
+
+def test_a_model_without_a_chat_template_is_prompted_without_a_word(command: Command, model: str) -> None:
+    assert "chat" not in command("generate", "--model", model, "-p", "Once", "-n", 1).err
