@@ -19,9 +19,7 @@ from fastllama.bench.decode_report import rate
 from fastllama.bench.environment import environment
 from fastllama.bench.estimate import Rates, Work, largest_shape
 from fastllama.errors import check_choice, check_range
-from fastllama.io.checkpoint import open_checkpoint
-from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model, resolve_device, resolve_dtype
+from fastllama.io.load import load_model, open_model, resolve_device, resolve_dtype
 from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
@@ -99,7 +97,7 @@ class _Bench:
         batch, context = DEFAULTS[device.type]
         if options.checkpoint:
             assert options.model is not None
-            config = open_checkpoint(resolve_model(options.model)).config
+            config = open_model(options.model)[0].config
             limit = config.longest_context
             context = context if limit is None else tuple(dict.fromkeys(min(n, limit) for n in context))
             check_range("context", max(options.context or context), 1, limit)

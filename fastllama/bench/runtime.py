@@ -19,8 +19,8 @@ from fastllama.bench.text import PERCENTILES, milliseconds, table
 from fastllama.bench.throughput import OURS, Contender, ours, throughput
 from fastllama.bench.workload import LONGEST, SEQUENCES, SHORTEST, prompts_of
 from fastllama.errors import check_choice, check_range, counted
-from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.hub import resolve_model
+from fastllama.io.load import open_model
 from fastllama.runtime.llm import LLM
 
 PAGE = 64
@@ -69,7 +69,7 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
     Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.
     """
     generator, path = random.Random(0), resolve_model(options.model)
-    context = open_checkpoint(path).config.context_length
+    context = open_model(path)[0].config.context_length
     check_range("tokens", options.tokens, 2, context - SHORTEST)
     length, sequences = min(LONGEST + options.tokens, context), min(options.requests, SEQUENCES)
     longest = length - options.tokens

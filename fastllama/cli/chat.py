@@ -27,7 +27,7 @@ from fastllama.cli.options import (
 from fastllama.cli.parser import add_command as add
 from fastllama.cli.text import argument, decode, read_prompt
 from fastllama.cli.timings import Timings
-from fastllama.errors import nearest
+from fastllama.errors import counted, nearest
 from fastllama.runtime.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Conversation:
             del self._turns[:2]
             dropped += 1
         if dropped:
-            _notice(f"the conversation is too long for {limit} tokens: its oldest {dropped} turn(s) were dropped")
+            _notice(f"the conversation is too long for {limit} tokens: its oldest {counted(dropped, 'turn')} dropped")
         if len(ids) < limit:
             return ids
         _notice(f"the message is too long: {len(ids)} tokens; legal: less than {limit}")

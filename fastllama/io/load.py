@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_choice
+from fastllama.errors import check_choice, counted
 from fastllama.io.adapter import AdaptedCheckpoint, locate
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.base import Checkpoint
@@ -70,9 +70,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     check_choice("device type", resolved.type, ("cpu", "cuda"))
     count = torch.cuda.device_count()
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
-        raise ValueError(
-            f"device is {str(device)!r}, and torch sees {count} CUDA devices; legal here: 'cpu' or a device it sees"
-        )
+        seen = counted(count, "CUDA device")
+        raise ValueError(f"device is {str(device)!r}, and torch sees {seen}; legal here: 'cpu' or a device it sees")
     return resolved
 
 

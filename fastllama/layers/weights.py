@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError
+from fastllama.errors import CheckpointError, counted
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.tensor_names import is_foreign, is_quantized, is_recomputed, undeclared_bias, why_unexpected
 
@@ -138,7 +138,7 @@ def load_weights(
 
 def _missing(absent: list[str], skipped: list[str]) -> tuple[str, str]:
     first, *rest = absent
-    others = f", and so are {len(rest)} others" if rest else ""
+    others = f", and so {'is' if len(rest) == 1 else 'are'} {counted(len(rest), 'other')}" if rest else ""
     if prefixed := [name for name in skipped if name.endswith(f".{first}")]:
         return first, f"is missing{others}; names here begin otherwise: {prefixed[0]}"
     if absent == [HEAD]:

@@ -142,7 +142,7 @@ def test_the_oldest_turns_are_dropped_in_every_format(
     texts = [f"a small fox who lived {i}" for i in range(6)]
     done = talk(command, model, *texts, options=("--max-model-len", "128", "--max-tokens", "24"))
     assert done.status == 0
-    assert "turn(s) were dropped" in done.err
+    assert " dropped" in done.err
     answers = [request.output().outputs[0].text for request in requests]
     said = [word for pair in zip(texts, answers, strict=True) for word in pair]
     for index, prompt in enumerate(prompts(requests)):
