@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -38,7 +39,8 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         """`path`: the tokenizer.json. CheckpointError if it, or a file beside it, is broken or of another family."""
         spec = read_json(path)
-        self._template = _backend(path, path.read_text(encoding="utf-8"))
+        self._content = path.read_text(encoding="utf-8")
+        self._template = _backend(path, self._content)
         if not isinstance(spec["model"], dict) or not all(
             isinstance(each, dict) for each in spec.get("added_tokens", ())
         ):
@@ -62,14 +64,10 @@ class HFTokenizer(Tokenizer):
         pieces = {i: piece for piece, i in self._template.get_vocab(with_added_tokens=True).items()}
         unknown = self._template.token_to_id(spec["model"].get("unk_token") or "<unk>")
         special = {i for i, token in added.items() if token.special} | ({unknown} if unknown is not None else set())
-        self._plain = self._template
-        if not is_byte_level:
-            # A second tokenizer that does not know the control pieces: SentencePiece gives them the first three ids.
-            hidden = {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
-            self._plain = _backend(path, json.dumps(_without(spec, hidden)))
-            _set_up(
-                self._plain, [piece for piece in given if piece.content not in hidden], settings if spaced else None
-            )
+        # SentencePiece gives control pieces the first three ids.
+        self._control = frozenset() if is_byte_level else {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
+        self._spelled = re.compile("|".join(re.escape(each.lstrip(SPACE)) for each in self._control) or "(?!)")
+        self._given, self._spaced = given, settings if spaced else None
         alphabet = _byte_level_alphabet()
         # Decoding shows added tokens in normalized form, as the package does.
         shown = pieces | {i: self._template.id_to_token(i) or "" for i in added}
@@ -95,10 +93,17 @@ class HFTokenizer(Tokenizer):
         # The Metaspace layout adds no space to text that begins with one; SentencePiece always does.
         self._swallows_space = self.adds_leading_space and self._encode_raw(" a") == self._encode_raw("a")
 
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A second tokenizer that does not know the control pieces: made for the first text that spells one."""
+        backend = _backend(self.path, json.dumps(_without(json.loads(self._content), self._control)))
+        _set_up(backend, [each for each in self._given if each.content not in self._control], self._spaced)
+        return backend
+
     def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
         if self._swallows_space and not template and text.startswith((" ", SPACE)):
             text = " " + text
-        backend = self._template if template else self._plain
+        backend = self._template if template or not self._spelled.search(text) else self._plain
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
