@@ -39,8 +39,8 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         """`path`: the tokenizer.json. CheckpointError if it, or a file beside it, is broken or of another family."""
         spec = read_json(path)
-        self._content = path.read_text(encoding="utf-8")
-        self._template = _backend(path, self._content)
+        content = path.read_text(encoding="utf-8")
+        self._template = _backend(path, content)
         if not isinstance(spec["model"], dict) or not all(
             isinstance(each, dict) for each in spec.get("added_tokens", ())
         ):
@@ -67,6 +67,7 @@ class HFTokenizer(Tokenizer):
         # SentencePiece gives control pieces the first three ids.
         self._control = frozenset() if is_byte_level else {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
         self._spelled = re.compile("|".join(re.escape(each.lstrip(SPACE)) for each in self._control) or "(?!)")
+        self._content = "" if is_byte_level else content  # for _plain
         self._given, self._spaced = given, settings if spaced else None
         alphabet = _byte_level_alphabet()
         # Decoding shows added tokens in normalized form, as the package does.
