@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ _SETTINGS = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
 }
-_GREEDY_SETTINGS = ("repetition_penalty", "max_tokens")
+_GREEDY_SETTINGS = ("repetition_penalty", "max_tokens", "stop")
+# What changes transformers' tokens and has no counterpart here: unless it is 1, or unless it is null, 0 or empty.
+_UNLESS_ONE = ("num_beams", "guidance_scale", "encoder_repetition_penalty", "typical_p", "top_h")
+_UNLESS_EMPTY = (
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+    *("exponential_decay_length_penalty", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "watermarking_config"),
+)
+_LOG = logging.getLogger("fastllama")
 
 
 def find_tokenizer(*places: Path) -> Tokenizer | None:
@@ -37,17 +47,25 @@ def find_tokenizer(*places: Path) -> Tokenizer | None:
     return None
 
 
-def read_sampling_settings(model: Path) -> dict[str, Any]:
-    """The sampling settings that a model's folder holds, by SamplingParams' names, unchecked; {} where there are none.
+def read_sampling_settings(model: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a model's sampling settings, and these by SamplingParams' names, unchecked; {} where there are none.
 
+    They stand in generation_config.json, or, as transformers 5 reads older models, in config.json where there is none.
     `do_sample: false` is a temperature of 0, as in transformers. Where it is absent the settings count, as in vLLM;
-    transformers would decode greedily. Raises CheckpointError if the file is no JSON object.
+    transformers would decode greedily. What changes its tokens and has no counterpart here is logged as a warning.
+    max_length, a limit of prompt and answer together, is not used. Raises CheckpointError for a broken file.
     """
     file = model / GENERATION_CONFIG
     if not file.is_file():
-        return {}
+        file = model / "config.json"
+    if not file.is_file():
+        return file, {}
     given = {name: value for name, value in read_json(file).items() if value is not None}
     found = {ours: given[name] for name, ours in _SETTINGS.items() if name in given}
-    if given.get("do_sample") is False:
+    if "do_sample" in given and not given["do_sample"]:
         found = {"temperature": 0.0} | {name: value for name, value in found.items() if name in _GREEDY_SETTINGS}
-    return found
+    unused = [name for name in _UNLESS_ONE if given.get(name, 1) != 1]
+    unused += [name for name in _UNLESS_EMPTY if given.get(name)]
+    if unused:
+        _LOG.warning("%s sets %s: without counterpart here, and not used", file, ", ".join(unused))
+    return file, found

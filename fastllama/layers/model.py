@@ -32,7 +32,7 @@ class LlamaForCausalLM(nn.Module):
     q, k, v are one matrix and gate, up another. With tied embeddings lm_head.weight is embed_tokens.weight itself.
     """
 
-    cos_sin: Tensor
+    _cos_sin: Tensor | None
 
     def __init__(
         self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -47,13 +47,24 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
-        self.set_max_model_len(config.context_length)
+        self.register_buffer("_cos_sin", None, persistent=False)
 
     def set_max_model_len(self, max_model_len: int) -> None:
         """Make the rotary cache cover so many positions, of those that the configuration's rope is made for."""
         check_range("max_model_len", max_model_len, 1, self.config.longest_context)
         cache = rotary_cache(self.config, max_model_len, self.embed_tokens.weight.device)
-        self.register_buffer("cos_sin", cache, persistent=False)
+        self._cos_sin = cache
+
+    @property
+    def cos_sin(self) -> Tensor:
+        """The rotary cache [positions, head_dim] fp32; before set_max_model_len of the configuration's whole context.
+
+        Made when it is first read: for a context of millions it takes gigabytes, and the runtime needs fewer positions.
+        """
+        if self._cos_sin is None:
+            self.set_max_model_len(self.config.context_length)
+            assert self._cos_sin is not None
+        return self._cos_sin
 
     @property
     def dtype(self) -> torch.dtype:

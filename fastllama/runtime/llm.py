@@ -18,7 +18,7 @@ from fastllama.errors import reject_unknown
 from fastllama.io.adapter import locate
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat import chat_format as choose_format
-from fastllama.io.companions import GENERATION_CONFIG, find_tokenizer, read_sampling_settings
+from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
@@ -348,16 +348,17 @@ def _tokenizer_of(tokenizer: str | Path | Tokenizer | None, *places: Path) -> To
 def _legal_settings(model: Path) -> dict[str, Any]:
     """The checkpoint's sampling settings, less those that SamplingParams refuses, which are logged."""
     legal = {}
-    for name, value in read_sampling_settings(model).items():
+    file, settings = read_sampling_settings(model)
+    for name, value in settings.items():
         try:
             SamplingParams.from_dict({name: value})
         except (TypeError, ValueError) as error:
-            _LOG.warning("%s: %s; the setting is ignored", model / GENERATION_CONFIG, error)
+            _LOG.warning("%s: %s; the setting is ignored", file, error)
         else:
             legal[name] = value
     if legal:
         given = ", ".join(f"{name}={value!r}" for name, value in legal.items())
-        _LOG.info("generation_config.json: %s, unless a request brings parameters of its own", given)
+        _LOG.info("%s: %s, unless a request brings parameters of its own", file.name, given)
     return legal
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fastllama import LLM, SamplingParams
 from fastllama.io.companions import read_sampling_settings
@@ -54,12 +55,13 @@ def opened(path: Path, **options: Any) -> LLM:
             {"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1},
         ),
         ({"do_sample": False, "temperature": 0.7, "max_new_tokens": 9}, {"temperature": 0.0, "max_tokens": 9}),
-        ({"num_beams": 4, "no_repeat_ngram_size": 3}, {}),
+        ({"do_sample": 0, "top_k": 5}, {"temperature": 0.0}),
+        ({"stop_strings": ["###"]}, {"stop": ["###"]}),
     ],
 )
 def test_sampling_settings_are_the_defaults(folder, settings: dict[str, Any], expected: dict[str, Any]) -> None:
     path = folder(**settings)
-    assert read_sampling_settings(path) == expected
+    assert read_sampling_settings(path) == (path / "generation_config.json", expected)
     with opened(path) as llm:
         assert llm.sampling_defaults == expected
         assert llm.default_params == SamplingParams(**expected)
@@ -92,6 +94,42 @@ def test_an_illegal_setting_is_ignored_by_name(folder, settings, words: str, cap
     with opened(folder(**settings)) as llm:
         assert llm.sampling_defaults == {name: value for name, value in settings.items() if name == "top_p"}
     assert words in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0}, "num_beams, no_repeat_ngram_size"),
+        ({"suppress_tokens": [5], "bad_words_ids": [[7]], "temperature": 0.5}, "suppress_tokens, bad_words_ids"),
+        ({"num_beams": 1, "suppress_tokens": [], "min_length": 0, "max_length": 20, "guidance_scale": None}, None),
+    ],
+)
+def test_what_has_no_counterpart_here_is_named(
+    folder, settings: dict[str, Any], names: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder(**settings)
+    read_sampling_settings(path)
+    said = [f"{path / 'generation_config.json'} sets {names}: without counterpart here, and not used"]
+    assert caplog.messages == (said if names else [])
+
+
+def test_settings_of_config_json_count_where_there_is_no_generation_config(folder) -> None:
+    path = folder()
+    (path / "generation_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 0.3, "top_p": 0.5}))
+    theirs = AutoModelForCausalLM.from_pretrained(path).generation_config
+    assert (theirs.temperature, theirs.top_p) == (0.3, 0.5)
+    with opened(path) as llm:
+        assert llm.sampling_defaults == {"temperature": 0.3, "top_p": 0.5}
+
+
+def test_a_context_of_millions_costs_only_the_positions_that_are_used(folder) -> None:
+    path = folder()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**31 - 1}))
+    with opened(path, max_model_len=32) as llm:
+        assert llm.engine.model.cos_sin.shape[0] == 32
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_serves_prompts_that_need_none_of_them(
