@@ -24,8 +24,8 @@ _MAGIC = {
     b"\x89HDF\r\n\x1a\n": f"an HDF5 file (Keras, TensorFlow), {_NOT_READ}",
     b"\x93NUMPY": f"a NumPy array, {_NOT_READ}",
     b"\0\x05\x16\x07": "macOS's notes about a file, not the file itself; copy it again without the names that begin ._",
-    b"\x80\x02\x8a\x0a": "PyTorch weights (torch.save's old format)",
 }
+_TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # pickled first by torch.save before 1.6
 _TIKTOKEN = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?\n){2}")
 _PIECE = re.compile(rb"\x0a.{1,2}?\x0a[\x01-\x40]", re.DOTALL)  # ModelProto.pieces[0].piece, its lengths between
 _XML_CODE = re.compile(r"<(?:Code|Message)>([\w .]{1,60})<")
@@ -57,6 +57,8 @@ def what_is(path: Path) -> str | None:
 def _binary(head: bytes) -> str | None:
     if not head:
         return f"empty; {_AGAIN}"
+    if head[:1] == b"\x80" and _TORCH_MAGIC in head[:64]:
+        return "PyTorch weights (torch.save's old format)"
     if not any(head):
         return "zero bytes where its content should begin, as an unfinished download leaves it; download it again"
     if found := next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
+from pickletools import genops
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ from fastllama.io.formats.recognise import what_is
 _LOG = logging.getLogger("fastllama")
 _LARGEST_HEADER = 100_000_000  # bytes; what the safetensors package accepts
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+_SAFE_PROTOCOL = 3  # of pickle, what torch reads without code
+_OLD_PICKLES = 5  # before 1.6: magic number, protocol, machine, the state dict, the names of storages; then their bytes
 _ONLY_TENSORS = "only tensors are read, as unpickling runs code; save its state dict as safetensors"
 
 
@@ -64,14 +70,45 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, {AGAIN}")
     try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        sizes = _stored_sizes(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's; what matters of them is said here
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive surfaces as anything from KeyError to UnpicklingError
         raise CheckpointError(f"{path} {_torch_trouble(path, error)}") from None
+    if sizes is not None and Counter(_storage_sizes(content)) - Counter(sizes):
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights: a tensor's data is cut short; {AGAIN}")
     return _state_dict(path, content)
+
+
+def _stored_sizes(path: Path) -> list[int] | None:
+    """Bytes of each storage in an archive that can be mapped; None for the older format and for compressed archives.
+
+    torch compares them with what the tensors need where it reads a file, and does not where it maps one.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return None
+    with zipfile.ZipFile(path) as archive:
+        entries = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[0].endswith("data")]
+        return None if any(entry.compress_type for entry in entries) else [entry.file_size for entry in entries]
+
+
+def _storage_sizes(content: Any) -> list[int]:
+    """Bytes of each storage under the tensors of nested containers, of shared ones once, of empty ones never."""
+    found, waiting = {}, [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+    return [size for size in found.values() if size]
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
@@ -123,15 +160,37 @@ def _torch_trouble(path: Path, error: Exception) -> str:
     if what == "a Python pickle":
         return f"is a Python pickle, not a file of torch.save; {_ONLY_TENSORS}"
     if what == "a safetensors file":
-        return f"is {what}; rename it to model.safetensors"
+        return f"is {what}; rename it to {'adapter_model' if path.stem == 'adapter_model' else 'model'}.safetensors"
     if not what.startswith("PyTorch"):
         return f"is {what}"
     if "TorchScript" in str(error):
         return "is a TorchScript program; expected a model's state dict"
-    if isinstance(error, UnpicklingError):
-        found = _FOREIGN_CLASS.search(str(error))
+    found = _FOREIGN_CLASS.search(str(error))
+    whole, protocol = _look_at_pickles(path)
+    if isinstance(error, UnpicklingError) and whole and not found and protocol > _SAFE_PROTOCOL:
+        return (
+            f"is pickled with protocol {protocol}, which torch does not read without running code; "
+            "save it with the default, 2"
+        )
+    if isinstance(error, UnpicklingError) and whole:
         return f"holds Python objects{f' ({found[1]})' if found else ''}; {_ONLY_TENSORS}"
     return f"cannot be read as PyTorch weights: it is truncated or damaged; {AGAIN}"
+
+
+def _look_at_pickles(path: Path) -> tuple[bool, int]:
+    """Whether the pickles of a file of torch.save are whole, and their highest protocol; nothing of them is run."""
+    protocols = [0]
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        with zipfile.ZipFile(path) if zipped else nullcontext() as archive:
+            name = next((name for name in archive.namelist() if name.endswith("data.pkl")), "") if archive else ""
+            with archive.open(name) if archive else path.open("rb") as pickles:
+                for _ in range(1 if zipped else _OLD_PICKLES):
+                    protocols += [version for code, version, _ in genops(pickles) if code.name == "PROTO" and version]
+    except Exception:  # as above
+        return False, max(protocols)
+    return True, max(protocols)
 
 
 def _safetensors_trouble(file: Path) -> str:
