@@ -69,6 +69,14 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def shown(text: object, limit: int = 200) -> str:
+    """A name or path in a message: control characters as escapes, and of a long one both ends, `limit` characters."""
+    letters, half = str(text), limit // 2
+    if len(letters) > limit:
+        letters = f"{letters[:half]}...{letters[-half:]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in letters)
+
+
 def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
     """The legal word most like `word`, or None when nothing is close: `alike` as difflib's ratio, 0 to 1."""
     found = difflib.get_close_matches(word, list(legal), n=1, cutoff=alike)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError
+from fastllama.errors import CheckpointError, counted, shown
 from fastllama.io.formats.base import Checkpoint
 from fastllama.io.formats.json_files import AGAIN
 from fastllama.io.formats.recognise import what_is
@@ -31,7 +31,13 @@ _FACTORS = (
     re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight"),
     re.compile(r"base_model\.model\.(.+)\.lora_embedding_([AB])(?:\.([^.]+))?"),
 )
-_REPLACEMENT = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save(?:\.([^.]+))?)?\.(weight|bias)")
+_REPLACEMENT = re.compile(
+    r"base_model\.model\.(.+?)(?:\.(base_layer|original_module|modules_to_save)(?:\.([^.]+))?)?\.(weight|bias)"
+)
+# Of several tensors for one parameter the highest counts: peft writes three of a trained embedding. It never merges the
+# lowest, which is the base's.
+_PRECEDENCE = {"modules_to_save": 2, None: 1, "base_layer": 1, "original_module": 0}
+_CHECKPOINTS = re.compile(r"checkpoint-\d+")  # of transformers' Trainer, each with an adapter
 
 
 @dataclass
@@ -48,8 +54,12 @@ class _Change:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder is an adapter and no whole model: adapter_config.json, and no config.json."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    """Whether a folder is an adapter: adapter_config.json, and its weights where there is a config.json, too."""
+    try:
+        given = [name for name in (ADAPTER_CONFIG, "config.json", *_WEIGHTS) if (path / name).is_file()]
+    except PermissionError:  # what is said of the folder is said where it is opened
+        return False
+    return (ADAPTER_CONFIG in given and given[1:2] != ["config.json"]) or len(given) > 2
 
 
 def base_of(adapter: Path) -> Path:
@@ -76,6 +86,8 @@ def locate(model: str | Path, adapter: str | Path | None) -> tuple[Path, Path | 
             raise CheckpointError(
                 f"{path} is an adapter itself; give its base as model beside adapter {str(adapter)!r}"
             )
+        if (path / "config.json").is_file():
+            _LOG.warning("%s is read as an adapter of its base, as in transformers, though it has a config.json", path)
         return base_of(path), path
     return path, None if adapter is None else resolve_model(str(adapter), argument="adapter")
 
@@ -95,7 +107,9 @@ class AdaptedCheckpoint(Checkpoint):
         self._base, self._dtype = base, dtype
         self._file = _weights_of(folder)
         self._settings = LoraSettings(folder)
+        self._modules = [_module(name) for name in {**slots(base.config), HEAD: None} if name.endswith(".weight")]
         self._changes = self._read_changes()
+        self._keep_targets()
         self.config = self._adapted_config()
         self._check()
 
@@ -151,6 +165,7 @@ class AdaptedCheckpoint(Checkpoint):
     def _read_changes(self) -> dict[str, _Change]:
         """What the adapter's tensors are for, by the name of the base's tensor."""
         changes: dict[str, _Change] = defaultdict(_Change)
+        precedence: dict[str, int] = {}
         adapters = set()
         for key, tensor in read_tensors(self._file):
             if tensor.dtype not in _FLOATS:
@@ -164,11 +179,16 @@ class AdaptedCheckpoint(Checkpoint):
                 if (".lora_embedding_" in key) != (f"{module}.weight" == EMBEDDING):
                     raise self._wrong(key, "is for the other kind of layer: lora_embedding is for embed_tokens alone")
             elif whole := _REPLACEMENT.fullmatch(key):
-                (module, adapter, kind), part = whole.groups(), "W"
+                (module, place, adapter, kind), part = whole.groups(), "W"
                 if tensor.ndim == 0:
                     raise self._wrong(key, "is a single number, expected a vector or a matrix")
-                change = changes[f"{module}.{kind}"]
-                change.replacement = tensor
+                name, known = f"{module}.{kind}", precedence.get(f"{module}.{kind}", 0)
+                if _PRECEDENCE[place] < max(known, 1):
+                    continue
+                change = changes[name]
+                if _PRECEDENCE[place] > known:
+                    change.keys.pop("W", None)
+                precedence[name], change.replacement = _PRECEDENCE[place], tensor
             else:
                 raise self._wrong(key, "is no part of a plain LoRA; expected base_model.model.MODULE.lora_A.weight ...")
             if part in change.keys:
@@ -178,6 +198,28 @@ class AdaptedCheckpoint(Checkpoint):
             if len(adapters) > 1:
                 raise self._wrong(key, f"is of a second adapter ({', '.join(sorted(adapters))}); one is merged")
         return dict(changes)
+
+    def _keep_targets(self) -> None:
+        """Leave out factors of modules that target_modules does not name, as peft does."""
+        if not self._settings.names_targets:
+            return
+        targets = self._settings.targets(self._modules)
+        if not targets:
+            raise CheckpointError(f"{self._settings.file}: target_modules names no module of the base")
+        unused = [name for name, change in self._changes.items() if change.factors and _module(name) not in targets]
+        unused = [name for name in unused if _module(name) in self._modules]
+        for name in unused:
+            self._changes[name].factors.clear()
+            if self._changes[name].replacement is None:
+                del self._changes[name]
+        if unused:
+            _LOG.warning(
+                "%s: %s not used, as target_modules does not name them: %s%s",
+                self._file,
+                counted(len(unused), "module of the adapter is", "modules of the adapter are"),
+                shown(_module(unused[0])),
+                ", ..." if unused[1:] else "",
+            )
 
     def _adapted_config(self) -> LlamaConfig:
         """The base's configuration, with the vocabulary and the tie that its changed embedding and head have."""
@@ -220,14 +262,19 @@ class AdaptedCheckpoint(Checkpoint):
                 raise self._wrong(change.keys[part], f"has no lora_{'B' if part == 'A' else 'A'} beside it")
             if change.factors:
                 self._check_rank(name, change)
-        modules = [_module(name) for name in table if name.endswith(".weight")]
-        for module in self._settings.targets(modules):
+        for module in self._settings.targets(self._modules):
             if not self._changes.get(f"{module}.weight", _Change()).factors:
-                raise CheckpointError(f"{self._file} holds no lora_A and lora_B of {module}, a target module; {AGAIN}")
-        replaced = [_module(name) for name, change in self._changes.items() if change.replacement is not None]
+                raise CheckpointError(
+                    f"{self._file} holds no lora_A and lora_B of {module}, which {self._settings.file.name} names as a "
+                    "target; was the adapter trained on this base?"
+                )
+        replaced = [f".{_module(name)}." for name, change in self._changes.items() if change.replacement is not None]
         for ending in self._settings.saved_modules:
-            if not any(module.endswith(ending) for module in replaced):
-                raise CheckpointError(f"{self._file} holds no weight of {ending}, one of modules_to_save; {AGAIN}")
+            # a module itself (lm_head), or what is below it (mlp)
+            if not any(f"{ending}." in module for module in replaced):
+                raise CheckpointError(
+                    f"{self._file} holds no weight of {shown(ending)}, one of modules_to_save; {AGAIN}"
+                )
 
     def _check_rank(self, name: str, change: _Change) -> None:
         rank = self._settings.rank(_module(name))
@@ -239,7 +286,7 @@ class AdaptedCheckpoint(Checkpoint):
                 )
 
     def _wrong(self, key: str, trouble: str) -> CheckpointError:
-        return CheckpointError(f"{self._file}: tensor {key} {trouble}")
+        return CheckpointError(f"{self._file}: tensor {shown(key)} {trouble}")
 
 
 def _weights_of(folder: Path) -> Path:
@@ -254,11 +301,18 @@ def _weights_of(folder: Path) -> Path:
                 f"{folder} holds {len(nested)} adapters ({', '.join(nested)}); give {folder / nested[0]}"
             )
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; expected the folder of a PEFT LoRA adapter")
+    nested = sorted(child.name for child in folder.iterdir() if (child / ADAPTER_CONFIG).is_file())
+    if nested := [name for name in nested if not _CHECKPOINTS.fullmatch(name)]:
+        raise CheckpointError(
+            f"{folder} holds several adapters, its own and {', '.join(map(shown, nested))}; give a folder with one"
+        )
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
         if (what := what_is(folder / name)) is not None:
             raise CheckpointError(f"{folder / name} is {what}")
+    if (folder / "adapters.safetensors").is_file():
+        raise CheckpointError(f"{folder} holds adapters.safetensors, as MLX writes it; expected PEFT's {_WEIGHTS[0]}")
     raise FileNotFoundError(f"{folder} holds no {_WEIGHTS[0]}, nor {_WEIGHTS[1]}; {AGAIN}")
 
 

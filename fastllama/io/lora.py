@@ -12,6 +12,7 @@ from fastllama.errors import CheckpointError
 from fastllama.io.formats.json_files import json_kind, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+_DEFAULT = 8  # peft's, of r and of lora_alpha
 # What changes more than W + scale * B A, or another W: refused by name where it is set.
 _REFUSED = {
     "use_dora": "DoRA",
@@ -51,6 +52,8 @@ class LoraSettings:
                 "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
             )
         self._rank, self._alpha = self._number("r", whole=True), self._number("lora_alpha")
+        self._layers = self._layer_numbers()
+        self._layer_patterns = self._names("layers_pattern") or r"[^.]*"
         self._ranks, self._alphas = self._pattern("rank_pattern"), self._pattern("alpha_pattern")
         self._targets = self._names("target_modules")
         self._excluded = self._names("exclude_modules") or []
@@ -67,6 +70,11 @@ class LoraSettings:
             raise CheckpointError(f"{self.file}: base_model_name_or_path is {_shown(name)}; give the base as model")
         return name, revision if isinstance(revision, str) and revision else None
 
+    @property
+    def names_targets(self) -> bool:
+        """Whether target_modules says which modules are changed, and not that all linear ones are."""
+        return self._targets is not None and self._targets != "all-linear"
+
     def rank(self, module: str) -> int:
         """Columns of B and rows of A for a module: the first pattern that its name ends with, else `r`."""
         return int(self._of(module, self._ranks, self._rank))
@@ -78,7 +86,7 @@ class LoraSettings:
 
     def targets(self, modules: Iterable[str]) -> list[str]:
         """Those of the modules that target_modules means, as peft finds them; none where it is absent."""
-        if self._targets is None or self._targets == "all-linear":
+        if not self.names_targets:
             return []
         return [module for module in modules if self._is_target(module)]
 
@@ -91,13 +99,12 @@ class LoraSettings:
         return self._matches(self._targets, module) and (isinstance(self._targets, str) or self._is_in_layers(module))
 
     def _is_in_layers(self, module: str) -> bool:
-        layers, patterns = self._raw.get("layers_to_transform"), self._raw.get("layers_pattern") or r"[^.]*"
-        if layers is None or layers == []:
+        if not self._layers:
             return True
-        numbers = layers if isinstance(layers, list) else [layers]
+        patterns = self._layer_patterns
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-                return int(found[1]) in numbers
+                return int(found[1]) in self._layers
         return False
 
     @staticmethod
@@ -111,20 +118,33 @@ class LoraSettings:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
     def _number(self, key: str, *, whole: bool = False) -> float:
-        value = self._raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
+        value = self._raw.get(key, _DEFAULT)
+        number = not isinstance(value, bool) and isinstance(value, int if whole else (int, float))
+        if not number or not math.isfinite(value) or (whole and value < 1):
             legal = "an integer of at least 1" if whole else "a number"
             raise CheckpointError(f"{self.file}: {key} is {_shown(value)}; legal: {legal}")
         return value
 
     def _pattern(self, key: str) -> dict[str, float]:
         value = self._raw.get(key) or {}
-        if not isinstance(value, dict) or not all(
-            type(number) in (int, float) and number > 0 for number in value.values()
-        ):
-            raise CheckpointError(f"{self.file}: {key} is {_shown(value)}; legal: positive numbers by module name")
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.file}: {key} is {_shown(value)}; legal: numbers by module name")
+        least = 1 if key == "rank_pattern" else -math.inf
+        for name, number in value.items():
+            if type(number) not in (int, float) or not math.isfinite(number) or number < least:
+                legal = "a number" if key == "alpha_pattern" else "a number of at least 1"
+                raise CheckpointError(f"{self.file}: {key} of {name!r} is {_shown(number)}; legal: {legal}")
         self._check_expressions(key, value)
         return value
+
+    def _layer_numbers(self) -> list[int]:
+        value = self._raw.get("layers_to_transform")
+        numbers = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(number) is not int for number in numbers):
+            raise CheckpointError(
+                f"{self.file}: layers_to_transform is {_shown(value)}; legal: a layer's number, or several"
+            )
+        return numbers
 
     def _names(self, key: str) -> str | list[str] | None:
         value = self._raw.get(key)

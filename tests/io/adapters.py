@@ -20,7 +20,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def trained(model: transformers.LlamaForCausalLM, path: Path, **settings: Any) -> Path:
+def trained(
+    model: transformers.LlamaForCausalLM, path: Path, *, save_embedding_layers: bool = False, **settings: Any
+) -> Path:
     """An adapter of the model whose trained tensors are all random, as save_pretrained writes it."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | settings
     with warnings.catch_warnings():
@@ -31,7 +33,7 @@ def trained(model: transformers.LlamaForCausalLM, path: Path, **settings: Any) -
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        adapted.save_pretrained(path)
+        adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "embedding and head replaced": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "norms replaced": {"modules_to_save": ["norm", "input_layernorm"]},
     "a layer replaced": {"modules_to_save": ["o_proj"]},
+    "all of a block's MLP replaced": {"modules_to_save": ["mlp"]},
+    "attention of one layer replaced": {"target_modules": ["up_proj"], "modules_to_save": ["layers.1.self_attn"]},
+    "embeddings stored as peft does after a resize": {
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "save_embedding_layers": True,
+    },
+    "embeddings stored untouched": {"save_embedding_layers": True},
+    "an embedding replaced, both stored": {"modules_to_save": ["embed_tokens"], "save_embedding_layers": True},
+    "an embedding with factors, stored": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "save_embedding_layers": True,
+    },
+    "no scale, a negative one": {"alpha_pattern": {"q_proj": 0, "v_proj": -3}},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 
@@ -100,6 +114,40 @@ def test_a_tied_model_whose_embedding_and_head_were_trained_as_one_stays_tied(tm
     assert both.config.tie_word_embeddings
     edit_weights(adapter, lambda weights: weights.pop("base_model.model.lm_head.weight"))
     assert same(load_model(base, adapter=adapter, progress=False), both)
+
+
+def test_target_modules_say_which_factors_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = base_in(tmp_path / "base")
+    adapter = trained(random_llama(), tmp_path / "adapter", target_modules=LINEAR)
+    edit_config(adapter, target_modules=["q_proj", "up_proj"], r=4)
+    check_against_peft(base, adapter, torch.float32)
+    assert (
+        "10 modules of the adapter are not used, as target_modules does not name them: model.layers.0." in caplog.text
+    )
+
+
+def test_rank_and_alpha_that_are_absent_are_pefts(tmp_path: Path) -> None:
+    base = base_in(tmp_path / "base")
+    adapter = trained(random_llama(), tmp_path / "adapter", r=8, lora_alpha=8)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["r"], config["lora_alpha"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    check_against_peft(base, adapter, torch.float32)
+
+
+def test_an_adapter_beside_a_whole_model_is_merged_into_its_base_as_transformers_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_in(tmp_path / "base")
+    adapter = trained(random_llama(), tmp_path / "adapter")
+    edit_config(adapter, base_model_name_or_path=str(base))
+    alone = load_model(adapter, progress=False)
+    random_llama().save_pretrained(adapter)
+    assert is_adapter(adapter)
+    assert same(load_model(adapter, progress=False), alone)
+    assert "is read as an adapter of its base, as in transformers" in caplog.text
+    (adapter / "adapter_model.safetensors").unlink()
+    assert not is_adapter(adapter), "a whole model that an adapter's settings were left with"
 
 
 def test_the_logits_are_those_of_the_unmerged_model(tmp_path: Path) -> None:

@@ -69,10 +69,33 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "PiSSA": (config(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which also changed the base; convert it"),
     "another method": (config(peft_type="IA3"), "peft_type is 'IA3'; legal: 'LORA'"),
     "no method": (config(peft_type=None), "peft_type is null; legal: 'LORA'"),
+    "no target": (config(target_modules=[]), "adapter_config.json: target_modules names no module of the base"),
+    "a target that is no expression's": (config(target_modules="all_linear"), "target_modules names no module of the"),
+    "layers no numbers": (config(layers_to_transform="0"), "layers_to_transform is '0'; legal: a layer's number"),
+    "pattern of layers no text": (
+        config(layers_pattern=2, layers_to_transform=[0]),
+        "layers_pattern is 2; legal: a list",
+    ),
+    "alpha NaN": (config(lora_alpha=float("nan")), "lora_alpha is nan; legal: a number"),
+    "MLX": (
+        lambda adapter: (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors"),
+        "holds adapters.safetensors, as MLX writes it; expected PEFT's adapter_model.safetensors",
+    ),
+    "another adapter below": (
+        lambda adapter: shutil.copytree(adapter, adapter / "other"),
+        "holds several adapters, its own and other; give a folder with one",
+    ),
+    "escape codes": (
+        weights(lambda w: w.update({"\x1b[31mred\n": ONES})),
+        r"tensor \\x1b\[31mred\\n is no part of a plain LoRA",
+    ),
     "rank no number": (config(r="8"), "r is '8'; legal: an integer of at least 1"),
     "rank 0": (config(r=0), "r is 0; legal: an integer of at least 1"),
     "alpha null": (config(lora_alpha=None), "lora_alpha is null; legal: a number"),
-    "pattern of words": (config(rank_pattern={"q_proj": "4"}), "rank_pattern is an object; legal: positive numbers"),
+    "pattern of words": (
+        config(rank_pattern={"q_proj": "4"}),
+        "rank_pattern of .q_proj. is .4.; legal: a number of at least 1",
+    ),
     "broken expression": (
         config(target_modules="(q_proj"),
         r"target_modules is '\(q_proj'; legal: a regular expression",
@@ -81,11 +104,11 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "rank of the settings": (config(r=8), r"lora_A.weight has shape \[4, 64\], expected rank 8 by adapter_config.json"),
     "target without tensors": (
         config(target_modules=["q_proj", "v_proj", "up_proj"]),
-        "holds no lora_A and lora_B of model.layers.0.mlp.up_proj, a target module",
+        "holds no lora_A and lora_B of model.layers.0.mlp.up_proj, which adapter_config.json names as a target; was",
     ),
     "target in one layer without tensors": (
         config(target_modules=["q_proj", "v_proj", "up_proj"], layers_to_transform=[1]),
-        "holds no lora_A and lora_B of model.layers.1.mlp.up_proj, a target module",
+        "holds no lora_A and lora_B of model.layers.1.mlp.up_proj, which adapter_config.json names as a target; was",
     ),
     "saved module without tensors": (
         config(modules_to_save=["lm_head"]),
