@@ -113,6 +113,10 @@ class AdaptedCheckpoint(Checkpoint):
         self.config = self._adapted_config()
         self._check()
 
+    @property
+    def nbytes(self) -> int:
+        return self._base.nbytes + self._file.stat().st_size
+
     def file_of(self, name: str) -> Path:
         change = self._changes.get(name)
         return self._base.file_of(name) if change is None or change.replacement is None else self._file

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_choice, counted
+from fastllama.errors import CheckpointError, check_choice, counted
 from fastllama.io.adapter import AdaptedCheckpoint, locate
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.base import Checkpoint
@@ -46,6 +46,12 @@ def open_model(
     """The checkpoint that load_model reads, adapter merged, and the dtype to compute in. Weights stay in the files."""
     path, adapter_path = locate(model, adapter)
     checkpoint = open_checkpoint(path)
+    declared = checkpoint.config.num_parameters
+    if declared > checkpoint.nbytes:  # no format keeps a number in less than a byte; told before memory is asked for
+        raise CheckpointError(
+            f"{path}: the configuration declares {declared:,} numbers, but the weight files have {checkpoint.nbytes:,} "
+            "bytes; do they belong together?"
+        )
     target = resolve_dtype(dtype, checkpoint.config)
     return (checkpoint if adapter_path is None else AdaptedCheckpoint(checkpoint, adapter_path, target)), target
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastllama.errors import check_choice, check_range
+from fastllama.errors import check_choice, check_range, shown
 from fastllama.layers.fields import check_flag, check_integer, check_positive, check_size, field, first_of, logger
 from fastllama.layers.rope_scaling import ROPE_KINDS, RopeScaling, rope_from_hf, rope_to_hf
 
 __all__ = ["DTYPES", "PRESETS", "ROPE_KINDS", "LlamaConfig", "RopeScaling", "token_ids"]
 
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch's, which transformers reads too
+# Of other architectures' attention: transformers' Llama reads none, but its cache is cut by the first two.
+_NOT_USED = ("sliding_window", "attention_chunk_size", "layer_types")
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Meta's params.json of Llama 1, 2, Code Llama and 3; max_seq_len and max_batch_size steer Meta's own runtime.
@@ -98,6 +101,14 @@ class LlamaConfig:
         return self.q_size + 2 * self.kv_size
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in all matrices, a tied one once; norms and biases, which are few, are not counted."""
+        attention = (self.qkv_size + self.q_size) * self.hidden_size
+        layer = attention + 3 * self.intermediate_size * self.hidden_size
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * layer + tables * self.vocab_size * self.hidden_size
+
+    @property
     def num_queries_per_kv(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
@@ -145,6 +156,9 @@ class LlamaConfig:
         max_positions = field(d, "max_position_embeddings", 2048)
         check_size("max_position_embeddings", max_positions)
         theta, scaling = rope_from_hf(d, max_positions)
+        for name in _NOT_USED:
+            if d.get(name) and set(d[name] if isinstance(d[name], list) else [d[name]]) != {"full_attention"}:
+                logger.warning("%s is %s, and not used: attention is over all tokens", name, shown(repr(d[name])))
         bos = token_ids("bos_token_id", d.get("bos_token_id", 1), d["vocab_size"])
         return cls(
             **{name: d[name] for name in required},
@@ -257,13 +271,14 @@ def _refuse_foreign(d: Mapping[str, Any]) -> None:
 def _dtype_from_hf(d: Mapping[str, Any]) -> str | None:
     place, name = first_of({"dtype": d.get("dtype"), "torch_dtype": d.get("torch_dtype")}, "auto")
     known = name.removeprefix("torch.") if isinstance(name, str) else name
-    if known == "auto":
-        return None
-    if known == "float64":
-        logger.warning("%s is 'float64', in which fastllama does not compute", place)
-        return None
-    check_choice(place, known, DTYPES)
-    return str(known)
+    known = _DTYPE_ALIASES.get(known, known) if isinstance(known, str) else known
+    if known in DTYPES:
+        return str(known)
+    if known != "auto":
+        legal = ", ".join(DTYPES)
+        said = place, shown(repr(name)), legal
+        logger.warning("%s is %s, and not used; legal: %s; by default the weights' own", *said)
+    return None
 
 
 def _llama(

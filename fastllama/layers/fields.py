@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from fastllama.errors import shown
+
 logger = logging.getLogger("fastllama")
 
 _LARGEST_INTEGER = 2**31 - 1
@@ -29,7 +31,8 @@ def first_of(places: Mapping[str, Any], default: Any) -> tuple[str, Any]:
     (used, value), *rest = held
     for name, other in rest:
         if other != value:
-            logger.warning("%s is %r, so %s, which is %r, is not used, as in transformers", used, value, name, other)
+            said = used, shown(repr(value)), name, shown(repr(other))
+            logger.warning("%s is %s, so %s, which is %s, is not used, as in transformers", *said)
     return used, value
 
 

@@ -76,7 +76,7 @@ def rope_from_hf(d: Mapping[str, Any], max_positions: int) -> tuple[float, RopeS
     Raises ValueError or TypeError that names the key. What transformers ignores, but a Llama of Meta's would not be
     (a partial rotation, settings for each type of layer), is refused.
     """
-    parts = {name: field(d, name, {}) for name in ("rope_scaling", "rope_parameters")}
+    parts = {name: d.get(name) or {} for name in ("rope_scaling", "rope_parameters")}  # false, 0, "" and [] say none
     for name, part in parts.items():
         check_object(name, part)
     at, rope = first_of({name: part or None for name, part in parts.items()}, {})
@@ -117,6 +117,8 @@ def _scaling_from_hf(
     if _ORIGINAL in _SETTINGS[kind]:
         trained = None if kind == "linear" else max_positions
         name, original = first_of({_ORIGINAL: d.get(_ORIGINAL), f"{at}.{_ORIGINAL}": rope.get(_ORIGINAL)}, trained)
+        if isinstance(original, float) and original.is_integer():
+            original = int(original)
         if original is not None:
             check_size(name, original)
             settings[_ORIGINAL] = original

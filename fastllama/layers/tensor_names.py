@@ -17,7 +17,7 @@ _QUANTIZED = re.compile(
     r".+\.(qweight|q?zeros|g_idx|scales|(weight|input|output|activation|q|k|v)_scale(_inv|_2)?|\w+_zero_point"
     r"|weight_(packed|shape|format)|SCB|\w*absmax|\w*quant_map|quant_state\..+)"
 )
-_LLAMA = re.compile(r"(model|layers|embed_tokens|norm|lm_head|tok_embeddings|output)\..+")
+_LLAMA = re.compile(r"(model|layers|embed_tokens|norm|lm_head|tok_embeddings|output)\..+", re.DOTALL)
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 _BIAS = re.compile(r"(self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.bias")
 

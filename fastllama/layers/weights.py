@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError, counted
+from fastllama.errors import CheckpointError, counted, shown
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.tensor_names import is_foreign, is_quantized, is_recomputed, undeclared_bias, why_unexpected
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastllama")
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CLASSIFIER = "score.weight"  # of LlamaForSequenceClassification and reward models
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEGAL = "float32, bfloat16, float16 or float64"
 # The sizes of a configuration that give a parameter its shape.
@@ -91,7 +92,7 @@ def load_weights(
 
     def fail(name: str, trouble: str) -> CheckpointError:
         origin = f"{file_of(name)}: " if file_of else ""
-        return CheckpointError(f"{origin}tensor {name} {trouble}")
+        return CheckpointError(f"{origin}tensor {shown(name)} {trouble}")
 
     for name, tensor in tensors:
         slot = table.get(name)
@@ -139,8 +140,10 @@ def load_weights(
 def _missing(absent: list[str], skipped: list[str]) -> tuple[str, str]:
     first, *rest = absent
     others = f", and so {'is' if len(rest) == 1 else 'are'} {counted(len(rest), 'other')}" if rest else ""
-    if prefixed := [name for name in skipped if name.endswith(f".{first}")]:
-        return first, f"is missing{others}; names here begin otherwise: {prefixed[0]}"
+    if prefixed := [name for name in skipped if name.endswith(f".{first.removeprefix('model.')}")]:
+        return first, f"is missing{others}; names here begin otherwise: {shown(prefixed[0])}"
+    if absent == [HEAD] and _CLASSIFIER in skipped:
+        return first, f"is missing, and {_CLASSIFIER} is there: a classifier, which writes no text"
     if absent == [HEAD]:
         return first, "is missing, and the configuration has tie_word_embeddings=False; the checkpoint is incomplete"
     return first, f"is missing{others}; the checkpoint is incomplete"
@@ -149,7 +152,7 @@ def _missing(absent: list[str], skipped: list[str]) -> tuple[str, str]:
 def _log(names: list[str], what: str) -> None:
     if names:
         others = f" and {len(names) - 1} more are" if names[1:] else " is"
-        logger.warning("tensor %s%s %s", names[0], others, what)
+        logger.warning("tensor %s%s %s", shown(names[0]), others, what)
 
 
 def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import subprocess
 import sys
@@ -224,3 +225,15 @@ def test_devices(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 ValueError, match=rf"^device is '{device}', and torch sees {count} CUDA devices?; legal here: "
             ):
                 resolve_device(device)
+
+
+@pytest.mark.parametrize("size", [{"num_hidden_layers": 100_000}, {"vocab_size": 2**31 - 1}])
+def test_sizes_that_the_files_cannot_hold_are_told_before_memory_is_asked_for(
+    tmp_path: Path, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_llama().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | size))
+    monkeypatch.setattr("fastllama.io.load.LlamaForCausalLM", lambda *args: pytest.fail("memory was asked for"))
+    with pytest.raises(CheckpointError, match=r"declares [\d,]+ numbers, but the weight files have [\d,]+ bytes; do"):
+        load_model(tmp_path, progress=False)

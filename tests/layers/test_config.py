@@ -224,7 +224,6 @@ def test_hf_spellings(extra: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"hidden_size": None}, "the configuration lacks hidden_size"),
         ({"hidden_size": 33}, "hidden_size is 33; legal: a multiple of num_attention_heads=4"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; legal values: 'bfloat16', 'float16', 'float32'"),
     ],
 )
 def test_what_is_no_llama_is_refused(change: dict[str, Any], message: str) -> None:
@@ -322,3 +321,47 @@ def test_strange_params_are_refused(change: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError, match=r".") as raised:
         LlamaConfig.from_meta(META_7B | change, vocab_size=32000)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("half", "float16"), ("float", "float32"), ("torch.bfloat16", "bfloat16"), ("auto", None)],
+)
+def test_a_dtype_may_have_torchs_names(written: str, expected: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    assert LlamaConfig.from_hf(HF | {"torch_dtype": written}).dtype == expected
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("written", ["bf16", "double", "int8", {"": "float32"}, 16])
+def test_another_dtype_is_said_and_the_weights_own_taken(written: object, caplog: pytest.LogCaptureFixture) -> None:
+    assert LlamaConfig.from_hf(HF | {"dtype": written}).dtype is None
+    assert caplog.messages == [
+        f"dtype is {written!r}, and not used; legal: bfloat16, float16, float32; by default the weights' own"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("sliding_window", 4, True),
+        ("sliding_window", None, False),
+        ("attention_chunk_size", 8192, True),
+        ("layer_types", ["sliding_attention", "full_attention"], True),
+        ("layer_types", ["full_attention", "full_attention"], False),
+    ],
+)
+def test_attention_of_other_architectures_is_said_not_to_be_used(
+    key: str, value: object, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    LlamaConfig.from_hf(HF | {key: value})
+    assert caplog.messages == ([f"{key} is {value!r}, and not used: attention is over all tokens"] if said else [])
+
+
+@pytest.mark.parametrize("none", [False, 0, "", [], {}, None])
+def test_what_is_empty_is_no_rope_scaling(none: object) -> None:
+    assert LlamaConfig.from_hf(HF | {"rope_scaling": none}).rope_scaling is None
+
+
+def test_long_values_are_cut_in_messages(caplog: pytest.LogCaptureFixture) -> None:
+    LlamaConfig.from_hf(HF | {"dtype": "x" * 100_000})
+    assert len(caplog.text) < 1000

@@ -17,6 +17,11 @@ class Checkpoint(ABC):
     path: Path
     config: LlamaConfig
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, as (Hugging Face name, CPU tensor in Hugging Face's layout), one shard mapped at a time.

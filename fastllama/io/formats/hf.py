@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError
+from fastllama.errors import CheckpointError, shown
 from fastllama.io.formats.base import Checkpoint, dtype_name
 from fastllama.io.formats.json_files import read_json
 from fastllama.io.formats.tensor_files import open_safetensors, read_tensors
@@ -44,6 +44,10 @@ class HfCheckpoint(Checkpoint):
         if self.config.dtype is None:
             first = next((tensor for name, tensor in self.tensors() if name in self._names), None)
             self.config = self.config if first is None else replace(self.config, dtype=dtype_name(first))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self._files)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for file in self._files:
@@ -81,7 +85,7 @@ class HfCheckpoint(Checkpoint):
         try:
             config = LlamaConfig.from_hf(raw)
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{file}: {error}") from None
+            raise CheckpointError(f"{file}: {shown(error, 600)}") from None
         # generation_config.json comes first, as in transformers' generate: chat models stop at more than base models.
         # Where it names no token, those of config.json stay; transformers would not stop at all.
         if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:

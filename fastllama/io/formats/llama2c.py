@@ -69,6 +69,10 @@ class Llama2cCheckpoint(Checkpoint):
         if trouble:
             raise CheckpointError(f"{path} {trouble}")
 
+    @property
+    def nbytes(self) -> int:
+        return self._size
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         data = torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
         start = self._start

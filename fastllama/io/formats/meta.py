@@ -43,11 +43,15 @@ class MetaCheckpoint(Checkpoint):
             if file.name != f"consolidated.{rank:02d}.pth":
                 missing = path / f"consolidated.{rank:02d}.pth"
                 raise FileNotFoundError(f"{missing} does not exist, but {file.name} does; {AGAIN}")
-        self._ranks = [read_torch(file) for file in files]
+        self._files, self._ranks = files, [read_torch(file) for file in files]
         for file, rank_tensors in zip(files, self._ranks, strict=True):
             if odd := sorted(rank_tensors.keys() ^ self._ranks[0].keys()):
                 raise CheckpointError(f"{file}: tensor {odd[0]} is not in all of {files[0].name} to {files[-1].name}")
         self.config = self._read_config()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self._files)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._ranks[0]:
