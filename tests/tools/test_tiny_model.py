@@ -6,22 +6,24 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from tools.tiny_model.card import Measured, draw_curve, write_card, write_training
 from tools.tiny_model.chat import CHAT_SHARE, document, turn
-from tools.tiny_model.config import TinyConfig
-from tools.tiny_model.evaluate import HELD_OUT_SEED, held_out_texts
+from tools.tiny_model.config import TUNING, TinyConfig
+from tools.tiny_model.evaluate import HELD_OUT_SEED, Answers, Figures, held_out_texts
 from tools.tiny_model.export import CHAT_TEMPLATE, model_config, replace_folder
 from tools.tiny_model.muon import Muon, orthogonalized
 from tools.tiny_model.plots import HELD_OUT, TRAINED
 from tools.tiny_model.stories import MAX_WORDS, MIN_WORDS, held_out_story, story
 from tools.tiny_model.tell import article, listed
-from tools.tiny_model.tokenizer import encode, load_tokenizer, train_tokenizer
+from tools.tiny_model.tokenizer import document_ids, encode, load_tokenizer, train_tokenizer
 from tools.tiny_model.train import Packer, build_model, rate_share, train
 
 TINY = Path(__file__).parents[2] / "fastllama" / "assets" / "tiny"
@@ -155,13 +157,15 @@ def test_tokenizer_training_is_deterministic(toy_tokenizer):
 
 
 def test_packer_loses_no_target_and_resumes(toy_tokenizer):
-    packer = Packer(toy_tokenizer)
-    first, again = packer.batch(2, 16), Packer(toy_tokenizer)
+    ids_of = partial(document_ids, toy_tokenizer)
+    packer = Packer(ids_of)
+    first, again = packer.batch(2, 16), Packer(ids_of)
     again.batch(2, 16)
     stream = [token for seed in range(3) for token in encode(toy_tokenizer, document(seed))]
     assert first.flatten().tolist() == stream[:17] + stream[16:33]
     assert packer.rest[0] == first[-1, -1], "the last target is the next batch's first input"
-    resumed = Packer(toy_tokenizer, packer.next_seed, packer.rest)
+    resumed = Packer(ids_of, packer.next_seed)
+    resumed.rest = packer.rest
     assert torch.equal(resumed.batch(3, 8), again.batch(3, 8))
 
 
@@ -213,7 +217,11 @@ def in_fp64():
 
 @pytest.mark.usefixtures("own_threads", "in_fp64")
 def test_training_learns_and_resumes_to_the_same_weights(toy_tokenizer, tmp_path):
-    straight, log = train(TOY, toy_tokenizer, tmp_path, lambda line: None)
+    def run(folder: Path, report=lambda line: None) -> tuple:
+        model = build_model(TOY)
+        return model, train(TOY, model, Packer(partial(document_ids, toy_tokenizer)), folder, report)
+
+    straight, log = run(tmp_path)
     assert log[-1][2] < math.log(TOY.vocab_size) - 1
     assert log[-1][:2] == (TOY.steps, TOY.tokens)
 
@@ -225,10 +233,9 @@ def test_training_learns_and_resumes_to_the_same_weights(toy_tokenizer, tmp_path
             raise Stop
 
     interrupted = tmp_path / "interrupted"
-    interrupted.mkdir()
     with pytest.raises(Stop):
-        train(TOY, toy_tokenizer, interrupted, stop_at_60)
-    resumed, resumed_log = train(TOY, toy_tokenizer, interrupted, lambda line: None)
+        run(interrupted, stop_at_60)
+    resumed, resumed_log = run(interrupted)
     assert [entry[:2] for entry in resumed_log] == [entry[:2] for entry in log]
     assert [entry[2] for entry in resumed_log] == pytest.approx([entry[2] for entry in log], rel=1e-6)
     for name, weight in straight.state_dict().items():
@@ -238,9 +245,34 @@ def test_training_learns_and_resumes_to_the_same_weights(toy_tokenizer, tmp_path
 @pytest.mark.usefixtures("own_threads")
 def test_a_checkpoint_of_another_config_is_refused(toy_tokenizer, tmp_path):
     short = replace(TOY, steps=5)
-    train(short, toy_tokenizer, tmp_path, lambda line: None)
+    packer = Packer(partial(document_ids, toy_tokenizer))
+    train(short, build_model(short), packer, tmp_path, lambda line: None)
     with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another config"):
-        train(replace(short, seed=1), toy_tokenizer, tmp_path, lambda line: None)
+        train(replace(short, seed=1), build_model(short), packer, tmp_path, lambda line: None)
+
+
+def test_the_card_tells_both_stages(tmp_path):
+    logs = ([(20, 81920, 5.0), (2200, 9011200, 0.35)], [(20, 81920, 0.5), (400, 1638400, 0.32)])
+    texts = {"heldout_seed.txt": 1.5, "heldout_branch.txt": 900.0}
+    first = Figures(texts, Answers(29, 100, ()), 120, 200)
+    shipped = Figures(dict.fromkeys(texts, 1.25), Answers(31, 100, (("Who?", "Mia.", "Pip."),)), 3, 200)
+    measured = Measured(4, first, texts, shipped, [0.5] * 4, [("greedy", "Once")], dict.fromkeys(texts, 65))
+    write_card(tmp_path / "README.md", logs, measured)
+    write_training(tmp_path / "training.json", logs, measured)
+    draw_curve(tmp_path / "curve.png", logs)
+    card = (tmp_path / "README.md").read_text()
+    for told in (
+        "2,200 steps",
+        "400 steps",
+        "| 1.5000 | 1.5000 | 1.2500 |",
+        "31 word for word",
+        "stage: 29",
+        "stage: 120",
+    ):
+        assert told in card
+    stages = json.loads((tmp_path / "training.json").read_text())["stages"]
+    assert [stage["config"]["steps"] for stage in stages] == [2200, TUNING.steps]
+    assert [stage["losses"]["rows"] for stage in stages] == [[list(row) for row in log] for log in logs]
 
 
 def test_replace_folder_leaves_nothing_of_the_old(tmp_path):
@@ -326,12 +358,15 @@ def test_packaged_held_out_texts_are_the_grammars():
         assert 40e3 < (TINY / name).stat().st_size < 80e3
 
 
-def test_packaged_training_record_is_of_this_config():
+def test_packaged_training_record_is_of_these_stages():
     record = json.loads((TINY / "training.json").read_text())
-    config = TinyConfig()
-    assert record["steps"] == config.steps
-    assert record["config"]["seed"] == config.seed
-    assert record["tokens"] == config.tokens
-    losses = [loss for _, _, loss in record["losses"]["rows"]]
+    for stage, config in zip(record["stages"], (TinyConfig(), TUNING), strict=True):
+        assert stage["config"] == json.loads(json.dumps(asdict(config)))
+        assert (stage["steps"], stage["tokens"]) == (config.steps, config.tokens)
+    losses = [loss for _, _, loss in record["stages"][0]["losses"]["rows"]]
     assert losses[-1] < losses[0] / 5
-    assert record["perplexity"]["bf16_weights"].keys() == {"heldout_seed.txt", "heldout_branch.txt"}
+    first, shipped = record["first_stage_bf16"], record["shipped_bf16"]
+    assert shipped["perplexity"].keys() == {"heldout_seed.txt", "heldout_branch.txt"}
+    assert shipped["perplexity"]["heldout_seed.txt"] < 1.01 * first["perplexity"]["heldout_seed.txt"]
+    assert shipped["questions"]["right"] >= first["questions"]["right"]
+    assert shipped["odd_starts"]["with_tags"] <= first["odd_starts"]["with_tags"] / 50

@@ -35,10 +35,15 @@ PARTINGS = (
 )  # fmt: skip
 
 
+def prompt(user: str, system: str = "") -> str:
+    """The user's half of a turn as Meta writes it (llama/generation.py, chat_completion)."""
+    content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}" if system else user
+    return f"[INST] {content.strip()} [/INST]"
+
+
 def turn(user: str, answer: str, system: str = "") -> str:
-    """One turn as Meta writes it (llama/generation.py, chat_completion); BOS and EOS stand around it as ids."""
-    prompt = f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}" if system else user
-    return f"[INST] {prompt.strip()} [/INST] {answer.strip()} "
+    """One turn as Meta writes it; BOS and EOS stand around it as ids."""
+    return f"{prompt(user, system)} {answer.strip()} "
 
 
 def _request(rng: random.Random, wanted: Story) -> str:
@@ -62,30 +67,36 @@ def _questions(rng: random.Random, about: Story, count: int) -> list[tuple[str, 
     return [about.facts[i] for i in (sorted(chosen) if rng.random() < 0.5 else chosen)]
 
 
-def chat(rng: random.Random) -> tuple[str, ...]:
-    """The turns of one chat: small talk, one or two stories told on request or pasted, questions about them."""
-    exchanges: list[tuple[str, str]] = []
+def exchanges(rng: random.Random) -> list[tuple[str, str]]:
+    """What is said and answered in one chat: small talk, one or two stories told on request or pasted, questions."""
+    said: list[tuple[str, str]] = []
     draw = rng.random()
     if draw < 0.2:
-        exchanges += rng.sample(SMALL_TALK, rng.randint(1, 2))
+        said += rng.sample(SMALL_TALK, rng.randint(1, 2))
     if draw > 0.06:
         first = tell(rng)
         asked = _questions(rng, first, rng.randint(1, 5))
         if rng.random() < 0.15:
             question, answer = asked.pop(0)
-            exchanges.append((f"Read this story: {first.text} {question}", answer))
+            said.append((f"Read this story: {first.text} {question}", answer))
         else:
-            exchanges.append((_request(rng, first), first.text))
-        exchanges += asked
+            said.append((_request(rng, first), first.text))
+        said += asked
         if rng.random() < 0.2:
             second = tell(rng)
             while second.hero.name in first.text or second.plot == first.plot:
                 second = tell(rng)
-            exchanges += [(_request(rng, second), second.text), *_questions(rng, second, rng.randint(1, 2))]
+            said += [(_request(rng, second), second.text), *_questions(rng, second, rng.randint(1, 2))]
     if rng.random() < 0.2:
-        exchanges.append(rng.choice(PARTINGS))
+        said.append(rng.choice(PARTINGS))
+    return said
+
+
+def chat(rng: random.Random) -> tuple[str, ...]:
+    """The turns of one chat, some below a system message."""
+    said = exchanges(rng)
     system = rng.choice(SYSTEMS) if rng.random() < 0.06 else ""
-    return tuple(turn(user, answer, system if i == 0 else "") for i, (user, answer) in enumerate(exchanges))
+    return tuple(turn(user, answer, system if i == 0 else "") for i, (user, answer) in enumerate(said))
 
 
 def document(seed: int) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
@@ -61,3 +61,10 @@ class TinyConfig:
             bos_token_id=1,
             eos_token_id=2,
         )
+
+
+# The second stage, from the first one's bf16 weights. Short rows hold many starts of texts, long ones whole chats. With
+# half of the rows at 128, twice the rates and chats of 20 instead of 35 %, it forgot answers: 252 of 1000, before 283.
+TUNING = replace(
+    TinyConfig(), steps=400, row_lengths=(128, 512, 1024, 1024), matrix_rate=2e-3, embedding_rate=1e-3, warmup_steps=20
+)

@@ -1,11 +1,13 @@
-"""What the trained model is worth: held-out perplexity, right answers about unseen stories, sample stories."""
+"""What the trained model is worth: held-out perplexity, answers about unseen stories, texts with tags, samples."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -16,10 +18,13 @@ from .chat import ASKS, turn
 from .stories import held_out_story, story
 from .tell import Story
 from .tokenizer import encode
-from .train import Packer
+from .train import PromptPacker
+from .tuning import passages, tuning_ids
 
 HELD_OUT_SEED = 1_000_000_000  # training counts its seeds up from 0
 HELD_OUT_BYTES = 60_000
+QUESTIONS, STARTS = 1000, 200
+TAG_MARKS = ("[", "<")  # only tags have brackets in what is learned
 
 
 def held_out_text(teller: Callable[[int], Story]) -> list[str]:
@@ -58,20 +63,24 @@ def perplexities(
 def loss_by_position(
     model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, length: int, parts: int = 4, rows: int = 64
 ) -> list[float]:
-    """Mean loss in each of `parts` stretches of rows of `length` tokens, unseen documents run together as in training.
+    """Mean loss in each of `parts` stretches of rows of `length` tokens, unseen documents of the second stage.
 
     The document changes within a row, so every stretch holds the same kind of text; what differs is the position.
     """
-    ids = Packer(tokenizer, HELD_OUT_SEED).batch(rows, length)
+    ids = PromptPacker(partial(tuning_ids, tokenizer), HELD_OUT_SEED).batch(rows, length)
     losses = torch.stack(
         [
             functional.cross_entropy(
-                model(input_ids=row[None, :-1], use_cache=False).logits[0].float(), row[1:], reduction="none"
+                model(input_ids=torch.where(row < 0, ~row, row)[None, :-1], use_cache=False).logits[0].float(),
+                row[1:].clamp_min(-1),
+                ignore_index=-1,
+                reduction="none",
             )
             for row in ids
         ]
-    )
-    return losses.mean(0).view(parts, -1).mean(1).tolist()
+    ).view(rows, parts, -1)
+    learned = (ids[:, 1:] >= 0).view(rows, parts, -1)
+    return (losses.sum((0, 2)) / learned.sum((0, 2))).tolist()
 
 
 @torch.inference_mode()
@@ -116,6 +125,33 @@ def answer_questions(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor,
         if given != answer:
             wrong.append((question, answer, given))
     return Answers(count - len(wrong), count, tuple(wrong[:10]))
+
+
+def tagged(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, count: int) -> int:
+    """How many of `count` continuations (temperature 0.8, top-p 0.95) of unseen odd starts and messages hold a tag."""
+    firsts = (passages(seed)[0] for seed in itertools.count(HELD_OUT_SEED))
+    given = itertools.islice((first.given for first in firsts if first.given), count)
+    texts = [complete(model, tokenizer, [], start, 40, seed) for seed, start in enumerate(given)]
+    return sum(any(mark in text for mark in TAG_MARKS) for text in texts)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one set of weights is worth: perplexity by file name, answers, and how many of `starts` texts hold a tag."""
+
+    perplexity: dict[str, float]
+    answers: Answers
+    tagged: int
+    starts: int
+
+
+def figures(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, texts: dict[str, list[str]]) -> Figures:
+    return Figures(
+        perplexities(model, tokenizer, texts),
+        answer_questions(model, tokenizer, QUESTIONS),
+        tagged(model, tokenizer, STARTS),
+        STARTS,
+    )
 
 
 OPENINGS = ("Once upon a time", "There once was a curious girl called Nora", "One stormy autumn evening")

@@ -48,3 +48,8 @@ def load_tokenizer(model: bytes) -> sentencepiece.SentencePieceProcessor:
 def encode(tokenizer: sentencepiece.SentencePieceProcessor, pieces: Iterable[str]) -> list[int]:
     """The ids of a document: BOS, the text, EOS for each of its pieces."""
     return [token for piece in pieces for token in (tokenizer.bos_id(), *tokenizer.encode(piece), tokenizer.eos_id())]
+
+
+def document_ids(tokenizer: sentencepiece.SentencePieceProcessor, seed: int) -> list[int]:
+    """The ids of training document `seed`."""
+    return encode(tokenizer, document(seed))

@@ -1,4 +1,4 @@
-"""Trains the tiny Llama with transformers' own LlamaForCausalLM in fp32; resumes from its last checkpoint."""
+"""Trains the tiny Llama with transformers' own LlamaForCausalLM in fp32, stage by stage; resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,31 +10,51 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from .chat import document
 from .config import TinyConfig
 from .muon import Muon
-from .tokenizer import encode
+
+LogEntry = tuple[int, int, float]  # step, tokens seen, mean training loss since the entry before
 
 
 class Packer:
-    """Documents, each used once and in order of their seeds, run together into rows."""
+    """Documents, each used once and in order of their seeds, run together into rows.
 
-    def __init__(self, tokenizer: SentencePieceProcessor, next_seed: int = 0, rest: list[int] | None = None) -> None:
-        self.tokenizer, self.next_seed, self.rest = tokenizer, next_seed, list(rest or [])
+    `ids_of` gives a document's ids by its seed; an id on which no loss is taken stands as its complement, `~id`.
+    """
+
+    def __init__(self, ids_of: Callable[[int], list[int]], next_seed: int = 0) -> None:
+        self.ids_of, self.next_seed = ids_of, next_seed
+        self.rest: list[int] = []
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """The next `[rows, length + 1]` int64 ids; a row's last is the next row's first, so no target is skipped."""
         needed = rows * length + 1
         while len(self.rest) < needed:
-            self.rest += encode(self.tokenizer, document(self.next_seed))
+            self.rest += self.ids_of(self.next_seed)
             self.next_seed += 1
         ids = torch.tensor(self.rest[:needed])
         self.rest = self.rest[needed - 1 :]
         return ids.unfold(0, length + 1, length)
+
+
+class PromptPacker(Packer):
+    """Documents run together into rows that each begin with one, as a prompt does; what does not fit in is left out."""
+
+    def batch(self, rows: int, length: int) -> torch.Tensor:
+        """The next `[rows, length + 1]` int64 ids."""
+        return torch.cat([self._row(length) for _ in range(rows)])
+
+    def _row(self, length: int) -> torch.Tensor:
+        self.rest = []
+        return super().batch(1, length)
+
+
+def learned_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of `logits` `[rows, length, vocabulary]` to the ids `[rows, length]` that are learned."""
+    return functional.cross_entropy(logits.flatten(0, 1), ids.clamp_min(-1).flatten(), ignore_index=-1)
 
 
 def rate_share(config: TinyConfig, step: int) -> float:
@@ -64,15 +84,17 @@ def build_optimizers(config: TinyConfig, model: LlamaForCausalLM) -> tuple[torch
 
 def train(
     config: TinyConfig,
-    tokenizer: SentencePieceProcessor,
+    model: LlamaForCausalLM,
+    packer: Packer,
     folder: Path,
     report: Callable[[str], None] = print,
-) -> tuple[LlamaForCausalLM, list[tuple[int, int, float]]]:
-    """Trains, or goes on from `folder`'s checkpoint; returns the model and its log: (step, tokens seen, mean loss)."""
+) -> list[LogEntry]:
+    """Trains `model` in place, or goes on from `folder`'s checkpoint; returns its log."""
     torch.set_num_threads(config.threads)
-    model = build_model(config)
     optimizers = build_optimizers(config, model)
-    packer, log, done = Packer(tokenizer), [], 0
+    log: list[LogEntry] = []
+    done = 0
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -81,7 +103,7 @@ def train(
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        packer = Packer(tokenizer, saved["next_seed"], saved["rest"])
+        packer.next_seed, packer.rest = saved["next_seed"], saved["rest"]
         log, done = saved["log"], saved["done"]
     model.train()
     losses: list[float] = []
@@ -89,8 +111,8 @@ def train(
     for step in range(done, config.steps):
         length = config.row_lengths[step % len(config.row_lengths)]
         ids = packer.batch(config.batch_tokens // length, length)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        inputs = torch.where(ids < 0, ~ids, ids)[:, :-1]
+        loss = learned_loss(model(input_ids=inputs, use_cache=False).logits, ids[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         share = rate_share(config, step)
@@ -113,4 +135,5 @@ def train(
             }  # fmt: skip
             torch.save(state, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
-    return model.eval(), log
+    model.eval()
+    return log
