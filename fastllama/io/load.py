@@ -48,6 +48,7 @@ def open_model(
     checkpoint = open_checkpoint(path)
     declared = checkpoint.config.num_parameters
     if declared > checkpoint.nbytes:  # no format keeps a number in less than a byte; told before memory is asked for
+        next(checkpoint.tensors(), None)  # a file that is broken says so itself
         raise CheckpointError(
             f"{path}: the configuration declares {declared:,} numbers, but the weight files have {checkpoint.nbytes:,} "
             "bytes; do they belong together?"
