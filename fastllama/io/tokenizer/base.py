@@ -12,6 +12,7 @@ from fastllama.io.tokenizer.settings import TokenizerSettings
 
 SPACE = "▁"  # U+2581: how SentencePiece writes a space in its pieces
 _INFILLING = ("PRE", "SUF", "MID", "EOT")
+CONTROL_PIECES = ("<s>", "</s>", "<unk>")  # of a SentencePiece vocabulary: plain text where a text spells them
 INFILLING_PIECES = tuple(f"{SPACE}<{name}>" for name in _INFILLING)
 # Where text would spell an infilling piece (a space or the start, then "<PRE>"): between its "<" and the rest.
 _INSIDE_INFILLING_TAG = re.compile(rf"(?:(?<=\A<)|(?<=[ {SPACE}]<))(?=(?:{'|'.join(_INFILLING)})>)")

@@ -13,7 +13,7 @@ import sentencepiece
 from fastllama.errors import CheckpointError
 from fastllama.io.formats.recognise import what_is
 from fastllama.io.tokenizer.added import AddedMatcher, AddedPiece, number
-from fastllama.io.tokenizer.base import ANCHOR, INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
+from fastllama.io.tokenizer.base import ANCHOR, CONTROL_PIECES, INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
 from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         pieces |= {i: piece.content for i, piece in added.items()}
         ids = {piece: i for i, piece in pieces.items()}
 
-        plain = {*own.values(), *(ids[piece] for piece in INFILLING_PIECES if piece in ids)}
+        plain = {ids[piece] for piece in (*CONTROL_PIECES, *INFILLING_PIECES) if piece in ids}
         self._matcher = AddedMatcher(added)
         self._plain_matcher = AddedMatcher({i: piece for i, piece in added.items() if i not in plain})
         self._adds_space = settings.add_prefix_space is not False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastllama.errors import CheckpointError, ExtraRequiredError, why_unusable
 from fastllama.io.formats.json_files import read_json
 from fastllama.io.tokenizer.added import AddedPiece
-from fastllama.io.tokenizer.base import INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
+from fastllama.io.tokenizer.base import CONTROL_PIECES, INFILLING_PIECES, SPACE, Frame, Tokenizer, Vocabulary
 from fastllama.io.tokenizer.sentencepiece_model import piece_bytes
 from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
@@ -64,8 +64,7 @@ class HFTokenizer(Tokenizer):
         pieces = {i: piece for piece, i in self._template.get_vocab(with_added_tokens=True).items()}
         unknown = self._template.token_to_id(spec["model"].get("unk_token") or "<unk>")
         special = {i for i, token in added.items() if token.special} | ({unknown} if unknown is not None else set())
-        # SentencePiece gives control pieces the first three ids.
-        self._control = frozenset() if is_byte_level else {pieces[i] for i in special if i < 3} | {*INFILLING_PIECES}
+        self._control = frozenset() if is_byte_level else frozenset((*CONTROL_PIECES, *INFILLING_PIECES))
         self._spelled = re.compile("|".join(re.escape(each.lstrip(SPACE)) for each in self._control) or "(?!)")
         self._content = "" if is_byte_level else content  # for _plain
         self._given, self._spaced = given, settings if spaced else None
