@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fastllama.errors import CheckpointError
 from fastllama.io.formats.json_files import read_json
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,6 +45,9 @@ def find_tokenizer(*places: Path) -> Tokenizer | None:
             return load_tokenizer(folder)
         except FileNotFoundError:
             continue
+        except PermissionError as error:
+            place = error.filename or folder
+            raise CheckpointError(f"{place} may not be read by this user; change its permissions") from None
     return None
 
 

@@ -126,7 +126,10 @@ def _download(repo_id: str, revision: str | None, argument: str) -> Path:
     except Exception as error:  # a failure of requests or httpx, whichever huggingface_hub uses
         raise FileNotFoundError(f"{repo_id} cannot be fetched: {_first_line(error)}") from None
     kinds = ", ".join(pattern for patterns in _WEIGHTS for pattern in patterns)
-    raise FileNotFoundError(f"{repo_id}{at} has no weights that are read ({kinds}); GGUF, for one, is not")
+    missing = f"{repo_id}{at} has no weights that are read ({kinds})"
+    if HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"{missing} in the local cache, and HF_HUB_OFFLINE is set; unset it once")
+    raise FileNotFoundError(f"{missing}: others, such as GGUF, or the Hub is out of reach and its copy here not whole")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastllama.errors import CheckpointError
+from fastllama.errors import CheckpointError, shown
 from fastllama.io.formats.json_files import AGAIN, json_kind, read_json
 from fastllama.io.formats.recognise import what_is
 
@@ -47,9 +47,10 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
         raise CheckpointError(f"{found} has {had} weight_map, expected a file name for each tensor; {AGAIN}")
     suffix = Path(found.stem.removesuffix(".index")).suffix
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != suffix:
+        inside = isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts
+        if not inside or Path(file).suffix != suffix:
             raise CheckpointError(
-                f"{found}: tensor {name} is in {file!r}, expected the name of a {suffix} file beside it"
+                f"{found}: tensor {shown(name)} is in {shown(repr(file))}, expected a {suffix} file in its folder"
             )
     files = [path / file for file in sorted(set(weight_map.values()))]
     if missing := [file for file in files if not file.is_file()]:
@@ -59,7 +60,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
 
 def _missing_shards(index: Path, weight_map: dict[str, str], missing: list[Path]) -> Exception:
     first, *others = missing
-    tensor = next(name for name, file in weight_map.items() if file == first.name)
+    tensor = shown(next(name for name, file in weight_map.items() if index.parent / file == first))
     more = f", and {len(others)} more of its files are missing" if others else ""
     if (what := what_is(first)) is not None:
         return CheckpointError(f"{first} is {what} ({index.name} has tensor {tensor} in it{more})")

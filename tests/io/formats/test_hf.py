@@ -69,6 +69,21 @@ def test_what_transformers_saves_reads_bit_for_bit(tmp_path: Path, kv_heads: int
     )
 
 
+@pytest.mark.parametrize("place", ["./", "weights/", "./weights/deep/"])
+def test_an_index_may_name_files_in_folders_below(sharded: Path, copy: Callable[[Path], Path], place: str) -> None:
+    path = copy(sharded)
+    (path / place).mkdir(parents=True, exist_ok=True)
+    for file in path.glob("*.safetensors"):
+        file.rename(path / place / file.name)
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: f"{place}{file}" for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    whole, moved = dict(open_checkpoint(sharded).tensors()), dict(open_checkpoint(path).tensors())
+    assert whole.keys() == moved.keys()
+    assert all(torch.equal(whole[name], moved[name]) for name in whole)
+
+
 def test_shards_read_bit_for_bit(sharded: Path) -> None:
     assert_reads_as(sharded, hf_state(random_llama()))
 
@@ -183,10 +198,13 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda path: edit_index(path, **{Q: "model-9.safetensors"}), f"has tensor {Q} in it; download"),
     "escaping shard": (
         lambda path: edit_index(path, **{Q: "../model.safetensors"}),
-        "expected the name of a .safetensors",
+        "expected a .safetensors file",
     ),
-    "foreign shard": (lambda path: edit_index(path, **{Q: "config.json"}), "expected the name of a .safetensors file"),
-    "shard is no name": (lambda path: edit_index(path, **{Q: 3}), f"tensor {Q} is in 3, expected the name"),
+    "foreign shard": (
+        lambda path: edit_index(path, **{Q: "config.json"}),
+        "expected a .safetensors file in its folder",
+    ),
+    "shard is no name": (lambda path: edit_index(path, **{Q: 3}), f"tensor {Q} is in 3, expected a .safetensors file"),
     "no map": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
     "truncated index": (lambda path: truncate(path / "model.safetensors.index.json", 0.5), "is not valid JSON"),
     "truncated shard": (
