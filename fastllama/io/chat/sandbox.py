@@ -9,11 +9,12 @@ number of loop steps and characters.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
 import jinja2
@@ -35,11 +36,29 @@ _STEPS_PER_CHARACTER = 100  # and for each character of what is rendered
 
 @dataclass
 class Rendering:
-    """One run of a template: what it may still spend, and the undefined names that it printed."""
+    """One run of a template: what it may still spend, the undefined names that it printed, the sizes of its containers.
+
+    sizes: by id, each with its container, so that no other object gets the id.
+    """
 
     budget: int
     undefined: set[str] = field(default_factory=set)
+    sizes: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
+    def size(self, value: Any) -> int:
+        """Characters and elements of a value, all that is nested in it included as often as it stands there."""
+        if isinstance(value, str):
+            return len(value)
+        if not isinstance(value, (list, tuple, dict)):
+            return 0
+        if id(value) not in self.sizes:
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            self.sizes[id(value)] = value, len(value) + sum(map(self.size, parts))
+        return self.sizes[id(value)][1]
+
+
+_MULTIPLIES = {"replace", "join", "indent", "wordwrap", "expandtabs"}  # one argument as often as another is long
+_FORMATS = {"format", "format_map"}  # widths stand in their text
 
 _RENDERING: ContextVar[Rendering] = ContextVar("rendering")
 
@@ -71,7 +90,7 @@ def render(source: str, file: str, variables: Mapping[str, Any], characters: int
 class TemplateSandbox(ImmutableSandboxedEnvironment):
     """The sandbox, whose loops, calls of macros, and operations that make text grow are paid for from the budget."""
 
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def spend(self, amount: int) -> bool:
         """Take from the budget of this rendering. True, so that it can stand in a condition."""
@@ -87,6 +106,21 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self.spend(sum(map(len, texts)))
         return "".join(texts)
 
+    def made(self, value: Any) -> Any:
+        """A new value, paid for."""
+        self.spend(_RENDERING.get().size(value))
+        return value
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of a function, method or macro, paid for by what it is given and what it makes."""
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # jinja2 wraps a text's format
+        if owner is __self:  # of ours, put in by BudgetedNodes
+            return super().call(__context, __obj, *args, **kwargs)
+        named = [value for name, value in kwargs.items() if not name.startswith("_")]  # jinja2's own are
+        given = [*([owner] if isinstance(owner, (str, int)) else []), *args, *named]
+        __self.spend(_cost(getattr(__obj, "__name__", ""), given))
+        return __self.made(super().call(__context, __obj, *args, **kwargs))
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The intercepted operators, paid for by the size of what they make, before they make it."""
         sizes = [_size(value) for value in (left, right)]
@@ -98,7 +132,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         elif len(numbers) == 2:  # in bits
             low, high = abs(left).bit_length(), abs(right).bit_length() if operator == "*" else max(0, right)
             self.spend(low + high if operator == "*" else low * high)
-        return super().call_binop(context, operator, left, right)
+        elif operator == "%":
+            self.spend(_cost("format", [left, *(right if isinstance(right, tuple) else [right])]))
+        return self.made(super().call_binop(context, operator, left, right))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Forbidden attributes end the rendering, where jinja2 alone would print them as nothing."""
@@ -124,6 +160,21 @@ class BudgetedNodes(NodeTransformer):
         """As a step."""
         self._pay(node)
         return node
+
+    def visit_List(self, node: nodes.List) -> nodes.Call:
+        """A list can hold another twice, and so grow beyond what its loops cost."""
+        self.generic_visit(node)
+        return _call("made", node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Call:
+        """As a list."""
+        self.generic_visit(node)
+        return _call("made", node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        """As a list, but not where it names what is assigned."""
+        self.generic_visit(node)
+        return _call("made", node) if node.ctx == "load" else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         """The operator ~ is no operator that the sandbox could intercept."""
@@ -172,6 +223,7 @@ def _compiled(source: str) -> jinja2.Template:
         finalize=_printed,
     )
     environment.filters["tojson"] = _to_json
+    environment.filters = {name: _paid(environment, name, each) for name, each in environment.filters.items()}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda format: datetime.now().strftime(format),
@@ -213,6 +265,29 @@ def _public(name: Any) -> Any:
 
 def _call(method: str, *args: nodes.Expr) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)
+
+
+def _paid(environment: TemplateSandbox, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is paid for by what it is given and what it makes."""
+
+    @wraps(filter)  # and its mark for jinja2, which passes it a context or the environment first
+    def run(*args: Any, **kwargs: Any) -> Any:
+        environment.spend(_cost(name, [*args, *kwargs.values()]))
+        return environment.made(filter(*args, **kwargs))
+
+    return run
+
+
+def _cost(name: str, given: Sequence[Any]) -> int:
+    """What a call may take, told from its arguments: their lengths, and numbers, which may be lengths to come."""
+    sizes = sorted(abs(value) if isinstance(value, int) else _size(value) for value in given)
+    cost = sum(sizes)
+    if name in _MULTIPLIES and len(sizes) > 1:
+        cost += sizes[-1] * sizes[-2]
+    if name in _FORMATS:
+        widths = re.findall(r"\d{3,}", " ".join(value for value in given if isinstance(value, str)))
+        cost += sum(int(width[:9]) for width in widths)
+    return cost
 
 
 def _size(value: Any) -> int:
