@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastllama.errors import check_range
 
-ROOT = 0  # the prefix id of no tokens at all
+ROOT = 0  # the prefix id of no tokens, until prefixes are forgotten
 
 
 class Prefix(NamedTuple):
@@ -42,7 +42,8 @@ class BlockPool:
 
     A cached page's key is (prefix id of the pages before it, its own token ids), compared by equality. A prefix id
     names one sequence of tokens and is never given out again, so by induction equal keys mean equal tokens from the
-    start: no hash is trusted. Every method costs O(1) per page, a match or publication O(page_size).
+    start: no hash is trusted. Every method costs O(1) per page, a match or publication O(page_size). Ids below `root`
+    are of prefixes that `forget_prefixes` forgot.
     """
 
     def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
@@ -52,6 +53,7 @@ class BlockPool:
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.page_size = page_size
+        self.root = ROOT  # the prefix id of no tokens, under the present weights
         self.num_queried_tokens = 0  # tokens of all sequences given pages
         self.num_hit_tokens = 0  # those of them found in the cache
         self.num_host_hit_tokens = 0  # those of them that came back from the host
@@ -85,7 +87,7 @@ class BlockPool:
         """The longest cached prefix, not yet taken. The last token is never part of it: its logits must be computed."""
         size = self.page_size
         page_ids: list[int] = []
-        prefix_id = ROOT
+        prefix_id = self.root
         for end in range(size, len(token_ids), size):
             found = self._cached.get((prefix_id, tuple(token_ids[end - size : end])))
             if found is None:
@@ -151,10 +153,12 @@ class BlockPool:
         """Offer a held page, written with token_ids after the prefix, for reuse. Returns the id of the prefix with it.
 
         If the cache has a page of the same content, that one stays, and this one is free when its owner lets go. One on
-        the host gives way.
+        the host gives way. A page after a prefix that was forgotten is not cached.
         """
         assert len(token_ids) == self.page_size, f"a page of {self.page_size} is published with {len(token_ids)} tokens"
         assert self._references[page_id] > 0, f"page {page_id} is published but held by nobody"
+        if prefix_id < self.root:
+            return prefix_id
         key = (prefix_id, token_ids)
         found = self._cached.get(key)
         if found is None:
@@ -185,6 +189,20 @@ class BlockPool:
                 self._host_free.append(place)
             else:
                 assert self._references[place] > 0, f"page {place} came back for nobody"
+
+    def forget_prefixes(self) -> None:
+        """Match nothing that is cached now ever again, on the device or the host: say so when the weights change.
+
+        Pages that sequences hold stay theirs, and so do the transfers into them that were not yet taken. What such a
+        sequence computes from then on depends on them, so it is not cached until it has been preempted.
+        """
+        self.root = next(self._prefix_ids)
+        self._cached.clear()
+        self._keys = [None] * len(self._keys)
+        self._free = sorted([*self._free, *self._idle], reverse=True)
+        self._host_free = sorted([*self._host_free, *self._host_idle], reverse=True)
+        self._idle.clear()
+        self._host_idle.clear()
 
     def drop_host(self) -> None:
         """Forget all that the host cache holds, and do without one from now on."""
@@ -238,6 +256,7 @@ class BlockPool:
         assert sorted([*held, *self._free, *self._idle]) == list(range(self.num_pages)), "a page is lost or twice"
         places = range(self.num_pages, self.num_pages + self.num_host_pages)
         assert sorted([*self._host_free, *self._host_idle]) == list(places), "a page of the host is lost or twice"
+        assert all(prefix_id >= self.root for prefix_id, _ in self._cached), "a page of a forgotten prefix is cached"
         keyed = {page_id: key for page_id, key in enumerate(self._keys) if key is not None}
         assert {page_id: key for key, (page_id, _) in self._cached.items()} == keyed, "the cache and its inverse differ"
         assert len(keyed) == len(self._cached), "two prefixes in one page"

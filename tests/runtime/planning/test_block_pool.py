@@ -315,3 +315,74 @@ def test_without_its_host_a_pool_goes_on() -> None:
     pool.free(pool.acquire(2, NOTHING) or [])
     assert pool.take_transfers() == ()
     pool.check_invariants()
+
+
+def test_forgotten_prefixes_are_matched_no_more() -> None:
+    pool = BlockPool(3, 1, num_host_pages=3)
+    for token in (1, 3):
+        pool.free(filled(pool, [token, token + 1]))
+    assert [len(pool.match_prefix([token, token + 1, 0]).page_ids) for token in (1, 3)] == [2, 2]
+    assert pool.match_prefix([1, 2, 0]).page_ids[1] >= pool.num_pages, "one on the host"
+    pool.forget_prefixes()
+    pool.check_invariants()
+    assert [pool.match_prefix([token, token + 1, 0]).page_ids for token in (1, 3)] == [[], []]
+    assert pool.num_available == 3
+    assert pool.num_evictions == 0, "none had to give way"
+    assert [pool.allocate(), pool.allocate(), pool.allocate()] == [0, 1, 2]
+    assert len(pool.take_transfers()) == 1, "of what was moved before: a page that was forgotten leaves nothing behind"
+
+
+def test_what_is_computed_after_prefixes_are_forgotten_is_cached_anew() -> None:
+    pool = BlockPool(4, 2, num_host_pages=1)
+    pool.free(filled(pool, [1, 2, 3, 4, 5]))
+    old = pool.match_prefix([1, 2, 3, 4, 5]).prefix_id
+    pool.forget_prefixes()
+    assert pool.match_prefix([1, 2]).prefix_id > old, "not even the root's id is given out again"
+    page_ids = filled(pool, [1, 2, 3, 4, 5])
+    new = pool.match_prefix([1, 2, 3, 4, 5])
+    assert new.page_ids == page_ids[:2]
+    assert new.prefix_id > old
+
+
+@pytest.mark.parametrize("published", [0, 1, 2])
+def test_a_page_held_while_prefixes_are_forgotten_never_offers_its_content(published: int) -> None:
+    """Not the pages published before, nor one that was half full then, nor what is computed from them."""
+    pool, token_ids = BlockPool(8, 2), [1, 2, 3, 4, 5, 6]
+    page_ids = pool.acquire(6, pool.match_prefix(token_ids))
+    assert page_ids is not None
+    prefix_id = ROOT
+    for index in range(3):
+        if index == published:
+            pool.forget_prefixes()
+            pool.check_invariants()
+        prefix_id = pool.publish(page_ids[index], prefix_id, tuple(token_ids[2 * index : 2 * index + 2]))
+        pool.check_invariants()
+    assert pool.num_available == 5, "they are still held"
+    assert pool.match_prefix([*token_ids, 7]).page_ids == []
+    others = filled(pool, token_ids)
+    assert not set(others) & set(page_ids)
+    pool.free(page_ids)
+    pool.check_invariants()
+    assert pool.match_prefix([*token_ids, 7]).page_ids == others, "the content that was computed since"
+
+
+def test_pages_on_their_way_to_a_holder_still_arrive_when_prefixes_are_forgotten() -> None:
+    pool = BlockPool(2, 1, num_host_pages=2)
+    for token in (1, 3):
+        pool.free(filled(pool, [token, token + 1]))
+    pool.take_transfers()
+    page_ids = pool.acquire(2, pool.match_prefix([1, 2, 0]))
+    assert page_ids is not None
+    pool.forget_prefixes()
+    pool.check_invariants()
+    arrivals = {place: source for source, place in pool.take_transfers() if place < pool.num_pages}
+    assert arrivals == {page_ids[0]: 3, page_ids[1]: 2}
+
+
+def test_prefixes_are_forgotten_without_a_host_too() -> None:
+    pool = BlockPool(2, 1, num_host_pages=2)
+    pool.free(filled(pool, [1]))
+    pool.drop_host()
+    pool.forget_prefixes()
+    pool.check_invariants()
+    assert pool.match_prefix([1, 0]).page_ids == []
