@@ -2,6 +2,7 @@
 
 from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.kernels.dispatch.op import backend_of
+from fastllama.kernels.ops.adjust_logits import adjust_logits
 from fastllama.kernels.ops.attention import attention_decode, attention_prefill, attention_varlen, attention_workspace
 from fastllama.kernels.ops.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.ops.int4 import (
@@ -33,6 +34,7 @@ __all__ = [
     "Implementation",
     "add_rms_norm",
     "add_rms_norm_int8",
+    "adjust_logits",
     "attention_decode",
     "attention_prefill",
     "attention_varlen",

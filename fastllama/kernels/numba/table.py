@@ -5,13 +5,26 @@ from __future__ import annotations
 import numba
 
 from fastllama.kernels.dispatch.backends import Kernels
-from fastllama.kernels.numba import attention, bf12, int4, int8, matmul, norm, rope, rounding, sampling, swiglu
+from fastllama.kernels.numba import (
+    adjust_logits,
+    attention,
+    bf12,
+    int4,
+    int8,
+    matmul,
+    norm,
+    rope,
+    rounding,
+    sampling,
+    swiglu,
+)
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels run as machine code alone")
 
 KERNELS = {
     "add_rms_norm": Kernels(norm.add_rms_norm),
+    "adjust_logits": Kernels(adjust_logits.adjust_logits),
     "attention_decode": Kernels(attention.attention_decode),
     "attention_prefill": Kernels(attention.attention_prefill),
     "matmul": Kernels(matmul.matmul),

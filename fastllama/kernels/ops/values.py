@@ -15,8 +15,16 @@ from torch import Tensor
 from fastllama.kernels.reference.attention import ascend, room
 
 
-def check_embedding(ids: Tensor, weight: Tensor, out: Tensor) -> None:
+def check_adjust_logits(
+    logits: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, slots: Tensor, bias: Tensor, *others: Any
+) -> None:
     """Arguments here are those of the op."""
+    _check_below("slots", slots.clamp(min=0), max(bias.shape[0], 1))
+    for name, bounds in (("starts", starts), ("ends", ends)):
+        _check_below(name, bounds, tokens.shape[0] + 1)
+
+
+def check_embedding(ids: Tensor, weight: Tensor, out: Tensor) -> None:
     _check_below("ids", ids, weight.shape[0])
 
 

@@ -1,5 +1,6 @@
 """Torch-only definitions of every op: the oracle of tests (fp64 in, fp64 throughout) and the CPU backend."""
 
+from fastllama.kernels.reference.adjust_logits import adjust_logits
 from fastllama.kernels.reference.attention import attention_decode, attention_prefill, attention_varlen
 from fastllama.kernels.reference.bf12 import matmul_bf12, pack_bf12, unpack_bf12
 from fastllama.kernels.reference.int4 import dequantize_int4, matmul_int4, pack_int4, quantize_int4, unpack_int4
@@ -22,6 +23,7 @@ from fastllama.kernels.reference.w8a8 import (
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
+    "adjust_logits",
     "attention_decode",
     "attention_prefill",
     "attention_varlen",
