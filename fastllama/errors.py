@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -100,13 +100,28 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
         raise ValueError(f"{name} is {value!r}; legal: {f'at least {low}' if high is None else f'{low} to {high}'}")
 
 
-def reject_unknown(owner: str, unknown: Iterable[str], legal: Iterable[str]) -> None:
-    """Raise TypeError for the first unknown option, naming the nearest legal one."""
+def similar(word: str, legal: Iterable[str]) -> str | None:
+    """The legal word that an unknown one may be misspelled for, as a question; None where none is really alike."""
+    found = nearest(word, legal, 0.8)  # temprature and temperature are, best_of and stop are not
+    return f"did you mean {found!r}?" if found else None
+
+
+def reject_unknown(
+    owner: str,
+    unknown: Iterable[str],
+    legal: Iterable[str],
+    hint: Callable[[str, Collection[str]], str | None] = similar,
+) -> None:
+    """Raise TypeError for the first unknown option, with a hint where there is one, and the legal options.
+
+    hint: the sentence to say about an unknown word, given the legal ones, or None.
+    """
     legal = list(legal)
     for word in unknown:
-        hint = nearest(word, legal)
-        meant = f"; did you mean {hint!r}?" if hint else f"; legal options: {', '.join(legal)}"
-        raise TypeError(f"{owner} got an unknown option {word!r}{meant}")
+        said = hint(word, legal)
+        raise TypeError(
+            f"{owner} got an unknown option {word!r}; {f'{said} Legal' if said else 'legal'} options: {', '.join(legal)}"
+        )
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | str]) -> None:

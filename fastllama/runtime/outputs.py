@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,19 +11,26 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a token; top: the likeliest (token id, log-probability) in its place, best first."""
+    """Natural-log probability of a token, as SamplingParams.logprobs defines it.
+
+    top: the likeliest (token id, log-probability) in its place, best first.
+    rank: 1 for the likeliest token, else one more than the number of likelier ones; None where it was not computed.
+    text: the token's own text, U+FFFD for each part of a character, special tokens spelled; None without a tokenizer.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One sample of a prompt, finished when `finish_reason` is set.
 
-    text: without the stop string that ended it.  stop_reason: that string, or the stop token id, or what the
-    error was.
+    text: without the stop string that ended it, unless include_stop_str_in_output.  stop_reason: that string, or the
+    stop token id, or what the error was.
     logprobs: one entry per generated token; None where none were asked for.
     """
 
@@ -32,6 +40,11 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Log-probability of these tokens in a row, the sum of theirs; None where none were asked for."""
+        return None if self.logprobs is None else math.fsum(each.logprob for each in self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class RequestOutput:
 
     prompt: None where token ids were given.
     prompt_logprobs: one entry per prompt token, None for the first; None where none were asked for.
+    seed: of its draws, the one that SamplingParams gave or that was chosen where it gave none.
     """
 
     request_id: str
@@ -62,6 +76,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     metrics: RequestMetrics
+    seed: int = 0
 
     @property
     def finished(self) -> bool:

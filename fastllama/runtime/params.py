@@ -5,39 +5,83 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import sys
 from collections import abc
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from fastllama.arithmetic import within_fp32
+from fastllama.arithmetic import FP32_LARGEST, FP32_SMALLEST, within_fp32
 from fastllama.errors import check_range, reject_unknown
+from fastllama.runtime.peer_names import peer_hint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LOGPROBS = 20  # what OpenAI's chat API allows; each one is copied to the host for every token
+INT64_LARGEST = 2**63 - 1
+# Least and largest legal value; None is no limit.
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "n": (1, None),
+    "max_tokens": (1, None),
+    "min_tokens": (0, INT64_LARGEST),
+    "top_k": (-1, INT64_LARGEST),
+    "seed": (0, INT64_LARGEST),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "truncate_prompt_tokens": (-1, None),
+}
+_REALS: dict[str, tuple[float, float | None]] = {
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, None),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+_POSITIVE = ("top_p", "repetition_penalty")
+_FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+
+LogitsProcessor = Callable[[list[int], "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling and stopping of one request. Wrong types raise TypeError, illegal values ValueError.
+    """Sampling and stopping of one request. None is a field's default, but for max_tokens.
 
     n: samples of one prompt.
-    max_tokens: generated tokens of each sample.
+    max_tokens: generated tokens of each sample; None is to the end of the context.
+    min_tokens: generated tokens before which neither EOS nor a stop token can be sampled, nor a stop string ends.
     temperature: divides the logits; 0 takes the likeliest token.
-    top_k: how many of the likeliest tokens may be drawn; 0 is all.
+    top_k: how many of the likeliest tokens may be drawn; 0 and -1 are all.
     top_p: probability mass of the likeliest tokens that may be drawn (nucleus sampling, Holtzman et al. 2020).
     min_p: least probability, relative to the likeliest token's, that may be drawn (Nguyen et al. 2024).
     repetition_penalty: divides positive, multiplies negative logits of seen tokens (Keskar et al. 2019); 1 is off.
     presence_penalty, frequency_penalty: subtracted from a generated token's logit once, or once per occurrence.
-    logit_bias: token id -> number added to its logit.
-    seed: makes the draws of this request reproducible.
-    stop: strings that end a sample and are cut from its text.
-    stop_token_ids: tokens that end a sample, as EOS does unless ignore_eos.
+    logit_bias: token id -> number added to its logit; -inf bans the token.
+    allowed_token_ids: the only tokens that may be sampled; None is all.
+    bad_words: strings that are not generated as the tokens which they encode to, with and without a space in front.
+    logits_processors: callables (generated token ids: list[int], logits: Tensor [V] fp32) -> Tensor [V], called in
+    turn for each token. They need each token on the host before the next: such requests leave the captured step and
+    do not run ahead.
+    seed: makes the draws of this request reproducible: bit for bit in any company only with LLM(deterministic=True).
+    Two requests of one seed and one prompt draw the same. None: one that RequestOutput.seed reports.
+    stop: strings that end a sample and are cut from its text, unless include_stop_str_in_output.
+    stop_token_ids: tokens that end a sample, as EOS does unless ignore_eos. They show no text.
     logprobs, prompt_logprobs: how many of the likeliest tokens to report beside the actual one; None reports nothing.
+    Log-probabilities are the model's own, before temperature, penalties, biases and bans.
+    truncate_prompt_tokens: keeps so many tokens of the prompt's end; -1 as many as leave room in max_model_len for
+    max_tokens, or for one token where that is None. None keeps all.
+
+    A number may be NumPy's or a 0-d tensor, a sequence of token ids an array or a tensor. temperature, top_p and min_p
+    beyond fp32 are the nearest number that it holds; nothing else is rounded to another magnitude. Wrong types and
+    unknown names raise TypeError, illegal values ValueError.
     """
 
     n: int = 1
-    max_tokens: int = 256
+    max_tokens: int | None = 256
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -45,46 +89,66 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: abc.Sequence[int] | None = None
+    bad_words: str | abc.Sequence[str] = ()
+    logits_processors: abc.Sequence[LogitsProcessor] = field(default=(), hash=False)
     seed: int | None = None
     stop: str | abc.Sequence[str] = ()
     stop_token_ids: abc.Sequence[int] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
 
+    def __new__(cls, *_: Any, **options: Any) -> SamplingParams:
+        """Refuses unknown names with a hint, where __init__ would have Python's bare TypeError."""
+        legal = cls.__dataclass_fields__
+        if not options.keys() <= legal.keys():
+            reject_unknown(cls.__name__, (name for name in options if name not in legal), legal, peer_hint)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        _check_integer("n", self.n, 1)
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_real("temperature", self.temperature, 0)
-        _check_integer("top_k", self.top_k, 0)
-        _check_real("top_p", self.top_p, 0, 1)
-        _check_positive("top_p", self.top_p)
-        _check_real("min_p", self.min_p, 0, 1)
-        _check_real("repetition_penalty", self.repetition_penalty, 0)
-        _check_positive("repetition_penalty", self.repetition_penalty)
-        _check_real("presence_penalty", self.presence_penalty, -2, 2)
-        _check_real("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0, 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(self, name)) is not None:
-                _check_integer(name, count, 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        put = functools.partial(object.__setattr__, self)
+        for each in dataclasses.fields(self):
+            if getattr(self, each.name) is None and each.name != "max_tokens":
+                put(each.name, each.default)
+        for name, limits in _INTEGERS.items():
+            if (value := getattr(self, name)) is not None:
+                put(name, _integer(name, value, *limits))
+        for name, bounds in _REALS.items():
+            put(name, _real(name, getattr(self, name), *bounds))
+        for name in _FLAGS:
+            put(name, _flag(name, getattr(self, name)))
+        put("top_k", max(self.top_k, 0))
+        _check_fp32("repetition_penalty", self.repetition_penalty, FP32_SMALLEST)
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens is 0; legal: -1, or at least 1")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}; legal: at most max_tokens, {self.max_tokens}")
         # Own copies: a caller who later changes his list or dict must not change a running request.
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        put("stop", _strings("stop", self.stop))
+        put("bad_words", _strings("bad_words", self.bad_words))
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        put("logits_processors", _callables("logits_processors", self.logits_processors))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids is empty; legal: at least one token id, or None for all tokens")
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+            put("logit_bias", _biases(self.logit_bias))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """From named options (JSON, command line). An unknown name raises TypeError with the nearest legal one."""
-        legal = [field.name for field in dataclasses.fields(cls)]
-        reject_unknown(cls.__name__, (name for name in options if name not in legal), legal)
+        """From named options as JSON writes them: null is a field's default, logit_bias may have keys such as "7".
+
+        An unknown name raises TypeError with its name here, if there is one, and the legal ones.
+        """
+        biases = options.get("logit_bias")
+        if isinstance(biases, Mapping):
+            options = {**options, "logit_bias": {_token_id_of_key(key): bias for key, bias in biases.items()}}
         return cls(**options)
 
     @functools.cached_property
@@ -97,56 +161,103 @@ class SamplingParams:
         """Whether draws depend on the tokens before them beyond the model's logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @functools.cached_property
+    def adjusts(self) -> bool:
+        """Whether logits are changed by penalties, biases or bans before they are sampled from."""
+        bans = self.allowed_token_ids is not None or self.min_tokens > 0 or bool(self.bad_words)
+        return self.penalizes or bool(self.logit_bias) or bans
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether sampling a token needs those before it on the host: logits processors and bad words read them."""
+        return bool(self.logits_processors or self.bad_words)
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+def _plain(value: Any) -> Any:
+    """A NumPy scalar, 0-d array or 0-d tensor as Python's own value; what is none of them as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     check_range(name, value, low, high)
+    return int(value)
 
 
-def _check_real(name: str, value: Any, low: float, high: float | None = None) -> None:
+def _real(name: str, value: Any, low: float, high: float | None = None) -> float:
+    value = _plain(value)
     check_range(name, value, low, high)
     if abs(value) > sys.float_info.max:
         raise ValueError(f"{name} is {value!r}; legal: a finite number")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if value == 0:
+    if value == 0 and name in _POSITIVE:
         raise ValueError(f"{name} is {value!r}; legal: above 0")
+    return float(value)
 
 
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else _elements("stop", stop, "a string or strings")
+def _check_fp32(name: str, value: float, low: float = -FP32_LARGEST) -> None:
+    if not low <= value <= FP32_LARGEST:
+        raise ValueError(f"{name} is {value!r}; legal: {low:.7g} to {FP32_LARGEST:.7g}, what fp32 holds")
+
+
+def _flag(name: str, value: Any) -> bool:
+    value = _plain(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _strings(name: str, given: Any) -> tuple[str, ...]:
+    strings = (given,) if isinstance(given, str) else _elements(name, given, "a string or strings")
     for string in strings:
         if not isinstance(string, str):
-            raise TypeError(f"stop must be a string or strings, got {string!r} of type {type(string).__name__}")
+            raise TypeError(f"{name} must be a string or strings, got {string!r} of type {type(string).__name__}")
         if not string:
-            raise ValueError(f"stop is {stop!r}; legal: strings of at least one character")
+            raise ValueError(f"{name} is {given!r}; legal: strings of at least one character")
     return strings
 
 
+def _callables(name: str, given: Any) -> tuple[LogitsProcessor, ...]:
+    processors = _elements(name, given, "a sequence of callables")
+    for each in processors:
+        if not callable(each):
+            raise TypeError(f"{name} must be a sequence of callables, got {each!r} of type {type(each).__name__}")
+    return processors
+
+
 def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
-    elements = _elements(name, ids, "token ids")
-    for token_id in elements:
-        _check_integer(f"a token id in {name}", token_id, 0)
-    return elements
+    return tuple(_integer(f"a token id in {name}", i, 0, INT64_LARGEST) for i in _elements(name, ids, "token ids"))
 
 
 def _biases(biases: Any) -> dict[int, float]:
     if not isinstance(biases, Mapping):
         raise TypeError(f"logit_bias must map token ids to numbers, got {biases!r} of type {type(biases).__name__}")
-    _token_ids("logit_bias", biases)
-    for token_id, bias in biases.items():
-        _check_real(f"logit_bias[{token_id}]", bias, -math.inf)
-    return dict(biases)
+    return dict(zip(_token_ids("logit_bias", biases), map(_bias, biases, biases.values()), strict=True))
+
+
+def _bias(token_id: Any, bias: Any) -> float:
+    bias, name = _plain(bias), f"logit_bias[{token_id}]"
+    if bias == -math.inf:
+        return -math.inf
+    bias = _real(name, bias, -math.inf)
+    _check_fp32(name, bias)
+    return bias
+
+
+def _token_id_of_key(key: Any) -> Any:
+    """A key of a JSON object as the integer that it spells; any other as it is."""
+    return int(key) if isinstance(key, str) and re.fullmatch("-?[0-9]{1,19}", key) else key
 
 
 def _elements(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    if hasattr(values, "tolist"):  # arrays and tensors, whose elements would come one by one from the device
+        values = values.tolist()
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be {what}, got {values!r} of type {type(values).__name__}")
     return tuple(values)

@@ -52,7 +52,8 @@ def test_the_edge_of_what_is_legal(name: str, value: Any) -> None:
         ("temperature", math.nan, "at least 0"),
         ("temperature", math.inf, "a finite number"),
         ("temperature", 10**400, "a finite number"),
-        ("top_k", -1, "at least 0"),
+        ("top_k", -2, "-1 to 9223372036854775807"),
+        ("top_k", 2**63, "-1 to 9223372036854775807"),
         ("top_p", 0, "above 0"),
         ("top_p", 1.01, "0 to 1"),
         ("top_p", math.nan, "0 to 1"),
@@ -73,9 +74,9 @@ def test_an_illegal_value_is_named_with_what_is_legal(name: str, value: Any, leg
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
-def test_a_bias_must_be_finite(bias: float) -> None:
-    with pytest.raises(ValueError, match=r"^logit_bias\[7\] is (nan|inf|-inf); legal: "):
+@pytest.mark.parametrize("bias", [math.nan, math.inf, 1e39, -1e39, 10**400])
+def test_a_bias_is_what_fp32_holds_or_a_ban(bias: float) -> None:
+    with pytest.raises(ValueError, match=r"^logit_bias\[7\] is .*; legal: "):
         SamplingParams(logit_bias={7: bias})
 
 
@@ -84,13 +85,11 @@ def test_a_bias_must_be_finite(bias: float) -> None:
     [
         ("n", 1.0),
         ("n", True),
-        ("max_tokens", None),
         ("temperature", "hot"),
         ("temperature", True),
         ("top_k", 2.5),
         ("seed", "1"),
         ("ignore_eos", 1),
-        ("skip_special_tokens", None),
         ("stop", 3),
         ("stop", b"end"),
         ("stop", ["end", 3]),
@@ -110,7 +109,7 @@ def test_a_wrong_type_is_named(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("ids", [{"stop_token_ids": [5, -1]}, {"logit_bias": {5: 0.0, -1: 0.0}}])
 def test_token_ids_are_not_negative(ids: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^a token id in {next(iter(ids))} is -1; legal: at least 0$"):
+    with pytest.raises(ValueError, match=rf"^a token id in {next(iter(ids))} is -1; legal: 0 to 9223372036854775807$"):
         SamplingParams(**ids)
 
 
@@ -153,6 +152,7 @@ def test_replace_checks_anew() -> None:
 def test_from_dict() -> None:
     assert SamplingParams.from_dict({"temperature": 0, "stop": "x"}) == SamplingParams(temperature=0, stop="x")
     with pytest.raises(
-        TypeError, match=r"^SamplingParams got an unknown option 'temprature'; did you mean 'temperature'\?$"
+        TypeError,
+        match=r"^SamplingParams got an unknown option 'temprature'; did you mean 'temperature'\? Legal options: n, ",
     ):
         SamplingParams.from_dict({"temprature": 0})
