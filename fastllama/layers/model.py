@@ -91,12 +91,27 @@ class LlamaForCausalLM(nn.Module):
         largest = max((linear.workspace(num_tokens, self.dtype) for linear in linears), key=Tensor.numel)
         return largest if largest.numel() else None
 
+    @property
+    def splits(self) -> bool:
+        """Whether `hidden_states` and `head` are all there is to a call: no other forward, no hook on whole logits."""
+        return (
+            type(self).forward is LlamaForCausalLM.forward
+            and "forward" not in vars(self)
+            and not any(each._forward_hooks or each._forward_pre_hooks for each in (self, self.lm_head))
+        )
+
     def forward(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
         """ids [T] -> logits [R, V] of batch.logits_rows, in the model's dtype; keys and values are written into kv."""
+        return self.head(self.hidden_states(ids, batch, kv), batch)
+
+    def hidden_states(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
+        """ids [T] -> what the last block returns for batch.logits_rows [R, H]; keys and values are written into kv."""
         hidden = self.embed_tokens(ids)
         for block, layer_kv in zip(self.layers, kv.layers, strict=True):
             hidden = block(hidden, batch, layer_kv, self.cos_sin)
         rows = batch.logits_rows
-        if rows.shape[0] != ids.shape[0]:
-            hidden = hidden.index_select(0, rows)
+        return hidden if rows.shape[0] == ids.shape[0] else hidden.index_select(0, rows)
+
+    def head(self, hidden: Tensor, batch: BatchMeta) -> Tensor:
+        """Logits [R, V] of hidden states [R, H], any of a batch: the last norm and lm_head."""
         return self.lm_head(hidden, batch, norm=self.norm)

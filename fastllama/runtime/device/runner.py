@@ -17,6 +17,7 @@ from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCapture
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.device.host_cache import HostCache
+from fastllama.runtime.device.memory import LEAST_SEQS
 from fastllama.runtime.device.sampler import PendingTokens, StepLogits
 from fastllama.runtime.planning.block_pool import BlockPool, Transfer
 from fastllama.runtime.planning.inputs import Inputs
@@ -30,6 +31,7 @@ class Runner:
 
     kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
     tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
+    max_num_seqs: as memory.sizes has it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Runner:
         max_num_tokens: int,
         max_model_len: int,
         deterministic: bool,
+        max_num_seqs: int = LEAST_SEQS,
     ) -> None:
         self.model = model
         # Whether the host may go on while a step runs.
@@ -51,6 +54,8 @@ class Runner:
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
         self._deterministic = deterministic
+        # Rows of logits at once: half of what memory.sizes plans, for those that tokens are sampled from are there too.
+        self._logits_piece = max(max_num_seqs // 2, 1)
         workspace = model.workspace(max_num_tokens)
         self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)
         self._capture: Capture = RecordingCapture(model.device)
@@ -82,8 +87,36 @@ class Runner:
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         if self._graphs.take(inputs):
             logits, drawn = self._graphs.run(inputs, before)
-            return StepLogits(logits, inputs.samples, inputs.prompts, drawn)
-        return StepLogits(self._run_eagerly(inputs, before), inputs.samples, inputs.prompts)
+            return StepLogits(logits, inputs.samples, drawn)
+        ids, batch = self._batch(inputs, before)
+        if inputs.prompts:
+            return self._run_in_pieces(inputs, ids, batch)
+        return StepLogits(self.model(ids, batch, self.kv), inputs.samples)
+
+    def _run_in_pieces(self, inputs: Inputs, ids: Tensor, batch: BatchMeta) -> StepLogits:
+        """As `run`, of a step with prompt log-probabilities: the prompts' logits are computed a few rows at a time.
+
+        All at once, 8192 rows of 128256 logits in bf16 take 2.1 GB, and memory.sizes sets aside those of max_num_seqs
+        rows. A model with a forward of its own, or with a hook that sees whole logits, computes them all at once.
+        """
+        model, device = self.model, self.model.device
+        splits = model.splits
+        rows = (model.hidden_states if splits else model)(ids, batch, self.kv)
+
+        def logits_of(places: abc.Sequence[int]) -> Tensor:
+            chosen = rows[on_device(places, torch.int64, device)]
+            return model.head(chosen, batch) if splits else chosen
+
+        drawn = sorted({sample.row for sample in inputs.samples})
+        place_of = {row: place for place, row in enumerate(drawn)}
+        wanted = [row for _, first, count in inputs.prompts for row in range(first, first + count)]
+        size = self._logits_piece
+        return StepLogits(
+            logits_of(drawn),
+            [sample._replace(row=place_of[sample.row]) for sample in inputs.samples],
+            prompts=[(chunk, count) for chunk, _, count in inputs.prompts],
+            prompt_logits=(logits_of(wanted[first : first + size]) for first in range(0, len(wanted), size)),
+        )
 
     def transfer(self, transfers: abc.Sequence[Transfer], pool: BlockPool) -> None:
         """Copy pages between device and host. Where a copy fails, `host` is None from then on, and the pool has none.
@@ -106,7 +139,7 @@ class Runner:
         if step.copies:
             self.kv.copy_pages(step.copies)
 
-    def _run_eagerly(self, inputs: Inputs, before: PendingTokens | None) -> Tensor:
+    def _batch(self, inputs: Inputs, before: PendingTokens | None) -> tuple[Tensor, BatchMeta]:
         def tensor(values: abc.Sequence[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
@@ -128,4 +161,4 @@ class Runner:
             at, sequences = zip(*inputs.unknown, strict=True)
             places = before.rows_of(sequences)
             ids[tensor(at, torch.int64)] = before.drawn.tokens[tensor(places, torch.int64)]
-        return self.model(ids, batch, self.kv)
+        return ids, batch

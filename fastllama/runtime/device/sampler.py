@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, abc
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.arithmetic import ceil_div
 from fastllama.runtime.device.buffers import ALIGNMENT, on_device
+from fastllama.runtime.device.logprobs import token_logprobs
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.planning.inputs import SamplingRow, parameters
 from fastllama.runtime.planning.sequence import Sequence
@@ -49,15 +51,18 @@ class SampleBuffers(NamedTuple):
 
 @dataclass(frozen=True)
 class StepLogits:
-    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples and Inputs.prompts.
+    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples.
 
     drawn: what kernels.sample gave for each row with the parameters of `samples`, where that was part of the step.
+    prompts: (chunk, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
+    prompt_logits: of those rows, in pieces [P, V] that are computed one after another, as they are asked for.
     """
 
     logits: Tensor
     samples: list[SamplingRow]
-    prompts: list[tuple[Chunk, int, int]]
     drawn: SampleBuffers | None = None
+    prompts: abc.Sequence[tuple[Chunk, int]] = ()
+    prompt_logits: abc.Iterable[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -148,13 +153,18 @@ def draw(step: StepLogits) -> list[SampledToken]:
 @torch.inference_mode()
 def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLogprob]]]:
     """(sequence, first position predicted, log-probabilities from there on) for each chunk that wants them."""
-    found = []
-    for chunk, row, count in step.prompts:
-        first = chunk.start + 1
-        targets = chunk.seq.token_ids[first : first + count]
-        tops = [chunk.seq.request.params.prompt_logprobs or 0] * count
-        found.append((chunk.seq, first, _logprobs(step.logits[row : row + count], targets, tops)))
-    return found
+    targets: list[int] = []
+    tops: list[int] = []
+    for chunk, count in step.prompts:
+        targets.extend(chunk.seq.token_ids[chunk.start + 1 : chunk.start + 1 + count])
+        tops.extend([chunk.seq.request.params.prompt_logprobs or 0] * count)
+    reports: list[TokenLogprob] = []
+    for logits in step.prompt_logits:
+        rows = slice(len(reports), len(reports) + logits.shape[0])
+        reports.extend(token_logprobs(logits, targets[rows], tops[rows]))
+        del logits  # or it would stay until the next has been computed
+    remaining = iter(reports)
+    return [(chunk.seq, chunk.start + 1, list(itertools.islice(remaining, count))) for chunk, count in step.prompts]
 
 
 _Change = tuple[int, int, float]  # place of a sample, token id, how much
@@ -227,20 +237,7 @@ def _reports(
     wanted = [i for i, top in enumerate(asked) if top is not None]
     if wanted:
         tops, targets = [asked[i] or 0 for i in wanted], tokens[[places[i] for i in wanted]].tolist()
-        found = _logprobs(logits[[rows[i] for i in wanted]], targets, tops)
+        found = token_logprobs(logits[[rows[i] for i in wanted]], targets, tops)
         for i, report in zip(wanted, found, strict=True):
             reports[i] = report
     return reports
-
-
-def _logprobs(logits: Tensor, targets: list[int], tops: list[int]) -> list[TokenLogprob]:
-    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V)."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    places = torch.tensor(targets, dtype=torch.int64, device=logits.device)
-    chosen = logprobs.gather(1, places[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(max(tops), logprobs.shape[1]), dim=-1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    return [
-        TokenLogprob(target, logprob, tuple(zip(ids[row][:top], values[row][:top], strict=True)))
-        for row, (target, logprob, top) in enumerate(zip(targets, chosen, tops, strict=True))
-    ]

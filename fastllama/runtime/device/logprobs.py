@@ -1,0 +1,47 @@
+"""Log-probabilities of tokens, from logits, without an fp32 copy of all of them."""
+
+from __future__ import annotations
+
+from collections import abc
+
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.runtime.device.buffers import on_device
+from fastllama.runtime.outputs import TokenLogprob
+
+ROWS = 16  # reduced at once: what that takes besides the logits, 5 bytes for each, is little beside a step's logits
+
+
+@torch.inference_mode()
+def token_logprobs(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]) -> list[TokenLogprob]:
+    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V).
+
+    A row's numbers are the same, bit for bit, whatever the other rows.
+    """
+    reports: list[TokenLogprob] = []
+    for first in range(0, len(targets), ROWS):
+        rows = slice(first, first + ROWS)
+        reports.extend(_reports(logits[rows], targets[rows], tops[rows]))
+    return reports
+
+
+def _reports(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]) -> list[TokenLogprob]:
+    num_rows, device = len(targets), logits.device
+    none, off = (torch.zeros(num_rows, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
+    # What a greedy draw reports is -log(sum(exp(logits - largest))), which unlike torch.logsumexp adds in one order.
+    likeliest, base = kernels.sample(logits, off, none, off + 1, off, none, none)
+    largest = logits.gather(1, likeliest[:, None]).float()
+
+    def logprobs(values: Tensor) -> list[list[float]]:
+        return (values.float() - largest + base[:, None]).tolist()
+
+    chosen = logits.gather(1, on_device(targets, torch.int64, device)[:, None])
+    top = logits.topk(min(max(tops), logits.shape[1]), dim=-1)
+    return [
+        TokenLogprob(target, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for target, count, (logprob,), ids, values in zip(
+            targets, tops, logprobs(chosen), top.indices.tolist(), logprobs(top.values), strict=True
+        )
+    ]
