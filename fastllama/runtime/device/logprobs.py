@@ -16,7 +16,8 @@ ROWS = 16  # reduced at once: what that takes besides the logits, 5 bytes for ea
 
 @torch.inference_mode()
 def token_logprobs(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]) -> list[TokenLogprob]:
-    """For each row of logits [R, V]: the log-probability of its target and its likeliest `tops[row]` tokens (or V).
+    """For each row of logits [R, V]: the log-probability and rank of its target, and its likeliest `tops[row]` tokens
+    (V at most).
 
     A row's numbers are the same, bit for bit, whatever the other rows.
     """
@@ -38,10 +39,11 @@ def _reports(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]
         return (values.float() - largest + base[:, None]).tolist()
 
     chosen = logits.gather(1, on_device(targets, torch.int64, device)[:, None])
+    ranks = (logits > chosen).sum(-1, dtype=torch.int32) + 1
     top = logits.topk(min(max(tops), logits.shape[1]), dim=-1)
     return [
-        TokenLogprob(target, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
-        for target, count, (logprob,), ids, values in zip(
-            targets, tops, logprobs(chosen), top.indices.tolist(), logprobs(top.values), strict=True
+        TokenLogprob(target, logprob, tuple(zip(ids[:count], values[:count], strict=True)), rank)
+        for target, count, (logprob,), ids, values, rank in zip(
+            targets, tops, logprobs(chosen), top.indices.tolist(), logprobs(top.values), ranks.tolist(), strict=True
         )
     ]

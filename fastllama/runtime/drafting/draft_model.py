@@ -9,7 +9,7 @@ from fastllama.runtime.device import sampler
 from fastllama.runtime.device.memory import Sizes
 from fastllama.runtime.device.runner import Runner
 from fastllama.runtime.device.warm_up import warm_up
-from fastllama.runtime.planning.sequence import Sequence, Status
+from fastllama.runtime.planning.sequence import Sequence
 from fastllama.runtime.planning.step import Chunk, Step
 
 
@@ -67,7 +67,6 @@ class DraftModel:
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens, drawn one after another; none where one has but a single token."""
-        self._forget()
         if any(len(seq.token_ids) < 2 for seq in sequences):
             return [()] * len(sequences)
         for seq in sequences:
@@ -97,6 +96,7 @@ class DraftModel:
             self._runner.run(Step((Chunk(seq, start, length, ()),), num_decodes=0, copies=()))
             start += length
 
-    def _forget(self) -> None:
-        for seq in [seq for seq in self._held if seq.status is Status.FINISHED]:
-            del self._held[seq]
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Drop what is kept of sequences that have ended."""
+        for seq in sequences:
+            self._held.pop(seq, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 
-from fastllama.runtime.planning.sequence import Sequence, Status
+from fastllama.runtime.planning.sequence import Sequence
 from fastllama.runtime.planning.step import Step
 
 PROMPT_LOOKUP = "prompt_lookup"  # its name among options
@@ -31,10 +31,12 @@ class PromptLookup:
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
-        if len(self._indices) > 2 * len(sequences):
-            kept = {seq: index for seq, index in self._indices.items() if seq.status is not Status.FINISHED}
-            self._indices = kept
         return [self._indices.setdefault(seq, _Index()).continuation(seq.token_ids, count) for seq in sequences]
+
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Drop the indices of sequences that have ended."""
+        for seq in sequences:
+            self._indices.pop(seq, None)
 
 
 class _Index:

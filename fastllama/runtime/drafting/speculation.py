@@ -38,6 +38,9 @@ class Drafter(Protocol):
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         """For each sequence `count` tokens that may come next, or none at all."""
 
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Drop what is kept of sequences that have ended; of some, nothing may be."""
+
 
 class Pace:
     """Whether drafts pay, from the seconds that steps with and without them took, and the drafts accepted.
@@ -87,11 +90,11 @@ class Speculation:
         self.drafter, self._clock = drafter, clock
         self._pace = Pace(count)
         self._start = 0.0
-        self._proposals: dict[Sequence, tuple[int, ...]] = {}
+        self._proposed: list[bool] = []  # whether drafts were found, of each chunk of the step if it was extended
 
     def reserve(self, step: Step, scheduler: Scheduler) -> bool:
         """Whether a step, just scheduled, may be extended: it only decodes, drafts pay, and they find pages."""
-        self._start, self._proposals = self._clock(), {}
+        self._start, self._proposed = self._clock(), []
         num_seqs = step.num_decodes
         return (
             num_seqs == len(step.chunks)
@@ -103,12 +106,15 @@ class Speculation:
     def guess(self, step: Step) -> list[tuple[int, ...]] | None:
         """Drafts for each chunk of a step that may be extended; None if there are too few to pay."""
         proposed = self.drafter.propose([chunk.seq for chunk in step.chunks], self.count)
-        found = {chunk.seq: drafts for chunk, drafts in zip(step.chunks, proposed, strict=True) if drafts}
-        if not found or not self._pace.pays(len(proposed), len(found)):
+        found = [bool(drafts) for drafts in proposed]
+        if not any(found) or not self._pace.pays(len(found), sum(found)):
             return None
-        self._proposals = found
+        self._proposed = found
         # All decodes of a step are of one length: where nothing was proposed, any token will do.
-        return [found.get(chunk.seq, (chunk.seq.token_ids[-1],) * self.count) for chunk in step.chunks]
+        return [
+            drafts or (chunk.seq.token_ids[-1],) * self.count
+            for chunk, drafts in zip(step.chunks, proposed, strict=True)
+        ]
 
     def follow(self, step: Step) -> None:
         """A step as it was scheduled is about to be computed."""
@@ -119,11 +125,18 @@ class Speculation:
         if step.num_decodes < len(step.chunks):
             return
         num_accepted = 0
-        for seq in self._proposals:
-            accepted = max(0, len(gained.get(seq, ())) - 1)
-            seq.request.num_drafted += self.count
-            seq.request.num_accepted += accepted
-            num_accepted += accepted
-        self.num_drafted += self.count * len(self._proposals)
+        # Empty, or one for each chunk. Sequences are not kept from step to step, or what has ended would be.
+        for chunk, found in zip(step.chunks, self._proposed, strict=False):
+            if found:
+                accepted = max(0, len(gained.get(chunk.seq, ())) - 1)
+                chunk.seq.request.num_drafted += self.count
+                chunk.seq.request.num_accepted += accepted
+                num_accepted += accepted
+        num_proposals = sum(self._proposed)
+        self.num_drafted += self.count * num_proposals
         self.num_accepted += num_accepted
-        self._pace.note(step.num_decodes, self._clock() - self._start, len(self._proposals), num_accepted)
+        self._pace.note(step.num_decodes, self._clock() - self._start, num_proposals, num_accepted)
+
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Sequences have ended, on whatever path: nothing is kept of them."""
+        self.drafter.forget(sequences)

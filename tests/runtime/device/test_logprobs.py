@@ -28,6 +28,7 @@ def test_they_are_those_of_softmax(dtype: torch.dtype) -> None:
     for row, report in enumerate(token_logprobs(logits, targets, tops)):
         assert report.token_id == targets[row]
         assert report.logprob == pytest.approx(expected[row, targets[row]].item(), abs=1e-5)
+        assert report.rank == 1 + (expected[row] > expected[row, targets[row]]).sum()
         ids = [token_id for token_id, _ in report.top]
         assert len(ids) == tops[row]
         assert [value for _, value in report.top] == pytest.approx(expected[row].topk(tops[row]).values, abs=1e-5)
@@ -37,6 +38,11 @@ def test_they_are_those_of_softmax(dtype: torch.dtype) -> None:
 def test_more_of_the_likeliest_than_there_are_tokens_is_all_of_them() -> None:
     (report,) = token_logprobs(torch.tensor([[1.0, 3.0, 2.0]]), [0], [20])
     assert [token_id for token_id, _ in report.top] == [1, 2, 0]
+
+
+def test_equal_tokens_share_the_better_rank() -> None:
+    reports = token_logprobs(torch.tensor([[2.0, 5.0, 2.0, 1.0]] * 4), [0, 1, 2, 3], [0] * 4)
+    assert [report.rank for report in reports] == [2, 1, 2, 4]
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others() -> None:

@@ -185,6 +185,8 @@ class Wild:
 
     def follow(self, step: Step) -> None: ...
 
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None: ...
+
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
         return [
             tuple(self.rng.randrange(VOCAB) for _ in range(count)) if self.rng.random() < 0.7 else () for _ in sequences
