@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import kernels
+from fastllama.arithmetic import ceil_div
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.ops.compose import compose
+from fastllama.kernels.reference.int4 import ROWS
 from fastllama.layers.batch import BatchMeta
 
 
@@ -78,6 +80,8 @@ class Linear(LinearBase):
 class PackedLinear(LinearBase):
     """A linear layer whose weight is kept in another form."""
 
+    in_features: int
+
     @property
     def num_weights(self) -> int:
         """out_features * in_features."""
@@ -86,6 +90,14 @@ class PackedLinear(LinearBase):
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features], unpacked anew at each call."""
+        raise NotImplementedError
+
+    def set_rows(self, start: int, rows: Tensor) -> bool:
+        """Write other rows [R, in_features] of the weight, in the model's dtype, in place of those from `start` on.
+
+        The layer is then, bit for bit, what the whole weight would be packed into. Returns whether buffers have been
+        replaced, which captured decode steps do not see. To be called in inference mode.
+        """
         raise NotImplementedError
 
 
@@ -100,14 +112,26 @@ class Bf12Linear(PackedLinear):
         self.register_buffer("codes", codes)
         self.register_buffer("outliers", outliers)
         self.exponent, self.bias = exponent, bias
+        self.in_features = codes.shape[1] * 2 // 3
 
     @property
     def num_weights(self) -> int:
-        return self.codes.numel() * 2 // 3
+        return self.codes.shape[0] * self.in_features
 
     @property
     def weight(self) -> Tensor:
         return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
+
+    def set_rows(self, start: int, rows: Tensor) -> bool:
+        weight = self.weight
+        weight[start : start + rows.shape[0]] = rows
+        codes, outliers, exponent = kernels.pack_bf12(weight)
+        self.codes.copy_(codes)
+        if (outliers.shape, exponent) == (self.outliers.shape, self.exponent):
+            self.outliers.copy_(outliers)
+            return False
+        self.outliers, self.exponent = outliers, exponent
+        return True
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
@@ -132,6 +156,32 @@ class CodesLinear(PackedLinear):
     def num_weights(self) -> int:
         return self.scales.shape[0] * self.in_features
 
+    @staticmethod
+    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        """codes [N, K] and scales [N, K / group_size] of a weight [N, K]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def pack(codes: Tensor) -> Tensor:
+        """What is kept of codes [N, K]: tiles of 64 rows along the first dimension."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+        """The codes [rows, columns] that `pack` packed."""
+        raise NotImplementedError
+
+    def set_rows(self, start: int, rows: Tensor) -> bool:
+        end, (features, groups) = start + rows.shape[0], self.scales.shape
+        codes, scales = self.quantize(rows, self.in_features // groups)
+        first, last = start // ROWS, ceil_div(end, ROWS)  # tiles, which may hold rows of the neighbours
+        tiles, base = self.packed[first:last], first * ROWS
+        held = self.unpack(tiles, min(last * ROWS, features) - base, self.in_features)
+        held[start - base : end - base] = codes
+        tiles.copy_(self.pack(held))
+        self.scales[start:end] = scales
+        return False
+
     def _like_x(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         """A tensor [num_rows, in_features] in dtype that takes no memory."""
         return self.scales.new_empty((), dtype=dtype).expand(num_rows, self.in_features)
@@ -140,9 +190,22 @@ class CodesLinear(PackedLinear):
 class Int4Linear(CodesLinear):
     """Codes of 4 bits: see kernels.quantize_int4."""
 
+    @staticmethod
+    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        codes, scales, _ = kernels.quantize_int4(weight, group_size)
+        return codes, scales
+
+    @staticmethod
+    def pack(codes: Tensor) -> Tensor:
+        return kernels.pack_int4(codes)
+
+    @staticmethod
+    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+        return kernels.unpack_int4(packed, rows, columns)
+
     @property
     def weight(self) -> Tensor:
-        codes = kernels.unpack_int4(self.packed, self.scales.shape[0], self.in_features)
+        codes = self.unpack(self.packed, self.scales.shape[0], self.in_features)
         return kernels.dequantize_int4(codes, self.scales.float())
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
@@ -155,9 +218,21 @@ class Int4Linear(CodesLinear):
 class Int8Linear(CodesLinear):
     """Codes of 8 bits: see kernels.quantize_int8."""
 
+    @staticmethod
+    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        return kernels.quantize_int8(weight, group_size)
+
+    @staticmethod
+    def pack(codes: Tensor) -> Tensor:
+        return kernels.pack_int8(codes)
+
+    @staticmethod
+    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+        return kernels.unpack_int8(packed, rows, columns)
+
     @property
     def weight(self) -> Tensor:
-        codes = kernels.unpack_int8(self.packed, self.scales.shape[0], self.in_features)
+        codes = self.unpack(self.packed, self.scales.shape[0], self.in_features)
         return kernels.dequantize_int8(codes, self.scales.float())
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:

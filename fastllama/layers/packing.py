@@ -11,7 +11,15 @@ from fastllama import kernels
 from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
-from fastllama.layers.linear import Bf12Linear, Int4Linear, Int8Linear, Linear, PackedLinear, W8A8Linear
+from fastllama.layers.linear import (
+    Bf12Linear,
+    CodesLinear,
+    Int4Linear,
+    Int8Linear,
+    Linear,
+    PackedLinear,
+    W8A8Linear,
+)
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.progress import progress_bar
 
@@ -105,21 +113,20 @@ def _bf12(linear: Linear) -> Bf12Linear | None:
     return Bf12Linear(codes, outliers, exponent, linear.bias) if smaller else None
 
 
-def _int4(linear: Linear) -> Int4Linear:
+def _int4(linear: Linear) -> CodesLinear:
     size = linear.weight.shape[1]
     group = next((each for each in sorted(GROUPS, reverse=True) if size % each == 0), size)
-    codes, scales, _ = kernels.quantize_int4(linear.weight.detach(), group)
-    return Int4Linear(kernels.pack_int4(codes), scales, size, linear.bias)
+    return _rounded(linear, Int4Linear, group)
 
 
-def _int8(linear: Linear, kind: type[Int8Linear] = Int8Linear) -> Int8Linear:
+def _rounded(linear: Linear, kind: type[CodesLinear], group_size: int | None = None) -> CodesLinear:
     size = linear.weight.shape[1]
-    codes, scales = kernels.quantize_int8(linear.weight.detach(), size)
-    return kind(kernels.pack_int8(codes), scales, size, linear.bias)
+    codes, scales = kind.quantize(linear.weight.detach(), group_size or size)
+    return kind(kind.pack(codes), scales, size, linear.bias)
 
 
 QUANTIZED: dict[str, Callable[[Linear], PackedLinear]] = {
     "int4": _int4,
-    "int8": _int8,
-    "w8a8": partial(_int8, kind=W8A8Linear),
+    "int8": partial(_rounded, kind=Int8Linear),
+    "w8a8": partial(_rounded, kind=W8A8Linear),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -99,25 +99,15 @@ def load_weights(
         if slot is None:
             if is_recomputed(name):
                 continue
-            if is_quantized(name):
-                raise fail(name, f"belongs to quantized weights; expected {_LEGAL}")
-            if is_foreign(name):
+            if is_foreign(name) and not is_quantized(name):
                 skipped.append(name)
                 continue
-            flag = undeclared_bias(name, config)
-            if flag is None:
-                raise fail(name, f"is unexpected: {why_unexpected(name, config)}")
-            if tensor.dtype not in _FLOATS or tensor.any():
-                raise fail(name, f"is unexpected: the configuration has {flag}=False, and the bias is not zero")
+            if trouble := misplaced(name, tensor, config):
+                raise fail(name, trouble)
             zeros.append(name)
             continue
         target = parameters[slot.parameter][slot.start : slot.start + slot.rows]
-        if tensor.shape != target.shape:
-            names = _SIZES[slot.parameter.split(".")[-2]]
-            raise fail(
-                name, f"has shape {list(tensor.shape)}, expected {list(target.shape)} by the configuration ({names})"
-            )
-        if trouble := _value_trouble(tensor, target.dtype):
+        if trouble := unfit(tensor, slot, target.shape, target.dtype):
             raise fail(name, trouble)
         if slot not in written:
             target.copy_(tensor)
@@ -161,7 +151,24 @@ def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
         yield name, attrgetter(slot.parameter)(model).detach()[slot.start : slot.start + slot.rows]
 
 
-def _value_trouble(tensor: Tensor, dtype: torch.dtype) -> str | None:
+def misplaced(name: str, tensor: Tensor, config: LlamaConfig) -> str | None:
+    """Why a tensor without a slot is refused; None for a bias that the configuration does not declare, of zeros."""
+    if is_quantized(name):
+        return f"belongs to quantized weights; expected {_LEGAL}"
+    flag = undeclared_bias(name, config)
+    if flag is None:
+        return f"is unexpected: {why_unexpected(name, config)}"
+    if tensor.dtype not in _FLOATS or tensor.any():
+        return f"is unexpected: the configuration has {flag}=False, and the bias is not zero"
+    return None
+
+
+@torch.no_grad()
+def unfit(tensor: Tensor, slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why a tensor cannot be written to a slot of a shape, in a dtype: its shape, dtype or values. None if it can."""
+    if tuple(tensor.shape) != tuple(shape):
+        names = _SIZES[slot.parameter.split(".")[-2]]
+        return f"has shape {list(tensor.shape)}, expected {list(shape)} by the configuration ({names})"
     if tensor.dtype not in _FLOATS:
         return f"has dtype {tensor.dtype}, expected {_LEGAL}; is the checkpoint quantized?"
     low, high = (bound.item() for bound in torch.aminmax(tensor))  # NaN wins over every number
