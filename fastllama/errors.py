@@ -61,7 +61,14 @@ class QueueFullError(RuntimeError):
 
 
 class RequestError(RuntimeError):
-    """A request that failed while it ran; its `__cause__` is what was raised."""
+    """A request that failed while it ran, or was aborted; its `__cause__` is what was raised.
+
+    outputs: of LLM.generate, those of all its prompts (RequestOutput), for most of which nothing failed.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -119,9 +126,8 @@ def reject_unknown(
     legal = list(legal)
     for word in unknown:
         said = hint(word, legal)
-        raise TypeError(
-            f"{owner} got an unknown option {word!r}; {f'{said} Legal' if said else 'legal'} options: {', '.join(legal)}"
-        )
+        options = f"{f'{said} Legal' if said else 'legal'} options: {', '.join(legal)}"
+        raise TypeError(f"{owner} got an unknown option {word!r}; {options}")
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | str]) -> None:

@@ -4,72 +4,36 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 
+from fastllama.errors import RequestError
 from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
-
-_FIRST_MARK = 0x100000  # of a private plane of Unicode: stands for a special token where stop strings are sought
-
-
-class StopStrings:
-    """The stop strings of a request, as they are sought in its text.
-
-    A special token ends a text too where a stop string spells it ("<|im_end|>"), although it shows none: there it is
-    marked by one private character, which `shown` takes out again.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        special = sorted(tokenizer.special_ids) if params.stop and params.skip_special_tokens else []
-        spelled = {i: tokenizer.token_bytes(i, skip_special_tokens=False).decode("utf-8", "replace") for i in special}
-        spelled = {i: text for i, text in spelled.items() if text and any(text in stop for stop in params.stop)}
-        self.marks = {i: chr(_FIRST_MARK + n) for n, i in enumerate(spelled)}  # by token id
-        self._given = {stop: stop for stop in params.stop}
-        for stop in params.stop:
-            marked = stop
-            for i in sorted(spelled, key=lambda i: -len(spelled[i])):
-                marked = marked.replace(spelled[i], self.marks[i])
-            self._given[marked] = stop
-        self._no_marks = dict.fromkeys(map(ord, self.marks.values()))
-
-    def find(self, text: str) -> tuple[int, str] | None:
-        """Where the first to be complete begins, the longest of those, and how it was given; None if none is there."""
-        ends = [
-            (text.index(stop) + len(stop), -len(stop), given) for stop, given in self._given.items() if stop in text
-        ]
-        if not ends:
-            return None
-        end, length, given = min(ends)  # so it does not matter how tokens divide the text
-        return end + length, given
-
-    def held_back(self, text: str) -> int:
-        """How many characters at the end of a text may begin one."""
-        return max((_overlap(text, stop) for stop in self._given), default=0)
-
-    def shown(self, text: str) -> str:
-        """The text without marks."""
-        return text.translate(self._no_marks) if self.marks else text
+from fastllama.runtime.stop_strings import StopStrings
 
 
 class TextStream:
     """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not.
 
-    A model may have more embeddings than its tokenizer has pieces; an id without a piece adds no text.
+    A model may have more embeddings than its tokenizer has pieces; an id without a piece adds no text. One thread may
+    add tokens while another takes the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
-        self._tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
+        self.tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             (token_id for token_id in prompt_ids if token_id < self._num_pieces),
             skip_special_tokens=params.skip_special_tokens,
         )
-        self._stops = StopStrings(tokenizer, params)
+        self._stops, self._includes_stop = StopStrings(tokenizer, params), params.include_stop_str_in_output
+        self._state = 0  # of the search for stop strings, behind what is held
         self._held = ""
+        self._unsought = ""  # text before that of the next token, in which no stop string was sought yet
         self._released: list[str] = []
         self._num_taken = 0
 
@@ -80,7 +44,9 @@ class TextStream:
         """
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
-        other._stops, other._held = StopStrings(self._tokenizer, params), self._stops.shown(self._held)
+        other._stops, other._includes_stop = StopStrings(self.tokenizer, params), params.include_stop_str_in_output
+        other._unsought = self._unsought + self._stops.shown(self._held)
+        other._held, other._state = "", 0
         other._released = list(self._released)
         other._num_taken = 0
         return other
@@ -92,43 +58,53 @@ class TextStream:
 
     def take(self) -> str:
         """What was released since the last call."""
-        new = "".join(self._released[self._num_taken :])
-        self._num_taken = len(self._released)
-        return new
+        new = self._released[self._num_taken :]
+        self._num_taken += len(new)
+        return "".join(new)
 
-    def push(self, token_id: int) -> str | None:
-        """Add a token; the stop string that the text has now reached, cut off with all behind it, or None."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str | None:
+        """Add a token; the stop string that the text has now reached, cut off with all behind it, or None.
+
+        may_stop: False goes on behind the stop strings that this token completes.
+        """
         text = self._detokenizer.push(token_id) if token_id < self._num_pieces else ""
-        return self._take(text + self._stops.marks.get(token_id, ""))
+        return self._take_in(text + self._stops.marks.get(token_id, ""), may_stop)
 
-    def close(self) -> str | None:
+    def close(self, *, may_stop: bool = True) -> str | None:
         """No token follows: release what is held. The stop string that the last characters complete, or None."""
-        stop = self._take(self._detokenizer.flush())
-        self._release(len(self._held))
-        return stop
-
-    def _take(self, text: str) -> str | None:
-        self._held += text
-        found = self._stops.find(self._held)
-        if found is None:
-            self._release(len(self._held) - self._stops.held_back(self._held))
-            return None
-        start, stop = found
-        self._release(start)
+        stop = self._take_in(self._detokenizer.flush(), may_stop)
+        self._release(self._held)
         self._held = ""
         return stop
 
-    def _release(self, length: int) -> None:
-        self._released.append(self._stops.shown(self._held[:length]))
-        self._held = self._held[length:]
+    def _take_in(self, text: str, may_stop: bool) -> str | None:
+        text, self._unsought = self._unsought + text, ""
+        seen, held, automaton = len(self._held), self._held + text, self._stops.automaton
+        for end, letter in enumerate(text, seen + 1):
+            self._state = automaton.step(self._state, letter)
+            found = automaton.found[self._state] if may_stop else None
+            if found is not None:  # the first to be complete, so it does not matter how tokens divide the text
+                stop = self._stops.given[found]
+                self._release(held[: end - len(found)])
+                self._released.append(stop if self._includes_stop else "")
+                self._held, self._state = "", 0
+                return stop
+        certain = len(held) - automaton.held[self._state]
+        self._release(held[:certain])
+        self._held = held[certain:]
+        return None
+
+    def _release(self, text: str) -> None:
+        self._released.append(self._stops.shown(text))
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def _spelled(tokenizer: Tokenizer | None, report: TokenLogprob) -> TokenLogprob:
+    """A report with its token's own text: "" for an id without a piece."""
+    if tokenizer is None:
+        return report
+    known = report.token_id < tokenizer.vocab_size
+    data = tokenizer.token_bytes(report.token_id, skip_special_tokens=False) if known else b""
+    return replace(report, text=data.decode("utf-8", "replace"))
 
 
 @dataclass
@@ -139,18 +115,27 @@ class Completion:
     stream: TextStream | None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether its last token may end it: the first min_tokens may not."""
+        return len(self.seq.token_ids) - self.seq.num_prompt_tokens > self.seq.request.params.min_tokens
+
+    def report(self, logprob: TokenLogprob) -> None:
+        """Add the log-probability of the token that the sequence has just gained."""
+        self.logprobs.append(_spelled(self.stream.tokenizer if self.stream else None, logprob))
+
     def push(self, token_id: int, eos_token_ids: Collection[int]) -> tuple[FinishReason, str | int | None] | None:
         """Add the text of the token that the sequence has just gained; why it ends there, and what stopped it."""
-        params, stream = self.seq.request.params, self.stream
-        ends = token_id in params.stop_token_ids
+        params, stream, may_stop = self.seq.request.params, self.stream, self.may_stop
+        ends = may_stop and token_id in params.stop_token_ids
         stop: str | int | None = token_id if ends else None
-        ends = ends or (not params.ignore_eos and token_id in eos_token_ids)
+        ends = ends or (may_stop and not params.ignore_eos and token_id in eos_token_ids)
         full = len(self.seq.token_ids) >= self.seq.max_length
         if stream is not None:
             # A stop token asked for by id is the caller's mark, not text.
-            reached = stream.push(token_id) if stop is None else None
+            reached = stream.push(token_id, may_stop=may_stop) if stop is None else None
             if reached is None and (ends or full):
-                reached = stream.close()
+                reached = stream.close(may_stop=may_stop)
             if reached is not None:
                 ends, stop = True, reached
         if ends:
@@ -217,7 +202,19 @@ class Generation:
         self.finish_time = time.monotonic()
         for sample in self.samples.values():
             if sample.stream is not None and sample.seq.finish_reason in (reason, "length"):
-                sample.stream.close()
+                sample.stream.close(may_stop=sample.may_stop)
+
+    def failure(self) -> RequestError | None:
+        """Why a finished request has not ended by itself, for whoever takes its text for all; None if it has."""
+        name, ends = f"request {self.request.request_id!r}", {seq.finish_reason for seq in self.request.sequences}
+        if self.error is not None:
+            failure = RequestError(f"{name} failed: {self.error!r}")
+            failure.__cause__ = self.error
+            return failure
+        if "error" in ends:
+            reasons = [seq.stop_reason for seq in self.request.sequences if seq.finish_reason == "error"]
+            return RequestError(f"{name} failed: {reasons[0]}")
+        return RequestError(f"{name} was aborted") if "abort" in ends else None
 
     def metrics(self) -> RequestMetrics:
         """Timings and counts up to now."""
@@ -232,6 +229,10 @@ class Generation:
             num_draft_tokens=request.num_drafted,
             num_accepted_tokens=request.num_accepted,
         )
+
+    def report_prompt(self, first: int, logprobs: Iterable[TokenLogprob]) -> None:
+        """Add log-probabilities of the prompt's tokens from position `first` on."""
+        self.prompt_logprobs.update(enumerate((_spelled(self.tokenizer, each) for each in logprobs), first))
 
     def all_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
         """One entry for each token of the prompt, None where it has not come; None where none were asked for."""
@@ -248,4 +249,5 @@ class Generation:
             outputs=tuple(self.sample(seq).output() for seq in self.request.sequences),
             prompt_logprobs=self.all_prompt_logprobs(),
             metrics=self.metrics(),
+            seed=self.request.params.seed or 0,  # every request that was added has one
         )

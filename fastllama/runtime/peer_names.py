@@ -1,4 +1,4 @@
-"""What options of vLLM, transformers, OpenAI's API and llama.cpp are called here, and what to do where there is none."""
+"""What options of vLLM, transformers, OpenAI's API and llama.cpp are called here; what to do where there is none."""
 
 from __future__ import annotations
 
@@ -184,19 +184,19 @@ def instead(word: str) -> str | None:
 
 
 def peer_hint(word: str, legal: Collection[str]) -> str | None:
-    """What to say about an unknown option where `legal` are known: as `errors.reject_unknown` asks for it.
+    """What to say about an unknown option where `legal` are known, as `errors.reject_unknown` asks for it.
 
-    The name that another program's option has here, or where it stands, or why it does not; then the most similar
-    legal name, if it is really similar.
+    The name that another program's option has here, a sentence where it has none, or the most similar legal name; at
+    last whose option it is, if it is one in another place.
     """
     for ours in names_here(word):
         if ours in legal:
             return f"did you mean {ours!r}?"
-    if word in _ABSENT:
-        return f"{_ABSENT[word]}."
+    if sentence := instead(word):
+        return f"{sentence}."
     if question := similar(word, legal):
         return question
     for place, names in _PLACES.items():
-        if ours := names.get(word, word if word in names.values() else None):
-            return f"it is {ours!r} of {place}."
+        if word in names or word in names.values():
+            return f"it is {names.get(word, word)!r} of {place}."
     return None

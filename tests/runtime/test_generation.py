@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama import LLM, SamplingParams
+from fastllama.errors import RequestError
 from fastllama.io.tokenizer import Tokenizer, Vocabulary
-from fastllama.runtime.generation import TextStream
+from fastllama.runtime.generation import Completion, Generation, TextStream
+from fastllama.runtime.outputs import TokenLogprob
+from fastllama.runtime.planning.sequence import Request
+from fastllama.runtime.planning.sequence import Sequence as TokenSequence
 from tests.runtime.models import VOCAB, Scripted, ours, running
 
 EOS, FILLER = 2, 3
@@ -105,6 +112,89 @@ def test_special_tokens_within_a_text_that_no_stop_string_ends_stay_hidden() -> 
     assert (forked.close(), forked.text) == (None, "a")
 
 
+def test_an_id_in_a_gap_of_the_tokenizers_ids_adds_no_text() -> None:
+    tokenizer = Pieces([b"a", b"b"])
+    tokenizer._vocabulary = tokenizer._vocabulary._replace(pieces={9: "c"}, text=tokenizer._vocabulary.text | {9: b"c"})
+    tokenizer.vocab_size = 10
+    stream = TextStream(tokenizer, (1, 7), SamplingParams(stop="bc"))
+    assert [stream.push(token) for token in (4, 7, 8, 5, 6, 9)] == [None] * 5 + ["bc"]
+    assert stream.text == "a"
+
+
+def sample_of(params: SamplingParams, tokenizer: Tokenizer | None, prompt: tuple[int, ...] = (1,)) -> Completion:
+    """A completion without an engine, whose sequence holds the prompt."""
+    request = Request("0", prompt, params, arrival=0.0)
+    return Completion(
+        TokenSequence(0, request, index=0, token_ids=list(prompt), max_length=99, num_seats=1),
+        TextStream(tokenizer, prompt, params) if tokenizer is not None else None,
+    )
+
+
+@pytest.mark.parametrize("tokenizer", [Pieces([b"a", b"b"]), None])
+@pytest.mark.parametrize(
+    ("options", "tokens", "reasons"),
+    [
+        ({"min_tokens": 2}, [EOS, EOS, EOS], [None, None, ("stop", None)]),
+        ({"min_tokens": 1}, [4, EOS], [None, ("stop", None)]),
+        ({"min_tokens": 2, "stop_token_ids": [4]}, [4, 4, 4], [None, None, ("stop", 4)]),
+        ({"min_tokens": 2, "ignore_eos": True}, [EOS, EOS, EOS], [None, None, None]),
+        ({}, [EOS], [("stop", None)]),
+    ],
+)
+def test_the_first_min_tokens_end_nothing(
+    tokenizer: Tokenizer | None, options: dict[str, Any], tokens: list[int], reasons: list[Any]
+) -> None:
+    sample = sample_of(SamplingParams(**options), tokenizer)
+    for token, reason in zip(tokens, reasons, strict=True):
+        sample.seq.token_ids.append(token)
+        assert sample.push(token, (EOS,)) == reason
+
+
+def test_an_abort_within_min_tokens_shows_all_its_text() -> None:
+    sample = sample_of(SamplingParams(stop="\ufffd", min_tokens=3), Pieces([b"a\xe2"]))
+    sample.seq.token_ids.append(4)
+    assert sample.push(4, ()) is None
+    generation = Generation(sample.seq.request, None, None, {0: sample})
+    sample.seq.request.sequences.append(sample.seq)
+    generation.abort()
+    assert sample.output().text == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "texts"), [(Pieces([b"a", b"\xe2\x98"]), ["a", "\ufffd", "</s>", ""]), (None, [None] * 4)]
+)
+def test_a_reported_token_comes_with_its_own_text(tokenizer: Tokenizer | None, texts: list[str | None]) -> None:
+    sample = sample_of(SamplingParams(logprobs=0), tokenizer)
+    generation = Generation(sample.seq.request, None, tokenizer, {0: sample})
+    tokens = (4, 5, EOS, 50)
+    given = [TokenLogprob(token, -0.5 * token, ((token, -1.0),), rank=token) for token in tokens]
+    for report in given:
+        sample.report(report)
+    generation.report_prompt(3, given)
+    expected = [replace(report, text=text) for report, text in zip(given, texts, strict=True)]
+    assert sample.logprobs == expected
+    assert generation.prompt_logprobs == dict(enumerate(expected, 3))
+    assert sample.output().cumulative_logprob == -0.5 * sum(tokens)
+
+
+def test_a_text_is_taken_whole_while_another_thread_adds_to_it() -> None:
+    stream = TextStream(Pieces([bytes([letter]) for letter in range(32, 127)]), (1,), SamplingParams())
+    tokens = [4 + place % 95 for place in range(60_000)]
+    taken: list[str] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writer = threading.Thread(target=lambda: [stream.push(token) for token in tokens])
+        writer.start()
+        while writer.is_alive():
+            taken.append(stream.take())
+        taken.append(stream.take())
+    finally:
+        sys.setswitchinterval(before)
+        writer.join()
+    assert "".join(taken) == stream.text == "".join(chr(token - 4 + 32) for token in tokens)
+
+
 def test_a_text_that_ends_inside_a_character_shows_it() -> None:
     stream = TextStream(Pieces([b"a\xe2", b"\x98"]), (1,), SamplingParams(stop="\ufffd!"))
     assert (stream.push(4), stream.push(5), stream.take()) == (None, None, "a")
@@ -152,6 +242,33 @@ ENDS: dict[str, tuple[list[str | bytes | int], dict[str, Any], tuple[str, int, s
     "a stop string across tokens": (HELLO, {"stop": ["x", "lo world"]}, ("Hel", 3, "stop", "lo world")),
     "a stop string at the very end": (HELLO, {"stop": "world", "max_tokens": 3}, ("Hello ", 3, "stop", "world")),
     "a stop string at the start": (HELLO, {"stop": "Hello w"}, ("", 2, "stop", "Hello w")),
+    "a stop string, shown": (
+        HELLO,
+        {"stop": "lo w", "include_stop_str_in_output": True},
+        ("Hello w", 2, "stop", "lo w"),
+    ),
+    "a stop string that a special token spells, shown": (
+        HELLO,
+        {"stop": "d</s>", "include_stop_str_in_output": True},
+        ("Hello world</s>", 4, "stop", "d</s>"),
+    ),
+    "a stop id is no text, even so": (
+        HELLO,
+        {"stop_token_ids": [5], "include_stop_str_in_output": True},
+        ("Hello", 2, "stop", 5),
+    ),
+    "a stop string too early": (HELLO, {"stop": ["ell", "world"], "min_tokens": 2}, ("Hello ", 3, "stop", "world")),
+    "a stop string begun early": (HELLO, {"stop": "lo w", "min_tokens": 1}, ("Hel", 2, "stop", "lo w")),
+    "a stop string begun early, and one within": (
+        ["aba", "b", "c"],
+        {"stop": ["ab", "ababc"], "min_tokens": 2},
+        ("", 3, "stop", "ababc"),
+    ),
+    "as many tokens as must be": (
+        HELLO,
+        {"stop": "ld", "min_tokens": 3, "max_tokens": 3},
+        ("Hello world", 3, "length", None),
+    ),
     "no stop follows, then eos": (HELLO, {"stop": "world!"}, ("Hello world", 4, "stop", None)),
     "no stop follows, then length": (HELLO, {"stop": "world.", "max_tokens": 3}, ("Hello world", 3, "length", None)),
     "a false start": (["a", "a", "a", "b", "c"], {"stop": "aab"}, ("a", 4, "stop", "aab")),
@@ -163,11 +280,6 @@ ENDS: dict[str, tuple[list[str | bytes | int], dict[str, Any], tuple[str, int, s
         [b"\xf0\x9f", b"\x98", b"\x80", b"\xe2\x98"],
         {"max_tokens": 4},
         ("😀\ufffd", 4, "length", None),
-    ),
-    "broken logits": (
-        ["Hello", " wor", Scripted.BROKEN],
-        {"stop": "worn"},
-        ("Hello wor", 2, "error", "the model's logits are not finite numbers"),
     ),
     "ids without a piece": ([96, "Hello", 50, " you", 96, EOS], {"stop": "you."}, ("Hello you", 6, "stop", None)),
 }
@@ -186,6 +298,22 @@ def test_ends(case: str) -> None:
     assert [report.token_id for report in output.logprobs] == list(output.token_ids)
     assert "".join(streamed) == text
     assert "" not in streamed
+
+
+def test_broken_logits_end_it_with_what_came_before() -> None:
+    params = SamplingParams(temperature=0, logprobs=0, stop="worn")
+    with saying(["Hello", " wor", Scripted.BROKEN]) as (llm, answer):
+        with pytest.raises(RequestError, match="the model's logits are not finite numbers") as failure:
+            llm.generate([1], params)
+        streamed: list[str] = []
+        pieces = llm.stream([1], params)
+        with pytest.raises(RequestError, match="the model's logits are not finite numbers"):
+            streamed.extend(pieces)
+    (output,) = failure.value.outputs[0].outputs
+    assert (output.text, output.finish_reason, list(output.token_ids)) == ("Hello wor", "error", answer[:2])
+    assert output.stop_reason == "the model's logits are not finite numbers"
+    assert [report.token_id for report in output.logprobs] == answer[:2]
+    assert "".join(streamed) == "Hello wor"
 
 
 def test_the_context_is_full() -> None:
