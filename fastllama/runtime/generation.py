@@ -13,7 +13,7 @@ from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
-from fastllama.runtime.stop_strings import StopStrings
+from fastllama.runtime.stop_strings import StopSearch, StopStrings
 
 
 class TextStream:
@@ -23,17 +23,22 @@ class TextStream:
     add tokens while another takes the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        stops: StopStrings | None = None,
+    ) -> None:
+        """`stops`: those of `params`, where another sample has them."""
         self.tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             (token_id for token_id in prompt_ids if token_id < self._num_pieces),
             skip_special_tokens=params.skip_special_tokens,
         )
-        self._stops, self._includes_stop = StopStrings(tokenizer, params), params.include_stop_str_in_output
-        self._state = 0  # of the search for stop strings, behind what is held
-        self._held = ""
-        self._unsought = ""  # text before that of the next token, in which no stop string was sought yet
+        self._search = StopSearch(stops or StopStrings(tokenizer, params))
+        self._includes_stop = params.include_stop_str_in_output
         self._released: list[str] = []
         self._num_taken = 0
 
@@ -44,12 +49,16 @@ class TextStream:
         """
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
-        other._stops, other._includes_stop = StopStrings(self.tokenizer, params), params.include_stop_str_in_output
-        other._unsought = self._unsought + self._stops.shown(self._held)
-        other._held, other._state = "", 0
+        other._search = StopSearch(StopStrings(self.tokenizer, params), before=self._search.held)
+        other._includes_stop = params.include_stop_str_in_output
         other._released = list(self._released)
         other._num_taken = 0
         return other
+
+    @property
+    def stops(self) -> StopStrings:
+        """The stop strings that are sought."""
+        return self._search.stops
 
     @property
     def text(self) -> str:
@@ -68,34 +77,21 @@ class TextStream:
         may_stop: False goes on behind the stop strings that this token completes.
         """
         text = self._detokenizer.push(token_id) if token_id < self._num_pieces else ""
-        return self._take_in(text + self._stops.marks.get(token_id, ""), may_stop)
+        return self._take_in(text + self.stops.marks.get(token_id, ""), may_stop)
 
     def close(self, *, may_stop: bool = True) -> str | None:
         """No token follows: release what is held. The stop string that the last characters complete, or None."""
         stop = self._take_in(self._detokenizer.flush(), may_stop)
-        self._release(self._held)
-        self._held = ""
+        self._released.append(self._search.held)
+        self._search = StopSearch(self.stops)
         return stop
 
     def _take_in(self, text: str, may_stop: bool) -> str | None:
-        text, self._unsought = self._unsought + text, ""
-        seen, held, automaton = len(self._held), self._held + text, self._stops.automaton
-        for end, letter in enumerate(text, seen + 1):
-            self._state = automaton.step(self._state, letter)
-            found = automaton.found[self._state] if may_stop else None
-            if found is not None:  # the first to be complete, so it does not matter how tokens divide the text
-                stop = self._stops.given[found]
-                self._release(held[: end - len(found)])
-                self._released.append(stop if self._includes_stop else "")
-                self._held, self._state = "", 0
-                return stop
-        certain = len(held) - automaton.held[self._state]
-        self._release(held[:certain])
-        self._held = held[certain:]
-        return None
-
-    def _release(self, text: str) -> None:
-        self._released.append(self._stops.shown(text))
+        certain, stop = self._search.push(text, may_stop=may_stop)
+        self._released.append(certain)
+        if stop is not None and self._includes_stop:
+            self._released.append(stop)
+        return stop
 
 
 def _spelled(tokenizer: Tokenizer | None, report: TokenLogprob) -> TokenLogprob:
@@ -177,8 +173,9 @@ class Generation:
         """The completion that a sequence grows."""
         found = self.samples.get(seq.index)
         if found is None:
-            request = self.request
-            stream = TextStream(self.tokenizer, request.prompt_token_ids, request.params) if self.tokenizer else None
+            request, tokenizer = self.request, self.tokenizer
+            stops = next((each.stream.stops for each in self.samples.values() if each.stream is not None), None)
+            stream = TextStream(tokenizer, request.prompt_token_ids, request.params, stops) if tokenizer else None
             found = self.samples[seq.index] = Completion(seq, stream)
         return found
 

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
+from collections.abc import Iterable
+from typing import Any
 
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.params import SamplingParams
 
 _FIRST_MARK = 0x100000  # of a private plane of Unicode: stands for a special token where stop strings are sought
+_END = ""  # the key, in a node of a trie, of the string that ends there; all others are letters
+Trie = dict[str, Any]  # letter -> Trie
 
 
-class StringAutomaton:
-    """Finds strings in a text that comes in pieces (Aho and Corasick 1975): one step for each character.
-
-    A state is the longest end of the text that begins one of the strings; 0 is none of it.
-    """
-
-    def __init__(self, strings: tuple[str, ...]) -> None:
-        self._next: list[dict[str, int]] = [{}]
-        self._shorter = [0]  # the state of the next shorter end of the text
-        self.held = [0]  # by state: characters at the end of the text that may become one of the strings
-        self.found: list[str | None] = [None]  # by state: the longest string that the text ends with
-        for string in strings:
-            state = 0
-            for letter in string:
-                state = self._next[state].setdefault(letter, len(self._next))
-                if state == len(self._next):
-                    self._next.append({})
-                    self._shorter.append(0)
-                    self.held.append(0)
-                    self.found.append(None)
-            self.found[state] = string
-        self._link()
-
-    def step(self, state: int, letter: str) -> int:
-        """The state behind another letter."""
-        while letter not in self._next[state]:
-            if not state:
-                return 0
-            state = self._shorter[state]
-        return self._next[state][letter]
-
-    def _link(self) -> None:
-        """Fill what follows from shorter ends, which come first in the order of their length."""
-        todo = deque((state, letter, 0, 1) for letter, state in self._next[0].items())
-        while todo:
-            state, letter, parent, length = todo.popleft()
-            self._shorter[state] = shorter = self.step(self._shorter[parent], letter) if parent else 0
-            self.held[state] = length if self._next[state] else self.held[shorter]
-            self.found[state] = self.found[state] or self.found[shorter]
-            todo.extend((child, after, state, length + 1) for after, child in self._next[state].items())
-
-
-_automaton = functools.lru_cache(maxsize=32)(StringAutomaton)  # one for the samples of a request, and for its like
+def trie_of(strings: Iterable[str]) -> Trie:
+    """The strings by their letters."""
+    root: Trie = {}
+    for string in strings:
+        node = root
+        for letter in string:
+            node = node[letter] if letter in node else node.setdefault(letter, {})
+        node[_END] = string
+    return root
 
 
 class StopStrings:
@@ -77,9 +45,47 @@ class StopStrings:
             for i in longest_first:
                 marked = marked.replace(spelled[i], self.marks[i])
             self.given[marked] = stop
-        self.automaton = _automaton(tuple(self.given))
+        self.trie = trie_of(self.given)
         self._no_marks = dict.fromkeys(map(ord, self.marks.values()))
 
     def shown(self, text: str) -> str:
         """The text without marks."""
         return text.translate(self._no_marks) if self.marks else text
+
+
+class StopSearch:
+    """The search for stop strings in one text, of which it holds the end that may begin one.
+
+    before: text ahead of all that is pushed, to be searched with the first of it.
+    """
+
+    def __init__(self, stops: StopStrings, before: str = "") -> None:
+        self.stops = stops
+        self._before = before
+        self._held = ""
+        self._begun: list[tuple[int, Trie]] = []  # where in `_held` a stop string may begin, and how far it has come
+
+    @property
+    def held(self) -> str:
+        """The text that was not released."""
+        return self.stops.shown(self._before + self._held)
+
+    def push(self, text: str, *, may_stop: bool) -> tuple[str, str | None]:
+        """Add text: what is certain to come before any stop string, and the one that is reached first, as it was given.
+
+        The first is the first to be complete, the longest of those: how the text is divided does not matter.
+        may_stop: False goes on behind those that this text completes.
+        """
+        text, self._before = self._before + text, ""
+        held = self._held + text
+        for place, letter in enumerate(text, len(self._held)):
+            going = [*self._begun, (place, self.stops.trie)]
+            self._begun = [(start, node[letter]) for start, node in going if letter in node]
+            for start, node in self._begun if may_stop else ():
+                if _END in node:
+                    self._held, self._begun = "", []
+                    return self.stops.shown(held[:start]), self.stops.given[node[_END]]
+        certain = next((start for start, node in self._begun if len(node) > (_END in node)), len(held))
+        self._held = held[certain:]
+        self._begun = [(start - certain, node) for start, node in self._begun if start >= certain]
+        return self.stops.shown(held[:certain]), None

@@ -11,23 +11,31 @@ from hypothesis import strategies as st
 
 from fastllama import SamplingParams
 from fastllama.runtime.generation import TextStream
-from fastllama.runtime.stop_strings import StopStrings, StringAutomaton
-from tests.runtime.test_generation import Pieces
+from fastllama.runtime.stop_strings import StopSearch, StopStrings
+from tests.runtime.test_generation import Pieces, saying
 
 
 @given(
-    strings=st.lists(st.text("ab", min_size=1, max_size=5), max_size=5, unique=True),
+    strings=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=5),
     text=st.text("ab", max_size=20),
+    early=st.integers(0, 20),
 )
-def test_each_state_says_what_the_text_ends_with_and_what_it_may_become(strings: list[str], text: str) -> None:
-    automaton, state = StringAutomaton(tuple(strings)), 0
-    for end in range(len(text) + 1):
-        seen = text[:end]
-        ended = [string for string in strings if seen.endswith(string)]
-        begun = [n for n in range(1, end + 1) for string in strings if len(string) > n and string.startswith(seen[-n:])]
-        assert automaton.found[state] == max(ended, key=len, default=None)
-        assert automaton.held[state] == max(begun, default=0)
-        state = automaton.step(state, text[end]) if end < len(text) else state
+def test_the_first_string_that_is_complete_late_enough_is_found(strings: list[str], text: str, early: int) -> None:
+    """Letter by letter; what is released before is all that cannot become part of one."""
+    search, released = StopSearch(StopStrings(Pieces([]), SamplingParams(stop=strings))), ""
+    for end in range(1, len(text) + 1):
+        certain, stop = search.push(text[end - 1], may_stop=end > early)
+        released += certain
+        ended = [string for string in strings if text[:end].endswith(string) and end > early]
+        assert stop == max(ended, key=len, default=None)
+        if stop is not None:
+            assert released == text[: end - len(stop)]
+            return
+        begun = [
+            n for n in range(1, end + 1) for each in strings if len(each) > n and each.startswith(text[end - n : end])
+        ]
+        assert released == text[: end - max(begun, default=0)]
+        assert released + search.held == text[:end]
 
 
 def test_ten_thousand_stop_strings_take_no_longer_than_four() -> None:
@@ -49,10 +57,14 @@ def test_ten_thousand_stop_strings_take_no_longer_than_four() -> None:
     assert seconds(10_000) < 4 * seconds(4), "a plain search takes a thousand times as long"
 
 
-def test_samples_of_a_request_share_the_search() -> None:
-    tokenizer, params = Pieces([b"a"]), SamplingParams(stop=["stop", "end"], n=2)
-    one, other = StopStrings(tokenizer, params), StopStrings(tokenizer, params)
-    assert one.automaton is other.automaton
+def test_samples_of_a_request_share_the_stop_strings() -> None:
+    with saying(["a", "b"]) as (llm, _):
+        generation = llm.engine.add_request([1], SamplingParams(stop=["stop", "end"], n=3))
+        while not generation.finished:
+            llm.engine.step()
+    streams = [sample.stream for sample in generation.samples.values()]
+    assert len(streams) == 3
+    assert len({id(stream.stops) for stream in streams if stream is not None}) == 1
 
 
 @pytest.mark.parametrize("min_tokens", range(6))
