@@ -44,6 +44,7 @@ OPS = {
     "rope": "rope_and_write_kv",
     "swiglu": "silu_mul",
     "sample": "sample",
+    "adjust": "adjust_logits",
     "prefill": "attention_prefill",
     "decode": "attention_decode",
     "matmul": "matmul",

@@ -168,6 +168,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _of_rows(64, 1, 256),
         _all_bytes,
     ),
+    "adjust_logits": CatalogueEntry(
+        lambda m: sampling.adjust_logits(m, T, VOCAB, recent=2, slots=(1, -1, 0), num_slots=2),
+        lambda m, sizes, shape: sampling.adjust_logits(m, shape.rows, sizes.vocab),
+        _of_rows(64, 1, 256),
+        _all_bytes,
+    ),
     "rms_norm": CatalogueEntry(
         lambda m: rows.rms_norm(m, T, D),
         lambda m, sizes, shape: rows.rms_norm(m, shape.rows, sizes.hidden),

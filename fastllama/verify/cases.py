@@ -34,6 +34,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[FormulaCase]:
         attention.prefill,
         attention.decode,
         _sample,
+        _adjust_logits,
         _merge_state,
         integers.quantize_rows,
         integers.matmul_w8a8,
@@ -130,6 +131,39 @@ def _sample(m: Maker) -> Iterator[FormulaCase]:
         return torch.tensor(missed, dtype=torch.float32, device=logprobs.device), logprobs
 
     yield FormulaCase("sample", "logits [36, 1000]", call, formula, view=view)
+
+
+def _adjust_logits(m: Maker) -> Iterator[FormulaCase]:
+    """Rows with two recent tokens each, that ask for nothing, and that share the tables of others."""
+
+    def formula(
+        logits: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        slots: Tensor,
+        bias: Tensor,
+        counts: Tensor,
+        **penalties: Tensor,
+    ) -> Results:
+        found = []
+        for row, slot in enumerate(slots.tolist()):
+            x = oracle.wide(logits[row])
+            if slot >= 0:
+                repetition, presence, frequency = (each[row] for each in penalties.values())
+                recent = tokens[starts[row] : ends[row]]
+                generated = counts[slot].div(2, rounding_mode="floor") + recent.bincount(minlength=len(x))
+                x = x + bias[slot]
+                punished = torch.where(x < 0, x * repetition, x / repetition)
+                x = torch.where((counts[slot] % 2 == 1) | (generated > 0), punished, x)
+                x = x - presence * (generated > 0) - frequency * generated
+            found.append(x)
+        return (torch.stack(found),)
+
+    for count, vocab in ((1, 32000), (7, 1000), (33, 65)):
+        slots = [-1 if row % 3 == 1 else row // 2 for row in range(count)]
+        call = sampling.adjust_logits(m, count, vocab, recent=2, slots=slots)
+        yield FormulaCase("adjust_logits", f"logits {[count, vocab]}", given("adjust_logits", call), formula)
 
 
 def _merge_state(m: Maker) -> Iterator[FormulaCase]:

@@ -14,7 +14,7 @@ from fastllama.kernels.dispatch.op import OPS
 
 INT32 = torch.iinfo(torch.int32)
 WRONG = (-1, INT32.min, INT32.max)
-INDICES = {"ids", "positions", "slots", "page_table", "seq_lens", "cu_seqlens_q", "cu_seqlens_k"}
+INDICES = {"ids", "positions", "slots", "starts", "ends", "page_table", "seq_lens", "cu_seqlens_q", "cu_seqlens_k"}
 INDEXED = [op for op in OPS if INDICES & set(OPS[op].names)]
 
 

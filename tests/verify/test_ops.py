@@ -140,6 +140,13 @@ MISTAKES: dict[str, tuple[str, int, Callable[[Any], Any]]] = {
     "top-k forgotten": ("sample", 2, torch.zeros_like),
     "top-p forgotten": ("sample", 3, torch.ones_like),
     "min-p forgotten": ("sample", 4, torch.zeros_like),
+    "recent tokens forgotten": ("adjust_logits", 3, torch.zeros_like),
+    "rows that ask for nothing adjusted": ("adjust_logits", 4, torch.abs),
+    "biases of other slots": ("adjust_logits", 5, lambda bias: bias.flip(0)),
+    "prompt tokens taken for generated": ("adjust_logits", 6, lambda counts: counts + counts % 2),
+    "repetition penalty forgotten": ("adjust_logits", 7, torch.ones_like),
+    "presence penalty forgotten": ("adjust_logits", 8, torch.zeros_like),
+    "one frequency penalty for all": ("adjust_logits", 9, lambda penalty: penalty[:1].expand(len(penalty)).clone()),
     "one number for all": ("sample", 6, torch.zeros_like),
 }
 

@@ -72,6 +72,19 @@ def _sample(t: Arguments) -> tuple[Tensor, Tensor]:
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
+def _adjust_logits(t: Arguments) -> Tensor:
+    """Dense in the vocabulary, of rows that all have a table and as many recent tokens."""
+    x, counts = t["logits"] + t["bias"][t["slots"]], t["counts"][t["slots"]]
+    recent = t["tokens"].view(x.shape[0], -1)
+    counts = counts.scatter_add(1, recent, torch.full_like(recent, 2, dtype=counts.dtype))
+    generated = counts >> 1
+    repetition, presence, frequency = (
+        t[f"{name}_penalty"][:, None] for name in ("repetition", "presence", "frequency")
+    )
+    x = torch.where(counts != 0, torch.where(x > 0, x / repetition, x * repetition), x)
+    return x - presence * (generated > 0) - frequency * generated
+
+
 EAGER: dict[str, Function] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -80,4 +93,5 @@ EAGER: dict[str, Function] = {
     "silu_mul": _silu_mul,
     "merge_state": _merge_state,
     "sample": _sample,
+    "adjust_logits": _adjust_logits,
 }

@@ -53,7 +53,7 @@ def written(inputs: Arguments, results: Any) -> list[Tensor]:
     if returned[0].dtype == torch.int8:
         codes, scales = returned
         returned = [codes * scales[..., None]]
-    return [*returned, *(inputs[name] for name in ("k_pages", "v_pages") if "slots" in inputs)]
+    return [*returned, *(inputs[name] for name in ("k_pages", "v_pages") if name in inputs and "slots" in inputs)]
 
 
 def _plain(op: str, inputs: Arguments) -> list[Tensor]:

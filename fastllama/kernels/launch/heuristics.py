@@ -42,6 +42,14 @@ class SampleLaunch:
 
 
 @dataclass(frozen=True)
+class AdjustLaunch:
+    """adjust_logits: one program for `block` logits (a power of two) of a row."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class PrefillLaunch:
     """attention_varlen and attention_prefill: one program for `rows` queries of a head, against `keys` keys at a time.
 
@@ -109,6 +117,7 @@ LaunchConfig = (
     | RopeLaunch
     | SwigluLaunch
     | SampleLaunch
+    | AdjustLaunch
     | PrefillLaunch
     | DecodeLaunch
     | MatmulLaunch
@@ -148,6 +157,12 @@ def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Sampl
     """16 logits a thread: 8 programs for the smallest vocabulary of a Llama, 64 for one of 262144."""
     block = min(max(power_of_2(vocab_size), 16), 4096)
     return SampleLaunch(block, _warps(device, block // 16))
+
+
+def adjust_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> AdjustLaunch:
+    """One 128-bit access of each tensor in fp32 a thread, 128 threads: 63 programs for one row of 32000 logits."""
+    block = min(power_of_2(vocab_size), 512)
+    return AdjustLaunch(block, _warps(device, block // 4))
 
 
 def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:

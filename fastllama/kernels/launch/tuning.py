@@ -24,6 +24,7 @@ from fastllama import env
 from fastllama.arithmetic import power_of_2
 from fastllama.kernels.launch.device import Device, device_info
 from fastllama.kernels.launch.heuristics import (
+    AdjustLaunch,
     CodesLaunch,
     DecodeLaunch,
     LaunchConfig,
@@ -34,6 +35,7 @@ from fastllama.kernels.launch.heuristics import (
     SampleLaunch,
     SwigluLaunch,
     W8A8Launch,
+    adjust_heuristic,
     decode_heuristic,
     int4_heuristic,
     int8_heuristic,
@@ -64,6 +66,7 @@ FAMILIES = {
     "rope": Family(RopeLaunch, ("rows", "heads", "head_dim", "itemsize"), rope_heuristic),
     "swiglu": Family(SwigluLaunch, ("rows", "size", "itemsize"), swiglu_heuristic),
     "sample": Family(SampleLaunch, ("vocab_size", "itemsize"), sample_heuristic),
+    "adjust": Family(AdjustLaunch, ("vocab_size", "itemsize"), adjust_heuristic),
     "prefill": Family(PrefillLaunch, ("head_dim", "itemsize", "key_itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
@@ -91,6 +94,11 @@ def swiglu(device: torch.device, *, rows: int, size: int, itemsize: int) -> Swig
 def sample(device: torch.device, *, vocab_size: int, itemsize: int) -> SampleLaunch:
     """The launch for logits of `itemsize` bytes."""
     return cast(SampleLaunch, _launch("sample", device, vocab_size, itemsize))
+
+
+def adjust(device: torch.device, *, vocab_size: int, itemsize: int) -> AdjustLaunch:
+    """The launch for logits of `itemsize` bytes."""
+    return cast(AdjustLaunch, _launch("adjust", device, vocab_size, itemsize))
 
 
 def prefill(device: torch.device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:

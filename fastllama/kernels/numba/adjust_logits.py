@@ -20,8 +20,9 @@ INFINITY = np.float32(np.inf)
 @as_written
 def bounded(x, changed):
     """`changed` within LIMIT where x is finite; x itself where it is not."""
-    within = min(max(changed, -LIMIT), LIMIT)
-    return within if abs(x) < INFINITY else x
+    changed = LIMIT if changed > LIMIT else changed
+    changed = -LIMIT if changed < -LIMIT else changed  # NaN, of a penalty that is, passes
+    return changed if abs(x) < INFINITY else x
 
 
 # As it is written, so that a token has the same logit whether a table or `tokens` counts it.

@@ -9,7 +9,7 @@ from fastllama.errors import check_shape
 from fastllama.kernels import reference
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
-from fastllama.kernels.ops.compiled import numba_kernels
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.values import check_adjust_logits
 
 
@@ -58,6 +58,7 @@ _ADJUST_LOGITS = Op(
     reference=reference.adjust_logits,
     values=check_adjust_logits,
     numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

@@ -6,11 +6,12 @@ from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.triton.attention import decode, merge, prefill
 from fastllama.kernels.triton.matmul import dense, int4, int8, quantized, w8a8
 from fastllama.kernels.triton.rows import embedding, norm, quantize_rows, rope, swiglu
-from fastllama.kernels.triton.sampling import draw
+from fastllama.kernels.triton.sampling import adjust_logits, draw
 
 KERNELS = {
     "add_rms_norm": Kernels(norm.add_rms_norm),
     "add_rms_norm_int8": Kernels(norm.add_rms_norm_int8),
+    "adjust_logits": Kernels(adjust_logits.adjust_logits),
     "attention_decode": Kernels(decode.attention_decode, decode.workspace_size),
     "attention_prefill": Kernels(prefill.attention_prefill),
     "attention_varlen": Kernels(prefill.attention_varlen),

@@ -25,7 +25,7 @@ SHAPES = {
     "norm": {"size": SIZES.hidden, "itemsize": 2},
     "rope": {"rows": 8192, "heads": SIZES.heads + 2 * SIZES.kv_heads, "head_dim": SIZES.head_dim, "itemsize": 2},
     "swiglu": {"rows": 8192, "size": SIZES.intermediate, "itemsize": 2},
-    "sample": {"vocab_size": SIZES.vocab, "itemsize": 2},
+    **{family: {"vocab_size": SIZES.vocab, "itemsize": 2} for family in ("sample", "adjust")},
     "prefill": {"head_dim": SIZES.head_dim, "itemsize": 2, "key_itemsize": 2},
     "decode": {"queries": 8, "head_dim": SIZES.head_dim, "itemsize": 2},
     **{family: DOWN | {"itemsize": 2} for family in ("matmul", "int4", "int8")},

@@ -1,4 +1,4 @@
-"""Legal calls of the ops that treat rows, of matmuls and of `sample`, made of extreme values and odd shapes."""
+"""Legal calls of ops that treat rows, of matmuls, `sample` and `adjust_logits`: extreme values and odd shapes."""
 
 from __future__ import annotations
 
@@ -269,6 +269,39 @@ def sample(m: CallMaker) -> Arguments:
     }
 
 
+OFFSETS = (0.0, 0.0, 1.0, -0.5, 1e-45, 3e38, -3e38, 1e38, math.inf, -math.inf, math.nan)
+FACTORS = (1.0, 1.0, 1.25, 0.5, 1e-45, 1e-38, 1e10, 3e38, 0.0, math.inf, math.nan)
+IDS = (-1, -(1 << 63), (1 << 63) - 1, 1 << 32, (1 << 32) + 1, 1 << 40)
+
+
+def adjust_logits(m: CallMaker) -> Arguments:
+    """Slots, bounds and ids of all kinds; a few recent tokens, that rows may share."""
+    rows, vocab, num_slots, count = m.rows(), m.one_of(1, 2, 3, 17, 100, 513, 1000), m.one_of(0, 1, 2, 5), m.size() // 9
+
+    def column(name: str, choices: Any, dtype: torch.dtype, length: int = rows) -> Tensor:
+        return m.place(name, torch.tensor([m.rng.choice(choices) for _ in range(length)], dtype=dtype))
+
+    plain = m.chance(0.3)
+    seen = [0, 0, 0, 1, 2, 3, 5, (1 << 31) - 1]
+    ids = (*range(vocab), *IDS)
+    bounds = (*range(count + 1), count, -3, count + 1, 1 << 40)
+    offsets = (0.0, 0.5, -0.25) if plain else OFFSETS
+    counts = [[m.rng.choice(seen) for _ in range(vocab)] for _ in range(num_slots)]
+    return {
+        "logits": m.floats("logits", rows, vocab),
+        "tokens": column("tokens", ids, torch.int64, count),
+        "starts": column("starts", bounds, torch.int64),
+        "ends": column("ends", bounds, torch.int64),
+        "slots": column("slots", (-1, -5, num_slots, 1 << 40, *3 * [*range(num_slots)]), torch.int64),
+        "bias": m.floats("bias", num_slots, vocab, dtype=torch.float32),
+        "counts": m.place("counts", torch.tensor(counts, dtype=torch.int32).view(num_slots, vocab)),
+        "repetition_penalty": column("repetition_penalty", (1.0, 1.5) if plain else FACTORS, torch.float32),
+        "presence_penalty": column("presence_penalty", offsets, torch.float32),
+        "frequency_penalty": column("frequency_penalty", offsets, torch.float32),
+        "out": m.fresh("out", rows, vocab, dtype=torch.float32),
+    }
+
+
 CALLS: dict[str, Callable[[CallMaker], Arguments]] = {
     each.__name__: each
     for each in (
@@ -287,5 +320,6 @@ CALLS: dict[str, Callable[[CallMaker], Arguments]] = {
         matmul_w8a8,
         matmul_bf12,
         sample,
+        adjust_logits,
     )
 }

@@ -5,6 +5,7 @@ Where the rule is another one:
 - a drawn token is judged by its share of the mass: the number of the row must fall into it, as of verify.sampling.
 - products by 4 and 8 bits may be off by a unit of the fixed point of their x, and give NaN in place of an infinity, as
   bf12 may: their docstrings say so.
+- adjust_logits gives what its reference gives in fp32, bit for bit.
 - matmuls may round between the ops they are made of, or multiply by the norm's factor last: both count as plain.
 """
 
@@ -33,7 +34,7 @@ from fastllama.verify.sampling import Draw, miss
 from tests.kernels.fuzz.attention_calls import ATTENTION_CALLS
 from tests.kernels.fuzz.calls import CALLS, Arguments, CallMaker
 from tests.kernels.fuzz.tolerance import FP32, fixed_point, has_denormals, least_weights, magnitudes, sums_overflow
-from tests.kernels.honest import implementation, on_cpu
+from tests.kernels.honest import assert_equal, implementation, on_cpu
 
 ALL_CALLS = {**CALLS, **ATTENTION_CALLS}
 TRIALS = 2  # oracles of moved inputs
@@ -107,7 +108,7 @@ def trial(case: Case, backends: list[str]) -> dict[str, str]:
     exact: dict[str, Tensor] = {}
     plain: list[dict[str, Tensor]] = []
     again: list[dict[str, Tensor]] = []
-    if case.op != "sample":  # which has formulas of its own
+    if case.op not in ("sample", "adjust_logits"):  # which have rules of their own
         exact = expected(case.op, {name: double(value) for name, value in given.items()})
         plain = [expected(case.op, {name: _copy(value) for name, value in given.items()})]
         plain += [{"out": each} for each in _composed(case.op, given)]
@@ -185,6 +186,9 @@ def _judge(
 ) -> None:
     if op == "sample":
         _judge_sample(given, found)
+        return
+    if op == "adjust_logits":  # fp32 by definition, the order of its roundings and where it ends included
+        assert_equal(found["out"], reference.adjust_logits(**given))
         return
     slack: Tensor | float = 0.0
     free = sums_overflow(op, given, exact["out"].shape) if "out" in exact else None

@@ -26,6 +26,7 @@ from numba.core.errors import TypingError
 from fastllama.kernels.numba import threads
 from fastllama.kernels.numba.numerics import array, jit
 from fastllama.kernels.numba.pieces import _COUNT, _GRAIN, _LEFT, FAILED, _get, _set, enter, leave, proceed
+from tests.kernels.ops.test_adjust_logits import mixed
 
 ROOT = Path(__file__).parents[3]
 MANY = 1 << 40  # of work: worth threads
@@ -200,9 +201,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     """A call for every kernel that shares its iterations."""
     x, weight, residual = torch.randn(9, 256).bfloat16(), torch.rand(256), torch.randn(9, 256).bfloat16()
     q, pages = torch.randn(6, 4, 32), [torch.randn(5, 2, 16, 32) for _ in range(2)]
-    table, lengths = torch.tensor([[0, 3], [4, 1], [2, 2]], dtype=torch.int32), torch.tensor([30, 17, 5])
-    bounds = torch.tensor([0, 1, 4, 6], dtype=torch.int32)
-    logits = torch.randn(7, 1000)
+    whole = ([[0, 3], [4, 1], [2, 2]], [30, 17, 5], [0, 1, 4, 6])
+    table, lengths, bounds = (torch.tensor(each, dtype=torch.int32) for each in whole)
+    logits, adjusted = torch.randn(7, 1000), mixed(4, 9000, torch.float32)
     draws = {"temperature": torch.full((7,), 0.8), "top_k": torch.full((7,), 50), "top_p": torch.full((7,), 0.9)}
     draws |= {"min_p": torch.zeros(7), "seed": torch.arange(7), "offset": torch.arange(7)}
     matrix = torch.randn(130, 256).bfloat16()
@@ -210,11 +211,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "rms_norm": lambda: kernels.rms_norm(x, weight),
         "add_rms_norm": lambda: kernels.add_rms_norm(x, residual, weight),
         "silu_mul": lambda: kernels.silu_mul(torch.cat([x, residual], 1)),
-        "attention_decode": lambda: kernels.attention_decode(q, *pages, table, lengths.int(), return_lse=True),
-        "attention_prefill": lambda: kernels.attention_prefill(
-            q, *pages, table, lengths.int(), bounds, return_lse=True
-        ),
+        "attention_decode": lambda: kernels.attention_decode(q, *pages, table, lengths, return_lse=True),
+        "attention_prefill": lambda: kernels.attention_prefill(q, *pages, table, lengths, bounds, return_lse=True),
         "sample": lambda: kernels.sample(logits, **draws),
+        "adjust_logits": lambda: kernels.adjust_logits(**adjusted),
         "quantize_int4": lambda: kernels.quantize_int4(matrix, 64)[:2],
         "quantize_int8": lambda: kernels.quantize_int8(matrix, 256),
         "pack_int4": lambda: kernels.pack_int4(kernels.quantize_int4(matrix, 64)[0]),

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.catalogue.arguments import positional
+from fastllama.catalogue.arguments import inputs, positional
 from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
 from tests.kernels.honest import assert_equal
 
-OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out")
 # inductor itself still uses what torch has deprecated
 INDUCTOR = pytest.param(
     "inductor",
@@ -62,7 +61,7 @@ def test_compiled_is_eager(op: str, allocate: bool) -> None:
     """Results and everything written in place."""
     given = small_call(op)
     if allocate:
-        given = {name: value for name, value in given.items() if name not in OUTPUTS}
+        given = inputs(op, given)
     options = {"return_lse": True} if op in WITH_LSE else {}
     function = getattr(kernels, op)
     ours, theirs = copy(given), copy(given)
@@ -82,10 +81,10 @@ def test_one_graph_serves_all_sizes_of_a_batch(op: str) -> None:
 
     function = getattr(kernels, op)
     compiled = torch.compile(lambda **args: function(**args), fullgraph=True, dynamic=True, backend=count)
-    fixed = {"weight", "codes", "outliers", "packed", "scales", "zeros", "bias", "norm", "cos_sin"}
+    fixed = {"weight", "codes", "outliers", "packed", "scales", "zeros", "bias", "counts", "norm", "cos_sin"}
     fixed |= {"k_pages", "v_pages"}
     for repeats in (1, 2, 3):
-        given = {name: value for name, value in small_call(op).items() if name not in OUTPUTS}
+        given = inputs(op, small_call(op))
         for name, value in given.items():
             if name.startswith("cu_seqlens"):
                 step = value[-1]

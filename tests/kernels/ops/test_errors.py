@@ -16,6 +16,10 @@ from tests.kernels.honest import assert_equal, on_cpu, public
 
 TENSORS = [(op, name) for op in OPS for name, value in small_call(op).items() if isinstance(value, Tensor)]
 OUTPUTS = ("out", "residual_out", "q_out", "k_out", "tokens", "logprobs", "lse_out", "scales_out", "k_pages", "v_pages")
+ANY_SIZE = [
+    *(("sample", "logits"), ("adjust_logits", "tokens")),
+    *((op, "page_table") for op in ("attention_prefill", "attention_decode")),
+]
 SHAPE = r"^\w+ has shape \[.*\]; legal: \[.*\]"
 every_tensor = pytest.mark.parametrize(("op", "name"), TENSORS)
 
@@ -50,11 +54,11 @@ def test_rank(op: str, name: str) -> None:
         refuse(op, wrong(op, name, other), ValueError, SHAPE)
 
 
-@pytest.mark.parametrize(("op", "name"), [case for case in TENSORS if case[1] not in ("logits", "page_table")])
+@pytest.mark.parametrize(("op", "name"), [case for case in TENSORS if case not in ANY_SIZE])
 def test_size(op: str, name: str) -> None:
     """One element more in the last dimension: named here, or in a tensor that has to agree with this one.
 
-    Logits and page tables may be of any width.
+    Logits and page tables may be of any width, and recent tokens any number.
     """
     value = small_call(op)[name]
     refuse(op, wrong(op, name, torch.cat((value, value[..., :1]), -1)), ValueError, SHAPE)
@@ -127,6 +131,7 @@ def test_device(op: str, name: str) -> None:
         ("attention_varlen", "cu_seqlens_q", (0,), "cu_seqlens_q has shape [0]; legal: [B + 1]"),
         ("attention_decode", "q", (4, 6, D), "[B * Q, Hq, D] for the 3 sequences in seq_lens"),
         ("silu_mul", "gate_up", (T, 7), "gate_up has shape [3, 7]; legal: [..., 2I], an even last dimension"),
+        ("adjust_logits", "logits", (T, 0), "logits has shape [3, 0]; legal: [R, V] with V >= 1"),
         ("sample", "logits", (T, 0), "logits has shape [3, 0]; legal: [B, V] with V >= 1"),
     ],
 )

@@ -126,6 +126,13 @@ def sample() -> Iterator[Shipped]:
         yield Shipped(f"sample V={vocab} {SHORT[dtype]}", launching(sampling.sample, dtype, 64, vocab), besides=chosen)
 
 
+def adjust() -> Iterator[Shipped]:
+    """A row's programs do not depend on the number of rows. Slots, bounds, recent ids and penalties are loads each."""
+    for vocab, dtype in ((SMALL.vocab, FP32), (SMALL.vocab, BF16), (128256, BF16)):
+        call = launching(sampling.adjust_logits, dtype, 64, vocab)
+        yield Shipped(f"adjust_logits V={vocab} {SHORT[dtype]}", call, besides={"load 64": 4, "load 32": 3})
+
+
 def attention() -> Iterator[Shipped]:
     """Sequences of 32 pages at most, or 64 of a decode. Lengths, bounds and page ids are loads by themselves."""
     each = [STEPS["prefill"] // SEQUENCES] * SEQUENCES  # tokens of a prompt
@@ -258,6 +265,7 @@ FAMILIES = {
     "rope": rope,
     "swiglu": swiglu,
     "sampling": sample,
+    "adjust": adjust,
     "attention": attention,
     "matmul": matmul,
     "embedding": embedding,

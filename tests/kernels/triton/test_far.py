@@ -18,21 +18,21 @@ from fastllama.kernels.dispatch.op import OPS
 from tests.kernels.honest import assert_equal, public
 
 MOST = 1 << 31  # elements that 32 bits can count
-# What goes with values in 16 bits stays in 32: a sum, a scale, an angle, a parameter of sampling.
+# What goes with values in 16 bits stays in 32: a sum, a scale, an angle, a parameter of sampling; all but logits.
 WIDE = ("scales", "lse", "cos_sin", "temperature", "top_p", "min_p", "logprobs")
 
 
 @functools.cache
 def given(op: str) -> Arguments:
-    return {
-        name: value.half()
-        if isinstance(value, Tensor) and value.is_floating_point() and not any(word in name for word in WIDE)
-        else value.clone()
-        if isinstance(value, Tensor)
-        else value
-        for name, value in small_call(op).items()
-        if name != "workspace"
-    }
+    call = {name: value for name, value in small_call(op).items() if name != "workspace"}
+    for name, value in call.items():
+        if isinstance(value, Tensor):
+            call[name] = value.half() if value.is_floating_point() and not is_wide(op, name) else value.clone()
+    return call
+
+
+def is_wide(op: str, name: str) -> bool:
+    return any(word in name for word in WIDE) or (op == "adjust_logits" and name != "logits")
 
 
 def spread(value: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.catalogue import matmuls
-from fastllama.catalogue.arguments import in_order, positional
+from fastllama.catalogue.arguments import in_order, inputs, positional
 from fastllama.catalogue.maker import Maker
 from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.fusion import Fusion
@@ -21,7 +21,7 @@ from fastllama.kernels.triton.table import KERNELS
 from fastllama.testing.monitor import CheckedRun
 from fastllama.testing.targets import TARGETS
 from tests.kernels.honest import assert_equal, public
-from tests.kernels.ops.test_compile import OUTPUTS, copy, same
+from tests.kernels.ops.test_compile import copy, same
 from tests.kernels.ops.test_rope import cache
 from tests.kernels.triton.launches import META, on
 
@@ -40,7 +40,10 @@ def _bound(op: str, bind: Callable[..., None]) -> None:
 @pytest.mark.interpreter
 @every_op
 def test_fp64_is_the_references_alone(op: str) -> None:
-    given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in small_call(op).items()}
+    given = small_call(op)
+    floats = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    # Biases and penalties stay in fp32 whatever the logits are.
+    given |= {name: given[name].double() for name in (("logits", "out") if op == "adjust_logits" else floats)}
     first = next(name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point())
     message = f"^{first} has dtype torch.float64; legal: torch.bfloat16, torch.float16, torch.float32$"
     with pytest.raises(TypeError, match=message):
@@ -103,7 +106,7 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.usefixtures("_bound")
 @every_op
 def test_compiled_is_eager(op: str) -> None:
-    given = {name: value for name, value in small_call(op).items() if name not in OUTPUTS}
+    given = inputs(op, small_call(op))
     function = getattr(kernels, op)
     ours, theirs = copy(given), copy(given)
     torch.compiler.reset()
