@@ -1,10 +1,14 @@
-"""What options of other programs (llama.cpp, vLLM, transformers, Ollama) are called here."""
+"""What options of other programs (llama.cpp, vLLM, transformers, Ollama) are called here.
+
+Those that are parameters in Python too stand in `runtime.peer_names`, where "--n-ctx" is "n_ctx".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from fastllama.errors import nearest
+from fastllama.runtime.peer_names import instead, names_here
 
 ALIKE = 0.7  # of two names: --promt and --prompt are, --port and --prompt are not
 
@@ -13,24 +17,23 @@ _SAME = {
     "--prompt-file": ("--file", "--input-file"),
     "--escape": ("--process-escapes",),
     "--system": ("--system-prompt", "--system-message", "-sys"),
-    "--model": ("--model-path", "--model-id", "--model-name", "--model-name-or-path", "--hf-repo", "-hf", "-hfr", "-M"),
-    "--tokenizer": ("--tokenizer-path", "--tokenizer-name", "--vocab-file"),
-    "--adapter": ("--lora", "--lora-path", "--lora-modules", "--peft", "--adapter-path"),
-    "--max-tokens": ("--n-predict", "--predict", "--num-predict", "--max-new-tokens", "--max-gen-len", "--length"),
-    "--max-model-len": ("--ctx-size", "--n-ctx", "--num-ctx", "--context-size", "--max-seq-len", "--max-length"),
-    "--temperature": ("--temp", "-T"),
-    "--repetition-penalty": ("--repeat-penalty", "--penalty-repeat"),
+    "--model": ("--model-name-or-path", "--hf-repo", "-hf", "-hfr", "-M"),
+    "--tokenizer": ("--tokenizer-name", "--vocab-file"),
+    "--adapter": ("--lora", "--peft", "--adapter-path"),
+    "--max-tokens": ("--predict", "--length"),
+    "--max-model-len": ("--ctx-size", "--context-size"),
+    "--temperature": ("-T",),
     "--top-k": ("-k",),
-    "--logprobs": ("--n-probs", "--top-logprobs", "--num-logprobs"),
-    "--n": ("--num-samples", "--num-return-sequences", "--num-completions", "--best-of"),
-    "--seed": ("--random-seed", "--rng-seed"),
-    "--stop": ("--reverse-prompt", "-r", "--stop-sequence", "--stop-sequences", "--stop-words", "--eos"),
-    "--device": ("--n-gpu-layers", "--gpu-layers", "-ngl", "--gpu", "--cuda", "--cpu", "--main-gpu", "-mg"),
-    "--dtype": ("--torch-dtype", "--precision", "--bf16", "--fp16", "--half"),
+    "--logprobs": ("--num-logprobs",),
+    "--n": ("--num-samples", "--num-completions", "--best-of"),
+    "--seed": ("--rng-seed",),
+    "--stop": ("--reverse-prompt", "-r", "--stop-sequence", "--eos"),
+    "--device": ("--gpu-layers", "-ngl", "--gpu", "--cuda", "--cpu", "--main-gpu", "-mg"),
+    "--dtype": ("--precision", "--bf16", "--fp16", "--half"),
     "--quantize": ("--quantization", "--quant", "--load-in-4bit", "--load-in-8bit", "--int4", "--int8", "--bits"),
     "--kv-cache-dtype": ("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"),
-    "--speculation": ("--model-draft", "-md", "--draft-model", "--speculative-model", "--speculative-config"),
-    "--num-draft-tokens": ("--draft", "--draft-max", "--draft-n", "--num-speculative-tokens"),
+    "--speculation": ("--model-draft", "-md"),
+    "--num-draft-tokens": ("--draft", "--draft-max", "--draft-n"),
     "--quiet": ("--log-disable", "--silent", "--no-progress"),
     "--debug": ("--verbose", "-v", "--log-verbose", "--log-level", "--traceback"),
     "--help": ("-?", "--usage"),
@@ -72,6 +75,12 @@ def hint(word: str, options: Collection[str]) -> str:
             if said in theirs:
                 return f"; {sentence}"
     if name.startswith("--"):
+        parameter = names[0][2:].replace("-", "_")
+        for ours in (f"--{each.replace('_', '-')}" for each in names_here(parameter)):
+            if ours in options:
+                return f"; did you mean {ours}?"
+        if (why_not := instead(parameter)) is not None:
+            return f"; {why_not}"
         long = {option[2:]: option for option in options if option.startswith("--")}
         found = nearest(names[0][2:], long, ALIKE)
         return f"; did you mean {long[found]}?" if found else ""
