@@ -172,11 +172,11 @@ class CodesLinear(PackedLinear):
         raise NotImplementedError
 
     def set_rows(self, start: int, rows: Tensor) -> bool:
-        end, (features, groups) = start + rows.shape[0], self.scales.shape
-        codes, scales = self.quantize(rows, self.in_features // groups)
-        first, last = start // ROWS, ceil_div(end, ROWS)  # tiles, which may hold rows of the neighbours
+        end = start + rows.shape[0]
+        codes, scales = self.quantize(rows, self.in_features // self.scales.shape[1])
+        first, last = start // ROWS, ceil_div(end, ROWS)
         tiles, base = self.packed[first:last], first * ROWS
-        held = self.unpack(tiles, min(last * ROWS, features) - base, self.in_features)
+        held = self.unpack(tiles, (last - first) * ROWS, self.in_features)  # with rows beside the new ones
         held[start - base : end - base] = codes
         tiles.copy_(self.pack(held))
         self.scales[start:end] = scales

@@ -11,7 +11,7 @@ from fastllama.errors import nearest, shown
 from fastllama.kernels.dispatch.plainness import is_plain
 from fastllama.layers.linear import PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.tensor_names import is_foreign, is_quantized, is_recomputed
+from fastllama.layers.tensor_names import is_foreign, is_recomputed
 from fastllama.layers.weights import EMBEDDING, HEAD, Slot, misplaced, slots, unfit
 
 
@@ -82,7 +82,7 @@ def _checked(
 
 def _unplaced(model: LlamaForCausalLM, table: Collection[str], name: str, tensor: Tensor) -> str | None:
     """Why a tensor is refused whose name the model does not have; None where it says nothing new."""
-    if not is_foreign(name) or is_quantized(name):
+    if not is_foreign(name):
         return misplaced(name, tensor, model.config)
     hint = nearest(name, table, 0.8)
     meant = f" (did you mean {hint!r}?)" if hint else ""

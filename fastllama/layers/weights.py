@@ -163,7 +163,6 @@ def misplaced(name: str, tensor: Tensor, config: LlamaConfig) -> str | None:
     return None
 
 
-@torch.no_grad()
 def unfit(tensor: Tensor, slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why a tensor cannot be written to a slot of a shape, in a dtype: its shape, dtype or values. None if it can."""
     if tuple(tensor.shape) != tuple(shape):

@@ -16,8 +16,8 @@ from fastllama.layers.quantization import KINDS
 from fastllama.layers.update import update_weights
 from fastllama.layers.weights import EMBEDDING, HEAD, hf_tensors, load_weights
 
-# q, k and v end within tiles of 64 rows: 64, 96, 128; gate and up at 160 and 320. Groups of 64 and 32 columns.
-SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 32}
+# q, k and v end at rows 64, 80 and 96, gate and up at 160 and 320: within tiles of 64. Groups of 64 and 32 columns.
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 16}
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
 
@@ -27,7 +27,7 @@ every_kind = pytest.mark.parametrize("kind", [None, *KINDS])
 def config(tied: bool = False, bias: bool = True) -> LlamaConfig:
     return LlamaConfig(
         **SIZES,
-        num_attention_heads=2,
+        num_attention_heads=4,
         num_key_value_heads=1,
         tie_word_embeddings=tied,
         attention_bias=bias,
