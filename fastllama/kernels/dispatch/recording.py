@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fastllama.kernels.dispatch.backends import Function
@@ -21,7 +21,7 @@ _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.de
 T = TypeVar("T")
 
 
-def record(run: Callable[[], T], device: torch.device, memory: list[Tensor]) -> tuple[T, Recording]:
+def record(run: Callable[[], T], device: torch.device, memory: list[UntypedStorage]) -> tuple[T, Recording]:
     """What `run` returns, and the recording of it."""
     recording = Recording(device, memory)
     try:
@@ -35,12 +35,13 @@ def record(run: Callable[[], T], device: torch.device, memory: list[Tensor]) -> 
 class Recording(TorchDispatchMode):
     """Notes every op that this thread runs on `device` inside a `with`; `replay()` runs them again on the same tensors.
 
-    memory: buffers, grown as needed, that the tensors allocated inside take theirs from; recordings that never run at
-    the same time may share them. Only what ops compute is noted, not what their implementations call: `replayable` is
-    False where anything but views and allocations ran between them.
+    memory: buffers that the tensors allocated inside take theirs from. Recordings that never run at the same time may
+    share them: they are grown in place, so all together take the memory of the largest, in whatever order they come.
+    Only what ops compute is noted, not what their implementations call: `replayable` is False where anything but views
+    and allocations ran between them.
     """
 
-    def __init__(self, device: torch.device, memory: list[Tensor]) -> None:
+    def __init__(self, device: torch.device, memory: list[UntypedStorage]) -> None:
         super().__init__()
         self.replayable = True
         self._device, self._memory = device, memory
@@ -88,10 +89,11 @@ class Recording(TorchDispatchMode):
         self._calls.append((op.bound(self._device), args))
 
     def _placed(self, wanted: Tensor) -> Tensor:
-        """A tensor like `wanted`, fresh and contiguous, in the next buffer."""
+        """A tensor like `wanted`, which is fresh and contiguous, in the next buffer."""
         place, self._allocations = self._allocations, self._allocations + 1
         if place == len(self._memory):
-            self._memory.append(wanted.new_empty(0, dtype=torch.uint8))
-        if self._memory[place].numel() < wanted.nbytes:
-            self._memory[place] = wanted.new_empty(wanted.nbytes, dtype=torch.uint8)
-        return self._memory[place][: wanted.nbytes].view(wanted.dtype).view(wanted.shape)
+            self._memory.append(wanted.new_empty(0).untyped_storage())
+        storage = self._memory[place]
+        if storage.nbytes() < wanted.nbytes:
+            storage.resize_(wanted.nbytes)  # in place: tensors of other recordings move with it
+        return wanted.new_empty(0).set_(storage, 0, wanted.shape, wanted.stride())

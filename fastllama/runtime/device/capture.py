@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import UntypedStorage
 
 from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.recording import record
@@ -34,11 +34,11 @@ class Capture(Protocol):
 class RecordingCapture:
     """On a CPU: rows as they are, and the power of two of pages."""
 
-    limit = 64  # of some hundred small Python objects each; all share their tensors' memory
+    limit = 64  # of some hundred small Python objects each; all share the memory of the largest one's tensors
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory: list[Tensor] = []
+        self._memory: list[UntypedStorage] = []
 
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
         return num_seqs, power_of_2(num_pages)
@@ -54,7 +54,11 @@ class RecordingCapture:
 
 
 class GraphCapture:
-    """On a GPU: rows of a bucket, all pages that a sequence may have. Graphs share the memory of what is in between."""
+    """On a GPU: rows of a bucket, all pages that a sequence may have.
+
+    Graphs share the memory of what is between inputs and logits: a pool, in which a smaller graph fits where a larger
+    one has been, and not the other way round. So warm-up captures the largest first.
+    """
 
     limit = 1024  # all that there are: 10 for 256 sequences, 20 with guesses, 70 for 4096
 

@@ -3,9 +3,10 @@
 What a launch depends on, and so what these steps go through:
 - the rows that a step computes, rounded up to a power of two (products, rotation, silu * up), up to all tokens of the
   largest step: prompts of 1, 2, 4, ... tokens in all;
-- the rows of logits, up to 64 and once more than that, where torch multiplies and the norm in front is a kernel of its
-  own: prompts of as many tokens, each with logits;
-- the tokens of each decoding sequence, and for a graph its bucket of sequences: decodes of every shape that occurs;
+- the tokens of each decoding sequence, and for a graph its bucket of sequences: decodes of every shape that occurs, the
+  largest first, for the memory of its graph serves the smaller ones (capture.py);
+- the rows of logits, up to 64 and more than that, where torch multiplies and the norm in front is a kernel of its own:
+  these decodes too, which have logits of each token;
 - that some sequences decode and others read their prompts, which one step then does by two kernels: one step of both;
 - the dtype of the logits drawn from, which are fp32 behind penalties: one draw with a penalty.
 On a CPU rows decide nothing beyond one or more, and steps are captured by their number of pages, which takes as long as
@@ -14,8 +15,9 @@ running them.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -28,9 +30,7 @@ from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence
 from fastllama.runtime.planning.step import Chunk, Step
 
-MANY_LOGITS = 128  # rows, the next power of two after 64
 PLAIN = SamplingParams(max_tokens=1, seed=0)
-OF_EACH_ROW = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0)
 PENALIZED = SamplingParams(max_tokens=1, seed=0, repetition_penalty=1.1)
 
 
@@ -48,13 +48,13 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
 
     def prompts(rows: int) -> None:
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
-        params = OF_EACH_ROW if 1 < rows <= MANY_LOGITS and device.type == "cuda" else PLAIN
-        run(_chunks(runner, lengths, params), num_decodes=1 if rows == 1 else 0)
+        run(_chunks(runner, lengths, PLAIN), num_decodes=1 if rows == 1 else 0)
 
-    tuning.warm_up(prompts, most, device)
     if device.type == "cuda":
         for num_seqs, length in decodes(runner, sizes.max_num_seqs, most, num_queries):
             run(_chunks(runner, [length] * num_seqs, PLAIN), num_decodes=num_seqs)
+    tuning.warm_up(prompts, most, device)
+    if device.type == "cuda":
         run(_chunks(runner, [1], PENALIZED), num_decodes=1)
         if longest > 1 < most:
             run(_chunks(runner, [1, 2], PLAIN), num_decodes=1)
@@ -62,15 +62,16 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
     return time.perf_counter() - start
 
 
-def decodes(runner: Runner, max_num_seqs: int, most: int, num_queries: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Sequences, and tokens of each, of the smallest step of every shape that is captured apart; most: tokens."""
-    seen = set()
+def decodes(runner: Runner, max_num_seqs: int, most: int, num_queries: Iterable[int]) -> list[tuple[int, int]]:
+    """Sequences, and tokens of each, of the smallest step of every shape that is captured apart; most: tokens.
+
+    The shapes of most rows come first.
+    """
+    found: dict[tuple[int, int], tuple[int, int]] = {}
     for length in num_queries:
         for num_seqs in range(1, min(max_num_seqs, most // length) + 1):
-            shape = runner.shape(num_seqs, length)
-            if shape not in seen:
-                seen.add(shape)
-                yield num_seqs, length
+            found.setdefault(runner.shape(num_seqs, length), (num_seqs, length))
+    return [found[shape] for shape in sorted(found, key=math.prod, reverse=True)]
 
 
 def _chunks(runner: Runner, lengths: list[int], params: SamplingParams) -> list[Chunk]:

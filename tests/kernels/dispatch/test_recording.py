@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastllama import kernels
@@ -24,11 +24,11 @@ WEIGHT = torch.linspace(0.5, 2, 8)
 
 def step(x: Tensor) -> Tensor:
     """Ops with views between them, all results allocated on the way."""
-    normed = kernels.rms_norm(x, WEIGHT).view(2, 2, 8)
+    normed = kernels.rms_norm(x, WEIGHT).view(-1, 4, 2)
     return kernels.silu_mul(normed.flatten(1))
 
 
-def recorded(x: Tensor, memory: list[Tensor]) -> tuple[Recording, Tensor]:
+def recorded(x: Tensor, memory: list[UntypedStorage]) -> tuple[Recording, Tensor]:
     with Recording(CPU, memory) as recording:
         out = step(x)
     return recording, out
@@ -47,7 +47,7 @@ def test_a_replay_computes_from_what_the_inputs_hold_by_then() -> None:
 
 @torch.inference_mode()
 def test_recordings_share_memory_and_grow_it() -> None:
-    memory: list[Tensor] = []
+    memory: list[UntypedStorage] = []
     small, large = torch.randn(4, 8), torch.randn(4, 8)
     first, ours = recorded(small, memory)
     second, theirs = recorded(large, memory)
@@ -56,13 +56,22 @@ def test_recordings_share_memory_and_grow_it() -> None:
     assert_equal(ours, step(small))
     second.replay()
     assert_equal(theirs, step(large))
-    many = torch.ones(9, 8)
-    with Recording(CPU, memory) as wider:
-        out = kernels.rms_norm(many, WEIGHT)
-    assert out.data_ptr() == memory[0].data_ptr()
-    wider.replay()
-    first.replay()  # in the buffer from before, which it still holds
-    assert_equal(ours, step(small))
+    many = torch.randn(900, 8)
+    third, wide = recorded(many, memory)
+    assert ours.data_ptr() == theirs.data_ptr() == wide.data_ptr(), "grown where it is, so that all have moved"
+    for recording, out, x in ((first, ours, small), (third, wide, many), (second, theirs, large)):
+        recording.replay()
+        assert_equal(out, step(x))
+
+
+@pytest.mark.parametrize("grows", [True, False])
+@torch.inference_mode()
+def test_what_recordings_hold_does_not_depend_on_their_order(grows: bool) -> None:
+    memory: list[UntypedStorage] = []
+    recordings = [recorded(torch.randn(rows, 8), memory) for rows in (range(1, 65) if grows else range(64, 0, -1))]
+    assert [storage.nbytes() for storage in memory] == [64 * 8 * 4, 64 * 4 * 4]
+    held = {out.untyped_storage().data_ptr() for _, out in recordings}
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.kernels.dispatch.op import Op
@@ -67,7 +68,7 @@ class StandIn:
 
     def __init__(self, failing: int | None = None) -> None:
         """failing: the number of the capture that cannot be ended."""
-        self.memory: list[Tensor] = []  # which all graphs share
+        self.memory: list[UntypedStorage] = []  # which all graphs share
         self.captured: list[int] = []  # ops of each
         self.replays = 0
         self.failing = failing
@@ -331,6 +332,43 @@ def test_the_graph_that_was_used_longest_ago_is_dropped(monkeypatch: pytest.Monk
         for num_seqs in (2, 1, 3):  # one was captured while warming up
             llm.generate([[1, 2]] * num_seqs, params(3))
         assert [shape[0] for shape in held] == [1, 3]
+
+
+def held(llm: LLM) -> int:
+    """Bytes of all that recorded steps write to but for pages and their own inputs."""
+    runner = llm.engine._runner
+    assert isinstance(runner._capture, capture.RecordingCapture)
+    memory, graphs = runner._capture._memory, runner._graphs._graphs.values()
+    others = [*llm.engine.model.parameters(), llm.engine.model.cos_sin]
+    others += [tensor for layer in runner.kv.layers for tensor in layer.tensors()]
+    others += [tensor for graph in graphs for tensor in (*graph._buffers.device.values(), graph._batch.logits_rows)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in others}
+    recordings = [each for each in gc.get_objects() if isinstance(each, Recording) and each._memory is memory]
+    assert len(recordings) == len(graphs) > 1
+    tensors = [arg for each in recordings for _, args in each._calls for arg in args if isinstance(arg, Tensor)]
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for place, size in found.items() if place not in known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recordings_take_the_memory_of_the_largest_whatever_the_order(dtype: torch.dtype) -> None:
+    """And each computes what it computed before a larger one was made: in place, the shared memory has moved."""
+    taken, answers = [], []
+    for sizes in (list(range(1, 17)), list(range(16, 0, -1)), [7, 16, 2, 11, 1, 16]):
+        with running(ours(dtype=dtype)) as llm:
+            for size in sizes:
+                llm.generate([[3, 5 + i] for i in range(size)], params(3))
+            taken.append(held(llm))
+            answers.append([o.outputs for i in (1, 4, 16, 2) for o in llm.generate([[3, 5 + i]] * i, params(3))])
+            assert held(llm) == taken[-1], "a step that was recorded takes no more"
+    with running(ours(dtype=dtype)) as llm:
+        llm.generate([[3, 5 + i] for i in range(16)], params(3))
+        most = held(llm)
+        llm.engine.model.layers[0].register_forward_hook(nothing)
+        written = [o.outputs for i in (1, 4, 16, 2) for o in llm.generate([[3, 5 + i]] * i, params(3))]
+    assert answers == [written] * 3
+    assert len(set(taken)) == 1
+    assert most <= taken[0] <= 1.1 * most, "what 16 sequences alone take"
 
 
 def test_modules_are_what_the_layers_say() -> None:

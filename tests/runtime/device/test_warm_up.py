@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_every_launch_that_a_request_can_need_is_met(
     assert rows >= {power_of_2(count) for count in range(1, most + 1)}, "rows of products"
     assert max(len(each.ids) for each in inputs) <= max(most, power_of_2(sizes.max_num_seqs))
     logits = {power_of_2(len(each.logits_rows)) for each in inputs}
-    assert logits >= {power_of_2(count) for count in range(1, min(most, 128) + 1)}, "rows of logits"
+    assert logits >= {power_of_2(count) for count in range(1, min(most, sizes.max_num_seqs) + 1)}, "rows of logits"
     both = [each for each in inputs if 0 < each.num_decodes < len(each.seq_lens)]
     assert len(both) == (most > 1 < longest and not deterministic), "decodes beside a prompt"
     assert any(sample.seq.request.params.penalizes for each in inputs for sample in each.samples), "logits in fp32"
@@ -109,6 +110,18 @@ def test_every_graph_is_captured_once(
     assert captured == wanted
 
 
+def test_no_smaller_graph_is_captured_before_a_larger_one(run: Callable[..., Recorder]) -> None:
+    """Of all steps: the prompt of one token too is a graph, of one row."""
+    recorder = run(SIZES[0], (1, 4))
+    rows = [
+        bucket(step.num_decodes) * inputs.num_queries
+        for step, inputs in zip(recorder.steps, recorder.inputs(), strict=True)
+        if all_decode(step)
+    ]
+    assert rows == sorted(rows, reverse=True)
+    assert (rows[0], rows[-1]) == (1024, 1)
+
+
 def test_it_takes_few_steps(run: Callable[..., Recorder]) -> None:
     """Of a 7B on an H100: 14 of prompts, 10 of decodes, the penalty and the mixture."""
     assert len(run(SIZES[0]).steps) == 14 + 10 + 2
@@ -117,8 +130,10 @@ def test_it_takes_few_steps(run: Callable[..., Recorder]) -> None:
 @given(st.integers(1, 300), st.integers(1, 600), st.sampled_from([(1,), (1, 4)]), st.booleans())
 def test_decodes_are_of_every_shape_and_fit(most_seqs: int, most: int, queries: tuple[int, ...], apart: bool) -> None:
     recorder = Recorder(deterministic=apart)
-    found = list(decodes(recorder, most_seqs, most, queries))  # type: ignore[arg-type]
+    found = decodes(recorder, most_seqs, most, queries)  # type: ignore[arg-type]
     shapes = [recorder.shape(*each) for each in found]
+    rows = [math.prod(shape) for shape in shapes]
+    assert rows == sorted(rows, reverse=True), "a smaller graph fits into a larger one's memory"
     assert len(set(shapes)) == len(shapes)
     assert all(num_seqs <= most_seqs and num_seqs * length <= most for num_seqs, length in found)
     assert set(shapes) == {
