@@ -99,15 +99,15 @@ _CALLS = {
     "input_ids": "prompts",
     "conversation": "messages",
 }
-_PLACES = {"LLM": _LLM, "SamplingParams": _SAMPLING_PARAMS, "the call": _CALLS}
+_PLACES = {"LLM": _LLM, "SamplingParams": _SAMPLING_PARAMS, "generate, chat and stream": _CALLS}
 
 _BEAMS = "there is no beam search: fastllama.patch a model of transformers, whose generate has it"
 _ONE_DEVICE = "fastllama runs on one device"
 _STRUCTURE = "structured output is a callable in logits_processors"
 _ATTENTION = "there is one attention, of kernels that FASTLLAMA_BACKEND chooses"
-_TRUNCATION = "the ways to cut the distribution are top_k, top_p and min_p; others are callables in logits_processors"
+_TRUNCATION = "top_k, top_p and min_p cut the distribution; other ways are callables in logits_processors"
 _PREFIXES = "the prefix cache is always on"
-_GRAPHS = "steps are captured as CUDA graphs unless FASTLLAMA_GRAPHS=0"
+_GRAPHS = "decode steps are captured unless FASTLLAMA_GRAPHS=0"
 _ABSENT = {
     "tensor_parallel_size": _ONE_DEVICE,
     "pipeline_parallel_size": _ONE_DEVICE,
@@ -132,7 +132,7 @@ _ABSENT = {
     "enable_lora": "an adapter is merged into the weights by LLM(adapter=...)",
     "disable_log_stats": 'the logger "fastllama" says what is chosen',
     "do_sample": "temperature=0 takes the likeliest token, above 0 samples",
-    "detokenize": "texts are always made where there is a tokenizer; they cost little",
+    "detokenize": "texts are made wherever there is a tokenizer",
     "spaces_between_special_tokens": "special tokens are shown without spaces between, or not: skip_special_tokens",
     "prompt_token_ids": "pass the ids in place of the text, as the prompt",
     "best_of": "n samples are returned, and cumulative_logprob ranks them",

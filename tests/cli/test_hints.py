@@ -20,7 +20,7 @@ OPTIONS = ("--max-tokens", "--max-model-len", "--temperature", "--n", "--seed", 
         ("--num-return-sequences", "; did you mean --n?"),
         ("--best-of", "; did you mean --n?"),
         ("--tensor-parallel-size", "; fastllama runs on one device"),
-        ("--enforce-eager", "; steps are captured as CUDA graphs unless FASTLLAMA_GRAPHS=0"),
+        ("--enforce-eager", "; decode steps are captured unless FASTLLAMA_GRAPHS=0"),
         ("--block-size", ""),  # pages have no option of the command
         ("--zzz", ""),
     ],

@@ -47,7 +47,7 @@ def test_every_name_that_is_hinted_at_exists_and_no_own_name_is_anothers(
         ("block_size", OF_LLM, "did you mean 'page_size'?"),
         ("attn_implementation", OF_LLM, "there is one attention, of kernels that FASTLLAMA_BACKEND chooses."),
         ("torch_dtype", OF_LLM, "did you mean 'dtype'?"),
-        ("enforce_eager", OF_LLM, "steps are captured as CUDA graphs unless FASTLLAMA_GRAPHS=0."),
+        ("enforce_eager", OF_LLM, "decode steps are captured unless FASTLLAMA_GRAPHS=0."),
         ("swap_space", OF_LLM, "did you mean 'host_cache_tokens'?"),
         ("n_ctx", OF_LLM, "did you mean 'max_model_len'?"),
         ("max_length", OF_LLM, "did you mean 'max_model_len'?"),
