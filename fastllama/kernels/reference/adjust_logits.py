@@ -32,10 +32,9 @@ def adjust_logits(
     if not num_slots:
         return torch.where(slots[:, None] < 0, x, math.nan)
     rows = slots.clamp(0, num_slots - 1)
-    recent = _occurrences(tokens, starts, ends, vocab)
     counted = counts[rows]
-    generated = (counted >> 1) + recent
-    seen = (counted != 0) | (recent > 0)
+    generated = (counted >> 1) + _occurrences(tokens, starts, ends, vocab)
+    seen = (counted != 0) | (generated > 0)
     bias, (repetition, presence, frequency) = (
         bias[rows].to(x.dtype),
         (each[:, None].to(x.dtype) for each in (repetition_penalty, presence_penalty, frequency_penalty)),

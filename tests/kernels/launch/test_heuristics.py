@@ -64,6 +64,15 @@ def test_sample(device: Device, vocab_size: int, itemsize: int) -> None:
     assert launch.block <= 8 * heuristics.MAX_THREADS
 
 
+@given(devices, sizes, itemsizes)
+def test_adjust(device: Device, vocab_size: int, itemsize: int) -> None:
+    launch = heuristics.adjust_heuristic(device, vocab_size=vocab_size, itemsize=itemsize)
+    assert_legal(device, launch)
+    assert launch.block < 2 * vocab_size
+    threads = launch.num_warps * device.warp_size
+    assert launch.block == 4 * threads or threads == device.warp_size, "no 128-bit access of fp32 a thread"
+
+
 @pytest.mark.parametrize(
     ("size", "warps", "warps_of_64"), [(64, 1, 1), (4096, 8, 4), (5120, 16, 8), (8192, 16, 8), (16384, 16, 8)]
 )

@@ -6,6 +6,7 @@ python -m fastllama.testing.mutants tests/kernels/triton/mutants.py
 from __future__ import annotations
 
 from fastllama.testing.mutants import Mutant
+from tests.kernels.triton.adjust_mutants import ADJUST_MUTANTS
 from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, QUANTIZED_MUTANTS
 from tests.kernels.triton.compiled_mutants import COMPILED_MUTANTS
 from tests.kernels.triton.int4_mutants import INT4_MUTANTS
@@ -205,6 +206,7 @@ MUTANTS = [
     *WEIGHTS_MUTANTS,
     *FILTERS_MUTANTS,
     *SAMPLING_MUTANTS,
+    *ADJUST_MUTANTS,
     *ATTENTION_MUTANTS,
     *QUANTIZED_MUTANTS,
     *VALUES_MUTANTS,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastllama.catalogue.arguments import inputs
+from fastllama.catalogue.maker import Maker
+from fastllama.catalogue.sampling import adjust_logits
 from fastllama.testing.monitor import CheckedRun
 from tests.kernels.honest import public
 from tests.kernels.ops.test_rope import cache
@@ -28,6 +31,19 @@ def test_silu_mul_reads_two_and_writes_one(checked: CheckedRun) -> None:
     (launch,) = checked.launches
     assert launch.loaded == {"gate_up_ptr": ROWS * 2 * 2 * 13824}
     assert launch.stored == {"out_ptr": ROWS * 2 * 13824}
+
+
+@pytest.mark.interpreter
+def test_adjusting_logits_reads_three_and_writes_one(checked: CheckedRun) -> None:
+    """Two tiles of a row and part of a third; the tables of a row that asks for nothing are not read."""
+    vocab = 1100
+    call = inputs("adjust_logits", adjust_logits(Maker(torch.bfloat16), ROWS, vocab, slots=(1, -1, 0)))
+    public("adjust_logits", "triton")(**call)
+    (launch,) = checked.launches
+    tables = 4 * (ROWS - 1) * vocab
+    read = {name: launch.loaded[f"{name}_ptr"] for name in ("logits", "bias", "counts")}
+    assert read == {"logits": 2 * ROWS * vocab, "bias": tables, "counts": tables}
+    assert launch.stored == {"out_ptr": 4 * ROWS * vocab}
 
 
 @pytest.mark.interpreter

@@ -70,18 +70,17 @@ def adjust_logits_kernel(
     elif slot >= 0:
         bias = tl.load(bias_ptr + slot * bias_row_stride + col, mask=mask, other=0.0)  # [BLOCK]
         counted = tl.load(counts_ptr + slot * counts_row_stride + col, mask=mask, other=0)  # [BLOCK]
-        recent = tl.zeros([BLOCK], tl.int32)
+        generated = counted >> 1  # goes through the loop in the loads' layout, which zeros would not
         start, end = tl.maximum(tl.load(starts_ptr + row), 0), tl.minimum(tl.load(ends_ptr + row), num_tokens)
         for place in range(start, end):
             token = tl.load(tokens_ptr + place)
             token = tl.where((token >= 0) & (token < VOCAB), token, -1).to(tl.int32)  # comparisons in 32 bits
-            recent += (col == token).to(tl.int32)
-        generated = (counted >> 1) + recent
+            generated += (col == token).to(tl.int32)
         repetition = tl.full([BLOCK], tl.load(repetition_ptr + row), tl.float32)
         biased = tl.where(tl.abs(bias) < float("inf"), _bounded(x, x + bias), x + bias)
         # Rounded as IEEE 754 says, so that a penalty of 1 changes no bit.
         repeated = tl.where(biased > 0, tl.div_rn(biased, repetition), biased * repetition)
-        x = tl.where((counted != 0) | (recent > 0), _bounded(biased, repeated), biased)
+        x = tl.where((counted != 0) | (generated > 0), _bounded(biased, repeated), biased)
         less = tl.load(presence_ptr + row) + tl.load(frequency_ptr + row) * generated.to(tl.float32)
         x = tl.where(generated > 0, _bounded(x, x - less), x)
     tl.store(out_ptr + row * out_row_stride + col, x, mask=mask)
