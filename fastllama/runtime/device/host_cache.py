@@ -10,7 +10,7 @@ import torch
 from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
-from fastllama.runtime.device.memory import available_bytes
+from fastllama.runtime.device.memory import available_bytes, host_bytes, refusal
 from fastllama.runtime.planning.block_pool import Transfer
 
 logger = logging.getLogger("fastllama")
@@ -19,28 +19,21 @@ logger = logging.getLogger("fastllama")
 class HostCache:
     """Pages for num_tokens tokens, in the layout of `kv` and of the same dtype; pinned where `kv` is on a GPU.
 
-    Raises ValueError, in terms of the option host_cache_tokens, where there is too little memory for them.
+    Raises ValueError, in terms of the option host_cache_tokens, where memory for them, or memory to pin, runs out.
     """
 
     def __init__(self, kv: KVCache, config: LlamaConfig, num_tokens: int) -> None:
         pages = kv.layers[0].k_pages
         self._num_device_pages, page_size = pages.shape[0], pages.shape[2]
         num_pages = ceil_div(num_tokens, page_size)
-        pinned = pages.device.type == "cuda"
-        size = num_pages * page_size * KVCache.bytes_per_token(config, pages.dtype)
-        if pinned:
-            size = KVCache.pinned_bytes(config, num_pages * page_size, pages.dtype)
-        fits = available_bytes(torch.device("cpu"))
-        refusal = (
-            f"host_cache_tokens is {num_tokens}, which take {size / 1e9:.2f} GB of host memory; legal here: "
-            f"what fits into {fits / 1e9:.2f} GB"
-        )
-        if size > fits:
-            raise ValueError(refusal)
+        size = host_bytes(config, num_tokens, page_size, pages.dtype, pages.device)
         try:
-            host = KVCache.allocate(config, num_pages, page_size, pages.dtype, "cpu", pinned=pinned)
-        except RuntimeError as error:  # what torch raises where memory, or memory to pin, runs out
-            raise ValueError(refusal) from error
+            host = KVCache.allocate(
+                config, num_pages, page_size, pages.dtype, "cpu", pinned=pages.device.type == "cuda"
+            )
+        except RuntimeError as error:  # what torch raises
+            fits = available_bytes(torch.device("cpu"))
+            raise refusal("host_cache_tokens", num_tokens, size, fits) from error
         # (device, host) of each layer's tensors. A page of one is contiguous: one copy, without memory in between.
         self._pairs = [
             pair

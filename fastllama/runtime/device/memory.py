@@ -101,6 +101,26 @@ class Sizes:
         )
 
 
+def refusal(name: str, value: int, size: int, fits: int, most: int | None = None) -> ValueError:
+    """The error for an option whose value takes `size` bytes where `fits` are free. most: the largest that fits."""
+    at_most = "" if most is None else f"at most {most}, "
+    return ValueError(
+        f"{name} is {value}, which takes {_gigabytes(size)}; legal here: {at_most}what fits into {_gigabytes(fits)}"
+    )
+
+
+def _gigabytes(size: int) -> str:
+    """To two digits, and of any integer: a float ends at 1e308."""
+    return f"{size // 10**9}.{size // 10**7 % 100:02d} GB"
+
+
+def _check(name: str, value: int | None, of_each: int, fits: int) -> None:
+    """Raise ValueError if an option is given of which each takes so many bytes, and all more than what fits."""
+    fits = max(fits, 0)
+    if value is not None and value * of_each > fits:
+        raise refusal(name, value, value * of_each, fits, fits // of_each)
+
+
 def sizes(
     config: LlamaConfig,
     *,
@@ -110,6 +130,7 @@ def sizes(
     kv_dtype: torch.dtype,
     page_size: int,
     more_per_token: int = 0,
+    num_draft_tokens: int = 0,
     max_model_len: int | None = None,
     kv_cache_tokens: int | None = None,
     max_num_seqs: int | None = None,
@@ -118,12 +139,15 @@ def sizes(
     """The sizes that are given, and for those that are None what suits the model and the memory.
 
     device: "cpu" or "cuda". available: bytes that are free beside the weights. dtype: of activations. kv_dtype: of
-    pages. more_per_token: bytes that a draft model keeps of each token. The KV cache gets a share of what the largest
-    step leaves, but no more than all sequences can fill.
-    Raises ValueError where a sequence of max_model_len could never fit.
+    pages. more_per_token: bytes that a draft model keeps of each token. num_draft_tokens: that are verified for each
+    sequence in a step, or 0. The KV cache gets a share of what the largest step leaves, but no more than all sequences
+    can fill.
+    Raises ValueError where a sequence of max_model_len could never fit, and for what is given and takes more memory
+    than there is.
     """
     of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
-    of_row = config.vocab_size * (dtype.itemsize + torch.float32.itemsize)  # logits, and what is drawn from
+    # Logits of a sequence, and what is sampled from: of its last token and of the drafts behind it.
+    of_seq = config.vocab_size * (dtype.itemsize + torch.float32.itemsize) * (1 + num_draft_tokens)
     share = int(available * STEP_SHARE)
     tokens = max_num_batched_tokens
     if tokens is None:
@@ -131,13 +155,16 @@ def sizes(
         tokens = max(min(1 << fits.bit_length() - 1, MOST_TOKENS[device]), max_num_seqs or 1)
     seqs = max_num_seqs
     if seqs is None:
-        seqs = min(max(share // of_row, LEAST_SEQS), MOST_SEQS[device], tokens)
+        seqs = min(max(share // of_seq, LEAST_SEQS), MOST_SEQS[device], tokens)
 
     length = config.context_length if max_model_len is None else max_model_len
     of_kv = KVCache.bytes_per_token(config, kv_dtype) + more_per_token
+    left = max(available - tokens * of_token - seqs * of_seq, 0)
+    _check("max_num_seqs", max_num_seqs, of_seq + of_token, available)  # in each step, each has a token at least
+    _check("max_num_batched_tokens", max_num_batched_tokens, of_token, available - seqs * of_seq)
+    _check("kv_cache_tokens", kv_cache_tokens, of_kv, left)
     held = kv_cache_tokens
     if held is None:
-        left = max(available - tokens * of_token - seqs * of_row, 0)
         held = max(int(left * KV_SHARE[device] / of_kv) // page_size, 1) * page_size
     if max_num_seqs is None:
         seqs = min(seqs, max(held // max(min(length // 4, EXPECTED_TOKENS), page_size), LEAST_SEQS))
@@ -153,23 +180,46 @@ def sizes(
     return Sizes(length, held, held * of_kv, seqs, tokens)
 
 
-def choose(model: LlamaForCausalLM, options: EngineOptions, kv_dtype: torch.dtype, more_per_token: int) -> Sizes:
-    """The sizes of a runtime for a model, by what is free now, as the log then says. See `sizes`."""
+def choose(
+    model: LlamaForCausalLM,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    more_per_token: int,
+    num_draft_tokens: int = 0,
+) -> Sizes:
+    """The sizes of a runtime for a model, by what is free now, as the log then says. See `sizes`.
+
+    Raises ValueError before anything is allocated, for host_cache_tokens too.
+    """
+    available = available_bytes(model.device)
     chosen = sizes(
         model.config,
         device=model.device.type,
-        available=available_bytes(model.device),
+        available=available,
         dtype=model.dtype,
         kv_dtype=kv_dtype,
         page_size=options.page_size,
         more_per_token=more_per_token,
+        num_draft_tokens=num_draft_tokens,
         max_model_len=options.max_model_len,
         kv_cache_tokens=options.kv_cache_tokens,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
+    wanted = host_bytes(model.config, options.host_cache_tokens, options.page_size, kv_dtype, model.device)
+    fits = available - chosen.kv_cache_bytes if model.device.type == "cpu" else available_bytes(torch.device("cpu"))
+    if wanted > max(fits, 0):
+        raise refusal("host_cache_tokens", options.host_cache_tokens, wanted, max(fits, 0))
     logger.info("%s", chosen)
     held, limit = chosen.max_model_len, model.config.context_length
     if options.max_model_len is None and held < limit:
         logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
     return chosen
+
+
+def host_bytes(config: LlamaConfig, num_tokens: int, page_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Host memory that pages for so many tokens take beside a model on a device: pinned where that is a GPU."""
+    num_tokens = ceil_div(num_tokens, page_size) * page_size
+    if device.type == "cuda" and num_tokens:
+        return KVCache.pinned_bytes(config, num_tokens, dtype)
+    return num_tokens * KVCache.bytes_per_token(config, dtype)

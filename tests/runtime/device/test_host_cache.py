@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastllama import LLM, SamplingParams
-from fastllama.layers.batch import KVCache, LayerKV
-from fastllama.runtime.device import host_cache
+from fastllama.layers.batch import KVCache
+from fastllama.runtime.device import memory
 from fastllama.runtime.device.host_cache import HostCache
 from fastllama.runtime.device.runner import Runner, StepLogits
 from fastllama.runtime.planning.block_pool import Transfer
@@ -220,9 +220,10 @@ def test_its_size_is_told_and_must_fit(monkeypatch: pytest.MonkeyPatch, caplog: 
 
     assert made() == []
     assert made(host_cache_tokens=100_000) == ["host cache: 100000 tokens, 0.10 GB"], "1 KiB for each in fp64"
-    refusal = r"^host_cache_tokens is 100000, which take 0\.10 GB of host memory; legal here: what fits into "
+    refusal = r"^host_cache_tokens is 100000, which takes 0\.10 GB; legal here: what fits into "
     with monkeypatch.context() as patch:
-        patch.setattr(host_cache, "available_bytes", lambda device: 99_999 * 1024)
+        # On a CPU both caches are in one memory.
+        patch.setattr(memory, "available_bytes", lambda device: 100_000 * 1024 + 2**20 - 1)
         with pytest.raises(ValueError, match=refusal + r"0\.10 GB$"):
             made(host_cache_tokens=100_000)
 
@@ -259,14 +260,8 @@ def test_pinned_pages_are_one_block(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert block.nbytes <= taken < 2 * block.nbytes
 
 
-def test_the_check_counts_what_a_pinned_block_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pages:
-        """On a GPU."""
-
-        shape, dtype, device = (4, 2, 16, 8), torch.float32, torch.device("cuda")
-
-    kv = KVCache((LayerKV(Pages(), Pages()),))  # type: ignore[arg-type]
-    exact = 48 * KVCache.bytes_per_token(CONFIG, torch.float32)
-    monkeypatch.setattr(host_cache, "available_bytes", lambda device: exact)
-    with pytest.raises(ValueError, match=f"which take {KVCache.pinned_bytes(CONFIG, 48, torch.float32) / 1e9:.2f} GB"):
-        HostCache(kv, CONFIG, 48)
+def test_the_check_counts_what_a_pinned_block_takes() -> None:
+    cpu, cuda = (memory.host_bytes(CONFIG, 33, 16, torch.float32, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert cpu == 48 * KVCache.bytes_per_token(CONFIG, torch.float32)
+    assert cuda == KVCache.pinned_bytes(CONFIG, 48, torch.float32) > cpu
+    assert memory.host_bytes(CONFIG, 0, 16, torch.float32, torch.device("cuda")) == 0

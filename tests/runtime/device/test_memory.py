@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama import LlamaConfig
+from fastllama import LLM, LlamaConfig
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import PRESETS
 from fastllama.runtime.device import memory
 from fastllama.runtime.device.memory import Sizes
+from tests.runtime.models import ours
 
 GROUPS = {
     "v2": ("0::/a/b", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -128,8 +130,10 @@ def test_what_is_given_stays_and_the_rest_is_chosen_to_fit() -> None:
     assert chosen(kv_cache_tokens=40, max_model_len=40) == Sizes(40, 64, 64 * 1024, 16, 2048)
     assert chosen(kv_cache_tokens=200) == Sizes(200, 256, 256 * 1024, 16, 2048)
     assert chosen(kv_cache_tokens=40 * 128).max_num_seqs == 40, "a quarter of 512 each"
-    assert chosen(LLAMA2_7B, kv_cache_tokens=40 * 1024).max_num_seqs == 40, "a quarter of 4096 each"
-    assert chosen(LONG, kv_cache_tokens=40 * 1024).max_num_seqs == 40, "a quarter of 131072 is more than is expected"
+    assert chosen(LLAMA2_7B, gigabytes=66, kv_cache_tokens=40 * 1024).max_num_seqs == 40, "a quarter of 4096 each"
+    assert chosen(LONG, gigabytes=66, kv_cache_tokens=40 * 1024).max_num_seqs == 40, (
+        "a quarter of 131072 is more than is expected"
+    )
 
 
 def test_a_step_that_is_given_takes_from_the_cache() -> None:
@@ -145,6 +149,51 @@ def test_a_sequence_that_could_never_fit_is_refused() -> None:
         message = f"^max_model_len is 100 and the KV cache holds {held} tokens; legal: at most kv_cache_tokens$"
         with pytest.raises(ValueError, match=message):
             chosen(max_model_len=100, **given)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"])
+def test_what_is_given_fits_or_is_refused(name: str, device: str) -> None:
+    """The refusal says what fits, and that does."""
+    for value in (10**7, 10**12, 10**30, 10**400):
+        with pytest.raises(ValueError, match=f"^{name} is {value}, which takes [0-9.]* GB; legal here: ") as refused:
+            chosen(LLAMA2_7B, gigabytes=66, device=device, **{name: value})
+        found = re.search(r"at most (\d+), what fits into (\S*) GB$", str(refused.value))
+        assert found is not None
+        assert 60 < float(found[2]) <= 66
+        legal = int(found[1])
+        sizes = chosen(LLAMA2_7B, gigabytes=66, device=device, **{name: legal})
+        assert legal <= getattr(sizes, name) < legal + 64
+        with pytest.raises(ValueError, match=f"^{name} is"):
+            chosen(LLAMA2_7B, gigabytes=66, device=device, **{name: legal + 1})
+
+
+def test_what_is_given_together_fits_together() -> None:
+    given = {"max_num_seqs": 1000, "max_num_batched_tokens": 10**5, "kv_cache_tokens": 10**5}
+    taken = (1000 * 32000 * 6, 10**5 * (2 * 4096 + 3 * 11008) * 2, 10**5 * 2**19)
+    assert chosen(LLAMA2_7B, gigabytes=sum(taken) / GB + 1e-8, **given).kv_cache_tokens == 100032
+    for missing, name in ((taken[2] + 1, "max_num_batched_tokens"), (1, "kv_cache_tokens")):
+        with pytest.raises(ValueError, match=f"^{name} is 100000"):
+            chosen(LLAMA2_7B, gigabytes=(sum(taken) - missing) / GB, **given)
+
+
+def test_logits_of_drafts_are_counted() -> None:
+    """A step has logits of each draft too."""
+    plain, drafting = (chosen(LONG, gigabytes=2, kv_cache_tokens=4096, num_draft_tokens=n) for n in (0, 3))
+    assert (plain.max_num_seqs, drafting.max_num_seqs) == (16, 16)
+    plain, drafting = (chosen(LONG, gigabytes=64, device="cuda", num_draft_tokens=n) for n in (0, 15))
+    assert (plain.max_num_seqs, drafting.max_num_seqs) == (256, 162)
+    assert drafting.kv_cache_tokens < plain.kv_cache_tokens
+    assert chosen(max_num_seqs=100, gigabytes=0.007).max_num_seqs == 100
+    with pytest.raises(ValueError, match=r"^max_num_seqs is 100, which takes 0\.00 GB; legal here: at most"):
+        chosen(max_num_seqs=100, gigabytes=0.001, num_draft_tokens=7)
+
+
+@pytest.mark.parametrize("name", ["kv_cache_tokens", "host_cache_tokens", "max_num_seqs", "max_num_batched_tokens"])
+@pytest.mark.parametrize("value", [10**12, 10**30])
+def test_nothing_is_allocated_for_what_does_not_fit(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is {value}, which takes .* GB; legal here: "):
+        LLM(ours(), progress=False, **{name: value})
 
 
 def test_one_line_says_it() -> None:
