@@ -81,11 +81,12 @@ class PackedLinear(LinearBase):
     """A linear layer whose weight is kept in another form."""
 
     in_features: int
+    out_features: int
 
     @property
     def num_weights(self) -> int:
-        """out_features * in_features."""
-        raise NotImplementedError
+        """Numbers that were trained."""
+        return self.out_features * self.in_features
 
     @property
     def weight(self) -> Tensor:
@@ -112,20 +113,18 @@ class Bf12Linear(PackedLinear):
         self.register_buffer("codes", codes)
         self.register_buffer("outliers", outliers)
         self.exponent, self.bias = exponent, bias
-        self.in_features = codes.shape[1] * 2 // 3
-
-    @property
-    def num_weights(self) -> int:
-        return self.codes.shape[0] * self.in_features
+        self.out_features, self.in_features = codes.shape[0], codes.shape[1] * 2 // 3
 
     @property
     def weight(self) -> Tensor:
         return kernels.unpack_bf12(self.codes, self.outliers, self.exponent)
 
     def set_rows(self, start: int, rows: Tensor) -> bool:
-        weight = self.weight
-        weight[start : start + rows.shape[0]] = rows
-        codes, outliers, exponent = kernels.pack_bf12(weight)
+        if rows.shape[0] < self.out_features:
+            weight = self.weight
+            weight[start : start + rows.shape[0]] = rows
+            rows = weight
+        codes, outliers, exponent = kernels.pack_bf12(rows)
         self.codes.copy_(codes)
         if (outliers.shape, exponent) == (self.outliers.shape, self.exponent):
             self.outliers.copy_(outliers)
@@ -150,11 +149,7 @@ class CodesLinear(PackedLinear):
         super().__init__()
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
-        self.in_features, self.bias = in_features, bias
-
-    @property
-    def num_weights(self) -> int:
-        return self.scales.shape[0] * self.in_features
+        self.out_features, self.in_features, self.bias = scales.shape[0], in_features, bias
 
     @staticmethod
     def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -176,9 +171,10 @@ class CodesLinear(PackedLinear):
         codes, scales = self.quantize(rows, self.in_features // self.scales.shape[1])
         first, last = start // ROWS, ceil_div(end, ROWS)
         tiles, base = self.packed[first:last], first * ROWS
-        held = self.unpack(tiles, (last - first) * ROWS, self.in_features)  # with rows beside the new ones
-        held[start - base : end - base] = codes
-        tiles.copy_(self.pack(held))
+        if start % ROWS or end % ROWS:
+            some, codes = codes, self.unpack(tiles, (last - first) * ROWS, self.in_features)
+            codes[start - base : end - base] = some
+        tiles.copy_(self.pack(codes))
         self.scales[start:end] = scales
         return False
 
@@ -205,7 +201,7 @@ class Int4Linear(CodesLinear):
 
     @property
     def weight(self) -> Tensor:
-        codes = self.unpack(self.packed, self.scales.shape[0], self.in_features)
+        codes = self.unpack(self.packed, self.out_features, self.in_features)
         return kernels.dequantize_int4(codes, self.scales.float())
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
@@ -232,7 +228,7 @@ class Int8Linear(CodesLinear):
 
     @property
     def weight(self) -> Tensor:
-        codes = self.unpack(self.packed, self.scales.shape[0], self.in_features)
+        codes = self.unpack(self.packed, self.out_features, self.in_features)
         return kernels.dequantize_int8(codes, self.scales.float())
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastllama.errors import nearest, shown
 from fastllama.kernels.dispatch.plainness import is_plain
@@ -23,8 +24,9 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
     its weights would give; layers keep their kind. Either name fills the matrix of tied embeddings, both must agree.
 
     A collection (a dict, a list) is checked as a whole before anything is written. Of an iterator each tensor is
-    checked, written and let go before the next is asked for, so that those before a wrong one are written. Memory: what
-    packing one tensor takes, or in bf12 one fused layer.
+    checked, copied and let go before the next is asked for, so where one is wrong, most of those before it are written.
+    Memory: one packed layer, as a weight and packed. A fused layer is packed once where its parts come one after
+    another; in bf12 a part that comes apart from the others takes about seven times as long.
 
     Every parameter and buffer keeps its memory, and captured decode steps stay right, with one exception: in bf12 the
     number of outliers and the exponent follow the weights. Returns whether these changed in any layer: captured steps
@@ -41,9 +43,13 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
     if at_once:
         checked = list(checked)
     replaced = False
-    for slot, tensor in checked:
-        replaced |= _write(model, slot, tensor)
-        del tensor  # before the next is made
+    for name, parts in groupby(checked, key=lambda part: part[0].parameter):
+        path, _, kind = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if kind == "weight" and isinstance(layer, PackedLinear):
+            replaced |= _pack(layer, model.dtype, parts)
+        else:
+            _copy(getattr(layer, kind), parts)
     return replaced
 
 
@@ -73,7 +79,7 @@ def _checked(
             if at_once and slot == table[EMBEDDING]:
                 tied = tensor
             yield slot, tensor
-            del tensor  # before the next is made
+            del tensor
         elif first == name:
             raise ValueError(f"tensor {shown(name)} appears twice; legal: each name once")
         elif not torch.equal(tensor.to(model.embed_tokens.weight), tied.to(model.embed_tokens.weight)):
@@ -94,23 +100,35 @@ def _trouble(model: LlamaForCausalLM, slot: Slot, tensor: Tensor) -> str | None:
     if not is_plain([tensor]) or tensor.layout != torch.strided:
         kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
         return f"of shape {list(tensor.shape)} is a {kind}; legal: plain tensors with data, such as full_tensor() gives"
-    layer, kind = _place(model, slot)
+    path, _, kind = slot.parameter.rpartition(".")
+    layer = model.get_submodule(path)
     packed = kind == "weight" and isinstance(layer, PackedLinear)
     columns = (layer.in_features,) if packed else getattr(layer, kind).shape[1:]
     return unfit(tensor, slot, (slot.rows, *columns), model.dtype)
 
 
-def _place(model: LlamaForCausalLM, slot: Slot) -> tuple[nn.Module, str]:
-    """The layer of a slot, and its "weight" or "bias"."""
-    path, _, kind = slot.parameter.rpartition(".")
-    return model.get_submodule(path), kind
+def _copy(weight: Tensor, parts: Iterable[tuple[Slot, Tensor]]) -> list[Slot]:
+    """Copy tensors to their rows of a weight, each before the next is asked for; returns where."""
+    found = []
+    for slot, tensor in parts:
+        with torch.inference_mode():
+            weight[slot.start : slot.start + slot.rows].copy_(tensor)
+        found.append(slot)
+        del tensor
+    return found
 
 
-@torch.inference_mode()
-def _write(model: LlamaForCausalLM, slot: Slot, tensor: Tensor) -> bool:
-    """Returns whether buffers were replaced."""
-    layer, kind = _place(model, slot)
-    if kind == "weight" and isinstance(layer, PackedLinear):
-        return layer.set_rows(slot.start, tensor.to(model.device, model.dtype).contiguous())
-    getattr(layer, kind)[slot.start : slot.start + slot.rows].copy_(tensor)
-    return False
+def _pack(layer: PackedLinear, dtype: torch.dtype, parts: Iterable[tuple[Slot, Tensor]]) -> bool:
+    """Pack rows of a layer anew. Returns whether buffers were replaced."""
+    device = next(layer.buffers()).device
+    weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
+    found = _copy(weight, parts)
+    if sum(slot.rows for slot in found) == layer.out_features:
+        ranges = [(0, layer.out_features)]
+    else:
+        ranges = [(slot.start, slot.start + slot.rows) for slot in found]
+    replaced = False
+    with torch.inference_mode():
+        for start, end in ranges:
+            replaced |= layer.set_rows(start, weight[start:end])
+    return replaced
