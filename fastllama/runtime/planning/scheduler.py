@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import abc, deque
+from collections import abc
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Status
 from fastllama.runtime.planning.step import Chunk, Step
+from fastllama.runtime.planning.waiting import WaitingQueue
 
 
 class _Lookup(NamedTuple):
@@ -35,9 +36,9 @@ class Scheduler:
     Chunked prefill: Agrawal et al. 2023 (arXiv 2308.16369); paging, preemption: Kwon et al. 2023 (arXiv 2309.06180).
 
     Long prompts do not hold up short ones. The queue is one of arrival, but a prompt that has not begun lets later
-    ones pass until they have had half as many tokens as itself: the foremost of those passed pays, for they delay the
-    ones behind it no more. So a flood of short prompts delays a long one by half of its tokens and of those ahead of
-    it. And beside prompts that are under way, up to half of a step admits prompts that fit there whole.
+    ones pass until they have had half as many tokens as itself (waiting.py). So a flood of short prompts delays a long
+    one by half of its tokens and of those ahead of it. And beside prompts that are under way, up to half of a step
+    admits prompts that fit there whole.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -49,7 +50,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.num_preemptions = 0
-        self._waiting: deque[Sequence] = deque()  # the next to be admitted first
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # oldest first
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
@@ -76,7 +77,7 @@ class Scheduler:
         max_length = self.check(length, request.params)
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
         request.sequences.append(seq)
-        self._queue(seq)
+        self._waiting.add(seq)
 
     def fork(self, seq: Sequence, request: Request) -> None:
         """Add a request with the prompt of another, which goes on where that one's only sequence stands.
@@ -98,7 +99,7 @@ class Scheduler:
         else:
             child.release_pages()
             child.status = Status.WAITING
-            self._queue(child)
+            self._waiting.add(child)
 
     def check(self, length: int, params: SamplingParams) -> int:
         """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask."""
@@ -111,11 +112,14 @@ class Scheduler:
             )
         if n > self.max_num_seqs:
             raise ValueError(f"n is {n}; legal: at most {self.max_num_seqs}, which is max_num_seqs")
-        max_length = min(length + max_tokens, self.max_model_len)
-        if self.pool.pages_for(max_length) > self.pool.num_pages:
+        held = self.pool.num_pages * self.pool.page_size
+        # Without max_tokens to the end of the context, or of the pages there are.
+        wanted = max(held, length + 1) if max_tokens is None else length + max_tokens
+        max_length = min(wanted, self.max_model_len)
+        if max_length > held:
             raise ValueError(
                 f"a prompt of {length} tokens with max_tokens {max_tokens} may grow to {max_length} tokens; "
-                f"legal: at most {self.pool.num_pages * self.pool.page_size}, the size of the KV cache"
+                f"legal: at most {held}, the size of the KV cache"
             )
         return max_length
 
@@ -261,15 +265,6 @@ class Scheduler:
         for seq in request.sequences:
             self.finish(seq, reason, stop_reason)
 
-    def _queue(self, seq: Sequence) -> None:
-        """Behind all that wait, but for those that let it pass."""
-        length, place = len(seq.token_ids), len(self._waiting)
-        while place > 0 and length <= self._waiting[place - 1].patience:
-            place -= 1
-        if place < len(self._waiting):
-            self._waiting[place].patience -= length
-        self._waiting.insert(place, seq)
-
     def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
         """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
         page_ids, index = seq.page_ids, seq.num_computed // self.pool.page_size
@@ -292,7 +287,7 @@ class Scheduler:
         seq = self._running.pop()
         self._release(seq)
         seq.status, seq.patience = Status.WAITING, 0
-        self._waiting.appendleft(seq)
+        self._waiting.put_first(seq)
         self.num_preemptions += 1
         return seq
 
@@ -302,7 +297,7 @@ class Scheduler:
         most: tokens to compute that all of them may have together; None for no limit.
         """
         while self._waiting:
-            seq = self._waiting[0]
+            seq = self._waiting.head
             if self._num_seats + seq.num_seats > self.max_num_seqs or self._still_waits(seq, most):
                 return
             # Prompt log-probabilities need the logits of every row, so all rows must be computed.
@@ -325,7 +320,8 @@ class Scheduler:
                 seq.request.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
             seq.status = Status.RUNNING
             self._num_seats += seq.num_seats
-            self._running.append(self._waiting.popleft())
+            self._waiting.remove(seq)
+            self._running.append(seq)
             yield seq
 
     def _still_waits(self, seq: Sequence, most: int | None) -> bool:

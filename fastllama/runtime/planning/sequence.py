@@ -92,7 +92,7 @@ def check_fork(request: Request, params: SamplingParams) -> None:
         if n != 1:
             raise ValueError(f"{name} is {n}; legal: 1")
     num_generated = len(request.sequences[0].token_ids) - len(request.prompt_token_ids)
-    if params.max_tokens <= num_generated:
+    if params.max_tokens is not None and params.max_tokens <= num_generated:
         raise ValueError(
             f"max_tokens is {params.max_tokens}, of which {num_generated} are there; "
             f"legal: at least {num_generated + 1}"
