@@ -28,11 +28,7 @@ def token_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[i
 def banned_next(sequences: Sequence[Sequence[int]], generated_ids: Sequence[int]) -> set[int]:
     """The token ids that would complete one of the sequences behind these generated ids."""
     length = len(generated_ids)
-    return {
-        last
-        for *first, last in sequences
-        if len(first) <= length and list(generated_ids[length - len(first) :]) == first
-    }
+    return {last for *first, last in sequences if list(generated_ids[length - len(first) :]) == first}
 
 
 def _inside(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

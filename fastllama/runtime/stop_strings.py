@@ -87,5 +87,5 @@ class StopSearch:
                     return self.stops.shown(held[:start]), self.stops.given[node[_END]]
         certain = next((start for start, node in self._begun if len(node) > (_END in node)), len(held))
         self._held = held[certain:]
-        self._begun = [(start - certain, node) for start, node in self._begun if start >= certain]
+        self._begun = [(start - certain, node) for start, node in self._begun]
         return self.stops.shown(held[:certain]), None

@@ -322,6 +322,24 @@ def test_a_copy_is_equal_and_hashes_alike(again: Any) -> None:
     assert len({FULL, again(FULL), SamplingParams(logit_bias={3: -2.0})}) == 2
 
 
+def test_numbers_are_held_as_their_fields_type() -> None:
+    params = SamplingParams(
+        temperature=1, top_p=1, min_p=0, repetition_penalty=2, presence_penalty=1, logit_bias={3: 1}
+    )
+    held = [params.temperature, params.top_p, params.min_p, params.repetition_penalty, params.presence_penalty]
+    assert {type(value) for value in (*held, *(params.logit_bias or {}).values())} == {float}
+
+
+def test_a_processor_need_not_be_hashable() -> None:
+    class Masks(list[int]):
+        def __call__(self, _: list[int], logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    params = SamplingParams(logits_processors=[Masks([3])])
+    assert hash(params) == hash(SamplingParams(logits_processors=[Masks([3])]))
+    assert params != SamplingParams(logits_processors=[Masks([4])])
+
+
 def test_positional_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="positional argument"):
         SamplingParams(3)  # type: ignore[misc]
