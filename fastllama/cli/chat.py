@@ -20,8 +20,8 @@ from fastllama.cli.options import (
     add_sampling_options,
     check_names,
     describe_defaults,
+    failure_in_words,
     load,
-    no_numbers,
     sampling_params,
 )
 from fastllama.cli.parser import add_command as add
@@ -140,7 +140,7 @@ class Conversation:
         llm = self.loaded.llm
         generation = llm.start(ids, self.params)
         begun = False
-        with suppress(KeyboardInterrupt), _interruptible() as interrupted:
+        with failure_in_words(), suppress(KeyboardInterrupt), _interruptible() as interrupted:
             for piece in llm.follow(generation):
                 shown = piece if begun else piece.lstrip()
                 begun = begun or bool(shown)
@@ -150,8 +150,6 @@ class Conversation:
         llm.engine.abort(generation)
         output = generation.output()
         (sample,) = output.outputs
-        if sample.finish_reason == "error":
-            raise ValueError(no_numbers(sample))
         if sample.text.strip():
             self._turns.append({"role": "assistant", "content": sample.text})
         else:
@@ -162,7 +160,7 @@ class Conversation:
     def _fitting_ids(self) -> list[int] | None:
         """The conversation's ids, its oldest turns dropped until there is room for an answer; None if that fails."""
         limit = self.loaded.llm.engine.scheduler.max_model_len
-        room = min(self.params.max_tokens, limit // 4)
+        room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         while True:
             try:

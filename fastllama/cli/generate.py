@@ -18,8 +18,8 @@ from fastllama.cli.options import (
     add_sampling_options,
     check_names,
     describe_defaults,
+    failure_in_words,
     load,
-    no_numbers,
     sampling_params,
 )
 from fastllama.cli.parser import add_command as add
@@ -88,13 +88,11 @@ def run(args: argparse.Namespace) -> int:
     defaults = loaded.llm.sampling_defaults
     text = PromptText.of(prompt, loaded.tokenizer)
     params = sampling_params(args, defaults, **more, **text.ends)
-    if params.n == 1 and not args.json:
-        output = _stream(loaded, text, params)
-    else:
-        (output,) = loaded.llm.generate(text.given, params)
-    for sample in output.outputs:
-        if sample.finish_reason == "error":
-            raise ValueError(no_numbers(sample))
+    with failure_in_words():
+        if params.n == 1 and not args.json:
+            output = _stream(loaded, text, params)
+        else:
+            (output,) = loaded.llm.generate(text.given, params)
     if args.json:
         print(json.dumps(_as_json(loaded, prompt, params, output)), flush=True)
         return 0

@@ -6,15 +6,15 @@ import argparse
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastllama.cli.text import argument, unescape
-from fastllama.errors import check_choice
+from fastllama.errors import RequestError, check_choice
 from fastllama.layers.config import DTYPES
 from fastllama.layers.quantization import WORDS, quantization_of
-from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -225,6 +225,13 @@ def load(args: argparse.Namespace) -> Loaded:
     return Loaded(args.model, llm, llm.tokenizer, backend, time.perf_counter() - start)
 
 
-def no_numbers(sample: CompletionOutput) -> str:
-    """What to tell the user when a sample ended in an error."""
-    return f"{sample.stop_reason}; if the dtype is float16, try --dtype bfloat16 or float32"
+@contextmanager
+def failure_in_words() -> Iterator[None]:
+    """Raises what the one request within failed with, not that it did; ValueError where it has no cause but a text."""
+    try:
+        yield
+    except RequestError as error:
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        hint = "if the dtype is float16, try --dtype bfloat16 or float32"
+        raise ValueError(f"{str(error).partition(': ')[2]}; {hint}") from None

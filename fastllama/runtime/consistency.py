@@ -25,6 +25,7 @@ class Consistency:
 
     def __init__(self) -> None:
         self.torn = False
+        self.cause = ""  # what broke into a change last
 
     def mend(self, start_anew: Callable[[], None]) -> None:
         """Start anew if the last change was broken into."""
@@ -54,6 +55,8 @@ class _Change:
     ) -> None:
         if kind is None:
             self._consistency.torn = False
+        else:
+            self._consistency.cause = repr(error)
 
 
 class _Attempt:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections import abc
+from collections import abc, deque
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+from weakref import WeakSet
+
+from torch import Tensor
 
 from fastllama.arithmetic import ceil_div
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.batch import KVCache
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.update import update_weights
+from fastllama.runtime.access import Access
 from fastllama.runtime.consistency import Consistency
 from fastllama.runtime.device import memory
-from fastllama.runtime.device.execution import Launched, launch
+from fastllama.runtime.device.execution import Launched, launch, launch_parts
+from fastllama.runtime.device.probe import device_error
 from fastllama.runtime.device.runner import Runner
 from fastllama.runtime.device.warm_up import warm_up
 from fastllama.runtime.drafting.draft_model import DraftModel
@@ -31,15 +40,16 @@ logger = logging.getLogger("fastllama")
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time, on the caller's thread.
+    """Requests in, tokens out, one step at a time, on the caller's thread; threads take turns (access.py).
 
-    step() may raise what the model raises; the requests then stay, and are recomputed by the next step (but for
-    step(isolate=True), by which those fail that it raises for). What breaks into the bookkeeping instead (Ctrl-C, a
-    bug) leaves unknown which pages belong to whom: the next call ends every request with "abort" and starts with an
-    empty pool (consistency.py).
+    Where a step raises, those requests end with "error" that it raises for, and the others go on (isolation.py). What
+    breaks into the bookkeeping instead (Ctrl-C, a bug) leaves unknown which pages belong to whom: the next call ends
+    every request with "abort" and starts with an empty pool (consistency.py).
     speculation: what proposes draft tokens (see speculation.py): "prompt_lookup", or a smaller model of the same
     vocabulary, on the same device; None for no drafts.
     """
+
+    _alive: ClassVar[WeakSet[Engine]] = WeakSet()
 
     def __init__(
         self,
@@ -57,8 +67,12 @@ class Engine:
         self._page_size = size = options.page_size
         num_pages = sizes.kv_cache_tokens // size
         scheduler = self._new_scheduler(num_pages, ceil_div(options.host_cache_tokens, size))
-        self._requests = LiveRequests(scheduler, tokenizer, model.config, options.seed)
         self._ahead: Launched | None = None  # the step after the last that was taken in, where it runs already
+        self._raised_ahead: set[type[Exception]] = set()
+        self._to_abort: deque[tuple[Generation, FinishReason]] = deque()  # asked for within a step
+        self.failures_in_a_row = 0  # steps of which nothing succeeded
+        self.device_error: Exception | None = None  # which the device will not recover from
+        self.access = Access()
         self._consistency = Consistency()
         self._runner = Runner(
             model,
@@ -76,7 +90,15 @@ class Engine:
             if draft is not None:
                 drafter = DraftModel(draft, model, num_pages, size, sizes)
             self.speculation = Speculation(drafter, options.num_draft_tokens)
-        self._raised_ahead: set[type[Exception]] = set()
+        forget = [] if self.speculation is None else [self.speculation.forget]
+        seed = random.SystemRandom().getrandbits(63) if options.seed is None else options.seed
+        self._requests = LiveRequests(scheduler, tokenizer, model.config, seed, forget)
+        Engine._alive.add(self)
+
+    @classmethod
+    def runs(cls, model: LlamaForCausalLM) -> bool:
+        """Whether an engine of this process runs a model."""
+        return any(engine.model is model for engine in cls._alive)
 
     def _new_scheduler(self, num_pages: int, num_host_pages: int) -> Scheduler:
         return Scheduler(
@@ -87,7 +109,8 @@ class Engine:
         )
 
     def _start_anew(self) -> None:
-        self._requests.start_anew(self._new_scheduler(self.pool.num_pages, self.pool.num_host_pages))
+        scheduler = self._new_scheduler(self.pool.num_pages, self.pool.num_host_pages)
+        self._requests.start_anew(scheduler, self._consistency.cause)
         self._ahead = None
 
     def _roll_back(self) -> None:
@@ -132,69 +155,111 @@ class Engine:
         *,
         prompt: str | None = None,
         arrival: float | None = None,
+        request_id: str | None = None,
     ) -> Generation:
         """Queue a prompt. Raises ValueError, and changes nothing, where check_request does.
 
-        arrival: when it came, by time.monotonic(); None is now.
+        arrival: when it came, by time.monotonic(); None is now. request_id: none of an unfinished request; None makes
+        one.
         """
         ids = tuple(prompt_token_ids)
         self._requests.check(ids, params)
-        with self._consistency.change(self._start_anew):
-            return self._requests.add(ids, params, prompt, time.monotonic() if arrival is None else arrival)
+        with self.access, self._consistency.change(self._start_anew):
+            arrived = time.monotonic() if arrival is None else arrival
+            return self._requests.add(ids, params, prompt, arrived, request_id)
 
-    def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
+    def fork(
+        self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Generation:
         """A new request that goes on from where an unfinished one stands; see LLM.fork.
 
         Raises ValueError, and changes nothing, if that has ended, is another engine's, or cannot go on with `params`.
         """
         params = generation.request.params if params is None else params
-        self._consistency.mend(self._start_anew)  # which ends it where an interrupt has torn the engine
-        self._requests.check_fork(generation, params)
-        with self._consistency.change(self._start_anew):
-            return self._requests.fork(generation, params)
+        with self.access:
+            self._consistency.mend(self._start_anew)  # which ends it where an interrupt has torn the engine
+            self._requests.check_fork(generation, params)
+            with self._consistency.change(self._start_anew):
+                return self._requests.fork(generation, params, request_id)
+
+    def find(self, request_id: str) -> Generation | None:
+        """The unfinished request of this id, if there is one."""
+        return self._requests.generations.get(request_id)
 
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
-        """End a request now; its pages return at once. Without effect on a finished one."""
-        with self._consistency.change(self._start_anew):
+        """End a request now; its pages return at once. Without effect on a finished one.
+
+        Within a step (as a stream may be let go of anywhere) it is noted, and done with the next.
+        """
+        if self.access.inside:
+            self._to_abort.append((generation, reason))
+            return
+        with self.access, self._consistency.change(self._start_anew):
             self._requests.abort(generation, reason)
             self._settle()
 
-    def step(self, *, isolate: bool = False) -> list[Generation]:
+    def step(self) -> list[Generation]:
         """Advance every request that can run; returns those that gained a token or failed.
 
-        isolate: where something raises, find out for which requests (see isolation.py). These end with "error" and
-        have the cause in their `error`; the others go on, and nothing is raised.
+        Where something raises, it is found out for which requests (see isolation.py). These end with "error" and have
+        the cause in their `error`; the others go on, and nothing is raised.
         """
-        with self._consistency.change(self._start_anew):
-            launched = self._launched(isolate)
+        with self.access, self._consistency.change(self._start_anew):
+            while self._to_abort:
+                self._requests.abort(*self._to_abort.popleft())
+            self._settle()
+            launched = self._launched()
             if launched is None:
                 return []
             self._launch_ahead(launched)
-            touched = self._collect(launched, isolate)
+            touched = self._collect(launched)
             self._settle()
             return touched
 
-    def _launched(self, isolate: bool) -> Launched | None:
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values, on the host too; unfinished requests compute theirs anew, and go on."""
+        with self.access, self._consistency.change(self._start_anew):
+            self._forget_prefixes()
+
+    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Give the model new weights; see LLM.update_weights."""
+        with self.access, self._consistency.change(self._start_anew):
+            if any(other.model is self.model for other in Engine._alive if other is not self):
+                raise RuntimeError("another LLM runs this model, and keeps what it computed; legal: one LLM of a model")
+            self._forget_prefixes()
+            captures_differ = True
+            with self._consistency.attempt(self._roll_back):
+                try:
+                    captures_differ = update_weights(self.model, tensors)
+                finally:
+                    if captures_differ:
+                        self._runner.drop_graphs()
+
+    def _forget_prefixes(self) -> None:
+        self._roll_back()
+        self.pool.forget_prefixes()
+
+    def _launched(self) -> Launched | None:
         """The step that runs already, or else the next, scheduled and launched; None if there is no work."""
         launched, self._ahead = self._ahead, None
-        if launched is None and (step := self._schedule(isolate)) is not None:
+        if launched is None and (step := self._schedule()) is not None:
             with self._consistency.attempt(self._roll_back):
-                launched = launch(self._runner, step, isolate=isolate)
+                launched = launch_parts(self._runner, step)
         return launched
 
-    def _schedule(self, isolate: bool) -> Step | None:
+    def _schedule(self) -> Step | None:
         """The next step, with drafts where they pay, and with all that it wants of the host cache in its pages."""
         while (step := self.scheduler.schedule()) is not None:
             if self._transfer(step):
                 if self.speculation is None:
                     return step
-                extended = self._extended(step, self.speculation, isolate)
+                extended = self._extended(step, self.speculation)
                 if extended is step or self._transfer(extended):
                     return extended
             self.scheduler.rollback()
         return None
 
-    def _extended(self, step: Step, speculation: Speculation, isolate: bool) -> Step:
+    def _extended(self, step: Step, speculation: Speculation) -> Step:
         """The step with drafts, if it gets any. A fault in proposing them is no request's."""
         wanted, drafts = speculation.reserve(step, self.scheduler), None
         with self._consistency.attempt(self._roll_back):
@@ -202,8 +267,6 @@ class Engine:
                 speculation.follow(step)
                 drafts = speculation.guess(step) if wanted else None
             except Exception:
-                if not isolate:
-                    raise
                 logger.exception("no drafts in this step, for they cannot be made")
         return step if drafts is None else self.scheduler.extend(step, drafts)
 
@@ -239,11 +302,20 @@ class Engine:
         self._raised_ahead.add(type(error))
         logger.log(level, "a step that was run ahead raised, and is run again in its turn: %r", error, exc_info=error)
 
-    def _collect(self, launched: Launched, isolate: bool) -> list[Generation]:
+    def _collect(self, launched: Launched) -> list[Generation]:
         """Wait for a step's tokens and append them; returns the generations that gained one or failed."""
-        with self._consistency.attempt(self._roll_back):
-            draws = launched.read()
-        touched, gained = self._requests.take_in(launched, draws, isolate=isolate)
+        self.failures_in_a_row += 1
+        try:
+            with self._consistency.attempt(self._roll_back):
+                draws = launched.read()
+        except Exception:
+            self.device_error = device_error(self.model.device)
+            raise
+        if launched.parts:
+            self.failures_in_a_row = 0
+        else:
+            self.device_error = device_error(self.model.device)
+        touched, gained = self._requests.take_in(launched, draws)
         if self.speculation is not None:
             self.speculation.end(launched.step, gained)
         return touched

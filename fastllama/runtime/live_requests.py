@@ -7,8 +7,9 @@ import itertools
 import random
 import time
 from collections import abc
+from collections.abc import Callable
 
-from fastllama.errors import check_range
+from fastllama.errors import RequestError, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.device.execution import Launched
@@ -26,35 +27,44 @@ class LiveRequests:
     """Requests that have not ended: the scheduler holds their sequences, a Generation their text and reports.
 
     A method that changes both leaves them torn where it is broken into: the caller notices that (consistency.py).
-    seed: of the seeds of requests that bring none.
+    seed: of the seeds of requests that bring none. forget: what keeps something of sequences forgets these.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None, config: LlamaConfig, seed: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        config: LlamaConfig,
+        seed: int,
+        forget: abc.Sequence[Callable[[abc.Sequence[Sequence]], None]],
+    ) -> None:
         self.scheduler = scheduler
         self.generations: dict[str, Generation] = {}
         self._tokenizer, self._config = tokenizer, config
-        self._numbers = itertools.count()
+        self._numbers = map(str, itertools.count())
         self._seeds = random.Random(seed)
+        self._forget = forget
 
     def check(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
-        vocab = self._config.vocab_size
-        for place, token_id in enumerate(prompt_token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
-                raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
-        for token_id in (*(params.logit_bias or ()), *params.stop_token_ids):
-            check_range("a token id in logit_bias or stop_token_ids", token_id, 0, vocab - 1)
-        if params.stop and self._tokenizer is None:
-            raise ValueError(
-                f"stop is {params.stop!r}; legal without a tokenizer: no stop strings, only stop_token_ids"
-            )
-        length, limit = len(prompt_token_ids), self.scheduler.max_model_len
+        length, limit, vocab = len(prompt_token_ids), self.scheduler.max_model_len, self._config.vocab_size
         if length >= limit and self._config.longest_context is None:
             raise ValueError(
                 f"the prompt has {length} tokens; legal: at most {limit - 1}, one less than max_model_len, "
                 "which can be raised, as the model's rope scaling is dynamic"
             )
         self.scheduler.check(length, params)
+        for place, token_id in enumerate(prompt_token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
+                raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            for token_id in getattr(params, name) or ():
+                check_range(f"a token id in {name}", token_id, 0, vocab - 1)
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and self._tokenizer is None:
+                raise ValueError(
+                    f"{name} is {getattr(params, name)!r}; legal without a tokenizer: no strings, only token ids"
+                )
 
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
         """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
@@ -67,51 +77,78 @@ class LiveRequests:
         check_fork(origin, params)
         self.check(origin.prompt_token_ids, params)
 
-    def add(self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float) -> Generation:
-        """Queue a prompt that `check` passes."""
-        request = Request(str(next(self._numbers)), ids, params, arrival)
+    def add(
+        self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float, request_id: str | None
+    ) -> Generation:
+        """Queue a prompt that `check` passes. Raises ValueError for the id of another unfinished request."""
+        request = Request(self._new_id(request_id), ids, self._seeded(params), arrival)
         self.scheduler.add(request)
-        self._give_seed(request)
         generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
         return generation
 
-    def fork(self, generation: Generation, params: SamplingParams) -> Generation:
+    def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:
         """Add a request that goes on from where another stands, which `check_fork` passes."""
-        origin = generation.request
-        request = Request(str(next(self._numbers)), origin.prompt_token_ids, params, time.monotonic())
+        origin, now = generation.request, time.monotonic()
+        request = Request(self._new_id(request_id), origin.prompt_token_ids, self._seeded(params), now)
         self.scheduler.fork(origin.sequences[0], request)
-        self._give_seed(request)
         forked = self.generations[request.request_id] = generation.fork(request)
         return forked
 
-    def _give_seed(self, request: Request) -> None:
-        if request.params.seed is None:
-            request.params = dataclasses.replace(request.params, seed=self._seeds.getrandbits(63))
+    def check_id(self, request_id: str | None) -> None:
+        """Raises TypeError or ValueError for what cannot name a request. Any thread may ask."""
+        if request_id is None:
+            return
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
+        if not request_id or request_id in self.generations:
+            raise ValueError(f"request_id is {request_id!r:.99}; legal: a text that no unfinished request has")
+
+    def _new_id(self, request_id: str | None) -> str:
+        self.check_id(request_id)
+        return (
+            next(number for number in self._numbers if number not in self.generations)
+            if request_id is None
+            else request_id
+        )
+
+    def _seeded(self, params: SamplingParams) -> SamplingParams:
+        if params.seed is not None:
+            return params
+        return dataclasses.replace(params, seed=self._seeds.getrandbits(63))
 
     def abort(self, generation: Generation, reason: FinishReason) -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
         if generation.request.request_id in self.generations:
             self.scheduler.abort(generation.request, reason)
             generation.abort(reason)
-            del self.generations[generation.request.request_id]  # last: an interrupt must find it
+            self._drop(generation)
 
-    def start_anew(self, scheduler: Scheduler) -> None:
-        """End every request with "abort", whatever state its sequences are in, and go on with another scheduler."""
+    def start_anew(self, scheduler: Scheduler, cause: str) -> None:
+        """End every request with "abort", whatever state its sequences are in, and go on with another scheduler.
+
+        cause: what has broken into a change of the requests.
+        """
         for request_id, generation in list(self.generations.items()):
             try:
+                generation.error = generation.error or RequestError(f"a step was broken into: {cause}")
                 generation.abort()
             except Exception:  # a tokenizer's, which would raise at each call
                 del self.generations[request_id]
                 raise
+            self._drop(generation)
         self.generations.clear()
         self.scheduler = scheduler
 
-    def take_in(
-        self, launched: Launched, draws: list[SampledToken], *, isolate: bool
-    ) -> tuple[list[Generation], Gained]:
+    def _drop(self, generation: Generation) -> None:
+        """A request has ended: nothing of it is kept."""
+        for forget in self._forget:
+            forget(generation.request.sequences)
+        self.generations.pop(generation.request.request_id, None)  # last: an interrupt must find it
+
+    def take_in(self, launched: Launched, draws: list[SampledToken]) -> tuple[list[Generation], Gained]:
         """Append the tokens of a step that has run; returns the generations that gained one or failed, and the tokens.
 
-        isolate: what raises for a request fails that one alone.
+        What raises for a request fails that one alone.
         """
         # Before the commit, which would offer their pages to other requests.
         touched = {request.request_id: self._fail(request, error) for request, error in launched.failures.items()}
@@ -133,14 +170,12 @@ class LiveRequests:
             try:
                 self._accept(generation, drawn, now)
             except Exception as error:
-                if not isolate:
-                    raise
                 self._fail(generation.request, error)
             gained[drawn.seq] = *drawn.ahead, drawn.token_id
         for generation in touched.values():
             if generation.request.finished:
                 generation.finish_time = now
-                del self.generations[generation.request.request_id]
+                self._drop(generation)
         return list(touched.values()), gained
 
     def _fail(self, request: Request, error: Exception) -> Generation:

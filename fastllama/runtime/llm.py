@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections import abc
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from collections import OrderedDict, abc
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastllama.errors import reject_unknown
-from fastllama.io.adapter import locate
+from fastllama.errors import RequestError, reject_unknown
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
-from fastllama.io.chat import chat_format as choose_format
-from fastllama.io.companions import find_tokenizer, read_sampling_settings
-from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model, resolve_device
-from fastllama.io.tokenizer import Tokenizer, load_tokenizer
-from fastllama.kernels.compiling import compiling_announced
-from fastllama.layers import packing
+from fastllama.io.chat.messages import Tags
+from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantization import check_quantization
 from fastllama.progress import progress_bar
-from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
-
-_LOG = logging.getLogger("fastllama")
+from fastllama.runtime.parts import announcing, load_parts
+from fastllama.runtime.peer_names import peer_hint
+from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list
 
 
 class LLM:
     """A Llama with its tokenizer and runtime.
 
-    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, whose
-    rotary cache is then made anew for max_model_len.
+    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, which
+    several LLMs may run.
     tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
     adapter: a PEFT LoRA folder or Hub id, merged into the weights while they load. A model that is itself such a folder
     brings its base.
@@ -60,7 +51,8 @@ class LLM:
     preempted requests come back as copies, not computed again; 0 for none.
     kv_cache_dtype: "int8" and "fp8" keep keys and values in 8 bits, with a scale for each token and head: nearly twice
     as many tokens as in 16 bits. "auto" keeps them as the model computes.
-    page_size: tokens of a KV page, 16 to 256. seed: of the draws of requests that bring none.
+    page_size: tokens of a KV page, 16 to 256. seed: of the seeds of requests that bring none; None
+    takes one of the system's, and each output says which was used.
     max_num_seqs: sequences that run at once; by default as many as the cache should hold, up to 64 on a CPU and 256 on
     a GPU. max_num_batched_tokens: tokens of one step, by default 512 up to 2048 on a CPU and 8192 on a GPU, by memory;
     each running answer waits for that step. The logger "fastllama" tells at level INFO what was chosen.
@@ -73,7 +65,10 @@ class LLM:
 
     Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
     Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
-    broken model. One thread at a time.
+    broken model.
+
+    Threads may share an LLM: their requests run together, in one batch, as the steps that each thread makes advance
+    all. Beside an AsyncEngine, which has it alone, and in a forked process every call raises RuntimeError.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class LLM:
         page_size: int = 64,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         deterministic: bool = False,
         speculation: str | Path | LlamaForCausalLM | None = None,
         num_draft_tokens: int = 3,
@@ -102,7 +97,7 @@ class LLM:
     ) -> None:
         if unknown:
             legal = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "unknown")]
-            reject_unknown("LLM", unknown, legal)
+            reject_unknown("LLM", unknown, legal, peer_hint)
         # What needs no weights first: a wrong option or path should not cost the minute that they take.
         options = EngineOptions(
             max_model_len=max_model_len,
@@ -116,47 +111,26 @@ class LLM:
             deterministic=deterministic,
             num_draft_tokens=num_draft_tokens,
         )
-        check_quantization(quantization)
         check_chat_format(chat_format)
-        if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
-            speculation = resolve_model(str(speculation))
         self._progress = progress
-        if not isinstance(model, (str, Path, LlamaForCausalLM)):
-            raise TypeError(
-                f"model is a {type(model).__name__}; legal: 'tiny', a path, a Hub id, or what fastllama.load_model "
-                "returns (for a model of transformers: fastllama.patch(model))"
-            )
-        self._name = None if isinstance(model, LlamaForCausalLM) else str(model)
-        self._choice = chat_format
-        self._chat_format: ChatFormat | None = None
-        self.sampling_defaults: dict[str, Any] = {}  # what generation_config.json sets, by SamplingParams' names
-        if isinstance(model, LlamaForCausalLM):
-            for name, value in (("dtype", dtype), ("device", device)):
-                if value != "auto":
-                    raise ValueError(f"{name} is {value!r} beside a loaded model, which has its own; legal: 'auto'")
-            if adapter is not None:
-                raise ValueError(f"adapter is {str(adapter)!r} beside a loaded model; legal: load_model(..., adapter=)")
-            self.tokenizer, loaded = _tokenizer_of(tokenizer), model
-        else:
-            target, (path, merged) = resolve_device(device), locate(model, adapter)
-            self.tokenizer = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
-            self.sampling_defaults = _legal_settings(path)
-            loaded = load_model(path, adapter=merged, dtype=dtype, device=target, progress=progress)
-        if self.tokenizer is not None and self.tokenizer.vocab_size > loaded.config.vocab_size:
-            _LOG.warning(
-                "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
-                self.tokenizer.vocab_size - 1,
-                loaded.config.vocab_size - 1,
-            )
-        given = isinstance(model, LlamaForCausalLM)
-        self.quantization = packing.resolve(loaded, quantization, given=given)  # what is done
-        with nullcontext() if progress is False else compiling_announced(loaded.device):
-            packing.apply(loaded, self.quantization, progress=progress)
-            if isinstance(speculation, Path):
-                speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
-                packing.apply(speculation, packing.resolve(speculation, "auto"), progress=progress)
-            self._engine: Engine | None = Engine(loaded, self.tokenizer, options, speculation)
+        parts = load_parts(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            adapter=adapter,
+            speculation=speculation,
+            progress=progress,
+        )
+        self.tokenizer, self.quantization = parts.tokenizer, parts.quantization
+        self.sampling_defaults = parts.sampling_defaults  # what generation_config.json sets
+        with announcing(parts.model.device, progress):
+            self._engine: Engine | None = Engine(parts.model, parts.tokenizer, options, parts.speculation)
             self.warm_up_seconds = self._engine.warm_up()
+        name = None if isinstance(model, LlamaForCausalLM) else str(model)
+        longest = self._engine.scheduler.max_model_len
+        self.prompts = PromptEncoder(parts.tokenizer, parts.model.config, longest, str(chat_format), name)
 
     @property
     def engine(self) -> Engine:
@@ -178,58 +152,97 @@ class LLM:
     @property
     def chat_format(self) -> ChatFormat:
         """How conversations are asked, and what ends an answer. A guess is logged as a warning, once."""
-        if self._chat_format is None:
-            self._chat_format = choose_format(self._needed_tokenizer(), choice=self._choice, model=self._name)
-        return self._chat_format
+        return self.prompts.chat_format
 
     def generate(
         self,
-        prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
 
-        prompts: a text, texts, token ids, or lists of token ids. params: one for all, or one for each prompt.
-        Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ.
+        prompts: a text, texts, token ids, or lists, arrays or tensors of token ids. params: one for all, or one for
+        each prompt. add_special_tokens: False for text that has its own, as what apply_chat_template writes.
+        Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ. Raises
+        RequestError where a request failed or was aborted, once all have ended: its `outputs` are those of all.
         """
-        given = _as_list(prompts)
+        reject_unknown("LLM.generate", unknown, ("prompts", "params", "add_special_tokens"), peer_hint)
+        given = as_list(prompts)
         each = _params_of_each(self.default_params if params is None else params, len(given))
         generations: list[Generation] = []
         try:
             for prompt, own in zip(given, each, strict=True):
-                generations.append(self._add(prompt, own))
+                generations.append(self._add(prompt, own, add_special_tokens=add_special_tokens))
             self._finish(generations)
         except BaseException:
             for generation in generations:
-                self.engine.abort(generation)
+                self._leave(generation)
             raise
-        return [generation.output() for generation in generations]
+        outputs = [generation.output() for generation in generations]
+        for number, generation in enumerate(generations):
+            if (failure := generation.failure()) is not None:
+                where = f"prompt {number} of {len(given)}: " if len(given) > 1 else ""
+                raise RequestError(f"{where}{failure}", outputs=outputs) from failure.__cause__
+        return outputs
 
-    def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...]."""
+    def chat(
+        self,
+        messages: abc.Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tags: Tags = "refuse",
+        **unknown: Any,
+    ) -> RequestOutput:
+        """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...].
+
+        tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError; see
+        ChatFormat.encode. Raises what `generate` raises.
+        """
+        reject_unknown("LLM.chat", unknown, ("messages", "params", "tags"), peer_hint)
         (params,) = _params_of_each(self.default_params if params is None else params, 1)
-        return self.generate([self.chat_format.encode(messages)], self._ending_answers(params))[0]
+        ids = self.chat_format.encode(messages, tags=tags)
+        return self.generate([ids], self.prompts.ending_answers(params))[0]
 
     def stream(
-        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
     ) -> Iterator[str]:
         """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
 
-        Closing the iterator aborts the request. Raises ValueError where params.n is not 1.
+        Closing the iterator aborts the request. Raises ValueError where params.n is not 1, and at the end RequestError
+        where the request did not end by itself.
         """
-        return self.follow(self.start(prompt, params))
+        return self.follow(self.start(prompt, params, tags=tags, add_special_tokens=add_special_tokens))
 
     def start(
-        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
     ) -> Generation:
-        """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time."""
+        """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time.
+
+        request_id: names it for `abort` and in its output; None makes one.
+        """
         (params,) = _params_of_each(self.default_params if params is None else params, 1)
-        self._needed_tokenizer()
+        self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        return self._add(prompt, params)
+        return self._add(prompt, params, request_id=request_id, tags=tags, add_special_tokens=add_special_tokens)
 
-    def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
+    def fork(
+        self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Generation:
         """A second request that goes on from where a started, unfinished one stands, sharing its pages until it writes.
 
         params: of the tokens from here on; None takes those of the first, seed included, which so give the same tokens.
@@ -243,48 +256,26 @@ class LLM:
             raise TypeError(f"generation is {generation!r:.99}; legal: what LLM.start returns")
         if params is not None and not isinstance(params, SamplingParams):
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
-        return self.engine.fork(generation, params)
+        return self.engine.fork(generation, params, request_id=request_id)
 
-    def encode(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message]) -> abc.Sequence[int]:
+    def abort(self, request: str | Generation) -> None:
+        """End a started request, by its id or itself: `follow` raises RequestError. No effect on one that ended."""
+        generation = request if isinstance(request, Generation) else self.engine.find(request)
+        if generation is not None:
+            self.engine.abort(generation)
+
+    def encode(self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
-        if not isinstance(prompt, abc.Sequence) or isinstance(prompt, bytes):
-            raise TypeError(f"prompt is {prompt!r:.99}; legal: a text, token ids, or the messages of a chat")
-        if isinstance(prompt, str):
-            return self._encode_text(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.chat_format.encode(cast(abc.Sequence[Message], prompt))
-        return cast(abc.Sequence[int], prompt)
-
-    def prepare(
-        self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams
-    ) -> tuple[abc.Sequence[int], SamplingParams]:
-        """What `encode` gives, and the parameters that it runs with: those of a chat end where its format's answers do.
-
-        Raises what `encode` raises.
-        """
-        ids = self.encode(prompt)
-        chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
-        return ids, self._ending_answers(params) if chat else params
-
-    def _ending_answers(self, params: SamplingParams) -> SamplingParams:
-        """Parameters that end an answer where the chat format does, too."""
-        chat = self.chat_format
-        ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self.config.eos_token_ids]
-        stop, stop_token_ids = (*params.stop, *chat.stop), (*params.stop_token_ids, *ids)
-        return replace(params, stop=stop, stop_token_ids=stop_token_ids)
-
-    def _encode_text(self, text: str) -> list[int]:
-        tokenizer = self._needed_tokenizer()
-        ids = tokenizer.encode(text)
-        if not ids and tokenizer.bos_token_id is not None:  # nothing to go on from, as in transformers' generate
-            return [tokenizer.bos_token_id]
-        return ids
+        return self.prompts.encode(prompt, tags=tags, add_special_tokens=add_special_tokens)
 
     def follow(self, generation: Generation) -> Iterator[str]:
-        """The text of a started request in pieces; closing the iterator aborts it."""
+        """The text of a started request in pieces; closing the iterator aborts it.
+
+        Raises RequestError behind the last piece where the request failed or was aborted: what came is not all then.
+        """
         pieces = self._follow(generation)
         next(pieces)  # into its try: closing an iterator that was never asked for a piece aborts the request too
         return pieces
@@ -293,20 +284,40 @@ class LLM:
         try:
             yield ""
             while True:
-                streams = [sample.stream for sample in generation.samples.values()]
+                finished = generation.finished  # before the text is taken: another thread may run the last step now
+                streams = [sample.stream for sample in list(generation.samples.values())]
                 if piece := "".join(stream.take() for stream in streams if stream is not None):
                     yield piece
-                elif generation.finished:
-                    return
-                else:
+                elif not finished:
                     self.engine.step()
+                elif (failure := generation.failure()) is not None:
+                    raise failure
+                else:
+                    return
         finally:
-            if self._engine is not None:
-                self._engine.abort(generation)
+            self._leave(generation)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of all prompts, on the host too: the next ones are computed anew.
+
+        For weights that were changed in place. Unfinished requests stay, and compute theirs anew.
+        """
+        self.engine.reset_prefix_cache()
+
+    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights, in place, as in a loop of reinforcement learning; what is cached of the old is forgotten.
+
+        tensors: by the names of Hugging Face checkpoints, of any device and floating dtype; all of them, or some.
+        Quantized layers are quantized anew. Captured steps stay, and unfinished requests go on with the new weights.
+        Raises ValueError for names, shapes and dtypes that are not the model's: see layers.update.update_weights.
+        """
+        self.engine.update_weights(tensors)
 
     def close(self) -> None:
-        """Free the model and the KV cache. May be called twice."""
-        self._engine = None
+        """Free the model and the KV cache. An AsyncEngine of this LLM is shut down first. May be called twice."""
+        if self._engine is not None:
+            self._engine.access.evict()
+            self._engine = None
 
     def __enter__(self) -> LLM:
         return self
@@ -316,63 +327,29 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: str | abc.Sequence[int] | abc.Sequence[Message], params: SamplingParams) -> Generation:
-        ids, params = self.prepare(prompt, params)
-        return self.engine.add_request(ids, params, prompt=prompt if isinstance(prompt, str) else None)
+    def _add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, **how: Any) -> Generation:
+        prepared = self.prompts.prepare(prompt, params, **how)
+        return self.engine.add_request(prepared.token_ids, prepared.params, prompt=prepared.text, request_id=request_id)
 
-    def _needed_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("tokenizer is None and there is none with the model; legal for text: tokenizer=PATH")
-        return self.tokenizer
+    def _leave(self, generation: Generation) -> None:
+        """Abort a request that nobody reads any more, if it can still be."""
+        engine = self._engine
+        if engine is not None and not generation.finished and not engine.access.forked:
+            engine.abort(generation)
 
     def _finish(self, generations: list[Generation]) -> None:
         """Run until these requests have finished."""
         shown = False if len(generations) < 2 else self._progress
-        pending = set(generations)
+        pending = OrderedDict.fromkeys(generations)
         with progress_bar("Generating", shown, total=len(generations), unit="prompt") as bar:
             while pending:
-                ended = {generation for generation in self.engine.step() if generation.finished} & pending
-                pending -= ended
-                bar.update(len(ended))
-
-
-def _tokenizer_of(tokenizer: str | Path | Tokenizer | None, *places: Path) -> Tokenizer | None:
-    """The tokenizer that is given or lies at a path, else the first that lies with the model."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer or find_tokenizer(*places)
-    if not isinstance(tokenizer, (str, Path)):
-        raise TypeError(f"tokenizer is {tokenizer!r:.99}; legal: a path, fastllama's Tokenizer, or None")
-    return load_tokenizer(tokenizer)
-
-
-def _legal_settings(model: Path) -> dict[str, Any]:
-    """The checkpoint's sampling settings, less those that SamplingParams refuses, which are logged."""
-    legal = {}
-    file, settings = read_sampling_settings(model)
-    for name, value in settings.items():
-        try:
-            SamplingParams.from_dict({name: value})
-        except (TypeError, ValueError) as error:
-            _LOG.warning("%s: %s; the setting is ignored", file, error)
-        else:
-            legal[name] = value
-    if legal:
-        given = ", ".join(f"{name}={value!r}" for name, value in legal.items())
-        _LOG.info("%s: %s, unless a request brings parameters of its own", file.name, given)
-    return legal
-
-
-def _as_list(
-    prompts: str | abc.Sequence[str] | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]],
-) -> list[str | abc.Sequence[int]]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, abc.Sequence) and not isinstance(prompts, bytes):
-        if len(prompts) > 0 and isinstance(prompts[0], int):
-            return [cast("abc.Sequence[int]", prompts)]
-        if all(isinstance(prompt, abc.Sequence) and not isinstance(prompt, bytes) for prompt in prompts):
-            return list(cast("abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]", prompts))
-    raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
+                before = len(pending)
+                for generation in self.engine.step():
+                    if generation.finished:
+                        pending.pop(generation, None)
+                while pending and (first := next(iter(pending))).finished:  # in a step of another thread
+                    del pending[first]
+                bar.update(before - len(pending))
 
 
 def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams], count: int) -> list[SamplingParams]:

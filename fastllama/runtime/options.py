@@ -16,6 +16,7 @@ class EngineOptions:
     """Sizes of the runtime, checked as far as they can be without the model; None is chosen by memory.sizes.
 
     kv_cache_tokens and host_cache_tokens are rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES.
+    seed: of the draws of requests that bring none; None takes one of the system's.
     deterministic: a request's logits do not depend on what else runs. num_draft_tokens: drafts behind a
     sequence's last token in one step, if something proposes them: 7 at most, for attention is proven for 8 tokens of a
     sequence at once.
@@ -28,7 +29,7 @@ class EngineOptions:
     page_size: int = 64
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    seed: int = 0
+    seed: int | None = None
     deterministic: bool = False
     num_draft_tokens: int = 3  # a step of four rows, the most that CPU kernels take at once (docs/tuning.md)
 
@@ -43,7 +44,8 @@ class EngineOptions:
         self._check("host_cache_tokens", 0)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         self._check("page_size", 16, 256)
-        self._check("seed", 0)
+        if self.seed is not None:
+            self._check("seed", 0)
         self._check("num_draft_tokens", 1, 7)
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
+from fastllama.errors import RequestError
 from fastllama.runtime import engine as engine_module
 from fastllama.runtime.device.execution import Launched
 from fastllama.runtime.generation import Generation
@@ -53,7 +54,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return note
 
-    monkeypatch.setattr(engine_module, "launch", noting("launch", engine_module.launch))
+    for name in ("launch", "launch_parts"):
+        monkeypatch.setattr(engine_module, name, noting("launch", getattr(engine_module, name)))
     monkeypatch.setattr(Launched, "read", noting("read", Launched.read))
     return found
 
@@ -116,7 +118,7 @@ def test_graphs_of_a_gpu_pass_tokens_on(ahead: None, monkeypatch: pytest.MonkeyP
 
 def run_and_look(llm: LLM, generations: list[Generation]) -> None:
     while not all(generation.finished for generation in generations):
-        llm.engine.step(isolate=True)
+        llm.engine.step()
         for generation in generations:
             for output in generation.output().outputs:
                 assert UNKNOWN not in output.token_ids
@@ -162,9 +164,8 @@ class Failing(LlamaForCausalLM):
         return super().forward(*args)
 
 
-@pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("call", [2, 3, 5])
-def test_a_fault_ahead_is_met_again_when_its_turn_comes(ahead: None, call: int, isolate: bool) -> None:
+def test_a_fault_ahead_is_met_again_when_its_turn_comes(ahead: None, call: int) -> None:
     with running(ours()) as llm:
         llm.engine._runner.runs_ahead = False
         expected = told(llm.generate(PROMPTS, GREEDY))
@@ -174,17 +175,12 @@ def test_a_fault_ahead_is_met_again_when_its_turn_comes(ahead: None, call: int, 
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         model.calls, model.failures = 0, frozenset({call})  # once: nobody ever hears of it
         while llm.engine.has_work:
-            llm.engine.step(isolate=isolate)
+            llm.engine.step()
         assert told([generation.output() for generation in generations]) == expected
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         model.calls, model.failures = 0, frozenset(range(call, call + 2))  # ahead, and then by itself
-        raised = 0
         while llm.engine.has_work:
-            try:
-                llm.engine.step(isolate=isolate)
-            except MemoryError:
-                raised += 1
-        assert raised == (not isolate)
+            llm.engine.step()
         assert told([generation.output() for generation in generations]) == expected
 
 
@@ -214,8 +210,9 @@ def test_broken_logits_end_a_request_once(ahead: None) -> None:
     model = ours(kind=Scripted)
     assert isinstance(model, Scripted)
     model.script = [*script[:20], Scripted.BROKEN, *script[21:]]
-    with running(model) as llm:
-        (sample,) = llm.generate([script[:10]], GREEDY)[0].outputs
+    with running(model) as llm, pytest.raises(RequestError) as raised:
+        llm.generate([script[:10]], GREEDY)
+    (sample,) = raised.value.outputs[0].outputs
     assert (sample.token_ids, sample.finish_reason) == (tuple(script[10:20]), "error")
 
 

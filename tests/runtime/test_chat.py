@@ -101,7 +101,7 @@ def test_a_checkpoint_without_a_template_is_asked_in_plain_text_and_that_is_said
         output = llm.chat(MESSAGES[1:], GREEDY)
         assert list(output.prompt_token_ids) == llm.encode("Who is Sam?")
         llm.chat(MESSAGES[1:], GREEDY)
-    assert [record.getMessage() for record in caplog.records].count(llm._chat_format.description) == 1
+    assert [record.getMessage() for record in caplog.records].count(llm.prompts._chat_format.description) == 1
     assert "no chat template" in caplog.text
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
+from fastllama.errors import RequestError
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.config import RopeScaling
 from fastllama.runtime import engine as engine_module
@@ -24,6 +25,7 @@ from fastllama.runtime.planning.scheduler import Scheduler
 from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running
 
 NEW_TOKENS = 10
+NO_NUMBERS = "the model's logits are not finite numbers"
 # no two sequences are ever at the same position, so that a position names a request
 PROMPTS = [prompt_of(length, seed=2) for length in (2, 20, 40)]
 HOT = SamplingParams(temperature=3.0, seed=3, max_tokens=NEW_TOKENS)
@@ -83,8 +85,9 @@ def test_broken_logits_end_one_request(value: float, temperature: float) -> None
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=NEW_TOKENS)
     model = flaky()
     model.broken, model.value = (22,), value
-    with running(model) as llm:
-        first, broken, last = llm.generate(PROMPTS, params)
+    with running(model) as llm, pytest.raises(RequestError, match=NO_NUMBERS) as raised:
+        llm.generate(PROMPTS, params)
+    first, broken, last = raised.value.outputs
     assert tokens_of(first) == alone(PROMPTS[0], params)
     assert tokens_of(last) == alone(PROMPTS[2], params)
     assert tokens_of(broken) == [alone(PROMPTS[1], params)[0][:3]]
@@ -99,8 +102,9 @@ def test_one_broken_logit_is_enough() -> None:
     with running(model) as llm:
         forward = model.forward
         model.forward = lambda *given: forward(*given).index_fill(1, torch.tensor([5]), torch.nan)  # type: ignore[method-assign]
-        outputs = llm.generate(PROMPTS, HOT)
-    assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 3
+        with pytest.raises(RequestError, match=f"^prompt 0 of 3: request '0' failed: {NO_NUMBERS}$") as raised:
+            llm.generate(PROMPTS, HOT)
+    assert [output.outputs[0].finish_reason for output in raised.value.outputs] == ["error"] * 3
 
 
 def test_broken_logits_of_a_prompt_end_all_its_samples() -> None:
@@ -108,7 +112,9 @@ def test_broken_logits_of_a_prompt_end_all_its_samples() -> None:
     model.broken = (19,)
     with running(model) as llm:
         params = SamplingParams(n=3, max_tokens=NEW_TOKENS)
-        broken, other = llm.generate([PROMPTS[1], PROMPTS[2]], [params, HOT])
+        with pytest.raises(RequestError, match=NO_NUMBERS) as raised:
+            llm.generate([PROMPTS[1], PROMPTS[2]], [params, HOT])
+    broken, other = raised.value.outputs
     assert [sample.finish_reason for sample in broken.outputs] == ["error"] * 3
     assert tokens_of(broken) == [()] * 3
     assert tokens_of(other) == alone(PROMPTS[2])
@@ -118,16 +124,16 @@ def test_pages_behind_broken_logits_are_not_offered_to_others() -> None:
     model = flaky()
     model.broken = (31,)  # the token that fills the second page of sixteen
     with running(model) as llm:
-        output = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))[0]
-        tokens = [*PROMPTS[1], *output.outputs[0].token_ids]
+        with pytest.raises(RequestError, match=f"^request '0' failed: {NO_NUMBERS}$") as raised:
+            llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))
+        tokens = [*PROMPTS[1], *raised.value.outputs[0].outputs[0].token_ids]
         assert len(tokens) == 32
         assert len(llm.engine.pool.match_prefix([*tokens, 3]).page_ids) == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize("budget", [6, 1000])
-def test_requests_outlive_a_failed_step(error: BaseException, budget: int) -> None:
-    model = flaky(dict.fromkeys((0, 2, 3, 9, 11), error))
+def test_requests_outlive_a_step_that_is_interrupted(budget: int) -> None:
+    model = flaky(dict.fromkeys((0, 2, 3, 9, 11), KeyboardInterrupt()))
     with running(model, max_num_seqs=6, max_num_batched_tokens=budget) as llm:
         params = [HOT, SamplingParams(temperature=3.0, seed=5, n=3, max_tokens=NEW_TOKENS), HOT]
         generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, params, strict=True)]
@@ -135,7 +141,7 @@ def test_requests_outlive_a_failed_step(error: BaseException, budget: int) -> No
         while not all(generation.finished for generation in generations):
             try:
                 llm.engine.step()
-            except type(error):
+            except KeyboardInterrupt:
                 caught += 1
                 assert num_held(llm) == 0
                 llm.engine.pool.check_invariants()
@@ -144,11 +150,16 @@ def test_requests_outlive_a_failed_step(error: BaseException, budget: int) -> No
     assert found == [alone(prompt, own) for prompt, own in zip(PROMPTS, params, strict=True)]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_generate_returns_its_pages_when_a_step_fails(error: BaseException) -> None:
-    with running(flaky({2: error})) as llm:
+@pytest.mark.parametrize("budget", [6, 1000])
+def test_a_step_that_raises_once_is_run_again(budget: int) -> None:
+    with running(flaky(dict.fromkeys((1, 9), RuntimeError("out of memory"))), max_num_batched_tokens=budget) as llm:
+        assert [tokens_of(output) for output in llm.generate(PROMPTS, HOT)] == [alone(prompt) for prompt in PROMPTS]
+
+
+def test_generate_returns_its_pages_when_it_is_interrupted() -> None:
+    with running(flaky({2: KeyboardInterrupt()})) as llm:
         other = llm.engine.add_request(PROMPTS[2], HOT)
-        with pytest.raises(type(error)):
+        with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS[:2], HOT)
         finish(llm.engine, other)
         assert tokens_of(other.output()) == alone(PROMPTS[2])
@@ -334,16 +345,16 @@ def test_a_long_prompt_of_a_model_with_dynamic_rope_is_told_what_to_raise() -> N
         ([True], {}, f"prompt token 0 is True; legal: integers from 0 to {VOCAB - 1}"),
         ([1] * 256, {}, "the prompt has 256 tokens; legal: at most 255, one less than max_model_len"),
         ([1], {"n": 17}, "n is 17; legal: at most 16, which is max_num_seqs"),
-        ([1], {"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no stop strings, only stop_token_ids"),
+        ([1], {"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no strings, only token ids"),
         (
             [1],
             {"stop_token_ids": [VOCAB]},
-            f"a token id in logit_bias or stop_token_ids is {VOCAB}; legal: 0 to {VOCAB - 1}",
+            f"a token id in stop_token_ids is {VOCAB}; legal: 0 to {VOCAB - 1}",
         ),
         (
             [1],
             {"logit_bias": {VOCAB: 1}},
-            f"a token id in logit_bias or stop_token_ids is {VOCAB}; legal: 0 to {VOCAB - 1}",
+            f"a token id in logit_bias is {VOCAB}; legal: 0 to {VOCAB - 1}",
         ),
     ],
 )

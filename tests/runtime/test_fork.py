@@ -230,8 +230,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 3}, r"max_tokens is 3, of which 3 are there; legal: at least 4"),
     ({"logprobs": 0}, r"logprobs is 0, and the request to fork has none to share; legal: None"),
     ({"prompt_logprobs": 5}, r"prompt_logprobs is 5, and the request to fork has none to share; legal: None"),
-    ({"stop_token_ids": [97]}, r"a token id in logit_bias or stop_token_ids is 97; legal: 0 to 96"),
-    ({"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no stop strings, only stop_token_ids"),
+    ({"stop_token_ids": [97]}, r"a token id in stop_token_ids is 97; legal: 0 to 96"),
+    ({"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no strings, only token ids"),
     (
         {"max_tokens": 90},
         r"a prompt of 20 tokens with max_tokens 90 may grow to 110 tokens; legal: at most 96, the size ",

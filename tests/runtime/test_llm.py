@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastllama import LLM, SamplingParams
+from fastllama.errors import RequestError
 from fastllama.io.chat import encode_chat
 from fastllama.runtime.device import memory
 from fastllama.runtime.engine import Engine
@@ -104,8 +105,9 @@ def test_a_failed_step_ends_a_stream() -> None:
         stream = llm.stream("Hello", SHORT)
         next(stream)
         llm.engine.model.forward = None  # type: ignore[assignment]
-        with pytest.raises(TypeError):
+        with pytest.raises(RequestError, match=r"^request '0' failed: TypeError\(") as raised:
             next(stream)
+        assert isinstance(raised.value.__cause__, TypeError)
         check_idle(llm.engine)
 
 
@@ -321,8 +323,8 @@ def test_without_progress_compilation_is_not_said(monkeypatch: pytest.MonkeyPatc
         said.append(device.type)
         yield
 
-    monkeypatch.setattr("fastllama.runtime.llm.compiling_announced", announced)
+    monkeypatch.setattr("fastllama.runtime.parts.compiling_announced", announced)
     for progress in (False, None):
         with running(ours(), progress=progress):
             pass
-    assert said == ["cpu"]
+    assert said == ["cpu", "cpu"], "for packing, and for the warm-up"

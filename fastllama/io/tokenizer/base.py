@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ INFILLING_PIECES = tuple(f"{SPACE}<{name}>" for name in _INFILLING)
 # Where text would spell an infilling piece (a space or the start, then "<PRE>"): between its "<" and the rest.
 _INSIDE_INFILLING_TAG = re.compile(rf"(?:(?<=\A<)|(?<=[ {SPACE}]<))(?=(?:{'|'.join(_INFILLING)})>)")
 ANCHOR = "☺"  # as in Code Llama's reference: takes the leading space in place of the text that must not get it
+_NORMALIZED = "A\uff21e\u0301\ufb01\xb2\xad\u200b\x07"  # of which Unicode's normal forms keep no character but A
 _TAG = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
@@ -123,6 +125,28 @@ class Tokenizer(ABC):
         if bos is None:
             return [*self._frame.before, *ids, *self._frame.after]
         return [self._bos(), *ids] if bos else ids
+
+    def least_length(self, text: str) -> int:
+        """A number of tokens that `encode` gives at the least, known without reading the text; 0 where none is."""
+        if not self._keeps_text:
+            return 0
+        # White space may be swallowed by added tokens beside it.
+        return (len(text) - sum(map(text.count, " \t\n\r"))) // self._longest_piece
+
+    @functools.cached_property
+    def _keeps_text(self) -> bool:
+        """Whether each character but white space is in some token: no normalization drops it, no unknown token."""
+        single_bytes = {data for data in self._vocabulary.text.values() if len(data) == 1}
+        return len(single_bytes) == 256 and _NORMALIZED in self._normalize(_NORMALIZED)
+
+    @functools.cached_property
+    def _longest_piece(self) -> int:
+        """Bytes of the longest piece."""
+        return max(map(len, self._vocabulary.text.values()))
+
+    def _normalize(self, text: str) -> str:
+        """What is divided into pieces; "" where that is not known."""
+        return ""
 
     def encode_template(self, text: str) -> list[int]:
         """Token ids of a rendered chat template: special and added pieces in it become ids, none is put around it.

@@ -102,6 +102,10 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self._unspaced(part)
         return ids
 
+    def _normalize(self, text: str) -> str:
+        normalized: str = self._processor.normalize(text)
+        return normalized
+
     def _unspaced(self, text: str) -> list[int]:
         """Ids of text without added tokens and without the leading space."""
         anchor = len(self._processor.encode(ANCHOR))

@@ -100,6 +100,11 @@ class HFTokenizer(Tokenizer):
         _set_up(backend, [each for each in self._given if each.content not in self._control], self._spaced)
         return backend
 
+    def _normalize(self, text: str) -> str:
+        normalizer = self._template.normalizer
+        normalized: str = text if normalizer is None else normalizer.normalize_str(text)
+        return normalized
+
     def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
         if self._swallows_space and not template and text.startswith((" ", SPACE)):
             text = " " + text

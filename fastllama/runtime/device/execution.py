@@ -44,15 +44,14 @@ class Launched(NamedTuple):
         return [drawn for part in self.parts for drawn in part.draws.read()]
 
 
-def launch(runner: Runner, step: Step, *, isolate: bool = False, before: Launched | None = None) -> Launched:
-    """Launch a step's forward pass and sampling. Raises what these raise, unless isolated: see isolation.py.
+def launch(runner: Runner, step: Step, *, before: Launched) -> Launched:
+    """Launch a step's forward pass and sampling behind a step that has not been read. Raises what these raise."""
+    return Launched(step, [_compute(runner, before.parts[0].draws, step)], {})
 
-    before: the step before, if that has not been read.
-    """
-    compute = partial(_compute, runner, None if before is None else before.parts[0].draws)
-    if isolate:
-        return Launched(step, *run_parts(step, compute))
-    return Launched(step, [compute(step)], {})
+
+def launch_parts(runner: Runner, step: Step) -> Launched:
+    """Launch a step's forward pass and sampling, in parts where they raise: see isolation.py."""
+    return Launched(step, *run_parts(step, partial(_compute, runner, None)))
 
 
 def _compute(runner: Runner, before: sampler.PendingTokens | None, step: Step) -> Computed:

@@ -44,6 +44,10 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int, int], _Graph] = {}  # that was run last comes last
         self.replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
 
+    def clear(self) -> None:
+        """Forget all that was captured."""
+        self._graphs.clear()
+
     def take(self, inputs: Inputs) -> bool:
         """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
         return (

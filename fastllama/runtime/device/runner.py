@@ -68,6 +68,10 @@ class Runner:
         """Whether steps of decodes are replayed, hooks aside."""
         return self._graphs.replayable
 
+    def drop_graphs(self) -> None:
+        """Capture decode steps anew, for what those captured read has moved."""
+        self._graphs.clear()
+
     def shape(self, num_seqs: int, num_queries: int) -> tuple[int, int]:
         """What two steps of decodes have in common for which the same graph runs, if their pages are as many.
 

@@ -79,6 +79,8 @@ class Mailbox:
                 return delta
             if self._error is not None:
                 error, self._error = self._error, None
+                if isinstance(error, RequestError):
+                    raise error
                 raise RequestError(f"the request failed: {error!r}") from error
             if self._over:
                 raise StopAsyncIteration

@@ -68,6 +68,21 @@ class Snapshot:
     request_seconds: HistogramSnapshot
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How an engine's thread fares.
+
+    alive: whether the thread is. step_seconds: age of the step that runs; None between steps. failures_in_a_row: steps
+    up to now of which nothing succeeded. error: what it cannot recover from (a device that fails for good, bookkeeping
+    that fails each time), after which the thread has ended; None without.
+    """
+
+    alive: bool
+    step_seconds: float | None
+    failures_in_a_row: int
+    error: str | None
+
+
 class Histogram:
     """Counts of values, in seconds, in buckets that never change."""
 

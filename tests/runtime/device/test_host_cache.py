@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastllama import LLM, SamplingParams
+from fastllama.errors import RequestError
 from fastllama.layers.batch import KVCache
 from fastllama.runtime.device import memory
 from fastllama.runtime.device.host_cache import HostCache
@@ -19,7 +20,6 @@ from fastllama.runtime.planning.scheduler import Scheduler
 from fastllama.runtime.planning.step import Step
 from tests.runtime.models import ours, prompt_of, running
 from tests.runtime.planning.test_isolation import cursed
-from tests.runtime.planning.test_isolation import finish as finish_isolated
 from tests.runtime.test_engine import HOT, alone, finish, tokens_of
 
 PROMPTS = [prompt_of(length, seed=3) for length in (15, 31, 14, 30, 47, 13, 46)]
@@ -116,7 +116,8 @@ def test_what_comes_back_is_what_the_host_holds() -> None:
         assert host is not None
         for _, pages in host._pairs:
             pages.fill_(torch.nan)
-        assert llm.generate(prompt, HOT)[0].outputs[0].finish_reason == "error"
+        with pytest.raises(RequestError, match="not finite numbers"):
+            llm.generate(prompt, HOT)
 
 
 class Failure:
@@ -138,15 +139,14 @@ class Failure:
         monkeypatch.setattr(HostCache, "transfer", failing)
 
 
-@pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("call", range(1, 13, 3))
 def test_requests_outlive_a_host_cache_that_fails(
-    call: int, isolate: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    call: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failure = Failure(monkeypatch, RuntimeError("no such memory"), range(call, 1000))
     with running(ours(), **FEW, host_cache_tokens=400) as llm:
         generations = [llm.engine.add_request(prompt, LONG) for prompt in PROMPTS]
-        (finish_isolated if isolate else lambda engine, given: finish(engine, *given))(llm.engine, generations)
+        finish(llm.engine, *generations)
         assert [tokens_of(each.output()) for each in generations] == [alone(prompt, LONG) for prompt in PROMPTS]
         assert failure.num_calls == call
         assert llm.engine._runner.host is None
@@ -195,7 +195,7 @@ def test_a_step_in_parts_moves_its_pages_once(monkeypatch: pytest.MonkeyPatch) -
     with running(model, **FEW, host_cache_tokens=400) as llm:
         model.most = 2
         generations = [llm.engine.add_request(prompt, LONG) for prompt in PROMPTS]
-        finish_isolated(llm.engine, generations)
+        finish(llm.engine, *generations)
         assert [tokens_of(each.output()) for each in generations] == [alone(prompt, LONG) for prompt in PROMPTS]
         assert llm.engine.pool.num_host_hit_tokens > 0
     assert model.num_failures > 10

@@ -220,7 +220,7 @@ def test_a_fault_in_guessing_is_no_requests(monkeypatch: pytest.MonkeyPatch, cap
                 llm.generate(PROMPTS, GREEDY)
             generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
             while llm.engine.has_work:
-                llm.engine.step(isolate=True)
+                llm.engine.step()
         assert told([generation.output() for generation in generations]) == expected
         assert "no drafts in this step" in caplog.text
 
@@ -243,7 +243,7 @@ def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.Monke
         monkeypatch.setattr(llm.engine._runner, "run", trying)
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         while llm.engine.has_work:
-            llm.engine.step(isolate=True)
+            llm.engine.step()
         assert failures[0] > len(PROMPTS)
         assert told([generation.output() for generation in generations]) == expected
 

@@ -167,7 +167,7 @@ def finish(engine: Engine, generations: list[Generation]) -> None:
     for _ in range(1000):
         if all(generation.finished for generation in generations):
             return
-        engine.step(isolate=True)
+        engine.step()
     raise AssertionError("some never end")
 
 

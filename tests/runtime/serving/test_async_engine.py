@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from fastllama import LLM, AsyncEngine, LlamaForCausalLM, RequestDelta, SamplingParams
-from fastllama.errors import QueueFullError
+from fastllama.errors import QueueFullError, RequestError
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.outputs import CompletionOutput
@@ -61,13 +61,27 @@ async def serving(model: LlamaForCausalLM, *, max_queue_size: int = 1024, **opti
     with running(model, **options) as llm:
         async with AsyncEngine(llm, max_queue_size=max_queue_size) as engine:
             yield engine
-        assert engine._orders == {}
+        assert engine.worker.orders == {}
         assert engine.statistics().num_queued == 0
-        assert not engine._thread.is_alive()
+        assert not engine.worker.thread.is_alive()
 
 
 async def all_of(stream: RequestStream) -> list[RequestDelta]:
     return [delta async for delta in stream]
+
+
+async def until_it_fails(stream: RequestStream, message: str) -> list[RequestDelta]:
+    """The deltas that come before a stream raises."""
+    deltas: list[RequestDelta] = []
+
+    async def read() -> None:
+        async for delta in stream:
+            deltas.append(delta)  # noqa: PERF401
+
+    with pytest.raises(RequestError, match=message):
+        await read()
+    assert await all_of(stream) == [], "once is enough"
+    return deltas
 
 
 def joined(deltas: list[RequestDelta]) -> dict[int, CompletionOutput]:
@@ -288,7 +302,7 @@ def test_abort_all_ends_everything_and_nothing_later() -> None:
             engine.abort_all()
             later = engine.add_request(PROMPTS[1], HOT)
             for stream in streams:
-                deltas = await all_of(stream)
+                deltas = await until_it_fails(stream, r"^request '\d' was aborted: AsyncEngine.abort_all was called$")
                 assert joined(deltas)[0].finish_reason == "abort"
                 assert deltas[-1].finished
             assert ids_of(await all_of(later)) == alone(PROMPTS[1])
@@ -324,7 +338,8 @@ def test_shutdown_aborts_and_may_come_twice() -> None:
             await engine.shutdown()
             await draining
             await engine.drain()
-            assert joined(await all_of(stream))[0].finish_reason == "abort"
+            deltas = await until_it_fails(stream, "^request '0' was aborted: the engine was shut down$")
+            assert joined(deltas)[0].finish_reason == "abort"
             with pytest.raises(RuntimeError, match=r"^this AsyncEngine was shut down; make a new one$"):
                 engine.add_request(PROMPTS[0], HOT)
             engine.abort_all()
@@ -338,9 +353,9 @@ def test_the_thread_sleeps_while_nothing_is_to_do(monkeypatch: pytest.MonkeyPatc
     steps: list[None] = []
     step = Engine.step
 
-    def counting(engine: Engine, **options: bool) -> Any:
+    def counting(engine: Engine) -> Any:
         steps.append(None)
-        return step(engine, **options)
+        return step(engine)
 
     monkeypatch.setattr(Engine, "step", counting)
 

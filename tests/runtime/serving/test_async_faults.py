@@ -16,7 +16,17 @@ from fastllama.runtime.planning.scheduler import Scheduler
 from fastllama.runtime.serving.async_engine import RequestStream
 from tests.runtime.models import ours, prompt_of
 from tests.runtime.planning.test_isolation import CURSED, cursed
-from tests.runtime.serving.test_async_engine import HOT, LONG, all_of, alone, ids_of, joined, run, serving
+from tests.runtime.serving.test_async_engine import (
+    HOT,
+    LONG,
+    all_of,
+    alone,
+    ids_of,
+    joined,
+    run,
+    serving,
+    until_it_fails,
+)
 from tests.runtime.test_engine import PROMPTS
 
 
@@ -100,7 +110,10 @@ def test_a_logit_that_is_no_number_ends_one_request_in_words() -> None:
 
         model.forward = broken  # type: ignore[method-assign]
         async with serving(model) as engine:
-            found = await asyncio.gather(*(all_of(engine.add_request(prompt, HOT)) for prompt in PROMPTS))
+            streams = [engine.add_request(prompt, HOT) for prompt in PROMPTS]
+            message = "^request '1' failed: the model's logits are not finite numbers$"
+            readers = all_of(streams[0]), until_it_fails(streams[1], message), all_of(streams[2])
+            found = await asyncio.gather(*readers)
         end = joined(found[1])[0]
         assert (end.finish_reason, end.stop_reason) == ("error", "the model's logits are not finite numbers")
         assert end.token_ids == alone(PROMPTS[1])[0][:3]

@@ -1,0 +1,186 @@
+"""What a prompt may be: text, token ids in any container, or the messages of a chat; and the token ids of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+
+from fastllama.errors import counted
+from fastllama.io.chat import ChatFormat, Message, chat_format
+from fastllama.io.chat.messages import Tags
+from fastllama.io.tokenizer import Tokenizer
+from fastllama.layers.config import LlamaConfig
+from fastllama.runtime.params import SamplingParams
+
+# A text, token ids (a sequence, a NumPy array or a tensor of one dimension), {"prompt": text},
+# {"prompt_token_ids": ids}, or messages.
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Any"
+_LEGAL = "a text, token ids, or the messages of a chat"
+
+
+class Prepared(NamedTuple):
+    """A prompt that is ready to be queued, and the parameters that it runs with; text: None where ids were given."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    text: str | None
+
+
+class PromptEncoder:
+    """Turns prompts into token ids, as a checkpoint's tokenizer and chat format do. Any thread may use it.
+
+    choice: of `chat_format`. name: what the user calls the model. max_model_len: tokens of prompt and answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        config: LlamaConfig,
+        max_model_len: int,
+        choice: str,
+        name: str | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._config, self._max_model_len = config, max_model_len
+        self._choice, self._name = choice, name
+        self._chat_format: ChatFormat | None = None
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How conversations are asked, and what ends an answer. A guess is logged as a warning, once."""
+        if self._chat_format is None:
+            self._chat_format = chat_format(self.needed_tokenizer(), choice=self._choice, model=self._name)
+        return self._chat_format
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is None and there is none with the model; legal for text: tokenizer=PATH")
+        return self.tokenizer
+
+    def encode(self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt.
+
+        tags: of messages, what to do with text that would pose as another role; see ChatFormat.encode.
+        add_special_tokens: False takes a text as the output of a chat template: special pieces in it ("<s>") become
+        their ids, and none is put around it.
+        Raises TypeError for what is no prompt, ValueError for text or messages without a tokenizer.
+        """
+        prompt = _unwrapped(prompt)
+        if isinstance(prompt, str):
+            return self._encode_text(prompt, add_special_tokens)
+        if is_chat(prompt):
+            return self.chat_format.encode(cast("Sequence[Message]", prompt), tags=tags)
+        return token_ids(prompt)
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, tags: Tags = "refuse", add_special_tokens: bool = True
+    ) -> Prepared:
+        """What `encode` gives, truncated as `params` ask; those of a chat end where its format's answers do.
+
+        Raises what `encode` raises, and ValueError for a text that is too long to be worth reading.
+        """
+        self.check_length(prompt, params)
+        prompt = _unwrapped(prompt)
+        ids = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens)
+        if (kept := self._kept(params)) is not None:
+            ids = ids[-kept:]
+        ending = self.ending_answers(params) if is_chat(prompt) else params
+        return Prepared(tuple(ids), ending, prompt if isinstance(prompt, str) else None)
+
+    def check_length(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises ValueError for a text that cannot fit, however it is divided into tokens; reads none of it."""
+        prompt = _unwrapped(prompt)
+        if self.tokenizer is None or not isinstance(prompt, str) or self._kept(params) is not None:
+            return
+        least = self.tokenizer.least_length(prompt)
+        if least >= self._max_model_len:
+            raise ValueError(
+                f"the prompt has {counted(len(prompt), 'character')}, which are {counted(least, 'token')} or more; "
+                f"legal: at most {self._max_model_len - 1} tokens, one less than max_model_len"
+            )
+
+    def _encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self.needed_tokenizer()
+        if not add_special_tokens:
+            return tokenizer.encode_template(text)
+        ids = tokenizer.encode(text)
+        if not ids and tokenizer.bos_token_id is not None:  # nothing to go on from, as in transformers' generate
+            return [tokenizer.bos_token_id]
+        return ids
+
+    def _kept(self, params: SamplingParams) -> int | None:
+        """How many of a prompt's last tokens are kept; None for all."""
+        kept = params.truncate_prompt_tokens
+        return kept if kept != -1 else max(1, self._max_model_len - (params.max_tokens or 1))
+
+    def ending_answers(self, params: SamplingParams) -> SamplingParams:
+        """Parameters that end an answer where the chat format does, too."""
+        chat = self.chat_format
+        ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self._config.eos_token_ids]
+        stop, stop_token_ids = (*params.stop, *chat.stop), (*params.stop_token_ids, *ids)
+        return replace(params, stop=stop, stop_token_ids=stop_token_ids)
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is messages."""
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def length_of(prompt: Prompt) -> int:
+    """Characters of a text or of a chat's contents, or token ids; 0 where the prompt says none."""
+    prompt = _unwrapped(prompt)
+    if is_chat(prompt):
+        return sum(len(str(message.get("content", ""))) for message in prompt if isinstance(message, Mapping))
+    return len(prompt) if hasattr(prompt, "__len__") else 0
+
+
+def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """The prompts that one argument gives: one, or several in any iterable. Raises TypeError for anything else."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if hasattr(prompts, "tolist"):  # an array or a tensor
+        prompts = prompts.tolist()
+    if isinstance(prompts, Iterable) and not isinstance(prompts, bytes):
+        each = list(prompts)
+        if each and _is_integer(each[0]):
+            return [each]
+        if not any(isinstance(prompt, bytes) for prompt in each) and all(map(_may_be_prompt, each)):
+            return each
+    raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
+
+
+def token_ids(values: Any) -> list[int]:
+    """Token ids in any container, as Python's integers. Raises TypeError for what holds none."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        ids = list(values)
+        # What is no integer stays, for the check of the request to name its place.
+        return list(map(operator.index, ids)) if all(map(_is_integer, ids)) else ids
+    raise TypeError(f"prompt is {values!r:.99}; legal: {_LEGAL}")
+
+
+def _unwrapped(prompt: Prompt) -> Prompt:
+    """The prompt in a mapping of one entry, as vLLM's TextPrompt and TokensPrompt are."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
+        raise TypeError(
+            f"prompt is {dict(prompt)!r:.99}; legal: {_LEGAL}, also as {{'prompt': text}} or "
+            "{'prompt_token_ids': ids}; messages are a list"
+        )
+    return next(iter(prompt.values()))
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether a value is an integer, of Python, NumPy or a tensor without dimensions; True is none."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)) and getattr(value, "ndim", 0) == 0
+
+
+def _may_be_prompt(value: Any) -> bool:
+    return isinstance(value, (Sequence, Mapping)) or hasattr(value, "tolist")

@@ -1,0 +1,373 @@
+"""The thread that runs an engine for an AsyncEngine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from fastllama.errors import QueueFullError
+from fastllama.runtime.engine import Engine
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.outputs import FinishReason
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.prompts import Prepared
+from fastllama.runtime.serving.mailbox import wake
+from fastllama.runtime.serving.order import Order
+from fastllama.runtime.serving.statistics import Health, Snapshot, Statistics
+
+BEYOND_REPAIR = 8  # faults of the bookkeeping in a row: the engine starts anew after each, which has not helped then
+
+
+class Worker:
+    """Runs an engine, which it claims, on a thread of its own until it is ended. It does not know its AsyncEngine.
+
+    max_queue_size: requests that may wait until they begin. engine: None when the thread has ended.
+    """
+
+    def __init__(self, engine: Engine, max_queue_size: int) -> None:
+        self.max_queue_size = max_queue_size
+        self.orders: dict[str, Order] = {}  # that have not ended, by their ids; changed under the lock
+        self.engine: Engine | None = engine
+        # Each is called by the thread; None ends it. Its put may interrupt itself, as __del__ can.
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of the orders and what is below, up to the ids
+        self._refusal: str | None = None  # why no request is taken any more
+        self._stopped = False  # no command is obeyed that is put from now on
+        self._num_queued = 0
+        self._ids = map(str, itertools.count())
+        self._statistics = Statistics()
+        self._by_generation: dict[Generation, Order] = {}
+        self._drains: list[concurrent.futures.Future[None]] = []
+        self._num_preemptions = self._num_host_hit_tokens = 0
+        self._first_drafts = _drafts(engine)
+        self._step_start: float | None = None
+        self._num_faults = 0  # of the bookkeeping, in a row
+        self._broken: BaseException | None = None
+        self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, "fastllama-tokenizer")
+        self.thread = threading.Thread(target=self._run, args=(engine,), name="fastllama-engine", daemon=True)
+        engine.access.claim(self.thread, partial(self.end, "the LLM was closed"))
+        self.thread.start()
+
+    # Any thread, from here on.
+
+    def add(self, order: Order, given: Prepared | Callable[[], Prepared]) -> None:
+        """Queue a request, or what prepares it, which another thread then calls. Raises what AsyncEngine raises."""
+        self._accept(order)
+        if isinstance(given, Prepared):
+            self._commands.put(partial(self._add, order, given))
+        else:
+            self._tokenizing.submit(self._prepare, order, given)
+
+    def fork(self, origin: Order, order: Order, params: SamplingParams | None) -> None:
+        """Queue a request that goes on from where another stands."""
+        self._accept(order)
+        self._commands.put(partial(self._fork, origin, order, params))
+
+    def new_id(self) -> str:
+        """An id that no unfinished request has."""
+        engine = self.engine
+        return next(
+            number
+            for number in self._ids
+            if number not in self.orders and (engine is None or engine.find(number) is None)
+        )
+
+    def leave(self, order: Order) -> None:
+        """Nobody reads a request any more. May be called from anything, __del__ too."""
+        self._commands.put(partial(self._abort, order, "its stream was closed"))
+
+    def abort(self, request_id: str) -> None:
+        """End a request, if there is one of this id."""
+        order = self.orders.get(request_id)
+        if order is not None:
+            self._commands.put(partial(self._abort, order, "AsyncEngine.abort was called"))
+
+    def abort_all(self, why: str) -> None:
+        """End all requests that were queued before."""
+        with self._lock:
+            self._commands.put(partial(self._abort_each, list(self.orders.values()), why))
+
+    def call(self, function: Callable[[Engine], None]) -> concurrent.futures.Future[None]:
+        """Call something with the engine, between two steps; the future has what it raises."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        with self._lock:
+            self._check_open()
+            self._commands.put(partial(self._call, function, done))
+        return done
+
+    def drain(self) -> concurrent.futures.Future[None]:
+        """Refuse new requests; the future is done when all others have ended."""
+        drained: concurrent.futures.Future[None] = concurrent.futures.Future()
+        with self._lock:
+            self._refusal = self._refusal or "drains"
+            if self._stopped:
+                drained.set_result(None)
+            else:
+                self._commands.put(partial(self._drains.append, drained))
+        return drained
+
+    def end(self, why: str) -> None:
+        """Abort all requests, refuse new ones, and end the thread. May be called twice."""
+        with self._lock:
+            if not self._stopped:
+                self._refusal, self._stopped = "was shut down", True
+                self._commands.put(partial(self._abort_each, list(self.orders.values()), why))
+                self._commands.put(None)
+
+    def health(self) -> Health:
+        """See AsyncEngine.health."""
+        engine, start = self.engine, self._step_start
+        return Health(
+            alive=self.thread.is_alive(),
+            step_seconds=None if start is None else time.monotonic() - start,
+            failures_in_a_row=max(self._num_faults, 0 if engine is None else engine.failures_in_a_row),
+            error=None if self._broken is None else repr(self._broken),
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Counters and histograms up to now."""
+        engine = self.engine
+        with self._statistics.lock:
+            return self._statistics.snapshot(
+                num_queued=self._num_queued,
+                num_running=0 if engine is None else engine.scheduler.num_running,
+                num_pages=0 if engine is None else engine.pool.num_pages,
+                num_available_pages=0 if engine is None else engine.pool.num_available,
+            )
+
+    def _accept(self, order: Order) -> None:
+        with self._lock, self._statistics.lock:
+            self._check_open()
+            if order.request_id in self.orders:
+                raise ValueError(
+                    f"request_id is {order.request_id!r:.99}; legal: a text that no unfinished request has"
+                )
+            if self._num_queued >= self.max_queue_size:
+                self._statistics.num_rejected += 1
+                raise QueueFullError(f"{self._num_queued} requests wait; legal: at most max_queue_size")
+            self._statistics.num_accepted += 1
+            self._num_queued += 1
+            self.orders[order.request_id] = order
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise RuntimeError(f"this AsyncEngine {self._refusal}; make a new one")
+
+    def _prepare(self, order: Order, prepare: Callable[[], Prepared]) -> None:
+        """On the tokenizer's thread."""
+        try:
+            self._commands.put(partial(self._add, order, prepare()))
+        except BaseException as error:
+            self._commands.put(partial(self._end, order, error))
+
+    # The engine's thread, from here on.
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            while self._turn(engine):
+                pass
+        finally:
+            with self._lock:
+                self._stopped = True
+            self.engine = None
+            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+            self._abort_each(list(self.orders.values()), "the engine has ended")
+            while not self._commands.empty():
+                if (command := self._commands.get()) is not None:
+                    command()
+            self._say_drained()
+            engine.access.give_up()
+
+    def _turn(self, engine: Engine) -> bool:
+        """Do what was commanded, and one step. False if that was the last."""
+        going = True
+        try:
+            going = self._obey(engine)
+            self._expire()
+            self._step_start = time.monotonic()
+            self._advance(engine)
+            self._num_faults = 0
+        except BaseException as error:  # in the bookkeeping: which requests it is about, nobody knows
+            self._num_faults += 1
+            if self._num_faults == BEYOND_REPAIR:
+                self._broken = error
+            self._fail_all(engine, error)
+        finally:
+            self._step_start = None
+        self._broken = self._broken or engine.device_error
+        if self._broken is not None:
+            with self._lock:
+                self._refusal = f"is beyond repair, for {self._broken!r}"
+            self._fail_all(engine, self._broken)
+            return False
+        if not self.orders:
+            self._say_drained()
+        return going
+
+    def _say_drained(self) -> None:
+        for drained in self._drains:
+            drained.set_result(None)
+        self._drains.clear()
+
+    def _obey(self, engine: Engine) -> bool:
+        """Do what was commanded, and wait for it where there is nothing else to do. False if that is to end."""
+        idle = not engine.has_work and not (self._drains and not self.orders)
+        while True:
+            try:
+                command = self._commands.get(block=idle, timeout=self._patience() if idle else None)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            idle = False
+
+    def _patience(self) -> float | None:
+        """Seconds until the first deadline of what is being tokenized; None where there is none."""
+        deadlines = [order.deadline for order in list(self.orders.values()) if order.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _add(self, order: Order, given: Prepared) -> None:
+        if order.ended or self.engine is None:  # while it was tokenized
+            return
+        try:
+            generation = self.engine.add_request(
+                given.token_ids,
+                given.params,
+                prompt=given.text,
+                arrival=order.arrival,
+                request_id=order.request_id,
+            )
+        except BaseException as error:
+            self._end(order, error)
+            if not isinstance(error, (TypeError, ValueError)):  # a fault
+                raise
+        else:
+            self._added(order, generation)
+
+    def _fork(self, origin: Order, order: Order, params: SamplingParams | None) -> None:
+        if origin.generation is None and not origin.ended:
+            origin.on_added.append(partial(self._fork, origin, order, params))
+            return
+        if order.ended or self.engine is None:
+            return
+        try:
+            if origin.generation is None:
+                raise ValueError(f"request {origin.request_id!r} has ended; legal: an unfinished one")
+            generation = self.engine.fork(origin.generation, params, request_id=order.request_id)
+        except ValueError as error:
+            self._end(order, error)
+        else:
+            self._added(order, generation)
+
+    def _added(self, order: Order, generation: Generation) -> None:
+        order.generation = generation
+        self._by_generation[generation] = order
+        while order.on_added:
+            order.on_added.pop(0)()
+
+    def _call(self, function: Callable[[Engine], None], done: concurrent.futures.Future[None]) -> None:
+        try:
+            if self.engine is None:
+                raise RuntimeError("this AsyncEngine has ended; make a new one")
+            function(self.engine)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _abort(self, order: Order, why: str, reason: FinishReason = "abort") -> None:
+        if order.ended:
+            return
+        if order.generation is None or reason == "abort":
+            order.why_aborted = why
+        if order.generation is not None and self.engine is not None:
+            self.engine.abort(order.generation, reason)
+            wake([order.tell(self._statistics)])
+        self._end(order)
+
+    def _abort_each(self, orders: list[Order], why: str) -> None:
+        for order in orders:
+            self._abort(order, why)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for order in list(self.orders.values()):
+            if order.deadline is not None and order.deadline <= now:
+                self._abort(order, "its deadline has passed", "deadline")
+
+    def _advance(self, engine: Engine) -> None:
+        """One step, and its tidings."""
+        start = time.monotonic()
+        touched = engine.step()
+        for order in self._by_generation.values():
+            if not order.begun and order.generation is not None:
+                num_cached = order.generation.request.num_cached_tokens
+                if num_cached is not None:
+                    self._begin(order, start, num_cached)
+        readers = []
+        for order in [self._by_generation[each] for each in touched if each in self._by_generation]:
+            readers.append(order.tell(self._statistics))
+            if order.generation is not None and order.generation.finished:
+                self._end(order)
+        with self._statistics.lock:
+            seen, self._num_preemptions = self._num_preemptions, engine.scheduler.num_preemptions
+            self._statistics.num_preemptions += max(0, self._num_preemptions - seen)
+            seen, self._num_host_hit_tokens = self._num_host_hit_tokens, engine.pool.num_host_hit_tokens
+            self._statistics.num_host_hit_tokens += max(0, self._num_host_hit_tokens - seen)
+            drafted, accepted = _drafts(engine)
+            self._statistics.num_draft_tokens = drafted - self._first_drafts[0]
+            self._statistics.num_accepted_tokens = accepted - self._first_drafts[1]
+        wake(readers)
+
+    def _begin(self, order: Order, start: float, num_cached: int) -> None:
+        self._leave_queue(order)
+        assert order.generation is not None
+        with self._statistics.lock:
+            self._statistics.queue_seconds.observe(start - order.arrival)
+            self._statistics.num_prompt_tokens += len(order.generation.request.prompt_token_ids)
+            self._statistics.num_cached_tokens += num_cached
+
+    def _leave_queue(self, order: Order) -> None:
+        if not order.begun:
+            order.begun = True
+            with self._lock:
+                self._num_queued -= 1
+
+    def _end(self, order: Order, error: BaseException | None = None) -> None:
+        """Forget a request; an error is what it failed with."""
+        if order.ended:
+            return
+        generation = order.generation
+        if generation is not None:
+            self._by_generation.pop(generation, None)
+            error = error or generation.error
+        self._leave_queue(order)
+        with self._lock:
+            self.orders.pop(order.request_id, None)
+        with self._statistics.lock:
+            self._statistics.request_seconds.observe(time.monotonic() - order.arrival)
+            self._statistics.num_failed += error is not None
+        order.end(error)
+        while order.on_added:
+            order.on_added.pop(0)()
+
+    def _fail_all(self, engine: Engine, error: BaseException) -> None:
+        """End every request with this cause."""
+        for order in list(self.orders.values()):
+            if order.generation is not None:
+                with suppress(Exception):  # the engine mends itself, and each of its requests may have a fault in this
+                    engine.abort(order.generation)
+            self._end(order, error)
+
+
+def _drafts(engine: Engine) -> tuple[int, int]:
+    """Draft tokens verified, and those accepted, since the LLM was made: these no engine counts anew."""
+    speculation = engine.speculation
+    return (0, 0) if speculation is None else (speculation.num_drafted, speculation.num_accepted)
