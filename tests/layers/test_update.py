@@ -19,7 +19,7 @@ from fastllama.layers.weights import EMBEDDING, HEAD, hf_tensors, load_weights
 # q, k and v end at rows 64, 80 and 96, gate and up at 160 and 320: within tiles of 64. Groups of 64 and 32 columns.
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 16}
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
-NORM = "model.norm.weight"
+NORM, K = "model.norm.weight", Q.replace("q_", "k_")
 
 every_kind = pytest.mark.parametrize("kind", [None, *KINDS])
 
@@ -127,7 +127,7 @@ def test_a_lossless_model_tells_when_buffers_were_replaced() -> None:
     assert_same(model, loaded({name: -tensor for name, tensor in old.items()}, "bf12"))
     tiny = old[Q].clone()
     tiny[0, :3] = 2.0**-100
-    assert update_weights(model, {Q: tiny}) is True, "three outliers more"
+    assert update_weights(model, {Q: tiny, K: old[K]}) is True, "three outliers more, then as many again"
     assert {name for name, address in addresses(model).items() if address != before[name]} == {
         "layers.1.self_attn.qkv_proj.outliers"
     }
