@@ -17,23 +17,24 @@ LIMIT = np.float32(np.finfo(np.float32).max / 4)
 INFINITY = np.float32(np.inf)
 
 
+# NaN, of a penalty that is, passes: Python's max keeps its first argument unless the second is larger. With
+# comparisons in its place 16 rows of 32000 took one thread 207 us, not 145.
 @as_written
-def bounded(x, changed):
-    """`changed` within LIMIT where x is finite; x itself where it is not."""
-    changed = LIMIT if changed > LIMIT else changed
-    changed = -LIMIT if changed < -LIMIT else changed  # NaN, of a penalty that is, passes
-    return changed if abs(x) < INFINITY else x
+def bounded(x):
+    """x within LIMIT."""
+    return min(max(x, -LIMIT), LIMIT)
 
 
-# As it is written, so that a token has the same logit whether a table or `tokens` counts it.
+# As it is written, so that a token has the same logit whether a table or `tokens` counts it. What is not finite stays.
 @as_written
 def adjusted(x, bias, seen, generated, repetition, presence, frequency):
     biased = x + bias
-    biased = bounded(x, biased) if abs(bias) < INFINITY else biased
-    repeated = bounded(biased, biased / repetition if biased > np.float32(0) else biased * repetition)
-    penalised = repeated if seen else biased
-    less = bounded(penalised, penalised - (presence + frequency * generated))
-    return less if generated > np.float32(0) else penalised
+    biased = bounded(biased) if abs(x) < INFINITY and abs(bias) < INFINITY else biased
+    finite = abs(biased) < INFINITY
+    repeated = bounded(biased / repetition if biased > np.float32(0) else biased * repetition)
+    penalised = repeated if seen and finite else biased
+    less = bounded(penalised - (presence + frequency * generated))
+    return less if finite and generated > np.float32(0) else penalised
 
 
 # Columns of one row. Starts count elements.

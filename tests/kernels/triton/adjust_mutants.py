@@ -7,11 +7,7 @@ from tests.kernels.triton.planted import mutant
 
 FILE = "sampling/adjust_logits"
 OPS = "ops/test_adjust_logits.py::test_"
-HONEST, ORDER, OFF = (
-    f"{OPS}adjust_logits",
-    f"{OPS}the_order_is_bias_then_repetition_then_presence_and_frequency",
-    f"{OPS}what_is_off_changes_no_bit",
-)
+HONEST, ORDER = f"{OPS}adjust_logits", f"{OPS}the_order_is_bias_then_repetition_then_presence_and_frequency"
 RECENT = f"{OPS}a_token_has_the_same_logit_whether_it_is_recent_or_counted"
 OUTSIDE = f"{OPS}recent_ids_outside_of_the_vocabulary_are_left_out"
 PASSES, BAN = f"{OPS}a_row_that_asks_for_nothing_passes_bit_for_bit", f"{OPS}a_ban_stays_a_ban"
