@@ -25,7 +25,7 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
 
     A collection (a dict, a list) is checked as a whole before anything is written. Of an iterator each tensor is
     checked, copied and let go before the next is asked for, so where one is wrong, most of those before it are written.
-    Memory: one packed layer, as a weight and packed. A fused layer is packed once where its parts come one after
+    Memory besides the tensors: about twice the weight of the largest packed layer. A fused layer is packed once where its parts come one after
     another; in bf12 a part that comes apart from the others takes about seven times as long.
 
     Every parameter and buffer keeps its memory, and captured decode steps stay right, with one exception: in bf12 the
