@@ -25,8 +25,8 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
 
     A collection (a dict, a list) is checked as a whole before anything is written. Of an iterator each tensor is
     checked, copied and let go before the next is asked for, so where one is wrong, most of those before it are written.
-    Memory besides the tensors: about twice the weight of the largest packed layer. A fused layer is packed once where its parts come one after
-    another; in bf12 a part that comes apart from the others takes about seven times as long.
+    Memory besides the tensors: about twice the weight of the largest packed layer. A fused layer is packed once where
+    its parts come one after another; in bf12 a part that comes apart takes about seven times as long.
 
     Every parameter and buffer keeps its memory, and captured decode steps stay right, with one exception: in bf12 the
     number of outliers and the exponent follow the weights. Returns whether these changed in any layer: captured steps
