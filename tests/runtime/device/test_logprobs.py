@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
-from fastllama.runtime.device.logprobs import token_logprobs
+from fastllama.runtime.device.logprobs import ROWS, token_logprobs
 from fastllama.runtime.device.runner import Runner
 from tests.runtime.models import VOCAB, ours, prompt_of, running
 
@@ -106,6 +106,14 @@ def test_prompts_never_have_more_logits_at_once_than_half_of_what_is_planned(mon
     with running(ours()) as llm, Largest() as largest:
         llm.generate(PROMPTS, SCORED)
     assert largest.rows == 4
+
+
+def test_nothing_else_of_the_logits_size_is_made_to_reduce_them() -> None:
+    """Of samples' logits, too, there may be some for each of hundreds of sequences and their drafts."""
+    logits = torch.randn(200, VOCAB).bfloat16()
+    with Largest() as largest:
+        token_logprobs(logits, [1] * 200, [2] * 200)
+    assert 0 < largest.rows <= ROWS
 
 
 class OwnForward(LlamaForCausalLM):
