@@ -169,7 +169,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _all_bytes,
     ),
     "adjust_logits": CatalogueEntry(
-        lambda m: sampling.adjust_logits(m, T, VOCAB, recent=2, slots=(1, -1, 0), num_slots=2),
+        lambda m: sampling.adjust_logits(m, T, VOCAB, recent=2, slots=(3, -1, 0), num_slots=4),
         lambda m, sizes, shape: sampling.adjust_logits(m, shape.rows, sizes.vocab),
         _of_rows(64, 1, 16),
         _all_bytes,

@@ -109,9 +109,9 @@ def test_adjust_logits(backend: str, dtype: torch.dtype, shape: tuple[int, int])
 
 @everywhere
 def test_the_order_is_bias_then_repetition_then_presence_and_frequency(backend: str) -> None:
-    """(1 + 1) / 2 - 0.25 - 3 * 0.125, and 2 * (-3 + 1) - 0.25 - 3 * 0.125; exact numbers, for any other order."""
+    """(1 + 1) / 2 - 0.25 - 3 * 0.125, and 2 * (-3 + 1) - 0.25 - 3 * 0.125, (-0.5 + 1) / 2; other orders give others."""
     given = call(
-        torch.tensor([[1.0, -3.0, 1.0, 1.0, -1.0]]),
+        torch.tensor([[1.0, -3.0, 1.0, 1.0, -0.5]]),
         bias=torch.ones(1, 5),
         counts=torch.tensor([[6, 7, 1, 0, 1]], dtype=torch.int32),
         repetition_penalty=torch.tensor([2.0]),
@@ -119,7 +119,7 @@ def test_the_order_is_bias_then_repetition_then_presence_and_frequency(backend: 
         frequency_penalty=torch.tensor([0.125]),
     )
     found = public("adjust_logits", backend)(**given)
-    assert found.tolist() == [[1 - 0.25 - 0.375, -4 - 0.25 - 0.375, 1.0, 2.0, 0.0]]
+    assert found.tolist() == [[1 - 0.25 - 0.375, -4 - 0.25 - 0.375, 1.0, 2.0, 0.25]]
 
 
 @everywhere
@@ -191,6 +191,7 @@ EXTREMES = [
     ((1.0, 0.0, 1.0, -3e38, -3e38, 9), LIMIT),
     ((1.0, 0.0, 1.0, 3e38, -3e38, 9), LIMIT),
     ((1.0, 0.0, 1.0, -3e38, 3e38, 9), -LIMIT),
+    ((-8.5e37, 0.0, 1.0, 3.4e38, -3e38, 9), LIMIT),  # one after the other: -inf + inf
     ((8.5e37, 0.0, 1.0, -1.0, 0.0, 1), 8.5e37),
     ((1.0, 0.0, 1.0, 0.0, 1.0, (1 << 30) - 1), 1.0 - (1 << 30)),
     ((math.inf, -1.0, 3e38, 3e38, 3e38, 9), math.inf),
