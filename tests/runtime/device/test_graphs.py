@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -293,27 +293,25 @@ def test_a_model_with_its_own_forward_is_run_each_time() -> None:
 
 
 def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(times: int) -> Callable[..., Tensor]:
-        forward, left = LlamaMLP.forward, times
+    """It is run again in parts, and no replay ends where it did."""
+    forward, runs, fails = LlamaMLP.forward, [0], len(ours().layers) + 2  # in the first decode
 
-        def run(mlp: LlamaMLP, *args: Any) -> Tensor:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise MemoryError
-            return forward(mlp, *args)
-
-        return run
+    def failing(mlp: LlamaMLP, *args: Any) -> Tensor:
+        runs[0] += 1
+        if runs[0] == fails:
+            raise MemoryError
+        return forward(mlp, *args)
 
     with running(ours()) as llm:
         expected = llm.generate(PROMPTS, params(5))
     with running(ours()) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(LlamaMLP, "forward", failing(len(llm.engine.model.layers) + 2))  # in the first decode
-            with pytest.raises(MemoryError):
-                llm.generate(PROMPTS, params(5))
-        outputs = llm.generate(PROMPTS, params(5))
-    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+            patch.setattr(LlamaMLP, "forward", failing)
+            found = [llm.generate(PROMPTS, params(5))]
+        assert runs[0] > fails
+        found.append(llm.generate(PROMPTS, params(5)))
+    for outputs in found:
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
 
 
 def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
