@@ -310,6 +310,9 @@ def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             found = [llm.generate(PROMPTS, params(5))]
         assert runs[0] > fails
         found.append(llm.generate(PROMPTS, params(5)))
+        graphs = llm.engine._runner._graphs._graphs
+        assert len(graphs) > 1
+        assert all(hasattr(graph, "replay") for graph in graphs.values()), "or each such step would fail and be run again"
     for outputs in found:
         assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
 
