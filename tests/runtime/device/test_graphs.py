@@ -312,7 +312,7 @@ def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(llm.generate(PROMPTS, params(5)))
         graphs = llm.engine._runner._graphs._graphs
         assert len(graphs) > 1
-        assert all(hasattr(graph, "replay") for graph in graphs.values()), "or each such step would fail and be run again"
+        assert all(hasattr(graph, "replay") for graph in graphs.values()), "or such a step would fail each time"
     for outputs in found:
         assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
 
