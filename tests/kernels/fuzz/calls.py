@@ -283,7 +283,7 @@ def adjust_logits(m: CallMaker) -> Arguments:
 
     plain = m.chance(0.3)
     seen = [0, 0, 0, 1, 2, 3, 5, (1 << 31) - 1]
-    ids = (*range(vocab), *IDS)
+    ids = (*range(vocab), vocab, *IDS)
     bounds = (*range(count + 1), count, -3, count + 1, 1 << 40)
     offsets = (0.0, 0.5, -0.25) if plain else OFFSETS
     counts = [[m.rng.choice(seen) for _ in range(vocab)] for _ in range(num_slots)]

@@ -149,10 +149,13 @@ def test_a_token_has_the_same_logit_whether_it_is_recent_or_counted(backend: str
 def test_recent_ids_outside_of_the_vocabulary_are_left_out(backend: str) -> None:
     given = call(torch.randn(2, 600), presence_penalty=torch.ones(2), slots=torch.tensor([1, 0]))
     wrong = [-1, 600, 1 << 40, WORD + 3, -(1 << 63), 1023, -WORD + 3]
-    found = public("adjust_logits", backend)(**given | recents([*wrong, 7], wrong))
+    buffer = torch.full((2, 1100), 7.0)
+    found = public("adjust_logits", backend)(**given | recents([*wrong, 7], wrong), out=buffer[:, 30:630])
     expected = given["logits"].clone()
     expected[0, 7] -= 1
     assert_equal(found, expected)
+    buffer[:, 30:630] = 7.0
+    assert (buffer == 7.0).all()
 
 
 @everywhere
