@@ -23,7 +23,8 @@ class BatchMeta:
     num_decodes: how many of the B sequences decode: they have num_queries new tokens, one and the drafts after it.
     cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the other sequences' tokens, counted from the first of these.
     logits_rows: [R] int64, the tokens whose logits are wanted, ascending and each once.
-    workspace: of LlamaForCausalLM.workspace, or None. deterministic: whether a token's numbers are the same, bit for
+    workspace: of LlamaForCausalLM.workspace, or None. cos_sin: of LlamaForCausalLM.rotary_cache; None takes the model's
+    own. deterministic: whether a token's numbers are the same, bit for
     bit, whatever else is in the batch, in what is computed of each token; attention is so where all are decodes.
     """
 
@@ -36,6 +37,7 @@ class BatchMeta:
     logits_rows: Tensor
     num_queries: int = 1
     workspace: Tensor | None = None
+    cos_sin: Tensor | None = None
     deterministic: bool = False
 
 

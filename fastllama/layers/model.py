@@ -49,11 +49,17 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
         self.register_buffer("_cos_sin", None, persistent=False)
 
-    def set_max_model_len(self, max_model_len: int) -> None:
-        """Make the rotary cache cover so many positions, of those that the configuration's rope is made for."""
+    def rotary_cache(self, max_model_len: int) -> Tensor:
+        """A rotary cache [max_model_len, head_dim] fp32 beside the weights.
+
+        Raises ValueError for more positions than the configuration's rope is made for.
+        """
         check_range("max_model_len", max_model_len, 1, self.config.longest_context)
-        cache = rotary_cache(self.config, max_model_len, self.embed_tokens.weight.device)
-        self._cos_sin = cache
+        return rotary_cache(self.config, max_model_len, self.embed_tokens.weight.device)
+
+    def set_max_model_len(self, max_model_len: int) -> None:
+        """Make the model's own rotary cache cover so many positions; a batch may bring another."""
+        self._cos_sin = self.rotary_cache(max_model_len)
 
     @property
     def cos_sin(self) -> Tensor:
@@ -107,8 +113,9 @@ class LlamaForCausalLM(nn.Module):
     def hidden_states(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
         """ids [T] -> what the last block returns for batch.logits_rows [R, H]; keys and values are written into kv."""
         hidden = self.embed_tokens(ids)
+        cos_sin = self.cos_sin if batch.cos_sin is None else batch.cos_sin
         for block, layer_kv in zip(self.layers, kv.layers, strict=True):
-            hidden = block(hidden, batch, layer_kv, self.cos_sin)
+            hidden = block(hidden, batch, layer_kv, cos_sin)
         rows = batch.logits_rows
         return hidden if rows.shape[0] == ids.shape[0] else hidden.index_select(0, rows)
 

@@ -20,6 +20,7 @@ from fastllama.layers.update import update_weights
 from fastllama.runtime.access import Access
 from fastllama.runtime.consistency import Consistency
 from fastllama.runtime.device import memory
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.execution import Launched, launch, launch_parts
 from fastllama.runtime.device.probe import device_error
 from fastllama.runtime.device.runner import Runner
@@ -61,8 +62,8 @@ class Engine:
         kv_dtype = KV_DTYPES[options.kv_cache_dtype] or model.dtype
         draft = speculation if isinstance(speculation, LlamaForCausalLM) else None
         more = 0 if draft is None else KVCache.bytes_per_token(draft.config, draft.dtype)
-        self._sizes = sizes = memory.choose(model, options, kv_dtype, more)
-        model.set_max_model_len(sizes.max_model_len)
+        num_drafts = 0 if speculation is None else options.num_draft_tokens
+        self._sizes = sizes = memory.choose(model, options, kv_dtype, more, num_drafts)
         self.model, self.tokenizer = model, tokenizer
         self._page_size = size = options.page_size
         num_pages = sizes.kv_cache_tokens // size
@@ -74,6 +75,8 @@ class Engine:
         self.device_error: Exception | None = None  # which the device will not recover from
         self.access = Access()
         self._consistency = Consistency()
+        eos = model.config.eos_token_ids
+        adjustments = Adjustments(sizes.max_num_seqs, model.config.vocab_size, eos, model.device)
         self._runner = Runner(
             model,
             num_pages,
@@ -82,15 +85,17 @@ class Engine:
             host_cache_tokens=options.host_cache_tokens,
             max_num_tokens=sizes.max_num_batched_tokens,
             max_model_len=sizes.max_model_len,
+            max_num_seqs=sizes.max_num_seqs,
             deterministic=options.deterministic,
+            adjustments=adjustments,
         )
         self.speculation: Speculation | None = None
         if speculation is not None:
             drafter: Drafter = PromptLookup()
             if draft is not None:
-                drafter = DraftModel(draft, model, num_pages, size, sizes)
+                drafter = DraftModel(draft, model, num_pages, size, sizes, adjustments)
             self.speculation = Speculation(drafter, options.num_draft_tokens)
-        forget = [] if self.speculation is None else [self.speculation.forget]
+        forget = [adjustments.forget] if self.speculation is None else [adjustments.forget, self.speculation.forget]
         seed = random.SystemRandom().getrandbits(63) if options.seed is None else options.seed
         self._requests = LiveRequests(scheduler, tokenizer, model.config, seed, forget)
         Engine._alive.add(self)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fastllama.errors import RequestError, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
+from fastllama.runtime.bad_words import token_sequences
 from fastllama.runtime.device.execution import Launched
 from fastllama.runtime.device.sampler import SampledToken
 from fastllama.runtime.generation import Generation
@@ -66,6 +67,14 @@ class LiveRequests:
                     f"{name} is {getattr(params, name)!r}; legal without a tokenizer: no strings, only token ids"
                 )
 
+        self._bad_words(params)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        assert self._tokenizer is not None, "checked"
+        return token_sequences(self._tokenizer, params.bad_words)
+
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
         """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
         origin = generation.request
@@ -81,7 +90,7 @@ class LiveRequests:
         self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float, request_id: str | None
     ) -> Generation:
         """Queue a prompt that `check` passes. Raises ValueError for the id of another unfinished request."""
-        request = Request(self._new_id(request_id), ids, self._seeded(params), arrival)
+        request = Request(self._new_id(request_id), ids, self._seeded(params), arrival, self._bad_words(params))
         self.scheduler.add(request)
         generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
         return generation
@@ -89,7 +98,8 @@ class LiveRequests:
     def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:
         """Add a request that goes on from where another stands, which `check_fork` passes."""
         origin, now = generation.request, time.monotonic()
-        request = Request(self._new_id(request_id), origin.prompt_token_ids, self._seeded(params), now)
+        ids, bad_words = origin.prompt_token_ids, self._bad_words(params)
+        request = Request(self._new_id(request_id), ids, self._seeded(params), now, bad_words)
         self.scheduler.fork(origin.sequences[0], request)
         forked = self.generations[request.request_id] = generation.fork(request)
         return forked
@@ -158,8 +168,9 @@ class LiveRequests:
                 self._spoil(drawn.seq)
         self.scheduler.commit(launched.step)
         for seq, first, logprobs in (report for part in launched.parts for report in part.prompt_logprobs):
-            if seq.request.request_id in self.generations:
-                self.generations[seq.request.request_id].prompt_logprobs.update(enumerate(logprobs, first))
+            generation = self.generations.get(seq.request.request_id)
+            if generation is not None:
+                generation.report_prompt(first, logprobs)
         now = time.monotonic()
         gained: Gained = {}
         for drawn in draws:
@@ -204,7 +215,7 @@ class LiveRequests:
             generation.first_token_time = now
         self.scheduler.append(seq, token_id)
         if drawn.logprob is not None:
-            sample.logprobs.append(drawn.logprob)
+            sample.report(drawn.logprob)
         ended = sample.push(token_id, self._config.eos_token_ids)
         if ended is not None:
             self.scheduler.finish(seq, *ended)

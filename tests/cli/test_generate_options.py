@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -66,8 +67,7 @@ def test_log_probabilities_are_those_of_the_runtime(command: Command, model: str
         pieces = {i: llm.tokenizer.token_bytes(i, skip_special_tokens=False) for i in range(300)}
     assert sample.logprobs is not None
     assert found["logprobs"] == [
-        {"token_id": each.token_id, "logprob": each.logprob, "top": [list(one) for one in each.top]}
-        for each in sample.logprobs
+        dataclasses.asdict(each) | {"top": [list(one) for one in each.top]} for each in sample.logprobs
     ]
     done = command(*args, "--quiet")
     text, table = done.out.split("\n\n", 1)

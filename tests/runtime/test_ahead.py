@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -77,8 +78,14 @@ def test_the_next_step_is_launched_before_one_is_read(ahead: None, events: list[
 
 def test_where_tokens_are_wanted_they_are_waited_for(ahead: None, events: list[str]) -> None:
     with running(ours()) as llm:
-        llm.generate([PROMPTS[1]], MIXED[2])
-    assert events == ["launch", "read"] * MIXED[2].max_tokens
+        llm.generate([PROMPTS[1]], replace(GREEDY, logits_processors=(lambda token_ids, logits: logits,)))
+    assert events == ["launch", "read"] * NEW_TOKENS
+
+
+def test_penalties_wait_for_nothing(ahead: None, events: list[str]) -> None:
+    with running(ours()) as llm:
+        llm.generate([PROMPTS[1]], replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={5: 2.0}))
+    assert events == ["launch"] + ["launch", "read"] * (NEW_TOKENS - 1) + ["read"]
 
 
 def test_on_a_cpu_each_is_read_at_once(events: list[str]) -> None:

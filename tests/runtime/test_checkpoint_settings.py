@@ -129,7 +129,7 @@ def test_a_context_of_millions_costs_only_the_positions_that_are_used(folder) ->
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**31 - 1}))
     with opened(path, max_model_len=32) as llm:
-        assert llm.engine.model.cos_sin.shape[0] == 32
+        assert llm.engine._runner.cos_sin.shape[0] == 32
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_serves_prompts_that_need_none_of_them(

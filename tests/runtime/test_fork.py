@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from fastllama import LLM, SamplingParams
 from fastllama.runtime.engine import Engine
@@ -64,15 +65,14 @@ def test_another_seed_goes_its_own_way_and_leaves_the_first_on_its(sizes: dict[s
 
 
 def drawn(shared: Sequence[int]) -> list[tuple[int, ...]]:
-    """What seed 4 draws after these tokens, which it is made to draw by a bias first."""
-    with running(ours()) as llm:
-        generation = llm.engine.add_request(PROMPT, OTHER)
-        for token_id in shared:
-            generation.request.params = replace(OTHER, logit_bias={token_id: 1e9})
-            llm.engine.step()
-        generation.request.params = OTHER
-        finish(llm.engine, generation)
-        return tokens_of(generation.output())
+    """What seed 4 draws after these tokens, which a logits processor makes it draw first."""
+
+    def forced(token_ids: list[int], logits: Tensor) -> Tensor:
+        if len(token_ids) < len(shared):
+            logits[shared[len(token_ids)]] = 1e9
+        return logits
+
+    return alone(PROMPT, replace(OTHER, logits_processors=(forced,)))
 
 
 def test_pages_are_shared_until_somebody_writes() -> None:

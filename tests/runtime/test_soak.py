@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastllama import LLM, AsyncEngine, LlamaForCausalLM, SamplingParams
-from fastllama.errors import QueueFullError, RequestError
+from fastllama.errors import QueueFullError
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.generation import Generation
@@ -26,7 +26,7 @@ from fastllama.runtime.planning.sequence import Request, Sequence
 from fastllama.runtime.serving.async_engine import RequestStream
 from fastllama.runtime.serving.mailbox import Mailbox
 from tests.runtime.models import VOCAB, check_idle, ours, prompt_of
-from tests.runtime.serving.test_async_engine import all_of, joined
+from tests.runtime.serving.test_async_engine import all_of, joined, until_it_fails
 from tests.runtime.test_generation import Pieces
 
 EOS, CURSED, POISONED = 11, 95, 96
@@ -124,9 +124,10 @@ async def live(engine: AsyncEngine, order: Order) -> dict[int, CompletionOutput]
     if order.fate == "sleep":
         await asyncio.sleep(0.3)
     if order.fate == "cursed":
-        with pytest.raises(RequestError):
-            await all_of(stream)
+        await until_it_fails(stream, "MemoryError")
         return None
+    if order.fate == "poisoned":
+        return joined(await until_it_fails(stream, "not finite numbers"))
     return joined(await all_of(stream))
 
 

@@ -26,7 +26,8 @@ def record(run: Callable[[], T], device: torch.device, memory: list[UntypedStora
     recording = Recording(device, memory)
     try:
         with recording:
-            return run(), recording
+            recording.result = result = run()
+        return result, recording
     except BaseException:
         recording.close()
         raise
@@ -44,6 +45,7 @@ class Recording(TorchDispatchMode):
     def __init__(self, device: torch.device, memory: list[UntypedStorage]) -> None:
         super().__init__()
         self.replayable = True
+        self.result: Any = None  # what was returned; see `record`
         self._device, self._memory = device, memory
         self._calls: list[tuple[Function, tuple[Any, ...]]] = []
         self._allocations = 0
@@ -58,10 +60,11 @@ class Recording(TorchDispatchMode):
         if self in _get_current_dispatch_mode_stack():
             super().__exit__(None, None, None)
 
-    def replay(self) -> None:
-        """Run the ops again, in order. Raises what they raise."""
+    def replay(self) -> Any:
+        """Run the ops again, in order, and return what was returned, on the same tensors. Raises what they raise."""
         assert self.replayable
         without_autocast(self._run)()
+        return self.result
 
     def _run(self) -> None:
         for run, args in self._calls:

@@ -45,12 +45,7 @@ class RecordingCapture:
 
     def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], T] | None]:
         result, recording = record(run, self._device, self._memory)
-
-        def replay() -> T:
-            recording.replay()
-            return result
-
-        return result, replay if recording.replayable else None
+        return result, recording.replay if recording.replayable else None
 
 
 class GraphCapture:

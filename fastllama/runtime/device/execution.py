@@ -34,9 +34,9 @@ class Launched(NamedTuple):
 
     @property
     def may_be_followed(self) -> bool:
-        """Whether the next step can run before these tokens are known: penalties want them."""
+        """Whether the next step can run before these tokens are known: logits processors and bad words want them."""
         return self.whole and not any(
-            seq.request.params.penalizes for chunk in self.step.chunks for seq in chunk.samples
+            seq.request.params.host_bound for chunk in self.step.chunks for seq in chunk.samples
         )
 
     def read(self) -> list[sampler.SampledToken]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from fastllama import env, kernels
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device.adjustments import DTYPES as ADJUSTMENTS
+from fastllama.runtime.device.adjustments import NONE, Adjustments
 from fastllama.runtime.device.buffers import Buffers
 from fastllama.runtime.device.capture import Capture
 from fastllama.runtime.device.sampler import DTYPES, PendingTokens, SampleBuffers
@@ -37,11 +39,17 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, kv: KVCache, capture: Capture, batch_of: Callable[..., BatchMeta]
+        self,
+        model: LlamaForCausalLM,
+        kv: KVCache,
+        capture: Capture,
+        batch_of: Callable[..., BatchMeta],
+        adjustments: Adjustments,
     ) -> None:
         self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
+        self._adjustments = adjustments
         self._modules = list(model.modules())
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}  # that was run last comes last
+        self._graphs: dict[tuple[int, int, int, bool], _Graph] = {}  # that was run last comes last
         self.replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
 
     def clear(self) -> None:
@@ -57,22 +65,32 @@ class DecodeGraphs:
             and len(inputs.logits_rows) == len(inputs.ids)
             and not inputs.prompts
             and len({sample.row for sample in inputs.samples}) == len(inputs.samples)
+            and not (inputs.unknown and any(sample.seq.request.params.host_bound for sample in inputs.samples))
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         )
 
     def _shape(self, inputs: Inputs) -> tuple[int, int, int]:
         return *self._capture.shape(inputs.num_decodes, len(inputs.page_table[0])), inputs.num_queries
 
-    def run(self, inputs: Inputs, before: PendingTokens | None) -> tuple[Tensor, SampleBuffers]:
+    def run(
+        self, inputs: Inputs, before: PendingTokens | None, *, adjusts: bool
+    ) -> tuple[Tensor, SampleBuffers | None]:
         """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
 
         To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
-        step before, from which the tokens come that are UNKNOWN here.
+        step before, from which the tokens come that are UNKNOWN here. adjusts: whether any logits are adjusted; behind
+        drafts that is not part of the step, and nothing is drawn.
         """
-        shape = self._shape(inputs)
+        drafted = any(sample.ahead for sample in inputs.samples)
+        logits, drawn = self._run(inputs, before, adjusts and not drafted)
+        return logits, None if adjusts and drafted else drawn
+
+    def _run(self, inputs: Inputs, before: PendingTokens | None, adjusts: bool) -> tuple[Tensor, SampleBuffers]:
+        shape = *self._shape(inputs), adjusts
         graph = self._graphs.get(shape)
         if graph is None:
-            graph = _Graph(*shape, self._model.device, self._batch_of)
+            adjustments = self._adjustments if adjusts else None
+            graph = _Graph(*self._shape(inputs), self._model.device, self._batch_of, adjustments)
             graph.load(inputs, before)
             logits, replay = self._capture.capture(graph.step(self._model, self._kv))
             if replay is None:
@@ -89,17 +107,28 @@ class DecodeGraphs:
         return logits[: len(inputs.ids)], graph.drawn
 
 
+def _argument(name: str) -> str:
+    """The buffer of an argument of kernels.adjust_logits, beside those of the step."""
+    return f"adjust {name}"
+
+
 class _Graph:
     """The step of one shape: its inputs' buffers, what computes it, and the tokens drawn.
 
     drawn: its tokens are the step's ids, until they are drawn over. replay: computes the loaded step and returns its
-    logits.
+    logits. adjustments: of the logits before tokens are drawn; None where no sequence asks for any.
     """
 
     replay: Callable[[], Tensor]
 
     def __init__(
-        self, num_seqs: int, num_pages: int, num_queries: int, device: torch.device, batch_of: Callable[..., BatchMeta]
+        self,
+        num_seqs: int,
+        num_pages: int,
+        num_queries: int,
+        device: torch.device,
+        batch_of: Callable[..., BatchMeta],
+        adjustments: Adjustments | None,
     ) -> None:
         rows, wide, narrow = num_seqs * num_queries, torch.int64, torch.int32
         inputs: _Parts = {
@@ -109,15 +138,19 @@ class _Graph:
             "page_table": ((num_seqs, num_pages), narrow),
         }
         draws: _Parts = {name: ((rows,), dtype) for name, dtype in DTYPES.items()}
+        self._adjustments = adjustments
+        of_adjusting = {} if adjustments is None else ADJUSTMENTS
+        adjusting: _Parts = {_argument(name): ((rows,), dtype) for name, dtype in of_adjusting.items()}
         # Of ids of which the host does not know all: those it knows, which it does not, and their places before.
         passed_on: _Parts = {"known": ((rows,), wide), "unknown": ((rows,), torch.bool), "places": ((rows,), wide)}
         drawn: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
-        self._buffers = Buffers(inputs | draws | passed_on | drawn, device)
+        self._buffers = Buffers(inputs | draws | adjusting | passed_on | drawn, device)
         given = self._buffers.device
         self.drawn = SampleBuffers(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
         self._passed_on = [given[name] for name in passed_on]
         self._taken = torch.empty_like(given["tokens"])
         self._parameters = {name: given[name] for name in draws}
+        self._adjusting = {name: given[_argument(name)] for name in of_adjusting}
         self._num_seqs = num_seqs  # that the buffers hold numbers of
         self._batch = batch_of(
             **{name: given[name] for name in inputs},
@@ -132,8 +165,11 @@ class _Graph:
         tokens, logprobs = self.drawn.tokens, self.drawn.logprobs
 
         def run() -> Tensor:
-            logits = model(tokens, self._batch, kv)
-            kernels.sample(logits, **self._parameters, tokens=tokens, logprobs=logprobs)
+            logits = changed = model(tokens, self._batch, kv)
+            if self._adjustments is not None:
+                bias, counts = self._adjustments.tables
+                changed = kernels.adjust_logits(logits, tokens, bias=bias, counts=counts, **self._adjusting)
+            kernels.sample(changed, **self._parameters, tokens=tokens, logprobs=logprobs)
             return logits
 
         return run
@@ -150,6 +186,11 @@ class _Graph:
         where = slice(rows) if drawn == list(range(rows)) else drawn  # by places, 64 rows take 15 us longer
         for name, values in parameters(inputs.samples).items():
             host[name][where] = values
+        if self._adjustments is not None:
+            host[_argument("slots")][:] = NONE
+            lacking = {seq: row for row, seq in inputs.unknown}
+            for name, values in self._adjustments.arguments(inputs.samples, lacking).items():
+                host[_argument(name)][where] = values
         if num_seqs < self._num_seqs:
             host["slots"][rows:] = PADDING
             host["seq_lens"][num_seqs:] = 0

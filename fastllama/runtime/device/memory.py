@@ -15,6 +15,7 @@ from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device import adjustments
 from fastllama.runtime.options import EngineOptions
 
 logger = logging.getLogger("fastllama")
@@ -146,8 +147,9 @@ def sizes(
     than there is.
     """
     of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
-    # Logits of a sequence, and what is sampled from: of its last token and of the drafts behind it.
-    of_seq = config.vocab_size * (dtype.itemsize + torch.float32.itemsize) * (1 + num_draft_tokens)
+    # Logits of a sequence, and what is sampled from: of its last token and of the drafts behind it. And its biases.
+    of_row = config.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    of_seq = of_row * (1 + num_draft_tokens) + config.vocab_size * adjustments.BYTES
     share = int(available * STEP_SHARE)
     tokens = max_num_batched_tokens
     if tokens is None:

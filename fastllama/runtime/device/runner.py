@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import abc
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,11 +14,11 @@ from fastllama import env
 from fastllama.arithmetic import ceil_div
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.device.capture import Capture, GraphCapture, RecordingCapture
 from fastllama.runtime.device.graphs import DecodeGraphs
 from fastllama.runtime.device.host_cache import HostCache
-from fastllama.runtime.device.memory import LEAST_SEQS
 from fastllama.runtime.device.sampler import PendingTokens, StepLogits
 from fastllama.runtime.planning.block_pool import BlockPool, Transfer
 from fastllama.runtime.planning.inputs import Inputs
@@ -31,6 +32,7 @@ class Runner:
 
     kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
     tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
+    adjustments: of the logits, which a draft model's runner shares.
     max_num_seqs: as memory.sizes has it.
     """
 
@@ -45,7 +47,8 @@ class Runner:
         max_num_tokens: int,
         max_model_len: int,
         deterministic: bool,
-        max_num_seqs: int = LEAST_SEQS,
+        adjustments: Adjustments,
+        max_num_seqs: int,
     ) -> None:
         self.model = model
         # Whether the host may go on while a step runs.
@@ -57,11 +60,14 @@ class Runner:
         # Rows of logits at once: half of what memory.sizes plans, for those that tokens are sampled from are there too.
         self._logits_piece = max(max_num_seqs // 2, 1)
         workspace = model.workspace(max_num_tokens)
-        self._batch_of = partial(BatchMeta, workspace=workspace, deterministic=deterministic)
+        # Its own: another runtime of the model may have another length, by which dynamic scalings differ.
+        self.cos_sin = model.rotary_cache(max_model_len)
+        self._batch_of = partial(BatchMeta, workspace=workspace, cos_sin=self.cos_sin, deterministic=deterministic)
         self._capture: Capture = RecordingCapture(model.device)
         if model.device.type == "cuda":
             self._capture = GraphCapture(model.device, ceil_div(max_model_len, page_size))
-        self._graphs = DecodeGraphs(model, self.kv, self._capture, self._batch_of)
+        self.adjustments = adjustments
+        self._graphs = DecodeGraphs(model, self.kv, self._capture, self._batch_of, adjustments)
 
     @property
     def replays(self) -> bool:
@@ -89,15 +95,19 @@ class Runner:
         """
         self.copy(step)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
+        adjustments = self.adjustments if self.adjustments.follow(inputs.samples) else None
         if self._graphs.take(inputs):
-            logits, drawn = self._graphs.run(inputs, before)
-            return StepLogits(logits, inputs.samples, drawn)
+            logits, drawn = self._graphs.run(inputs, before, adjusts=adjustments is not None)
+            return StepLogits(logits, inputs.samples, adjustments, drawn=drawn)
         ids, batch = self._batch(inputs, before)
+        places = {seq: row for row, seq in inputs.unknown}
         if inputs.prompts:
-            return self._run_in_pieces(inputs, ids, batch)
-        return StepLogits(self.model(ids, batch, self.kv), inputs.samples)
+            step_logits = self._in_pieces(inputs, ids, batch)
+        else:
+            step_logits = StepLogits(self.model(ids, batch, self.kv), inputs.samples)
+        return replace(step_logits, adjustments=adjustments, ids=ids, unknown=places)
 
-    def _run_in_pieces(self, inputs: Inputs, ids: Tensor, batch: BatchMeta) -> StepLogits:
+    def _in_pieces(self, inputs: Inputs, ids: Tensor, batch: BatchMeta) -> StepLogits:
         """As `run`, of a step with prompt log-probabilities: the prompts' logits are computed a few rows at a time.
 
         All at once, 8192 rows of 128256 logits in bf16 take 2.1 GB, and memory.sizes sets aside those of max_num_seqs

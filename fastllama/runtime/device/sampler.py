@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, abc
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.arithmetic import ceil_div
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.buffers import ALIGNMENT, on_device
 from fastllama.runtime.device.logprobs import token_logprobs
 from fastllama.runtime.outputs import TokenLogprob
@@ -53,13 +54,19 @@ class SampleBuffers(NamedTuple):
 class StepLogits:
     """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples.
 
-    drawn: what kernels.sample gave for each row with the parameters of `samples`, where that was part of the step.
+    adjustments: what has the samples' biases and penalties; None where none has any. ids: of the step [T]; unknown:
+    where in them the last tokens are of sequences that the host does not know.
+    drawn: what kernels.sample gave for each row with the parameters of `samples`, adjustments included, where that was
+    part of the step.
     prompts: (chunk, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
     prompt_logits: of those rows, in pieces [P, V] that are computed one after another, as they are asked for.
     """
 
     logits: Tensor
     samples: list[SamplingRow]
+    adjustments: Adjustments | None = None
+    ids: Tensor | None = None
+    unknown: abc.Mapping[Sequence, int] = field(default_factory=dict)
     drawn: SampleBuffers | None = None
     prompts: abc.Sequence[tuple[Chunk, int]] = ()
     prompt_logits: abc.Iterable[Tensor] = ()
@@ -128,8 +135,8 @@ def start(step: StepLogits) -> PendingTokens:
     """Sample one token for each sampling row of the step, on its device."""
     samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
-    changes = _changes(samples)
-    if step.drawn is not None and not any(changes):
+    host_bound = any(sample.seq.request.params.host_bound for sample in samples)
+    if step.drawn is not None and not host_bound:
         return PendingTokens(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
     places = range(len(samples))
     if not samples:
@@ -137,7 +144,7 @@ def start(step: StepLogits) -> PendingTokens:
     raw = logits if rows == list(range(logits.shape[0])) else logits[rows]
     drawn = SampleBuffers.empty(len(samples), raw.device)
     kernels.sample(
-        _adjusted(raw, *changes),
+        _sampled_from(raw, step),
         **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
         tokens=drawn.tokens,
         logprobs=drawn.logprobs,
@@ -167,58 +174,33 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     return [(chunk.seq, chunk.start + 1, list(itertools.islice(remaining, count))) for chunk, count in step.prompts]
 
 
-_Change = tuple[int, int, float]  # place of a sample, token id, how much
+def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
+    """The logits [R, V] of the samples with biases, penalties and bans, as the logits processors leave them."""
+    samples, adjustments = step.samples, step.adjustments
+    if adjustments is not None:
+        logits = adjustments.adjusted(logits, samples, step.ids, step.unknown)
+        bans = [(place, i) for place, sample in enumerate(samples) for i in adjustments.banned(sample)]
+        if bans:
+            at, token_ids = (on_device(each, torch.int64, logits.device) for each in zip(*bans, strict=True))
+            logits[at, token_ids] = -math.inf
+    processed = [place for place, sample in enumerate(samples) if sample.seq.request.params.logits_processors]
+    if processed and adjustments is None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    for place in processed:
+        logits[place] = _processed(logits[place], samples[place])
+    return logits
 
 
-def _changes(samples: abc.Sequence[SamplingRow]) -> tuple[list[_Change], list[_Change]]:
-    """Repetition penalties, then what is added to logits: biases and the other penalties."""
-    scaled: list[_Change] = []
-    added: list[_Change] = []
-    for place, (seq, _, ahead) in enumerate(samples):
-        params = seq.request.params
-        if params.repetition_penalty != 1:
-            scaled.extend((place, token_id, params.repetition_penalty) for token_id in {*seq.token_ids, *ahead})
-        if params.logit_bias:
-            added.extend((place, token_id, bias) for token_id, bias in params.logit_bias.items())
-        if params.presence_penalty or params.frequency_penalty:
-            counts = Counter((*seq.token_ids[seq.num_prompt_tokens :], *ahead))
-            added.extend(
-                (place, token_id, -params.presence_penalty - count * params.frequency_penalty)
-                for token_id, count in counts.items()
+def _processed(logits: Tensor, sample: SamplingRow) -> Tensor:
+    """A row of logits [V], as the request's processors leave it, one after another."""
+    seq, shape = sample.seq, logits.shape
+    for processor in seq.request.params.logits_processors:
+        logits = processor([*seq.token_ids[seq.num_prompt_tokens :], *sample.ahead], logits)
+        if not isinstance(logits, Tensor) or logits.shape != shape or not logits.is_floating_point():
+            raise TypeError(
+                f"logits processor {processor!r:.99} returned {logits!r:.99}; legal: a floating tensor of {shape[0]}"
             )
-    return scaled, added
-
-
-def _adjusted(logits: Tensor, scaled: list[_Change], added: list[_Change]) -> Tensor:
-    """Logits in fp32 (fp64 stays) with these changes; the same tensor where there are none.
-
-    A change that overflows is as large as can be, so that logits which are numbers stay some.
-    """
-    if not scaled and not added:
-        return logits
-    adjusted = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    if scaled:
-        where, penalty = _places(scaled, adjusted)
-        values, limit = adjusted[where], _limit(adjusted)
-        changed = torch.where(values > 0, values / penalty, values * penalty).clamp(-limit, limit)
-        adjusted[where] = torch.where(values.isfinite(), changed, values)
-    if added:
-        adjusted.index_put_(*_places(added, adjusted), accumulate=True)
-    return adjusted
-
-
-def _places(changes: list[_Change], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(rows, token ids) and values of some changes, ready to index `logits`."""
-    rows, token_ids, values = zip(*changes, strict=True)
-    device = logits.device
-    where = on_device(rows, torch.int64, device), on_device(token_ids, torch.int64, device)
-    limit = _limit(logits)
-    return where, on_device([min(max(value, -limit), limit) for value in values], logits.dtype, device)
-
-
-def _limit(logits: Tensor) -> float:
-    """The largest change of a logit: a few of them add up to a finite number."""
-    return torch.finfo(logits.dtype).max / 4
+    return logits
 
 
 def _reports(

@@ -8,7 +8,7 @@ What a launch depends on, and so what these steps go through:
 - the rows of logits, up to 64 and more than that, where torch multiplies and the norm in front is a kernel of its own:
   these decodes too, which have logits of each token;
 - that some sequences decode and others read their prompts, which one step then does by two kernels: one step of both;
-- the dtype of the logits drawn from, which are fp32 behind penalties: one draw with a penalty.
+- penalties, for which a decode step is captured apart, and which are adjusted outside of it where prompts are read.
 On a CPU rows decide nothing beyond one or more, and steps are captured by their number of pages, which takes as long as
 running them.
 """
@@ -52,13 +52,15 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
 
     if device.type == "cuda":
         for num_seqs, length in decodes(runner, sizes.max_num_seqs, most, num_queries):
-            run(_chunks(runner, [length] * num_seqs, PLAIN), num_decodes=num_seqs)
+            for params in (PENALIZED, PLAIN):
+                run(_chunks(runner, [length] * num_seqs, params), num_decodes=num_seqs)
     tuning.warm_up(prompts, most, device)
     if device.type == "cuda":
-        run(_chunks(runner, [1], PENALIZED), num_decodes=1)
         if longest > 1 < most:
             run(_chunks(runner, [1, 2], PLAIN), num_decodes=1)
+            run(_chunks(runner, [2], PENALIZED))
         torch.cuda.synchronize(device)
+        runner.adjustments.clear()
     return time.perf_counter() - start
 
 

@@ -6,6 +6,7 @@ from collections import abc
 
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device import sampler
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.memory import Sizes
 from fastllama.runtime.device.runner import Runner
 from fastllama.runtime.device.warm_up import warm_up
@@ -23,9 +24,18 @@ class DraftModel:
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, large: LlamaForCausalLM, num_pages: int, page_size: int, sizes: Sizes
+        self,
+        model: LlamaForCausalLM,
+        large: LlamaForCausalLM,
+        num_pages: int,
+        page_size: int,
+        sizes: Sizes,
+        adjustments: Adjustments,
     ) -> None:
-        """Beside a large model. Raises ValueError for another vocabulary, another device, fewer tokens."""
+        """Beside a large model, with its adjustments of logits.
+
+        Raises ValueError for another vocabulary, another device, fewer tokens.
+        """
         if (model.config.vocab_size, model.device) != (large.config.vocab_size, large.device):
             raise ValueError(
                 f"the draft model has a vocabulary of {model.config.vocab_size} on {model.device}; legal: the model's, "
@@ -37,7 +47,6 @@ class DraftModel:
                 f"the draft model takes {longest} tokens and max_model_len is "
                 f"{sizes.max_model_len}; legal: a draft model that takes as many, or a smaller max_model_len"
             )
-        model.set_max_model_len(sizes.max_model_len)
         self._sizes = sizes
         self._runner = Runner(
             model,
@@ -47,7 +56,9 @@ class DraftModel:
             host_cache_tokens=0,
             max_num_tokens=sizes.max_num_batched_tokens,
             max_model_len=sizes.max_model_len,
+            max_num_seqs=sizes.max_num_seqs,
             deterministic=False,
+            adjustments=adjustments,
         )
         self._held: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # tokens computed, and drafts behind them
 

@@ -30,6 +30,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival: float  # seconds, on the caller's clock
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow one another
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
     num_drafted: int = 0  # draft tokens verified for it
     num_accepted: int = 0  # those of them that were accepted

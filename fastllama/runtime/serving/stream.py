@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from fastllama.runtime.outputs import RequestDelta, RequestOutput
 from fastllama.runtime.serving.mailbox import wake
-
-if TYPE_CHECKING:
-    from fastllama.runtime.serving.async_engine import AsyncEngine
-    from fastllama.runtime.serving.order import Order
+from fastllama.runtime.serving.order import Order
 
 
 class RequestStream:
@@ -22,8 +19,9 @@ class RequestStream:
     Raises RuntimeError where a second task reads while one waits.
     """
 
-    def __init__(self, engine: AsyncEngine, order: Order) -> None:
-        self._engine, self.order = engine, order  # whoever reads keeps the engine
+    def __init__(self, order: Order, leave: Callable[[Order], None]) -> None:
+        """leave: of who runs the request, and told that nobody reads any more; kept, and with it what it belongs to."""
+        self.order, self._leave = order, leave
         self._closed = self._reading = False
 
     @property
@@ -63,11 +61,11 @@ class RequestStream:
         """Abort the request, if it has not ended; nothing more is read. May be called twice."""
         self._closed = True
         wake([self.order.mailbox.end()])
-        self._engine.worker.leave(self.order)
+        self._leave(self.order)
 
     async def aclose(self) -> None:
         """The same, for contextlib.aclosing."""
         self.close()
 
     def __del__(self) -> None:
-        self._engine.worker.leave(self.order)
+        self._leave(self.order)

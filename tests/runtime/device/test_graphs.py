@@ -340,7 +340,7 @@ def held(llm: LLM) -> int:
     runner = llm.engine._runner
     assert isinstance(runner._capture, capture.RecordingCapture)
     memory, graphs = runner._capture._memory, runner._graphs._graphs.values()
-    others = [*llm.engine.model.parameters(), llm.engine.model.cos_sin]
+    others = [*llm.engine.model.parameters(), llm.engine._runner.cos_sin]
     others += [tensor for layer in runner.kv.layers for tensor in layer.tensors()]
     others += [tensor for graph in graphs for tensor in (*graph._buffers.device.values(), graph._batch.logits_rows)]
     known = {tensor.untyped_storage().data_ptr() for tensor in others}

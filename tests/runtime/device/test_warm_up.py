@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastllama.arithmetic import power_of_2
 from fastllama.runtime.device import warm_up as module
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.capture import GraphCapture, bucket
 from fastllama.runtime.device.memory import Sizes
 from fastllama.runtime.device.runner import Runner
@@ -34,6 +35,7 @@ class Recorder:
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic
         self._capture = GraphCapture(GPU, 16)
+        self.adjustments = Adjustments(256, 7, (), torch.device("cpu"))
         self.steps: list[Step] = []
 
     shape = Runner.shape
@@ -99,7 +101,7 @@ def test_every_graph_is_captured_once(
 ) -> None:
     recorder = run(sizes, num_queries, deterministic=deterministic)
     pure = [each for each, step in zip(recorder.inputs(), recorder.steps, strict=True) if all_decode(step)]
-    captured = {(bucket(each.num_decodes), each.num_queries) for each in pure}
+    captured = {(bucket(each.num_decodes), each.num_queries, _penalizes(each)) for each in pure}
     most = min(sizes.max_num_batched_tokens, sizes.max_num_seqs * min(sizes.max_model_len, sizes.kv_cache_tokens))
     wanted = {
         (bucket(num_seqs * length), 1) if deterministic else (bucket(num_seqs), length)
@@ -107,7 +109,11 @@ def test_every_graph_is_captured_once(
         for num_seqs in range(1, sizes.max_num_seqs + 1)
         if num_seqs * length <= most
     }
-    assert captured == wanted
+    assert captured == {(*shape, penalizes) for shape in wanted for penalizes in (False, True)}
+
+
+def _penalizes(inputs: Inputs) -> bool:
+    return any(sample.seq.request.params.adjusts for sample in inputs.samples)
 
 
 def test_no_smaller_graph_is_captured_before_a_larger_one(run: Callable[..., Recorder]) -> None:
@@ -123,8 +129,8 @@ def test_no_smaller_graph_is_captured_before_a_larger_one(run: Callable[..., Rec
 
 
 def test_it_takes_few_steps(run: Callable[..., Recorder]) -> None:
-    """Of a 7B on an H100: 14 of prompts, 10 of decodes, the penalty and the mixture."""
-    assert len(run(SIZES[0]).steps) == 14 + 10 + 2
+    """Of a 7B on an H100: 14 of prompts, 10 of decodes with and without penalties, the mixture, a penalized prompt."""
+    assert len(run(SIZES[0]).steps) == 14 + 2 * 10 + 2
 
 
 @given(st.integers(1, 300), st.integers(1, 600), st.sampled_from([(1,), (1, 4)]), st.booleans())

@@ -76,7 +76,7 @@ async def until_it_fails(stream: RequestStream, message: str) -> list[RequestDel
 
     async def read() -> None:
         async for delta in stream:
-            deltas.append(delta)  # noqa: PERF401
+            deltas.append(delta)
 
     with pytest.raises(RequestError, match=message):
         await read()
