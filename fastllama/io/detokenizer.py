@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import copy
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from fastllama.io.tokenizer import Tokenizer
 
@@ -18,17 +18,25 @@ class IncrementalDetokenizer:
     leading space has been dropped: constant work per id, however long the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int], *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         """`prompt_ids`: what comes before the generated ids; its text is not emitted."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = tokenizer.adds_leading_space
         self._emitted = io.StringIO()
-        for token_id in prompt_ids:
+        for token_id in self._end_of(prompt_ids):
             self._decode(token_id)
         # A prompt that ends inside a character already shows it, as U+FFFD: whatever it becomes is not new text.
         self._already_shown = len(self._decoder.getstate()[0].decode("utf-8", "replace"))
+
+    def _end_of(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """The last tokens of a prompt, which decide on what follows: of four bytes, for no character has more."""
+        size, count = 0, 0
+        while size < 4 and count < len(prompt_ids):
+            count += 1
+            size += len(self._tokenizer.token_bytes(prompt_ids[-count], skip_special_tokens=self._skip))
+        return prompt_ids[len(prompt_ids) - count :]
 
     def push(self, token_id: int) -> str:
         """The text that became certain: "" while a character is incomplete. ValueError for an id without a piece."""

@@ -34,7 +34,7 @@ class TextStream:
         self.tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
-            (token_id for token_id in prompt_ids if token_id < self._num_pieces),
+            [token_id for token_id in prompt_ids if token_id < self._num_pieces],
             skip_special_tokens=params.skip_special_tokens,
         )
         self._search = StopSearch(stops or StopStrings(tokenizer, params))

@@ -8,7 +8,7 @@ yet, is given to the kernel beside the counts, so that the next step need not wa
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, abc
+from collections import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastllama.runtime.bad_words import banned_next
 from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.inputs import SamplingRow
-from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence
+from fastllama.runtime.planning.sequence import UNKNOWN, Sequence
 
 DTYPES = {  # of a row's arguments
     "starts": torch.int64,
@@ -45,7 +45,7 @@ class _Slot:
 
 
 class Adjustments:
-    """The tables, for so many sequences at once; those used least recently give way, and are counted anew.
+    """The tables, for so many sequences at once; the oldest that a step does not want give way, and are counted anew.
 
     eos_token_ids: which min_tokens bans, beside a request's own. They take 8 bytes for each sequence and token of the
     vocabulary, from the first request that wants them on.
@@ -54,7 +54,7 @@ class Adjustments:
     def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: abc.Sequence[int], device: torch.device) -> None:
         self._shape, self._device = (num_slots, vocab_size), device
         self._eos_token_ids = eos_token_ids
-        self._slots: OrderedDict[Sequence, _Slot] = OrderedDict()  # used last comes last
+        self._slots: dict[Sequence, _Slot] = {}
         self._free = list(range(num_slots))
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -93,7 +93,6 @@ class Adjustments:
         changed: dict[int, float] = {}  # places in that of biases
         for seq, num_drafts in wanted.items():
             slot = self._slots.get(seq) or self._begin(seq, wanted)
-            self._slots.move_to_end(seq)
             self._catch_up(seq, slot, num_drafts, counted, changed)
         if counted:
             more = torch.full((len(counted),), GENERATED, dtype=torch.int32, device=self._device)
@@ -166,10 +165,9 @@ class Adjustments:
         bias.zero_()
         if params.allowed_token_ids is not None:
             bias.fill_(-math.inf)[self._on_device(list(params.allowed_token_ids))] = 0
-        own = {*(params.logit_bias or ()), *(ids[0] for ids in seq.request.bad_words if len(ids) == 1)}
-        if own:
-            values = [_bias(seq.request, token_id) for token_id in own]
-            bias[self._on_device(list(own))] = on_device(values, torch.float32, self._device)
+        if params.logit_bias:
+            values = [_bias(params, token_id) for token_id in params.logit_bias]
+            bias[self._on_device(list(params.logit_bias))] = on_device(values, torch.float32, self._device)
         count.zero_()
         if params.penalizes:
             count[self._on_device(list({*seq.request.prompt_token_ids}))] = IN_PROMPT
@@ -188,7 +186,7 @@ class Adjustments:
         if bans_ends is not slot.bans_ends:
             slot.bans_ends = bans_ends
             for token_id in self._ends_of(params):
-                changed[first + token_id] = -math.inf if bans_ends else _bias(seq.request, token_id)
+                changed[first + token_id] = -math.inf if bans_ends else _bias(params, token_id)
 
     def _ends_of(self, params: SamplingParams) -> set[int]:
         """The tokens that end a sample, which min_tokens bans."""
@@ -198,11 +196,8 @@ class Adjustments:
         return on_device(places, torch.int64, self._device)
 
 
-def _bias(request: Request, token_id: int) -> float:
+def _bias(params: SamplingParams, token_id: int) -> float:
     """What a request adds to the logit of a token."""
-    params = request.params
     if params.allowed_token_ids is not None and token_id not in params.allowed_token_ids:
-        return -math.inf
-    if (token_id,) in request.bad_words:
         return -math.inf
     return (params.logit_bias or {}).get(token_id, 0.0)

@@ -13,7 +13,7 @@ def device_error(device: torch.device) -> Exception | None:
     if device.type != "cuda":
         return None
     try:
-        torch.ones(1, device=device).item()
+        torch.ones(1, dtype=torch.int32, device=device).item()
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:

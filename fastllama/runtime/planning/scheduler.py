@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fastllama.errors import check_range
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.planning.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.planning.block_pool import BlockPool, Prefix
 from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Status
 from fastllama.runtime.planning.step import Chunk, Step
 from fastllama.runtime.planning.waiting import WaitingQueue
@@ -302,7 +302,7 @@ class Scheduler:
                 return
             # Prompt log-probabilities need the logits of every row, so all rows must be computed.
             reuse = seq.request.params.prompt_logprobs is None
-            prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], ROOT)
+            prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], self.pool.root)
             length = len(seq.token_ids)
             num_tokens, num_pages = length - len(prefix.page_ids) * self.pool.page_size, self.pool.cost(length, prefix)
             self._last_lookup = _Lookup(seq, num_tokens, num_pages, self.pool.num_publications)

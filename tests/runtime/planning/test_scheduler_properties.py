@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.planning.block_pool import ROOT, BlockPool, Prefix
+from fastllama.runtime.planning.block_pool import BlockPool, Prefix
 from fastllama.runtime.planning.scheduler import Scheduler
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
 from fastllama.runtime.planning.step import Step
@@ -141,7 +141,7 @@ class Simulation:
             return
         head = waiting[0]
         reuse = head.request.params.prompt_logprobs is None
-        prefix = self.pool.match_prefix(head.token_ids) if reuse else Prefix([], ROOT)
+        prefix = self.pool.match_prefix(head.token_ids) if reuse else Prefix([], self.pool.root)
         held = {page_id for seq in running for page_id in seq.page_ids}
         need = self.pool.pages_for(len(head.token_ids)) - len(held & set(prefix.page_ids))
         seats = sum(map(self.seats, running)) + self.seats(head)

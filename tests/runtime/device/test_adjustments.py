@@ -1,0 +1,224 @@
+"""Bans, least lengths and logits processors by what they do to answers, and the tables that hold adjustments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import LLM, SamplingParams
+from fastllama.errors import RequestError
+from fastllama.runtime.device.adjustments import Adjustments
+from fastllama.runtime.drafting.speculation import Pace
+from fastllama.runtime.planning.inputs import SamplingRow
+from fastllama.runtime.planning.sequence import UNKNOWN, Request
+from fastllama.runtime.planning.sequence import Sequence as Tokens
+from tests.runtime.device.test_sampler import Fixed, check_logprobs, draws
+from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running, theirs
+
+EOS = 11
+PROMPT = prompt_of(20, seed=6)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+HOT = SamplingParams(temperature=4.0, seed=5, max_tokens=20)
+
+
+def ids_of(params: SamplingParams, prompt: Sequence[int] = PROMPT, **options: Any) -> tuple[int, ...]:
+    with running(ours(eos=(EOS,)), **options) as llm:
+        return llm.generate([list(prompt)], params)[0].outputs[0].token_ids
+
+
+def test_biases_come_before_the_repetition_penalty_as_in_transformers() -> None:
+    favoured = {7: 6.0, 12: 6.0, 40: 6.0, 59: 6.0}
+    ids = torch.tensor([PROMPT])
+    found = theirs().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        repetition_penalty=1.7,
+        sequence_bias={(token_id,): bias for token_id, bias in favoured.items()},
+    )[0, len(PROMPT) :]
+    params = replace(GREEDY, repetition_penalty=1.7, logit_bias=favoured)
+    assert list(ids_of(params)) == found.tolist()
+    assert set(found.tolist()) & set(favoured), "the biases change nothing here"
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_token_ids": [7]}])
+def test_no_sample_ends_before_its_least_length(options: dict[str, Any]) -> None:
+    def ends(**more: Any) -> list[int]:
+        model = ours(kind=Fixed, eos=(EOS,))
+        assert isinstance(model, Fixed)
+        model.logits = {EOS: 9.0, 7: 8.0, 5: 3.0, 6: 2.0}
+        with running(model) as llm:
+            params = SamplingParams(temperature=0, max_tokens=9, **options, **more)
+            return list(llm.generate([3], params)[0].outputs[0].token_ids)
+
+    until = [5] * 4 if options else [7] * 4
+    assert ends() == [EOS]
+    assert ends(min_tokens=4) == [*until, EOS]
+    assert ends(min_tokens=4, ignore_eos=True)[:4] == [EOS] * 4, "then EOS is a token like others"
+
+
+def test_the_least_length_is_the_same_behind_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one step stand before and behind the least length."""
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
+    loop = dict.fromkeys((7, 12), 30.0) | {EOS: 28.0}
+    for min_tokens in range(3, 12):
+        params = replace(HOT, temperature=2.0, min_tokens=min_tokens, logit_bias=loop, repetition_penalty=1.1)
+        alone = ids_of(params, deterministic=True)
+        with running(ours(eos=(EOS,)), deterministic=True, speculation="prompt_lookup", num_draft_tokens=4) as llm:
+            (output,) = llm.generate([PROMPT], params)
+            assert output.outputs[0].token_ids == alone
+            assert output.metrics.num_draft_tokens > 0
+        assert len(alone) > min_tokens or len(alone) == 20
+
+
+def test_only_allowed_tokens_are_sampled() -> None:
+    allowed = [9, 30, 31, 80]
+    assert set(ids_of(replace(HOT, allowed_token_ids=allowed, ignore_eos=True))) <= set(allowed)
+    biased = replace(HOT, allowed_token_ids=allowed, logit_bias={9: 1000.0, 5: 2000.0})
+    assert set(ids_of(biased)) == {9}, "a bias bans no token and allows none"
+
+
+def test_a_word_is_not_completed() -> None:
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with LLM("tiny", progress=False) as llm:
+        usual, one, two = (
+            llm.generate("Once upon a time", replace(params, bad_words=words))[0].outputs[0]
+            for words in ((), "brave", "honey cakes")
+        )
+        honey_cakes = tuple(llm.encode(" honey cakes"))[-2:]
+    assert "a brave boy" in usual.text
+    assert honey_cakes in pairwise(usual.token_ids)
+    assert "brave" not in one.text
+    assert two.text.startswith("".join(usual.text.partition(" honey")[:2])), "the word's first token is not banned"
+    assert honey_cakes not in pairwise(two.token_ids)
+
+
+def test_processors_see_what_was_generated_and_decide() -> None:
+    seen: list[list[int]] = []
+
+    def odd(token_ids: list[int], logits: Tensor) -> Tensor:
+        assert logits.shape == (VOCAB,)
+        seen.append(token_ids)
+        return logits.masked_fill(torch.arange(VOCAB) % 2 == 0, -torch.inf)
+
+    def small(token_ids: list[int], logits: Tensor) -> Tensor:
+        assert torch.isinf(logits[::2]).all(), "one after another"
+        logits[50:] = -torch.inf
+        return logits
+
+    found = ids_of(replace(HOT, logits_processors=[odd, small], ignore_eos=True))
+    assert all(token_id % 2 and token_id < 50 for token_id in found)
+    assert seen == [list(found[:count]) for count in range(20)]
+
+
+def test_processors_see_drafts_as_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "pays", lambda *args: True)
+    loop = {7: [12], 12: [40, 7], 40: [7]}
+
+    def follow(token_ids: list[int], logits: Tensor) -> Tensor:
+        banned = torch.ones(VOCAB, dtype=torch.bool)
+        banned[loop[token_ids[-1]] if token_ids else [7]] = False
+        return logits.masked_fill(banned, -torch.inf)
+
+    params = replace(HOT, logits_processors=[follow])
+    alone = ids_of(params, deterministic=True)
+    with running(ours(eos=(EOS,)), deterministic=True, speculation="prompt_lookup") as llm:
+        (output,) = llm.generate([PROMPT], params)
+    assert output.outputs[0].token_ids == alone
+    assert output.metrics.num_accepted_tokens > 0
+
+
+def test_log_probabilities_are_the_models_whatever_a_processor_writes() -> None:
+    def banning(token_ids: list[int], logits: Tensor) -> Tensor:
+        return logits.fill_(-torch.inf).index_fill_(0, torch.tensor([9]), 0.0)
+
+    with running(ours(eos=(EOS,), dtype=torch.float32)) as llm:
+        params = replace(GREEDY, logits_processors=[banning], logprobs=2, max_tokens=3)
+        (sample,) = llm.generate([PROMPT], params)[0].outputs
+    assert sample.token_ids == (9, 9, 9)
+    assert sample.logprobs is not None
+    check_logprobs(sample.logprobs, logits_of([*PROMPT, 9, 9, 9])[len(PROMPT) - 1 : -1], sample.token_ids, 2)
+
+
+def test_a_processor_costs_others_no_token() -> None:
+    usual = ids_of(HOT)
+    with running(ours(eos=(EOS,))) as llm:
+        processed = replace(HOT, logits_processors=[lambda token_ids, logits: logits * 1])
+        outputs = llm.generate([PROMPT] * 4, [HOT, processed, replace(HOT, repetition_penalty=1.5), HOT])
+    assert [outputs[k].outputs[0].token_ids for k in (0, 1, 3)] == [usual] * 3
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda token_ids, logits: logits[:3], r"returned tensor\(.*; legal: a floating tensor of 97"),
+        (lambda token_ids, logits: None, "returned None; legal: a floating tensor of 97"),
+        (lambda token_ids, logits: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_processor_fails_its_request_alone(processor: Any, message: str) -> None:
+    with running(ours(eos=(EOS,))) as llm:
+        other = llm.engine.add_request(PROMPT, HOT)
+        with pytest.raises(RequestError, match=f"(?s){message}"):
+            llm.generate([PROMPT], replace(HOT, logits_processors=[processor]))
+        while not other.finished:
+            llm.engine.step()
+        assert other.output().outputs[0].token_ids == ids_of(HOT)
+
+
+def sequence(prompt: Sequence[int], generated: Sequence[int], params: SamplingParams) -> Tokens:
+    request = Request("", tuple(prompt), params, 0.0)
+    return Tokens(0, request, 0, [*prompt, *generated], 99, 1)
+
+
+def adjusted(tables: Adjustments, logits: Tensor, *sequences: Tokens) -> Tensor:
+    samples = [SamplingRow(seq, row) for row, seq in enumerate(sequences)]
+    assert tables.follow(samples)
+    return tables.adjusted(logits, samples, None, {})
+
+
+def test_rows_that_gave_way_are_counted_anew() -> None:
+    """Three sequences take turns in two rows, and gain a token each time."""
+    tables, generator = Adjustments(2, VOCAB, (EOS,), torch.device("cpu")), torch.Generator().manual_seed(1)
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 1.0}, min_tokens=4)
+    sequences = [sequence([5 + k, 6], [], params) for k in range(3)]
+    for turn in range(12):
+        seq = sequences[turn % 3]
+        logits = torch.randn(1, VOCAB, generator=generator)
+        fresh = Adjustments(1, VOCAB, (EOS,), torch.device("cpu"))
+        assert torch.equal(adjusted(tables, logits, seq), adjusted(fresh, logits, seq))
+        seq.token_ids.append(20 + turn)
+    assert len(tables._slots) == 2
+    tables.forget(sequences)
+    assert (len(tables._slots), sorted(tables._free)) == (0, [0, 1])
+
+
+def test_a_token_that_the_host_does_not_know_counts_too() -> None:
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5)
+    known, unknown = (sequence([5, 6], [8, last], params) for last in (9, UNKNOWN))
+    tables, logits = Adjustments(2, VOCAB, (EOS,), torch.device("cpu")), torch.randn(1, VOCAB)
+    expected = adjusted(tables, logits, known)
+    samples = [SamplingRow(unknown, 0)]
+    tables.follow(samples)
+    ids = torch.tensor([70, 9])
+    assert torch.equal(tables.adjusted(logits, samples, ids, {unknown: 1}), expected)
+    unknown.token_ids[-1] = 9
+    assert torch.equal(adjusted(tables, logits, unknown), expected)
+
+
+def test_nobody_pays_for_tables_that_nobody_asks_for() -> None:
+    tables = Adjustments(2, VOCAB, (EOS,), torch.device("cpu"))
+    assert not tables.follow([SamplingRow(sequence([5], [], SamplingParams()), 0)])
+    assert tables._tables is None
+
+
+def test_a_fixed_bias_bans() -> None:
+    assert set(draws({5: 9.0, 6: 1.0}, temperature=0, max_tokens=3, logit_bias={5: float("-inf")})) == {6}
