@@ -110,9 +110,11 @@ def test_answers_are_the_same(
         assert ("launch", "launch") in pairwise(seen)
 
 
-def test_graphs_of_a_gpu_pass_tokens_on(ahead: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one graph's memory to its own next run, and to that of another batch."""
-    params = [SamplingParams(temperature=2.0, seed=i, max_tokens=3 + 4 * i) for i in range(len(PROMPTS))]
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.4, "frequency_penalty": 0.7, "logit_bias": {5: 4.0}}])
+def test_graphs_of_a_gpu_pass_tokens_on(ahead: None, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one graph's memory to its own next run, and to that of another batch; some may be penalized."""
+    each = [{}, more]
+    params = [SamplingParams(temperature=2.0, seed=i, max_tokens=3 + 4 * i, **each[i % 2]) for i in range(len(PROMPTS))]
     with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
         llm.engine._runner.runs_ahead = False
         expected = told(llm.generate(PROMPTS, params))

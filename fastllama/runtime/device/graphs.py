@@ -19,7 +19,7 @@ from fastllama import env, kernels
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device.adjustments import DTYPES as ADJUSTMENTS
-from fastllama.runtime.device.adjustments import NONE, Adjustments
+from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.buffers import Buffers
 from fastllama.runtime.device.capture import Capture
 from fastllama.runtime.device.sampler import DTYPES, PendingTokens, SampleBuffers
@@ -187,7 +187,6 @@ class _Graph:
         for name, values in parameters(inputs.samples).items():
             host[name][where] = values
         if self._adjustments is not None:
-            host[_argument("slots")][:] = NONE
             lacking = {seq: row for row, seq in inputs.unknown}
             for name, values in self._adjustments.arguments(inputs.samples, lacking).items():
                 host[_argument(name)][where] = values
