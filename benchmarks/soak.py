@@ -1,0 +1,177 @@
+"""Ten thousand requests of every kind: memory stays as it is, and nothing of a request remains.
+
+python -m benchmarks.soak [--requests 10000] [--configuration NAME ...]
+
+The bundled model answers through LLM and AsyncEngine in turn, in every configuration: whole answers, streams that are
+read, closed, cancelled and dropped, forks, aborts, deadlines, requests that fail, with all that SamplingParams can ask
+for. After a warm-up, in the middle and at the end it counts the process's memory (RSS), living objects of requests, and
+entries of the runtime's tables. The exit status is 1 where memory grows by more than GROWTH between the middle and the
+end, or anything is left. Needs Linux's /proc. A request that ends in another way than it should raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent import futures
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.mixed_requests import Callers, Faults, serve
+from benchmarks.speculation import Always
+from fastllama import LLM
+from fastllama.bench.text import table
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.planning.sequence import Request, Sequence
+from fastllama.runtime.serving.async_engine import RequestStream
+from fastllama.runtime.serving.mailbox import Mailbox
+from fastllama.runtime.serving.order import Order
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "prompt lookup": {"speculation": "prompt_lookup"},
+    "draft model": {"speculation": "tiny"},
+    "host cache": {"host_cache_tokens": 1024},
+    "int8 cache": {"kv_cache_dtype": "int8"},
+}
+# So few pages that running requests are preempted, and so few seats that others wait.
+SIZES = {"max_model_len": 96, "page_size": 16, "kv_cache_tokens": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+KINDS = (Generation, Request, Sequence, Order, Mailbox, RequestStream, asyncio.Future, futures.Future)
+GROWTH = 4.0  # MB between the middle and the end, of what the allocator keeps and the interpreter caches
+WARM_UP = 500  # requests before the first count, a tenth of them all at most
+ROUND = 50  # requests through one AsyncEngine, or one after another through the LLM
+
+
+@dataclass(frozen=True)
+class Count:
+    """What there is when no request is: megabytes, objects and threads beyond those before, entries of tables."""
+
+    requests: int
+    megabytes: float
+    objects: dict[str, int]
+    entries: dict[str, int]
+
+    @property
+    def left(self) -> dict[str, int]:
+        """What should not be there."""
+        return {name: count for name, count in (self.objects | self.entries).items() if count}
+
+
+class Soak:
+    """A run of requests through one LLM, in rounds: by AsyncEngine or LLM, of a model that fails or is captured."""
+
+    def __init__(self, llm: LLM, seed: int = 0) -> None:
+        self._llm, self._rng, self._before = llm, random.Random(seed), alive()
+        self._num_rounds = self._num_requests = self._num_orders = 0
+        if llm.engine.speculation is not None:
+            llm.engine.speculation._pace = Always(llm.engine.speculation.count)
+
+    def run(self, count: int) -> Count:
+        """So many more requests, and what there is behind them."""
+        for first in range(0, count, ROUND):
+            self._round(min(ROUND, count - first))
+        return self._count()
+
+    def _round(self, count: int) -> None:
+        model_fails, serves = self._num_rounds % 4 < 2, self._num_rounds % 2 == 0
+        self._num_rounds += 1
+        self._num_requests += count
+        with Faults(self._llm) if model_fails else nullcontext():
+            if serves:
+                self._num_orders += asyncio.run(serve(self._llm, self._rng, count, model_fails=model_fails))
+            else:
+                Callers(self._llm, self._rng, model_fails=model_fails).run(count)
+
+    def _count(self) -> Count:
+        found = alive()
+        found.subtract(self._before)
+        engine = self._llm.engine
+        entries = {
+            "requests": len(engine._requests.generations) + engine.scheduler.num_waiting + engine.scheduler.num_running,
+            "pages": engine.pool.num_pages - engine.pool.num_available,
+            "adjusted": len(engine._runner.adjustments._slots),
+            "orders": self._num_orders,
+        }
+        if engine.speculation is not None:
+            kept = vars(engine.speculation.drafter).values()
+            entries["drafts"] = sum(len(each) for each in kept if isinstance(each, dict))
+        return Count(self._num_requests, resident_megabytes(), dict(found), entries)
+
+
+def alive() -> Counter[str]:
+    """Living objects of requests by their classes, and threads of engines, which end a moment after they are told."""
+    patience = time.monotonic() + 5
+    while (threads := _num_threads()) and time.monotonic() < patience:
+        time.sleep(0.01)
+    for _ in range(2):  # what a finalizer puts into a queue that is garbage too lives until the next collection
+        gc.collect()
+    found = Counter(type(each).__name__ for each in gc.get_objects() if issubclass(type(each), KINDS))
+    return found + Counter(threads=threads)
+
+
+def _num_threads() -> int:
+    return sum(thread.name.startswith("fastllama-") for thread in threading.enumerate())
+
+
+def resident_megabytes() -> float:
+    """The process's resident memory, once the allocator has given back what it can."""
+    ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def soak(configuration: str, requests: int) -> list[Count]:
+    """Counts behind the warm-up, in the middle and at the end of so many requests."""
+    first = min(WARM_UP, requests // 10)
+    half = (requests - first) // 2
+    with LLM("tiny", progress=False, **SIZES, **CONFIGURATIONS[configuration]) as llm:
+        run = Soak(llm)
+        return [run.run(count) for count in (first, half, requests - first - half)]
+
+
+def faults(counts: list[Count]) -> list[str]:
+    """What is wrong: memory that grew between the middle and the end, and what is left of requests."""
+    _, middle, end = counts
+    growth = end.megabytes - middle.megabytes
+    grown = [f"memory grew by {growth:.1f} MB, which is more than {GROWTH:.1f}"] if growth > GROWTH else []
+    return grown + [f"behind {count.requests} requests are left: {count.left}" for count in counts if count.left]
+
+
+def main() -> None:
+    """Soak, print the table and what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000, help="in each configuration")
+    parser.add_argument("--configuration", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("fastllama").setLevel(logging.CRITICAL)  # of drafts that fail, as some do here
+    rows, wrong = [("", "requests", "RSS MB", "objects", "entries", "seconds")], []
+    for name in options.configuration:
+        start = time.monotonic()
+        counts = soak(name, options.requests)
+        seconds = time.monotonic() - start
+        for place, count in zip(("start", "middle", "end"), counts, strict=True):
+            objects, entries = sum(count.objects.values()), sum(count.entries.values())
+            took = f"{seconds:.0f}" if place == "end" else ""
+            figures = str(count.requests), f"{count.megabytes:.1f}", str(objects), str(entries), took
+            rows.append((f"{name}, {place}", *figures))
+        wrong += [f"{name}: {fault}" for fault in faults(counts)]
+    print(table(rows), *wrong, sep="\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
