@@ -32,8 +32,7 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
 
     def __enter__(self) -> bool:  # type: ignore[override]
         self.check_process()
-        if self.inside:
-            raise RuntimeError("this LLM runs a step, from which it is called; legal: calls between steps")
+        self._check_outside()
         try:
             self._check_owner()  # who has it for long, and so is not waited for
             with self._entrance:
@@ -76,11 +75,16 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
         self._owner = None
 
     def evict(self) -> None:
-        """Have the owner end, if there is one, and wait until it has."""
+        """Have the owner end, if there is one, and wait until it has. Raises RuntimeError within a `with`."""
+        self._check_outside()
         owner = self._owner
         if owner is not None and not self.forked:
             owner.end()
             owner.thread.join()
+
+    def _check_outside(self) -> None:
+        if self.inside:
+            raise RuntimeError("this LLM runs a step, from which it is called; legal: calls between steps")
 
     def _check_owner(self) -> None:
         owner = self._owner

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
-
 from fastllama.errors import counted
 from fastllama.io.chat import ChatFormat, Message, chat_format
 from fastllama.io.chat.messages import Tags
@@ -85,8 +83,7 @@ class PromptEncoder:
         Raises what `encode` raises, and ValueError for a text that is too long to be worth reading.
         """
         self.check_length(prompt, params)
-        prompt = _unwrapped(prompt)
-        ids = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens)
+        ids, prompt = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
         if (kept := self._kept(params)) is not None:
             ids = ids[-kept:]
         ending = self.ending_answers(params) if is_chat(prompt) else params
@@ -136,7 +133,7 @@ def length_of(prompt: Prompt) -> int:
     prompt = _unwrapped(prompt)
     if is_chat(prompt):
         return sum(len(str(message.get("content", ""))) for message in prompt if isinstance(message, Mapping))
-    return len(prompt) if hasattr(prompt, "__len__") else 0
+    return len(prompt) if hasattr(prompt, "__len__") and getattr(prompt, "ndim", 1) > 0 else 0
 
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
@@ -179,7 +176,15 @@ def _unwrapped(prompt: Prompt) -> Prompt:
 
 def _is_integer(value: Any) -> bool:
     """Whether a value is an integer, of Python, NumPy or a tensor without dimensions; True is none."""
-    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)) and getattr(value, "ndim", 0) == 0
+    if type(value) is int:
+        return True
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0) > 0:
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _may_be_prompt(value: Any) -> bool:
