@@ -169,9 +169,11 @@ class Engine:
         """
         ids = tuple(prompt_token_ids)
         self._requests.check(ids, params)
-        with self.access, self._consistency.change(self._start_anew):
-            arrived = time.monotonic() if arrival is None else arrival
-            return self._requests.add(ids, params, prompt, arrived, request_id)
+        with self.access:
+            self._requests.check_id(request_id)
+            with self._consistency.change(self._start_anew):
+                arrived = time.monotonic() if arrival is None else arrival
+                return self._requests.add(ids, params, prompt, arrived, request_id)
 
     def fork(
         self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None
@@ -184,6 +186,7 @@ class Engine:
         with self.access:
             self._consistency.mend(self._start_anew)  # which ends it where an interrupt has torn the engine
             self._requests.check_fork(generation, params)
+            self._requests.check_id(request_id)
             with self._consistency.change(self._start_anew):
                 return self._requests.fork(generation, params, request_id)
 
@@ -194,7 +197,7 @@ class Engine:
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End a request now; its pages return at once. Without effect on a finished one.
 
-        Within a step (as a stream may be let go of anywhere) it is noted, and done with the next.
+        Within a step (as a stream may be let go of anywhere) it is noted, and done at the end of the next.
         """
         if self.access.inside:
             self._to_abort.append((generation, reason))
@@ -210,14 +213,13 @@ class Engine:
         the cause in their `error`; the others go on, and nothing is raised.
         """
         with self.access, self._consistency.change(self._start_anew):
-            while self._to_abort:
-                self._requests.abort(*self._to_abort.popleft())
-            self._settle()
             launched = self._launched()
             if launched is None:
                 return []
             self._launch_ahead(launched)
             touched = self._collect(launched)
+            while self._to_abort:
+                self._requests.abort(*self._to_abort.popleft())
             self._settle()
             return touched
 
@@ -228,9 +230,9 @@ class Engine:
 
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Give the model new weights; see LLM.update_weights."""
+        if any(other.model is self.model for other in Engine._alive if other is not self):
+            raise RuntimeError("another LLM runs this model, and keeps what it computed; legal: one LLM of a model")
         with self.access, self._consistency.change(self._start_anew):
-            if any(other.model is self.model for other in Engine._alive if other is not self):
-                raise RuntimeError("another LLM runs this model, and keeps what it computed; legal: one LLM of a model")
             self._forget_prefixes()
             captures_differ = True
             with self._consistency.attempt(self._roll_back):

@@ -66,7 +66,6 @@ class LiveRequests:
                 raise ValueError(
                     f"{name} is {getattr(params, name)!r}; legal without a tokenizer: no strings, only token ids"
                 )
-
         self._bad_words(params)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -89,17 +88,17 @@ class LiveRequests:
     def add(
         self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float, request_id: str | None
     ) -> Generation:
-        """Queue a prompt that `check` passes. Raises ValueError for the id of another unfinished request."""
-        request = Request(self._new_id(request_id), ids, self._seeded(params), arrival, self._bad_words(params))
+        """Queue a prompt that `check` passes, under an id that `check_id` passes."""
+        request = Request(request_id or self._new_id(), ids, self._seeded(params), arrival, self._bad_words(params))
         self.scheduler.add(request)
         generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
         return generation
 
     def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:
-        """Add a request that goes on from where another stands, which `check_fork` passes."""
+        """Add a request that goes on from where another stands, which `check_fork` passes, as `check_id` the id."""
         origin, now = generation.request, time.monotonic()
         ids, bad_words = origin.prompt_token_ids, self._bad_words(params)
-        request = Request(self._new_id(request_id), ids, self._seeded(params), now, bad_words)
+        request = Request(request_id or self._new_id(), ids, self._seeded(params), now, bad_words)
         self.scheduler.fork(origin.sequences[0], request)
         forked = self.generations[request.request_id] = generation.fork(request)
         return forked
@@ -113,13 +112,8 @@ class LiveRequests:
         if not request_id or request_id in self.generations:
             raise ValueError(f"request_id is {request_id!r:.99}; legal: a text that no unfinished request has")
 
-    def _new_id(self, request_id: str | None) -> str:
-        self.check_id(request_id)
-        return (
-            next(number for number in self._numbers if number not in self.generations)
-            if request_id is None
-            else request_id
-        )
+    def _new_id(self) -> str:
+        return next(number for number in self._numbers if number not in self.generations)
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None:
@@ -128,7 +122,7 @@ class LiveRequests:
 
     def abort(self, generation: Generation, reason: FinishReason) -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
-        if generation.request.request_id in self.generations:
+        if self.generations.get(generation.request.request_id) is generation:
             self.scheduler.abort(generation.request, reason)
             generation.abort(reason)
             self._drop(generation)

@@ -365,3 +365,27 @@ def test_what_cannot_run_is_refused_in_one_sentence(prompt: list[Any], params: d
         with pytest.raises(ValueError, match=f"^{message}$"):
             llm.generate([[1, 2], prompt], [HOT, SamplingParams(**params)])
         assert not llm.engine.has_work, "the good prompt before it is not queued either"
+
+
+def test_an_id_that_is_taken_is_refused_and_disturbs_nobody() -> None:
+    with running(ours()) as llm:
+        first = llm.engine.add_request(PROMPTS[0], HOT, request_id="mine")
+        with pytest.raises(ValueError, match=r"^request_id is 'mine'; legal: a text that no unfinished request has$"):
+            llm.engine.add_request(PROMPTS[1], HOT, request_id="mine")
+        finish(llm.engine, first)
+        again = llm.engine.add_request(PROMPTS[1], HOT, request_id="mine")
+        llm.engine.abort(first)
+        assert llm.engine.find("mine") is again, "an ended request of the same id ends no other"
+        finish(llm.engine, again)
+        assert [tokens_of(each.output()) for each in (first, again)] == [alone(PROMPTS[0]), alone(PROMPTS[1])]
+
+
+def test_new_weights_that_are_refused_disturb_nobody() -> None:
+    model = ours()
+    with running(model) as llm, running(model):
+        first = llm.engine.add_request(PROMPTS[0], HOT)
+        llm.engine.step()
+        with pytest.raises(RuntimeError, match="^another LLM runs this model"):
+            llm.update_weights({})
+        finish(llm.engine, first)
+        assert tokens_of(first.output()) == alone(PROMPTS[0])

@@ -80,22 +80,22 @@ def watch_steps(graphs: ModuleType) -> None:
     import torch
 
     runtime = ctypes.CDLL("libcudart.so.13")
-    run = graphs.DecodeGraphs.run
+    run = graphs.DecodeGraphs._run
 
-    def watched(self: Any, inputs: Any, *rest: Any) -> Any:
-        if self._shape(inputs) not in self._graphs or not torch.cuda.is_initialized():
-            return run(self, inputs, *rest)
+    def watched(self: Any, inputs: Any, before: Any, adjusts: bool) -> Any:
+        if (*self._shape(inputs), adjusts) not in self._graphs or not torch.cuda.is_initialized():
+            return run(self, inputs, before, adjusts)
         alone = {thread.name for thread in threading.enumerate()} <= {threading.current_thread().name, "tqdm_monitor"}
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        held = torch.cuda.memory_stats()["allocation.all.allocated"]
         runtime.fakegpu_step(1)
         try:
-            return run(self, inputs, *rest)
+            return run(self, inputs, before, adjusts)
         finally:
             runtime.fakegpu_step(0)
-            if alone and torch.cuda.memory_stats()["allocation.all.allocated"] != before:
+            if alone and torch.cuda.memory_stats()["allocation.all.allocated"] != held:
                 runtime.fakegpu_violation(b"an allocation in a replayed step")
 
-    graphs.DecodeGraphs.run = watched
+    graphs.DecodeGraphs._run = watched
 
 
 AFTER_IMPORT = {
