@@ -6,7 +6,7 @@ Times steps of sequences of random tokens, of which one or all ask for an option
 turns, step by step, and the ratio is the median of those within the turns; a second "none" shows what the noise is.
 Repetition penalties are timed at several contexts, all else at the shortest. Both models have a vocabulary of 32000 and
 random weights: "toy" computes next to nothing, "small" has 4 layers of 1024. Prompts are not computed: their pages hold
-zeros, which does not change the time. One thread.
+zeros, which does not change the time. One thread, and its time on a core: that of a step where nobody else is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import sys
+import time
 from collections import abc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
 from fastllama.bench.models import random_model
 from fastllama.bench.text import table
+from fastllama.errors import check_range
 from fastllama.io.hub import resolve_model
 
 VOCAB = 32000
@@ -40,7 +42,7 @@ MODELS = {
 CONTEXTS = (100, 1000, 4000, 16000)
 MOST_TOKENS = 64_000  # in the contexts of a step together: attention to more takes seconds, and hides all else
 ROOM = 256  # tokens of each sequence behind its prompt: those that come while other prompts are read, and those timed
-MOST_ROUNDS = 100
+MOST_ROUNDS = 100  # which ROOM suffices for
 UNCOUNTED = 3  # steps at the start: the first captures
 
 
@@ -112,17 +114,28 @@ def decoding(model: LlamaForCausalLM, batch: int, context: int, contender: Conte
     return llm
 
 
+def core_seconds(call: timing.Call) -> timing.Sampler:
+    """Seconds on a core, which is the process's time: neighbours who take the core away do not count."""
+
+    def sample() -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    return sample
+
+
 def measure(
     model: LlamaForCausalLM, batch: int, context: int, options: abc.Iterable[str], rounds: int
 ) -> dict[Contender, list[float]]:
-    """Seconds of each step of each contender: one or all sequences ask for an option, or none for any."""
+    """Seconds on a core of each step of each contender: one or all sequences ask for an option, or none for any."""
     contenders = [NONE, AGAIN, *((option, asked) for option in options for asked in sorted({1, batch}))]
     with ExitStack() as stack:
         llms = {each: stack.enter_context(decoding(model, batch, context, each)) for each in contenders}
         for llm in llms.values():
             for _ in range(UNCOUNTED):
                 llm.engine.step()
-        samplers = {str(each): timing.wall(llm.engine.step) for each, llm in llms.items()}
+        samplers = {str(each): core_seconds(llm.engine.step) for each, llm in llms.items()}
         seconds = timing.in_turns(samplers, rounds)
         assert all(len(llm.engine._requests.generations) == batch for llm in llms.values()), "some have ended"
     return {each: seconds[str(each)] for each in contenders}
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help=f"at most {MOST_ROUNDS}")
     parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
     given = parser.parse_args()
+    check_range("rounds", given.rounds, 1, MOST_ROUNDS)
     torch.set_num_threads(1)
     samples = []
     rows = [("", "sequences", "context", "ask", "ms", "times none")]

@@ -7,6 +7,8 @@ read, closed, cancelled and dropped, forks, aborts, deadlines, requests that fai
 for. After a warm-up, in the middle and at the end it counts the process's memory (RSS), living objects of requests, and
 entries of the runtime's tables. The exit status is 1 where memory grows by more than GROWTH between the middle and the
 end, or anything is left. Needs Linux's /proc. A request that ends in another way than it should raises.
+
+What ops remember of calls is forgotten before each count: it is bounded, but not reached before some 100,000 requests.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.mixed_requests import Callers, Faults, serve
 from benchmarks.speculation import Always
 from fastllama import LLM
 from fastllama.bench.text import table
+from fastllama.kernels.dispatch.op import OPS
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.planning.sequence import Request, Sequence
 from fastllama.runtime.serving.async_engine import RequestStream
@@ -127,7 +130,9 @@ def _num_threads() -> int:
 
 
 def resident_megabytes() -> float:
-    """The process's resident memory, once the allocator has given back what it can."""
+    """The process's resident memory, once ops have forgotten calls and the allocator has given back what it can."""
+    for op in OPS.values():
+        op._known.clear()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_none_one_and_all_take_turns(model: LlamaForCausalLM) -> None:
     seconds = subject.measure(model, 2, 20, [PENALTY], rounds=3)
     assert [*seconds] == [("none", 0), ("none", 1), (PENALTY, 1), (PENALTY, 2)]
     assert [len(each) for each in seconds.values()] == [3] * 4
+
+
+def test_time_in_which_another_has_the_core_does_not_count() -> None:
+    assert subject.core_seconds(lambda: time.sleep(0.05))() < 0.02
+    assert subject.core_seconds(lambda: sum(range(3_000_000)))() > 0.02
 
 
 def test_a_ratio_is_the_median_of_those_within_the_rounds() -> None:
