@@ -35,7 +35,6 @@ import torch
 from benchmarks.mixed_requests import Callers, Faults, serve
 from benchmarks.speculation import Always
 from fastllama import LLM
-from fastllama.bench.text import table
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.planning.sequence import Request, Sequence
@@ -163,18 +162,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("fastllama").setLevel(logging.CRITICAL)  # of drafts that fail, as some do here
-    rows, wrong = [("", "requests", "RSS MB", "objects", "entries", "seconds")], []
+    wrong = []
+    print(f"{'':24} {'requests':>8} {'RSS MB':>8} {'objects':>8} {'entries':>8}")
     for name in options.configuration:
-        start = time.monotonic()
         counts = soak(name, options.requests)
-        seconds = time.monotonic() - start
         for place, count in zip(("start", "middle", "end"), counts, strict=True):
             objects, entries = sum(count.objects.values()), sum(count.entries.values())
-            took = f"{seconds:.0f}" if place == "end" else ""
-            figures = str(count.requests), f"{count.megabytes:.1f}", str(objects), str(entries), took
-            rows.append((f"{name}, {place}", *figures))
+            where = f"{name}, {place}"
+            print(f"{where:24} {count.requests:8} {count.megabytes:8.1f} {objects:8} {entries:8}", flush=True)
         wrong += [f"{name}: {fault}" for fault in faults(counts)]
-    print(table(rows), *wrong, sep="\n")
+    print(*wrong, sep="\n")
     sys.exit(bool(wrong))
 
 
