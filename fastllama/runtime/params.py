@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -40,6 +41,7 @@ _REALS: dict[str, tuple[float, float | None]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
 }
+_WITH_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids")
 _POSITIVE = ("top_p", "repetition_penalty")
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
@@ -156,6 +158,32 @@ class SamplingParams:
         """temperature, top_p and min_p as a device takes them: what is beyond fp32 is the nearest number within."""
         return within_fp32(self.temperature), within_fp32(self.top_p), within_fp32(self.min_p)
 
+    @functools.cached_property
+    def allowed(self) -> frozenset[int] | None:
+        """allowed_token_ids as a set; None for all tokens."""
+        return None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids)
+
+    @functools.cached_property
+    def largest_ids(self) -> dict[str, int]:
+        """Of each field that names token ids, if it names any, the largest."""
+        return {name: max(ids) for name in _WITH_IDS if (ids := getattr(self, name))}
+
+    def changed(self, **fields: Any) -> SamplingParams:
+        """A copy with other values in some fields, each as the constructor holds it: they are not checked.
+
+        It shares the large fields, and what was computed of them.
+        """
+        changed = copy.copy(self)
+        values = vars(changed)
+        for name in [name for name in values if name not in self.__dataclass_fields__]:
+            del values[name]  # what was computed of the old values
+        if "allowed_token_ids" not in fields:
+            values["allowed"] = self.allowed
+        if fields.keys().isdisjoint(_WITH_IDS):
+            values["largest_ids"] = self.largest_ids
+        values.update(fields)
+        return changed
+
     @property
     def penalizes(self) -> bool:
         """Whether draws depend on the tokens before them beyond the model's logits."""
@@ -231,8 +259,12 @@ def _callables(name: str, given: Any) -> tuple[LogitsProcessor, ...]:
     return processors
 
 
-def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
-    return tuple(_integer(f"a token id in {name}", i, 0, INT64_LARGEST) for i in _elements(name, ids, "token ids"))
+def _token_ids(name: str, given: Any) -> tuple[int, ...]:
+    ids = _elements(name, given, "token ids")
+    plain = {int}.issuperset(map(type, ids)) and min(ids, default=0) >= 0 and max(ids, default=0) <= INT64_LARGEST
+    if plain:  # known in milliseconds for a whole vocabulary
+        return ids
+    return tuple(_integer(f"a token id in {name}", i, 0, INT64_LARGEST) for i in ids)
 
 
 def _biases(biases: Any) -> dict[int, float]:

@@ -322,6 +322,36 @@ def test_a_copy_is_equal_and_hashes_alike(again: Any) -> None:
     assert len({FULL, again(FULL), SamplingParams(logit_bias={3: -2.0})}) == 2
 
 
+def test_the_largest_id_of_each_field_that_names_any_and_the_allowed_ones_as_a_set() -> None:
+    params = SamplingParams(logit_bias={9: 1.0, 3: -1.0}, allowed_token_ids=[4, 8, 4], stop_token_ids=[2, 7, 5])
+    assert params.largest_ids == {"logit_bias": 9, "allowed_token_ids": 8, "stop_token_ids": 7}
+    assert params.allowed == frozenset({4, 8})
+    assert (SamplingParams(logit_bias={}).largest_ids, SamplingParams().allowed) == ({}, None)
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seed": 5},
+        {"stop": ("a", "b"), "stop_token_ids": (99,), "seed": None},
+        {"allowed_token_ids": None},
+        {"allowed_token_ids": (50,), "logit_bias": None, "temperature": 0.0, "min_tokens": 0, "bad_words": ()},
+    ],
+)
+def test_changed_is_replace_without_the_checks(fields: dict[str, Any], used: bool) -> None:
+    before = dataclasses.replace(FULL)
+    if used:
+        assert (before.adjusts, before.in_fp32[0], before.allowed) == (True, 1.0, {3, 4})
+        assert before.largest_ids == {"logit_bias": 3, "allowed_token_ids": 4}
+    changed, expected = before.changed(**fields), dataclasses.replace(before, **fields)
+    assert changed == expected
+    for name in ("allowed", "largest_ids", "in_fp32", "adjusts"):
+        assert getattr(changed, name) == getattr(expected, name)
+    assert before == FULL
+    assert (changed.allowed is before.allowed) == ("allowed_token_ids" not in fields), "a large set is shared"
+
+
 def test_numbers_are_held_as_their_fields_type() -> None:
     params = SamplingParams(
         temperature=1, top_p=1, min_p=0, repetition_penalty=2, presence_penalty=1, logit_bias={3: 1}
