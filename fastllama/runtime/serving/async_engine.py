@@ -80,7 +80,7 @@ class AsyncEngine:
         prepare = partial(self._prepare, prompt, params, tags=tags, add_special_tokens=add_special_tokens)
         self._llm.prompts.check_length(prompt, params)
         self.worker.add(order, prepare() if length_of(prompt) <= AT_ONCE else prepare)
-        return RequestStream(order, self._leave)
+        return RequestStream(order, self._access, self._leave)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The whole answer to a prompt; arguments and errors are those of `add_request` and its stream."""
@@ -109,7 +109,7 @@ class AsyncEngine:
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
         order = self._order(request_id, deadline)
         self.worker.fork(stream.order, order, params)
-        return RequestStream(order, self._leave)
+        return RequestStream(order, self._access, self._leave)
 
     def abort(self, request_id: str) -> None:
         """End a request by its id: its stream raises RequestError. Without effect on one that ended or never was."""

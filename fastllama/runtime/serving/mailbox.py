@@ -44,7 +44,7 @@ class Mailbox:
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
         metrics: RequestMetrics | None = None,
     ) -> asyncio.Future[None] | None:
-        """Add to what lies here; metrics end it. The reader to wake, if one waits."""
+        """Add to what lies here. The reader to wake, if one waits."""
         with self._lock:
             for piece in pieces:
                 gain = self._gains.setdefault(piece.index, _Gain())
@@ -57,7 +57,7 @@ class Mailbox:
             if prompt_logprobs is not None:
                 self._prompt_logprobs = prompt_logprobs
             if metrics is not None:
-                self._metrics, self._over = metrics, True
+                self._metrics = metrics
             return self._take_reader()
 
     def end(self, error: BaseException | None = None) -> asyncio.Future[None] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from fastllama.runtime.access import Access
 from fastllama.runtime.outputs import RequestDelta, RequestOutput
 from fastllama.runtime.serving.mailbox import wake
 from fastllama.runtime.serving.order import Order
@@ -16,12 +17,12 @@ class RequestStream:
     To close it, to cancel the task that waits for its next delta, or to let go of it aborts the request. What came
     while nobody read is one delta. It ends like this only where the request ended by itself or by its deadline; behind
     the last delta of one that failed or was aborted it raises RequestError, with the cause.
-    Raises RuntimeError where a second task reads while one waits.
+    Raises RuntimeError where a second task reads while one waits, and in a forked process.
     """
 
-    def __init__(self, order: Order, leave: Callable[[Order], None]) -> None:
+    def __init__(self, order: Order, access: Access, leave: Callable[[Order], None]) -> None:
         """leave: of who runs the request, and told that nobody reads any more; kept, and with it what it belongs to."""
-        self.order, self._leave = order, leave
+        self.order, self._access, self._leave = order, access, leave
         self._closed = self._reading = False
 
     @property
@@ -33,6 +34,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestDelta:
+        self._access.check_process()  # whose mailbox may be locked for good
         if self._reading:
             raise RuntimeError("a task waits for this stream's next delta already; legal: one reader")
         self._reading = True
@@ -59,6 +61,7 @@ class RequestStream:
 
     def close(self) -> None:
         """Abort the request, if it has not ended; nothing more is read. May be called twice."""
+        self._access.check_process()
         self._closed = True
         wake([self.order.mailbox.end()])
         self._leave(self.order)

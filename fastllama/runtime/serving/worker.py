@@ -36,7 +36,8 @@ class Worker:
         self.engine: Engine | None = engine
         # Each is called by the thread; None ends it. Its put may interrupt itself, as __del__ can.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of the orders and what is below, up to the ids
+        # Of the orders and what is below, up to the ids. Garbage collection may call `end` within.
+        self._lock = threading.RLock()
         self._refusal: str | None = None  # why no request is taken any more
         self._stopped = False  # no command is obeyed that is put from now on
         self._num_queued = 0
@@ -51,8 +52,14 @@ class Worker:
         self._broken: BaseException | None = None
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, "fastllama-tokenizer")
         self.thread = threading.Thread(target=self._run, args=(engine,), name="fastllama-engine", daemon=True)
-        engine.access.claim(self.thread, partial(self.end, "the LLM was closed"))
-        self.thread.start()
+        self._access = engine.access
+        self._access.claim(self.thread, partial(self.end, "the LLM was closed"))
+        try:
+            self.thread.start()
+        except BaseException:  # no more threads, or Ctrl-C, after which it may run
+            self.end("it was not started")
+            self._access.give_up()
+            raise
 
     # Any thread, from here on.
 
@@ -62,7 +69,9 @@ class Worker:
         if isinstance(given, Prepared):
             self._commands.put(partial(self._add, order, given))
         else:
-            self._tokenizing.submit(self._prepare, order, given)
+            self._commands.put(self._expire)  # for the thread to know its deadline
+            with suppress(RuntimeError):  # the thread has ended meanwhile, and with it the order
+                self._tokenizing.submit(self._prepare, order, given)
 
     def fork(self, origin: Order, order: Order, params: SamplingParams | None) -> None:
         """Queue a request that goes on from where another stands."""
@@ -113,7 +122,9 @@ class Worker:
         return drained
 
     def end(self, why: str) -> None:
-        """Abort all requests, refuse new ones, and end the thread. May be called twice."""
+        """Abort all requests, refuse new ones, and end the thread. May be called twice, and in a forked process."""
+        if self._access.forked:
+            return
         with self._lock:
             if not self._stopped:
                 self._refusal, self._stopped = "was shut down", True
@@ -144,7 +155,7 @@ class Worker:
     def _accept(self, order: Order) -> None:
         with self._lock, self._statistics.lock:
             self._check_open()
-            if order.request_id in self.orders:
+            if not order.request_id or order.request_id in self.orders:
                 raise ValueError(
                     f"request_id is {order.request_id!r:.99}; legal: a text that no unfinished request has"
                 )
@@ -182,7 +193,7 @@ class Worker:
                 if (command := self._commands.get()) is not None:
                     command()
             self._say_drained()
-            engine.access.give_up()
+            self._access.give_up()
 
     def _turn(self, engine: Engine) -> bool:
         """Do what was commanded, and one step. False if that was the last."""
@@ -191,8 +202,8 @@ class Worker:
             going = self._obey(engine)
             self._expire()
             self._step_start = time.monotonic()
-            self._advance(engine)
-            self._num_faults = 0
+            if self._advance(engine):
+                self._num_faults = 0
         except BaseException as error:  # in the bookkeeping: which requests it is about, nobody knows
             self._num_faults += 1
             if self._num_faults == BEYOND_REPAIR:
@@ -211,9 +222,9 @@ class Worker:
         return going
 
     def _say_drained(self) -> None:
-        for drained in self._drains:
-            drained.set_result(None)
-        self._drains.clear()
+        while self._drains:
+            if (drained := self._drains.pop()).set_running_or_notify_cancel():
+                drained.set_result(None)
 
     def _obey(self, engine: Engine) -> bool:
         """Do what was commanded, and wait for it where there is nothing else to do. False if that is to end."""
@@ -273,11 +284,13 @@ class Worker:
             order.on_added.pop(0)()
 
     def _call(self, function: Callable[[Engine], None], done: concurrent.futures.Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():  # nobody waits for it any more
+            return
         try:
             if self.engine is None:
                 raise RuntimeError("this AsyncEngine has ended; make a new one")
             function(self.engine)
-        except Exception as error:
+        except BaseException as error:
             done.set_exception(error)
         else:
             done.set_result(None)
@@ -302,8 +315,8 @@ class Worker:
             if order.deadline is not None and order.deadline <= now:
                 self._abort(order, "its deadline has passed", "deadline")
 
-    def _advance(self, engine: Engine) -> None:
-        """One step, and its tidings."""
+    def _advance(self, engine: Engine) -> bool:
+        """One step, and its tidings; whether it changed anything."""
         start = time.monotonic()
         touched = engine.step()
         for order in self._by_generation.values():
@@ -325,6 +338,7 @@ class Worker:
             self._statistics.num_draft_tokens = drafted - self._first_drafts[0]
             self._statistics.num_accepted_tokens = accepted - self._first_drafts[1]
         wake(readers)
+        return bool(touched)
 
     def _begin(self, order: Order, start: float, num_cached: int) -> None:
         self._leave_queue(order)
