@@ -52,7 +52,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 # So few pages that running requests are preempted, and so few seats that others wait.
 SIZES = {"max_model_len": 96, "page_size": 16, "kv_cache_tokens": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 KINDS = (Generation, Request, Sequence, Order, Mailbox, RequestStream, asyncio.Future, futures.Future)
-GROWTH = 8.0  # MB between the middle and the end: captured steps and the allocator's gaps took 0.8 to 3.6 of 10,000
+GROWTH = 8.0  # MB between the middle and the end: captured steps and the allocator's gaps took 0.4 to 4.2 of 10,000
 WARM_UP = 500  # requests before the first count, a tenth of them all at most
 ROUND = 50  # requests through one AsyncEngine, or one after another through the LLM
 
