@@ -126,3 +126,20 @@ def test_control_pieces_of_sentencepiece_in_plain_text_are_text(name):
             ids = ours(name).encode(f"a{piece}b", bos=False)
             assert not {0, 1, 2} & set(ids)
             assert ours(name).decode(ids) == f"a{piece}b"
+
+
+REPEATED = st.lists(st.tuples(st.sampled_from([*TAGS, *PARTS, *CONTROL]), st.sampled_from([1, 3, 40])), max_size=5)
+
+
+@given(pieces=REPEATED)
+@fewer
+def test_no_text_has_fewer_tokens_than_it_has_at_the_least(name: str, pieces: list[tuple[str, int]]) -> None:
+    tokenizer, text = ours(name), "".join(piece * count for piece, count in pieces)
+    least = tokenizer.least_length(text)
+    assert 0 <= least <= min(len(tokenizer.encode(text)), len(tokenizer.encode_template(text)))
+
+
+def test_most_tokenizers_know_a_least_length() -> None:
+    text = "once upon a time " * 1000
+    found = {name: ours(name).least_length(text) for name in folders.names()}
+    assert {name for name, least in found.items() if least == 0} == {"unigram_json"}, "whose unknown token may be long"
