@@ -145,7 +145,7 @@ def test_a_request_ends_at_once_while_it_is_tokenized(how: str) -> None:
 def test_what_is_wrong_with_a_long_text_its_stream_says() -> None:
     async def test() -> None:
         async with slowly() as (engine, tokenizer):
-            with pytest.raises(RequestError, match=rr"the prompt has 50000 tokens; legal: at most 255") as raised:
+            with pytest.raises(RequestError, match=r"the prompt has 50000 tokens; legal: at most 255") as raised:
                 await all_of(engine.add_request(TEXT, SamplingParams()))
             assert isinstance(raised.value.__cause__, ValueError)
             tokenizer.error = OSError("gone")
