@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import math
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -84,6 +86,29 @@ def shown(text: object, limit: int = 200) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in letters)
 
 
+class _Brief(reprlib.Repr):
+    """Representations for messages: of a long string, list or dict the first elements, of a huge integer its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 20
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() <= 1024:
+            return repr(x)
+        digits = int(x.bit_length() * math.log10(2)) + 1  # Python refuses to write more than 4300
+        return f"{'minus ' if x < 0 else ''}an integer of {digits} digits"
+
+
+def brief(value: object) -> str:
+    """A value in a message: its repr, of at most about 200 characters. Raises nothing."""
+    return shown(_BRIEF.repr(value))
+
+
+_BRIEF = _Brief()
+
+
 def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
     """The legal word most like `word`, or None when nothing is close: `alike` as difflib's ratio, 0 to 1."""
     found = difflib.get_close_matches(word, list(legal), n=1, cutoff=alike)
@@ -96,21 +121,32 @@ def check_choice(name: str, value: Any, legal: Iterable[Any]) -> None:
     if value not in legal:
         hint = nearest(value, [word for word in legal if isinstance(word, str)]) if isinstance(value, str) else None
         meant = f" (did you mean {hint!r}?)" if hint else ""
-        raise ValueError(f"{name} is {value!r}{meant}; legal values: {', '.join(map(repr, legal))}")
+        raise ValueError(f"{name} is {brief(value)}{meant}; legal values: {', '.join(map(repr, legal))}")
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless low <= value (<= high). NaN is never in range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {brief(value)} of type {type(value).__name__}")
     if not (low <= value and (high is None or value <= high)):
-        raise ValueError(f"{name} is {value!r}; legal: {f'at least {low}' if high is None else f'{low} to {high}'}")
+        raise ValueError(
+            f"{name} is {brief(value)}; legal: {f'at least {low}' if high is None else f'{low} to {high}'}"
+        )
 
 
 def similar(word: str, legal: Iterable[str]) -> str | None:
-    """The legal word that an unknown one may be misspelled for, as a question; None where none is really alike."""
-    found = nearest(word, legal, 0.8)  # temprature and temperature are, best_of and stop are not
+    """The legal word that an unknown one may be misspelled for, as a question; None where none is really alike.
+
+    What has all parts of a legal word and one more, as repetition_penalty_range, means something else.
+    """
+    parts = _parts(word)
+    others = [each for each in legal if not _parts(each) < parts]
+    found = nearest(word, others, 0.8)  # temprature and temperature are, best_of and stop are not
     return f"did you mean {found!r}?" if found else None
+
+
+def _parts(word: str) -> set[str]:
+    return set(filter(None, word.split("_")))
 
 
 def reject_unknown(
@@ -127,7 +163,7 @@ def reject_unknown(
     for word in unknown:
         said = hint(word, legal)
         options = f"{f'{said} Legal' if said else 'legal'} options: {', '.join(legal)}"
-        raise TypeError(f"{owner} got an unknown option {word!r}; {options}")
+        raise TypeError(f"{owner} got an unknown option {brief(word)}; {options}")
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | str]) -> None:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
-import re
-import sys
 from collections import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastllama.arithmetic import FP32_LARGEST, FP32_SMALLEST, within_fp32
-from fastllama.errors import check_range, reject_unknown
+from fastllama.arithmetic import FP32_SMALLEST, within_fp32
+from fastllama.errors import brief, reject_unknown
+from fastllama.runtime import values
 from fastllama.runtime.peer_names import peer_hint
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastllama.runtime.values import INT64_LARGEST, LogitsProcessor
 
 MAX_LOGPROBS = 20  # what OpenAI's chat API allows; each one is copied to the host for every token
-INT64_LARGEST = 2**63 - 1
 # Least and largest legal value; None is no limit.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "n": (1, None),
@@ -44,8 +39,6 @@ _REALS: dict[str, tuple[float, float | None]] = {
 _WITH_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids")
 _POSITIVE = ("top_p", "repetition_penalty")
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
-
-LogitsProcessor = Callable[[list[int], "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,39 +112,59 @@ class SamplingParams:
                 put(each.name, each.default)
         for name, limits in _INTEGERS.items():
             if (value := getattr(self, name)) is not None:
-                put(name, _integer(name, value, *limits))
+                put(name, values.integer(name, value, *limits))
         for name, bounds in _REALS.items():
-            put(name, _real(name, getattr(self, name), *bounds))
+            put(name, values.real(name, getattr(self, name), *bounds))
+        for name in _POSITIVE:
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; legal: above 0")
         for name in _FLAGS:
-            put(name, _flag(name, getattr(self, name)))
+            put(name, values.flag(name, getattr(self, name)))
         put("top_k", max(self.top_k, 0))
-        _check_fp32("repetition_penalty", self.repetition_penalty, FP32_SMALLEST)
+        values.check_fp32("repetition_penalty", self.repetition_penalty, FP32_SMALLEST)
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens is 0; legal: -1, or at least 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}; legal: at most max_tokens, {self.max_tokens}")
+            raise ValueError(f"min_tokens is {self.min_tokens}; legal: at most max_tokens, {brief(self.max_tokens)}")
         # Own copies: a caller who later changes his list or dict must not change a running request.
-        put("stop", _strings("stop", self.stop))
-        put("bad_words", _strings("bad_words", self.bad_words))
-        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        put("logits_processors", _callables("logits_processors", self.logits_processors))
+        put("stop", values.strings("stop", self.stop))
+        put("bad_words", values.strings("bad_words", self.bad_words))
+        put("stop_token_ids", values.token_ids("stop_token_ids", self.stop_token_ids))
+        put("logits_processors", values.processors("logits_processors", self.logits_processors))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            put("allowed_token_ids", values.token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids is empty; legal: at least one token id, or None for all tokens")
         if self.logit_bias is not None:
-            put("logit_bias", _biases(self.logit_bias))
+            put("logit_bias", values.token_biases("logit_bias", self.logit_bias))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SamplingParams:
         """From named options as JSON writes them: null is a field's default, logit_bias may have keys such as "7".
 
+        logprobs may be true or false, as in OpenAI's chat API, with their number in top_logprobs.
         An unknown name raises TypeError with its name here, if there is one, and the legal ones.
         """
-        biases = options.get("logit_bias")
-        if isinstance(biases, Mapping):
-            options = {**options, "logit_bias": {_token_id_of_key(key): bias for key, bias in biases.items()}}
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options is {brief(options)}; legal: a mapping of SamplingParams' fields to their values")
+        for name in options:
+            if not isinstance(name, str):
+                raise TypeError(f"options has a name {brief(name)} of type {type(name).__name__}; legal: strings")
+        options = dict(options)
+        if options.get("top_logprobs", 0) is None:
+            del options["top_logprobs"]
+        if isinstance(asked := options.get("logprobs"), bool):
+            top = values.integer("top_logprobs", options.pop("top_logprobs", 0), 0, MAX_LOGPROBS)
+            if top and not asked:
+                raise ValueError(f"top_logprobs is {top} beside logprobs=False; legal: beside logprobs=True")
+            options["logprobs"] = top if asked else None
+        if isinstance(biases := options.get("logit_bias"), Mapping):
+            options["logit_bias"] = {values.token_id_of_key(key): bias for key, bias in biases.items()}
         return cls(**options)
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={brief(getattr(self, name))}" for name in self.__dataclass_fields__)
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     @functools.cached_property
     def in_fp32(self) -> tuple[float, float, float]:
@@ -174,14 +187,14 @@ class SamplingParams:
         It shares the large fields, and what was computed of them.
         """
         changed = copy.copy(self)
-        values = vars(changed)
-        for name in [name for name in values if name not in self.__dataclass_fields__]:
-            del values[name]  # what was computed of the old values
+        held = vars(changed)
+        for name in [name for name in held if name not in self.__dataclass_fields__]:
+            del held[name]  # what was computed of the old values
         if "allowed_token_ids" not in fields:
-            values["allowed"] = self.allowed
+            held["allowed"] = self.allowed
         if fields.keys().isdisjoint(_WITH_IDS):
-            values["largest_ids"] = self.largest_ids
-        values.update(fields)
+            held["largest_ids"] = self.largest_ids
+        held.update(fields)
         return changed
 
     @property
@@ -204,92 +217,3 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
-
-
-def _plain(value: Any) -> Any:
-    """A NumPy scalar, 0-d array or 0-d tensor as Python's own value; what is none of them as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    check_range(name, value, low, high)
-    return int(value)
-
-
-def _real(name: str, value: Any, low: float, high: float | None = None) -> float:
-    value = _plain(value)
-    check_range(name, value, low, high)
-    if abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} is {value!r}; legal: a finite number")
-    if value == 0 and name in _POSITIVE:
-        raise ValueError(f"{name} is {value!r}; legal: above 0")
-    return float(value)
-
-
-def _check_fp32(name: str, value: float, low: float = -FP32_LARGEST) -> None:
-    if not low <= value <= FP32_LARGEST:
-        raise ValueError(f"{name} is {value!r}; legal: {low:.7g} to {FP32_LARGEST:.7g}, what fp32 holds")
-
-
-def _flag(name: str, value: Any) -> bool:
-    value = _plain(value)
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _strings(name: str, given: Any) -> tuple[str, ...]:
-    strings = (given,) if isinstance(given, str) else _elements(name, given, "a string or strings")
-    for string in strings:
-        if not isinstance(string, str):
-            raise TypeError(f"{name} must be a string or strings, got {string!r} of type {type(string).__name__}")
-        if not string:
-            raise ValueError(f"{name} is {given!r}; legal: strings of at least one character")
-    return strings
-
-
-def _callables(name: str, given: Any) -> tuple[LogitsProcessor, ...]:
-    processors = _elements(name, given, "a sequence of callables")
-    for each in processors:
-        if not callable(each):
-            raise TypeError(f"{name} must be a sequence of callables, got {each!r} of type {type(each).__name__}")
-    return processors
-
-
-def _token_ids(name: str, given: Any) -> tuple[int, ...]:
-    ids = _elements(name, given, "token ids")
-    plain = {int}.issuperset(map(type, ids)) and min(ids, default=0) >= 0 and max(ids, default=0) <= INT64_LARGEST
-    if plain:  # known in milliseconds for a whole vocabulary
-        return ids
-    return tuple(_integer(f"a token id in {name}", i, 0, INT64_LARGEST) for i in ids)
-
-
-def _biases(biases: Any) -> dict[int, float]:
-    if not isinstance(biases, Mapping):
-        raise TypeError(f"logit_bias must map token ids to numbers, got {biases!r} of type {type(biases).__name__}")
-    return dict(zip(_token_ids("logit_bias", biases), map(_bias, biases, biases.values()), strict=True))
-
-
-def _bias(token_id: Any, bias: Any) -> float:
-    bias, name = _plain(bias), f"logit_bias[{token_id}]"
-    if bias == -math.inf:
-        return -math.inf
-    bias = _real(name, bias, -math.inf)
-    _check_fp32(name, bias)
-    return bias
-
-
-def _token_id_of_key(key: Any) -> Any:
-    """A key of a JSON object as the integer that it spells; any other as it is."""
-    return int(key) if isinstance(key, str) and re.fullmatch("-?[0-9]{1,19}", key) else key
-
-
-def _elements(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    if hasattr(values, "tolist"):  # arrays and tensors, whose elements would come one by one from the device
-        values = values.tolist()
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be {what}, got {values!r} of type {type(values).__name__}")
-    return tuple(values)
