@@ -15,7 +15,7 @@ class _Owner(NamedTuple):
 
 
 class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
-    """`with access:` around what uses an engine. A thread waits for its turn; who asked first goes first.
+    """`with access:` around what uses an engine. A thread waits for its turn, and none has two before it gets one.
 
     So threads share an engine step by step, and each step advances the requests of all. Raises RuntimeError, and waits
     for nothing: in a forked process, whose copies of pages and kernel threads are of no use; beside an owner; and
@@ -86,9 +86,14 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
         if self.inside:
             raise RuntimeError("this LLM runs a step, from which it is called; legal: calls between steps")
 
-    def _check_owner(self) -> None:
+    @property
+    def claimed_by_another(self) -> bool:
+        """Whether it belongs to another thread alone."""
         owner = self._owner
-        if owner is not None and owner.thread is not threading.current_thread():
+        return owner is not None and owner.thread is not threading.current_thread()
+
+    def _check_owner(self) -> None:
+        if self.claimed_by_another:
             raise RuntimeError(
                 "this LLM serves an AsyncEngine; legal: that engine's methods, or this LLM's after its shutdown()"
             )

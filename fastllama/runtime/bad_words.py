@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.io.tokenizer.base import ANCHOR
+
+_KEPT = 32  # lists of words that are remembered for a tokenizer
+
+
+class BadWords:
+    """Token sequences that must not be completed. single: those of one token, which are never generated."""
+
+    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
+        self.single: set[int] = set()
+        self._longer: dict[int, dict[tuple[int, ...], set[int]]] = {}  # length of a beginning -> it -> last tokens
+        for *first, last in sequences:
+            if first:
+                self._longer.setdefault(len(first), {}).setdefault(tuple(first), set()).add(last)
+            else:
+                self.single.add(last)
+
+    def completing(self, generated_ids: Sequence[int]) -> set[int]:
+        """The tokens that would complete a sequence of several behind these generated ids."""
+        found: set[int] = set()
+        for length, lasts in self._longer.items():
+            found |= lasts.get(tuple(generated_ids[-length:]), set())
+        return found
+
+
+_KNOWN: WeakKeyDictionary[Tokenizer, dict[tuple[str, ...], BadWords]] = WeakKeyDictionary()
+
+
+def bad_words(tokenizer: Tokenizer, words: tuple[str, ...]) -> BadWords:
+    """The words as a tokenizer spells them, remembered for requests that have the same. Raises as `token_sequences`."""
+    known = _KNOWN.setdefault(tokenizer, {})
+    found = known.get(words) or BadWords(token_sequences(tokenizer, words))
+    known[words] = found
+    while len(known) > _KEPT:
+        known.pop(next(iter(known)), None)
+    return found
 
 
 def token_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
@@ -23,12 +59,6 @@ def token_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[i
             raise ValueError(f"bad_words holds {word!r}; legal: strings to which {tokenizer.path} gives token ids")
         sequences.update(dict.fromkeys(found))
     return tuple(sequences)
-
-
-def banned_next(sequences: Sequence[Sequence[int]], generated_ids: Sequence[int]) -> set[int]:
-    """The token ids that would complete one of the sequences behind these generated ids."""
-    length = len(generated_ids)
-    return {last for *first, last in sequences if list(generated_ids[length - len(first) :]) == first}
 
 
 def _inside(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class Engine:
         num_pages = sizes.kv_cache_tokens // size
         scheduler = self._new_scheduler(num_pages, ceil_div(options.host_cache_tokens, size))
         self._ahead: Launched | None = None  # the step after the last that was taken in, where it runs already
-        self._raised_ahead: set[type[Exception]] = set()
+        self._noted: set[tuple[type[Exception], str]] = set()
         self._to_abort: deque[tuple[Generation, FinishReason]] = deque()  # asked for within a step
         self.failures_in_a_row = 0  # steps of which nothing succeeded
         self.device_error: Exception | None = None  # which the device will not recover from
@@ -197,9 +197,10 @@ class Engine:
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End a request now; its pages return at once. Without effect on a finished one.
 
-        Within a step (as a stream may be let go of anywhere) it is noted, and done at the end of the next.
+        Within a step, or beside an owner (a stream may be let go of anywhere), it is noted, and done at the end of the
+        next step.
         """
-        if self.access.inside:
+        if self.access.inside or self.access.claimed_by_another:
             self._to_abort.append((generation, reason))
             return
         with self.access, self._consistency.change(self._start_anew):
@@ -273,8 +274,8 @@ class Engine:
             try:
                 speculation.follow(step)
                 drafts = speculation.guess(step) if wanted else None
-            except Exception:
-                logger.exception("no drafts in this step, for they cannot be made")
+            except Exception as error:
+                self._note(error, "no drafts in a step, for they cannot be made: %r")
         return step if drafts is None else self.scheduler.extend(step, drafts)
 
     def _transfer(self, step: Step) -> bool:
@@ -301,13 +302,13 @@ class Engine:
             try:
                 self._ahead = launch(self._runner, step, before=launched)
             except Exception as error:
-                self._note_ahead(error)
+                self._note(error, "a step that was run ahead raised, and is run again in its turn: %r")
 
-    def _note_ahead(self, error: Exception) -> None:
-        """Log what a step raised that ran ahead: the first of each kind as a warning, for each costs time."""
-        level = logging.DEBUG if type(error) in self._raised_ahead else logging.WARNING
-        self._raised_ahead.add(type(error))
-        logger.log(level, "a step that was run ahead raised, and is run again in its turn: %r", error, exc_info=error)
+    def _note(self, error: Exception, message: str) -> None:
+        """Log what no request is told of: the first of each kind as a warning, for each costs time."""
+        level = logging.DEBUG if (type(error), message) in self._noted else logging.WARNING
+        self._noted.add((type(error), message))
+        logger.log(level, message, error, exc_info=error)
 
     def _collect(self, launched: Launched) -> list[Generation]:
         """Wait for a step's tokens and append them; returns the generations that gained one or failed."""

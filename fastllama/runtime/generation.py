@@ -13,7 +13,7 @@ from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
-from fastllama.runtime.stop_strings import StopSearch, StopStrings
+from fastllama.runtime.stop_strings import StopSearch, stop_strings
 
 
 class TextStream:
@@ -28,16 +28,14 @@ class TextStream:
         tokenizer: Tokenizer,
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
-        stops: StopStrings | None = None,
     ) -> None:
-        """`stops`: those of `params`, where another sample has them."""
         self.tokenizer, self._num_pieces = tokenizer, tokenizer.vocab_size
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             [token_id for token_id in prompt_ids if token_id < self._num_pieces],
             skip_special_tokens=params.skip_special_tokens,
         )
-        self._search = StopSearch(stops or StopStrings(tokenizer, params))
+        self._search = StopSearch(stop_strings(tokenizer, params))
         self._includes_stop = params.include_stop_str_in_output
         self._released: list[str] = []
         self._num_taken = 0
@@ -49,16 +47,11 @@ class TextStream:
         """
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
-        other._search = StopSearch(StopStrings(self.tokenizer, params), before=self._search.held)
+        other._search = StopSearch(stop_strings(self.tokenizer, params), before=self._search.held)
         other._includes_stop = params.include_stop_str_in_output
         other._released = list(self._released)
         other._num_taken = 0
         return other
-
-    @property
-    def stops(self) -> StopStrings:
-        """The stop strings that are sought."""
-        return self._search.stops
 
     @property
     def text(self) -> str:
@@ -77,13 +70,13 @@ class TextStream:
         may_stop: False goes on behind the stop strings that this token completes.
         """
         text = self._detokenizer.push(token_id) if token_id < self._num_pieces else ""
-        return self._take_in(text + self.stops.marks.get(token_id, ""), may_stop)
+        return self._take_in(text + self._search.stops.marks.get(token_id, ""), may_stop)
 
     def close(self, *, may_stop: bool = True) -> str | None:
         """No token follows: release what is held. The stop string that the last characters complete, or None."""
         stop = self._take_in(self._detokenizer.flush(), may_stop)
         self._released.append(self._search.held)
-        self._search = StopSearch(self.stops)
+        self._search = StopSearch(self._search.stops)
         return stop
 
     def _take_in(self, text: str, may_stop: bool) -> str | None:
@@ -174,9 +167,8 @@ class Generation:
         found = self.samples.get(seq.index)
         if found is None:
             request, tokenizer = self.request, self.tokenizer
-            stops = next((each.stream.stops for each in self.samples.values() if each.stream is not None), None)
-            stream = TextStream(tokenizer, request.prompt_token_ids, request.params, stops) if tokenizer else None
-            found = self.samples[seq.index] = Completion(seq, stream)
+            stream = TextStream(tokenizer, request.prompt_token_ids, request.params) if tokenizer else None
+            found = self.samples.setdefault(seq.index, Completion(seq, stream))
         return found
 
     def fork(self, request: Request) -> Generation:

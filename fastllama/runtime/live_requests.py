@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 import random
 import time
 from collections import abc
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from fastllama.errors import RequestError, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
-from fastllama.runtime.bad_words import token_sequences
+from fastllama.runtime.bad_words import BadWords, bad_words
+from fastllama.runtime.device.adjustments import ends_of
 from fastllama.runtime.device.execution import Launched
 from fastllama.runtime.device.sampler import SampledToken
 from fastllama.runtime.generation import Generation
@@ -58,21 +59,27 @@ class LiveRequests:
         for place, token_id in enumerate(prompt_token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
                 raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
-        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-            for token_id in getattr(params, name) or ():
-                check_range(f"a token id in {name}", token_id, 0, vocab - 1)
+        for name, token_id in params.largest_ids.items():
+            check_range(f"a token id in {name}", token_id, 0, vocab - 1)
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self._tokenizer is None:
                 raise ValueError(
                     f"{name} is {getattr(params, name)!r}; legal without a tokenizer: no strings, only token ids"
                 )
-        self._bad_words(params)
+        words = self._bad_words(params)
+        if params.allowed is not None:
+            banned = {i for i, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+            ends = ends_of(params, self._config.eos_token_ids) if params.min_tokens else ()
+            if params.allowed <= banned | {*ends} | (words.single if words else set()):
+                raise ValueError(
+                    "allowed_token_ids holds no token that logit_bias, bad_words and min_tokens leave; legal: any other"
+                )
 
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+    def _bad_words(self, params: SamplingParams) -> BadWords | None:
         if not params.bad_words:
-            return ()
+            return None
         assert self._tokenizer is not None, "checked"
-        return token_sequences(self._tokenizer, params.bad_words)
+        return bad_words(self._tokenizer, tuple(params.bad_words))
 
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
         """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
@@ -89,7 +96,9 @@ class LiveRequests:
         self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float, request_id: str | None
     ) -> Generation:
         """Queue a prompt that `check` passes, under an id that `check_id` passes."""
-        request = Request(request_id or self._new_id(), ids, self._seeded(params), arrival, self._bad_words(params))
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        request = Request(request_id or self._new_id(), ids, params, arrival, seed=seed)
+        request.bad_words = self._bad_words(params)
         self.scheduler.add(request)
         generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
         return generation
@@ -97,8 +106,11 @@ class LiveRequests:
     def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:
         """Add a request that goes on from where another stands, which `check_fork` passes, as `check_id` the id."""
         origin, now = generation.request, time.monotonic()
-        ids, bad_words = origin.prompt_token_ids, self._bad_words(params)
-        request = Request(request_id or self._new_id(), ids, self._seeded(params), now, bad_words)
+        seed = params.seed
+        if seed is None:
+            seed = origin.seed if params is origin.params else self._seeds.getrandbits(63)
+        request = Request(request_id or self._new_id(), origin.prompt_token_ids, params, now, seed=seed)
+        request.bad_words = self._bad_words(params)
         self.scheduler.fork(origin.sequences[0], request)
         forked = self.generations[request.request_id] = generation.fork(request)
         return forked
@@ -114,11 +126,6 @@ class LiveRequests:
 
     def _new_id(self) -> str:
         return next(number for number in self._numbers if number not in self.generations)
-
-    def _seeded(self, params: SamplingParams) -> SamplingParams:
-        if params.seed is not None:
-            return params
-        return dataclasses.replace(params, seed=self._seeds.getrandbits(63))
 
     def abort(self, generation: Generation, reason: FinishReason) -> None:
         """End a request now; its pages return at once. Without effect on a finished one."""
@@ -170,8 +177,9 @@ class LiveRequests:
         for drawn in draws:
             generation = touched[drawn.seq.request.request_id] = self.generations[drawn.seq.request.request_id]
             ended = drawn.ahead and drawn.seq.status is Status.FINISHED
-            if drawn.ahead != gained.get(drawn.seq, ()) or ended or generation.error is not None:
-                continue  # sampled behind a refused draft, behind the end, for a request that failed
+            unseen = drawn.ahead and generation.request.params.logits_processors
+            if drawn.ahead != gained.get(drawn.seq, ()) or ended or unseen or generation.error is not None:
+                continue  # sampled behind a refused draft, the end, or tokens that a processor has not seen; or failed
             try:
                 self._accept(generation, drawn, now)
             except Exception as error:
@@ -191,8 +199,13 @@ class LiveRequests:
         return generation
 
     def _spoil(self, seq: Sequence) -> None:
-        """End a sequence whose logits are no numbers."""
-        self.scheduler.finish(seq, "error", "the model's logits are not finite numbers")
+        """End a sequence from whose logits nothing can be sampled."""
+        params, why = seq.request.params, "the model's logits are not finite numbers"
+        if params.logits_processors:
+            why = "its logits, as the logits processors left them, are not finite numbers"
+        elif params.adjusts:
+            why += ", or every token is banned"
+        self.scheduler.finish(seq, "error", why)
 
     def _accept(self, generation: Generation, drawn: SampledToken, now: float) -> None:
         """Append a token to its sequence and finish that if it ends there."""

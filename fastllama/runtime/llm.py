@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fastllama.errors import RequestError, reject_unknown
+from fastllama.errors import RequestError, brief, check_choice, reject_unknown
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
 from fastllama.runtime.peer_names import peer_hint
 from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list
+from fastllama.runtime.values import flag
 
 
 class LLM:
@@ -63,6 +64,8 @@ class LLM:
     whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/numerics.md).
     progress: bars on stderr; None shows them on a terminal only, and lines about kernels that are compiled anywhere.
 
+    None is an option's default, but for model and quantization; a number may be NumPy's or a 0-d tensor.
+
     Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
     Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
     broken model.
@@ -95,9 +98,8 @@ class LLM:
         progress: bool | None = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            legal = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "unknown")]
-            reject_unknown("LLM", unknown, legal, peer_hint)
+        _reject(unknown, "LLM", LLM.__init__)
+        dtype, device, chat_format = ("auto" if each is None else each for each in (dtype, device, chat_format))
         # What needs no weights first: a wrong option or path should not cost the minute that they take.
         options = EngineOptions(
             max_model_len=max_model_len,
@@ -169,13 +171,14 @@ class LLM:
         Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ. Raises
         RequestError where a request failed or was aborted, once all have ended: its `outputs` are those of all.
         """
-        reject_unknown("LLM.generate", unknown, ("prompts", "params", "add_special_tokens"), peer_hint)
+        _reject(unknown, "LLM.generate", LLM.generate)
+        how = _checked(add_special_tokens=add_special_tokens)
         given = as_list(prompts)
         each = _params_of_each(self.default_params if params is None else params, len(given))
         generations: list[Generation] = []
         try:
             for prompt, own in zip(given, each, strict=True):
-                generations.append(self._add(prompt, own, add_special_tokens=add_special_tokens))
+                generations.append(self._add(prompt, own, **how))
             self._finish(generations)
         except BaseException:
             for generation in generations:
@@ -201,9 +204,9 @@ class LLM:
         tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError; see
         ChatFormat.encode. Raises what `generate` raises.
         """
-        reject_unknown("LLM.chat", unknown, ("messages", "params", "tags"), peer_hint)
+        _reject(unknown, "LLM.chat", LLM.chat)
         (params,) = _params_of_each(self.default_params if params is None else params, 1)
-        ids = self.chat_format.encode(messages, tags=tags)
+        ids = self.chat_format.encode(messages, **_checked(tags=tags))
         return self.generate([ids], self.prompts.ending_answers(params))[0]
 
     def stream(
@@ -213,12 +216,14 @@ class LLM:
         *,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
+        **unknown: Any,
     ) -> Iterator[str]:
         """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
 
         Closing the iterator aborts the request. Raises ValueError where params.n is not 1, and at the end RequestError
         where the request did not end by itself.
         """
+        _reject(unknown, "LLM.stream", LLM.stream)
         return self.follow(self.start(prompt, params, tags=tags, add_special_tokens=add_special_tokens))
 
     def start(
@@ -229,19 +234,27 @@ class LLM:
         request_id: str | None = None,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
+        **unknown: Any,
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time.
 
         request_id: names it for `abort` and in its output; None makes one.
         """
+        _reject(unknown, "LLM.start", LLM.start)
+        how = _checked(tags=tags, add_special_tokens=add_special_tokens)
         (params,) = _params_of_each(self.default_params if params is None else params, 1)
         self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        return self._add(prompt, params, request_id=request_id, tags=tags, add_special_tokens=add_special_tokens)
+        return self._add(prompt, params, request_id=request_id, **how)
 
     def fork(
-        self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        generation: Generation,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **unknown: Any,
     ) -> Generation:
         """A second request that goes on from where a started, unfinished one stands, sharing its pages until it writes.
 
@@ -252,30 +265,36 @@ class LLM:
         Raises TypeError for other things, ValueError if the first has ended, for n other than 1 of either, max_tokens
         that are reached already, and log-probabilities that the first does not report.
         """
-        if not isinstance(generation, Generation):
-            raise TypeError(f"generation is {generation!r:.99}; legal: what LLM.start returns")
+        _reject(unknown, "LLM.fork", LLM.fork)
+        _check_started(generation)
         if params is not None and not isinstance(params, SamplingParams):
-            raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
+            raise TypeError(f"params is {brief(params)}; legal: SamplingParams or None")
         return self.engine.fork(generation, params, request_id=request_id)
 
     def abort(self, request: str | Generation) -> None:
         """End a started request, by its id or itself: `follow` raises RequestError. No effect on one that ended."""
+        if not isinstance(request, (str, Generation)):
+            raise TypeError(f"request is {brief(request)}; legal: a request's id, a string, or what LLM.start returns")
         generation = request if isinstance(request, Generation) else self.engine.find(request)
         if generation is not None:
             self.engine.abort(generation)
 
-    def encode(self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True, **unknown: Any
+    ) -> list[int]:
         """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
-        return self.prompts.encode(prompt, tags=tags, add_special_tokens=add_special_tokens)
+        _reject(unknown, "LLM.encode", LLM.encode)
+        return self.prompts.encode(prompt, **_checked(tags=tags, add_special_tokens=add_special_tokens))
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it.
 
         Raises RequestError behind the last piece where the request failed or was aborted: what came is not all then.
         """
+        _check_started(generation)
         pieces = self._follow(generation)
         next(pieces)  # into its try: closing an iterator that was never asked for a piece aborts the request too
         return pieces
@@ -317,8 +336,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache. An AsyncEngine of this LLM is shut down first. May be called twice."""
-        if self._engine is not None:
-            self._engine.access.evict()
+        engine = self._engine
+        if engine is not None:
+            engine.access.evict()
             self._engine = None
 
     def __enter__(self) -> LLM:
@@ -354,10 +374,31 @@ class LLM:
                 bar.update(before - len(pending))
 
 
+def _reject(unknown: Mapping[str, Any], owner: str, method: Callable[..., Any]) -> None:
+    """Raise TypeError if there are unknown options of a method."""
+    if unknown:
+        legal = [name for name in inspect.signature(method).parameters if name not in ("self", "unknown")]
+        reject_unknown(owner, unknown, legal, peer_hint)
+
+
+def _checked(**how: Any) -> dict[str, Any]:
+    """How a prompt is to be read, whatever kind of prompt it is: `tags`, `add_special_tokens`, or both."""
+    if "tags" in how:
+        check_choice("tags", how["tags"], get_args(Tags))
+    if "add_special_tokens" in how:
+        how["add_special_tokens"] = flag("add_special_tokens", how["add_special_tokens"])
+    return how
+
+
+def _check_started(generation: Any) -> None:
+    if not isinstance(generation, Generation):
+        raise TypeError(f"generation is {brief(generation)}; legal: what LLM.start returns")
+
+
 def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     each = [params] * count if isinstance(params, SamplingParams) else params
     if not isinstance(each, abc.Sequence) or not all(isinstance(own, SamplingParams) for own in each):
-        raise TypeError(f"params is {params!r:.99}; legal: SamplingParams, or a list of one for each prompt")
+        raise TypeError(f"params is {brief(params)}; legal: SamplingParams, or a list of one for each prompt")
     if len(each) != count:
         raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
     return list(each)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllama.errors import counted
+from fastllama.errors import RequestError, counted
 from fastllama.io.formats.base import Checkpoint
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.weights import hf_tensors
@@ -70,7 +70,7 @@ def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
     count, num_answer = lengths(llm.config)
     run = _observe(llm, _text_ids(llm, count), num_answer)
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True)
-    replayed = llm.generate(run.ids[:count].tolist(), params)[0].outputs[0]
+    replayed = _answer(llm, run.ids[:count].tolist(), params)
     weights = dict(hf_tensors(model))
     exact, plain = (
         oracle.forward(llm.config, weights, run.ids, dtype, max_model_len) for dtype in (torch.float64, model.dtype)
@@ -136,6 +136,15 @@ def _text_ids(llm: LLM, count: int) -> list[int]:
     return llm.tokenizer.encode(text.read_text(encoding="utf-8")[: 40 * count])[:count]
 
 
+def _answer(llm: LLM, ids: list[int], params: SamplingParams) -> CompletionOutput:
+    """The sample that continues these ids, as far as it came where it failed."""
+    try:
+        (output,) = llm.generate(ids, params)
+    except RequestError as error:
+        (output,) = error.outputs
+    return output.outputs[0]
+
+
 def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
     """Complete ids greedily through the engine, and write down what passes by on the way."""
     model = llm.engine.model
@@ -151,10 +160,10 @@ def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
         handles.append(block.register_forward_hook(hook))
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True, prompt_logprobs=0)
     try:
-        (result,) = llm.generate(ids, params)
+        sample = _answer(llm, ids, params)
     finally:
         for handle in handles:
             handle.remove()
-    sample, seen = result.outputs[0], torch.cat(logits)
+    seen = torch.cat(logits)
     fed = torch.tensor([*ids, *sample.token_ids][: seen.shape[0]], dtype=torch.int64, device=model.device)
     return Run(fed, [torch.cat(stream) for stream in streams], seen, sample.token_ids, sample.stop_reason)

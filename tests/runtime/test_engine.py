@@ -385,7 +385,7 @@ def test_new_weights_that_are_refused_disturb_nobody() -> None:
     with running(model) as llm, running(model):
         first = llm.engine.add_request(PROMPTS[0], HOT)
         llm.engine.step()
-        with pytest.raises(RuntimeError, match="^another LLM runs this model"):
+        with pytest.raises(RuntimeError, match=r"^another LLM runs this model"):
             llm.update_weights({})
         finish(llm.engine, first)
         assert tokens_of(first.output()) == alone(PROMPTS[0])

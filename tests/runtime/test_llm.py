@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import logging
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from fastllama.errors import RequestError
 from fastllama.io.chat import encode_chat
 from fastllama.runtime.device import memory
 from fastllama.runtime.engine import Engine
+from fastllama.runtime.options import EngineOptions
 from tests.io import tokenizer_samples as samples
 from tests.runtime.models import Scripted, check_idle, ours, prompt_of, running
 
@@ -184,10 +187,12 @@ def test_a_closed_llm_says_so() -> None:
             ValueError,
             "max_num_batched_tokens is 63; legal: at least 64",
         ),
-        ({"kv_cache_tokens": "8G"}, TypeError, "kv_cache_tokens must be a number, got '8G' of type str"),
+        ({"kv_cache_tokens": "8G"}, TypeError, "kv_cache_tokens must be an integer, got '8G' of type str"),
+        ({"max_num_seqs": True}, TypeError, "max_num_seqs must be an integer, got True of type bool"),
+        ({"deterministic": 1}, TypeError, "deterministic must be True or False, got 1"),
+        ({"max_model_len": 10**5000}, ValueError, "max_model_len is an integer of 5001 digits; legal: "),
         ({"host_cache_tokens": -1}, ValueError, "host_cache_tokens is -1; legal: at least 0"),
         ({"host_cache_tokens": 1e9}, TypeError, "host_cache_tokens must be an integer, got 1000000000.0"),
-        ({"host_cache_tokens": None}, TypeError, "host_cache_tokens must be a number, got None of type NoneType"),
         ({"max_model_len": 1}, ValueError, "max_model_len is 1; legal: at least 2"),
         ({"seed": -1}, ValueError, "seed is -1; legal: at least 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
@@ -208,6 +213,25 @@ def test_mistakes_are_told_before_weights_are_read(
     with pytest.raises(error) as raised:
         LLM(**options)
     assert str(raised.value).startswith(message)
+
+
+def test_none_is_an_options_default() -> None:
+    left = {name: option.default for name, option in inspect.signature(LLM).parameters.items() if name != "unknown"}
+    given = dict.fromkeys(left, None) | {"model": ours(), "quantization": "auto", "progress": False}
+    with LLM(**(given | {"kv_cache_tokens": 128})) as llm:
+        assert [*llm.generate([5, 6], SHORT)[0].prompt_token_ids] == [5, 6]
+    assert EngineOptions(**dict.fromkeys(inspect.signature(EngineOptions).parameters, None)) == EngineOptions()
+    with running(ours(vocab_size=PIECES), tokenizer=samples.tokenizer("tiny"), chat_format=None) as llm:
+        assert llm.chat_format.encode([{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, torch.tensor, np.array])
+def test_numbers_of_numpy_and_torch_are_held_as_pythons(kind: Any) -> None:
+    names = ("max_model_len", "kv_cache_tokens", "host_cache_tokens", "page_size", "max_num_seqs", "seed")
+    options = EngineOptions(**{name: kind(64) for name in (*names, "max_num_batched_tokens")}, num_draft_tokens=kind(5))
+    assert options == EngineOptions(**dict.fromkeys((*names, "max_num_batched_tokens"), 64), num_draft_tokens=5)
+    assert {type(getattr(options, name)) for name in names} == {int}
+    assert EngineOptions(deterministic=kind(1) == kind(1)).deterministic is True
 
 
 @pytest.mark.parametrize(
@@ -248,6 +272,54 @@ def test_what_does_not_fit_the_model(options: dict[str, Any], message: str) -> N
 def test_wrong_prompts_and_params(prompts: Any, params: Any, error: type[Exception], message: str) -> None:
     with running(ours()) as llm, pytest.raises(error, match=rf"^{message}"):
         llm.generate(prompts, params)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda llm: llm.generate([5], stop="x"),
+            "LLM.generate got an unknown option 'stop'; it is 'stop' of Sampling",
+        ),
+        (lambda llm: llm.chat([], prompts=3), "LLM.chat got an unknown option 'prompts'; it is 'prompts' of LLM.gen"),
+        (lambda llm: llm.stream([5], sampling_params=SHORT), "LLM.stream got an unknown option 'sampling_params'; did"),
+        (
+            lambda llm: llm.start([5], max_tokens=3),
+            "LLM.start got an unknown option 'max_tokens'; it is 'max_tokens' of",
+        ),
+        (lambda llm: llm.fork(None, seed=3), "LLM.fork got an unknown option 'seed'; it is 'seed' of LLM."),
+        (
+            lambda llm: llm.encode("x", add_bos=True),
+            "LLM.encode got an unknown option 'add_bos'; legal options: prompt, ",
+        ),
+        (lambda llm: llm.follow("0"), "generation is '0'; legal: what LLM.start returns"),
+        (lambda llm: llm.fork("0"), "generation is '0'; legal: what LLM.start returns"),
+        (lambda llm: llm.abort(5), "request is 5; legal: a request's id, a string, or what LLM.start returns"),
+        (lambda llm: llm.abort([1]), "request is [1]; legal: a request's id, a string, or what LLM.start returns"),
+        (lambda llm: llm.generate([], add_special_tokens="no"), "add_special_tokens must be True or False, got 'no'"),
+        (lambda llm: llm.start("x", add_special_tokens=1), "add_special_tokens must be True or False, got 1"),
+        (lambda llm: llm.encode("x", add_special_tokens=None), "add_special_tokens must be True or False, got None"),
+    ],
+)
+def test_a_call_with_something_else_says_what_is_legal(call: Callable[[Any], Any], message: str) -> None:
+    with talking() as llm, pytest.raises(TypeError) as raised:
+        call(llm)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("tags", ["keep", None, 3, np.array(["refuse", "escape"])])
+def test_tags_are_checked_whatever_the_prompt(tags: Any) -> None:
+    with talking() as llm:
+        for call in (llm.stream, llm.start, llm.encode, llm.chat):
+            with pytest.raises(ValueError, match=r"^tags is .*; legal values: 'refuse', 'escape'$"):
+                call([{"role": "user", "content": "x"}] if call == llm.chat else "x", tags=tags)
+
+
+def test_special_tokens_may_be_asked_for_with_numpys_true() -> None:
+    with talking() as llm:
+        for flag in (True, False):
+            assert llm.encode("x", add_special_tokens=np.bool_(flag)) == llm.encode("x", add_special_tokens=flag)
+        assert llm.encode("x") != llm.encode("x", add_special_tokens=False)
 
 
 def test_a_stream_is_of_one_sample_and_of_text() -> None:

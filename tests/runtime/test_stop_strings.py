@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastllama import SamplingParams
 from fastllama.runtime.generation import TextStream
-from fastllama.runtime.stop_strings import StopSearch, StopStrings
+from fastllama.runtime.stop_strings import StopSearch, StopStrings, stop_strings
 from tests.runtime.test_generation import Pieces, saying
 
 
@@ -64,7 +64,7 @@ def test_samples_of_a_request_share_the_stop_strings() -> None:
             llm.engine.step()
     streams = [sample.stream for sample in generation.samples.values()]
     assert len(streams) == 3
-    assert len({id(stream.stops) for stream in streams if stream is not None}) == 1
+    assert len({id(stream._search.stops) for stream in streams if stream is not None}) == 1
 
 
 @pytest.mark.parametrize("min_tokens", range(6))
@@ -74,3 +74,11 @@ def test_a_stop_string_counts_from_the_token_that_completes_it(min_tokens: int) 
     reached = [stream.push(token, may_stop=place > min_tokens) for place, token in enumerate((4, 5, 6, 4, 5), 1)]
     first = {0: 2, 1: 2, 2: 4, 3: 4, 4: 5, 5: None}[min_tokens]
     assert next((place for place, stop in enumerate(reached, 1) if stop), None) == first
+
+
+def test_requests_with_the_same_strings_share_them() -> None:
+    pieces, params = Pieces([]), SamplingParams(stop=("one", "two"))
+    shared = stop_strings(pieces, params)
+    assert stop_strings(pieces, SamplingParams(stop=("one", "two"), temperature=0)) is shared
+    assert stop_strings(pieces, SamplingParams(stop=("one",))) is not shared
+    assert stop_strings(Pieces([]), params) is not shared

@@ -185,10 +185,10 @@ def test_a_graph_that_computes_something_else_fails_the_replayed_tokens_alone(
     run, replays = DecodeGraphs.run, 0
 
     @torch.inference_mode()
-    def wrong(self: DecodeGraphs, inputs: Any, before: Any) -> Any:
+    def wrong(self: DecodeGraphs, *args: Any, **options: Any) -> Any:
         nonlocal replays
         replays += 1
-        logits, drawn = run(self, inputs, before)
+        logits, drawn = run(self, *args, **options)
         if replays == 6:  # one warms up
             drawn.tokens[0] = logits[0].argmin()
         return logits, drawn

@@ -31,7 +31,7 @@ from fastllama.kernels.dispatch.likeness import Likeness, picker
 from fastllama.kernels.dispatch.plainness import check_memory, check_no_tangent, is_plain, is_zero_tensor
 
 _MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
-_MOST_PLACES = 1024  # remembered of each: those of some dozen layers, and of what is allocated between them
+_MOST_PLACES = 256  # remembered of each: those of some dozen layers, and of what is allocated between them
 
 _LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
 OPS: dict[str, Op] = {}

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.runtime.bad_words import banned_next
 from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.inputs import SamplingRow
-from fastllama.runtime.planning.sequence import UNKNOWN, Sequence
+from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence
 
 DTYPES = {  # of a row's arguments
     "starts": torch.int64,
@@ -106,12 +105,13 @@ class Adjustments:
         """Tokens that must not be sampled there and that no table bans, for the host or a draft decides on them."""
         seq, params = sample.seq, sample.seq.request.params
         found: set[int] = set()
-        if params.bad_words:
-            found |= banned_next(seq.request.bad_words, [*seq.token_ids[seq.num_prompt_tokens :], *sample.ahead])
+        if seq.request.bad_words is not None:
+            generated = [*seq.token_ids[seq.num_prompt_tokens :], *sample.ahead]
+            found |= seq.request.bad_words.completing(generated)
         if params.min_tokens and not self._slots[seq].bans_ends:
             num_generated = len(seq.token_ids) - seq.num_prompt_tokens + len(sample.ahead)
             if num_generated < params.min_tokens:
-                found |= self._ends_of(params)
+                found |= ends_of(params, self._eos_token_ids)
         return found
 
     def arguments(
@@ -165,9 +165,10 @@ class Adjustments:
         bias.zero_()
         if params.allowed_token_ids is not None:
             bias.fill_(-math.inf)[self._on_device(list(params.allowed_token_ids))] = 0
-        if params.logit_bias:
-            values = [_bias(params, token_id) for token_id in params.logit_bias]
-            bias[self._on_device(list(params.logit_bias))] = on_device(values, torch.float32, self._device)
+        own = {*(params.logit_bias or ()), *(seq.request.bad_words.single if seq.request.bad_words else ())}
+        if own:
+            values = [_bias(seq.request, token_id) for token_id in own]
+            bias[self._on_device(list(own))] = on_device(values, torch.float32, self._device)
         count.zero_()
         if params.penalizes:
             count[self._on_device(list({*seq.request.prompt_token_ids}))] = IN_PROMPT
@@ -185,19 +186,21 @@ class Adjustments:
         bans_ends = len(seq.token_ids) - seq.num_prompt_tokens + num_drafts < params.min_tokens
         if bans_ends is not slot.bans_ends:
             slot.bans_ends = bans_ends
-            for token_id in self._ends_of(params):
-                changed[first + token_id] = -math.inf if bans_ends else _bias(params, token_id)
-
-    def _ends_of(self, params: SamplingParams) -> set[int]:
-        """The tokens that end a sample, which min_tokens bans."""
-        return {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+            for token_id in ends_of(params, self._eos_token_ids):
+                changed[first + token_id] = -math.inf if bans_ends else _bias(seq.request, token_id)
 
     def _on_device(self, places: list[int]) -> Tensor:
         return on_device(places, torch.int64, self._device)
 
 
-def _bias(params: SamplingParams, token_id: int) -> float:
+def ends_of(params: SamplingParams, eos_token_ids: abc.Iterable[int]) -> set[int]:
+    """The tokens that end a sample, which min_tokens bans."""
+    return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+
+
+def _bias(request: Request, token_id: int) -> float:
     """What a request adds to the logit of a token."""
-    if params.allowed_token_ids is not None and token_id not in params.allowed_token_ids:
+    params, words = request.params, request.bad_words
+    if (params.allowed is not None and token_id not in params.allowed) or (words and token_id in words.single):
         return -math.inf
     return (params.logit_bias or {}).get(token_id, 0.0)

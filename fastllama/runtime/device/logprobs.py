@@ -15,16 +15,18 @@ ROWS = 16  # reduced at once: what that takes besides the logits, 5 bytes for ea
 
 
 @torch.inference_mode()
-def token_logprobs(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]) -> list[TokenLogprob]:
-    """For each row of logits [R, V]: the log-probability and rank of its target, and its likeliest `tops[row]` tokens
-    (V at most).
+def token_logprobs(
+    logits: Tensor, rows: abc.Sequence[int], targets: abc.Sequence[int], tops: abc.Sequence[int]
+) -> list[TokenLogprob]:
+    """For each of these rows of logits [R, V]: the log-probability and rank of its target, and its likeliest tokens.
 
-    A row's numbers are the same, bit for bit, whatever the other rows.
+    tops: how many of those, V at most. A row's numbers are the same, bit for bit, whatever the other rows.
     """
     reports: list[TokenLogprob] = []
-    for first in range(0, len(targets), ROWS):
-        rows = slice(first, first + ROWS)
-        reports.extend(_reports(logits[rows], targets[rows], tops[rows]))
+    for first in range(0, len(rows), ROWS):
+        part = slice(first, first + ROWS)
+        chosen = logits[on_device(rows[part], torch.int64, logits.device)]
+        reports.extend(_reports(chosen, targets[part], tops[part]))
     return reports
 
 

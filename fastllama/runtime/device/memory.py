@@ -147,8 +147,9 @@ def sizes(
     than there is.
     """
     of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
-    # Logits of a sequence, and what is sampled from: of its last token and of the drafts behind it. And its biases.
-    of_row = config.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    # Logits of a sequence, a copy where samples share them, and what is sampled from: of its last token and of drafts
+    # behind it. And its rows in the tables of adjustments.
+    of_row = config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
     of_seq = of_row * (1 + num_draft_tokens) + config.vocab_size * adjustments.BYTES
     share = int(available * STEP_SHARE)
     tokens = max_num_batched_tokens

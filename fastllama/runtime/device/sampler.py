@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -135,21 +135,35 @@ def start(step: StepLogits) -> PendingTokens:
     """Sample one token for each sampling row of the step, on its device."""
     samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
-    host_bound = any(sample.seq.request.params.host_bound for sample in samples)
-    if step.drawn is not None and not host_bound:
+    if step.drawn is not None:
+        host_bound = [sample for sample in samples if sample.seq.request.params.host_bound]
+        if host_bound:
+            again, at = _sampled(replace(step, samples=host_bound)), [sample.row for sample in host_bound]
+            where = on_device(at, torch.int64, logits.device)
+            step.drawn.tokens.index_copy_(0, where, again.tokens)
+            step.drawn.logprobs.index_copy_(0, where, again.logprobs)
         return PendingTokens(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
     places = range(len(samples))
     if not samples:
         return PendingTokens(samples, places, SampleBuffers.empty(0, torch.device("cpu")), [])
-    raw = logits if rows == list(range(logits.shape[0])) else logits[rows]
-    drawn = SampleBuffers.empty(len(samples), raw.device)
+    drawn = _sampled(step)
+    return PendingTokens(samples, places, drawn, _reports(logits, rows, samples, drawn.tokens, places))
+
+
+def _sampled(step: StepLogits) -> SampleBuffers:
+    """A token for each of the step's samples."""
+    samples, logits = step.samples, step.logits
+    rows = [sample.row for sample in samples]
+    if rows != list(range(logits.shape[0])):
+        logits = logits[on_device(rows, torch.int64, logits.device)]
+    drawn = SampleBuffers.empty(len(samples), logits.device)
     kernels.sample(
-        _sampled_from(raw, step),
-        **{name: on_device(values, DTYPES[name], raw.device) for name, values in parameters(samples).items()},
+        _sampled_from(logits, step),
+        **{name: on_device(values, DTYPES[name], logits.device) for name, values in parameters(samples).items()},
         tokens=drawn.tokens,
         logprobs=drawn.logprobs,
     )
-    return PendingTokens(samples, places, drawn, _reports(raw, places, samples, drawn.tokens, places))
+    return drawn
 
 
 def draw(step: StepLogits) -> list[SampledToken]:
@@ -167,8 +181,8 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
         tops.extend([chunk.seq.request.params.prompt_logprobs or 0] * count)
     reports: list[TokenLogprob] = []
     for logits in step.prompt_logits:
-        rows = slice(len(reports), len(reports) + logits.shape[0])
-        reports.extend(token_logprobs(logits, targets[rows], tops[rows]))
+        part = slice(len(reports), len(reports) + logits.shape[0])
+        reports.extend(token_logprobs(logits, range(logits.shape[0]), targets[part], tops[part]))
         del logits  # or it would stay until the next has been computed
     remaining = iter(reports)
     return [(chunk.seq, chunk.start + 1, list(itertools.islice(remaining, count))) for chunk, count in step.prompts]
@@ -183,7 +197,10 @@ def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
         if bans:
             at, token_ids = (on_device(each, torch.int64, logits.device) for each in zip(*bans, strict=True))
             logits[at, token_ids] = -math.inf
-    processed = [place for place, sample in enumerate(samples) if sample.seq.request.params.logits_processors]
+    # Nothing is drafted for them: such rows of a step with drafts count for nothing, and no processor is to see them.
+    processed = [
+        place for place, (seq, _, ahead) in enumerate(samples) if seq.request.params.logits_processors and not ahead
+    ]
     if processed and adjustments is None:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     for place in processed:
@@ -195,7 +212,12 @@ def _processed(logits: Tensor, sample: SamplingRow) -> Tensor:
     """A row of logits [V], as the request's processors leave it, one after another."""
     seq, shape = sample.seq, logits.shape
     for processor in seq.request.params.logits_processors:
-        logits = processor([*seq.token_ids[seq.num_prompt_tokens :], *sample.ahead], logits)
+        try:
+            logits = processor(seq.token_ids[seq.num_prompt_tokens :], logits)
+        except BaseException as error:
+            if isinstance(error, (Exception, KeyboardInterrupt)):
+                raise
+            raise RuntimeError(f"a logits processor raised {error!r}") from error  # SystemExit: the request's alone
         if not isinstance(logits, Tensor) or logits.shape != shape or not logits.is_floating_point():
             raise TypeError(
                 f"logits processor {processor!r:.99} returned {logits!r:.99}; legal: a floating tensor of {shape[0]}"
@@ -219,7 +241,7 @@ def _reports(
     wanted = [i for i, top in enumerate(asked) if top is not None]
     if wanted:
         tops, targets = [asked[i] or 0 for i in wanted], tokens[[places[i] for i in wanted]].tolist()
-        found = token_logprobs(logits[[rows[i] for i in wanted]], targets, tops)
+        found = token_logprobs(logits, [rows[i] for i in wanted], targets, tops)
         for i, report in zip(wanted, found, strict=True):
             reports[i] = report
     return reports

@@ -105,7 +105,12 @@ class Speculation:
 
     def guess(self, step: Step) -> list[tuple[int, ...]] | None:
         """Drafts for each chunk of a step that may be extended; None if there are too few to pay."""
-        proposed = self.drafter.propose([chunk.seq for chunk in step.chunks], self.count)
+        # Logits processors are called once for each token, and with tokens that stay: nothing is drafted for them.
+        drafted = [chunk.seq for chunk in step.chunks if not chunk.seq.request.params.logits_processors]
+        if not drafted:
+            return None
+        proposals = dict(zip(drafted, self.drafter.propose(drafted, self.count), strict=True))
+        proposed = [proposals.get(chunk.seq, ()) for chunk in step.chunks]
         found = [bool(drafts) for drafts in proposed]
         if not any(found) or not self._pace.pays(len(found), sum(found)):
             return None

@@ -32,7 +32,7 @@ def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | li
         "top_k": [p.top_k for p in params],
         "top_p": [top_p for _, top_p, _ in reals],
         "min_p": [min_p for _, _, min_p in reals],
-        "seed": [((p.seed or 0) + sample.seq.index * _ODD) % 2**63 for p, sample in zip(params, samples, strict=True)],
+        "seed": [(seq.request.seed + seq.index * _ODD) % 2**63 for seq, _, _ in samples],
         "offset": [len(seq.token_ids) - seq.num_prompt_tokens + len(ahead) for seq, _, ahead in samples],
     }
 

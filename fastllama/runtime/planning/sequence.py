@@ -7,6 +7,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastllama.runtime.bad_words import BadWords
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.block_pool import ROOT
@@ -30,7 +31,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival: float  # seconds, on the caller's clock
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow one another
+    seed: int = 0  # of its draws: that of its parameters, or else one that was chosen
+    bad_words: BadWords | None = None  # None where its parameters have none
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
     num_drafted: int = 0  # draft tokens verified for it
     num_accepted: int = 0  # those of them that were accepted

@@ -89,7 +89,8 @@ class Worker:
 
     def leave(self, order: Order) -> None:
         """Nobody reads a request any more. May be called from anything, __del__ too."""
-        self._commands.put(partial(self._abort, order, "its stream was closed"))
+        if not order.ended:
+            self._commands.put(partial(self._abort, order, "its stream was closed"))
 
     def abort(self, request_id: str) -> None:
         """End a request, if there is one of this id."""

@@ -119,21 +119,73 @@ def test_processors_see_what_was_generated_and_decide() -> None:
     assert seen == [list(found[:count]) for count in range(20)]
 
 
-def test_processors_see_drafts_as_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_is_called_once_for_each_token_and_others_keep_their_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that counts its calls would else write another text where drafts are verified."""
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
-    loop = {7: [12], 12: [40, 7], 40: [7]}
+    loop = dict.fromkeys((7, 12), 30.0)
+    seen: list[list[int]] = []
 
-    def follow(token_ids: list[int], logits: Tensor) -> Tensor:
-        banned = torch.ones(VOCAB, dtype=torch.bool)
-        banned[loop[token_ids[-1]] if token_ids else [7]] = False
-        return logits.masked_fill(banned, -torch.inf)
+    def counting(token_ids: list[int], logits: Tensor) -> Tensor:
+        seen.append(token_ids)
+        logits[7 if len(seen) % 3 else 12] += 9.0
+        return logits
 
-    params = replace(HOT, logits_processors=[follow])
-    alone = ids_of(params, deterministic=True)
+    params = [replace(HOT, temperature=2.0, logit_bias=loop), replace(HOT, logits_processors=[counting])]
+    params[1] = replace(params[1], logit_bias=loop, temperature=2.0)
+    with running(ours(eos=(EOS,)), deterministic=True) as llm:
+        alone = [llm.generate([PROMPT], each)[0].outputs[0].token_ids for each in params]
+    seen.clear()
     with running(ours(eos=(EOS,)), deterministic=True, speculation="prompt_lookup") as llm:
-        (output,) = llm.generate([PROMPT], params)
-    assert output.outputs[0].token_ids == alone
-    assert output.metrics.num_accepted_tokens > 0
+        drafted, processed = llm.generate([PROMPT] * 2, params)
+    assert [each.outputs[0].token_ids for each in (drafted, processed)] == alone
+    assert drafted.metrics.num_accepted_tokens > 0
+    assert processed.metrics.num_draft_tokens == 0
+    assert seen == [list(alone[1][:count]) for count in range(len(alone[1]))]
+
+
+def test_what_ends_a_process_ends_one_request() -> None:
+    def leaving(token_ids: list[int], logits: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+    with running(ours(eos=(EOS,))) as llm:
+        other = llm.engine.add_request(PROMPT, HOT)
+        with pytest.raises(RequestError, match=r"a logits processor raised SystemExit\(3\)"):
+            llm.generate([PROMPT], replace(HOT, logits_processors=[leaving]))
+        while not other.finished:
+            llm.engine.step()
+        assert other.output().outputs[0].token_ids == ids_of(HOT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": dict.fromkeys(range(VOCAB), float("-inf"))}, "not finite numbers, or every token is banned"),
+        ({"logits_processors": [lambda ids, logits: logits * float("nan")]}, "as the logits processors left them"),
+        ({}, "the model's logits are not finite numbers$"),
+    ],
+)
+def test_what_leaves_nothing_to_sample_is_named(options: dict[str, Any], message: str) -> None:
+    model = ours()
+    if not options:
+        forward = model.forward
+        model.forward = lambda *given: forward(*given) * torch.nan  # type: ignore[method-assign]
+    with running(model) as llm, pytest.raises(RequestError, match=message):
+        llm.generate([PROMPT], replace(HOT, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allowed_token_ids": [5], "logit_bias": {5: float("-inf")}},
+        {"allowed_token_ids": [EOS], "min_tokens": 2},
+        {"allowed_token_ids": [7, 9], "logit_bias": {7: float("-inf")}, "min_tokens": 1, "stop_token_ids": [9]},
+    ],
+)
+def test_what_allows_nothing_is_refused(options: dict[str, Any]) -> None:
+    with running(ours(eos=(EOS,))) as llm, pytest.raises(ValueError, match=r"^allowed_token_ids holds no token that"):
+        llm.generate([PROMPT], replace(HOT, **options))
 
 
 def test_log_probabilities_are_the_models_whatever_a_processor_writes() -> None:

@@ -197,7 +197,7 @@ def test_buckets(num_seqs: int, rows: int) -> None:
 
 def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
     """Nobody's slot is written to, and of nobody is anything read."""
-    graph = graphs._Graph(4, 2, 1, torch.device("cpu"), BatchMeta)
+    graph = graphs._Graph(4, 2, 1, torch.device("cpu"), BatchMeta, None)
 
     def load(num_seqs: int) -> BatchMeta:
         numbers = list(range(1, num_seqs + 1))

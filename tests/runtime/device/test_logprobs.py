@@ -25,7 +25,7 @@ def test_they_are_those_of_softmax(dtype: torch.dtype) -> None:
     logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).mul(5).to(dtype)
     targets, tops = [7 * row for row in range(40)], [row % 4 for row in range(40)]
     expected = logits.double().log_softmax(-1)
-    for row, report in enumerate(token_logprobs(logits, targets, tops)):
+    for row, report in enumerate(token_logprobs(logits, range(len(targets)), targets, tops)):
         assert report.token_id == targets[row]
         assert report.logprob == pytest.approx(expected[row, targets[row]].item(), abs=1e-5)
         assert report.rank == 1 + (expected[row] > expected[row, targets[row]]).sum()
@@ -36,26 +36,26 @@ def test_they_are_those_of_softmax(dtype: torch.dtype) -> None:
 
 
 def test_more_of_the_likeliest_than_there_are_tokens_is_all_of_them() -> None:
-    (report,) = token_logprobs(torch.tensor([[1.0, 3.0, 2.0]]), [0], [20])
+    (report,) = token_logprobs(torch.tensor([[1.0, 3.0, 2.0]]), [0], [0], [20])
     assert [token_id for token_id, _ in report.top] == [1, 2, 0]
 
 
 def test_equal_tokens_share_the_better_rank() -> None:
-    reports = token_logprobs(torch.tensor([[2.0, 5.0, 2.0, 1.0]] * 4), [0, 1, 2, 3], [0] * 4)
+    reports = token_logprobs(torch.tensor([[2.0, 5.0, 2.0, 1.0]]), [0] * 4, [0, 1, 2, 3], [0] * 4)
     assert [report.rank for report in reports] == [2, 1, 2, 4]
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
     logits = torch.randn(35, 5000, generator=torch.Generator().manual_seed(1)).mul(3).bfloat16()
     targets, tops = list(range(35)), [5] * 35
-    together = token_logprobs(logits, targets, tops)
-    assert together == [token_logprobs(logits[row : row + 1], [row], [5])[0] for row in range(35)]
+    together = token_logprobs(logits, range(len(targets)), targets, tops)
+    assert together == [token_logprobs(logits, [row], [row], [5])[0] for row in range(35)]
 
 
 def test_broken_logits_are_no_numbers_and_spoil_no_other_row() -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = torch.nan
-    first, broken, last = token_logprobs(logits, [0, 0, 0], [1, 1, 1])
+    first, broken, last = token_logprobs(logits, range(3), [0, 0, 0], [1, 1, 1])
     assert broken.logprob != broken.logprob
     assert first.logprob == last.logprob == pytest.approx(-1.3862944)
 
@@ -112,7 +112,7 @@ def test_nothing_else_of_the_logits_size_is_made_to_reduce_them() -> None:
     """Of samples' logits, too, there may be some for each of hundreds of sequences and their drafts."""
     logits = torch.randn(200, VOCAB).bfloat16()
     with Largest() as largest:
-        token_logprobs(logits, [1] * 200, [2] * 200)
+        token_logprobs(logits, range(200), [1] * 200, [2] * 200)
     assert 0 < largest.rows <= ROWS
 
 

@@ -111,11 +111,12 @@ def test_a_logit_that_is_no_number_ends_one_request_in_words() -> None:
         model.forward = broken  # type: ignore[method-assign]
         async with serving(model) as engine:
             streams = [engine.add_request(prompt, HOT) for prompt in PROMPTS]
-            message = "^request '1' failed: the model's logits are not finite numbers$"
+            message = "^request '1' failed: the model's logits are not finite numbers, or every token is banned$"
             readers = all_of(streams[0]), until_it_fails(streams[1], message), all_of(streams[2])
             found = await asyncio.gather(*readers)
         end = joined(found[1])[0]
-        assert (end.finish_reason, end.stop_reason) == ("error", "the model's logits are not finite numbers")
+        why = "the model's logits are not finite numbers, or every token is banned"
+        assert (end.finish_reason, end.stop_reason) == ("error", why)
         assert end.token_ids == alone(PROMPTS[1])[0][:3]
         assert [ids_of(found[k]) for k in (0, 2)] == [alone(PROMPTS[k]) for k in (0, 2)]
 
