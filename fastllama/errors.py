@@ -118,7 +118,7 @@ def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
 def check_choice(name: str, value: Any, legal: Iterable[Any]) -> None:
     """Raise ValueError unless `value` is one of `legal`."""
     legal = list(legal)
-    if value not in legal:
+    if not any(isinstance(value, type(each)) and value == each for each in legal):  # an array equals nothing, not all
         hint = nearest(value, [word for word in legal if isinstance(word, str)]) if isinstance(value, str) else None
         meant = f" (did you mean {hint!r}?)" if hint else ""
         raise ValueError(f"{name} is {brief(value)}{meant}; legal values: {', '.join(map(repr, legal))}")

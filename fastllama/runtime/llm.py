@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict, abc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastllama.errors import RequestError, brief, check_choice, reject_unknown
+from fastllama.errors import RequestError, brief
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.progress import progress_bar
+from fastllama.runtime.calls import check_started, checked, params_of_each, reject
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
-from fastllama.runtime.peer_names import peer_hint
 from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list
-from fastllama.runtime.values import flag
 
 
 class LLM:
@@ -98,8 +96,10 @@ class LLM:
         progress: bool | None = None,
         **unknown: Any,
     ) -> None:
-        _reject(unknown, "LLM", LLM.__init__)
-        dtype, device, chat_format = ("auto" if each is None else each for each in (dtype, device, chat_format))
+        reject(unknown, "LLM", LLM.__init__)
+        dtype = "auto" if dtype is None else dtype
+        device = "auto" if device is None else device
+        chat_format = "auto" if chat_format is None else chat_format
         # What needs no weights first: a wrong option or path should not cost the minute that they take.
         options = EngineOptions(
             max_model_len=max_model_len,
@@ -161,20 +161,22 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         *,
+        tags: Tags = "refuse",
         add_special_tokens: bool = True,
         **unknown: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
 
         prompts: a text, texts, token ids, or lists, arrays or tensors of token ids. params: one for all, or one for
-        each prompt. add_special_tokens: False for text that has its own, as what apply_chat_template writes.
+        each prompt. tags: of prompts that are messages, as in `chat`. add_special_tokens: False for text that has its
+        own, as what apply_chat_template writes.
         Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ. Raises
         RequestError where a request failed or was aborted, once all have ended: its `outputs` are those of all.
         """
-        _reject(unknown, "LLM.generate", LLM.generate)
-        how = _checked(add_special_tokens=add_special_tokens)
+        reject(unknown, "LLM.generate", LLM.generate)
+        how = checked(add_special_tokens=add_special_tokens)
         given = as_list(prompts)
-        each = _params_of_each(self.default_params if params is None else params, len(given))
+        each = params_of_each(self.default_params if params is None else params, len(given))
         generations: list[Generation] = []
         try:
             for prompt, own in zip(given, each, strict=True):
@@ -204,9 +206,9 @@ class LLM:
         tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError; see
         ChatFormat.encode. Raises what `generate` raises.
         """
-        _reject(unknown, "LLM.chat", LLM.chat)
-        (params,) = _params_of_each(self.default_params if params is None else params, 1)
-        ids = self.chat_format.encode(messages, **_checked(tags=tags))
+        reject(unknown, "LLM.chat", LLM.chat)
+        (params,) = params_of_each(self.default_params if params is None else params, 1)
+        ids = self.chat_format.encode(messages, **checked(tags=tags))
         return self.generate([ids], self.prompts.ending_answers(params))[0]
 
     def stream(
@@ -223,7 +225,7 @@ class LLM:
         Closing the iterator aborts the request. Raises ValueError where params.n is not 1, and at the end RequestError
         where the request did not end by itself.
         """
-        _reject(unknown, "LLM.stream", LLM.stream)
+        reject(unknown, "LLM.stream", LLM.stream)
         return self.follow(self.start(prompt, params, tags=tags, add_special_tokens=add_special_tokens))
 
     def start(
@@ -240,9 +242,9 @@ class LLM:
 
         request_id: names it for `abort` and in its output; None makes one.
         """
-        _reject(unknown, "LLM.start", LLM.start)
-        how = _checked(tags=tags, add_special_tokens=add_special_tokens)
-        (params,) = _params_of_each(self.default_params if params is None else params, 1)
+        reject(unknown, "LLM.start", LLM.start)
+        how = checked(tags=tags, add_special_tokens=add_special_tokens)
+        (params,) = params_of_each(self.default_params if params is None else params, 1)
         self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
@@ -265,8 +267,8 @@ class LLM:
         Raises TypeError for other things, ValueError if the first has ended, for n other than 1 of either, max_tokens
         that are reached already, and log-probabilities that the first does not report.
         """
-        _reject(unknown, "LLM.fork", LLM.fork)
-        _check_started(generation)
+        reject(unknown, "LLM.fork", LLM.fork)
+        check_started(generation)
         if params is not None and not isinstance(params, SamplingParams):
             raise TypeError(f"params is {brief(params)}; legal: SamplingParams or None")
         return self.engine.fork(generation, params, request_id=request_id)
@@ -286,15 +288,15 @@ class LLM:
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
-        _reject(unknown, "LLM.encode", LLM.encode)
-        return self.prompts.encode(prompt, **_checked(tags=tags, add_special_tokens=add_special_tokens))
+        reject(unknown, "LLM.encode", LLM.encode)
+        return self.prompts.encode(prompt, **checked(tags=tags, add_special_tokens=add_special_tokens))
 
     def follow(self, generation: Generation) -> Iterator[str]:
         """The text of a started request in pieces; closing the iterator aborts it.
 
         Raises RequestError behind the last piece where the request failed or was aborted: what came is not all then.
         """
-        _check_started(generation)
+        check_started(generation)
         pieces = self._follow(generation)
         next(pieces)  # into its try: closing an iterator that was never asked for a piece aborts the request too
         return pieces
@@ -372,33 +374,3 @@ class LLM:
                 while pending and (first := next(iter(pending))).finished:  # in a step of another thread
                     del pending[first]
                 bar.update(before - len(pending))
-
-
-def _reject(unknown: Mapping[str, Any], owner: str, method: Callable[..., Any]) -> None:
-    """Raise TypeError if there are unknown options of a method."""
-    if unknown:
-        legal = [name for name in inspect.signature(method).parameters if name not in ("self", "unknown")]
-        reject_unknown(owner, unknown, legal, peer_hint)
-
-
-def _checked(**how: Any) -> dict[str, Any]:
-    """How a prompt is to be read, whatever kind of prompt it is: `tags`, `add_special_tokens`, or both."""
-    if "tags" in how:
-        check_choice("tags", how["tags"], get_args(Tags))
-    if "add_special_tokens" in how:
-        how["add_special_tokens"] = flag("add_special_tokens", how["add_special_tokens"])
-    return how
-
-
-def _check_started(generation: Any) -> None:
-    if not isinstance(generation, Generation):
-        raise TypeError(f"generation is {brief(generation)}; legal: what LLM.start returns")
-
-
-def _params_of_each(params: SamplingParams | abc.Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    each = [params] * count if isinstance(params, SamplingParams) else params
-    if not isinstance(each, abc.Sequence) or not all(isinstance(own, SamplingParams) for own in each):
-        raise TypeError(f"params is {brief(params)}; legal: SamplingParams, or a list of one for each prompt")
-    if len(each) != count:
-        raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
-    return list(each)

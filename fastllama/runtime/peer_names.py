@@ -133,6 +133,7 @@ _PLACES = {
     "SamplingParams": _SAMPLING_PARAMS,
     "LLM.generate": _GENERATE,
     "LLM.chat": _CHAT,
+    "LLM.start": {},
     "AsyncEngine.add_request": _ADD_REQUEST,
 }
 # Names of ours that no other program calls otherwise, so that they stand in none of those tables.
@@ -220,14 +221,14 @@ _SENTENCES = {
     "it is read from the checkpoint's config.json": (
         "rope_scaling rope_theta rope_freq_base rope_freq_scale hf_overrides sliding_window"
     ),
-    'a revision is part of a Hub model's name: model="owner/name@revision"': (
+    "a revision is part of the name of a model of the Hub: owner/name@revision": (
         "revision code_revision tokenizer_revision"
     ),
     "files of the Hub lie where HF_HOME says": "download_dir cache_dir",
     "HF_HUB_OFFLINE=1 keeps off the Hub": "local_files_only",
     "HF_TOKEN, or the Hub's own login, is used": "hf_token use_auth_token",
     "the format of a checkpoint is seen from its files": "load_format use_safetensors config_format",
-    "LLM.default_params has what the checkpoint's generation_config.json sets; each request may bring SamplingParams": (
+    "the checkpoint's generation_config.json gives LLM.default_params; a request brings SamplingParams": (
         "generation_config override_generation_config use_model_defaults"
     ),
     "prompts are not padded: give the ids alone": "attention_mask pad_token_id padding",
@@ -260,10 +261,10 @@ def peer_hint(word: str, legal: Collection[str]) -> str | None:
             return f"did you mean {ours!r}?"
     if sentence := instead(word):
         return f"{sentence}."
+    owners = []
     for place, names in _PLACES.items():
-        if word in names or word in names.values():
-            return f"it is {names.get(word, word)!r} of {place}."
-    for place, words in _OURS.items():
-        if word in words.split():
-            return f"it is {word!r} of {place}."
+        if word in names or word in names.values() or word in _OURS.get(place, "").split():
+            owners.append(f"{names.get(word, word)!r} of {place}")
+    if owners:
+        return f"it is {' or '.join(owners)}."
     return similar(word, legal)

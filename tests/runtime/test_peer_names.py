@@ -7,36 +7,57 @@ import inspect
 
 import pytest
 
-from fastllama import LLM, SamplingParams
+from fastllama import LLM, AsyncEngine, SamplingParams
 from fastllama.runtime import peer_names
 from fastllama.runtime.peer_names import peer_hint
 
 OF_LLM = [name for name in inspect.signature(LLM).parameters if name != "unknown"]
 OF_PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]
-OF_CALLS = {
-    name
-    for call in (LLM.generate, LLM.chat, LLM.stream, LLM.start)
-    for name in inspect.signature(call).parameters
-    if name not in ("self", "unknown")
+ORDER = "the order is fixed: penalties, processors, temperature, top_k, top_p, min_p (docs/use/parameters.md)"
+WINDOW = "penalties look at all tokens, those of the prompt too for repetition_penalty"
+BANS = "a callable in logits_processors bans tokens in some places, logit_bias in all"
+LENGTH = "max_model_len bounds prompt and answer together, truncate_prompt_tokens shortens a prompt"
+SETTINGS = "the checkpoint's generation_config.json gives LLM.default_params; a request brings SamplingParams"
+OF_GENERATE = ["prompts", "params", "add_special_tokens"]
+OF_CHAT = ["messages", "params", "tags"]
+CALLABLES = {
+    "LLM": LLM,
+    "SamplingParams": SamplingParams,
+    "LLM.generate": LLM.generate,
+    "LLM.chat": LLM.chat,
+    "LLM.start": LLM.start,
+    "AsyncEngine.add_request": AsyncEngine.add_request,
 }
 
 
-@pytest.mark.parametrize(
-    ("names", "legal"),
-    [
-        (peer_names._LLM, set(OF_LLM)),
-        (peer_names._SAMPLING_PARAMS, set(OF_PARAMS)),
-        (peer_names._CALLS, OF_CALLS),
-    ],
-    ids=["LLM", "SamplingParams", "calls"],
-)
-def test_every_name_that_is_hinted_at_exists_and_no_own_name_is_anothers(
-    names: dict[str, str], legal: set[str]
-) -> None:
-    assert set(names.values()) <= legal
-    alike = {"prompt"}  # of LLM.stream, where LLM.generate has prompts
-    assert {theirs for theirs, ours in names.items() if theirs in legal - alike and theirs != ours} == set()
+def legal_in(place: str) -> set[str]:
+    names = OF_PARAMS if place == "SamplingParams" else inspect.signature(CALLABLES[place]).parameters
+    return {name for name in names if name not in ("self", "unknown")}
+
+
+@pytest.mark.parametrize("place", CALLABLES)
+def test_every_name_that_is_hinted_at_exists_and_no_own_name_is_anothers(place: str) -> None:
+    names, legal = peer_names._PLACES.get(place, {}), legal_in(place)
+    assert set(names.values()) | set(peer_names._OURS.get(place, "").split()) <= legal
+    assert set(names) & legal == set()
     assert set(peer_names._ABSENT) & (legal | set(names)) == set()
+
+
+def test_no_word_has_two_sentences() -> None:
+    words = " ".join(peer_names._SENTENCES.values()).split()
+    assert len(words) == len(set(words)) > 100
+
+
+@pytest.mark.parametrize(
+    "name", [*OF_LLM, *OF_PARAMS, "add_special_tokens", "messages", "tags", "request_id", "deadline"]
+)
+def test_a_name_of_ours_in_a_wrong_place_says_whose_it_is(name: str) -> None:
+    said = peer_hint(name, ["zzz"])
+    assert said is not None
+    for each in said.removeprefix("it is ").removesuffix(".").split(" or "):
+        own, place = each.split(" of ")
+        assert own == repr(name)
+        assert name in legal_in(place)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +86,42 @@ def test_every_name_that_is_hinted_at_exists_and_no_own_name_is_anothers(
         ("temprature", OF_PARAMS, "did you mean 'temperature'?"),
         ("maxtokens", OF_PARAMS, "did you mean 'max_tokens'?"),
         ("kv_cache_token", OF_LLM, "did you mean 'kv_cache_tokens'?"),
+        ("seed", OF_GENERATE, "it is 'seed' of LLM or 'seed' of SamplingParams."),
+        ("max_length", OF_GENERATE, "it is 'max_model_len' of LLM or 'max_tokens' of SamplingParams."),
+        ("temperature_last", OF_PARAMS, f"{ORDER}."),
+        ("repetition_penalty_range", OF_PARAMS, f"{WINDOW}."),
+        ("encoder_repetition_penalty", OF_PARAMS, f"{WINDOW}."),
+        ("presence_context_penalty", OF_PARAMS, f"{WINDOW}."),
+        ("temperature_first", OF_PARAMS, None),
+        ("add_special_tokens", OF_PARAMS, "it is 'add_special_tokens' of LLM.generate."),
+        ("add_special_tokens", OF_CHAT, "it is 'add_special_tokens' of LLM.generate."),
+        ("messages", OF_GENERATE, "it is 'messages' of LLM.chat."),
+        ("prompts", OF_CHAT, "it is 'prompts' of LLM.generate."),
+        ("prompt", OF_CHAT, "it is 'prompts' of LLM.generate."),
+        ("tags", OF_GENERATE, "it is 'tags' of LLM.chat."),
+        ("request_id", OF_GENERATE, "it is 'request_id' of LLM.start."),
+        ("sampling_params", OF_CHAT, "did you mean 'params'?"),
+        ("generation_config", OF_LLM, f"{SETTINGS}."),
+        ("generation_config", OF_GENERATE, f"{SETTINGS}."),
+        ("max_time", OF_PARAMS, "it is 'deadline' of AsyncEngine.add_request."),
+        ("stop_sequence", OF_PARAMS, "did you mean 'stop'?"),
+        ("stop_words_list", OF_PARAMS, "did you mean 'stop'?"),
+        ("bad_words_list", OF_PARAMS, "did you mean 'bad_words'?"),
+        ("sampling_seed", OF_PARAMS, "did you mean 'seed'?"),
+        ("prompt_lookup_num_tokens", OF_PARAMS, "it is 'num_draft_tokens' of LLM."),
+        ("speculative_num_draft_tokens", OF_LLM, "did you mean 'num_draft_tokens'?"),
+        ("ctx_size", OF_LLM, "did you mean 'max_model_len'?"),
+        ("cache_type_k", OF_LLM, "did you mean 'kv_cache_dtype'?"),
+        ("cache_type_v", OF_LLM, "did you mean 'kv_cache_dtype'?"),
+        ("n_threads", OF_LLM, "threads are torch's: torch.set_num_threads, or OMP_NUM_THREADS."),
+        ("rope_scaling", OF_LLM, "it is read from the checkpoint's config.json."),
+        ("revision", OF_LLM, "a revision is part of the name of a model of the Hub: owner/name@revision."),
+        ("xtc_threshold", OF_PARAMS, f"{peer_names._TRUNCATION}."),
+        ("dry_base", OF_PARAMS, "n-grams are banned by a callable in logits_processors."),
+        ("dry_multiplier", OF_PARAMS, "n-grams are banned by a callable in logits_processors."),
         ("verbose", OF_LLM, None),
+        *((word, OF_PARAMS, f"{BANS}.") for word in ("begin_suppress_tokens", "prefix_allowed_tokens_fn")),
+        *((word, OF_LLM, f"{LENGTH}.") for word in ("max_input_length", "max_input_tokens")),
         ("zzz", OF_PARAMS, None),
     ],
 )

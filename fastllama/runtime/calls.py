@@ -1,0 +1,44 @@
+"""Checks of arguments that several methods of LLM have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from fastllama.errors import brief, check_choice, reject_unknown
+from fastllama.io.chat.messages import Tags
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.peer_names import peer_hint
+from fastllama.runtime.values import flag
+
+
+def reject(unknown: Mapping[str, Any], owner: str, method: Callable[..., Any]) -> None:
+    """Raise TypeError if there are unknown options of a method."""
+    if unknown:
+        legal = [name for name in inspect.signature(method).parameters if name not in ("self", "unknown")]
+        reject_unknown(owner, unknown, legal, peer_hint)
+
+
+def checked(**how: Any) -> dict[str, Any]:
+    """How a prompt is to be read, whatever kind of prompt it is: `tags`, `add_special_tokens`, or both."""
+    if "tags" in how:
+        check_choice("tags", how["tags"], get_args(Tags))
+    if "add_special_tokens" in how:
+        how["add_special_tokens"] = flag("add_special_tokens", how["add_special_tokens"])
+    return how
+
+
+def check_started(generation: Any) -> None:
+    if not isinstance(generation, Generation):
+        raise TypeError(f"generation is {brief(generation)}; legal: what LLM.start returns")
+
+
+def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    each = [params] * count if isinstance(params, SamplingParams) else params
+    if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
+        raise TypeError(f"params is {brief(params)}; legal: SamplingParams, or a list of one for each prompt")
+    if len(each) != count:
+        raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
+    return list(each)
