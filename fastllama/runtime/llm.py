@@ -174,7 +174,7 @@ class LLM:
         RequestError where a request failed or was aborted, once all have ended: its `outputs` are those of all.
         """
         reject(unknown, "LLM.generate", LLM.generate)
-        how = checked(add_special_tokens=add_special_tokens)
+        how = checked(tags=tags, add_special_tokens=add_special_tokens)
         given = as_list(prompts)
         each = params_of_each(self.default_params if params is None else params, len(given))
         generations: list[Generation] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from fastllama.errors import counted
@@ -17,6 +16,7 @@ from fastllama.runtime.params import SamplingParams
 # A text, token ids (a sequence, a NumPy array or a tensor of one dimension), {"prompt": text},
 # {"prompt_token_ids": ids}, or messages.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Any"
+_BYTES = (bytes, bytearray, memoryview)  # of a text or of numbers: nobody says
 _LEGAL = "a text, token ids, or the messages of a chat"
 
 
@@ -120,7 +120,7 @@ class PromptEncoder:
         chat = self.chat_format
         ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self._config.eos_token_ids]
         stop, stop_token_ids = (*params.stop, *chat.stop), (*params.stop_token_ids, *ids)
-        return replace(params, stop=stop, stop_token_ids=stop_token_ids)
+        return params.changed(stop=stop, stop_token_ids=stop_token_ids)
 
 
 def is_chat(prompt: Prompt) -> bool:
@@ -140,22 +140,22 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """The prompts that one argument gives: one, or several in any iterable. Raises TypeError for anything else."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if hasattr(prompts, "tolist"):  # an array or a tensor
+    if hasattr(prompts, "tolist") and not isinstance(prompts, _BYTES):  # an array or a tensor
         prompts = prompts.tolist()
-    if isinstance(prompts, Iterable) and not isinstance(prompts, bytes):
+    if isinstance(prompts, Iterable) and not isinstance(prompts, _BYTES):
         each = list(prompts)
         if each and _is_integer(each[0]):
             return [each]
-        if not any(isinstance(prompt, bytes) for prompt in each) and all(map(_may_be_prompt, each)):
+        if all(map(_may_be_prompt, each)):
             return each
     raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
 
 
 def token_ids(values: Any) -> list[int]:
     """Token ids in any container, as Python's integers. Raises TypeError for what holds none."""
-    if hasattr(values, "tolist"):
+    if hasattr(values, "tolist") and not isinstance(values, _BYTES):
         values = values.tolist()
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+    if isinstance(values, Iterable) and not isinstance(values, (str, *_BYTES, Mapping)):
         ids = list(values)
         # What is no integer stays, for the check of the request to name its place.
         return list(map(operator.index, ids)) if all(map(_is_integer, ids)) else ids
@@ -171,7 +171,10 @@ def _unwrapped(prompt: Prompt) -> Prompt:
             f"prompt is {dict(prompt)!r:.99}; legal: {_LEGAL}, also as {{'prompt': text}} or "
             "{'prompt_token_ids': ids}; messages are a list"
         )
-    return next(iter(prompt.values()))
+    ((name, value),) = prompt.items()
+    if not isinstance(value, Mapping) and isinstance(value, str) != (name == "prompt"):
+        raise TypeError(f"{name} of a prompt is {value!r:.99}; legal: {'a text' if name == 'prompt' else 'token ids'}")
+    return value
 
 
 def _is_integer(value: Any) -> bool:
@@ -188,4 +191,4 @@ def _is_integer(value: Any) -> bool:
 
 
 def _may_be_prompt(value: Any) -> bool:
-    return isinstance(value, (Sequence, Mapping)) or hasattr(value, "tolist")
+    return (isinstance(value, (Sequence, Mapping)) or hasattr(value, "tolist")) and not isinstance(value, _BYTES)

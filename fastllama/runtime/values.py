@@ -76,6 +76,7 @@ def flag(name: str, value: Any) -> bool:
 
 def strings(name: str, given: Any) -> tuple[str, ...]:
     """One string or several, none of them empty."""
+    given = plain(given)
     each = (given,) if isinstance(given, str) else _elements(name, given, "a string or strings")
     for string in each:
         if not isinstance(string, str):

@@ -112,7 +112,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "prompt and input": ("generate --prompt x -", b"x", "not allowed with argument"),
     "temperature": ("generate --temperature -1", b"", "temperature is -1.0; legal: at least 0"),
     "temperature nan": ("generate --temperature nan", b"", "temperature is nan; legal: at least 0"),
-    "top-k": ("generate --top-k -3", b"", "top_k is -3; legal: at least 0"),
+    "top-k": ("generate --top-k -2", b"", "top_k is -2; legal: -1 to 9223372036854775807"),
     "top-p": ("generate --top-p 1.5", b"", "top_p is 1.5; legal: 0 to 1"),
     "top-p 0": ("generate --top-p 0", b"", "top_p is 0.0; legal: above 0"),
     "min-p": ("generate --min-p 2", b"", "min_p is 2.0; legal: 0 to 1"),
@@ -145,6 +145,11 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "prompt too long": (
         "generate --model {model} -",
         b"once upon a time " * 100,
+        "the prompt has 1700 characters, which are 260 tokens or more; legal: at most 255 tokens, one less than max_mod",
+    ),
+    "prompt too long once it is read": (
+        "generate --model {model} -",
+        b"once upon a time " * 70,
         "legal: at most 255, one less than max_model_len",
     ),
     "benchmark missing": ("bench", b"", "the following arguments are required: WHAT (see fastllama bench --help)"),

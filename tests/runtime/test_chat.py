@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ def test_an_answer_ends_where_the_template_ends_it_although_the_configuration_na
         assert ASKS[way](llm, forced) == (IM_END,)
         (text,) = llm.generate("Who?", forced)
         assert text.outputs[0].token_ids == (IM_END,) * 5  # the configuration's end, as in transformers
-        assert llm.chat(MESSAGES, SamplingParams(**vars(forced) | {"ignore_eos": True})).outputs[0].token_ids == (
-            (IM_END,) * 5
-        )
+        assert llm.chat(MESSAGES, replace(forced, ignore_eos=True)).outputs[0].token_ids == ((IM_END,) * 5)
 
 
 def test_a_checkpoint_without_a_template_is_asked_in_plain_text_and_that_is_said_once(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastllama import SamplingParams
+from fastllama import LLM, SamplingParams
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.prompts import PromptEncoder, as_list, length_of, token_ids
 from tests.io import tokenizer_samples as samples
@@ -222,3 +222,29 @@ def test_the_answer_to_a_chat_ends_where_its_format_says() -> None:
     prepared = encoder().prepare([{"role": "user", "content": "Hi"}], GREEDY)
     assert prepared.params == encoder().ending_answers(GREEDY)
     assert prepared.text is None
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        b"ab",
+        bytearray(b"ab"),
+        memoryview(b"ab"),
+        [b"ab"],
+        [bytearray(b"ab")],
+        {"prompt_token_ids": "ab"},
+        {"prompt": [1]},
+    ],
+)
+def test_bytes_are_neither_a_text_nor_ids(prompts: Any) -> None:
+    with LLM("tiny", progress=False, kv_cache_tokens=512) as llm, pytest.raises(TypeError, match=r"; legal: "):
+        llm.generate(prompts)
+
+
+def test_messages_among_prompts_take_the_advice_of_their_refusal() -> None:
+    messages = [{"role": "user", "content": "what does [INST] mean?"}]
+    with LLM("tiny", progress=False, kv_cache_tokens=512) as llm:
+        with pytest.raises(ValueError, match=r"pass tags='escape'$"):
+            llm.generate([messages])
+        (output,) = llm.generate([messages], SamplingParams(max_tokens=2, temperature=0), tags="escape")
+        assert output.outputs == llm.chat(messages, SamplingParams(max_tokens=2, temperature=0), tags="escape").outputs

@@ -25,6 +25,11 @@ def test_a_bias_is_one_number(array: Any) -> None:
         SamplingParams(logit_bias={5: array})
 
 
+@pytest.mark.parametrize("given", ["end", np.str_("end"), np.array("end"), np.array(["end"]), {"end"}, iter(["end"])])
+def test_stop_strings_come_in_anything_that_holds_them(given: Any) -> None:
+    assert SamplingParams(stop=given).stop == ("end",)
+
+
 @pytest.mark.parametrize(
     "change",
     [
