@@ -18,8 +18,8 @@ WINDOW = "penalties look at all tokens, those of the prompt too for repetition_p
 BANS = "a callable in logits_processors bans tokens in some places, logit_bias in all"
 LENGTH = "max_model_len bounds prompt and answer together, truncate_prompt_tokens shortens a prompt"
 SETTINGS = "the checkpoint's generation_config.json gives LLM.default_params; a request brings SamplingParams"
-OF_GENERATE = ["prompts", "params", "add_special_tokens"]
-OF_CHAT = ["messages", "params", "tags"]
+OF_GENERATE = [name for name in inspect.signature(LLM.generate).parameters if name not in ("self", "unknown")]
+OF_CHAT = [name for name in inspect.signature(LLM.chat).parameters if name not in ("self", "unknown")]
 CALLABLES = {
     "LLM": LLM,
     "SamplingParams": SamplingParams,
@@ -98,7 +98,7 @@ def test_a_name_of_ours_in_a_wrong_place_says_whose_it_is(name: str) -> None:
         ("messages", OF_GENERATE, "it is 'messages' of LLM.chat."),
         ("prompts", OF_CHAT, "it is 'prompts' of LLM.generate."),
         ("prompt", OF_CHAT, "it is 'prompts' of LLM.generate."),
-        ("tags", OF_GENERATE, "it is 'tags' of LLM.chat."),
+        ("tags", OF_LLM, "it is 'tags' of LLM.chat."),
         ("request_id", OF_GENERATE, "it is 'request_id' of LLM.start."),
         ("sampling_params", OF_CHAT, "did you mean 'params'?"),
         ("generation_config", OF_LLM, f"{SETTINGS}."),
