@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllama.errors import check_range, reject_unknown
 from fastllama.io.chat.messages import Tags
+from fastllama.runtime.calls import checked
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
@@ -71,13 +72,14 @@ class AsyncEngine:
         """
         legal = ("prompt", "params", "deadline", "request_id", "tags", "add_special_tokens")
         reject_unknown("AsyncEngine.add_request", unknown, legal, peer_hint)
+        how = checked(tags=tags, add_special_tokens=add_special_tokens)
         self._access.check_process()
         if params is None:
             params = self._llm.default_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams")
         order = self._order(request_id, deadline)
-        prepare = partial(self._prepare, prompt, params, tags=tags, add_special_tokens=add_special_tokens)
+        prepare = partial(self._prepare, prompt, params, **how)
         self._llm.prompts.check_length(prompt, params)
         self.worker.add(order, prepare() if length_of(prompt) <= AT_ONCE else prepare)
         return RequestStream(order, self._access, self._leave)
