@@ -50,8 +50,8 @@ class LLM:
     preempted requests come back as copies, not computed again; 0 for none.
     kv_cache_dtype: "int8" and "fp8" keep keys and values in 8 bits, with a scale for each token and head: nearly twice
     as many tokens as in 16 bits. "auto" keeps them as the model computes.
-    page_size: tokens of a KV page, 16 to 256. seed: of the seeds of requests that bring none; None
-    takes one of the system's, and each output says which was used.
+    page_size: tokens of a KV page, 16 to 256. seed: of the seeds of requests that bring none; None takes one of the
+    system's, and each output says which was used.
     max_num_seqs: sequences that run at once; by default as many as the cache should hold, up to 64 on a CPU and 256 on
     a GPU. max_num_batched_tokens: tokens of one step, by default 512 up to 2048 on a CPU and 8192 on a GPU, by memory;
     each running answer waits for that step. The logger "fastllama" tells at level INFO what was chosen.

@@ -58,8 +58,8 @@ class SamplingParams:
     allowed_token_ids: the only tokens that may be sampled; None is all.
     bad_words: strings that are not generated as the tokens which they encode to, with and without a space in front.
     logits_processors: callables (generated token ids: list[int], logits: Tensor [V] fp32) -> Tensor [V], called in
-    turn for each token. They need each token on the host before the next: such requests leave the captured step and
-    do not run ahead.
+    turn for each token, a second time only where a step is run again for a neighbour's fault. They need each token on
+    the host before the next: such requests leave the captured step, do not run ahead, and get no drafts.
     seed: makes the draws of this request reproducible: bit for bit in any company only with LLM(deterministic=True).
     Two requests of one seed and one prompt draw the same. None: one that RequestOutput.seed reports.
     stop: strings that end a sample and are cut from its text, unless include_stop_str_in_output.

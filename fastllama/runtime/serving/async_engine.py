@@ -23,6 +23,7 @@ from fastllama.runtime.serving.order import Order
 from fastllama.runtime.serving.statistics import Health, Snapshot
 from fastllama.runtime.serving.stream import RequestStream
 from fastllama.runtime.serving.worker import Worker
+from fastllama.runtime.values import plain
 
 AT_ONCE = 8192  # characters or ids of a prompt that are tokenized and checked at once: 2 to 4 ms of the event loop
 _CENTURY = 3.2e9  # seconds: a deadline beyond it is as good as none
@@ -174,6 +175,7 @@ class AsyncEngine:
             raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
         order = Order(self.worker.new_id() if request_id is None else request_id, None)
         if deadline is not None:
+            deadline = plain(deadline)
             check_range("deadline", deadline, 0)
             order.deadline = order.arrival + float(min(deadline, _CENTURY))
         return order

@@ -138,7 +138,7 @@ def test_an_abort_by_id_ends_that_one_behind_what_came() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("deadline", [10**400, math.inf, 1e300, np.float64("inf")])
+@pytest.mark.parametrize("deadline", [10**400, math.inf, 1e300, np.float64("inf"), np.float32(1e9), np.int64(100)])
 def test_a_deadline_far_away_is_as_none(deadline: Any) -> None:
     async def test() -> None:
         async with serving(ours()) as engine:
