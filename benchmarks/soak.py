@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import ctypes
 import gc
-import logging
 import os
 import random
 import sys
@@ -161,7 +160,6 @@ def main() -> None:
     parser.add_argument("--configuration", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("fastllama").setLevel(logging.CRITICAL)  # of drafts that fail, as some do here
     wrong = []
     print(f"{'':24} {'requests':>8} {'RSS MB':>8} {'objects':>8} {'entries':>8}")
     for name in options.configuration:

@@ -128,6 +128,9 @@ class Scripted:
         """For each sequence `count` tokens."""
         return [tuple(RIGHT if self._random.random() < self._right else WRONG for _ in range(count)) for _ in sequences]
 
+    def forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Nothing is held."""
+
 
 class Always(Pace):
     """Verifies whatever is guessed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,3 +21,11 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs_ahead = True
 
     monkeypatch.setattr(Runner, "__init__", initialise)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: in a process that a shell runs in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -212,6 +212,7 @@ def held(access: Access) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("num_before", [0, 1])
 def test_an_interrupt_while_it_waits_leaves_the_lock_free(num_before: int, access: Access) -> None:
     """As the first who waits, and as one behind the first."""

@@ -344,7 +344,7 @@ def held(llm: LLM) -> int:
     others += [tensor for layer in runner.kv.layers for tensor in layer.tensors()]
     others += [tensor for graph in graphs for tensor in (*graph._buffers.device.values(), graph._batch.logits_rows)]
     known = {tensor.untyped_storage().data_ptr() for tensor in others}
-    recordings = [each for each in gc.get_objects() if isinstance(each, Recording) and each._memory is memory]
+    recordings = [each for each in gc.get_objects() if issubclass(type(each), Recording) and each._memory is memory]
     assert len(recordings) == len(graphs) > 1
     tensors = [arg for each in recordings for _, args in each._calls for arg in args if isinstance(arg, Tensor)]
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
