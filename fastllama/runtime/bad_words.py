@@ -12,7 +12,10 @@ _KEPT = 32  # lists of words that are remembered for a tokenizer
 
 
 class BadWords:
-    """Token sequences that must not be completed. single: those of one token, which are never generated."""
+    """Token sequences that must not be completed.
+
+    single: those of one token, which are never generated. num_before: tokens before the last of the longest.
+    """
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         self.single: set[int] = set()
@@ -22,6 +25,7 @@ class BadWords:
                 self._longer.setdefault(len(first), {}).setdefault(tuple(first), set()).add(last)
             else:
                 self.single.add(last)
+        self.num_before = max(self._longer, default=0)
 
     def completing(self, generated_ids: Sequence[int]) -> set[int]:
         """The tokens that would complete a sequence of several behind these generated ids."""

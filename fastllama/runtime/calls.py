@@ -1,9 +1,9 @@
-"""Checks of arguments that several methods of LLM have."""
+"""Checks of arguments that several methods of LLM and AsyncEngine have."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, get_args
 
 from fastllama.errors import brief, check_choice, reject_unknown
@@ -33,6 +33,16 @@ def checked(**how: Any) -> dict[str, Any]:
 def check_started(generation: Any) -> None:
     if not isinstance(generation, Generation):
         raise TypeError(f"generation is {brief(generation)}; legal: what LLM.start returns")
+
+
+def check_request_id(request_id: Any, unfinished: Container[str]) -> None:
+    """Raise TypeError or ValueError for what cannot name a request; None lets one be made."""
+    if request_id is None:
+        return
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
+    if not request_id or request_id in unfinished:
+        raise ValueError(f"request_id is {request_id!r:.99}; legal: a text that no unfinished request has")
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:

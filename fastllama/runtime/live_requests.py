@@ -13,6 +13,7 @@ from fastllama.errors import RequestError, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.bad_words import BadWords, bad_words
+from fastllama.runtime.calls import check_request_id
 from fastllama.runtime.device.adjustments import ends_of
 from fastllama.runtime.device.execution import Launched
 from fastllama.runtime.device.sampler import SampledToken
@@ -117,12 +118,7 @@ class LiveRequests:
 
     def check_id(self, request_id: str | None) -> None:
         """Raises TypeError or ValueError for what cannot name a request. Any thread may ask."""
-        if request_id is None:
-            return
-        if not isinstance(request_id, str):
-            raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
-        if not request_id or request_id in self.generations:
-            raise ValueError(f"request_id is {request_id!r:.99}; legal: a text that no unfinished request has")
+        check_request_id(request_id, self.generations)
 
     def _new_id(self) -> str:
         return next(number for number in self._numbers if number not in self.generations)

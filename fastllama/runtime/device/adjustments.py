@@ -90,24 +90,29 @@ class Adjustments:
         biases, counts = (table.view(-1) for table in self.tables)
         counted: list[int] = []  # places in the table of counts
         changed: dict[int, float] = {}  # places in that of biases
-        for seq, num_drafts in wanted.items():
-            slot = self._slots.get(seq) or self._begin(seq, wanted)
-            self._catch_up(seq, slot, num_drafts, counted, changed)
-        if counted:
-            more = torch.full((len(counted),), GENERATED, dtype=torch.int32, device=self._device)
-            counts.scatter_add_(0, self._on_device(counted), more)
-        if changed:
-            values = on_device(list(changed.values()), torch.float32, self._device)
-            biases.scatter_(0, self._on_device(list(changed)), values)
+        try:
+            for seq, num_drafts in wanted.items():
+                slot = self._slots.get(seq) or self._begin(seq, wanted)
+                self._catch_up(seq, slot, num_drafts, counted, changed)
+            if counted:
+                more = torch.full((len(counted),), GENERATED, dtype=torch.int32, device=self._device)
+                counts.scatter_add_(0, self._on_device(counted), more)
+            if changed:
+                values = on_device(list(changed.values()), torch.float32, self._device)
+                biases.scatter_(0, self._on_device(list(changed)), values)
+        except BaseException:  # Ctrl-C, or no memory: what is in the rows is unknown, and they are begun anew
+            self.forget(wanted)
+            raise
         return True
 
     def banned(self, sample: SamplingRow) -> abc.Collection[int]:
         """Tokens that must not be sampled there and that no table bans, for the host or a draft decides on them."""
         seq, params = sample.seq, sample.seq.request.params
         found: set[int] = set()
-        if seq.request.bad_words is not None:
-            generated = [*seq.token_ids[seq.num_prompt_tokens :], *sample.ahead]
-            found |= seq.request.bad_words.completing(generated)
+        words = seq.request.bad_words
+        if words is not None:
+            first = max(seq.num_prompt_tokens, len(seq.token_ids) - words.num_before)
+            found |= words.completing([*seq.token_ids[first:], *sample.ahead])
         if params.min_tokens and not self._slots[seq].bans_ends:
             num_generated = len(seq.token_ids) - seq.num_prompt_tokens + len(sample.ahead)
             if num_generated < params.min_tokens:

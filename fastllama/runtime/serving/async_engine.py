@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastllama.errors import check_range, reject_unknown
+from fastllama.errors import check_range
 from fastllama.io.chat.messages import Tags
-from fastllama.runtime.calls import checked
+from fastllama.runtime.calls import check_request_id, checked, reject
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.peer_names import peer_hint
 from fastllama.runtime.prompts import Prepared, Prompt, length_of
 from fastllama.runtime.serving.order import Order
 from fastllama.runtime.serving.statistics import Health, Snapshot
@@ -71,8 +70,7 @@ class AsyncEngine:
         what can never run, RuntimeError when the engine drains or was shut down. A prompt of more than 8192 characters
         is tokenized elsewhere: what is wrong with it the stream raises, as RequestError.
         """
-        legal = ("prompt", "params", "deadline", "request_id", "tags", "add_special_tokens")
-        reject_unknown("AsyncEngine.add_request", unknown, legal, peer_hint)
+        reject(unknown, "AsyncEngine.add_request", AsyncEngine.add_request)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         self._access.check_process()
         if params is None:
@@ -81,8 +79,11 @@ class AsyncEngine:
             raise TypeError(f"params is {params!r:.99}; legal: SamplingParams")
         order = self._order(request_id, deadline)
         prepare = partial(self._prepare, prompt, params, **how)
-        self._llm.prompts.check_length(prompt, params)
-        self.worker.add(order, prepare() if length_of(prompt) <= AT_ONCE else prepare)
+        if length_of(prompt) <= AT_ONCE:
+            self.worker.add(order, prepare())
+        else:
+            self._llm.prompts.check_length(prompt, params)
+            self.worker.add(order, prepare)
         return RequestStream(order, self._access, self._leave)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
@@ -171,8 +172,7 @@ class AsyncEngine:
         self.worker.leave(order)
 
     def _order(self, request_id: str | None, deadline: float | None) -> Order:
-        if request_id is not None and not isinstance(request_id, str):
-            raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
+        check_request_id(request_id, ())
         order = Order(self.worker.new_id() if request_id is None else request_id, None)
         if deadline is not None:
             deadline = plain(deadline)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 from fastllama.errors import QueueFullError
+from fastllama.runtime.calls import check_request_id
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import FinishReason
@@ -156,10 +157,7 @@ class Worker:
     def _accept(self, order: Order) -> None:
         with self._lock, self._statistics.lock:
             self._check_open()
-            if not order.request_id or order.request_id in self.orders:
-                raise ValueError(
-                    f"request_id is {order.request_id!r:.99}; legal: a text that no unfinished request has"
-                )
+            check_request_id(order.request_id, self.orders)
             if self._num_queued >= self.max_queue_size:
                 self._statistics.num_rejected += 1
                 raise QueueFullError(f"{self._num_queued} requests wait; legal: at most max_queue_size")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllama import LLM, SamplingParams
 from fastllama.errors import RequestError
+from fastllama.runtime.bad_words import BadWords
 from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.planning.inputs import SamplingRow
@@ -237,6 +238,22 @@ def adjusted(tables: Adjustments, logits: Tensor, *sequences: Tokens) -> Tensor:
     return tables.adjusted(logits, samples, None, {})
 
 
+@pytest.mark.parametrize(
+    ("generated", "ahead", "banned"),
+    [([1, 7, 8], (), {9}), ([8], (), set()), ([1, 7], (8,), {9}), ([7, 8, 1], (), set())],
+)
+def test_a_word_is_sought_at_the_end_of_the_answer(
+    generated: list[int], ahead: tuple[int, ...], banned: set[int]
+) -> None:
+    """Over drafts too, and not over the prompt, which ends with the word's first token."""
+    seq = sequence([5, 7], generated, SamplingParams(bad_words="spelled here"))
+    seq.request.bad_words = BadWords([(7, 8, 9)])
+    tables = Adjustments(1, VOCAB, (EOS,), torch.device("cpu"))
+    sample = SamplingRow(seq, 0, ahead)
+    assert tables.follow([sample])
+    assert tables.banned(sample) == banned
+
+
 def test_rows_that_gave_way_are_counted_anew() -> None:
     """Three sequences take turns in two rows, and gain a token each time."""
     tables, generator = Adjustments(2, VOCAB, (EOS,), torch.device("cpu")), torch.Generator().manual_seed(1)
@@ -251,6 +268,28 @@ def test_rows_that_gave_way_are_counted_anew() -> None:
     assert len(tables._slots) == 2
     tables.forget(sequences)
     assert (len(tables._slots), sorted(tables._free)) == (0, [0, 1])
+
+
+@pytest.mark.parametrize("method", ["_begin", "_catch_up", "_on_device"])
+def test_rows_that_an_interrupt_left_half_written_are_begun_anew(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, min_tokens=9)
+    seq, logits = sequence([5, 6], [8, 9], params), torch.randn(1, VOCAB)
+    tables, fresh = (Adjustments(2, VOCAB, (EOS,), torch.device("cpu")) for _ in range(2))
+    original, calls = getattr(Adjustments, method), 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = original(*given)
+        if calls == (2 if method == "_on_device" else 1):
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adjustments, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tables.follow([SamplingRow(seq, 0)])
+    assert torch.equal(adjusted(tables, logits, seq), adjusted(fresh, logits, seq))
 
 
 def test_a_token_that_the_host_does_not_know_counts_too() -> None:
