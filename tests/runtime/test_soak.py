@@ -96,11 +96,11 @@ def orders(count: int) -> list[Order]:
         )
         if fate in ("cursed", "poisoned"):
             prompt[-1] = CURSED if fate == "cursed" else POISONED
-        max_tokens = rng.randint(1, 20)
+        max_tokens = 32 if fate == "fork" else rng.randint(1, 20)
         params = SamplingParams(
             n=1 if fate == "fork" else rng.choice([1, 1, 1, 2, 3]),
             max_tokens=max_tokens,
-            min_tokens=rng.choice([0, 0, max_tokens // 2, max_tokens]),
+            min_tokens=max_tokens if fate == "fork" else rng.choice([0, 0, max_tokens // 2, max_tokens]),
             temperature=rng.choice([0.0, 2.0, 4.0]),
             top_k=rng.choice([0, 8]),
             top_p=rng.choice([1.0, 0.8]),
@@ -203,7 +203,7 @@ async def soak(llm: LLM, wanted: list[Order]) -> list[dict[int, CompletionOutput
     fates = Counter(order.fate for order in wanted)
     assert counted.num_accepted == len(wanted) + forks["asked"] == counted.request_seconds.count
     assert counted.num_failed == fates["cursed"] + forks["refused"]
-    assert forks["asked"] == fates["fork"] > 2 * forks["refused"] + 5
+    assert forks["asked"] == fates["fork"] > forks["refused"], "every request ended before its fork"
     assert (counted.num_queued, counted.num_running) == (0, 0)
     assert min(counted.num_preemptions, counted.num_cached_tokens, counted.num_rejected) > 20, "a breeze"
     if llm.engine.speculation is not None:
