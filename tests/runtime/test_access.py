@@ -95,7 +95,7 @@ def wrong_answers_of_threads() -> list[str]:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(60)
+                thread.join(250)
                 wrong += ["a thread hangs"] * thread.is_alive()
     finally:
         sys.setswitchinterval(before)
@@ -109,7 +109,7 @@ def test_threads_share_an_llm_and_each_gets_what_it_gets_alone() -> None:
 def test_no_assert_is_what_keeps_threads_apart() -> None:
     script = "from tests.runtime.test_access import wrong_answers_of_threads as f; print(*f(), 'through')"
     found = subprocess.run(
-        [sys.executable, "-O", "-c", script], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+        [sys.executable, "-O", "-c", script], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]
     )
     assert found.stdout == "through\n", found.stderr
 
