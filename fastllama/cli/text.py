@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 
+from fastllama.errors import brief
+
 PATIENCE = 1.0  # seconds that reading standard input takes without a word
 SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _ESCAPE = re.compile(r"""\\([ntr\\'"])|((?:\\x[0-9a-fA-F]{2})+)|((?:\\u[0-9a-fA-F]{4})+)""")
@@ -94,7 +96,7 @@ def argument(value: str) -> str:
     except UnicodeDecodeError as error:
         what = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         locale = f"the locale's encoding is {sys.getfilesystemencoding()}"
-        raise ArgumentTypeError(f"{value!r:.99} is not UTF-8: {what}; {locale}") from None
+        raise ArgumentTypeError(f"{brief(value)} is not UTF-8: {what}; {locale}") from None
 
 
 @contextmanager

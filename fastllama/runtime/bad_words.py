@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
+from fastllama.errors import brief
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.io.tokenizer.base import ANCHOR
 
@@ -60,7 +61,7 @@ def token_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[i
         texts = (bare, f" {bare}") if bare else (word,)  # a word of spaces is that
         found = [ids for text in texts if (ids := _inside(tokenizer, text))]
         if not found:
-            raise ValueError(f"bad_words holds {word!r}; legal: strings to which {tokenizer.path} gives token ids")
+            raise ValueError(f"bad_words holds {brief(word)}; legal: strings to which {tokenizer.path} gives token ids")
         sequences.update(dict.fromkeys(found))
     return tuple(sequences)
 

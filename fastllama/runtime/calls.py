@@ -30,6 +30,12 @@ def checked(**how: Any) -> dict[str, Any]:
     return how
 
 
+def check_params(params: Any) -> None:
+    """Raise TypeError for what is neither SamplingParams nor None."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"params is {brief(params)}; legal: SamplingParams or None")
+
+
 def check_started(generation: Any) -> None:
     if not isinstance(generation, Generation):
         raise TypeError(f"generation is {brief(generation)}; legal: what LLM.start returns")
@@ -40,9 +46,9 @@ def check_request_id(request_id: Any, unfinished: Container[str]) -> None:
     if request_id is None:
         return
     if not isinstance(request_id, str):
-        raise TypeError(f"request_id is {request_id!r:.99}; legal: a string, or None for one that is made")
+        raise TypeError(f"request_id is {brief(request_id)}; legal: a string, or None for one that is made")
     if not request_id or request_id in unfinished:
-        raise ValueError(f"request_id is {request_id!r:.99}; legal: a text that no unfinished request has")
+        raise ValueError(f"request_id is {brief(request_id)}; legal: a text that no unfinished request has")
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:

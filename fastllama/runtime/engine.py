@@ -101,9 +101,9 @@ class Engine:
         Engine._alive.add(self)
 
     @classmethod
-    def runs(cls, model: LlamaForCausalLM) -> bool:
-        """Whether an engine of this process runs a model."""
-        return any(engine.model is model for engine in cls._alive)
+    def runs(cls, model: LlamaForCausalLM, *, besides: Engine | None = None) -> bool:
+        """Whether an engine of this process, other than `besides`, runs a model."""
+        return any(engine.model is model and engine is not besides for engine in cls._alive)
 
     def _new_scheduler(self, num_pages: int, num_host_pages: int) -> Scheduler:
         return Scheduler(
@@ -231,7 +231,7 @@ class Engine:
 
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Give the model new weights; see LLM.update_weights."""
-        if any(other.model is self.model for other in Engine._alive if other is not self):
+        if Engine.runs(self.model, besides=self):
             raise RuntimeError("another LLM runs this model, and keeps what it computed; legal: one LLM of a model")
         with self.access, self._consistency.change(self._start_anew):
             self._forget_prefixes()

@@ -9,7 +9,7 @@ import time
 from collections import abc
 from collections.abc import Callable
 
-from fastllama.errors import RequestError, check_range
+from fastllama.errors import RequestError, brief, check_range
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.bad_words import BadWords, bad_words
@@ -59,13 +59,13 @@ class LiveRequests:
         self.scheduler.check(length, params)
         for place, token_id in enumerate(prompt_token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
-                raise ValueError(f"prompt token {place} is {token_id!r}; legal: integers from 0 to {vocab - 1}")
+                raise ValueError(f"prompt token {place} is {brief(token_id)}; legal: integers from 0 to {vocab - 1}")
         for name, token_id in params.largest_ids.items():
             check_range(f"a token id in {name}", token_id, 0, vocab - 1)
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self._tokenizer is None:
                 raise ValueError(
-                    f"{name} is {getattr(params, name)!r}; legal without a tokenizer: no strings, only token ids"
+                    f"{name} is {brief(getattr(params, name))}; legal without a tokenizer: no strings, only token ids"
                 )
         words = self._bad_words(params)
         if params.allowed is not None:

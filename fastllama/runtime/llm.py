@@ -18,7 +18,7 @@ from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.progress import progress_bar
-from fastllama.runtime.calls import check_started, checked, params_of_each, reject
+from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import EngineOptions
@@ -269,8 +269,7 @@ class LLM:
         """
         reject(unknown, "LLM.fork", LLM.fork)
         check_started(generation)
-        if params is not None and not isinstance(params, SamplingParams):
-            raise TypeError(f"params is {brief(params)}; legal: SamplingParams or None")
+        check_params(params)
         return self.engine.fork(generation, params, request_id=request_id)
 
     def abort(self, request: str | Generation) -> None:

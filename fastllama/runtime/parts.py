@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastllama.errors import brief
 from fastllama.io.adapter import locate
 from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
@@ -105,7 +106,7 @@ def _tokenizer_of(tokenizer: str | Path | Tokenizer | None, *places: Path) -> To
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer or find_tokenizer(*places)
     if not isinstance(tokenizer, (str, Path)):
-        raise TypeError(f"tokenizer is {tokenizer!r:.99}; legal: a path, fastllama's Tokenizer, or None")
+        raise TypeError(f"tokenizer is {brief(tokenizer)}; legal: a path, fastllama's Tokenizer, or None")
     return load_tokenizer(tokenizer)
 
 

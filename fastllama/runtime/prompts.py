@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from fastllama.errors import counted
+from fastllama.errors import brief, counted
 from fastllama.io.chat import ChatFormat, Message, chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
             return [each]
         if all(map(_may_be_prompt, each)):
             return each
-    raise TypeError(f"prompts is {prompts!r:.99}; legal: a text, texts, token ids, or lists of token ids")
+    raise TypeError(f"prompts is {brief(prompts)}; legal: a text, texts, token ids, or lists of token ids")
 
 
 def token_ids(values: Any) -> list[int]:
@@ -159,7 +159,7 @@ def token_ids(values: Any) -> list[int]:
         ids = list(values)
         # What is no integer stays, for the check of the request to name its place.
         return list(map(operator.index, ids)) if all(map(_is_integer, ids)) else ids
-    raise TypeError(f"prompt is {values!r:.99}; legal: {_LEGAL}")
+    raise TypeError(f"prompt is {brief(values)}; legal: {_LEGAL}")
 
 
 def _unwrapped(prompt: Prompt) -> Prompt:
@@ -168,12 +168,12 @@ def _unwrapped(prompt: Prompt) -> Prompt:
         return prompt
     if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
         raise TypeError(
-            f"prompt is {dict(prompt)!r:.99}; legal: {_LEGAL}, also as {{'prompt': text}} or "
+            f"prompt is {brief(dict(prompt))}; legal: {_LEGAL}, also as {{'prompt': text}} or "
             "{'prompt_token_ids': ids}; messages are a list"
         )
     ((name, value),) = prompt.items()
     if not isinstance(value, Mapping) and isinstance(value, str) != (name == "prompt"):
-        raise TypeError(f"{name} of a prompt is {value!r:.99}; legal: {'a text' if name == 'prompt' else 'token ids'}")
+        raise TypeError(f"{name} of a prompt is {brief(value)}; legal: {'a text' if name == 'prompt' else 'token ids'}")
     return value
 
 

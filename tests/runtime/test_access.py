@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fastllama.layers.config import RopeScaling
 from fastllama.runtime.access import Access
 from tests.io import tokenizer_samples as samples
 from tests.runtime.models import ours, prompt_of, running
+from tests.runtime.serving.test_forked import held_by_another_thread
 from tests.runtime.test_engine import HOT, PROMPTS, alone, tokens_of
 from tests.runtime.test_generation import Pieces
 
@@ -192,26 +193,6 @@ def test_an_interrupt_at_any_moment_leaves_the_lock_free(access: Access) -> None
         signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def held(access: Access) -> Iterator[None]:
-    """Another thread is in, until the end."""
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with access:
-            inside.set()
-            assert leave.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert inside.wait(60)
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("num_before", [0, 1])
 def test_an_interrupt_while_it_waits_leaves_the_lock_free(num_before: int, access: Access) -> None:
@@ -219,7 +200,7 @@ def test_an_interrupt_while_it_waits_leaves_the_lock_free(num_before: int, acces
     main = threading.main_thread().ident
     assert main == threading.get_ident()
     others = [threading.Thread(target=enter, args=(access,)) for _ in range(num_before)]
-    with held(access):
+    with held_by_another_thread(access):
         for other in others:
             other.start()
             while not access._entrance.locked():

@@ -124,6 +124,7 @@ def test_what_is_no_prompt_is_refused_in_a_sentence(kind: str) -> None:
         (np.array([5.0, 6.0]), 0, "5.0"),
         (torch.tensor([True, False]), 0, "True"),
         ([[5, 6]], 0, r"\[5, 6\]"),
+        pytest.param([5, 10**5000], 1, "an integer of 5001 digits", id="huge"),
     ],
 )
 def test_what_is_no_token_id_is_named_by_its_place(values: Any, place: int, shown: str) -> None:
@@ -134,7 +135,10 @@ def test_what_is_no_token_id_is_named_by_its_place(values: Any, place: int, show
         assert not llm.engine.has_work
 
 
-@pytest.mark.parametrize("prompts", [np.array(5), torch.tensor(5), [torch.tensor(1.5)], [5.0], {5: 6}, [[5], None]])
+@pytest.mark.parametrize(
+    "prompts",
+    [np.array(5), torch.tensor(5), [torch.tensor(1.5)], [5.0], {5: 6}, [[5], None], pytest.param(10**5000, id="huge")],
+)
 def test_what_holds_no_prompts_is_refused(prompts: Any) -> None:
     with running(ours()) as llm, pytest.raises(TypeError, match=r"^prompts? is .*; legal: a text"):
         llm.generate(prompts)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.soak import alive
 from fastllama import LLM, AsyncEngine, LlamaForCausalLM, SamplingParams
 from fastllama.errors import QueueFullError, RequestError
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.drafting.speculation import Pace
-from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import CompletionOutput
-from fastllama.runtime.planning.sequence import Request, Sequence
 from fastllama.runtime.serving.async_engine import RequestStream
-from fastllama.runtime.serving.mailbox import Mailbox
 from tests.runtime.models import VOCAB, check_idle, ours, prompt_of
 from tests.runtime.serving.test_async_engine import all_of, joined, until_it_fails
 from tests.runtime.test_generation import Pieces
@@ -213,12 +210,6 @@ async def soak(llm: LLM, wanted: list[Order]) -> list[dict[int, CompletionOutput
     return found
 
 
-def num_alive() -> Counter[str]:
-    gc.collect()
-    kinds = (Generation, Request, Sequence, Mailbox, RequestStream, asyncio.Future)
-    return Counter(type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), kinds))
-
-
 @pytest.mark.parametrize("drafts", [False, True], ids=["no guesses", "guesses"])
 def test_every_survivor_gets_what_it_gets_alone(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drafts: bool
@@ -229,7 +220,7 @@ def test_every_survivor_gets_what_it_gets_alone(
     model = ours(eos=(EOS,), kind=Trying, dtype=torch.float32)
     assert isinstance(model, Trying)
     draft = ours(dtype=torch.float32) if drafts else None
-    before = num_alive()
+    before = alive()
     with llm_of(model, 8, num_host_pages=12, draft=draft) as llm:
         model.share = 0.05
         found = asyncio.run(soak(llm, wanted))
@@ -247,4 +238,4 @@ def test_every_survivor_gets_what_it_gets_alone(
             elif order.fate == "deadline":
                 assert samples is not None
                 assert [sample.finish_reason for sample in samples.values()] == ["deadline"]
-    assert num_alive() == before
+    assert alive() == before

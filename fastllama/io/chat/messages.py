@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from fastllama.errors import brief
+
 Tags = Literal["refuse", "escape"]
 _OPENING = re.compile(r"<<|[<\[({]")
 _BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
@@ -63,7 +65,7 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
     text that is not valid Unicode.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise TypeError(f"messages is {messages!r:.99}; legal: a list of mappings of 'role' and 'content'")
+        raise TypeError(f"messages is {brief(messages)}; legal: a list of mappings of 'role' and 'content'")
     checked = [_checked(index, message) for index, message in enumerate(messages)]
     if not checked:
         raise ValueError("messages is empty; legal: at least one message, the last from the user")
@@ -110,7 +112,7 @@ def forged(index: int, marker: str) -> ValueError:
 
 def _checked(index: int, message: Any) -> Message:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise TypeError(f"messages[{index}] is {message!r:.99}; legal: a mapping of 'role' and 'content'")
+        raise TypeError(f"messages[{index}] is {brief(message)}; legal: a mapping of 'role' and 'content'")
     for key in ("role", "content"):
         if not isinstance(message[key], str):
             raise TypeError(f"messages[{index}][{key!r}] must be str, got {type(message[key]).__name__}")

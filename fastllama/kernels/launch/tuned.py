@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastllama.errors import TuningError
+from fastllama.errors import TuningError, brief
 
 Shape = dict[str, int]
 
@@ -47,9 +47,9 @@ def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any
         if found[name] != own:
             raise TuningError(f"{path}: {name} is {found[name]!r}; legal here: {own!r}")
     if not isinstance(found["provenance"], dict) or not all(isinstance(v, str) for v in found["provenance"].values()):
-        raise TuningError(f"{path}: provenance is {found['provenance']!r:.99}; legal: an object of strings")
+        raise TuningError(f"{path}: provenance is {brief(found['provenance'])}; legal: an object of strings")
     if not isinstance(found["launches"], list):
-        raise TuningError(f"{path}: launches is {found['launches']!r:.99}; legal: a list")
+        raise TuningError(f"{path}: launches is {brief(found['launches'])}; legal: a list")
     entries = [_entry(path, f"launches[{i}]", each, shape, launch) for i, each in enumerate(found["launches"])]
     shapes = [entry.shape for entry in entries]
     for i, each in enumerate(shapes):
@@ -99,7 +99,7 @@ def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: t
 def _check_names(path: Path, where: str, found: Any, names: Iterable[str]) -> None:
     """`found` is an object with exactly these names."""
     if not isinstance(found, dict):
-        raise TuningError(f"{path}: {where} is {found!r:.99}; legal: an object")
+        raise TuningError(f"{path}: {where} is {brief(found)}; legal: an object")
     legal = list(names)
     for name in legal:
         if name not in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fastllama.arithmetic import ceil_div
+from fastllama.arithmetic import FP32_LARGEST, ceil_div
 from fastllama.kernels import reference
 from fastllama.kernels.numba.numerics import LIKE, as_written, jit, load, load_integer, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
@@ -13,7 +13,7 @@ from fastllama.kernels.numba.threads import launch
 
 TILE = 4096  # logits of an iteration: 64 KiB of all four tensors, so that what a second pass rewrites is in cache
 OPERATIONS = 3  # a logit: one row of 32000 takes 9 us, and a helper brings it nothing
-LIMIT = np.float32(np.finfo(np.float32).max / 4)
+LIMIT = np.float32(FP32_LARGEST / 4)
 INFINITY = np.float32(np.inf)
 
 

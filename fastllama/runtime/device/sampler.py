@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.arithmetic import ceil_div
+from fastllama.errors import brief
 from fastllama.runtime.device.adjustments import Adjustments
 from fastllama.runtime.device.buffers import ALIGNMENT, on_device
 from fastllama.runtime.device.logprobs import token_logprobs
@@ -220,7 +221,7 @@ def _processed(logits: Tensor, sample: SamplingRow) -> Tensor:
             raise RuntimeError(f"a logits processor raised {error!r}") from error  # SystemExit: the request's alone
         if not isinstance(logits, Tensor) or logits.shape != shape or not logits.is_floating_point():
             raise TypeError(
-                f"logits processor {processor!r:.99} returned {logits!r:.99}; legal: a floating tensor of {shape[0]}"
+                f"logits processor {brief(processor)} returned {brief(logits)}; legal: a floating tensor of {shape[0]}"
             )
     return logits
 

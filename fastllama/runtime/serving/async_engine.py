@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastllama.errors import check_range
+from fastllama.errors import brief, check_range
 from fastllama.io.chat.messages import Tags
-from fastllama.runtime.calls import check_request_id, checked, reject
+from fastllama.runtime.calls import check_params, check_request_id, checked, reject
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
@@ -73,10 +73,8 @@ class AsyncEngine:
         reject(unknown, "AsyncEngine.add_request", AsyncEngine.add_request)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         self._access.check_process()
-        if params is None:
-            params = self._llm.default_params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params is {params!r:.99}; legal: SamplingParams")
+        check_params(params)
+        params = self._llm.default_params if params is None else params
         order = self._order(request_id, deadline)
         prepare = partial(self._prepare, prompt, params, **how)
         if length_of(prompt) <= AT_ONCE:
@@ -108,9 +106,8 @@ class AsyncEngine:
         """
         self._access.check_process()
         if not isinstance(stream, RequestStream):
-            raise TypeError(f"stream is {stream!r:.99}; legal: what AsyncEngine.add_request returns")
-        if params is not None and not isinstance(params, SamplingParams):
-            raise TypeError(f"params is {params!r:.99}; legal: SamplingParams or None")
+            raise TypeError(f"stream is {brief(stream)}; legal: what AsyncEngine.add_request returns")
+        check_params(params)
         order = self._order(request_id, deadline)
         self.worker.fork(stream.order, order, params)
         return RequestStream(order, self._access, self._leave)

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.arithmetic import ceil_div
+from fastllama.arithmetic import FP32_LARGEST, ceil_div
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
 
-LIMIT = tl.constexpr(3.4028234663852886e38 / 4)  # of fp32's largest number
+LIMIT = tl.constexpr(FP32_LARGEST / 4)
 
 
 @triton.jit
