@@ -22,6 +22,6 @@ def version() -> str:
 setup(
     version=version(),
     packages=find_packages(include=["fastllama", "fastllama.*"]),
-    package_data={"fastllama": ["py.typed", "assets/**/*", "kernels/configs/**/*.json"]},
+    package_data={"fastllama": ["py.typed", "assets/**/*", "kernels/configs/**/*.json", "serve/page/*"]},
     include_package_data=False,  # exactly the data named above, whatever else lies in the tree
 )

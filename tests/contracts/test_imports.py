@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "io": SHOWS | {"kernels", "layers"},
     "runtime": SHOWS | {"kernels", "layers", "io"},
     "integrations": BASE | {"kernels"},
+    "serve": BASE | {"io", "runtime"},
     "verify": SHOWS | {"kernels", "layers", "io", "runtime", "catalogue"},
     "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},
-    "cli": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "verify", "bench", "testing"},
+    "cli": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "serve", "verify", "bench", "testing"},
 }
 # The same within kernels: what computes an op does not know the ops.
 KERNELS_MAY_IMPORT = {
@@ -48,6 +49,10 @@ HOMES = {
     "numba": ("fastllama.kernels.numba.",),
     "transformers": ("fastllama.bench.", "fastllama.integrations."),
     "matplotlib": ("fastllama.bench.",),
+    "starlette": ("fastllama.serve.",),
+    "uvicorn": ("fastllama.serve.",),
+    "msgspec": ("fastllama.serve.",),
+    "prometheus_client": ("fastllama.serve.",),
 }
 # The planning half of the runtime is testable in microseconds because it knows no tensors.
 PLANNING = (
