@@ -1,0 +1,246 @@
+"""Deltas of a job to a response: server-sent events as they come, or one body at the end."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from fastllama.runtime.outputs import CompletionOutput, RequestDelta
+from fastllama.serve import wire
+from fastllama.serve.errors import ApiError, deadline_exceeded
+from fastllama.serve.jobs import Job
+from fastllama.serve.logprobs import LogprobsTable, chat_logprobs, joined
+from fastllama.serve.model import ServedModel
+
+_encode = msgspec.json.Encoder().encode
+_DONE = b"data: [DONE]\n\n"
+
+
+def answer_of(job: Job, model: ServedModel, request_id: str) -> Answer:
+    """The response to a job, to be filled; request_id: of the request, which the response's id ends with."""
+    return (_ChatAnswer if job.kind == "chat" else _CompletionAnswer)(job, model, request_id)
+
+
+def error_event(error: ApiError) -> bytes:
+    """What ends a stream that cannot go on: clients take one that is only cut for a whole answer."""
+    return _event(error.body)
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class Answer(ABC):
+    """A response in the making. Choices are numbered prompt by prompt: prompt index x n + sample.
+
+    Counts are those up to now. num_cached_tokens: prompt tokens whose KV lay in the prefix cache; num_generated_tokens:
+    of all samples, shown or not.
+    """
+
+    def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
+        self._job, self._tokenizer = job, model.tokenizer
+        kind, prefix = (wire.ChatChunk, "chatcmpl") if job.kind == "chat" else (wire.TextCompletion, "cmpl")
+        self._chunk: wire.ChatChunk | wire.TextCompletion = kind(  # all events are this one with other choices
+            id=f"{prefix}-{request_id}",
+            created=int(time.time()),
+            model=job.model,
+            choices=[],
+            system_fingerprint=model.fingerprint,
+            usage=None if job.include_usage else UNSET,
+        )
+        self._num_choices = len(job.prompts) * job.params.n
+        self._gains: list[list[CompletionOutput]] = [[] for _ in range(self._num_choices)]  # unless it streams
+        self.num_cached_tokens = self.num_generated_tokens = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return self._job.num_prompt_tokens
+
+    def opening(self) -> bytes:
+        """Events that can be sent before there is a token."""
+        return b""
+
+    def take(self, prompt_index: int, delta: RequestDelta) -> bytes:
+        """Take in what a prompt's samples gained; where the job streams, the events that show it, else nothing.
+
+        Raises ApiError where the deadline cut a sample short. One that was aborted or failed is shown unfinished: its
+        error is what the engine raises next.
+        """
+        for output in delta.outputs:
+            self.num_generated_tokens += len(output.token_ids)
+        if delta.metrics is not None:
+            self.num_cached_tokens += delta.metrics.num_cached_tokens
+        first, events = prompt_index * self._job.params.n, []
+        for output in delta.outputs:
+            shown = output if output.finish_reason is None else self._ended(output)
+            if self._job.stream:
+                events.append(self._events(first + output.index, shown))
+            else:
+                self._gains[first + output.index].append(shown)
+        return b"".join(events)
+
+    def closing(self) -> bytes:
+        """The last events of a stream: the usage where it was asked for, and [DONE]."""
+        if not self._job.include_usage:
+            return _DONE
+        self._chunk.usage = self._usage()
+        return self._event_of() + _DONE
+
+    def body(self) -> bytes:
+        """The whole response, once every delta was taken in."""
+        return _encode(self._whole([_whole(gains) for gains in self._gains]))
+
+    def _ended(self, output: CompletionOutput) -> CompletionOutput:
+        """How the end of a sample is shown."""
+        if output.finish_reason == "deadline":
+            raise deadline_exceeded()
+        return output if output.finish_reason in ("stop", "length") else replace(output, finish_reason=None)
+
+    @abstractmethod
+    def _events(self, index: int, output: CompletionOutput) -> bytes:
+        """What shows that a choice gained this; nothing where no text is certain yet."""
+
+    @abstractmethod
+    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.ChatCompletion | wire.TextCompletion:
+        """The response of these choices."""
+
+    def _event_of(self, *choices: Any) -> bytes:
+        self._chunk.choices = [*choices]
+        return _event(_encode(self._chunk))
+
+    def _usage(self) -> wire.Usage:
+        num_shown = self.num_generated_tokens if self._job.show_tokens else 0
+        return wire.Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=num_shown,
+            total_tokens=self.num_prompt_tokens + num_shown,
+            prompt_tokens_details=wire.PromptTokensDetails(cached_tokens=self.num_cached_tokens),
+        )
+
+
+def _whole(gains: Sequence[CompletionOutput]) -> CompletionOutput:
+    """All that a choice gained; finish_reason: how it ended."""
+    return replace(
+        gains[-1],
+        text="".join([gain.text for gain in gains]),
+        token_ids=tuple([token_id for gain in gains for token_id in gain.token_ids]),
+        logprobs=tuple([report for gain in gains for report in gain.logprobs or ()]),
+    )
+
+
+class _ChatAnswer(Answer):
+    def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
+        super().__init__(job, model, request_id)
+        # An answer begins without the space that its first token has, as Tokenizer.decode gives it.
+        self._drops_space = [model.tokenizer.adds_leading_space and not job.continues] * self._num_choices
+
+    def opening(self) -> bytes:
+        role = wire.ChatDelta(role="assistant", content="")
+        return b"".join([self._event_of(wire.ChunkChoice(index=i, delta=role)) for i in range(self._num_choices)])
+
+    def _events(self, index: int, output: CompletionOutput) -> bytes:
+        content, events = self._content(index, output.text), b""
+        if content or output.logprobs:
+            delta, logprobs = wire.ChatDelta(content=content), self._logprobs(output)
+            events = self._event_of(wire.ChunkChoice(index=index, delta=delta, logprobs=logprobs))
+        if output.finish_reason is not None:
+            last = wire.ChunkChoice(index=index, delta=wire.ChatDelta(), finish_reason=output.finish_reason)
+            events += self._event_of(last)
+        return events
+
+    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.ChatCompletion:
+        return wire.ChatCompletion(
+            id=self._chunk.id,
+            created=self._chunk.created,
+            model=self._chunk.model,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=self._usage(),
+            system_fingerprint=self._chunk.system_fingerprint,
+        )
+
+    def _choice(self, index: int, output: CompletionOutput) -> wire.ChatChoice:
+        assert output.finish_reason is not None, f"choice {index} has not finished"
+        return wire.ChatChoice(
+            index=index,
+            message=wire.AnswerMessage(content=self._content(index, output.text)),
+            logprobs=self._logprobs(output),
+            finish_reason=output.finish_reason,
+        )
+
+    def _content(self, index: int, text: str) -> str:
+        if text and self._drops_space[index]:
+            self._drops_space[index] = False
+            return text.removeprefix(" ")
+        return text
+
+    def _logprobs(self, output: CompletionOutput) -> wire.ChatLogprobs | None:
+        return None if self._job.logprobs is None else chat_logprobs(self._tokenizer, output.logprobs or ())
+
+
+class _CompletionAnswer(Answer):
+    def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
+        super().__init__(job, model, request_id)
+        self._echoes = [job.echo] * self._num_choices  # whose prompt is still to be shown
+        self._prompt_logprobs: dict[int, wire.CompletionLogprobs] = {}  # by prompt index
+        self._tables: dict[int, LogprobsTable] = {}  # by choice
+
+    def take(self, prompt_index: int, delta: RequestDelta) -> bytes:
+        if self._job.echo and self._job.logprobs is not None and delta.prompt_logprobs is not None:
+            table, token_ids = (
+                LogprobsTable(self._tokenizer, shows_top=self._job.logprobs > 0),
+                self._job.prompts[prompt_index].token_ids,
+            )
+            self._prompt_logprobs[prompt_index] = table.of(token_ids, delta.prompt_logprobs)
+        return super().take(prompt_index, delta)
+
+    def _ended(self, output: CompletionOutput) -> CompletionOutput:
+        output = super()._ended(output)
+        if output.finish_reason is None or self._job.show_tokens:
+            return output
+        return replace(output, finish_reason="length")  # also where the token that is not shown is EOS
+
+    def _events(self, index: int, output: CompletionOutput) -> bytes:
+        choice = self._choice(index, output)
+        is_empty = not (choice.text or choice.finish_reason or (choice.logprobs and choice.logprobs.tokens))
+        return b"" if is_empty else self._event_of(choice)
+
+    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.TextCompletion:
+        return wire.TextCompletion(
+            id=self._chunk.id,
+            created=self._chunk.created,
+            model=self._chunk.model,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=self._usage(),
+            system_fingerprint=self._chunk.system_fingerprint,
+        )
+
+    def _choice(self, index: int, output: CompletionOutput) -> wire.CompletionChoice:
+        prompt_index = index // self._job.params.n
+        text = output.text if self._job.show_tokens else ""
+        logprobs = None if self._job.logprobs is None else self._logprobs(index, output)
+        if self._echoes[index]:
+            self._echoes[index] = False
+            text = self._job.prompts[prompt_index].text + text
+            if logprobs is not None and prompt_index in self._prompt_logprobs:
+                logprobs = joined(self._prompt_logprobs[prompt_index], logprobs)
+        return wire.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=output.finish_reason)
+
+    def _logprobs(self, index: int, output: CompletionOutput) -> wire.CompletionLogprobs:
+        if index not in self._tables:
+            prompt = self._job.prompts[index // self._job.params.n]
+            self._tables[index] = LogprobsTable(
+                self._tokenizer,
+                prompt.token_ids,
+                offset=len(prompt.text) if self._job.echo else 0,
+                skip_special_tokens=self._job.params.skip_special_tokens,
+                shows_top=bool(self._job.logprobs),
+            )
+        reports = (output.logprobs or ()) if self._job.show_tokens else ()
+        return self._tables[index].of([report.token_id for report in reports], reports)

@@ -1,0 +1,307 @@
+"""Deltas become the chunks and bodies that OpenAI's clients read; their types are those of its own SDK."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from fastllama.io.detokenizer import IncrementalDetokenizer
+from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestMetrics, TokenLogprob
+from fastllama.runtime.params import SamplingParams
+from fastllama.serve.errors import ApiError
+from fastllama.serve.jobs import Job, PromptIds
+from fastllama.serve.model import ServedModel
+from fastllama.serve.render import Answer, answer_of, error_event
+from tests.io.tokenizer_folders import folder
+
+TOKENIZER = load_tokenizer(Path("fastllama/assets/tiny"))
+ONCE = PromptIds(tuple(TOKENIZER.encode("Once upon")), "Once upon")
+A_CAFE = TOKENIZER.encode(" a café", bos=False)[1:]  # the first is the space that encoding adds
+
+
+def answer(job: Job, tokenizer: Tokenizer = TOKENIZER) -> Answer:
+    """The empty answer of a request "1f"."""
+    model = ServedModel(
+        names=("tiny",),
+        any_name=True,
+        tokenizer=tokenizer,
+        chat_format=cast(Any, None),
+        eos_token_ids=(2,),
+        vocab_size=tokenizer.vocab_size,
+        max_model_len=512,
+        max_n=16,
+        created=1,
+        fingerprint="fp_1",
+        notice="",
+    )
+    return answer_of(job, model, "1f")
+
+
+def chat(n: int = 1, **fields: Any) -> Job:
+    """A job of the chat endpoint."""
+    return Job("chat", "tiny", (ONCE,), SamplingParams(n=n), **fields)
+
+
+def completion(*prompts: PromptIds, n: int = 1, **fields: Any) -> Job:
+    """A job of the completions endpoint."""
+    return Job("completion", "tiny", prompts or (ONCE,), SamplingParams(n=n), **fields)
+
+
+def report(token_id: int) -> TokenLogprob:
+    """That a token was the likeliest but one."""
+    return TokenLogprob(token_id, -1.5, ((5, -0.5), (token_id, -1.5)), 2)
+
+
+def deltas(
+    token_ids: Sequence[int],
+    *,
+    index: int = 0,
+    prompt: PromptIds = ONCE,
+    ends: Any = "stop",
+    logprobs: bool = False,
+    prompt_logprobs: bool = False,
+) -> Iterator[RequestDelta]:
+    """What an engine says of a sample of these tokens, one by one."""
+    detokenizer = IncrementalDetokenizer(TOKENIZER, prompt.token_ids)
+    for position, token_id in enumerate(token_ids):
+        is_last = position == len(token_ids) - 1
+        gained = CompletionOutput(
+            index,
+            detokenizer.push(token_id) + (detokenizer.flush() if is_last else ""),
+            (token_id,),
+            finish_reason=ends if is_last else None,
+            logprobs=(report(token_id),) if logprobs else None,
+        )
+        first = (None, *map(report, prompt.token_ids[1:])) if prompt_logprobs and position == 0 else None
+        metrics = RequestMetrics(0.0, num_cached_tokens=2) if is_last else None
+        yield RequestDelta((gained,), first, metrics)
+
+
+def events(data: bytes) -> list[Any]:
+    """The JSON of server-sent events; "[DONE]" as it stands."""
+    *found, rest = data.split(b"\n\n")
+    assert rest == b""
+    assert all(each.startswith(b"data: ") and b"\n" not in each for each in found)
+    return [each[6:].decode() if each == b"data: [DONE]" else json.loads(each[6:]) for each in found]
+
+
+def streamed(job: Job, *samples: Iterator[RequestDelta]) -> list[Any]:
+    """All events of an answer."""
+    made = answer(job)
+    data = made.opening() + b"".join(made.take(0, delta) for sample in samples for delta in sample)
+    return events(data + made.closing())
+
+
+def body(job: Job, *samples: Iterator[RequestDelta]) -> Any:
+    """The JSON of an answer that is not streamed."""
+    made = answer(job)
+    assert b"".join(made.take(0, delta) for sample in samples for delta in sample) == b""
+    return json.loads(made.body())
+
+
+def test_a_chat_is_the_body_that_the_sdk_reads() -> None:
+    got = body(chat(n=2, logprobs=1), deltas(A_CAFE, logprobs=True), deltas([*A_CAFE, 2], index=1, ends="length"))
+    read = ChatCompletion.model_validate(got, strict=True)
+    assert (read.id, read.object, read.model, read.system_fingerprint) == (
+        "chatcmpl-1f",
+        "chat.completion",
+        "tiny",
+        "fp_1",
+    )
+    assert [(choice.index, choice.message.content, choice.finish_reason) for choice in read.choices] == [
+        (0, "a café", "stop"),
+        (1, "a café", "length"),
+    ]
+    assert got["choices"][0]["message"] == {"role": "assistant", "content": "a café", "refusal": None}
+    spelled = read.choices[0].logprobs
+    assert spelled is not None
+    assert spelled.content is not None
+    assert b"".join(bytes(each.bytes or ()) for each in spelled.content) == b" a caf\xc3\xa9"
+    usage = read.usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(ONCE.token_ids), 2 * len(A_CAFE) + 1)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 4  # two of each request's delta that ends it
+
+
+def test_a_streamed_chat_is_roles_then_content_then_reasons_then_usage() -> None:
+    got = streamed(chat(n=2, stream=True, include_usage=True), deltas([*A_CAFE, 2]), deltas(A_CAFE, index=1))
+    *chunks, done = got
+    assert done == "[DONE]"
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+    assert [(chunk["choices"][0]["index"], chunk["choices"][0]["delta"]) for chunk in chunks[:2]] == [
+        (0, {"role": "assistant", "content": ""}),
+        (1, {"role": "assistant", "content": ""}),
+    ]
+    for index in (0, 1):
+        own = [chunk["choices"][0] for chunk in chunks[2:-1] if chunk["choices"][0]["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "a café"
+        assert (own[-1]["delta"], own[-1]["finish_reason"]) == ({}, "stop")
+        assert {choice["finish_reason"] for choice in own[:-1]} == {None}
+    assert {json.dumps(chunk["usage"]) for chunk in chunks[:-1]} == {"null"}
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 2 * len(A_CAFE) + 1
+    assert {(chunk["id"], chunk["created"]) for chunk in chunks} == {("chatcmpl-1f", chunks[0]["created"])}
+
+
+def test_without_include_usage_no_chunk_speaks_of_it() -> None:
+    for job in (chat(stream=True), completion(stream=True)):
+        *chunks, _ = streamed(job, deltas(A_CAFE))
+        assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("texts", "content"),
+    [
+        ((" ", "I am"), "I am"),
+        ((" I", " am"), "I am"),
+        (("  I", " am"), " I am"),
+        (("", " ", " I"), " I"),
+        (("I", " am"), "I am"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_one_space_that_a_chat_answer_begins_with_is_dropped(
+    texts: Sequence[str], content: str, *, stream: bool
+) -> None:
+    gains = [RequestDelta((CompletionOutput(0, text, (5,)),)) for text in texts]
+    gains.append(RequestDelta((CompletionOutput(0, "", (2,), "stop"),), metrics=RequestMetrics(0.0)))
+    if stream:
+        chunks = streamed(chat(stream=True), iter(gains))[1:-1]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == content
+        assert all(chunk["choices"][0]["delta"] != {"content": ""} for chunk in chunks)
+    else:
+        assert body(chat(), iter(gains))["choices"][0]["message"]["content"] == content
+
+
+def test_a_space_stays_where_the_message_is_continued_or_the_tokenizer_adds_none_or_it_is_a_completion() -> None:
+    def gain() -> Iterator[RequestDelta]:
+        yield RequestDelta((CompletionOutput(0, " I", (5,), "stop"),), metrics=RequestMetrics(0.0))
+
+    assert body(chat(continues=True), gain())["choices"][0]["message"]["content"] == " I"
+    assert body(completion(), gain())["choices"][0]["text"] == " I"
+    llama3 = load_tokenizer(folder("llama3"))
+    assert not llama3.adds_leading_space
+    made = answer(chat(), llama3)
+    made.take(0, next(gain()))
+    assert json.loads(made.body())["choices"][0]["message"]["content"] == " I"
+
+
+def test_choices_that_gain_in_one_delta_are_events_in_one_piece() -> None:
+    made = answer(completion(ONCE, ONCE, n=2, stream=True))
+    both = RequestDelta((CompletionOutput(0, " a", (5,)), CompletionOutput(1, " b", (6,))))
+    assert [[choice["index"] for choice in each["choices"]] for each in events(made.take(1, both))] == [[2], [3]]
+    assert made.num_generated_tokens == 2
+
+
+def test_tokens_without_certain_text_are_no_event_but_are_counted() -> None:
+    for job in (chat(stream=True), completion(stream=True)):
+        made = answer(job)
+        assert made.take(0, RequestDelta((CompletionOutput(0, "", (198,)),))) == b""
+        assert made.num_generated_tokens == 1
+
+
+def test_a_completion_is_the_body_that_the_sdk_reads() -> None:
+    made = answer(completion(ONCE, PromptIds((1,)), n=2, logprobs=1))
+    for prompt_index in (1, 0):
+        for index in (0, 1):
+            for delta in deltas(A_CAFE, index=index, ends="length", logprobs=True):
+                made.take(prompt_index, delta)
+    read = Completion.model_validate(json.loads(made.body()), strict=True)
+    assert (read.id, read.object, read.system_fingerprint) == ("cmpl-1f", "text_completion", "fp_1")
+    assert [(choice.index, choice.text, choice.finish_reason) for choice in read.choices] == [
+        (index, " a café", "length") for index in range(4)
+    ]
+    assert read.usage is not None
+    assert read.usage.prompt_tokens == len(ONCE.token_ids) + 1
+    assert made.num_prompt_tokens == len(ONCE.token_ids) + 1
+
+
+def test_echo_shows_the_prompt_once_for_each_choice_streaming_or_not() -> None:
+    samples = [list(deltas(A_CAFE, index=index)) for index in (0, 1)]
+    whole = body(completion(n=2, echo=True), *map(iter, samples))
+    assert [choice["text"] for choice in whole["choices"]] == ["Once upon a café"] * 2
+    *chunks, _ = streamed(completion(n=2, echo=True, stream=True), *map(iter, samples))
+    for index in (0, 1):
+        texts = [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(texts) == "Once upon a café"
+    for chunk in chunks:
+        Completion.model_validate({**chunk, "choices": []}, strict=True)  # the SDK's choice wants a reason in each
+
+
+def test_echo_with_logprobs_reports_the_prompt_in_front_streaming_or_not() -> None:
+    gains = list(deltas(A_CAFE, logprobs=True, prompt_logprobs=True))
+    whole = body(completion(echo=True, logprobs=2), iter(gains))["choices"][0]["logprobs"]
+    assert whole["tokens"][:3] == ["<s>", " Once", " upon"]
+    assert whole["token_logprobs"] == [None] + [-1.5] * (len(whole["tokens"]) - 1)
+    assert whole["top_logprobs"][0] is None
+    assert whole["top_logprobs"][1] == {TOKENIZER.token_bytes(5).decode("utf-8", "replace"): -0.5, " Once": -1.5}
+    text = "Once upon a café"
+    assert [text[offset:][:1] for offset in whole["text_offset"][:4]] == ["O", "O", " ", " "]
+    assert whole["text_offset"][3] == len("Once upon")
+    *chunks, _ = streamed(completion(echo=True, logprobs=2, stream=True), iter(gains))
+    assert len(chunks) == len(A_CAFE)
+    for name, column in whole.items():
+        assert [each for chunk in chunks for each in chunk["choices"][0]["logprobs"][name]] == column
+
+
+def test_max_tokens_0_with_echo_is_the_prompt_alone_although_a_token_was_drawn() -> None:
+    for ends in ("stop", "length"):
+        made = answer(completion(echo=True, show_tokens=False, logprobs=0))
+        for delta in deltas(A_CAFE[:1], ends=ends, logprobs=True, prompt_logprobs=True):
+            made.take(0, delta)
+        got = json.loads(made.body())
+        assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("Once upon", "length")
+        assert got["choices"][0]["logprobs"]["tokens"] == ["<s>", " Once", " upon"]
+        assert got["choices"][0]["logprobs"]["top_logprobs"] is None
+        assert got["usage"]["completion_tokens"] == 0
+        assert got["usage"]["total_tokens"] == len(ONCE.token_ids)
+        assert made.num_generated_tokens == 1
+    event, _ = streamed(completion(echo=True, show_tokens=False, stream=True), deltas(A_CAFE[:1]))
+    assert event["choices"] == [{"index": 0, "text": "Once upon", "logprobs": None, "finish_reason": "length"}]
+
+
+@pytest.mark.parametrize("job", [chat(), chat(stream=True), completion(), completion(stream=True)])
+def test_a_deadline_is_the_error_504_and_its_tokens_are_counted(job: Job) -> None:
+    made = answer(job)
+    with pytest.raises(ApiError) as caught:
+        made.take(0, RequestDelta((CompletionOutput(0, " a", (5,), "deadline"),), metrics=RequestMetrics(0.0)))
+    assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
+    assert made.num_generated_tokens == 1
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_what_was_aborted_is_shown_unfinished(reason: Any) -> None:
+    for job in (chat(stream=True), completion(stream=True)):
+        data = answer(job).take(0, RequestDelta((CompletionOutput(0, " a", (5,), reason),)))
+        assert [each["choices"][0]["finish_reason"] for each in events(data)] == [None]
+
+
+def test_an_error_is_one_event_of_one_line() -> None:
+    (event,) = events(error_event(ApiError(500, "engine_error", "two\nlines")))
+    assert event["error"]["code"] == "engine_error"
+
+
+def test_text_of_any_kind_comes_back_as_it_was() -> None:
+    text = 'a "quote", a \\, a \n, a \u2028, a \x00, \U0001f600 and </script>'
+    gained = RequestDelta((CompletionOutput(0, text, (5,)),))
+    (event,) = events(answer(chat(stream=True)).take(0, gained))
+    assert event["choices"][0]["delta"] == {"content": text}
+    (event,) = events(answer(completion(stream=True)).take(0, gained))
+    assert event["choices"][0]["text"] == text
+
+
+def test_rendering_loads_no_torch() -> None:
+    code = "import sys, fastllama.serve.render; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
