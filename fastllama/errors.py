@@ -12,7 +12,7 @@ import importlib.util
 import math
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 class CheckpointError(ValueError):
@@ -66,11 +66,15 @@ class RequestError(RuntimeError):
     """A request that failed while it ran, or was aborted; its `__cause__` is what was raised.
 
     outputs: of LLM.generate, those of all its prompts (RequestOutput), for most of which nothing failed.
+    reason: "error" where something was raised, "abort" where somebody ended it, "deadline" where that passed before its
+    prompt was tokenized; afterwards a deadline raises nothing, and is the finish_reason of what came by then.
     """
 
-    def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, message: str, outputs: Sequence[Any] = (), *, reason: Literal["error", "abort", "deadline"] = "error"
+    ) -> None:
         super().__init__(message)
-        self.outputs = outputs
+        self.outputs, self.reason = outputs, reason
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -203,13 +203,14 @@ class Generation:
         if "error" in ends:
             reasons = [seq.stop_reason for seq in self.request.sequences if seq.finish_reason == "error"]
             return RequestError(f"{name} failed: {reasons[0]}")
-        return RequestError(f"{name} was aborted") if "abort" in ends else None
+        return RequestError(f"{name} was aborted", reason="abort") if "abort" in ends else None
 
     def metrics(self) -> RequestMetrics:
         """Timings and counts up to now."""
         request = self.request
         return RequestMetrics(
             arrival_time=request.arrival,
+            first_scheduled_time=request.first_scheduled,
             first_token_time=self.first_token_time,
             finish_time=self.finish_time,
             num_prompt_tokens=len(request.prompt_token_ids),

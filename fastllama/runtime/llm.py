@@ -131,8 +131,7 @@ class LLM:
             self._engine: Engine | None = Engine(parts.model, parts.tokenizer, options, parts.speculation)
             self.warm_up_seconds = self._engine.warm_up()
         name = None if isinstance(model, LlamaForCausalLM) else str(model)
-        longest = self._engine.scheduler.max_model_len
-        self.prompts = PromptEncoder(parts.tokenizer, parts.model.config, longest, str(chat_format), name)
+        self.prompts = PromptEncoder(parts.tokenizer, parts.model.config, self.max_model_len, str(chat_format), name)
 
     @property
     def engine(self) -> Engine:
@@ -145,6 +144,11 @@ class LLM:
     def config(self) -> LlamaConfig:
         """The model's configuration."""
         return self.engine.model.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.engine.scheduler.max_model_len
 
     @property
     def default_params(self) -> SamplingParams:
@@ -190,7 +194,7 @@ class LLM:
         for number, generation in enumerate(generations):
             if (failure := generation.failure()) is not None:
                 where = f"prompt {number} of {len(given)}: " if len(given) > 1 else ""
-                raise RequestError(f"{where}{failure}", outputs=outputs) from failure.__cause__
+                raise RequestError(f"{where}{failure}", outputs, reason=failure.reason) from failure.__cause__
         return outputs
 
     def chat(

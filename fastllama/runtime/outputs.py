@@ -49,9 +49,13 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times in seconds on one monotonic clock, None until they come; token counts summed over the samples."""
+    """Times in seconds on one monotonic clock, None until they come; token counts summed over the samples.
+
+    first_scheduled_time: when its prompt was first given a place in a step: until then it was queued.
+    """
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
     num_prompt_tokens: int = 0

@@ -157,7 +157,8 @@ def test_reports_and_penalties_know_what_was_shared() -> None:
         assert silent.output().outputs[0].logprobs is silent.output().prompt_logprobs is None
         times = found.metrics
         assert whole.metrics.first_token_time is not None
-        assert whole.metrics.first_token_time < times.arrival_time <= (times.first_token_time or 0)
+        assert whole.metrics.first_token_time < times.arrival_time <= (times.first_scheduled_time or 0)
+        assert (times.first_scheduled_time or 0) <= (times.first_token_time or 0)
 
 
 def test_a_fork_without_a_seed_draws_its_own() -> None:

@@ -353,10 +353,12 @@ def test_a_generation_can_be_read_at_any_time() -> None:
         before = generation.output()
         assert (before.outputs[0].text, before.outputs[0].token_ids, before.finished) == ("", (), False)
         assert (before.prompt_token_ids, before.prompt_logprobs) == ((1,), (None,))
-        assert (before.metrics.first_token_time, before.metrics.finish_time) == (None, None)
+        times = (before.metrics.first_scheduled_time, before.metrics.first_token_time, before.metrics.finish_time)
+        assert times == (None, None, None)
         pieces = llm.follow(generation)
         assert next(pieces) == "ab"
         during = generation.output()
+        assert during.metrics.first_scheduled_time is not None
         assert (during.outputs[0].text, list(during.outputs[0].token_ids)) == ("ab", answer[:1])
         assert (during.outputs[0].finish_reason, during.finished) == (None, False)
         assert list(pieces) == ["cx"]
@@ -364,7 +366,9 @@ def test_a_generation_can_be_read_at_any_time() -> None:
     assert generation.finished
     assert generation.output().finished
     assert before.outputs[0].text == "", "an output is a value"
+    assert metrics.first_scheduled_time == during.metrics.first_scheduled_time
+    assert metrics.first_scheduled_time is not None
     assert metrics.first_token_time is not None
     assert metrics.finish_time is not None
-    assert metrics.arrival_time <= metrics.first_token_time <= metrics.finish_time
+    assert metrics.arrival_time <= metrics.first_scheduled_time <= metrics.first_token_time <= metrics.finish_time
     assert (metrics.num_prompt_tokens, metrics.num_cached_tokens, metrics.num_generated_tokens) == (1, 0, 4)

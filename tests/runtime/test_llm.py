@@ -293,7 +293,7 @@ def test_what_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     with running(ours(), kv_cache_tokens=200, max_model_len=None, page_size=64) as llm:
         sizes, scheduler = llm.engine._sizes, llm.engine.scheduler
         assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (16, 2048)
-        assert (llm.engine.pool.num_pages * 64, scheduler.max_model_len) == (256, sizes.max_model_len)
+        assert (llm.engine.pool.num_pages * 64, llm.max_model_len) == (256, sizes.max_model_len)
     chosen = "max_model_len 200, KV cache 256 tokens (0.00 GB), max_num_seqs 16, max_num_batched_tokens 2048"
     warning = "max_model_len is 200, not the model's 512: the KV cache holds no more"
     assert [record.getMessage() for record in caplog.records] == [chosen, warning]

@@ -93,7 +93,7 @@ class Scheduler:
         child = seq.fork(next(self._seq_ids), request=request, max_length=max_length, patience=length // 2)
         request.sequences.append(child)
         if child.status is Status.RUNNING and child.num_computed == length - 1 and self._num_seats < self.max_num_seqs:
-            request.num_cached_tokens = min(child.num_computed, child.num_prompt_tokens)
+            request.begin(min(child.num_computed, child.num_prompt_tokens))
             self._num_seats += 1
             self._join(child, seq)
         else:
@@ -316,8 +316,7 @@ class Scheduler:
             self._last_lookup = None  # the idle pages that it took are held now, and cost nobody anything
             seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
             seq.num_computed = seq.num_published * self.pool.page_size
-            if seq.request.num_cached_tokens is None:
-                seq.request.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            seq.request.begin(min(seq.num_computed, seq.num_prompt_tokens))
             seq.status = Status.RUNNING
             self._num_seats += seq.num_seats
             self._waiting.remove(seq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +31,19 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    arrival: float  # seconds, on the caller's clock
+    arrival: float  # seconds, by time.monotonic()
     seed: int = 0  # of its draws: that of its parameters, or else one that was chosen
     bad_words: BadWords | None = None  # None where its parameters have none
-    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+    first_scheduled: float | None = None  # when it was first admitted, on the same clock; None until then
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, by then
     num_drafted: int = 0  # draft tokens verified for it
     num_accepted: int = 0  # those of them that were accepted
     sequences: list[Sequence] = field(default_factory=list, repr=False)
+
+    def begin(self, num_cached_tokens: int) -> None:
+        """It is given a place in a step: the first time counts."""
+        if self.first_scheduled is None:
+            self.first_scheduled, self.num_cached_tokens = time.monotonic(), num_cached_tokens
 
     @property
     def finished(self) -> bool:

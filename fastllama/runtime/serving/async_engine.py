@@ -64,7 +64,8 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a prompt: a text, token ids, or the messages of a chat.
 
-        deadline: seconds from now, after which what has not finished does with "deadline", between two steps.
+        deadline: seconds from now, after which what has not finished does with "deadline", between two steps; while the
+        prompt is still tokenized, its stream raises RequestError with that reason.
         request_id: names it for `abort`; None makes one. tags, add_special_tokens: as in LLM.chat and LLM.generate.
         Raises at once, and queues nothing: QueueFullError if max_queue_size requests wait, ValueError or TypeError for
         what can never run, RuntimeError when the engine drains or was shut down. A prompt of more than 8192 characters
@@ -112,15 +113,18 @@ class AsyncEngine:
         self.worker.fork(stream.order, order, params)
         return RequestStream(order, self._access, self._leave)
 
-    def abort(self, request_id: str) -> None:
-        """End a request by its id: its stream raises RequestError. Without effect on one that ended or never was."""
-        self._access.check_process()
-        self.worker.abort(request_id)
+    def abort(self, request_id: str, why: str = "AsyncEngine.abort was called") -> None:
+        """End a request by its id: its stream raises RequestError with the reason "abort", whose text ends in `why`.
 
-    def abort_all(self) -> None:
-        """End all requests that were added before, with "abort"."""
+        Without effect on a request that ended or never was.
+        """
         self._access.check_process()
-        self.worker.abort_all("AsyncEngine.abort_all was called")
+        self.worker.abort(request_id, why)
+
+    def abort_all(self, why: str = "AsyncEngine.abort_all was called") -> None:
+        """End all requests that were added before, as `abort` does one."""
+        self._access.check_process()
+        self.worker.abort_all(why)
 
     async def reset_prefix_cache(self) -> None:
         """Forget all keys and values, between two steps; see LLM.reset_prefix_cache."""

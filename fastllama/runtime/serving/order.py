@@ -29,8 +29,8 @@ class _Told:
 class Order:
     """One request of an AsyncEngine; all but its id and the mailbox belongs to the engine's thread.
 
-    deadline: by time.monotonic(). generation: None until the engine has it. begun: it has left the queue. why_aborted:
-    what aborted it. on_added: called when the engine has it, or when it has ended without.
+    deadline: by time.monotonic(). generation: None until the engine has it. begun: it has left the queue. failure: what
+    its reader gets if it was aborted. on_added: called when the engine has it, or when it has ended without.
     """
 
     request_id: str
@@ -40,7 +40,7 @@ class Order:
     generation: Generation | None = None
     begun: bool = False
     ended: bool = False
-    why_aborted: str | None = None
+    failure: RequestError | None = None
     on_added: list[Callable[[], None]] = field(default_factory=list)
     _told: dict[int, _Told] = field(default_factory=dict)
 
@@ -62,12 +62,11 @@ class Order:
 
     def end(self, error: BaseException | None) -> None:
         """Nothing follows. Its reader is woken, and gets the error, or why it was aborted, behind what came."""
-        if error is None and self.why_aborted is not None:
-            error = RequestError(f"request {self.request_id!r} was aborted: {self.why_aborted}")
-        elif error is None and self.generation is not None:
-            error = self.generation.failure()
+        failure = error or self.failure
+        if failure is None and self.generation is not None:
+            failure = self.generation.failure()
         self.ended = True
-        wake([self.mailbox.end(error)])
+        wake([self.mailbox.end(failure)])
 
     def _gain(
         self, generation: Generation, seq: Sequence, now: float, statistics: Statistics

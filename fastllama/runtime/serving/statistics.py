@@ -42,7 +42,7 @@ class Snapshot:
     num_host_hit_tokens: tokens that came back from the host cache, of prompts and of sequences computed again.
     num_preemptions: how often a sequence gave up its pages to be computed again.
     num_draft_tokens, num_accepted_tokens: guesses that were verified, and those that came true.
-    queue_seconds: from arrival until a request begins. first_token_seconds: from arrival to its first token.
+    queue_seconds: from arrival until first_scheduled_time. first_token_seconds: from arrival to its first token.
     inter_token_seconds: between tokens of one sample; those of one step count as evenly apart.
     request_seconds: from arrival to its end, however it ends.
     """

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Literal
 
-from fastllama.errors import QueueFullError
+from fastllama.errors import QueueFullError, RequestError
 from fastllama.runtime.calls import check_request_id
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
-from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.planning.sequence import Request
 from fastllama.runtime.prompts import Prepared
 from fastllama.runtime.serving.mailbox import wake
 from fastllama.runtime.serving.order import Order
@@ -93,11 +94,11 @@ class Worker:
         if not order.ended:
             self._commands.put(partial(self._abort, order, "its stream was closed"))
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, why: str) -> None:
         """End a request, if there is one of this id."""
         order = self.orders.get(request_id)
         if order is not None:
-            self._commands.put(partial(self._abort, order, "AsyncEngine.abort was called"))
+            self._commands.put(partial(self._abort, order, why))
 
     def abort_all(self, why: str) -> None:
         """End all requests that were queued before."""
@@ -182,17 +183,27 @@ class Worker:
         try:
             while self._turn(engine):
                 pass
+        except BaseException as error:  # in what ends requests after a fault
+            self._refuse_for(error)
+            raise
         finally:
             with self._lock:
                 self._stopped = True
             self.engine = None
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
+            for order in list(self.orders.values()) if self._broken is not None else ():
+                self._end(order, self._broken)
             self._abort_each(list(self.orders.values()), "the engine has ended")
             while not self._commands.empty():
                 if (command := self._commands.get()) is not None:
                     command()
             self._say_drained()
             self._access.give_up()
+
+    def _refuse_for(self, error: BaseException) -> None:
+        """The engine is beyond repair."""
+        with self._lock:
+            self._broken, self._refusal = error, f"is beyond repair, for {error!r}"
 
     def _turn(self, engine: Engine) -> bool:
         """Do what was commanded, and one step. False if that was the last."""
@@ -212,8 +223,7 @@ class Worker:
             self._step_start = None
         self._broken = self._broken or engine.device_error
         if self._broken is not None:
-            with self._lock:
-                self._refusal = f"is beyond repair, for {self._broken!r}"
+            self._refuse_for(self._broken)
             self._fail_all(engine, self._broken)
             return False
         if not self.orders:
@@ -294,11 +304,11 @@ class Worker:
         else:
             done.set_result(None)
 
-    def _abort(self, order: Order, why: str, reason: FinishReason = "abort") -> None:
+    def _abort(self, order: Order, why: str, reason: Literal["abort", "deadline"] = "abort") -> None:
         if order.ended:
             return
         if order.generation is None or reason == "abort":
-            order.why_aborted = why
+            order.failure = RequestError(f"request {order.request_id!r} was aborted: {why}", reason=reason)
         if order.generation is not None and self.engine is not None:
             self.engine.abort(order.generation, reason)
             wake([order.tell(self._statistics)])
@@ -316,13 +326,12 @@ class Worker:
 
     def _advance(self, engine: Engine) -> bool:
         """One step, and its tidings; whether it changed anything."""
-        start = time.monotonic()
         touched = engine.step()
         for order in self._by_generation.values():
             if not order.begun and order.generation is not None:
-                num_cached = order.generation.request.num_cached_tokens
-                if num_cached is not None:
-                    self._begin(order, start, num_cached)
+                request = order.generation.request
+                if request.first_scheduled is not None:
+                    self._begin(order, request, request.first_scheduled)
         readers = []
         for order in [self._by_generation[each] for each in touched if each in self._by_generation]:
             readers.append(order.tell(self._statistics))
@@ -339,13 +348,12 @@ class Worker:
         wake(readers)
         return bool(touched)
 
-    def _begin(self, order: Order, start: float, num_cached: int) -> None:
+    def _begin(self, order: Order, request: Request, begun: float) -> None:
         self._leave_queue(order)
-        assert order.generation is not None
         with self._statistics.lock:
-            self._statistics.queue_seconds.observe(start - order.arrival)
-            self._statistics.num_prompt_tokens += len(order.generation.request.prompt_token_ids)
-            self._statistics.num_cached_tokens += num_cached
+            self._statistics.queue_seconds.observe(begun - order.arrival)
+            self._statistics.num_prompt_tokens += len(request.prompt_token_ids)
+            self._statistics.num_cached_tokens += request.num_cached_tokens or 0
 
     def _leave_queue(self, order: Order) -> None:
         if not order.begun:

@@ -27,6 +27,7 @@ from tests.runtime.serving.test_async_engine import (
     until,
     until_it_fails,
 )
+from tests.runtime.serving.test_async_faults import failure_of
 from tests.runtime.test_engine import PROMPTS, tokens_of
 from tests.runtime.test_generation import Pieces
 
@@ -138,6 +139,24 @@ def test_an_abort_by_id_ends_that_one_behind_what_came() -> None:
     run(test())
 
 
+def test_who_aborts_says_why_and_a_reader_can_tell_it_from_a_failure() -> None:
+    async def test() -> None:
+        model = gated()
+        async with serving(model, max_num_seqs=1) as engine:
+            model.gate.clear()
+            streams = [engine.add_request(PROMPTS[1], LONG, request_id=name) for name in ("running", "queued", "last")]
+            engine.abort("running", "its client has gone")
+            engine.abort("queued", why="its client has gone")
+            engine.abort_all("the server stops")
+            model.gate.set()
+            for stream, why in zip(streams, ("its client has gone",) * 2 + ("the server stops",), strict=True):
+                failure = await failure_of(stream)
+                assert str(failure) == f"request {stream.request_id!r} was aborted: {why}"
+                assert (failure.reason, failure.__cause__) == ("abort", None)
+
+    run(test())
+
+
 @pytest.mark.parametrize("deadline", [10**400, math.inf, 1e300, np.float64("inf"), np.float32(1e9), np.int64(100)])
 def test_a_deadline_far_away_is_as_none(deadline: Any) -> None:
     async def test() -> None:
@@ -226,8 +245,9 @@ def test_a_stream_of_an_llm_says_why_it_is_not_all(monkeypatch: pytest.MonkeyPat
         head = next(pieces)
         llm.abort("mine")
         llm.abort("mine")
-        with pytest.raises(RequestError, match=r"^request 'mine' was aborted$"):
+        with pytest.raises(RequestError, match=r"^request 'mine' was aborted$") as aborted:
             next(pieces)
+        assert aborted.value.reason == "abort"
         assert whole.startswith(head)
         first, second = (llm.stream(PROMPTS[k], HOT) for k in (1, 2))
         head = next(first)
@@ -238,6 +258,7 @@ def test_a_stream_of_an_llm_says_why_it_is_not_all(monkeypatch: pytest.MonkeyPat
         rest: list[str] = []
         with pytest.raises(RequestError, match=r"failed: RequestError\(.*AssertionError\('a bug'\)") as raised:
             rest.extend(first)
+        assert raised.value.reason == "error"
         assert "a step was broken into" in str(raised.value.__cause__)
         assert whole.startswith(head + "".join(rest))
         assert "".join(llm.stream(PROMPTS[1], HOT)) == whole

@@ -31,6 +31,7 @@ from tests.runtime.test_engine import PROMPTS
 
 
 async def failure_of(stream: RequestStream) -> RequestError:
+    """What a stream raises, once, behind its last delta."""
     with pytest.raises(RequestError) as raised:
         await all_of(stream)
     assert await all_of(stream) == [], "once is enough"
@@ -42,7 +43,7 @@ def test_a_fault_ends_one_request_with_its_cause() -> None:
         async with serving(cursed()) as engine:
             others = [asyncio.ensure_future(all_of(engine.add_request(prompt, HOT))) for prompt in PROMPTS]
             error = await failure_of(engine.add_request([*prompt_of(20, seed=9), CURSED], HOT))
-            assert repr(error.__cause__) == "RuntimeError('cursed')"
+            assert (repr(error.__cause__), error.reason) == ("RuntimeError('cursed')", "error")
             assert [ids_of(await other) for other in others] == [alone(prompt) for prompt in PROMPTS]
             found = engine.statistics()
         assert (found.num_failed, found.num_finished) == (1, {"length": 3, "error": 1})

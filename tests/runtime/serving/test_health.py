@@ -11,7 +11,7 @@ import pytest
 from fastllama import AsyncEngine
 from fastllama.runtime import engine as engine_module
 from fastllama.runtime.planning.scheduler import Scheduler
-from fastllama.runtime.serving.worker import BEYOND_REPAIR
+from fastllama.runtime.serving.worker import BEYOND_REPAIR, Worker
 from tests.runtime.models import ours, running
 from tests.runtime.planning.test_isolation import cursed
 from tests.runtime.serving.test_async_engine import HOT, LONG, all_of, alone, gated, ids_of, run, serving, until
@@ -74,6 +74,28 @@ def test_an_error_of_the_device_ends_all_with_its_cause(monkeypatch: pytest.Monk
             monkeypatch.undo()
             model.always = False
             llm.engine.device_error = None
+
+    run(test())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_by_what_ends_requests_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        bug = AssertionError("a bug")
+        model = cursed()
+        with running(model) as llm:
+            engine = AsyncEngine(llm)
+            for owner, name in ((Scheduler, "commit"), (Worker, "_fail_all")):
+                monkeypatch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(bug))
+            assert (await failure_of(engine.add_request(PROMPTS[0], HOT))).__cause__ is bug
+            engine.worker.thread.join(60)
+            seen = engine.health()
+            assert (seen.alive, seen.error) == (False, "AssertionError('a bug')")
+            with pytest.raises(RuntimeError, match=r"^this AsyncEngine is beyond repair, for AssertionError"):
+                engine.add_request(PROMPTS[0], HOT)
+            monkeypatch.undo()
+            await engine.shutdown()
+            assert tokens_of(llm.generate(PROMPTS[1], HOT)[0]) == alone(PROMPTS[1]), "another request mends the rest"
 
     run(test())
 

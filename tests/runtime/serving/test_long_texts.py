@@ -17,6 +17,7 @@ from fastllama.errors import RequestError
 from fastllama.io.tokenizer import Tokenizer, Vocabulary
 from tests.runtime.models import ours, running
 from tests.runtime.serving.test_async_engine import HOT, all_of, alone, ids_of, run, until, until_it_fails
+from tests.runtime.serving.test_async_faults import failure_of
 from tests.runtime.test_engine import PROMPTS
 
 TEXT = "a" * 50_000
@@ -129,7 +130,9 @@ def test_a_request_ends_at_once_while_it_is_tokenized(how: str) -> None:
                     engine.abort("mine")
                 elif how == "abort_all":
                     engine.abort_all()
-                await until_it_fails(stream, rf"^request 'mine' was aborted: {causes[how]}$")
+                failure = await failure_of(stream)
+                assert str(failure) == f"request 'mine' was aborted: {causes[how]}"
+                assert failure.reason == ("deadline" if how == "deadline" else "abort")
             await until_it_fails(fork, r"aborted|'mine' has ended; legal: an unfinished one")
             assert time.monotonic() - start < 10
             with pytest.raises(RuntimeError, match="has not ended"):

@@ -62,6 +62,26 @@ def test_guesses_are_counted_and_each_token_of_a_step_has_its_time(monkeypatch: 
     run(test())
 
 
+def test_a_request_is_queued_until_its_prompt_has_a_place_in_a_step() -> None:
+    async def test() -> None:
+        with running(ours(), max_num_seqs=1) as llm:
+            async with AsyncEngine(llm) as engine:
+                requests = [engine.add_request(prompt_of(length), replace(PARAMS, n=1)) for length in (5, 17)]
+                found = await asyncio.gather(*map(all_of, requests))
+        first, second = (deltas[-1].metrics for deltas in found)
+        assert first is not None
+        assert second is not None
+        assert first.first_scheduled_time is not None
+        assert second.first_scheduled_time is not None
+        assert first.arrival_time <= first.first_scheduled_time <= (first.first_token_time or 0)
+        assert second.first_scheduled_time >= (first.finish_time or 0), "it had the only place until then"
+        waited = [(each.first_scheduled_time or 0) - each.arrival_time for each in (first, second)]
+        counted = engine.statistics().queue_seconds
+        assert (counted.count, counted.total) == (2, pytest.approx(sum(waited)))
+
+    run(test())
+
+
 def test_guesses_are_counted_on_where_the_engine_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
 
