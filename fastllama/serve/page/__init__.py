@@ -1,0 +1,53 @@
+"""The page at GET /: a chat with the served model, in three files that no other origin is asked for.
+
+index.html holds the notice, so that the limits and the licence of the model are in view without a key and without
+JavaScript. The page itself talks to /v1/models and /v1/chat/completions as any client does.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from importlib.resources import files
+
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+_PLACE = "<!-- notice.md -->"
+_LINK = re.compile(r"\[([^\]]+)\]\((https://[^\s)]+)\)")
+
+
+def _text(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def notice() -> str:
+    """Limits and licence of the model, Markdown: notice.md, which who runs the server may replace."""
+    return _text("notice.md").strip()
+
+
+def notice_html(markdown: str) -> str:
+    """The notice as HTML: paragraphs, lists of lines that begin with "- ", links to https; all else is text."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", markdown.strip()):
+        text = _LINK.sub(r'<a href="\2" target="_blank" rel="noopener noreferrer">\1</a>', html.escape(block))
+        if block.startswith("- "):
+            items = re.split(r"^- ", text, flags=re.MULTILINE)[1:]
+            blocks.append("<ul>\n" + "\n".join(f"<li>{item.strip()}</li>" for item in items) + "\n</ul>")
+        else:
+            blocks.append(f"<p>{text}</p>")
+    return "\n".join(blocks)
+
+
+FILES: dict[str, tuple[bytes, str]] = {  # path of the URL -> (body, content type)
+    "/": (_text("index.html").replace(_PLACE, notice_html(notice())).encode(), "text/html; charset=utf-8"),
+    "/page.js": (_text("page.js").encode(), "text/javascript; charset=utf-8"),
+    "/page.css": (_text("page.css").encode(), "text/css; charset=utf-8"),
+}
