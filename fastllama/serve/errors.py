@@ -26,7 +26,13 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
@@ -43,6 +49,16 @@ class ApiError(Exception):
 def invalid(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:
     """What a client has to change."""
     return ApiError(400, code, message, param=param)
+
+
+def context_length_exceeded(max_model_len: int, what: str, param: str) -> ApiError:
+    """A prompt that leaves no room for an answer; what: "messages has 5000 tokens"."""
+    # Clients know the case by the first words, which are OpenAI's, or by the code.
+    message = (
+        f"This model's maximum context length is {max_model_len} tokens, and {what}; legal: at most "
+        f"{max_model_len - 1} tokens, which leave room for one of the answer"
+    )
+    return invalid(message, param, code="context_length_exceeded")
 
 
 def unavailable(code: str, message: str, *, seconds: int) -> ApiError:

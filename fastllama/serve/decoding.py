@@ -1,0 +1,78 @@
+"""Bytes that a client sent to a request of wire.py; whatever is wrong with them is an ApiError of 400."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from fastllama.errors import nearest, shown
+from fastllama.runtime.peer_names import names_here
+from fastllama.serve import wire
+from fastllama.serve.errors import ApiError, invalid
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+_INSIDE: dict[str, type[msgspec.Struct]] = {
+    "messages": wire.ChatMessage,
+    "stream_options": wire.StreamOptions,
+    "response_format": wire.ResponseFormat,
+}
+# What msgspec says: "Expected `int | null`, got `str` - at `$.messages[0].name`"
+_PATH = re.compile(r" - at `\$([^`]*)`\Z")
+_PARAM = re.compile(r"(?:\.\w{1,40}|\[\d{1,9}\]){0,4}")  # of the path what OpenAI would say: "messages[0].content[1]"
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_TYPE = re.compile(r"Expected `(.*)`, got `(.*)`", re.DOTALL)
+_JSON_TYPES = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "an object",
+}
+
+
+def decode(body: bytes, kind: type[RequestT]) -> RequestT:
+    """The request in a body. Raises ApiError of 400, and nothing else, for what is not one."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except RecursionError:
+        raise invalid("the body has too many brackets within brackets", code="invalid_json") from None
+    except msgspec.ValidationError as error:
+        raise _of_field(str(error), kind) from None
+    except ValueError as error:  # a DecodeError, but for what is no Unicode
+        what = shown(error).removeprefix("JSON is malformed: ") if body else "it is empty"
+        raise invalid(f"the body is not JSON in UTF-8: {what}", code="invalid_json") from None
+
+
+def _of_field(text: str, kind: type[msgspec.Struct]) -> ApiError:
+    """What is told of a field that is unknown, missing or of a wrong type."""
+    path = _PATH.search(text)
+    param = _PARAM.match(path[1])[0].lstrip(".") if path else ""  # type: ignore[index]  # it matches all texts
+    text = text[: path.start()] if path else text
+    if unknown := _UNKNOWN.fullmatch(text):
+        return unknown_field(unknown[1], param, _INSIDE.get(re.split(r"\W", param)[0], kind).__struct_fields__)
+    if missing := _MISSING.fullmatch(text):
+        name = _joined(param, missing[1])
+        return invalid(f"{name} is missing, and nothing stands in for it", name)
+    where = param or "the body"
+    if wrong := _TYPE.fullmatch(text):
+        legal, seen = (
+            " or ".join(_JSON_TYPES.get(each, each) for each in said.split(" | ")) for said in wrong.groups()
+        )
+        return invalid(f"{where} is {seen}; legal: {legal}", param or None, code="invalid_type")
+    return invalid(f"{where} is wrong: {shown(text)}", param or None)  # numbers out of range
+
+
+def unknown_field(name: str, inside: str, legal: Any) -> ApiError:
+    """The error for a field that nobody knows; inside: the field whose value it stands in, "" for the body."""
+    peers = [each for each in names_here(name) if each in legal]
+    near = peers[0] if peers else nearest(name[:64], legal, 0.0)  # the search takes the square of the length
+    param = _joined(inside, shown(name, 60))
+    return invalid(f"{param} is unknown; the nearest legal field is {near}", param, code="unknown_parameter")
+
+
+def _joined(inside: str, name: str) -> str:
+    return f"{inside}.{name}" if inside else name
