@@ -256,6 +256,19 @@ def test_echo_with_logprobs_reports_the_prompt_in_front_streaming_or_not() -> No
         assert [each for chunk in chunks for each in chunk["choices"][0]["logprobs"][name]] == column
 
 
+def test_a_completion_with_logprobs_0_lists_no_likeliest_tokens() -> None:
+    got = body(completion(logprobs=0), deltas(A_CAFE, logprobs=True))["choices"][0]["logprobs"]
+    assert got["top_logprobs"] is None
+    assert got["token_logprobs"] == [-1.5] * len(A_CAFE)
+
+
+def test_offsets_count_special_tokens_where_they_are_shown() -> None:
+    params = SamplingParams(skip_special_tokens=False)
+    gains = deltas([2, *A_CAFE], logprobs=True)
+    got = body(Job("completion", "tiny", (ONCE,), params, logprobs=1), gains)["choices"][0]["logprobs"]
+    assert got["text_offset"][:2] == [0, len("</s>")]
+
+
 def test_max_tokens_0_with_echo_is_the_prompt_alone_although_a_token_was_drawn() -> None:
     for ends in ("stop", "length"):
         made = answer(completion(echo=True, show_tokens=False, logprobs=0))
