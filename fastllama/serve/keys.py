@@ -86,7 +86,7 @@ class TokenBucket:
 
     def resize(self, per_minute: int) -> None:
         """Another allowance from now on. What is there stays, up to the new one."""
-        self._level = min(self.level, per_minute)
+        self._level = self.level  # what has come back came at the old rate
         self.per_minute = per_minute
 
 
