@@ -84,6 +84,10 @@ def test_offsets_pass_over_what_is_not_shown() -> None:
     assert shown.text_offset[1:] == [shown.text_offset[1], shown.text_offset[1] + len("</s>")]
 
 
+def test_a_prompt_may_end_with_an_id_without_a_piece() -> None:
+    assert LogprobsTable(TOKENIZER, [1, BEYOND]).of([5], reports(5)).text_offset == [0]
+
+
 def test_reports_and_tokens_are_of_one_number() -> None:
     with pytest.raises(ValueError, match="zip"):
         LogprobsTable(TOKENIZER).of([1, 2], reports(1))
