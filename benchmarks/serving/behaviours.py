@@ -1,0 +1,337 @@
+"""Clients of every kind: those that behave, leave, stall, or send what is no request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.serving.requests import Connection, Reply, request
+
+PATIENCE = 60.0  # seconds for one client's whole business
+Behaviour = Callable[["Caller"], Awaitable[str]]
+
+
+class Fault(Exception):
+    """What a server should not have done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one client's business ended.
+
+    ending: the status of the answer, or "left" where the client did not wait for it, "closed" where the server closed
+    without one. gaps: seconds between the reads of a whole stream. fault: what is wrong; None where nothing is.
+    """
+
+    behaviour: str
+    ending: str
+    seconds: float
+    gaps: tuple[float, ...] = ()
+    fault: str | None = None
+
+
+@dataclass
+class Caller:
+    """A client before it calls: where to, and what its dice are. stalls: seconds after which a server hangs up."""
+
+    port: int
+    rng: random.Random
+    stalls: float
+    gaps: tuple[float, ...] = ()
+
+    def connect(self, receive_buffer: int | None = None) -> Connection:
+        """A connection of its own."""
+        return Connection(self.port, receive_buffer)
+
+    def fields(self, *, stream: bool, max_tokens: int) -> dict[str, Any]:
+        """A legal request's, but for its prompt, and different each time."""
+        more: list[dict[str, Any]] = [
+            {},
+            {"temperature": 0},
+            {"n": 2},
+            {"stop": ["the", "zebra"]},
+            {"top_p": 0.9, "seed": 7, "frequency_penalty": 0.5},
+            {"logit_bias": {"300": 5}},
+        ]
+        return {"stream": stream, "max_tokens": max_tokens, **self.rng.choice(more)}
+
+    def legal(self, *, stream: bool, max_tokens: int | None = None) -> bytes:
+        """A legal request to either endpoint."""
+        fields = self.fields(stream=stream, max_tokens=max_tokens or self.rng.randint(4, 32))
+        text = " ".join(self.rng.choices(("Once", "upon", "a", "time", "little", "dog"), k=self.rng.randint(1, 12)))
+        if self.rng.random() < 0.5:
+            return request(json.dumps(fields | {"prompt": text}).encode())
+        messages = [{"role": "user", "content": text}]
+        return request(json.dumps(fields | {"messages": messages}).encode(), "/v1/chat/completions")
+
+
+def _judged(reply: Reply | None) -> str:
+    """The status of an answer, of which every error is one of the API."""
+    if reply is None:
+        return "closed"
+    if reply.status >= 500:
+        raise Fault(f"status {reply.status}: {reply.body[:500]!r}")
+    if reply.status >= 400:
+        message = json.loads(reply.body)["error"]["message"]
+        if "\n" in message or len(message) > 1000 or "Traceback" in message:
+            raise Fault(f"an error's message is not one short line: {message[:200]!r}")
+    if reply.status == 429 and not 1 <= float(reply.headers.get("retry-after", "0")) <= 120:
+        raise Fault(f"429 with Retry-After {reply.headers.get('retry-after')!r}")
+    return str(reply.status)
+
+
+async def _answered(caller: Caller, *, stream: bool) -> str:
+    async with caller.connect() as connection:
+        await connection.send(caller.legal(stream=stream))
+        reply = await connection.reply()
+    ending = _judged(reply)
+    if reply is None or ending not in ("200", "429"):
+        raise Fault(f"a legal request got {ending}: {reply.body[:500] if reply else b''!r}")
+    if ending == "429":
+        await asyncio.sleep(caller.rng.uniform(0.01, 0.1))  # much sooner than it was asked for
+        return ending
+    answers = reply.events if stream else [json.loads(reply.body)]
+    if any("error" in answer for answer in answers):
+        raise Fault(f"an error in an answer: {answers[-1]}")
+    reasons = [choice["finish_reason"] for answer in answers for choice in answer["choices"] if choice["finish_reason"]]
+    if not reasons or not set(reasons) <= {"stop", "length"} or (stream and b"data: [DONE]" not in reply.body):
+        raise Fault(f"an answer that is not whole: {reasons}, {reply.body[-200:]!r}")
+    if stream:
+        caller.gaps = tuple(after - before for before, after in pairwise(reply.times[1:]))
+    return ending
+
+
+async def read_stream(caller: Caller) -> str:
+    """Read a stream to its end."""
+    return await _answered(caller, stream=True)
+
+
+async def read_whole(caller: Caller) -> str:
+    """Wait for an answer that is not streamed."""
+    return await _answered(caller, stream=False)
+
+
+async def _leave(caller: Caller, connection: Connection) -> str:
+    if caller.rng.random() < 0.5:
+        connection.reset()
+    return "left"
+
+
+async def leave_upload(caller: Caller) -> str:
+    """Leave in the middle of the request."""
+    asked = caller.legal(stream=True)
+    async with caller.connect() as connection:
+        await connection.send(asked[: caller.rng.randrange(len(asked))])
+        await asyncio.sleep(caller.rng.choice((0.0, 0.02)))
+        return await _leave(caller, connection)
+
+
+async def leave_queue(caller: Caller) -> str:
+    """Leave as soon as the request is sent, or a moment later: queued, or in the prompt."""
+    async with caller.connect() as connection:
+        await connection.send(caller.legal(stream=caller.rng.random() < 0.5, max_tokens=200))
+        await asyncio.sleep(caller.rng.choice((0.0, 0.005, 0.03)))
+        return await _leave(caller, connection)
+
+
+async def leave_stream(caller: Caller) -> str:
+    """Leave a stream behind some of its tokens."""
+    async with caller.connect() as connection:
+        await connection.send(caller.legal(stream=True, max_tokens=200))
+        for _ in range(caller.rng.randint(1, 20)):
+            if not await connection.receive():
+                break
+        return await _leave(caller, connection)
+
+
+async def leave_half(caller: Caller) -> str:
+    """Send the request and close that direction, which counts as leaving; read on."""
+    async with caller.connect() as connection:
+        await connection.send(caller.legal(stream=True))
+        connection.end_writing()
+        while await connection.receive():
+            pass
+    return "left"
+
+
+async def never_read(caller: Caller) -> str:
+    """Ask for megabytes and read nothing, until the server hangs up or its answer lies in the kernel."""
+    body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "logprobs": 20, "n": 2, "stream": True}
+    async with caller.connect(receive_buffer=2048) as connection:
+        await connection.send(request(json.dumps(body).encode()))
+        hang_up = time.monotonic() + 3 * caller.stalls
+        while connection.is_open and time.monotonic() < hang_up:
+            await asyncio.sleep(0.1)
+        return "left" if connection.is_open else "closed"
+
+
+async def _drip(caller: Caller, connection: Connection, byte: bytes, pause: float) -> str:
+    """Send byte after byte until the server hangs up, as it must."""
+    hang_up = time.monotonic() + caller.stalls + 20
+    waiting = asyncio.ensure_future(connection.reply())
+    try:
+        while not waiting.done() and time.monotonic() < hang_up:
+            with suppress(OSError):
+                await connection.send(byte)
+            await asyncio.wait([waiting], timeout=pause)
+        if not waiting.done():
+            raise Fault(f"a slow client was kept for more than {caller.stalls + 20:.0f} s")
+        return _judged(waiting.result())
+    finally:
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+
+
+async def slow_headers(caller: Caller) -> str:
+    """Headers that never end, byte by byte."""
+    async with caller.connect() as connection:
+        await connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        return await _drip(caller, connection, b"x", 0.2)
+
+
+async def slow_body(caller: Caller) -> str:
+    """A body that does not go on."""
+    async with caller.connect() as connection:
+        await connection.send(request(b" " * 1000)[:-900])
+        return await _drip(caller, connection, b"", 0.5)
+
+
+_DIGITS = b"9" * 1000
+BODIES: tuple[bytes, ...] = (
+    b"",
+    b"nonsense",
+    b"null",
+    b"[]",
+    b'{"prompt": "a"',
+    b'\xef\xbb\xbf{"prompt": "a", "n": 0}',
+    b'{"prompt": "\xff\xfe"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "stop": "\\udfff"}',
+    b'{"prompt": "a", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"prompt": "a", "metadata": ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000 + b"}",
+    b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "a", "temperature": ' + _DIGITS + b"}",
+    b'{"prompt": "a", "max_tokens": ' + _DIGITS + b"}",
+    b'{"prompt": "a", "seed": ' + _DIGITS + b"}",
+    b'{"prompt": "a", "seed": 1.5}',
+    b'{"prompt": [' + _DIGITS + b"]}",
+    b'{"prompt": [-1]}',
+    b'{"prompt": [1e9]}',
+    b'{"prompt": [true]}',
+    b'{"prompt": [["a"], 1]}',
+    b'{"prompt": {}}',
+    b'{"prompt": "a", "max_tokens": "many"}',
+    b'{"prompt": "a", "max_tokens": -1}',
+    b'{"prompt": "a", "n": 1000000}',
+    b'{"prompt": "a", "logit_bias": {"' + _DIGITS + b'": 1}}',
+    b'{"prompt": "a", "logit_bias": {"1": NaN}}',
+    b'{"prompt": "a", "logit_bias": [1]}',
+    b'{"prompt": "a", "stop": ["", "b"]}',
+    b'{"prompt": "a", "stop": {"a": 1}}',
+    b'{"prompt": "a", "stream": "yes"}',
+    b'{"prompt": "a", "stream_options": {"include_usage": true}}',
+    b'{"prompt": "a", "logprobs": 1000}',
+    b'{"prompt": "a", "unheard_of": 1}',
+    b'{"prompt": "' + b"word " * 100_000 + b'"}',
+    b'{"prompt": [' + b"5," * 50_000 + b"5]}",
+    b'{"messages": [{"role": "user", "content": "a"}]}',
+)
+CONVERSATIONS: tuple[bytes, ...] = (
+    b'{"messages": []}',
+    b'{"messages": "a"}',
+    b'{"messages": [{"role": "wizard", "content": "a"}]}',
+    b'{"messages": [{"role": "user", "content": null}]}',
+    b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+    b'{"messages": [{"role": "user", "content": {"a": 1}}]}',
+    b'{"messages": [{"role": "user", "content": "' + b"word " * 100_000 + b'"}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+    b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}], "tool_choice": "required"}',
+    b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3}',
+)
+_HOST = b"Host: localhost\r\n"
+_JSON = b"Content-Type: application/json\r\n"
+GARBLED: tuple[bytes, ...] = (
+    b"\x00\x01\x02\x03\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS
+    b"GET\r\n\r\n",
+    b"BREW /v1/completions HTTP/1.1\r\n" + _HOST + b"\r\n",
+    b"GET / HTTP/9.9\r\n" + _HOST + b"\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n" + _HOST + _JSON + b"Content-Length: -1\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n" + _HOST + _JSON + b"Content-Length: 1000000000\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n" + _HOST + _JSON + b"Content-Length: " + _DIGITS + b"\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n" + _HOST + _JSON + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n" + _HOST + b"Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: evil.example\r\n" + _JSON + b"Content-Length: 2\r\n\r\n{}",
+    b"GET /v1/completions HTTP/1.1\r\n" + _HOST + b"\r\n",
+    b"POST /v1/embeddings HTTP/1.1\r\n" + _HOST + _JSON + b"Content-Length: 2\r\n\r\n{}",
+    b"GET /../../etc/passwd HTTP/1.1\r\n" + _HOST + b"\r\n",
+    b"GET /%ff%00 HTTP/1.1\r\n" + _HOST + b"\r\n",
+    b"GET /nothing HTTP/1.1\r\n" + _HOST + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n",
+    b"GET /" + b"y" * 200_000 + b" HTTP/1.1\r\n" + _HOST + b"\r\n",
+)
+
+
+async def _refused(caller: Caller, data: bytes, *, may_close: bool) -> str:
+    async with caller.connect() as connection:
+        with suppress(ConnectionError):  # refused before all was sent
+            await connection.send(data)
+        ending = _judged(await connection.reply())
+    if not (ending.startswith("4") or (may_close and ending == "closed")):
+        raise Fault(f"{data[:100]!r} of {len(data)} bytes got {ending}")
+    return ending
+
+
+async def send_nonsense(caller: Caller) -> str:
+    """A body that is no legal request."""
+    if caller.rng.random() < 0.8:
+        data = request(caller.rng.choice(BODIES))
+    else:
+        data = request(caller.rng.choice(CONVERSATIONS), "/v1/chat/completions")
+    return await _refused(caller, data, may_close=False)
+
+
+async def send_garbage(caller: Caller) -> str:
+    """Bytes that are no legal HTTP, or none for this server."""
+    return await _refused(caller, caller.rng.choice(GARBLED), may_close=True)
+
+
+WELL_BEHAVED: dict[Behaviour, int] = {read_stream: 3, read_whole: 1}
+MIXED: dict[Behaviour, int] = {  # how many of a hundred
+    read_stream: 35,
+    read_whole: 10,
+    leave_upload: 8,
+    leave_queue: 10,
+    leave_stream: 12,
+    leave_half: 3,
+    never_read: 1,
+    slow_headers: 2,
+    slow_body: 2,
+    send_nonsense: 10,
+    send_garbage: 7,
+}
+
+
+async def call(behaviour: Behaviour, port: int, rng: random.Random, stalls: float) -> Outcome:
+    """Let one client have its way; what is wrong is the outcome's fault, not raised."""
+    caller, start, ending, fault = Caller(port, rng, stalls), time.perf_counter(), "closed", None
+    try:
+        ending = await asyncio.wait_for(behaviour(caller), PATIENCE)
+    except Fault as error:
+        ending, fault = "fault", str(error)
+    except asyncio.TimeoutError:
+        ending, fault = "fault", f"nothing came for {PATIENCE:.0f} s"
+    except (OSError, ValueError, KeyError) as error:
+        ending, fault = "fault", f"{type(error).__name__}: {error}"
+    return Outcome(behaviour.__name__, ending, time.perf_counter() - start, caller.gaps, fault)

@@ -1,0 +1,179 @@
+"""A `fastllama serve` in a process of its own, and what can be seen of it from outside. Needs Linux's /proc."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks.serving.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 180.0  # seconds that a server may take until it is ready, or to end
+_METRIC = re.compile(rb"^fastllama:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of all threads of a process up to now, those that have ended included, to the nanosecond."""
+    return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id on Linux
+
+
+def launch(settings: Settings, *arguments: str, **streams: Any) -> subprocess.Popen[Any]:
+    """Begin a process of launch.py."""
+    command = [sys.executable, "-m", "benchmarks.serving.launch", settings.json(), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, **streams)
+
+
+@dataclass(frozen=True)
+class State:
+    """A process that serves, at one moment: memory, descriptors, threads, and what /metrics says of requests.
+
+    pages: the share of KV pages that are in use.
+    """
+
+    megabytes: float
+    descriptors: int
+    threads: int
+    running: float
+    waiting: float
+    pages: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is there, or holds pages."""
+        return bool(self.running or self.waiting or self.pages)
+
+
+class ServerProcess:
+    """`fastllama serve` on a free port of the loopback, as a context manager; ready once it is entered.
+
+    Its standard error goes to a file, see `log`. Raises RuntimeError with that where it ends or is not ready in time.
+    """
+
+    def __init__(self, settings: Settings, options: Sequence[str] = ()) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._settings, self._options = settings, options
+        self._within = ExitStack()
+
+    def __enter__(self) -> ServerProcess:
+        self._errors = self._within.enter_context(tempfile.TemporaryFile())
+        arguments = ("serve", "--port", str(self.port), *self._options)
+        self.process = launch(self._settings, *arguments, stdout=subprocess.DEVNULL, stderr=self._errors)
+        give_up = time.monotonic() + PATIENCE
+        while not self._is_ready():
+            if self.process.poll() is not None or time.monotonic() > give_up:
+                log = self.log
+                self._kill()
+                raise RuntimeError(f"fastllama serve is not ready; its standard error:\n{log}")
+            time.sleep(0.05)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has written to standard error."""
+        self._errors.seek(0)
+        return self._errors.read().decode("utf-8", "replace")
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a GET over a connection of its own. Raises OSError where there is no answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """A gauge of /metrics, of all labels together."""
+        status, body = self.get("/metrics")
+        found = [float(value) for key, value in _METRIC.findall(body) if key.decode() == name]
+        if status != 200 or not found:
+            raise RuntimeError(f"/metrics answers {status} and has no fastllama:{name}")
+        return sum(found)
+
+    def state(self) -> State:
+        """Counts of now; the connection that asks is not among them."""
+        metrics = [
+            self.metric(name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        ]
+        folder = Path("/proc", str(self.pid))
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text(encoding="ascii").splitlines())
+        descriptors = len(os.listdir(folder / "fd"))
+        return State(int(status["VmRSS"].split()[0]) / 1e3, descriptors, int(status["Threads"]), *metrics)
+
+    def end(self) -> int:
+        """Send SIGTERM and return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.get("/ready")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._within.close()
+
+
+class DirectProcess:
+    """An AsyncEngine whose streams are read in its own process, as a context manager; see launch.py."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __enter__(self) -> DirectProcess:
+        self._process = launch(self._settings, "direct", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._line()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Its answer to a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._line())
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the process of the AsyncEngine has ended; it says why above")
+        return line

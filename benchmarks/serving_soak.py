@@ -1,0 +1,172 @@
+"""Ten thousand clients of every kind at four times a server's capacity: nothing is lost, and nobody else is hurt.
+
+python -m benchmarks.serving_soak [--requests 10000] [--seed 0]
+
+One `fastllama serve` with few seats, a short queue and short limits. So many clients at once as it has seats, and then
+four times as many: those behave, leave (reset, close, half-close; during upload, queued, in the stream), stall (never
+read, slow headers, slow bodies), send bodies that are no requests, and bytes that are no HTTP
+(benchmarks/serving/behaviours.py). The exit status is 1 where
+
+- an answer is wrong, has status 5xx, or is a 429 whose Retry-After is not 1 to 120 s;
+- behind them all a request or KV page is still in use, or there are more descriptors or threads than at the start;
+- resident memory grows by more than GROWTH between the middle and the end;
+- p99 of the gaps between reads of whole streams is more than SLOWDOWN times that with as many clients as seats, all of
+  which behave, before and behind;
+- the server writes a traceback, or does not end with status 0 on SIGTERM.
+
+Client and server share the machine, so that gaps are those of both. Needs Linux's /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from benchmarks.serving.behaviours import MIXED, WELL_BEHAVED, Behaviour, Outcome, call
+from benchmarks.serving.process import ServerProcess, State
+from benchmarks.serving.samples import percentile
+from benchmarks.serving.settings import Settings
+
+SEATS = 8  # sequences that run at once
+STALLS = 2.0  # seconds that a client may take for its headers, a piece of its body, or a read
+SETTINGS = Settings(
+    llm={"max_num_seqs": SEATS, "max_model_len": 256, "kv_cache_tokens": 2048, "page_size": 16},
+    stall_seconds=STALLS,
+)
+OPTIONS = ("--max-queue-size", str(SEATS), "--max-body-bytes", str(1 << 20), "--drain-timeout", "10")
+OVERLOAD = 4  # times as many clients as seats
+WARM_UP = 500  # clients before the first count, a tenth of all at most
+GROWTH = 8.0  # MB between the middle and the end
+SLOWDOWN = 1.5
+
+
+@dataclass
+class Soak:
+    """What the clients met, and how the server was between their phases."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    states: dict[str, State] = field(default_factory=dict)
+    alone: list[float] = field(default_factory=list)  # gaps with as many clients as seats
+    crowded: list[float] = field(default_factory=list)
+    log: str = ""
+    exit_status: int = 0
+
+    def faults(self, *, measured: bool = True) -> list[str]:
+        """What is wrong; measured: memory and gaps too, which say something behind thousands of clients only."""
+        counts = Counter(f"{each.behaviour}: {each.fault}" for each in self.outcomes if each.fault is not None)
+        found = [f"{count} times {fault}" if count > 1 else fault for fault, count in counts.items()]
+        start, middle, end = (self.states[place] for place in ("start", "middle", "end"))
+        found += [f"at the {place} is left: {state}" for place, state in self.states.items() if state.busy]
+        found += [
+            f"there were {getattr(start, name)} {name}, and at the end are {getattr(end, name)}"
+            for name in ("descriptors", "threads")
+            if getattr(end, name) > getattr(start, name)
+        ]
+        if measured and end.megabytes > middle.megabytes + GROWTH:
+            found.append(f"memory grew from {middle.megabytes:.1f} to {end.megabytes:.1f} MB behind the middle")
+        if measured and self.slowdown > SLOWDOWN:
+            found.append(f"p99 of the gaps is {self.slowdown:.2f} times that at capacity, above {SLOWDOWN}")
+        if "Traceback" in self.log:
+            found.append(f"the server wrote a traceback: ...{self.log[self.log.index('Traceback') :][:3000]}")
+        if self.exit_status:
+            found.append(f"the server ended with status {self.exit_status}")
+        return found
+
+    @property
+    def slowdown(self) -> float:
+        """p99 of the gaps in the crowd, over that of the clients alone."""
+        return percentile(self.crowded, 99) / percentile(self.alone, 99)
+
+    def tables(self) -> Iterator[str]:
+        """Lines: what the clients met, how the server was, and the gaps."""
+        yield f"{'client':14} {'count':>6} {'p50 s':>7} {'p99 s':>7}  endings"
+        for name in sorted({each.behaviour for each in self.outcomes}):
+            of_it = [each for each in self.outcomes if each.behaviour == name]
+            seconds = [each.seconds for each in of_it]
+            endings = ", ".join(
+                f"{ending} {count}" for ending, count in Counter(each.ending for each in of_it).most_common()
+            )
+            yield f"{name:14} {len(of_it):6} {percentile(seconds, 50):7.3f} {percentile(seconds, 99):7.3f}  {endings}"
+        columns = f"{'descriptors':>11} {'threads':>7} {'running':>7} {'waiting':>7} {'pages':>6}"
+        yield f"\n{'server':14} {'RSS MB':>8} {columns}"
+        for place, state in self.states.items():
+            requests = f"{state.running:7.0f} {state.waiting:7.0f} {state.pages:6.1%}"
+            yield f"{place:14} {state.megabytes:8.1f} {state.descriptors:11} {state.threads:7} {requests}"
+        yield f"\n{'gaps':14} {'count':>8} {'p50 ms':>8} {'p99 ms':>8}"
+        for place, gaps in (("at capacity", self.alone), (f"{OVERLOAD} x capacity", self.crowded)):
+            yield f"{place:14} {len(gaps):8} {1e3 * percentile(gaps, 50):8.2f} {1e3 * percentile(gaps, 99):8.2f}"
+        yield f"{'ratio of p99':14} {self.slowdown:26.2f}\n"
+
+
+async def phase(
+    port: int, kinds: Mapping[Behaviour, int], count: int, at_once: int, rng: random.Random
+) -> list[Outcome]:
+    """So many clients, never more than `at_once`; kinds: how often each is drawn, relatively."""
+    calls = iter(rng.choices(list(kinds), weights=list(kinds.values()), k=count))
+
+    async def one_after_another() -> list[Outcome]:
+        return [await call(behaviour, port, rng, STALLS) for behaviour in calls]
+
+    return list(chain(*await asyncio.gather(*(one_after_another() for _ in range(at_once)))))
+
+
+def gaps_of(outcomes: Sequence[Outcome]) -> list[float]:
+    """Between the reads of all whole streams."""
+    return [gap for outcome in outcomes for gap in outcome.gaps]
+
+
+def settled(server: ServerProcess, start: State | None) -> State:
+    """The server once nothing runs and connections are closed; as it is after half a minute where they are not."""
+    give_up = time.monotonic() + 30
+    while True:
+        state = server.state()
+        idle = not state.busy and (start is None or state.descriptors <= start.descriptors)
+        if idle or time.monotonic() > give_up:
+            return state
+        time.sleep(0.1)
+
+
+def soak(requests: int, seed: int = 0) -> Soak:
+    """Warm-up, a tenth that behave, two halves of all kinds, again a tenth that behave, and the end."""
+    rng, found = random.Random(seed), Soak()
+
+    def run(kinds: Mapping[Behaviour, int], count: int, at_once: int) -> list[float]:
+        outcomes = asyncio.run(phase(server.port, kinds, count, at_once, rng))
+        found.outcomes += outcomes
+        return gaps_of(outcomes)
+
+    few, half = requests // 10, (requests - 2 * (requests // 10)) // 2
+    with ServerProcess(SETTINGS, OPTIONS) as server:
+        run(MIXED, min(WARM_UP, few), OVERLOAD * SEATS)
+        start = found.states["start"] = settled(server, None)
+        found.alone += run(WELL_BEHAVED, few, SEATS)
+        for place in ("middle", "end"):
+            found.crowded += run(MIXED, half, OVERLOAD * SEATS)
+            found.states[place] = settled(server, start)
+        found.alone += run(WELL_BEHAVED, few, SEATS)
+        found.exit_status, found.log = server.end(), server.log
+    return found
+
+
+def main() -> None:
+    """Soak, print the tables and what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000, help="of all phases together (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    asked = parser.parse_args()
+    found = soak(asked.requests, asked.seed)
+    print(*found.tables(), sep="\n")
+    wrong = found.faults()
+    print(*wrong, sep="\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
