@@ -20,6 +20,7 @@ from fastllama.runtime.serving.statistics import HistogramSnapshot, Snapshot
 from fastllama.serve import page
 from fastllama.serve.health import CanaryResult
 
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "fastllama:"
 PHASES = ("loading", "ready", "draining", "down")
 ROUTES = frozenset(
@@ -88,8 +89,6 @@ class Metrics(Collector):
 
     Not safe to call from several threads.
     """
-
-    CONTENT_TYPE = CONTENT_TYPE_LATEST
 
     def __init__(
         self,
