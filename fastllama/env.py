@@ -105,7 +105,13 @@ NUMBA_CACHE_DIR = Variable(
     "Numba's own variable: where it is set, the machine code of CPU kernels lies in its folder `fastllama`. Read when "
     "Numba's kernels are loaded.",
 )
-VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, TRITON_INTERPRET, XDG_CACHE_HOME, NUMBA_CACHE_DIR)
+API_KEY = Variable(
+    "FASTLLAMA_API_KEY",
+    "",
+    "The API key that `fastllama serve` asks of its clients, of visible ASCII characters. Keys with limits, and more "
+    "than one, stand in the file of `--api-keys`. Empty counts as not set. Read once, when the server starts.",
+)
+VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, API_KEY, TRITON_INTERPRET, XDG_CACHE_HOME, NUMBA_CACHE_DIR)
 
 
 def triton_interpret() -> bool:

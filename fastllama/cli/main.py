@@ -11,18 +11,19 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import fastllama
 from fastllama import env
-from fastllama.cli import bench, chat, generate, info, verify
+from fastllama.cli import bench, chat, generate, info, serve, verify
 from fastllama.cli.parser import Parser
 from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 STATUSES = f"""exit status:
   0 success, {verify.DISAGREEMENT} verify found a disagreement or a case of bench decode failed,
-  {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug of fastllama, {INTERRUPTED} interrupted by Ctrl-C,
-  {BROKEN_PIPE} the reader of the output went away"""
+  {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug of fastllama, or serve's engine is beyond repair,
+  {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output went away"""
 EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
+  fastllama serve
   fastllama info
   fastllama verify --model path/to/model --dtype bfloat16
   fastllama bench runtime"""
@@ -101,7 +102,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
-    for module in (generate, chat, info, verify, bench):
+    for module in (generate, chat, serve, info, verify, bench):
         module.add_command(commands)
     return parser
 

@@ -97,9 +97,10 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, speculation: bool = 
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of add_runtime_options, as LLM takes them."""
+    """The options of add_runtime_options and add_capacity_options, as LLM takes them."""
     names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
-    return {name: getattr(args, name) for name in names if name in args}
+    sizes = ("max_model_len", "kv_cache_tokens", "host_cache_tokens", "max_num_seqs", "max_num_batched_tokens")
+    return {name: getattr(args, name) for name in (*names, *sizes) if name in args}
 
 
 def quantization(args: argparse.Namespace) -> str | None:
@@ -124,7 +125,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", metavar="R", help="divides the logits of tokens there are already (default 1: off)")
     add("--presence-penalty", metavar="X", help="subtracted from the logits of generated tokens (default 0)")
     add("--frequency-penalty", metavar="X", help="subtracted once for each time that one was generated (default 0)")
-    add("-s", "--seed", kind=int, default=0, metavar="S", help="same seed, same text (default 0)")
+    add_seed_option(group, default=0, help="same seed, same text (default 0)")
     add(
         "--stop",
         kind=argument,
@@ -133,13 +134,37 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=r"end before this text, in which \n, \t, \r, \\, \xHH and \uHHHH are escapes; may be given several times",
     )
-    add(
+    add_length_option(group)
+
+
+def add_seed_option(group: argparse._ArgumentGroup, *, default: int | None, help: str) -> None:
+    """--seed."""
+    group.add_argument("-s", "--seed", type=int, default=default, metavar="S", help=help)
+
+
+def add_length_option(group: argparse._ArgumentGroup) -> None:
+    """--max-model-len."""
+    group.add_argument(
         "-c",
         "--max-model-len",
-        kind=int,
+        type=int,
         metavar="N",
         help="tokens of prompt and answer together (default: the model's)",
     )
+
+
+def add_capacity_options(parser: argparse.ArgumentParser) -> None:
+    """What bounds all requests together: --max-model-len, and the sizes of caches and steps."""
+    group = parser.add_argument_group("capacity", "Defaults are chosen by the memory that is free.")
+    add_length_option(group)
+
+    def add(name: str, help: str) -> None:
+        group.add_argument(name, type=int, metavar="N", help=help)
+
+    add("--kv-cache-tokens", "tokens of all running requests together")
+    add("--host-cache-tokens", "tokens that host memory keeps beside (default 0)")
+    add("--max-num-seqs", "sequences that run at once")
+    add("--max-num-batched-tokens", "tokens of one step; each running answer waits for that step")
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None, **more: Any) -> SamplingParams:
@@ -213,7 +238,6 @@ def load(args: argparse.Namespace) -> Loaded:
         quantization=quantization(args),
         adapter=args.adapter,
         chat_format=getattr(args, "chat_format", "auto"),
-        max_model_len=args.max_model_len,
         seed=args.seed,
         progress=False if args.quiet else None,
         **runtime_options(args),

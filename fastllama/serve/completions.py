@@ -1,0 +1,81 @@
+"""The two endpoints that generate: a body in, and its answer out as it comes, or whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from fastllama.runtime.outputs import RequestDelta
+from fastllama.serve.exchange import Exchange
+from fastllama.serve.jobs import Job
+from fastllama.serve.keys import Key, Ticket
+from fastllama.serve.render import Answer, answer_of, error_event
+from fastllama.serve.responses import EventStream, check_json, read_body, respond, while_connected
+from fastllama.serve.service import Service
+
+logger = logging.getLogger("fastllama")
+
+
+class Completions:
+    """An endpoint that generates; translate: chat_job or completion_job of translate.py."""
+
+    def __init__(self, service: Service, translate: Callable[..., Job]) -> None:
+        self._service, self._translate = service, translate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, exchange = self._service, scope["state"]["exchange"]
+        check_json(scope, service.limits)
+        service.check_open()
+        body = await read_body(receive, service.limits, service.closing)
+        await while_connected(receive, self._answer(exchange, exchange.key, body, send))
+
+    async def _answer(self, exchange: Exchange, key: Key, body: bytes, send: Send) -> None:
+        ticket = key.admit()
+        try:
+            with self._service.running():
+                await self._run(exchange, key, ticket, body, send)
+        finally:
+            if exchange.run is not None:
+                exchange.run.close()
+                ticket.charge(exchange.run.num_generated_tokens)
+            ticket.close()
+
+    async def _run(self, exchange: Exchange, key: Key, ticket: Ticket, body: bytes, send: Send) -> None:
+        service, model = self._service, self._service.model
+        exchange.job, exchange.run = await service.start(partial(self._translate, body, model, key.max_tokens))
+        ticket.charge(exchange.job.num_prompt_tokens)
+        answer = answer_of(exchange.job, model, exchange.request_id)
+        async with aclosing(exchange.run.deltas()) as deltas:
+            if exchange.job.stream:
+                await self._stream(exchange, answer, deltas, ticket.headers(), send)
+            else:
+                async for index, delta in deltas:
+                    answer.take(index, delta)
+                await respond(send, 200, answer.body(), ticket.headers())
+
+    async def _stream(
+        self,
+        exchange: Exchange,
+        answer: Answer,
+        deltas: AsyncGenerator[tuple[int, RequestDelta], None],
+        headers: dict[str, str],
+        send: Send,
+    ) -> None:
+        """Events, an error among them where it fails: a stream that just ends is taken for a whole answer."""
+        async with EventStream.open(send, headers, self._service.limits.ping_seconds) as stream:
+            if opening := answer.opening():
+                await stream.send(opening)
+            try:
+                async for index, delta in deltas:
+                    if events := answer.take(index, delta):
+                        await stream.send(events)
+                last = answer.closing()
+            except Exception as error:
+                told = self._service.told(error)
+                exchange.error = told.code
+                last = error_event(told)
+            await stream.end(last)

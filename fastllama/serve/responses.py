@@ -1,0 +1,151 @@
+"""Bodies on their way in, answers on their way out, whole or as server-sent events; both end when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from fastllama.errors import brief, counted
+from fastllama.serve.errors import ApiError
+from fastllama.serve.service import ServiceLimits
+
+T = TypeVar("T")
+PING = b": ping\n\n"
+JSON = "application/json"
+EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",  # nginx would gather events
+}
+
+
+class ClientGoneError(Exception):
+    """Nobody reads the answer any more."""
+
+
+def header_of(scope: Scope, name: bytes) -> str | None:
+    """A header of the request, the first of this name; None without."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value).decode("latin-1")
+    return None
+
+
+def check_json(scope: Scope, limits: ServiceLimits) -> None:
+    """Raise ApiError 415 for a body that is not declared as JSON, 413 for one declared longer than the limit."""
+    given = header_of(scope, b"content-type")
+    if (given or "").partition(";")[0].strip().lower() != JSON:
+        what = "no content-type" if given is None else f"content-type {brief(given)}"
+        raise ApiError(415, "unsupported_media_type", f"the request has {what}; legal: {JSON}")
+    encoding = header_of(scope, b"content-encoding")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        raise ApiError(415, "unsupported_media_type", f"content-encoding is {brief(encoding)}; legal: none")
+    length = header_of(scope, b"content-length")
+    if length is not None and (len(length) > 18 or int(length) > limits.body_bytes):
+        raise _too_large(limits)
+
+
+async def read_body(receive: Receive, limits: ServiceLimits, closing: asyncio.Future[None]) -> bytes:
+    """The whole body; of one that is cut short by `closing`, what has come.
+
+    Raises ApiError 413 and 408 for one that is too long or too slow, ClientGoneError.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limits.body_seconds
+    body = bytearray()
+    while True:
+        task = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((task, closing), timeout=end - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                if closing.done():
+                    return bytes(body)
+                message = f"the body did not come within {counted(round(limits.body_seconds), 'second')}"
+                raise ApiError(408, "request_timeout", message, headers={"connection": "close"})
+        finally:
+            task.cancel()
+        message_ = task.result()
+        if message_["type"] == "http.disconnect":
+            raise ClientGoneError
+        body += message_.get("body", b"")
+        if len(body) > limits.body_bytes:
+            raise _too_large(limits)
+        if not message_.get("more_body", False):
+            return bytes(body)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run this, which is cancelled as soon as the client leaves: ClientGoneError. The body was read before."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def respond(send: Send, status: int, body: bytes, headers: Mapping[str, str], content_type: str = JSON) -> None:
+    """Send a whole response."""
+    fields = {"content-type": content_type, "content-length": str(len(body))} | dict(headers)
+    await send({"type": "http.response.start", "status": status, "headers": encoded(fields)})
+    await send({"type": "http.response.body", "body": body})
+
+
+def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI takes them."""
+    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+
+
+class EventStream:
+    """A response of server-sent events: one write for each `send`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock()
+
+    async def send(self, events: bytes) -> None:
+        """Events, each with its empty line."""
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._last = self._clock()
+
+    async def _ping(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(max(0.0, self._last + seconds - self._clock()))
+            if self._clock() >= self._last + seconds:
+                await self.send(PING)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, send: Send, headers: Mapping[str, str], ping_seconds: float) -> AsyncIterator[EventStream]:
+        """Begins the response, and within sends a comment whenever nothing else was sent for so long."""
+        await send({"type": "http.response.start", "status": 200, "headers": encoded(EVENTS | dict(headers))})
+        stream = cls(send)
+        ping = asyncio.ensure_future(stream._ping(ping_seconds))
+        try:
+            yield stream
+        finally:
+            ping.cancel()
+
+    async def end(self, events: bytes) -> None:
+        """The last events."""
+        await self._send({"type": "http.response.body", "body": events, "more_body": False})
+
+
+def _too_large(limits: ServiceLimits) -> ApiError:
+    message = f"the body is longer than {limits.body_bytes} bytes, which is this server's --max-body-bytes"
+    return ApiError(413, "body_too_large", message)
