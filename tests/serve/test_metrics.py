@@ -11,6 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastllama.runtime.serving.statistics import BOUNDS, Histogram, Snapshot
+from fastllama.serve import app, page
 from fastllama.serve.metrics import CONTENT_TYPE, ROUTES, Metrics
 
 NUMBERS = [each.name for each in fields(Snapshot) if each.name.startswith("num_") and each.name != "num_finished"]
@@ -193,3 +194,7 @@ def test_the_size_of_a_scrape_does_not_grow_with_requests() -> None:
         size = len(families(metrics)["fastllama:http_requests"].samples)
     assert size == 5 * (len(ROUTES) + 1)
     assert CONTENT_TYPE.startswith("text/plain; version=")
+
+
+def test_every_endpoint_is_a_route() -> None:
+    assert {*app.ENDPOINTS, *page.FILES} == ROUTES
