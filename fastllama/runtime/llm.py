@@ -26,6 +26,7 @@ from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
 from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list
+from fastllama.runtime.values import flag
 
 
 class LLM:
@@ -203,16 +204,19 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tags: Tags = "refuse",
+        continue_final_message: bool = False,
         **unknown: Any,
     ) -> RequestOutput:
         """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...].
 
-        tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError; see
+        tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError.
+        continue_final_message: the last message is the assistant's, and the output what follows in it. See
         ChatFormat.encode. Raises what `generate` raises.
         """
         reject(unknown, "LLM.chat", LLM.chat)
         (params,) = params_of_each(self.default_params if params is None else params, 1)
-        ids = self.chat_format.encode(messages, **checked(tags=tags))
+        continues = flag("continue_final_message", continue_final_message)
+        ids = self.chat_format.encode(messages, continue_final_message=continues, **checked(tags=tags))
         return self.generate([ids], self.prompts.ending_answers(params))[0]
 
     def stream(

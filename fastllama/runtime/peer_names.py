@@ -141,7 +141,7 @@ _OURS = {
     "LLM": "host_cache_tokens max_num_batched_tokens deterministic tokenizer",
     "SamplingParams": "top_k top_p min_p ignore_eos skip_special_tokens",
     "LLM.generate": "add_special_tokens",
-    "LLM.chat": "tags",
+    "LLM.chat": "tags continue_final_message",
     "LLM.start": "request_id",
 }
 
@@ -233,7 +233,7 @@ _SENTENCES = {
     ),
     "prompts are not padded: give the ids alone": "attention_mask pad_token_id padding",
     "text from a chat template with more goes to LLM.generate with add_special_tokens=False": (
-        "add_generation_prompt continue_final_message chat_template_kwargs tools tool_choice"
+        "add_generation_prompt chat_template_kwargs tools tool_choice"
     ),
     "stop takes strings, without patterns": "stop_regex",
 }

@@ -123,6 +123,27 @@ def test_the_format_can_be_chosen(tmp_path: Path, name: str, choice: str, beginn
         assert llm.tokenizer.decode(ids).startswith(beginning)
 
 
+def test_an_answer_that_has_begun_goes_on(chatml: Path) -> None:
+    begun: list[Any] = [*MESSAGES, {"role": "assistant", "content": "Sam is"}]
+    expected = AutoTokenizer.from_pretrained(chatml).apply_chat_template(
+        begun, continue_final_message=True, return_dict=False
+    )
+    with opened(chatml) as llm:
+        assert list(llm.chat(begun, GREEDY, continue_final_message=True).prompt_token_ids) == expected
+        with pytest.raises(
+            ValueError, match=r"^messages\[2\], the last, has role 'assistant'; legal: one that is answer"
+        ):
+            llm.chat(begun, GREEDY)
+        with pytest.raises(
+            ValueError, match=r"^messages\[1\], the last, has role 'user'; legal: 'assistant' with contin"
+        ):
+            llm.chat(MESSAGES, GREEDY, continue_final_message=True)
+        with pytest.raises(TypeError, match=r"^continue_final_message must be True or False, got 'yes'$"):
+            llm.chat(begun, GREEDY, continue_final_message="yes")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"it is 'continue_final_message' of LLM.chat\. Legal options"):
+            llm.generate("Hi", continue_final_message=True)
+
+
 @pytest.mark.parametrize("choice", ["lama2", "no/such.jinja"])
 def test_a_format_that_there_is_not_is_refused_before_weights_are_read(
     chatml: Path, choice: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ out in markers.py.
 """
 
 from fastllama.io.chat.choice import ChatFormat, chat_format, check_chat_format, encode_chat
-from fastllama.io.chat.llama2 import TAGS
 from fastllama.io.chat.messages import Message
+from fastllama.io.chat.whole import TAGS
 
 __all__ = ["TAGS", "ChatFormat", "Message", "chat_format", "check_chat_format", "encode_chat"]

@@ -34,27 +34,47 @@ class ChatFormat:
     guessed: bool
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
-    _encode: Callable[[Sequence[Message], Tags], list[int]] = field(repr=False, compare=False)
+    _encode: Callable[[Sequence[Message], Tags, bool], list[int]] = field(repr=False, compare=False)
+    _encode_whole: Callable[[str, Tags], list[int] | None] = field(repr=False, compare=False)
 
-    def encode(self, messages: Sequence[Message], *, tags: Tags = "refuse") -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], *, tags: Tags = "refuse", continue_final_message: bool = False
+    ) -> list[int]:
         """Token ids that ask for the next answer.
 
         Args:
             messages: the conversation, the last message not from the assistant. Which roles and which order are legal,
                 the format says.
+            continue_final_message: as in transformers: the last message is from the assistant, and its answer goes on.
+                The ids end with its content, without what the format writes behind one, blanks and end included.
             tags: what to do with text inside contents that would pose as another role: special pieces, the template's
                 own tags and labels. "refuse" raises ValueError; "escape" puts a backslash behind the opening bracket
                 ("[\\INST]", "<\\|im_end|>", "<\\/s>"), or before the last letter of what has none ("USER\\:"), so that
                 the text still reads, is no longer the tag, and can be put back.
 
         Raises:
-            ValueError: naming the message's index, for a role, a refused tag, a message that would be left out; in the
-                template's words, where it refuses the conversation.
+            ValueError: naming the message's index, for a role, a refused tag, a message that would be left out, a last
+                content that the template changes and that so cannot be continued; in the template's words, where it
+                refuses the conversation.
             TypeError: for a message that is not a mapping of `role` and `content`, both text.
             CheckpointError: where the template fails.
         """
         check_choice("tags", tags, ("refuse", "escape"))
-        return self._encode(messages, tags)
+        return self._encode(messages, tags, continue_final_message)
+
+    def encode_whole(self, text: str, *, tags: Tags = "refuse") -> list[int] | None:
+        """Token ids of a text that is a whole prompt in Llama 2's format already; None where it is not.
+
+        Such is "<s>[INST] ... [/INST]", with or without "<s>" and blanks around it, behind any number of finished turns
+        "[INST] ... [/INST] ... </s><s>". The ids are those of `encode` for the same conversation: the first BOS is put
+        by us, "</s>" and "<s>" between turns become ids, all else is encoded as it is written, "<<SYS>>" included. None
+        for any text where the format is a template that does not write "[INST]".
+        tags: what to do with special pieces inside of a turn, as in `encode`; ValueError for the first if "refuse".
+        """
+        check_choice("tags", tags, ("refuse", "escape"))
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, got {type(text).__name__}")
+        return self._encode_whole(text, tags)
 
 
 def check_chat_format(choice: str | Path) -> None:
@@ -84,12 +104,19 @@ def chat_format(tokenizer: Tokenizer, *, choice: str | Path = "auto", model: str
     return chosen
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags = "refuse") -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tags: Tags = "refuse",
+    continue_final_message: bool = False,
+) -> list[int]:
     """Token ids that ask for the next answer, in the template with the tokenizer, else in Llama 2's format.
 
     Arguments and errors are those of `ChatFormat.encode`.
     """
-    return _choose(tokenizer, "auto", None).encode(messages, tags=tags)
+    chosen = _choose(tokenizer, "auto", None)
+    return chosen.encode(messages, tags=tags, continue_final_message=continue_final_message)
 
 
 def _choose(tokenizer: Tokenizer, choice: str | Path, model: str | None) -> ChatFormat:
@@ -119,19 +146,23 @@ def _of_template(tokenizer: Tokenizer, source: str, file: str) -> ChatFormat:
         return _llama2(tokenizer, f"chat format: Llama 2's, which the chat template of {file} writes")
     found = template.findings
     description = f"chat format: the chat template of {file}"
-    return ChatFormat("template", description, False, found.stop, found.stop_token_ids, template.encode)
+    return ChatFormat(
+        "template", description, False, found.stop, found.stop_token_ids, template.encode, template.encode_whole
+    )
 
 
 def _llama2(tokenizer: Tokenizer, description: str, *, guessed: bool = False) -> ChatFormat:
     special = _special_in_text(tokenizer)
     encode = functools.partial(llama2.encode, tokenizer, special)
-    return ChatFormat("llama2", description, guessed, (), (tokenizer.eos_token_id,), encode)
+    whole = functools.partial(llama2.encode_whole, tokenizer, special)
+    return ChatFormat("llama2", description, guessed, (), (tokenizer.eos_token_id,), encode, whole)
 
 
 def _plain(tokenizer: Tokenizer, description: str, *, guessed: bool = False) -> ChatFormat:
     special = _special_in_text(tokenizer)
     encode = functools.partial(plain.encode, tokenizer, special)
-    return ChatFormat("plain", description, guessed, (plain.STOP,), (tokenizer.eos_token_id,), encode)
+    whole = functools.partial(llama2.encode_whole, tokenizer, special)
+    return ChatFormat("plain", description, guessed, (plain.STOP,), (tokenizer.eos_token_id,), encode, whole)
 
 
 def _special_in_text(tokenizer: Tokenizer) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastllama.io.chat.messages import Markers, Message, Tags, check_messages, check_turns, without_markers
+from fastllama.io.chat.whole import TAGS, turns_of, without_special
 from fastllama.io.tokenizer import Tokenizer
 
-TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _BLANK = " \t\n\u3000\u00a0"
 # What a template must write as Meta does to be taken for Llama 2's: strings that it strips, and those that it must not.
 _PROBES: tuple[tuple[str | None, tuple[str, ...]], ...] = (
@@ -20,7 +20,9 @@ _PROBES: tuple[tuple[str | None, tuple[str, ...]], ...] = (
 )
 
 
-def encode(tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags) -> list[int]:
+def encode(
+    tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags, continues: bool
+) -> list[int]:
     """Token ids that ask for the next answer: those of `chat_completion` in Meta's Llama 2 reference (generation.py).
 
     Each finished turn is BOS, "[INST] user [/INST] assistant ", EOS; the last is BOS, "[INST] user [/INST]". A system
@@ -32,16 +34,35 @@ def encode(tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Mess
       `legacy: true`, or by a `Prepend` in tokenizer.json and a tokenizer_class that is not LlamaTokenizer;
     - "<s>" and "</s>" inside contents become control ids there, and stay plain text here and in Meta's reference.
 
+    A last message of the assistant that goes on (`continues`) ends its turn: "[INST] user [/INST] assistant", without
+    the blank and EOS that would follow.
+
     Contents may hold neither TAGS nor the `special` pieces that this tokenizer reads as ids in plain text.
     """
     messages = check_messages(messages)
-    check_turns(messages)
+    check_turns(messages, continues)
     *finished, last = _turns(without_markers(messages, Markers((*TAGS, *special)), tags))
     ids: list[int] = []
     for turn in finished:
         ids += tokenizer.encode(turn, bos=True)
         ids.append(tokenizer.eos_token_id)
     return ids + tokenizer.encode(last, bos=True)
+
+
+def encode_whole(tokenizer: Tokenizer, special: Sequence[str], text: str, tags: Tags) -> list[int] | None:
+    """Token ids of a text that is a whole prompt in this format (see whole.py), None of any other.
+
+    "<s>" and "</s>" around turns are BOS and EOS. Of the `special` pieces inside of turns none becomes an id.
+    """
+    turns = turns_of(text)
+    if turns is None:
+        return None
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids: list[int] = []
+    for index, turn in enumerate(turns):
+        ids += [tokenizer.eos_token_id] * (index > 0) + bos * turn.begins
+        ids += tokenizer.encode(without_special(turn.text, Markers(special), tags), bos=False)
+    return ids
 
 
 def is_written_by(render: Callable[[Sequence[Message]], str], bos: str, eos: str) -> bool:
@@ -61,11 +82,13 @@ def is_written_by(render: Callable[[Sequence[Message]], str], bos: str, eos: str
 
 
 def _turns(messages: Sequence[Message]) -> list[str]:
-    """The text of each turn, without BOS and EOS; the last waits for its answer."""
+    """The text of each turn, without BOS and EOS; the last waits for its answer, or for the rest of it."""
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         system, first, *rest = contents
         contents = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}", *rest]
-    *finished, last = [content.strip() for content in contents]
-    pairs = zip(finished[::2], finished[1::2], strict=True)
-    return [*(f"[INST] {user} [/INST] {assistant} " for user, assistant in pairs), f"[INST] {last} [/INST]"]
+    contents = [content.strip() for content in contents]
+    turns = [f"[INST] {user} [/INST]" for user in contents[::2]]
+    for index, assistant in enumerate(contents[1::2]):
+        turns[index] += f" {assistant} "
+    return [*turns[:-1], turns[-1].rstrip()]

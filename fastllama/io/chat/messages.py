@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 from fastllama.errors import brief
 
 Tags = Literal["refuse", "escape"]
+CONTINUED = "'assistant' with continue_final_message=True"  # the role of a last message that goes on
 _OPENING = re.compile(r"<<|[<\[({]")
 _BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 _LINE_START = rf"(?:\A|(?<=[{_BREAKS}]))[^\S{_BREAKS}]*"
@@ -72,8 +73,11 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
     return checked
 
 
-def check_turns(messages: Sequence[Message]) -> None:
-    """ValueError unless user and assistant take turns, after an optional system message, and the user has the last."""
+def check_turns(messages: Sequence[Message], continues: bool) -> None:
+    """ValueError unless user and assistant take turns, after an optional system message.
+
+    continues: the assistant has the last turn, which goes on; else the user has it.
+    """
     system = messages[0]["role"] == "system"
     for index, message in enumerate(messages):
         expected = "assistant" if (index - system) % 2 else "user"
@@ -83,8 +87,13 @@ def check_turns(messages: Sequence[Message]) -> None:
                 f"messages[{index}] has role {message['role']!r}; legal here: {' or '.join(map(repr, legal))} "
                 "(user and assistant in turn, after an optional system message)"
             )
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"messages[{len(messages) - 1}], the last, has role {messages[-1]['role']!r}; legal: 'user'")
+    if messages[-1]["role"] != ("assistant" if continues else "user"):
+        raise wrong_last(messages, CONTINUED if continues else "'user'")
+
+
+def wrong_last(messages: Sequence[Message], legal: str) -> ValueError:
+    """The error for a last message of a role that cannot have it."""
+    return ValueError(f"messages[{len(messages) - 1}], the last, has role {messages[-1]['role']!r}; legal: {legal}")
 
 
 def without_markers(messages: Sequence[Message], markers: Markers, tags: Tags) -> list[Message]:

@@ -11,15 +11,18 @@ STOP = "\nUser:"
 _LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 
 
-def encode(tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags) -> list[int]:
+def encode(
+    tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags, continues: bool
+) -> list[int]:
     """Token ids of a conversation in words, BOS by the tokenizer's rule.
 
     One message is the prompt as it stands, as `generate` takes it. More are "System: ...", an empty line, "User: ...",
-    "Assistant: ..." in turn, each on lines of its own and stripped, and "Assistant:" last. No line of a content may
-    begin with one of these words; none may hold the `special` pieces that this tokenizer reads as ids in plain text.
+    "Assistant: ..." in turn, each on lines of its own and stripped, and "Assistant:" last, unless the last of them goes
+    on (`continues`). No line of a content may begin with one of these words; none may hold the `special` pieces that
+    this tokenizer reads as ids in plain text.
     """
     messages = check_messages(messages)
-    check_turns(messages)
+    check_turns(messages, continues)
     alone = len(messages) == 1
     messages = without_markers(messages, Markers(special, () if alone else _LABELS.values()), tags)
     if alone:
@@ -27,4 +30,6 @@ def encode(tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Mess
     lines = [f"{_LABELS[message['role']]} {message['content'].strip()}" for message in messages]
     if messages[0]["role"] == "system":
         lines[0] += "\n"
-    return tokenizer.encode("\n".join([*lines, _LABELS["assistant"]]))
+    if not continues:
+        lines.append(_LABELS["assistant"])
+    return tokenizer.encode("\n".join(lines).rstrip())

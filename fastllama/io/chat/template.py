@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastllama.io.chat import markers
-from fastllama.io.chat.messages import Message, Tags, check_messages, forged, without_markers
+from fastllama.io.chat.messages import (
+    CONTINUED,
+    Markers,
+    Message,
+    Tags,
+    check_messages,
+    forged,
+    without_markers,
+    wrong_last,
+)
+from fastllama.io.chat.whole import TAGS, special_inside, turns_of, without_special
 from fastllama.io.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("fastllama")
 _ROLE = re.compile(r"[^\W\d_][\w .\-]*")
+_BETWEEN_TAGS = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
 
 
 class ChatTemplate:
     """A jinja2 template and the tokenizer for what it renders.
 
-    `encode` gives the ids of transformers' `apply_chat_template(messages, add_generation_prompt=True)`, and raises
-    where that would let a content pose as another role, or would drop a message.
+    `encode` gives the ids of transformers' `apply_chat_template(messages, add_generation_prompt=True)`, or of
+    `continue_final_message=True`, and raises where that would let a content pose as another role, or would drop a
+    message.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, file: str) -> None:
@@ -32,18 +45,38 @@ class ChatTemplate:
             names = ", ".join(map(repr, sorted(self._undefined)))
             _LOG.warning("%s: the chat template prints %s, undefined here, as nothing", file, names)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next answer."""
+    def render(self, messages: Sequence[Message], *, asks: bool = True) -> str:
+        """The text that asks for the next answer, or without the head of that one."""
         from fastllama.io.chat.sandbox import render
 
-        variables: dict[str, Any] = {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
-        variables |= {"tools": None, "documents": None, **self.tokenizer.special_tokens}
+        variables: dict[str, Any] = {"messages": [dict(message) for message in messages]}
+        variables |= {"add_generation_prompt": asks, "tools": None, "documents": None, **self.tokenizer.special_tokens}
         characters = sum(len(message["role"]) + len(message["content"]) for message in messages)
         text, undefined = render(self.source, self.file, variables, characters)
         self._undefined |= undefined
         return text
 
-    def encode(self, messages: Sequence[Message], tags: Tags) -> list[int]:
+    def render_continued(self, messages: Sequence[Message]) -> str:
+        """The text up to the end of the last content, as transformers cuts it: its last blanks stay if they are kept.
+
+        Raises ValueError where that content does not stand there as it is.
+        """
+        *before, last = messages
+        contents = "".join(message["content"] for message in messages)
+        numbers = itertools.count(len(messages))
+        mark = next(each for each in map(markers.placeholder, numbers) if each not in contents + self.source)
+        text = self.render([*before, {"role": last["role"], "content": f"{last['content']}{mark} "}], asks=False)
+        head, found, tail = text.rpartition(mark)
+        if not tail.startswith(" "):  # of the mark: blanks at the end of a content are left out
+            head = head.rstrip()
+        if not found or not head.rstrip().endswith(last["content"].strip()):
+            raise ValueError(
+                f"messages[{len(before)}], which continue_final_message=True continues, is not found again in what the "
+                f"chat template of {self.file} writes; legal: a content that it does not change"
+            )
+        return head
+
+    def encode(self, messages: Sequence[Message], tags: Tags, continues: bool) -> list[int]:
         """Token ids of a conversation; the roles are the template's to judge.
 
         Raises ValueError in the template's words where it refuses the conversation, and naming messages[i] for a
@@ -53,17 +86,16 @@ class ChatTemplate:
         messages = check_messages(messages)
         for index, message in enumerate(messages):
             self._check_role(index, message["role"])
-        if messages[-1]["role"] == "assistant":
-            raise ValueError(
-                f"messages[{len(messages) - 1}], the last, has role 'assistant'; legal: one that is answered"
-            )
+        if continues != (messages[-1]["role"] == "assistant"):
+            raise wrong_last(messages, CONTINUED if continues else "one that is answered")
         messages = without_markers(messages, self.findings.markers, tags)
-        text = self.render(messages)
+        render = self.render_continued if continues else self.render
+        text = render(messages)
         # The same conversation with contents that can be no marker's part: what it lacks, a content has brought.
         harmless = [_harmless(index, message) for index, message in enumerate(messages)]
-        own = self.render(harmless)
+        own = render(harmless)
         for index, message in enumerate(messages):
-            if message["content"].strip() and self._is_left_out(index, harmless, own):
+            if message["content"].strip() and self._is_left_out(index, harmless, own, render):
                 raise ValueError(
                     f"messages[{index}] has role {message['role']!r}, and the chat template of {self.file} "
                     "leaves it out; legal: roles that the template writes"
@@ -72,11 +104,31 @@ class ChatTemplate:
         expected = self._marks(own, self.tokenizer.encode_template(own))
         if self._marks(text, ids) != expected:
             for index, message in enumerate(messages):
-                alone = self.render([*harmless[:index], message, *harmless[index + 1 :]])
+                alone = render([*harmless[:index], message, *harmless[index + 1 :]])
                 more = self._marks(alone, self.tokenizer.encode_template(alone)) - expected
                 for marker in more:
                     raise forged(index, marker)
             raise ValueError("messages together form special tags of the chat template, which would pose as a role")
+        return ids
+
+    def encode_whole(self, text: str, tags: Tags) -> list[int] | None:
+        """Token ids of a text that is a whole prompt of this template's "[INST]" (whole.py), None of any other."""
+        turns = turns_of(text)
+        if turns is None or TAGS[0] not in self.findings.markers.anywhere:
+            return None
+        bos, eos = (self.tokenizer.special_tokens.get(name, "") for name in ("bos_token", "eos_token"))
+        found = self.findings.markers
+        special = Markers((piece for piece in found.anywhere if piece not in TAGS), found.line_start)
+        own = whole = ""
+        for index, turn in enumerate(turns):
+            head = eos * (index > 0) + bos * turn.begins
+            whole += head + without_special(turn.text, special, tags)
+            parts = _BETWEEN_TAGS.split(turn.text)
+            own += head + "".join(part if part in TAGS or not part.strip() else " q0z " for part in parts)
+        ids = self.tokenizer.encode_template(whole)
+        # What the tags alone do not give, a text between them has brought, whatever the tokenizer has made of it.
+        for marker in self._marks(whole, ids) - self._marks(own, self.tokenizer.encode_template(own)):
+            raise special_inside(marker)
         return ids
 
     def _marks(self, text: str, ids: Sequence[int]) -> Counter[str]:
@@ -84,12 +136,14 @@ class ChatTemplate:
         found = Counter(self.tokenizer.id_to_piece(i) for i in ids if i in self.findings.guarded_ids)
         return found + Counter(self.findings.markers.all(text))
 
-    def _is_left_out(self, index: int, harmless: Sequence[Message], own: str) -> bool:
+    def _is_left_out(
+        self, index: int, harmless: Sequence[Message], own: str, render: Callable[[Sequence[Message]], str]
+    ) -> bool:
         """Whether a rendering does not depend on the content of a message."""
         if markers.placeholder(index) in own.casefold():
             return False
         other: Message = {"role": harmless[index]["role"], "content": "another text"}
-        return self.render([*harmless[:index], other, *harmless[index + 1 :]]) == own
+        return render([*harmless[:index], other, *harmless[index + 1 :]]) == own
 
     def _check_role(self, index: int, role: str) -> None:
         """A template may put brackets around a role: it must be a word, and no special token's."""

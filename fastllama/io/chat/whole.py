@@ -1,0 +1,48 @@
+"""Whole prompts: texts that a client has written in Llama 2's chat format itself, "<s>[INST] ... [/INST]"."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from fastllama.io.chat.messages import Markers, Tags
+
+TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+_BETWEEN = re.compile(r"</s>\s*(?:(<s>)\s*)?(?=\[INST\])")  # linear: no two repetitions of blanks meet
+
+
+class WholeTurn(NamedTuple):
+    """The text of a turn as it was written, from "[INST]" on; begins: "<s>" stands before it."""
+
+    text: str
+    begins: bool
+
+
+def turns_of(text: str) -> list[WholeTurn] | None:
+    """The turns of a text that is a whole prompt, else None: `(<s>)? [INST] ... [/INST] ... </s>`, any number of them,
+    of which the last waits for its answer and so ends with "[/INST]". The first begins, whether or not "<s>" is there.
+
+    Blanks around the text and between "<s>" and "[INST]" are left out, all others stay. "</s>" and "<s>" are tags only
+    between two turns.
+    """
+    first, *rest = _BETWEEN.split(text.strip().removeprefix("<s>").lstrip())
+    turns = [WholeTurn(first, True)]
+    turns += [WholeTurn(turn, bos is not None) for bos, turn in zip(rest[::2], rest[1::2], strict=True)]
+    if not all(turn.text.startswith("[INST]") and "[/INST]" in turn.text for turn in turns):
+        return None
+    return turns if turns[-1].text.endswith("[/INST]") else None
+
+
+def without_special(text: str, markers: Markers, tags: Tags) -> str:
+    """The text with every marker in it escaped; ValueError for the first one if `tags` is "refuse"."""
+    found = markers.find(text)
+    if found is not None and tags == "refuse":
+        raise special_inside(found)
+    return markers.escape(text)
+
+
+def special_inside(marker: str) -> ValueError:
+    """The error for a special piece in a whole prompt where it is no tag of the format."""
+    return ValueError(
+        f"the prompt contains the special tag {marker!r} inside of a turn; remove it or pass tags='escape'"
+    )
