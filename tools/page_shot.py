@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 SHOTS = {  # file -> width, height, color scheme
-    "serve-page.png": (1100, 920, "light"),
+    "serve-page.png": (1100, 940, "light"),
     "serve-page-phone.png": (400, 760, "dark"),
 }
 STATE = """(() => {

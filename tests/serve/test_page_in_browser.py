@@ -251,6 +251,40 @@ def test_a_cut_answer_is_shown_as_broken(tab: Chromium, site: Site) -> None:
     assert "not all of it" in state["failure"]
 
 
+def test_the_last_answer_can_be_had_again(tab: Chromium, site: Site) -> None:
+    site.reply = lambda handler, body: handler.refuse(429, "queue_full", "it is busy", **{"retry-after": "7"})
+    tab.open(f"{site.url}/?prompt=One")
+    assert "It is busy. Try again in 7 s." in answered(tab)["failure"]
+    say(tab, "Two")
+    answered(tab, 2)
+    site.reply = lambda handler, body: handler.stream("Fine.")
+    shown = "[...document.querySelectorAll('.failure button')].filter((button) => button.checkVisibility())"
+    assert tab.evaluate(f"{shown}.length") == 1
+    tab.evaluate(f"{shown}[0].click()")
+    tab.wait("document.querySelector('article:last-of-type').innerText.includes('Fine.')")
+    answered(tab, 2)
+    assert turns(tab) == [["user", "One"], ["assistant", ""], ["user", "Two"], ["assistant", "Fine."]]
+
+
+def test_an_answer_that_was_left_is_shown_as_broken(tab: Chromium, site: Site) -> None:
+    def begun(handler: Handler, body: dict[str, Any]) -> None:
+        handler.send(200, "text/event-stream", b"", {})
+        handler.event(choices=[{"delta": {"content": "Half of"}}])
+        handler.server.left.wait()
+
+    site.reply = begun
+    tab.open(f"{site.url}/?prompt=Hello")
+    try:
+        tab.wait("document.querySelector('.assistant')?.innerText.includes('Half of')")
+        tab.open(f"{site.url}/page.css")
+        tab.open(site.url)
+        state = tab.wait(STATE)
+        assert "Half of" in state["text"]
+        assert "left before the answer ended" in state["failure"]
+    finally:
+        site.left.set()
+
+
 def test_a_reader_is_told_when_the_oldest_messages_are_dropped(tab: Chromium, site: Site) -> None:
     def short(handler: Handler, body: dict[str, Any]) -> None:
         if len(body["messages"]) > 1:

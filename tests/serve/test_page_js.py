@@ -199,7 +199,7 @@ def test_a_server_that_loads_is_asked_again() -> None:
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        (refused(503, "shutting_down", "the server is stopping", "5"), "the server is stopping"),
+        (refused(503, "shutting_down", "the server is stopping.", "5"), "the server is stopping"),
         (
             refused(401, "invalid_api_key", "the key is unknown"),
             "the key is unknown. Enter the API key in the settings",

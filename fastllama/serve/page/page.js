@@ -1,9 +1,9 @@
 // The page of `fastllama serve`. Above the line "The page": pure functions, which tests/serve/test_page_js.py runs in node.
 
-/** A request that got no answer, or a broken one. message: one sentence for the reader. */
+/** A request that got no answer, or a broken one. message: for the reader, without its last full stop. */
 export class Failure extends Error {
   constructor(message, { status = 0, code = "", seconds = 0 } = {}) {
-    super(message);
+    super(message.replace(/\.$/, "")); // more sentences may follow
     Object.assign(this, { status, code, seconds });
   }
 }
@@ -331,8 +331,8 @@ function startPage() {
           drawing ||= requestAnimationFrame(draw);
         } else {
           turn.facts = facts({ ...step, ...times });
-          const asked = fields.length.valueAsNumber;
-          const full = step.reason === "length" && !(step.usage?.completion_tokens >= asked);
+          // "length" before the length that was asked for: the context is full
+          const full = step.reason === "length" && !(step.usage?.completion_tokens >= fields.length.valueAsNumber);
           if (full) current.start = Math.max(nextStart(current.turns, current.start), current.start);
         }
       }
