@@ -69,7 +69,7 @@ def _of_field(text: str, kind: type[msgspec.Struct]) -> ApiError:
 def unknown_field(name: str, inside: str, legal: Any) -> ApiError:
     """The error for a field that nobody knows; inside: the field whose value it stands in, "" for the body."""
     peers = [each for each in names_here(name) if each in legal]
-    near = peers[0] if peers else nearest(name[:64], legal, 0.0)  # the search takes the square of the length
+    near = peers[0] if peers else nearest(name[:64], legal, 0.0)  # of a long one the search takes seconds
     param = _joined(inside, shown(name, 60))
     return invalid(f"{param} is unknown; the nearest legal field is {near}", param, code="unknown_parameter")
 
