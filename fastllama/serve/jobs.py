@@ -20,7 +20,8 @@ class PromptIds:
 class Job:
     """What `translate` makes of a request, and `render` needs of it beside the deltas.
 
-    kind: which endpoint's. model: the name that responses give. prompts: each runs with the same params.
+    kind: which endpoint's. model: the name that responses give. prompts: each runs with the same params,
+    whose max_tokens is None where the answer may reach the end of the context.
     stream, include_usage: as the client asks. continues: the last message is the assistant's, and the answer goes on
     with it; else its leading space is dropped. echo: the prompt is shown before the answer. show_tokens: False where
     max_tokens is 0: the one token that is drawn is not shown. logprobs: how many of the likeliest tokens are reported
