@@ -45,7 +45,7 @@ def add_command(commands: Any) -> None:
             "",
             "--model meta-llama/Llama-2-13b-chat-hf --quantize int8",
             "--host 0.0.0.0 --api-keys keys.jsonl --ssl-certfile cert.pem --ssl-keyfile key.pem",
-            "--new-key alice >> keys.jsonl",
+            "--new-key alice",
         ),
     )
     _add_http_options(parser.add_argument_group("HTTP"))

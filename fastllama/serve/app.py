@@ -33,6 +33,7 @@ KEYLESS = {"/health", "/ready", *page.FILES}  # probes have no key, and the page
 EXPOSED = ("x-request-id", "retry-after", *(
     f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
 ))  # fmt: skip
+BUG = "this is a bug in fastllama; please report it with the lines below"
 _ID = re.compile(r"[!-~]{1,128}")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 
@@ -81,6 +82,7 @@ class Door:
             exchange.client_left = True
         except asyncio.CancelledError:  # the server ends, and what is left of its connections with it
             exchange.client_left = True
+            raise
         finally:
             self._service.note(exchange)
 
@@ -104,6 +106,7 @@ class Guard:
             raise
         except Exception as error:
             if exchange.status is not None:  # half a response, which nothing mends
+                logger.error(BUG, exc_info=error)
                 raise
             refusal = self._refusal(scope, error)
             exchange.error = refusal.code
@@ -130,7 +133,7 @@ class Guard:
             there = ", ".join(f"{methods} {path}" for path, methods in ENDPOINTS.items())
             asked = f"{scope['method']} {scope['path']}"
             return ApiError(404, "unknown_url", f"there is no {brief(asked)}; there are: {there}")
-        logger.error("this is a bug in fastllama; please report it with the lines below", exc_info=error)
+        logger.error(BUG, exc_info=error)
         return ApiError(500, "internal_error", "a bug in fastllama: the server's log has its traceback")
 
 
@@ -215,13 +218,13 @@ class _InThread:
         check_json(scope, service.limits)
         service.check_open()
         body = await read_body(receive, service.limits, service.closing)
-        ticket = scope["state"]["exchange"].key.admit()
-        try:
-            with service.running():
+        with service.running():
+            ticket = scope["state"]["exchange"].key.admit()
+            try:
                 answer = await service.in_thread(partial(self._function, body, service.model))
-            await respond(send, 200, answer, ticket.headers())
-        finally:
-            ticket.close()
+            finally:
+                ticket.close()
+        await respond(send, 200, answer, ticket.headers())
 
 
 def _json(value: Any) -> Reply:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -16,8 +15,6 @@ from fastllama.serve.keys import Key, Ticket
 from fastllama.serve.render import Answer, answer_of, error_event
 from fastllama.serve.responses import EventStream, check_json, read_body, respond, while_connected
 from fastllama.serve.service import Service
-
-logger = logging.getLogger("fastllama")
 
 
 class Completions:
@@ -34,22 +31,22 @@ class Completions:
         await while_connected(receive, self._answer(exchange, exchange.key, body, send))
 
     async def _answer(self, exchange: Exchange, key: Key, body: bytes, send: Send) -> None:
-        ticket = key.admit()
-        try:
-            with self._service.running():
+        with self._service.running():
+            ticket = key.admit()
+            try:
                 await self._run(exchange, key, ticket, body, send)
-        finally:
-            if exchange.run is not None:
-                exchange.run.close()
-                ticket.charge(exchange.run.num_generated_tokens)
-            ticket.close()
+            finally:
+                if exchange.running is not None:
+                    exchange.running.close()
+                    ticket.charge(exchange.running.num_generated_tokens)
+                ticket.close()
 
     async def _run(self, exchange: Exchange, key: Key, ticket: Ticket, body: bytes, send: Send) -> None:
         service, model = self._service, self._service.model
-        exchange.job, exchange.run = await service.start(partial(self._translate, body, model, key.max_tokens))
+        exchange.job, exchange.running = await service.start(partial(self._translate, body, model, key.max_tokens))
         ticket.charge(exchange.job.num_prompt_tokens)
         answer = answer_of(exchange.job, model, exchange.request_id)
-        async with aclosing(exchange.run.deltas()) as deltas:
+        async with aclosing(exchange.running.deltas()) as deltas:
             if exchange.job.stream:
                 await self._stream(exchange, answer, deltas, ticket.headers(), send)
             else:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fastllama.serve.jobs import Job
 from fastllama.serve.keys import Key
 from fastllama.serve.log import CLIENT_LEFT, AccessRecord
-
-if TYPE_CHECKING:
-    from fastllama.serve.service import Run
+from fastllama.serve.running import RunningJob
 
 
 @dataclass(eq=False)
 class Exchange:
     """arrival: by time.monotonic(). status: None until the response begins. error: the code of what was refused or
-    failed. job, run: of a completion, once it is queued."""
+    failed. job, running: of a completion, once it is queued."""
 
     request_id: str
     route: str
@@ -28,7 +25,7 @@ class Exchange:
     client_left: bool = False
     key: Key | None = None
     job: Job | None = None
-    run: Run | None = None
+    running: RunningJob | None = None
 
     def record(self) -> AccessRecord:
         """What is logged of it, once it is over."""
@@ -41,15 +38,15 @@ class Exchange:
         )
         record.total_s = time.monotonic() - self.arrival
         record.time -= record.total_s
-        if self.job is not None and self.run is not None:
-            metrics = self.run.metrics()
+        if self.job is not None and self.running is not None:
+            metrics = self.running.metrics()
             record.model, record.user, record.stream = self.job.model, self.job.user, self.job.stream
             record.prompt_tokens = self.job.num_prompt_tokens
             record.cached_tokens = sum(each.num_cached_tokens for each in metrics)
             record.completion_tokens = sum(each.num_generated_tokens for each in metrics)
             record.queue_s = self._until(each.first_scheduled_time for each in metrics)
             record.first_token_s = self._until(each.first_token_time for each in metrics)
-            record.reason = record.reason or ",".join(sorted(self.run.finish_reasons())) or None
+            record.reason = record.reason or ",".join(sorted(self.running.finish_reasons())) or None
         return record
 
     def _until(self, times: Iterable[float | None]) -> float | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import fastllama
 from fastllama.errors import QueueFullError, RequestError
-from fastllama.runtime.outputs import FinishReason, RequestDelta, RequestMetrics
 from fastllama.serve.errors import ApiError, deadline_exceeded, from_exception, unavailable
 from fastllama.serve.exchange import Exchange
 from fastllama.serve.health import Canary, verdict
@@ -20,12 +20,13 @@ from fastllama.serve.keys import Keyring
 from fastllama.serve.log import AccessLog
 from fastllama.serve.metrics import Metrics
 from fastllama.serve.model import ServedModel
+from fastllama.serve.running import RunningJob
 
 if TYPE_CHECKING:
-    from fastllama.runtime.generation import Generation
     from fastllama.runtime.serving.async_engine import AsyncEngine
     from fastllama.runtime.serving.statistics import Snapshot
-    from fastllama.runtime.serving.stream import RequestStream
+
+logger = logging.getLogger("fastllama")
 
 T = TypeVar("T")
 PROBES = ("/health", "/ready", "/metrics")  # asked for every few seconds: only what goes wrong is logged
@@ -44,82 +45,6 @@ class ServiceLimits:
     body_seconds: float = 60.0
     body_bytes: int = 4 << 20
     ping_seconds: float = 15.0
-
-
-class Run:
-    """The prompts of one job in the engine: all of them or none."""
-
-    def __init__(self, streams: Sequence[RequestStream]) -> None:
-        self._streams = streams
-
-    async def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-        """Each delta with the index of its prompt, as they come.
-
-        Raises RequestError where one failed or was aborted. However it ends, all of them do.
-        """
-        deltas = _enumerated(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
-        async with aclosing(deltas):
-            try:
-                async for each in deltas:
-                    yield each
-            finally:
-                self.close()
-
-    def close(self) -> None:
-        """Abort what has not ended. May be called twice."""
-        for stream in self._streams:
-            stream.close()
-
-    def metrics(self) -> list[RequestMetrics]:
-        """Of each prompt that the engine has, up to now."""
-        return [generation.metrics() for generation in self._generations()]
-
-    def finish_reasons(self) -> set[FinishReason]:
-        """Those of the samples that have ended."""
-        sequences = [seq for each in self._generations() for seq in each.request.sequences]
-        return {seq.finish_reason for seq in sequences if seq.finish_reason is not None}
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Drawn up to now, read or not."""
-        return sum(each.num_generated_tokens for each in self.metrics())
-
-    def _generations(self) -> list[Generation]:
-        return [each.order.generation for each in self._streams if each.order.generation is not None]
-
-
-async def _enumerated(stream: RequestStream) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-    async for delta in stream:
-        yield 0, delta
-
-
-async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-    """The deltas of all; while nobody reads, each stream gathers its own."""
-    queue: asyncio.Queue[tuple[int, RequestDelta] | Exception | None] = asyncio.Queue(1)
-
-    async def pump(index: int, stream: RequestStream) -> None:
-        try:
-            async for delta in stream:
-                await queue.put((index, delta))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            got = await queue.get()
-            if got is None:
-                num_open -= 1
-            elif isinstance(got, Exception):
-                raise got
-            else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 class Service:
@@ -190,7 +115,7 @@ class Service:
         """A request is over: count it, and write its line."""
         record = exchange.record()
         self.metrics.observe_http(record.route, record.status)
-        if exchange.run is not None:
+        if exchange.running is not None:
             self.metrics.count_tokens(record.key, record.prompt_tokens, record.completion_tokens)
         if self._log is not None and not (record.route in PROBES and record.status == 200):
             self._log.write(record)
@@ -204,14 +129,18 @@ class Service:
         """Call it on another thread; what waits for one when its caller is cancelled is never called."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
-    async def start(self, translate: Callable[[], Job]) -> tuple[Job, Run]:
+    async def start(self, translate: Callable[[], Job]) -> tuple[Job, RunningJob]:
         """Translate a request and queue its prompts. Raises ApiError, and then nothing was queued."""
 
-        def work() -> tuple[Job, Run]:
+        def work() -> tuple[Job, RunningJob]:
             job = translate()
-            return job, self._queue(job)
+            return job, RunningJob.begin(self.engine, job, self.limits.request_seconds)
 
-        return await self.in_thread(work)
+        job, running = await self.in_thread(work)
+        if self._is_cut:  # meanwhile
+            running.close()
+            raise self._refusal("draining")
+        return job, running
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -250,19 +179,6 @@ class Service:
             self._asking.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _queue(self, job: Job) -> Run:
-        """On any thread: every prompt of a job."""
-        streams: list[RequestStream] = []
-        seconds = self.limits.request_seconds
-        try:
-            for prompt in job.prompts:
-                streams.append(self.engine.add_request(prompt.token_ids, job.params, deadline=seconds))
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return Run(streams)
-
     def _refuse_uploads(self) -> None:
         if not self.closing.done():
             self.closing.set_result(None)
@@ -283,7 +199,10 @@ class Service:
         is_refused = isinstance(error, RuntimeError) and not isinstance(error, (RequestError, QueueFullError))
         if is_refused and self.is_beyond_repair:
             return self._refusal("down")
-        return from_exception(error)
+        told = from_exception(error)
+        if told.status == 500:
+            logger.error("a request failed", exc_info=error)
+        return told
 
     def _snapshot(self) -> Snapshot | None:
         return None if self._engine is None else self._engine.statistics()

@@ -1,0 +1,105 @@
+"""A job on its way through the engine: all its prompts or none, and what they gain as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from fastllama.runtime.outputs import FinishReason, RequestDelta, RequestMetrics
+from fastllama.serve.jobs import Job
+
+if TYPE_CHECKING:
+    from fastllama.runtime.generation import Generation
+    from fastllama.runtime.serving.async_engine import AsyncEngine
+    from fastllama.runtime.serving.stream import RequestStream
+
+
+class RunningJob:
+    """The prompts of one job in the engine: all of them or none."""
+
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        self._streams = streams
+
+    @classmethod
+    def begin(cls, engine: AsyncEngine, job: Job, seconds: float) -> RunningJob:
+        """Queue every prompt, each with these seconds to wait and run; on any thread. Raises what add_request does."""
+        streams: list[RequestStream] = []
+        try:
+            for prompt in job.prompts:
+                streams.append(engine.add_request(prompt.token_ids, job.params, deadline=seconds))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return cls(streams)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+        """Each delta with the index of its prompt, as they come.
+
+        Raises RequestError where one failed or was aborted. However it ends, all of them do.
+        """
+        deltas = _enumerated(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
+        async with aclosing(deltas):
+            try:
+                async for each in deltas:
+                    yield each
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Abort what has not ended. May be called twice."""
+        for stream in self._streams:
+            stream.close()
+
+    def metrics(self) -> list[RequestMetrics]:
+        """Of each prompt that the engine has, up to now."""
+        return [generation.metrics() for generation in self._generations()]
+
+    def finish_reasons(self) -> set[FinishReason]:
+        """Those of the samples that have ended."""
+        sequences = [seq for each in self._generations() for seq in each.request.sequences]
+        return {seq.finish_reason for seq in sequences if seq.finish_reason is not None}
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Drawn up to now, read or not."""
+        return sum(each.num_generated_tokens for each in self.metrics())
+
+    def _generations(self) -> list[Generation]:
+        return [each.order.generation for each in self._streams if each.order.generation is not None]
+
+
+async def _enumerated(stream: RequestStream) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+    async for delta in stream:
+        yield 0, delta
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+    """The deltas of all; while nobody reads, each stream gathers its own."""
+    queue: asyncio.Queue[tuple[int, RequestDelta] | Exception | None] = asyncio.Queue(1)
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        try:
+            async for delta in stream:
+                await queue.put((index, delta))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            got = await queue.get()
+            if got is None:
+                num_open -= 1
+            elif isinstance(got, Exception):
+                raise got
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
