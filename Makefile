@@ -15,6 +15,8 @@ TRANSFORMERS ?= 4.57.6 5.17.0 5.23.0 5.24.0
 # What a version needs beside it, where the pinned packages do not suit it.
 BESIDE_4.57.6 := huggingface_hub==0.36.0 tokenizers==0.22.2 requests urllib3 idna charset-normalizer certifi
 BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx httpcore h11 anyio sniffio exceptiongroup idna certifi
+# Clients of `fastllama serve` that are installed without what they need elsewhere.
+ALONE_now := lm-eval==0.4.13
 # The tests of a tier: those of the quick round (tests/rounds.py), `make test ROUND=` all of them.
 ROUND ?= and not exhaustive
 # K/N: of what `make test-all` runs and `make test` does not, the K-th of N parts.
@@ -29,7 +31,7 @@ COMPILE_TESTS := tests/kernels tests/testing tests/tools tests/integrations/test
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers test-clients fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +90,16 @@ test-transformers: $(STAMP) $(TRANSFORMERS:%=build/transformers/%) ## fastllama.
 		$(NO_INTERPRETER) $(PYTEST) -m "not compile" --dist worksteal tests/integrations || exit 1; \
 	done
 	FASTLLAMA_BACKEND=triton TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/integrations/test_patch.py
+
+build/clients/%/.installed: tests/clients/%.txt | $(STAMP)
+	@echo "installing the clients of $< into $(@D), once (a minute)"
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@$(if $(ALONE_$*),$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(ALONE_$*))
+	@touch $@
+
+test-clients: $(STAMP) build/clients/then/.installed build/clients/now/.installed ## `fastllama serve` asked by OpenAI's and LangChain's packages of 2023 and of today, curl and lm-eval
+	$(NO_INTERPRETER) $(BIN)/python -m pytest tests/clients
 
 fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
 	@for pair in $(FAKE); do \
