@@ -1,0 +1,375 @@
+"""Requests on their way through the engine: streams, refusals, failures, clients that leave, and the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama import LLM
+from fastllama.serve import translate
+from fastllama.serve.service import Service, ServiceLimits
+from tests.serve.asgi import CHAT, COMPLETION, ENDLESS, Caller, Served, keyring_of, run, serving, until
+
+STREAM = {"stream": True}
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", kv_cache_tokens=4096, max_num_seqs=4) as llm:
+        yield llm
+
+
+def events_of(caller: Caller) -> list[Any]:
+    """The data of a stream's events; comments and [DONE] as text."""
+    found: list[Any] = []
+    for event in caller.read.decode().split("\n\n")[:-1]:
+        data = event.removeprefix("data: ")
+        found.append(json.loads(data) if data.startswith("{") else data)
+    return found
+
+
+def ended(caller: Caller) -> bool:
+    return bool(caller.sent) and not caller.sent[-1].get("more_body", False)
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(each["choices"][0]["text"] for each in events if isinstance(each, dict) and each.get("choices"))
+
+
+def test_a_stream_says_what_the_whole_answer_says_and_no_proxy_keeps_it(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            whole = (await served.post(COMPLETIONS, COMPLETION)).json()["choices"][0]
+            caller = Caller(served.app, COMPLETIONS, COMPLETION | STREAM)
+            await caller.start()
+            *events, done = events_of(caller)
+            assert (text_of(events), done) == (whole["text"], "[DONE]")
+            headers = caller.answer_headers
+            assert headers["content-type"] == "text/event-stream; charset=utf-8"
+            assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-store", "no")
+            assert "content-length" not in headers
+
+    run(test())
+
+
+def test_the_role_of_an_answer_is_there_before_its_first_step_ends(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            served.gate.close()
+            caller = Caller(served.app, "/v1/chat/completions", CHAT | STREAM)
+            task = caller.start()
+            await until(lambda: len(caller.sent) == 2)
+            assert events_of(caller)[0]["choices"][0]["delta"]["role"] == "assistant"
+            served.gate.open()
+            await task
+            assert events_of(caller)[-1] == "[DONE]"
+
+    run(test())
+
+
+def test_a_step_is_one_write_however_many_samples_it_has(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            body = COMPLETION | STREAM | {"n": 4, "temperature": 1, "seed": 1, "ignore_eos": True}
+            caller = Caller(served.app, COMPLETIONS, body)
+            await caller.start()
+            writes = [each for each in caller.sent[1:-1] if each["body"]]
+            assert len(writes) <= 8 + 1  # steps, and one for what ends behind them
+            assert len(events_of(caller)) > 16
+
+    run(test())
+
+
+def test_a_stream_without_events_is_pinged_until_there_are_some(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm, limits=ServiceLimits(ping_seconds=0.02)) as served:
+            served.gate.close()
+            caller = Caller(served.app, COMPLETIONS, COMPLETION | STREAM)
+            task = caller.start()
+            await until(lambda: caller.read.count(b": ping\n\n") == 3)
+            assert events_of(caller) == [": ping"] * 3
+            served.gate.open()
+            await task
+            assert events_of(caller)[-1] == "[DONE]"
+            sent = len(caller.sent)
+            await asyncio.sleep(0.1)  # nothing follows the end
+            assert len(caller.sent) == sent
+
+    run(test())
+
+
+def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm, max_queue_size=3) as served:
+            served.gate.close()
+            first = Caller(served.app, COMPLETIONS, COMPLETION)
+            task = first.start()
+            await until(lambda: served.gate.num_waiting == 1)
+            queued = served.engine.statistics().num_queued
+            refused = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d"]})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert refused.headers["retry-after"] == "1"
+            served.gate.open()
+            await task
+            await until(served.idle)
+            assert first.status == 200
+            assert queued <= 1
+            assert served.engine.statistics().num_generated_tokens <= 8 + 3  # the refused were ended by the next step
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_runs_too_long_is_told_so(llm: LLM, stream: bool) -> None:
+    async def test() -> None:
+        async with serving(llm, limits=ServiceLimits(request_seconds=0.2)) as served:
+            served.gate.close()
+            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"stream": stream})
+            task = caller.start()
+            await until(lambda: served.gate.num_waiting == 1)
+            await asyncio.sleep(0.3)  # beyond its deadline
+            served.gate.open()
+            await task
+            error = events_of(caller)[-1]["error"] if stream else caller.answer["error"]
+            assert error["code"] == "deadline_exceeded"
+            assert caller.status == (200 if stream else 504)
+            assert stream or caller.answer_headers["x-should-retry"] == "false"
+            assert b"[DONE]" not in caller.read
+            assert ended(caller)
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_is_told_so_and_logged(llm: LLM, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            served.gate.close()
+            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"stream": stream})
+            task = caller.start()
+            await until(lambda: served.gate.num_waiting == 1)
+            served.gate.error = RuntimeError("planted")
+            served.gate.open()
+            await task
+            error = events_of(caller)[-1]["error"] if stream else caller.answer["error"]
+            assert (error["code"], caller.status) == ("engine_error", 200 if stream else 500)
+            assert "planted" in error["message"]
+            assert b"[DONE]" not in caller.read
+            assert ended(caller)
+            assert served.logged()[-1]["reason"] == "engine_error"
+            assert (await served.post(COMPLETIONS, COMPLETION)).status_code == 200
+
+    with caplog.at_level(logging.ERROR):
+        run(test())
+    assert "planted" in caplog.text
+
+
+async def left(served: Served, caller: Caller, task: asyncio.Task[None]) -> None:
+    """Its client leaves, and everything it held comes back."""
+    caller.leave()
+    await task
+    await until(served.idle)
+    assert served.logged()[-1]["status"] == 499
+    assert served.logged()[-1]["reason"] == "client_left"
+
+
+@pytest.mark.parametrize("body", [ENDLESS, ENDLESS | STREAM, ENDLESS | {"prompt": ["a", "b", "c"]}, ENDLESS | {"n": 4}])
+def test_a_client_that_leaves_ends_its_request_and_no_other(llm: LLM, body: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            expected = (await served.post(COMPLETIONS, COMPLETION | {"max_tokens": 200})).json()["choices"]
+            gone = Caller(served.app, COMPLETIONS, body)
+            task = gone.start()
+            await until(lambda: served.engine.statistics().num_running > 0)
+            stays = Caller(served.app, COMPLETIONS, COMPLETION | {"max_tokens": 200})
+            other = stays.start()
+            gone.leave()
+            await task
+            await other
+            assert stays.answer["choices"] == expected
+            await until(served.idle)
+            assert not ended(gone)
+
+    run(test())
+
+
+def test_a_client_that_leaves_while_it_is_queued_ends_its_request(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            served.gate.close()
+            caller = Caller(served.app, COMPLETIONS, ENDLESS)
+            task = caller.start()
+            await until(lambda: bool(served.engine.worker.orders))
+            caller.leave()
+            await task
+            served.gate.open()
+            await until(served.idle)
+            assert served.engine.statistics().num_generated_tokens <= 2
+
+    run(test())
+
+
+def test_a_client_that_leaves_while_its_prompt_is_translated_queues_nothing(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, began, may_end = translate.completion_job, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Any:
+        began.set()
+        assert may_end.wait(60)
+        return original(*given)
+
+    monkeypatch.setattr(translate, "completion_job", slow)
+
+    async def test() -> None:
+        async with serving(llm) as served:
+            caller = Caller(served.app, COMPLETIONS, ENDLESS)
+            task = caller.start()
+            await until(began.is_set)
+            caller.leave()
+            await task
+            assert served.logged()[-1]["status"] == 499
+            may_end.set()
+            await until(lambda: served.engine.statistics().num_accepted == 1)
+            await until(served.idle)
+            assert served.engine.statistics().num_generated_tokens <= 2
+
+    run(test())
+
+
+def test_a_client_that_leaves_while_it_uploads_is_no_error(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            for path in (COMPLETIONS, "/tokenize"):
+                caller = Caller(served.app, path)
+                caller.upload(b'{"prompt": "', more=True)
+                task = caller.start()
+                await until(lambda caller=caller: caller.num_received == 2)  # type: ignore[misc]
+                await left(served, caller, task)
+                assert caller.sent == []
+
+    with caplog.at_level(logging.INFO):
+        run(test())
+    assert caplog.records == []
+
+
+def test_the_tokens_of_a_client_that_left_are_charged(llm: LLM, tmp_path: Path) -> None:
+    ring, header = keyring_of(tmp_path, tokens_per_minute=10_000, max_concurrent=1)
+    key = ring.find(header["authorization"])
+
+    async def test() -> None:
+        async with serving(llm, keyring=ring) as served:
+            caller = Caller(served.app, COMPLETIONS, ENDLESS, header)
+            task = caller.start()
+            await until(lambda: served.engine.statistics().num_generated_tokens >= 50)
+            second = await served.post(COMPLETIONS, COMPLETION, header)
+            assert second.status_code == 429
+            await left(served, caller, task)
+            assert key.num_running == 0
+            left_over = int(key.headers()["x-ratelimit-remaining-tokens"])
+            assert left_over <= 10_000 - 50
+            assert served.logged()[-1]["completion_tokens"] >= 50
+
+    run(test())
+
+
+async def in_a_drain(served: Served, caller: Caller, seconds: float) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
+    """One request that runs, and a drain that has begun."""
+    task = caller.start()
+    await until(lambda: served.engine.statistics().num_running == 1)
+    drain = asyncio.ensure_future(served.service.drain(seconds))
+    await until(lambda: served.service.phase == "draining")
+    return task, drain
+
+
+def test_a_drain_refuses_what_is_new_and_waits_for_what_runs(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            upload = Caller(served.app, COMPLETIONS)
+            upload.upload(b'{"prompt"', more=True)
+            uploading = upload.start()
+            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"max_tokens": 300} | STREAM)
+            task, drain = await in_a_drain(served, caller, 100)
+            for path in ("/ready", "/health"):
+                answer = await served.client.get(path)
+                assert answer.status_code == (503 if path == "/ready" else 200)
+            refused = await served.post(COMPLETIONS, COMPLETION)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert refused.headers["retry-after"] == "1"
+            await uploading
+            assert upload.answer["error"]["code"] == "shutting_down"
+            await task
+            await drain
+            assert events_of(caller)[-1] == "[DONE]"
+            assert len(events_of(caller)) > 100
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_drain_cuts_is_told_so(llm: LLM, stream: bool) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"stream": stream})
+            task, drain = await in_a_drain(served, caller, 0.01)
+            await drain
+            await task
+            error = events_of(caller)[-1]["error"] if stream else caller.answer["error"]
+            assert (error["code"], caller.status) == ("shutting_down", 200 if stream else 503)
+            assert b"[DONE]" not in caller.read
+            assert ended(caller)
+
+    run(test())
+
+
+def test_a_drain_that_has_nothing_to_wait_for_ends(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            await served.service.drain(100)
+
+    run(test())
+
+
+def test_an_engine_beyond_repair_ends_everything_with_its_cause(llm: LLM) -> None:
+    with LLM("tiny", kv_cache_tokens=4096, max_num_seqs=4) as own:
+
+        async def test() -> None:
+            async with serving(own) as served:
+                stream = Caller(served.app, COMPLETIONS, ENDLESS | STREAM)
+                whole = Caller(served.app, COMPLETIONS, ENDLESS)
+                tasks = [stream.start(), whole.start()]
+                await until(lambda: served.engine.statistics().num_running == 2)
+                own.engine.device_error = RuntimeError("planted in the device")
+                await asyncio.gather(*tasks)
+                for error in (events_of(stream)[-1]["error"], whole.answer["error"]):
+                    assert error["code"] == "engine_error"
+                    assert "planted in the device" in error["message"]
+                health = await served.client.get("/health")
+                assert health.status_code == 503
+                assert "planted in the device" in health.json()["reason"]
+                refused = await served.post(COMPLETIONS, COMPLETION)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_down")
+                await served.service.go_down()
+                assert (await served.client.get("/ready")).json()["error"]["code"] == "engine_down"
+
+        run(test())
+
+
+def test_a_canary_is_asked_for_as_long_as_the_service_is_open(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            service = Service(served.service.keyring, canary_seconds=3600)
+            service.open(served.engine, served.service.model)
+            await until(lambda: json.loads(service.verdict()[1])["canary"] == "agreed")
+            assert b'canary_requests_total{result="agreed"} 1.0' in service.metrics.render()
+            service.close()
+
+    run(test())
