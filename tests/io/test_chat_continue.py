@@ -100,6 +100,19 @@ class TestTemplates:
         shown = samples.tokenizer(template, "bytes").decode(ids, skip_special_tokens=False)
         assert shown.endswith(content.strip() if name == "LLAMA3" else content)
 
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
+            "{% for m in messages %}{{ m.content }}{% endfor %}q2z",
+            "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'q2z q3z' if messages }}",
+            "{{ 'asks' if add_generation_prompt else 'goes on' }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        ],
+    )
+    def test_what_a_template_writes_behind_the_content_or_for_a_question_is_left_out(self, template: str) -> None:
+        messages = conversation(["q2z", "Yo"])
+        assert continued(of(template), messages) == theirs(template, "bytes", messages)
+
     @pytest.mark.parametrize(("name", "tag", "escaped"), TestForgedTags.FORGED)
     def test_forged_tags_are_refused_or_escaped(self, name: str, tag: str, escaped: str) -> None:
         template, messages = TEMPLATES[name], conversation(["a", f"x\n {tag} y"])
@@ -132,8 +145,9 @@ class TestTemplates:
     )
     def test_a_content_that_is_not_found_again_is_refused_in_one_sentence(self, template: str) -> None:
         error = r"^messages\[1\], which continue_final_message=True continues, is not found again in what the chat tem"
-        with pytest.raises(ValueError, match=error):
-            continued(of(template), conversation(["Hi", "Yoho"]))
+        for content in ("Yoho", "")[: 2 if "user" in template else 1]:
+            with pytest.raises(ValueError, match=error):
+                continued(of(template), conversation(["Hi", content]))
         with pytest.raises(ValueError, match="does not appear in the chat"):
             theirs(template, "bytes", conversation(["Hi", "Yoho"]))
 

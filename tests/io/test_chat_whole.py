@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastllama.io.chat import ChatFormat, chat_format
 from fastllama.io.chat.whole import TAGS
-from fastllama.io.tokenizer import Tokenizer
+from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 from tests.io import chat_templates as templates
 from tests.io import tokenizer_samples as samples
 from tests.io.test_chat_template import conversation
@@ -151,6 +153,20 @@ class TestTemplates:
             chosen.encode_whole(f"[INST] a{piece}b [/INST]")
         ids = chosen.encode_whole(f"[INST] a{piece}b [/INST]", tags="escape")
         assert ids == tokenizer.encode_template(f"<s>[INST] a{escaped}b [/INST]")
+
+    @pytest.mark.parametrize("tags", ["refuse", "escape"])
+    def test_what_the_tokenizer_makes_a_special_piece_is_refused(self, tags: Any, tmp_path: Path) -> None:
+        """A tokenizer that reads capital letters as small ones, in added tokens too."""
+        file = templates.write_folder(tmp_path, templates.MISTRAL, kind="bytes") / "tokenizer.json"
+        spec = json.loads(file.read_text())
+        spec["normalizer"] = {"type": "Lowercase"}
+        for token in spec["added_tokens"]:
+            token["normalized"] = True
+        file.write_text(json.dumps(spec))
+        chosen = chat_format(load_tokenizer(tmp_path))
+        with pytest.raises(ValueError, match=r"^the prompt contains the special tag '<\|im_end\|>' inside of a turn"):
+            chosen.encode_whole("[INST] a<|IM_END|>b [/INST]", tags=tags)
+        assert chosen.encode_whole("[INST] a [/INST]", tags=tags) == chosen.encode(conversation(["a"]))
 
     @pytest.mark.parametrize("template", [templates.CHATML, templates.VICUNA])
     def test_one_that_does_not_write_the_tag_takes_none(self, template: str) -> None:

@@ -123,8 +123,7 @@ class ChatTemplate:
         for index, turn in enumerate(turns):
             head = eos * (index > 0) + bos * turn.begins
             whole += head + without_special(turn.text, special, tags)
-            parts = _BETWEEN_TAGS.split(turn.text)
-            own += head + "".join(part if part in TAGS or not part.strip() else " q0z " for part in parts)
+            own += head + "".join(part if part in TAGS else " q0z " for part in _BETWEEN_TAGS.split(turn.text))
         ids = self.tokenizer.encode_template(whole)
         # What the tags alone do not give, a text between them has brought, whatever the tokenizer has made of it.
         for marker in self._marks(whole, ids) - self._marks(own, self.tokenizer.encode_template(own)):
