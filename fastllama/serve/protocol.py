@@ -153,9 +153,12 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer what never becomes a request, and close."""
         self._is_deaf = True
         self._cancel_timer()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()  # within another answer: nothing can be said
-            return
+        if self.cycle is not None and not self.cycle.response_complete:  # within a body: whoever reads it sees its end
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()  # within an answer nothing can be said
+                return
         fields = {"content-type": "application/json", "content-length": str(len(error.body)), "connection": "close"}
         lines = [f"{name}: {value}\r\n".encode("latin-1") for name, value in (fields | error.headers).items()]
         self.transport.write(b"".join((STATUS_LINE[error.status], *lines, b"\r\n", error.body)))
