@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ SHOTS = {  # file -> width, height, color scheme
     "serve-page.png": (1100, 940, "light"),
     "serve-page-phone.png": (400, 760, "dark"),
 }
+PROMPTS = ["Tell me a story about a fox.", "Is it a happy ending?"]  # what the bundled model was trained on
+COLOURS = 64  # of a picture: text and its edges look the same, in a third of the bytes
 STATE = """(() => {
   const answer = document.querySelector("article.assistant:last-of-type");
   return answer ? {busy: answer.getAttribute("aria-busy"), failure: answer.querySelector(".failure")?.innerText ?? "",
@@ -128,31 +131,33 @@ def chromium() -> Iterator[Chromium]:
                 process.terminate()
 
 
-def shoot(url: str, out: Path, prompt: str) -> list[Path]:
-    """Writes the pictures, each after an answer to the prompt in a fresh browser. Raises RuntimeError if one fails."""
-    written = []
+def shoot(url: str, out: Path, prompts: list[str]) -> None:
+    """Writes the pictures, each of a conversation in a fresh browser. Raises RuntimeError for what the page reports."""
+    from PIL import Image  # matplotlib brings it; the tests that drive a browser need none
+
     for name, (width, height, scheme) in SHOTS.items():
         with chromium() as tab:
             tab.look(width, height, scheme)
-            tab.open(f"{url}/?prompt={quote(prompt)}")
-            tab.wait(f"{STATE}?.busy === 'false'")
-            state = tab.evaluate(STATE)
-            if state["failure"] or tab.complaints:
-                raise RuntimeError(f"{url}: {state['failure'] or '; '.join(tab.complaints)}")
-            (out / name).write_bytes(tab.picture())
-        written.append(out / name)
-        print(f"{out / name}: {len((out / name).read_bytes()):,} bytes; the answer: {state['text'][:60]!r}...")
-    return written
+            for count, prompt in enumerate(prompts, 1):
+                tab.open(f"{url}/?prompt={quote(prompt)}")
+                answers = "document.querySelectorAll('article.assistant').length"
+                tab.wait(f"{answers} === {count} && {STATE}.busy === 'false'")
+                state = tab.evaluate(STATE)
+                if state["failure"] or tab.complaints:
+                    raise RuntimeError(f"{url}: {state['failure'] or '; '.join(tab.complaints)}")
+            picture = Image.open(io.BytesIO(tab.picture())).convert("RGB")
+        picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out / name, optimize=True)
+        print(f"{out / name}: {(out / name).stat().st_size:,} bytes; the last answer: {state['text']!r}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8229", help="of the server (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder (default: %(default)s)")
-    parser.add_argument("--prompt", default="Tell me a story about a fox.", help="(default: %(default)s)")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="one after the other (default: a story)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    shoot(options.url.rstrip("/"), options.out, options.prompt)
+    shoot(options.url.rstrip("/"), options.out, options.prompts)
 
 
 if __name__ == "__main__":

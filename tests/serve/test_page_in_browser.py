@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastllama.serve.page import FILES, HEADERS
-from tools.page_shot import STATE, Chromium, chromium, command
+from tools.page_shot import SHOTS, STATE, Chromium, chromium, command, shoot
 
 pytestmark = pytest.mark.skipif(command() is None, reason="no Chromium is installed")
 
@@ -51,11 +52,11 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, **chunk: Any) -> None:
         self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
 
-    def stream(self, *texts: str) -> None:
+    def stream(self, *texts: str, reason: str = "stop") -> None:
         self.send(200, "text/event-stream", b": ping\n\n", {})
         for text in texts:
             self.event(choices=[{"delta": {"content": text}}])
-        self.event(choices=[{"delta": {}, "finish_reason": "stop"}])
+        self.event(choices=[{"delta": {}, "finish_reason": reason}])
         self.event(choices=[], usage={"completion_tokens": 3})
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -301,6 +302,41 @@ def test_a_reader_is_told_when_the_oldest_messages_are_dropped(tab: Chromium, si
     answered(tab, 3)
     sent = [[message["content"] for message in body["messages"]] for body in site.asked]
     assert sent == [["One"], ["One", "Fine.", "Two"], ["Two"], ["Two", "Fine.", "Three"], ["Three"]]
+
+
+@pytest.mark.parametrize(
+    ("longest", "third"), [("", ["Two", "Fine.", "Three"]), ("3", ["One", "Fine.", "Two", "Fine.", "Three"])]
+)
+def test_an_answer_cut_by_a_full_context_makes_room_for_the_next(
+    tab: Chromium, site: Site, longest: str, third: list[str]
+) -> None:
+    site.reply = lambda handler, body: handler.stream("Fine.", reason="length")  # of 3 tokens
+    tab.open(site.url)
+    set_field(tab, "length", longest)
+    say(tab, "One")
+    assert "oldest" not in answered(tab)["text"], "there is only one question"
+    say(tab, "Two")
+    assert ("no longer sees the oldest messages" in answered(tab, 2)["text"]) == (not longest)
+    say(tab, "Three")
+    answered(tab, 3)
+    assert [message["content"] for message in site.asked[2]["messages"]] == third
+
+
+def test_pictures_are_taken_of_a_conversation_that_went_well(site: Site, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    shoot(site.url, tmp_path, ["One", "Two"])
+    for name, (width, height, _) in SHOTS.items():
+        with image.open(tmp_path / name) as picture:
+            assert picture.size == (width, height)
+    assert [len(body["messages"]) for body in site.asked] == [1, 3] * len(SHOTS)
+
+
+def test_no_picture_is_taken_of_a_failure(site: Site, tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    site.reply = lambda handler, body: handler.refuse(500, "engine_error", "it broke")
+    with pytest.raises(RuntimeError, match="It broke"):
+        shoot(site.url, tmp_path, ["One"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

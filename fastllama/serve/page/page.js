@@ -333,7 +333,11 @@ function startPage() {
           turn.facts = facts({ ...step, ...times });
           // "length" before the length that was asked for: the context is full
           const full = step.reason === "length" && !(step.usage?.completion_tokens >= fields.length.valueAsNumber);
-          if (full) current.start = Math.max(nextStart(current.turns, current.start), current.start);
+          const next = full ? nextStart(current.turns, current.start) : -1;
+          if (next > 0) {
+            current.start = next;
+            turn.dropped = true;
+          }
         }
       }
     } catch (error) {
