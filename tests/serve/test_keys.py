@@ -254,6 +254,7 @@ def test_a_reload_changes_keys_and_keeps_what_was_used(tmp_path: Path, caplog: p
     ring = Keyring.open(None, file, clock=clock)
     running = [ring.find("Bearer secret-of-alice").admit() for _ in range(3)]
     running[0].charge(150)
+    clock.now += 6
     changed = line("alice", sha256=sha256("another"), requests_per_minute=5, max_concurrent=3, max_tokens=9)
     written(tmp_path, changed)
     with caplog.at_level(logging.INFO, "fastllama"):
@@ -269,9 +270,12 @@ def test_a_reload_changes_keys_and_keeps_what_was_used(tmp_path: Path, caplog: p
     assert "max_concurrent" in str(refusal(alice))
     running[0].close()
     alice.admit()
-    written(tmp_path, line("alice", requests_per_minute=20))
+    clock.now += 6
+    written(tmp_path, line("alice", requests_per_minute=600))
     ring.reload()
-    assert alice.headers()["x-ratelimit-remaining-requests"] == "4", "a larger allowance comes with time"
+    assert alice.headers()["x-ratelimit-remaining-requests"] == "4", "a larger allowance comes from now on"
+    clock.now += 6
+    assert alice.headers()["x-ratelimit-remaining-requests"] == "64"
 
 
 @pytest.mark.parametrize("text", ["nonsense", "", None])
