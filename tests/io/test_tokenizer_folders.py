@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.io.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from tests.io import tokenizer_folders as folders
 
 CONTROL = ("<s>", "</s>", "<unk>")
@@ -137,6 +138,13 @@ def test_no_text_has_fewer_tokens_than_it_has_at_the_least(name: str, pieces: li
     tokenizer, text = ours(name), "".join(piece * count for piece, count in pieces)
     least = tokenizer.least_length(text)
     assert 0 <= least <= min(len(tokenizer.encode(text)), len(tokenizer.encode_template(text)))
+
+
+def test_blanks_count_unless_something_may_drop_them() -> None:
+    found = {name: ours(name).least_length(" " * 10000) for name in folders.names()}
+    sentencepiece = {name for name in found if isinstance(ours(name), SentencePieceTokenizer)}
+    stripping = {"every_flag", "chatml_decoder"}  # added tokens that take the white space beside them
+    assert {name for name, least in found.items() if least} == sentencepiece - stripping
 
 
 def test_most_tokenizers_know_a_least_length() -> None:

@@ -60,6 +60,9 @@ class Tokenizer(ABC):
     SentencePiece cannot tell from a space. `encode_template` differs in nothing.
     """
 
+    # Whether white space can be in no token: beside added tokens that take it, or where normalization drops it.
+    _may_drop_blanks = True
+
     def __init__(
         self,
         path: Path,
@@ -130,8 +133,8 @@ class Tokenizer(ABC):
         """A number of tokens that `encode` gives at the least, known without reading the text; 0 where none is."""
         if not self._keeps_text:
             return 0
-        # White space may be swallowed by added tokens beside it.
-        return (len(text) - sum(map(text.count, " \t\n\r"))) // self._longest_piece
+        dropped = sum(map(text.count, " \t\n\r")) if self._may_drop_blanks else 0
+        return (len(text) - dropped) // self._longest_piece
 
     @functools.cached_property
     def _keeps_text(self) -> bool:

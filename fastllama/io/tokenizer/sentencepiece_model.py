@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,9 @@ from fastllama.io.tokenizer.base import ANCHOR, CONTROL_PIECES, INFILLING_PIECES
 from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_WORD_END = re.compile(r"(?<=\w) ")  # behind a blank, or what normalization makes one, a run of them would be divided
+_ACROSS_WORDS = re.compile(f"[^{SPACE}]{SPACE}")
+_AT_ONCE = 4096  # characters: SentencePiece keeps the GIL for some 2 ms of them, and every other thread waits
 _LOG = logging.getLogger("fastllama")
 
 
@@ -44,6 +48,7 @@ class SentencePieceTokenizer(Tokenizer):
         plain = {ids[piece] for piece in (*CONTROL_PIECES, *INFILLING_PIECES) if piece in ids}
         self._matcher = AddedMatcher(added)
         self._plain_matcher = AddedMatcher({i: piece for i, piece in added.items() if i not in plain})
+        self._may_drop_blanks = _drops_blanks(processor) or any(each.lstrip or each.rstrip for each in added.values())
         self._adds_space = settings.add_prefix_space is not False
         self._space_after_added = settings.legacy
         bos, eos, pad = (ids.get(settings.special_tokens.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
@@ -96,11 +101,27 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             # transformers adds no space to what begins with one; at the beginning of plain text we do.
             spaced = part.startswith((" ", SPACE)) and (template or not begins)
+            first, *rest = self._at_once(part)
             if self._adds_space and (begins or self._space_after_added) and not spaced:
-                ids += self._processor.encode(part)
+                ids += self._processor.encode(first)
             else:
-                ids += self._unspaced(part)
+                ids += self._unspaced(first)
+            for more in rest:
+                ids += self._unspaced(more)
         return ids
+
+    def _at_once(self, text: str) -> Iterator[str]:
+        """A text in parts of _AT_ONCE characters or little more, where no piece reaches across the space between."""
+        start = 0
+        while self._ends_at_words and (cut := _WORD_END.search(text, start + _AT_ONCE)):
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    @functools.cached_property
+    def _ends_at_words(self) -> bool:
+        """Whether no piece holds a space behind another character, so that words are divided each by itself."""
+        return not any(map(_ACROSS_WORDS.search, self._vocabulary.pieces.values()))
 
     def _normalize(self, text: str) -> str:
         normalized: str = self._processor.normalize(text)
@@ -111,6 +132,12 @@ class SentencePieceTokenizer(Tokenizer):
         anchor = len(self._processor.encode(ANCHOR))
         ids: list[int] = self._processor.encode(ANCHOR + text)[anchor:]
         return ids
+
+
+def _drops_blanks(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether normalization makes one space of several, or drops those at an end."""
+    text = "a  \t\r\n\n b  "
+    return text not in processor.normalize(text).replace(SPACE, " ")
 
 
 def piece_bytes(piece: str) -> bytes:
