@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from fastllama.errors import QueueFullError, RequestError, shown
+from fastllama.errors import QueueFullError, shown
 
 _TYPES = {
     401: "authentication_error",
@@ -78,7 +78,6 @@ def from_exception(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return ApiError(429, "queue_full", f"the server is busy: {error}", headers={"retry-after": "1"})
-    cause = error.__cause__ if isinstance(error, RequestError) else error
-    if isinstance(cause, (ValueError, TypeError)):  # what the tokenizer's thread refused
-        return invalid(shown(cause, 500))
+    if isinstance(error, (ValueError, TypeError)):  # what the engine refuses before it queues anything
+        return invalid(shown(error, 500))
     return ApiError(500, "engine_error", shown(error, 500), headers=_ONCE)

@@ -83,9 +83,10 @@ def test_an_api_error_stays_what_it_is():
 
 
 @pytest.mark.parametrize("cause", [ValueError("n is 9"), TypeError("n is a text")])
-def test_what_the_engine_refuses_is_the_client_s_to_change(cause):
-    for error in (from_exception(cause), from_exception(caused(cause))):
-        assert (error.status, str(error)) == (400, str(cause))
+def test_what_the_engine_refuses_is_the_client_s_to_change_and_what_it_raises_later_is_not(cause):
+    error = from_exception(cause)
+    assert (error.status, str(error)) == (400, str(cause))
+    assert from_exception(caused(cause)).status == 500
 
 
 def test_any_other_failure_is_the_engine_s_in_one_line():
