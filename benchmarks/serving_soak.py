@@ -8,7 +8,8 @@ read, slow headers, slow bodies), send bodies that are no requests, and bytes th
 (benchmarks/serving/behaviours.py). The exit status is 1 where
 
 - an answer is wrong, has status 5xx, or is a 429 whose Retry-After is not 1 to 120 s;
-- behind them all a request or KV page is still in use, or there are more descriptors or threads than at the start;
+- behind them all a request or KV page is still in use, or there are more descriptors, threads, asyncio tasks or
+  objects of requests than at the start;
 - resident memory grows by more than GROWTH between the middle and the end;
 - p99 of the gaps between reads of whole streams is more than SLOWDOWN times that with as many clients as seats, all of
   which behave, before and behind;
@@ -59,7 +60,7 @@ class Soak:
     exit_status: int = 0
 
     def faults(self, *, measured: bool = True) -> list[str]:
-        """What is wrong; measured: memory and gaps too, which say something behind thousands of clients only."""
+        """What is wrong; measured: what depends on time and memory too, for thousands of clients on a quiet machine."""
         counts = Counter(f"{each.behaviour}: {each.fault}" for each in self.outcomes if each.fault is not None)
         found = [f"{count} times {fault}" if count > 1 else fault for fault, count in counts.items()]
         start, middle, end = (self.states[place] for place in ("start", "middle", "end"))
@@ -69,10 +70,16 @@ class Soak:
             for name in ("descriptors", "threads")
             if getattr(end, name) > getattr(start, name)
         ]
+        more = {name: count - start.objects[name] for name, count in end.objects.items() if count > start.objects[name]}
+        if more:
+            found.append(f"at the end live more than at the start: {more}")
         if measured and end.megabytes > middle.megabytes + GROWTH:
             found.append(f"memory grew from {middle.megabytes:.1f} to {end.megabytes:.1f} MB behind the middle")
         if measured and self.slowdown > SLOWDOWN:
             found.append(f"p99 of the gaps is {self.slowdown:.2f} times that at capacity, above {SLOWDOWN}")
+        kept = sum(each.behaviour == "never_read" and each.ending == "200" for each in self.outcomes)
+        if measured and kept:
+            found.append(f"{kept} clients that did not read were waited for")
         if "Traceback" in self.log:
             found.append(f"the server wrote a traceback: ...{self.log[self.log.index('Traceback') :][:3000]}")
         if self.exit_status:
@@ -90,15 +97,15 @@ class Soak:
         for name in sorted({each.behaviour for each in self.outcomes}):
             of_it = [each for each in self.outcomes if each.behaviour == name]
             seconds = [each.seconds for each in of_it]
-            endings = ", ".join(
-                f"{ending} {count}" for ending, count in Counter(each.ending for each in of_it).most_common()
-            )
+            counted = Counter(each.ending for each in of_it).most_common()
+            endings = ", ".join(f"{ending} {count}" for ending, count in counted)
             yield f"{name:14} {len(of_it):6} {percentile(seconds, 50):7.3f} {percentile(seconds, 99):7.3f}  {endings}"
-        columns = f"{'descriptors':>11} {'threads':>7} {'running':>7} {'waiting':>7} {'pages':>6}"
+        columns = f"{'objects':>7} {'descriptors':>11} {'threads':>7} {'running':>7} {'waiting':>7} {'pages':>6}"
         yield f"\n{'server':14} {'RSS MB':>8} {columns}"
         for place, state in self.states.items():
-            requests = f"{state.running:7.0f} {state.waiting:7.0f} {state.pages:6.1%}"
-            yield f"{place:14} {state.megabytes:8.1f} {state.descriptors:11} {state.threads:7} {requests}"
+            objects = sum(state.objects.values())
+            counts = f"{objects:7} {state.descriptors:11} {state.threads:7} {state.running:7.0f} {state.waiting:7.0f}"
+            yield f"{place:14} {state.megabytes:8.1f} {counts} {state.pages:6.1%}"
         yield f"\n{'gaps':14} {'count':>8} {'p50 ms':>8} {'p99 ms':>8}"
         for place, gaps in (("at capacity", self.alone), (f"{OVERLOAD} x capacity", self.crowded)):
             yield f"{place:14} {len(gaps):8} {1e3 * percentile(gaps, 50):8.2f} {1e3 * percentile(gaps, 99):8.2f}"
@@ -127,10 +134,14 @@ def settled(server: ServerProcess, start: State | None) -> State:
     give_up = time.monotonic() + 30
     while True:
         state = server.state()
-        idle = not state.busy and (start is None or state.descriptors <= start.descriptors)
+        idle = not state.busy and (start is None or _is_down_to(state, start))
         if idle or time.monotonic() > give_up:
             return state
         time.sleep(0.1)
+
+
+def _is_down_to(state: State, start: State) -> bool:
+    return state.descriptors <= start.descriptors and sum(state.objects.values()) <= sum(start.objects.values())
 
 
 def soak(requests: int, seed: int = 0) -> Soak:

@@ -10,7 +10,9 @@ loop (uvloop). Both take turns, in changing order, and the first round is not co
 tokens/s: of all streams, from the first request to the last token, and the median ratio of a round's two; goal 0.95.
 CPU us/token: of the process that serves, all threads, model included; the difference, the median of the rounds', is
     what HTTP costs; goal 30 at most. It holds a read of /proc's clock too, and none of the client's work.
-first ms: from a request to its first token, the median of all streams, and their difference; goal 5 at most.
+first ms: from a request to its first token, where the streams run already: the median of requests for one token that
+    come meanwhile, one after another, in bursts of their own; and the difference, goal 5 at most.
+all ms: the same of the streams of a burst, which all come at once.
 gap ms: between two reads of a stream, p50 and p99. A reader that is late finds the tokens of two steps in one read.
 
 The client has a process of its own, and takes bytes and times only while a burst runs; its share of the CPU is
@@ -26,7 +28,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from benchmarks.serving.process import DirectProcess, ServerProcess
@@ -35,13 +37,16 @@ from benchmarks.serving.settings import Settings
 from benchmarks.serving.streams import StreamingClient
 from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
+from fastllama.serve.server import SWITCH_SECONDS
 
 Run = Callable[[Burst], Sample]
+SEATS = 128  # sequences that run at once: probes must not wait for the streams to end
 HEADINGS = (
-    f"{'':>7} {'switch':>7} {'tokens/s':>17} {'':>5} {'CPU us/token':>17} {'':>5} {'first ms':>13} {'':>5} "
-    f"{'gap p50 ms':>13} {'gap p99 ms':>13} {'client':>6}\n"
-    f"{'streams':>7} {'ms':>7} {'HTTP':>8} {'direct':>8} {'ratio':>5} {'HTTP':>8} {'direct':>8} {'diff':>5} "
-    f"{'HTTP':>6} {'direct':>6} {'diff':>5} {'HTTP':>6} {'direct':>6} {'HTTP':>6} {'direct':>6} {'CPU':>6}"
+    f"{'':>7} {'switch':>8} {'tokens/s':>17} {'':>5} {'CPU us/token':>15} {'':>6} {'first ms':>13} {'':>5} "
+    f"{'all ms':>13} {'gap p50 ms':>13} {'gap p99 ms':>13} {'client':>6}\n"
+    f"{'streams':>7} {'ms':>8} {'HTTP':>8} {'direct':>8} {'ratio':>5} {'HTTP':>7} {'direct':>7} {'diff':>6} "
+    f"{'HTTP':>6} {'direct':>6} {'diff':>5} {'HTTP':>6} {'direct':>6} {'HTTP':>6} {'direct':>6} "
+    f"{'HTTP':>6} {'direct':>6} {'CPU':>6}"
 )
 
 
@@ -82,6 +87,12 @@ class Figures(NamedTuple):
 
     @property
     def first(self) -> tuple[float, float]:
+        """Median of all probes."""
+        http, direct = ([each for sample in side for each in sample.probes] for side in self)
+        return statistics.median(http), statistics.median(direct)
+
+    @property
+    def first_of_all(self) -> tuple[float, float]:
         """Median of all streams."""
         http, direct = ([each for sample in side for each in sample.first] for side in self)
         return statistics.median(http), statistics.median(direct)
@@ -97,13 +108,15 @@ class Figures(NamedTuple):
             self.medians(lambda sample: sample.tokens_per_second),
             self.medians(lambda sample: sample.cpu_per_token),
         )
-        first, p50, p99 = ([1e3 * each for each in pair] for pair in (self.first, self.gap(50), self.gap(99)))
+        times = (self.first, self.first_of_all, self.gap(50), self.gap(99))
+        first, all_, p50, p99 = ([1e3 * each for each in pair] for pair in times)
         switch = "server's" if interval is None else f"{1e3 * interval:g}"
         return (
-            f"{streams:7} {switch:>7} {speed[0]:8.0f} {speed[1]:8.0f} {self.ratio:5.2f} "
-            f"{1e6 * cpu[0]:8.1f} {1e6 * cpu[1]:8.1f} {1e6 * self.cpu_difference:5.1f} "
+            f"{streams:7} {switch:>8} {speed[0]:8.0f} {speed[1]:8.0f} {self.ratio:5.2f} "
+            f"{1e6 * cpu[0]:7.1f} {1e6 * cpu[1]:7.1f} {1e6 * self.cpu_difference:6.1f} "
             f"{first[0]:6.1f} {first[1]:6.1f} {first[0] - first[1]:5.1f} "
-            f"{p50[0]:6.2f} {p50[1]:6.2f} {p99[0]:6.2f} {p99[1]:6.2f} {self.client_share:6.0%}"
+            f"{all_[0]:6.1f} {all_[1]:6.1f} {p50[0]:6.2f} {p50[1]:6.2f} {p99[0]:6.2f} {p99[1]:6.2f} "
+            f"{self.client_share:6.0%}"
         )
 
     def record(self, streams: int, interval: float | None) -> dict[str, Any]:
@@ -120,6 +133,7 @@ class Figures(NamedTuple):
             "ratio": self.ratio,
             "cpu_seconds_per_token_beyond_direct": self.cpu_difference,
             "first_token_seconds": self.first,
+            "first_token_seconds_of_all_at_once": self.first_of_all,
             "gap_seconds": {f"p{percent}": self.gap(percent) for percent in percents},
             "http": [raw(sample) for sample in self.http],
             "direct": [raw(sample) for sample in self.direct],
@@ -134,12 +148,13 @@ def tokens_of(streams: int) -> int:
 def take_turns(pairs: Sequence[Pair], streams: int, rounds: int) -> list[Figures]:
     """So many samples of each contender, behind one that is not counted; each second round runs them in reverse."""
     burst = Burst(streams, tokens_of(streams))
+    probed = replace(burst, probed=True)
     runs = [run for pair in pairs for run in (pair.http, pair.direct)]
     samples: list[list[Sample]] = [[] for _ in runs]
     for number in range(rounds + 1):
         order = list(range(len(runs)))
         for place in order if number % 2 else reversed(order):
-            sample = runs[place](burst)
+            sample = replace(runs[place](burst), probes=runs[place](probed).probes)
             if number:
                 samples[place].append(sample)
     return [Figures(http, direct) for http, direct in zip(samples[::2], samples[1::2], strict=True)]
@@ -147,14 +162,13 @@ def take_turns(pairs: Sequence[Pair], streams: int, rounds: int) -> list[Figures
 
 def start(interval: float | None, step_seconds: float | None, within: ExitStack) -> Pair:
     """The two processes of a pair, which end with `within`."""
-    # Imported late: whoever reads HEADINGS needs no server.
-    from fastllama.serve.server import SWITCH_INTERVAL
-
-    server = within.enter_context(ServerProcess(Settings(step_seconds=step_seconds, switch_interval=interval)))
+    settings = Settings(step_seconds=step_seconds, switch_interval=interval, llm={"max_num_seqs": SEATS})
+    server = within.enter_context(ServerProcess(settings))
     client = StreamingClient(server)
     within.callback(client.close)
-    same = SWITCH_INTERVAL if interval is None else interval
-    direct = within.enter_context(DirectProcess(Settings(step_seconds=step_seconds, switch_interval=same)))
+    if interval is None:
+        settings = replace(settings, switch_interval=SWITCH_SECONDS)
+    direct = within.enter_context(DirectProcess(settings))
     return Pair(interval, client.run, lambda burst: Sample(**direct.ask(asdict(burst))))
 
 

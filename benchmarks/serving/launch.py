@@ -3,6 +3,8 @@
 python -m benchmarks.serving.launch SETTINGS serve [OPTION ...]
 python -m benchmarks.serving.launch SETTINGS direct
 
+A server says at SIGUSR1 how much memory it holds and how many objects of requests live in it.
+
 SETTINGS: the fields of Settings as JSON. `serve` is the subcommand, with its options. `direct` reads bursts from
 standard input, a JSON object a line, and answers each with a line: see `answer`.
 """
@@ -10,21 +12,30 @@ standard input, a JSON object a line, and answers each with a line: see `answer`
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import signal
+import socket
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.serving.samples import Burst, Sample
-from benchmarks.serving.settings import Settings
+from benchmarks.serving.samples import PAUSE, PROBE, Burst, Sample
+from benchmarks.serving.settings import OBJECTS, REPORT, Settings
+from benchmarks.soak import resident_megabytes
 from fastllama import LLM, AsyncEngine, LlamaForCausalLM, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.device.runner import Runner
 from fastllama.runtime.device.sampler import PendingTokens, SampledToken
+
+SEND_BUFFER = 16384  # bytes, of which the kernel makes two; else it keeps up to 4 MB for a client that does not read
 
 
 def apply(settings: Settings) -> None:
@@ -84,12 +95,28 @@ def imitate_device(seconds: float) -> None:
 
 
 def limit_stalls(seconds: float) -> None:
-    """Have the server hang up on slow clients so soon."""
+    """Have the server hang up on slow clients so soon, and the kernel keep little of what they do not read."""
     from fastllama.serve import service
     from fastllama.serve.protocol import LimitedProtocol
 
+    made = LimitedProtocol.connection_made
+
+    def connection_made(protocol: LimitedProtocol, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        made(protocol, transport)
+
+    LimitedProtocol.connection_made = connection_made  # type: ignore[method-assign, assignment]
     LimitedProtocol.header_seconds = LimitedProtocol.discard_seconds = LimitedProtocol.stall_seconds = seconds
     service.ServiceLimits = partial(service.ServiceLimits, body_seconds=seconds)  # type: ignore[assignment,misc]
+
+
+def report(number: int, frame: FrameType | None) -> None:
+    """Say what there is, as a signal handler: on standard error, a line of JSON behind REPORT."""
+    for _ in range(2):  # what a finalizer puts into a queue that is garbage too lives until the next collection
+        gc.collect()
+    objects = Counter(type(each).__name__ for each in gc.get_objects())
+    found = {"megabytes": resident_megabytes(), "objects": {name: objects[name] for name in OBJECTS}}
+    print(f"{REPORT}{json.dumps(found)}", file=sys.stderr, flush=True)
 
 
 async def answer(engine: AsyncEngine, burst: Burst) -> Sample:
@@ -103,11 +130,25 @@ async def answer(engine: AsyncEngine, burst: Burst) -> Sample:
             counts.append(sum(len(output.token_ids) for output in delta.outputs))
         return times
 
+    async def probe() -> None:
+        while True:
+            await asyncio.sleep(PAUSE)
+            start = time.perf_counter()
+            stream = engine.add_request(PROBE, replace(params, max_tokens=1))
+            await stream.__anext__()
+            probes.append(time.perf_counter() - start)
+
     counts: list[int] = []
+    probes: list[float] = []
     cpu, start = time.process_time(), time.perf_counter()
+    probing = asyncio.ensure_future(probe()) if burst.probed else None
     arrivals = await asyncio.gather(*(read(prompt) for prompt in burst.prompts))
     seconds, used = time.perf_counter() - start, time.process_time() - cpu
-    return Sample.of(arrivals, seconds=seconds, cpu_seconds=used, client_cpu_seconds=0.0, tokens=sum(counts))
+    if probing is not None:
+        probing.cancel()
+    return Sample.of(
+        arrivals, seconds=seconds, cpu_seconds=used, client_cpu_seconds=0.0, tokens=sum(counts), probes=probes
+    )
 
 
 async def _answer_all() -> None:
@@ -129,6 +170,8 @@ def main() -> None:
         uvloop.run(_answer_all())
         return
     from fastllama.cli.main import main as fastllama
+
+    signal.signal(signal.SIGUSR1, report)
 
     sys.argv = ["fastllama", kind, *options]
     sys.exit(fastllama())

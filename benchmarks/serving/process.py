@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.serving.settings import Settings
+from benchmarks.serving.settings import REPORT, Settings
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 180.0  # seconds that a server may take until it is ready, or to end
+_URL = re.compile(r"http://127\.0\.0\.1:(\d+)")
 _METRIC = re.compile(rb"^fastllama:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
@@ -39,12 +39,14 @@ def launch(settings: Settings, *arguments: str, **streams: Any) -> subprocess.Po
 
 @dataclass(frozen=True)
 class State:
-    """A process that serves, at one moment: memory, descriptors, threads, and what /metrics says of requests.
+    """A process that serves, at one moment.
 
-    pages: the share of KV pages that are in use.
+    megabytes: resident, once the allocator has given back what it can. objects: that live, by their classes; see
+    settings.OBJECTS. running, waiting, pages: requests, and the share of KV pages in use, by /metrics.
     """
 
     megabytes: float
+    objects: dict[str, int]
     descriptors: int
     threads: int
     running: float
@@ -63,16 +65,15 @@ class ServerProcess:
     Its standard error goes to a file, see `log`. Raises RuntimeError with that where it ends or is not ready in time.
     """
 
+    port: int
+
     def __init__(self, settings: Settings, options: Sequence[str] = ()) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
         self._settings, self._options = settings, options
         self._within = ExitStack()
 
     def __enter__(self) -> ServerProcess:
         self._errors = self._within.enter_context(tempfile.TemporaryFile())
-        arguments = ("serve", "--port", str(self.port), *self._options)
+        arguments = ("serve", "--port", "0", *self._options)
         self.process = launch(self._settings, *arguments, stdout=subprocess.DEVNULL, stderr=self._errors)
         give_up = time.monotonic() + PATIENCE
         while not self._is_ready():
@@ -119,13 +120,25 @@ class ServerProcess:
 
     def state(self) -> State:
         """Counts of now; the connection that asks is not among them."""
-        metrics = [
-            self.metric(name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        ]
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        metrics = [self.metric(name) for name in names]
+        report = self._report()
         folder = Path("/proc", str(self.pid))
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text(encoding="ascii").splitlines())
+        threads = re.search(r"^Threads:\s+(\d+)$", (folder / "status").read_text(encoding="ascii"), re.MULTILINE)
+        assert threads is not None
         descriptors = len(os.listdir(folder / "fd"))
-        return State(int(status["VmRSS"].split()[0]) / 1e3, descriptors, int(status["Threads"]), *metrics)
+        return State(report["megabytes"], report["objects"], descriptors, int(threads[1]), *metrics)
+
+    def _report(self) -> dict[str, Any]:
+        """What the process says of itself; see launch.py."""
+        before = self.log.count(REPORT)
+        self.process.send_signal(signal.SIGUSR1)
+        give_up = time.monotonic() + PATIENCE
+        while not (found := self.log.split(REPORT)[before + 1 :]) or "\n" not in found[-1]:
+            if time.monotonic() > give_up:
+                raise RuntimeError("the server says nothing at SIGUSR1")
+            time.sleep(0.01)
+        return json.loads(found[-1].partition("\n")[0])
 
     def end(self) -> int:
         """Send SIGTERM and return the exit status."""
@@ -133,6 +146,10 @@ class ServerProcess:
         return self.process.wait(PATIENCE)
 
     def _is_ready(self) -> bool:
+        bound = _URL.search(self.log)
+        if bound is None:
+            return False
+        self.port = int(bound[1])
         try:
             return self.get("/ready")[0] == 200
         except (OSError, http.client.HTTPException):

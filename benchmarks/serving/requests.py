@@ -78,6 +78,13 @@ class Connection:
         except ConnectionError:
             return b""
 
+    def peek(self) -> bytes:
+        """The first bytes of what has come, which stay unread."""
+        try:
+            return self._socket.recv(64, socket.MSG_PEEK)
+        except OSError:  # nothing yet, or a reset
+            return b""
+
     async def reply(self) -> Reply | None:
         """The next answer; None where the server closes before its end."""
         data, times = b"", []
@@ -111,8 +118,3 @@ class Connection:
     def end_writing(self) -> None:
         """Close one direction: nothing more is sent."""
         self._socket.shutdown(socket.SHUT_WR)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the server has not closed, as the kernel sees it without a read."""
-        return self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 1  # TCP_ESTABLISHED

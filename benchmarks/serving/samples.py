@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+
+PAUSE = 0.02  # seconds between two probes
+PROBE = "One day a dog"
 
 
 @dataclass(frozen=True)
 class Burst:
-    """So many streams that begin at once, each of so many tokens."""
+    """So many streams that begin at once, each of so many tokens.
+
+    probed: whether requests for one token are made meanwhile, one after another.
+    """
 
     streams: int
     tokens: int
+    probed: bool = False
 
     @property
     def prompts(self) -> list[str]:
@@ -27,7 +34,8 @@ class Sample:
 
     seconds: from before the first request until the last stream has ended. cpu_seconds: of the process that serves,
     all its threads. client_cpu_seconds: of the process that reads, where that is another. first: from each request to
-    its first token. gaps: between two reads of a stream from there on. tokens: of all streams.
+    its first token. gaps: between two reads of a stream from there on. tokens: of all streams. probes: from each
+    request that comes while the streams run to its token.
     """
 
     seconds: float
@@ -36,6 +44,7 @@ class Sample:
     tokens: int
     first: list[float]
     gaps: list[float]
+    probes: list[float] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -46,6 +55,7 @@ class Sample:
         cpu_seconds: float,
         client_cpu_seconds: float,
         tokens: int,
+        probes: list[float],
     ) -> Sample:
         """arrivals: of each stream, when it was asked for, and when each of its reads came."""
         return cls(
@@ -55,6 +65,7 @@ class Sample:
             tokens,
             first=[times[1] - times[0] for times in arrivals],
             gaps=[after - before for times in arrivals for before, after in pairwise(times[1:])],
+            probes=probes,
         )
 
     @property

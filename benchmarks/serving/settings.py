@@ -6,6 +6,22 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+REPORT = "launch: "  # begins the line that a server writes at SIGUSR1
+OBJECTS = (  # that live as long as a request or a connection
+    "Generation",
+    "Request",
+    "Sequence",
+    "Order",
+    "Mailbox",
+    "RequestStream",
+    "Run",
+    "Exchange",
+    "Ticket",
+    "LimitedProtocol",
+    "RequestResponseCycle",
+    "Task",
+)
+
 
 @dataclass(frozen=True)
 class Settings:

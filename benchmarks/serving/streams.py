@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 
 from benchmarks.serving.process import ServerProcess, cpu_seconds
 from benchmarks.serving.requests import END, dechunked
-from benchmarks.serving.samples import Burst, Sample
+from benchmarks.serving.samples import PAUSE, PROBE, Burst, Sample
 
 Read = tuple[float, bytes]
 
@@ -38,15 +39,39 @@ class StreamingClient:
             connection = socket.create_connection(("127.0.0.1", self._server.port))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections.append(connection)
+        probes: list[float] = []
+        ended = threading.Event()
+        probing = threading.Thread(target=self._probe, args=(ended, probes))
         used, own = cpu_seconds(self._server.pid), time.process_time()
         start = time.perf_counter()
+        if burst.probed:
+            probing.start()
         reads = _read(self._connections[: burst.streams], requests)
         seconds = time.perf_counter() - start
         used, own = cpu_seconds(self._server.pid) - used, time.process_time() - own
+        if burst.probed:
+            ended.set()
+            probing.join()
         arrivals, tokens = zip(*(_parsed(each) for each in reads), strict=True)
         if set(tokens) != {burst.tokens}:
             raise RuntimeError(f"streams of {burst.tokens} tokens have {sorted(set(tokens))}")
-        return Sample.of(arrivals, seconds=seconds, cpu_seconds=used, client_cpu_seconds=own, tokens=sum(tokens))
+        return Sample.of(
+            arrivals, seconds=seconds, cpu_seconds=used, client_cpu_seconds=own, tokens=sum(tokens), probes=probes
+        )
+
+    def _probe(self, ended: threading.Event, probes: list[float]) -> None:
+        """Ask for one token again and again; seconds until the first byte of each go to `probes`."""
+        request = self._request(PROBE, 1)
+        with socket.create_connection(("127.0.0.1", self._server.port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not ended.wait(PAUSE):
+                start, data = time.perf_counter(), b""
+                connection.sendall(request)
+                while b'"text"' not in data:
+                    data += connection.recv(65536)
+                probes.append(time.perf_counter() - start)
+                while not data.endswith(END):
+                    data += connection.recv(65536)
 
     def _request(self, prompt: str, tokens: int) -> bytes:
         asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
