@@ -159,7 +159,7 @@ class Conversation:
 
     def _fitting_ids(self) -> list[int] | None:
         """The conversation's ids, its oldest turns dropped until there is room for an answer; None if that fails."""
-        limit = self.loaded.llm.engine.scheduler.max_model_len
+        limit = self.loaded.llm.max_model_len
         room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         while True:

@@ -66,7 +66,7 @@ def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
     Layers and logits are seen by hooks, with which each step runs as it is written. So the second row is for the tokens
     without hooks, whose steps are replayed where they can be captured: on a GPU as CUDA graphs, the draw inside.
     """
-    model, max_model_len = llm.engine.model, llm.engine.scheduler.max_model_len
+    model, max_model_len = llm.engine.model, llm.max_model_len
     count, num_answer = lengths(llm.config)
     run = _observe(llm, _text_ids(llm, count), num_answer)
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True)

@@ -58,7 +58,7 @@ def test_logits_and_tokens_are_those_of_transformers(tmp_path: Path, rope: dict[
     prompts = [torch.randint(3, 40, (length,), generator=generator).tolist() for length in (5, 240)]
     params = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)
     with LLM(tmp_path, dtype="float32", kv_cache_tokens=1024, progress=False) as llm:
-        assert llm.engine.scheduler.max_model_len == 4 * TRAINED
+        assert llm.max_model_len == 4 * TRAINED
         results = llm.generate(prompts, params)
     for prompt, result in zip(prompts, results, strict=True):
         ids = torch.tensor([prompt])
