@@ -53,9 +53,9 @@ def _wait_until_ready(server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`fastllama serve` with the bundled model in fp32; the base URL of its API."""
+    """`fastllama serve` with the bundled model in fp32, its draws the same each time; the base URL of its API."""
     assert _is_free(PORT), f"port {PORT} is taken: these tests need it, for the examples of the documentation name it"
-    command = [sys.executable, "-m", "fastllama", "serve", "--dtype", "float32", "--port", str(PORT)]
+    command = [sys.executable, "-m", "fastllama", "serve", "--dtype", "float32", "--seed", "1", "--port", str(PORT)]
     without_keys = {name: value for name, value in os.environ.items() if not name.startswith("FASTLLAMA_")}
     with (tmp_path_factory.mktemp("server") / "access.jsonl").open("w") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=without_keys, stdout=log)

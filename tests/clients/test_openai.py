@@ -57,4 +57,6 @@ def test_an_echo_of_several_prompts_is_numbered_prompt_by_prompt(fields: Any) ->
         assert all(logprob <= 0 for logprob in logprobs["token_logprobs"][1:])
         assert {len(column) for column in logprobs.values()} == {len(logprobs["tokens"])}
         assert logprobs["text_offset"][-2] == len(prompt)  # two tokens were drawn
+        for token, offset in list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[2:]:
+            assert text[offset:].startswith(token)
     assert fields["usage"]["completion_tokens"] == 8

@@ -31,7 +31,9 @@ again = client.chat.completions.create(model="any", messages=question, n=3, seed
 likely = client.chat.completions.create(
     model="any", messages=question, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0
 )
-echo = client.completions.create(model="any", prompt=["Once upon", "The fox"], echo=True, logprobs=2, max_tokens=2, n=2)
+echo = client.completions.create(
+    model="any", prompt=["Once upon", "The fox"], echo=True, logprobs=2, max_tokens=2, n=2, temperature=0
+)
 stopped = client.chat.completions.create(
     model="any", messages=question, max_tokens=200, stop=["."], extra_body={"top_k": 1}
 )
