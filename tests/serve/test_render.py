@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -313,6 +316,46 @@ def test_text_of_any_kind_comes_back_as_it_was() -> None:
     assert event["choices"][0]["delta"] == {"content": text}
     (event,) = events(answer(completion(stream=True)).take(0, gained))
     assert event["choices"][0]["text"] == text
+
+
+@given(
+    kind=st.sampled_from(["chat", "completion"]),
+    text=st.text(max_size=20),
+    sizes=st.lists(st.integers(1, 4), max_size=8),
+    logprobs=st.sampled_from([None, 0, 2]),
+    echo=st.booleans(),
+    continues=st.booleans(),
+)
+def test_however_tokens_come_in_deltas_the_stream_joins_to_the_body(
+    kind: Any, text: str, sizes: list[int], logprobs: int | None, *, echo: bool, continues: bool
+) -> None:
+    shape: dict[str, Any] = {"echo": True} if echo and kind == "completion" else {"continues": continues}
+    report_all = logprobs is not None
+    one_by_one = list(deltas([*TOKENIZER.encode(text, bos=False), 2], logprobs=report_all, prompt_logprobs=report_all))
+    merged = []
+    while one_by_one:
+        size = sizes.pop() if sizes else len(one_by_one)
+        part, one_by_one = one_by_one[:size], one_by_one[size:]
+        outputs = [delta.outputs[0] for delta in part]
+        whole = replace(
+            outputs[-1],
+            text="".join(output.text for output in outputs),
+            token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+            logprobs=tuple(report for output in outputs for report in output.logprobs or ()) if report_all else None,
+        )
+        merged.append(RequestDelta((whole,), part[0].prompt_logprobs, part[-1].metrics))
+    job = Job(kind, "tiny", (ONCE,), SamplingParams(), logprobs=logprobs, **shape)
+    choice = body(job, iter(merged))["choices"][0]
+    chunks = [each["choices"][0] for each in streamed(replace(job, stream=True), iter(merged))[:-1]]
+    assert chunks[-1]["finish_reason"] == choice["finish_reason"] == "stop"
+    if kind == "chat":
+        assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == choice["message"]["content"]
+    else:
+        assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+    columns = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
+    for name, column in (choice["logprobs"] or {}).items():
+        if column is not None:
+            assert [each for columns_of_chunk in columns for each in columns_of_chunk[name]] == column
 
 
 def test_rendering_loads_no_torch() -> None:
