@@ -50,7 +50,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that any unsent byte counts as unread
+        transport.set_write_buffer_limits(high=1, low=0)  # anything unsent is unread; with 0, TLS waits for ever
         self._wait_for_request()
         if self._most_connections is not None and len(self.connections) > self._most_connections:
             self._refuse(unavailable("too_many_connections", "this server has no connection left", seconds=5))

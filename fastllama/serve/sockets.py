@@ -11,6 +11,10 @@ from contextlib import suppress
 
 RESERVED = 128  # descriptors for what is no connection: files, libraries, connections that are about to be refused
 
+# Bytes of a connection's send buffer in the kernel, which it doubles. Left alone it grows to 4 MB, of which a third has
+# to be read before a slow reader is seen to read at all.
+SEND_BUFFER = 131072
+
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach an address."""
@@ -76,6 +80,7 @@ def _bound(family: int, kind: int, protocol: int, address: tuple[object, ...]) -
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         found.bind(address)
     except BaseException:
         found.close()

@@ -6,16 +6,21 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 
 from fastllama.serve.protocol import LimitedProtocol
+from fastllama.serve.responses import respond
+from fastllama.serve.sockets import bind
+from tests.serve.live import certificate
 
 BIG = 64 << 20  # more than the kernel's buffers of two sockets hold
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -30,7 +35,7 @@ class Application:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/refuse":
-            await self._answer(send, b"refused", 413)
+            await respond(send, 413, b"refused", {})
             return
         length, more = 0, True
         while more:
@@ -48,19 +53,23 @@ class Application:
                 self.num_left += 1
                 return
             left.cancel()
-        await self._answer(send, b"x" * BIG if scope["path"] == "/big" else str(length).encode(), 200)
-
-    async def _answer(self, send: Any, body: bytes, status: int) -> None:
-        headers = [(b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await respond(send, 200, b"x" * BIG if scope["path"] == "/big" else str(length).encode(), {})
 
 
 class Running:
     """A server on its own thread."""
 
-    def __init__(self, application: Application, protocol: type[LimitedProtocol], loop: str, most: int | None) -> None:
+    def __init__(
+        self,
+        application: Application,
+        protocol: type[LimitedProtocol],
+        loop: str,
+        most: int | None,
+        certificate: tuple[Path, Path] | None,
+    ) -> None:
         self.application = application
+        chain, key = certificate or (None, None)
+        self._tls = None if chain is None else ssl.create_default_context(cafile=str(chain))
         config = uvicorn.Config(
             application,
             http=protocol,
@@ -70,10 +79,11 @@ class Running:
             log_config=None,
             limit_concurrency=most,
             timeout_graceful_shutdown=1,
+            ssl_certfile=chain,
+            ssl_keyfile=key,
         )
         self.server = uvicorn.Server(config)
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
+        (self.socket,) = bind("127.0.0.1", 0)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
 
     @property
@@ -86,14 +96,18 @@ class Running:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         client.settimeout(60)
         client.connect(self.socket.getsockname())
+        if self._tls is not None:
+            client = self._tls.wrap_socket(client, server_hostname="localhost")
         client.sendall(data)
         return client
 
 
 @contextmanager
-def running(loop: str = "asyncio", *, most: int | None = None, **limits: float) -> Iterator[Running]:
+def running(
+    loop: str = "asyncio", *, most: int | None = None, tls: tuple[Path, Path] | None = None, **limits: float
+) -> Iterator[Running]:
     """A server with these limits; at its end no connection may be left that its client has closed."""
-    found = Running(Application(), type("Hurried", (LimitedProtocol,), limits), loop, most)
+    found = Running(Application(), type("Hurried", (LimitedProtocol,), limits), loop, most, tls)
     found.thread.start()
     try:
         wait_for(lambda: found.server.started)
@@ -141,12 +155,18 @@ def error_in(answer: bytes) -> tuple[int, str]:
     return int(head.split()[1]), error["code"]
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "tls"])
+def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path] | None:
+    """A certificate and its key, or None for a connection that is not encrypted."""
+    return certificate(tmp_path_factory.mktemp("tls")) if request.param else None
+
+
 both_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
 
 @both_loops
-def test_a_connection_is_kept_for_requests_one_after_the_other(loop: str) -> None:
-    with running(loop) as server, server.connect() as client:
+def test_a_connection_is_kept_for_requests_one_after_the_other(loop: str, tls: tuple[Path, Path] | None) -> None:
+    with running(loop, tls=tls) as server, server.connect() as client:
         for number in range(3):
             body = b"x" * number
             client.sendall(b"POST /ok HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (number, body))
@@ -242,9 +262,9 @@ def test_a_request_that_runs_is_not_idle() -> None:
 
 
 @both_loops
-def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str) -> None:
+def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str, tls: tuple[Path, Path] | None) -> None:
     with (
-        running(loop, stall_seconds=0.2) as server,
+        running(loop, tls=tls, stall_seconds=0.2) as server,
         server.connect(b"GET /big HTTP/1.1\r\n\r\n", buffer=4096) as client,
     ):
         wait_for(lambda: server.num_connections == 1)
@@ -253,9 +273,9 @@ def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str) ->
 
 
 @both_loops
-def test_a_reader_that_is_slow_gets_everything(loop: str) -> None:
+def test_a_reader_that_is_slow_gets_everything(loop: str, tls: tuple[Path, Path] | None) -> None:
     with (
-        running(loop, stall_seconds=0.5) as server,
+        running(loop, tls=tls, stall_seconds=0.5) as server,
         server.connect(b"GET /big HTTP/1.1\r\nConnection: close\r\n\r\n") as client,
     ):
         size, end = 0, time.monotonic() + 2  # four times the limit
