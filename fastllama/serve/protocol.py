@@ -46,6 +46,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stall: asyncio.TimerHandle | None = None
         self._num_header_bytes: int | None = None  # of the headers that are being read; None between them
         self._refusal: ApiError | None = None  # what the parser's callbacks refuse
+        self._closes = False  # behind the body that is being read
         self._is_deaf = False  # reads on, to see the connection end, and forgets what it reads
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -92,12 +93,23 @@ class LimitedProtocol(HttpToolsProtocol):
         self._num_header_bytes = None
         self._cancel_timer()
         super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if self.cycle.response_complete:  # the rest of a body that was refused
             self.cycle.more_body = False
-            self._wait_for_request()
+            if self._closes:
+                self.transport.close()
+            else:
+                self._wait_for_request()
+
+    def close_behind_answer(self) -> None:
+        """Close once the body was read: closed with bytes unread, the connection is reset and the answer is lost."""
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._closes = True
+        else:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -164,4 +176,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.write(b"".join((STATUS_LINE[error.status], *lines, b"\r\n", error.body)))
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._start_timer(self.linger_seconds, self.transport.close)  # closed with bytes unread, it would be a reset
+        self._start_timer(self.linger_seconds, self.transport.close)  # closed with bytes unread, it would be reset
+
+
+class _AnswerTransport:
+    """What an answer is written to."""
+
+    def __init__(self, protocol: LimitedProtocol) -> None:
+        transport = protocol.transport
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, protocol.close_behind_answer

@@ -295,6 +295,16 @@ def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives() -> Non
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
+def test_a_refusal_arrives_although_its_connection_closes() -> None:
+    head = b"POST /refuse HTTP/1.1\r\nConnection: close\r\nContent-Length: 10000000\r\n\r\n"
+    with running() as server, server.connect(head) as client:
+        for _ in range(100):
+            client.sendall(b"x" * 100_000)
+        answer = read_all(client)
+        assert answer.endswith(b"refused")
+        assert b"connection: close" in answer
+
+
 def test_the_rest_of_a_refused_body_has_a_limit_of_time() -> None:
     post = b"POST /refuse HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n"
     with running(discard_seconds=0.2) as server, server.connect(post) as client:
