@@ -22,8 +22,8 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection. Config.limit_concurrency is how many there may be; those beyond it get a 503.
 
     header_seconds: from the first byte of a request to the last of its headers. idle_seconds: between requests, and
-    before the first. discard_seconds: for the rest of a body that was refused. stall_seconds: for a write of which
-    nothing is taken. linger_seconds: after a refusal, for the client to read it and close.
+    before the first. discard_seconds: for the rest of a body that was refused. stall_seconds: for the client to take
+    what was written. linger_seconds: after a refusal, for the client to read it and close.
     """
 
     header_bytes = 65536
@@ -121,7 +121,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_write()
+        self._stall = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -138,16 +138,6 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _watch_write(self) -> None:
-        size = self.transport.get_write_buffer_size()
-        self._stall = self.loop.call_later(self.stall_seconds, self._check_write, size)
-
-    def _check_write(self, size: int) -> None:
-        if self.transport.get_write_buffer_size() >= size:
-            self.transport.abort()
-        else:
-            self._watch_write()
 
     def _cancel_stall(self) -> None:
         if self._stall is not None:

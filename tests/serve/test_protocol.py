@@ -79,6 +79,7 @@ class Running:
             log_config=None,
             limit_concurrency=most,
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=0,  # uvicorn's own, which LimitedProtocol replaces
             ssl_certfile=chain,
             ssl_keyfile=key,
         )
@@ -214,6 +215,19 @@ def test_headers_are_not_read_beyond_their_limit(piece: int, ends: bool) -> None
         assert error_in(read_all(client)) == (431, "headers_too_large")
 
 
+def test_headers_that_come_in_one_piece_have_the_same_limit() -> None:
+    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nx: " + b"a" * 65536 + b"\r\n\r\n") as client:
+        assert error_in(read_all(client)) == (431, "headers_too_large")
+
+
+@both_loops
+def test_any_byte_that_is_not_sent_counts_as_unread(loop: str, tls: tuple[Path, Path] | None) -> None:
+    with running(loop, tls=tls) as server, server.connect(GET) as client:
+        answered(client)
+        (connection,) = server.server.server_state.connections
+        assert connection.transport.get_write_buffer_limits() == (0, 1)
+
+
 def test_headers_up_to_their_limit_are_read() -> None:
     with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nx: " + b"a" * 65000 + b"\r\n\r\n") as client:
         assert answered(client).startswith(b"HTTP/1.1 200")
@@ -313,9 +327,9 @@ def test_the_rest_of_a_refused_body_has_a_limit_of_time() -> None:
 
 def test_a_body_that_breaks_off_is_told_so_and_whoever_reads_it_sees_its_end() -> None:
     post = b"POST /ok HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
-    with running() as server, server.connect(post) as client:
+    with running(linger_seconds=1000) as server, server.connect(post) as client:
         assert error_in(read_all(client)) == (400, "invalid_http")
-        wait_for(lambda: server.application.num_left == 1)
+        wait_for(lambda: server.application.num_left == 1)  # before the connection is closed
 
 
 @both_loops
