@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from fastllama.runtime.outputs import FinishReason, RequestDelta, RequestMetrics
@@ -28,25 +27,17 @@ class RunningJob:
         streams: list[RequestStream] = []
         try:
             for prompt in job.prompts:
-                streams.append(engine.add_request(prompt.token_ids, job.params, deadline=seconds))
+                ids, goes_on = prompt.token_ids, job.continues_text
+                streams.append(engine.add_request(ids, job.params, deadline=seconds, continues_text=goes_on))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return cls(streams)
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-        """Each delta with the index of its prompt, as they come.
-
-        Raises RequestError where one failed or was aborted. However it ends, all of them do.
-        """
-        deltas = _enumerated(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
-        async with aclosing(deltas):
-            try:
-                async for each in deltas:
-                    yield each
-            finally:
-                self.close()
+    def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+        """Each delta with the index of its prompt, as they come. Raises what the stream of a prompt does."""
+        return _enumerated(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
 
     def close(self) -> None:
         """Abort what has not ended. May be called twice."""

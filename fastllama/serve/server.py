@@ -242,7 +242,7 @@ def _described(llm: LLM, model: ServedModel) -> str:
 
 
 def _exit_now(status: int) -> NoReturn:
-    """End although a thread runs that nothing can stop: Python's own end would wait for what it holds, or crash."""
+    """End although a thread runs that nothing can stop: Python's own end would wait for the threads of a download."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

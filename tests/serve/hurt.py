@@ -9,6 +9,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastllama.cli.main import main
@@ -16,9 +18,14 @@ from fastllama.runtime.engine import Engine
 from fastllama.runtime.llm import LLM
 
 
-def later(function: Any, seconds: float) -> Any:
+def in_an_executor(seconds: float) -> None:
+    """As a download from the Hub runs, for which Python's end waits."""
+    ThreadPoolExecutor(1).submit(time.sleep, seconds).result()
+
+
+def later(function: Any, seconds: float, sleep: Callable[[float], None] = time.sleep) -> Any:
     def slow(*args: Any, **options: Any) -> Any:
-        time.sleep(seconds)
+        sleep(seconds)
         return function(*args, **options)
 
     return slow
@@ -33,6 +40,6 @@ if __name__ == "__main__":
     start = sys.argv.index("serve")
     faults = {name: float(value) for name, value in (word.split("=") for word in sys.argv[1:start])}
     Engine.step = later(Engine.step, faults.get("step", 0.0))  # type: ignore[method-assign]
-    LLM.__init__ = later(LLM.__init__, faults.get("load", 0.0))  # type: ignore[method-assign]
+    LLM.__init__ = later(LLM.__init__, faults.get("load", 0.0), in_an_executor)  # type: ignore[method-assign]
     signal.signal(signal.SIGUSR1, fail_for_good)
     sys.exit(main(sys.argv[start:]))

@@ -8,12 +8,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from fastllama import LLM
+from fastllama import LLM, AsyncEngine, SamplingParams
+from fastllama.errors import QueueFullError, RequestError
 from fastllama.serve import translate
+from fastllama.serve.jobs import Job, PromptIds
+from fastllama.serve.running import RunningJob
 from fastllama.serve.service import Service, ServiceLimits
 from tests.serve.asgi import CHAT, COMPLETION, ENDLESS, Caller, Served, keyring_of, run, serving, until
 
@@ -123,6 +126,38 @@ def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
             assert first.status == 200
             assert queued <= 1
             assert served.engine.statistics().num_generated_tokens <= 8 + 3  # the refused were ended by the next step
+
+    run(test())
+
+
+def test_prompts_that_were_queued_before_a_refusal_are_ended_at_once() -> None:
+    """Not when their streams are collected: a traceback may hold them."""
+    closed: list[int] = []
+
+    class Stream:
+        def close(self) -> None:
+            closed.append(1)
+
+    class Engine:
+        num_added = 0
+
+        def add_request(self, *given: Any, **options: Any) -> Stream:
+            self.num_added += 1
+            if self.num_added == 3:
+                raise QueueFullError("planted")
+            return Stream()
+
+    job = Job("completion", "tiny", (PromptIds((1,)),) * 4, SamplingParams())
+    with pytest.raises(QueueFullError) as raised:
+        RunningJob.begin(cast("AsyncEngine", Engine()), job, 10)
+    assert closed == [1, 1]
+    assert raised.tb is not None
+
+
+def test_a_deadline_that_passes_before_a_prompt_is_queued_is_one_too(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as served:
+            assert served.service.told(RequestError("planted", reason="deadline")).status == 504
 
     run(test())
 
