@@ -95,7 +95,7 @@ async def _answered(caller: Caller, *, stream: bool) -> str:
     if reply is None or ending not in ("200", "429"):
         raise Fault(f"a legal request got {ending}: {reply.body[:500] if reply else b''!r}")
     if ending == "429":
-        await asyncio.sleep(caller.rng.uniform(0.01, 0.1))  # much sooner than it was asked for
+        await asyncio.sleep(float(reply.headers["retry-after"]))  # before it comes again, as another one
         return ending
     answers = reply.events if stream else [json.loads(reply.body)]
     if any("error" in answer for answer in answers):
@@ -297,18 +297,26 @@ async def _refused(caller: Caller, data: bytes, *, may_close: bool) -> str:
     return ending
 
 
+_NONSENSE = [request(body) for body in BODIES] + [request(body, "/v1/chat/completions") for body in CONVERSATIONS]
+
+
 async def send_nonsense(caller: Caller) -> str:
     """A body that is no legal request."""
-    if caller.rng.random() < 0.8:
-        data = request(caller.rng.choice(BODIES))
-    else:
-        data = request(caller.rng.choice(CONVERSATIONS), "/v1/chat/completions")
-    return await _refused(caller, data, may_close=False)
+    return await _refused(caller, caller.rng.choice(_NONSENSE), may_close=False)
 
 
 async def send_garbage(caller: Caller) -> str:
     """Bytes that are no legal HTTP, or none for this server."""
     return await _refused(caller, caller.rng.choice(GARBLED), may_close=True)
+
+
+async def send_everything(caller: Caller) -> str:
+    """Each of all these once."""
+    for data in _NONSENSE:
+        await _refused(caller, data, may_close=False)
+    for data in GARBLED:
+        await _refused(caller, data, may_close=True)
+    return "4xx"
 
 
 WELL_BEHAVED: dict[Behaviour, int] = {read_stream: 3, read_whole: 1}

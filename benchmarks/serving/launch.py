@@ -115,7 +115,11 @@ def report(number: int, frame: FrameType | None) -> None:
     for _ in range(2):  # what a finalizer puts into a queue that is garbage too lives until the next collection
         gc.collect()
     objects = Counter(type(each).__name__ for each in gc.get_objects())
-    found = {"megabytes": resident_megabytes(), "objects": {name: objects[name] for name in OBJECTS}}
+    found = {
+        "megabytes": resident_megabytes(),
+        "blocks": sys.getallocatedblocks(),
+        "objects": {name: objects[name] for name in OBJECTS},
+    }
     print(f"{REPORT}{json.dumps(found)}", file=sys.stderr, flush=True)
 
 
@@ -131,7 +135,7 @@ async def answer(engine: AsyncEngine, burst: Burst) -> Sample:
         return times
 
     async def probe() -> None:
-        while True:
+        while not (ended and probes):
             await asyncio.sleep(PAUSE)
             start = time.perf_counter()
             stream = engine.add_request(PROBE, replace(params, max_tokens=1))
@@ -140,12 +144,14 @@ async def answer(engine: AsyncEngine, burst: Burst) -> Sample:
 
     counts: list[int] = []
     probes: list[float] = []
+    ended = False
     cpu, start = time.process_time(), time.perf_counter()
     probing = asyncio.ensure_future(probe()) if burst.probed else None
     arrivals = await asyncio.gather(*(read(prompt) for prompt in burst.prompts))
     seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    ended = True
     if probing is not None:
-        probing.cancel()
+        await probing
     return Sample.of(
         arrivals, seconds=seconds, cpu_seconds=used, client_cpu_seconds=0.0, tokens=sum(counts), probes=probes
     )

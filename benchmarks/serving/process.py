@@ -23,7 +23,8 @@ from benchmarks.serving.settings import REPORT, Settings
 ROOT = Path(__file__).parents[2]
 PATIENCE = 180.0  # seconds that a server may take until it is ready, or to end
 _URL = re.compile(r"http://127\.0\.0\.1:(\d+)")
-_METRIC = re.compile(rb"^fastllama:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
+METRICS = {"running": "num_requests_running", "waiting": "num_requests_waiting", "pages": "kv_cache_usage_perc"}
+_METRIC = re.compile(r"^fastllama:(\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -41,11 +42,13 @@ def launch(settings: Settings, *arguments: str, **streams: Any) -> subprocess.Po
 class State:
     """A process that serves, at one moment.
 
-    megabytes: resident, once the allocator has given back what it can. objects: that live, by their classes; see
-    settings.OBJECTS. running, waiting, pages: requests, and the share of KV pages in use, by /metrics.
+    megabytes: resident, once the allocator has given back what it can. blocks: that Python has allocated. objects:
+    that live, by their classes; see settings.OBJECTS. running, waiting, pages: requests, and the share of KV pages in
+    use, by /metrics.
     """
 
     megabytes: float
+    blocks: int
     objects: dict[str, int]
     descriptors: int
     threads: int
@@ -110,24 +113,25 @@ class ServerProcess:
         finally:
             connection.close()
 
-    def metric(self, name: str) -> float:
-        """A gauge of /metrics, of all labels together."""
+    def metric(self, name: str, label: str = "") -> float:
+        """A value of /metrics: the sum of those with this label, of all of them without one."""
         status, body = self.get("/metrics")
-        found = [float(value) for key, value in _METRIC.findall(body) if key.decode() == name]
+        found = [
+            float(each[3]) for each in _METRIC.finditer(body.decode()) if each[1] == name and label in (each[2] or "")
+        ]
         if status != 200 or not found:
-            raise RuntimeError(f"/metrics answers {status} and has no fastllama:{name}")
+            raise RuntimeError(f"/metrics answers {status} and has no fastllama:{name}{{{label}}}")
         return sum(found)
 
     def state(self) -> State:
         """Counts of now; the connection that asks is not among them."""
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        metrics = [self.metric(name) for name in names]
+        metrics = {name: self.metric(metric) for name, metric in METRICS.items()}
         report = self._report()
         folder = Path("/proc", str(self.pid))
         threads = re.search(r"^Threads:\s+(\d+)$", (folder / "status").read_text(encoding="ascii"), re.MULTILINE)
         assert threads is not None
         descriptors = len(os.listdir(folder / "fd"))
-        return State(report["megabytes"], report["objects"], descriptors, int(threads[1]), *metrics)
+        return State(**report, descriptors=descriptors, threads=int(threads[1]), **metrics)
 
     def _report(self) -> dict[str, Any]:
         """What the process says of itself; see launch.py."""

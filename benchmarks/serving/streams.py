@@ -64,7 +64,7 @@ class StreamingClient:
         request = self._request(PROBE, 1)
         with socket.create_connection(("127.0.0.1", self._server.port)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while not ended.wait(PAUSE):
+            while not (ended.wait(PAUSE) and probes):
                 start, data = time.perf_counter(), b""
                 connection.sendall(request)
                 while b'"text"' not in data:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,8 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
 
     def contender(name: str) -> serving.Run:
         def run(burst: Burst) -> Sample:
+            if burst.probed:
+                return replace(sample(), probes=[len(order)])
             order.append(name)
             return sample(seconds=len(order))
 
@@ -64,6 +66,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     assert order[8:12] == order[7:3:-1]
     assert [each.seconds for each in first.http] == [5, 12]
     assert [each.seconds for each in second.direct] == [8, 9]
+    assert [each.probes for each in second.direct] == [[8], [9]]
 
 
 def test_chunks_are_put_together_whatever_they_hold() -> None:
@@ -88,7 +91,7 @@ def test_http_is_measured_beside_its_engine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "serving.json"
-    monkeypatch.setattr(serving, "tokens_of", lambda streams: 6)
+    monkeypatch.setattr(serving, "tokens_of", lambda streams: 20)
     options = ["--streams", "1", "3", "--rounds", "2", "--out", str(file)]
     monkeypatch.setattr(sys, "argv", ["serving", *options])
     serving.main()
@@ -97,7 +100,8 @@ def test_http_is_measured_beside_its_engine(
     for result in record["results"]:
         for side in ("http", "direct"):
             assert len(result[side]) == 2
-            assert all(each["tokens"] == 6 * result["streams"] for each in result[side])
+            assert all(each["tokens"] == 20 * result["streams"] for each in result[side])
+            assert all(each["probes"] for each in result[side])
             assert all(len(each["first"]) == result["streams"] for each in result[side])
             assert all(each["cpu_seconds"] > 0 for each in result[side])
     assert len(capsys.readouterr().out.splitlines()) == 4
