@@ -138,7 +138,7 @@ class Conversation:
             self._turns.pop()
             return None
         llm = self.loaded.llm
-        generation = llm.start(ids, self.params)
+        generation = llm.start(ids, self.params, continues_text=False)
         begun = False
         with failure_in_words(), suppress(KeyboardInterrupt), _interruptible() as interrupted:
             for piece in llm.follow(generation):

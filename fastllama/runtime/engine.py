@@ -161,11 +161,13 @@ class Engine:
         prompt: str | None = None,
         arrival: float | None = None,
         request_id: str | None = None,
+        continues_text: bool = True,
     ) -> Generation:
         """Queue a prompt. Raises ValueError, and changes nothing, where check_request does.
 
         arrival: when it came, by time.monotonic(); None is now. request_id: none of an unfinished request; None makes
-        one.
+        one. continues_text: whether the answer goes on with the prompt's text; False makes it a text of its own, as
+        Tokenizer.decode gives it.
         """
         ids = tuple(prompt_token_ids)
         self._requests.check(ids, params)
@@ -173,7 +175,7 @@ class Engine:
             self._requests.check_id(request_id)
             with self._consistency.change(self._start_anew):
                 arrived = time.monotonic() if arrival is None else arrival
-                return self._requests.add(ids, params, prompt, arrived, request_id)
+                return self._requests.add(ids, params, prompt, arrived, request_id, continues_text)
 
     def fork(
         self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None

@@ -19,6 +19,7 @@ from fastllama.runtime.stop_strings import StopSearch, stop_strings
 class TextStream:
     """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not.
 
+    prompt_ids: what the text goes on with; none for one of its own, which begins as Tokenizer.decode lets it begin.
     A model may have more embeddings than its tokenizer has pieces; an id without a piece adds no text. One thread may
     add tokens while another takes the text.
     """
@@ -146,13 +147,17 @@ class Completion:
 
 @dataclass(eq=False)
 class Generation:
-    """A request in the engine: hold on to it to follow or abort it."""
+    """A request in the engine: hold on to it to follow or abort it.
+
+    continues_text: the samples' texts go on with the prompt's; else each is one of its own, as an answer in a chat is.
+    """
 
     request: Request
     prompt: str | None
     tokenizer: Tokenizer | None
     samples: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; the first token has none
+    continues_text: bool = True
     first_token_time: float | None = None
     finish_time: float | None = None
     error: Exception | None = None  # what the request failed with, where the engine isolates failures
@@ -167,7 +172,8 @@ class Generation:
         found = self.samples.get(seq.index)
         if found is None:
             request, tokenizer = self.request, self.tokenizer
-            stream = TextStream(tokenizer, request.prompt_token_ids, request.params) if tokenizer else None
+            before = request.prompt_token_ids if self.continues_text else ()
+            stream = TextStream(tokenizer, before, request.params) if tokenizer else None
             found = self.samples.setdefault(seq.index, Completion(seq, stream))
         return found
 
@@ -176,7 +182,9 @@ class Generation:
         sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
         stream = sample.stream.fork(request.params) if sample.stream is not None else None
         samples = {seq.index: Completion(seq, stream, list(sample.logprobs))}
-        return Generation(request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs))
+        return Generation(
+            request, self.prompt, self.tokenizer, samples, dict(self.prompt_logprobs), self.continues_text
+        )
 
     def abort(self, reason: FinishReason = "abort") -> None:
         """End now: what has not finished does for this reason, and its text is all that is certain of it.

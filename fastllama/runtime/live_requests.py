@@ -94,14 +94,21 @@ class LiveRequests:
         self.check(origin.prompt_token_ids, params)
 
     def add(
-        self, ids: tuple[int, ...], params: SamplingParams, prompt: str | None, arrival: float, request_id: str | None
+        self,
+        ids: tuple[int, ...],
+        params: SamplingParams,
+        prompt: str | None,
+        arrival: float,
+        request_id: str | None,
+        continues_text: bool,
     ) -> Generation:
-        """Queue a prompt that `check` passes, under an id that `check_id` passes."""
+        """Queue a prompt that `check` passes, under an id that `check_id` passes; continues_text: see Generation."""
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         request = Request(request_id or self._new_id(), ids, params, arrival, seed=seed)
         request.bad_words = self._bad_words(params)
         self.scheduler.add(request)
-        generation = self.generations[request.request_id] = Generation(request, prompt, self._tokenizer)
+        generation = Generation(request, prompt, self._tokenizer, continues_text=continues_text)
+        self.generations[request.request_id] = generation
         return generation
 
     def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:

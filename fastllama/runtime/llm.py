@@ -25,7 +25,7 @@ from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
-from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list
+from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list, continues_message
 from fastllama.runtime.values import flag
 
 
@@ -181,10 +181,14 @@ class LLM:
         reject(unknown, "LLM.generate", LLM.generate)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         given = as_list(prompts)
-        each = params_of_each(self.default_params if params is None else params, len(given))
+        return self._generate(given, params_of_each(self.default_params if params is None else params, len(given)), how)
+
+    def _generate(
+        self, given: abc.Sequence[Prompt], params: abc.Sequence[SamplingParams], how: Mapping[str, Any]
+    ) -> list[RequestOutput]:
         generations: list[Generation] = []
         try:
-            for prompt, own in zip(given, each, strict=True):
+            for prompt, own in zip(given, params, strict=True):
                 generations.append(self._add(prompt, own, **how))
             self._finish(generations)
         except BaseException:
@@ -209,15 +213,19 @@ class LLM:
     ) -> RequestOutput:
         """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...].
 
+        The answer is a text of its own, as Tokenizer.decode gives it: without the space that its first token begins
+        with, for stop strings too.
         tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError.
-        continue_final_message: the last message is the assistant's, and the output what follows in it. See
-        ChatFormat.encode. Raises what `generate` raises.
+        continue_final_message: the last message is the assistant's, and the output what follows in it: with its space,
+        unless the message ends in blanks that the format leaves out, or is blank. See ChatFormat.encode. Raises what
+        `generate` raises.
         """
         reject(unknown, "LLM.chat", LLM.chat)
         (params,) = params_of_each(self.default_params if params is None else params, 1)
         continues = flag("continue_final_message", continue_final_message)
         ids = self.chat_format.encode(messages, continue_final_message=continues, **checked(tags=tags))
-        return self.generate([ids], self.prompts.ending_answers(params))[0]
+        goes_on = continues and continues_message(messages[-1]["content"], ids, self.prompts.needed_tokenizer())
+        return self._generate([ids], [self.prompts.ending_answers(params, messages)], {"continues_text": goes_on})[0]
 
     def stream(
         self,
@@ -244,14 +252,17 @@ class LLM:
         request_id: str | None = None,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
+        continues_text: bool | None = None,
         **unknown: Any,
     ) -> Generation:
         """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time.
 
-        request_id: names it for `abort` and in its output; None makes one.
+        request_id: names it for `abort` and in its output; None makes one. continues_text: whether the answer goes on
+        with the prompt's text, or is one of its own, as in `chat`; None is that for messages alone.
         """
         reject(unknown, "LLM.start", LLM.start)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
+        how["continues_text"] = None if continues_text is None else flag("continues_text", continues_text)
         (params,) = params_of_each(self.default_params if params is None else params, 1)
         self.prompts.needed_tokenizer()
         if params.n != 1:
@@ -360,7 +371,13 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, **how: Any) -> Generation:
         prepared = self.prompts.prepare(prompt, params, **how)
-        return self.engine.add_request(prepared.token_ids, prepared.params, prompt=prepared.text, request_id=request_id)
+        return self.engine.add_request(
+            prepared.token_ids,
+            prepared.params,
+            prompt=prepared.text,
+            request_id=request_id,
+            continues_text=prepared.continues_text,
+        )
 
     def _leave(self, generation: Generation) -> None:
         """Abort a request that nobody reads any more, if it can still be."""

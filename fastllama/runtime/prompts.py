@@ -21,11 +21,15 @@ _LEGAL = "a text, token ids, or the messages of a chat"
 
 
 class Prepared(NamedTuple):
-    """A prompt that is ready to be queued, and the parameters that it runs with; text: None where ids were given."""
+    """A prompt that is ready to be queued, and the parameters that it runs with; text: None where ids were given.
+
+    continues_text: whether the answer goes on with the prompt's text, or is a text of its own.
+    """
 
     token_ids: tuple[int, ...]
     params: SamplingParams
     text: str | None
+    continues_text: bool = True
 
 
 class PromptEncoder:
@@ -76,18 +80,27 @@ class PromptEncoder:
         return token_ids(prompt)
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, tags: Tags = "refuse", add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
+        continues_text: bool | None = None,
     ) -> Prepared:
         """What `encode` gives, truncated as `params` ask; those of a chat end where its format's answers do.
 
+        continues_text: None is False for messages, whose answer is a text of its own, and True for all else.
         Raises what `encode` raises, and ValueError for a text that is too long to be worth reading.
         """
         self.check_length(prompt, params)
         ids, prompt = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
         if (kept := self._kept(params)) is not None:
             ids = ids[-kept:]
-        ending = self.ending_answers(params) if is_chat(prompt) else params
-        return Prepared(tuple(ids), ending, prompt if isinstance(prompt, str) else None)
+        asks = is_chat(prompt)
+        ending = self.ending_answers(params, cast("Sequence[Message]", prompt)) if asks else params
+        goes_on = not asks if continues_text is None else continues_text
+        return Prepared(tuple(ids), ending, prompt if isinstance(prompt, str) else None, goes_on)
 
     def check_length(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises ValueError for a text that cannot fit, however it is divided into tokens; reads none of it."""
@@ -115,12 +128,22 @@ class PromptEncoder:
         kept = params.truncate_prompt_tokens
         return kept if kept != -1 else max(1, self._max_model_len - (params.max_tokens or 1))
 
-    def ending_answers(self, params: SamplingParams) -> SamplingParams:
-        """Parameters that end an answer where the chat format does, too."""
+    def ending_answers(self, params: SamplingParams, messages: Sequence[Message]) -> SamplingParams:
+        """Parameters that end the answer to messages where the chat format does, too."""
         chat = self.chat_format
         ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self._config.eos_token_ids]
-        stop, stop_token_ids = (*params.stop, *chat.stop), (*params.stop_token_ids, *ids)
+        stop, stop_token_ids = (*params.stop, *chat.stop_after(messages)), (*params.stop_token_ids, *ids)
         return params.changed(stop=stop, stop_token_ids=stop_token_ids)
+
+
+def continues_message(content: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether the text that answers these ids goes on with a last message of the assistant, whose content it is.
+
+    Not behind blanks at the end of it that the chat format has left out: the space that the answer begins with would
+    double them. Nor where the content is blank: nothing is continued then.
+    """
+    blanks = content[len(content.rstrip()) :]
+    return blanks != content and (not blanks or tokenizer.decode(token_ids).endswith(blanks))
 
 
 def is_chat(prompt: Prompt) -> bool:

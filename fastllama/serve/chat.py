@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastllama.errors import brief, counted, shown
 from fastllama.io.chat import Message
+from fastllama.runtime.prompts import continues_message
 from fastllama.serve.errors import ApiError, context_length_exceeded, invalid
 from fastllama.serve.model import ServedModel
 from fastllama.serve.wire import ChatMessage
@@ -25,9 +26,23 @@ _LEFT_EMPTY = (
     "reasoning_content",
     "reasoning",
     "parsed",
+    "provider_specific_fields",
 )
+_TYPES = (None, "text", "message")  # what clients that send a type call a message
 _NO_TOOLS = "Llama 2 was not trained to call tools"
 _INDEX = re.compile(r"messages\[(\d{1,6})\]")
+
+
+class ChatPrompt(NamedTuple):
+    """The prompt of a conversation.
+
+    continues_text: the answer goes on with the last message, which is the assistant's. stop: texts of the chat format
+    that end it.
+    """
+
+    token_ids: list[int]
+    continues_text: bool
+    stop: tuple[str, ...]
 
 
 @dataclass
@@ -44,29 +59,32 @@ class ChatTurn:
         return "\n\n".join(filter(None, self.contents))
 
 
-def encode_messages(messages: Sequence[ChatMessage], model: ServedModel) -> tuple[list[int], bool]:
-    """The prompt of a conversation, and whether the answer continues its last message, which is the assistant's.
+def encode_messages(messages: Sequence[ChatMessage], model: ServedModel) -> ChatPrompt:
+    """The prompt of a conversation.
 
     System messages come first, neighbours of one role are joined, and text that would pose as another role is escaped;
-    one user message that is a whole `[INST]` prompt is taken as one. Raises ApiError for all that is wrong, and for
-    contents that cannot fit into the context before they are read.
+    one user message that is a whole `[INST]` prompt is taken as one. A last message of the assistant is continued,
+    unless it is blank: then nothing was said. Raises ApiError for all that is wrong, and for contents that cannot fit
+    into the context before they are read.
     """
     turns = _turns(messages)
     if len(turns) >= model.max_model_len:  # each is a token or more, whatever it says
         raise context_length_exceeded(model.max_model_len, f"messages takes {len(turns)} turns", "messages")
     check_fits("".join(turn.content for turn in turns), model, "messages")
-    if len(turns) > 1 and turns[-1].role == "assistant" and not turns[-1].content:
+    if len(turns) > 1 and turns[-1].role == "assistant" and not turns[-1].content.strip():
         turns.pop()  # nothing to go on with: the answer begins here
     continues = turns[-1].role == "assistant"
     chat: list[Message] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    ids = None
     try:
         if len(messages) == 1 and turns[0].role == "user":
-            whole = model.chat_format.encode_whole(turns[0].content, tags="escape")
-            if whole is not None:
-                return whole, False
-        return model.chat_format.encode(chat, tags="escape", continue_final_message=continues), continues
+            ids = model.chat_format.encode_whole(turns[0].content, tags="escape")
+        if ids is None:
+            ids = model.chat_format.encode(chat, tags="escape", continue_final_message=continues)
     except (ValueError, TypeError) as error:
         raise _refused(error, turns) from None
+    goes_on = continues and continues_message(turns[-1].content, ids, model.tokenizer)
+    return ChatPrompt(ids, goes_on, model.chat_format.stop_after(chat))
 
 
 def check_fits(text: str, model: ServedModel, where: str) -> None:
@@ -116,6 +134,9 @@ def _content(where: str, message: ChatMessage, role: str) -> str:
         if (value := getattr(message, name)) not in (None, "", [], {}):
             param, why = f"{where}.{name}", f": {_NO_TOOLS}" if "call" in name else ""
             raise invalid(f"{param} is {brief(value)}{why}; legal: null", param, code="unsupported_value")
+    if message.type not in _TYPES:
+        said = f"{where}.type is {brief(message.type)}; legal: null, 'text' or 'message'"
+        raise invalid(said, f"{where}.type", code="unsupported_value")
     content, param = message.content, f"{where}.content"
     if content is None:
         if role == "assistant":

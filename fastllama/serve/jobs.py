@@ -22,10 +22,11 @@ class Job:
 
     kind: which endpoint's. model: the name that responses give. prompts: each runs with the same params,
     whose max_tokens is None where the answer may reach the end of the context.
-    stream, include_usage: as the client asks. continues: the last message is the assistant's, and the answer goes on
-    with it; else its leading space is dropped. echo: the prompt is shown before the answer. show_tokens: False where
-    max_tokens is 0: the one token that is drawn is not shown. logprobs: how many of the likeliest tokens are reported
-    beside each token; None for no report. user: a hash of who asks, for the access log; None where nobody is named.
+    stream, include_usage: as the client asks. continues_text: the answer's text goes on with the prompt's; else it is
+    one of its own, as the answer to a conversation is. echo: the prompt is shown before the answer. show_tokens: False
+    where max_tokens is 0: the one token that is drawn is not shown. logprobs: how many of the likeliest tokens are
+    reported beside each token; None for no report. user: a hash of who asks, for the access log; None where nobody is
+    named.
     """
 
     kind: Literal["chat", "completion"]
@@ -34,7 +35,7 @@ class Job:
     params: SamplingParams
     stream: bool = False
     include_usage: bool = False
-    continues: bool = False
+    continues_text: bool = True
     echo: bool = False
     show_tokens: bool = True
     logprobs: int | None = None

@@ -15,7 +15,7 @@ from fastllama.runtime.outputs import CompletionOutput, RequestDelta
 from fastllama.serve import wire
 from fastllama.serve.errors import ApiError, deadline_exceeded
 from fastllama.serve.jobs import Job
-from fastllama.serve.logprobs import LogprobsTable, chat_logprobs, joined
+from fastllama.serve.logprobs import ChatEntries, LogprobsTable, joined
 from fastllama.serve.model import ServedModel
 
 _encode = msgspec.json.Encoder().encode
@@ -103,6 +103,11 @@ class Answer(ABC):
             raise deadline_exceeded()
         return output if output.finish_reason in ("stop", "length") else replace(output, finish_reason=None)
 
+    def _ended_by_token(self, output: CompletionOutput) -> bool:
+        """Whether the last token is one of `stop_token_ids`, which ends a text and is none of it."""
+        ended = output.finish_reason == "stop" and len(output.token_ids) > 0
+        return ended and output.token_ids[-1] in self._job.params.stop_token_ids
+
     @abstractmethod
     def _events(self, index: int, output: CompletionOutput) -> bytes:
         """What shows that a choice gained this; nothing where no text is certain yet."""
@@ -138,17 +143,20 @@ def _whole(gains: Sequence[CompletionOutput]) -> CompletionOutput:
 class _ChatAnswer(Answer):
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         super().__init__(job, model, request_id)
-        # An answer begins without the space that its first token has, as Tokenizer.decode gives it.
-        self._drops_space = [model.tokenizer.adds_leading_space and not job.continues] * self._num_choices
+        skips = job.params.skip_special_tokens
+        self._entries = [
+            ChatEntries(model.tokenizer, begun=job.continues_text, skip_special_tokens=skips)
+            for _ in range(self._num_choices)
+        ]
 
     def opening(self) -> bytes:
         role = wire.ChatDelta(role="assistant", content="")
         return b"".join([self._event_of(wire.ChunkChoice(index=i, delta=role)) for i in range(self._num_choices)])
 
     def _events(self, index: int, output: CompletionOutput) -> bytes:
-        content, events = self._content(index, output.text), b""
-        if content or output.logprobs:
-            delta, logprobs = wire.ChatDelta(content=content), self._logprobs(output)
+        events = b""
+        if output.text or output.logprobs:
+            delta, logprobs = wire.ChatDelta(content=output.text), self._logprobs(index, output)
             events = self._event_of(wire.ChunkChoice(index=index, delta=delta, logprobs=logprobs))
         if output.finish_reason is not None:
             last = wire.ChunkChoice(index=index, delta=wire.ChatDelta(), finish_reason=output.finish_reason)
@@ -169,19 +177,15 @@ class _ChatAnswer(Answer):
         assert output.finish_reason is not None, f"choice {index} has not finished"
         return wire.ChatChoice(
             index=index,
-            message=wire.AnswerMessage(content=self._content(index, output.text)),
-            logprobs=self._logprobs(output),
+            message=wire.AnswerMessage(content=output.text),
+            logprobs=self._logprobs(index, output),
             finish_reason=output.finish_reason,
         )
 
-    def _content(self, index: int, text: str) -> str:
-        if text and self._drops_space[index]:
-            self._drops_space[index] = False
-            return text.removeprefix(" ")
-        return text
-
-    def _logprobs(self, output: CompletionOutput) -> wire.ChatLogprobs | None:
-        return None if self._job.logprobs is None else chat_logprobs(self._tokenizer, output.logprobs or ())
+    def _logprobs(self, index: int, output: CompletionOutput) -> wire.ChatLogprobs | None:
+        if self._job.logprobs is None:
+            return None
+        return self._entries[index].of(output.logprobs or (), ended=self._ended_by_token(output))
 
 
 class _CompletionAnswer(Answer):
@@ -243,4 +247,5 @@ class _CompletionAnswer(Answer):
                 shows_top=bool(self._job.logprobs),
             )
         reports = (output.logprobs or ()) if self._job.show_tokens else ()
-        return self._tables[index].of([report.token_id for report in reports], reports)
+        token_ids = [report.token_id for report in reports]
+        return self._tables[index].of(token_ids, reports, ended=self._ended_by_token(output))

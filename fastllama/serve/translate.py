@@ -84,11 +84,18 @@ def chat_job(body: bytes, model: ServedModel, most_tokens: int | None = None) ->
         )
     asked = _asked_tokens(request)
     params = _sampling_params(request, model, {"max_tokens": asked, "logprobs": logprobs}, logprobs="top_logprobs")
-    ids, continues = encode_messages(request.messages, model)
-    check_length(len(ids), model, "messages")
-    prompts = (PromptIds(tuple(ids)),)
-    params = _clamped(_ending_answers(params, model), prompts, model, most_tokens)
-    return Job("chat", model.names[0], prompts, params, continues=continues, logprobs=logprobs, **_asked(request))
+    asking = encode_messages(request.messages, model)
+    check_length(len(asking.token_ids), model, "messages")
+    prompts = (PromptIds(tuple(asking.token_ids)),)
+    return Job(
+        "chat",
+        model.names[0],
+        prompts,
+        _clamped(_ending_answers(params, asking.stop, model), prompts, model, most_tokens),
+        continues_text=asking.continues_text,
+        logprobs=logprobs,
+        **_asked(request),
+    )
 
 
 def completion_job(body: bytes, model: ServedModel, most_tokens: int | None = None) -> Job:
@@ -133,7 +140,7 @@ def tokenize(body: bytes, model: ServedModel) -> bytes:
                 "add_special_tokens is true beside messages, whose chat format writes them; legal: false or null",
                 "add_special_tokens",
             )
-        ids, _ = encode_messages(request.messages, model)
+        ids = encode_messages(request.messages, model).token_ids
     else:
         text = request.prompt or ""
         check_fits(text, model, "prompt")
@@ -261,19 +268,23 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if given is None:
         return None
     _check_count("logit_bias", given)
+    biases: dict[int, float] = {}
     for key, bias in given.items():
         if not re.fullmatch("[0-9]{1,18}", key):
             raise ValueError(f"logit_bias has a key {brief(key)}; legal: token ids such as '42'")
         if not -100 <= bias <= 100:
             raise ValueError(f"logit_bias has {brief(bias)} for {brief(key)}; legal: -100 to 100")
-    return {int(key): bias for key, bias in given.items()}
+        if int(key) in biases:
+            raise ValueError(f"logit_bias has {brief(key)} and another key for token {int(key)}; legal: one for each")
+        biases[int(key)] = bias
+    return biases
 
 
-def _ending_answers(params: SamplingParams, model: ServedModel) -> SamplingParams:
-    """Parameters that end an answer where the chat format does, too."""
-    chat = model.chat_format
-    ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in model.eos_token_ids]
-    return params.changed(stop=(*params.stop, *chat.stop), stop_token_ids=(*params.stop_token_ids, *ids))
+def _ending_answers(params: SamplingParams, stop: tuple[str, ...], model: ServedModel) -> SamplingParams:
+    """Parameters that end an answer where the chat format does, too; stop: its texts for this conversation."""
+    ends = model.chat_format.stop_token_ids
+    ids = [] if params.ignore_eos else [i for i in ends if i not in model.eos_token_ids]
+    return params.changed(stop=(*params.stop, *stop), stop_token_ids=(*params.stop_token_ids, *ids))
 
 
 def _clamped(
@@ -294,7 +305,7 @@ def _infilling(
     request: CompletionRequest, params: SamplingParams, model: ServedModel
 ) -> tuple[tuple[PromptIds, ...], SamplingParams]:
     """The prompt that asks for what stands between prompt and suffix, and parameters that end with it."""
-    prefix, suffix = request.prompt or "", request.suffix or ""
+    prefix, suffix = "" if request.prompt is None else request.prompt, request.suffix or ""
     infilling = model.tokenizer.infilling
     if infilling is None:
         said = "suffix is given, and this model was not trained to infill; legal: null"

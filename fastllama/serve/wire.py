@@ -11,7 +11,7 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     """A message of a conversation.
 
     content: a text, or parts such as {"type": "text", "text": ...}. The fields from refusal on stand empty in answers
-    of OpenAI's servers and others, and so come back in the next request.
+    of OpenAI's servers and others, and so come back in the next request; type: "text" or "message" of some clients.
     """
 
     role: str
@@ -26,6 +26,8 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     reasoning_content: Any = None
     reasoning: Any = None
     parsed: Any = None
+    provider_specific_fields: Any = None
+    type: Any = None
 
 
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -254,12 +256,16 @@ class TextCompletion(Struct, kw_only=True, tag_field="object", tag="text_complet
 
 
 class ModelCard(Struct, kw_only=True, tag_field="object", tag="model"):
-    """A name that is served; max_model_len: tokens of prompt and answer together."""
+    """A name that is served; max_model_len: tokens of prompt and answer together.
+
+    notice: limits and licence of the model, Markdown; not in lists.
+    """
 
     id: str
     created: int
     owned_by: str
     max_model_len: int
+    notice: str | UnsetType = UNSET
 
 
 class ModelList(Struct, kw_only=True, tag_field="object", tag="list"):

@@ -33,8 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
     requests: list[Generation] = []
     start = LLM.start
 
-    def watched(self: LLM, *args: Any) -> Generation:
-        requests.append(start(self, *args))
+    def watched(self: LLM, *args: Any, **options: Any) -> Generation:
+        requests.append(start(self, *args, **options))
         return requests[-1]
 
     monkeypatch.setattr(LLM, "start", watched)
@@ -85,6 +85,14 @@ def test_the_history_is_kept(talk: Talk, asked: list[Generation], model: str) ->
 def test_the_space_before_an_answer_is_not_shown(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLM, "follow", lambda self, generation: iter([" ", " \n", " a ", " b"]))
     assert talk("tell me").out == "a  b\n"
+
+
+def test_a_stop_string_does_not_match_the_space_that_an_answer_is_without(talk: Talk, asked: list[Generation]) -> None:
+    greedy = ("--quiet", "--temperature", "0", "--model", "tiny")
+    whole = talk("tell me a story", options=greedy).out
+    assert " " in whole.strip()
+    assert talk("tell me a story", options=(*greedy, "--stop", " ")).out == f"{whole.split()[0]}\n"
+    assert answers(asked)[0] == whole.removesuffix("\n"), "and the space is not in the history"
 
 
 def test_keys_and_values_of_earlier_turns_are_used_again(talk: Talk, asked: list[Generation]) -> None:

@@ -47,8 +47,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
     found: list[Generation] = []
     start = LLM.start
 
-    def watched(self: LLM, *args: Any) -> Generation:
-        found.append(start(self, *args))
+    def watched(self: LLM, *args: Any, **options: Any) -> Generation:
+        found.append(start(self, *args, **options))
         return found[-1]
 
     monkeypatch.setattr(LLM, "start", watched)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastllama import LLM, AsyncEngine, SamplingParams
@@ -157,3 +160,107 @@ def test_a_format_that_there_is_not_is_refused_before_weights_are_read(
 def test_what_is_no_conversation_is_refused(chatml: Path, messages: Any) -> None:
     with opened(chatml) as llm, pytest.raises((TypeError, ValueError), match=r"^messages"):
         llm.chat(messages)
+
+
+STORY: list[Any] = [{"role": "user", "content": "Tell me a story"}]
+ALL = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module", params=["llama2", "plain"])
+def tiny(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """The bundled model, whose answers to STORY begin with a token that begins with a space."""
+    with LLM("tiny", chat_format=request.param, kv_cache_tokens=2048, progress=False) as llm:
+        yield llm
+
+
+def test_an_answer_is_a_text_of_its_own_as_the_tokenizer_decodes_it(tiny: LLM) -> None:
+    assert tiny.tokenizer is not None
+    answer = tiny.chat(STORY, ALL).outputs[0]
+    assert tiny.tokenizer.token_bytes(answer.token_ids[0]).startswith(b" ")
+    assert answer.text == tiny.tokenizer.decode(answer.token_ids)
+    assert not answer.text.startswith(" ")
+    assert tiny.generate([STORY], ALL)[0].outputs[0].text == answer.text
+    assert "".join(tiny.stream(STORY, ALL)) == answer.text
+    ids = tiny.encode(STORY)
+    assert tiny.generate([ids], ALL)[0].outputs[0].text == f" {answer.text}", "ids are a text that goes on"
+    assert "".join(tiny.follow(tiny.start(ids, ALL, continues_text=False))) == answer.text
+    assert "".join(tiny.follow(tiny.start(STORY, ALL, continues_text=True))) == f" {answer.text}"
+    forked = tiny.fork(tiny.start(ids, ALL, continues_text=False))
+    assert "".join(tiny.follow(forked)) == answer.text
+    with pytest.raises(TypeError, match=r"^continues_text must be True or False, got 'no'$"):
+        tiny.start(ids, ALL, continues_text="no")  # type: ignore[arg-type]
+
+
+def test_a_stop_string_does_not_match_the_space_that_an_answer_is_without(tiny: LLM) -> None:
+    word = tiny.chat(STORY, ALL).outputs[0].text.split()[0]
+    stopped = tiny.chat(STORY, replace(ALL, stop=" ")).outputs[0]
+    assert (stopped.text, stopped.stop_reason) == (word, " ")
+    assert tiny.chat(STORY, replace(ALL, stop=f" {word}")).outputs[0].text != ""
+    assert "".join(tiny.stream(STORY, replace(ALL, stop=" "))) == word
+    (going_on,) = tiny.generate([tiny.encode(STORY)], replace(ALL, stop=" "))
+    assert going_on.outputs[0].text == ""
+
+
+def test_what_an_async_engine_answers_is_a_text_of_its_own_for_messages_or_where_it_is_asked(tiny: LLM) -> None:
+    answer, ids = tiny.chat(STORY, ALL).outputs[0].text, tiny.encode(STORY)
+
+    async def texts() -> list[str]:
+        async with AsyncEngine(tiny) as engine:
+            own = [engine.generate(STORY, ALL), engine.generate(ids, ALL, continues_text=False)]
+            going_on = [engine.generate(ids, ALL), engine.generate(STORY, ALL, continues_text=True)]
+            with pytest.raises(TypeError, match=r"^continues_text must be True or False, got 1$"):
+                engine.add_request(ids, ALL, continues_text=1)  # type: ignore[arg-type]
+            return [output.outputs[0].text for output in await asyncio.gather(*own, *going_on)]
+
+    assert asyncio.run(texts()) == [answer, answer, f" {answer}", f" {answer}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "space"), [("In a", " "), ("In a ", ""), ("In a\n", ""), ("In a \n ", ""), (" In a", " ")]
+)
+def test_an_answer_goes_on_with_a_space_unless_what_it_continues_ends_in_blanks_that_the_format_leaves_out(
+    tiny: LLM, content: str, space: str
+) -> None:
+    asked = tiny.chat([*STORY, {"role": "assistant", "content": content}], ALL, continue_final_message=True)
+    plain = tiny.generate([list(asked.prompt_token_ids)], ALL)[0].outputs[0].text
+    assert plain.startswith(" ")
+    assert asked.outputs[0].text == space + plain.removeprefix(" ")
+
+
+@pytest.mark.parametrize("content", ["", " ", "\n"])
+def test_an_answer_that_continues_nothing_is_a_text_of_its_own(tiny: LLM, content: str) -> None:
+    output = tiny.chat([*STORY, {"role": "assistant", "content": content}], ALL, continue_final_message=True).outputs[0]
+    assert tiny.tokenizer is not None
+    assert output.text == tiny.tokenizer.decode(output.token_ids)
+    assert not output.text.startswith(" ")
+
+
+def test_blanks_that_a_template_keeps_are_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    begun: list[Any] = [*STORY, {"role": "assistant", "content": "In a "}]
+    with LLM("tiny", chat_format=str(tmp_path / "own.jinja"), kv_cache_tokens=1024, progress=False) as llm:
+        output = llm.chat(begun, ALL, continue_final_message=True)
+        assert llm.generate([list(output.prompt_token_ids)], ALL)[0].outputs == output.outputs
+
+
+@pytest.mark.parametrize("way", ["chat", "generate"])
+def test_a_message_alone_in_plain_text_is_answered_beyond_a_line_that_begins_with_user(way: str) -> None:
+    """It is the prompt as it stands: nobody has said that turns begin so."""
+    with LLM("tiny", chat_format="plain", kv_cache_tokens=1024, progress=False) as llm:
+        assert llm.tokenizer is not None
+        script = [*llm.tokenizer.encode("\nUser: Bye", bos=False), llm.tokenizer.eos_token_id]
+        params = SamplingParams(temperature=0, max_tokens=20, logits_processors=[saying(script)])
+        for messages, text in ((STORY, "\nUser: Bye"), ([{"role": "system", "content": "Be brief."}, *STORY], "")):
+            output = llm.chat(messages, params) if way == "chat" else llm.generate([messages], params)[0]
+            assert output.outputs[0].text == text
+
+
+def saying(script: Sequence[int]) -> Callable[[list[int], Tensor], Tensor]:
+    """A logits processor that lets these tokens alone be drawn, one after another."""
+
+    def forced(token_ids: list[int], logits: Tensor) -> Tensor:
+        only = torch.full_like(logits, -math.inf)
+        only[script[len(token_ids)]] = 0
+        return only
+
+    return forced

@@ -77,7 +77,7 @@ def test_a_batch_runs_as_its_rows() -> None:
 
 def test_texts_in_mappings() -> None:
     prepared = encoder().prepare({"prompt": "Hello"}, ONE)
-    assert prepared == (tuple(samples.tokenizer("tiny").encode("Hello")), ONE, "Hello")
+    assert prepared == (tuple(samples.tokenizer("tiny").encode("Hello")), ONE, "Hello", True)
     assert as_list({"prompt": "Hello"}) == [{"prompt": "Hello"}]
     assert as_list("Hello") == ["Hello"]
     assert as_list(text for text in ("A", "B")) == ["A", "B"]
@@ -223,8 +223,9 @@ def test_the_length_of_a_prompt_is_known_before_it_is_read(prompt: Any, length: 
 
 
 def test_the_answer_to_a_chat_ends_where_its_format_says() -> None:
-    prepared = encoder().prepare([{"role": "user", "content": "Hi"}], GREEDY)
-    assert prepared.params == encoder().ending_answers(GREEDY)
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    prepared = encoder().prepare(messages, GREEDY)
+    assert prepared.params == encoder().ending_answers(GREEDY, messages)
     assert prepared.text is None
 
 

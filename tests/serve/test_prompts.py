@@ -140,7 +140,7 @@ def test_a_suffix_asks_code_llama_for_what_stands_between(llama2):
     assert job.params.stop_token_ids == (103,)
     assert complete(model, prompt="a", suffix="b", ignore_eos=True).params.stop_token_ids == ()
     assert complete(model, prompt=None, suffix="b").prompts[0].token_ids == (100, 101, 98, 102)
-    for fields in ({"prompt": ["a"]}, {"prompt": [5]}, {"echo": True}):
+    for fields in ({"prompt": ["a"]}, {"prompt": [5]}, {"prompt": []}, {"echo": True}):
         error = refused(complete, model, suffix="b", **fields)
         assert (error.param, error.code) == ("suffix", "unsupported_value")
     assert refused(complete, model, prompt="a" * 300, suffix="b").code == "context_length_exceeded"

@@ -24,7 +24,6 @@ from fastllama.serve.errors import ApiError
 from fastllama.serve.jobs import Job, PromptIds
 from fastllama.serve.model import ServedModel
 from fastllama.serve.render import Answer, answer_of, error_event
-from tests.io.tokenizer_folders import folder
 
 TOKENIZER = load_tokenizer(Path("fastllama/assets/tiny"))
 ONCE = PromptIds(tuple(TOKENIZER.encode("Once upon")), "Once upon")
@@ -50,8 +49,8 @@ def answer(job: Job, tokenizer: Tokenizer = TOKENIZER) -> Answer:
 
 
 def chat(n: int = 1, **fields: Any) -> Job:
-    """A job of the chat endpoint."""
-    return Job("chat", "tiny", (ONCE,), SamplingParams(n=n), **fields)
+    """A job of the chat endpoint, whose answer is a text of its own."""
+    return Job("chat", "tiny", (ONCE,), SamplingParams(n=n), **{"continues_text": False, **fields})
 
 
 def completion(*prompts: PromptIds, n: int = 1, **fields: Any) -> Job:
@@ -72,9 +71,10 @@ def deltas(
     ends: Any = "stop",
     logprobs: bool = False,
     prompt_logprobs: bool = False,
+    continues_text: bool = True,
 ) -> Iterator[RequestDelta]:
     """What an engine says of a sample of these tokens, one by one."""
-    detokenizer = IncrementalDetokenizer(TOKENIZER, prompt.token_ids)
+    detokenizer = IncrementalDetokenizer(TOKENIZER, prompt.token_ids if continues_text else ())
     for position, token_id in enumerate(token_ids):
         is_last = position == len(token_ids) - 1
         gained = CompletionOutput(
@@ -112,7 +112,8 @@ def body(job: Job, *samples: Iterator[RequestDelta]) -> Any:
 
 
 def test_a_chat_is_the_body_that_the_sdk_reads() -> None:
-    got = body(chat(n=2, logprobs=1), deltas(A_CAFE, logprobs=True), deltas([*A_CAFE, 2], index=1, ends="length"))
+    own: dict[str, Any] = {"continues_text": False, "logprobs": True}
+    got = body(chat(n=2, logprobs=1), deltas(A_CAFE, **own), deltas([*A_CAFE, 2], index=1, ends="length", **own))
     read = ChatCompletion.model_validate(got, strict=True)
     assert (read.id, read.object, read.model, read.system_fingerprint) == (
         "chatcmpl-1f",
@@ -125,10 +126,10 @@ def test_a_chat_is_the_body_that_the_sdk_reads() -> None:
         (1, "a café", "length"),
     ]
     assert got["choices"][0]["message"] == {"role": "assistant", "content": "a café", "refusal": None}
-    spelled = read.choices[0].logprobs
-    assert spelled is not None
-    assert spelled.content is not None
-    assert b"".join(bytes(each.bytes or ()) for each in spelled.content) == b" a caf\xc3\xa9"
+    for choice in read.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert b"".join(bytes(each.bytes or ()) for each in choice.logprobs.content).decode() == "a café"
     usage = read.usage
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ONCE.token_ids), 2 * len(A_CAFE) + 1)
@@ -138,7 +139,8 @@ def test_a_chat_is_the_body_that_the_sdk_reads() -> None:
 
 
 def test_a_streamed_chat_is_roles_then_content_then_reasons_then_usage() -> None:
-    got = streamed(chat(n=2, stream=True, include_usage=True), deltas([*A_CAFE, 2]), deltas(A_CAFE, index=1))
+    samples = (deltas([*A_CAFE, 2], continues_text=False), deltas(A_CAFE, index=1, continues_text=False))
+    got = streamed(chat(n=2, stream=True, include_usage=True), *samples)
     *chunks, done = got
     assert done == "[DONE]"
     for chunk in chunks:
@@ -164,41 +166,50 @@ def test_without_include_usage_no_chunk_speaks_of_it() -> None:
         assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
-@pytest.mark.parametrize(
-    ("texts", "content"),
-    [
-        ((" ", "I am"), "I am"),
-        ((" I", " am"), "I am"),
-        (("  I", " am"), " I am"),
-        (("", " ", " I"), " I"),
-        (("I", " am"), "I am"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_one_space_that_a_chat_answer_begins_with_is_dropped(
-    texts: Sequence[str], content: str, *, stream: bool
-) -> None:
+@pytest.mark.parametrize("texts", [(" ", " I"), ("", " I", " am ")])
+def test_the_text_of_an_answer_is_shown_as_the_engine_gives_it(texts: Sequence[str]) -> None:
     gains = [RequestDelta((CompletionOutput(0, text, (5,)),)) for text in texts]
     gains.append(RequestDelta((CompletionOutput(0, "", (2,), "stop"),), metrics=RequestMetrics(0.0)))
-    if stream:
-        chunks = streamed(chat(stream=True), iter(gains))[1:-1]
-        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == content
-        assert all(chunk["choices"][0]["delta"] != {"content": ""} for chunk in chunks)
-    else:
-        assert body(chat(), iter(gains))["choices"][0]["message"]["content"] == content
+    text = "".join(texts)
+    assert body(chat(), iter(gains))["choices"][0]["message"]["content"] == text
+    assert body(completion(), iter(gains))["choices"][0]["text"] == text
+    chunks = [chunk["choices"][0] for chunk in streamed(chat(stream=True), iter(gains))[1:-1]]
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == text
+    assert all(chunk["delta"] != {"content": ""} for chunk in chunks)
+    assert "".join(each["choices"][0]["text"] for each in streamed(completion(stream=True), iter(gains))[:-1]) == text
 
 
-def test_a_space_stays_where_the_message_is_continued_or_the_tokenizer_adds_none_or_it_is_a_completion() -> None:
-    def gain() -> Iterator[RequestDelta]:
-        yield RequestDelta((CompletionOutput(0, " I", (5,), "stop"),), metrics=RequestMetrics(0.0))
+BROKEN, LETTER, STOP = TOKENIZER.encode("\U0001f600", bos=False)[1], *A_CAFE[:2]
 
-    assert body(chat(continues=True), gain())["choices"][0]["message"]["content"] == " I"
-    assert body(completion(), gain())["choices"][0]["text"] == " I"
-    llama3 = load_tokenizer(folder("llama3"))
-    assert not llama3.adds_leading_space
-    made = answer(chat(), llama3)
-    made.take(0, next(gain()))
-    assert json.loads(made.body())["choices"][0]["message"]["content"] == " I"
+
+@pytest.mark.parametrize(
+    ("token_ids", "ends", "is_hidden"),
+    [
+        ([LETTER, STOP, BROKEN, STOP], "stop", True),  # the first within min_tokens, and so shown
+        ([LETTER, STOP, BROKEN, 2], "stop", True),
+        ([LETTER, STOP, BROKEN], "length", False),
+        ([LETTER, BROKEN, LETTER, LETTER], "stop", False),  # by a stop string
+    ],
+)
+def test_the_token_that_ends_a_text_shows_none(token_ids: list[int], ends: Any, *, is_hidden: bool) -> None:
+    data = [TOKENIZER.token_bytes(token_id) for token_id in token_ids]
+    if is_hidden:
+        data[-1] = b""
+    params = SamplingParams(stop_token_ids=[STOP], min_tokens=3)
+    text = b"".join(data).decode("utf-8", "replace")
+    gained = CompletionOutput(0, text, tuple(token_ids), ends, logprobs=tuple(map(report, token_ids)))
+    delta = RequestDelta((gained,), metrics=RequestMetrics(0.0))
+    entries = body(Job("chat", "tiny", (ONCE,), params, logprobs=0), iter([delta]))["choices"][0]["logprobs"]["content"]
+    assert [bytes(each["bytes"]) for each in entries] == data
+    assert [each["token"] for each in entries][-1] == _spelled(token_ids[-1])
+    columns = body(Job("completion", "tiny", (ONCE,), params, logprobs=0), iter([delta]))["choices"][0]["logprobs"]
+    assert columns["tokens"] == list(map(_spelled, token_ids))
+    ahead = [b"".join(data[:place]).decode("utf-8", "replace") for place in range(len(data))]
+    assert columns["text_offset"] == list(map(len, ahead))
+
+
+def _spelled(token_id: int) -> str:
+    return TOKENIZER.token_bytes(token_id, skip_special_tokens=False).decode("utf-8", "replace")
 
 
 def test_choices_that_gain_in_one_delta_are_events_in_one_piece() -> None:
@@ -324,14 +335,16 @@ def test_text_of_any_kind_comes_back_as_it_was() -> None:
     sizes=st.lists(st.integers(1, 4), max_size=8),
     logprobs=st.sampled_from([None, 0, 2]),
     echo=st.booleans(),
-    continues=st.booleans(),
+    continues_text=st.booleans(),
 )
 def test_however_tokens_come_in_deltas_the_stream_joins_to_the_body(
-    kind: Any, text: str, sizes: list[int], logprobs: int | None, *, echo: bool, continues: bool
+    kind: Any, text: str, sizes: list[int], logprobs: int | None, *, echo: bool, continues_text: bool
 ) -> None:
-    shape: dict[str, Any] = {"echo": True} if echo and kind == "completion" else {"continues": continues}
+    shape: dict[str, Any] = {"echo": True} if echo and kind == "completion" else {"continues_text": continues_text}
     report_all = logprobs is not None
-    one_by_one = list(deltas([*TOKENIZER.encode(text, bos=False), 2], logprobs=report_all, prompt_logprobs=report_all))
+    how: dict[str, Any] = {"logprobs": report_all, "prompt_logprobs": report_all} | shape
+    how.pop("echo", None)
+    one_by_one = list(deltas([*TOKENIZER.encode(text, bos=False), 2], **how))
     merged = []
     while one_by_one:
         size = sizes.pop() if sizes else len(one_by_one)
@@ -352,6 +365,9 @@ def test_however_tokens_come_in_deltas_the_stream_joins_to_the_body(
         assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == choice["message"]["content"]
     else:
         assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+    if kind == "chat" and report_all:
+        spelled = b"".join(bytes(each["bytes"]) for each in choice["logprobs"]["content"])
+        assert spelled.decode("utf-8", "replace") == choice["message"]["content"]
     columns = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
     for name, column in (choice["logprobs"] or {}).items():
         if column is not None:

@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("make", [chat, complete])
 def test_a_chat_without_options_is_openai_s_defaults(llama2):
     job = chat(llama2)
     params = job.params
-    assert (job.kind, job.model, job.stream, job.continues, job.logprobs, job.user) == (
+    assert (job.kind, job.model, job.stream, job.continues_text, job.logprobs, job.user) == (
         ("chat", "tiny", False, False, None, None)
     )
     assert (params.n, params.temperature, params.top_p, params.top_k) == (1, 1.0, 1.0, 0)
@@ -239,6 +239,14 @@ def test_of_some_fields_the_default_alone_is_legal(make, name, default, other, l
 
 
 @both
+def test_logit_bias_has_one_number_for_each_token(make, llama2):
+    error = refused(make, llama2, logit_bias={"05": 100, "5": -100})
+    assert (error.param, error.code) == ("logit_bias", "invalid_value")
+    assert str(error) == "logit_bias has '5' and another key for token 5; legal: one for each"
+    assert make(llama2, logit_bias={"05": 100, "6": -100}).params.logit_bias == {5: 100, 6: -100}
+
+
+@both
 @pytest.mark.parametrize("name", translate._UNSUPPORTED)
 def test_what_this_server_cannot_do_is_refused_unless_null(make, name, llama2):
     error = refused(make, llama2, **{name: {"a": 1}})
@@ -252,7 +260,8 @@ def test_unknown_fields_are_refused(make, llama2):
 
 
 def test_an_answer_ends_where_the_chat_format_s_do(plain):
-    params = chat(plain, stop=["x"], stop_token_ids=[9]).params
+    turns = [{"role": "system", "content": "Be brief."}, *HI]
+    params = chat(plain, stop=["x"], stop_token_ids=[9], messages=turns).params
     assert params.stop == ("x", "\nUser:")
     assert params.stop_token_ids == (9,), "the format's own is the model's EOS"
     other = dataclasses.replace(plain, eos_token_ids=())
@@ -261,8 +270,20 @@ def test_an_answer_ends_where_the_chat_format_s_do(plain):
     assert complete(plain).params.stop == ()
 
 
-def test_a_continued_message_is_marked(llama2):
-    assert chat(llama2, messages=[*HI, {"role": "assistant", "content": "He"}]).continues
+@pytest.mark.parametrize("text", ["Hi", "User: Hi\nBot:", "[INST] Hi [/INST]"])
+def test_a_prompt_as_it_stands_is_answered_beyond_what_ends_turns_in_plain_text(text, plain):
+    alone = [{"role": "user", "content": text}]
+    assert chat(plain, messages=alone, stop=["x"]).params.stop == ("x",)
+    assert chat(plain, messages=[*alone, {"role": "assistant", "content": " "}]).params.stop == ()
+    assert chat(plain, messages=[*alone, {"role": "assistant", "content": "He"}]).params.stop == ("\nUser:",)
+
+
+def test_an_answer_is_a_text_of_its_own_unless_it_continues_a_message(llama2):
+    assert not chat(llama2).continues_text
+    for content, continues in (("He", True), (" He", True), ("He ", False), ("He\n", False), (" ", False), ("", False)):
+        job = chat(llama2, messages=[*HI, {"role": "assistant", "content": content}])
+        assert job.continues_text == continues, content
+    assert complete(llama2).continues_text
 
 
 def test_chat_logprobs_are_a_flag_and_a_number(llama2):

@@ -62,6 +62,14 @@ class ChatFormat:
         check_choice("tags", tags, ("refuse", "escape"))
         return self._encode(messages, tags, continue_final_message)
 
+    def stop_after(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """The texts of `stop` that end the answer to these messages.
+
+        None to one message alone in plain text: it is the prompt as it stands, no "User:" has spoken in it, and one
+        that comes is text. Whole prompts (`encode_whole`) are one message, too.
+        """
+        return () if self.name == "plain" and len(messages) == 1 else self.stop
+
     def encode_whole(self, text: str, *, tags: Tags = "refuse") -> list[int] | None:
         """Token ids of a text that is a whole prompt in Llama 2's format already; None where it is not.
 

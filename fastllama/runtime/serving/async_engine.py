@@ -22,7 +22,7 @@ from fastllama.runtime.serving.order import Order
 from fastllama.runtime.serving.statistics import Health, Snapshot
 from fastllama.runtime.serving.stream import RequestStream
 from fastllama.runtime.serving.worker import Worker
-from fastllama.runtime.values import plain
+from fastllama.runtime.values import flag, plain
 
 AT_ONCE = 8192  # characters or ids of a prompt that are tokenized and checked at once: 2 to 4 ms of the event loop
 _CENTURY = 3.2e9  # seconds: a deadline beyond it is as good as none
@@ -60,19 +60,22 @@ class AsyncEngine:
         request_id: str | None = None,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
+        continues_text: bool | None = None,
         **unknown: Any,
     ) -> RequestStream:
         """Queue a prompt: a text, token ids, or the messages of a chat.
 
         deadline: seconds from now, after which what has not finished does with "deadline", between two steps; while the
         prompt is still tokenized, its stream raises RequestError with that reason.
-        request_id: names it for `abort`; None makes one. tags, add_special_tokens: as in LLM.chat and LLM.generate.
+        request_id: names it for `abort`; None makes one. tags, add_special_tokens, continues_text: as in LLM.chat,
+        LLM.generate and LLM.start.
         Raises at once, and queues nothing: QueueFullError if max_queue_size requests wait, ValueError or TypeError for
         what can never run, RuntimeError when the engine drains or was shut down. A prompt of more than 8192 characters
         is tokenized elsewhere: what is wrong with it the stream raises, as RequestError.
         """
         reject(unknown, "AsyncEngine.add_request", AsyncEngine.add_request)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
+        how["continues_text"] = None if continues_text is None else flag("continues_text", continues_text)
         self._access.check_process()
         check_params(params)
         params = self._llm.default_params if params is None else params

@@ -263,6 +263,7 @@ class Worker:
                 prompt=given.text,
                 arrival=order.arrival,
                 request_id=order.request_id,
+                continues_text=given.continues_text,
             )
         except BaseException as error:
             self._end(order, error)
