@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from traceback import format_exception
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ KEYLESS = {"/health", "/ready", *page.FILES}  # probes have no key, and the page
 EXPOSED = ("x-request-id", "retry-after", *(
     f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
 ))  # fmt: skip
-BUG = "this is a bug in fastllama; please report it with the lines below"
+BUG = "this is a bug in fastllama; please report it with these lines:\n%s"
 _ID = re.compile(r"[!-~]{1,128}")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 
@@ -106,7 +107,7 @@ class Guard:
             raise
         except Exception as error:
             if exchange.status is not None:  # half a response, which nothing mends
-                logger.error(BUG, exc_info=error)
+                logger.error(BUG, "".join(format_exception(error)))
                 raise
             refusal = self._refusal(scope, error)
             exchange.error = refusal.code
@@ -133,7 +134,7 @@ class Guard:
             there = ", ".join(f"{methods} {path}" for path, methods in ENDPOINTS.items())
             asked = f"{scope['method']} {scope['path']}"
             return ApiError(404, "unknown_url", f"there is no {brief(asked)}; there are: {there}")
-        logger.error(BUG, exc_info=error)
+        logger.error(BUG, "".join(format_exception(error)))
         return ApiError(500, "internal_error", "a bug in fastllama: the server's log has its traceback")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import format_exception
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import fastllama
@@ -201,7 +202,7 @@ class Service:
             return self._refusal("down")
         told = from_exception(error)
         if told.status == 500:
-            logger.error("a request failed", exc_info=error)
+            logger.error("a request failed: %s", error if isinstance(error, RequestError) else _traceback(error))
         return told
 
     def _snapshot(self) -> Snapshot | None:
@@ -216,3 +217,8 @@ class Service:
         if phase == "draining":
             return unavailable("shutting_down", "this server is shutting down; try again", seconds=1)
         return unavailable("engine_down", "the engine has failed for good, and this server ends; try again", seconds=10)
+
+
+def _traceback(error: Exception) -> str:
+    """Of what the engine has not logged; the command's log shows messages alone."""
+    return "".join(format_exception(error))
