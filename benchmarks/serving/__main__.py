@@ -40,7 +40,7 @@ from fastllama.bench.files import output_file, write_record
 from fastllama.serve.server import SWITCH_SECONDS
 
 Run = Callable[[Burst], Sample]
-SEATS = 128  # sequences that run at once: probes must not wait for the streams to end
+SEATS = 160  # sequences that run at once: probes must not wait for the streams to end
 HEADINGS = (
     f"{'':>7} {'switch':>8} {'tokens/s':>17} {'':>5} {'CPU us/token':>15} {'':>6} {'first ms':>13} {'':>5} "
     f"{'all ms':>13} {'gap p50 ms':>13} {'gap p99 ms':>13} {'client':>6}\n"
