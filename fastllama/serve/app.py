@@ -160,7 +160,13 @@ ENDPOINTS = {
 
 def _route(path: str) -> str:
     """Which endpoint a path is of, for logs and metrics."""
-    return path if path in ENDPOINTS else "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+    return (
+        path
+        if path in ENDPOINTS or path in page.FILES
+        else "/v1/models/{id}"
+        if path.startswith("/v1/models/")
+        else "other"
+    )
 
 
 def _router(service: Service) -> Router:
@@ -218,7 +224,7 @@ class _InThread:
         service = self._service
         check_json(scope, service.limits)
         service.check_open()
-        body = await read_body(receive, service.limits, service.closing)
+        body = await read_body(receive, service)
         with service.running():
             ticket = scope["state"]["exchange"].key.admit()
             try:
@@ -242,6 +248,7 @@ def _cards(model: ServedModel) -> list[wire.ModelCard]:
 def _card(model: ServedModel, name: str) -> wire.ModelCard:
     for card in _cards(model):
         if card.id == name:
+            card.notice = model.notice
             return card
     message = f"there is no model {brief(name)}; there are: {', '.join(model.names)}"
     raise ApiError(404, "model_not_found", message, param="model")

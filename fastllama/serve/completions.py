@@ -27,7 +27,7 @@ class Completions:
         service, exchange = self._service, scope["state"]["exchange"]
         check_json(scope, service.limits)
         service.check_open()
-        body = await read_body(receive, service.limits, service.closing)
+        body = await read_body(receive, service)
         await while_connected(receive, self._answer(exchange, exchange.key, body, send))
 
     async def _answer(self, exchange: Exchange, key: Key, body: bytes, send: Send) -> None:

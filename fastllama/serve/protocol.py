@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
 import httptools
 from uvicorn.config import Config
@@ -162,6 +163,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.transport.close()  # within an answer nothing can be said
                 return
         fields = {"content-type": "application/json", "content-length": str(len(error.body)), "connection": "close"}
+        fields["x-request-id"] = uuid4().hex
         lines = [f"{name}: {value}\r\n".encode("latin-1") for name, value in (fields | error.headers).items()]
         self.transport.write(b"".join((STATUS_LINE[error.status], *lines, b"\r\n", error.body)))
         if self.transport.can_write_eof():

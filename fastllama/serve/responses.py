@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from fastllama.errors import brief, counted
-from fastllama.serve.errors import ApiError
-from fastllama.serve.service import ServiceLimits
+from fastllama.serve.errors import ApiError, unavailable
+from fastllama.serve.service import Service, ServiceLimits
 
 T = TypeVar("T")
 PIECE = 65536
@@ -50,14 +50,23 @@ def check_json(scope: Scope, limits: ServiceLimits) -> None:
         raise _too_large(limits)
 
 
-async def read_body(receive: Receive, limits: ServiceLimits, closing: asyncio.Future[None]) -> bytes:
-    """The whole body; of one that is cut short by `closing`, what has come.
+async def read_body(receive: Receive, service: Service) -> bytes:
+    """The whole body; of one that is cut short as the service closes, what has come.
 
-    Raises ApiError 413 and 408 for one that is too long or too slow, ClientGoneError.
+    Raises ApiError 413 and 408 for one that is too long or too slow, 503 where too many come at once, ClientGoneError.
     """
+    body = bytearray()
+    try:
+        return await _read_body(receive, service, body)
+    finally:
+        service.num_uploading_bytes -= len(body)
+
+
+async def _read_body(receive: Receive, service: Service, body: bytearray) -> bytes:
+    """Into `body`, whose bytes are counted as they come."""
+    limits, closing = service.limits, service.closing
     loop = asyncio.get_running_loop()
     end = loop.time() + limits.body_seconds
-    body = bytearray()
     while True:
         task = asyncio.ensure_future(receive())
         try:
@@ -72,9 +81,13 @@ async def read_body(receive: Receive, limits: ServiceLimits, closing: asyncio.Fu
         message_ = task.result()
         if message_["type"] == "http.disconnect":
             raise ClientGoneError
-        body += message_.get("body", b"")
+        piece = message_.get("body", b"")
+        body += piece
+        service.num_uploading_bytes += len(piece)
         if len(body) > limits.body_bytes:
             raise _too_large(limits)
+        if service.num_uploading_bytes > limits.all_bodies_bytes:
+            raise unavailable("too_many_uploads", "other bodies fill this server's memory; try again", seconds=5)
         if not message_.get("more_body", False):
             return bytes(body)
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
 from fastllama.runtime.outputs import FinishReason, RequestDelta, RequestMetrics
+from fastllama.serve.errors import invalid
 from fastllama.serve.jobs import Job
 
 if TYPE_CHECKING:
@@ -23,7 +24,13 @@ class RunningJob:
 
     @classmethod
     def begin(cls, engine: AsyncEngine, job: Job, seconds: float) -> RunningJob:
-        """Queue every prompt, each with these seconds to wait and run; on any thread. Raises what add_request does."""
+        """Queue every prompt, each with these seconds to wait and run; on any thread.
+
+        Raises ApiError for more prompts than may ever wait, and what add_request raises.
+        """
+        if len(job.prompts) > engine.max_queue_size:
+            most = f"legal: at most {engine.max_queue_size}, this server's --max-queue-size"
+            raise invalid(f"prompt has {len(job.prompts)} prompts; {most}", "prompt")
         streams: list[RequestStream] = []
         try:
             for prompt in job.prompts:

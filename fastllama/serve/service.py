@@ -39,12 +39,14 @@ CUT_SECONDS = 5.0  # for what has ended to be told so: readers that stall get no
 class ServiceLimits:
     """What one request may take: seconds of running and waiting, seconds and bytes of its body.
 
-    ping_seconds: a stream without an event for so long is sent a comment, so that no proxy takes it for dead.
+    all_bodies_bytes: of the bodies that are being read at a time. ping_seconds: a stream without an event for so long
+    is sent a comment, so that no proxy takes it for dead.
     """
 
     request_seconds: float = 600.0
     body_seconds: float = 60.0
     body_bytes: int = 4 << 20
+    all_bodies_bytes: int = 256 << 20
     ping_seconds: float = 15.0
 
 
@@ -73,6 +75,7 @@ class Service:
         self._model: ServedModel | None = None
         self._canary: Canary | None = None
         self._asking: asyncio.Task[None] | None = None
+        self.num_uploading_bytes = 0  # of bodies that are being read
         self._num_running = 0
         self._idle: asyncio.Future[None] | None = None
         self._is_cut = False

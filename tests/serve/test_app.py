@@ -18,7 +18,7 @@ from fastllama.serve.app import create_app
 from fastllama.serve.keys import Keyring
 from fastllama.serve.options import ServerOptions
 from fastllama.serve.service import Service, ServiceLimits
-from tests.serve.asgi import CHAT, COMPLETION, Caller, keyring_of, run, serving
+from tests.serve.asgi import CHAT, COMPLETION, Caller, keyring_of, run, serving, until
 
 NAME = "https://chat.example"
 
@@ -85,7 +85,9 @@ def test_models_are_listed_and_found_by_names_with_slashes(llm: LLM) -> None:
                 ("meta/tiny-chat", 1024),
                 ("tiny", 1024),
             ]
-            assert (await served.client.get("/v1/models/meta/tiny-chat")).json() == models[0]
+            card = (await served.client.get("/v1/models/meta/tiny-chat")).json()
+            assert "Acceptable Use Policy" in card.pop("notice")
+            assert card == models[0]
             error = error_of(response := await served.client.get("/v1/models/gpt-4"))
             assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
             assert (await served.client.get("/version")).json() == {"version": fastllama.__version__}
@@ -220,6 +222,26 @@ def test_a_body_is_refused_by_its_declared_length_and_by_what_comes(llm: LLM) ->
             assert (
                 await served.client.post("/tokenize", content=exact, headers={"content-type": "application/json"})
             ).is_success
+
+    run(test())
+
+
+def test_bodies_that_come_at_once_may_not_fill_the_memory(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm, limits=ServiceLimits(all_bodies_bytes=1000)) as served:
+            first, second, third = (Caller(served.app, "/tokenize") for _ in range(3))
+            first.upload(b'{"prompt": "a"'.ljust(600), more=True)
+            answer = first.start()
+            await until(lambda: served.service.num_uploading_bytes == 600)
+            second.upload(b" " * 500, more=True)
+            await second.start()
+            assert (second.status, second.answer["error"]["code"]) == (503, "too_many_uploads")
+            third.upload(b'{"prompt": "a"}')
+            await third.start()
+            assert third.status == 200
+            first.upload(b"}")
+            await answer
+            assert (first.status, served.service.num_uploading_bytes) == (200, 0)
 
     run(test())
 

@@ -116,16 +116,19 @@ def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
             first = Caller(served.app, COMPLETIONS, COMPLETION)
             task = first.start()
             await until(lambda: served.gate.num_waiting == 1)
-            queued = served.engine.statistics().num_queued
-            refused = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d"]})
+            second = Caller(served.app, COMPLETIONS, COMPLETION | {"prompt": ["a", "b"]})
+            both = asyncio.gather(task, second.start())
+            await until(lambda: served.engine.statistics().num_queued >= 2)
+            never = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d"]})
+            assert (never.status_code, never.json()["error"]["param"]) == (400, "prompt")
+            refused = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c"]})
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert refused.headers["retry-after"] == "1"
             served.gate.open()
-            await task
+            await both
             await until(served.idle)
-            assert first.status == 200
-            assert queued <= 1
-            assert served.engine.statistics().num_generated_tokens <= 8 + 3  # the refused were ended by the next step
+            assert (first.status, second.status) == (200, 200)
+            assert served.engine.statistics().num_generated_tokens <= 24 + 3  # the refused were ended by the next step
 
     run(test())
 
@@ -139,7 +142,7 @@ def test_prompts_that_were_queued_before_a_refusal_are_ended_at_once() -> None:
             closed.append(1)
 
     class Engine:
-        num_added = 0
+        num_added, max_queue_size = 0, 4
 
         def add_request(self, *given: Any, **options: Any) -> Stream:
             self.num_added += 1

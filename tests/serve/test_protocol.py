@@ -153,6 +153,7 @@ def error_in(answer: bytes) -> tuple[int, str]:
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert b"connection: close" in head.lower()
+    assert b"x-request-id: " in head.lower()
     return int(head.split()[1]), error["code"]
 
 
