@@ -186,6 +186,7 @@ def test_an_answer_is_a_text_of_its_own_as_the_tokenizer_decodes_it(tiny: LLM) -
     assert "".join(tiny.follow(tiny.start(ids, ALL, continues_text=False))) == answer.text
     assert "".join(tiny.follow(tiny.start(STORY, ALL, continues_text=True))) == f" {answer.text}"
     forked = tiny.fork(tiny.start(ids, ALL, continues_text=False))
+    assert not forked.continues_text
     assert "".join(tiny.follow(forked)) == answer.text
     with pytest.raises(TypeError, match=r"^continues_text must be True or False, got 'no'$"):
         tiny.start(ids, ALL, continues_text="no")  # type: ignore[arg-type]
@@ -239,8 +240,12 @@ def test_blanks_that_a_template_keeps_are_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     begun: list[Any] = [*STORY, {"role": "assistant", "content": "In a "}]
     with LLM("tiny", chat_format=str(tmp_path / "own.jinja"), kv_cache_tokens=1024, progress=False) as llm:
-        output = llm.chat(begun, ALL, continue_final_message=True)
-        assert llm.generate([list(output.prompt_token_ids)], ALL)[0].outputs == output.outputs
+        assert llm.tokenizer is not None
+        script = [*llm.tokenizer.encode("tall", bos=False), llm.tokenizer.eos_token_id]
+        params = SamplingParams(temperature=0, logits_processors=[saying(script)])
+        output = llm.chat(begun, params, continue_final_message=True)
+        assert llm.tokenizer.decode(output.prompt_token_ids).endswith("In a ")
+        assert output.outputs[0].text == " tall", "which is what the model has said"
 
 
 @pytest.mark.parametrize("way", ["chat", "generate"])

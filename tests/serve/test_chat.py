@@ -82,6 +82,12 @@ def test_an_empty_last_message_of_the_assistant_is_a_new_answer(llama2, content)
     assert encode_messages(messages, llama2)[:2] == (own(llama2, ("user", "Count.")), False)
 
 
+@pytest.mark.parametrize(("last", "continues"), [("b", True), ("b ", False), (" ", False), ("", True), (None, True)])
+def test_joined_messages_of_the_assistant_are_continued_with_a_space_unless_they_end_in_blanks(llama2, last, continues):
+    asked = encode_messages(said(("user", "Count."), ("assistant", "a"), ("assistant", last)), llama2)
+    assert asked.continues_text == continues
+
+
 def test_null_of_the_assistant_is_no_text_and_adds_no_empty_line(llama2):
     messages = said(("user", "a"), ("assistant", "b"), ("assistant", None), ("assistant", "c"), ("user", "d"))
     assert encode_messages(messages, llama2)[0] == own(llama2, ("user", "a"), ("assistant", "b\n\nc"), ("user", "d"))

@@ -188,6 +188,7 @@ BROKEN, LETTER, STOP = TOKENIZER.encode("\U0001f600", bos=False)[1], *A_CAFE[:2]
         ([LETTER, STOP, BROKEN, STOP], "stop", True),  # the first within min_tokens, and so shown
         ([LETTER, STOP, BROKEN, 2], "stop", True),
         ([LETTER, STOP, BROKEN], "length", False),
+        ([LETTER, STOP], "length", False),  # of the context
         ([LETTER, BROKEN, LETTER, LETTER], "stop", False),  # by a stop string
     ],
 )
