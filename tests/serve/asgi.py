@@ -25,6 +25,8 @@ from fastllama.serve.service import Service, ServiceLimits
 JSON = {"content-type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "Once upon a time"}], "temperature": 0, "max_tokens": 8}
 COMPLETION = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+STREAM = {"stream": True}
+COMPLETIONS = "/v1/completions"
 ENDLESS = COMPLETION | {"max_tokens": 900, "ignore_eos": True}
 
 
@@ -193,3 +195,16 @@ class Caller:
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
         await asyncio.sleep(0)
+
+
+def events_of(caller: Caller) -> list[Any]:
+    """The data of a stream's events; comments and [DONE] as text."""
+    found: list[Any] = []
+    for event in caller.read.decode().split("\n\n")[:-1]:
+        data = event.removeprefix("data: ")
+        found.append(json.loads(data) if data.startswith("{") else data)
+    return found
+
+
+def ended(caller: Caller) -> bool:
+    return bool(caller.sent) and not caller.sent[-1].get("more_body", False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import fastllama
+from fastllama import LLM
 from fastllama.io.chat import chat_format
 from fastllama.io.tokenizer import Tokenizer, load_tokenizer
 from fastllama.serve.model import ServedModel
@@ -45,3 +47,9 @@ def llama2(tokenizer: Tokenizer) -> ServedModel:
 def plain(tokenizer: Tokenizer) -> ServedModel:
     """The same asked in plain text."""
     return served(tokenizer, "plain")
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", kv_cache_tokens=4096, max_num_seqs=4) as llm:
+        yield llm

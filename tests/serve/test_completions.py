@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,30 +15,22 @@ from fastllama.errors import QueueFullError, RequestError
 from fastllama.serve import translate
 from fastllama.serve.jobs import Job, PromptIds
 from fastllama.serve.running import RunningJob
-from fastllama.serve.service import Service, ServiceLimits
-from tests.serve.asgi import CHAT, COMPLETION, ENDLESS, Caller, Served, keyring_of, run, serving, until
-
-STREAM = {"stream": True}
-COMPLETIONS = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM("tiny", kv_cache_tokens=4096, max_num_seqs=4) as llm:
-        yield llm
-
-
-def events_of(caller: Caller) -> list[Any]:
-    """The data of a stream's events; comments and [DONE] as text."""
-    found: list[Any] = []
-    for event in caller.read.decode().split("\n\n")[:-1]:
-        data = event.removeprefix("data: ")
-        found.append(json.loads(data) if data.startswith("{") else data)
-    return found
-
-
-def ended(caller: Caller) -> bool:
-    return bool(caller.sent) and not caller.sent[-1].get("more_body", False)
+from fastllama.serve.service import ServiceLimits
+from tests.serve.asgi import (
+    CHAT,
+    COMPLETION,
+    COMPLETIONS,
+    ENDLESS,
+    STREAM,
+    Caller,
+    Served,
+    ended,
+    events_of,
+    keyring_of,
+    run,
+    serving,
+    until,
+)
 
 
 def text_of(events: list[Any]) -> str:
@@ -315,99 +305,5 @@ def test_the_tokens_of_a_client_that_left_are_charged(llm: LLM, tmp_path: Path) 
             left_over = int(key.headers()["x-ratelimit-remaining-tokens"])
             assert left_over <= 10_000 - 50
             assert served.logged()[-1]["completion_tokens"] >= 50
-
-    run(test())
-
-
-async def in_a_drain(served: Served, caller: Caller, seconds: float) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
-    """One request that runs, and a drain that has begun."""
-    task = caller.start()
-    await until(lambda: served.engine.statistics().num_running == 1)
-    drain = asyncio.ensure_future(served.service.drain(seconds))
-    await until(lambda: served.service.phase == "draining")
-    return task, drain
-
-
-def test_a_drain_refuses_what_is_new_and_waits_for_what_runs(llm: LLM) -> None:
-    async def test() -> None:
-        async with serving(llm) as served:
-            upload = Caller(served.app, COMPLETIONS)
-            upload.upload(b'{"prompt"', more=True)
-            uploading = upload.start()
-            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"max_tokens": 300} | STREAM)
-            task, drain = await in_a_drain(served, caller, 100)
-            for path in ("/ready", "/health"):
-                answer = await served.client.get(path)
-                assert answer.status_code == (503 if path == "/ready" else 200)
-            refused = await served.post(COMPLETIONS, COMPLETION)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-            assert refused.headers["retry-after"] == "1"
-            await uploading
-            assert upload.answer["error"]["code"] == "shutting_down"
-            await task
-            await drain
-            assert events_of(caller)[-1] == "[DONE]"
-            assert len(events_of(caller)) > 100
-
-    run(test())
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_a_drain_cuts_is_told_so(llm: LLM, stream: bool) -> None:
-    async def test() -> None:
-        async with serving(llm) as served:
-            caller = Caller(served.app, COMPLETIONS, ENDLESS | {"stream": stream})
-            task, drain = await in_a_drain(served, caller, 0.01)
-            await drain
-            await task
-            error = events_of(caller)[-1]["error"] if stream else caller.answer["error"]
-            assert (error["code"], caller.status) == ("shutting_down", 200 if stream else 503)
-            assert b"[DONE]" not in caller.read
-            assert ended(caller)
-
-    run(test())
-
-
-def test_a_drain_that_has_nothing_to_wait_for_ends(llm: LLM) -> None:
-    async def test() -> None:
-        async with serving(llm) as served:
-            await served.service.drain(100)
-
-    run(test())
-
-
-def test_an_engine_beyond_repair_ends_everything_with_its_cause(llm: LLM) -> None:
-    with LLM("tiny", kv_cache_tokens=4096, max_num_seqs=4) as own:
-
-        async def test() -> None:
-            async with serving(own) as served:
-                stream = Caller(served.app, COMPLETIONS, ENDLESS | STREAM)
-                whole = Caller(served.app, COMPLETIONS, ENDLESS)
-                tasks = [stream.start(), whole.start()]
-                await until(lambda: served.engine.statistics().num_running == 2)
-                own.engine.device_error = RuntimeError("planted in the device")
-                await asyncio.gather(*tasks)
-                for error in (events_of(stream)[-1]["error"], whole.answer["error"]):
-                    assert error["code"] == "engine_error"
-                    assert "planted in the device" in error["message"]
-                health = await served.client.get("/health")
-                assert health.status_code == 503
-                assert "planted in the device" in health.json()["reason"]
-                refused = await served.post(COMPLETIONS, COMPLETION)
-                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_down")
-                await served.service.go_down()
-                assert (await served.client.get("/ready")).json()["error"]["code"] == "engine_down"
-
-        run(test())
-
-
-def test_a_canary_is_asked_for_as_long_as_the_service_is_open(llm: LLM) -> None:
-    async def test() -> None:
-        async with serving(llm) as served:
-            service = Service(served.service.keyring, canary_seconds=3600)
-            service.open(served.engine, served.service.model)
-            await until(lambda: json.loads(service.verdict()[1])["canary"] == "agreed")
-            assert b'canary_requests_total{result="agreed"} 1.0' in service.metrics.render()
-            service.close()
 
     run(test())
