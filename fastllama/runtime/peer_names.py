@@ -142,7 +142,7 @@ _OURS = {
     "SamplingParams": "top_k top_p min_p ignore_eos skip_special_tokens",
     "LLM.generate": "add_special_tokens",
     "LLM.chat": "tags continue_final_message",
-    "LLM.start": "request_id",
+    "LLM.start": "request_id continues_text",
 }
 
 _BEAMS = "there is no beam search: fastllama.patch a model of transformers, whose generate has it"
