@@ -26,7 +26,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, exchange = self._service, scope["state"]["exchange"]
         check_json(scope, service.limits)
-        service.check_open()
+        service.check_room()
         body = await read_body(receive, service)
         await while_connected(receive, self._answer(exchange, exchange.key, body, send))
 

@@ -7,6 +7,8 @@ client sends them again. So the loss of a connection is always seen by the reque
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from typing import Any
 from uuid import uuid4
 
@@ -122,11 +124,17 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall = self.loop.call_later(self.stall_seconds, self.transport.abort)
+        self._stall = self.loop.call_later(self.stall_seconds, self._reset)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cancel_stall()
+
+    def _reset(self) -> None:
+        """End the connection and forget what is unsent, which the kernel would keep for minutes."""
+        if (connection := self.transport.get_extra_info("socket")) is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def _wait_for_request(self) -> None:
         self._start_timer(self.idle_seconds, self.transport.close)

@@ -129,6 +129,14 @@ class Service:
         if self.phase != "ready":
             raise self._refusal(self.phase)
 
+    def check_room(self) -> None:
+        """Raise ApiError 503 unless new requests are taken, 429 where the queue is full: nothing is read in vain."""
+        self.check_open()
+        try:
+            self.engine.check_room()
+        except (QueueFullError, RuntimeError) as error:
+            raise self.told(error) from None
+
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Call it on another thread; what waits for one when its caller is cancelled is never called."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)

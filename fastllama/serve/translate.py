@@ -198,6 +198,9 @@ def _check_tools(request: ChatRequest) -> None:
 def _asked_tokens(request: CommonRequest) -> int | None:
     """max_tokens under either name."""
     old, new = request.max_tokens, request.max_completion_tokens
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (given := getattr(request, name)) is not None and given >= _INT64:  # what is less is clamped
+            raise invalid(f"{name} is {brief(given)}; legal: an integer of 64 bits", name)
     if old is not None and new is not None and old != new:
         said = f"max_tokens is {brief(old)} and max_completion_tokens {brief(new)}; legal: one of them, or both alike"
         raise invalid(said, "max_tokens")

@@ -72,7 +72,7 @@ class CommonRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     # Of these no text depends
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     # Their defaults alone are legal

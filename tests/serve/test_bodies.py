@@ -40,7 +40,7 @@ FULL = {
     "top_logprobs": 3,
     "tools": [],
     "response_format": {"type": "text"},
-    "metadata": {"a": {"b": [1, None]}},
+    "metadata": {"a": "b"},
 }
 quick = settings(deadline=None, max_examples=300)
 

@@ -101,7 +101,7 @@ def test_a_stream_without_events_is_pinged_until_there_are_some(llm: LLM) -> Non
 
 def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
     async def test() -> None:
-        async with serving(llm, max_queue_size=3) as served:
+        async with serving(llm, max_queue_size=4) as served:
             served.gate.close()
             first = Caller(served.app, COMPLETIONS, COMPLETION)
             task = first.start()
@@ -109,9 +109,9 @@ def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
             second = Caller(served.app, COMPLETIONS, COMPLETION | {"prompt": ["a", "b"]})
             both = asyncio.gather(task, second.start())
             await until(lambda: served.engine.statistics().num_queued >= 2)
-            never = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d"]})
+            never = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d", "e"]})
             assert (never.status_code, never.json()["error"]["param"]) == (400, "prompt")
-            refused = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c"]})
+            refused = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b", "c", "d"]})
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert refused.headers["retry-after"] == "1"
             served.gate.open()
@@ -119,6 +119,26 @@ def test_all_prompts_of_a_request_are_queued_or_none(llm: LLM) -> None:
             await until(served.idle)
             assert (first.status, second.status) == (200, 200)
             assert served.engine.statistics().num_generated_tokens <= 24 + 3  # the refused were ended by the next step
+
+    run(test())
+
+
+def test_where_the_queue_is_full_a_body_is_not_even_read(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm, max_queue_size=2) as served:
+            served.gate.close()
+            first, second = (Caller(served.app, COMPLETIONS, COMPLETION | {"prompt": ["a", "b"]}) for _ in range(2))
+            tasks = [first.start()]
+            await until(lambda: served.gate.num_waiting == 1)
+            if served.engine.statistics().num_queued < 2:
+                tasks.append(second.start())
+                await until(lambda: served.engine.statistics().num_queued == 2)
+            third = Caller(served.app, COMPLETIONS, COMPLETION)
+            await third.start()
+            assert (third.status, third.num_received) == (429, 0)
+            assert third.answer["error"]["code"] == "queue_full"
+            served.gate.open()
+            await asyncio.gather(*tasks)
 
     run(test())
 

@@ -88,7 +88,15 @@ def test_both_names_may_agree_and_not_differ(make, llama2):
 
 
 @both
-@pytest.mark.parametrize("most", [10**6, 10**1000])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_number_of_tokens_beyond_64_bits_is_no_number_of_tokens(make, llama2, name):
+    assert make(llama2, **{name: 2**63 - 1}).params.max_tokens is None
+    error = refused(make, llama2, **{name: 10**1000})
+    assert (error.param, len(str(error)) < 200) == (name, True)
+
+
+@both
+@pytest.mark.parametrize("most", [10**6, 2**62])
 def test_what_reaches_beyond_the_context_is_to_its_end(make, most, llama2):
     assert make(llama2, max_tokens=most).params.max_tokens is None
 
@@ -208,6 +216,12 @@ def test_who_asks_is_known_by_a_hash(make, llama2):
     assert make(llama2, user="ann@example.org").user == hashed
     assert make(llama2, user="x", safety_identifier="ann@example.org").user == hashed
     assert make(llama2, user="").user is None
+
+
+@both
+def test_metadata_are_texts(make, llama2):
+    assert refused(make, llama2, metadata={"a": 10**1000}).status == 400
+    assert refused(make, llama2, metadata={"a": 1}).code == "invalid_type"
 
 
 @both

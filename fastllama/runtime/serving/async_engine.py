@@ -88,6 +88,11 @@ class AsyncEngine:
             self.worker.add(order, prepare)
         return RequestStream(order, self._access, self._leave)
 
+    def check_room(self) -> None:
+        """Raise QueueFullError, counted among the rejected, where `add_request` would: before a prompt is prepared."""
+        self._access.check_process()
+        self.worker.check_room()
+
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The whole answer to a prompt; arguments and errors are those of `add_request` and its stream."""
         stream = self.add_request(prompt, params, **options)

@@ -75,6 +75,11 @@ class Worker:
             with suppress(RuntimeError):  # the thread has ended meanwhile, and with it the order
                 self._tokenizing.submit(self._prepare, order, given)
 
+    def check_room(self) -> None:
+        """Raise QueueFullError, and count it, where as many requests wait as may."""
+        with self._statistics.lock:
+            self._check_room()
+
     def fork(self, origin: Order, order: Order, params: SamplingParams | None) -> None:
         """Queue a request that goes on from where another stands."""
         self._accept(order)
@@ -159,12 +164,16 @@ class Worker:
         with self._lock, self._statistics.lock:
             self._check_open()
             check_request_id(order.request_id, self.orders)
-            if self._num_queued >= self.max_queue_size:
-                self._statistics.num_rejected += 1
-                raise QueueFullError(f"{self._num_queued} requests wait; legal: at most max_queue_size")
+            self._check_room()
             self._statistics.num_accepted += 1
             self._num_queued += 1
             self.orders[order.request_id] = order
+
+    def _check_room(self) -> None:
+        """Under the statistics' lock."""
+        if self._num_queued >= self.max_queue_size:
+            self._statistics.num_rejected += 1
+            raise QueueFullError(f"{self._num_queued} requests wait; legal: at most max_queue_size")
 
     def _check_open(self) -> None:
         if self._refusal is not None:

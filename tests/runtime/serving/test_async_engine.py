@@ -226,12 +226,15 @@ def test_a_full_queue_rejects_and_queues_nothing() -> None:
             for _ in range(2):
                 with pytest.raises(QueueFullError, match=r"^3 requests wait; legal: at most max_queue_size$"):
                     engine.add_request(PROMPTS[1], HOT)
+            with pytest.raises(QueueFullError, match="3 requests wait"):
+                engine.check_room()
             model.gate.set()
             for stream in streams:
                 assert ids_of(await all_of(stream)) == alone(PROMPTS[0])
+            engine.check_room()
             assert ids_of(await all_of(engine.add_request(PROMPTS[1], HOT))) == alone(PROMPTS[1])
             found = engine.statistics()
-        assert (found.num_accepted, found.num_rejected, found.queue_seconds.count) == (4, 2, 4)
+        assert (found.num_accepted, found.num_rejected, found.queue_seconds.count) == (4, 3, 4)
 
     run(test())
 
