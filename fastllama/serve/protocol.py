@@ -2,6 +2,8 @@
 
 Requests that are sent while one is answered (pipelined) are not read: the connection closes behind the answer, and the
 client sends them again. So the loss of a connection is always seen by the request that it is about.
+
+Trailers and the wish for another protocol (Upgrade) are read and ignored, as RFC 9110 lets a server do (6.5.1, 7.8).
 """
 
 from __future__ import annotations
@@ -9,21 +11,33 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from fastllama.errors import counted
 from fastllama.serve.errors import ApiError, unavailable
+from fastllama.serve.exchange import Exchange
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+
+PIECE = 4096  # bytes that the parser is given at a time, so that those between two of its calls can be counted
 
 
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. Config.limit_concurrency is how many there may be; those beyond it get a 503.
 
+    note: is given what is refused here and never reaches the application. A body that breaks off does: its request's
+    receive() raises the ApiError.
+
+    header_bytes: of the headers of a request; and between two pieces of its body, or behind it, of chunk extensions
+    and trailers, in steps of PIECE.
     header_seconds: from the first byte of a request to the last of its headers. idle_seconds: between requests, and
     before the first. discard_seconds: for the rest of a body that was refused. stall_seconds: for the client to take
     what was written. linger_seconds: after a refusal, for the client to read it and close.
@@ -42,13 +56,15 @@ class LimitedProtocol(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        note: Callable[[Exchange], None] = lambda exchange: None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._note = note
         self._most_connections, self.limit_concurrency = self.limit_concurrency, None
         self._timer: asyncio.TimerHandle | None = None  # of what the connection waits for from its client
         self._stall: asyncio.TimerHandle | None = None
-        self._num_header_bytes: int | None = None  # of the headers that are being read; None between them
-        self._refusal: ApiError | None = None  # what the parser's callbacks refuse
+        self._reads_headers = False  # other fields are trailers
+        self._num_bytes = 0  # since the headers began or ended, or the last piece of a body
         self._closes = False  # behind the body that is being read
         self._is_deaf = False  # reads on, to see the connection end, and forgets what it reads
 
@@ -63,42 +79,74 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self._cancel_stall()
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport
+        self.parser = self.headers = self.scope = None  # type: ignore[assignment]  # nothing waits for a collection
 
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf:
+        for start in range(0, len(data), PIECE):
+            self._read(data[start : start + PIECE])
+
+    def _read(self, data: bytes) -> None:
+        if self._is_deaf or self.transport.is_closing():
             return
+        self._num_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # answered as if it had not been asked for, as RFC 9110 lets a server
-        except httptools.HttpParserError:
+        except httptools.HttpParserUpgrade as upgrade:
+            self._read(self._head_without_upgrade())
+            self._read(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
             if not self._is_deaf:
-                self._refuse(self._refusal or ApiError(400, "invalid_http", "this is no HTTP/1.1 request"))
-            return
-        if self._num_header_bytes is not None:
-            self._num_header_bytes += len(data)
-            if self._num_header_bytes > self.header_bytes:
+                told = error.__context__  # what a callback raised
+                self._refuse(told if isinstance(told, ApiError) else _invalid("this is no HTTP/1.1 request"))
+        else:
+            if self._num_bytes > self.header_bytes:
                 self._refuse(self._too_long())
 
+    def _head_without_upgrade(self) -> bytes:
+        """The head that was read last, less the header behind which the parser takes no body."""
+        first = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([first, *fields, b"", b""])
+
     def on_message_begin(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.cycle is not None and (not self.cycle.response_complete or self.transport.is_closing()):
             self.cycle.keep_alive, self._is_deaf = False, True
             raise RuntimeError("a pipelined request")  # leaves feed_data
         super().on_message_begin()
-        self._num_header_bytes = 0
+        self._num_bytes, self._reads_headers = 0, True
         self._start_timer(self.header_seconds, self._header_late)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._reads_headers:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        """Raises ApiError, which leaves feed_data."""
         length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if length > self.header_bytes:
-            self._refusal = self._too_long()
-            raise RuntimeError("headers that are too long")
-        self._num_header_bytes = None
+            raise self._too_long()
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() != "1.0"):  # RFC 9112, 3.2
+            raise _invalid(f"the request has {num_hosts} Host headers; legal: one")
+        if self.parser.get_method() == b"CONNECT":
+            raise _invalid("the method is CONNECT; this server is no proxy")
+        if self.parser.should_upgrade():
+            return  # the head is read once more
+        self._num_bytes, self._reads_headers = 0, False
         self._cancel_timer()
         super().on_headers_complete()
+        self.cycle.__class__ = _Cycle
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
 
+    def on_body(self, body: bytes) -> None:
+        self._num_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         if self.cycle.response_complete:  # the rest of a body that was refused
             self.cycle.more_body = False
@@ -109,14 +157,18 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def close_behind_answer(self) -> None:
         """Close once the body was read: closed with bytes unread, the connection is reset and the answer is lost."""
-        if self.cycle.response_complete and self.cycle.more_body:
-            self._closes = True
-        else:
+        if not (self.cycle.response_complete and self.cycle.more_body):
             self.transport.close()
+        elif self._is_deaf:  # the body has broken off
+            self._hang_up()
+        else:
+            self._closes = True
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._unset_keepalive_if_required()  # ours is not stopped by a blank line
+        if self._is_deaf:
+            return  # the end has begun
         if self.cycle.more_body:
             self._start_timer(self.discard_seconds, self.transport.close)
         else:
@@ -158,25 +210,64 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(ApiError(408, "request_timeout", f"the headers did not come within {seconds}"))
 
     def _too_long(self) -> ApiError:
-        return ApiError(431, "headers_too_large", f"the headers are longer than {self.header_bytes} bytes")
+        return ApiError(431, "headers_too_large", f"headers or trailers are longer than {self.header_bytes} bytes")
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what never becomes a request, and close."""
+        """Answer what never becomes a request, or let the request end that is being read or answered; then close."""
         self._is_deaf = True
+        cycle = self.cycle
+        if cycle is not None and (cycle.more_body or not cycle.response_complete):
+            cycle.keep_alive = False
+            if cycle.response_complete:
+                self._hang_up()
+            elif cycle.more_body:
+                assert isinstance(cycle, _Cycle)
+                cycle.refusal = error
+                cycle.message_event.set()
+            return
         self._cancel_timer()
-        if self.cycle is not None and not self.cycle.response_complete:  # within a body: whoever reads it sees its end
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                self.transport.close()  # within an answer nothing can be said
-                return
+        exchange = Exchange(uuid4().hex, "other", status=error.status, error=error.code)
+        self._note(exchange)
         fields = {"content-type": "application/json", "content-length": str(len(error.body)), "connection": "close"}
-        fields["x-request-id"] = uuid4().hex
+        fields["x-request-id"] = exchange.request_id
         lines = [f"{name}: {value}\r\n".encode("latin-1") for name, value in (fields | error.headers).items()]
         self.transport.write(b"".join((STATUS_LINE[error.status], *lines, b"\r\n", error.body)))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close once the client has read the answer: closed with bytes unread, the connection would be reset."""
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._start_timer(self.linger_seconds, self.transport.close)  # closed with bytes unread, it would be reset
+        self._start_timer(self.linger_seconds, self.transport.close)
+
+
+class _Cycle(RequestResponseCycle):
+    """A request whose body may break off, and whose answer has a form that HTTP/1.0 knows."""
+
+    refusal: ApiError | None = None  # of the rest of the body
+    is_unframed = False
+
+    async def receive(self) -> ASGIReceiveEvent:
+        message = await super().receive()
+        if self.refusal is not None and message["type"] != "http.disconnect":
+            raise self.refusal
+        return message
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if self.scope["http_version"] == "1.0":
+            while self.flow.write_paused and not self.disconnected:
+                await self.flow.drain()
+            self._unframe(message)  # from here on nothing else is sent before it
+        await super().send(message)
+
+    def _unframe(self, message: ASGISendEvent) -> None:
+        """A body of unknown length ends with the connection; uvicorn sends one that is neither chunked nor too long."""
+        if message["type"] == "http.response.start":
+            if all(name != b"content-length" for name, _ in message.get("headers", ())):
+                self.chunked_encoding = False
+                self.is_unframed = True
+        elif message["type"] == "http.response.body" and self.is_unframed:
+            self.expected_content_length = len(message.get("body", b""))
 
 
 class _AnswerTransport:
@@ -185,3 +276,7 @@ class _AnswerTransport:
     def __init__(self, protocol: LimitedProtocol) -> None:
         transport = protocol.transport
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, protocol.close_behind_answer
+
+
+def _invalid(message: str) -> ApiError:
+    return ApiError(400, "invalid_http", message)

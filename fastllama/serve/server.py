@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from socket import socket
 from types import FrameType
@@ -91,7 +92,6 @@ class ModelServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 "",  # known in the loop
-                http=LimitedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -120,6 +120,7 @@ class ModelServer(uvicorn.Server):
         self._service = Service(
             options.keyring, options.limits, log=AccessLog(sys.stdout), canary_seconds=options.canary_seconds
         )
+        self.config.http = partial(LimitedProtocol, note=self._service.note)  # type: ignore[assignment]
         self.config.app = create_app(self._service, hosts=options.hosts, cors_origins=options.cors_origins)
         self._say(f"{self._url} is bound; loading {self._model}")
         with self._own_signals():

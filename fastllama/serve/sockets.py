@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 RESERVED = 128  # descriptors for what is no connection: files, libraries, connections that are about to be refused
+BACKLOG = 2048  # connections that wait to be accepted, which Linux cuts to net.core.somaxconn
 
 # Bytes of a connection's send buffer in the kernel, which it doubles. Left alone it grows to 4 MB, of which a third has
 # to be read before a slow reader is seen to read at all.
@@ -27,7 +28,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of a host, all on one port; port 0: a free one. They do not listen yet.
+    """A socket for each address of a host, all on one port; port 0: a free one. They listen: nobody else gets the port.
 
     Raises ValueError where the host has no address here, or the port is taken or needs more rights.
     """
@@ -82,6 +83,7 @@ def _bound(family: int, kind: int, protocol: int, address: tuple[object, ...]) -
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         found.bind(address)
+        found.listen(BACKLOG)  # bound alone, a port can be had twice
     except BaseException:
         found.close()
         raise

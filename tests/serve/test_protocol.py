@@ -2,159 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import socket
-import ssl
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
-import uvicorn
 
-from fastllama.serve.protocol import LimitedProtocol
-from fastllama.serve.responses import respond
-from fastllama.serve.sockets import bind
-from tests.serve.live import certificate
-
-BIG = 64 << 20  # more than the kernel's buffers of two sockets hold
-GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-class Application:
-    """Answers /ok at once, /wait when it may, and everything that reads a body with its length; counts who left."""
-
-    def __init__(self) -> None:
-        self.num_left = self.num_waiting = 0
-        self.may_end = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/refuse":
-            await respond(send, 413, b"refused", {})
-            return
-        length, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                self.num_left += 1
-                return
-            length, more = length + len(message["body"]), message["more_body"]
-        if scope["path"] == "/wait":
-            left = asyncio.ensure_future(receive())
-            self.num_waiting += 1
-            while not self.may_end and not left.done():
-                await asyncio.sleep(0.005)
-            if left.done():
-                self.num_left += 1
-                return
-            left.cancel()
-        await respond(send, 200, b"x" * BIG if scope["path"] == "/big" else str(length).encode(), {})
-
-
-class Running:
-    """A server on its own thread."""
-
-    def __init__(
-        self,
-        application: Application,
-        protocol: type[LimitedProtocol],
-        loop: str,
-        most: int | None,
-        certificate: tuple[Path, Path] | None,
-    ) -> None:
-        self.application = application
-        chain, key = certificate or (None, None)
-        self._tls = None if chain is None else ssl.create_default_context(cafile=str(chain))
-        config = uvicorn.Config(
-            application,
-            http=protocol,
-            loop=loop,  # type: ignore[arg-type]
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            limit_concurrency=most,
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=0,  # uvicorn's own, which LimitedProtocol replaces
-            ssl_certfile=chain,
-            ssl_keyfile=key,
-        )
-        self.server = uvicorn.Server(config)
-        (self.socket,) = bind("127.0.0.1", 0)
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
-
-    @property
-    def num_connections(self) -> int:
-        return len(self.server.server_state.connections)
-
-    def connect(self, data: bytes = b"", *, buffer: int | None = None) -> socket.socket:
-        client = socket.socket()
-        if buffer is not None:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        client.settimeout(60)
-        client.connect(self.socket.getsockname())
-        if self._tls is not None:
-            client = self._tls.wrap_socket(client, server_hostname="localhost")
-        client.sendall(data)
-        return client
-
-
-@contextmanager
-def running(
-    loop: str = "asyncio", *, most: int | None = None, tls: tuple[Path, Path] | None = None, **limits: float
-) -> Iterator[Running]:
-    """A server with these limits; at its end no connection may be left that its client has closed."""
-    found = Running(Application(), type("Hurried", (LimitedProtocol,), limits), loop, most, tls)
-    found.thread.start()
-    try:
-        wait_for(lambda: found.server.started)
-        yield found
-    finally:
-        found.application.may_end = True
-        found.server.should_exit = True
-        found.thread.join(60)
-        found.socket.close()
-        assert not found.thread.is_alive()
-
-
-def wait_for(condition: Any) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def read_all(client: socket.socket) -> bytes:
-    """Until the server closes; a reset after an answer ends it too."""
-    found = b""
-    while data := client.recv(1 << 20):
-        found += data
-    return found
-
-
-def answered(client: socket.socket) -> bytes:
-    """One whole answer of few bytes."""
-    found = b""
-    while b"\r\n\r\n" not in found:
-        found += client.recv(4096)
-    head, _, body = found.partition(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    while len(body) < length:
-        body += client.recv(4096)
-    return head + b"\r\n\r\n" + body
-
-
-def error_in(answer: bytes) -> tuple[int, str]:
-    head, _, body = answer.partition(b"\r\n\r\n")
-    error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert b"connection: close" in head.lower()
-    assert b"x-request-id: " in head.lower()
-    return int(head.split()[1]), error["code"]
+from tests.serve.connections import BIG, GET, answered, both_loops, error_in, read_all, running, wait_for
+from tests.serve.live import certificate, read_until
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "tls"])
@@ -163,15 +20,12 @@ def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return certificate(tmp_path_factory.mktemp("tls")) if request.param else None
 
 
-both_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-
-
 @both_loops
 def test_a_connection_is_kept_for_requests_one_after_the_other(loop: str, tls: tuple[Path, Path] | None) -> None:
     with running(loop, tls=tls) as server, server.connect() as client:
         for number in range(3):
             body = b"x" * number
-            client.sendall(b"POST /ok HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (number, body))
+            client.sendall(b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (number, body))
             assert answered(client).endswith(b"\r\n\r\n%d" % number)
 
 
@@ -182,15 +36,15 @@ def test_a_connection_is_kept_for_requests_one_after_the_other(loop: str, tls: t
         b"hello\r\n\r\n",
         b"GET /ok HTTP/9.9\r\n\r\n",
         b"GET  HTTP/1.1\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: 1e9\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: " + b"9" * 1000 + b"\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
-        b"POST /ok HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /ok HTTP/1.1\r\nno colon\r\n\r\n",
-        b"GET /ok HTTP/1.1\r\nx: a\x00b\r\n\r\n",
-        b"CONNECT example.org:80 HTTP/1.1\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 1e9\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 1000 + b"\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        b"POST /ok HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /ok HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n",
+        b"GET /ok HTTP/1.1\r\nHost: a\r\nx: a\x00b\r\n\r\n",
+        b"CONNECT example.org:80 HTTP/1.1\r\nHost: a\r\n\r\n",
         bytes(range(256)) * 8,
     ],
     ids=range(14),
@@ -204,7 +58,7 @@ def test_what_is_no_request_gets_one_error_and_no_log(data: bytes, caplog: pytes
 @pytest.mark.parametrize("piece", [1000, 300_000])
 @pytest.mark.parametrize("ends", [False, True])
 def test_headers_are_not_read_beyond_their_limit(piece: int, ends: bool) -> None:
-    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nx: ") as client:
+    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nHost: a\r\nx: ") as client:
         sent = 0
         try:
             while sent < 300_000:
@@ -217,7 +71,10 @@ def test_headers_are_not_read_beyond_their_limit(piece: int, ends: bool) -> None
 
 
 def test_headers_that_come_in_one_piece_have_the_same_limit() -> None:
-    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nx: " + b"a" * 65536 + b"\r\n\r\n") as client:
+    with (
+        running() as server,
+        server.connect(b"GET /ok HTTP/1.1\r\nHost: a\r\nx: " + b"a" * 65536 + b"\r\n\r\n") as client,
+    ):
         assert error_in(read_all(client)) == (431, "headers_too_large")
 
 
@@ -230,7 +87,10 @@ def test_any_byte_that_is_not_sent_counts_as_unread(loop: str, tls: tuple[Path, 
 
 
 def test_headers_up_to_their_limit_are_read() -> None:
-    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\nx: " + b"a" * 65000 + b"\r\n\r\n") as client:
+    with (
+        running() as server,
+        server.connect(b"GET /ok HTTP/1.1\r\nHost: a\r\nx: " + b"a" * 65000 + b"\r\n\r\n") as client,
+    ):
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
@@ -269,7 +129,7 @@ def test_an_idle_connection_is_closed(loop: str, first: bytes) -> None:
 
 def test_a_request_that_runs_is_not_idle() -> None:
     limits = dict.fromkeys(("idle_seconds", "header_seconds", "stall_seconds", "discard_seconds"), 0.05)
-    with running(**limits) as server, server.connect(b"GET /wait HTTP/1.1\r\n\r\n") as client:
+    with running(**limits) as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n") as client:
         wait_for(lambda: server.application.num_waiting == 1)
         time.sleep(0.3)
         server.application.may_end = True
@@ -280,7 +140,7 @@ def test_a_request_that_runs_is_not_idle() -> None:
 def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str, tls: tuple[Path, Path] | None) -> None:
     with (
         running(loop, tls=tls, stall_seconds=0.2) as server,
-        server.connect(b"GET /big HTTP/1.1\r\n\r\n", buffer=4096) as client,
+        server.connect(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n", buffer=4096) as client,
     ):
         wait_for(lambda: server.num_connections == 1)
         wait_for(lambda: server.num_connections == 0 and not server.server.server_state.tasks)
@@ -292,7 +152,7 @@ def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str, tl
 def test_a_reader_that_is_slow_gets_everything(loop: str, tls: tuple[Path, Path] | None) -> None:
     with (
         running(loop, tls=tls, stall_seconds=0.5) as server,
-        server.connect(b"GET /big HTTP/1.1\r\nConnection: close\r\n\r\n") as client,
+        server.connect(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") as client,
     ):
         size, end = 0, time.monotonic() + 2  # four times the limit
         while data := client.recv(1 << 16):
@@ -303,7 +163,10 @@ def test_a_reader_that_is_slow_gets_everything(loop: str, tls: tuple[Path, Path]
 
 
 def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives() -> None:
-    with running() as server, server.connect(b"POST /refuse HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n") as client:
+    with (
+        running() as server,
+        server.connect(b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n") as client,
+    ):
         for _ in range(100):
             client.sendall(b"x" * 100_000)
         assert answered(client).endswith(b"refused")
@@ -312,7 +175,7 @@ def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives() -> Non
 
 
 def test_a_refusal_arrives_although_its_connection_closes() -> None:
-    head = b"POST /refuse HTTP/1.1\r\nConnection: close\r\nContent-Length: 10000000\r\n\r\n"
+    head = b"POST /refuse HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 10000000\r\n\r\n"
     with running() as server, server.connect(head) as client:
         for _ in range(100):
             client.sendall(b"x" * 100_000)
@@ -322,16 +185,19 @@ def test_a_refusal_arrives_although_its_connection_closes() -> None:
 
 
 def test_the_rest_of_a_refused_body_has_a_limit_of_time() -> None:
-    post = b"POST /refuse HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n"
+    post = b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n"
     with running(discard_seconds=0.2) as server, server.connect(post) as client:
         assert read_all(client).endswith(b"refused")
 
 
-def test_a_body_that_breaks_off_is_told_so_and_whoever_reads_it_sees_its_end() -> None:
-    post = b"POST /ok HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
+def test_a_body_that_breaks_off_is_told_to_whoever_reads_it() -> None:
+    post = b"POST /ok HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
     with running(linger_seconds=1000) as server, server.connect(post) as client:
-        assert error_in(read_all(client)) == (400, "invalid_http")
-        wait_for(lambda: server.application.num_left == 1)  # before the connection is closed
+        answer = read_all(client)
+        assert error_in(answer) == (400, "invalid_http")
+        assert b"x-request-id: given" in answer
+        assert server.application.num_left == 0
+        assert server.noted == []  # the application has
 
 
 @both_loops
@@ -353,12 +219,12 @@ def test_one_connection_more_than_there_may_be_is_refused(loop: str) -> None:
 @both_loops
 def test_the_end_of_a_connection_is_seen_behind_requests_that_were_sent_ahead(loop: str) -> None:
     with running(loop) as server:
-        client = server.connect(b"GET /wait HTTP/1.1\r\n\r\n" + GET * 3)
+        client = server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 3)
         wait_for(lambda: server.application.num_waiting == 1)
         client.sendall(GET)
         client.close()
         wait_for(lambda: server.application.num_left == 1)
-    with running(loop) as server, server.connect(b"GET /wait HTTP/1.1\r\n\r\n" + GET) as client:
+    with running(loop) as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET) as client:
         wait_for(lambda: server.application.num_waiting == 1)
         server.application.may_end = True
         assert read_all(client).count(b"HTTP/1.1 200") == 1  # the second is sent again, on a new connection
@@ -368,7 +234,7 @@ def test_the_end_of_a_connection_is_seen_behind_requests_that_were_sent_ahead(lo
 @pytest.mark.parametrize("reset", [False, True])
 def test_the_end_of_a_connection_is_seen_by_what_answers_it(loop: str, reset: bool) -> None:
     with running(loop) as server:
-        client = server.connect(b"GET /wait HTTP/1.1\r\n\r\n")
+        client = server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_for(lambda: server.application.num_waiting == 1)
         if reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
@@ -376,8 +242,64 @@ def test_the_end_of_a_connection_is_seen_by_what_answers_it(loop: str, reset: bo
         wait_for(lambda: server.application.num_left == 1)
 
 
-def test_an_upgrade_is_answered_as_if_none_had_been_asked_for() -> None:
-    upgrade = b"GET /ok HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
-    for kind in (b"websocket", b"h2c"):
-        with running() as server, server.connect(upgrade % kind) as client:
-            assert answered(client).startswith(b"HTTP/1.1 200")
+@both_loops
+def test_the_rest_of_a_refused_body_does_not_count_as_headers(loop: str) -> None:
+    post = b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n"
+    with running(loop) as server, server.connect(post) as client:
+        assert answered(client).endswith(b"refused")
+        client.sendall(b"x" * 200_000 + GET[:-2])
+        client.sendall(GET[-2:])
+        assert answered(client).startswith(b"HTTP/1.1 200")
+
+
+@both_loops
+def test_what_waits_behind_a_request_does_not_end_it(loop: str) -> None:
+    with running(loop) as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n") as client:
+        wait_for(lambda: server.application.num_waiting == 1)
+        client.sendall(b"\r\n" * 50_000)
+        server.application.may_end = True
+        assert read_all(client).startswith(b"HTTP/1.1 200")
+        assert server.noted == []
+
+
+@pytest.mark.parametrize("hosts", [(), ("a", "a"), ("a", "b")], ids=len)
+def test_a_request_has_one_host_header(hosts: tuple[str, ...]) -> None:
+    fields = "".join(f"Host: {name}\r\n" for name in hosts).encode()
+    with running() as server, server.connect(b"GET /ok HTTP/1.1\r\n" + fields + b"\r\n") as client:
+        answer = read_all(client)
+        assert error_in(answer) == (400, "invalid_http")
+        assert b"%d Host headers" % len(hosts) in answer
+
+
+@both_loops
+def test_an_answer_to_http_1_0_ends_with_its_connection(loop: str) -> None:
+    for head in (b"GET /stream HTTP/1.0\r\n\r\n", b"GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"):
+        with running(loop) as server, server.connect(head) as client:
+            answer = read_all(client)
+            assert answer.endswith(b"\r\n\r\none, two")
+            assert b"transfer-encoding" not in answer.lower()
+            assert b"connection: close" in answer
+    with running(loop) as server, server.connect(b"GET /big HTTP/1.0\r\n\r\n") as client:
+        assert len(read_all(client)) > BIG
+    with running(loop) as server, server.connect(GET.replace(b"/ok", b"/stream")) as client:
+        assert read_until(client, b"0\r\n\r\n").endswith(b"\r\n\r\n5\r\none, \r\n3\r\ntwo\r\n0\r\n\r\n")
+
+
+def test_what_never_becomes_a_request_is_noted_under_the_id_that_it_was_told() -> None:
+    with running(most=1, header_seconds=0.2) as server:
+        answers = []
+        for data in (b"hello\r\n\r\n", b"GET /ok HTTP/1.1\r\nHost: a\r\nx: " + b"a" * 70000 + b"\r\n\r\n", b"GET"):
+            with server.connect(data) as client:
+                answers.append(read_all(client))
+            wait_for(lambda: server.num_connections == 0)
+        with server.connect(), server.connect() as client:
+            answers.append(read_all(client))
+        records = [each.record() for each in server.noted]
+        assert [(each.status, each.reason, each.route) for each in records] == [
+            (400, "invalid_http", "other"),
+            (431, "headers_too_large", "other"),
+            (408, "request_timeout", "other"),
+            (503, "too_many_connections", "other"),
+        ]
+        for answer, record in zip(answers, records, strict=True):
+            assert f"x-request-id: {record.id}\r\n".encode() in answer

@@ -116,7 +116,7 @@ path = st.one_of(
 def test_any_request_is_answered_and_nothing_is_the_servers_fault(
     server: LiveServer, method: str, path: str, headers: list[tuple[str, str]], body: bytes
 ) -> None:
-    lines = [f"{method} {path} HTTP/1.1", "Connection: close", f"Content-Length: {len(body)}"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {given}" for name, given in headers]
     data = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
     check(ask(server, data), is_head=method == "HEAD")
@@ -135,3 +135,30 @@ def test_damaged_requests_are_answered(server: LiveServer, noise: bytes, place: 
         while got := client.recv(65536):
             found += got
     assert found == b"" or found.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4"))
+
+
+def test_a_body_that_breaks_off_is_logged_and_counted_as_it_was_answered(server: LiveServer) -> None:
+    head = (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    counted = 'fastllama:http_requests_total{route="%s",status="400"} '
+    for data, route in (
+        (head % b"/tokenize" + b"5\r\nhello\r\nzz\r\n", "/tokenize"),
+        (head % b"/v1/completions" + b"5\r\nhello\r\nzz\r\n", "/v1/completions"),
+        (b"hello\r\n\r\n", "other"),
+    ):
+        before = number_behind(counted % route, server.get("/metrics").text)
+        answer = ask(server, data)
+        check(answer)
+        assert answer[0] == 400
+        assert b'"code": "invalid_http"' in answer[2]
+        given = answer[1].partition(b"x-request-id: ")[2].partition(b"\r\n")[0].decode()
+        wait_for(lambda given=given: given in server.logged)  # type: ignore[misc]
+        (line,) = (json.loads(line) for line in server.logged.splitlines() if given in line)
+        assert (line["route"], line["status"], line["reason"]) == (route, 400, "invalid_http")
+        assert number_behind(counted % route, server.get("/metrics").text) == before + 1
+
+
+def number_behind(name: str, text: str) -> float:
+    """Of a metric that may not be there yet."""
+    return float((text.partition(name)[2] or "0").split("\n")[0])

@@ -48,10 +48,19 @@ def test_a_host_of_several_addresses_has_one_port(sockets: list[socket.socket]) 
 
 def test_a_port_that_is_taken_is_said_with_its_address_and_leaves_no_socket(sockets: list[socket.socket]) -> None:
     sockets += bind("127.0.0.1", 0)
-    sockets[0].listen()
     port = sockets[0].getsockname()[1]
     with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port} cannot be served: another program has that port"):
         bind("127.0.0.1", port)
+
+
+def test_a_port_that_another_program_may_have_too_is_had_by_who_listens(sockets: list[socket.socket]) -> None:
+    other = socket.socket()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with other:
+        other.bind(("127.0.0.1", 0))
+        sockets += bind("127.0.0.1", other.getsockname()[1])
+        with pytest.raises(OSError, match="in use"):
+            other.listen()
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a" * 70])
