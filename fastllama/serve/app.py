@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,11 +23,12 @@ import fastllama
 from fastllama.errors import brief
 from fastllama.serve import page, translate, wire
 from fastllama.serve.completions import Completions
-from fastllama.serve.errors import ApiError
+from fastllama.serve.errors import ApiError, ClientGoneError
 from fastllama.serve.exchange import Exchange
+from fastllama.serve.keys import Ticket
 from fastllama.serve.metrics import CONTENT_TYPE
 from fastllama.serve.model import ServedModel
-from fastllama.serve.responses import JSON, ClientGoneError, check_json, header_of, read_body, respond
+from fastllama.serve.responses import JSON, check_json, header_of, read_body, respond, while_connected
 from fastllama.serve.service import Service
 
 logger = logging.getLogger("fastllama")
@@ -49,15 +52,29 @@ def create_app(
     """
     app: ASGIApp = Guard(service, hosts)
     if cors_origins:
-        app = CORSMiddleware(
+        app = Cors(
             app,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=EXPOSED,
+            allow_private_network=True,
             max_age=3600,
         )
     return Door(service, app)
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals are in OpenAI's form."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks whether it may ask."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        message = f"{bytes(response.body).decode()}; legal: what this server's --cors-origin names, by GET and POST"
+        headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return Response(ApiError(400, "cors_refused", message).body, 400, headers, JSON)
 
 
 class Door:
@@ -71,14 +88,24 @@ class Door:
         exchange = Exchange(given if given and _ID.fullmatch(given) else uuid4().hex, _route(scope["path"]))
         scope.setdefault("state", {})["exchange"] = exchange
 
+        is_gone = False
+
+        async def heard() -> Message:
+            nonlocal is_gone
+            message = await receive()
+            is_gone = is_gone or message["type"] == "http.disconnect"
+            return message
+
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
             await send(message)
+            if is_gone:  # while this was sent, which the server keeps to itself
+                raise ClientGoneError
 
         try:
-            await self._app(scope, receive, named)
+            await self._app(scope, heard, named)
         except ClientGoneError:
             exchange.client_left = True
         except asyncio.CancelledError:  # the server ends, and what is left of its connections with it
@@ -128,7 +155,7 @@ class Guard:
             return error
         if isinstance(error, HTTPException) and error.status_code == 405:
             legal = sorted(scope["route"].methods)
-            message = f"method {brief(scope['method'])} of {scope['path']}; legal: {', '.join(legal)}"
+            message = f"method {brief(scope['method'])} of {brief(scope['path'])}; legal: {', '.join(legal)}"
             return ApiError(405, "method_not_allowed", message, headers={"allow": ", ".join(legal)})
         if isinstance(error, HTTPException):
             there = ", ".join(f"{methods} {path}" for path, methods in ENDPOINTS.items())
@@ -211,7 +238,8 @@ class _Get:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._endpoint(scope)
-        await respond(send, reply.status, reply.body, reply.headers, reply.content_type)
+        work = respond(send, reply.status, reply.body, reply.headers, reply.content_type)
+        await while_connected(receive, work)
 
 
 class _InThread:
@@ -224,13 +252,17 @@ class _InThread:
         service = self._service
         check_json(scope, service.limits)
         service.check_open()
-        body = await read_body(receive, service)
+        ticket = scope["state"]["exchange"].key.admit()
+        try:
+            body = await read_body(receive, service)
+            await while_connected(receive, self._answer(body, ticket, send))
+        finally:
+            ticket.close()
+
+    async def _answer(self, body: bytes, ticket: Ticket, send: Send) -> None:
+        service = self._service
         with service.running():
-            ticket = scope["state"]["exchange"].key.admit()
-            try:
-                answer = await service.in_thread(partial(self._function, body, service.model))
-            finally:
-                ticket.close()
+            answer = await service.in_thread(partial(self._function, body, service.model))
         await respond(send, 200, answer, ticket.headers())
 
 

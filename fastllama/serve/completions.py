@@ -9,6 +9,7 @@ from functools import partial
 from starlette.types import Receive, Scope, Send
 
 from fastllama.runtime.outputs import RequestDelta
+from fastllama.serve.errors import ClientGoneError
 from fastllama.serve.exchange import Exchange
 from fastllama.serve.jobs import Job
 from fastllama.serve.keys import Key, Ticket
@@ -27,23 +28,27 @@ class Completions:
         service, exchange = self._service, scope["state"]["exchange"]
         check_json(scope, service.limits)
         service.check_room()
-        body = await read_body(receive, service)
-        await while_connected(receive, self._answer(exchange, exchange.key, body, send))
+        ticket = exchange.key.admit()
+        try:
+            body = await read_body(receive, service)
+            await while_connected(receive, self._answer(exchange, exchange.key, ticket, body, send))
+        finally:
+            ticket.close()
 
-    async def _answer(self, exchange: Exchange, key: Key, body: bytes, send: Send) -> None:
+    async def _answer(self, exchange: Exchange, key: Key, ticket: Ticket, body: bytes, send: Send) -> None:
         with self._service.running():
-            ticket = key.admit()
             try:
                 await self._run(exchange, key, ticket, body, send)
             finally:
                 if exchange.running is not None:
-                    exchange.running.close()
+                    self._service.end(exchange.running)
                     ticket.charge(exchange.running.num_generated_tokens)
-                ticket.close()
 
     async def _run(self, exchange: Exchange, key: Key, ticket: Ticket, body: bytes, send: Send) -> None:
         service, model = self._service, self._service.model
-        exchange.job, exchange.running = await service.start(partial(self._translate, body, model, key.max_tokens))
+        exchange.job = await service.in_thread(partial(self._translate, body, model, key.max_tokens))
+        ticket.widen(len(exchange.job.prompts) * exchange.job.params.n)
+        exchange.running = await service.start(exchange.job)
         ticket.charge(exchange.job.num_prompt_tokens)
         answer = answer_of(exchange.job, model, exchange.request_id)
         async with aclosing(exchange.running.deltas()) as deltas:
@@ -71,6 +76,8 @@ class Completions:
                     if events := answer.take(index, delta):
                         await stream.send(events)
                 last = answer.closing()
+            except ClientGoneError:
+                raise
             except Exception as error:
                 told = self._service.told(error)
                 exchange.error = told.code

@@ -13,6 +13,7 @@ from fastllama.serve import wire
 from fastllama.serve.errors import ApiError, invalid
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+MOST_BRACKETS = 50_000  # that open an array or an object: a million take a second, in which nothing else runs
 _INSIDE: dict[str, type[msgspec.Struct]] = {
     "messages": wire.ChatMessage,
     "stream_options": wire.StreamOptions,
@@ -36,6 +37,9 @@ _JSON_TYPES = {
 
 def decode(body: bytes, kind: type[RequestT]) -> RequestT:
     """The request in a body. Raises ApiError of 400, and nothing else, for what is not one."""
+    if _num_brackets(body) > MOST_BRACKETS and (number := _num_brackets(_without_texts(body))) > MOST_BRACKETS:
+        message = f"the body has {number} arrays and objects; legal: at most {MOST_BRACKETS}"
+        raise invalid(message, code="invalid_json")
     try:
         return msgspec.json.decode(body, type=kind)
     except RecursionError:
@@ -45,6 +49,16 @@ def decode(body: bytes, kind: type[RequestT]) -> RequestT:
     except ValueError as error:  # a DecodeError, but for what is no Unicode
         what = shown(error).removeprefix("JSON is malformed: ") if body else "it is empty"
         raise invalid(f"the body is not JSON in UTF-8: {what}", code="invalid_json") from None
+
+
+def _num_brackets(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
+def _without_texts(body: bytes) -> bytes:
+    """What of a JSON stands outside of its strings; behind the place where it is none, anything."""
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(unescaped.split(b'"')[::2])
 
 
 def _of_field(text: str, kind: type[msgspec.Struct]) -> ApiError:

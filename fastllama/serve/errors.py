@@ -18,6 +18,10 @@ _TYPES = {
 _ONCE = {"x-should-retry": "false"}  # the request itself fails: OpenAI's clients would send it twice more
 
 
+class ClientGoneError(Exception):
+    """Nobody reads the answer any more."""
+
+
 class ApiError(Exception):
     """A request that gets no answer, in the form that OpenAI's clients read.
 
@@ -68,7 +72,7 @@ def unavailable(code: str, message: str, *, seconds: int) -> ApiError:
 
 def deadline_exceeded() -> ApiError:
     """A request that ran longer than the server lets it."""
-    message = "the request ran longer than this server's --request-timeout; ask for fewer tokens, or stream"
+    message = "the request ran longer than this server's --request-timeout; ask for fewer tokens"
     return ApiError(504, "deadline_exceeded", message, headers=_ONCE)
 
 

@@ -1,5 +1,8 @@
 """API keys, known by their SHA-256 alone, and what each of them may use.
 
+A request counts from before its body is read, and as one of max_concurrent until its prompts and n are known: from then
+on as prompts times n.
+
 One event loop uses all of this: nothing here is safe to call from several threads.
 """
 
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.errors import brief, counted, nearest
-from fastllama.serve.errors import ApiError
+from fastllama.serve.errors import ApiError, invalid
 
 logger = logging.getLogger("fastllama")
 
@@ -35,7 +38,8 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 class KeyLimits:
     """What a key may use; None is no limit.
 
-    tokens_per_minute: of prompts and answers together. max_concurrent: requests that run or wait at once.
+    tokens_per_minute: of prompts and answers together. max_concurrent: samples (of a request: prompts times n) that run
+    or wait at once.
     max_tokens: generated tokens of each sample of a request.
     """
 
@@ -112,7 +116,7 @@ class Key:
         self._tokens = _bucket(self._tokens, limits.tokens_per_minute, self._clock)
 
     def admit(self) -> Ticket:
-        """Count one request, and one that runs. Raises ApiError 429, and counts nothing, where a limit is reached.
+        """Count one request, and one sample that runs. Raises ApiError 429, and counts nothing, at a limit.
 
         A request is admitted while a token is left, however many it will use: what it takes beyond is a debt.
         """
@@ -123,13 +127,29 @@ class Key:
             if bucket.level < 1
         }
         if limits.max_concurrent is not None and self.num_running >= limits.max_concurrent:
-            waits[f"max_concurrent is {limits.max_concurrent}, and as many of its requests run"] = 1.0
+            waits[self._full()] = 1.0
         if waits:
             raise self._refused(waits)
         if self._requests is not None:
             self._requests.spend(1)
         self.num_running += 1
         return Ticket(self)
+
+    def widen(self, before: int, now: int) -> None:
+        """A request that counted as so many samples counts as others. Raises ApiError, and changes nothing: 429 where
+        too many run beside it, 400 where they are too many alone."""
+        most = self.limits.max_concurrent
+        if most is not None and now > most:
+            raise invalid(
+                f"the request has {counted(now, 'sample')}, prompts times n; "
+                f"legal: at most {most}, max_concurrent of key {self.name!r}"
+            )
+        if most is not None and self.num_running - before + now > most:
+            raise self._refused({self._full(): 1.0})
+        self.num_running += now - before
+
+    def _full(self) -> str:
+        return f"max_concurrent is {self.limits.max_concurrent}, and {self.num_running} of its samples run or wait"
 
     def charge(self, tokens: int) -> None:
         """Count tokens of a prompt or an answer."""
@@ -162,7 +182,12 @@ class Ticket:
     """One admitted request of a key, until it is closed."""
 
     def __init__(self, key: Key) -> None:
-        self._key, self._open = key, True
+        self._key, self._num_samples = key, 1
+
+    def widen(self, num_samples: int) -> None:
+        """It has so many samples, of all its prompts. Raises what Key.widen does, and then still counts as one."""
+        self._key.widen(self._num_samples, num_samples)
+        self._num_samples = num_samples
 
     def charge(self, tokens: int) -> None:
         """Count tokens of its prompt or its answer; also after it was closed."""
@@ -170,8 +195,8 @@ class Ticket:
 
     def close(self) -> None:
         """It runs no longer. May be called twice."""
-        self._key.num_running -= self._open
-        self._open = False
+        self._key.num_running -= self._num_samples
+        self._num_samples = 0
 
     def headers(self) -> dict[str, str]:
         """The x-ratelimit headers of its response; empty without such limits."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from fastllama.errors import brief, counted
-from fastllama.serve.errors import ApiError, unavailable
+from fastllama.serve.errors import ApiError, ClientGoneError, unavailable
 from fastllama.serve.service import Service, ServiceLimits
 
 T = TypeVar("T")
@@ -22,10 +22,6 @@ EVENTS = {
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # nginx would gather events
 }
-
-
-class ClientGoneError(Exception):
-    """Nobody reads the answer any more."""
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:
@@ -93,7 +89,7 @@ async def _read_body(receive: Receive, service: Service, body: bytearray) -> byt
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run this, which is cancelled as soon as the client leaves: ClientGoneError. The body was read before."""
+    """Run this, which is cancelled as soon as the client leaves: ClientGoneError. What of a body is unread is lost."""
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -140,10 +136,11 @@ class EventStream:
         self._last = self._clock()
 
     async def _ping(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(max(0.0, self._last + seconds - self._clock()))
-            if self._clock() >= self._last + seconds:
-                await self.send(PING)
+        with suppress(ClientGoneError):  # which ends the others that send, too
+            while True:
+                await asyncio.sleep(max(0.0, self._last + seconds - self._clock()))
+                if self._clock() >= self._last + seconds:
+                    await self.send(PING)
 
     @classmethod
     @asynccontextmanager

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
 from fastllama.runtime.outputs import FinishReason, RequestDelta, RequestMetrics
-from fastllama.serve.errors import invalid
+from fastllama.serve.errors import ApiError, invalid
 from fastllama.serve.jobs import Job
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class RunningJob:
 
     def __init__(self, streams: Sequence[RequestStream]) -> None:
         self._streams = streams
+        self._failure: ApiError | None = None
 
     @classmethod
     def begin(cls, engine: AsyncEngine, job: Job, seconds: float) -> RunningJob:
@@ -43,8 +44,18 @@ class RunningJob:
         return cls(streams)
 
     def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-        """Each delta with the index of its prompt, as they come. Raises what the stream of a prompt does."""
-        return _enumerated(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
+        """Each delta with the index of its prompt, as they come.
+
+        Raises what the stream of a prompt does, and what `cut` is given.
+        """
+        return self._of_one(self._streams[0]) if len(self._streams) == 1 else self._merged()
+
+    def cut(self, failure: ApiError) -> None:
+        """End it with this, unless it has ended, without waiting for the engine: its step may hang."""
+        generations = self._generations()
+        if len(generations) < len(self._streams) or not all(each.finished for each in generations):
+            self._failure = failure
+            self.close()
 
     def close(self) -> None:
         """Abort what has not ended. May be called twice."""
@@ -68,36 +79,40 @@ class RunningJob:
     def _generations(self) -> list[Generation]:
         return [each.order.generation for each in self._streams if each.order.generation is not None]
 
+    async def _of_one(self, stream: RequestStream) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+        async for delta in stream:
+            yield 0, delta
+        self._check()
 
-async def _enumerated(stream: RequestStream) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-    async for delta in stream:
-        yield 0, delta
+    async def _merged(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
+        """The deltas of all; while nobody reads, each stream gathers its own."""
+        queue: asyncio.Queue[tuple[int, RequestDelta] | Exception | None] = asyncio.Queue(1)
 
-
-async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-    """The deltas of all; while nobody reads, each stream gathers its own."""
-    queue: asyncio.Queue[tuple[int, RequestDelta] | Exception | None] = asyncio.Queue(1)
-
-    async def pump(index: int, stream: RequestStream) -> None:
-        try:
-            async for delta in stream:
-                await queue.put((index, delta))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            got = await queue.get()
-            if got is None:
-                num_open -= 1
-            elif isinstance(got, Exception):
-                raise got
+        async def pump(index: int, stream: RequestStream) -> None:
+            try:
+                async for delta in stream:
+                    await queue.put((index, delta))
+            except Exception as error:
+                await queue.put(error)
             else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
+                await queue.put(None)
+
+        tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(self._streams)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                got = await queue.get()
+                if got is None:
+                    num_open -= 1
+                elif isinstance(got, Exception):
+                    raise got
+                else:
+                    yield got
+        finally:
+            for task in tasks:
+                task.cancel()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import signal
@@ -54,6 +55,7 @@ def serve(options: ServerOptions, load: Callable[[], LLM], *, model: str, say: C
         server.run(sockets)
     finally:
         sys.setswitchinterval(interval)
+        gc.unfreeze()
         for each in sockets:
             each.close()
     if server.failure is not None:
@@ -197,6 +199,8 @@ class ModelServer(uvicorn.Server):
         llm, error = None, None
         try:
             llm = self._load()
+            gc.collect()
+            gc.freeze()  # it stays, and each look of the collector at its objects stops all threads
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the loop is closed

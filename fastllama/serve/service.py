@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from traceback import format_exception
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import fastllama
 from fastllama.errors import QueueFullError, RequestError
-from fastllama.serve.errors import ApiError, deadline_exceeded, from_exception, unavailable
+from fastllama.serve.errors import ApiError, ClientGoneError, deadline_exceeded, from_exception, unavailable
 from fastllama.serve.exchange import Exchange
 from fastllama.serve.health import Canary, verdict
 from fastllama.serve.jobs import Job
@@ -31,7 +32,9 @@ logger = logging.getLogger("fastllama")
 
 T = TypeVar("T")
 PROBES = ("/health", "/ready", "/metrics")  # asked for every few seconds: only what goes wrong is logged
+GRACE_SECONDS = 5.0  # beyond a request's deadline, which acts between steps, until it is ended during one
 NUM_THREADS = 4  # that translate: a long prompt is 70 ms for a context of 4096 tokens, in which short ones pass it
+HUNG_SECONDS = 1.0  # for what a step keeps from its end to be told so
 CUT_SECONDS = 5.0  # for what has ended to be told so: readers that stall get no longer
 
 
@@ -77,6 +80,7 @@ class Service:
         self._asking: asyncio.Task[None] | None = None
         self.num_uploading_bytes = 0  # of bodies that are being read
         self._num_running = 0
+        self._jobs: dict[RunningJob, asyncio.TimerHandle] = {}  # each with its deadline
         self._idle: asyncio.Future[None] | None = None
         self._is_cut = False
         self._threads = ThreadPoolExecutor(NUM_THREADS, "fastllama-translate")
@@ -141,18 +145,21 @@ class Service:
         """Call it on another thread; what waits for one when its caller is cancelled is never called."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
-    async def start(self, translate: Callable[[], Job]) -> tuple[Job, RunningJob]:
-        """Translate a request and queue its prompts. Raises ApiError, and then nothing was queued."""
-
-        def work() -> tuple[Job, RunningJob]:
-            job = translate()
-            return job, RunningJob.begin(self.engine, job, self.limits.request_seconds)
-
-        job, running = await self.in_thread(work)
+    async def start(self, job: Job) -> RunningJob:
+        """Queue its prompts; `end` is to be called. Raises what RunningJob.begin does, and then nothing was queued."""
+        seconds = self.limits.request_seconds
+        running = await self.in_thread(partial(RunningJob.begin, self.engine, job, seconds))
         if self._is_cut:  # meanwhile
             running.close()
             raise self._refusal("draining")
-        return job, running
+        loop = asyncio.get_running_loop()
+        self._jobs[running] = loop.call_later(seconds + GRACE_SECONDS, running.cut, deadline_exceeded())
+        return running
+
+    def end(self, running: RunningJob) -> None:
+        """Nobody reads it any more: abort what has not ended."""
+        self._jobs.pop(running).cancel()
+        running.close()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -162,6 +169,8 @@ class Service:
         self._num_running += 1
         try:
             yield
+        except ClientGoneError:
+            raise
         except Exception as error:
             raise self.told(error) from error
         finally:
@@ -177,7 +186,10 @@ class Service:
         if not await self._all_end(seconds):
             self._is_cut = True
             self.engine.abort_all("the server shuts down")
-            await self._all_end(CUT_SECONDS)
+            if not await self._all_end(CUT_SECONDS):  # a step that hangs, or readers that stall
+                for running in self._jobs:
+                    running.cut(self._refusal("draining"))
+                await self._all_end(HUNG_SECONDS)
 
     async def go_down(self) -> None:
         """The engine is beyond repair: refuse everything, and let all that ran be told why it ended."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fastllama.serve import decoding
 from fastllama.serve.decoding import decode
 from fastllama.serve.errors import ApiError
 from fastllama.serve.wire import ChatRequest, CompletionRequest
@@ -49,14 +54,61 @@ def test_a_request_is_read_with_null_for_what_is_absent():
         f"\ufeff{{{MESSAGES}}}",
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         b"\x00",
-        f'{{{MESSAGES}, "store": {"[" * 100_000}',
-        f'{{{MESSAGES}, "store": {"[" * 100_000 + "]" * 100_000}}}',
-        f'{{"messages": [{{"role": "user", "content": {"[" * 100_000}',
+        f'{{{MESSAGES}, "store": {"[" * 40_000}',
+        f'{{{MESSAGES}, "store": {"[" * 40_000 + "]" * 40_000}}}',
+        f'{{"messages": [{{"role": "user", "content": {"[" * 40_000}',
     ],
     ids=range(20),
 )
 def test_what_is_not_json_is_invalid_json(body):
     assert refused(body).code == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (f'{{{MESSAGES}, "tool_choice": "none", "tools": [{"[[]]," * 25_000}[]]}}', ChatRequest),
+        (f'{{"prompt": [{"[]," * 50_000}[]]}}', CompletionRequest),
+        (f'{{"prompt": ["\\\\", {"[]," * 50_000}"\\""]}}', CompletionRequest),
+        (f'{{{MESSAGES}, "metadata": {{"a": {"[" * 50_001}', ChatRequest),
+    ],
+    ids=["tools", "prompts", "escapes", "broken"],
+)
+def test_more_arrays_and_objects_than_any_request_needs_are_not_even_read(body, kind, monkeypatch):
+    monkeypatch.setattr("msgspec.json.decode", lambda *given, **options: pytest.fail("it was read"))
+    error = refused(body, kind)
+    assert (error.code, "arrays and objects; legal: at most 50000" in str(error)) == ("invalid_json", True)
+
+
+def test_brackets_in_texts_are_texts():
+    for text in ("[{" * 60_000, '["\\"]' * 60_000, '\\\\"[' * 60_000, "\\" * 60_000 + "[{" * 60_000):
+        assert decode(json.dumps({"prompt": text, "user": text}).encode(), CompletionRequest).prompt == text
+    texts = ["[", '"{', "\\"] * 60_000
+    assert decode(json.dumps({"prompt": texts}).encode(), CompletionRequest).prompt == texts
+
+
+VALUES = st.recursive(
+    st.text('"\\[]{}a', max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('"\\[{', max_size=3), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def number_of(value):
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, (dict, list)) + sum(map(number_of, inside))
+
+
+@given(value=VALUES)
+def test_brackets_are_counted_as_a_parser_does(value):
+    most = decoding.MOST_BRACKETS
+    body = json.dumps(value).encode()
+    try:
+        decoding.MOST_BRACKETS = 0
+        found = re.search(r"has (\d+) arrays", str(refused(body))) if number_of(value) else None
+    finally:
+        decoding.MOST_BRACKETS = most
+    assert (int(found[1]) if found else 0) == number_of(value)
 
 
 def test_a_body_that_is_empty_is_told_so():
@@ -116,7 +168,7 @@ def test_a_wrong_field_is_named_as_openai_names_it(body, code, param, words):
             "response_format.schema",
             "json_schema",
         ),
-        (f'{{{MESSAGES}, "bomb": {"[" * 100_000}', "bomb", None),
+        (f'{{{MESSAGES}, "bomb": {"[" * 40_000}', "bomb", None),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_legal_one(body, param, near):
