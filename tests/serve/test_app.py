@@ -105,6 +105,8 @@ def test_what_is_not_there_is_told_what_is(llm: LLM) -> None:
             assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
             assert error_of(wrong)["code"] == "method_not_allowed"
             assert (await served.client.delete("/health")).headers["allow"] == "GET, HEAD"
+            for method, path in (("POST", "/v1/models/"), ("GET", "/v1/models/"), ("GET", "/")):
+                assert len(error_of(await served.client.request(method, path + "x" * 60_000))["message"]) < 1000
 
     run(test())
 
@@ -252,6 +254,11 @@ def test_other_sites_may_ask_only_where_they_are_named_and_then_with_streams_and
                 "/v1/completions", headers=preflight | {"origin": "https://evil.example"}
             )
             assert "access-control-allow-origin" not in other.headers
+            assert (other.status_code, error_of(other)["code"]) == (400, "cors_refused")
+            assert "Disallowed CORS origin" in error_of(other)["message"]
+            private = {"access-control-request-private-network": "true"}  # asked for by Chrome where a page is public
+            allowed = await served.client.options("/v1/completions", headers=preflight | private)
+            assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
 
     run(test())
 

@@ -313,6 +313,29 @@ def test_a_client_that_leaves_while_it_uploads_is_no_error(llm: LLM, caplog: pyt
     assert caplog.records == []
 
 
+def test_a_keys_samples_are_counted_before_anything_is_queued(llm: LLM, tmp_path: Path) -> None:
+    ring, header = keyring_of(tmp_path, max_concurrent=3)
+    key = ring.find(header["authorization"])
+
+    async def test() -> None:
+        async with serving(llm, keyring=ring) as served:
+            for more in ({"prompt": ["a"] * 4}, {"prompt": ["a", "b"], "n": 2, "stream": True}):
+                never = await served.post(COMPLETIONS, COMPLETION | more, header)
+                assert (never.status_code, "max_concurrent" in never.json()["error"]["message"]) == (400, True)
+            running = Caller(served.app, COMPLETIONS, ENDLESS | {"prompt": ["a", "b"]}, header)
+            task = running.start()
+            await until(lambda: served.engine.statistics().num_running == 2)
+            assert key.num_running == 2
+            later = await served.post(COMPLETIONS, COMPLETION | {"prompt": ["a", "b"]}, header)
+            assert (later.status_code, later.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert (await served.post(COMPLETIONS, COMPLETION, header)).status_code == 200
+            assert served.engine.statistics().num_accepted == 3
+            await left(served, running, task)
+            assert key.num_running == 0
+
+    run(test())
+
+
 def test_the_tokens_of_a_client_that_left_are_charged(llm: LLM, tmp_path: Path) -> None:
     ring, header = keyring_of(tmp_path, tokens_per_minute=10_000, max_concurrent=1)
     key = ring.find(header["authorization"])

@@ -248,6 +248,26 @@ def test_no_more_run_at_once_than_may(tmp_path: Path) -> None:
     key.admit()
 
 
+def test_a_request_counts_as_its_samples_once_they_are_known(tmp_path: Path) -> None:
+    key = limited(tmp_path, Clock(), max_concurrent=4, requests_per_minute=10)
+    first, second = key.admit(), key.admit()
+    with pytest.raises(ApiError) as never:
+        first.widen(5)
+    assert (never.value.status, "5 samples" in str(never.value)) == (400, True)
+    assert "legal: at most 4, max_concurrent of key 'alice'" in str(never.value)
+    with pytest.raises(ApiError) as later:
+        first.widen(4)
+    assert (later.value.status, later.value.headers["retry-after"]) == (429, "1")
+    first.widen(3)
+    assert key.num_running == 4
+    assert "max_concurrent is 4, and 4 of its samples run or wait" in str(refusal(key))
+    second.close()
+    first.close()
+    first.close()
+    assert key.num_running == 0
+    key.admit().widen(4)
+
+
 def test_a_reload_changes_keys_and_keeps_what_was_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     file = written(tmp_path, line("alice", requests_per_minute=10, tokens_per_minute=100), line("bob"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastllama import LLM
 from fastllama.serve.service import ServiceLimits
-from tests.serve.asgi import COMPLETION, Caller, run, serving, until
+from tests.serve.asgi import COMPLETION, Caller, keyring_of, run, serving, until
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,32 @@ def test_bodies_that_come_at_once_may_not_fill_the_memory(llm: LLM) -> None:
             first.upload(b"}")
             await answer
             assert (first.status, served.service.num_uploading_bytes) == (200, 0)
+
+    run(test())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_keys_limits_hold_before_a_body_is_read(llm: LLM, tmp_path: Path, path: str) -> None:
+    ring, header = keyring_of(tmp_path, max_concurrent=1, requests_per_minute=3)
+    key = ring.find(header["authorization"])
+
+    async def test() -> None:
+        async with serving(llm, keyring=ring) as served:
+            first, second, third = (Caller(served.app, path, headers=header) for _ in range(3))
+            first.upload(b'{"prompt"', more=True)
+            uploading = first.start()
+            await until(lambda: served.service.num_uploading_bytes == 9)
+            second.upload(b'{"prompt": "a"}')
+            await second.start()
+            assert (second.status, second.num_received) == (429, 0)
+            assert "max_concurrent" in second.answer["error"]["message"]
+            first.leave()
+            await uploading
+            assert key.num_running == 0
+            for status in (400, 400, 429):  # one that is refused has used a request, too
+                assert (await served.post(path, {"nonsense": 1}, header)).status_code == status
+            await third.start()
+            assert (third.status, third.num_received, key.num_running) == (429, 0, 0)
 
     run(test())
 
