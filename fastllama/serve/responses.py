@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -115,6 +115,8 @@ async def respond(send: Send, status: int, body: bytes, headers: Mapping[str, st
     for start in range(0, max(1, len(body)), PIECE):
         end = start + PIECE
         await send({"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)})
+        if end < len(body):
+            await asyncio.sleep(0)  # in which a client that left is seen
 
 
 def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
@@ -136,11 +138,10 @@ class EventStream:
         self._last = self._clock()
 
     async def _ping(self, seconds: float) -> None:
-        with suppress(ClientGoneError):  # which ends the others that send, too
-            while True:
-                await asyncio.sleep(max(0.0, self._last + seconds - self._clock()))
-                if self._clock() >= self._last + seconds:
-                    await self.send(PING)
+        while True:
+            await asyncio.sleep(max(0.0, self._last + seconds - self._clock()))
+            if self._clock() >= self._last + seconds:
+                await self.send(PING)
 
     @classmethod
     @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import weakref
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastllama.serve import service as service_module
 from fastllama.serve.errors import ApiError
 from fastllama.serve.keys import Keyring
 from fastllama.serve.options import ServerOptions
+from fastllama.serve.running import RunningJob
 from fastllama.serve.server import serve
 from fastllama.serve.service import ServiceLimits
 from tests.serve.asgi import COMPLETION, COMPLETIONS, ENDLESS, STREAM, Caller, ended, events_of, run, serving, until
@@ -71,13 +73,13 @@ def test_a_drain_ends_a_request_even_while_a_step_hangs(
 
 def test_an_answer_that_was_made_in_time_is_read_at_its_readers_pace(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     cuts: list[ApiError] = []
-    cut = service_module.RunningJob.cut
+    cut = RunningJob.cut
 
-    def noted(running: service_module.RunningJob, failure: ApiError) -> None:
+    def noted(running: RunningJob, failure: ApiError) -> None:
         cuts.append(failure)
         cut(running, failure)
 
-    monkeypatch.setattr(service_module.RunningJob, "cut", noted)
+    monkeypatch.setattr(RunningJob, "cut", noted)
     monkeypatch.setattr(service_module, "GRACE_SECONDS", -59.8)
 
     async def test() -> None:
@@ -96,6 +98,27 @@ def test_an_answer_that_was_made_in_time_is_read_at_its_readers_pace(llm: LLM, m
             may_read.set()
             await task
             assert events_of(caller)[-1] == "[DONE]"
+
+    run(test())
+
+
+def test_a_request_that_has_ended_is_kept_by_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[RunningJob]] = []
+    begin = RunningJob.begin
+
+    def noted(*given: Any) -> RunningJob:
+        running = begin(*given)
+        kept.append(weakref.ref(running))
+        return running
+
+    monkeypatch.setattr(RunningJob, "begin", noted)
+
+    async def test() -> None:
+        async with serving(llm) as served:
+            for more in ({}, STREAM):
+                await served.post(COMPLETIONS, COMPLETION | more)
+            assert len(kept) == 2
+            await until(lambda: gc.collect() >= 0 and not any(each() for each in kept))
 
     run(test())
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from typing import Any
 
 import pytest
 
 from fastllama import LLM
-from fastllama.serve.service import ServiceLimits
+from fastllama.serve.responses import JSON
 from tests.serve.asgi import COMPLETION, COMPLETIONS, ENDLESS, STREAM, Caller, run, serving, until
+from tests.serve.live import LIMIT, leave, live, read_until, wait_for
 
 
 class StalledCaller(Caller):
@@ -59,16 +62,18 @@ def test_a_reader_that_stalls_until_it_is_dropped_has_left(llm: LLM, path: str, 
     run(test())
 
 
-def test_a_ping_to_a_reader_that_was_dropped_is_no_error(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
-    async def test() -> None:
-        async with serving(llm, limits=ServiceLimits(ping_seconds=0.01)) as served:
-            served.gate.close()
-            caller = StalledCaller(served.app, COMPLETIONS, ENDLESS | STREAM).takes(2)
-            task = caller.start()
-            await until(lambda: caller.is_stalled)
-            caller.drop()
-            await task
-            assert served.logged()[-1]["status"] == 499
-
-    run(test())
-    assert not [each for each in caplog.records if each.name == "asyncio"]
+def test_what_a_real_server_could_not_send_is_logged_so() -> None:
+    body = json.dumps({"tokens": [866] * 800_000}).encode()  # an answer that no kernel takes
+    head = (
+        f"POST /detokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with live() as server, socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.settimeout(LIMIT)
+        stalled.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        stalled.sendall(head.encode() + body)
+        read_until(stalled, b"HTTP/1.1 200 OK")
+        leave(stalled, reset=True)
+        wait_for(lambda: "/detokenize" in server.logged)
+        (line,) = [json.loads(each) for each in server.logged.splitlines() if "/detokenize" in each]
+        assert (line["status"], line["reason"]) == (499, "client_left")
