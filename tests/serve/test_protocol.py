@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -244,12 +245,19 @@ def test_the_end_of_a_connection_is_seen_by_what_answers_it(loop: str, reset: bo
 
 @both_loops
 def test_the_rest_of_a_refused_body_does_not_count_as_headers(loop: str) -> None:
-    post = b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n"
-    with running(loop) as server, server.connect(post) as client:
-        assert answered(client).endswith(b"refused")
-        client.sendall(b"x" * 200_000 + GET[:-2])
-        client.sendall(GET[-2:])
-        assert answered(client).startswith(b"HTTP/1.1 200")
+    post = b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    is_sent = threading.Event()
+    with running(loop) as server:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)  # which takes all of it at once
+        with server.connect(post) as client:
+            assert answered(client).endswith(b"refused")
+            (connection,) = server.server.server_state.connections
+            connection.loop.call_soon_threadsafe(is_sent.wait, 60)  # meanwhile nothing is read
+            client.sendall(b"x" * 100_000 + GET[:-2])
+            is_sent.set()
+            wait_for(lambda: connection._timer is not None and not connection.cycle.more_body)
+            client.sendall(GET[-2:])
+            assert answered(client).startswith(b"HTTP/1.1 200")
 
 
 @both_loops

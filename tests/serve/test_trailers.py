@@ -73,14 +73,23 @@ def test_extensions_and_trailers_below_the_limit_are_read_over() -> None:
         assert answered(client).endswith(b"\r\n\r\n3")
 
 
+HEADS = {
+    "an answer": GET,
+    "a refused body": HEAD % b"/refuse",
+    "half a head": b"GET /ok HTTP/1.1\r\nHost: a\r\nx: ",
+    "a long head": b"GET /ok HTTP/1.1\r\nHost: a\r\nx: " + b"y" * 70_000 + b"\r\n\r\n",
+    "a body that breaks off": HEAD % b"/ok" + b"zz\r\n",
+}
+
+
 @both_loops
-@pytest.mark.parametrize("head", [HEAD % b"/refuse", b"GET /ok HTTP/1.1\r\nHost: a\r\nx: ", GET], ids=range(3))
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_the_memory_of_a_connection_ends_with_it(loop: str, head: bytes) -> None:
     gc.disable()
     try:
-        with running(loop) as server:
+        with running(loop, linger_seconds=1000) as server:
             client = server.connect(head)
-            if head.endswith(b"\r\n\r\n"):
+            if head.endswith(b"\r\n"):
                 answered(client)
             else:
                 wait_for(lambda: any(each._reads_headers for each in server.server.server_state.connections))
