@@ -79,8 +79,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self._cancel_stall()
         super().connection_lost(exc)
-        if self.cycle is not None:
+        if isinstance(self.cycle, _Cycle):
             self.cycle.transport = self.transport
+            if self.cycle.refusal is not None:
+                self.cycle.refusal.__traceback__ = None  # whose frames hold the body
         self.parser = self.headers = self.scope = None  # type: ignore[assignment]  # nothing waits for a collection
 
     def data_received(self, data: bytes) -> None:
@@ -98,8 +100,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._read(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if not self._is_deaf:
-                told = error.__context__  # what a callback raised
-                self._refuse(told if isinstance(told, ApiError) else _invalid("this is no HTTP/1.1 request"))
+                self._refuse(_raised_by_callback(error) or _invalid("this is no HTTP/1.1 request"))
         else:
             if self._num_bytes > self.header_bytes:
                 self._refuse(self._too_long())
@@ -280,3 +281,8 @@ class _AnswerTransport:
 
 def _invalid(message: str) -> ApiError:
     return ApiError(400, "invalid_http", message)
+
+
+def _raised_by_callback(error: httptools.HttpParserError) -> ApiError | None:
+    """A function, since a variable of the frame that its traceback knows would keep the connection's memory."""
+    return error.__context__ if isinstance(error.__context__, ApiError) else None
