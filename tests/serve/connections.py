@@ -8,7 +8,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,16 +29,22 @@ BIG = 64 << 20  # more than the kernel's buffers of two sockets hold
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
+class Body:
+    pass
+
+
 class Application:
     """Answers /ok at once, /wait when it may, and everything that reads a body with its length; counts who left.
 
-    /stream has two pieces and no length. headers: of the request that came last.
+    /stream has two pieces and no length. headers, body: of the request that came last; body stands for what a frame of
+    the application holds while it reads.
     """
 
     def __init__(self) -> None:
         self.num_left = self.num_waiting = 0
         self.may_end = False
         self.headers: dict[bytes, bytes] = {}
+        self.body: Callable[[], Body | None] = lambda: None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.headers = dict(scope["headers"])
@@ -51,8 +58,12 @@ class Application:
             await respond(send, 413, b"refused", {})
             return
         length, more = 0, True
+        body = Body()
+        self.body = weakref.ref(body)
         while more:
-            message = await receive()
+            task = asyncio.ensure_future(receive())  # as read_body does
+            await asyncio.wait((task,))
+            message = task.result()
             if message["type"] == "http.disconnect":
                 self.num_left += 1
                 return

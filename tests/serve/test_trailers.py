@@ -95,6 +95,6 @@ def test_the_memory_of_a_connection_ends_with_it(loop: str, head: bytes) -> None
                 wait_for(lambda: any(each._reads_headers for each in server.server.server_state.connections))
             connection = weakref.ref(next(iter(server.server.server_state.connections)))
             client.close()
-            wait_for(lambda: connection() is None)
+            wait_for(lambda: connection() is None and server.application.body() is None)
     finally:
         gc.enable()
