@@ -142,6 +142,11 @@ class Engine:
         """Whether decode steps are captured and replayed where nothing asks for them as they are written."""
         return self._runner.replays
 
+    @property
+    def num_drafts(self) -> tuple[int, int]:
+        """Draft tokens verified, and those accepted, since the LLM was made."""
+        return (0, 0) if self.speculation is None else (self.speculation.num_drafted, self.speculation.num_accepted)
+
     def warm_up(self) -> float:
         """Compile and capture what is so at first use, in pages that no request holds. Returns the seconds it took."""
         assert not self.has_work, "a page that a request may hold would be overwritten"

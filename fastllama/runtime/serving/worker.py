@@ -48,7 +48,7 @@ class Worker:
         self._by_generation: dict[Generation, Order] = {}
         self._drains: list[concurrent.futures.Future[None]] = []
         self._num_preemptions = self._num_host_hit_tokens = 0
-        self._first_drafts = _drafts(engine)
+        self._first_drafts = engine.num_drafts
         self._step_start: float | None = None
         self._num_faults = 0  # of the bookkeeping, in a row
         self._broken: BaseException | None = None
@@ -352,7 +352,7 @@ class Worker:
             self._statistics.num_preemptions += max(0, self._num_preemptions - seen)
             seen, self._num_host_hit_tokens = self._num_host_hit_tokens, engine.pool.num_host_hit_tokens
             self._statistics.num_host_hit_tokens += max(0, self._num_host_hit_tokens - seen)
-            drafted, accepted = _drafts(engine)
+            drafted, accepted = engine.num_drafts
             self._statistics.num_draft_tokens = drafted - self._first_drafts[0]
             self._statistics.num_accepted_tokens = accepted - self._first_drafts[1]
         wake(readers)
@@ -396,9 +396,3 @@ class Worker:
                 with suppress(Exception):  # the engine mends itself, and each of its requests may have a fault in this
                     engine.abort(order.generation)
             self._end(order, error)
-
-
-def _drafts(engine: Engine) -> tuple[int, int]:
-    """Draft tokens verified, and those accepted, since the LLM was made: these no engine counts anew."""
-    speculation = engine.speculation
-    return (0, 0) if speculation is None else (speculation.num_drafted, speculation.num_accepted)
