@@ -45,8 +45,8 @@ SETTINGS = Settings(
 OPTIONS = ("--max-queue-size", str(SEATS), "--max-body-bytes", str(1 << 20), "--drain-timeout", "10")
 OVERLOAD = 4  # times as many clients as seats
 WARM_UP = 500  # clients before the first count, a tenth of all at most
-GROWTH = 16.0  # MB between the middle and the end: 4 to 10 of 10,000 clients, ever less
-BLOCKS = 8000  # of Python's, between the same, up to 3000 of 10,000 clients
+GROWTH = 16.0  # MB between the middle and the end: 4 to 10 of 10,000 clients, most in steps of shapes that came late
+BLOCKS = 8000  # of Python's, between the same: 2000 for each captured step of a new shape, 3000 of 10,000 clients
 SLOWDOWN = 1.5
 
 
