@@ -4,8 +4,8 @@ python -m benchmarks.serving [--streams 1 8 32 64] [--rounds 10] [--out FILE]
 python -m benchmarks.serving --step-ms 5 --switch-interval 0.005 0.0005
 
 A burst is so many completions that begin at once and stream the same number of tokens each. One process answers them
-over HTTP, another one to tasks that read the streams of its AsyncEngine: the same model, arguments, threads and event
-loop (uvloop). Both take turns, in changing order, and the first round is not counted. Columns, each HTTP and direct:
+over HTTP, another one to tasks that read the streams of its AsyncEngine: the same model, arguments, threads and kind
+of event loop. Both take turns, in changing order, and the first round is not counted. Columns, each HTTP and direct:
 
 tokens/s: of all streams, from the first request to the last token, and the median ratio of a round's two; goal 0.95.
 CPU us/token: of the process that serves, all threads, model included; the difference, the median of the rounds', is

@@ -171,9 +171,7 @@ def main() -> None:
     settings, kind, *options = sys.argv[1:]
     apply(Settings(**json.loads(settings)))
     if kind == "direct":
-        import uvloop
-
-        uvloop.run(_answer_all())
+        asyncio.run(_answer_all())
         return
     from fastllama.cli.main import main as fastllama
 

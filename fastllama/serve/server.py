@@ -95,6 +95,7 @@ class ModelServer(uvicorn.Server):
             uvicorn.Config(
                 "",  # known in the loop
                 ws="none",
+                loop="asyncio",  # whose sends let the engine have the GIL; uvloop's keep it
                 lifespan="off",
                 log_config=None,
                 log_level="critical",  # the application says what is wrong with it

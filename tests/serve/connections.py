@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import uvicorn
 
 from fastllama.serve.errors import ApiError
@@ -24,7 +23,6 @@ from fastllama.serve.protocol import LimitedProtocol
 from fastllama.serve.responses import respond
 from fastllama.serve.sockets import bind
 
-both_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 BIG = 64 << 20  # more than the kernel's buffers of two sockets hold
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -92,7 +90,6 @@ class Running:
         self,
         application: Application,
         protocol: type[LimitedProtocol],
-        loop: str,
         most: int | None,
         certificate: tuple[Path, Path] | None,
     ) -> None:
@@ -103,7 +100,7 @@ class Running:
         config = uvicorn.Config(
             application,
             http=partial(protocol, note=self.noted.append),  # type: ignore[arg-type]
-            loop=loop,  # type: ignore[arg-type]
+            loop="asyncio",
             ws="none",
             lifespan="off",
             log_config=None,
@@ -134,11 +131,9 @@ class Running:
 
 
 @contextmanager
-def running(
-    loop: str = "asyncio", *, most: int | None = None, tls: tuple[Path, Path] | None = None, **limits: float
-) -> Iterator[Running]:
+def running(*, most: int | None = None, tls: tuple[Path, Path] | None = None, **limits: float) -> Iterator[Running]:
     """A server with these limits; at its end no connection may be left that its client has closed."""
-    found = Running(Application(), type("Hurried", (LimitedProtocol,), limits), loop, most, tls)
+    found = Running(Application(), type("Hurried", (LimitedProtocol,), limits), most, tls)
     found.thread.start()
     try:
         wait_for(lambda: found.server.started)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.connections import BIG, GET, answered, both_loops, error_in, read_all, running, wait_for
+from tests.serve.connections import BIG, GET, answered, error_in, read_all, running, wait_for
 from tests.serve.live import certificate, read_until
 
 
@@ -21,9 +21,8 @@ def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return certificate(tmp_path_factory.mktemp("tls")) if request.param else None
 
 
-@both_loops
-def test_a_connection_is_kept_for_requests_one_after_the_other(loop: str, tls: tuple[Path, Path] | None) -> None:
-    with running(loop, tls=tls) as server, server.connect() as client:
+def test_a_connection_is_kept_for_requests_one_after_the_other(tls: tuple[Path, Path] | None) -> None:
+    with running(tls=tls) as server, server.connect() as client:
         for number in range(3):
             body = b"x" * number
             client.sendall(b"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (number, body))
@@ -79,9 +78,8 @@ def test_headers_that_come_in_one_piece_have_the_same_limit() -> None:
         assert error_in(read_all(client)) == (431, "headers_too_large")
 
 
-@both_loops
-def test_any_byte_that_is_not_sent_counts_as_unread(loop: str, tls: tuple[Path, Path] | None) -> None:
-    with running(loop, tls=tls) as server, server.connect(GET) as client:
+def test_any_byte_that_is_not_sent_counts_as_unread(tls: tuple[Path, Path] | None) -> None:
+    with running(tls=tls) as server, server.connect(GET) as client:
         answered(client)
         (connection,) = server.server.server_state.connections
         assert connection.transport.get_write_buffer_limits() == (0, 1)
@@ -95,11 +93,10 @@ def test_headers_up_to_their_limit_are_read() -> None:
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
-def test_headers_that_do_not_end_in_time_are_given_up(loop: str) -> None:
-    with running(loop, header_seconds=0.1) as server, server.connect(b"GET /ok HTTP/1.1\r\nHost: a\r\n") as client:
+def test_headers_that_do_not_end_in_time_are_given_up() -> None:
+    with running(header_seconds=0.1) as server, server.connect(b"GET /ok HTTP/1.1\r\nHost: a\r\n") as client:
         assert error_in(read_all(client)) == (408, "request_timeout")
-    with running(loop, header_seconds=0.1) as server, server.connect(GET) as client:
+    with running(header_seconds=0.1) as server, server.connect(GET) as client:
         answered(client)
         client.sendall(b"G")  # the next one, too
         assert error_in(read_all(client)) == (408, "request_timeout")
@@ -120,10 +117,9 @@ def test_drops_of_headers_do_not_buy_time() -> None:
         assert error_in(answer + read_all(client)) == (408, "request_timeout")
 
 
-@both_loops
 @pytest.mark.parametrize("first", [b"", GET, b"\r\n"], ids=["never sends", "between two", "a blank line"])
-def test_an_idle_connection_is_closed(loop: str, first: bytes) -> None:
-    with running(loop, idle_seconds=0.2) as server, server.connect(first) as client:
+def test_an_idle_connection_is_closed(first: bytes) -> None:
+    with running(idle_seconds=0.2) as server, server.connect(first) as client:
         assert read_all(client).count(b"HTTP/1.1 200") == (first == GET)
         wait_for(lambda: server.num_connections == 0)
 
@@ -137,10 +133,9 @@ def test_a_request_that_runs_is_not_idle() -> None:
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
-def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str, tls: tuple[Path, Path] | None) -> None:
+def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(tls: tuple[Path, Path] | None) -> None:
     with (
-        running(loop, tls=tls, stall_seconds=0.2) as server,
+        running(tls=tls, stall_seconds=0.2) as server,
         server.connect(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n", buffer=4096) as client,
     ):
         wait_for(lambda: server.num_connections == 1)
@@ -149,10 +144,9 @@ def test_a_reader_that_stalls_is_dropped_and_what_answered_it_ends(loop: str, tl
             assert len(read_all(client)) < BIG  # what lay in the kernel's buffers
 
 
-@both_loops
-def test_a_reader_that_is_slow_gets_everything(loop: str, tls: tuple[Path, Path] | None) -> None:
+def test_a_reader_that_is_slow_gets_everything(tls: tuple[Path, Path] | None) -> None:
     with (
-        running(loop, tls=tls, stall_seconds=0.5) as server,
+        running(tls=tls, stall_seconds=0.5) as server,
         server.connect(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") as client,
     ):
         size, end = 0, time.monotonic() + 2  # four times the limit
@@ -201,9 +195,8 @@ def test_a_body_that_breaks_off_is_told_to_whoever_reads_it() -> None:
         assert server.noted == []  # the application has
 
 
-@both_loops
-def test_one_connection_more_than_there_may_be_is_refused(loop: str) -> None:
-    with running(loop, most=2) as server:
+def test_one_connection_more_than_there_may_be_is_refused() -> None:
+    with running(most=2) as server:
         first, second = server.connect(), server.connect()
         wait_for(lambda: server.num_connections == 2)
         with server.connect(GET) as third:
@@ -217,24 +210,22 @@ def test_one_connection_more_than_there_may_be_is_refused(loop: str) -> None:
         second.close()
 
 
-@both_loops
-def test_the_end_of_a_connection_is_seen_behind_requests_that_were_sent_ahead(loop: str) -> None:
-    with running(loop) as server:
+def test_the_end_of_a_connection_is_seen_behind_requests_that_were_sent_ahead() -> None:
+    with running() as server:
         client = server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 3)
         wait_for(lambda: server.application.num_waiting == 1)
         client.sendall(GET)
         client.close()
         wait_for(lambda: server.application.num_left == 1)
-    with running(loop) as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET) as client:
+    with running() as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET) as client:
         wait_for(lambda: server.application.num_waiting == 1)
         server.application.may_end = True
         assert read_all(client).count(b"HTTP/1.1 200") == 1  # the second is sent again, on a new connection
 
 
-@both_loops
 @pytest.mark.parametrize("reset", [False, True])
-def test_the_end_of_a_connection_is_seen_by_what_answers_it(loop: str, reset: bool) -> None:
-    with running(loop) as server:
+def test_the_end_of_a_connection_is_seen_by_what_answers_it(reset: bool) -> None:
+    with running() as server:
         client = server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_for(lambda: server.application.num_waiting == 1)
         if reset:
@@ -243,11 +234,10 @@ def test_the_end_of_a_connection_is_seen_by_what_answers_it(loop: str, reset: bo
         wait_for(lambda: server.application.num_left == 1)
 
 
-@both_loops
-def test_the_rest_of_a_refused_body_does_not_count_as_headers(loop: str) -> None:
+def test_the_rest_of_a_refused_body_does_not_count_as_headers() -> None:
     post = b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
     is_sent = threading.Event()
-    with running(loop) as server:
+    with running() as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)  # which takes all of it at once
         with server.connect(post) as client:
             assert answered(client).endswith(b"refused")
@@ -260,9 +250,8 @@ def test_the_rest_of_a_refused_body_does_not_count_as_headers(loop: str) -> None
             assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
-def test_what_waits_behind_a_request_does_not_end_it(loop: str) -> None:
-    with running(loop) as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n") as client:
+def test_what_waits_behind_a_request_does_not_end_it() -> None:
+    with running() as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n") as client:
         wait_for(lambda: server.application.num_waiting == 1)
         client.sendall(b"\r\n" * 50_000)
         server.application.may_end = True
@@ -279,17 +268,16 @@ def test_a_request_has_one_host_header(hosts: tuple[str, ...]) -> None:
         assert b"%d Host headers" % len(hosts) in answer
 
 
-@both_loops
-def test_an_answer_to_http_1_0_ends_with_its_connection(loop: str) -> None:
+def test_an_answer_to_http_1_0_ends_with_its_connection() -> None:
     for head in (b"GET /stream HTTP/1.0\r\n\r\n", b"GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"):
-        with running(loop) as server, server.connect(head) as client:
+        with running() as server, server.connect(head) as client:
             answer = read_all(client)
             assert answer.endswith(b"\r\n\r\none, two")
             assert b"transfer-encoding" not in answer.lower()
             assert b"connection: close" in answer
-    with running(loop) as server, server.connect(b"GET /big HTTP/1.0\r\n\r\n") as client:
+    with running() as server, server.connect(b"GET /big HTTP/1.0\r\n\r\n") as client:
         assert len(read_all(client)) > BIG
-    with running(loop) as server, server.connect(GET.replace(b"/ok", b"/stream")) as client:
+    with running() as server, server.connect(GET.replace(b"/ok", b"/stream")) as client:
         assert read_until(client, b"0\r\n\r\n").endswith(b"\r\n\r\n5\r\none, \r\n3\r\ntwo\r\n0\r\n\r\n")
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from fastllama.serve.protocol import PIECE
-from tests.serve.connections import GET, answered, both_loops, error_in, read_all, running, wait_for
+from tests.serve.connections import GET, answered, error_in, read_all, running, wait_for
 
 HEAD = b"POST %s HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 ENDLESS = {
@@ -22,41 +22,37 @@ ENDLESS = {
 endless = pytest.mark.parametrize(("start", "unit"), ENDLESS.values(), ids=ENDLESS)
 
 
-@both_loops
 @pytest.mark.parametrize("path", [b"/ok", b"/refuse"])
-def test_trailers_are_ignored(loop: str, path: bytes) -> None:
+def test_trailers_are_ignored(path: bytes) -> None:
     trailers = b"Authorization: Bearer x\r\nHost: b\r\nx: y\r\nConnection: upgrade\r\nUpgrade: h2c\r\n"
     body = b"3\r\nabc\r\n0\r\n" + trailers + b"\r\n"
-    with running(loop) as server, server.connect(HEAD % path + body) as client:
+    with running() as server, server.connect(HEAD % path + body) as client:
         assert answered(client).endswith({b"/ok": b"3", b"/refuse": b"refused"}[path])
         assert server.application.headers == {b"host": b"a", b"transfer-encoding": b"chunked"}
         client.sendall(GET)
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
 @endless
-def test_what_is_no_body_has_the_limit_of_headers(loop: str, start: bytes, unit: bytes) -> None:
-    with running(loop) as server, server.connect(HEAD % b"/ok" + b"3\r\nabc\r\n" + start) as client:
+def test_what_is_no_body_has_the_limit_of_headers(start: bytes, unit: bytes) -> None:
+    with running() as server, server.connect(HEAD % b"/ok" + b"3\r\nabc\r\n" + start) as client:
         with suppress(OSError):
             client.sendall(unit * ((65536 + 2 * PIECE) // len(unit)))
         assert error_in(read_all(client)) == (431, "headers_too_large")
         assert server.application.num_left == 0
 
 
-@both_loops
 @endless
-def test_behind_an_answer_nothing_more_is_said(loop: str, start: bytes, unit: bytes) -> None:
-    with running(loop, discard_seconds=1000) as server, server.connect(HEAD % b"/refuse" + start) as client:
+def test_behind_an_answer_nothing_more_is_said(start: bytes, unit: bytes) -> None:
+    with running(discard_seconds=1000) as server, server.connect(HEAD % b"/refuse" + start) as client:
         assert answered(client).endswith(b"refused")
         with suppress(OSError):
             client.sendall(unit * ((65536 + 2 * PIECE) // len(unit)))
         assert client.recv(1000) == b""
 
 
-@both_loops
-def test_a_refused_body_that_breaks_off_gets_no_second_answer(loop: str) -> None:
-    with running(loop, discard_seconds=1000) as server:
+def test_a_refused_body_that_breaks_off_gets_no_second_answer() -> None:
+    with running(discard_seconds=1000) as server:
         with server.connect(HEAD % b"/refuse") as client:
             assert answered(client).endswith(b"refused")
             client.sendall(b"zz\r\n")
@@ -82,12 +78,11 @@ HEADS = {
 }
 
 
-@both_loops
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_the_memory_of_a_connection_ends_with_it(loop: str, head: bytes) -> None:
+def test_the_memory_of_a_connection_ends_with_it(head: bytes) -> None:
     gc.disable()
     try:
-        with running(loop, linger_seconds=1000) as server:
+        with running(linger_seconds=1000) as server:
             client = server.connect(head)
             if head.endswith(b"\r\n"):
                 answered(client)

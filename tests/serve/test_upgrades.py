@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serve.connections import GET, answered, both_loops, error_in, read_all, running, wait_for
+from tests.serve.connections import GET, answered, error_in, read_all, running, wait_for
 
 HEAD = b"POST %s HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
 FRAMED = {
@@ -14,11 +14,10 @@ FRAMED = {
 framed = pytest.mark.parametrize("framed", FRAMED.values(), ids=FRAMED)
 
 
-@both_loops
 @pytest.mark.parametrize("kind", [b"websocket", b"h2c"])
-def test_an_upgrade_is_answered_as_if_none_had_been_asked_for(loop: str, kind: bytes) -> None:
+def test_an_upgrade_is_answered_as_if_none_had_been_asked_for(kind: bytes) -> None:
     upgrade = b"GET /ok HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: %s\r\nx: y\r\n\r\n" % kind
-    with running(loop) as server, server.connect(upgrade) as client:
+    with running() as server, server.connect(upgrade) as client:
         for _ in range(2):
             answer = answered(client)
             assert answer.startswith(b"HTTP/1.1 200")
@@ -28,12 +27,11 @@ def test_an_upgrade_is_answered_as_if_none_had_been_asked_for(loop: str, kind: b
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
 @framed
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])
-def test_the_body_of_an_upgrade_is_read(loop: str, framed: bytes, piece: int) -> None:
+def test_the_body_of_an_upgrade_is_read(framed: bytes, piece: int) -> None:
     data = framed % (b"/ok", 300, b"x" * 300)
-    with running(loop) as server, server.connect() as client:
+    with running() as server, server.connect() as client:
         for start in range(0, len(data), piece):
             client.sendall(data[start : start + piece])
         assert answered(client).endswith(b"\r\n\r\n300")
@@ -41,12 +39,11 @@ def test_the_body_of_an_upgrade_is_read(loop: str, framed: bytes, piece: int) ->
         assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-@both_loops
 @framed
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_body_that_looks_like_a_request_is_a_body(loop: str, framed: bytes, at_once: bool) -> None:
+def test_a_body_that_looks_like_a_request_is_a_body(framed: bytes, at_once: bool) -> None:
     data = framed % (b"/ok", len(GET), GET)
-    with running(loop) as server, server.connect() as client:
+    with running() as server, server.connect() as client:
         head, _, body = data.partition(b"\r\n\r\n")
         if at_once:
             client.sendall(data)
@@ -58,14 +55,13 @@ def test_a_body_that_looks_like_a_request_is_a_body(loop: str, framed: bytes, at
         assert read_all(client).endswith(b"\r\n\r\n0")
 
 
-@both_loops
 @framed
-def test_requests_behind_an_upgrade_are_pipelined_ones(loop: str, framed: bytes) -> None:
-    with running(loop) as server, server.connect(framed % (b"/wait", 3, b"abc") + GET) as client:
+def test_requests_behind_an_upgrade_are_pipelined_ones(framed: bytes) -> None:
+    with running() as server, server.connect(framed % (b"/wait", 3, b"abc") + GET) as client:
         wait_for(lambda: server.application.num_waiting == 1)
         server.application.may_end = True
         assert read_all(client).count(b"HTTP/1.1 200") == 1
-    with running(loop) as server:
+    with running() as server:
         client = server.connect(framed % (b"/wait", 3, b"abc") + GET)
         wait_for(lambda: server.application.num_waiting == 1)
         client.close()
