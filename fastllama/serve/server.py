@@ -192,7 +192,7 @@ class ModelServer(uvicorn.Server):
             self.failure = error
         finally:
             self.should_exit = True
-        if self._loader.is_alive():
+        if not self._loaded.done():  # nothing can stop it
             _exit_now(self.status)
 
     def _load_model(self) -> None:
