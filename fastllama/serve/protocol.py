@@ -9,6 +9,7 @@ Trailers and the wish for another protocol (Upgrade) are read and ignored, as RF
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from fastllama.serve.exchange import Exchange
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 
+_LINGER = "hh" if os.name == "nt" else "ii"  # C's struct linger: on, and for how many seconds
 PIECE = 4096  # bytes that the parser is given at a time, so that those between two of its calls can be counted
 
 
@@ -186,7 +188,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _reset(self) -> None:
         """End the connection and forget what is unsent, which the kernel would keep for minutes."""
         if (connection := self.transport.get_extra_info("socket")) is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(_LINGER, 1, 0))
         self.transport.abort()
 
     def _wait_for_request(self) -> None:

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET
@@ -42,6 +42,8 @@ class Answer(ABC):
     Counts are those up to now. num_cached_tokens: prompt tokens whose KV lay in the prefix cache; num_generated_tokens:
     of all samples, shown or not.
     """
+
+    _response: ClassVar[type[wire.ChatCompletion | wire.TextCompletion]]  # that is not streamed
 
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         self._job, self._tokenizer = job, model.tokenizer
@@ -95,7 +97,15 @@ class Answer(ABC):
 
     def body(self) -> bytes:
         """The whole response, once every delta was taken in."""
-        return _encode(self._whole([_whole(gains) for gains in self._gains]))
+        response = self._response(
+            id=self._chunk.id,
+            created=self._chunk.created,
+            model=self._chunk.model,
+            choices=[self._choice(index, _whole(gains)) for index, gains in enumerate(self._gains)],
+            usage=self._usage(),
+            system_fingerprint=self._chunk.system_fingerprint,
+        )
+        return _encode(response)
 
     def _ended(self, output: CompletionOutput) -> CompletionOutput:
         """How the end of a sample is shown."""
@@ -113,8 +123,8 @@ class Answer(ABC):
         """What shows that a choice gained this; nothing where no text is certain yet."""
 
     @abstractmethod
-    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.ChatCompletion | wire.TextCompletion:
-        """The response of these choices."""
+    def _choice(self, index: int, output: CompletionOutput) -> Any:
+        """A choice of the response."""
 
     def _event_of(self, *choices: Any) -> bytes:
         self._chunk.choices = [*choices]
@@ -141,6 +151,8 @@ def _whole(gains: Sequence[CompletionOutput]) -> CompletionOutput:
 
 
 class _ChatAnswer(Answer):
+    _response = wire.ChatCompletion
+
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         super().__init__(job, model, request_id)
         skips = job.params.skip_special_tokens
@@ -163,16 +175,6 @@ class _ChatAnswer(Answer):
             events += self._event_of(last)
         return events
 
-    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.ChatCompletion:
-        return wire.ChatCompletion(
-            id=self._chunk.id,
-            created=self._chunk.created,
-            model=self._chunk.model,
-            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
-            usage=self._usage(),
-            system_fingerprint=self._chunk.system_fingerprint,
-        )
-
     def _choice(self, index: int, output: CompletionOutput) -> wire.ChatChoice:
         assert output.finish_reason is not None, f"choice {index} has not finished"
         return wire.ChatChoice(
@@ -189,6 +191,8 @@ class _ChatAnswer(Answer):
 
 
 class _CompletionAnswer(Answer):
+    _response = wire.TextCompletion
+
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         super().__init__(job, model, request_id)
         self._echoes = [job.echo] * self._num_choices  # whose prompt is still to be shown
@@ -197,10 +201,8 @@ class _CompletionAnswer(Answer):
 
     def take(self, prompt_index: int, delta: RequestDelta) -> bytes:
         if self._job.echo and self._job.logprobs is not None and delta.prompt_logprobs is not None:
-            table, token_ids = (
-                LogprobsTable(self._tokenizer, shows_top=self._job.logprobs > 0),
-                self._job.prompts[prompt_index].token_ids,
-            )
+            table = LogprobsTable(self._tokenizer, shows_top=self._job.logprobs > 0)
+            token_ids = self._job.prompts[prompt_index].token_ids
             self._prompt_logprobs[prompt_index] = table.of(token_ids, delta.prompt_logprobs)
         return super().take(prompt_index, delta)
 
@@ -214,16 +216,6 @@ class _CompletionAnswer(Answer):
         choice = self._choice(index, output)
         is_empty = not (choice.text or choice.finish_reason or (choice.logprobs and choice.logprobs.tokens))
         return b"" if is_empty else self._event_of(choice)
-
-    def _whole(self, outputs: Sequence[CompletionOutput]) -> wire.TextCompletion:
-        return wire.TextCompletion(
-            id=self._chunk.id,
-            created=self._chunk.created,
-            model=self._chunk.model,
-            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
-            usage=self._usage(),
-            system_fingerprint=self._chunk.system_fingerprint,
-        )
 
     def _choice(self, index: int, output: CompletionOutput) -> wire.CompletionChoice:
         prompt_index = index // self._job.params.n

@@ -145,7 +145,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "prompt too long": (
         "generate --model {model} -",
         b"once upon a time " * 100,
-        "the prompt has 1700 characters, which are 260 tokens or more; legal: at most 255 tokens, one less than ",
+        "the prompt has 1700 characters, which are 340 tokens or more; legal: at most 255 tokens, one less than ",
     ),
     "prompt too long once it is read": (
         "generate --model {model} -",

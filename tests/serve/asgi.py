@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -49,7 +50,9 @@ class Gate:
         self.error: Exception | None = None  # what the next step raises
         self.open()
 
-    def open(self) -> None:
+    def open(self, steps: float = math.inf) -> None:
+        """For so many steps; those behind them wait."""
+        self._num_free = steps
         self._open.set()
 
     def close(self) -> None:
@@ -62,6 +65,9 @@ class Gate:
         def waiting() -> Any:
             self.num_waiting += 1
             assert self._open.wait(120)
+            self._num_free -= 1
+            if self._num_free <= 0:
+                self.close()
             if self.error is not None:
                 error, self.error = self.error, None
                 raise error
@@ -129,11 +135,11 @@ async def serving(
 
 
 def keyring_of(folder: Path, **limits: int) -> tuple[Keyring, dict[str, str]]:
-    """A ring of one key, "alice", and the header that shows it."""
+    """A ring of one key, "alice", on a clock that stands still: nothing is refilled; and the header that shows it."""
     key, line = new_key("alice")
     path = folder / "keys.jsonl"
     path.write_text(json.dumps(json.loads(line) | limits) + "\n", encoding="utf-8")
-    return Keyring.open(None, path), {"authorization": f"Bearer {key}"}
+    return Keyring.open(None, path, clock=lambda: 0.0), {"authorization": f"Bearer {key}"}
 
 
 @dataclass
@@ -207,4 +213,5 @@ def events_of(caller: Caller) -> list[Any]:
 
 
 def ended(caller: Caller) -> bool:
-    return bool(caller.sent) and not caller.sent[-1].get("more_body", False)
+    last = caller.sent[-1] if caller.sent else {}
+    return last.get("type") == "http.response.body" and not last.get("more_body", False)

@@ -224,6 +224,7 @@ async def left(served: Served, caller: Caller, task: asyncio.Task[None]) -> None
     """Its client leaves, and everything it held comes back."""
     caller.leave()
     await task
+    served.gate.open()
     await until(served.idle)
     assert served.logged()[-1]["status"] == 499
     assert served.logged()[-1]["reason"] == "client_left"
@@ -235,12 +236,14 @@ def test_a_client_that_leaves_ends_its_request_and_no_other(llm: LLM, body: dict
         async with serving(llm) as served:
             expected = (await served.post(COMPLETIONS, COMPLETION | {"max_tokens": 200})).json()["choices"]
             gone = Caller(served.app, COMPLETIONS, body)
+            served.gate.open(steps=5)  # so that it does not end before its client leaves
             task = gone.start()
             await until(lambda: served.engine.statistics().num_running > 0)
             stays = Caller(served.app, COMPLETIONS, COMPLETION | {"max_tokens": 200})
             other = stays.start()
             gone.leave()
             await task
+            served.gate.open()
             await other
             assert stays.answer["choices"] == expected
             await until(served.idle)
@@ -343,6 +346,7 @@ def test_the_tokens_of_a_client_that_left_are_charged(llm: LLM, tmp_path: Path) 
     async def test() -> None:
         async with serving(llm, keyring=ring) as served:
             caller = Caller(served.app, COMPLETIONS, ENDLESS, header)
+            served.gate.open(steps=60)
             task = caller.start()
             await until(lambda: served.engine.statistics().num_generated_tokens >= 50)
             second = await served.post(COMPLETIONS, COMPLETION, header)
