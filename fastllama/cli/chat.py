@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastllama.cli.options import (
     Loaded,
+    add_chat_format_option,
     add_model_options,
     add_quantize_option,
     add_runtime_options,
@@ -61,12 +62,7 @@ def add_command(commands: Any) -> None:
         "--system", type=argument, default="", metavar="TEXT", help="what the model is told before everything else"
     )
     system.add_argument("--system-file", metavar="F", help="file that holds it, in UTF-8")
-    parser.add_argument(
-        "--chat-format",
-        default="auto",
-        metavar="C",
-        help="auto (the checkpoint's own template), llama2, plain, or a .jinja file",
-    )
+    add_chat_format_option(parser)
     parser.add_argument("--quiet", action="store_true", help="print the answers alone")
     add_model_options(parser)
     add_quantize_option(parser)

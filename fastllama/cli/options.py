@@ -65,6 +65,16 @@ def add_place_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
 
 
+def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
+    """--chat-format."""
+    parser.add_argument(
+        "--chat-format",
+        default="auto",
+        metavar="C",
+        help="auto (the checkpoint's own template), llama2, plain, or a .jinja file",
+    )
+
+
 def add_quantize_option(parser: argparse.ArgumentParser) -> None:
     """--quantize."""
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastllama import env
 from fastllama.cli.options import (
     add_capacity_options,
+    add_chat_format_option,
     add_model_options,
     add_quantize_option,
     add_runtime_options,
@@ -51,12 +52,7 @@ def add_command(commands: Any) -> None:
     _add_http_options(parser.add_argument_group("HTTP"))
     _add_key_options(parser.add_argument_group("keys and certificates"))
     add_model_options(parser)
-    parser.add_argument(
-        "--chat-format",
-        default="auto",
-        metavar="C",
-        help="auto (the checkpoint's own template), llama2, plain, or a .jinja file",
-    )
+    add_chat_format_option(parser)
     add_quantize_option(parser)
     add_runtime_options(parser)
     add_capacity_options(parser)

@@ -26,7 +26,7 @@ from fastllama.serve.completions import Completions
 from fastllama.serve.errors import ApiError, ClientGoneError
 from fastllama.serve.exchange import Exchange
 from fastllama.serve.keys import Ticket
-from fastllama.serve.metrics import CONTENT_TYPE
+from fastllama.serve.metrics import CONTENT_TYPE, ROUTES
 from fastllama.serve.model import ServedModel
 from fastllama.serve.responses import JSON, check_json, header_of, read_body, respond, while_connected
 from fastllama.serve.service import Service
@@ -138,7 +138,7 @@ class Guard:
                 raise
             refusal = self._refusal(scope, error)
             exchange.error = refusal.code
-            await respond(send, refusal.status, refusal.body, refusal.headers | _closing(scope, refusal))
+            await respond(send, refusal.status, refusal.body, refusal.headers | _closing(scope))
 
     def _check_host(self, scope: Scope) -> None:
         """Without keys, a page of another site that lets its name resolve to this machine could ask."""
@@ -165,7 +165,7 @@ class Guard:
         return ApiError(500, "internal_error", "a bug in fastllama: the server's log has its traceback")
 
 
-def _closing(scope: Scope, refusal: ApiError) -> dict[str, str]:
+def _closing(scope: Scope) -> dict[str, str]:
     """Whether a refusal ends its connection: a client that waits to be told to go on may send its body or not."""
     return {"connection": "close"} if header_of(scope, b"expect") is not None else {}
 
@@ -187,13 +187,9 @@ ENDPOINTS = {
 
 def _route(path: str) -> str:
     """Which endpoint a path is of, for logs and metrics."""
-    return (
-        path
-        if path in ENDPOINTS or path in page.FILES
-        else "/v1/models/{id}"
-        if path.startswith("/v1/models/")
-        else "other"
-    )
+    if path in ROUTES:
+        return path
+    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
 
 
 def _router(service: Service) -> Router:
