@@ -23,7 +23,7 @@ from benchmarks.cpu.decode import time_forward, time_ours
 from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
 from fastllama.bench.timing import Generation
-from fastllama.layers.weights import load_weights
+from fastllama.layers.loading import load_weights
 
 COMMON: dict[str, Any] = {"max_position_embeddings": 2048, "eos_token_id": None, "pad_token_id": 0}
 SIZES: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
 from fastllama.bench.models import read_bytes
 from fastllama.bench.timing import Generation
-from fastllama.layers.weights import load_weights
+from fastllama.layers.loading import load_weights
 
 # What we do to weights, and the format of llama.cpp that loses about as much.
 QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}

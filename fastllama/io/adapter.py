@@ -104,6 +104,11 @@ class AdaptedCheckpoint(Checkpoint):
 
     def __init__(self, base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
         self.path = base.path
+        if base.quantization is not None:
+            raise CheckpointError(
+                f"{base.path} has weights in {base.quantization}, and an adapter is merged into weights before they are "
+                "quantized: give the model that it was made from"
+            )
         self._base, self._dtype = base, dtype
         self._file = _weights_of(folder)
         self._settings = LoraSettings(folder)
@@ -135,6 +140,7 @@ class AdaptedCheckpoint(Checkpoint):
         """The base's tensors; of a tied one the one matrix that is stored, under each name that it has from now on."""
         tied, met = self._base.config.tie_word_embeddings, False
         for name, tensor in self._base.tensors():
+            assert isinstance(tensor, Tensor)  # the base is not quantized
             if not tied or name not in (EMBEDDING, HEAD):
                 yield name, tensor
             elif not met:

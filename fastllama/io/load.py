@@ -12,9 +12,13 @@ from fastllama.errors import CheckpointError, check_choice, counted
 from fastllama.io.adapter import AdaptedCheckpoint, locate
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.base import Checkpoint
+from fastllama.layers import packing
 from fastllama.layers.config import DTYPES, LlamaConfig
+from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.weights import load_weights, slots
+from fastllama.layers.quantization import check_quantization
+from fastllama.layers.quantized import QuantizedWeight
+from fastllama.layers.weights import slots
 from fastllama.progress import progress_bar
 
 
@@ -24,19 +28,28 @@ def load_model(
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    quantization: str | None = None,
     progress: bool | None = None,
 ) -> LlamaForCausalLM:
     """Load a model in evaluation mode: "tiny", a path (Hugging Face or Meta folder, llama2.c file) or a Hub id.
 
     adapter: a PEFT LoRA adapter (folder or Hub id), merged into the weights in `dtype`; a model that is itself one is
     merged into the base that it names. dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
-    progress: a bar on stderr; None shows it on a terminal only. Host memory peaks at the model (if on the CPU) plus one
-    mapped shard; Meta's tensors are spread over all its files, which stay mapped. Raises FileNotFoundError, or
-    CheckpointError naming file and tensor.
+    quantization: as for LLM; each layer is packed as soon as its weights are there. A checkpoint that is quantized
+    stays so: its integers and scales are taken as they are.
+    progress: a bar on stderr; None shows it on a terminal only. Memory peaks at the model as it is kept, one layer's
+    weights, and one mapped shard; Meta's tensors are spread over all its files, which stay mapped.
+    Raises FileNotFoundError, ValueError for a quantization that the model cannot have, or CheckpointError naming file
+    and tensor.
     """
+    check_quantization(quantization)
     checkpoint, target = open_model(model, adapter=adapter, dtype=dtype)
-    built = LlamaForCausalLM(checkpoint.config, target, torch.device(device))
-    load_weights(built, _counted(checkpoint, built, progress), file_of=checkpoint.file_of)
+    place = torch.device(device)
+    built = LlamaForCausalLM(checkpoint.config, target, "meta")
+    kind = packing.resolve(built, quantization, device=place, kept=checkpoint.quantization)
+    pack = packing.packer(built, kind, device=place)
+    tensors = _counted(checkpoint, built, progress)
+    load_weights(built, tensors, file_of=checkpoint.file_of, device=place, pack=pack)
     return built.eval()
 
 
@@ -47,7 +60,7 @@ def open_model(
     path, adapter_path = locate(model, adapter)
     checkpoint = open_checkpoint(path)
     declared = checkpoint.config.num_parameters
-    if declared > checkpoint.nbytes:  # no format keeps a number in less than a byte; told before memory is asked for
+    if declared > checkpoint.nbytes * checkpoint.numbers_per_byte:  # told before memory is asked for
         next(checkpoint.tensors(), None)  # a file that is broken says so itself
         raise CheckpointError(
             f"{path}: the configuration declares {declared:,} numbers, but the weight files have {checkpoint.nbytes:,} "
@@ -82,12 +95,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _counted(checkpoint: Checkpoint, model: LlamaForCausalLM, progress: bool | None) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors, with a bar that counts the bytes of the model they fill."""
-    parameters, table = dict(model.named_parameters()), slots(checkpoint.config)
-    total = sum(parameter.nbytes for parameter in parameters.values())
+def _counted(
+    checkpoint: Checkpoint, model: LlamaForCausalLM, progress: bool | None
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """The checkpoint's tensors, with a bar that counts the bytes that they have in the model's dtype."""
+    names, itemsize = slots(checkpoint.config).keys(), model.dtype.itemsize
+    total = model.num_parameters * itemsize
     with progress_bar("Loading weights", progress, total=total, unit="B", unit_scale=True) as bar:
         for name, tensor in checkpoint.tensors():
             yield name, tensor
-            if name in table:
-                bar.update(tensor.numel() * parameters[table[name].parameter].element_size())
+            if name in names:
+                bar.update(tensor.shape.numel() * itemsize)

@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import kernels
-from fastllama.arithmetic import ceil_div
-from fastllama.kernels.dispatch.fusion import Fusion
-from fastllama.kernels.ops.compose import compose
-from fastllama.kernels.reference.int4 import ROWS
 from fastllama.layers.batch import BatchMeta
 
 
@@ -101,6 +97,10 @@ class PackedLinear(LinearBase):
         """
         raise NotImplementedError
 
+    def holds(self, start: int, rows: Tensor) -> bool:
+        """Whether `set_rows` would change nothing."""
+        raise NotImplementedError
+
 
 class Bf12Linear(PackedLinear):
     """A Linear in bf16 whose weight takes 12 bits, without loss: see kernels.pack_bf12."""
@@ -132,126 +132,8 @@ class Bf12Linear(PackedLinear):
         self.outliers, self.exponent = outliers, exponent
         return True
 
+    def holds(self, start: int, rows: Tensor) -> bool:
+        return torch.equal(self.weight[start : start + rows.shape[0]], rows)
+
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
-
-
-class CodesLinear(PackedLinear):
-    """A Linear whose weight is kept in codes, with a scale for each group of a row.
-
-    weight is what codes and scales stand for, exactly, in fp32.
-    """
-
-    packed: Tensor
-    scales: Tensor
-
-    def __init__(self, packed: Tensor, scales: Tensor, in_features: int, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
-        self.out_features, self.in_features, self.bias = scales.shape[0], in_features, bias
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        """codes [N, K] and scales [N, K / group_size] of a weight [N, K]."""
-        raise NotImplementedError
-
-    @staticmethod
-    def pack(codes: Tensor) -> Tensor:
-        """What is kept of codes [N, K]: tiles of 64 rows along the first dimension."""
-        raise NotImplementedError
-
-    @staticmethod
-    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-        """The codes [rows, columns] that `pack` packed."""
-        raise NotImplementedError
-
-    def set_rows(self, start: int, rows: Tensor) -> bool:
-        end = start + rows.shape[0]
-        codes, scales = self.quantize(rows, self.in_features // self.scales.shape[1])
-        first, last = start // ROWS, ceil_div(end, ROWS)
-        tiles, base = self.packed[first:last], first * ROWS
-        if start % ROWS or end % ROWS:
-            some, codes = codes, self.unpack(tiles, (last - first) * ROWS, self.in_features)
-            codes[start - base : end - base] = some
-        tiles.copy_(self.pack(codes))
-        self.scales[start:end] = scales
-        return False
-
-    def _like_x(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """A tensor [num_rows, in_features] in dtype that takes no memory."""
-        return self.scales.new_empty((), dtype=dtype).expand(num_rows, self.in_features)
-
-
-class Int4Linear(CodesLinear):
-    """Codes of 4 bits: see kernels.quantize_int4."""
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        codes, scales, _ = kernels.quantize_int4(weight, group_size)
-        return codes, scales
-
-    @staticmethod
-    def pack(codes: Tensor) -> Tensor:
-        return kernels.pack_int4(codes)
-
-    @staticmethod
-    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-        return kernels.unpack_int4(packed, rows, columns)
-
-    @property
-    def weight(self) -> Tensor:
-        codes = self.unpack(self.packed, self.out_features, self.in_features)
-        return kernels.dequantize_int4(codes, self.scales.float())
-
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul_int4(x, self.packed, self.scales, None, self.bias, workspace=workspace, **around)
-
-    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        return kernels.matmul_int4_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
-
-
-class Int8Linear(CodesLinear):
-    """Codes of 8 bits: see kernels.quantize_int8."""
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        return kernels.quantize_int8(weight, group_size)
-
-    @staticmethod
-    def pack(codes: Tensor) -> Tensor:
-        return kernels.pack_int8(codes)
-
-    @staticmethod
-    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-        return kernels.unpack_int8(packed, rows, columns)
-
-    @property
-    def weight(self) -> Tensor:
-        codes = self.unpack(self.packed, self.out_features, self.in_features)
-        return kernels.dequantize_int8(codes, self.scales.float())
-
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, workspace=workspace, **around)
-
-    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        return kernels.matmul_int8_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
-
-
-class W8A8Linear(Int8Linear):
-    """Codes of 8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
-
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        out, gated, norm = around["out"], around["gated"], around.get("norm")
-        if out is None:
-            out = x.new_empty(*x.shape[:-1], self.scales.shape[0] // (2 if gated else 1))
-
-        def multiply(x: Tensor, out: Tensor) -> None:
-            codes = kernels.quantize_rows(x) if norm is None else kernels.rms_norm_int8(x, norm, around["eps"])
-            kernels.matmul_w8a8(*codes, self.packed, self.scales.squeeze(1), self.bias, out=out)
-
-        compose(multiply, x, Fusion(residual=around["residual"], gated=gated), out)
-        return out
-
-    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(0, dtype=torch.float32, device="cpu")

@@ -27,7 +27,7 @@ class Embedding(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """Llama over a paged KV cache, weights uninitialised until `layers.weights.load_weights` fills them.
+    """Llama over a paged KV cache, weights uninitialised until `layers.loading.load_weights` fills them.
 
     q, k, v are one matrix and gate, up another. With tied embeddings lm_head.weight is embed_tokens.weight itself.
     """

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
+from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
 from fastllama.kernels.reference.int4 import GROUPS
-from fastllama.layers.linear import (
-    Bf12Linear,
-    CodesLinear,
-    Int4Linear,
-    Int8Linear,
-    Linear,
-    PackedLinear,
-    W8A8Linear,
-)
+from fastllama.layers.linear import Bf12Linear, Linear, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
 from fastllama.progress import progress_bar
 
+Packer = Callable[[Linear], PackedLinear | None]
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
 
 
@@ -32,16 +26,36 @@ def check(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"quantization is 'bf12' for {dtype} on {device}; legal: bfloat16 on a CPU")
 
 
-def resolve(model: LlamaForCausalLM, quantization: str | None, *, given: bool = False) -> str | None:
+def resolve(
+    model: LlamaForCausalLM,
+    quantization: str | None,
+    *,
+    device: torch.device | None = None,
+    given: bool = False,
+    kept: str | None = None,
+) -> str | None:
     """What `apply` is to do: one of quantization.KINDS, or None, which keeps the weights as they came.
 
     "auto" keeps what the checkpoint brings, but packs bf16 without loss where that `pays`, and touches nothing of a
-    model that was given and not loaded here. Raises ValueError where `check` does.
+    model that was given and not loaded here. device: where the weights will be, of a model without memory. kept: the
+    kind that they are quantized in already. Raises ValueError where `check` does, and for another kind than that.
     """
     if quantization == "auto":
-        return "bf12" if not given and pays(model) else None
-    check(quantization, model.dtype, model.device)
+        return "bf12" if not given and pays(model, device) else None
+    check(quantization, model.dtype, device or model.device)
+    if kept is not None and quantization not in (kept, None):
+        raise ValueError(f"quantization is {quantization!r} for weights in {kept}; legal: 'auto', None or {kept!r}")
     return quantization
+
+
+def kind_of(model: LlamaForCausalLM) -> str | None:
+    """The one of quantization.KINDS that the blocks' linear layers are packed into; None where they are not."""
+    for module in model.layers.modules():
+        if isinstance(module, QuantizedLinear):
+            return module.kind
+        if isinstance(module, Bf12Linear):
+            return "bf12"
+    return None
 
 
 def apply(model: LlamaForCausalLM, kind: str | None, *, progress: bool | None = None) -> None:
@@ -52,11 +66,14 @@ def apply(model: LlamaForCausalLM, kind: str | None, *, progress: bool | None = 
         quantize(model, kind, progress=progress)
 
 
-def pays(model: LlamaForCausalLM) -> bool:
-    """Whether `pack` makes decoding faster: bf16 on a CPU with the kernel and without matrix instructions for bf16."""
+def pays(model: LlamaForCausalLM, device: torch.device | None = None) -> bool:
+    """Whether `pack` makes decoding faster: bf16 on a CPU with the kernel and without matrix instructions for bf16.
+
+    device: where the weights will be, of a model without memory.
+    """
     return (
         model.dtype == torch.bfloat16
-        and kernels.backend_of(model.device)["matmul_bf12"].backend == "numba"
+        and kernels.backend_of(device or model.device)["matmul_bf12"].backend == "numba"
         and not runs_natively(model.dtype)
         and sum(parameter.nbytes for parameter in model.parameters()) > CACHED
     )
@@ -72,32 +89,58 @@ def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
 
 
 def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None) -> None:
-    """Make each Linear but the output head one of QUANTIZED, in place, rounded to nearest.
+    """Make each Linear but the output head one of `quantized.LINEARS`, in place, rounded to nearest.
 
     "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8" and
     "w8a8": of whole rows; the latter rounds what is multiplied by them too, at each call. The head is packed without
     loss where that `pays`. progress: as for `pack`.
     """
-    head, make, packs_head = model.lm_head, QUANTIZED[kind], pays(model)
+    _swap(model, packer(model, kind), "Quantizing weights", progress)
+
+
+def packer(model: LlamaForCausalLM, kind: str | None, *, device: torch.device | None = None) -> Packer:
+    """What makes another layer of each Linear of a model for one of quantization.KINDS; None where one stays.
+
+    device: where the weights will be, of a model without memory.
+    """
+    if kind is None:
+        return lambda linear: None
+    if kind == "bf12":
+        return _bf12
+    head, packs_head = model.lm_head, pays(model, device)
 
     def replace(linear: Linear) -> PackedLinear | None:
         if linear is not head:
-            return make(linear)
+            return LINEARS[kind].of(rounded(linear.weight.detach(), kind), linear.bias)
         return _bf12(linear) if packs_head else None
 
-    _swap(model, replace, "Quantizing weights", progress)
+    return replace
+
+
+def rounded(weight: Tensor, kind: str, group_size: int = max(GROUPS)) -> QuantizedWeight:
+    """A weight [N, K], rounded to nearest into one of `quantized.LINEARS`.
+
+    group_size: of "int4", which takes the largest of 32, 64 and 128 that is at most so large and divides K, or else
+    whole rows; the other kinds have whole rows.
+    """
+    size = weight.shape[1]
+    groups = [each for each in GROUPS if each <= group_size and size % each == 0] if kind == "int4" else []
+    return LINEARS[kind].quantize(weight, max(groups, default=size))
+
+
+def is_tied(model: LlamaForCausalLM, linear: Linear) -> bool:
+    """Whether a layer is a head whose weight is the embeddings', which stays as it is."""
+    return linear.weight is model.embed_tokens.weight
 
 
 @torch.inference_mode()
-def _swap(
-    model: LlamaForCausalLM, make: Callable[[Linear], PackedLinear | None], title: str, progress: bool | None
-) -> None:
+def _swap(model: LlamaForCausalLM, make: Packer, title: str, progress: bool | None) -> None:
     """Put what `make` gives in each Linear's place, one after another; None leaves it."""
     places = [  # not the layers themselves: each is to be freed when it has been packed
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, Linear) and child.weight is not model.embed_tokens.weight
+        if isinstance(child, Linear) and not is_tied(model, child)
     ]
     for parent, name in progress_bar(title, progress, iterable=places):
         packed = make(getattr(parent, name))
@@ -111,22 +154,3 @@ def _bf12(linear: Linear) -> Bf12Linear | None:
     codes, outliers, exponent = kernels.pack_bf12(linear.weight.detach())
     smaller = codes.nbytes + outliers.nbytes < linear.weight.nbytes
     return Bf12Linear(codes, outliers, exponent, linear.bias) if smaller else None
-
-
-def _int4(linear: Linear) -> CodesLinear:
-    size = linear.weight.shape[1]
-    group = next((each for each in sorted(GROUPS, reverse=True) if size % each == 0), size)
-    return _rounded(linear, Int4Linear, group)
-
-
-def _rounded(linear: Linear, kind: type[CodesLinear], group_size: int | None = None) -> CodesLinear:
-    size = linear.weight.shape[1]
-    codes, scales = kind.quantize(linear.weight.detach(), group_size or size)
-    return kind(kind.pack(codes), scales, size, linear.bias)
-
-
-QUANTIZED: dict[str, Callable[[Linear], PackedLinear]] = {
-    "int4": _int4,
-    "int8": partial(_rounded, kind=Int8Linear),
-    "w8a8": partial(_rounded, kind=W8A8Linear),
-}

@@ -70,30 +70,40 @@ def load_parts(
         target, (path, merged) = resolve_device(device), locate(model, adapter)
         found = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
         settings = _legal_settings(path)
-        loaded = load_model(path, adapter=merged, dtype=dtype, device=target, progress=progress)
+        with announcing(target, progress):
+            loaded = load_model(
+                path, adapter=merged, dtype=dtype, device=target, quantization=quantization, progress=progress
+            )
     if found is not None and found.vocab_size > loaded.config.vocab_size:
         logger.warning(
             "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
             found.vocab_size - 1,
             loaded.config.vocab_size - 1,
         )
-    kind = packing.resolve(loaded, quantization, given=given)
-    if kind is not None and Engine.runs(loaded) and _has_plain_layers(loaded):
-        raise ValueError(
-            f"quantization is {kind!r} for a model that another LLM runs, whose weights would change under it; legal: "
-            "'auto', a model of its own, or one that was quantized before the first LLM was made"
-        )
     with announcing(loaded.device, progress):
-        packing.apply(loaded, kind, progress=progress)
+        if given:
+            _pack(loaded, quantization, progress)
         if isinstance(speculation, Path):
-            speculation = load_model(speculation, dtype=loaded.dtype, device=loaded.device, progress=progress)
-            packing.apply(speculation, packing.resolve(speculation, "auto"), progress=progress)
-    return Parts(loaded, found, settings, kind, speculation)
+            speculation = load_model(
+                speculation, dtype=loaded.dtype, device=loaded.device, quantization="auto", progress=progress
+            )
+    return Parts(loaded, found, settings, packing.kind_of(loaded), speculation)
 
 
 def announcing(device: torch.device, progress: bool | None) -> AbstractContextManager[None]:
     """Lines on stderr about kernels that are compiled within, unless progress is False."""
     return nullcontext() if progress is False else compiling_announced(device)
+
+
+def _pack(model: LlamaForCausalLM, quantization: str | None, progress: bool | None) -> None:
+    """Pack a model that was given, in place. Raises ValueError where another LLM runs it."""
+    kind = packing.resolve(model, quantization, given=True, kept=packing.kind_of(model))
+    if kind is not None and Engine.runs(model) and _has_plain_layers(model):
+        raise ValueError(
+            f"quantization is {kind!r} for a model that another LLM runs, whose weights would change under it; legal: "
+            "'auto', a model of its own, or one that was quantized before the first LLM was made"
+        )
+    packing.apply(model, kind, progress=progress)
 
 
 def _has_plain_layers(model: LlamaForCausalLM) -> bool:

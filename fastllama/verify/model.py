@@ -55,6 +55,7 @@ def weight_row(llm: LLM, checkpoint: Checkpoint) -> Row:
     for name, tensor in checkpoint.tensors():
         if name in held:
             ours = held[name]
+            tensor = tensor if isinstance(tensor, Tensor) else tensor.dequantize()
             error = max(error, error_of(ours.flatten(), tensor.to(ours.device, ours.dtype).flatten()))
             count += 1
     return Row("weights", "weights", f"{count} tensors", error, 0.0)

@@ -10,7 +10,8 @@ import torch
 from fastllama import LLM, LlamaForCausalLM, SamplingParams
 from fastllama.bench import models
 from fastllama.layers import packing
-from fastllama.layers.linear import Int4Linear, Linear
+from fastllama.layers.linear import Linear
+from fastllama.layers.quantized import Int4Linear
 from tests.cli.models import random_model
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "catalogue": BASE | {"kernels", "layers"},
     "io": SHOWS | {"kernels", "layers"},
     "runtime": SHOWS | {"kernels", "layers", "io"},
-    "integrations": BASE | {"kernels"},
+    "integrations": BASE | {"kernels", "layers", "io"},
     "serve": BASE | {"io", "runtime"},
     "verify": SHOWS | {"kernels", "layers", "io", "runtime", "catalogue"},
     "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},

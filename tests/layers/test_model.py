@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.layers.config import LlamaConfig
+from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.weights import load_weights
 from tests.io.checkpoints import hf_state, random_llama
 from tests.kernels.honest import assert_equal, assert_honest, error
 

@@ -10,6 +10,7 @@ import torch
 from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams, kernels
 from fastllama.layers import packing, quantization
 from fastllama.layers.linear import Bf12Linear, Linear, LinearBase, PackedLinear
+from fastllama.layers.quantized import LINEARS
 from fastllama.layers.weights import hf_tensors
 from fastllama.runtime.llm import LLM
 
@@ -119,7 +120,7 @@ def test_each_kind_by_name_is_one_that_packs(kind: str) -> None:
     packed = model()
     packing.apply(packed, kind, progress=False)
     assert isinstance(packed.layers[0].mlp.gate_up_proj, PackedLinear)
-    assert set(quantization.KINDS) == {"bf12", *packing.QUANTIZED}
+    assert set(quantization.KINDS) == {"bf12", *LINEARS}
     assert quantization.quantization_of(kind) == kind
 
 

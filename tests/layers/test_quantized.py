@@ -8,20 +8,21 @@ from torch import Tensor
 
 from fastllama import LlamaConfig, LlamaForCausalLM, SamplingParams
 from fastllama.layers import packing
-from fastllama.layers.linear import Bf12Linear, CodesLinear, Int4Linear, Int8Linear, Linear, W8A8Linear
-from fastllama.layers.weights import hf_tensors, load_weights
+from fastllama.layers.linear import Bf12Linear, Linear
+from fastllama.layers.loading import load_weights
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
+from fastllama.layers.weights import hf_tensors
 from fastllama.runtime.llm import LLM
 
 # Groups of 128, of 64 and of 32 columns.
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 32}
 
-LAYERS = {"int4": Int4Linear, "int8": Int8Linear, "w8a8": W8A8Linear}
 STEPS = {
     "int4": 8,
     "int8": 254,
     "w8a8": 254,
 }  # of codes, in the largest magnitude: half a step is the most that rounding moves
-kinds = pytest.mark.parametrize("kind", LAYERS)
+kinds = pytest.mark.parametrize("kind", LINEARS)
 
 
 def model(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -51,10 +52,10 @@ def test_every_product_but_the_head_is_rounded(tied: bool, kind: str) -> None:
     before, count = {name: tensor.clone() for name, tensor in hf_tensors(rounded)}, rounded.num_parameters
     packing.quantize(rounded, kind, progress=False)
     layers = {
-        name: type(module) for name, module in rounded.named_modules() if isinstance(module, (Linear, CodesLinear))
+        name: type(module) for name, module in rounded.named_modules() if isinstance(module, (Linear, QuantizedLinear))
     }
     assert layers.pop("lm_head") is Linear
-    assert [*layers.values()] == [LAYERS[kind]] * 8
+    assert [*layers.values()] == [LINEARS[kind]] * 8
     assert rounded.num_parameters == count
     for name, tensor in hf_tensors(rounded):
         if "proj" in name:
@@ -78,14 +79,14 @@ def test_it_computes_with_the_weights_that_its_codes_stand_for(kind: str) -> Non
 def test_the_llm_rounds_and_says_so(kind: str) -> None:
     with LLM(model(), quantization=kind, max_model_len=64, kv_cache_tokens=64, progress=False) as llm:
         assert llm.quantization == kind
-        assert any(type(module) is LAYERS[kind] for module in llm.engine.model.modules())
+        assert any(type(module) is LINEARS[kind] for module in llm.engine.model.modules())
 
 
 @kinds
 @pytest.mark.parametrize("pays", [False, True])
 def test_the_head_is_packed_where_that_pays(pays: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large model, a fifth of the bytes that a token reads."""
-    monkeypatch.setattr(packing, "pays", lambda model: pays)
+    monkeypatch.setattr(packing, "pays", lambda *_: pays)
     rounded = model(dtype=torch.bfloat16)
     head = rounded.lm_head.weight.clone()
     packing.quantize(rounded, kind, progress=False)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.layers import packing
 from fastllama.layers.linear import Bf12Linear, Linear
+from fastllama.layers.loading import load_weights
 from fastllama.layers.quantization import KINDS
 from fastllama.layers.update import update_weights
-from fastllama.layers.weights import EMBEDDING, HEAD, hf_tensors, load_weights
+from fastllama.layers.weights import EMBEDDING, HEAD, hf_tensors
 
 # q, k and v end at rows 64, 80 and 96, gate and up at 160 and 320: within tiles of 64. Groups of 64 and 32 columns.
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 16}
@@ -306,7 +307,7 @@ def test_what_says_nothing_new_is_passed_over() -> None:
 
 
 def test_a_head_packed_in_a_quantized_model_is_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "pays", lambda model: True)
+    monkeypatch.setattr(packing, "pays", lambda *_: True)
     model, new = loaded(weights(1), "int4"), weights(2)
     assert isinstance(model.lm_head, Bf12Linear)
     assert update_weights(model, new)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastllama.errors import CheckpointError
 from fastllama.layers.config import LlamaConfig
+from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.weights import hf_tensors, load_weights, slots
+from fastllama.layers.weights import hf_tensors, slots
 
 GQA = LlamaConfig(
     vocab_size=11,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastllama import LLM, LlamaConfig, LlamaForCausalLM
 from fastllama.layers.batch import BatchMeta, KVCache
-from fastllama.layers.weights import load_weights
+from fastllama.layers.loading import load_weights
 from fastllama.runtime.engine import Engine
 from tests.io.checkpoints import hf_state, random_llama
 

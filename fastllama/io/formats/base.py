@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastllama.layers.config import DTYPES, LlamaConfig
+from fastllama.layers.quantized import QuantizedWeight
 
 
 class Checkpoint(ABC):
@@ -16,6 +17,8 @@ class Checkpoint(ABC):
 
     path: Path
     config: LlamaConfig
+    quantization: str | None = None  # what its linear layers' weights are quantized in, one of `quantized.LINEARS`
+    numbers_per_byte = 1  # at most; of a config's `num_parameters`
 
     @property
     @abstractmethod
@@ -23,10 +26,11 @@ class Checkpoint(ABC):
         """Bytes of the weight files."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Every tensor, as (Hugging Face name, CPU tensor in Hugging Face's layout), one shard mapped at a time.
 
-        Raises CheckpointError when a file turns out to be damaged.
+        A weight that is quantized comes as it is, under the name that it would have unquantized. Raises
+        CheckpointError when a file turns out to be damaged.
         """
 
     def file_of(self, name: str) -> Path:

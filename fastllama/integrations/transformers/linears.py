@@ -1,0 +1,35 @@
+"""Quantized linear layers in a transformers model: called as nn.Linear is, each with a matmul op of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastllama.layers.quantized import Int4Linear, Int8Linear, QuantizedLinear, W8A8Linear
+
+
+class _Alone(QuantizedLinear):
+    """A layer with nothing before and behind it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features], both in a dtype that the scales have, or beside scales in fp32.
+
+        Raises RuntimeError where x requires grad: the ops have no backward.
+        """
+        return self.product(x.contiguous(), None, residual=None, out=None, gated=False)
+
+
+class AloneInt4Linear(_Alone, Int4Linear):
+    """4 bits: W4A16."""
+
+
+class AloneInt8Linear(_Alone, Int8Linear):
+    """8 bits: W8A16."""
+
+
+class AloneW8A8Linear(_Alone, W8A8Linear):
+    """8 bits, and each row of x rounded to 8 bits at each call: W8A8."""
+
+
+ALONE: dict[str, type[_Alone]] = {each.kind: each for each in (AloneInt4Linear, AloneInt8Linear, AloneW8A8Linear)}
