@@ -106,7 +106,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.path = base.path
         if base.quantization is not None:
             raise CheckpointError(
-                f"{base.path} has weights in {base.quantization}, and an adapter is merged into weights before they are "
+                f"{base.path} has weights in {base.quantization}, and an adapter is merged before weights are "
                 "quantized: give the model that it was made from"
             )
         self._base, self._dtype = base, dtype
