@@ -1,13 +1,25 @@
-"""compressed-tensors: what vLLM, transformers and llm-compressor read and write of integers with scales."""
+"""compressed-tensors, written: what vLLM, transformers and llm-compressor read of integers with scales.
+
+int4 becomes "pack-quantized": words of eight values along the columns, with weight_shape; zeros are packed along the
+rows. int8 and w8a8 become "int-quantized": plain int8. Scales keep their dtype. Source: compressed-tensors 0.20.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fastllama.io.packed.words import pack_nibbles
+from fastllama.kernels.reference.int4 import LARGEST
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+
+PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"  # values of "format"
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
 
 
 class Scheme(NamedTuple):
@@ -24,12 +36,89 @@ class Scheme(NamedTuple):
         group = None if weight.group_size == columns else weight.group_size
         return cls(weight.kind, group, weight.zeros is not None)
 
+    @property
+    def format(self) -> str:
+        """How its tensors are stored; compressed-tensors itself would take int8 without "w8a8" for packed words."""
+        return PACKED if self.kind == "int4" else INTEGERS
+
+    def to_group(self, targets: list[str]) -> dict[str, Any]:
+        """The entry of config_groups for the layers that `targets` match."""
+        weights = {
+            "num_bits": 4 if self.kind == "int4" else 8,
+            "type": "int",
+            "symmetric": not self.has_zeros,
+            "strategy": "channel" if self.group_size is None else "group",
+            "group_size": self.group_size,
+            "dynamic": False,
+        }
+        inputs = dict(_TOKENS) if self.kind == "w8a8" else None
+        return {
+            "targets": targets,
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": self.format,
+        }
+
 
 def to_config(schemes: Mapping[str, Scheme], dense: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model whose linear layers, by name, have these schemes; dense: the other layers."""
-    raise NotImplementedError
+    """The quantization_config of a model whose linear layers, by name, have these schemes, at least one; dense: the others.
+
+    The commonest scheme is that of the class "Linear"; each other names its layers, which counts before a class.
+    """
+    dense = list(dense)
+    common, *others = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
+    groups = [common.to_group(["Linear"]), *(each.to_group(_targets(each, schemes, dense)) for each in others)]
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": dense,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _targets(scheme: Scheme, schemes: Mapping[str, Scheme], dense: Iterable[str]) -> list[str]:
+    """What matches the layers of a scheme and no other: a pattern for each last part of their names, else the names."""
+    leaves: dict[str, dict[str, Scheme | None]] = {}
+    for name in dense:
+        leaves.setdefault(name.rpartition(".")[2], {})[name] = None
+    for name, found in schemes.items():
+        leaves.setdefault(name.rpartition(".")[2], {})[name] = found
+    targets = []
+    for leaf, named in leaves.items():
+        mine = [name for name, found in named.items() if found == scheme]
+        alone = len(mine) == len(named) and all(name != leaf for name in named)
+        targets += [rf"re:.*\.{re.escape(leaf)}$"] if alone else mine
+    return targets
 
 
 def to_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that a file holds of a linear layer's weight: weight_packed, weight_scale, ..."""
-    raise NotImplementedError
+    """The tensors that a file holds of a linear layer's weight: weight_packed, weight_scale, ...
+
+    Raises ValueError where `check_zeros` does.
+    """
+    scales = {f"{module}.weight_scale": weight.scales.contiguous()}
+    if weight.kind != "int4":
+        return {f"{module}.weight": weight.values.contiguous()} | scales
+    found = {
+        f"{module}.weight_packed": pack_nibbles(weight.values),
+        f"{module}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64, device="cpu"),
+    }
+    if weight.zeros is not None:
+        check_zeros(module, weight.zeros)
+        found[f"{module}.weight_zero_point"] = pack_nibbles(weight.zeros.to(torch.uint8), 0)
+    return found | scales
+
+
+def check_zeros(module: str, zeros: Tensor) -> None:
+    """Raise ValueError for zeros of a layer that are no whole numbers from 0 to 15: these have no form in a file."""
+    if zeros.is_meta or (zeros.dtype == torch.uint8 and not (zeros > LARGEST).any()):
+        return
+    numbers = zeros.float()
+    wrong = ~((numbers >= 0) & (numbers <= LARGEST) & (numbers == numbers.round()))
+    if wrong.any():
+        raise ValueError(f"{module} has a zero of {numbers[wrong][0].item():.6g}; legal in a file: 0, 1 ... {LARGEST}")

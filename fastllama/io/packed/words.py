@@ -1,0 +1,46 @@
+"""Integers of 4 or 8 bits in words of 32, the first in the lowest bits; each value v is stored as v + 2^(bits - 1)."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.arithmetic import ceil_div
+
+assert sys.byteorder == "little"  # words are viewed as bytes
+
+
+def words_of(count: int, bits: int) -> int:
+    """Words that so many integers take."""
+    return ceil_div(count * bits, 32)
+
+
+def pack_nibbles(values: Tensor, dim: int = 1) -> Tensor:
+    """uint8 of 0 to 15, as they are stored, [N, K] -> int32, eight in a word along dim 1 or 0; the rest is zeros."""
+    if dim == 0:
+        return pack_nibbles(_transposed(values)).T.contiguous()
+    values = F.pad(values, (0, -values.shape[1] % 8)).contiguous()
+    return (values[:, 0::2] | values[:, 1::2] << 4).view(torch.int32)
+
+
+def unpack_nibbles(words: Tensor, count: int, dim: int = 1) -> Tensor:
+    """What `pack_nibbles` packed into contiguous words: uint8 of 0 to 15, `count` of them along dim."""
+    if dim == 0:
+        return unpack_nibbles(_transposed(words), count).T.contiguous()
+    pairs = words.view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)[:, :count]
+
+
+def unpack_bytes(words: Tensor, count: int, dim: int = 1) -> Tensor:
+    """int8, `count` of them along dim 1 or 0, of contiguous words that hold four each."""
+    if dim == 0:
+        return unpack_bytes(_transposed(words), count).T.contiguous()
+    return (words.view(torch.uint8)[:, :count] ^ 128).view(torch.int8)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A copy; `contiguous` keeps odd strides of dimensions of one, which cannot be viewed as bytes."""
+    return tensor.T.clone(memory_format=torch.contiguous_format)
