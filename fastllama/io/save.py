@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllama.errors import check_range
 from fastllama.io.formats.base import dtype_name
 from fastllama.io.formats.json_files import read_json
+from fastllama.io.packed.compressed_tensors import Scheme, check_zeros, to_config, to_tensors
+from fastllama.layers.linear import LinearBase, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.weights import hf_tensors
+from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.weights import HEAD, kept_tensors, slots
 
 # Everything that load_tokenizer and transformers' AutoTokenizer read of a Llama's folder: vocabularies, the rest.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
@@ -34,13 +38,14 @@ def save_model(
     *,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
-    """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each (or one tensor).
+    """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each (or one weight).
 
+    Layers of int4, int8 and w8a8 are written as they are, in compressed-tensors' formats; memory peaks at one shard.
     `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
     with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
     BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises
-    ValueError if it exists and is not empty, FileNotFoundError if the tokenizer does not exist, CheckpointError if a
-    configuration beside that is broken.
+    ValueError if it exists and is not empty, or if a layer has zeros that are no whole numbers, FileNotFoundError if
+    the tokenizer does not exist, CheckpointError if a configuration beside that is broken.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)
@@ -52,6 +57,7 @@ def save_model(
         generation = _settings(Path(tokenizer), "generation_config.json")
         config = _settings(Path(tokenizer), "config.json")
         kept = {key: config[key] for key in ("tokenizer_class",) if key in config}  # AutoTokenizer reads it here, too
+    quantization = _quantization_config(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
         partial = Path(scratch) / "model"
@@ -63,36 +69,80 @@ def save_model(
         config = replace(model.config, dtype=dtype_name(model.embed_tokens.weight)).to_hf()
         generation |= {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", generation)
-        _write_json(partial / "config.json", kept | config)
+        _write_json(partial / "config.json", kept | config | quantization)
         partial.replace(path)
 
 
 def _write_weights(model: LlamaForCausalLM, folder: Path, max_shard_size: int) -> None:
-    shards = list(_shards(model, max_shard_size))
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
-        return
+    makers, shards = dict(kept_tensors(model)), list(_shards(model, max_shard_size))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+        sharded = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{sharded}.safetensors"
+        weight_map |= dict.fromkeys(_write_shard(folder / file, {name: makers[name] for name in shard}), file)
+    if len(shards) > 1:
+        total = sum(size for shard in shards for size in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(model: LlamaForCausalLM, max_shard_size: int) -> Iterator[dict[str, Tensor]]:
-    """Views of the parameters, grouped in order: nothing is copied until a shard is written."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in hf_tensors(model):
-        if shard and size + tensor.nbytes > max_shard_size:
+def _write_shard(file: Path, makers: Mapping[str, Callable[[], Tensor | QuantizedWeight]]) -> list[str]:
+    """The names of the tensors in it, which are let go on return."""
+    tensors = {name: tensor for weight, make in makers.items() for name, tensor in _stored(weight, make()).items()}
+    save_file(tensors, file, {"format": "pt"})
+    return list(tensors)
+
+
+def _shards(model: LlamaForCausalLM, max_shard_size: int) -> Iterator[dict[str, int]]:
+    """The weights in order, grouped, each with its bytes in a file: nothing is made until its shard is written."""
+    shard: dict[str, int] = {}
+    for name, form in _forms(model):
+        size = sum(tensor.nbytes for tensor in _stored(name, form).values())
+        if shard and sum(shard.values()) + size > max_shard_size:
             yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
+            shard = {}
+        shard[name] = size
     yield shard
+
+
+def _stored(name: str, weight: Tensor | QuantizedWeight) -> dict[str, Tensor]:
+    """What a file holds of a weight."""
+    return {name: weight} if isinstance(weight, Tensor) else to_tensors(name.removesuffix(".weight"), weight)
+
+
+def _forms(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """The model's weights by Hugging Face names, those that are packed without memory: shapes and dtypes alone."""
+    for name, slot in slots(model.config).items():
+        path, _, leaf = slot.parameter.rpartition(".")
+        layer, rows = model.get_submodule(path), slice(slot.start, slot.start + slot.rows)
+        if leaf != "weight" or not isinstance(layer, PackedLinear):
+            yield name, getattr(layer, leaf)[rows]
+        elif not isinstance(layer, QuantizedLinear):
+            yield name, torch.empty(slot.rows, layer.in_features, dtype=model.dtype, device="meta")
+        else:
+            values = torch.empty(slot.rows, layer.in_features, dtype=torch.uint8, device="meta")
+            scales, zeros = (each if each is None else each[rows].to("meta") for each in (layer.scales, layer.zeros))
+            assert scales is not None
+            yield name, QuantizedWeight(layer.kind, values, scales, zeros)
+
+
+def _quantization_config(model: LlamaForCausalLM) -> dict[str, Any]:
+    """What config.json says of quantized layers; {} where there are none."""
+    schemes, dense = {}, []
+    for name, slot in slots(model.config).items():
+        path, _, leaf = slot.parameter.rpartition(".")
+        layer, module = model.get_submodule(path), name.removesuffix(".weight")
+        if leaf != "weight" or not isinstance(layer, LinearBase):
+            continue
+        if not isinstance(layer, QuantizedLinear):
+            dense.append(module)
+            continue
+        schemes[module] = Scheme.of(layer)
+        if layer.zeros is not None:
+            check_zeros(module, layer.zeros[slot.start : slot.start + slot.rows])
+    if model.config.tie_word_embeddings:
+        dense.append(HEAD.removesuffix(".weight"))  # a Linear in transformers
+    return {"quantization_config": to_config(schemes, dense)} if schemes else {}
 
 
 def _tokenizer_files(source: Path) -> dict[str, Path]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError, shown
+from fastllama.errors import CheckpointError, brief, shown
 from fastllama.io.formats.base import Checkpoint, dtype_name
 from fastllama.io.formats.json_files import read_json
 from fastllama.io.formats.tensor_files import open_safetensors, read_tensors
 from fastllama.io.formats.weight_files import weight_files
+from fastllama.io.packed.assembly import PARTS, WORDS, Assembly
+from fastllama.io.packed.quantization_config import METHOD, Storage, read_config
 from fastllama.layers.config import LlamaConfig, token_ids
+from fastllama.layers.quantized import QuantizedWeight
+from fastllama.layers.tensor_names import is_quantized
 from fastllama.layers.weights import EMBEDDING, HEAD, slots
 
 logger = logging.getLogger("fastllama")
@@ -26,7 +32,8 @@ class HfCheckpoint(Checkpoint):
 
     Tensors get the names of LlamaForCausalLM, as transformers gives them: "model." in front is missing in files of
     LlamaModel, and is there twice in those of wrappers. Where tie_word_embeddings is true, the one matrix has the
-    embedding's name, whichever of the two is stored; a head with other values unties them, as in transformers 5.
+    embedding's name, whichever of the two is stored; a head with other values unties them, as in transformers 5, and so
+    does one that is quantized. Linear layers that compressed-tensors has quantized come as they are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,52 +43,89 @@ class HfCheckpoint(Checkpoint):
             if file.suffix == ".safetensors":
                 with open_safetensors(file):  # a truncated download shows before any memory is allocated
                     pass
-        self.config = self._read_config()
+        raw = read_json(path / "config.json")
+        self.config = self._read_config(raw)
         self._names = {name: name for name in (*slots(self.config), HEAD)}
+        self._storages = self._read_quantization(raw)
+        self._names |= {name: name for layer in self._linears() for part in PARTS if (name := f"{layer}.{part}")}
         self._index = {self._name(name): file for name, file in index.items()}
         if self.config.tie_word_embeddings:
             self._look_at_tied()
         if self.config.dtype is None:
-            first = next((tensor for name, tensor in self.tensors() if name in self._names), None)
+            names = slots(self.config)
+            stored = (tensor for name, tensor, _ in self._stored() if name in names)
+            first = next((tensor for tensor in stored if tensor.is_floating_point() or self._storages is None), None)
             self.config = self.config if first is None else replace(self.config, dtype=dtype_name(first))
 
     @property
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in self._files)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        if self._storages is None:
+            yield from ((name, tensor) for name, tensor, _ in self._stored())
+            return
+        assembly = Assembly(self._storages)
+        for name, tensor, file in self._stored():
+            yield from assembly.take(name, tensor, file)
+        assembly.finish()
+
+    def _stored(self) -> Iterator[tuple[str, Tensor, Path]]:
+        """The tensors as the files hold them."""
         for file in self._files:
             for name, tensor in read_tensors(file):
-                yield self._name(name), tensor
+                yield self._name(name), tensor, file
 
     def file_of(self, name: str) -> Path:
-        return self._index.get(name, self._files[0] if len(self._files) == 1 else self.path)
+        stored = name if name in self._index else f"{name.removesuffix('.weight')}.{WORDS}"
+        return self._index.get(stored, self._files[0] if len(self._files) == 1 else self.path)
 
     def _name(self, name: str) -> str:
         return self._names.get(name.removeprefix("model."), self._names.get(f"model.{name}", name))
 
     def _look_at_tied(self) -> None:
-        found = {name: tensor for name, tensor in self.tensors() if name in (EMBEDDING, HEAD)}
+        head = HEAD.removesuffix(".weight")
+        found = {
+            name: tensor for name, tensor, _ in self._stored() if name.rpartition(".")[0] == head or name == EMBEDDING
+        }
         if found.keys() == {HEAD}:
             self._names[HEAD] = EMBEDDING
-        if len(found) == 2 and not _equal(found[EMBEDDING], found[HEAD]):
+        parts = [name for name in found if is_quantized(name)]
+        if parts or (len(found) == 2 and not _equal(found[EMBEDDING], found[HEAD])):
             logger.warning(
-                "%s: tie_word_embeddings is true, but %s differs from %s: not tied, as in transformers",
+                "%s: tie_word_embeddings is true, but %s %s: not tied, as in transformers",
                 self.path / "config.json",
-                HEAD,
-                EMBEDDING,
+                head if parts else HEAD,
+                "is quantized" if parts else f"differs from {EMBEDDING}",
             )
             self.config = replace(self.config, tie_word_embeddings=False)
 
-    def _read_config(self) -> LlamaConfig:
+    def _linears(self) -> dict[str, int]:
+        """The columns of each linear layer's weight, by name."""
+        config = self.config
+        sizes = {"o_proj": config.q_size, "down_proj": config.intermediate_size}
+        layers = [name.removesuffix(".weight") for name in slots(config) if name.endswith("_proj.weight")]
+        return {name: sizes.get(name.rpartition(".")[2], config.hidden_size) for name in (*layers, "lm_head")}
+
+    def _read_quantization(self, raw: dict[str, Any]) -> dict[str, Storage] | None:
+        """How the quantized linear layers are stored, by name; None where the files are not quantized."""
+        if not (quantization := raw.get("quantization_config")):
+            return None
+        storages = read_config(quantization, self.path / "config.json", self._linears())
+        kinds = Counter(storage.kind for storage in storages.values())
+        self.quantization = kinds.most_common(1)[0][0] if kinds else None
+        self.numbers_per_byte = max((8 // storage.bits for storage in storages.values()), default=1)
+        return storages
+
+    def _read_config(self, raw: dict[str, Any]) -> LlamaConfig:
         file, generation = self.path / "config.json", self.path / "generation_config.json"
-        raw = read_json(file)
         if quantization := raw.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(
-                f"{file}: quantization_config says that the weights are quantized ({method!r}); "
-                "expected bf16, fp16 or fp32"
-            )
+            if method != METHOD:
+                raise CheckpointError(
+                    f"{file}: quantization_config says that the weights are quantized ({brief(method)}); "
+                    f"expected bf16, fp16, fp32 or {METHOD}"
+                )
         try:
             config = LlamaConfig.from_hf(raw)
         except (ValueError, TypeError) as error:

@@ -62,13 +62,14 @@ class Scheme(NamedTuple):
 
 
 def to_config(schemes: Mapping[str, Scheme], dense: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model whose linear layers, by name, have these schemes, at least one; dense: the others.
+    """The quantization_config of a model whose linear layers, by name, have these schemes; dense: the other layers.
 
-    The commonest scheme is that of the class "Linear"; each other names its layers, which counts before a class.
+    At least one is to have a scheme. The commonest is that of the class "Linear"; each other names its layers, which
+    counts before a class. It stands last all the same: compressed-tensors warns of names behind a class.
     """
     dense = list(dense)
     common, *others = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
-    groups = [common.to_group(["Linear"]), *(each.to_group(_targets(each, schemes, dense)) for each in others)]
+    groups = [each.to_group(_targets(each, schemes, dense)) for each in others] + [common.to_group(["Linear"])]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",

@@ -1,0 +1,176 @@
+"""Tensors of compressed-tensors' files into quantized weights, each as soon as the last of its parts has come."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import CheckpointError, shown
+from fastllama.io.packed.quantization_config import LARGEST_GROUP, Storage
+from fastllama.io.packed.words import unpack_bytes, unpack_nibbles, words_of
+from fastllama.kernels.reference.int4 import MIDDLE
+from fastllama.layers.quantized import QuantizedWeight
+from fastllama.layers.tensor_names import is_quantized
+
+logger = logging.getLogger("fastllama")
+
+WORDS, INTEGERS, SHAPE, SCALE, ZERO = "weight_packed", "weight", "weight_shape", "weight_scale", "weight_zero_point"
+PARTS = (WORDS, SHAPE, SCALE, ZERO, "weight_g_idx")  # of the names of a weight's tensors, beside "weight"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SHAPES = (torch.int64, torch.int32)
+# Scales for the KV cache and for queries, of self_attn or of its projections' outputs.
+_CACHE = re.compile(r".+\.self_attn\.([qkv]_(scale|zero_point)|[qkv]_proj\.output_(scale|zero_point))")
+
+
+class _Part(NamedTuple):
+    tensor: Tensor
+    name: str
+    file: Path
+
+    def fail(self, trouble: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: tensor {shown(self.name)} {trouble}")
+
+    def check(self, dtypes: Iterable[torch.dtype], shape: Iterable[int] | None = None) -> None:
+        """Raise CheckpointError for another dtype or another shape."""
+        dtypes = tuple(dtypes)
+        if self.tensor.dtype not in dtypes:
+            raise self.fail(f"has dtype {self.tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if shape is not None and tuple(self.tensor.shape) != tuple(shape):
+            raise self.fail(f"has shape {list(self.tensor.shape)}, expected {list(shape)} by the weight's")
+
+
+class Assembly:
+    """Puts weights together, given their tensors in any order and from any files.
+
+    Parts are kept as they come, which are mapped and not read yet, until the weight is complete.
+    """
+
+    def __init__(self, storages: Mapping[str, Storage]) -> None:
+        self._storages = storages
+        self._parts: dict[str, dict[str, _Part]] = {}
+        self._cache: list[str] = []
+
+    def take(self, name: str, tensor: Tensor, file: Path) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """What a tensor of a file gives: itself where it belongs to no quantized layer, or the weight it completes.
+
+        Raises CheckpointError for what does not fit the storage of its layer.
+        """
+        module, _, leaf = name.rpartition(".")
+        part, storage = _Part(tensor, name, file), self._storages.get(module)
+        if _CACHE.fullmatch(name):
+            self._cache.append(name)
+        elif storage is None and is_quantized(name) and leaf.startswith("weight_"):
+            raise part.fail("is of a quantized weight, and no target of quantization_config matches its layer")
+        elif storage is None or leaf == "bias":
+            yield name, tensor
+        elif leaf == ZERO and storage.symmetric:
+            if tensor.any():  # written by versions before 0.10, all zeros
+                raise part.fail(f"is not zero, and {storage.group} has symmetric weights")
+        else:
+            parts = self._parts.setdefault(module, {})
+            if leaf not in _expected(storage):
+                raise part.fail(f"is unexpected: {storage.group} has {', '.join(_expected(storage))}")
+            if leaf in parts and not torch.equal(parts[leaf].tensor, tensor):
+                raise part.fail("appears twice, with different values")
+            parts[leaf] = part
+            if parts.keys() == _expected(storage).keys():
+                yield f"{module}.weight", _weight(self._parts.pop(module), storage)
+
+    def finish(self) -> None:
+        """To be called after the last tensor: raises CheckpointError for a weight of which a part is missing."""
+        for module, parts in self._parts.items():
+            there = next(iter(parts.values()))
+            missing = next(leaf for leaf in _expected(self._storages[module]) if leaf not in parts)
+            raise CheckpointError(
+                f"{there.file}: tensor {shown(f'{module}.{missing}')} is missing, beside {there.name}"
+            )
+        if self._cache:
+            logger.warning("tensor %s is for a quantized KV cache, and not used (of %d)", *_first(self._cache))
+
+
+def _first(names: list[str]) -> tuple[str, int]:
+    return shown(names[0]), len(names)
+
+
+def _expected(storage: Storage) -> dict[str, None]:
+    """The last parts of the names of a weight's tensors."""
+    values = (WORDS, SHAPE) if storage.packed else (INTEGERS,)
+    return dict.fromkeys((*values, SCALE) if storage.symmetric else (*values, SCALE, ZERO))
+
+
+def _weight(parts: Mapping[str, _Part], storage: Storage) -> QuantizedWeight:
+    values = _unpacked(parts, storage) if storage.packed else _integers(parts[INTEGERS], storage)
+    rows, columns = values.shape
+    groups = columns // storage.group_size if storage.group_size else 1
+    if storage.group_size and columns % storage.group_size:
+        part = parts[SHAPE] if storage.packed else parts[INTEGERS]
+        raise part.fail(f"gives {columns} columns; {storage.group} has groups of {storage.group_size}")
+    scales = _scales(parts[SCALE], storage, rows, groups)
+    zeros = None if storage.symmetric else _zeros(parts[ZERO], storage, rows, groups)
+    if storage.group_size and storage.group_size > LARGEST_GROUP:  # the same weight, in the ops' largest groups
+        times = storage.group_size // LARGEST_GROUP
+        scales = scales.repeat_interleave(times, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(times, 1)
+    return QuantizedWeight(storage.kind, values, scales, zeros)
+
+
+def _unpacked(parts: Mapping[str, _Part], storage: Storage) -> Tensor:
+    words, shape = parts[WORDS], parts[SHAPE]
+    shape.check(_SHAPES, (2,))
+    rows, columns = shape.tensor.tolist()
+    words.check((torch.int32,), (rows, words_of(columns, storage.bits)))
+    unpack = unpack_nibbles if storage.bits == 4 else unpack_bytes
+    return unpack(words.tensor.contiguous(), columns)
+
+
+def _integers(part: _Part, storage: Storage) -> Tensor:
+    """Values that are stored as they are."""
+    part.check((torch.int8,))
+    if part.tensor.ndim != 2:
+        raise part.fail(f"has shape {list(part.tensor.shape)}, expected two dimensions")
+    return _nibbles(part) if storage.bits == 4 else part.tensor
+
+
+def _nibbles(part: _Part) -> Tensor:
+    """Integers from -8 to 7 as uint8 of 0 to 15."""
+    low, high = (int(bound) for bound in torch.aminmax(part.tensor))
+    if low < -MIDDLE or high >= MIDDLE:
+        wrong = low if low < -MIDDLE else high
+        raise part.fail(f"holds {wrong}, expected integers of 4 bits, {-MIDDLE} to {MIDDLE - 1}")
+    return (part.tensor + MIDDLE).to(torch.uint8)
+
+
+def _scales(part: _Part, storage: Storage, rows: int, groups: int) -> Tensor:
+    part.check(_FLOATS, _shape_of(part, storage, rows, groups))
+    if not part.tensor.isfinite().all():
+        raise part.fail("holds NaN or infinity; the file is damaged")
+    return part.tensor.reshape(-1, groups).expand(rows, groups).contiguous()
+
+
+def _zeros(part: _Part, storage: Storage, rows: int, groups: int) -> Tensor | None:
+    """In units of values; None where they are all in the middle, which is all that 8 bits may have."""
+    if storage.packed and storage.strategy != "tensor":
+        part.check((torch.int32,), (words_of(rows, storage.bits), groups))
+        unpack = unpack_nibbles if storage.bits == 4 else unpack_bytes
+        found = unpack(part.tensor, rows, 0)
+    else:
+        part.check((torch.int8,), _shape_of(part, storage, rows, groups))
+        found = _nibbles(part) if storage.bits == 4 else part.tensor
+    if storage.bits == 4:
+        return found.reshape(-1, groups).expand(rows, groups).contiguous()
+    if found.any():
+        wrong = int(found[found != 0].flatten()[0])
+        raise part.fail(f"holds {wrong}; legal for weights of 8 bits: 0, as of symmetric ones")
+    return None
+
+
+def _shape_of(part: _Part, storage: Storage, rows: int, groups: int) -> tuple[int, ...]:
+    if storage.strategy != "tensor":
+        return rows, groups
+    return () if part.tensor.ndim == 0 else (1,)
