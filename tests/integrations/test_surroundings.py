@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -257,9 +258,10 @@ def test_old_weights_are_not_kept_behind_new_ones() -> None:
     _, patched = pair()
     with torch.no_grad():
         patched(IDS)
-        whole = [layer._fastllama.matrices[0][0] for layer in patched.model.layers]
+        whole = [ref(layer._fastllama.products[0].__self__) for layer in patched.model.layers]
+        assert None not in [fused() for fused in whole]
         patched.bfloat16()
-        assert [layer._fastllama.matrices for layer in patched.model.layers] == [()] * len(whole)
+        assert [fused() for fused in whole] == [None] * len(whole)
 
 
 def test_a_forward_that_a_user_sets_outlives_unpatch() -> None:

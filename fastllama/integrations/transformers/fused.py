@@ -1,4 +1,4 @@
-"""Several linear layers as one matmul: their weights lie one after another in memory, which one tensor spans.
+"""Several linear layers as one of ours: their weights lie one after another in memory, which one tensor spans.
 
 The fused matrix is no copy beside the parameters: what trains, loads or saves one finds it where transformers put it,
 and what is written to it is in the matrix.
@@ -6,9 +6,10 @@ and what is written to it is in the matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,90 +17,200 @@ from torch.utils.dlpack import from_dlpack
 
 from fastllama import kernels
 from fastllama.kernels.dispatch.isolation import no_autocast
+from fastllama.kernels.reference.int4 import ROWS
+from fastllama.layers.linear import Linear, LinearBase
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 
-Fused = tuple[Any, Any]  # weight [N, K] and bias [N] or None, or lists of the parts of each
-# Fused tensors by their address, while a layer holds them: so long no other memory can have it.
-_WHOLE: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+Product = Callable[..., Tensor]  # LinearBase.product, of x and a workspace
+Tensors = Sequence[Tensor]
+# Fused tensors by their address, while a layer holds one: so long no other memory can have it.
+_WHOLE: dict[int, list[ReferenceType[Tensor]]] = {}
 
-_LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its op dies with it
+_LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its ops die with it
+_AROUND = "Tensor[] biases, Tensor norm, float eps, bool gated, Tensor(a!) out"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define(f"fused_matmul(Tensor x, Tensor[] weights, {_AROUND}) -> ()", tags=_TAGS)
 _LIBRARY.define(
-    "fused_matmul(Tensor x, Tensor[] weights, Tensor[] biases, Tensor norm, float eps, bool gated, Tensor(a!) out) "
-    "-> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"fused_quantized(Tensor x, str kind, Tensor[] packed, Tensor[] scales, Tensor[] zeros, {_AROUND}) -> ()",
+    tags=_TAGS,
 )
 
 
-def fused_matmul(x: Tensor, fused: Fused, norm: Any, *, gated: bool = False, workspace: Tensor | None = None) -> Tensor:
-    """`kernels.matmul` of norm(x) [..., K]; fused: from `fuse`, or in torch.compile's graph from `parts`.
+def fuse(linears: Sequence[nn.Module]) -> LinearBase | None:
+    """One layer over the memory of several, whose tensors are moved together where they are apart; also of a single.
 
-    In the graph an op takes the parameters as they are at each call, which CUDA graphs then take for static inputs,
-    and joins them itself. norm: a LlamaRMSNorm.
+    linears: nn.Linear or `linears.ALONE`, without `trouble`. Their tensors stay theirs, and share memory with the
+    layer's. None where they are not `alike`.
     """
-    weight, bias = fused
-    norm_weight, eps = norm._parameters["weight"], norm.variance_epsilon
-    if isinstance(weight, Tensor):
-        return kernels.matmul(x, weight, bias, norm=norm_weight, eps=eps, gated=gated, workspace=workspace)
-    features = sum(part.shape[0] for part in weight)
+    if not alike(linears):
+        return None
+    each: list[Any] = [*linears]
+    first = each[0]
+    bias = None if first.bias is None else _parameter([linear.bias for linear in each])
+    if isinstance(first, QuantizedLinear):
+        packed, scales = _adjoined([linear.packed for linear in each]), _adjoined([linear.scales for linear in each])
+        zeros = None if first.zeros is None else _adjoined([linear.zeros for linear in each])
+        return LINEARS[first.kind](packed, scales, first.in_features, bias, zeros)
+    weight = _parameter([linear.weight for linear in each])
+    layer = Linear(weight.shape[1], weight.shape[0], False, weight.dtype, "meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def alike(linears: Sequence[nn.Module]) -> bool:
+    """Whether several linear layers can be one: of one kind, and quantized ones of whole tiles of rows."""
+    first, *others = map(_form, linears)
+    if any(form != first for form in others):
+        return False
+    quantized = [linear for linear in linears[:-1] if isinstance(linear, QuantizedLinear)]
+    return not any(linear.out_features % ROWS for linear in quantized)
+
+
+def _form(linear: Any) -> tuple[Any, ...]:
+    bias = None if linear.bias is None else linear.bias.dtype
+    if isinstance(linear, QuantizedLinear):
+        return *linear.form, linear.packed.device, bias
+    return linear.weight.shape[1], linear.weight.dtype, linear.weight.device, bias
+
+
+def joined(linears: Sequence[nn.Module]) -> LinearBase:
+    """What `fuse` makes of several; where they are not alike, a layer that runs one after another."""
+    layer = fuse(linears)
+    return Apart([joined([linear]) for linear in linears]) if layer is None else layer
+
+
+class Apart(LinearBase):
+    """Several linear layers by x, their features one after another; nothing is added to these."""
+
+    def __init__(self, parts: Sequence[LinearBase]) -> None:
+        super().__init__()
+        self.parts: Any = nn.ModuleList(parts)
+        self._products: Sequence[Product] = [part.product for part in parts]
+
+    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
+        return _apart(self._products, x, workspace, **around)
+
+    def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return max((part.workspace(num_rows, dtype) for part in self.parts), key=Tensor.numel)
+
+
+def _apart(products: Sequence[Product], x: Tensor, workspace: Tensor | None, *, gated: bool, **around: Any) -> Tensor:
+    whole = torch.cat([product(x, workspace, gated=False, **around) for product in products], -1)
+    return kernels.silu_mul(whole) if gated else whole
+
+
+def in_graph(linears: Sequence[Any], x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
+    """The product of what is `joined`, in torch.compile's graph.
+
+    There an op takes the tensors as they are at each call, which CUDA graphs then take for static inputs, and joins
+    them itself.
+    """
+    first = linears[0]
+    quantized = isinstance(first, QuantizedLinear)
+    if len(linears) == 1:
+        if quantized:
+            return first.product(x, workspace, **around)
+        return kernels.matmul(x, first.weight, first.bias, workspace=workspace, **around)
+    if not alike(linears):
+        return _apart([partial(in_graph, [linear]) for linear in linears], x, workspace, **around)
+    norm, eps, gated = around["norm"], around["eps"], around["gated"]
+    features = sum(linear.out_features for linear in linears)
     out = x.new_empty(*x.shape[:-1], features // 2 if gated else features)
-    torch.ops.fastllama_transformers.fused_matmul(x, weight, bias, norm_weight, eps, gated, out)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    ops = torch.ops.fastllama_transformers
+    if quantized:
+        packed, scales = [linear.packed for linear in linears], [linear.scales for linear in linears]
+        zeros = [linear.zeros for linear in linears if linear.zeros is not None]
+        ops.fused_quantized(x, first.kind, packed, scales, zeros, biases, norm, eps, gated, out)
+    else:
+        ops.fused_matmul(x, [linear.weight for linear in linears], biases, norm, eps, gated, out)
     return out
 
 
-def _compiled(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Tensor, eps: float, gated: bool, out: Tensor
+def _matmul(x: Tensor, weights: Tensors, biases: Tensors, norm: Tensor, eps: float, gated: bool, out: Tensor) -> None:
+    kernels.matmul(x, _rows(weights), _rows(biases) if biases else None, norm=norm, eps=eps, gated=gated, out=out)
+
+
+def _quantized(
+    x: Tensor,
+    kind: str,
+    packed: Tensors,
+    scales: Tensors,
+    zeros: Tensors,
+    biases: Tensors,
+    norm: Tensor,
+    eps: float,
+    gated: bool,
+    out: Tensor,
 ) -> None:
-    bias = _joined(biases) if biases else None
-    kernels.matmul(x, _joined(weights), bias, norm=norm, eps=eps, gated=gated, out=out)
+    bias: Any = _rows(biases) if biases else None
+    layer = LINEARS[kind](_rows(packed), _rows(scales), x.shape[-1], bias, _rows(zeros) if zeros else None)
+    layer.product(x, None, norm=norm, eps=eps, residual=None, gated=gated, out=out)
 
 
-_LIBRARY.impl("fused_matmul", _compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("fastllama_transformers::fused_matmul", lambda *args: None, lib=_LIBRARY)
+for _name, _function in (("fused_matmul", _matmul), ("fused_quantized", _quantized)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastllama_transformers::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _rows(tensors: Tensors) -> Tensor:
     """All their rows: a copy where a parameter was moved or replaced since the graph was compiled."""
     whole = spanning(tensors)
     return _concatenated(tensors) if whole is None else whole
 
 
-def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+def _concatenated(tensors: Tensors) -> Tensor:
     with no_autocast():  # where torch.cat of fp16 raises
         return torch.cat([*tensors])
 
 
-def parts(owner: nn.Module, names: Sequence[str]) -> Fused:
-    """The parameters of linear layers, as they are."""
-    linears: list[Any] = [owner._modules[name] for name in names]
-    return [linear.weight for linear in linears], [linear.bias for linear in linears if linear.bias is not None]
+def _parameter(tensors: Tensors) -> nn.Parameter:
+    return _adjoined(tensors, lambda whole: nn.Parameter(whole, requires_grad=False))
 
 
-def fuse(linears: Sequence[nn.Linear]) -> Fused:
-    """One weight [N, K] and bias [N] over the memory of several, which are moved together where they are apart."""
-    with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
-        weight = _adjoined([linear.weight for linear in linears])
-        return weight, None if linears[0].bias is None else _adjoined([linear.bias for linear in linears])
+def _adjoined(tensors: Tensors, make: Callable[[Tensor], Any] = Tensor.detach) -> Any:
+    """A tensor of all their rows that is none of another layer's: what converts one layer leaves the other as it is."""
+    with torch.inference_mode(tensors[0].is_inference()), torch.no_grad():
+        if len(tensors) == 1:
+            return make(tensors[0].detach())
+        whole = spanning(tensors)
+        if whole is None:
+            whole = _concatenated([part.detach() for part in tensors])
+            for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
+                # A storage of its own over the same memory: libraries that save weights take two tensors of one
+                # storage for two names of one, and drop the second.
+                part.data = from_dlpack(piece)
+        made = make(whole.detach())
+    _remember(made)
+    return made
 
 
-def _adjoined(tensors: Sequence[Tensor]) -> Tensor:
-    whole = spanning(tensors)
-    if whole is None:
-        whole = _concatenated([part.detach() for part in tensors])
-        for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
-            # A storage of its own over the same memory: libraries that save weights take two tensors of one storage
-            # for two names of one, and drop the second.
-            part.data = from_dlpack(piece)
-        _WHOLE[whole.data_ptr()] = whole
-    return whole
+def _remember(whole: Tensor) -> None:
+    address, known = whole.data_ptr(), _WHOLE
+
+    def forget(dead: ReferenceType[Tensor]) -> None:
+        known[address].remove(dead)
+        if not known[address]:
+            del known[address]
+
+    known.setdefault(address, []).append(ref(whole, forget))
 
 
-def spanning(tensors: Sequence[Tensor]) -> Tensor | None:
-    """What `fuse` made, if the tensors are its rows in their order; else None."""
-    end = tensors[0].data_ptr()
-    whole = _WHOLE.get(end)
-    if whole is None or whole.nbytes != sum(part.nbytes for part in tensors):
-        return None
+def spanning(tensors: Tensors) -> Tensor | None:
+    """A tensor of `fuse`, if the tensors are its rows in their order; else None."""
+    for known in [*_WHOLE.get(tensors[0].data_ptr(), ())]:
+        whole = known()
+        if whole is not None and _spans(whole, tensors):
+            return whole
+    return None
+
+
+def _spans(whole: Tensor, tensors: Tensors) -> bool:
+    end = whole.data_ptr()
+    if whole.nbytes != sum(part.nbytes for part in tensors):
+        return False
     for part in tensors:
-        if part.data_ptr() != end or part.dtype != whole.dtype:
-            return None
+        if part.data_ptr() != end or part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:]:
+            return False
         end += part.nbytes
-    return whole
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,11 @@ from fastllama.integrations.transformers.attention import (
     pages_of,
 )
 from fastllama.integrations.transformers.cache import own_layer
-from fastllama.integrations.transformers.fused import fused_matmul, parts
+from fastllama.integrations.transformers.fused import Product, in_graph
 from fastllama.integrations.transformers.masks import is_key_list, key_list
-from fastllama.integrations.transformers.reading import Reading
+from fastllama.integrations.transformers.reading import Reading, linears_of
 from fastllama.integrations.transformers.shared import Shared
-from fastllama.integrations.transformers.trouble import GATE_UP, NAME, NORMS, QKV, is_stock, trouble
+from fastllama.integrations.transformers.trouble import NAME, NORMS, is_stock, trouble
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, key_list)
@@ -56,21 +58,25 @@ class LlamaDecoderLayer(_STOCK):
             )
         given = kwargs | dict(zip(_POSITIONAL, args, strict=False)) if args else kwargs
         modules: dict[str, Any] = self._modules
-        attention, mlp, first_norm, second_norm = (modules[name] for name in ("self_attn", "mlp", *NORMS))
-        o_proj, down_proj = attention._modules["o_proj"]._parameters, mlp._modules["down_proj"]._parameters
+        attention, first_norm, second_norm = (modules[name] for name in ("self_attn", *NORMS))
         batch, tokens, _ = hidden_states.shape
         shared = Shared.of(given["position_embeddings"], batch, tokens, attention.layer_idx == 0)
         if is_compiling():
-            qkv, gate_up, space = parts(attention, QKV), parts(mlp, GATE_UP), None
+            products: Sequence[Product] = [partial(in_graph, linears) for linears in linears_of(self)]
+            space = None
         else:
-            qkv, gate_up = self._fastllama.matrices
+            products = self._fastllama.products
             space = shared.workspace(self._fastllama.room(batch * tokens))
+        qkv, o_proj, gate_up, down_proj = products
         x = hidden_states.contiguous()
-        heads = fused_matmul(x, qkv, first_norm, workspace=space).view(batch * tokens, -1, attention.head_dim)
-        out = self._attend(attention, heads, o_proj["weight"].shape[1], shared, given)
-        x = kernels.matmul(out.view(batch, tokens, -1), o_proj["weight"], o_proj["bias"], residual=x, workspace=space)
-        up = fused_matmul(x, gate_up, second_norm, gated=True, workspace=space)
-        return kernels.matmul(up, down_proj["weight"], down_proj["bias"], residual=x, workspace=space)
+        weight, eps = first_norm._parameters["weight"], first_norm.variance_epsilon
+        heads = qkv(x, space, norm=weight, eps=eps, residual=None, gated=False, out=None)
+        heads = heads.view(batch * tokens, -1, attention.head_dim)
+        out = self._attend(attention, heads, attention._modules["o_proj"].in_features, shared, given)
+        x = o_proj(out.view(batch, tokens, -1), space, residual=x, gated=False, out=None)
+        weight, eps = second_norm._parameters["weight"], second_norm.variance_epsilon
+        up = gate_up(x, space, norm=weight, eps=eps, residual=None, gated=True, out=None)
+        return down_proj(up, space, residual=x, gated=False, out=None)
 
     def _attend(self, attention: Any, qkv: Tensor, features: int, shared: Shared, given: dict[str, Any]) -> Tensor:
         """Rotate, cache and attend: qkv [B * S, Hq + 2 Hkv, D], features: Hq * D -> [B * S, Hq, D]."""

@@ -47,9 +47,10 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     float32, bfloat16 or float16. A decoder layer becomes six launches: four matmuls with norm, SwiGLU and residual
     inside, rotary embedding with the KV write, attention. Weights keep their names and are shared: q, k, v (and gate,
     up) move next to each other in memory, one layer at a time.
-    A layer that is not what it should be (LoRA, quantized, offloaded, hooked, another activation) keeps transformers'
-    code, and a warning names it. Training, autocast and gradients run transformers' code too. What changes later is
-    noticed at the next call.
+    Linear layers that FastLlamaConfig quantized run on the ops of their kind.
+    A layer that is not what it should be (LoRA, quantized by others, offloaded, hooked, another activation) keeps
+    transformers' code, and a warning names it. Training, autocast and gradients run transformers' code too. What
+    changes later is noticed at the next call.
     strict: raise ValueError, and change nothing, where a layer would be left as it is.
     Returns a PatchReport: print it. Patching again takes in layers that were left and are fit by now.
     Raises TypeError for a model without a LlamaModel, ValueError where config.output_attentions is set.
@@ -71,7 +72,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         of_body = {f"{name}.layers.{index}".lstrip("."): layer for index, layer in enumerate(body.layers)}
         foreign = _foreign_attention(of_body)
         layers |= of_body
-        left |= {name: reason for name, layer in of_body.items() if (reason := foreign or _unfit(layer))}
+        left |= {name: reason for name, layer in of_body.items() if (reason := foreign or unfit(layer))}
         if foreign is None:
             ready.append(body)
     if left and strict:
@@ -131,7 +132,7 @@ def _foreign_attention(layers: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def unfit(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched; None where it can be, or is."""
     if type(layer) is not LlamaDecoderLayer and not is_stock(layer, "LlamaDecoderLayer"):
         return f"it is {kind_of(layer)}"

@@ -1,4 +1,4 @@
-"""What a decoder layer must be to run on our ops: transformers' own modules, plain weights, and nothing in between."""
+"""What a decoder layer must be to run on our ops: transformers' own modules, plain weights or our quantized ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama
 
+from fastllama.integrations.transformers.linears import ALONE
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 
 NAME = "fastllama"  # of our attention and our masks in transformers' registries
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int8)  # that codes are packed in
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+_QUANTIZED = (*ALONE.values(),)
 _MODELING = modeling_llama.__name__
 # Hooks of transformers' own, by which it collects hidden states: they do nothing to what a module computes.
 _COLLECTS = ("transformers.utils.output_capturing", "transformers.utils.generic")
@@ -31,19 +34,12 @@ def trouble(layer: Any) -> str | None:
     for name, kind in (("self_attn", "LlamaAttention"), ("mlp", "LlamaMLP")):
         if not is_stock(getattr(layer, name), kind):
             return f"{name} is {kind_of(getattr(layer, name))}"
-    first = attention.q_proj.weight if type(attention.q_proj) is nn.Linear else None
+    first = attention.q_proj.weight if type(attention.q_proj) is nn.Linear else layer.input_layernorm.weight
     owners: tuple[tuple[Any, tuple[str, ...]], ...] = (attention, (*QKV, "o_proj")), (mlp, (*GATE_UP, "down_proj"))
     for owner, names in owners:
         for name in names:
-            linear = getattr(owner, name)
-            if type(linear) is not nn.Linear:
-                return f"{name} is {kind_of(linear)}"
-            if (reason := _weight_trouble(linear.weight, first)) or (
-                linear.bias is not None and (reason := _weight_trouble(linear.bias, first))
-            ):
-                return f"{name}'s {reason}"
-            if linear.weight.shape != (linear.out_features, linear.in_features):
-                return f"{name}'s weight has shape {list(linear.weight.shape)}"
+            if reason := _linear_trouble(name, getattr(owner, name), first):
+                return reason
     for owner, fused in ((attention, QKV), (mlp, GATE_UP)):
         if len({getattr(owner, name).bias is None for name in fused}) > 1:
             return f"only some of {', '.join(fused)} have a bias"
@@ -51,7 +47,7 @@ def trouble(layer: Any) -> str | None:
         norm = getattr(layer, name)
         if type(norm) is not LlamaRMSNorm and not is_stock(norm, "LlamaRMSNorm"):
             return f"{name} is {kind_of(norm)}"
-        if reason := _weight_trouble(norm.weight, first):
+        if reason := weight_trouble(norm.weight, first):
             return f"{name}'s {reason}"
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         return f"its activation is {kind_of(mlp.act_fn)}"
@@ -111,19 +107,50 @@ def collects(function: Any) -> bool:
     return getattr(function, "__globals__", {}).get("__name__") in _COLLECTS
 
 
-def _weight_trouble(weight: Any, first: Tensor | None) -> str | None:
+def _linear_trouble(name: str, linear: Any, first: Tensor) -> str | None:
+    if type(linear) is nn.Linear:
+        reason, shape = weight_trouble(linear.weight, first), (*linear.weight.shape,)
+    elif type(linear) in _QUANTIZED:
+        reason, shape = _quantized_trouble(linear, first), (linear.scales.shape[0], linear.in_features)
+    else:
+        return f"{name} is {kind_of(linear)}"
+    if reason is None and linear.bias is not None:
+        reason = weight_trouble(linear.bias, first)
+    if reason is not None:
+        return f"{name}'s {reason}"
+    whole = linear.out_features, linear.in_features
+    return None if shape == whole else f"{name}'s weight has shape {[*shape]}"
+
+
+def _quantized_trouble(linear: Any, first: Tensor) -> str | None:
+    """Of the tensors that stand for its weight."""
+    floats = torch.float32, first.dtype
+    for name, dtypes in (("packed", INTEGERS), ("scales", floats), ("zeros", (torch.uint8, *floats))):
+        tensor = getattr(linear, name)
+        if tensor is not None and (reason := _tensor_trouble(name, tensor, (Tensor,), dtypes, first)):
+            return reason
+    return None
+
+
+def weight_trouble(weight: Any, first: Tensor) -> str | None:
     """first: what dtype and device must be those of."""
-    if type(weight) is not nn.Parameter:
-        return f"weight is {kind_of(weight)}"
-    if weight.device.type == "meta":
-        return "weight is on the meta device: offloaded, or not loaded yet"
-    if weight.dtype not in DTYPES:
+    if type(weight) is nn.Parameter and weight.device.type != "meta" and weight.dtype not in DTYPES:
         return f"weight is {weight.dtype}"
-    if not is_compiling() and weight.device.type == "cpu" and weight.is_shared():  # every tensor of a GPU is
-        return "weight is in memory that processes share, of which a fused weight would be a copy"
-    if first is not None and (weight.dtype != first.dtype or weight.device != first.device):
-        return f"weight is {weight.dtype} on {weight.device}, q_proj's {first.dtype} on {first.device}"
-    return None if weight.is_contiguous() else "weight is not contiguous"
+    return _tensor_trouble("weight", weight, (nn.Parameter,), (first.dtype,), first)
+
+
+def _tensor_trouble(
+    name: str, tensor: Any, kinds: tuple[type, ...], dtypes: tuple[torch.dtype, ...], first: Tensor
+) -> str | None:
+    if type(tensor) not in kinds:
+        return f"{name} is {kind_of(tensor)}"
+    if tensor.device.type == "meta":
+        return f"{name} is on the meta device: offloaded, or not loaded yet"
+    if not is_compiling() and tensor.device.type == "cpu" and tensor.is_shared():  # every tensor of a GPU is
+        return f"{name} is in memory that processes share, of which a fused weight would be a copy"
+    if tensor.dtype not in dtypes or tensor.device != first.device:
+        return f"{name} is {tensor.dtype} on {tensor.device}, beside {first.dtype} on {first.device}"
+    return None if tensor.is_contiguous() else f"{name} is not contiguous"
 
 
 def kind_of(value: Any) -> str:
