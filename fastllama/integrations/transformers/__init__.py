@@ -1,6 +1,6 @@
-"""transformers' Llama on this project's ops: `patch(model)` swaps the classes of one model's layers."""
+"""transformers' Llama on this project's ops: `patch` for one that stands, FastLlamaConfig for one to be quantized."""
 
 from fastllama.errors import ExtraRequiredError, why_unusable
 
 if why_unusable("transformers"):
-    raise ExtraRequiredError("fastllama.patch", "transformers", "hf")
+    raise ExtraRequiredError(__name__, "transformers", "hf")
