@@ -20,14 +20,17 @@ _HOME = {
     "load_model": "fastllama.io.load",
     "save_model": "fastllama.io.save",
     "load_tokenizer": "fastllama.io.tokenizer",
+    "from_transformers": "fastllama.integrations.transformers.memory",
     "patch": "fastllama.integrations.transformers.patch",
     "unpatch": "fastllama.integrations.transformers.patch",
     "PatchReport": "fastllama.integrations.transformers.patch",
+    "FastLlamaConfig": "fastllama.integrations.transformers.quantizer",
 }
 __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "FastLlamaConfig",
     "LlamaConfig",
     "LlamaForCausalLM",
     "PatchReport",
@@ -35,6 +38,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "__version__",
+    "from_transformers",
     "load_model",
     "load_tokenizer",
     "patch",
@@ -43,7 +47,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastllama.integrations.transformers.memory import from_transformers
     from fastllama.integrations.transformers.patch import PatchReport, patch, unpatch
+    from fastllama.integrations.transformers.quantizer import FastLlamaConfig
     from fastllama.io.load import load_model
     from fastllama.io.save import save_model
     from fastllama.io.tokenizer import load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,17 @@ def read_sampling_settings(model: Path) -> tuple[Path, dict[str, Any]]:
         file = model / "config.json"
     if not file.is_file():
         return file, {}
-    given = {name: value for name, value in read_json(file).items() if value is not None}
+    return file, sampling_settings(read_json(file), str(file))
+
+
+def sampling_settings(generation_config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The sampling settings of a generation_config.json's content; source: what has it, for the warning."""
+    given = {name: value for name, value in generation_config.items() if value is not None}
     found = {ours: given[name] for name, ours in _SETTINGS.items() if name in given}
     if "do_sample" in given and not given["do_sample"]:
         found = {"temperature": 0.0} | {name: value for name, value in found.items() if name in _GREEDY_SETTINGS}
     unused = [name for name in _UNLESS_ONE if given.get(name, 1) != 1]
     unused += [name for name in _UNLESS_EMPTY if given.get(name)]
     if unused:
-        _LOG.warning("%s sets %s: without counterpart here, and not used", file, ", ".join(unused))
-    return file, found
+        _LOG.warning("%s sets %s: without counterpart here, and not used", source, ", ".join(unused))
+    return found

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +34,12 @@ class LlamaForCausalLM(nn.Module):
     """Llama over a paged KV cache, weights uninitialised until `layers.loading.load_weights` fills them.
 
     q, k, v are one matrix and gate, up another. With tied embeddings lm_head.weight is embed_tokens.weight itself.
+    tokenizer, sampling_settings, name_or_path: what LLM takes where it is given none; set by `from_transformers`.
     """
+
+    tokenizer: Any = None
+    sampling_settings: Mapping[str, Any] = MappingProxyType({})  # by SamplingParams' names
+    name_or_path: str | None = None
 
     _cos_sin: Tensor | None
 

@@ -9,14 +9,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllama.errors import RequestError, brief
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.model import LlamaForCausalLM
 from fastllama.progress import progress_bar
 from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject
 from fastllama.runtime.engine import Engine
@@ -33,8 +32,8 @@ class LLM:
     """A Llama with its tokenizer and runtime.
 
     model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, which
-    several LLMs may run.
-    tokenizer: a path or a Tokenizer; by default the one that lies with the model. Without one, only ids go in and out.
+    several LLMs may run: ours, or one of transformers, which goes on working on the same memory (from_transformers).
+    tokenizer: a path, a Tokenizer or one of transformers; by default the model's. Without one, only ids go in and out.
     adapter: a PEFT LoRA folder or Hub id, merged into the weights while they load. A model that is itself such a folder
     brings its base.
     chat_format: "auto" is the checkpoint's own chat template, "llama2", "plain" (text, for base models), or a .jinja
@@ -75,9 +74,9 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | LlamaForCausalLM = "tiny",
+        model: str | Path | nn.Module = "tiny",
         *,
-        tokenizer: str | Path | Tokenizer | None = None,
+        tokenizer: str | Path | Tokenizer | Any = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         quantization: str | None = "auto",
@@ -92,7 +91,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         seed: int | None = None,
         deterministic: bool = False,
-        speculation: str | Path | LlamaForCausalLM | None = None,
+        speculation: str | Path | nn.Module | None = None,
         num_draft_tokens: int = 3,
         progress: bool | None = None,
         **unknown: Any,
@@ -131,8 +130,7 @@ class LLM:
         with announcing(parts.model.device, progress):
             self._engine: Engine | None = Engine(parts.model, parts.tokenizer, options, parts.speculation)
             self.warm_up_seconds = self._engine.warm_up()
-        name = None if isinstance(model, LlamaForCausalLM) else str(model)
-        self.prompts = PromptEncoder(parts.tokenizer, parts.model.config, self.max_model_len, str(chat_format), name)
+        self.prompts = PromptEncoder(self.tokenizer, self.config, self.max_model_len, str(chat_format), parts.name)
 
     @property
     def engine(self) -> Engine:
@@ -348,7 +346,8 @@ class LLM:
 
         tensors: by the names of Hugging Face checkpoints, of any device and floating dtype: all of them, or some. A
         dict is checked as a whole before anything is written, an iterator tensor by tensor. Quantized layers are
-        quantized anew. Captured steps stay, but for bf12, and unfinished requests go on with the new weights.
+        quantized anew; what shares memory with a model of transformers changes there too. Captured steps stay, but for
+        bf12, and unfinished requests go on with the new weights.
         Raises ValueError for names, shapes and dtypes that are not the model's (layers.update.update_weights),
         RuntimeError where another LLM runs the model.
         """

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from fastllama.errors import brief
+import fastllama
 from fastllama.io.adapter import locate
 from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
 from fastllama.io.load import load_model, resolve_device
-from fastllama.io.tokenizer import Tokenizer, load_tokenizer
+from fastllama.io.tokenizer import Tokenizer, as_tokenizer
 from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.linear import Linear
@@ -25,12 +27,18 @@ from fastllama.runtime.engine import Engine
 from fastllama.runtime.params import SamplingParams
 
 logger = logging.getLogger("fastllama")
+_MODELS = "'tiny', a path, a Hub id,"
+_LOADED = "what fastllama.load_model returns, or a transformers LlamaForCausalLM"
 
 
 class Parts(NamedTuple):
-    """What an LLM is made of. sampling_defaults: what generation_config.json sets, by SamplingParams' names."""
+    """What an LLM is made of.
+
+    name: what the user calls the model. sampling_defaults: what generation_config.json sets, by SamplingParams' names.
+    """
 
     model: LlamaForCausalLM
+    name: str | None
     tokenizer: Tokenizer | None
     sampling_defaults: dict[str, Any]
     quantization: str | None
@@ -38,42 +46,44 @@ class Parts(NamedTuple):
 
 
 def load_parts(
-    model: str | Path | LlamaForCausalLM,
+    model: str | Path | nn.Module,
     *,
-    tokenizer: str | Path | Tokenizer | None,
+    tokenizer: Any,
     dtype: str | torch.dtype,
     device: str | torch.device,
     quantization: str | None,
     adapter: str | Path | None,
-    speculation: str | Path | LlamaForCausalLM | None,
+    speculation: str | Path | nn.Module | None,
     progress: bool | None,
 ) -> Parts:
     """Load what is given by name, and pack the weights; the arguments are LLM's. Raises what LLM raises."""
     check_quantization(quantization)
-    if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, LlamaForCausalLM):
+    if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, nn.Module):
         speculation = resolve_model(str(speculation))
-    if not isinstance(model, (str, Path, LlamaForCausalLM)):
-        raise TypeError(
-            f"model is a {type(model).__name__}; legal: 'tiny', a path, a Hub id, or what fastllama.load_model "
-            "returns (for a model of transformers: fastllama.patch(model))"
-        )
-    given = isinstance(model, LlamaForCausalLM)
+    given = isinstance(model, nn.Module)
     settings: dict[str, Any] = {}
-    if isinstance(model, LlamaForCausalLM):
+    if isinstance(model, nn.Module):
         for name, value in (("dtype", dtype), ("device", device)):
             if value != "auto":
                 raise ValueError(f"{name} is {value!r} beside a loaded model, which has its own; legal: 'auto'")
         if adapter is not None:
             raise ValueError(f"adapter is {str(adapter)!r} beside a loaded model; legal: load_model(..., adapter=)")
-        found, loaded = _tokenizer_of(tokenizer), model
-    else:
+        found = _tokenizer_of(tokenizer)
+        loaded = _ours("model", model, _MODELS)
+        found = loaded.tokenizer if tokenizer is None else found
+        called = loaded.name_or_path
+        settings = _legal_settings(called or type(model).__name__, loaded.sampling_settings)
+    elif isinstance(model, (str, Path)):
         target, (path, merged) = resolve_device(device), locate(model, adapter)
         found = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
-        settings = _legal_settings(path)
+        called = str(model)
+        settings = _legal_settings(*read_sampling_settings(path))
         with announcing(target, progress):
             loaded = load_model(
                 path, adapter=merged, dtype=dtype, device=target, quantization=quantization, progress=progress
             )
+    else:
+        raise TypeError(f"model is a {type(model).__name__}; legal: {_MODELS} {_LOADED}")
     if found is not None and found.vocab_size > loaded.config.vocab_size:
         logger.warning(
             "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
@@ -87,7 +97,9 @@ def load_parts(
             speculation = load_model(
                 speculation, dtype=loaded.dtype, device=loaded.device, quantization="auto", progress=progress
             )
-    return Parts(loaded, found, settings, packing.kind_of(loaded), speculation)
+        elif isinstance(speculation, nn.Module):
+            speculation = _ours("speculation", speculation, "'prompt_lookup', None, a path, a Hub id,")
+    return Parts(loaded, called, found, settings, packing.kind_of(loaded), speculation)
 
 
 def announcing(device: torch.device, progress: bool | None) -> AbstractContextManager[None]:
@@ -111,27 +123,32 @@ def _has_plain_layers(model: LlamaForCausalLM) -> bool:
     return any(isinstance(module, Linear) for module in model.modules() if module is not model.lm_head)
 
 
-def _tokenizer_of(tokenizer: str | Path | Tokenizer | None, *places: Path) -> Tokenizer | None:
-    """The tokenizer that is given or lies at a path, else the first that lies with the model."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer or find_tokenizer(*places)
-    if not isinstance(tokenizer, (str, Path)):
-        raise TypeError(f"tokenizer is {brief(tokenizer)}; legal: a path, fastllama's Tokenizer, or None")
-    return load_tokenizer(tokenizer)
+def _ours(argument: str, model: nn.Module, others: str) -> LlamaForCausalLM:
+    """A loaded model, or what is made over the memory of one of transformers. others: what else is legal."""
+    if isinstance(model, LlamaForCausalLM):
+        return model
+    if not any(each.__module__.partition(".")[0] in ("transformers", "peft") for each in type(model).__mro__):
+        raise TypeError(f"{argument} is a {type(model).__name__}; legal: {others} {_LOADED}")
+    return fastllama.from_transformers(model)  # by its public name: the runtime imports no integration
 
 
-def _legal_settings(model: Path) -> dict[str, Any]:
-    """The checkpoint's sampling settings, less those that SamplingParams refuses, which are logged."""
+def _tokenizer_of(tokenizer: Any, *places: Path) -> Tokenizer | None:
+    """The tokenizer that is given, else the first that lies with the model."""
+    return find_tokenizer(*places) if tokenizer is None else as_tokenizer(tokenizer)
+
+
+def _legal_settings(source: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's sampling settings, less those that SamplingParams refuses, which are logged; source: what sets them."""
     legal = {}
-    file, settings = read_sampling_settings(model)
     for name, value in settings.items():
         try:
             SamplingParams.from_dict({name: value})
         except (TypeError, ValueError) as error:
-            logger.warning("%s: %s; the setting is ignored", file, error)
+            logger.warning("%s: %s; the setting is ignored", source, error)
         else:
             legal[name] = value
     if legal:
         given = ", ".join(f"{name}={value!r}" for name, value in legal.items())
-        logger.info("%s: %s, unless a request brings parameters of its own", file.name, given)
+        shown = source.name if isinstance(source, Path) else source
+        logger.info("%s: %s, unless a request brings parameters of its own", shown, given)
     return legal

@@ -1,0 +1,255 @@
+"""`from_transformers`: a transformers Llama as ours, over the same memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from fastllama.errors import counted
+from fastllama.integrations.transformers.fused import fuse
+from fastllama.integrations.transformers.norm import LlamaRMSNorm
+from fastllama.integrations.transformers.patch import unfit
+from fastllama.integrations.transformers.trouble import (
+    GATE_UP,
+    NORMS,
+    QKV,
+    global_hooks,
+    hooked,
+    is_stock,
+    kind_of,
+    weight_trouble,
+)
+from fastllama.io.companions import sampling_settings
+from fastllama.io.tokenizer import as_tokenizer
+from fastllama.layers.config import LlamaConfig, token_ids
+from fastllama.layers.linear import LinearBase
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
+from fastllama.layers.rope import attention_factor, inverse_frequencies
+from fastllama.layers.weights import misshapen, slots
+
+# Our layer, and those of a decoder layer that it is made of.
+_LINEARS: dict[str, tuple[str, Sequence[str]]] = {
+    "self_attn.qkv_proj": ("self_attn", QKV),
+    "self_attn.o_proj": ("self_attn", ("o_proj",)),
+    "mlp.gate_up_proj": ("mlp", GATE_UP),
+    "mlp.down_proj": ("mlp", ("down_proj",)),
+}
+
+
+def from_transformers(model: nn.Module, tokenizer: Any = None) -> LlamaForCausalLM:
+    """A transformers Llama as a model for `LLM`, over the same memory: weights are there once.
+
+    model: a transformers LlamaForCausalLM in float32, bfloat16 or float16, patched or not, quantized with
+    FastLlamaConfig or not. It goes on working, and may be patched later: q, k and v (and gate, up) move next to each
+    other in memory, one after another. Quantized ones that are no multiple of 64 rows are copied instead, as only whole
+    tiles of rows can be one.
+    What is written to its weights in place ours has too, and the other way round (LLM.update_weights; call
+    LLM.reset_prefix_cache after writing). Weights that are moved or replaced (`.to()`, `.half()`) are no longer shared.
+    Quantizing ours leaves the other as it is. Either may be deleted.
+    tokenizer: the model's, of transformers or as load_tokenizer takes it. Where ours would give other ids, a warning
+    says so, and only token ids go in and out.
+    The end-of-text tokens, and LLM's sampling settings, are those of model.generation_config.
+    Raises TypeError for anything but a LlamaForCausalLM, ValueError where its weights alone would not give its logits
+    (LoRA, hooks, offloaded weights, another activation, several devices), and changes nothing then.
+    """
+    if not isinstance(model, modeling_llama.LlamaForCausalLM):
+        of_peft = "; of a PEFT model what merge_and_unload() returns" if hasattr(model, "merge_and_unload") else ""
+        raise TypeError(f"model is {kind_of(model)}; legal: a transformers LlamaForCausalLM{of_peft}")
+    given: Any = model
+    _check(given)
+    generation = _as_json(given.generation_config)
+    config = _config(given, generation)
+    ours = LlamaForCausalLM(config, given.lm_head.weight.dtype, "meta")
+    _check_shapes(given, ours)
+    ours.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    name = getattr(given, "name_or_path", None) or None
+    ours.name_or_path = name
+    source = generation or _as_json(given.config)  # as generation_config.json, where there is none config.json
+    ours.sampling_settings = sampling_settings(source, f"{name or type(model).__name__}: generation_config")
+    _share(given, ours)
+    return ours.eval()
+
+
+def _check(model: Any) -> None:
+    """Raise ValueError where the model's logits are not those of its weights alone, or these cannot be shared."""
+    left: dict[str, list[str]] = {}  # reason -> modules
+    for name, reason in _troubles(model):
+        left.setdefault(reason, []).append(name)
+    if left:
+        parts = (f"{_first(names)} ({reason})" for reason, names in left.items())
+        raise ValueError(f"model has what fastllama would pass over: {'; '.join(parts)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _troubles(model: Any) -> Iterator[tuple[str, str]]:
+    """Modules by name, and why each cannot be part of a model of ours."""
+    body, head = model.model, model.lm_head
+    if type(model).forward.__module__ != modeling_llama.__name__:
+        yield "model", f"{kind_of(model)} with a forward of its own"
+    if global_hooks():
+        yield "model", "there are hooks of all modules"
+    if not is_stock(body, "LlamaModel"):
+        yield "model.model", f"it is {kind_of(body)}"
+        return
+    embedding, norm, rotary = body.embed_tokens, body.norm, body.rotary_emb
+    plain = {
+        "model.embed_tokens": type(embedding) is nn.Embedding and embedding.max_norm is None,
+        "model.norm": type(norm) is LlamaRMSNorm or is_stock(norm, "LlamaRMSNorm"),
+        "model.rotary_emb": is_stock(rotary, "LlamaRotaryEmbedding"),
+        "lm_head": type(head) is nn.Linear and head.bias is None,
+    }
+    if wrong := [name for name, is_plain in plain.items() if not is_plain]:
+        yield from ((name, f"it is {_described(model.get_submodule(name))}") for name in wrong)
+        return
+    for name in ("", "model", *plain, *(f"model.layers.{index}" for index in range(len(body.layers)))):
+        if reason := hooked(model.get_submodule(name)):
+            yield name or "the model", f"it has {reason}"
+    first = embedding.weight
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        if reason := weight_trouble(model.get_submodule(name).weight, first):
+            yield name, reason
+    for index, layer in enumerate(body.layers):
+        reason = unfit(layer) or _layer_trouble(layer, first)
+        if reason:
+            yield f"model.layers.{index}", reason
+
+
+def _described(module: Any) -> str:
+    kind = kind_of(module)
+    if type(module) is nn.Embedding:
+        return f"{kind} with max_norm={module.max_norm}"
+    return f"{kind} with a bias" if type(module) is nn.Linear else kind
+
+
+def _layer_trouble(layer: Any, first: Tensor) -> str | None:
+    """Why a decoder layer that can be patched cannot be one of ours. first: what dtype and device must be those of."""
+    attention = layer.self_attn
+    if reason := weight_trouble(layer.input_layernorm.weight, first):
+        return f"input_layernorm's {reason}"
+    if not getattr(attention, "is_causal", True):
+        return "its attention is not causal"
+    if not math.isclose(attention.scaling, attention.head_dim**-0.5):
+        return f"its attention's scaling is {attention.scaling}, and 1 / sqrt(head_dim) {attention.head_dim**-0.5}"
+    for owner, names in ((attention, QKV), (layer.mlp, GATE_UP)):
+        forms = {getattr(getattr(owner, name), "form", None) for name in names}
+        if len(forms) > 1:
+            return f"{', '.join(names)} are not quantized alike"
+    return None
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    """What a configuration of transformers writes to its file."""
+    content: dict[str, Any] = {} if config is None else json.loads(config.to_json_string())
+    return content
+
+
+def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
+    """The configuration of what the model is: transformers may have been told otherwise since it was made."""
+    config = LlamaConfig.from_hf(_as_json(model.config))
+    body = model.model
+    if len(body.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"model.model.layers has {counted(len(body.layers), 'layer')}, and config.num_hidden_layers is "
+            f"{config.num_hidden_layers}; legal: the same"
+        )
+    config = replace(
+        config,
+        tie_word_embeddings=_is_same(model.lm_head.weight, body.embed_tokens.weight),
+        attention_bias=_has_biases(body.layers, "self_attn", (*QKV, "o_proj")),
+        mlp_bias=_has_biases(body.layers, "mlp", (*GATE_UP, "down_proj")),
+    )
+    frequencies = getattr(body.rotary_emb, "original_inv_freq", body.rotary_emb.inv_freq).float().cpu()
+    expected = inverse_frequencies(config, config.max_position_embeddings)
+    # A model cast to 16 bits has its frequencies rounded to these, by mistake: ours are exact.
+    alike = frequencies.shape == expected.shape and torch.allclose(frequencies, expected, rtol=1e-2, atol=0)
+    if not alike or not math.isclose(body.rotary_emb.attention_scaling, attention_factor(config), rel_tol=1e-4):
+        raise ValueError(
+            "model.model.rotary_emb turns otherwise than config's rope says; legal: as it was made from it"
+        )
+    ends = generation.get("eos_token_id")
+    if ends is None:
+        return config
+    if beyond := [end for end in (ends if isinstance(ends, list) else [ends]) if end >= config.vocab_size]:
+        raise ValueError(
+            f"generation_config.eos_token_id is {beyond[0]}, and config.vocab_size {config.vocab_size}; "
+            "legal: an id that the model has"
+        )
+    return replace(config, eos_token_ids=token_ids("generation_config.eos_token_id", ends, config.vocab_size))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _has_biases(layers: nn.ModuleList, owner: str, names: Sequence[str]) -> bool:
+    """Whether linear layers have biases: all, or none."""
+    with_bias = {
+        f"model.layers.{index}.{owner}.{name}": getattr(getattr(layer, owner), name).bias is not None
+        for index, layer in enumerate(layers)
+        for name in names
+    }
+    if len(set(with_bias.values())) > 1:
+        first = {has: next(name for name in with_bias if with_bias[name] is has) for has in (True, False)}
+        raise ValueError(f"{first[True]} has a bias, and {first[False]} has none; legal: all of {owner}'s, or none")
+    return any(with_bias.values())
+
+
+def _check_shapes(model: Any, ours: LlamaForCausalLM) -> None:
+    for name, slot in slots(ours.config).items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        packed = leaf == "weight" and isinstance(module, QuantizedLinear)
+        found = (module.out_features, module.in_features) if packed else getattr(module, leaf).shape
+        expected = slot.rows, *attrgetter(slot.parameter)(ours).shape[1:]
+        if trouble := misshapen(found, slot, expected):
+            raise ValueError(f"{name} {trouble}")
+
+
+def _share(model: Any, ours: LlamaForCausalLM) -> None:
+    """Put layers over the model's memory into ours, which has none."""
+    body = model.model
+    ours.embed_tokens.weight = _shared(body.embed_tokens.weight)
+    for layer, block in zip(body.layers, ours.layers, strict=True):
+        for place, (owner, names) in _LINEARS.items():
+            block.set_submodule(place, _linear([getattr(getattr(layer, owner), name) for name in names]))
+        for name in NORMS:
+            _share_norm(getattr(layer, name), getattr(block, name))
+    _share_norm(body.norm, ours.norm)
+    tied = ours.config.tie_word_embeddings
+    ours.lm_head.weight = ours.embed_tokens.weight if tied else _shared(model.lm_head.weight)
+
+
+def _linear(linears: Sequence[Any]) -> LinearBase:
+    """One layer of several: over their memory, or where quantized ones end within a tile of rows a copy."""
+    layer = fuse(linears)
+    if layer is not None:
+        return layer
+    weights = [linear.quantized_rows(0, linear.out_features) for linear in linears]
+    first = weights[0]
+    zeros = None if first.zeros is None else torch.cat([weight.zeros for weight in weights])
+    values, scales = (torch.cat([getattr(weight, name) for weight in weights]) for name in ("values", "scales"))
+    bias = None
+    if linears[0].bias is not None:
+        bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return LINEARS[first.kind].of(QuantizedWeight(first.kind, values, scales, zeros), bias)
+
+
+def _share_norm(norm: Any, ours: Any) -> None:
+    ours.weight, ours.eps = _shared(norm.weight), norm.variance_epsilon
+
+
+def _shared(parameter: Tensor) -> nn.Parameter:
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        return nn.Parameter(parameter.detach(), requires_grad=False)
