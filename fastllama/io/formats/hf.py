@@ -93,10 +93,10 @@ class HfCheckpoint(Checkpoint):
         parts = [name for name in found if is_quantized(name)]
         if parts or (len(found) == 2 and not _equal(found[EMBEDDING], found[HEAD])):
             logger.warning(
-                "%s: tie_word_embeddings is true, but %s %s: not tied, as in transformers",
+                "%s: tie_word_embeddings is true, but %s: not tied%s",
                 self.path / "config.json",
-                head if parts else HEAD,
-                "is quantized" if parts else f"differs from {EMBEDDING}",
+                f"{head} is quantized" if parts else f"{HEAD} differs from {EMBEDDING}",
+                "" if parts else ", as in transformers",
             )
             self.config = replace(self.config, tie_word_embeddings=False)
 
