@@ -292,7 +292,7 @@ def test_gradients_are_refused(scheme: str, folder: Path) -> None:
 
 def test_peft_names_the_layers_that_it_cannot_adapt(folder: Path) -> None:
     model = opened(folder, "int4")
-    with pytest.raises(ValueError, match=r"Target module AloneInt4Linear\(\) is not supported"):
+    with pytest.raises(ValueError, match=r"Target module AloneInt4Linear\(.*\) is not supported"):
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     expected = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))

@@ -19,6 +19,10 @@ class _Alone(QuantizedLinear):
         """
         return self.product(x.contiguous(), None, residual=None, out=None, gated=False)
 
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, group_size={self.group_size}, bias={self.bias is not None}"
+
 
 class AloneInt4Linear(_Alone, Int4Linear):
     """4 bits: W4A16."""
