@@ -88,7 +88,7 @@ def _calibrate(module: Any, arguments: QuantizationArgs, scale_dtype: torch.dtyp
 
 
 def edit_config(path: Path, **changes: Any) -> None:
-    """Change the quantization_config; a key may be a path of keys, with dots; None takes it out."""
+    """Change the quantization_config; a key may be a path of keys, with dots."""
     file = path / "config.json"
     content = json.loads(file.read_text())
     for key, value in changes.items():

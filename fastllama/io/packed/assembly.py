@@ -54,6 +54,7 @@ class Assembly:
     def __init__(self, storages: Mapping[str, Storage]) -> None:
         self._storages = storages
         self._parts: dict[str, dict[str, _Part]] = {}
+        self._seen: set[str] = set()
         self._cache: list[str] = []
 
     def take(self, name: str, tensor: Tensor, file: Path) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
@@ -76,8 +77,9 @@ class Assembly:
             parts = self._parts.setdefault(module, {})
             if leaf not in _expected(storage):
                 raise part.fail(f"is unexpected: {storage.group} has {', '.join(_expected(storage))}")
-            if leaf in parts and not torch.equal(parts[leaf].tensor, tensor):
-                raise part.fail("appears twice, with different values")
+            if name in self._seen:
+                raise part.fail("appears twice; legal: once, as a part of a quantized weight")
+            self._seen.add(name)
             parts[leaf] = part
             if parts.keys() == _expected(storage).keys():
                 yield f"{module}.weight", _weight(self._parts.pop(module), storage)
