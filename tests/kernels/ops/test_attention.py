@@ -59,7 +59,7 @@ def torch_own(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Te
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, enable_gqa=True)[0]
     k = k.float().repeat_interleave(q.shape[0] // k.shape[0], 0)
-    scores = q.float() @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+    scores = (q.float() / math.sqrt(q.shape[-1])) @ k.transpose(1, 2)  # scaled first, as torch's own attention does
     lse = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
     return out.masked_fill(~seen.any(-1)[:, None], 0).transpose(0, 1), lse.transpose(0, 1)
 
