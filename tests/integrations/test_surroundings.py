@@ -258,7 +258,7 @@ def test_old_weights_are_not_kept_behind_new_ones() -> None:
     _, patched = pair()
     with torch.no_grad():
         patched(IDS)
-        whole = [ref(layer._fastllama.products[0].__self__) for layer in patched.model.layers]
+        whole = [ref(layer._fastllama.linears[0]) for layer in patched.model.layers]
         assert None not in [fused() for fused in whole]
         patched.bfloat16()
         assert [fused() for fused in whole] == [None] * len(whole)

@@ -69,14 +69,12 @@ class LlamaDecoderLayer(_STOCK):
             space = shared.workspace(self._fastllama.room(batch * tokens))
         qkv, o_proj, gate_up, down_proj = products
         x = hidden_states.contiguous()
-        weight, eps = first_norm._parameters["weight"], first_norm.variance_epsilon
-        heads = qkv(x, space, norm=weight, eps=eps, residual=None, gated=False, out=None)
+        heads = qkv(x, space, first_norm._parameters["weight"], first_norm.variance_epsilon, None, False)
         heads = heads.view(batch * tokens, -1, attention.head_dim)
         out = self._attend(attention, heads, attention._modules["o_proj"].in_features, shared, given)
-        x = o_proj(out.view(batch, tokens, -1), space, residual=x, gated=False, out=None)
-        weight, eps = second_norm._parameters["weight"], second_norm.variance_epsilon
-        up = gate_up(x, space, norm=weight, eps=eps, residual=None, gated=True, out=None)
-        return down_proj(up, space, residual=x, gated=False, out=None)
+        x = o_proj(out.view(batch, tokens, -1), space, None, 0.0, x, False)
+        up = gate_up(x, space, second_norm._parameters["weight"], second_norm.variance_epsilon, None, True)
+        return down_proj(up, space, None, 0.0, x, False)
 
     def _attend(self, attention: Any, qkv: Tensor, features: int, shared: Shared, given: dict[str, Any]) -> Tensor:
         """Rotate, cache and attend: qkv [B * S, Hq + 2 Hkv, D], features: Hq * D -> [B * S, Hq, D]."""

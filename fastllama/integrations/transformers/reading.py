@@ -13,14 +13,14 @@ from torch._C._dynamo.guards import TensorGuards
 from torch.utils.hooks import RemovableHandle
 from transformers.models.llama import modeling_llama
 
-from fastllama.integrations.transformers.fused import Product, joined
+from fastllama.integrations.transformers.fused import Product, joined, product_of
 from fastllama.integrations.transformers.trouble import GATE_UP, NAME, NORMS, QKV, global_hooks, hooked
 from fastllama.layers.linear import LinearBase
 
 _CHILDREN = itemgetter("self_attn", "mlp", *NORMS)
 _OF_ATTENTION, _OF_MLP = itemgetter(*QKV, "o_proj"), itemgetter(*GATE_UP, "down_proj", "act_fn")
 _CHOSEN = "_attn_implementation_internal"  # what config._attn_implementation reads, by way of 2 us
-_OVERRIDES = "forward", "_hf_hook"
+_OVERRIDES = "forward", "_hf_hook", "bias"  # the last where a quantized layer has no parameter of that name
 # Whose forward other libraries replace for all models of a process.
 _ATTENTION, _MLP, _NORM = modeling_llama.LlamaAttention, modeling_llama.LlamaMLP, modeling_llama.LlamaRMSNorm
 
@@ -35,7 +35,7 @@ def linears_of(layer: Any) -> list[list[nn.Module]]:
 class Reading:
     """The matmuls of a layer, and what they were read from: a copy, and what is unpickled, has nothing read.
 
-    products: of q, k and v, of o, of gate and up, and of down. dtype: that of the residual stream.
+    linears, products: of q, k and v, of o, of gate and up, and of down. dtype: that of the residual stream.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Reading:
         """Nothing is read, and no memory held."""
         self.products: tuple[Product, ...] = ()
         self.dtype: torch.dtype | None = None
-        self._linears: tuple[LinearBase, ...] = ()
+        self.linears: tuple[LinearBase, ...] = ()
         self._known: tuple[Any, ...] | None = None
         self._room = -1, 0  # rows, and numbers of scratch memory for them
 
@@ -81,8 +81,8 @@ class Reading:
         """Fuse the weights of a layer that has no `trouble`: they are moved next to each other where they are apart."""
         attention, mlp = layer.self_attn, layer.mlp
         linears = linears_of(layer)
-        self._linears = (*map(joined, linears),)
-        self.products = (*(_quick(linear).product for linear in self._linears),)
+        self.linears = (*map(joined, linears),)
+        self.products = (*map(product_of, self.linears),)
         self.dtype = layer.input_layernorm.weight.dtype
         structure: Any = _CHILDREN(layer._modules), _OF_ATTENTION(attention._modules), _OF_MLP(mlp._modules)
         modules = [*chain(*structure)]
@@ -120,13 +120,6 @@ class Reading:
         """Numbers of scratch memory for the layer's matmuls of so many rows, one at a time."""
         if self._room[0] != num_rows:  # asked anew only where the batch changes: it takes 30 us
             assert self.dtype is not None
-            needed = [linear.workspace(num_rows, self.dtype).numel() for linear in self._linears]
+            needed = [linear.workspace(num_rows, self.dtype).numel() for linear in self.linears]
             self._room = num_rows, max(needed)
         return self._room[1]
-
-
-def _quick(linear: LinearBase) -> LinearBase:
-    """A layer that nothing converts, with its tensors at hand: a module looks for them by way of 0.4 us each."""
-    for module in linear.modules():
-        module.__dict__.update(module._parameters | module._buffers)
-    return linear
