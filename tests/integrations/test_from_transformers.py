@@ -236,6 +236,17 @@ def test_tied_is_what_the_model_is(sizes: dict[str, Any]) -> None:
         assert answers(llm) == endless(theirs)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_biases_are_what_the_layers_have(has: bool) -> None:
+    theirs = llama(attention_bias=has, mlp_bias=has)
+    theirs.config.attention_bias = theirs.config.mlp_bias = not has
+    ours = fastllama.from_transformers(theirs)
+    assert ours.config.attention_bias is ours.config.mlp_bias is has
+    assert_shared(ours, theirs)
+    with running(ours) as llm:
+        assert answers(llm) == endless(theirs)
+
+
 def test_each_norm_has_its_own_epsilon() -> None:
     theirs = llama()
     theirs.model.layers[1].input_layernorm.variance_epsilon = 0.5
