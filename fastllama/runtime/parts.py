@@ -58,7 +58,9 @@ def load_parts(
 ) -> Parts:
     """Load what is given by name, and pack the weights; the arguments are LLM's. Raises what LLM raises."""
     check_quantization(quantization)
-    if speculation not in (None, PROMPT_LOOKUP) and not isinstance(speculation, nn.Module):
+    if isinstance(speculation, nn.Module):
+        speculation = _ours("speculation", speculation, "'prompt_lookup', None, a path, a Hub id,")
+    elif speculation not in (None, PROMPT_LOOKUP):
         speculation = resolve_model(str(speculation))
     given = isinstance(model, nn.Module)
     settings: dict[str, Any] = {}
@@ -97,8 +99,6 @@ def load_parts(
             speculation = load_model(
                 speculation, dtype=loaded.dtype, device=loaded.device, quantization="auto", progress=progress
             )
-        elif isinstance(speculation, nn.Module):
-            speculation = _ours("speculation", speculation, "'prompt_lookup', None, a path, a Hub id,")
     return Parts(loaded, called, found, settings, packing.kind_of(loaded), speculation)
 
 

@@ -256,6 +256,22 @@ def test_each_norm_has_its_own_epsilon() -> None:
         torch.testing.assert_close(log_probs(llm, prompt), expected_log_probs(theirs, prompt), rtol=0, atol=2e-5)
 
 
+def test_what_transformers_collected_before_is_no_hook_of_others() -> None:
+    """4.57 leaves a forward of its own behind in each layer, and 5 hooks."""
+    theirs = llama()
+    with torch.inference_mode():
+        theirs(IDS, output_hidden_states=True, output_attentions=True)
+    with running(theirs) as llm:
+        assert answers(llm) == endless(theirs)
+
+
+def test_it_is_saved_as_any_model_of_ours(tmp_path: Path) -> None:
+    theirs = llama(tie_word_embeddings=True)
+    fastllama.save_model(fastllama.from_transformers(theirs), tmp_path / "saved")
+    with running(tmp_path / "saved") as llm:
+        assert answers(llm) == endless(theirs)
+
+
 def test_a_model_of_inference_mode() -> None:
     with torch.inference_mode():
         theirs = llama()

@@ -97,9 +97,9 @@ def _troubles(model: Any) -> Iterator[tuple[str, str]]:
     """Modules by name, and why each cannot be part of a model of ours."""
     body, head = model.model, model.lm_head
     if type(model).forward.__module__ != modeling_llama.__name__:
-        yield "model", f"{kind_of(model)} with a forward of its own"
+        yield "the model", f"it is {kind_of(model)} with a forward of its own"
     if global_hooks():
-        yield "model", "there are hooks of all modules"
+        yield "the model", "there are hooks of all modules"
     if not is_stock(body, "LlamaModel"):
         yield "model.model", f"it is {kind_of(body)}"
         return
@@ -251,5 +251,4 @@ def _share_norm(norm: Any, ours: Any) -> None:
 
 
 def _shared(parameter: Tensor) -> nn.Parameter:
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        return nn.Parameter(parameter.detach(), requires_grad=False)
+    return nn.Parameter(parameter.detach(), requires_grad=False)
