@@ -21,7 +21,6 @@ from fastllama.integrations.transformers.trouble import (
     GATE_UP,
     NORMS,
     QKV,
-    global_hooks,
     hooked,
     is_stock,
     kind_of,
@@ -98,8 +97,6 @@ def _troubles(model: Any) -> Iterator[tuple[str, str]]:
     body, head = model.model, model.lm_head
     if type(model).forward.__module__ != modeling_llama.__name__:
         yield "the model", f"it is {kind_of(model)} with a forward of its own"
-    if global_hooks():
-        yield "the model", "there are hooks of all modules"
     if not is_stock(body, "LlamaModel"):
         yield "model.model", f"it is {kind_of(body)}"
         return
