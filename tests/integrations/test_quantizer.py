@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import fastllama
 from fastllama.integrations.transformers.linears import ALONE
-from fastllama.layers import packing
+from fastllama.integrations.transformers.quantizer import FastLlamaQuantizer
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
 from fastllama.layers.weights import kept_tensors
 from tests.integrations.models import IDS, NEW_TOKENS, SIZES, assert_close, llama
@@ -97,19 +98,21 @@ def test_logits_are_those_of_the_dequantized_model(scheme: str, dtype: torch.dty
 @pytest.mark.skipif(not STREAMS, reason="transformers 4.57 loads all weights first")
 def test_one_loaded_weight_is_alive_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Tensor]] = []
-    alive = []
+    alive, loaded = [], []
 
-    def rounded(weight: Tensor, kind: str, group_size: int) -> QuantizedWeight:
+    def replace(self: Any, model: nn.Module, name: str, weight: Tensor) -> None:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(weight))
-        assert not weight.is_meta
-        return real(weight, kind, group_size)
+        plain = [each for key, each in model.named_modules() if type(each) is nn.Linear and key != "lm_head"]
+        loaded.append(sum(not each.weight.is_meta for each in plain))
+        real(self, model, name, weight)
 
-    real = packing.rounded
-    monkeypatch.setattr(packing, "rounded", rounded)
+    real = FastLlamaQuantizer._replace
+    monkeypatch.setattr(FastLlamaQuantizer, "_replace", replace)
     model = opened(folder, "int4")
     assert len(alive) == len(quantized(model)) == LAYERS
-    assert max(alive) <= 1  # the one before may go only when the next is in its variable
+    assert max(alive) <= 1  # the one before goes when the next is in its variable
+    assert max(loaded) == 0  # none waits in an nn.Linear
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -129,6 +132,19 @@ def test_models_of_other_heads_and_without_one(folder: Path) -> None:
     with torch.no_grad():
         found, expected = body(IDS).last_hidden_state, opened(folder, "int8").model(IDS).last_hidden_state
     assert torch.equal(found, expected)
+
+
+class Bodiless(transformers.LlamaForCausalLM):
+    """A model that names no body of its own: its head is known as its output embeddings."""
+
+    base_model_prefix = ""
+
+
+def test_a_head_inside_of_the_body_stays_too(folder: Path) -> None:
+    model = Bodiless.from_pretrained(folder, quantization_config=fastllama.FastLlamaConfig("int8"))
+    assert model.base_model is model
+    assert type(model.lm_head) is nn.Linear
+    assert len(quantized(model)) == LAYERS
 
 
 def test_modules_not_to_be_converted(folder: Path) -> None:
@@ -184,8 +200,14 @@ def test_a_dictionary_is_as_good(folder: Path) -> None:
     assert {layer.group_size for layer in quantized(model).values()} == {32}
 
 
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Code in a process of its own."""
+    given = os.environ | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=given)
+
+
 def test_a_reloaded_module_registers_its_own_classes() -> None:
-    code = (
+    done = run(
         "import importlib\n"
         "from fastllama.integrations.transformers import quantizer\n"
         "importlib.reload(quantizer)\n"
@@ -193,8 +215,17 @@ def test_a_reloaded_module_registers_its_own_classes() -> None:
         "assert AUTO_QUANTIZER_MAPPING['fastllama'] is quantizer.FastLlamaQuantizer\n"
         "assert AUTO_QUANTIZATION_CONFIG_MAPPING['fastllama'] is quantizer.FastLlamaConfig\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["FastLlamaConfig", "patch"])
+def test_without_transformers_the_extra_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('no such luck')")
+    done = run(f"import fastllama; fastllama.{name}", PYTHONPATH=str(tmp_path))
+    said = "fastllama.integrations.transformers needs 'transformers', which is installed but cannot be imported"
+    assert said in done.stderr
+    assert "no such luck" in done.stderr
+    assert "pip install 'fastllama[hf]'" in done.stderr
 
 
 def rewritten(folder: Path, settings: Mapping[str, Any], without: str | None = None) -> Path:
