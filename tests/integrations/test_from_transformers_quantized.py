@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import fastllama
+from fastllama.integrations.transformers.linears import ALONE
+from fastllama.layers import packing
 from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from tests.integrations.models import IDS, SIZES, llama
 from tests.integrations.test_from_transformers import answers, endless, running, tensors
@@ -87,6 +89,14 @@ def test_what_is_fused_must_be_quantized_alike(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         fastllama.from_transformers(theirs)
     assert [tensor.data_ptr() for tensor in tensors(theirs)] == places
+
+
+def test_groups_of_what_is_fused_must_be_of_one_size(tmp_path: Path) -> None:
+    theirs = quantized(tmp_path, TILED, "int4")
+    layer = theirs.model.layers[1].mlp
+    layer.up_proj = ALONE["int4"].of(packing.rounded(layer.up_proj.weight, "int4", 32), None)
+    with pytest.raises(ValueError, match=r"model.layers.1 \(gate_proj, up_proj are not quantized alike\)"):
+        fastllama.from_transformers(theirs)
 
 
 def test_another_quantization_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,20 @@ def test_one_text_that_differs_is_enough_and_is_named(text: str, caplog: pytest.
     assert "5], ours [" in message
 
 
+class Framed(Changed):
+    """What puts a token behind each text, which its files do not say."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        ids = super().__call__(text, **options)["input_ids"]
+        return {"input_ids": ids if options.get("add_special_tokens") is False else [*ids, 2]}
+
+
+def test_what_is_put_around_a_text_is_compared_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert as_tokenizer(Framed(opened("smollm2"))) is None
+    assert "of the text '' it makes [2], ours []" in caplog.text
+
+
 def test_added_tokens_are_compared_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert as_tokenizer(opened(OTHER)) is None
