@@ -7,13 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+pytest.importorskip("compressed_tensors", reason="compressed-tensors asks for Python 3.11")
+
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.utils import match_named_modules, match_targets
 
 State = dict[str, Tensor]
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -71,6 +81,14 @@ def decompressed(model: torch.nn.Module) -> State:
             state = {key: tensor.detach() for key, tensor in module.state_dict().items()}
             found[f"{name}.weight"] = compressor.decompress(state, module.quantization_scheme)["weight"]
     return found
+
+
+def schemes(model: torch.nn.Module, quantization: dict[str, Any]) -> dict[str, QuantizationScheme]:
+    """The scheme of each layer by a quantization_config, as apply_quantization_config finds it."""
+    config = QuantizationConfig.model_validate(quantization)
+    targets: dict[str, Any] = {target: each for each in config.config_groups.values() for target in each.targets}
+    matched = match_named_modules(model, targets, config.ignore)
+    return {name: targets[match_targets(name, module, targets)[0]] for name, module in matched}
 
 
 def _calibrate(module: Any, arguments: QuantizationArgs, scale_dtype: torch.dtype | None) -> None:

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_named_modules, match_targets
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,10 +78,9 @@ def test_each_layer_has_its_scheme_by_the_packages_own_matching(tmp_path: Path, 
     model = written(tmp_path / "original", **settings)
     save_model(model, tmp_path / "saved")
     written_config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate(written_config)
     state = load_file(tmp_path / "saved" / "model.safetensors")
     skeleton = random_llama(**{key: value for key, value in settings.items() if key not in ("kind", "zeros", "dtype")})
-    found = _schemes(skeleton, config)
+    found = compressed.schemes(skeleton, written_config)
     expected = {name.removesuffix(".weight"): make() for name, make in kept_tensors(model)}
     expected = {name: weight for name, weight in expected.items() if isinstance(weight, QuantizedWeight)}
     assert found.keys() == expected.keys()
@@ -94,18 +90,11 @@ def test_each_layer_has_its_scheme_by_the_packages_own_matching(tmp_path: Path, 
         assert (scheme.input_activations is not None) == (weight.kind == "w8a8")
         parts = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key.rpartition(".")[0] == name}
         parts.pop("bias", None)
-        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        compressor = compressed.BaseCompressor.get_value_from_registry(scheme.format)
         assert parts.keys() == set(compressor.compression_param_names(scheme))
         dense = compressor.decompress(parts, scheme)["weight"]
         assert dense.dtype == weight.scales.dtype
         assert torch.equal(dense, weight.dequantize().to(dense.dtype)), name
-
-
-def _schemes(model: nn.Module, config: QuantizationConfig) -> dict[str, QuantizationScheme]:
-    """As apply_quantization_config finds them."""
-    targets: dict[str, Any] = {target: each for each in config.config_groups.values() for target in each.targets}
-    matched = match_named_modules(model, targets, config.ignore)
-    return {name: targets[match_targets(name, module, targets)[0]] for name, module in matched}
 
 
 A, B, C = Scheme("int4", 128, False), Scheme("int4", None, True), Scheme("int8", None, False)
@@ -125,7 +114,7 @@ NAMES = [f"layers.{i}.{each}" for i in range(3) for each in ("q_proj", "o_proj",
     ids=["one", "by name's end", "by layer", "one layer apart", "a name's end that stays dense", "the head"],
 )
 def test_mixtures_are_described_so_that_each_layer_gets_its_own(schemes: dict[str, Scheme], dense: list[str]) -> None:
-    config = QuantizationConfig.model_validate(described := to_config(schemes, dense))
+    described = to_config(schemes, dense)
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict() for _ in range(3)), "lm_head": nn.Linear(1, 1)})
     for name in NAMES:
         _, i, leaf = name.split(".")
@@ -134,7 +123,7 @@ def test_mixtures_are_described_so_that_each_layer_gets_its_own(schemes: dict[st
         name: Scheme(
             "int4" if scheme.weights.num_bits == 4 else "int8", scheme.weights.group_size, not scheme.weights.symmetric
         )
-        for name, scheme in _schemes(model, config).items()
+        for name, scheme in compressed.schemes(model, described).items()
     }
     assert found == schemes
     formats = {scheme.format for scheme in schemes.values()}
