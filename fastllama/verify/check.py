@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from fastllama.io.load import open_model
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.runtime.llm import LLM
 from fastllama.verify import model as whole
 from fastllama.verify import ops
@@ -26,10 +28,12 @@ def check(
 
     model, tokenizer, dtype, device, progress: as for LLM. A bound is twice the error of plain torch in the same dtype,
     measured in the same run, and one rounding. Memory beyond the model: one weight matrix in fp64 and the activations
-    of 128 tokens. Raises what LLM raises.
+    of 128 tokens. A model whose weights are quantized is judged by what these stand for. Raises what LLM raises, and
+    ValueError for one that rounds what it multiplies, too (w8a8).
     """
     start = time.perf_counter()
     checkpoint, _ = open_model(model, dtype=dtype)
+    _check_kinds(model, [checkpoint.quantization])
     total = sum(whole.lengths(checkpoint.config))
     with LLM(
         model,
@@ -43,6 +47,7 @@ def check(
         progress=progress,
     ) as llm:
         built = llm.engine.model
+        _check_kinds(model, [module.kind for module in built.modules() if isinstance(module, QuantizedLinear)])
         with torch.inference_mode():
             found = [*ops.rows(built.dtype, built.device), whole.weight_row(llm, checkpoint)]
         found += whole.rows(llm, progress=progress)
@@ -53,3 +58,12 @@ def check(
         seconds=time.perf_counter() - start,
         rows=tuple(found),
     )
+
+
+def _check_kinds(model: str | Path, kinds: Iterable[str | None]) -> None:
+    """Raises ValueError where activations are rounded: there the error of honest arithmetic has no small bound."""
+    if "w8a8" in kinds:
+        raise ValueError(
+            f"model is {str(model)!r}, which has layers in w8a8: these round their input to 8 bits, and the formulas "
+            "that judge it do not; legal: weights in int4 or int8, or not quantized"
+        )
