@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.integrations.models import (
     on_our_ops,
     pair,
 )
+from tests.integrations.quantized import BOUNDS, counted, quantized
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).tril().expand(3, 1, 9, 9)
 DIAGONAL = CAUSAL & torch.ones(9, 9, dtype=torch.bool).triu(-3)
@@ -93,6 +95,19 @@ def test_in_16_bits_it_is_as_exact_as_transformers(dtype: torch.dtype) -> None:
         plain = (stock.to(dtype)(IDS).logits - exact).norm()
         ours = (patched(IDS).logits - exact).norm()
     assert 0 < ours < 1.2 * plain
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "w8a8"])
+def test_quantized_linear_layers_are_ours_too(kind: str) -> None:
+    """More of them in test_patch_quantized.py."""
+    plain = quantized(llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, intermediate_size=64), kind)
+    patched = copy.deepcopy(plain)
+    fastllama.patch(patched, strict=True)
+    with counted() as found, torch.inference_mode():
+        after = patched(IDS, attention_mask=LEFT).logits
+    assert found == {f"matmul_{kind}": 4 * SIZES["num_hidden_layers"]}
+    with torch.inference_mode():
+        assert_close(after, plain(IDS, attention_mask=LEFT).logits, LEFT, BOUNDS[kind])
 
 
 def test_hidden_states_are_collected() -> None:

@@ -115,7 +115,7 @@ def _linear_trouble(name: str, linear: Any, first: Tensor) -> str | None:
     else:
         return f"{name} is {kind_of(linear)}"
     if reason is None and linear.bias is not None:
-        reason = weight_trouble(linear.bias, first)
+        reason = weight_trouble(linear.bias, first, "bias")
     if reason is not None:
         return f"{name}'s {reason}"
     whole = linear.out_features, linear.in_features
@@ -132,11 +132,11 @@ def _quantized_trouble(linear: Any, first: Tensor) -> str | None:
     return None
 
 
-def weight_trouble(weight: Any, first: Tensor) -> str | None:
+def weight_trouble(weight: Any, first: Tensor, name: str = "weight") -> str | None:
     """first: what dtype and device must be those of."""
     if type(weight) is nn.Parameter and weight.device.type != "meta" and weight.dtype not in DTYPES:
-        return f"weight is {weight.dtype}"
-    return _tensor_trouble("weight", weight, (nn.Parameter,), (first.dtype,), first)
+        return f"{name} is {weight.dtype}"
+    return _tensor_trouble(name, weight, (nn.Parameter,), (first.dtype,), first)
 
 
 def _tensor_trouble(
