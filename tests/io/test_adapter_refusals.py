@@ -12,6 +12,7 @@ import torch
 from fastllama.errors import CheckpointError
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.load import load_model
+from fastllama.io.save import save_model
 from tests.io.adapters import Q, base_in, edit_config, edit_weights, trained
 from tests.io.checkpoints import random_llama
 
@@ -221,3 +222,12 @@ def test_where_no_adapter_is_is_told(base: Path, adapter: Path, tmp_path: Path) 
     edit_config(adapter, base_model_name_or_path="./gone")
     with pytest.raises(FileNotFoundError, match=r"base_model_name_or_path is '\./gone', but no such"):
         load_model(adapter, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "w8a8"])
+def test_a_base_that_is_quantized_is_refused(base: Path, adapter: Path, tmp_path: Path, kind: str) -> None:
+    save_model(load_model(base, quantization=kind), tmp_path / "quantized")
+    with pytest.raises(
+        CheckpointError, match=rf"quantized has weights in {kind}, and an adapter is merged before weig"
+    ):
+        load_model(tmp_path / "quantized", adapter=adapter)

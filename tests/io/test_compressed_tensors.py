@@ -128,7 +128,9 @@ def test_columns_that_fill_no_word_are_counted_by_weight_shape(tmp_path: Path) -
 MIXED = [
     group(weights(8, None), ["re:.*self_attn.*"], format="int-quantized"),
     group(weights(4, 32, False), ["Linear"], format="pack-quantized"),
-    group(weights(4, 64), ["model.layers.1.mlp.down_proj"], format="naive-quantized"),
+    group(
+        weights(4, 64), ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"], format="naive-quantized"
+    ),
 ]
 
 
@@ -142,7 +144,8 @@ def test_a_name_counts_before_a_pattern_and_a_pattern_before_a_class(tmp_path: P
     assert found.keys() == expected.keys()
     assert all(torch.equal(weight.dequantize(), expected[name]) for name, weight in found.items())
     kinds = {name: (weight.kind, weight.group_size) for name, weight in found.items()}
-    assert kinds["model.layers.1.self_attn.o_proj.weight"] == ("int8", 64)
+    assert kinds["model.layers.0.self_attn.o_proj.weight"] == ("int8", 64)
+    assert kinds["model.layers.1.self_attn.o_proj.weight"] == ("int4", 64)
     assert kinds["model.layers.0.mlp.down_proj.weight"] == ("int4", 32)
     assert kinds["model.layers.1.mlp.down_proj.weight"] == ("int4", 64)
     assert isinstance(tensors["model.layers.0.mlp.gate_proj.weight"], Tensor)
@@ -202,13 +205,16 @@ def test_no_scale_is_rounded_whatever_the_dtype(tmp_path: Path, stored: torch.dt
 
 
 def test_the_dtype_is_that_of_what_is_not_quantized_where_the_file_does_not_say(tmp_path: Path) -> None:
-    compressed.write(
-        random_llama(dtype=torch.bfloat16), tmp_path / "model", group(weights(8, None)), scale_dtype=torch.float16
-    )
+    scheme = group(weights(8, None), format="int-quantized")
+    compressed.write(random_llama(dtype=torch.bfloat16), tmp_path / "model", scheme, scale_dtype=torch.float16)
     file = tmp_path / "model" / "config.json"
     content = json.loads(file.read_text())
     content.pop("dtype", None)
     file.write_text(json.dumps(content))
+    weights_file = tmp_path / "model" / "model.safetensors"
+    state = sorted(load_file(weights_file).items(), key=lambda item: item[1].dtype == torch.bfloat16)
+    torch.save(dict(state), weights_file.with_name("pytorch_model.bin"))  # in this order: int8 and fp16 come first
+    weights_file.unlink()
     assert load_model(tmp_path / "model").dtype == torch.bfloat16
 
 
