@@ -298,10 +298,12 @@ def test_no_dtype_rounds_the_scales(scheme: str, dtype: torch.dtype, tmp_path: P
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_dequantize_gives_plain_layers(scheme: str, folder: Path) -> None:
-    model = opened(folder, scheme)
+def test_dequantize_gives_plain_layers(scheme: str, tmp_path: Path) -> None:
+    model = opened(saved(tmp_path, attention_bias=True, mlp_bias=True), scheme)
     before = {name: layer.weight for name, layer in quantized(model).items()}
+    biases = {name: layer.bias for name, layer in quantized(model).items()}
     model.dequantize()
+    assert all(torch.equal(model.get_submodule(name).bias, bias) for name, bias in biases.items())
     assert not quantized(model)
     assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in before.items())
     assert all(type(model.get_submodule(name)) is nn.Linear for name in before)
