@@ -127,7 +127,7 @@ def _ours(argument: str, model: nn.Module, others: str) -> LlamaForCausalLM:
     """A loaded model, or what is made over the memory of one of transformers. others: what else is legal."""
     if isinstance(model, LlamaForCausalLM):
         return model
-    if not any(each.__module__.partition(".")[0] in ("transformers", "peft") for each in type(model).__mro__):
+    if not any(each.__module__.startswith("transformers.") for each in type(model).__mro__):
         raise TypeError(f"{argument} is a {type(model).__name__}; legal: {others} {_LOADED}")
     return fastllama.from_transformers(model)  # by its public name: the runtime imports no integration
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import fastllama
 from fastllama import LLM, SamplingParams
 from fastllama.io.tokenizer import Tokenizer
+from fastllama.runtime.drafting.draft_model import DraftModel
 from tests.integrations.models import IDS, VOCAB, llama
 from tests.integrations.test_from_transformers import answers, endless, greedy, running
 from tests.io import tokenizer_folders as folders
@@ -140,6 +141,8 @@ def test_a_model_of_transformers_drafts() -> None:
     with running(theirs, speculation=draft, num_draft_tokens=2) as llm:
         assert answers(llm) == endless(theirs)
         assert llm.engine.num_drafts[0] > 0
+        assert llm.engine.speculation is not None
+        assert isinstance(llm.engine.speculation.drafter, DraftModel)
 
 
 @pytest.mark.parametrize(
