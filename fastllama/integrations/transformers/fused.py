@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -167,9 +168,13 @@ def _quantized(
     gated: bool,
     out: Tensor,
 ) -> None:
-    bias: Any = _rows(biases) if biases else None
-    layer = LINEARS[kind](_rows(packed), _rows(scales), x.shape[-1], bias, _rows(zeros) if zeros else None)
-    layer.product(x, None, norm=norm, eps=eps, residual=None, gated=gated, out=out)
+    layer: Any = SimpleNamespace(  # what `product` asks of one: to make a module takes longer than a small product
+        packed=_rows(packed),
+        scales=_rows(scales),
+        zeros=_rows(zeros) if zeros else None,
+        bias=_rows(biases) if biases else None,
+    )
+    LINEARS[kind].product(layer, x, None, norm=norm, eps=eps, residual=None, gated=gated, out=out)
 
 
 for _name, _function in (("fused_matmul", _matmul), ("fused_quantized", _quantized)):
