@@ -71,7 +71,7 @@ class Assembly:
         elif storage is None or leaf == "bias":
             yield name, tensor
         elif leaf == ZERO and storage.symmetric:
-            if tensor.any():  # written by versions before 0.10, all zeros
+            if tensor.any():  # earlier versions of compressed-tensors wrote them, all zeros
                 raise part.fail(f"is not zero, and {storage.group} has symmetric weights")
         else:
             parts = self._parts.setdefault(module, {})
@@ -93,11 +93,8 @@ class Assembly:
                 f"{there.file}: tensor {shown(f'{module}.{missing}')} is missing, beside {there.name}"
             )
         if self._cache:
-            logger.warning("tensor %s is for a quantized KV cache, and not used (of %d)", *_first(self._cache))
-
-
-def _first(names: list[str]) -> tuple[str, int]:
-    return shown(names[0]), len(names)
+            others = f" and {len(self._cache) - 1} more are" if self._cache[1:] else " is"
+            logger.warning("tensor %s%s for a quantized KV cache, and not used", shown(self._cache[0]), others)
 
 
 def _expected(storage: Storage) -> dict[str, None]:
