@@ -35,8 +35,10 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
     """Our tokenizer: one that is given, that at a path, or one of the files that a transformers tokenizer writes.
 
     The last must have transformers' `save_pretrained` and be called with a text. Both must encode some odd texts alike,
-    with its added tokens too: else None, and a warning that names the first that differs, or why its files cannot be
-    read. Raises TypeError for anything else, what `load_tokenizer` raises, and what `save_pretrained` raises.
+    with its added tokens too. Where they do not, the folder that it came from is tried: transformers 5 reads other ids
+    out of what it writes, where SentencePiece vocabularies are "legacy". Else None, and a warning that names the first
+    text that differs, or why the files cannot be read.
+    Raises TypeError for anything else, what `load_tokenizer` raises, and what `save_pretrained` raises.
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -47,21 +49,30 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
             f"tokenizer is {brief(tokenizer)}; legal: a path, fastllama's Tokenizer, a transformers tokenizer, or None"
         )
     name = str(getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)
-    with tempfile.TemporaryDirectory(prefix="fastllama-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        try:
-            found = load_tokenizer(folder)
-        except (CheckpointError, ExtraRequiredError, FileNotFoundError) as error:
-            why = str(error).replace(f"{folder}/", "").replace(folder, "its files")
-            _LOG.warning("tokenizer %s is not used, only token ids go in and out: %s", shown(name), shown(why, 400))
-            return None
+    with tempfile.TemporaryDirectory(prefix="fastllama-tokenizer-") as written:
+        tokenizer.save_pretrained(written)
+        found, trouble = _read(Path(written), tokenizer)
+    if trouble and Path(name).is_dir():
+        origin, other_trouble = _read(Path(name), tokenizer)
+        if origin and not other_trouble and (found is None or origin.chat_template == found.chat_template):
+            return origin
+    if found is None or trouble:
+        _LOG.warning("tokenizer %s is not used, only token ids go in and out: %s", shown(name), shown(trouble, 400))
+        return None
     found.path = Path(name, found.path.name)  # what messages name, as the file itself is gone
-    for text, ours, theirs in _encoded(found, tokenizer):
-        if ours != theirs:
-            message = "tokenizer %s is not used, only token ids go in and out: of the text %s it makes %s, ours %s"
-            _LOG.warning(message, shown(name), brief(text), brief(theirs), brief(ours))
-            return None
     return found
+
+
+def _read(folder: Path, theirs: Any) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of a folder, and why it is not the same as another; "" where it is."""
+    try:
+        ours = load_tokenizer(folder)
+    except (CheckpointError, ExtraRequiredError, FileNotFoundError) as error:
+        return None, str(error).replace(f"{folder}/", "").replace(str(folder), "its files")
+    for text, found, expected in _encoded(ours, theirs):
+        if found != expected:
+            return ours, f"of the text {brief(text)} it makes {brief(expected)}, ours {brief(found)}"
+    return ours, ""
 
 
 def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
@@ -69,7 +80,8 @@ def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], lis
     for text in _TEXTS:
         yield text, ours.encode(text), _ids(theirs(text))
     unasked = {*INFILLING_PIECES, getattr(theirs, "fill_token", None), *(() if ours.chat_template else CONTROL_PIECES)}
-    added = [piece for piece in sorted(ours.special_pieces()) if piece not in unasked][:_MOST_ADDED]
+    pieces = {*ours.special_pieces(), *getattr(theirs, "added_tokens_encoder", ())}
+    added = [piece for piece in sorted(pieces) if piece not in unasked][:_MOST_ADDED]
     for text in (*_TEXTS, *(f"a {piece} b{piece}c\n" for piece in added)):
         yield text, ours.encode_template(text), _ids(theirs(text, add_special_tokens=False))
 
