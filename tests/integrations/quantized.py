@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastllama
 from fastllama import kernels
-from fastllama.integrations.transformers.linears import ALONE
+from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.layers import packing
 from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from tests.integrations.models import IDS, SIZES, llama
@@ -53,7 +53,7 @@ def quantized(model: Any, kind: str, *, group_size: int = 32, zeros: bool = Fals
         else:
             rounded = packing.rounded(weight, kind, group_size)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.model.layers.get_submodule(owner), attribute, ALONE[kind].of(rounded, linear.bias))
+        setattr(model.model.layers.get_submodule(owner), attribute, HF_LINEARS[kind].of(rounded, linear.bias))
     return model
 
 

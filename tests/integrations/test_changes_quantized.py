@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import fastllama
-from fastllama.integrations.transformers.linears import ALONE, AloneInt4Linear
+from fastllama.integrations.transformers.linears import HF_LINEARS, HfInt4Linear
 from fastllama.layers import packing
 from tests.integrations.models import IDS, assert_close
 from tests.integrations.quantized import KINDS, NUM_LAYERS, TILES, addresses, counted, logits, pair
 from tests.integrations.test_changes import through_pickle, through_torch_save
 
 
-class TwiceInt4Linear(AloneInt4Linear):
+class TwiceInt4Linear(HfInt4Linear):
     """Another library's."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -29,7 +29,7 @@ def other(linear: Any) -> Any:
     """A layer like it, of other numbers."""
     torch.manual_seed(5)
     weight = 0.1 * torch.randn(linear.out_features, linear.in_features)
-    return ALONE[linear.kind].of(packing.rounded(weight, linear.kind, linear.group_size), linear.bias)
+    return HF_LINEARS[linear.kind].of(packing.rounded(weight, linear.kind, linear.group_size), linear.bias)
 
 
 def set_data(linear: Any, name: str) -> None:
@@ -94,7 +94,9 @@ def test_a_layer_that_is_replaced_is_noticed(what: str, place: str) -> None:
         if what != "another":
             dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
             dense.weight = nn.Parameter(linear.weight)
-            linear = dense if what == "a dense one" else ALONE["int8"].of(packing.rounded(linear.weight, "int8"), None)
+            linear = (
+                dense if what == "a dense one" else HF_LINEARS["int8"].of(packing.rounded(linear.weight, "int8"), None)
+            )
         setattr(model.model.layers[1].get_submodule(owner), name, linear)
     with counted() as found:
         after = logits(patched)
@@ -117,11 +119,11 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a hook": (
         lambda layer: layer.self_attn.o_proj.register_forward_hook(lambda module, given, found: 2 * found),
-        "AloneInt4Linear in it has a hook",
+        "HfInt4Linear in it has a hook",
     ),
     "a forward of its own": (
         lambda layer: setattr(layer.mlp.up_proj, "forward", lambda x: 0 * x[..., :1] + torch.ones(192)),
-        "AloneInt4Linear in it has a forward of its own",
+        "HfInt4Linear in it has a forward of its own",
     ),
     "a bias for one": (
         lambda layer: setattr(layer.mlp.up_proj, "bias", nn.Parameter(torch.ones(192))),

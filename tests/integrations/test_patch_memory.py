@@ -11,7 +11,7 @@ from torch import nn
 
 import fastllama
 from fastllama.integrations.transformers.fused import Apart, fuse, joined
-from fastllama.integrations.transformers.linears import ALONE
+from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.layers import packing
 from fastllama.layers.linear import Linear
 from fastllama.layers.quantized import LINEARS
@@ -100,7 +100,7 @@ def layer_of(rows: int, kind: str = "int4", columns: int = 128, bias: bool = Fal
     weight = LINEARS[kind].quantize(linear.weight.detach(), group_size, symmetric=not zeros)
     floats = weight.zeros if zeros is None or zeros == torch.uint8 else weight.zeros.to(zeros)
     kept = packing.QuantizedWeight(kind, weight.values, weight.scales.to(scales), floats)
-    return ALONE[kind].of(kept, linear.bias)
+    return HF_LINEARS[kind].of(kept, linear.bias)
 
 
 @pytest.mark.parametrize("rows", [(64, 128, 64), (128, 64, 10), (10,), (64, 1)])

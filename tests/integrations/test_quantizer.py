@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 import fastllama
-from fastllama.integrations.transformers.linears import ALONE
+from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.integrations.transformers.quantizer import FastLlamaQuantizer
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
 from fastllama.layers.weights import kept_tensors
 from tests.integrations.models import IDS, NEW_TOKENS, SIZES, assert_close, llama
 
-SCHEMES = tuple(ALONE)
+SCHEMES = tuple(HF_LINEARS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYERS = 7 * SIZES["num_hidden_layers"]
 STREAMS = hasattr(HfQuantizer, "get_quantize_ops")  # transformers 5
@@ -76,7 +76,7 @@ def test_weights_are_rounded_as_load_model_rounds_them(scheme: str, dtype: torch
         expected = get()
         if isinstance(expected, QuantizedWeight):
             found = layers[name.removesuffix(".weight")]
-            assert type(found) is ALONE[scheme]
+            assert type(found) is HF_LINEARS[scheme]
             assert found.form == expected.form
             assert found.quantized_rows(0, found.out_features).equals(expected), name
         else:
@@ -325,7 +325,7 @@ def test_gradients_are_refused(scheme: str, folder: Path) -> None:
 
 def test_peft_names_the_layers_that_it_cannot_adapt(folder: Path) -> None:
     model = opened(folder, "int4")
-    with pytest.raises(ValueError, match=r"Target module AloneInt4Linear\(.*\) is not supported"):
+    with pytest.raises(ValueError, match=r"Target module HfInt4Linear\(.*\) is not supported"):
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     expected = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))

@@ -41,7 +41,7 @@ _LIBRARY.define(
 def fuse(linears: Sequence[nn.Module]) -> LinearBase | None:
     """One layer over the memory of several, whose tensors are moved together where they are apart; also of a single.
 
-    linears: nn.Linear or `linears.ALONE`, without `trouble`. Their tensors stay theirs, and share memory with the
+    linears: nn.Linear or `linears.HF_LINEARS`, without `trouble`. Their tensors stay theirs, and share memory with the
     layer's. None where they are not `alike`.
     """
     if not alike(linears):

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastllama.layers.quantized import Int4Linear, Int8Linear, QuantizedLinear, W8A8Linear
 
 
-class _Alone(QuantizedLinear):
+class _HfLinear(QuantizedLinear):
     """A layer with nothing before and behind it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -24,16 +24,16 @@ class _Alone(QuantizedLinear):
         return f"{sizes}, group_size={self.group_size}, bias={self.bias is not None}"
 
 
-class AloneInt4Linear(_Alone, Int4Linear):
+class HfInt4Linear(_HfLinear, Int4Linear):
     """4 bits: W4A16."""
 
 
-class AloneInt8Linear(_Alone, Int8Linear):
+class HfInt8Linear(_HfLinear, Int8Linear):
     """8 bits: W8A16."""
 
 
-class AloneW8A8Linear(_Alone, W8A8Linear):
+class HfW8A8Linear(_HfLinear, W8A8Linear):
     """8 bits, and each row of x rounded to 8 bits at each call: W8A8."""
 
 
-ALONE: dict[str, type[_Alone]] = {each.kind: each for each in (AloneInt4Linear, AloneInt8Linear, AloneW8A8Linear)}
+HF_LINEARS: dict[str, type[_HfLinear]] = {each.kind: each for each in (HfInt4Linear, HfInt8Linear, HfW8A8Linear)}

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastllama.errors import brief, check_choice, check_shape
-from fastllama.integrations.transformers.linears import ALONE
+from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.integrations.transformers.trouble import DTYPES
 from fastllama.io.packed import compressed_tensors
 from fastllama.io.packed.compressed_tensors import Scheme
@@ -54,7 +54,7 @@ class FastLlamaConfig(QuantizationConfigMixin):
     def __init__(
         self, scheme: str, group_size: int = max(GROUPS), modules_to_not_convert: Iterable[str] | None = None
     ) -> None:
-        check_choice("scheme", scheme, ALONE)
+        check_choice("scheme", scheme, HF_LINEARS)
         check_choice("group_size", group_size, GROUPS)
         if scheme != "int4" and group_size != max(GROUPS):
             raise ValueError(
@@ -201,7 +201,7 @@ class FastLlamaQuantizer(HfQuantizer):
         config, linear = self.quantization_config, model.get_submodule(name)
         rounded = packing.rounded(weight, config.scheme, config.group_size)
         bias: Any = linear.bias  # may be on meta: it is loaded into the new layer then
-        layer: Any = ALONE[config.scheme].of(rounded, bias)
+        layer: Any = HF_LINEARS[config.scheme].of(rounded, bias)
         layer._is_hf_initialized = True
         _put(model, name, layer)
 

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama
 
-from fastllama.integrations.transformers.linears import ALONE
+from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 
 NAME = "fastllama"  # of our attention and our masks in transformers' registries
@@ -19,7 +19,7 @@ INTEGERS = (torch.int32, torch.int8)  # that codes are packed in
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
-_QUANTIZED = (*ALONE.values(),)
+_QUANTIZED = (*HF_LINEARS.values(),)
 _MODELING = modeling_llama.__name__
 # Hooks of transformers' own, by which it collects hidden states: they do nothing to what a module computes.
 _COLLECTS = ("transformers.utils.output_capturing", "transformers.utils.generic")
