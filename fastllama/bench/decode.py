@@ -97,8 +97,13 @@ class _Bench:
         batch, context = DEFAULTS[device.type]
         if options.checkpoint:
             assert options.model is not None
-            config = open_model(options.model)[0].config
-            limit = config.longest_context
+            checkpoint, _ = open_model(options.model)
+            config, limit = checkpoint.config, checkpoint.config.longest_context
+            if (kept := checkpoint.quantization) is not None:  # "none" keeps the weights as they are
+                found = dict.fromkeys(kept if kind == NONE else kind for kind in options.quantization)
+                options = replace(options, quantization=tuple(found))
+                for kind in found:
+                    check_choice(f"quantization of a checkpoint in {kept}", kind, (NONE, kept))
             context = context if limit is None else tuple(dict.fromkeys(min(n, limit) for n in context))
             check_range("context", max(options.context or context), 1, limit)
         else:
@@ -132,9 +137,8 @@ class _Bench:
         if not self.options.checkpoint:
             return models.random_model(self.config, kind, self.dtype, self.device)
         assert self.options.model is not None
-        model = load_model(self.options.model, dtype=self.dtype, device=self.device, progress=False)
-        packing.apply(model, quantization_of(kind), progress=False)
-        return model
+        takes: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "quantization": quantization_of(kind)}
+        return load_model(self.options.model, progress=False, **takes)
 
     def prompts(self, batch: int, context: int) -> list[list[int]]:
         """Random ids, so that no sequence shares a page with another; so many that the steps end at `context`."""

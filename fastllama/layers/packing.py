@@ -38,19 +38,19 @@ def resolve(
 
     "auto" keeps what the checkpoint brings, but packs bf16 without loss where that `pays`, and touches nothing of a
     model that was given and not loaded here. device: where the weights will be, of a model without memory. kept: the
-    kind that they are quantized in already. Raises ValueError where `check` does, and for another kind than that.
+    kind that they are quantized in already, and stay. Raises ValueError where `check` does, and for another kind.
     """
     if quantization == "auto":
         return "bf12" if not given and pays(model, device) else None
     check(quantization, model.dtype, device or model.device)
     if kept is not None and quantization not in (kept, None):
         raise ValueError(f"quantization is {quantization!r} for weights in {kept}; legal: 'auto', None or {kept!r}")
-    return quantization
+    return None if quantization == kept else quantization
 
 
 def kind_of(model: LlamaForCausalLM) -> str | None:
-    """The one of quantization.KINDS that the blocks' linear layers are packed into; None where they are not."""
-    for module in model.layers.modules():
+    """The one of quantization.KINDS that the first packed layer is in; None where none is."""
+    for module in model.modules():
         if isinstance(module, QuantizedLinear):
             return module.kind
         if isinstance(module, Bf12Linear):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastllama
 from fastllama.bench import ceilings, decode, decode_report, static_cache
 from fastllama.kernels.dispatch.op import OPS
 
@@ -75,6 +77,18 @@ def test_a_checkpoint_is_measured_too() -> None:
     assert decode_report.report(record).startswith(
         "tiny, 4.5 M parameters, bfloat16 on cpu: 2 steps each; a copy moves "
     )
+
+
+def test_a_quantized_checkpoint_is_measured_as_it_is(tmp_path: Path) -> None:
+    folder = str(tmp_path / "int4")
+    fastllama.save_model(fastllama.load_model("tiny", quantization="int4"), folder)
+    options = decode.DecodeOptions(model=folder, checkpoint=True, device="cpu", batch=(1,), context=(64,), tokens=2)
+    record, _ = measure(options)
+    assert [case["quantization"] for case in record["cases"]] == ["int4"]
+    again, _ = measure(replace(options, quantization=("none", "int4")))
+    assert [case["weight_bytes"] for case in again["cases"]] == [record["cases"][0]["weight_bytes"]]
+    with pytest.raises(ValueError, match=r"quantization of a checkpoint in int4 is 'int8'.*legal values: 'none', 'int4'"):
+        measure(replace(options, quantization=("int8",)))
 
 
 def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
