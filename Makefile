@@ -10,7 +10,7 @@ PARTS ?=
 FAKE ?= 2.11.0/3.6.0 2.13.0/3.7.1
 # Proved beside the pinned Triton: the one that GPU machines still have, and the newest.
 TRITON ?= 3.6.0 3.9.0
-# Of those that fastllama.patch supports, the oldest, one of the GPU machines, the pinned one and the newest.
+# Of those that are supported, the oldest, one of the GPU machines, the pinned one and the newest.
 TRANSFORMERS ?= 4.57.6 5.17.0 5.23.0 5.24.0
 # What a version needs beside it, where the pinned packages do not suit it.
 BESIDE_4.57.6 := huggingface_hub==0.36.0 tokenizers==0.22.2 requests urllib3 idna charset-normalizer certifi
@@ -56,7 +56,7 @@ test: test-reference test-interpreter test-compile ## the quick round of the thr
 
 test-all: ## all that can be proved without a GPU, or of what `make test` leaves out a part: make test-all SHARD=3/48
 	@$(MAKE) --no-print-directory test ROUND="$(if $(SHARD),and exhaustive)"
-	@$(MAKE) --no-print-directory mutants test-triton test-transformers fake-gpu
+	@$(MAKE) --no-print-directory mutants test-triton test-transformers fake-gpu ROUND=
 
 test-reference: $(STAMP) ## semantics, layers, runtime and files, on the CPU
 	$(NO_INTERPRETER) $(PYTEST) -m "not compile and not fakegpu $(ROUND)" --dist worksteal
@@ -83,11 +83,11 @@ build/transformers/%: | $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $@.part transformers==$* $(BESIDE_$*)
 	@mv $@.part $@
 
-test-transformers: $(STAMP) $(TRANSFORMERS:%=build/transformers/%) ## fastllama.patch on versions of transformers: make test-transformers TRANSFORMERS=5.24.0
+test-transformers: $(STAMP) $(TRANSFORMERS:%=build/transformers/%) ## what stands on transformers, on versions of it: make test-transformers TRANSFORMERS=5.24.0
 	@for version in $(TRANSFORMERS); do \
 		export PYTHONPATH=build/transformers/$$version; \
 		$(BIN)/python -c "import transformers; assert transformers.__version__ == '$$version'; print('transformers', '$$version')" && \
-		$(NO_INTERPRETER) $(PYTEST) -m "not compile" --dist worksteal tests/integrations || exit 1; \
+		$(NO_INTERPRETER) $(PYTEST) -m "not compile $(ROUND)" --dist worksteal tests/integrations || exit 1; \
 	done
 	FASTLLAMA_BACKEND=triton TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/integrations/test_patch.py
 

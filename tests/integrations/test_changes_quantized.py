@@ -16,6 +16,7 @@ from fastllama.layers import packing
 from tests.integrations.models import IDS, assert_close
 from tests.integrations.quantized import KINDS, NUM_LAYERS, TILES, addresses, counted, logits, pair
 from tests.integrations.test_changes import through_pickle, through_torch_save
+from tests.rounds import exhaustive
 
 
 class TwiceInt4Linear(HfInt4Linear):
@@ -64,8 +65,11 @@ def assign_groups(linear: Any) -> None:
     linear.scales = linear.scales[:, ::2].contiguous()
 
 
+PLACES = ["self_attn.k_proj", exhaustive("self_attn.o_proj"), exhaustive("mlp.gate_proj"), "mlp.down_proj"]
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["before the first call", "after a call"])
-@pytest.mark.parametrize("place", ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_a_quantized_layer_is_noticed(name: str, place: str, used: bool) -> None:
     plain, patched = pair(sizes=TILES | {"num_hidden_layers": 2})
@@ -83,7 +87,7 @@ def test_a_change_of_a_quantized_layer_is_noticed(name: str, place: str, used: b
         assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("place", ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("what", ["another", "a dense one", "another kind"])
 def test_a_layer_that_is_replaced_is_noticed(what: str, place: str) -> None:
     plain, patched = pair()
@@ -196,7 +200,7 @@ def test_another_dtype_and_back() -> None:
     assert_close(logits(patched), expected, bound=0.1)  # norms and embeddings were rounded
 
 
-@pytest.mark.parametrize("change", ["write packed", "assign packed", "set_data packed", "set_data scales"])
+@pytest.mark.parametrize("change", ["write packed", "assign packed", exhaustive("set_data packed"), "set_data scales"])
 def test_a_compiled_model_is_not_stale_either(change: str) -> None:
     plain, patched = pair()
     compiled = torch.compile(patched, backend="aot_eager")

@@ -27,6 +27,7 @@ from fastllama.integrations.transformers.quantizer import FastLlamaQuantizer
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
 from fastllama.layers.weights import kept_tensors
 from tests.integrations.models import IDS, NEW_TOKENS, SIZES, assert_close, llama
+from tests.rounds import exhaustive
 
 SCHEMES = tuple(HF_LINEARS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -259,7 +260,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         opened(folder, "int8")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int4", exhaustive("int8"), exhaustive("w8a8")])
 def test_a_compiled_forward_and_a_static_cache(scheme: str, folder: Path) -> None:
     model = opened(folder, scheme)
     expected = logits(model)
