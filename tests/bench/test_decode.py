@@ -87,7 +87,7 @@ def test_a_quantized_checkpoint_is_measured_as_it_is(tmp_path: Path) -> None:
     assert [case["quantization"] for case in record["cases"]] == ["int4"]
     again, _ = measure(replace(options, quantization=("none", "int4")))
     assert [case["weight_bytes"] for case in again["cases"]] == [record["cases"][0]["weight_bytes"]]
-    with pytest.raises(ValueError, match="of a checkpoint in int4 is 'int8'.*legal values: 'none', 'int4'"):
+    with pytest.raises(ValueError, match=r"of a checkpoint in int4 is 'int8'.*legal values: 'none', 'int4'"):
         measure(replace(options, quantization=("int8",)))
 
 
