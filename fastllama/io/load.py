@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.errors import CheckpointError, check_choice, counted
+from fastllama.errors import CheckpointError, check_choice, counted, shown
 from fastllama.io.adapter import AdaptedCheckpoint, locate
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.formats.base import Checkpoint
@@ -18,6 +18,7 @@ from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantization import check_quantization
 from fastllama.layers.quantized import QuantizedWeight
+from fastllama.layers.tensor_names import is_quantized
 from fastllama.layers.weights import slots
 from fastllama.progress import progress_bar
 
@@ -61,13 +62,23 @@ def open_model(
     checkpoint = open_checkpoint(path)
     declared = checkpoint.config.num_parameters
     if declared > checkpoint.nbytes * checkpoint.numbers_per_byte:  # told before memory is asked for
-        next(checkpoint.tensors(), None)  # a file that is broken says so itself
+        _look_for_quantized(checkpoint)
         raise CheckpointError(
             f"{path}: the configuration declares {declared:,} numbers, but the weight files have {checkpoint.nbytes:,} "
             "bytes; do they belong together?"
         )
     target = resolve_dtype(dtype, checkpoint.config)
     return (checkpoint if adapter_path is None else AdaptedCheckpoint(checkpoint, adapter_path, target)), target
+
+
+def _look_for_quantized(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where files that are too small for what is declared are broken, or quantized."""
+    for name, _ in checkpoint.tensors():
+        if is_quantized(name):
+            raise CheckpointError(
+                f"{checkpoint.file_of(name)}: tensor {shown(name)} is of a quantized weight, and the model's "
+                "config.json does not say how it is quantized"
+            )
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: LlamaConfig) -> torch.dtype:

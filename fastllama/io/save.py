@@ -44,11 +44,13 @@ def save_model(
     `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
     with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
     BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises
-    ValueError if it exists and is not empty, or if a layer has zeros that are no whole numbers, FileNotFoundError if
-    the tokenizer does not exist, CheckpointError if a configuration beside that is broken.
+    ValueError if it is a link or not empty, or if a layer has zeros that are no whole numbers, FileNotFoundError if the
+    tokenizer does not exist, CheckpointError if a configuration beside that is broken.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)
+    if path.is_symlink():  # which the folder written beside it cannot replace
+        raise ValueError(f"path is {str(path)!r}, a link; legal: a new or an empty folder")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"path is {str(path)!r}, which exists; legal: a new or an empty folder")
     extras, generation, kept = {}, {}, {}

@@ -26,7 +26,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int8", {}),
     "tied": ("int4", {"tied": True}),
     "biased": ("int8", {"attention_bias": True, "mlp_bias": True}),
+    "int8 of columns that fill no word": ("int8", {"intermediate_size": 90}),
+    "mixture": ("mixture", {}),
     "w8a8": ("w8a8", {}),
+}
+GROUPS = {
+    "zeros": [group(weights(4, 32, False))],
+    "mixture": [
+        group(weights(8, None), [r"re:.*self_attn\.[qkv]_proj"]),
+        group(weights(4, 64), [r"re:.*1\.mlp.*"]),
+        group(weights(4, 32), ["Linear"]),
+    ],
 }
 
 
@@ -42,8 +52,8 @@ def logits(model: transformers.LlamaForCausalLM) -> Tensor:
 def saved(path: Path, kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> LlamaForCausalLM:
     """A model in folder / "saved", and in folder / "dense" what its weights stand for."""
     original = random_llama(dtype=dtype, **settings)
-    if kind == "zeros":
-        compressed.write(random_llama(dtype=dtype, **settings), path / "original", group(weights(4, 32, False)))
+    if kind in GROUPS:
+        compressed.write(random_llama(dtype=dtype, **settings), path / "original", *GROUPS[kind])
         model = load_model(path / "original")
     else:
         original.save_pretrained(path / "original")

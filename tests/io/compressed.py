@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("compressed_tensors", reason="compressed-tensors asks for Python 3.11")
 
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32 as pack_to_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.load import load_model, open_model
+from fastllama.layers import packing
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
 from fastllama.layers.weights import kept_tensors
@@ -164,6 +165,25 @@ def test_layers_of_several_schemes_run(tmp_path: Path) -> None:
         assert torch.equal(back(torch.arange(12).view(2, 6)).logits, theirs)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("first", "ignore"),
+    [("o_proj", ()), ("o_proj", ("re:.*(q|k|v)_proj",)), ("lm_head", ("re:.*layers.*",))],
+    ids=["q comes first", "o is the first quantized", "the head alone"],
+)
+def test_the_kind_is_that_of_the_first_quantized_layer(
+    tmp_path: Path, first: str, ignore: tuple[str, ...], tied: bool
+) -> None:
+    """However few there are of it; LLM and its model then name the same."""
+    few = group(weights(8, None), [f"re:.*0.*{first}", "lm_head"])
+    others = group(weights(4, 32), [r"re:.*mlp.*", r"re:.*1\.self_attn\.o_proj", r"re:.*(q|k|v)_proj"])
+    ignored = (*ignore, "lm_head") if tied and first != "lm_head" else ignore
+    compressed.write(random_llama(tied=tied), tmp_path / "model", few, others, ignore=ignored)
+    kind = open_model(tmp_path / "model")[0].quantization
+    assert kind == packing.kind_of(load_model(tmp_path / "model"))
+    assert kind == ("int4" if not ignore else "int8")
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_parts_of_a_weight_may_lie_in_several_shards(tmp_path: Path, count: int) -> None:
     expected = compressed.write(random_llama(), tmp_path / "model", group(weights(4, 32, False)))
@@ -242,6 +262,8 @@ def test_a_tied_head_that_is_not_in_the_file_is_the_embedding_although_a_target_
     compressed.edit_config(tmp_path / "model", ignore=[])
     model = load_model(tmp_path / "model")
     assert model.lm_head.weight is model.embed_tokens.weight
+    compressed.edit_config(tmp_path / "model", ignore=["re:.*_proj"])
+    assert open_checkpoint(tmp_path / "model").quantization is None
 
 
 def test_scales_of_a_kv_cache_are_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,8 +53,11 @@ CONFIGS: dict[str, tuple[tuple[str, dict[str, Any]], str]] = {
         "config_groups.group_0.format is 'marlin-24'; legal: 'pack-quantized', 'int-quantized', 'naive-quantized'",
     ),
     "mixed as own format": (changed("config_groups.group_0.format", "mixed-precision"), "format is 'mixed-precision'"),
-    "status": (changed("quantization_status", "frozen"), "quantization_status is 'frozen'; legal: 'compressed'"),
-    "no status": (changed("quantization_status", None), "quantization_status is None; legal: 'compressed'"),
+    "status": (
+        changed("quantization_status", "calibration"),
+        "quantization_status is 'calibration'; legal: 'compressed', 'frozen'",
+    ),
+    "first status": (changed("quantization_status", "initialized"), "quantization_status is 'initialized'; le"),
     "sparse": (
         changed("sparsity_config", {"format": "sparse-24-bitmask"}),
         "sparsity_config is {'format': 'sparse-24-bitmask'}; legal: none",
@@ -99,7 +102,14 @@ CONFIGS: dict[str, tuple[tuple[str, dict[str, Any]], str]] = {
         "targets is 'Linear'; legal: a list of na",
     ),
     "targets are numbers": (changed("config_groups.group_0.targets", [1]), "targets is [1]; legal: a list of names"),
-    "a pattern that is none": (changed("ignore", ["re:("]), "a target is 're:('; legal: a regular expression (missing"),
+    "a pattern that is none": (changed("ignore", ["re:("]), "ignore is 're:('; legal: a regular expression (missing"),
+    "a pattern of too much": (changed("ignore", ["re:a{9999999999}"]), "legal: a regular expression (the repetition n"),
+    "a pattern that is a target": (
+        changed("config_groups.group_0.targets", ["Linear", r"re:(\w+|\.)+(\w+|\.)+!"]),
+        r"config_groups.group_0.targets is 're:(\\w+|\\.)+(\\w+|\\.)+!'; legal: a pattern in which no group is",
+    ),
+    "activations are empty": (changed(INPUTS, {}), f"{INPUTS} is {{}}; legal: null, or an object with num_bits"),
+    "activations are a list": (changed(INPUTS, []), f"{INPUTS} is []; legal: null, or an object with num_bits"),
     "ignore is text": (changed("ignore", "lm_head"), "ignore is 'lm_head'; legal: a list of names"),
     "embedding by class": (
         changed("config_groups.group_0.targets", ["Linear", "Embedding"]),
@@ -152,6 +162,13 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "columns ordered before rounding": changed(f"{WEIGHTS}.actorder", "static"),
     "an observer": changed(f"{WEIGHTS}.observer", "mse"),
     "sparse in name alone": changed("sparsity_config", {"format": "dense"}),
+    "sparse in name alone, as llm-compressor says it": changed(
+        "sparsity_config",
+        {"format": "dense", "global_sparsity": 0.14, "ignore": [], "sparsity_structure": "unstructured", "targets": []},
+    ),
+    "frozen": changed("quantization_status", "frozen"),
+    "no status": changed("quantization_status", None),
+    "no status of plain integers": changed("quantization_status", None, "w8a8"),
     "no transform": changed("transform_config", {"config_groups": {}}),
     "nothing ignored by name": changed("ignore", ["re:lm_.*"]),
     "the class of all modules, ignored": changed("ignore", ["lm_head", "LlamaRMSNorm"]),
@@ -204,12 +221,44 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "not quantized": (
         "words",
         unpacked,
-        f"{UP}.weight is unexpected: config_groups.group_0 has weight_packed, weight_",
+        f"{UP}.weight has dtype torch.float32, expected integers: config_groups.group_0 has weight_packed, weight_",
     ),
     "not quantized, plain": (
         "plain",
         put("weight", lambda each: each.float()),
-        f"{UP}.weight has dtype torch.float32, expected torch.int8",
+        f"{UP}.weight has dtype torch.float32, expected integers: config_groups.group_0 has weight, weight_sc",
+    ),
+    "fp8": (
+        "w8a8",
+        put("weight", lambda each: each.to(torch.float8_e4m3fn)),
+        f"{UP}.weight has dtype torch.float8_e4m3fn, expected torch.int8",
+    ),
+    "no columns": (
+        "plain",
+        put("weight", lambda each: each[:, :0]),
+        f"{UP}.weight has shape [192, 0], expected rows and columns",
+    ),
+    "no rows": ("w8a8", put("weight", lambda each: each[:0]), f"{UP}.weight has shape [0, 64], expected rows and col"),
+    "a shape without columns": (
+        "words",
+        put("weight_shape", lambda each: each * torch.tensor([1, 0])),
+        f"{UP}.weight_shape holds [192, 0], expected a number of rows and one of columns",
+    ),
+    "a shape that is negative": (
+        "words",
+        put("weight_shape", lambda each: -each),
+        f"{UP}.weight_shape holds [-192, -6",
+    ),
+    "words cut off": (
+        "words",
+        put("weight_packed", lambda each: each[:0]),
+        "weight_packed has shape [0, 8], expected [192",
+    ),
+    "empty scales": ("w8a8", put("weight_scale", lambda each: each[:0]), "weight_scale has shape [0, 1], expected [1"),
+    "empty zeros": (
+        "plain",
+        put("weight_zero_point", lambda each: each[:, :0]),
+        "weight_zero_point has shape [192, 0], expected [192, 2]",
     ),
     "act-order": (
         "words",
@@ -332,36 +381,3 @@ def test_damaged_tensors_are_refused_by_name_and_file(
     assert str(raised.value).startswith(f"{path / 'model.safetensors'}: tensor ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_a_part_that_comes_twice_is_refused(copy: Callable[[str], Path]) -> None:
-    path = copy("w8a8")
-    name = f"{UP}.weight_scale"
-    scale = compressed.load_file(path / "model.safetensors")[name]
-    compressed.shards(path, 2)
-    for file in path.glob("*.safetensors"):
-        compressed.save_file(compressed.load_file(file) | {name: scale}, file, {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=rf"model-00002-of-00002\.safetensors: tensor {name} appears twice; legal"
-    ):
-        load_model(path)
-
-
-def test_a_weight_that_is_not_in_the_files_is_missing(copy: Callable[[str], Path]) -> None:
-    path = copy("words")
-
-    def drop(state: dict[str, Tensor]) -> None:
-        for name in [name for name in state if name.startswith(f"{UP}.")]:
-            del state[name]
-
-    compressed.edit_tensors(path, drop)
-    with pytest.raises(CheckpointError, match=rf"tensor {UP}.weight is missing; the checkpoint is incomplete"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", None])
-def test_other_methods_are_refused_by_name(copy: Callable[[str], Path], method: str | None) -> None:
-    path = copy("words")
-    compressed.edit_config(path, quant_method=method)
-    with pytest.raises(CheckpointError, match=rf"\({method!r}\); expected bf16, fp16, fp32 or compressed-tensors"):
-        open_checkpoint(path)

@@ -211,6 +211,20 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, model: LlamaForCausalLM)
             save_model(model, tmp_path / name)
 
 
+@pytest.mark.parametrize("target", ["nowhere", "empty"])
+def test_a_link_is_refused_before_anything_is_written(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    monkeypatch.setattr("fastllama.io.save.save_file", lambda *arguments: pytest.fail("written"))
+    with pytest.raises(ValueError, match=r"^path is '.*link', a link; legal: a new or an empty folder$"):
+        save_model(model, link)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "model.bin"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
 def test_missing_parents_and_an_empty_folder_are_fine(tmp_path: Path, model: LlamaForCausalLM) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     save_model(model, tmp_path / "a" / "b")

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from fastllama.io import save
 from fastllama.io.load import load_model
 from fastllama.io.packed.compressed_tensors import Scheme, to_config, to_tensors
+from fastllama.io.packed.words import pack_bytes, unpack_bytes
 from fastllama.io.save import save_model
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
 from fastllama.layers.weights import kept_tensors
 from tests.io import compressed
 from tests.io.checkpoints import random_llama
-from tests.io.compressed import group, weights
+from tests.io.compressed import group, pack_to_int32, weights
+
+PARTS = ("weight_packed", "weight_shape")
 
 
 def written(path: Path, kind: str | None = "int4", *, zeros: int = 0, **settings: Any) -> LlamaForCausalLM:
@@ -54,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "int4 with zeros in bf16": {"zeros": 64, "dtype": torch.bfloat16},
     "tied": {"kind": "int4", "tied": True},
     "biased": {"kind": "int8", "attention_bias": True, "mlp_bias": True},
+    "int8 of columns that fill no word": {"kind": "int8", "intermediate_size": 90},
     "rows that fill no tile": {"kind": "int4", "hidden_size": 128, "head_dim": 16, "kv_heads": 2},
 }
 
@@ -86,7 +90,7 @@ def test_each_layer_has_its_scheme_by_the_packages_own_matching(tmp_path: Path, 
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         scheme = found[name]
-        assert scheme.format == ("pack-quantized" if weight.kind == "int4" else "int-quantized")
+        assert scheme.format == ("int-quantized" if weight.kind == "w8a8" else "pack-quantized")
         assert (scheme.input_activations is not None) == (weight.kind == "w8a8")
         parts = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key.rpartition(".")[0] == name}
         parts.pop("bias", None)
@@ -128,7 +132,33 @@ def test_mixtures_are_described_so_that_each_layer_gets_its_own(schemes: dict[st
     assert found == schemes
     formats = {scheme.format for scheme in schemes.values()}
     assert described["format"] == (formats.pop() if len(formats) == 1 else "mixed-precision")
-    assert list(described["config_groups"].values())[-1]["targets"] == ["Linear"]
+    targets = [group["targets"] for group in described["config_groups"].values()]
+    assert len(targets) == len(set(schemes.values()))
+    assert ["Linear"] in targets if len(targets) == 1 else "Linear" not in itertools.chain(*targets)
+
+
+def test_w8a8_alone_is_written_as_plain_integers(tmp_path: Path) -> None:
+    """vLLM opens int-quantized where inputs are rounded, too, and words where they are not."""
+    formats = {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quantized"}
+    assert formats.keys() == LINEARS.keys()
+    name = "model.layers.0.mlp.down_proj"
+    for kind, layout in formats.items():
+        model = written(tmp_path / kind, kind)
+        save_model(model, tmp_path / f"{kind}-saved")
+        config = json.loads((tmp_path / f"{kind}-saved" / "config.json").read_text())["quantization_config"]
+        assert (config["format"], config["config_groups"]["group_0"]["format"]) == (layout, layout)
+        state = load_file(tmp_path / f"{kind}-saved" / "model.safetensors")
+        leaves = {key.removeprefix(f"{name}.") for key in state if key.startswith(name)}
+        assert leaves == ({"weight", "weight_scale"} if kind == "w8a8" else {*PARTS, "weight_scale"})
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_words_of_four_are_those_of_the_package(rows: int, columns: int) -> None:
+    values = torch.randint(-128, 128, (rows, columns + 1), dtype=torch.int8)[:, :columns]
+    words = pack_bytes(values)
+    assert torch.equal(words, pack_to_int32(values, 8))
+    assert torch.equal(unpack_bytes(words, columns), values)
 
 
 @pytest.mark.parametrize("size", [150_000, 50_000])

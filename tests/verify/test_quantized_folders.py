@@ -88,7 +88,8 @@ def test_a_few_layers_in_w8a8_are_refused_too(folders: dict[str, Path], tmp_path
     path = tmp_path / "mixed"
     shutil.copytree(folders["int8"], path)
     few, most = (json.loads((folders[kind] / "config.json").read_text()) for kind in ("w8a8", "int8"))
-    scheme = few["quantization_config"]["config_groups"]["group_0"] | {"targets": ["re:.*down_proj"]}
+    scheme = few["quantization_config"]["config_groups"]["group_0"]
+    scheme |= {"targets": ["re:.*down_proj"], "format": "pack-quantized"}
     most["quantization_config"]["config_groups"]["group_1"] = scheme
     (path / "config.json").write_text(json.dumps(most))
     assert open_checkpoint(path).quantization == "int8"

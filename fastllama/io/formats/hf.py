@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +50,7 @@ class HfCheckpoint(Checkpoint):
         self._index = {self._name(name): file for name, file in index.items()}
         if self.config.tie_word_embeddings:
             self._look_at_tied()
+        self.quantization = self._first_kind()
         if self.config.dtype is None:
             names = slots(self.config)
             stored = (tensor for name, tensor, _ in self._stored() if name in names)
@@ -112,10 +112,14 @@ class HfCheckpoint(Checkpoint):
         if not (quantization := raw.get("quantization_config")):
             return None
         storages = read_config(quantization, self.path / "config.json", self._linears())
-        kinds = Counter(storage.kind for storage in storages.values())
-        self.quantization = kinds.most_common(1)[0][0] if kinds else None
         self.numbers_per_byte = max((8 // storage.bits for storage in storages.values()), default=1)
         return storages
+
+    def _first_kind(self) -> str | None:
+        """The kind of the first quantized layer, as `packing.kind_of` gives it for the model; a tied head is none."""
+        names = slots(self.config)
+        kinds = (each.kind for layer, each in (self._storages or {}).items() if f"{layer}.weight" in names)
+        return next(kinds, None)
 
     def _read_config(self, raw: dict[str, Any]) -> LlamaConfig:
         file, generation = self.path / "config.json", self.path / "generation_config.json"
@@ -126,6 +130,11 @@ class HfCheckpoint(Checkpoint):
                     f"{file}: quantization_config says that the weights are quantized ({brief(method)}); "
                     f"expected bf16, fp16, fp32 or {METHOD}"
                 )
+        elif raw.get("compression_config"):
+            raise CheckpointError(
+                f"{file}: compression_config says how weights are quantized, in an older spelling; "
+                "legal: the same under the name quantization_config, as current writers have it"
+            )
         try:
             config = LlamaConfig.from_hf(raw)
         except (ValueError, TypeError) as error:

@@ -23,6 +23,7 @@ logger = logging.getLogger("fastllama")
 WORDS, INTEGERS, SHAPE, SCALE, ZERO = "weight_packed", "weight", "weight_shape", "weight_scale", "weight_zero_point"
 PARTS = (WORDS, SHAPE, SCALE, ZERO, "weight_g_idx")  # of the names of a weight's tensors, beside "weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE = (*_FLOATS, torch.float64)  # of weights that are not quantized
 _SHAPES = (torch.int64, torch.int32)
 # Scales for the KV cache and for queries, of self_attn or of its projections' outputs.
 _CACHE = re.compile(r".+\.self_attn\.([qkv]_(scale|zero_point)|[qkv]_proj\.output_(scale|zero_point))")
@@ -75,6 +76,12 @@ class Assembly:
                 raise part.fail(f"is not zero, and {storage.group} has symmetric weights")
         else:
             parts = self._parts.setdefault(module, {})
+            if leaf == INTEGERS and tensor.dtype in _DENSE:
+                expected = ", ".join(_expected(storage))
+                raise part.fail(
+                    f"has dtype {tensor.dtype}, expected integers: {storage.group} has {expected}. Quantization was "
+                    "only simulated, on weights in floating point; legal: weights that are compressed"
+                )
             if leaf not in _expected(storage):
                 raise part.fail(f"is unexpected: {storage.group} has {', '.join(_expected(storage))}")
             if name in self._seen:
@@ -123,6 +130,8 @@ def _unpacked(parts: Mapping[str, _Part], storage: Storage) -> Tensor:
     words, shape = parts[WORDS], parts[SHAPE]
     shape.check(_SHAPES, (2,))
     rows, columns = shape.tensor.tolist()
+    if rows < 1 or columns < 1:
+        raise shape.fail(f"holds {[rows, columns]}, expected a number of rows and one of columns")
     words.check((torch.int32,), (rows, words_of(columns, storage.bits)))
     unpack = unpack_nibbles if storage.bits == 4 else unpack_bytes
     return unpack(words.tensor.contiguous(), columns)
@@ -133,6 +142,8 @@ def _integers(part: _Part, storage: Storage) -> Tensor:
     part.check((torch.int8,))
     if part.tensor.ndim != 2:
         raise part.fail(f"has shape {list(part.tensor.shape)}, expected two dimensions")
+    if not part.tensor.numel():
+        raise part.fail(f"has shape {list(part.tensor.shape)}, expected rows and columns")
     return _nibbles(part) if storage.bits == 4 else part.tensor
 
 

@@ -1,20 +1,20 @@
 """compressed-tensors, written: what vLLM, transformers and llm-compressor read of integers with scales.
 
-int4 becomes "pack-quantized": words of eight values along the columns, with weight_shape; zeros are packed along the
-rows. int8 and w8a8 become "int-quantized": plain int8. Scales keep their dtype. Source: compressed-tensors 0.20.
+int4 and int8 become "pack-quantized": words of eight or four values along the columns, with weight_shape; zeros are
+packed along the rows. w8a8 becomes "int-quantized": plain int8. Scales keep their dtype.
+Source: compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastllama.io.packed.words import pack_nibbles
+from fastllama.io.packed.words import pack_bytes, pack_nibbles
 from fastllama.kernels.reference.int4 import LARGEST
 from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
 
@@ -38,8 +38,8 @@ class Scheme(NamedTuple):
 
     @property
     def format(self) -> str:
-        """How its tensors are stored; compressed-tensors itself would take int8 without "w8a8" for packed words."""
-        return PACKED if self.kind == "int4" else INTEGERS
+        """How its tensors are stored: as compressed-tensors does it, and vLLM has kernels for no other."""
+        return INTEGERS if self.kind == "w8a8" else PACKED
 
     def to_group(self, targets: list[str]) -> dict[str, Any]:
         """The entry of config_groups for the layers that `targets` match."""
@@ -64,12 +64,13 @@ class Scheme(NamedTuple):
 def to_config(schemes: Mapping[str, Scheme], dense: Iterable[str]) -> dict[str, Any]:
     """The quantization_config of a model whose linear layers, by name, have these schemes; dense: the other layers.
 
-    At least one is to have a scheme. The commonest is that of the class "Linear"; each other names its layers, which
-    counts before a class. It stands last all the same: compressed-tensors warns of names behind a class.
+    At least one is to have a scheme. One alone is that of the class "Linear". Of several, each names its layers: vLLM
+    looks for the class of the layer into which it fuses q, k and v before it looks for their names.
     """
     dense = list(dense)
-    common, *others = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
-    groups = [each.to_group(_targets(each, schemes, dense)) for each in others] + [common.to_group(["Linear"])]
+    found = list(dict.fromkeys(schemes.values()))
+    alone = len(found) == 1
+    groups = [each.to_group(["Linear"] if alone else _targets(each, schemes, dense)) for each in found]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -103,10 +104,11 @@ def to_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     Raises ValueError where `check_zeros` does.
     """
     scales = {f"{module}.weight_scale": weight.scales.contiguous()}
-    if weight.kind != "int4":
+    if weight.kind == "w8a8":
         return {f"{module}.weight": weight.values.contiguous()} | scales
+    pack = pack_nibbles if weight.kind == "int4" else pack_bytes
     found = {
-        f"{module}.weight_packed": pack_nibbles(weight.values),
+        f"{module}.weight_packed": pack(weight.values),
         f"{module}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64, device="cpu"),
     }
     if weight.zeros is not None:

@@ -22,7 +22,8 @@ logger = logging.getLogger("fastllama")
 METHOD = "compressed-tensors"
 LARGEST_GROUP = max(GROUPS)
 _NAIVE = "naive-quantized"
-_STATUS = "compressed"
+_STATUSES = "compressed", "frozen", None  # of the last two, tensors tell whether they are integers
+_LARGEST_PATTERN = 5  # quantifiers and groups of a pattern, so that no name takes long to match
 _CLASSES = {"Linear", "Module"}  # of a linear layer, as targets name them
 _EMBEDDINGS = "model.embed_tokens", {"Embedding", "Module"}
 _ACTORDER = (None, False, "weight", "static")  # these are of no account once weights are rounded
@@ -96,12 +97,13 @@ class _Reading:
     def _look_at_whole(self, quantization: Mapping[str, Any]) -> None:
         """Refuse what changes all weights; what is said of the KV cache is logged."""
         legal = (PACKED, INTEGERS, _NAIVE, MIXED)
-        for key, choices in (("format", legal), ("quantization_status", (_STATUS,))):
+        for key, choices in (("format", legal), ("quantization_status", _STATUSES)):
             if (value := quantization.get(key)) not in choices:
-                raise self._illegal(key, value, ", ".join(map(repr, choices)))
+                raise self._illegal(key, value, ", ".join(repr(each) for each in choices if each is not None))
         for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
             value = quantization.get(key)
-            if value and value not in ({"format": "dense"}, {"config_groups": {}}):
+            dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense"
+            if value and not dense and value != {"config_groups": {}}:
                 raise self._illegal(key, value, "none: the weights as they are")
         if quantization.get("kv_cache_scheme") is not None:
             logger.warning("%s: kv_cache_scheme is not used: the KV cache is not quantized", self._file)
@@ -113,6 +115,10 @@ class _Reading:
         if group.get("output_activations") is not None:
             raise self._illegal(f"{key}.output_activations", group["output_activations"], "null")
         weights, inputs = f"{key}.weights", group.get("input_activations")
+        if inputs is not None and not (isinstance(inputs, dict) and inputs):
+            raise self._illegal(
+                f"{key}.input_activations", inputs, "null, or an object with num_bits, type, strategy ..."
+            )
         found = self._arguments(weights, group.get("weights"))
         for name, choices in (
             ("type", ("int",)),
@@ -187,15 +193,27 @@ class _Reading:
     def _matches(self, name: str, target: str) -> bool:
         if not target.startswith("re:"):
             return target == name
-        try:
-            return re.match(target.removeprefix("re:"), name) is not None
-        except re.error as error:
-            raise self._illegal("a target", target, f"a regular expression ({error})") from None
+        return re.match(target.removeprefix("re:"), name) is not None
 
     def _names(self, key: str, given: Any) -> list[str]:
         if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
             raise self._illegal(key, given, "a list of names")
+        for target in given:
+            if target.startswith("re:"):
+                self._check_pattern(key, target)
         return given
+
+    def _check_pattern(self, key: str, target: str) -> None:
+        """Refuse a pattern that is none, and one that might take years to match: names are matched by backtracking."""
+        pattern = target.removeprefix("re:")
+        quantifiers, groups = len(re.findall(r"[*+{]|(?<!\()\?", pattern)), pattern.count("(")
+        if re.search(r"\)(\s|#.*\n)*[*+{]", pattern) or max(quantifiers, groups) > _LARGEST_PATTERN:
+            few = f"at most {_LARGEST_PATTERN} of * + ? {{ and {_LARGEST_PATTERN} groups"
+            raise self._illegal(key, target, f"a pattern in which no group is repeated, with {few}")
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            raise self._illegal(key, target, f"a regular expression ({error})") from None
 
     def _known(self, key: str, given: Mapping[str, Any], legal: Iterable[str]) -> None:
         for name in given:

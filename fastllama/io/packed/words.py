@@ -34,6 +34,13 @@ def unpack_nibbles(words: Tensor, count: int, dim: int = 1) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)[:, :count]
 
 
+def pack_bytes(values: Tensor) -> Tensor:
+    """int8 [N, K] -> int32, four in a word along the columns; the rest is zeros."""
+    rows, columns = values.shape
+    stored = F.pad(values.view(torch.uint8) ^ 128, (0, -columns % 4)).contiguous()
+    return stored.view(-1).view(torch.int32).view(rows, words_of(columns, 8))
+
+
 def unpack_bytes(words: Tensor, count: int, dim: int = 1) -> Tensor:
     """int8, `count` of them along dim 1 or 0, of contiguous words that hold four each."""
     if dim == 0:
