@@ -12,6 +12,7 @@ from torch import Tensor
 from fastllama import LlamaForCausalLM, SamplingParams
 from fastllama.layers import packing
 from fastllama.layers.linear import PackedLinear
+from fastllama.layers.quantized import LINEARS
 from fastllama.runtime.device import sampler
 from fastllama.runtime.device.runner import StepLogits
 from tests.runtime.models import ours, prompt_of, running
@@ -64,13 +65,13 @@ def build(weights: str) -> LlamaForCausalLM:
     model = ours("gqa tied" if weights == "bf12" else "biases", dtype=dtype)
     if weights == "bf12":
         packing.pack(model, progress=False)
-    elif weights in packing.QUANTIZED:
+    elif weights in LINEARS:
         packing.quantize(model, weights, progress=False)
     assert any(isinstance(module, PackedLinear) for module in model.modules()) == (weights not in ("fp32", "bf16"))
     return model
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "bf12", *packing.QUANTIZED])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "bf12", *LINEARS])
 def test_on_a_cpu(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(weights)
     alone = run(model, monkeypatch, alone=True, deterministic=True)
