@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fastllama
+from fastllama.errors import brief
 from fastllama.io.adapter import locate
 from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
@@ -74,12 +75,12 @@ def load_parts(
         loaded = _ours("model", model, _MODELS)
         found = loaded.tokenizer if tokenizer is None else found
         called = loaded.name_or_path
-        settings = _legal_settings(called or type(model).__name__, loaded.sampling_settings)
+        settings = _legal_settings(called or type(model).__name__, loaded.sampling_settings, found)
     elif isinstance(model, (str, Path)):
         target, (path, merged) = resolve_device(device), locate(model, adapter)
         found = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
         called = str(model)
-        settings = _legal_settings(*read_sampling_settings(path))
+        settings = _legal_settings(*read_sampling_settings(path), found)
         with announcing(target, progress):
             loaded = load_model(
                 path, adapter=merged, dtype=dtype, device=target, quantization=quantization, progress=progress
@@ -137,10 +138,20 @@ def _tokenizer_of(tokenizer: Any, *places: Path) -> Tokenizer | None:
     return find_tokenizer(*places) if tokenizer is None else as_tokenizer(tokenizer)
 
 
-def _legal_settings(source: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's sampling settings, less those that SamplingParams refuses, which are logged; source: what sets them."""
+def _legal_settings(source: str | Path, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A model's sampling settings, less those that requests cannot bring, which are logged; source: what sets them.
+
+    SamplingParams refuses some, and stop strings need a tokenizer.
+    """
     legal = {}
     for name, value in settings.items():
+        if name == "stop" and tokenizer is None:
+            logger.warning(
+                "%s: stop is %s, which needs a tokenizer, and there is none; the setting is ignored",
+                source,
+                brief(value),
+            )
+            continue
         try:
             SamplingParams.from_dict({name: value})
         except (TypeError, ValueError) as error:

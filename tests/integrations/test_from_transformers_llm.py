@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import fastllama
 from fastllama import LLM, SamplingParams
+from fastllama.io.hub import resolve_model
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.drafting.draft_model import DraftModel
 from tests.integrations.models import IDS, VOCAB, llama
@@ -119,6 +120,40 @@ def test_settings_that_are_illegal_are_told(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING), running(ours) as llm:
         assert llm.sampling_defaults == {"top_k": 5}
     assert "hub/name: top_p is 3.0" in caplog.text
+
+
+def test_stop_strings_without_a_tokenizer_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = llama()
+    theirs.generation_config = GenerationConfig(stop_strings=["end"], max_new_tokens=3)
+    theirs.save_pretrained(tmp_path)
+    for model in (theirs, fastllama.from_transformers(theirs), tmp_path):
+        caplog.clear()
+        with running(model) as llm:
+            assert llm.sampling_defaults == {"max_tokens": 3}
+            assert len(llm.generate([[5, 9]])[0].outputs[0].token_ids) == 3
+        assert "stop is ['end'], which needs a tokenizer, and there is none; the setting is ignored" in caplog.text
+
+
+def test_stop_strings_beside_a_tokenizer_count(chatml: Any, caplog: pytest.LogCaptureFixture) -> None:
+    theirs = llama(vocab_size=len(chatml))
+    theirs.generation_config = GenerationConfig(stop_strings=["end"])
+    with running(theirs, tokenizer=chatml) as llm:
+        assert llm.default_params.stop == ("end",)
+    assert "is ignored" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "piece"), [("bos_token", "</s>"), ("eos_token", "<unk>")])
+def test_chat_asks_with_special_tokens_that_were_changed(name: str, piece: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("tiny"))
+    setattr(tokenizer, name, piece)
+    talk = [*CHAT, {"role": "assistant", "content": "Yo"}, *CHAT]
+    asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    with running(llama(vocab_size=len(tokenizer)), tokenizer=tokenizer) as llm:
+        output = llm.chat(talk, SamplingParams(temperature=0, max_tokens=1))
+    assert piece in asked
+    assert [*output.prompt_token_ids] == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8", "w8a8"])

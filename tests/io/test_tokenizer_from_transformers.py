@@ -14,7 +14,6 @@ from packaging.version import Version
 from transformers import AddedToken, AutoTokenizer
 
 from fastllama.errors import ExtraRequiredError
-from fastllama.io.hub import resolve_model
 from fastllama.io.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, as_tokenizer, load_tokenizer
 from tests.io import tokenizer_folders as folders
 from tests.io import tokenizer_samples as samples
@@ -23,8 +22,6 @@ BEFORE_5 = Version(transformers.__version__) < Version("5")
 # Kinds that every version of transformers reads, and writes so that they are read alike.
 KINDS = ["llama2_slow", "llama2_json_of_its_own", "smollm2", "llama3", "llama3_called_llama"]
 TEXTS = ["", "Once upon a time", "a  b\n\n c\t", "x = [1, 22, 333]  # naïve 😀 日本", "he said: “no”…\r\n", "1999 ²"]
-# What transformers 5 keeps of a folder and 4.57 reads otherwise behind an added token, and the other way round.
-OTHER = "chatml_json" if BEFORE_5 else "chatml_slow_legacy"
 
 
 def opened(kind: str) -> Any:
@@ -149,9 +146,7 @@ def test_what_is_put_around_a_text_is_compared_too(caplog: pytest.LogCaptureFixt
 
 def test_added_tokens_are_compared_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        theirs = opened(OTHER)
-        theirs.name_or_path = "of nowhere"
-        assert as_tokenizer(theirs) is None
+        assert as_tokenizer(Changed(opened("smollm2"), "a <|im_end|> b<|im_end|>c\n")) is None
     assert "of the text 'a <|im_end|> b<|im_end|>c\\n' it makes [" in caplog.text
 
 
@@ -217,34 +212,3 @@ def test_ours_and_paths() -> None:
 def test_what_is_no_tokenizer(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^tokenizer is .*; legal: a path, fastllama's Tokenizer, a transformers tok"):
         as_tokenizer(value)
-
-
-@pytest.mark.skipif(BEFORE_5, reason="4.57 itself reads the bundled model's folder otherwise than 5")
-def test_where_transformers_reads_other_ids_out_of_what_it_writes_the_folder_it_came_from_is_read(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A "legacy" SentencePiece vocabulary, as the bundled model's."""
-    theirs = AutoTokenizer.from_pretrained(resolve_model("tiny"))
-    ours = as_tokenizer(theirs)
-    assert ours is not None
-    text = "a </s> b</s>c\n"
-    assert ours.encode_template(text) == theirs(text, add_special_tokens=False).input_ids
-    assert ours.chat_template == theirs.chat_template
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("change", ["added", "template"])
-def test_the_folder_it_came_from_does_not_hold_what_was_changed_since(
-    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    theirs = AutoTokenizer.from_pretrained(resolve_model("tiny"))
-    if change == "added":
-        theirs.add_tokens(["<|new|>"])
-    else:
-        theirs.chat_template = "{{ messages[0].content }}"
-    theirs.save_pretrained(tmp_path)
-    text = "a </s> b</s>c\n"
-    reads_otherwise = AutoTokenizer.from_pretrained(tmp_path)(text).input_ids != theirs(text).input_ids
-    found = as_tokenizer(theirs)
-    assert found is None if reads_otherwise or BEFORE_5 else found.chat_template == theirs.chat_template
-    assert bool(caplog.records) == (found is None)

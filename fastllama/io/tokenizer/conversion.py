@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastllama.errors import CheckpointError, ExtraRequiredError, brief, shown
+from fastllama.io.formats.json_files import read_json
 from fastllama.io.tokenizer.base import CONTROL_PIECES, INFILLING_PIECES, Tokenizer
 from fastllama.io.tokenizer.find import load_tokenizer
+from fastllama.io.tokenizer.settings import CONFIG, NAMES
 
 _LOG = logging.getLogger("fastllama")
-# What tokenizers differ in: spaces, line ends, digits, case, code, scripts, composed signs, unknown signs, nothing.
+# What tokenizers differ in: spaces, line ends, digits, case, code, scripts, composed signs, unknown signs, nothing;
+# and the spaces before signs that `clean_up_tokenization_spaces` takes out of a decoded text.
 _TEXTS = (
     "",
     "a",
@@ -27,17 +31,29 @@ _TEXTS = (
     "🙂👩\u200d👩\u200d👧🏽 🇫🇷 \u00a0\u2003\u200b…",
     "https://example.org/?q=a+b&c=%20#top <p>tag</p> [INST] </INST>",
     "\x07\ufffd\U0010ffff",
+    "Well , it 's so . Do n't we 've ?",
 )
 _MOST_ADDED = 32
+
+
+class _Reading(NamedTuple):
+    """A tokenizer as it was read; why it cannot stand for the one given, "" if it can; what differs all the same."""
+
+    tokenizer: Tokenizer | None
+    trouble: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
     """Our tokenizer: one that is given, that at a path, or one of the files that a transformers tokenizer writes.
 
-    The last must have transformers' `save_pretrained` and be called with a text. Both must encode some odd texts alike,
-    with its added tokens too. Where they do not, the folder that it came from is tried: transformers 5 reads other ids
-    out of what it writes, where SentencePiece vocabularies are "legacy". Else None, and a warning that names the first
-    text that differs, or why the files cannot be read.
+    The last must have transformers' `save_pretrained` and be called with a text. Both must have the same special
+    tokens, encode some odd texts alike, with its added tokens too, and decode these ids alike. Where its files read as
+    transformers 5.23 reads them do not (it sets the leading space of a "legacy" Llama anew), tokenizer.json is read as
+    it stands. Else the result is None, and a warning names the first difference, or why the files cannot be read.
+
+    Two differences are only warned of: the text behind `<s>`, `</s>` or `<unk>`, as plain prompts are encoded alike,
+    and `clean_up_tokenization_spaces`, which many files set, only transformers before 5 obeys, and ours never does.
     Raises TypeError for anything else, what `load_tokenizer` raises, and what `save_pretrained` raises.
     """
     if isinstance(tokenizer, Tokenizer):
@@ -51,28 +67,71 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
     name = str(getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)
     with tempfile.TemporaryDirectory(prefix="fastllama-tokenizer-") as written:
         tokenizer.save_pretrained(written)
-        found, trouble = _read(Path(written), tokenizer)
-    if trouble and Path(name).is_dir():
-        origin, other_trouble = _read(Path(name), tokenizer)
-        if origin and not other_trouble and (found is None or origin.chat_template == found.chat_template):
-            return origin
+        reading = _read(Path(written), tokenizer)
+        if reading.tokenizer and (reading.trouble or reading.remarks) and _forget_class(Path(written)):
+            literal = _read(Path(written), tokenizer)
+            reading = min(reading, literal, key=lambda each: (bool(each.trouble), len(each.remarks)))
+    found, trouble, remarks = reading
     if found is None or trouble:
         _LOG.warning("tokenizer %s is not used, only token ids go in and out: %s", shown(name), shown(trouble, 400))
         return None
+    for remark in remarks:
+        _LOG.warning("tokenizer %s is used, but %s", shown(name), shown(remark, 400))
     found.path = Path(name, found.path.name)  # what messages name, as the file itself is gone
     return found
 
 
-def _read(folder: Path, theirs: Any) -> tuple[Tokenizer | None, str]:
-    """The tokenizer of a folder, and why it is not the same as another; "" where it is."""
+def _forget_class(folder: Path) -> bool:
+    """Name no class beside a tokenizer.json, so that it is read as it stands; whether that changes anything."""
+    if not (folder / "tokenizer.json").is_file() or not (folder / CONFIG).is_file():
+        return False
+    content = read_json(folder / CONFIG)
+    if content.pop("tokenizer_class", None) is None:
+        return False
+    (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+    return True
+
+
+def _read(folder: Path, theirs: Any) -> _Reading:
+    """The tokenizer of a folder, compared with another."""
     try:
         ours = load_tokenizer(folder)
     except (CheckpointError, ExtraRequiredError, FileNotFoundError) as error:
-        return None, str(error).replace(f"{folder}/", "").replace(str(folder), "its files")
-    for text, found, expected in _encoded(ours, theirs):
+        return _Reading(None, str(error).replace(f"{folder}/", "").replace(str(folder), "its files"))
+    for name, found, expected in _named(ours, theirs):
         if found != expected:
-            return ours, f"of the text {brief(text)} it makes {brief(expected)}, ours {brief(found)}"
-    return ours, ""
+            return _Reading(ours, f"its {name} is {brief(expected)}, ours {brief(found)}")
+    remarks = []
+    behind_control_pieces = [_around(piece) for piece in CONTROL_PIECES]
+    for text, ids, expected_ids in _encoded(ours, theirs):
+        if ids != expected_ids:
+            seen = f"of the text {brief(text)} it makes {brief(expected_ids)}, ours {brief(ids)}"
+            if text not in behind_control_pieces or _special(ours, ids) != _special(ours, expected_ids):
+                return _Reading(ours, seen)
+            remarks.append(f"text behind a control piece is encoded otherwise: {seen}")
+    cleaned = []
+    for ids, found, expected in _decoded(ours, theirs):
+        if found != expected:
+            seen = f"the ids {brief(ids)} are the text {brief(expected)} by it, {brief(found)} by ours"
+            if not getattr(theirs, "clean_up_tokenization_spaces", False) or found != _uncleaned(theirs, ids):
+                return _Reading(ours, seen)
+            cleaned.append(f"its clean_up_tokenization_spaces is not followed: {seen}")
+    return _Reading(ours, "", (*remarks[:1], *cleaned[:1]))
+
+
+def _named(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, str | int | None, str | int | None]]:
+    """The special tokens that chat templates can read, and the ids of BOS and EOS: name, by ours, by transformers."""
+    named = getattr(theirs, "special_tokens_map", None)
+    if isinstance(named, Mapping):
+        others = (
+            name for name, piece in named.items() if isinstance(piece, str) and name not in (*NAMES, "fill_token")
+        )
+        for name in (*NAMES, *others):
+            yield name, ours.special_tokens.get(name), named.get(name)
+    for name in ("bos_token_id", "eos_token_id"):
+        token_id = getattr(theirs, name, None)
+        if token_id is not None:  # ours may find in the vocabulary what theirs does not name
+            yield name, getattr(ours, name), token_id
 
 
 def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
@@ -82,8 +141,29 @@ def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], lis
     unasked = {*INFILLING_PIECES, getattr(theirs, "fill_token", None), *(() if ours.chat_template else CONTROL_PIECES)}
     pieces = {*ours.special_pieces(), *getattr(theirs, "added_tokens_encoder", ())}
     added = [piece for piece in sorted(pieces) if piece not in unasked][:_MOST_ADDED]
-    for text in (*_TEXTS, *(f"a {piece} b{piece}c\n" for piece in added)):
+    for text in (*_TEXTS, *map(_around, added)):
         yield text, ours.encode_template(text), _ids(theirs(text, add_special_tokens=False))
+
+
+def _decoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[list[int], str, str]]:
+    """Ids of texts, and the text of each by both; nothing where theirs decodes none."""
+    if callable(getattr(theirs, "decode", None)):
+        for text in _TEXTS:
+            ids = ours.encode_template(text)
+            yield ids, ours.decode(ids), theirs.decode(ids, skip_special_tokens=True)
+
+
+def _uncleaned(theirs: Any, ids: list[int]) -> str:
+    return str(theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _around(piece: str) -> str:
+    """A text with an added piece, between words and within one."""
+    return f"a {piece} b{piece}c\n"
+
+
+def _special(ours: Tokenizer, ids: list[int]) -> list[int]:
+    return [token_id for token_id in ids if token_id in ours.special_ids]
 
 
 def _ids(encoded: Any) -> list[int]:

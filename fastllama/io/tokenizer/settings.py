@@ -13,7 +13,7 @@ from fastllama.io.formats.json_files import json_kind, read_json
 from fastllama.io.tokenizer.added import AddedPiece
 
 CONFIG, OVERRIDES, NUMBERS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(_LLAMA, "<|endoftext|>")
 # transformers' fifth of Code Llama, <FILL_ME>, is no token of the model: Tokenizer.encode_infilling takes two texts.
@@ -95,7 +95,7 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
     for file in (config, overrides):
         for key, value in file.content.items():
             is_own = key.endswith("_token") and not key.startswith(("add_", "fill_")) and isinstance(value, str)
-            if key in _NAMES or is_own:
+            if key in NAMES or is_own:
                 read[key] = file.token(key)
     removed = frozenset(key for key, piece in read.items() if piece is None)
     found = {key: piece for key, piece in read.items() if piece and piece.content}
@@ -103,7 +103,7 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
         key: AddedPiece(text) for key, text in _NAMED_BY_CLASS.get(kind or "", {}).items() if key not in removed
     }
     found = defaults | found
-    names = [*(name for name in _NAMES if name in found), *(name for name in found if name not in _NAMES)]
+    names = [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
 
     extra = config.tokens("extra_special_tokens") or config.tokens("additional_special_tokens")
     extra += overrides.tokens("extra_special_tokens")
