@@ -27,7 +27,11 @@ def why_unusable(package: str) -> str | None:
 
     That it is there says little: it may be too old for the NumPy beside it, or want a folder that cannot be written.
     """
-    if importlib.util.find_spec(package) is None:
+    try:
+        found = importlib.util.find_spec(package)
+    except ImportError:  # of a finder that keeps the package out
+        found = None
+    if found is None:
         return NOT_INSTALLED
     try:
         importlib.import_module(package)

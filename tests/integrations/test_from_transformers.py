@@ -316,3 +316,14 @@ def test_each_lives_without_the_other() -> None:
     assert gone() is None
     rubbish += [torch.full((1 << 14,), 1e9) for _ in range(64)]
     assert endless(theirs) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*:FutureWarning")
+def test_a_model_that_was_trained_with_checkpoints() -> None:
+    """transformers leaves a hook on the embedding that asks for gradients."""
+    model = llama()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    assert model.model.embed_tokens._forward_hooks
+    assert fastllama.from_transformers(model).dtype == torch.float32

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForSequenceClassification, StaticCache
+from transformers import AttentionInterface, DynamicCache, LlamaForSequenceClassification, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama import modeling_llama
 
 import fastllama
 from tests.integrations.models import (
@@ -280,3 +283,52 @@ def test_attention_weights_are_refused() -> None:
         with pytest.raises(ValueError, match=r"output_attentions is True, .* fastllama.unpatch\(model\)"):
             patched(IDS, output_attentions=True)
         assert on_our_ops(patched)
+
+
+def scaled_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """An attention function of somebody's own."""
+    return sdpa_attention_forward(module, *args, **kwargs | {"scaling": 0.01})
+
+
+def test_an_attention_function_of_others_stays() -> None:
+    AttentionInterface.register("scaled", scaled_attention)
+    stock = llama()
+    stock.set_attn_implementation("scaled")
+    model = copy.deepcopy(stock)
+    with pytest.raises(
+        ValueError, match=r"strict: patched 0 of .*attention function 'scaled' is none of transformers'"
+    ):
+        fastllama.patch(model, strict=True)
+    with pytest.warns(UserWarning, match="patched 0 of"):
+        assert fastllama.patch(model).norms > 0
+    assert model.config._attn_implementation == "scaled"
+    with torch.inference_mode():
+        assert_close(model(IDS).logits, stock(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["LlamaDecoderLayer", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"])
+def test_a_forward_that_was_wrapped_for_all_models_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """functools.wraps gives what wraps it the forward's own names."""
+    kind = getattr(modeling_llama, name)
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    model = llama()
+    monkeypatch.setattr(kind, "forward", run)
+    with pytest.raises(ValueError, match=rf"strict: patched 0 of .*{name} whose forward was replaced"):
+        fastllama.patch(model, strict=True)
+
+
+def test_a_rotation_that_was_wrapped_for_all_models_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    @functools.wraps(rotate)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return rotate(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", run)
+    with pytest.raises(ValueError, match=r"modeling_llama.apply_rotary_pos_emb was replaced"):
+        fastllama.patch(llama(), strict=True)

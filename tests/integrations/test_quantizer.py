@@ -331,3 +331,35 @@ def test_peft_names_the_layers_that_it_cannot_adapt(folder: Path) -> None:
     expected = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
     assert torch.equal(logits(adapted), expected)  # its B begins as 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_modules_that_the_class_keeps_in_fp32_are_not_converted(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its code asks for the dtype of their weights: here of T5's wo."""
+    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 128, "num_layers": 1, "num_heads": 4, "d_kv": 16}
+    kind = transformers.T5ForConditionalGeneration
+    kind(transformers.T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    config = fastllama.FastLlamaConfig("int8")
+    model = kind.from_pretrained(tmp_path, quantization_config=config, dtype=dtype).eval()
+    assert {name.rpartition(".")[2] for name in quantized(model)} == {"q", "k", "v", "o", "wi"}
+    with torch.no_grad():
+        found = model(input_ids=IDS[:, :5] % 64, decoder_input_ids=IDS[:, :4] % 64).logits
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float64", torch.float64])
+def test_float64_is_refused_by_name_too(dtype: Any, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype is (torch\.)?float64; legal beside a FastLlamaConfig: torch.float32"):
+        opened(folder, "int4", dtype=dtype)
+
+
+def test_a_finder_that_keeps_transformers_out() -> None:
+    done = run(
+        "import sys, fastllama\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *args):\n"
+        "        if name == 'transformers': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "fastllama.patch\n"
+    )
+    assert "needs 'transformers', which is not installed: pip install 'fastllama[hf]'" in done.stderr

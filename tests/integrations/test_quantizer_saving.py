@@ -192,3 +192,31 @@ def test_a_quantized_folder_is_not_quantized_again(root: Path) -> None:
         ValueError, match="quantized with CompressedTensorsConfig but you are passing a FastLlamaConfig"
     ):
         opened(root / "int8", "int4")
+
+
+REOPEN_BODY = """
+import sys, torch, transformers
+model, report = transformers.AutoModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16, output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+with torch.no_grad():
+    torch.save(model(torch.load(f"{sys.argv[1]}/ids.pt"))[0], f"{sys.argv[1]}/hidden.pt")
+assert not [name for name in sys.modules if name.split(".")[0] == "fastllama"]
+"""
+
+
+def test_the_body_is_saved_for_itself(root: Path, tmp_path: Path) -> None:
+    model = opened(root / "int8 from", "int8")
+    model.model.save_pretrained(tmp_path)
+    torch.save(IDS, tmp_path / "ids.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", REOPEN_BODY, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    plain = copy.deepcopy(model).dequantize()
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "hidden.pt"), plain.model(IDS)[0])
+    assert model.config.quantization_config is not None
+    model.save_pretrained(tmp_path / "whole")
+    assert settings(tmp_path / "whole") == settings(root / "int8")
+    plain.model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text(encoding="utf-8")

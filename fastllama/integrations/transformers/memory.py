@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -13,15 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from fastllama.errors import counted
+from fastllama.errors import brief, counted
 from fastllama.integrations.transformers.fused import fuse
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 from fastllama.integrations.transformers.patch import unfit
 from fastllama.integrations.transformers.trouble import (
+    DTYPES,
     GATE_UP,
     NORMS,
     QKV,
+    foreign,
+    foreign_attention,
     hooked,
+    is_own,
     is_stock,
     kind_of,
     weight_trouble,
@@ -65,14 +71,16 @@ def from_transformers(model: nn.Module, tokenizer: Any = None) -> LlamaForCausal
         raise TypeError(f"model is {kind_of(model)}; legal: a transformers LlamaForCausalLM{of_peft}")
     given: Any = model
     _check(given)
-    generation = _as_json(given.generation_config)
+    generation = _as_json("generation_config", given.generation_config)
     config = _config(given, generation)
     ours = LlamaForCausalLM(config, given.lm_head.weight.dtype, "meta")
     _check_shapes(given, ours)
     ours.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     name = getattr(given, "name_or_path", None) or None
     ours.name_or_path = name
-    source = generation or _as_json(given.config)  # as generation_config.json, where there is none config.json
+    source = generation or _as_json(
+        "config", given.config
+    )  # as generation_config.json, where there is none config.json
     ours.sampling_settings = sampling_settings(source, f"{name or type(model).__name__}: generation_config")
     _share(given, ours)
     return ours.eval()
@@ -94,37 +102,64 @@ def _first(names: Sequence[str]) -> str:
 
 def _troubles(model: Any) -> Iterator[tuple[str, str]]:
     """Modules by name, and why each cannot be part of a model of ours."""
-    body, head = model.model, model.lm_head
-    if type(model).forward.__module__ != modeling_llama.__name__:
+    body: Any = getattr(model, "model", None)
+    head, kind = getattr(model, "lm_head", None), type(model)
+    if not is_own(kind.forward, modeling_llama.__name__):
         yield "the model", f"it is {kind_of(model)} with a forward of its own"
+    if kind.__call__ is not nn.Module.__call__:
+        yield "the model", f"it is {kind_of(model)} with a __call__ of its own"
     if not is_stock(body, "LlamaModel"):
-        yield "model.model", f"it is {kind_of(body)}"
+        yield "model.model", f"it is {foreign(body)}"
         return
-    embedding, norm, rotary = body.embed_tokens, body.norm, body.rotary_emb
-    plain = {
+    embedding, norm, rotary = (getattr(body, name, None) for name in ("embed_tokens", "norm", "rotary_emb"))
+    plain: dict[str, bool] = {
         "model.embed_tokens": type(embedding) is nn.Embedding and embedding.max_norm is None,
         "model.norm": type(norm) is LlamaRMSNorm or is_stock(norm, "LlamaRMSNorm"),
         "model.rotary_emb": is_stock(rotary, "LlamaRotaryEmbedding"),
         "lm_head": type(head) is nn.Linear and head.bias is None,
     }
     if wrong := [name for name, is_plain in plain.items() if not is_plain]:
-        yield from ((name, f"it is {_described(model.get_submodule(name))}") for name in wrong)
+        found = {"model.embed_tokens": embedding, "model.norm": norm, "model.rotary_emb": rotary, "lm_head": head}
+        yield from ((name, f"it is {_described(found[name])}") for name in wrong)
         return
     for name in ("", "model", *plain, *(f"model.layers.{index}" for index in range(len(body.layers)))):
         if reason := hooked(model.get_submodule(name)):
             yield name or "the model", f"it has {reason}"
-    first = embedding.weight
+    first = getattr(embedding, "weight", None)
+    if first is None:
+        yield "model.embed_tokens", str(weight_trouble(first, first))
+        return
     for name in ("model.embed_tokens", "model.norm", "lm_head"):
-        if reason := weight_trouble(model.get_submodule(name).weight, first):
+        if reason := weight_trouble(getattr(model.get_submodule(name), "weight", None), first):
             yield name, reason
     for index, layer in enumerate(body.layers):
         reason = unfit(layer) or _layer_trouble(layer, first)
         if reason:
             yield f"model.layers.{index}", reason
+    yield from _used_twice(model)
+
+
+def _used_twice(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Weights that are another's too: fused ones are moved or copied, and only one of the two would follow."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), _packed(model)):
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta or not tensor.numel():
+            continue
+        other = seen.setdefault((tensor.device, tensor.data_ptr()), name)
+        if other != name and {other, name} != {"model.embed_tokens.weight", "lm_head.weight"}:
+            yield name, f"it is {other} too"
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear):
+            yield from ((f"{name}.{each}", tensor) for each, tensor in module.named_buffers())
 
 
 def _described(module: Any) -> str:
-    kind = kind_of(module)
+    if module is None:
+        return "missing"
+    kind = foreign(module)
     if type(module) is nn.Embedding:
         return f"{kind} with max_norm={module.max_norm}"
     return f"{kind} with a bias" if type(module) is nn.Linear else kind
@@ -133,6 +168,8 @@ def _described(module: Any) -> str:
 def _layer_trouble(layer: Any, first: Tensor) -> str | None:
     """Why a decoder layer that can be patched cannot be one of ours. first: what dtype and device must be those of."""
     attention = layer.self_attn
+    if reason := foreign_attention(attention.config):
+        return reason
     if reason := weight_trouble(layer.input_layernorm.weight, first):
         return f"input_layernorm's {reason}"
     if not getattr(attention, "is_causal", True):
@@ -146,15 +183,28 @@ def _layer_trouble(layer: Any, first: Tensor) -> str | None:
     return None
 
 
-def _as_json(config: Any) -> dict[str, Any]:
-    """What a configuration of transformers writes to its file."""
-    content: dict[str, Any] = {} if config is None else json.loads(config.to_json_string())
+def _as_json(name: str, config: Any) -> dict[str, Any]:
+    """What a configuration of transformers writes to its file. Raises TypeError for a setting that no file can hold."""
+    if config is None:
+        return {}
+    if isinstance(ends := getattr(config, "eos_token_id", None), Tensor):
+        config = copy.copy(config)
+        config.eos_token_id = ends.tolist()
+    try:
+        content: dict[str, Any] = json.loads(config.to_json_string())
+    except (TypeError, ValueError) as error:
+        for key, value in vars(config).items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}.{key} is {brief(value)}; legal: what {name}.json can hold") from None
+        raise TypeError(f"{name} cannot be written as JSON ({error}); legal: what {name}.json can hold") from None
     return content
 
 
 def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
     """The configuration of what the model is: transformers may have been told otherwise since it was made."""
-    config = LlamaConfig.from_hf(_as_json(model.config))
+    config = LlamaConfig.from_hf(_as_json("config", model.config))
     body = model.model
     if len(body.layers) != config.num_hidden_layers:
         raise ValueError(
@@ -167,23 +217,35 @@ def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
         attention_bias=_has_biases(body.layers, "self_attn", (*QKV, "o_proj")),
         mlp_bias=_has_biases(body.layers, "mlp", (*GATE_UP, "down_proj")),
     )
-    frequencies = getattr(body.rotary_emb, "original_inv_freq", body.rotary_emb.inv_freq).float().cpu()
-    expected = inverse_frequencies(config, config.max_position_embeddings)
-    # A model cast to 16 bits has its frequencies rounded to these, by mistake: ours are exact.
-    alike = frequencies.shape == expected.shape and torch.allclose(frequencies, expected, rtol=1e-2, atol=0)
-    if not alike or not math.isclose(body.rotary_emb.attention_scaling, attention_factor(config), rel_tol=1e-4):
+    if not _turns_as(config, body.rotary_emb):
         raise ValueError(
             "model.model.rotary_emb turns otherwise than config's rope says; legal: as it was made from it"
         )
     ends = generation.get("eos_token_id")
     if ends is None:
         return config
-    if beyond := [end for end in (ends if isinstance(ends, list) else [ends]) if end >= config.vocab_size]:
+    listed = ends if isinstance(ends, list) else [ends]
+    if beyond := [end for end in listed if isinstance(end, int) and end >= config.vocab_size]:
         raise ValueError(
             f"generation_config.eos_token_id is {beyond[0]}, and config.vocab_size {config.vocab_size}; "
             "legal: an id that the model has"
         )
     return replace(config, eos_token_ids=token_ids("generation_config.eos_token_id", ends, config.vocab_size))
+
+
+def _turns_as(config: LlamaConfig, rotary: Any) -> bool:
+    """Whether a rotary embedding of transformers has the frequencies of a configuration, 1e-5 of each at most off.
+
+    A model cast to 16 bits has them rounded to these, by mistake: ours are exact.
+    """
+    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"  # follows what it last saw
+    found = (rotary.original_inv_freq if dynamic else rotary.inv_freq).detach().float().cpu()
+    expected = inverse_frequencies(config, config.max_position_embeddings)
+    if found.shape != expected.shape:
+        return False
+    bounds = [[(expected * share).to(dtype).float() for share in (1 - 1e-5, 1 + 1e-5)] for dtype in DTYPES]
+    alike = any(bool(((low <= found) & (found <= high)).all()) for low, high in bounds)
+    return alike and math.isclose(rotary.attention_scaling, attention_factor(config), rel_tol=1e-5)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -17,7 +17,17 @@ from transformers.models.llama import modeling_llama
 from fastllama.integrations.transformers.layer import LlamaDecoderLayer
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 from fastllama.integrations.transformers.reading import Reading
-from fastllama.integrations.transformers.trouble import NAME, collects, is_stock, kind_of, moved, overridden, trouble
+from fastllama.integrations.transformers.trouble import (
+    NAME,
+    collects,
+    foreign,
+    foreign_attention,
+    is_stock,
+    kind_of,
+    moved,
+    overridden,
+    trouble,
+)
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"  # of transformers, tested with what lies between
 
@@ -70,10 +80,10 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         if getattr(body.config, "output_attentions", False):
             raise ValueError("config.output_attentions is True; legal: False, as fused attention keeps no weights")
         of_body = {f"{name}.layers.{index}".lstrip("."): layer for index, layer in enumerate(body.layers)}
-        foreign = _foreign_attention(of_body)
+        reason_for_all = _unsuited(of_body)
         layers |= of_body
-        left |= {name: reason for name, layer in of_body.items() if (reason := foreign or unfit(layer))}
-        if foreign is None:
+        left |= {name: reason for name, layer in of_body.items() if (reason := reason_for_all or unfit(layer))}
+        if reason_for_all is None:
             ready.append(body)
     if left and strict:
         raise ValueError(f"strict: {PatchReport(len(layers) - len(left), len(layers), 0, left)}")
@@ -123,19 +133,21 @@ def _bodies(model: nn.Module) -> list[tuple[str, Any]]:
     return bodies
 
 
-def _foreign_attention(layers: Mapping[str, Any]) -> str | None:
+def _unsuited(layers: Mapping[str, Any]) -> str | None:
     """Why none of a body's layers can be patched: they all get one mask, and ours suits no other attention."""
     for name, layer in layers.items():
-        attention = getattr(layer, "self_attn", None)
+        attention: Any = getattr(layer, "self_attn", None)
         if not is_stock(attention, "LlamaAttention"):
-            return f"{name}.self_attn is {kind_of(attention)}"
+            return f"{name}.self_attn is {foreign(attention)}"
+        if reason := foreign_attention(attention.config):
+            return reason
     return None
 
 
 def unfit(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched; None where it can be, or is."""
     if type(layer) is not LlamaDecoderLayer and not is_stock(layer, "LlamaDecoderLayer"):
-        return f"it is {kind_of(layer)}"
+        return f"it is {foreign(layer)}"
     reason = overridden(layer)
     return trouble(layer) if reason is None else f"it has {reason}"
 

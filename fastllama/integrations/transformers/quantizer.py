@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -114,7 +115,8 @@ class FastLlamaQuantizer(HfQuantizer):
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if isinstance(dtype, torch.dtype) and dtype not in DTYPES:  # 4.57 gives "auto" and None, too
+        asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if isinstance(asked, torch.dtype) and asked not in DTYPES:  # 4.57 gives names, "auto" and None, too
             raise ValueError(f"dtype is {dtype}; legal beside a FastLlamaConfig: {', '.join(map(str, DTYPES))}")
         return dtype
 
@@ -130,6 +132,8 @@ class FastLlamaQuantizer(HfQuantizer):
                 )
         head, body = model.get_output_embeddings(), model.base_model
         inside = {id(module) for module in body.modules()}
+        for each in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):  # as the model's own code counts on
+            kept = [*kept, *(getattr(model, each, None) or ())]
         self._targets = frozenset(
             name
             for name, module in model.named_modules()
@@ -194,6 +198,9 @@ class FastLlamaQuantizer(HfQuantizer):
                 layer.bias.data.zero_()  # as transformers initialises an nn.Linear's, which this is no longer
         self._missing = set()
         self._describe(model)
+        for part in _parts(model):
+            if next(_quantized(part), None) is not None:  # it may be saved for itself
+                part.hf_quantizer = self
         return model
 
     @torch.no_grad()
@@ -207,6 +214,9 @@ class FastLlamaQuantizer(HfQuantizer):
 
     def _describe(self, model: Any) -> None:
         self.quantization_config = model.config.quantization_config = self.quantization_config.of(model)
+        for part in _parts(model):
+            if part.config is not model.config:  # a part that was saved for itself: files say it of the whole
+                vars(part.config).pop("quantization_config", None)
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What save_pretrained writes, compressed-tensors; config.json, which it writes next, then says so.
@@ -235,6 +245,8 @@ class FastLlamaQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(layer.weight.to(target))
             linear.register_parameter("bias", layer.bias)
             _put(model, name, linear)
+        for part in _parts(model):
+            vars(part).pop("hf_quantizer", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -251,6 +263,11 @@ class FastLlamaQuantizer(HfQuantizer):
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+
+
+def _parts(model: nn.Module) -> Iterator[Any]:
+    """The models of transformers within a model, which save_pretrained takes for themselves."""
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from fastllama.integrations.transformers.linears import HF_LINEARS
@@ -23,6 +24,9 @@ _QUANTIZED = (*HF_LINEARS.values(),)
 _MODELING = modeling_llama.__name__
 # Hooks of transformers' own, by which it collects hidden states: they do nothing to what a module computes.
 _COLLECTS = ("transformers.utils.output_capturing", "transformers.utils.generic")
+_GRADIENTS = "transformers.modeling_utils"  # whose hook on embeddings asks for gradients, and stays there afterwards
+# What torch's decorators make of a function: none changes what it computes.
+_OF_TORCH = ("torch.utils._contextlib", "torch._dynamo.eval_frame")
 
 
 def trouble(layer: Any) -> str | None:
@@ -33,25 +37,28 @@ def trouble(layer: Any) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     for name, kind in (("self_attn", "LlamaAttention"), ("mlp", "LlamaMLP")):
         if not is_stock(getattr(layer, name), kind):
-            return f"{name} is {kind_of(getattr(layer, name))}"
-    first = attention.q_proj.weight if type(attention.q_proj) is nn.Linear else layer.input_layernorm.weight
+            return f"{name} is {foreign(getattr(layer, name))}"
+    for name in NORMS:
+        norm = getattr(layer, name)
+        if type(norm) is not LlamaRMSNorm and not is_stock(norm, "LlamaRMSNorm"):
+            return f"{name} is {foreign(norm)}"
+    first = getattr(getattr(attention, "q_proj", None), "weight", None)
+    if type(first) is not nn.Parameter:  # a quantized layer's is computed
+        first = layer.input_layernorm.weight
     owners: tuple[tuple[Any, tuple[str, ...]], ...] = (attention, (*QKV, "o_proj")), (mlp, (*GATE_UP, "down_proj"))
     for owner, names in owners:
         for name in names:
-            if reason := _linear_trouble(name, getattr(owner, name), first):
+            if reason := _linear_trouble(name, getattr(owner, name, None), first):
                 return reason
     for owner, fused in ((attention, QKV), (mlp, GATE_UP)):
         if len({getattr(owner, name).bias is None for name in fused}) > 1:
             return f"only some of {', '.join(fused)} have a bias"
     for name in NORMS:
-        norm = getattr(layer, name)
-        if type(norm) is not LlamaRMSNorm and not is_stock(norm, "LlamaRMSNorm"):
-            return f"{name} is {kind_of(norm)}"
-        if reason := weight_trouble(norm.weight, first):
+        if reason := weight_trouble(getattr(getattr(layer, name), "weight", None), first):
             return f"{name}'s {reason}"
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         return f"its activation is {kind_of(mlp.act_fn)}"
-    if not modeling_llama.apply_rotary_pos_emb.__module__.startswith("transformers."):
+    if not is_own(modeling_llama.apply_rotary_pos_emb):
         return "modeling_llama.apply_rotary_pos_emb was replaced"
     norms = layer.input_layernorm, layer.post_attention_layernorm
     for module in (attention, mlp, *norms, *attention.children(), *mlp.children()):
@@ -65,7 +72,35 @@ def trouble(layer: Any) -> str | None:
 def is_stock(module: Any, name: str) -> bool:
     """Whether a module is of transformers' own class of that name, and the class's forward is transformers' own."""
     kind = type(module)
-    return kind.__name__ == name and kind.__module__ == _MODELING and kind.forward.__module__ == _MODELING
+    return kind.__name__ == name and kind.__module__ == _MODELING and is_own(kind.forward, _MODELING)
+
+
+def is_own(function: Any, module: str = "transformers.") -> bool:
+    """Whether a function is of a module whose name begins so, under no decorators but transformers' and torch's.
+
+    What functools.wraps makes has the names of what it wraps: where the code comes from its globals tell.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    while inner is not None:
+        if not _home(function).startswith(("transformers.", *_OF_TORCH)):
+            return False
+        function, inner = inner, getattr(inner, "__wrapped__", None)
+    return _home(function).startswith(module)
+
+
+def _home(function: Any) -> str:
+    """The module that a function was written in; empty for what is no function of Python."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
+def foreign_attention(config: Any) -> str | None:
+    """Why the attention function of a layer's configuration is not one whose place ours can take."""
+    name = config._attn_implementation
+    if name == NAME or "/" in (name or ""):  # the latter are kernels of the hub, that transformers registers
+        return None
+    eager = name in (None, "eager")
+    function = modeling_llama.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS.get(name, None)
+    return None if is_own(function) else f"its attention function {name!r} is none of transformers' own"
 
 
 def global_hooks() -> bool:
@@ -77,7 +112,7 @@ def hooked(module: nn.Module) -> str | None:
     """What would be passed over where a module's weights are used and the module is not called; None if nothing."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for hook in hooks.values():
-            if not collects(hook):
+            if not collects(hook) and _home(hook) != _GRADIENTS:
                 return "a hook"
     return moved(module) or overridden(module)
 
@@ -104,12 +139,17 @@ def overridden(module: Any) -> str | None:
 
 def collects(function: Any) -> bool:
     """Whether a hook or forward is transformers' own, by which it collects hidden states or attention weights."""
-    return getattr(function, "__globals__", {}).get("__name__") in _COLLECTS
+    return _home(function) in _COLLECTS
 
 
 def _linear_trouble(name: str, linear: Any, first: Tensor) -> str | None:
+    if linear is None:
+        return f"there is no {name}"
     if type(linear) is nn.Linear:
-        reason, shape = weight_trouble(linear.weight, first), (*linear.weight.shape,)
+        weight = getattr(linear, "weight", None)
+        if weight is None:
+            return f"{name}'s {weight_trouble(weight, first)}"
+        reason, shape = weight_trouble(weight, first), (*weight.shape,)
     elif type(linear) in _QUANTIZED:
         reason, shape = _quantized_trouble(linear, first), (linear.scales.shape[0], linear.in_features)
     else:
@@ -132,8 +172,10 @@ def _quantized_trouble(linear: Any, first: Tensor) -> str | None:
     return None
 
 
-def weight_trouble(weight: Any, first: Tensor, name: str = "weight") -> str | None:
+def weight_trouble(weight: Any, first: Any, name: str = "weight") -> str | None:
     """first: what dtype and device must be those of."""
+    if weight is None:
+        return f"{name} is not there: another library keeps it in a form of its own"
     if type(weight) is nn.Parameter and weight.device.type != "meta" and weight.dtype not in DTYPES:
         return f"{name} is {weight.dtype}"
     return _tensor_trouble(name, weight, (nn.Parameter,), (first.dtype,), first)
@@ -151,6 +193,13 @@ def _tensor_trouble(
     if tensor.dtype not in dtypes or tensor.device != first.device:
         return f"{name} is {tensor.dtype} on {tensor.device}, beside {first.dtype} on {first.device}"
     return None if tensor.is_contiguous() else f"{name} is not contiguous"
+
+
+def foreign(module: Any) -> str:
+    """What a module is that is not transformers' own, or whose class has been given another forward."""
+    kind = type(module)
+    replaced = kind.__module__ == _MODELING and not is_own(kind.forward, _MODELING)
+    return f"{kind_of(module)}{' whose forward was replaced' if replaced else ''}"
 
 
 def kind_of(value: Any) -> str:
