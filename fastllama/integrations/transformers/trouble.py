@@ -42,9 +42,12 @@ def trouble(layer: Any) -> str | None:
         norm = getattr(layer, name)
         if type(norm) is not LlamaRMSNorm and not is_stock(norm, "LlamaRMSNorm"):
             return f"{name} is {foreign(norm)}"
-    first = getattr(getattr(attention, "q_proj", None), "weight", None)
-    if type(first) is not nn.Parameter:  # a quantized layer's is computed
-        first = layer.input_layernorm.weight
+    q_proj = getattr(attention, "q_proj", None)
+    first = getattr(q_proj, "weight", None) if type(q_proj) is nn.Linear else None  # a quantized layer computes its own
+    if first is None:
+        first = getattr(layer.input_layernorm, "weight", None)
+    if first is None:
+        return f"input_layernorm's {weight_trouble(first, first)}"
     owners: tuple[tuple[Any, tuple[str, ...]], ...] = (attention, (*QKV, "o_proj")), (mlp, (*GATE_UP, "down_proj"))
     for owner, names in owners:
         for name in names:
