@@ -54,7 +54,7 @@ demo: $(STAMP) ## write text with the bundled model, greedy and sampled, and che
 
 test: test-reference test-interpreter test-compile ## the quick round of the three tiers that need no GPU
 
-test-all: ## all that can be proved without a GPU, or of what `make test` leaves out a part: make test-all SHARD=3/48
+test-all: ## all that can be proved without a GPU, or of what `make test` leaves out a part: make test-all SHARD=3/64
 	@$(MAKE) --no-print-directory test ROUND="$(if $(SHARD),and exhaustive)"
 	@$(MAKE) --no-print-directory mutants test-triton test-transformers fake-gpu ROUND=
 

@@ -192,11 +192,13 @@ def test_no_scale_is_rounded_by_a_dtype(dtype: torch.dtype, stored: torch.dtype)
     """By that of the model, and by casts of the module: those of the model's dtype stay, all others are fp32."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(SMALL).items()}
     weight = packing.rounded(tensors_of(SMALL)[K], "int4")
-    weight = replace(weight, scales=(weight.scales * 1.2345).to(stored))
+    weight = replace(weight, scales=(weight.scales * 1.2345e-5).to(stored))  # fp16 would round these
     same = {name: replace(weight, values=weight.values) for name in (K, V)}
     q = packing.rounded(tensors_of(SMALL)[Q], "int4")
     same[Q] = replace(q, scales=q.scales.to(stored))
     model = loaded(SMALL, tensors | same, dtype=dtype)
+    kept = stored if stored == dtype else torch.float32
+    assert model.layers[1].self_attn.qkv_proj.scales.dtype == kept
     for cast in (None, torch.float16, torch.bfloat16, torch.float32):
         model = model if cast is None else model.to(cast)
         scales = model.layers[1].self_attn.qkv_proj.scales
