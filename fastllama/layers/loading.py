@@ -114,7 +114,7 @@ class _Loading:
             raise self._fail(name, trouble)
         if packed:
             if not again:
-                raise self._fail(name, f"is not quantized, and what it is fused with is: {_form(layer)}")
+                raise self._fail(name, f"is not quantized, and what it is fused with is: {layer.form}")
             return layer.holds(slot.start, tensor.to(next(layer.buffers()).device, self._dtype))
         target = self._allocated(layer, leaf)[slot.start : slot.start + slot.rows]
         if again:
@@ -124,7 +124,7 @@ class _Loading:
 
     def _write_quantized(self, name: str, slot: Slot, layer: Any, rows: QuantizedWeight, again: bool) -> bool:
         if not isinstance(layer, (Linear, QuantizedLinear)):
-            raise self._fail(name, f"is quantized ({rows}); legal of linear layers alone")
+            raise self._fail(name, f"is quantized ({rows.form}); legal of linear layers alone")
         columns = layer.weight.shape[1] if isinstance(layer, Linear) else layer.in_features
         if trouble := misshapen(rows.shape, slot, (slot.rows, columns)):
             raise self._fail(name, trouble)
@@ -135,7 +135,9 @@ class _Loading:
         if isinstance(layer, Linear):
             layer = self._quantized(name, slot, layer, rows)
         if rows.form != layer.form:
-            raise self._fail(name, f"is {rows}, and what it is fused with is {_form(layer)}; legal: the same of both")
+            raise self._fail(
+                name, f"is {rows.form}, and what it is fused with is {layer.form}; legal: the same of both"
+            )
         device = layer.packed.device
         zeros = None if rows.zeros is None else rows.zeros.to(device)
         rows = replace(rows, values=rows.values.to(device), scales=rows.scales.to(device), zeros=zeros)
@@ -147,9 +149,9 @@ class _Loading:
     def _quantized(self, name: str, slot: Slot, linear: Linear, rows: QuantizedWeight) -> QuantizedLinear:
         """A layer of a quantized weight's kind, in a Linear's place."""
         if is_tied(self._model, linear) or any(each.parameter == slot.parameter for each in self._written):
-            raise self._fail(name, f"is {rows}, and what it is fused or tied with is not quantized")
-        device = self._device or linear.weight.device
-        layer = LINEARS[rows.kind].empty_like(rows, linear.weight.shape[0], linear.bias, device)
+            raise self._fail(name, f"is {rows.form}, and what it is fused or tied with is not quantized")
+        place = self._place(linear.weight)
+        layer = LINEARS[rows.kind].empty_like(rows, linear.weight.shape[0], linear.bias, place)
         self._model.set_submodule(slot.parameter.rpartition(".")[0], layer)
         return layer
 
@@ -157,13 +159,17 @@ class _Loading:
         """A parameter, with memory."""
         held: Tensor = getattr(layer, leaf)
         if held.is_meta:
-            made = parameter(*held.shape, dtype=held.dtype, device=self._device or "cpu")
+            made = parameter(*held.shape, dtype=held.dtype, device=self._place(held))
             head = self._model.lm_head
             if held is self._model.embed_tokens.weight and isinstance(head, Linear) and is_tied(self._model, head):
                 head.weight = made
             setattr(layer, leaf, made)
             return made
         return held
+
+    def _place(self, held: Tensor) -> torch.device:
+        """Where a parameter's values are to be."""
+        return (self._device or torch.device("cpu")) if held.is_meta else held.device
 
     def _complete(self, path: str) -> None:
         """All of a layer's weight is there."""
@@ -204,10 +210,6 @@ class _Loading:
     def _fail(self, name: str, trouble: str) -> CheckpointError:
         origin = f"{self._file_of(name)}: " if self._file_of else ""
         return CheckpointError(f"{origin}tensor {shown(name)} {trouble}")
-
-
-def _form(layer: QuantizedLinear) -> str:
-    return str(layer.quantized_rows(0, 1))
 
 
 def _log(names: list[str], what: str) -> None:

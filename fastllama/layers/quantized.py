@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,26 @@ from fastllama.kernels.ops.compose import compose
 from fastllama.kernels.reference import int4, int8
 from fastllama.kernels.reference.int4 import ROWS
 from fastllama.layers.linear import PackedLinear
+
+
+class Form(NamedTuple):
+    """What rows of one quantized layer have in common. zeros: their dtype, None where there are none."""
+
+    kind: str
+    columns: int
+    group_size: int
+    scales: torch.dtype
+    zeros: torch.dtype | None
+
+    @classmethod
+    def of(cls, kind: str, columns: int, scales: Tensor, zeros: Tensor | None) -> Form:
+        """That of a weight of so many columns."""
+        return cls(kind, columns, columns // scales.shape[1], scales.dtype, None if zeros is None else zeros.dtype)
+
+    def __str__(self) -> str:
+        """`int4 in groups of 128`."""
+        groups = "whole rows" if self.group_size == self.columns else f"groups of {self.group_size}"
+        return f"{self.kind} in {groups}{'' if self.zeros is None else ' with zeros'}"
 
 
 @dataclass(frozen=True)
@@ -39,13 +59,12 @@ class QuantizedWeight:
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""
-        return self.shape[1] // self.scales.shape[1]
+        return self.form.group_size
 
     @property
-    def form(self) -> tuple[Any, ...]:
+    def form(self) -> Form:
         """What rows of one layer have in common."""
-        zeros = None if self.zeros is None else self.zeros.dtype
-        return self.kind, self.shape[1], self.group_size, self.scales.dtype, zeros
+        return Form.of(self.kind, self.shape[1], self.scales, self.zeros)
 
     def dequantize(self) -> Tensor:
         """What it stands for, exactly: [N, K] fp32."""
@@ -60,12 +79,6 @@ class QuantizedWeight:
         if self.zeros is not None and other.zeros is not None:
             pairs.append((self.zeros, other.zeros))
         return all(torch.equal(one, another) for one, another in pairs)
-
-    def __str__(self) -> str:
-        """`int4 in groups of 128`."""
-        size = self.group_size
-        groups = "whole rows" if size == self.shape[1] else f"groups of {size}"
-        return f"{self.kind} in {groups}{'' if self.zeros is None else ' with zeros'}"
 
 
 class QuantizedLinear(PackedLinear):
@@ -134,13 +147,12 @@ class QuantizedLinear(PackedLinear):
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""
-        return self.in_features // self.scales.shape[1]
+        return self.form.group_size
 
     @property
-    def form(self) -> tuple[Any, ...]:
+    def form(self) -> Form:
         """That of a QuantizedWeight which may be written to it."""
-        zeros = None if self.zeros is None else self.zeros.dtype
-        return self.kind, self.in_features, self.group_size, self.scales.dtype, zeros
+        return Form.of(self.kind, self.in_features, self.scales, self.zeros)
 
     def quantized_rows(self, start: int, count: int) -> QuantizedWeight:
         """Rows [start, start + count) of the weight as they are kept, the values a copy."""

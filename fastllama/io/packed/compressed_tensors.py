@@ -32,9 +32,9 @@ class Scheme(NamedTuple):
     @classmethod
     def of(cls, weight: QuantizedWeight | QuantizedLinear) -> Scheme:
         """That of a weight, or of a layer."""
-        columns = weight.shape[1] if isinstance(weight, QuantizedWeight) else weight.in_features
-        group = None if weight.group_size == columns else weight.group_size
-        return cls(weight.kind, group, weight.zeros is not None)
+        form = weight.form
+        group = None if form.group_size == form.columns else form.group_size
+        return cls(form.kind, group, form.zeros is not None)
 
     @property
     def format(self) -> str:
