@@ -15,6 +15,7 @@ _HOME = {
     "RequestOutput": "fastllama.runtime.outputs",
     "CompletionOutput": "fastllama.runtime.outputs",
     "RequestDelta": "fastllama.runtime.outputs",
+    "ScoreOutput": "fastllama.runtime.outputs",
     "LlamaConfig": "fastllama.layers.config",
     "LlamaForCausalLM": "fastllama.layers.model",
     "load_model": "fastllama.io.load",
@@ -37,6 +38,7 @@ __all__ = [
     "RequestDelta",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "__version__",
     "from_transformers",
     "load_model",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from fastllama.layers.config import LlamaConfig
     from fastllama.layers.model import LlamaForCausalLM
     from fastllama.runtime.llm import LLM
-    from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestOutput
+    from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestOutput, ScoreOutput
     from fastllama.runtime.params import SamplingParams
     from fastllama.runtime.serving.async_engine import AsyncEngine
 

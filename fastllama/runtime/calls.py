@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from fastllama.errors import brief, check_choice, reject_unknown
 from fastllama.io.chat.messages import Tags
@@ -12,6 +12,8 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.peer_names import peer_hint
 from fastllama.runtime.values import flag
+
+T = TypeVar("T")
 
 
 def reject(unknown: Mapping[str, Any], owner: str, method: Callable[..., Any]) -> None:
@@ -55,6 +57,17 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int
     each = [params] * count if isinstance(params, SamplingParams) else params
     if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
         raise TypeError(f"params is {brief(params)}; legal: SamplingParams, or a list of one for each prompt")
+    return _as_many("params", list(each), count)
+
+
+def starts_of_each(start: Any, count: int) -> list[Any]:
+    """Positions, one for all prompts or one for each; what each is, is checked with its prompt."""
+    if hasattr(start, "tolist"):
+        start = start.tolist()
+    return _as_many("start", list(start), count) if isinstance(start, Sequence) else [start] * count
+
+
+def _as_many(name: str, each: list[T], count: int) -> list[T]:
     if len(each) != count:
-        raise ValueError(f"params has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
-    return list(each)
+        raise ValueError(f"{name} has {len(each)} entries for {count} prompts; legal: one for all, or one for each")
+    return each

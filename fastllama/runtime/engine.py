@@ -35,6 +35,7 @@ from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.block_pool import BlockPool
 from fastllama.runtime.planning.scheduler import Scheduler
+from fastllama.runtime.planning.sequence import Scoring
 from fastllama.runtime.planning.step import Step
 
 logger = logging.getLogger("fastllama")
@@ -154,9 +155,11 @@ class Engine:
             return warm_up(self._runner, self._sizes)
         return warm_up(self._runner, self._sizes, (1, 1 + self.speculation.count)) + self.speculation.drafter.warm_up()
 
-    def check_request(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
+    def check_request(
+        self, prompt_token_ids: abc.Sequence[int], params: SamplingParams, scoring: Scoring | None = None
+    ) -> None:
         """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
-        self._requests.check(prompt_token_ids, params)
+        self._requests.check(prompt_token_ids, params, scoring)
 
     def add_request(
         self,
@@ -167,20 +170,21 @@ class Engine:
         arrival: float | None = None,
         request_id: str | None = None,
         continues_text: bool = True,
+        scoring: Scoring | None = None,
     ) -> Generation:
         """Queue a prompt. Raises ValueError, and changes nothing, where check_request does.
 
         arrival: when it came, by time.monotonic(); None is now. request_id: none of an unfinished request; None makes
         one. continues_text: whether the answer goes on with the prompt's text; False makes it a text of its own, as
-        Tokenizer.decode gives it.
+        Tokenizer.decode gives it. scoring: the prompt is scored, and no token generated.
         """
         ids = tuple(prompt_token_ids)
-        self._requests.check(ids, params)
+        self._requests.check(ids, params, scoring)
         with self.access:
             self._requests.check_id(request_id)
             with self._consistency.change(self._start_anew):
                 arrived = time.monotonic() if arrival is None else arrival
-                return self._requests.add(ids, params, prompt, arrived, request_id, continues_text)
+                return self._requests.add(ids, params, prompt, arrived, request_id, continues_text, scoring)
 
     def fork(
         self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None

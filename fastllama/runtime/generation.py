@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from fastllama.errors import RequestError
 from fastllama.io.detokenizer import IncrementalDetokenizer
 from fastllama.io.tokenizer import Tokenizer
-from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
+from fastllama.runtime.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    ScoreOutput,
+    TokenLogprob,
+)
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.sequence import Request, Sequence, Status
 from fastllama.runtime.stop_strings import StopSearch, stop_strings
@@ -211,6 +218,8 @@ class Generation:
         if "error" in ends:
             reasons = [seq.stop_reason for seq in self.request.sequences if seq.finish_reason == "error"]
             return RequestError(f"{name} failed: {reasons[0]}")
+        if "deadline" in ends and self.request.scoring is not None:
+            return RequestError(f"{name} was not scored by its deadline", reason="deadline")
         return RequestError(f"{name} was aborted", reason="abort") if "abort" in ends else None
 
     def metrics(self) -> RequestMetrics:
@@ -248,4 +257,19 @@ class Generation:
             prompt_logprobs=self.all_prompt_logprobs(),
             metrics=self.metrics(),
             seed=self.request.params.seed or 0,  # every request that was added has one
+        )
+
+    def score(self) -> ScoreOutput:
+        """The scores of a request whose prompt is scored, as a value; no log-probabilities where it failed."""
+        request, scoring = self.request, self.request.scoring
+        assert scoring is not None, "a request that generates tokens"
+        ids = (*request.prompt_token_ids, scoring.last_token_id)
+        reports = map(self.prompt_logprobs.get, range(scoring.start, len(ids)))
+        return ScoreOutput(
+            request_id=request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=ids,
+            start=scoring.start,
+            logprobs=() if self.failure() is not None else tuple(each for each in reports if each is not None),
+            metrics=self.metrics(),
         )

@@ -21,7 +21,7 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.scheduler import Scheduler
-from fastllama.runtime.planning.sequence import Request, Sequence, Status, check_fork
+from fastllama.runtime.planning.sequence import Request, Scoring, Sequence, Status, check_fork
 
 Gained = dict[Sequence, tuple[int, ...]]  # the tokens that a step added to each sequence
 
@@ -48,16 +48,19 @@ class LiveRequests:
         self._seeds = random.Random(seed)
         self._forget = forget
 
-    def check(self, prompt_token_ids: abc.Sequence[int], params: SamplingParams) -> None:
+    def check(
+        self, prompt_token_ids: abc.Sequence[int], params: SamplingParams, scoring: Scoring | None = None
+    ) -> None:
         """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
         length, limit, vocab = len(prompt_token_ids), self.scheduler.max_model_len, self._config.vocab_size
-        if length >= limit and self._config.longest_context is None:
+        if scoring is None and length >= limit and self._config.longest_context is None:
             raise ValueError(
                 f"the prompt has {length} tokens; legal: at most {limit - 1}, one less than max_model_len, "
                 "which can be raised, as the model's rope scaling is dynamic"
             )
-        self.scheduler.check(length, params)
-        for place, token_id in enumerate(prompt_token_ids):
+        self.scheduler.check(length, params, scores=scoring is not None)
+        last = () if scoring is None else (scoring.last_token_id,)
+        for place, token_id in enumerate(itertools.chain(prompt_token_ids, last)):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
                 raise ValueError(f"prompt token {place} is {brief(token_id)}; legal: integers from 0 to {vocab - 1}")
         for name, token_id in params.largest_ids.items():
@@ -85,6 +88,10 @@ class LiveRequests:
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
         """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
         origin = generation.request
+        if origin.scoring is not None:
+            raise ValueError(
+                f"generation is request {origin.request_id!r}, whose prompt is scored; legal: one that generates"
+            )
         if self.generations.get(origin.request_id) is not generation:
             raise ValueError(
                 f"generation is request {origin.request_id!r}, which has ended or is another engine's; "
@@ -101,10 +108,11 @@ class LiveRequests:
         arrival: float,
         request_id: str | None,
         continues_text: bool,
+        scoring: Scoring | None,
     ) -> Generation:
         """Queue a prompt that `check` passes, under an id that `check_id` passes; continues_text: see Generation."""
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        request = Request(request_id or self._new_id(), ids, params, arrival, seed=seed)
+        request = Request(request_id or self._new_id(), ids, params, arrival, seed=seed, scoring=scoring)
         request.bad_words = self._bad_words(params)
         self.scheduler.add(request)
         generation = Generation(request, prompt, self._tokenizer, continues_text=continues_text)
@@ -170,11 +178,19 @@ class LiveRequests:
         for drawn in draws:
             if not drawn.ahead and not drawn.finite:
                 self._spoil(drawn.seq)
-        self.scheduler.commit(launched.step)
         for seq, first, logprobs in (report for part in launched.parts for report in part.prompt_logprobs):
             generation = self.generations.get(seq.request.request_id)
-            if generation is not None:
-                generation.report_prompt(first, logprobs)
+            if generation is None:
+                continue
+            generation.report_prompt(first, logprobs)
+            if seq.request.scoring is not None and any(math.isnan(each.logprob) for each in logprobs):
+                self._spoil(seq)
+        self.scheduler.commit(launched.step)
+        for chunk in launched.step.chunks:
+            name = chunk.seq.request.request_id
+            scored = chunk.seq.request.scoring is not None and chunk.seq.status is Status.FINISHED
+            if scored and name in self.generations:
+                touched[name] = self.generations[name]
         now = time.monotonic()
         gained: Gained = {}
         for drawn in draws:

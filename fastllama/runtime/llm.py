@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllama.errors import RequestError, brief
+from fastllama.errors import brief
 from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
-from fastllama.progress import progress_bar
-from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject
+from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject, starts_of_each
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.options import EngineOptions
-from fastllama.runtime.outputs import RequestOutput
+from fastllama.runtime.outputs import RequestOutput, ScoreOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
-from fastllama.runtime.prompts import Prompt, PromptEncoder, as_list, continues_message
+from fastllama.runtime.prompts import Prepared, Prompt, PromptEncoder, as_list, continues_message
+from fastllama.runtime.running import add, leave, run
 from fastllama.runtime.values import flag
 
 
@@ -179,26 +180,49 @@ class LLM:
         reject(unknown, "LLM.generate", LLM.generate)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         given = as_list(prompts)
-        return self._generate(given, params_of_each(self.default_params if params is None else params, len(given)), how)
+        each = params_of_each(self.default_params if params is None else params, len(given))
+        return self._generate([self.prompts.prepare(*own, **how) for own in zip(given, each, strict=True)])
 
-    def _generate(
-        self, given: abc.Sequence[Prompt], params: abc.Sequence[SamplingParams], how: Mapping[str, Any]
-    ) -> list[RequestOutput]:
-        generations: list[Generation] = []
-        try:
-            for prompt, own in zip(given, params, strict=True):
-                generations.append(self._add(prompt, own, **how))
-            self._finish(generations)
-        except BaseException:
-            for generation in generations:
-                self._leave(generation)
-            raise
-        outputs = [generation.output() for generation in generations]
-        for number, generation in enumerate(generations):
-            if (failure := generation.failure()) is not None:
-                where = f"prompt {number} of {len(given)}: " if len(given) > 1 else ""
-                raise RequestError(f"{where}{failure}", outputs, reason=failure.reason) from failure.__cause__
-        return outputs
+    def _generate(self, prompts: abc.Sequence[Prepared]) -> list[RequestOutput]:
+        return run(self.engine, prompts, Generation.output, description="Generating", progress=self._progress)
+
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        start: int | abc.Sequence[int] = 1,
+        *,
+        top_logprobs: int = 0,
+        on_logits: Callable[[int, int, Tensor], None] | None = None,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
+        **unknown: Any,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of the prompts' own tokens, each given those before it; nothing is generated.
+
+        prompts, tags, add_special_tokens: as in `generate`; a prompt may have max_model_len + 1 tokens, of which the
+        last is scored and not fed.
+        start: position of the first token scored, one for all prompts or one for each: 1, the default, scores all but
+        the first, which has none before it. Pages of the tokens before `start` are reused, so that the prompt that the
+        choices of one question share is computed once.
+        top_logprobs: how many of the likeliest tokens to report beside each, 0 to 20. Ranks are always there.
+        on_logits: called as on_logits(number, position, logits) for runs of scored tokens, logits [R, V] of those of
+        prompt `number` from `position` on; valid in the call alone, which may come again for the same tokens.
+        Raises what `generate` raises.
+        """
+        reject(unknown, "LLM.score", LLM.score)
+        how = checked(tags=tags, add_special_tokens=add_special_tokens)
+        given = as_list(prompts)
+        prepared = [
+            self.prompts.prepare_scored(
+                prompt,
+                own,
+                top_logprobs=top_logprobs,
+                on_logits=None if on_logits is None else partial(on_logits, number),
+                **how,
+            )
+            for number, (prompt, own) in enumerate(zip(given, starts_of_each(start, len(given)), strict=True))
+        ]
+        return run(self.engine, prepared, Generation.score, description="Scoring", progress=self._progress)
 
     def chat(
         self,
@@ -223,7 +247,8 @@ class LLM:
         continues = flag("continue_final_message", continue_final_message)
         ids = self.chat_format.encode(messages, continue_final_message=continues, **checked(tags=tags))
         goes_on = continues and continues_message(messages[-1]["content"], ids, self.prompts.needed_tokenizer())
-        return self._generate([ids], [self.prompts.ending_answers(params, messages)], {"continues_text": goes_on})[0]
+        prepared = self.prompts.prepare(ids, self.prompts.ending_answers(params, messages), continues_text=goes_on)
+        return self._generate([prepared])[0]
 
     def stream(
         self,
@@ -265,7 +290,7 @@ class LLM:
         self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        return self._add(prompt, params, request_id=request_id, **how)
+        return add(self.engine, self.prompts.prepare(prompt, params, **how), request_id)
 
     def fork(
         self,
@@ -332,7 +357,7 @@ class LLM:
                 else:
                     return
         finally:
-            self._leave(generation)
+            leave(self._engine, generation)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of all prompts, on the host too: the next ones are computed anew.
@@ -367,33 +392,3 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, **how: Any) -> Generation:
-        prepared = self.prompts.prepare(prompt, params, **how)
-        return self.engine.add_request(
-            prepared.token_ids,
-            prepared.params,
-            prompt=prepared.text,
-            request_id=request_id,
-            continues_text=prepared.continues_text,
-        )
-
-    def _leave(self, generation: Generation) -> None:
-        """Abort a request that nobody reads any more, if it can still be."""
-        engine = self._engine
-        if engine is not None and not generation.finished and not engine.access.forked:
-            engine.abort(generation)
-
-    def _finish(self, generations: list[Generation]) -> None:
-        """Run until these requests have finished."""
-        shown = False if len(generations) < 2 else self._progress
-        pending = OrderedDict.fromkeys(generations)
-        with progress_bar("Generating", shown, total=len(generations), unit="prompt") as bar:
-            while pending:
-                before = len(pending)
-                for generation in self.engine.step():
-                    if generation.finished:
-                        pending.pop(generation, None)
-                while pending and (first := next(iter(pending))).finished:  # in a step of another thread
-                    del pending[first]
-                bar.update(before - len(pending))

@@ -89,6 +89,37 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Log-probabilities of a prompt's own tokens, each given those before it.
+
+    prompt: None where token ids were given. start: position of the first token scored.
+    logprobs: one entry for each of prompt_token_ids[start:]; empty where the request failed.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    start: int
+    logprobs: tuple[TokenLogprob, ...]
+    metrics: RequestMetrics
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Natural log-probability of the scored tokens in a row, the sum of theirs."""
+        return math.fsum(each.logprob for each in self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each scored token is the likeliest after those before it."""
+        return all(each.rank == 1 for each in self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability of the scored tokens."""
+        return math.exp(-self.cumulative_logprob / len(self.logprobs)) if self.logprobs else math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDelta:
     """What a request gained since its last delta.
 

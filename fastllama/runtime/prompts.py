@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from fastllama.errors import brief, counted
@@ -11,7 +11,9 @@ from fastllama.io.chat import ChatFormat, Message, chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
-from fastllama.runtime.params import SamplingParams
+from fastllama.runtime.params import MAX_LOGPROBS, SamplingParams
+from fastllama.runtime.planning.sequence import Scoring
+from fastllama.runtime.values import integer
 
 # A text, token ids (a sequence, a NumPy array or a tensor of one dimension), {"prompt": text},
 # {"prompt_token_ids": ids}, or messages.
@@ -24,12 +26,14 @@ class Prepared(NamedTuple):
     """A prompt that is ready to be queued, and the parameters that it runs with; text: None where ids were given.
 
     continues_text: whether the answer goes on with the prompt's text, or is a text of its own.
+    scoring: of a prompt that is scored, whose last token is there and not in token_ids.
     """
 
     token_ids: tuple[int, ...]
     params: SamplingParams
     text: str | None
     continues_text: bool = True
+    scoring: Scoring | None = None
 
 
 class PromptEncoder:
@@ -102,16 +106,45 @@ class PromptEncoder:
         goes_on = not asks if continues_text is None else continues_text
         return Prepared(tuple(ids), ending, prompt if isinstance(prompt, str) else None, goes_on)
 
-    def check_length(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Raises ValueError for a text that cannot fit, however it is divided into tokens; reads none of it."""
+    def prepare_scored(
+        self,
+        prompt: Prompt,
+        start: int = 1,
+        *,
+        top_logprobs: int = 0,
+        on_logits: Callable[[int, Any], None] | None = None,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
+    ) -> Prepared:
+        """A prompt whose tokens are scored from position `start` on; see LLM.score.
+
+        Raises what `encode` raises, and ValueError for a `start` that leaves no token, or no token before.
+        """
+        self.check_length(prompt)
+        ids, given = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
+        if len(ids) < 2:
+            raise ValueError(f"the prompt has {counted(len(ids), 'token')}; legal: at least 2, for the first is given")
+        start = integer("start", start, 1, len(ids) - 1)
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=integer("top_logprobs", top_logprobs, 0, MAX_LOGPROBS), seed=0
+        )
+        scoring = Scoring(start, ids[-1], on_logits)
+        return Prepared(tuple(ids[:-1]), params, given if isinstance(given, str) else None, scoring=scoring)
+
+    def check_length(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """Raises ValueError for a text that cannot fit, however it is divided into tokens; reads none of it.
+
+        params: None for a prompt that is scored.
+        """
         prompt = _unwrapped(prompt)
-        if self.tokenizer is None or not isinstance(prompt, str) or self._kept(params) is not None:
+        if self.tokenizer is None or not isinstance(prompt, str) or (params and self._kept(params) is not None):
             return
-        least = self.tokenizer.least_length(prompt)
-        if least >= self._max_model_len:
+        least, more = self.tokenizer.least_length(prompt), -1 if params else 1
+        if least > self._max_model_len + more:
+            said = "one less than max_model_len" if params else "one more than max_model_len"
             raise ValueError(
                 f"the prompt has {counted(len(prompt), 'character')}, which are {counted(least, 'token')} or more; "
-                f"legal: at most {self._max_model_len - 1} tokens, one less than max_model_len"
+                f"legal: at most {self._max_model_len + more} tokens, {said}"
             )
 
     def _encode_text(self, text: str, add_special_tokens: bool) -> list[int]:

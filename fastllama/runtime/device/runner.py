@@ -123,12 +123,12 @@ class Runner:
 
         drawn = sorted({sample.row for sample in inputs.samples})
         place_of = {row: place for place, row in enumerate(drawn)}
-        wanted = [row for _, first, count in inputs.prompts for row in range(first, first + count)]
+        wanted = [row for _, shown, first in inputs.prompts for row in range(first, first + len(shown))]
         size = self._logits_piece
         return StepLogits(
             logits_of(drawn),
             [sample._replace(row=place_of[sample.row]) for sample in inputs.samples],
-            prompts=[(chunk, count) for chunk, _, count in inputs.prompts],
+            prompts=[(seq, shown) for seq, shown, _ in inputs.prompts],
             prompt_logits=(logits_of(wanted[first : first + size]) for first in range(0, len(wanted), size)),
         )
 

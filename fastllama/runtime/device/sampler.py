@@ -20,8 +20,7 @@ from fastllama.runtime.device.buffers import ALIGNMENT, on_device
 from fastllama.runtime.device.logprobs import token_logprobs
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.planning.inputs import SamplingRow, parameters
-from fastllama.runtime.planning.sequence import Sequence
-from fastllama.runtime.planning.step import Chunk
+from fastllama.runtime.planning.sequence import Scoring, Sequence
 
 DTYPES = {  # of a draw's parameters
     "temperature": torch.float32,
@@ -59,7 +58,7 @@ class StepLogits:
     where in them the last tokens are of sequences that the host does not know.
     drawn: what kernels.sample gave for each row with the parameters of `samples`, adjustments included, where that was
     part of the step.
-    prompts: (chunk, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
+    prompts: (sequence, positions) whose logits are reported (Request.reported).
     prompt_logits: of those rows, in pieces [P, V] that are computed one after another, as they are asked for.
     """
 
@@ -69,7 +68,7 @@ class StepLogits:
     ids: Tensor | None = None
     unknown: abc.Mapping[Sequence, int] = field(default_factory=dict)
     drawn: SampleBuffers | None = None
-    prompts: abc.Sequence[tuple[Chunk, int]] = ()
+    prompts: abc.Sequence[tuple[Sequence, range]] = ()
     prompt_logits: abc.Iterable[Tensor] = ()
 
 
@@ -174,19 +173,32 @@ def draw(step: StepLogits) -> list[SampledToken]:
 
 @torch.inference_mode()
 def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLogprob]]]:
-    """(sequence, first position predicted, log-probabilities from there on) for each chunk that wants them."""
+    """(sequence, position of the first token reported, log-probabilities from there on) of each that wants them."""
+    rows: list[tuple[Scoring | None, int]] = []  # what asks, and the position of the token that the row predicts
     targets: list[int] = []
     tops: list[int] = []
-    for chunk, count in step.prompts:
-        targets.extend(chunk.seq.token_ids[chunk.start + 1 : chunk.start + 1 + count])
-        tops.extend([chunk.seq.request.params.prompt_logprobs or 0] * count)
+    for seq, shown in step.prompts:
+        rows.extend((seq.request.scoring, position + 1) for position in shown)
+        targets.extend(seq.request.targets(shown))
+        tops.extend([seq.request.params.prompt_logprobs or 0] * len(shown))
     reports: list[TokenLogprob] = []
     for logits in step.prompt_logits:
         part = slice(len(reports), len(reports) + logits.shape[0])
+        _show(logits, rows[part])
         reports.extend(token_logprobs(logits, range(logits.shape[0]), targets[part], tops[part]))
         del logits  # or it would stay until the next has been computed
     remaining = iter(reports)
-    return [(chunk.seq, chunk.start + 1, list(itertools.islice(remaining, count))) for chunk, count in step.prompts]
+    return [(seq, shown.start + 1, list(itertools.islice(remaining, len(shown)))) for seq, shown in step.prompts]
+
+
+def _show(logits: Tensor, rows: abc.Sequence[tuple[Scoring | None, int]]) -> None:
+    """Give each request the logits of its own rows that asked to see them."""
+    first = 0
+    for scoring, group in itertools.groupby(rows, key=lambda row: row[0]):
+        positions = [position for _, position in group]
+        if scoring is not None and scoring.on_logits is not None:
+            scoring.on_logits(positions[0], logits[first : first + len(positions)])
+        first += len(positions)
 
 
 def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:

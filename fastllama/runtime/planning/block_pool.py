@@ -96,6 +96,10 @@ class BlockPool:
             page_ids.append(page_id)
         return Prefix(page_ids, prefix_id)
 
+    def is_cached(self, prefix_id: int, token_ids: tuple[int, ...]) -> bool:
+        """Whether a page of these tokens behind that prefix can be reused."""
+        return (prefix_id, token_ids) in self._cached
+
     def cost(self, num_tokens: int, prefix: Prefix) -> int:
         """How many of the available pages `acquire` takes: all that num_tokens fill but those that someone holds."""
         present = (page_id for page_id in prefix.page_ids if page_id < self.num_pages)

@@ -44,7 +44,7 @@ class Inputs:
     page_table: page ids of each sequence, as many as the longest has (filled up with 0).
     samples: the rows to sample from; the n samples of one prompt share a row.
     unknown: (row, sequence) of ids that are being drawn by the step before.
-    prompts: (chunk, first row, rows) where prompt log-probabilities are wanted; row i predicts token start + i + 1.
+    prompts: (sequence, positions, first row): those whose logits are reported (Request.reported), one row for each.
     """
 
     ids: list[int]
@@ -58,7 +58,7 @@ class Inputs:
     logits_rows: list[int]
     unknown: list[tuple[int, Sequence]]
     samples: list[SamplingRow]
-    prompts: list[tuple[Chunk, int, int]]
+    prompts: list[tuple[Sequence, range, int]]
 
     @classmethod
     def of(cls, step: Step, page_size: int, *, apart: bool = False) -> Inputs:
@@ -106,10 +106,10 @@ class Inputs:
         self.ids.extend(chunk.drafts[max(start - held, 0) : max(end - held, 0)])
         self.positions.extend(range(start, end))
         self.slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(start, end))
-        known = min(end, seq.num_prompt_tokens - 1) - start  # rows that predict a token of the prompt
-        if known > 0 and seq.request.params.prompt_logprobs is not None:
-            self.prompts.append((chunk, len(rows), known))
-            rows.extend(range(first, first + known))
+        reported = seq.request.reported
+        if shown := range(max(start, reported.start), min(end, reported.stop)):
+            self.prompts.append((seq, shown, len(rows)))
+            rows.extend(range(first + shown.start - start, first + shown.stop - start))
         if chunk.samples:
             unknown = max(start, held - 1)  # the first position that no token follows
             if every_row:

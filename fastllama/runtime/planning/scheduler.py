@@ -5,24 +5,17 @@ from __future__ import annotations
 import itertools
 from collections import abc
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from fastllama.errors import check_range
 from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.planning.block_pool import BlockPool, Prefix
+from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.lookups import Lookups
 from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Status
 from fastllama.runtime.planning.step import Chunk, Step
 from fastllama.runtime.planning.waiting import WaitingQueue
 
-
-class _Lookup(NamedTuple):
-    """What the head of the queue asked for when it was last looked up in the prefix cache, and did not get."""
-
-    seq: Sequence
-    num_tokens: int  # to compute
-    num_pages: int  # of those available
-    num_publications: int  # of the pool, by then
+MOST_PASSED = 64  # sequences that wait for pages of others and are passed in one step: each costs a lookup
 
 
 class Scheduler:
@@ -39,6 +32,9 @@ class Scheduler:
     ones pass until they have had half as many tokens as itself (waiting.py). So a flood of short prompts delays a long
     one by half of its tokens and of those ahead of it. And beside prompts that are under way, up to half of a step
     admits prompts that fit there whole.
+
+    Prompts that begin alike are computed once, though they come at once: a page of one that is being computed is waited
+    for by the others.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -54,7 +50,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
-        self._last_lookup: _Lookup | None = None
+        self._lookups = Lookups(pool)
         self.in_flight: list[Step] = []  # not committed, in their order
         self._num_expected = 0  # of those in flight
 
@@ -74,7 +70,7 @@ class Scheduler:
         """Queue a request; ValueError, and nothing changed, if it could never run."""
         assert not request.sequences, f"request {request.request_id!r} was added before"
         length, n = len(request.prompt_token_ids), request.params.n
-        max_length = self.check(length, request.params)
+        max_length = self.check(length, request.params, scores=request.scoring is not None)
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids), max_length, n, length // 2)
         request.sequences.append(seq)
         self._waiting.add(seq)
@@ -101,9 +97,14 @@ class Scheduler:
             child.status = Status.WAITING
             self._waiting.add(child)
 
-    def check(self, length: int, params: SamplingParams) -> int:
-        """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask."""
+    def check(self, length: int, params: SamplingParams, *, scores: bool = False) -> int:
+        """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask.
+
+        scores: none is generated, and one more than `length` are scored.
+        """
         n, max_tokens = params.n, params.max_tokens
+        if scores:
+            return self._check_scored(length)
         if length == 0:
             raise ValueError("the prompt has 0 tokens; legal: at least 1")
         if length >= self.max_model_len:
@@ -123,6 +124,17 @@ class Scheduler:
             )
         return max_length
 
+    def _check_scored(self, length: int) -> int:
+        if length == 0:
+            raise ValueError("the prompt has 1 token; legal: at least 2, for the first is given")
+        held = self.pool.num_pages * self.pool.page_size
+        for limit, name in ((self.max_model_len, "max_model_len"), (held, "the size of the KV cache")):
+            if length > limit:
+                raise ValueError(
+                    f"the prompt has {length + 1} tokens; legal: at most {limit + 1} to be scored, one more than {name}"
+                )
+        return length
+
     def schedule(self) -> Step | None:
         """The next step, to be run and then committed or rolled back; None if there is no work."""
         assert len(self.in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
@@ -133,8 +145,8 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         for seq in self._running:  # a preemption takes from its end: the present sequence, or one not yet looked at
             pending = len(seq.token_ids) - seq.num_computed
-            if len(seq.token_ids) == seq.max_length and seq.token_ids[-1] == UNKNOWN:
-                continue  # it ends with the token that is being drawn
+            if len(seq.token_ids) == seq.max_length and (pending == 0 or seq.token_ids[-1] == UNKNOWN):
+                continue  # it ends with what is in flight: its last score, or the token that is being drawn
             if pending > 1:
                 prefills.append(seq)
             else:
@@ -212,7 +224,10 @@ class Scheduler:
         return self.in_flight[0]
 
     def commit(self, step: Step) -> None:
-        """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped."""
+        """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped.
+
+        What is scored to its end finishes.
+        """
         self._check_in_flight(step, self.in_flight[:1])
         del self.in_flight[0]
         self._num_expected = 0
@@ -221,6 +236,8 @@ class Scheduler:
             for seq in chunk.samples or (chunk.seq,):
                 if seq.status is Status.RUNNING:
                     self._advance(seq, end)
+                    if seq.request.scoring is not None and end == seq.max_length:
+                        self.finish(seq, "length")
 
     def rollback(self) -> None:
         """What is in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
@@ -294,50 +311,45 @@ class Scheduler:
     def _admissions(self, most: int | None = None) -> Iterator[Sequence]:
         """Admit waiting sequences one by one, each with its pages, until the next finds no seat or too few pages.
 
+        One whose next page a running sequence is computing waits for that page, and is passed by those behind it.
         most: tokens to compute that all of them may have together; None for no limit.
         """
-        while self._waiting:
-            seq = self._waiting.head
-            if self._num_seats + seq.num_seats > self.max_num_seqs or self._still_waits(seq, most):
+        if not self._waiting:
+            return
+        lookups, size, num_passed = self._lookups, self.pool.page_size, 0
+        lookups.begin(self._running)
+        for seq in self._waiting:
+            if num_passed == MOST_PASSED:
                 return
-            # Prompt log-probabilities need the logits of every row, so all rows must be computed.
-            reuse = seq.request.params.prompt_logprobs is None
-            prefix = self.pool.match_prefix(seq.token_ids) if reuse else Prefix([], self.pool.root)
+            if lookups.waits(seq):
+                num_passed += 1
+                continue
+            if self._num_seats + seq.num_seats > self.max_num_seqs or lookups.lacks_room(seq, most):
+                return
+            prefix = lookups.find(seq)
+            if prefix is None:
+                num_passed += 1
+                continue
             length = len(seq.token_ids)
-            num_tokens, num_pages = length - len(prefix.page_ids) * self.pool.page_size, self.pool.cost(length, prefix)
-            self._last_lookup = _Lookup(seq, num_tokens, num_pages, self.pool.num_publications)
             if most is not None:
-                most -= num_tokens
+                most -= length - len(prefix.page_ids) * size
                 if most < 0:
                     return
             page_ids = self.pool.acquire(length, prefix)
             if page_ids is None:
                 return
-            self._last_lookup = None  # the idle pages that it took are held now, and cost nobody anything
             seq.page_ids, seq.prefix_id, seq.num_published = page_ids, prefix.prefix_id, len(prefix.page_ids)
-            seq.num_computed = seq.num_published * self.pool.page_size
+            seq.num_computed = seq.num_published * size
             seq.request.begin(min(seq.num_computed, seq.num_prompt_tokens))
             seq.status = Status.RUNNING
             self._num_seats += seq.num_seats
             self._waiting.remove(seq)
             self._running.append(seq)
+            lookups.admitted(seq)
             yield seq
 
-    def _still_waits(self, seq: Sequence, most: int | None) -> bool:
-        """Whether the last lookup tells, without another, that the head finds no room: each step asks, perhaps twice.
-
-        Until a sequence is admitted, only a page published since can spare it one, and the tokens in it.
-        """
-        last = self._last_lookup
-        if last is None or last.seq is not seq:
-            return False
-        spared = self.pool.num_publications - last.num_publications
-        return last.num_pages - spared > self.pool.num_available or (
-            most is not None and last.num_tokens - spared * self.pool.page_size > most
-        )
-
     def _chunk(self, seq: Sequence, length: int) -> Chunk:
-        if seq.num_computed + length < len(seq.token_ids):
+        if seq.request.scoring is not None or seq.num_computed + length < len(seq.token_ids):
             samples: tuple[Sequence, ...] = ()
         else:
             samples = (seq,) if seq.num_seats == 1 else self._split(seq)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastllama.runtime.outputs import FinishReason
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.block_pool import ROOT
 
+PageKey = tuple[int, tuple[int, ...]]  # of the prefix cache: the prefix id of the pages before, and its own tokens
 UNKNOWN = -1  # stands for a token that is being drawn
 
 
@@ -22,6 +25,19 @@ class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """Of a request whose prompt's tokens are scored, and that generates none: which ones.
+
+    start: position of the first token scored. last_token_id: scored too, it follows the prompt and is not fed.
+    on_logits: called with the position of a token and the logits [R, V] of it and those behind it, piece by piece.
+    """
+
+    start: int
+    last_token_id: int
+    on_logits: Callable[[int, Any], None] | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +50,7 @@ class Request:
     arrival: float  # seconds, by time.monotonic()
     seed: int = 0  # of its draws: that of its parameters, or else one that was chosen
     bad_words: BadWords | None = None  # None where its parameters have none
+    scoring: Scoring | None = None  # None where tokens are generated
     first_scheduled: float | None = None  # when it was first admitted, on the same clock; None until then
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, by then
     num_drafted: int = 0  # draft tokens verified for it
@@ -44,6 +61,20 @@ class Request:
         """It is given a place in a step: the first time counts."""
         if self.first_scheduled is None:
             self.first_scheduled, self.num_cached_tokens = time.monotonic(), num_cached_tokens
+
+    @property
+    def reported(self) -> range:
+        """Positions of the prompt whose logits tell the log-probability of the token that follows them."""
+        length = len(self.prompt_token_ids)
+        if self.scoring is not None:
+            return range(self.scoring.start - 1, length)
+        return range(0 if self.params.prompt_logprobs is None else length - 1)
+
+    def targets(self, positions: range) -> tuple[int, ...]:
+        """The tokens that follow these positions, of `reported`."""
+        known = self.prompt_token_ids[positions.start + 1 : positions.stop + 1]
+        ends = self.scoring is not None and positions.stop == len(self.prompt_token_ids)
+        return (*known, self.scoring.last_token_id) if ends and self.scoring is not None else known
 
     @property
     def finished(self) -> bool:
@@ -70,8 +101,22 @@ class Sequence:
     page_ids: list[int] = field(default_factory=list)
     num_published: int = 0  # leading pages that the prefix cache knows
     prefix_id: int = ROOT  # its name for the tokens in those pages
+    awaits: PageKey | None = None  # of a page that a running sequence is computing, for which it waits
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def reusable(self) -> abc.Sequence[int]:
+        """Its tokens up to the first whose logits are wanted: keys and values of those before may be anybody's."""
+        reported = self.request.reported
+        return self.token_ids[: reported.start + 1] if reported else self.token_ids
+
+    def page_key(self, page_size: int) -> PageKey | None:
+        """The key of the page of its prompt that it publishes next; None where there is none."""
+        end = (self.num_published + 1) * page_size
+        if end > self.num_prompt_tokens:
+            return None
+        return self.prefix_id, tuple(self.token_ids[end - page_size : end])
 
     @property
     def num_prompt_tokens(self) -> int:

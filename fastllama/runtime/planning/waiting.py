@@ -28,9 +28,9 @@ class WaitingQueue:
         return len(self._block_of)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """From the first to be admitted to the last."""
-        for block in self._blocks:
-            yield from block.sequences
+        """From the first to be admitted to the last; the one at hand may be removed."""
+        for block in list(self._blocks):
+            yield from list(block.sequences)
 
     @property
     def head(self) -> Sequence:

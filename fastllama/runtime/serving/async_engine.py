@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from fastllama.errors import brief, check_range
 from fastllama.io.chat.messages import Tags
 from fastllama.runtime.calls import check_params, check_request_id, checked, reject
 from fastllama.runtime.llm import LLM
-from fastllama.runtime.outputs import RequestOutput
+from fastllama.runtime.outputs import RequestOutput, ScoreOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.prompts import Prepared, Prompt, length_of
 from fastllama.runtime.serving.order import Order
@@ -79,14 +79,8 @@ class AsyncEngine:
         self._access.check_process()
         check_params(params)
         params = self._llm.default_params if params is None else params
-        order = self._order(request_id, deadline)
-        prepare = partial(self._prepare, prompt, params, **how)
-        if length_of(prompt) <= AT_ONCE:
-            self.worker.add(order, prepare())
-        else:
-            self._llm.prompts.check_length(prompt, params)
-            self.worker.add(order, prepare)
-        return RequestStream(order, self._access, self._leave)
+        prepare = partial(self._llm.prompts.prepare, prompt, params, **how)
+        return self._queue(self._order(request_id, deadline), prompt, params, prepare)
 
     def check_room(self) -> None:
         """Raise QueueFullError, counted among the rejected, where `add_request` would: before a prompt is prepared."""
@@ -99,6 +93,32 @@ class AsyncEngine:
         async for _ in stream:
             pass
         return stream.output()
+
+    async def score(
+        self,
+        prompt: Prompt,
+        start: int = 1,
+        *,
+        top_logprobs: int = 0,
+        deadline: float | None = None,
+        request_id: str | None = None,
+        tags: Tags = "refuse",
+        add_special_tokens: bool = True,
+        **unknown: Any,
+    ) -> ScoreOutput:
+        """Log-probabilities of a prompt's own tokens from position `start` on; see LLM.score.
+
+        The other arguments and the errors are those of `add_request` and its stream; what is not scored by its deadline
+        raises RequestError.
+        """
+        reject(unknown, "AsyncEngine.score", AsyncEngine.score)
+        how = checked(tags=tags, add_special_tokens=add_special_tokens)
+        self._access.check_process()
+        prepare = partial(self._llm.prompts.prepare_scored, prompt, start, top_logprobs=top_logprobs, **how)
+        stream = self._queue(self._order(request_id, deadline), prompt, None, prepare)
+        async for _ in stream:
+            pass
+        return stream.score()
 
     def fork(
         self,
@@ -189,8 +209,19 @@ class AsyncEngine:
             order.deadline = order.arrival + float(min(deadline, _CENTURY))
         return order
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, **how: Any) -> Prepared:
-        """On the loop, or on the tokenizer's thread."""
-        prepared = self._llm.prompts.prepare(prompt, params, **how)
-        self._llm.engine.check_request(prepared.token_ids, prepared.params)
-        return prepared
+    def _queue(
+        self, order: Order, prompt: Prompt, params: SamplingParams | None, prepare: Callable[[], Prepared]
+    ) -> RequestStream:
+        """Prepare a prompt here if it is short, else on the tokenizer's thread, and queue it."""
+
+        def prepare_and_check() -> Prepared:
+            prepared = prepare()
+            self._llm.engine.check_request(prepared.token_ids, prepared.params, prepared.scoring)
+            return prepared
+
+        if length_of(prompt) <= AT_ONCE:
+            self.worker.add(order, prepare_and_check())
+        else:
+            self._llm.prompts.check_length(prompt, params)
+            self.worker.add(order, prepare_and_check)
+        return RequestStream(order, self._access, self._leave)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from fastllama.runtime.access import Access
-from fastllama.runtime.outputs import RequestDelta, RequestOutput
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.outputs import RequestDelta, RequestOutput, ScoreOutput
 from fastllama.runtime.serving.mailbox import wake
 from fastllama.runtime.serving.order import Order
 
@@ -54,10 +55,17 @@ class RequestStream:
 
     def output(self) -> RequestOutput:
         """The whole request, once its last delta was read. Raises RuntimeError before."""
+        return self._ended().output()
+
+    def score(self) -> ScoreOutput:
+        """The same of a prompt that was scored."""
+        return self._ended().score()
+
+    def _ended(self) -> Generation:
         generation = self.order.generation
         if generation is None or not generation.finished:
             raise RuntimeError(f"request {self.request_id!r} has not ended; legal: after the stream's last delta")
-        return generation.output()
+        return generation
 
     def close(self) -> None:
         """Abort the request, if it has not ended; nothing more is read. May be called twice."""

@@ -273,6 +273,7 @@ class Worker:
                 arrival=order.arrival,
                 request_id=order.request_id,
                 continues_text=given.continues_text,
+                scoring=given.scoring,
             )
         except BaseException as error:
             self._end(order, error)

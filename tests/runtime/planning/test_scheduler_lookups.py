@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, abc
 
 import pytest
 
 from fastllama.runtime.planning.block_pool import BlockPool, Prefix
+from fastllama.runtime.planning.lookups import Lookups
 from fastllama.runtime.planning.scheduler import Scheduler
-from fastllama.runtime.planning.sequence import Status
+from fastllama.runtime.planning.sequence import Sequence, Status
 from tests.runtime.planning.test_scheduler import add, first, spans, turn
 
 
@@ -19,15 +19,34 @@ class CountingPool(BlockPool):
 
     num_lookups = 0
 
-    def match_prefix(self, token_ids: Sequence[int]) -> Prefix:
+    def match_prefix(self, token_ids: abc.Sequence[int]) -> Prefix:
         self.num_lookups += 1
         return super().match_prefix(token_ids)
 
 
 class Forgetful(Scheduler):
-    """Looks the head up in each step."""
+    """Looks those that wait up in each step."""
 
-    def _still_waits(self, *given: object) -> bool:
+    def __init__(self, pool: BlockPool, **sizes: int) -> None:
+        super().__init__(pool, **sizes)
+        self._lookups = ForgetfulLookups(pool)
+
+
+class ForgetfulLookups(Lookups):
+    """Remembers nothing of the last step."""
+
+    looks = False
+
+    def find(self, seq: Sequence) -> Prefix | None:
+        self.looks = True
+        found = super().find(seq)
+        self.looks = False
+        return found
+
+    def waits(self, seq: Sequence) -> bool:
+        return self.looks and super().waits(seq)
+
+    def lacks_room(self, *given: object) -> bool:
         return False
 
 
@@ -73,16 +92,19 @@ def test_a_head_that_finds_no_seat_costs_no_lookups() -> None:
 
 
 def test_a_page_published_since_lets_the_head_in() -> None:
-    """The head's prompt is computed by another, which holds the pages: with each page the head needs one less."""
-    scheduler = make(14, 10, max_num_batched_tokens=21)
-    add(scheduler, range(80), max_tokens=9)
+    """What another generates is the head's prompt too: with a page of it, the head has few enough left for the step."""
+    scheduler = make(200, 10, max_num_batched_tokens=40)
+    other = first(add(scheduler, [7] * 4))
     turn(scheduler)
-    head = first(add(scheduler, range(100), max_tokens=9))
-    for _ in range(2):
+    add(scheduler, range(1000, 1900))
+    turn(scheduler)
+    head = first(add(scheduler, [7] * 25))
+    for _ in range(5):
         turn(scheduler)
-        assert head.status is Status.WAITING, "the other takes the whole step"
+        assert head.status is Status.WAITING, "a long prompt is under way, and half a step is less than 25 tokens"
+    assert other.num_computed == 10
     turn(scheduler)
-    assert head.request.num_cached_tokens == 60, "of 10 pages 6 are held by the other, and 6 are free"
+    assert head.request.num_cached_tokens == 10
 
 
 def test_what_is_remembered_changes_no_step() -> None:

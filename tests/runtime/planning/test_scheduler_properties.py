@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastllama.runtime.params import SamplingParams
-from fastllama.runtime.planning.block_pool import BlockPool, Prefix
+from fastllama.runtime.planning.block_pool import BlockPool
 from fastllama.runtime.planning.scheduler import Scheduler
-from fastllama.runtime.planning.sequence import Request, Sequence, Status
+from fastllama.runtime.planning.sequence import Request, Scoring, Sequence, Status
 from fastllama.runtime.planning.step import Step
 
 GARBAGE = -1
@@ -39,7 +39,7 @@ class Simulation:
         self.family: dict[Request, Request] = {}  # the request from which each was forked at last, or itself
         self.num_passing: Counter[Request] = Counter()  # tokens of those that passed it and none before it
         self.num_computed: dict[Sequence, int] = {}
-        self.num_copies = self.num_transfers = self.num_forks = 0
+        self.num_copies = self.num_transfers = self.num_forks = self.num_passed = 0
         self._contents: defaultdict[Sequence, list[int]] = defaultdict(list)
 
     def sequences(self, *statuses: Status) -> list[Sequence]:
@@ -53,12 +53,16 @@ class Simulation:
             contents.append(hash((contents[-1] if contents else 0, token_id)))
         return contents
 
-    def add(self, prompt: list[int], **params: Any) -> None:
+    def add(self, prompt: list[int], start: int | None = None, **params: Any) -> None:
+        """A request that generates tokens, or one whose prompt is scored from `start` on."""
         request = Request(str(len(self.requests)), tuple(prompt), SamplingParams(**params), arrival=0.0)
         limit = self.scheduler.max_model_len
-        length = min(len(prompt) + request.params.max_tokens, limit)
+        length, longest = min(len(prompt) + request.params.max_tokens, limit), limit - 1
+        if start is not None:
+            request.scoring = Scoring(min(start, len(prompt)), last_token_id=0)
+            length, longest = len(prompt), limit
         fits = length <= self.pool.num_pages * self.pool.page_size and request.params.n <= self.scheduler.max_num_seqs
-        if 0 < len(prompt) < limit and fits:
+        if 0 < len(prompt) <= longest and fits:
             self.scheduler.add(request)
             self._queue(request)
             self.family[request] = request
@@ -69,7 +73,11 @@ class Simulation:
 
     def fork(self, which: int, max_tokens: int) -> None:
         """A request that goes on from an unfinished one of one sample, if the cache has room for it."""
-        unfinished = [seq for seq in self.sequences(Status.RUNNING, Status.WAITING) if seq.request.params.n == 1]
+        unfinished = [
+            seq
+            for seq in self.sequences(Status.RUNNING, Status.WAITING)
+            if seq.request.params.n == 1 and seq.request.scoring is None
+        ]
         pages = self.pool.num_pages * self.pool.page_size
         unfinished = [seq for seq in unfinished if len(seq.token_ids) + max_tokens <= pages]
         if not unfinished:
@@ -129,23 +137,56 @@ class Simulation:
         preempted = [seq for seq in before if seq.status is Status.WAITING]
         assert preempted == before[len(before) - len(preempted) :], "an older one gave way to a newer one"
         assert self.scheduler.num_preemptions == num_preemptions + len(preempted)
+        found = [seq for chunk in step.chunks for seq in chunk.samples or (chunk.seq,)]
+        self._let_pass([seq for seq in found if seq not in before])
         for seq in preempted:
             del self.num_computed[seq]
         if not preempted and sum(lengths) < self.scheduler.max_num_batched_tokens:
             self._check_that_nobody_else_fits()
         return step
 
-    def _check_that_nobody_else_fits(self) -> None:
-        running, waiting = self.sequences(Status.RUNNING), self.sequences(Status.WAITING)
-        if not waiting:
+    def _let_pass(self, admitted: list[Sequence]) -> None:
+        """Those that waited before the last admitted stand behind it, for somebody computes what they begin with."""
+        if not admitted:
             return
-        head = waiting[0]
-        reuse = head.request.params.prompt_logprobs is None
-        prefix = self.pool.match_prefix(head.token_ids) if reuse else Prefix([], self.pool.root)
+        end = max(map(self.line.index, admitted)) + 1
+        passed = [seq for seq in self.line[:end] if seq.status is Status.WAITING]
+        for seq in passed:
+            assert self._waits_for(seq), "it was passed, and waits for no page"
+        self.num_passed += len(passed)
+        ahead = [seq for seq in self.line[:end] if seq.status is not Status.WAITING]
+        self.line[:end] = [*ahead, *passed]
+
+    def _waits_for(self, seq: Sequence, num_cached: int | None = None) -> bool:
+        """Whether another, which runs, computes a page of its prompt that this one can use, behind those cached."""
+        size, usable = self.pool.page_size, self._usable(seq)
+        return any(
+            other.token_ids[:end] == usable[:end]
+            for other in self.sequences(Status.RUNNING)
+            if (end := (other.num_published + 1) * size) <= other.num_prompt_tokens
+            and end < len(usable)
+            and num_cached in (None, other.num_published)
+        )
+
+    @staticmethod
+    def _usable(seq: Sequence) -> list[int]:
+        """The tokens of which all but the last may come from the cache: no logits of those before are asked for."""
+        scoring, params = seq.request.scoring, seq.request.params
+        if scoring is not None:
+            return seq.token_ids[: scoring.start]
+        return seq.token_ids if params.prompt_logprobs is None or seq.num_prompt_tokens == 1 else []
+
+    def _check_that_nobody_else_fits(self) -> None:
+        running = self.sequences(Status.RUNNING)
         held = {page_id for seq in running for page_id in seq.page_ids}
-        need = self.pool.pages_for(len(head.token_ids)) - len(held & set(prefix.page_ids))
-        seats = sum(map(self.seats, running)) + self.seats(head)
-        assert seats > self.scheduler.max_num_seqs or need > self.pool.num_available
+        for seq in self.sequences(Status.WAITING):
+            prefix = self.pool.match_prefix(self._usable(seq))
+            if sum(map(self.seats, running)) + self.seats(seq) > self.scheduler.max_num_seqs:
+                return
+            if not self._waits_for(seq, len(prefix.page_ids)):
+                need = self.pool.pages_for(len(seq.token_ids)) - len(held & set(prefix.page_ids))
+                assert need > self.pool.num_available
+                return
 
     @staticmethod
     def seats(seq: Sequence) -> int:
@@ -175,14 +216,14 @@ class Simulation:
                 assert chunk.start == self.num_computed[seq], "a position is computed twice, or never"
             else:
                 assert chunk.start % size == 0, "newly admitted: only full pages can be reused"
-                assert chunk.start == 0 or seq.request.params.prompt_logprobs is None
+                assert chunk.start <= max(len(self._usable(seq)) - 1, 0), "logits that are asked for are not computed"
             for position in range(chunk.start, end):
                 page_id, offset = seq.page_ids[position // size], position % size
                 assert (page_id, offset) not in written
                 written.add((page_id, offset))
                 memory[page_id][offset] = GARBAGE if fails else self.contents(seq)[position]
             self.num_computed[seq] = end
-            if end < len(seq.token_ids):
+            if end < len(seq.token_ids) or seq.request.scoring is not None:
                 assert chunk.samples == ()
                 continue
             assert chunk.samples[0] is seq
@@ -210,6 +251,9 @@ class Simulation:
             return
         self.scheduler.commit(step)
         for chunk in step.chunks:
+            ended = chunk.start + chunk.length == len(chunk.seq.token_ids)
+            if chunk.seq.request.scoring is not None and ended:
+                assert chunk.seq.status is Status.FINISHED
             for seq in chunk.samples:
                 if seq.status is Status.FINISHED:
                     continue
@@ -317,6 +361,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, **params: Any) -> None:
         self.simulation.add(params.pop("prompt"), **params)
+
+    @rule(prompt=PROMPTS, start=st.integers(1, 14))
+    def score(self, prompt: list[int], start: int) -> None:
+        self.simulation.add(prompt, start=start)
 
     @rule(count=st.integers(1, 4))
     def steps(self, count: int) -> None:

@@ -38,6 +38,9 @@ def test_a_storm_of_requests(
                 max_tokens=rng.randint(1, length),
                 prompt_logprobs=rng.choice([None] * 9 + [0]),
             )
+        if rng.random() < 0.2:
+            prompt = rng.choice(systems) + [rng.randrange(2) for _ in range(rng.randint(1, length // 3))]
+            simulation.add(prompt, start=rng.randint(1, len(prompt)))
         if rng.random() < 0.4:
             simulation.fork(rng.randrange(3), rng.randint(1, length))
         if rng.random() < 0.05:
@@ -49,4 +52,5 @@ def test_a_storm_of_requests(
     assert min(scheduler.num_preemptions, pool.num_hit_tokens, pool.num_evictions) > 20, "the storm was a breeze"
     assert simulation.num_copies > 20 or page_size == 1
     assert simulation.num_forks > 5, "none ran at once"
+    assert simulation.num_passed > 0 or seqs < 4, "none waited for what another computes"
     assert (simulation.num_transfers > 100) == (pool.num_host_hit_tokens > 20) == (num_host_pages > 0)
