@@ -20,12 +20,12 @@ from fastllama.layers.config import LlamaConfig
 from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject, starts_of_each
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
+from fastllama.runtime.handle import EngineHandle
 from fastllama.runtime.options import EngineOptions
 from fastllama.runtime.outputs import RequestOutput, ScoreOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.parts import announcing, load_parts
 from fastllama.runtime.prompts import Prepared, Prompt, PromptEncoder, as_list, continues_message
-from fastllama.runtime.running import add, leave, run
 from fastllama.runtime.values import flag
 
 
@@ -129,16 +129,14 @@ class LLM:
         self.tokenizer, self.quantization = parts.tokenizer, parts.quantization
         self.sampling_defaults = parts.sampling_defaults  # what generation_config.json sets
         with announcing(parts.model.device, progress):
-            self._engine: Engine | None = Engine(parts.model, parts.tokenizer, options, parts.speculation)
-            self.warm_up_seconds = self._engine.warm_up()
+            self._handle = EngineHandle(Engine(parts.model, parts.tokenizer, options, parts.speculation))
+            self.warm_up_seconds = self.engine.warm_up()
         self.prompts = PromptEncoder(self.tokenizer, self.config, self.max_model_len, str(chat_format), parts.name)
 
     @property
     def engine(self) -> Engine:
         """The engine below. Raises RuntimeError once the LLM is closed."""
-        if self._engine is None:
-            raise RuntimeError("this LLM is closed; make a new one")
-        return self._engine
+        return self._handle.engine
 
     @property
     def config(self) -> LlamaConfig:
@@ -184,7 +182,7 @@ class LLM:
         return self._generate([self.prompts.prepare(*own, **how) for own in zip(given, each, strict=True)])
 
     def _generate(self, prompts: abc.Sequence[Prepared]) -> list[RequestOutput]:
-        return run(self.engine, prompts, Generation.output, description="Generating", progress=self._progress)
+        return self._handle.run(prompts, Generation.output, description="Generating", progress=self._progress)
 
     def score(
         self,
@@ -217,12 +215,12 @@ class LLM:
                 prompt,
                 own,
                 top_logprobs=top_logprobs,
-                on_logits=None if on_logits is None else partial(on_logits, number),
+                on_logits=partial(on_logits, number) if callable(on_logits) else on_logits,
                 **how,
             )
             for number, (prompt, own) in enumerate(zip(given, starts_of_each(start, len(given)), strict=True))
         ]
-        return run(self.engine, prepared, Generation.score, description="Scoring", progress=self._progress)
+        return self._handle.run(prepared, Generation.score, description="Scoring", progress=self._progress)
 
     def chat(
         self,
@@ -290,7 +288,7 @@ class LLM:
         self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        return add(self.engine, self.prompts.prepare(prompt, params, **how), request_id)
+        return self._handle.add(self.prompts.prepare(prompt, params, **how), request_id)
 
     def fork(
         self,
@@ -357,7 +355,7 @@ class LLM:
                 else:
                     return
         finally:
-            leave(self._engine, generation)
+            self._handle.leave(generation)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of all prompts, on the host too: the next ones are computed anew.
@@ -380,10 +378,7 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache. An AsyncEngine of this LLM is shut down first. May be called twice."""
-        engine = self._engine
-        if engine is not None:
-            engine.access.evict()
-            self._engine = None
+        self._handle.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -120,6 +120,8 @@ class PromptEncoder:
 
         Raises what `encode` raises, and ValueError for a `start` that leaves no token, or no token before.
         """
+        if on_logits is not None and not callable(on_logits):
+            raise TypeError(f"on_logits is {brief(on_logits)}; legal: a callable, or None")
         self.check_length(prompt)
         ids, given = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
         if len(ids) < 2:

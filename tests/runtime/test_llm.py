@@ -22,6 +22,7 @@ from fastllama.errors import RequestError
 from fastllama.io.chat import encode_chat
 from fastllama.runtime.device import memory
 from fastllama.runtime.engine import Engine
+from fastllama.runtime.handle import EngineHandle
 from fastllama.runtime.options import EngineOptions
 from tests.io import tokenizer_samples as samples
 from tests.runtime.models import Scripted, check_idle, ours, prompt_of, running
@@ -156,6 +157,7 @@ def test_a_closed_llm_says_so() -> None:
         uses: list[Callable[[], Any]] = [
             lambda: llm.generate("Hello"),
             lambda: llm.generate([1]),
+            lambda: llm.score([1, 2]),
             lambda: llm.stream("Hello"),
             lambda: next(stream),
             lambda: llm.chat([{"role": "user", "content": "Hello"}]),
@@ -164,7 +166,7 @@ def test_a_closed_llm_says_so() -> None:
         for use in uses:
             with pytest.raises(RuntimeError, match=r"^this LLM is closed; make a new one$"):
                 use()
-        llm._engine = engine  # for the check of `running`
+        llm._handle = EngineHandle(engine)  # for the check of `running`
         for request in list(engine._requests.generations.values()):
             engine.abort(request)
 

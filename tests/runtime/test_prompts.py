@@ -11,7 +11,7 @@ import torch
 
 from fastllama import LLM, SamplingParams
 from fastllama.layers.config import LlamaConfig
-from fastllama.runtime.prompts import PromptEncoder, as_list, length_of, token_ids
+from fastllama.runtime.prompts import Prepared, PromptEncoder, as_list, length_of, token_ids
 from tests.io import tokenizer_samples as samples
 from tests.io.checkpoints import random_llama
 from tests.runtime.models import ours, running
@@ -77,7 +77,7 @@ def test_a_batch_runs_as_its_rows() -> None:
 
 def test_texts_in_mappings() -> None:
     prepared = encoder().prepare({"prompt": "Hello"}, ONE)
-    assert prepared == (tuple(samples.tokenizer("tiny").encode("Hello")), ONE, "Hello", True)
+    assert prepared == Prepared(tuple(samples.tokenizer("tiny").encode("Hello")), ONE, "Hello")
     assert as_list({"prompt": "Hello"}) == [{"prompt": "Hello"}]
     assert as_list("Hello") == ["Hello"]
     assert as_list(text for text in ("A", "B")) == ["A", "B"]

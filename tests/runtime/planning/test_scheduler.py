@@ -9,7 +9,7 @@ import pytest
 
 from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.block_pool import ROOT, BlockPool
-from fastllama.runtime.planning.scheduler import MOST_PASSED, Scheduler
+from fastllama.runtime.planning.scheduler import Scheduler
 from fastllama.runtime.planning.sequence import Request, Scoring, Sequence, Status
 from fastllama.runtime.planning.step import Step
 
@@ -271,113 +271,6 @@ def test_a_preempted_sample_lives_on_by_itself() -> None:
     step = turn(scheduler)
     assert (spans(step), step.chunks[0].samples) == ([(1, 4, 1)], (samples[1],)), "both its full pages were cached"
     assert samples[1].token_ids == [0, 1, 2, 7, 7, 7]
-
-
-def test_a_prefix_that_another_computes_is_waited_for() -> None:
-    scheduler = make(20, 2, budget=8)
-    requests = [add(scheduler, prompt) for prompt in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6], [9] * 6)]
-    assert spans(turn(scheduler)) == [(0, 0, 6), (2, 0, 2)], "the second would compute what the first does"
-    assert spans(turn(scheduler)) == [(0, 6, 1), (1, 4, 2), (2, 2, 4)], "only what it does not share"
-    assert [request.num_cached_tokens for request in requests] == [0, 4, 0]
-    assert first(requests[1]).page_ids[:2] == first(requests[0]).page_ids[:2]
-
-
-def test_a_prefix_is_waited_for_page_by_page() -> None:
-    """Of a long prompt in chunks, the others wait for as much as they share."""
-    scheduler = make(20, 2, budget=8)
-    add(scheduler, range(20))
-    other = add(scheduler, [*range(9), *range(50, 61)])
-    assert [spans(turn(scheduler)) for _ in range(4)] == [
-        [(0, 0, 8)],
-        [(0, 8, 8)],
-        [(0, 16, 4), (1, 8, 4)],
-        [(0, 20, 1), (1, 12, 7)],
-    ]
-    assert other.num_cached_tokens == 8
-
-
-@pytest.mark.parametrize("ends", ["abort", "rollback"])
-def test_nothing_is_waited_for_that_will_not_come(ends: str) -> None:
-    scheduler = make(20, 2, budget=4, seqs=4)
-    one, other = (add(scheduler, range(8)) for _ in range(2))
-    turn(scheduler)
-    assert first(other).status is Status.WAITING
-    if ends == "abort":
-        scheduler.abort(one)
-    else:
-        scheduler.rollback()
-        scheduler.abort(one)
-    assert spans(turn(scheduler)) == [(1, 4, 4)], "what was computed is in the cache, the rest it computes itself"
-
-
-def test_the_queue_goes_on_behind_those_that_wait() -> None:
-    """As many as are looked at in one step: behind them the queue stands."""
-    scheduler = make(10_000, 2, budget=1000, seqs=200, length=1000)
-    add(scheduler, range(900))
-    waiting = [add(scheduler, range(900)) for _ in range(MOST_PASSED - 1)]
-    other = add(scheduler, [7] * 900)
-    assert spans(turn(scheduler)) == [(0, 0, 900), (MOST_PASSED, 0, 100)]
-    assert other.num_cached_tokens == 0
-    assert {first(each).status for each in waiting} == {Status.WAITING}
-    scheduler = make(10_000, 2, budget=1000, seqs=200, length=1000)
-    for _ in range(MOST_PASSED + 1):
-        add(scheduler, range(900))
-    add(scheduler, [7] * 900)
-    assert spans(turn(scheduler)) == [(0, 0, 900)]
-
-
-def test_a_scored_prompt_draws_nothing_and_ends() -> None:
-    scheduler = make(20, 2, budget=4, seqs=4)
-    request = add(scheduler, range(6))
-    scored = add(scheduler, range(50, 56), start=3)
-    scheduler.abort(request)
-    assert [(spans(step), step.chunks[0].samples) for step in (turn(scheduler), turn(scheduler))] == [
-        ([(1, 0, 4)], ()),
-        ([(1, 4, 2)], ()),
-    ]
-    assert (first(scored).status, first(scored).token_ids) == (Status.FINISHED, [*range(50, 56)])
-    assert scheduler.pool.num_available == 20
-    assert not scheduler.has_work
-
-
-@pytest.mark.parametrize(("start", "computed"), [(1, 0), (2, 0), (3, 2), (4, 2), (5, 4), (6, 4), (7, 6)])
-def test_a_scored_prompt_reuses_the_pages_before_the_first_logits(start: int, computed: int) -> None:
-    """The logits of position start - 1 are the first wanted: its page is computed from its first token on."""
-    scheduler = make(20, 2)
-    scheduler.finish(first(add(scheduler, range(9))), "stop")
-    seq = first(add(scheduler, range(9)))
-    turn(scheduler)
-    scheduler.finish(seq, "stop")
-    add(scheduler, range(7), start=start)
-    (chunk,) = turn(scheduler).chunks
-    assert chunk.start == computed
-
-
-def test_a_scored_prompt_may_be_as_long_as_the_context() -> None:
-    scheduler = make(20, 2, length=10)
-    add(scheduler, range(10), start=1)
-    with pytest.raises(ValueError, match="the prompt has 12 tokens; legal: at most 11 to be scored, one more than max"):
-        add(scheduler, range(11), start=1)
-    with pytest.raises(ValueError, match="legal: at most 9, one less than max_model_len"):
-        add(scheduler, range(10))
-    with pytest.raises(ValueError, match="the prompt has 42 tokens; legal: at most 41 to be scored, one more than the"):
-        add(make(20, 2), range(41), start=1)
-
-
-def test_a_scored_prompt_in_flight_is_not_scheduled_again() -> None:
-    """The step after it is scheduled before its own is committed: nothing of it is left to do."""
-    scheduler = make(20, 2)
-    add(scheduler, range(6), start=1)
-    seq = first(add(scheduler, [7]))
-    step = scheduler.schedule()
-    assert step is not None
-    scheduler.expect(step)
-    ahead = scheduler.schedule()
-    assert ahead is not None
-    assert spans(ahead) == [(1, 1, 1)]
-    scheduler.commit(step)
-    assert scheduler.num_running == 1
-    scheduler.append(seq, 5)
 
 
 def test_generated_tokens_are_reused_by_the_next_turn_of_a_chat() -> None:

@@ -1,4 +1,4 @@
-"""Hundreds of random requests over few pages, in the simulation of test_scheduler_properties.py."""
+"""Hundreds of random requests over few pages, in the simulation of fake_memory.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.runtime.planning.test_scheduler_properties import Simulation
+from tests.runtime.planning.fake_memory import Simulation
 
 
 @pytest.mark.parametrize("num_host_pages", [0, 3, 20])

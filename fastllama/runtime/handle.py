@@ -1,0 +1,95 @@
+"""An LLM's engine, and requests that run on it to their ends, all in one continuous batch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, abc
+from collections.abc import Callable
+from typing import TypeVar
+
+from fastllama.errors import RequestError
+from fastllama.progress import progress_bar
+from fastllama.runtime.engine import Engine
+from fastllama.runtime.generation import Generation
+from fastllama.runtime.prompts import Prepared
+
+T = TypeVar("T")
+
+
+class EngineHandle:
+    """Runs requests on the caller's thread, until it is closed: from then on nothing here keeps the engine alive."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises RuntimeError once this is closed."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed; make a new one")
+        return self._engine
+
+    def close(self) -> None:
+        """Let go of the engine. May be called twice."""
+        if self._engine is not None:
+            self._engine.access.evict()
+            self._engine = None
+
+    def add(self, prepared: Prepared, request_id: str | None = None) -> Generation:
+        """Queue a prompt. Raises what Engine.add_request raises."""
+        return self.engine.add_request(
+            prepared.token_ids,
+            prepared.params,
+            prompt=prepared.text,
+            request_id=request_id,
+            continues_text=prepared.continues_text,
+            scoring=prepared.scoring,
+        )
+
+    def leave(self, generation: Generation) -> None:
+        """Abort a request that nobody reads any more, if it can still be."""
+        engine = self._engine
+        if engine is not None and not generation.finished and not engine.access.forked:
+            engine.abort(generation)
+
+    def run(
+        self,
+        prompts: abc.Sequence[Prepared],
+        output: Callable[[Generation], T],
+        *,
+        description: str,
+        progress: bool | None,
+    ) -> list[T]:
+        """What `output` makes of each request, in the order of the prompts. Where something raises, all are aborted.
+
+        description, progress: of the bar. Raises RequestError where a request failed or was aborted, once all have
+        ended: its `outputs` are those of all.
+        """
+        generations: list[Generation] = []
+        try:
+            for prepared in prompts:
+                generations.append(self.add(prepared))
+            self._finish(generations, description, progress)
+        except BaseException:
+            for generation in generations:
+                self.leave(generation)
+            raise
+        outputs = [output(generation) for generation in generations]
+        for number, generation in enumerate(generations):
+            if (failure := generation.failure()) is not None:
+                where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise RequestError(f"{where}{failure}", outputs, reason=failure.reason) from failure.__cause__
+        return outputs
+
+    def _finish(self, generations: list[Generation], description: str, progress: bool | None) -> None:
+        """Run until these requests have finished."""
+        shown = False if len(generations) < 2 else progress
+        pending = OrderedDict.fromkeys(generations)
+        with progress_bar(description, shown, total=len(generations), unit="prompt") as bar:
+            while pending:
+                before = len(pending)
+                for generation in self.engine.step():
+                    if generation.finished:
+                        pending.pop(generation, None)
+                while pending and (first := next(iter(pending))).finished:  # in a step of another thread
+                    del pending[first]
+                bar.update(before - len(pending))

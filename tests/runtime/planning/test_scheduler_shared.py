@@ -1,0 +1,62 @@
+"""A prefix that a running sequence computes is waited for by those that begin with it too."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastllama.runtime.planning.scheduler import MOST_PASSED
+from fastllama.runtime.planning.sequence import Status
+from tests.runtime.planning.test_scheduler import add, first, make, spans, turn
+
+
+def test_a_prefix_that_another_computes_is_waited_for() -> None:
+    scheduler = make(20, 2, budget=8)
+    requests = [add(scheduler, prompt) for prompt in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6], [9] * 6)]
+    assert spans(turn(scheduler)) == [(0, 0, 6), (2, 0, 2)], "the second would compute what the first does"
+    assert spans(turn(scheduler)) == [(0, 6, 1), (1, 4, 2), (2, 2, 4)], "only what it does not share"
+    assert [request.num_cached_tokens for request in requests] == [0, 4, 0]
+    assert first(requests[1]).page_ids[:2] == first(requests[0]).page_ids[:2]
+
+
+def test_a_prefix_is_waited_for_page_by_page() -> None:
+    """Of a long prompt in chunks, the others wait for as much as they share."""
+    scheduler = make(20, 2, budget=8)
+    add(scheduler, range(20))
+    other = add(scheduler, [*range(9), *range(50, 61)])
+    assert [spans(turn(scheduler)) for _ in range(4)] == [
+        [(0, 0, 8)],
+        [(0, 8, 8)],
+        [(0, 16, 4), (1, 8, 4)],
+        [(0, 20, 1), (1, 12, 7)],
+    ]
+    assert other.num_cached_tokens == 8
+
+
+@pytest.mark.parametrize("ends", ["abort", "rollback"])
+def test_nothing_is_waited_for_that_will_not_come(ends: str) -> None:
+    scheduler = make(20, 2, budget=4, seqs=4)
+    one, other = (add(scheduler, range(8)) for _ in range(2))
+    turn(scheduler)
+    assert first(other).status is Status.WAITING
+    if ends == "abort":
+        scheduler.abort(one)
+    else:
+        scheduler.rollback()
+        scheduler.abort(one)
+    assert spans(turn(scheduler)) == [(1, 4, 4)], "what was computed is in the cache, the rest it computes itself"
+
+
+def test_the_queue_goes_on_behind_those_that_wait() -> None:
+    """As many as are looked at in one step: behind them the queue stands."""
+    scheduler = make(10_000, 2, budget=1000, seqs=200, length=1000)
+    add(scheduler, range(900))
+    waiting = [add(scheduler, range(900)) for _ in range(MOST_PASSED - 1)]
+    other = add(scheduler, [7] * 900)
+    assert spans(turn(scheduler)) == [(0, 0, 900), (MOST_PASSED, 0, 100)]
+    assert other.num_cached_tokens == 0
+    assert {first(each).status for each in waiting} == {Status.WAITING}
+    scheduler = make(10_000, 2, budget=1000, seqs=200, length=1000)
+    for _ in range(MOST_PASSED + 1):
+        add(scheduler, range(900))
+    add(scheduler, [7] * 900)
+    assert spans(turn(scheduler)) == [(0, 0, 900)]
