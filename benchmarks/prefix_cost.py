@@ -26,11 +26,11 @@ from fastllama import LLM, SamplingParams
 from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
 from fastllama.bench.workload import LONGEST, prompts_of
-from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.lookups import Lookups
 from fastllama.runtime.planning.scheduler import Scheduler
 
 VOCAB = 256  # of the model that computes nothing: small, so that the draw is next to nothing too
-TIMED = ((BlockPool, "match_prefix"), (Scheduler, "_publish_next"))
+TIMED = ((Lookups, "find"), (Scheduler, "_publish_next"))
 
 
 @dataclass

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prefix_cost
-from fastllama.runtime.planning.block_pool import BlockPool
+from fastllama.runtime.planning.lookups import Lookups
 from fastllama.runtime.planning.scheduler import Scheduler
 from tests.runtime.models import ours, running
 
 
 def test_all_that_the_cache_does_is_timed() -> None:
     """17 + 8 tokens are computed of one request and 40 + 8 of the other: a page of 16, and three."""
-    before = BlockPool.match_prefix, Scheduler._publish_next
+    before = Lookups.find, Scheduler._publish_next
     with running(ours()) as llm:
         found = prefix_cost.measure(llm, [[5] * 17, [7] * 40], 9)
         again = prefix_cost.measure(llm, [[5] * 17], 9)
-    assert (BlockPool.match_prefix, Scheduler._publish_next) == before
+    assert (Lookups.find, Scheduler._publish_next) == before
     assert (found.steps, found.lookups, found.publications, found.hit_tokens) == (9, 2, 1 + 3, 0)
     assert (again.lookups, again.publications, again.hit_tokens) == (1, 0, 16)
     assert 0 < found.lookup_seconds + found.publication_seconds < found.seconds

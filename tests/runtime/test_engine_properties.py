@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from fastllama import LlamaForCausalLM, RequestOutput, SamplingParams
+from fastllama import LLM, LlamaForCausalLM, RequestOutput, SamplingParams
 from fastllama.layers.batch import BatchMeta, KVCache
+from fastllama.runtime.generation import Generation
 from fastllama.runtime.outputs import TokenLogprob
 from tests.runtime.models import check_idle, ours, prompt_of, running
 
@@ -25,12 +26,23 @@ STORIES = [prompt_of(50, seed=5), prompt_of(20, seed=5) + prompt_of(30, seed=6)]
 
 @dataclass(frozen=True)
 class Order:
-    """A request, the step before which it arrives, and the step before which it is aborted, if it is."""
+    """A request, the step before which it arrives, and the step before which it is aborted, if it is.
+
+    start: from where on its prompt is scored; None where tokens are generated.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     arrival: int
     abort: int | None
+    start: int | None = None
+
+    def queue(self, llm: LLM) -> Generation:
+        """Add the request to the engine."""
+        if self.start is None:
+            return llm.engine.add_request(self.prompt, self.params)
+        scored = llm.prompts.prepare_scored(self.prompt, self.start, top_logprobs=2)
+        return llm.engine.add_request(scored.token_ids, scored.params, scoring=scored.scoring)
 
 
 @st.composite
@@ -58,7 +70,8 @@ def params(draw: st.DrawFn) -> SamplingParams:
 def orders(draw: st.DrawFn) -> Order:
     prompt = draw(st.sampled_from(STORIES))[: draw(st.integers(1, 50))]
     abort = draw(st.one_of(st.none(), st.none(), st.integers(0, 20)))
-    return Order(tuple(prompt), draw(params()), draw(st.integers(0, 8)), abort)
+    start = draw(st.none() | st.integers(1, len(prompt) - 1)) if len(prompt) > 1 else None
+    return Order(tuple(prompt), draw(params()), draw(st.integers(0, 8)), abort, start)
 
 
 class Failing(LlamaForCausalLM):
@@ -124,7 +137,7 @@ def test_every_output_is_the_one_its_request_gets_alone(
         while engine.has_work or len(generations) < len(wanted):
             for number, order in enumerate(wanted):
                 if order.arrival == step:
-                    generations[number] = engine.add_request(order.prompt, order.params)
+                    generations[number] = order.queue(llm)
                 if order.abort is not None and order.arrival + order.abort == step:
                     engine.abort(generations[number])
             try:
@@ -134,9 +147,16 @@ def test_every_output_is_the_one_its_request_gets_alone(
             engine.pool.check_invariants()
             step += 1
         check_idle(engine)
-        found = [generations[number].output() for number in range(len(wanted))]
-    for order, output in zip(wanted, found, strict=True):
+        found = [generations[number] for number in range(len(wanted))]
+    for order, generation in zip(wanted, found, strict=True):
+        output = generation.output()
         with running(model(LlamaForCausalLM), max_model_len=75) as llm:
+            if order.start is not None:
+                (score,) = llm.score(list(order.prompt), order.start, top_logprobs=2)
+                assert order.abort is not None or generation.failure() is None
+                if generation.failure() is None:
+                    assert numbers(generation.score().logprobs) == pytest.approx(numbers(score.logprobs), rel=1e-6)
+                continue
             expected = llm.generate(order.prompt, order.params)[0]
         if "abort" in {sample.finish_reason for sample in output.outputs}:
             assert order.abort is not None
