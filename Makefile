@@ -31,7 +31,7 @@ COMPILE_TESTS := tests/kernels tests/testing tests/tools tests/integrations/test
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers test-clients fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers test-clients test-eval fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,15 @@ build/clients/%/.installed: tests/clients/%.txt | $(STAMP)
 
 test-clients: $(STAMP) build/clients/then/.installed build/clients/now/.installed ## `fastllama serve` asked by OpenAI's and LangChain's packages of 2023 and of today, curl and lm-eval
 	$(NO_INTERPRETER) $(BIN)/python -m pytest tests/clients
+
+build/eval/.installed: tests/integrations/eval.txt | $(STAMP)
+	@echo "installing lm-eval and what it needs beside the pinned set into $(@D), once (a minute, 620 MB)"
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+test-eval: $(STAMP) build/eval/.installed ## what lm-eval measures with this runtime, against its own model on transformers
+	$(NO_INTERPRETER) HF_HOME=build/eval/home HF_HUB_OFFLINE=1 PYTHONPATH=build/eval $(BIN)/python -m pytest tests/integrations/test_lm_eval_parity.py
 
 fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
 	@for pair in $(FAKE); do \

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import fastllama
 from fastllama import env
-from fastllama.cli import bench, chat, generate, info, serve, verify
+from fastllama.cli import bench, chat, eval, generate, info, serve, verify
 from fastllama.cli.parser import Parser
 from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 
@@ -102,7 +102,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
-    for module in (generate, chat, serve, info, verify, bench):
+    for module in (generate, chat, serve, info, verify, eval, bench):
         module.add_command(commands)
     return parser
 

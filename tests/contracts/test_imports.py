@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "catalogue": BASE | {"kernels", "layers"},
     "io": SHOWS | {"kernels", "layers"},
     "runtime": SHOWS | {"kernels", "layers", "io"},
-    "integrations": BASE | {"kernels", "layers", "io"},
+    "integrations": BASE | {"kernels", "layers", "io", "runtime"},  # runtime: lm_eval/ alone
     "serve": BASE | {"io", "runtime"},
     "verify": SHOWS | {"kernels", "layers", "io", "runtime", "catalogue"},
     "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},
-    "cli": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "serve", "verify", "bench", "testing"},
+    "cli": BASE
+    | {"kernels", "layers", "io", "runtime", "catalogue", "integrations", "serve", "verify", "bench", "testing"},
 }
 # The same within kernels: what computes an op does not know the ops.
 KERNELS_MAY_IMPORT = {
@@ -48,6 +49,7 @@ HOMES = {
     "triton": ("fastllama.kernels.triton.", "fastllama.testing."),
     "numba": ("fastllama.kernels.numba.",),
     "transformers": ("fastllama.bench.", "fastllama.integrations."),
+    "lm_eval": ("fastllama.integrations.lm_eval.",),
     "matplotlib": ("fastllama.bench.",),
     "starlette": ("fastllama.serve.",),
     "uvicorn": ("fastllama.serve.",),
@@ -110,6 +112,12 @@ def test_a_checkpoint_format_knows_only_the_formats(room: str, others: tuple[str
     legal = tuple(f"fastllama.io.{each}" for each in (room, *others))
     wrong = {each for each in found if each.startswith("fastllama.io.") and not each.startswith(legal)}
     assert wrong == set()
+
+
+def test_what_the_runtime_calls_of_the_integrations_does_not_know_the_runtime() -> None:
+    """It takes over a model of transformers by way of `fastllama.from_transformers`, where no import shows."""
+    found = set().union(*map(imported, (PACKAGE / "integrations" / "transformers").glob("*.py")))
+    assert "runtime" not in rooms_of(found)
 
 
 def test_only_the_entries_stand_beside_the_rooms() -> None:

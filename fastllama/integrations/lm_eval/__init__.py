@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness on this project's runtime: importing `model` adds "fastllama" to its models."""

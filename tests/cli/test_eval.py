@@ -1,0 +1,116 @@
+"""fastllama eval: what it refuses before lm-eval or a model is loaded, and, where lm-eval is there, what it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command
+
+NEEDS_LM_EVAL = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed; make test-eval installs it"
+)
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{opening}}}}"
+doc_to_choice: "{{{{[right, wrong]}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder of two tasks, of two questions."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "data.jsonl"
+    rows = [
+        {"opening": "Once upon", "right": "a time", "wrong": "the time"},
+        {"opening": "Tom was sad. He", "right": "wanted to go home.", "wrong": "the the the the."},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("first_end", "second_end"):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "the following arguments are required: --tasks"),
+        (["--tasks", " ,"], "--tasks is ' ,'; legal: folders, names or patterns of tasks, with commas"),
+        (["--tasks", "hellaswag,./nowhere"], "--tasks ./nowhere: there is no such folder"),
+        (["--tasks", "nowhere/tasks"], "--tasks nowhere/tasks: there is no such folder"),
+        (["--tasks", "hellaswag", "--limit", "0"], "--limit is 0; legal: at least 1"),
+        (["--tasks", "hellaswag", "--num-fewshot", "-1"], "--num-fewshot is -1; legal: at least 0"),
+        (["--tasks", "x", "--output", "nowhere/a.json"], "--output is nowhere/a.json; legal: a file in a folder"),
+        (["--tasks", "hellaswag", "--dtype", "float8"], "dtype is 'float8'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_argument_is_one_line(command: Command, args: list[str], said: str) -> None:
+    done = command("eval", *args)
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_folder_without_tasks_is_one_line(command: Command, tmp_path: Path) -> None:
+    done = command("eval", "--tasks", tmp_path)
+    assert (done.status, done.out) == (2, "")
+    assert f"--tasks {tmp_path} holds no task; legal: a folder with task files of lm-eval, *.yaml" in done.err
+
+
+def test_lm_eval_that_is_missing_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = command("eval", "--tasks", "hellaswag")
+    assert (done.status, done.out) == (2, "")
+    expected = "fastllama eval needs 'lm_eval', which is not installed: pip install 'fastllama[eval]'"
+    assert done.err == f"fastllama: error: {expected}\n"
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_a_folder_as_a_table_and_as_json(command: Command, tasks: Path, tmp_path: Path) -> None:
+    options = ("--model", "tiny", "--dtype", "float32")
+    done = command("eval", "--tasks", tasks, *options)
+    assert done.status == 0, done.err
+    assert "|first_end " in done.out
+    assert "|second_end" in done.out
+    assert "|acc   |↑  |    1|±  |     0|" in done.out
+    assert "tiny: 4.5 M parameters, float32 on cpu" in done.err
+    assert "prompt tokens, 0 of them from the prefix cache" in done.err
+    file = tmp_path / "results.json"
+    done = command("eval", "--tasks", tasks, *options, "--json", "--limit", 1, "--output", file, "--quantize", "int8")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert json.loads(file.read_text()) == found
+    assert found["results"]["first_end"]["acc,none"] == 1.0
+    assert found["n-samples"]["second_end"] == {"original": 2, "effective": 1}
+    assert (found["model"], found["config"]["quantization"]) == ("tiny", "int8")
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_cannot_be_loaded_is_one_line_before_the_model(command: Command, tasks: Path) -> None:
+    no_model = ("--model", str(tasks / "no-model"))
+    (tasks / "data.jsonl").unlink()
+    done = command("eval", "--tasks", tasks)
+    assert (done.status, done.out) == (2, "")
+    assert "fastllama: error: --tasks: lm-eval cannot load first_end: " in done.err
+    (tasks / "first_end.yaml").write_text("output_type: multiple_choice\n")
+    (tasks / "second_end.yaml").unlink()
+    assert f"--tasks {tasks} holds no task" in command("eval", "--tasks", tasks).err
+    assert "no-model" in command("eval", "--tasks", "x", *no_model).err, "a model's name is checked first of all"
+    assert (
+        "--tasks helaswag is no task of lm-eval (did you mean 'hellaswag'?)"
+        in command("eval", "--tasks", "helaswag").err
+    )
