@@ -15,8 +15,10 @@ whole runtime, the hidden states after each layer, the logits, and 32 greedy tok
 again of replayed ones; and the weights with the checkpoint. An error may be at most twice that of plain torch in the
 same dtype, measured in the same run, and one rounding. Greedy tokens must be the reference's in float32; in 16 bits
 they may differ where its logits tie within that bound. Errors are relative to the largest value of a row. Memory
-beyond the model's stays at one matrix in fp64; a 7B model takes minutes on a CPU. The exit status is 1 if anything
-disagrees."""
+beyond the model's stays at one matrix in fp64; a 7B model takes minutes on a CPU. With --against transformers, layers,
+logits and tokens are compared with the transformers library instead, which reads the checkpoint by itself, so that a
+configuration read wrongly is found, in float32 most finely. Its errors count as ours do, so that these bounds are twice
+as wide, and it holds a second copy of the model in memory. The exit status is 1 if anything disagrees."""
 
 
 def add_command(commands: Any) -> None:
@@ -27,7 +29,18 @@ def add_command(commands: Any) -> None:
         "check every op, layer, logit and token against a reference in fp64",
         run,
         details=DETAILS,
-        examples=("", "--model path/to/model --dtype float32", "--device cuda --quiet"),
+        examples=(
+            "",
+            "--model path/to/model --dtype float32",
+            "--model path/to/model --against transformers",
+            "--device cuda --quiet",
+        ),
+    )
+    parser.add_argument(
+        "--against",
+        choices=("formulas", "transformers"),
+        default="formulas",
+        help="what layers, logits and tokens are compared with (default: formulas)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="print one line: what agrees, or what does not")
@@ -44,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         device=args.device,
+        against=args.against,
         progress=False if args.quiet else None,
     )
     if args.json:

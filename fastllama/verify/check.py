@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from fastllama.io.load import open_model
+from fastllama.errors import check_choice
+from fastllama.io.load import open_model, resolve_device
 from fastllama.layers.quantized import QuantizedLinear
 from fastllama.runtime.llm import LLM
 from fastllama.verify import model as whole
 from fastllama.verify import ops
-from fastllama.verify.report import Report
+from fastllama.verify.hugging_face import TransformersReference
+from fastllama.verify.report import FORMULAS, Report
+
+REFERENCES = ("formulas", "transformers")
 
 
 def check(
@@ -22,18 +26,27 @@ def check(
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    against: str = "formulas",
     progress: bool | None = None,
 ) -> Report:
-    """Judge every op, layer, logit and token of a model on a device against explicit formulas in fp64.
+    """Compare every op, layer, logit and token of a model on a device with explicit formulas in fp64.
 
     model, tokenizer, dtype, device, progress: as for LLM. A bound is twice the error of plain torch in the same dtype,
     measured in the same run, and one rounding. Memory beyond the model: one weight matrix in fp64 and the activations
-    of 128 tokens. A model whose weights are quantized is judged by what these stand for. Raises what LLM raises, and
-    ValueError for one that rounds what it multiplies, too (w8a8).
+    of 128 tokens. A model whose weights are quantized is judged by what these stand for.
+    against: "transformers" compares layers, logits and tokens with the transformers library in the same dtype, which
+    also finds what we misread in config.json: the formulas read it as the layers do. The bounds are twice as wide, as
+    both round, and memory holds a second copy of the model.
+    Raises what LLM raises, and ValueError for a model that rounds what it multiplies, too (w8a8), or that transformers
+    cannot open; ExtraRequiredError where transformers is missing.
     """
     start = time.perf_counter()
-    checkpoint, _ = open_model(model, dtype=dtype)
+    check_choice("against", against, REFERENCES)
+    checkpoint, target = open_model(model, dtype=dtype)
     _check_kinds(model, [checkpoint.quantization])
+    theirs = None
+    if against == "transformers":  # before our own model, so that a refusal takes seconds
+        theirs = TransformersReference(model, checkpoint, target, resolve_device(device))
     total = sum(whole.lengths(checkpoint.config))
     with LLM(
         model,
@@ -50,11 +63,12 @@ def check(
         _check_kinds(model, [module.kind for module in built.modules() if isinstance(module, QuantizedLinear)])
         with torch.inference_mode():
             found = [*ops.rows(built.dtype, built.device), whole.weight_row(llm, checkpoint)]
-        found += whole.rows(llm, progress=progress)
+        found += whole.rows(llm, theirs, progress=progress)
     return Report(
         model=str(model),
         dtype=str(built.dtype).removeprefix("torch."),
         device=str(built.device),
+        reference=FORMULAS if theirs is None else theirs.name,
         seconds=time.perf_counter() - start,
         rows=tuple(found),
     )

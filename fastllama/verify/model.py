@@ -1,4 +1,4 @@
-"""Layer by layer, then logits, then tokens: the whole runtime on a held-out text, against the dense oracle."""
+"""Layer by layer, then logits, then tokens: the whole runtime on a held-out text, against a dense reference."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import CompletionOutput
 from fastllama.runtime.params import SamplingParams
 from fastllama.verify import oracle
+from fastllama.verify.hugging_face import TransformersReference
 from fastllama.verify.report import Row, bound_of, error_of
 
 NUM_TOKENS = 128  # of text and answer together: two pages of the KV cache, so that both are crossed
@@ -28,8 +29,9 @@ CHUNK = 40  # prompt tokens of one step: the text takes three, at bounds that no
 
 
 def lengths(config: LlamaConfig) -> tuple[int, int]:
-    """Tokens of text and of greedy answer, fewer where the model's context holds fewer."""
-    total = min(NUM_TOKENS, config.context_length)
+    """Tokens of text and of greedy answer, fewer where the model takes fewer."""
+    longest = config.longest_context
+    total = NUM_TOKENS if longest is None else min(NUM_TOKENS, longest)
     answer = min(NUM_GREEDY, total // 4)
     return total - answer, answer
 
@@ -61,38 +63,52 @@ def weight_row(llm: LLM, checkpoint: Checkpoint) -> Row:
     return Row("weights", "weights", f"{count} tensors", error, 0.0)
 
 
-def rows(llm: LLM, *, progress: bool | None = None) -> Iterator[Row]:
+def rows(llm: LLM, theirs: TransformersReference | None = None, *, progress: bool | None = None) -> Iterator[Row]:
     """A row for each layer, one for the logits, two for the greedy tokens. progress: a bar; None: on a terminal.
+
+    theirs: what they are compared with in place of the oracle.
 
     Layers and logits are seen by hooks, with which each step runs as it is written. So the second row is for the tokens
     without hooks, whose steps are replayed where they can be captured: on a GPU as CUDA graphs, the draw inside.
     """
-    model, max_model_len = llm.engine.model, llm.max_model_len
+    dtype = llm.engine.model.dtype
     count, num_answer = lengths(llm.config)
     run = _observe(llm, _text_ids(llm, count), num_answer)
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True)
     replayed = _answer(llm, run.ids[:count].tolist(), params)
-    weights = dict(hf_tensors(model))
-    exact, plain = (
-        oracle.forward(llm.config, weights, run.ids, dtype, max_model_len) for dtype in (torch.float64, model.dtype)
-    )
+    references = _references(llm, run.ids, theirs)
     with torch.inference_mode(), progress_bar("Layers", progress, total=len(run.layers)) as bar:
         for i, ours in enumerate(run.layers):
-            reference = next(exact)
-            bound = bound_of(next(plain), reference, model.dtype)
+            reference, bound = next(references)
             yield Row("layer", f"layer {i}", counted(ours.shape[0], "token"), error_of(ours, reference), bound)
             bar.update()
-        reference = next(exact)
-        bound = bound_of(next(plain), reference, model.dtype)
+        reference, bound = next(references)
         yield Row("logits", "logits", counted(run.logits.shape[0], "token"), error_of(run.logits, reference), bound)
-        ties = 0.0 if model.dtype == torch.float32 else 2 * bound
+        ties = 0.0 if dtype == torch.float32 else 2 * bound
         yield _token_row(run, reference, ties)
         way = "by replayed steps" if llm.engine.replays else "by steps as written"
         yield _again_row(run, replayed, reference, ties, way)
 
 
+def _references(llm: LLM, ids: Tensor, theirs: TransformersReference | None) -> Iterator[tuple[Tensor, float]]:
+    """What each layer's output, then the logits of ids [T] are compared with, and the bound of the difference.
+
+    Ours may be off the oracle by twice the error of plain torch and one rounding. transformers may be as well, so that
+    two such errors lie between it and ours. The bound goes by plain torch all the same: with a config that we misread,
+    transformers would be far off our oracle, and a bound that went by it would widen.
+    """
+    weights, dtype = dict(hf_tensors(llm.engine.model)), llm.engine.model.dtype
+    exact, plain = (
+        oracle.forward(llm.config, weights, ids, each, llm.max_model_len) for each in (torch.float64, dtype)
+    )
+    seen = None if theirs is None else iter(theirs.forward(ids, llm.max_model_len))
+    for reference, rounded in zip(exact, plain, strict=True):
+        bound = bound_of(rounded, reference, dtype)
+        yield (reference, bound) if seen is None else (next(seen), 2 * bound)
+
+
 def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
-    """How far the oracle rates our tokens below its own choice after the same text.
+    """How far the reference rates our tokens below its own choice after the same text.
 
     In fp32 each must be its choice. In 16 bits, logits that may each be off by their bound leave ties up to twice it.
     """
@@ -112,9 +128,9 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
 
 
 def _again_row(run: Run, again: CompletionOutput, logits: Tensor, bound: float, way: str) -> Row:
-    """How far the oracle rates the first token below its own choice that is not what the hooked run drew.
+    """How far the reference rates the first token below its own choice that is not what the hooked run drew.
 
-    Up to there the texts are one, and so are the oracle's logits; behind it nothing is known.
+    Up to there the texts are one, and so are the reference's logits; behind it nothing is known.
     """
     case = f"{len(again.token_ids)} greedy tokens {way}"
     if run.trouble is not None or len(again.token_ids) < len(run.answer):

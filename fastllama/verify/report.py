@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastllama.errors import counted
 
+FORMULAS = "formulas in fp64"
 Kind = Literal["op", "weights", "layer", "logits", "tokens"]
 
 
@@ -43,11 +44,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one check, and the conditions they hold under. seconds: what the check took, loading included."""
+    """All rows of one check, and the conditions they hold under. seconds: what the check took, loading included.
+
+    reference: what layers, logits and tokens were compared with, FORMULAS or transformers and its version; ops are
+    always compared with formulas.
+    """
 
     model: str
     dtype: str
     device: str
+    reference: str
     seconds: float
     rows: tuple[Row, ...]
 
@@ -61,11 +67,13 @@ class Report:
         conditions = f"{self.dtype}, {self.device}"
         failed = [f"{row.name} ({row.case})" for row in self.rows if not row.ok]
         if failed:
-            return f"parity: FAILED in {', '.join(failed)} ({conditions})"
+            return f"parity: FAILED in {', '.join(failed)}, against {self.reference} ({conditions})"
         count = {kind: sum(row.kind == kind for row in self.rows) for kind in ("op", "layer")}
         tokens = next(row.case for row in self.rows if row.kind == "tokens")
-        compared = f"{counted(count['op'], 'op')}, {counted(count['layer'], 'layer')}, logits and {tokens}"
-        return f"parity: {compared} agree with the reference ({conditions})"
+        ops, rest = counted(count["op"], "op"), f"{counted(count['layer'], 'layer')}, logits and {tokens}"
+        if self.reference == FORMULAS:
+            return f"parity: {ops}, {rest} agree with {FORMULAS} ({conditions})"
+        return f"parity: {ops} agree with {FORMULAS}; with {self.reference}: {rest} ({conditions})"
 
     def table(self) -> str:
         """Every row, aligned, with a line on the conditions above and the summary below."""
@@ -75,12 +83,12 @@ class Report:
             cells.append((row.name, row.backend, row.case, f"{row.error:.1e}", f"{row.bound:.1e}", verdict))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        head = f"model {self.model}, {self.dtype} on {self.device}, {self.seconds:.1f} s"
+        head = f"model {self.model}, {self.dtype} on {self.device}, against {self.reference}, {self.seconds:.1f} s"
         return "\n".join([head, "", *map(str.rstrip, lines), "", self.summary()])
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; an error that is no number is null."""
-        conditions = {name: getattr(self, name) for name in ("model", "dtype", "device", "seconds")}
+        conditions = {name: getattr(self, name) for name in ("model", "dtype", "device", "reference", "seconds")}
         rows = [
             {
                 "kind": row.kind,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
+import transformers
 
 from fastllama.kernels.dispatch.op import OPS
 from tests.cli.conftest import Command
@@ -16,7 +20,7 @@ def test_quiet_is_one_line(command: Command, model: str) -> None:
     done = command("verify", "--model", model, "--quiet")
     assert (done.status, done.err) == (0, "")
     assert done.out == (
-        f"parity: {len(OPS)} ops, 2 layers, logits and 32 greedy tokens agree with the reference (float32, cpu)\n"
+        f"parity: {len(OPS)} ops, 2 layers, logits and 32 greedy tokens agree with formulas in fp64 (float32, cpu)\n"
     )
 
 
@@ -26,6 +30,7 @@ def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> No
     found = json.loads(done.out)
     assert found["ok"]
     assert (found["model"], found["dtype"], found["device"]) == (model, "bfloat16", "cpu")
+    assert found["reference"] == "formulas in fp64"
     names = [row["name"] for row in found["rows"]]
     assert set(names) == {*OPS, "weights", "layer 0", "layer 1", "logits", "tokens", "replayed tokens"}
     table = command("verify", "--model", model, "--dtype", "bfloat16").out
@@ -58,4 +63,28 @@ def test_the_bundled_model_agrees(command: Command) -> None:
     """The line that `make demo` ends with."""
     done = command("verify", "--quiet")
     assert done.status == 0, done.out
-    assert "agree with the reference" in done.out
+    assert "agree with formulas in fp64" in done.out
+
+
+def test_the_bundled_model_agrees_with_transformers(command: Command) -> None:
+    done = command("verify", "--against", "transformers", "--json")
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found["ok"]
+    assert found["reference"] == f"transformers {transformers.__version__}"
+    assert f"with {found['reference']}: 5 layers, logits and 32 greedy tokens" in found["summary"]
+
+
+def test_without_transformers_the_command_says_what_brings_it(
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    done = command("verify", "--model", model, "--against", "transformers")
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.endswith("needs 'transformers', which is not installed: pip install 'fastllama[hf]'\n")
+
+
+def test_a_wrong_folder_is_refused_against_transformers_too(command: Command, tmp_path: Path) -> None:
+    done = command("verify", "--model", tmp_path, "--against", "transformers")
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path} is an empty folder" in done.err

@@ -48,7 +48,7 @@ KERNELS_MAY_IMPORT = {
 HOMES = {
     "triton": ("fastllama.kernels.triton.", "fastllama.testing."),
     "numba": ("fastllama.kernels.numba.",),
-    "transformers": ("fastllama.bench.", "fastllama.integrations."),
+    "transformers": ("fastllama.bench.", "fastllama.integrations.", "fastllama.verify."),
     "lm_eval": ("fastllama.integrations.lm_eval.",),
     "matplotlib": ("fastllama.bench.",),
     "starlette": ("fastllama.serve.",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllama.verify import Report, Row
-from fastllama.verify.report import bound_of, error_of
+from fastllama.verify.report import FORMULAS, bound_of, error_of
 
 INF, NAN = math.inf, math.nan
 
@@ -57,18 +57,18 @@ ROWS = (
 )
 
 
-def report(*rows: Row) -> Report:
-    return Report("some/model", "float16", "cuda:0", 1.26, rows)
+def report(*rows: Row, reference: str = FORMULAS) -> Report:
+    return Report("some/model", "float16", "cuda:0", reference, 1.26, rows)
 
 
 def test_a_report_in_which_all_agree() -> None:
     found = report(*ROWS)
     assert found.ok
     assert found.summary() == (
-        "parity: 2 ops, 1 layer, logits and 4 greedy tokens agree with the reference (float16, cuda:0)"
+        "parity: 2 ops, 1 layer, logits and 4 greedy tokens agree with formulas in fp64 (float16, cuda:0)"
     )
     assert found.table().splitlines() == [
-        "model some/model, float16 on cuda:0, 1.3 s",
+        "model some/model, float16 on cuda:0, against formulas in fp64, 1.3 s",
         "",
         "what      runs on  worst case       error    bound    verdict",
         "rms_norm  triton   x [1, 2]         1.0e-07  2.0e-07  ok",
@@ -81,13 +81,26 @@ def test_a_report_in_which_all_agree() -> None:
     ]
 
 
+def test_a_report_says_what_was_compared_with_another_reference() -> None:
+    """Ops never are."""
+    found = report(*ROWS, reference="transformers 5.23.0")
+    assert found.summary() == (
+        "parity: 2 ops agree with formulas in fp64; with transformers 5.23.0: 1 layer, logits and 4 greedy tokens "
+        "(float16, cuda:0)"
+    )
+    assert found.table().startswith("model some/model, float16 on cuda:0, against transformers 5.23.0, 1.3 s\n")
+    assert found.as_json()["reference"] == "transformers 5.23.0"
+    failed = report(*ROWS, Row("layer", "layer 1", "9 tokens", INF, 1e-7), reference="transformers 5.23.0")
+    assert failed.summary() == "parity: FAILED in layer 1 (9 tokens), against transformers 5.23.0 (float16, cuda:0)"
+
+
 @pytest.mark.parametrize("error", [2.1e-7, INF, NAN])
 def test_one_error_beyond_its_bound_fails_it(error: float) -> None:
     bad = Row("op", "rope", "q [5]", error, 2e-7)
     found = report(*ROWS, bad)
     assert not found.ok
     assert bad.strain == INF
-    assert found.summary() == "parity: FAILED in rope (q [5]) (float16, cuda:0)"
+    assert found.summary() == "parity: FAILED in rope (q [5]), against formulas in fp64 (float16, cuda:0)"
     assert [line.endswith("FAILED") for line in found.table().splitlines()].count(True) == 1
 
 
