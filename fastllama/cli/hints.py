@@ -14,7 +14,7 @@ ALIKE = 0.7  # of two names: --promt and --prompt are, --port and --prompt are n
 
 _SAME = {
     "--prompt": ("--input", "--text", "--query"),
-    "--prompt-file": ("--file", "--input-file"),
+    "--prompt-file": ("--input-file",),
     "--escape": ("--process-escapes",),
     "--system": ("--system-prompt", "--system-message", "-sys"),
     "--model": ("--model-name-or-path", "--hf-repo", "-hf", "-hfr", "-M"),
@@ -48,6 +48,7 @@ _SAME = {
 _ELSEWHERE = {
     ("--prompt", "-p", "--prompt-file", "-f"): "fastllama generate takes a prompt",
     ("--system", "--system-prompt", "--system-message", "-sys"): "fastllama chat takes a system message",
+    ("--file",): "a prompt comes from --prompt-file, and the text of fastllama perplexity from --file",
     ("--interactive", "-i", "--conversation", "-cnv", "--chat"): "fastllama chat holds a conversation",
     ("--threads", "-t", "--threads-batch", "-tb"): "threads are torch's: set OMP_NUM_THREADS",
 }

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import fastllama
 from fastllama import env
-from fastllama.cli import bench, chat, eval, generate, info, serve, verify
+from fastllama.cli import bench, chat, eval, generate, info, perplexity, serve, verify
 from fastllama.cli.parser import Parser
 from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   fastllama serve
   fastllama info
   fastllama verify --model path/to/model --dtype bfloat16
+  fastllama perplexity --quantize int4 --against
   fastllama bench runtime"""
 
 
@@ -102,7 +103,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
-    for module in (generate, chat, serve, info, verify, eval, bench):
+    for module in (generate, chat, serve, info, verify, perplexity, eval, bench):
         module.add_command(commands)
     return parser
 

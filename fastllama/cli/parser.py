@@ -11,11 +11,21 @@ from fastllama.cli.hints import hint, is_foreign
 from fastllama.cli.text import argument as text
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Before Python 3.13 the indent of subcommands is not counted, and the longest gets a line of its own."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        for each in self._iter_indented_subactions(action):
+            length = len(str(each.metavar or each.dest)) + self._current_indent
+            self._action_max_length = max(self._action_max_length, length)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises ValueError instead of printing its usage, and knows no abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         named = re.sub(r"-\w/(--[\w-]+)", r"\1", message)  # "argument -m/--model": one name is enough

@@ -88,10 +88,11 @@ def test_the_short_options_are_those_of_llama_cpp() -> None:
         ("generate --system x", "fastllama chat takes a system message"),
         ("chat --system-prompt x", "did you mean --system?"),
         ("chat -p x", "fastllama generate takes a prompt"),
+        ("generate --file x", "a prompt comes from --prompt-file, and the text of fastllama perplexity from --file"),
         ("chat --lora x", "did you mean --adapter?"),
         ("bench decode -b 8", "did you mean --batch?"),
         ("bench runtime --request-rate 8", "did you mean --loads?"),
-        ("--prompt x", "options come behind one of generate, chat, serve, info, verify, bench"),
+        ("--prompt x", "options come behind one of generate, chat, serve, info, verify, perplexity, eval, bench"),
         ("bench --shape tiny decode", "options come behind one of runtime, decode, ops"),
     ],
 )

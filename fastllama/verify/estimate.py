@@ -1,0 +1,48 @@
+"""A mean over the tokens of a text, and its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens. standard_error: None where there is one cluster only, which says nothing about others."""
+
+    value: float
+    standard_error: float | None
+
+    @classmethod
+    def ratio(cls, totals: Sequence[float], counts: Sequence[int]) -> Estimate:
+        """The mean over tokens of what sums to totals[i] over the counts[i] tokens of cluster i.
+
+        Tokens of one document depend on each other, so that the clusters are what varies independently: the standard
+        error is that of a ratio estimator of clusters of unlike sizes, sqrt(m / (m - 1) sum((total - mean count)^2)) /
+        sum(counts) for m clusters. Of the per-token difference of two models it is the paired standard error.
+        Sources: Cochran, Sampling Techniques, 1977, chapter 6; Miller, Adding Error Bars to Evals, arXiv:2411.00640.
+        """
+        count, clusters = sum(counts), len(counts)
+        value = math.fsum(totals) / count
+        if clusters < 2:
+            return cls(value, None)
+        residuals = (total - value * own for total, own in zip(totals, counts, strict=True))
+        squares = math.fsum(residual * residual for residual in residuals)
+        return cls(value, math.sqrt(clusters / (clusters - 1) * squares) / count)
+
+    def exp(self) -> Estimate:
+        """The exponential of the mean, and its standard error to first order (the delta method)."""
+        try:
+            value = math.exp(self.value)
+        except OverflowError:
+            value = math.inf
+        return Estimate(value, None if self.standard_error is None else value * self.standard_error)
+
+    def as_json(self) -> dict[str, float | None]:
+        """value and standard_error, None for a number that JSON does not have."""
+        return {name: _finite(number) for name, number in vars(self).items()}
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

@@ -1,0 +1,210 @@
+"""Perplexity of a model on a text, through the whole runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastllama.errors import counted
+from fastllama.io.tokenizer import Tokenizer
+from fastllama.progress import progress_bar
+from fastllama.runtime.llm import LLM
+from fastllama.runtime.values import integer
+from fastllama.verify.estimate import Estimate
+
+STEPS_OF_A_BATCH = 4  # windows that are queued at once: enough that the engine's steps are full, with a live bar
+
+OnLogits = Callable[[int, int, Tensor], None]
+
+
+class Window(NamedTuple):
+    """Tokens of a document that are read together: document[begin : end], of which those from `first` on are scored.
+
+    The last is scored and not fed.
+    """
+
+    document: int
+    begin: int
+    first: int
+    end: int
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that this window scores."""
+        return self.end - self.first
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    tokens: that were scored. nll: negative log-likelihood in nats per token, standard error by document, or by window
+    where there is one document. seconds: of scoring, in a comparison with keeping or comparing the logits.
+    """
+
+    documents: int
+    windows: int
+    tokens: int
+    nll: Estimate
+    seconds: float
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], losses: Sequence[float], seconds: float) -> Perplexity:
+        """From the summed negative log-likelihood of each window."""
+        tokens = sum(window.num_scored for window in windows)
+        documents = len({window.document for window in windows})
+        return cls(documents, len(windows), tokens, mean_by_cluster(windows, losses), seconds)
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp of `nll`."""
+        return self.nll.exp()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens; with a stride below the context more are fed."""
+        return self.tokens / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            **vars(self),
+            "nll": self.nll.as_json(),
+            "perplexity": self.perplexity.as_json(),
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def text_documents(text: str, tokenizer: Tokenizer, *, per_line: bool = False) -> list[list[int]]:
+    """Token ids of a text as `perplexity` takes them.
+
+    One document, with a BOS where the tokenizer's files put one and no EOS; or per_line one for each line that is not
+    blank, between BOS (where the vocabulary has one) and EOS, as short training documents are.
+    Raises ValueError where all lines are blank.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not per_line:
+        ids, ends_in_eos = tokenizer.encode(text), tokenizer.encode("")[-1:] == [eos]
+        return [ids[:-1] if ends_in_eos else ids]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(
+            f"each of the text's {counted(len(text.splitlines()), 'line')} is blank; legal: one that is not"
+        )
+    before = [] if bos is None else [bos]
+    return [[*before, *tokenizer.encode(line, bos=False), eos] for line in lines]
+
+
+def windows_of(length: int, context: int, stride: int, document: int = 0) -> Iterator[Window]:
+    """The windows that score each of a document's tokens but the first exactly once.
+
+    Window k feeds `context` tokens from k * stride on and scores, of the tokens that it predicts, those that none
+    before it has scored: the first window `context`, each further one `stride`. With stride == context windows are
+    disjoint, each fed from the last token on that the one before has scored; with a smaller stride they slide, and each
+    token but those of the first window is predicted from more than context - stride. Press et al., Shortformer,
+    arXiv:2012.15832, describe both ("nonoverlapping" and "sliding window").
+
+    Hugging Face's guide (transformers, "Perplexity of fixed-length models") looks for targets among the fed tokens, so
+    that the token behind a window's last is not predicted: there the first window scores context - 1 tokens, a token of
+    the others sees one less, and disjoint windows leave the first token of each out of the mean. llama.cpp's perplexity
+    scores the second half of each of its disjoint windows.
+    """
+    begin, first = 0, 1
+    while first < length:
+        end = min(begin + context + 1, length)
+        yield Window(document, begin, first, end)
+        begin, first = begin + stride, end
+
+
+def check_documents(documents: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError where there is no document, or no token to score in one."""
+    if not documents:
+        raise ValueError("documents is empty; legal: at least one document")
+    for number, ids in enumerate(documents):
+        if len(ids) < 2:
+            raise ValueError(
+                f"document {number} has {counted(len(ids), 'token')}; legal: at least 2, for the first is not scored"
+            )
+
+
+def checked_windows(llm: LLM, documents: Sequence[Sequence[int]], context: int, stride: int) -> list[Window]:
+    """All windows of all documents. Raises ValueError for what `perplexity` refuses."""
+    context = integer("context", context, 1, llm.max_model_len)
+    stride = integer("stride", stride, 1, context)
+    check_documents(documents)
+    each = (windows_of(len(ids), context, stride, number) for number, ids in enumerate(documents))
+    return list(chain.from_iterable(each))
+
+
+def batches_of(windows: Sequence[Window], max_fed: int, max_scored: int | None = None) -> Iterator[list[Window]]:
+    """The windows in batches that feed and score at most so many tokens, each one window at least."""
+    batch: list[Window] = []
+    fed = scored = 0
+    for window in windows:
+        fed += window.end - window.begin - 1
+        scored += window.num_scored
+        if batch and (fed > max_fed or (max_scored is not None and scored > max_scored)):
+            yield batch
+            batch, fed, scored = [], window.end - window.begin - 1, window.num_scored
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def max_fed(llm: LLM) -> int:
+    """Tokens of a batch."""
+    return STEPS_OF_A_BATCH * llm.engine.scheduler.max_num_batched_tokens
+
+
+def score(
+    llm: LLM, documents: Sequence[Sequence[int]], batch: Sequence[Window], on_logits: OnLogits | None = None
+) -> tuple[list[float], float]:
+    """The summed negative log-likelihood of each window, and the seconds that took. on_logits: as for LLM.score."""
+    start = time.perf_counter()
+    prompts = [documents[window.document][window.begin : window.end] for window in batch]
+    outputs = llm.score(prompts, [window.first - window.begin for window in batch], on_logits=on_logits)
+    return [-output.cumulative_logprob for output in outputs], time.perf_counter() - start
+
+
+def mean_by_cluster(windows: Sequence[Window], totals: Sequence[float]) -> Estimate:
+    """The mean per token of what sums to totals[i] over window i, clustered by document where there are two or more."""
+    by_document = len({window.document for window in windows}) > 1
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for number, (window, total) in enumerate(zip(windows, totals, strict=True)):
+        cluster = window.document if by_document else number
+        sums[cluster] = sums.get(cluster, 0.0) + total
+        counts[cluster] = counts.get(cluster, 0) + window.num_scored
+    return Estimate.ratio(list(sums.values()), list(counts.values()))
+
+
+def perplexity(
+    llm: LLM, documents: Sequence[Sequence[int]], *, context: int, stride: int, progress: bool | None = None
+) -> Perplexity:
+    """The perplexity of a model on documents of token ids (`text_documents`), in its own quantization and KV cache.
+
+    context: tokens that are fed at once, at most max_model_len. stride: tokens that each window but the first scores, 1
+    to context; see `windows_of`. Each document's first token is given, not scored. progress: a bar; None shows it on a
+    terminal only.
+    Raises ValueError before anything runs for a document of fewer than 2 tokens, and what LLM.score raises.
+    """
+    windows = checked_windows(llm, documents, context, stride)
+    losses: list[float] = []
+    seconds = 0.0
+    with bar_of(windows, progress) as bar:
+        for batch in batches_of(windows, max_fed(llm)):
+            found, took = score(llm, documents, batch)
+            losses += found
+            seconds += took
+            bar.update(sum(window.num_scored for window in batch))
+    return Perplexity.of(windows, losses, seconds)
+
+
+def bar_of(windows: Sequence[Window], progress: bool | None) -> Any:
+    """A progress bar of scored tokens."""
+    return progress_bar("Perplexity", progress, total=sum(window.num_scored for window in windows), unit="token")
