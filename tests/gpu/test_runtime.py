@@ -242,3 +242,21 @@ def test_guesses_change_no_answer(model: LlamaForCausalLM, own: bool, monkeypatc
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     speculation = copy.deepcopy(model) if own else "prompt_lookup"
     assert generate(model, deterministic=True, speculation=speculation) == expected
+
+
+@pytest.mark.parametrize("kind", ["none"])
+def test_scores_beside_answers_are_those_alone(model: LlamaForCausalLM) -> None:
+    """Scored prompts end with their last chunk, while steps run ahead and answers are decoded by graphs."""
+    greedy = SamplingParams(temperature=0, max_tokens=20)
+    prompts, starts = [[7] * 300 + [5, number] for number in range(4)], [1, 150, 300, 301]
+    with LLM(model, max_model_len=400, kv_cache_tokens=4096, deterministic=True, progress=False) as llm:
+        alone = [llm.score(prompt, start, top_logprobs=2)[0] for prompt, start in zip(prompts, starts, strict=True)]
+        llm.reset_prefix_cache()
+        answers = [llm.engine.add_request(prompt, greedy) for prompt in PROMPTS]
+        beside = llm.score(prompts, starts, top_logprobs=2)
+        while llm.engine.has_work:
+            llm.engine.step()
+        assert [score.logprobs for score in beside] == [score.logprobs for score in alone]
+        assert [len(score.logprobs) for score in beside] == [302 - start for start in starts]
+        assert [len(answer.output().outputs[0].token_ids) for answer in answers] == [20] * len(PROMPTS)
+        assert llm.engine.pool.num_available == llm.engine.pool.num_pages

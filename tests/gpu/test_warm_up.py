@@ -96,3 +96,5 @@ def test_no_request_compiles_or_captures(kind: str, options: dict[str, Any], lat
             prompts = [[drawn.randrange(512) for _ in range(length)] for length in lengths]
             llm.generate(prompts, [params(drawn, number, 30 if together else 5) for number in range(batch)])
             assert late == [], f"{batch} prompts of {lengths} tokens"
+            llm.score([prompt for prompt in prompts if len(prompt) > 1], top_logprobs=drawn.choice((0, 2)))
+            assert late == [], f"{batch} scores of {lengths} tokens"
