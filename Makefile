@@ -108,7 +108,7 @@ build/eval/.installed: tests/integrations/eval.txt | $(STAMP)
 	@touch $@
 
 test-eval: $(STAMP) build/eval/.installed ## what lm-eval measures with this runtime, against its own model on transformers
-	$(NO_INTERPRETER) HF_HOME=build/eval/home HF_HUB_OFFLINE=1 PYTHONPATH=build/eval $(BIN)/python -m pytest tests/integrations/test_lm_eval_parity.py
+	$(NO_INTERPRETER) HF_HOME=build/eval/home HF_HUB_OFFLINE=1 PYTHONPATH=build/eval $(BIN)/python -m pytest tests/integrations/test_lm_eval_parity.py tests/cli/test_eval.py
 
 fake-gpu: $(STAMP) ## what only a GPU would run, under the real torch and Triton, on one that computes nothing (5 GB of wheels)
 	@for pair in $(FAKE); do \

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-eval 
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from fastllama import LLM
 from fastllama.integrations.lm_eval.model import FastLlamaLM
+from fastllama.io.chat.template import ChatTemplate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and of what it stands on
 
@@ -151,7 +153,7 @@ PAIRS = [
     ("Once upon a  ", "time"),  # blanks of a context go to the continuation
     ("The café 😀", "  was ünïcøde 漢字."),
     ("Hi <s> there", "</s> x"),
-    ("<s>Once upon", " a time"),
+    ("<s>Tom was", " tired."),
     (LONG, " The end."),
     ("Once", f" {STORIES[0]}"),
 ]
@@ -231,7 +233,13 @@ def test_a_quantized_model_is_measured_by_its_name(tasks: Path) -> None:
 
 
 def test_the_other_models_of_lm_eval_stay_registered() -> None:
-    assert (get_model("hf"), get_model("fastllama")) == (HFLM, FastLlamaLM)
+    """In a process that asks for ours first: lm-eval fills its registry when it is first asked, if it is empty then."""
+    code = "import fastllama.integrations.lm_eval.model as ours, lm_eval.api.registry as all; "
+    code += "print(all.get_model('fastllama') is ours.FastLlamaLM, 'hf' in all.model_registry)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=TINY.parents[2]
+    )
+    assert done.stdout == "True True\n", done.stderr
 
 
 def test_answers_are_kept_in_lm_evals_cache(tmp_path: Path, tasks: Path, ours: FastLlamaLM) -> None:
@@ -240,6 +248,51 @@ def test_answers_are_kept_in_lm_evals_cache(tmp_path: Path, tasks: Path, ours: F
     before = ours.num_prompt_tokens
     assert run(ours, tasks, *TASKS, use_cache=cache)["results"] == first["results"]
     assert ours.num_prompt_tokens == before, "the second run asks the model nothing"
+
+
+def test_each_answer_is_handed_to_the_cache_as_it_comes(ours: FastLlamaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(ours.cache_hook, "add_partial", lambda *entry: kept.append(entry))
+    (pair,) = ours.loglikelihood(asked("loglikelihood", ("Once", " upon")))
+    (total,) = ours.loglikelihood_rolling(asked("loglikelihood_rolling", ("Once",)))
+    options = {"max_gen_toks": 2}
+    (text,) = ours.generate_until(asked("generate_until", ("Once", options)))
+    assert kept == [
+        ("loglikelihood", ("Once", " upon"), pair),
+        ("loglikelihood_rolling", ("Once",), total),
+        ("generate_until", ("Once", options), text),
+    ]
+
+
+def test_a_message_to_be_continued_is_written_as_by_hf(ours: FastLlamaLM, theirs: HFLM) -> None:
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
+    found, expected = (model.apply_chat_template(history, add_generation_prompt=False) for model in (ours, theirs))
+    assert found == expected
+    assert found.endswith("So"), "no end of the turn"
+
+
+def test_a_system_message_that_the_template_refuses_is_left_out_as_by_hf(
+    ours: FastLlamaLM, theirs: HFLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    )
+    monkeypatch.setitem(ours.__dict__, "_template", ChatTemplate(ours.tokenizer, source, "a.jinja"))
+    monkeypatch.setattr(theirs.tokenizer, "chat_template", source)
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert ours.apply_chat_template(history) == theirs.apply_chat_template(history) == "user: Hi\n"
+
+
+def test_where_one_answer_fails_the_others_are_ended(ours: FastLlamaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow(generation: Any) -> Any:
+        raise ValueError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ours.llm, "follow", follow)
+        with pytest.raises(ValueError, match="no answer"):
+            ours.generate_until(asked("generate_until", ("Once", {}), ("Tom", {})))
+    assert not ours.llm.engine.has_work
 
 
 @pytest.mark.parametrize(
