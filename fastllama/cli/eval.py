@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     check_names(args)
     if why_unusable("lm_eval"):
         raise ExtraRequiredError("fastllama eval", "lm_eval", "eval")
-    from fastllama.integrations.lm_eval.model import FastLlamaLM
+    from fastllama.integrations.lm_eval import FastLlamaLM
     from fastllama.integrations.lm_eval.tasks import evaluate, load_tasks, table
 
     tasks = load_tasks(folders, names)

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from fastllama import LLM
-from fastllama.integrations.lm_eval.model import FastLlamaLM
+from fastllama.integrations.lm_eval import FastLlamaLM
 from fastllama.io.chat.template import ChatTemplate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and of what it stands on
@@ -234,7 +234,7 @@ def test_a_quantized_model_is_measured_by_its_name(tasks: Path) -> None:
 
 def test_the_other_models_of_lm_eval_stay_registered() -> None:
     """In a process that asks for ours first: lm-eval fills its registry when it is first asked, if it is empty then."""
-    code = "import fastllama.integrations.lm_eval.model as ours, lm_eval.api.registry as all; "
+    code = "import fastllama.integrations.lm_eval as ours, lm_eval.api.registry as all; "
     code += "print(all.get_model('fastllama') is ours.FastLlamaLM, 'hf' in all.model_registry)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=TINY.parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastllama import SamplingParams
-from fastllama.integrations.lm_eval.requests import (
+from fastllama.integrations.lm_eval_requests import (
     ScoredPrompt,
     fitting_context,
     generation_params,

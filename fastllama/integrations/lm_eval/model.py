@@ -8,13 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import lm_eval.models  # noqa: F401  (fills the registry: a model registered before that would stay the only one)
 import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from torch import nn
 from tqdm import tqdm
 
 import fastllama
-from fastllama.errors import ExtraRequiredError, brief, why_unusable
-from fastllama.integrations.lm_eval.requests import (
+from fastllama.errors import brief
+from fastllama.integrations.lm_eval_requests import (
     ScoredPrompt,
     fitting_context,
     generation_params,
@@ -26,13 +29,6 @@ from fastllama.io.chat.template import ChatTemplate
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.outputs import ScoreOutput
 from fastllama.runtime.params import SamplingParams
-
-if why_unusable("lm_eval"):
-    raise ExtraRequiredError(__name__, "lm_eval", "eval")
-
-import lm_eval.models  # noqa: F401  (fills the registry: a model registered before that would stay the only one)
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 
 _LOG = logging.getLogger("fastllama")
 _AT_ONCE = 1024  # requests between two writes to lm-eval's cache of answers; the runtime batches those together
