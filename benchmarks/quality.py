@@ -1,0 +1,84 @@
+"""What quantization costs a model: KL divergence, agreement and perplexity, with paired standard errors.
+
+python -m benchmarks.quality [--model tiny] [--dtype float32] [--text FILE] [--output FILE]
+
+Each line of the text is a document of its own, between BOS and EOS. Without --text: stories that the bundled model has
+not seen. Two models are in memory at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastllama import LLM
+from fastllama.bench.environment import environment
+from fastllama.bench.files import output_file, write_record
+from fastllama.layers.quantization import NONE, quantization_of
+from fastllama.verify import Comparison, Estimate, Perplexity, compare, text_documents
+from tools.tiny_model.evaluate import held_out_text
+from tools.tiny_model.stories import story
+
+CASES = (  # weights, keys and values
+    ("int8", "auto"),
+    ("int4", "auto"),
+    ("w8a8", "auto"),
+    (NONE, "int8"),
+    (NONE, "fp8"),
+    ("int4", "int8"),
+)
+CONTEXT, STRIDE = 1024, 512
+HEAD = """| weights | keys and values | dNLL (SE) | KL (SE) | top-1, % (SE) | perplexity |
+|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    """Compare each quantization with the model as it is, and print a row of the table for it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="as LLM takes it")
+    parser.add_argument("--dtype", default="float32", help="of the model: in 16 bits its own rounding is in the way")
+    parser.add_argument("--text", type=Path, help="a file in UTF-8, a document a line")
+    parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
+    options = parser.parse_args()
+    text = options.text.read_text(encoding="utf-8") if options.text else "\n".join(held_out_text(story))
+    cases: list[dict[str, Any]] = []
+    with LLM(options.model, dtype=options.dtype, quantization=None) as reference:
+        documents = text_documents(text, reference.prompts.needed_tokenizer(), per_line=True)
+        context = min(CONTEXT, reference.max_model_len)
+        protocol = {"context": context, "stride": min(STRIDE, context)}
+        for weights, kv in CASES:
+            kind = {"quantization": quantization_of(weights), "kv_cache_dtype": kv}
+            with LLM(options.model, dtype=options.dtype, **kind) as llm:
+                found = compare(llm, reference, documents, **protocol)
+            if not cases:
+                print(HEAD, unquantized(found.reference), sep="\n", flush=True)
+            print(row(weights, kv, found), flush=True)
+            cases.append({"weights": weights, "kv_cache_dtype": kv} | found.as_json())
+    if options.output:
+        conditions = {key: str(value) for key, value in vars(options).items() if key != "output"} | protocol
+        write_record(
+            options.output,
+            {"benchmark": "quality", "environment": environment(), "conditions": conditions, "cases": cases},
+        )
+
+
+def unquantized(found: Perplexity) -> str:
+    """The reference's row."""
+    return f"| {NONE} | auto | - | - | - | {found.perplexity.value:.4f} |"
+
+
+def row(weights: str, kv: str, found: Comparison) -> str:
+    """The row of a case."""
+    differences = f"{shown(found.nll_difference)} | {shown(found.kl)} | {shown(found.top1, '.2f', 100)}"
+    return f"| {weights} | {kv} | {differences} | {found.model.perplexity.value:.4f} |"
+
+
+def shown(estimate: Estimate, form: str = ".3g", unit: float = 1) -> str:
+    """A figure with its standard error, which one document of one window does not give."""
+    error = estimate.standard_error
+    return f"{unit * estimate.value:{form}} ({'-' if error is None else format(unit * error, '.2g')})"
+
+
+if __name__ == "__main__":
+    main()
