@@ -193,6 +193,7 @@ class LLM:
         on_logits: Callable[[int, int, Tensor], None] | None = None,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
+        progress: bool | None = None,
         **unknown: Any,
     ) -> list[ScoreOutput]:
         """Log-probabilities of the prompts' own tokens, each given those before it; nothing is generated.
@@ -205,6 +206,7 @@ class LLM:
         top_logprobs: how many of the likeliest tokens to report beside each, 0 to 20. Ranks are always there.
         on_logits: called as on_logits(number, position, logits) for runs of scored tokens, logits [R, V] of those of
         prompt `number` from `position` on; valid in the call alone, which may come again for the same tokens.
+        progress: a bar; None is the LLM's own choice.
         Raises what `generate` raises.
         """
         reject(unknown, "LLM.score", LLM.score)
@@ -220,7 +222,9 @@ class LLM:
             )
             for number, (prompt, own) in enumerate(zip(given, starts_of_each(start, len(given)), strict=True))
         ]
-        return self._handle.run(prepared, Generation.score, description="Scoring", progress=self._progress)
+        return self._handle.run(
+            prepared, Generation.score, description="Scoring", progress=self._progress if progress is None else progress
+        )
 
     def chat(
         self,

@@ -167,7 +167,7 @@ def score(
     """The summed negative log-likelihood of each window, and the seconds that took. on_logits: as for LLM.score."""
     start = time.perf_counter()
     prompts = [documents[window.document][window.begin : window.end] for window in batch]
-    outputs = llm.score(prompts, [window.first - window.begin for window in batch], on_logits=on_logits)
+    outputs = llm.score(prompts, [window.first - window.begin for window in batch], on_logits=on_logits, progress=False)
     return [-output.cumulative_logprob for output in outputs], time.perf_counter() - start
 
 
