@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
 from fastllama.errors import brief, check_choice, reject_unknown
@@ -58,6 +59,27 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int
     if not isinstance(each, Sequence) or not all(isinstance(own, SamplingParams) for own in each):
         raise TypeError(f"params is {brief(params)}; legal: SamplingParams, or a list of one for each prompt")
     return _as_many("params", list(each), count)
+
+
+@contextmanager
+def naming_prompt(number: int, count: int) -> Iterator[None]:
+    """What is raised within because a prompt, of several, cannot run says which one it is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if count > 1 and len(error.args) == 1:
+            error.args = (f"{error} (prompt {number} of {count})",)
+        raise
+
+
+def for_each_prompt(prepare: Callable[..., T], *given: Sequence[Any]) -> list[T]:
+    """prepare(*own) for what is given of each prompt; what is wrong with one of several says which one it is."""
+    each = list(zip(*given, strict=True))
+    prepared = []
+    for number, own in enumerate(each):
+        with naming_prompt(number, len(each)):
+            prepared.append(prepare(*own))
+    return prepared
 
 
 def starts_of_each(start: Any, count: int) -> list[Any]:

@@ -256,7 +256,7 @@ class Generation:
             outputs=tuple(self.sample(seq).output() for seq in self.request.sequences),
             prompt_logprobs=self.all_prompt_logprobs(),
             metrics=self.metrics(),
-            seed=self.request.params.seed or 0,  # every request that was added has one
+            seed=self.request.seed,
         )
 
     def score(self) -> ScoreOutput:

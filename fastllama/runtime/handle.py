@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fastllama.errors import RequestError
 from fastllama.progress import progress_bar
+from fastllama.runtime.calls import naming_prompt
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.prompts import Prepared
@@ -66,8 +67,9 @@ class EngineHandle:
         """
         generations: list[Generation] = []
         try:
-            for prepared in prompts:
-                generations.append(self.add(prepared))
+            for number, prepared in enumerate(prompts):
+                with naming_prompt(number, len(prompts)):
+                    generations.append(self.add(prepared))
             self._finish(generations, description, progress)
         except BaseException:
             for generation in generations:

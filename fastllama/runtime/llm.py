@@ -17,7 +17,15 @@ from fastllama.io.chat import ChatFormat, Message, check_chat_format
 from fastllama.io.chat.messages import Tags
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.config import LlamaConfig
-from fastllama.runtime.calls import check_params, check_started, checked, params_of_each, reject, starts_of_each
+from fastllama.runtime.calls import (
+    check_params,
+    check_started,
+    checked,
+    for_each_prompt,
+    params_of_each,
+    reject,
+    starts_of_each,
+)
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.generation import Generation
 from fastllama.runtime.handle import EngineHandle
@@ -179,7 +187,7 @@ class LLM:
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         given = as_list(prompts)
         each = params_of_each(self.default_params if params is None else params, len(given))
-        return self._generate([self.prompts.prepare(*own, **how) for own in zip(given, each, strict=True)])
+        return self._generate(for_each_prompt(partial(self.prompts.prepare, **how), given, each))
 
     def _generate(self, prompts: abc.Sequence[Prepared]) -> list[RequestOutput]:
         return self._handle.run(prompts, Generation.output, description="Generating", progress=self._progress)
@@ -204,24 +212,19 @@ class LLM:
         the first, which has none before it. Pages of the tokens before `start` are reused, so that the prompt that the
         choices of one question share is computed once.
         top_logprobs: how many of the likeliest tokens to report beside each, 0 to 20. Ranks are always there.
-        on_logits: called as on_logits(number, position, logits) for runs of scored tokens, logits [R, V] of those of
-        prompt `number` from `position` on; valid in the call alone, which may come again for the same tokens.
+        on_logits: called as on_logits(number, position, logits) for runs of scored tokens, with the logits [R, V] of
+        those of prompt `number` from `position` on, in the model's dtype, on its device; valid in the call alone, which
+        any thread that uses the LLM may make, and may come again for the same tokens.
         progress: a bar; None is the LLM's own choice.
         Raises what `generate` raises.
         """
         reject(unknown, "LLM.score", LLM.score)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
         given = as_list(prompts)
-        prepared = [
-            self.prompts.prepare_scored(
-                prompt,
-                own,
-                top_logprobs=top_logprobs,
-                on_logits=partial(on_logits, number) if callable(on_logits) else on_logits,
-                **how,
-            )
-            for number, (prompt, own) in enumerate(zip(given, starts_of_each(start, len(given)), strict=True))
-        ]
+        starts, numbers = starts_of_each(start, len(given)), range(len(given))
+        shows = [partial(on_logits, number) if callable(on_logits) else on_logits for number in numbers]
+        prepare = partial(self.prompts.prepare_scored, top_logprobs=top_logprobs, **how)
+        prepared = for_each_prompt(prepare, given, starts, shows)
         return self._handle.run(
             prepared, Generation.score, description="Scoring", progress=self._progress if progress is None else progress
         )

@@ -93,7 +93,8 @@ class ScoreOutput:
     """Log-probabilities of a prompt's own tokens, each given those before it.
 
     prompt: None where token ids were given. start: position of the first token scored.
-    logprobs: one entry for each of prompt_token_ids[start:]; empty where the request failed.
+    logprobs: one entry for each of prompt_token_ids[start:]; none where the request failed, and their figures are NaN.
+    metrics: its num_prompt_tokens counts the tokens fed, one less than prompt_token_ids has.
     """
 
     request_id: str
@@ -106,17 +107,20 @@ class ScoreOutput:
     @property
     def cumulative_logprob(self) -> float:
         """Natural log-probability of the scored tokens in a row, the sum of theirs."""
-        return math.fsum(each.logprob for each in self.logprobs)
+        return math.fsum(each.logprob for each in self.logprobs) if self.logprobs else math.nan
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each scored token is the likeliest after those before it."""
-        return all(each.rank == 1 for each in self.logprobs)
+        """Whether each scored token is the likeliest after those before it, or one of several that are as likely."""
+        return bool(self.logprobs) and all(each.rank == 1 for each in self.logprobs)
 
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability of the scored tokens."""
-        return math.exp(-self.cumulative_logprob / len(self.logprobs)) if self.logprobs else math.nan
+        try:
+            return math.exp(-self.cumulative_logprob / max(len(self.logprobs), 1))
+        except OverflowError:
+            return math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,9 @@ class PromptEncoder:
         self,
         prompt: Prompt,
         start: int = 1,
+        on_logits: Callable[[int, Any], None] | None = None,
         *,
         top_logprobs: int = 0,
-        on_logits: Callable[[int, Any], None] | None = None,
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
     ) -> Prepared:
@@ -124,6 +124,8 @@ class PromptEncoder:
             raise TypeError(f"on_logits is {brief(on_logits)}; legal: a callable, or None")
         self.check_length(prompt)
         ids, given = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
+        if not all(map(_is_integer, ids)):
+            raise TypeError(f"prompt is {brief(prompt)}; legal: a text, token ids, or the messages of a chat")
         if len(ids) < 2:
             raise ValueError(f"the prompt has {counted(len(ids), 'token')}; legal: at least 2, for the first is given")
         start = integer("start", start, 1, len(ids) - 1)

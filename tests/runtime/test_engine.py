@@ -362,7 +362,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(prompt: list[Any], params: d
     with running(ours()) as llm:
         with pytest.raises(ValueError, match=f"^{message}$"):
             llm.engine.add_request(prompt, SamplingParams(**params))
-        with pytest.raises(ValueError, match=f"^{message}$"):
+        with pytest.raises(ValueError, match=rf"^{message} \(prompt 1 of 2\)$"):
             llm.generate([[1, 2], prompt], [HOT, SamplingParams(**params)])
         assert not llm.engine.has_work, "the good prompt before it is not queued either"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.device.sampler import StepLogits
 from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.engine import Engine
-from fastllama.runtime.outputs import RequestMetrics
+from fastllama.runtime.outputs import RequestMetrics, TokenLogprob
 from tests.runtime.device.test_logprobs import in_pieces_of
 from tests.runtime.models import VOCAB, Scripted, logits_of, ours, prompt_of, running
 
@@ -226,6 +227,7 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
         ([5, 6], {"on_logits": 5}, TypeError, "on_logits is 5; legal: a callable, or None"),
         ([5, 6], {"max_tokens": 3}, TypeError, "LLM.score got an unknown option 'max_tokens'"),
         ("text", {}, ValueError, "tokenizer is None"),
+        ([[5, 6, 7]], {}, TypeError, r"prompt is \[\[5, 6, 7\]\]; legal: a text, token ids"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -233,6 +235,58 @@ def test_what_cannot_be_scored_is_refused(
 ) -> None:
     with running(ours()) as llm, pytest.raises(error, match=message):
         llm.score([prompt] if isinstance(prompt, list) else prompt, **options)
+
+
+def test_what_is_wrong_with_one_of_several_says_which() -> None:
+    with running(ours(), max_num_seqs=4) as llm:
+        with pytest.raises(ValueError, match=r"^the prompt has 1 token; .*\(prompt 1 of 2\)$"):
+            llm.score([[5, 6], [7]])
+        with pytest.raises(ValueError, match=r"^start is 3; legal: 1 to 2 \(prompt 1 of 3\)$"):
+            llm.score([[5, 6, 7, 8], [5, 6, 7], [5, 6, 7, 8]], 3)
+        with pytest.raises(ValueError, match=r"^prompt token 1 is -6; .*\(prompt 0 of 2\)$"):
+            llm.score([[5, -6], [5, 6]])
+        with pytest.raises(ValueError, match=r"^n is 5; legal: at most 4, .*\(prompt 1 of 2\)$"):
+            llm.generate([[5], [5]], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=1, n=5)])
+
+
+def test_a_failed_score_is_not_the_best() -> None:
+    failed = ScoreOutput("0", None, (1, 2), 1, (), RequestMetrics(0.0))
+    assert (math.isnan(failed.cumulative_logprob), math.isnan(failed.perplexity), failed.is_greedy) == (
+        True,
+        True,
+        False,
+    )
+    hopeless = ScoreOutput("0", None, (1, 2), 1, (TokenLogprob(2, -1000.0, rank=9),), RequestMetrics(0.0))
+    assert hopeless.perplexity == math.inf
+
+
+def test_who_sees_logits_may_change_them() -> None:
+    with running(ours()) as llm:
+        before = llm.score(CHOICES, 40)
+        assert bits(llm.score(CHOICES, 40, on_logits=lambda number, position, logits: logits.zero_())) == bits(before)
+
+
+def test_an_exit_while_logits_are_shown_is_the_requests_own() -> None:
+    """Any thread may run the step: an exit would end what that thread does."""
+
+    def leave(number: int, position: int, logits: Tensor) -> None:
+        raise SystemExit("mine")
+
+    with running(ours()) as llm, pytest.raises(RequestError, match=r"on_logits raised SystemExit\('mine'\)"):
+        llm.score(CONTEXT, on_logits=leave)
+
+
+def test_a_draft_model_does_not_read_what_is_scored() -> None:
+    draft = ours("mqa", kind=Around)
+    assert isinstance(draft, Around)
+    with running(ours(), speculation=draft) as llm:
+        draft.num_tokens = 0
+        llm.score(CHOICES, len(CONTEXT))
+        assert draft.num_tokens == 0
+        answer = llm.engine.add_request(prompt_of(30), GREEDY)
+        llm.score(CHOICES, 1)
+        assert 30 <= draft.num_tokens < 60, "the prompt that is answered, and its drafts"
+        llm.abort(answer)
 
 
 def test_positions_come_in_any_container() -> None:
@@ -255,14 +309,17 @@ def test_a_text_is_scored_behind_its_bos() -> None:
 
 
 def test_scores_draw_no_seed() -> None:
-    """What is generated after them is what would have been without them."""
-    params = SamplingParams(max_tokens=1)
+    """What is generated after them is what it would have been, and the seed that it reports gives it again."""
+    params = SamplingParams(max_tokens=8, temperature=3.0)
     found = []
     for scores in (False, True):
         with running(ours(), seed=7) as llm:
             if scores:
                 llm.score(CONTEXT)
-            found.append(llm.generate(CONTEXT, params)[0].seed)
+            (output,) = llm.generate(CONTEXT, params)
+            again = llm.generate(CONTEXT, replace(params, seed=output.seed))[0]
+            assert again.outputs[0].token_ids == output.outputs[0].token_ids
+            found.append(output.seed)
     assert found[0] == found[1]
 
 

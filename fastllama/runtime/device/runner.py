@@ -26,6 +26,8 @@ from fastllama.runtime.planning.step import Step
 
 logger = logging.getLogger("fastllama")
 
+LEAST_ROWS = 16
+
 
 class Runner:
     """A model, its KV cache and its captured decode steps.
@@ -58,7 +60,8 @@ class Runner:
         self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
         self._deterministic = deterministic
         # Rows of logits at once: half of what memory.sizes plans, for those that tokens are sampled from are there too.
-        self._logits_piece = max(max_num_seqs // 2, 1)
+        # Fewer than LEAST_ROWS read the head's weights too often for what they save (128256 logits in bf16: 4 MB).
+        self._logits_piece = max(max_num_seqs // 2, LEAST_ROWS)
         workspace = model.workspace(max_num_tokens)
         # Its own: another runtime of the model may have another length, by which dynamic scalings differ.
         self.cos_sin = model.rotary_cache(max_model_len)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -184,8 +186,8 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     reports: list[TokenLogprob] = []
     for logits in step.prompt_logits:
         part = slice(len(reports), len(reports) + logits.shape[0])
-        _show(logits, rows[part])
         reports.extend(token_logprobs(logits, range(logits.shape[0]), targets[part], tops[part]))
+        _show(logits, rows[part])  # last, for who sees them may change them
         del logits  # or it would stay until the next has been computed
     remaining = iter(reports)
     return [(seq, shown.start + 1, list(itertools.islice(remaining, len(shown)))) for seq, shown in step.prompts]
@@ -197,7 +199,8 @@ def _show(logits: Tensor, rows: abc.Sequence[tuple[Scoring | None, int]]) -> Non
     for scoring, group in itertools.groupby(rows, key=lambda row: row[0]):
         positions = [position for _, position in group]
         if scoring is not None and scoring.on_logits is not None:
-            scoring.on_logits(positions[0], logits[first : first + len(positions)])
+            with _of_the_request("on_logits"):
+                scoring.on_logits(positions[0], logits[first : first + len(positions)])
         first += len(positions)
 
 
@@ -221,16 +224,23 @@ def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
     return logits
 
 
+@contextmanager
+def _of_the_request(what: str) -> Iterator[None]:
+    """What is raised within is the request's alone, SystemExit too; Ctrl-C is not."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (Exception, KeyboardInterrupt)):
+            raise
+        raise RuntimeError(f"{what} raised {error!r}") from error
+
+
 def _processed(logits: Tensor, sample: SamplingRow) -> Tensor:
     """A row of logits [V], as the request's processors leave it, one after another."""
     seq, shape = sample.seq, logits.shape
     for processor in seq.request.params.logits_processors:
-        try:
+        with _of_the_request("a logits processor"):
             logits = processor(seq.token_ids[seq.num_prompt_tokens :], logits)
-        except BaseException as error:
-            if isinstance(error, (Exception, KeyboardInterrupt)):
-                raise
-            raise RuntimeError(f"a logits processor raised {error!r}") from error  # SystemExit: the request's alone
         if not isinstance(logits, Tensor) or logits.shape != shape or not logits.is_floating_point():
             raise TypeError(
                 f"logits processor {brief(processor)} returned {brief(logits)}; legal: a floating tensor of {shape[0]}"

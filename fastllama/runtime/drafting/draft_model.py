@@ -67,12 +67,17 @@ class DraftModel:
         return warm_up(self._runner, self._sizes, (1, 2))
 
     def follow(self, step: Step) -> None:
-        """Compute the step too, unless it only decodes: prompts are cheaper in one pass, before drafts are wanted."""
-        if step.num_decodes == len(step.chunks):
+        """Compute the step too, unless it only decodes: prompts are cheaper in one pass, before drafts are wanted.
+
+        Not those that are scored, for which none are.
+        """
+        chunks = tuple(chunk for chunk in step.chunks if chunk.seq.request.scoring is None)
+        if all(chunk.length == 1 for chunk in chunks):
             self._runner.copy(step)
             return
-        self._runner.run(step)
-        for chunk in step.chunks:
+        num_decodes = sum(chunk.seq.request.scoring is None for chunk in step.chunks[: step.num_decodes])
+        self._runner.run(Step(chunks, num_decodes, step.copies))
+        for chunk in chunks:
             for seq in chunk.samples or (chunk.seq,):
                 self._held[seq] = chunk.start + chunk.length, ()
 

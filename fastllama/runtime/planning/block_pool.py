@@ -157,16 +157,19 @@ class BlockPool:
         """Offer a held page, written with token_ids after the prefix, for reuse. Returns the id of the prefix with it.
 
         If the cache has a page of the same content, that one stays, and this one is free when its owner lets go. One on
-        the host gives way. A page after a prefix that was forgotten is not cached.
+        the host gives way. A page after a prefix that was forgotten is not cached. A page that another of its holders
+        has offered already stays what it is, though the prefix has got another id since.
         """
         assert len(token_ids) == self.page_size, f"a page of {self.page_size} is published with {len(token_ids)} tokens"
         assert self._references[page_id] > 0, f"page {page_id} is published but held by nobody"
         if prefix_id < self.root:
             return prefix_id
         key = (prefix_id, token_ids)
+        if (known := self._keys[page_id]) is not None:
+            assert known[1] == token_ids, f"page {page_id} is published with two contents"
+            return self._cached[known][1]
         found = self._cached.get(key)
         if found is None:
-            assert self._keys[page_id] is None, f"page {page_id} is published with two contents"
             found = self._cached[key] = (page_id, next(self._prefix_ids))
             self._keys[page_id] = key
             self.num_publications += 1

@@ -15,7 +15,7 @@ from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Stat
 from fastllama.runtime.planning.step import Chunk, Step
 from fastllama.runtime.planning.waiting import WaitingQueue
 
-MOST_PASSED = 64  # sequences that wait for pages of others and are passed in one step: each costs a lookup
+MOST_PASSED = 64  # sequences that wait for pages of others and are passed in one step
 
 
 class Scheduler:
@@ -163,6 +163,7 @@ class Scheduler:
             length = min(len(candidate.token_ids) - candidate.num_computed, budget)
             budget -= length
             (single if length == 1 else longer).append((candidate, length))
+        self._lookups.end()
         if not single and not longer:
             assert self.in_flight or not self.has_work, "nothing can be scheduled although there is work"
             return None

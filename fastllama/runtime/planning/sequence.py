@@ -101,7 +101,7 @@ class Sequence:
     page_ids: list[int] = field(default_factory=list)
     num_published: int = 0  # leading pages that the prefix cache knows
     prefix_id: int = ROOT  # its name for the tokens in those pages
-    awaits: PageKey | None = None  # of a page that a running sequence is computing, for which it waits
+    awaits: tuple[Sequence, int] | None = None  # one that computes as many pages of its own, for which it waits
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

@@ -70,7 +70,8 @@ def in_pieces_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     init = Runner.__init__
 
     def small(self: Runner, *args: Any, **options: Any) -> None:
-        init(self, *args, **options | {"max_num_seqs": 2 * size})
+        init(self, *args, **options)
+        self._logits_piece = size
 
     monkeypatch.setattr(Runner, "__init__", small)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 
+from fastllama.runtime.planning.block_pool import Prefix
 from fastllama.runtime.planning.scheduler import MOST_PASSED
 from fastllama.runtime.planning.sequence import Status
 from tests.runtime.planning.test_scheduler import add, first, make, spans, turn
@@ -44,6 +49,37 @@ def test_nothing_is_waited_for_that_will_not_come(ends: str) -> None:
         scheduler.rollback()
         scheduler.abort(one)
     assert spans(turn(scheduler)) == [(1, 4, 4)], "what was computed is in the cache, the rest it computes itself"
+
+
+def test_one_that_waits_is_looked_up_twice() -> None:
+    """When it is found to wait, and when the pages that it shares are there: not for each of them."""
+    scheduler = make(1000, 2, budget=8, length=1000)
+    add(scheduler, range(400))
+    others = [add(scheduler, [*range(300), *range(900, 1000)]) for _ in range(3)]
+    counts = Counter[tuple[int, ...]]()
+    match = scheduler.pool.match_prefix
+
+    def counting(token_ids: Sequence[int]) -> Prefix:
+        counts[tuple(token_ids)] += 1
+        return match(token_ids)
+
+    scheduler.pool.match_prefix = counting  # type: ignore[method-assign]
+    while first(others[0]).status is Status.WAITING:
+        turn(scheduler)
+    assert [request.num_cached_tokens for request in others] == [300, None, None]
+    assert counts[others[0].prompt_token_ids] <= 3 * 2 + 2, "and the others, that wait for its last pages"
+
+
+def test_nothing_of_one_that_lacked_room_is_kept() -> None:
+    scheduler = make(4, 2)
+    one, other = add(scheduler, [7] * 5, max_tokens=1), add(scheduler, [8] * 6, max_tokens=1)
+    turn(scheduler)
+    assert first(other).status is Status.WAITING
+    seq = first(other)
+    scheduler.abort(other)
+    found = gc.get_referrers(seq)
+    assert [each for each in found if isinstance(each, (dict, tuple)) and each is not other] == []
+    scheduler.abort(one)
 
 
 def test_the_queue_goes_on_behind_those_that_wait() -> None:
