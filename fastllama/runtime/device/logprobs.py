@@ -12,6 +12,7 @@ from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.outputs import TokenLogprob
 
 ROWS = 16  # reduced at once: what that takes besides the logits, 5 bytes for each, is little beside a step's logits
+SERIAL = 2**15  # numbers from which on torch's CPU ops take several threads, and wait for all of them at each op
 
 
 @torch.inference_mode()
@@ -23,8 +24,9 @@ def token_logprobs(
     tops: how many of those, V at most. A row's numbers are the same, bit for bit, whatever the other rows.
     """
     reports: list[TokenLogprob] = []
-    for first in range(0, len(rows), ROWS):
-        part = slice(first, first + ROWS)
+    size = ROWS if logits.device.type != "cpu" else max(min(ROWS, (SERIAL - 1) // logits.shape[1]), 1)
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
         chosen = logits[on_device(rows[part], torch.int64, logits.device)]
         reports.extend(_reports(chosen, targets[part], tops[part]))
     return reports
