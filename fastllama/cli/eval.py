@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fastllama.bench.files import output_file, write_record
 from fastllama.cli.options import (
     add_capacity_options,
     add_model_options,
@@ -23,9 +25,10 @@ from fastllama.cli.parser import add_command as add
 from fastllama.errors import ExtraRequiredError, check_range, why_unusable
 
 DETAILS = """Runs tasks of EleutherAI's lm-evaluation-harness (pip install 'fastllama[eval]') and prints its table: each
-metric with its standard error. A folder stands for all tasks whose yaml files it holds, with no others looked up;
-a name or pattern is one of lm-eval's own tasks, most of which download their data. Log-likelihoods are those of
-lm-eval's `hf` model; the choices of one question share the keys and values of its context."""
+metric with its standard error. A folder stands for all tasks and groups that its yaml files define, and nothing else
+is looked up; a name or pattern beside it that it defines picks those alone. Other names and patterns are lm-eval's own
+tasks, most of which download their data. Log-likelihoods are those of lm-eval's `hf` model; the choices of one question
+share the keys and values of its context."""
 
 
 def add_command(commands: Any) -> None:
@@ -49,7 +52,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--apply-chat-template", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--output", metavar="FILE", help="write that object into a file, too")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write that object into a file, too")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no statistics")
     add_model_options(parser)
     add_quantize_option(parser)
@@ -64,29 +67,28 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("num_fewshot", 0), ("limit", 1)):
         if getattr(args, name) is not None:
             check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output is {args.output}; legal: a file in a folder that exists")
     check_names(args)
     if why_unusable("lm_eval"):
         raise ExtraRequiredError("fastllama eval", "lm_eval", "eval")
     from fastllama.integrations.lm_eval import FastLlamaLM
-    from fastllama.integrations.lm_eval.tasks import evaluate, load_tasks, table
+    from fastllama.integrations.lm_eval.tasks import evaluate, load_tasks, no_bars, table
 
-    tasks = load_tasks(folders, names)
-    loaded = load(args)
-    model = FastLlamaLM(loaded.llm)
-    with failure_in_words():
-        results = evaluate(
-            model,
-            tasks,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            apply_chat_template=args.apply_chat_template,
-        )
+    with no_bars() if args.quiet else nullcontext():
+        tasks = load_tasks(folders, names)
+        loaded = load(args)
+        model = FastLlamaLM(loaded.llm)
+        with failure_in_words():
+            results = evaluate(
+                model,
+                tasks,
+                num_fewshot=args.num_fewshot,
+                limit=args.limit,
+                apply_chat_template=args.apply_chat_template,
+            )
     report = json.dumps({"model": loaded.name, **results}, default=str)
-    if args.output is not None:
-        Path(args.output).write_text(report + "\n", encoding="utf-8")
     print(report if args.json else table(results), flush=True)
+    if args.output is not None:
+        write_record(args.output, json.loads(report))  # after the results are printed: a full disk loses none
     if not args.quiet:
         print(loaded.describe(), file=sys.stderr)
         cached = f"{model.num_cached_tokens:,} of them from the prefix cache"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastllama.cli import eval as eval_command
+from fastllama.cli.main import main
 from tests.cli.conftest import Command
 
 NEEDS_LM_EVAL = pytest.mark.skipif(
@@ -24,6 +26,13 @@ doc_to_choice: "{{{{[right, wrong]}}}}"
 doc_to_target: 0
 metric_list: [{{metric: acc}}]
 """
+
+
+GROUP = """group: {name}
+task: [{members}]
+aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: true}}]
+"""
+QUICK = ("--model", "tiny", "--dtype", "float32", "--limit", "1")
 
 
 @pytest.fixture
@@ -51,7 +60,8 @@ def tasks(tmp_path: Path) -> Path:
         (["--tasks", "nowhere/tasks"], "--tasks nowhere/tasks: there is no such folder"),
         (["--tasks", "hellaswag", "--limit", "0"], "--limit is 0; legal: at least 1"),
         (["--tasks", "hellaswag", "--num-fewshot", "-1"], "--num-fewshot is -1; legal: at least 0"),
-        (["--tasks", "x", "--output", "nowhere/a.json"], "--output is nowhere/a.json; legal: a file in a folder"),
+        (["--tasks", "x", "--output", "nowhere/a.json"], "--output: there is no folder 'nowhere' to write 'a.json'"),
+        (["--tasks", "x", "--output", "/"], "--output: '/' cannot be written: Is a directory"),
         (["--tasks", "hellaswag", "--dtype", "float8"], "dtype is 'float8'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -114,3 +124,68 @@ def test_a_task_that_cannot_be_loaded_is_one_line_before_the_model(command: Comm
         "--tasks helaswag is no task of lm-eval (did you mean 'hellaswag'?)"
         in command("eval", "--tasks", "helaswag").err
     )
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_results_are_printed_where_they_cannot_be_written(
+    command: Command, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(eval_command, "write_record", full)
+    done = command("eval", "--tasks", tasks, *QUICK, "--output", tmp_path / "results.json")
+    assert done.status != 0
+    assert "No space left on device" in done.err
+    assert "|first_end " in done.out, "minutes of measurement are not lost"
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_quiet_shows_no_bars_and_git_never_complains(
+    tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    shown = {}
+    for options in ((), ("--quiet",)):
+        assert main(["eval", "--tasks", str(tasks), *QUICK, *options]) == 0
+        shown[options] = capfd.readouterr().err
+        assert "fatal" not in shown[options], "git's line about a missing repository reads like a failure"
+    assert "it/s" in shown[()], "bars are shown, so that this test can fail"
+    assert "it/s" not in shown[("--quiet",)]
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_stands_for_its_groups_too(command: Command, tasks: Path) -> None:
+    (tasks / "ends.yaml").write_text(GROUP.format(name="ends", members="first_end, second_end"))
+    done = command("eval", "--tasks", tasks, *QUICK, "--json")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert set(found["results"]) == {"ends", "first_end", "second_end"}
+    assert found["groups"]["ends"]["acc,none"] == 1.0, "the aggregate of its members"
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.filterwarnings("ignore")
+def test_members_of_groups_are_loaded_once_and_names_pick_from_a_folder(tasks: Path) -> None:
+    from fastllama.integrations.lm_eval.tasks import load_tasks
+
+    def names(*picked: str) -> list[str]:
+        found = load_tasks([tasks], picked)
+        return [getattr(each, "name", None) or each.task_name for each in found]
+
+    assert names() == ["first_end", "second_end"]
+    (tasks / "a.yaml").write_text(GROUP.format(name="part", members="first_end"))
+    assert names() == ["part", "second_end"]
+    for whole in ("before", "whole"):  # each way around in the alphabet, in which lm-eval lists groups
+        (tasks / "b.yaml").write_text(GROUP.format(name=whole, members="part"))
+        assert names() == [whole, "second_end"], "a group inside another one comes with that"
+    assert names("first_end") == ["first_end"]
+    assert names("part", "first_end") == ["part"]
+    assert names("*_end") == ["first_end", "second_end"]
+    (tasks / "c.yaml").write_text(GROUP.format(name="z_other", members="first_end, second_end"))
+    with pytest.raises(ValueError, match="first_end is in the groups whole and z_other; legal: one of them"):
+        names()
+    assert names("z_other") == ["z_other"]

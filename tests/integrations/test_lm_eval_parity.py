@@ -284,6 +284,23 @@ def test_a_system_message_that_the_template_refuses_is_left_out_as_by_hf(
     assert ours.apply_chat_template(history) == theirs.apply_chat_template(history) == "user: Hi\n"
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("loglikelihood", ("Once", LONG), "a continuation has 2[0-9]* tokens; legal: 1 to 1024"),
+        ("loglikelihood", ("", ""), "a continuation has 0 tokens; legal: 1 to 1024"),
+        ("generate_until", ("Once", {"max_gen_toks": 1024}), "max_gen_toks is 1024; legal: less than max_length, 1024"),
+    ],
+    ids=["long", "empty", "answer"],
+)
+def test_a_refused_question_is_named(ours: FastLlamaLM, kind: Any, arguments: tuple[Any, ...], said: str) -> None:
+    question = Instance(kind, {}, arguments, 0, metadata=("story_end", 7, 1))
+    with pytest.raises(ValueError, match=f"^task story_end, document 7: {said}"):
+        getattr(ours, kind)([*asked(kind, ("Once", " upon" if kind == "loglikelihood" else {})), question])
+    with pytest.raises(ValueError, match=f"^{said}"):
+        getattr(ours, kind)(asked(kind, arguments))
+
+
 def test_where_one_answer_fails_the_others_are_ended(ours: FastLlamaLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def follow(generation: Any) -> Any:
         raise ValueError("no answer")

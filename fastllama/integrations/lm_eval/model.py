@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,8 +159,14 @@ class FastLlamaLM(TemplateLM):
             return write(others)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers to contexts, each with its generation_kwargs, in their order."""
-        asked = [self._question(*request.args) for request in requests]
+        """The answers to contexts, each with its generation_kwargs, in their order.
+
+        Raises ValueError or TypeError, with the task and document, for what cannot be generated.
+        """
+        asked = []
+        for request in requests:
+            with _naming(request):
+                asked.append(self._question(*request.args))
         answers: list[str] = []
         with tqdm(total=len(asked), desc="Generating", unit="prompt", disable=disable_tqdm or None) as bar:
             for batch in _batches(list(zip(requests, asked, strict=True))):
@@ -188,10 +195,25 @@ class FastLlamaLM(TemplateLM):
             for generation in started:
                 self.llm.abort(generation)  # where one failed, the others; no effect on those that ended
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether greedy decoding gives it.
+
+        Raises ValueError, with the task and document, for a continuation without tokens or longer than max_length.
+        """
+        asked = [(request, *self._context_and_continuation(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(asked, disable_tqdm)
+
+    def _context_and_continuation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both; in place of an empty context the prefix, of which a continuation has no second one."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return [self._prefix], ids[1:] if ids[:1] == [self._prefix] else ids
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood, and whether greedy decoding gives it, of the continuation in (key, context, continuation)."""
+        """The answers to (request, its context, its continuation)."""
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         if longest > self.max_length + 1:
             _LOG.warning(
@@ -200,11 +222,14 @@ class FastLlamaLM(TemplateLM):
                 self.max_length + 1,
                 self.max_length,
             )
-        prompts = [scored_pair(context, continuation, self.max_length) for _, context, continuation in requests]
+        prompts = []
+        for request, context, continuation in requests:
+            with _naming(request):
+                prompts.append(scored_pair(context, continuation, self.max_length))
         answers = []
-        for request, output in zip(requests, self._score(prompts), strict=True):
+        for asked, output in zip(requests, self._score(prompts), strict=True):
             answers.append((output.cumulative_logprob, output.is_greedy))
-            self.cache_hook.add_partial("loglikelihood", request[0], answers[-1])
+            self.cache_hook.add_partial("loglikelihood", asked[0].args, answers[-1])
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -247,6 +272,18 @@ class FastLlamaLM(TemplateLM):
         if source is None:
             raise ValueError("apply_chat_template is asked for; legal: only with a tokenizer that has a chat template")
         return ChatTemplate(self.tokenizer, source, str(self.tokenizer.path.parent))
+
+
+@contextmanager
+def _naming(request: Any) -> Iterator[None]:
+    """Put the task and document of a request, where it has them, in front of what is wrong with it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if request.task_name is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"task {request.task_name}, document {request.doc_id}: {error}") from error
 
 
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

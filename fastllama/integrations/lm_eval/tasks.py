@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm_eval.evaluator import simple_evaluate
+import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
+from tqdm import tqdm
 
 from fastllama.errors import nearest, summary
 from fastllama.integrations.lm_eval.model import FastLlamaLM
@@ -18,47 +20,74 @@ _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is
 
 
 def load_tasks(folders: Sequence[Path], names: Sequence[str]) -> list[Any]:
-    """All tasks of these folders, and those that names or patterns such as "mmlu_*" stand for, with their data.
+    """The tasks and groups of these folders, and those of names or patterns such as "mmlu_*", with their data.
 
-    Raises ValueError for a folder without tasks, an unknown name, and a task that cannot be loaded.
+    A name or pattern that a folder defines picks those, and the folder's others are left out; any other is lm-eval's
+    own. A task or group that is a member of a group comes with that group only.
+    Raises ValueError for a folder without tasks, an unknown name, a task that cannot be loaded, and groups that share
+    a task, which lm-eval cannot run together.
     """
-    wanted: list[str] = []
+    own = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+    picked = {name: own.match_tasks([name]) for name in names}
+    wanted = [each for found in picked.values() for each in found]
     for folder in folders:
-        held = TaskManager(include_path=str(folder), include_defaults=False).all_subtasks
-        if not held:
+        held = TaskManager(include_path=str(folder), include_defaults=False)
+        defined = [*held.all_groups, *held.all_subtasks]
+        if not defined:
             raise ValueError(f"--tasks {folder} holds no task; legal: a folder with task files of lm-eval, *.yaml")
-        wanted += held
-    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=bool(names))
-    for name in names:
+        wanted += [] if any(name in held.all_tasks for found in picked.values() for name in found) else defined
+    others = [name for name in names if not picked[name]]
+    manager = TaskManager(include_path=own.include_path, include_defaults=True) if others else own
+    for name in others:
         found = manager.match_tasks([name])
         if not found:
             alike = nearest(name, manager.all_tasks)
             meant = f" (did you mean {alike!r}?)" if alike else ""
             raise ValueError(f"--tasks {name} is no task of lm-eval{meant}; legal: `lm-eval ls tasks` lists them")
         wanted += found
-    loaded: list[Any] = []
-    for name in dict.fromkeys(wanted):
+    return _load(manager, list(dict.fromkeys(wanted)))
+
+
+def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
+    """Groups and tasks by name, without those that are members of another one's group."""
+    loaded: dict[str, Any] = {}
+    holder: dict[str, str] = {}  # of a member, the group that it comes with
+    groups = [name for name in names if name in manager.all_groups]
+    for name in [*groups, *(name for name in names if name not in groups)]:
+        if name in holder:
+            continue
         try:
             each = manager.load([name])
         except Exception as error:  # whatever a task's file, its code or its data set can raise
             raise ValueError(f"--tasks: lm-eval cannot load {name}: {summary(error)}") from error
-        loaded += [each["groups"][name]] if name in each["groups"] else each["tasks"].values()
-    return loaded
+        if name not in each["groups"]:
+            loaded |= {task: value for task, value in each["tasks"].items() if task not in holder}
+            continue
+        for member in (*each["tasks"], *(group for group in each["groups"] if group != name)):
+            loaded.pop(member, None)  # a group inside this one, which came first
+            if holder.get(member, name) not in (name, *each["groups"]):
+                raise ValueError(
+                    f"--tasks: {member} is in the groups {holder[member]} and {name}; legal: one of them, by name"
+                )
+            holder[member] = name
+        loaded[name] = each["groups"][name]
+    return list(loaded.values())
 
 
 def evaluate(
     model: FastLlamaLM, tasks: Sequence[Any], *, num_fewshot: int | None, limit: int | None, apply_chat_template: bool
 ) -> dict[str, Any]:
     """What lm-eval measures of a model on loaded tasks, as its results say it: metrics by task, versions, settings."""
-    found = simple_evaluate(
-        model,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        task_manager=TaskManager(include_defaults=False),
-        log_samples=False,
-    )
+    with _replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None):  # git complains outside a repository
+        found = lm_eval.evaluator.simple_evaluate(
+            model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            task_manager=TaskManager(include_defaults=False),
+            log_samples=False,
+        )
     return {name: found[name] for name in _KEPT if name in found}
 
 
@@ -66,3 +95,25 @@ def table(results: dict[str, Any]) -> str:
     """lm-eval's tables of results, of tasks and of groups: each metric with its standard error."""
     columns = ["results", *(["groups"] if results.get("groups") else [])]
     return "\n".join(make_table(results, column).rstrip() for column in columns)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Show no progress bar within: lm-eval's and those of data sets, of which some cannot be switched off."""
+    show = tqdm.__init__
+
+    def hide(bar: Any, *args: Any, **options: Any) -> None:
+        show(bar, *args, **{**options, "disable": True})
+
+    with _replaced(tqdm, "__init__", hide):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(owner, name, None)  # of another version of lm-eval, which may lack it
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
