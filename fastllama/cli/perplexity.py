@@ -41,7 +41,8 @@ token but the first of a document once: exp of the mean negative log-likelihood 
 context windows do not overlap, so that the first tokens of each are predicted from few; a smaller stride costs more
 time and gives lower, more faithful figures. Compare perplexities of one tokenizer and one protocol only. The whole file
 is one document, begun with BOS where the tokenizer does; with --per-line each line that is not blank is one, between
-BOS and EOS. Without --file: stories that the bundled model has not seen, one a line.
+BOS and EOS. Newlines are universal: CR LF and CR are read as LF, and a line ends nowhere else. Without --file: stories
+that the bundled model has not seen, one a line.
 With --against, also what a quantized model lost: the difference of the negative log-likelihoods (dNLL), the KL
 divergence of its next-token distributions from the reference's, and the share of tokens for which both have the same
 likeliest one. Behind +- is the standard error, by document, or by window where there is one document; of differences it
@@ -151,6 +152,8 @@ class Measurement:
 
         resolve_device(args.device)
         checkpoint, tokenizer = _parts(args, args.model, "--model")
+        if args.against is SAME:
+            _check_same(args, checkpoint)
         if tokenizer is None:
             raise ValueError(f"there is no tokenizer with {args.model}; give one with --tokenizer")
         per_line = args.per_line or args.file is None
@@ -180,21 +183,32 @@ def _check_options(args: argparse.Namespace) -> None:
     check_range("--context", args.context, 1)
     if args.stride is not None:
         check_range("--stride", args.stride, 1, args.context)
-    if args.against is SAME and args.quantize in ("auto", NONE) and args.kv_cache_dtype == "auto":
+
+
+def _check_same(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise where the same model, not quantized, is not to be had, or is what is measured."""
+    claim = "--against compares with the same model, not quantized"
+    if checkpoint.quantization is not None:
         raise ValueError(
-            "--against compares with the same model, not quantized, and so is this one; legal: with --quantize or "
-            "--kv-cache-dtype, or a model behind --against"
+            f"{claim}, but the files of {args.model!r} hold {checkpoint.quantization} weights; legal: a model behind "
+            "--against"
+        )
+    if args.quantize in ("auto", NONE) and args.kv_cache_dtype == "auto":
+        raise ValueError(
+            f"{claim}, and so is this one; legal: with --quantize or --kv-cache-dtype, or a model behind --against"
         )
 
 
 def _text(args: argparse.Namespace) -> tuple[str, str]:
-    """The text, less the newline that ends it, and what it is called."""
+    """The text, less the newline that ends a document that is the whole file, and what it is called."""
     if args.file is None:
         bundled = importlib.resources.files("fastllama").joinpath("assets", "tiny", BUNDLED)
         return bundled.read_text(encoding="utf-8"), f"{BUNDLED}, stories that the bundled model has not seen"
     source = "standard input" if args.file == "-" else args.file
     data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-    text = decode(data, source).removesuffix("\n").removesuffix("\r")
+    text = decode(data, source)
+    if not args.per_line:
+        text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise ValueError(f"{source} is empty; legal: a text")
     return text, source

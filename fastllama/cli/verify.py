@@ -17,8 +17,8 @@ same dtype, measured in the same run, and one rounding. Greedy tokens must be th
 they may differ where its logits tie within that bound. Errors are relative to the largest value of a row. Memory
 beyond the model's stays at one matrix in fp64; a 7B model takes minutes on a CPU. With --against transformers, layers,
 logits and tokens are compared with the transformers library instead, which reads the checkpoint by itself, so that a
-configuration read wrongly is found, in float32 most finely. Its errors count as ours do, so that these bounds are twice
-as wide, and it holds a second copy of the model in memory. The exit status is 1 if anything disagrees."""
+configuration read wrongly is found, in float32 most finely. Its errors count beside ours, so that these bounds are more
+than twice as wide, and it holds a second copy of the model in memory. The exit status is 1 if anything disagrees."""
 
 
 def add_command(commands: Any) -> None:

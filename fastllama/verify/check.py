@@ -35,8 +35,8 @@ def check(
     measured in the same run, and one rounding. Memory beyond the model: one weight matrix in fp64 and the activations
     of 128 tokens. A model whose weights are quantized is judged by what these stand for.
     against: "transformers" compares layers, logits and tokens with the transformers library in the same dtype, which
-    also finds what we misread in config.json: the formulas read it as the layers do. The bounds are twice as wide, as
-    both round, and memory holds a second copy of the model.
+    also finds what we misread in config.json: the formulas read it as the layers do. The bounds are more
+    than twice as wide, as both round; memory holds a second copy of the model.
     Raises what LLM raises, and ValueError for a model that rounds what it multiplies, too (w8a8), or that transformers
     cannot open; ExtraRequiredError where transformers is missing.
     """

@@ -94,17 +94,23 @@ def _references(llm: LLM, ids: Tensor, theirs: TransformersReference | None) -> 
     """What each layer's output, then the logits of ids [T] are compared with, and the bound of the difference.
 
     Ours may be off the oracle by twice the error of plain torch and one rounding. transformers may be as well, so that
-    two such errors lie between it and ours. The bound goes by plain torch all the same: with a config that we misread,
-    transformers would be far off our oracle, and a bound that went by it would widen.
+    two such errors lie between it and ours, and it rounds the rotary frequencies in another order, up to an ulp away,
+    which position 127 multiplies: as far as plain torch moves with that ulp comes on top. The bound goes by plain torch
+    all the same: with a config that we misread, transformers would be far off our oracle, and a bound that went by it
+    would widen.
     """
     weights, dtype = dict(hf_tensors(llm.engine.model)), llm.engine.model.dtype
-    exact, plain = (
-        oracle.forward(llm.config, weights, ids, each, llm.max_model_len) for each in (torch.float64, dtype)
-    )
-    seen = None if theirs is None else iter(theirs.forward(ids, llm.max_model_len))
-    for reference, rounded in zip(exact, plain, strict=True):
-        bound = bound_of(rounded, reference, dtype)
-        yield (reference, bound) if seen is None else (next(seen), 2 * bound)
+
+    def forward(dtype: torch.dtype, *, next_frequencies: bool = False) -> Iterator[Tensor]:
+        return oracle.forward(llm.config, weights, ids, dtype, llm.max_model_len, next_frequencies=next_frequencies)
+
+    both = zip(forward(torch.float64), forward(dtype), strict=True)
+    if theirs is None:
+        yield from ((exact, bound_of(plain, exact, dtype)) for exact, plain in both)
+        return
+    seen = zip(both, forward(dtype, next_frequencies=True), theirs.forward(ids, llm.max_model_len), strict=True)
+    for (exact, plain), moved, reference in seen:
+        yield reference, 2 * bound_of(plain, exact, dtype) + error_of(moved, plain)
 
 
 def _token_row(run: Run, logits: Tensor, bound: float) -> Row:

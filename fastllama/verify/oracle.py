@@ -70,11 +70,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
     return (weights.to(v.dtype) @ v).transpose(0, 1), lse.transpose(0, 1)
 
 
-def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor:
+def angles(config: LlamaConfig, positions: Tensor, max_model_len: int, *, next_frequencies: bool = False) -> Tensor:
     """[T, head_dim / 2] radians in fp64, position times frequency.
 
     The frequencies and this product are fp32 by definition, as Meta and Hugging Face compute them: a model was trained
-    with these angles, and more exact ones would be others (6e-5 apart at position 1000).
+    with these angles, and more exact ones would be others (6e-5 apart at position 1000). next_frequencies: each larger
+    by an fp32 ulp, as another order of the same operations may round it.
     Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card;
     YaRN: Peng et al., 2023.
     """
@@ -94,6 +95,8 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int) -> Tensor
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     if scaling is not None and scaling.kind == "yarn":
         frequencies = frequencies.lerp(frequencies / scaling.factor, stretched(scaling, theta, dim).to(frequencies))
+    if next_frequencies:
+        frequencies = frequencies.nextafter(torch.full_like(frequencies, math.inf))
     return torch.outer(positions.float(), frequencies).double()
 
 
@@ -124,12 +127,18 @@ def magnitude(config: LlamaConfig) -> float:
 
 
 def forward(
-    config: LlamaConfig, weights: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype, max_model_len: int
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    ids: Tensor,
+    dtype: torch.dtype,
+    max_model_len: int,
+    *,
+    next_frequencies: bool = False,
 ) -> Iterator[Tensor]:
     """The residual stream [T, hidden_size] after each layer, then the logits [T, vocab_size], of one sequence ids [T].
 
     weights: by Hugging Face name. They are cast to `dtype` one matrix at a time and let go again, so that memory
-    stays bounded by the largest of them, whatever the size of the model.
+    stays bounded by the largest of them, whatever the size of the model. next_frequencies: as for `angles`.
     """
 
     def weight(name: str) -> Tensor:
@@ -142,7 +151,8 @@ def forward(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, config.head_dim))
 
-    turns = angles(config, torch.arange(ids.shape[0], dtype=torch.int64, device=ids.device), max_model_len)
+    positions = torch.arange(ids.shape[0], dtype=torch.int64, device=ids.device)
+    turns = angles(config, positions, max_model_len, next_frequencies=next_frequencies)
     length = magnitude(config)
     cos, sin = (length * x.to(torch.promote_types(dtype, torch.float32)) for x in (turns.cos(), turns.sin()))
     x = weights["model.embed_tokens.weight"][ids].to(dtype)

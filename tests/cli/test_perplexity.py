@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import fastllama
-from fastllama import LLM
+from fastllama import LLM, load_model, save_model
 from fastllama.io.tokenizer import load_tokenizer
 from fastllama.verify import compare, perplexity, text_documents
 from tests.cli.conftest import Command
@@ -69,6 +70,17 @@ def test_standard_input_is_read_as_a_file_is(command: Command, model: str, text:
     args = ("perplexity", "--model", model, "--context", "40", "--stride", "40", "--json", "--file")
     mark = b"\xef\xbb\xbf"  # as Windows writes it
     outputs = [command(*args, text), command(*args, "-", stdin=mark + text.read_bytes())]
+    figures = [{name: json.loads(done.out)[name] for name in ("nll", "tokens", "windows")} for done in outputs]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("options", [(), ("--per-line",)], ids=str)
+def test_a_text_from_windows_gives_the_same_figures(
+    options: tuple[str, ...], command: Command, model: str, text: Path
+) -> None:
+    args = ("perplexity", "--model", model, "--context", "40", "--json", *options, "--file", "-")
+    unix = text.read_bytes()
+    outputs = [command(*args, stdin=each) for each in (unix, unix.replace(b"\n", b"\r\n"))]
     figures = [{name: json.loads(done.out)[name] for name in ("nll", "tokens", "windows")} for done in outputs]
     assert figures[0] == figures[1]
 
@@ -146,7 +158,7 @@ def test_one_window_has_no_standard_error(command: Command, model: str, text: Pa
         (("--file", "-"), b"", "standard input is empty; legal: a text"),
         (("--file", "-"), b"\n", "standard input is empty; legal: a text"),
         (("--file", "-"), b"\xe9t\xe9", "standard input is not UTF-8: byte 0xe9 at offset 0"),
-        (("--file", "-", "--per-line"), b"\n  \n\n", "each of the text's 2 lines is blank; legal: one that is not"),
+        (("--file", "-", "--per-line"), b"\n  \n\n", "each of the text's 3 lines is blank; legal: one that is not"),
         (("--against",), b"", "--against compares with the same model, not quantized, and so is this one; legal: with"),
         (("--against", "--quantize", "none"), b"", "--against compares with the same model"),
         (("--against", "nix"), b"", "--against is 'nix'; legal: 'tiny', an existing path"),
@@ -171,6 +183,23 @@ def test_a_mistake_is_one_line_before_weights_are_read(
     assert done.err.startswith("fastllama: error: ")
     assert done.err.count("\n") == 1
     assert says in done.err
+
+
+@pytest.mark.parametrize("options", [(), INT4, ("--kv-cache-dtype", "int8")], ids=str)
+def test_a_quantized_folder_has_no_unquantized_self(
+    options: tuple[str, ...], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write_model(tmp_path / "original")
+    save_model(load_model(original, quantization="int4"), tmp_path / "int4")
+    for file in original.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "int4")
+    monkeypatch.delattr(LLM, "__init__")  # no weights are read for it
+    done = command("perplexity", "--model", tmp_path / "int4", *options, "--against")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
+        "fastllama: error: --against compares with the same model, not quantized, but the files of "
+        f"'{tmp_path / 'int4'}' hold int4 weights; legal: a model behind --against\n"
+    )
 
 
 def test_a_model_without_a_tokenizer_is_refused(command: Command, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def write(folder: Path, **settings: Any) -> Path:
     """A random model as this version of transformers writes it, without a tokenizer."""
     settings = {"vocab_size": 300, **SIZES, **settings}
     if "rope_scaling" in settings and int(transformers.__version__.split(".")[0]) >= 5:
-        settings["rope_parameters"] = {"rope_theta": 10000.0, **settings.pop("rope_scaling")}
+        theta = settings.pop("rope_theta", 10000.0)
+        settings["rope_parameters"] = {"rope_theta": theta, **settings.pop("rope_scaling")}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     for parameter in model.parameters():
@@ -83,12 +84,22 @@ def unexpected(*args: Any, **options: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", exhaustive("float16")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_model_that_is_read_rightly_agrees(folders: Callable[[str], Path], shape: str, dtype: str) -> None:
-    """Far within the bound, at most at 0.47 of it: each of both has a bound to itself, and plain torch keeps half."""
+    """Far within the bound: each of both has a bound to itself, and plain torch keeps half."""
     report = check(folders(shape), dtype=dtype, against="transformers")
     assert [row.name for row in report.rows] == NAMES
     assert report.ok, report.table()
     assert report.reference == NAME
     assert max(row.strain for row in report.rows if row.kind in ("layer", "logits")) < 0.75, report.table()
+
+
+def test_frequencies_that_are_rounded_in_another_order_agree(tmp_path: Path) -> None:
+    """YaRN of a low base, where some lie an ulp from ours: twice the bound against the formulas is not enough here."""
+    path = write(tmp_path / "model", **SHAPES["yarn"], rope_theta=7.0, head_dim=32)
+    report, formulas = (check(path, dtype="float32", against=against) for against in ("transformers", "formulas"))
+    assert report.ok, report.table()
+    bounds = {row.name: row.bound for row in formulas.rows}
+    layers = [row for row in report.rows if row.kind == "layer"]
+    assert any(row.error > 2 * bounds[row.name] for row in layers), "the case shows nothing"
 
 
 def config_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[LlamaConfig], LlamaConfig]) -> None:
@@ -162,15 +173,20 @@ def test_weights_that_are_taken_for_others_are_found(
 def test_the_bound_does_not_go_by_how_far_transformers_is_off(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is twice that against the formulas, whatever transformers computed, and so it is for ties in 16 bits."""
+    """It is the same whatever transformers computed, from twice that against the formulas on; so it is for ties."""
     path = folders("linear")
     config_read(monkeypatch, lambda config: replace(config, rope_scaling=None))
     formulas, theirs = (check(path, dtype="bfloat16", against=against) for against in ("formulas", "transformers"))
     bounds = {row.name: row.bound for row in formulas.rows}
     assert formulas.ok
     assert not theirs.ok
+    forward = TransformersReference.forward
+    monkeypatch.setattr(TransformersReference, "forward", lambda *given: [3 * each for each in forward(*given)])
+    assert [row.bound for row in check(path, dtype="bfloat16", against="transformers").rows] == [
+        row.bound for row in theirs.rows
+    ]
     for row in theirs.rows:
-        assert row.bound == 2 * bounds[row.name], row.name
+        assert 2 * bounds[row.name] <= row.bound <= 4 * bounds[row.name], row.name
 
 
 def test_transformers_computes_in_the_dtype_that_is_asked_for(

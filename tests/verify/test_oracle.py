@@ -81,6 +81,8 @@ def test_angles_are_fp32_products_and_exact_from_there() -> None:
     frequency = 1.0 / 10000.0 ** (torch.arange(0, 128, 2).float() / 128)
     assert found.dtype == torch.float64
     assert torch.equal(found[2], (1000.0 * frequency).double())
+    following = oracle.angles(config, torch.tensor([0, 1, 1000]), 4096, next_frequencies=True)[1].float()
+    assert torch.equal(following.view(torch.int32), frequency.view(torch.int32) + 1)
 
 
 def test_a_low_dtype_is_rounded_in_every_step() -> None:

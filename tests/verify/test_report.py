@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_a_report_says_what_was_compared_with_another_reference() -> None:
     assert found.as_json()["reference"] == "transformers 5.23.0"
     failed = report(*ROWS, Row("layer", "layer 1", "9 tokens", INF, 1e-7), reference="transformers 5.23.0")
     assert failed.summary() == "parity: FAILED in layer 1 (9 tokens), against transformers 5.23.0 (float16, cuda:0)"
+
+
+def test_the_table_says_what_16_bits_hide_from_transformers() -> None:
+    """In the table alone; the formulas are given the configuration, and float32 compares most finely already."""
+    found = report(*ROWS, reference="transformers 5.23.0")
+    *_, summary, last = found.table().splitlines()
+    assert summary == found.summary() == found.as_json()["summary"]
+    assert last == (
+        "small misreadings of the configuration hide within the rounding of float16: --dtype float32 compares more "
+        "finely"
+    )
+    assert replace(found, dtype="float32").table().endswith(replace(found, dtype="float32").summary())
 
 
 @pytest.mark.parametrize("error", [2.1e-7, INF, NAN])
