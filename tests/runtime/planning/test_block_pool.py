@@ -192,23 +192,6 @@ def test_a_prefix_computed_again_after_eviction_is_a_new_one() -> None:
     assert new.prefix_id not in (ROOT, old_id), "an id given out again could name other tokens"
 
 
-def test_a_page_that_two_hold_is_published_once_whatever_its_prefix_is_called() -> None:
-    """The second holder knows the prefix by a newer id, for the page that the first was cached in was given up."""
-    pool = BlockPool(4, 1)
-    pages = [pool.allocate() for _ in range(2)]
-    pool.share(pages)
-    (other,) = filled(pool, [1])
-    prefix_id = pool.publish(pages[0], ROOT, (1,))
-    known = pool.publish(pages[1], prefix_id, (2,))
-    pool.free([other])
-    for _ in range(2):
-        pool.allocate()  # the second takes the page that the prefix was cached in
-    again = pool.publish(pages[0], ROOT, (1,))
-    assert again != prefix_id
-    assert pool.publish(pages[1], again, (2,)) == known
-    pool.check_invariants()
-
-
 def test_misuse_of_publish_is_caught() -> None:
     pool = BlockPool(2, 2)
     page_id = pool.allocate()

@@ -1,4 +1,4 @@
-"""A prefix that a running sequence computes is waited for by those that begin with it too."""
+"""A prefix that a running sequence computes is waited for by those that begin with it too, and shared from then on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from fastllama.runtime.planning.block_pool import Prefix
+from fastllama.runtime.planning.block_pool import ROOT, BlockPool, Prefix
 from fastllama.runtime.planning.scheduler import MOST_PASSED
 from fastllama.runtime.planning.sequence import Status
+from tests.runtime.planning.test_block_pool import filled
 from tests.runtime.planning.test_scheduler import add, first, make, spans, turn
 
 
@@ -80,6 +81,23 @@ def test_nothing_of_one_that_lacked_room_is_kept() -> None:
     found = gc.get_referrers(seq)
     assert [each for each in found if isinstance(each, (dict, tuple)) and each is not other] == []
     scheduler.abort(one)
+
+
+def test_a_page_that_two_hold_is_published_once_whatever_its_prefix_is_called() -> None:
+    """The second holder knows the prefix by a newer id, for the page that the first was cached in was given up."""
+    pool = BlockPool(4, 1)
+    pages = [pool.allocate() for _ in range(2)]
+    pool.share(pages)
+    (other,) = filled(pool, [1])
+    prefix_id = pool.publish(pages[0], ROOT, (1,))
+    known = pool.publish(pages[1], prefix_id, (2,))
+    pool.free([other])
+    for _ in range(2):
+        pool.allocate()  # the second takes the page that the prefix was cached in
+    again = pool.publish(pages[0], ROOT, (1,))
+    assert again != prefix_id
+    assert pool.publish(pages[1], again, (2,)) == known
+    pool.check_invariants()
 
 
 def test_the_queue_goes_on_behind_those_that_wait() -> None:
