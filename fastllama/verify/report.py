@@ -54,26 +54,31 @@ class Report:
     model: str
     dtype: str
     device: str
-    reference: str
     seconds: float
     rows: tuple[Row, ...]
+    reference: str = FORMULAS
 
     @property
     def ok(self) -> bool:
         """Whether every row is."""
         return all(row.ok for row in self.rows)
 
+    @property
+    def _against(self) -> str:
+        """The reference where it is another than the formulas."""
+        return "" if self.reference == FORMULAS else f", against {self.reference}"
+
     def summary(self) -> str:
         """One line: what agrees, or what does not."""
         conditions = f"{self.dtype}, {self.device}"
         failed = [f"{row.name} ({row.case})" for row in self.rows if not row.ok]
         if failed:
-            return f"parity: FAILED in {', '.join(failed)}, against {self.reference} ({conditions})"
+            return f"parity: FAILED in {', '.join(failed)}{self._against} ({conditions})"
         count = {kind: sum(row.kind == kind for row in self.rows) for kind in ("op", "layer")}
         tokens = next(row.case for row in self.rows if row.kind == "tokens")
         ops, rest = counted(count["op"], "op"), f"{counted(count['layer'], 'layer')}, logits and {tokens}"
-        if self.reference == FORMULAS:
-            return f"parity: {ops}, {rest} agree with {FORMULAS} ({conditions})"
+        if not self._against:
+            return f"parity: {ops}, {rest} agree with the reference ({conditions})"
         return f"parity: {ops} agree with {FORMULAS}; with {self.reference}: {rest} ({conditions})"
 
     def table(self) -> str:
@@ -87,9 +92,8 @@ class Report:
             cells.append((row.name, row.backend, row.case, f"{row.error:.1e}", f"{row.bound:.1e}", verdict))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        head = f"model {self.model}, {self.dtype} on {self.device}, against {self.reference}, {self.seconds:.1f} s"
-        coarse = self.reference != FORMULAS and self.dtype != "float32"
-        notes = [COARSE.format(self.dtype)] * coarse
+        head = f"model {self.model}, {self.dtype} on {self.device}{self._against}, {self.seconds:.1f} s"
+        notes = [COARSE.format(self.dtype)] if self._against and self.dtype != "float32" else []
         return "\n".join([head, "", *map(str.rstrip, lines), "", self.summary(), *notes])
 
     def as_json(self) -> dict[str, Any]:

@@ -59,17 +59,17 @@ ROWS = (
 
 
 def report(*rows: Row, reference: str = FORMULAS) -> Report:
-    return Report("some/model", "float16", "cuda:0", reference, 1.26, rows)
+    return Report("some/model", "float16", "cuda:0", 1.26, rows, reference)
 
 
 def test_a_report_in_which_all_agree() -> None:
     found = report(*ROWS)
     assert found.ok
     assert found.summary() == (
-        "parity: 2 ops, 1 layer, logits and 4 greedy tokens agree with formulas in fp64 (float16, cuda:0)"
+        "parity: 2 ops, 1 layer, logits and 4 greedy tokens agree with the reference (float16, cuda:0)"
     )
     assert found.table().splitlines() == [
-        "model some/model, float16 on cuda:0, against formulas in fp64, 1.3 s",
+        "model some/model, float16 on cuda:0, 1.3 s",
         "",
         "what      runs on  worst case       error    bound    verdict",
         "rms_norm  triton   x [1, 2]         1.0e-07  2.0e-07  ok",
@@ -113,7 +113,7 @@ def test_one_error_beyond_its_bound_fails_it(error: float) -> None:
     found = report(*ROWS, bad)
     assert not found.ok
     assert bad.strain == INF
-    assert found.summary() == "parity: FAILED in rope (q [5]), against formulas in fp64 (float16, cuda:0)"
+    assert found.summary() == "parity: FAILED in rope (q [5]) (float16, cuda:0)"
     assert [line.endswith("FAILED") for line in found.table().splitlines()].count(True) == 1
 
 
