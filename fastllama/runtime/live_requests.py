@@ -187,10 +187,11 @@ class LiveRequests:
                 self._spoil(seq)
         self.scheduler.commit(launched.step)
         for chunk in launched.step.chunks:
-            name = chunk.seq.request.request_id
-            scored = chunk.seq.request.scoring is not None and chunk.seq.status is Status.FINISHED
-            if scored and name in self.generations:
-                touched[name] = self.generations[name]
+            if chunk.samples or chunk.seq.request.scoring is None or chunk.seq.status is not Status.FINISHED:
+                continue
+            generation = self.generations.get(chunk.seq.request.request_id)
+            if generation is not None:  # else it was ended while the step ran
+                touched[generation.request.request_id] = generation
         now = time.monotonic()
         gained: Gained = {}
         for drawn in draws:

@@ -72,9 +72,10 @@ class Request:
 
     def targets(self, positions: range) -> tuple[int, ...]:
         """The tokens that follow these positions, of `reported`."""
-        known = self.prompt_token_ids[positions.start + 1 : positions.stop + 1]
-        ends = self.scoring is not None and positions.stop == len(self.prompt_token_ids)
-        return (*known, self.scoring.last_token_id) if ends and self.scoring is not None else known
+        known, scoring = self.prompt_token_ids[positions.start + 1 : positions.stop + 1], self.scoring
+        if scoring is not None and positions.stop == len(self.prompt_token_ids):
+            return (*known, scoring.last_token_id)
+        return known
 
     @property
     def finished(self) -> bool:
