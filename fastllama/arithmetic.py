@@ -1,4 +1,4 @@
-"""Whole numbers of blocks, and numbers that fp32 holds."""
+"""Whole numbers of blocks, numbers that fp32 holds, and exponentials of any size."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def within_fp32(value: float) -> float:
     if value == 0:
         return value
     return math.copysign(min(max(abs(value), FP32_SMALLEST), FP32_LARGEST), value)
+
+
+def exp(value: float) -> float:
+    """e to the power of `value`; inf, and no OverflowError, where fp64 holds no number as large."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -37,6 +37,7 @@ from fastllama.runtime.planning.block_pool import BlockPool
 from fastllama.runtime.planning.scheduler import Scheduler
 from fastllama.runtime.planning.sequence import Scoring
 from fastllama.runtime.planning.step import Step
+from fastllama.runtime.prompts import Prepared
 
 logger = logging.getLogger("fastllama")
 
@@ -185,6 +186,18 @@ class Engine:
             with self._consistency.change(self._start_anew):
                 arrived = time.monotonic() if arrival is None else arrival
                 return self._requests.add(ids, params, prompt, arrived, request_id, continues_text, scoring)
+
+    def add(self, prepared: Prepared, *, arrival: float | None = None, request_id: str | None = None) -> Generation:
+        """Queue what PromptEncoder has prepared; see `add_request`."""
+        return self.add_request(
+            prepared.token_ids,
+            prepared.params,
+            prompt=prepared.text,
+            arrival=arrival,
+            request_id=request_id,
+            continues_text=prepared.continues_text,
+            scoring=prepared.scoring,
+        )
 
     def fork(
         self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None

@@ -35,17 +35,6 @@ class EngineHandle:
             self._engine.access.evict()
             self._engine = None
 
-    def add(self, prepared: Prepared, request_id: str | None = None) -> Generation:
-        """Queue a prompt. Raises what Engine.add_request raises."""
-        return self.engine.add_request(
-            prepared.token_ids,
-            prepared.params,
-            prompt=prepared.text,
-            request_id=request_id,
-            continues_text=prepared.continues_text,
-            scoring=prepared.scoring,
-        )
-
     def leave(self, generation: Generation) -> None:
         """Abort a request that nobody reads any more, if it can still be."""
         engine = self._engine
@@ -69,7 +58,7 @@ class EngineHandle:
         try:
             for number, prepared in enumerate(prompts):
                 with naming_prompt(number, len(prompts)):
-                    generations.append(self.add(prepared))
+                    generations.append(self.engine.add(prepared))
             self._finish(generations, description, progress)
         except BaseException:
             for generation in generations:

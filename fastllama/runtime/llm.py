@@ -295,7 +295,7 @@ class LLM:
         self.prompts.needed_tokenizer()
         if params.n != 1:
             raise ValueError(f"n is {params.n}; legal for a stream: 1")
-        return self._handle.add(self.prompts.prepare(prompt, params, **how), request_id)
+        return self.engine.add(self.prompts.prepare(prompt, params, **how), request_id=request_id)
 
     def fork(
         self,

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fastllama.arithmetic import exp
+
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
@@ -117,10 +119,7 @@ class ScoreOutput:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability of the scored tokens."""
-        try:
-            return math.exp(-self.cumulative_logprob / max(len(self.logprobs), 1))
-        except OverflowError:
-            return math.inf
+        return exp(-self.cumulative_logprob / max(len(self.logprobs), 1))
 
 
 @dataclass(frozen=True, slots=True)

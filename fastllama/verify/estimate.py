@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastllama.arithmetic import exp
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -33,10 +35,7 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """The exponential of the mean, and its standard error to first order (the delta method)."""
-        try:
-            value = math.exp(self.value)
-        except OverflowError:
-            value = math.inf
+        value = exp(self.value)
         return Estimate(value, None if self.standard_error is None else value * self.standard_error)
 
     def as_json(self) -> dict[str, float | None]:

@@ -41,8 +41,7 @@ class Order:
         """Add the request to the engine."""
         if self.start is None:
             return llm.engine.add_request(self.prompt, self.params)
-        scored = llm.prompts.prepare_scored(self.prompt, self.start, top_logprobs=2)
-        return llm.engine.add_request(scored.token_ids, scored.params, scoring=scored.scoring)
+        return llm.engine.add(llm.prompts.prepare_scored(self.prompt, self.start, top_logprobs=2))
 
 
 @st.composite

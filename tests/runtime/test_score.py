@@ -324,8 +324,7 @@ def test_scores_draw_no_seed() -> None:
 
 def test_a_scored_prompt_is_not_forked() -> None:
     with running(ours()) as llm:
-        prepared = llm.prompts.prepare_scored(CONTEXT)
-        generation = llm.engine.add_request(prepared.token_ids, prepared.params, scoring=prepared.scoring)
+        generation = llm.engine.add(llm.prompts.prepare_scored(CONTEXT))
         with pytest.raises(ValueError, match="whose prompt is scored; legal: one that generates"):
             llm.fork(generation)
         llm.abort(generation)

@@ -156,6 +156,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(single)
         # No admission beside a preemption: what was just taken from a sequence would go to it again.
         may_admit = self.num_preemptions == num_preemptions
+        if may_admit and self._waiting:
+            self._lookups.begin(self._running)
         beside = self._admissions(budget // 2) if prefills and may_admit else iter(())
         admitted = self._admissions() if may_admit else iter(())
         candidates = itertools.chain(beside, prefills, admitted)
@@ -315,10 +317,7 @@ class Scheduler:
         One whose next page a running sequence is computing waits for that page, and is passed by those behind it.
         most: tokens to compute that all of them may have together; None for no limit.
         """
-        if not self._waiting:
-            return
         lookups, size, num_passed = self._lookups, self.pool.page_size, 0
-        lookups.begin(self._running)
         for seq in self._waiting:
             if num_passed == MOST_PASSED:
                 return

@@ -266,15 +266,7 @@ class Worker:
         if order.ended or self.engine is None:  # while it was tokenized
             return
         try:
-            generation = self.engine.add_request(
-                given.token_ids,
-                given.params,
-                prompt=given.text,
-                arrival=order.arrival,
-                request_id=order.request_id,
-                continues_text=given.continues_text,
-                scoring=given.scoring,
-            )
+            generation = self.engine.add(given, arrival=order.arrival, request_id=order.request_id)
         except BaseException as error:
             self._end(order, error)
             if not isinstance(error, (TypeError, ValueError)):  # a fault
