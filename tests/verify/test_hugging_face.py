@@ -213,7 +213,7 @@ def test_a_quantized_folder_agrees_quietly(
     original = write_model(tmp_path / "original", **sizes)
     save_model(load_model(original, quantization=kind), tmp_path / kind)
     capfd.readouterr()
-    report = check(tmp_path / kind, dtype=dtype, against="transformers")
+    report = check(tmp_path / kind, dtype=dtype, against="transformers", progress=False)
     assert report.ok, report.table()
     assert capfd.readouterr() == ("", ""), "a pipe gets the report alone"
 
