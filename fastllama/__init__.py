@@ -19,6 +19,7 @@ _HOME = {
     "LlamaConfig": "fastllama.layers.config",
     "LlamaForCausalLM": "fastllama.layers.model",
     "load_model": "fastllama.io.load",
+    "quantize": "fastllama.layers.quantizing",
     "save_model": "fastllama.io.save",
     "load_tokenizer": "fastllama.io.tokenizer",
     "from_transformers": "fastllama.integrations.transformers.memory",
@@ -44,6 +45,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "patch",
+    "quantize",
     "save_model",
     "unpatch",
 ]
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from fastllama.io.tokenizer import load_tokenizer
     from fastllama.layers.config import LlamaConfig
     from fastllama.layers.model import LlamaForCausalLM
+    from fastllama.layers.quantizing import quantize
     from fastllama.runtime.llm import LLM
     from fastllama.runtime.outputs import CompletionOutput, RequestDelta, RequestOutput, ScoreOutput
     from fastllama.runtime.params import SamplingParams

@@ -17,10 +17,10 @@ from fastllama.layers.config import DTYPES, LlamaConfig
 from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantization import check_quantization
-from fastllama.layers.quantized import QuantizedWeight
 from fastllama.layers.tensor_names import is_quantized
 from fastllama.layers.weights import slots
 from fastllama.progress import progress_bar
+from fastllama.quant.weight import QuantizedWeight
 
 
 def load_model(

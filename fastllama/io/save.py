@@ -20,8 +20,9 @@ from fastllama.io.formats.json_files import read_json
 from fastllama.io.packed.compressed_tensors import Scheme, check_zeros, to_config, to_tensors
 from fastllama.layers.linear import LinearBase, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.weights import HEAD, kept_tensors, slots
+from fastllama.quant.weight import QuantizedWeight
 
 # Everything that load_tokenizer and transformers' AutoTokenizer read of a Llama's folder: vocabularies, the rest.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")

@@ -15,9 +15,10 @@ from fastllama.errors import CheckpointError, counted, shown
 from fastllama.layers.linear import Linear, PackedLinear, parameter
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.packing import Packer, is_tied
-from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from fastllama.layers.tensor_names import is_foreign, is_quantized, is_recomputed
 from fastllama.layers.weights import EMBEDDING, HEAD, Slot, misplaced, misshapen, slots, unfit
+from fastllama.quant.weight import QuantizedWeight
 
 logger = logging.getLogger("fastllama")
 

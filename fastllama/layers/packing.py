@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from fastllama import kernels
 from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
-from fastllama.kernels.reference.int4 import GROUPS
 from fastllama.layers.linear import Bf12Linear, Linear, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from fastllama.progress import progress_bar
+from fastllama.quant.rounding import round_to_nearest
 
 Packer = Callable[[Linear], PackedLinear | None]
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
@@ -111,21 +110,10 @@ def packer(model: LlamaForCausalLM, kind: str | None, *, device: torch.device | 
 
     def replace(linear: Linear) -> PackedLinear | None:
         if linear is not head:
-            return LINEARS[kind].of(rounded(linear.weight.detach(), kind), linear.bias)
+            return LINEARS[kind].of(round_to_nearest(linear.weight.detach(), kind), linear.bias)
         return _bf12(linear) if packs_head else None
 
     return replace
-
-
-def rounded(weight: Tensor, kind: str, group_size: int = max(GROUPS)) -> QuantizedWeight:
-    """A weight [N, K], rounded to nearest into one of `quantized.LINEARS`.
-
-    group_size: of "int4", which takes the largest of 32, 64 and 128 that is at most so large and divides K, or else
-    whole rows; the other kinds have whole rows.
-    """
-    size = weight.shape[1]
-    groups = [each for each in GROUPS if each <= group_size and size % each == 0] if kind == "int4" else []
-    return LINEARS[kind].quantize(weight, max(groups, default=size))
 
 
 def is_tied(model: LlamaForCausalLM, linear: Linear) -> bool:

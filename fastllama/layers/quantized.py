@@ -1,10 +1,9 @@
-"""Linear layers of integers with scales: what is read from and written to files, and what the ops take."""
+"""Linear layers of integers with scales, packed in the order that the ops take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,69 +15,8 @@ from fastllama.kernels.ops.compose import compose
 from fastllama.kernels.reference import int4, int8
 from fastllama.kernels.reference.int4 import ROWS
 from fastllama.layers.linear import PackedLinear
-
-
-class Form(NamedTuple):
-    """What rows of one quantized layer have in common. zeros: their dtype, None where there are none."""
-
-    kind: str
-    columns: int
-    group_size: int
-    scales: torch.dtype
-    zeros: torch.dtype | None
-
-    @classmethod
-    def of(cls, kind: str, columns: int, scales: Tensor, zeros: Tensor | None) -> Form:
-        """That of a weight of so many columns."""
-        return cls(kind, columns, columns // scales.shape[1], scales.dtype, None if zeros is None else zeros.dtype)
-
-    def __str__(self) -> str:
-        """`int4 in groups of 128`."""
-        groups = "whole rows" if self.group_size == self.columns else f"groups of {self.group_size}"
-        return f"{self.kind} in {groups}{'' if self.zeros is None else ' with zeros'}"
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight [N, K], or some of its rows: (value - zero) * scale, with a scale for each group of G columns of a row.
-
-    kind: one of LINEARS. values: [N, K], in "int4" uint8 of 0 to 15, else int8. scales: [N, K / G] floats. zeros: of
-    "int4" alone, [N, K / G] in units of values, uint8 or floats; None where all are 8.
-    """
-
-    kind: str
-    values: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, K]."""
-        return self.values.shape
-
-    @property
-    def group_size(self) -> int:
-        """Columns that share a scale."""
-        return self.form.group_size
-
-    @property
-    def form(self) -> Form:
-        """What rows of one layer have in common."""
-        return Form.of(self.kind, self.shape[1], self.scales, self.zeros)
-
-    def dequantize(self) -> Tensor:
-        """What it stands for, exactly: [N, K] fp32."""
-        if self.kind != "int4":
-            return kernels.dequantize_int8(self.values, self.scales.float())
-        zeros = self.zeros if self.zeros is None or self.zeros.dtype == torch.uint8 else self.zeros.float()
-        return kernels.dequantize_int4(self.values, self.scales.float(), zeros)
-
-    def equals(self, other: QuantizedWeight) -> bool:
-        """Whether another weight of this `form` is the same, bit for bit."""
-        pairs = [(self.values, other.values), (self.scales, other.scales)]
-        if self.zeros is not None and other.zeros is not None:
-            pairs.append((self.zeros, other.zeros))
-        return all(torch.equal(one, another) for one, another in pairs)
+from fastllama.quant.rounding import round_to_nearest
+from fastllama.quant.weight import Form, QuantizedWeight
 
 
 class QuantizedLinear(PackedLinear):
@@ -102,11 +40,6 @@ class QuantizedLinear(PackedLinear):
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.out_features, self.in_features, self.bias = scales.shape[0], in_features, bias
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
-        """A weight [N, K], rounded to nearest in groups of so many columns; scales are in its dtype."""
-        raise NotImplementedError
 
     @staticmethod
     def pack(values: Tensor) -> Tensor:
@@ -185,7 +118,7 @@ class QuantizedLinear(PackedLinear):
 
     def _rounded(self, rows: Tensor) -> QuantizedWeight:
         """Other rows [R, in_features], in the model's dtype, as this layer keeps them."""
-        found = self.quantize(rows, self.group_size, symmetric=self.zeros is None)
+        found = round_to_nearest(rows, self.kind, self.group_size, symmetric=self.zeros is None)
         zeros = found.zeros if found.zeros is None or self.zeros is None else found.zeros.to(self.zeros.dtype)
         return QuantizedWeight(self.kind, found.values, found.scales.to(self.scales.dtype), zeros)
 
@@ -208,10 +141,6 @@ class Int4Linear(QuantizedLinear):
     """4 bits, with or without zeros: see kernels.quantize_int4."""
 
     kind = "int4"
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
-        return QuantizedWeight("int4", *kernels.quantize_int4(weight, group_size, symmetric=symmetric))
 
     @staticmethod
     def pack(values: Tensor) -> Tensor:
@@ -238,10 +167,6 @@ class Int8Linear(QuantizedLinear):
     kind = "int8"
 
     @staticmethod
-    def quantize(weight: Tensor, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
-        return QuantizedWeight("int8", *kernels.quantize_int8(weight, group_size))
-
-    @staticmethod
     def pack(values: Tensor) -> Tensor:
         return kernels.pack_int8(values)
 
@@ -264,10 +189,6 @@ class W8A8Linear(Int8Linear):
     """8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
 
     kind = "w8a8"
-
-    @staticmethod
-    def quantize(weight: Tensor, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
-        return QuantizedWeight("w8a8", *kernels.quantize_int8(weight, group_size))
 
     def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
         out, gated, norm = around["out"], around["gated"], around.get("norm")

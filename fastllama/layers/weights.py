@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.tensor_names import is_quantized, undeclared_bias, why_unexpected
+from fastllama.quant.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from fastllama.layers.model import LlamaForCausalLM

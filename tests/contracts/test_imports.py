@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "progress": set(),
     "kernels": BASE,
     "testing": BASE,  # for kernels of any project; bench and the command take bounds and Triton's repaired interpreter
-    "layers": SHOWS | {"kernels"},
+    "quant": BASE | {"kernels"},
+    "layers": SHOWS | {"kernels", "quant"},
     "catalogue": BASE | {"kernels", "layers"},
-    "io": SHOWS | {"kernels", "layers"},
+    "io": SHOWS | {"kernels", "quant", "layers"},
     "runtime": SHOWS | {"kernels", "layers", "io"},
-    "integrations": BASE | {"kernels", "layers", "io", "runtime"},  # runtime: lm_eval/ alone
+    "integrations": BASE | {"kernels", "quant", "layers", "io", "runtime"},  # runtime: lm_eval/ alone
     "serve": BASE | {"io", "runtime"},
     "verify": SHOWS | {"kernels", "layers", "io", "runtime", "catalogue"},
     "bench": BASE | {"kernels", "layers", "io", "runtime", "catalogue", "testing"},

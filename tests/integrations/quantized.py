@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fastllama
 from fastllama import kernels
 from fastllama.integrations.transformers.linears import HF_LINEARS
-from fastllama.layers import packing
-from fastllama.layers.quantized import LINEARS, QuantizedLinear
+from fastllama.layers.quantized import QuantizedLinear
+from fastllama.quant.rounding import round_to_nearest
 from tests.integrations.models import IDS, SIZES, llama
 
 NUM_LAYERS = SIZES["num_hidden_layers"]
@@ -48,10 +48,7 @@ def quantized(model: Any, kind: str, *, group_size: int = 32, zeros: bool = Fals
         if not name.endswith("_proj") or not name.endswith(endings):
             continue
         weight = linear.weight.detach()
-        if zeros:
-            rounded = LINEARS[kind].quantize(weight, group_size, symmetric=False)
-        else:
-            rounded = packing.rounded(weight, kind, group_size)
+        rounded = round_to_nearest(weight, kind, group_size, symmetric=not zeros)
         owner, _, attribute = name.rpartition(".")
         setattr(model.model.layers.get_submodule(owner), attribute, HF_LINEARS[kind].of(rounded, linear.bias))
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastllama
 from fastllama.integrations.transformers.linears import HF_LINEARS, HfInt4Linear
-from fastllama.layers import packing
+from fastllama.quant.rounding import round_to_nearest
 from tests.integrations.models import IDS, assert_close
 from tests.integrations.quantized import KINDS, NUM_LAYERS, TILES, addresses, counted, logits, pair
 from tests.integrations.test_changes import through_pickle, through_torch_save
@@ -30,7 +30,7 @@ def other(linear: Any) -> Any:
     """A layer like it, of other numbers."""
     torch.manual_seed(5)
     weight = 0.1 * torch.randn(linear.out_features, linear.in_features)
-    return HF_LINEARS[linear.kind].of(packing.rounded(weight, linear.kind, linear.group_size), linear.bias)
+    return HF_LINEARS[linear.kind].of(round_to_nearest(weight, linear.kind, linear.group_size), linear.bias)
 
 
 def set_data(linear: Any, name: str) -> None:
@@ -99,7 +99,7 @@ def test_a_layer_that_is_replaced_is_noticed(what: str, place: str) -> None:
             dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
             dense.weight = nn.Parameter(linear.weight)
             linear = (
-                dense if what == "a dense one" else HF_LINEARS["int8"].of(packing.rounded(linear.weight, "int8"), None)
+                dense if what == "a dense one" else HF_LINEARS["int8"].of(round_to_nearest(linear.weight, "int8"), None)
             )
         setattr(model.model.layers[1].get_submodule(owner), name, linear)
     with counted() as found:

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 import fastllama
 from fastllama.integrations.transformers.linears import HF_LINEARS
-from fastllama.layers import packing
 from fastllama.layers.quantized import LINEARS, QuantizedLinear
+from fastllama.quant.rounding import round_to_nearest
 from tests.integrations.models import IDS, SIZES, llama
 from tests.integrations.test_from_transformers import answers, endless, running, tensors
 
@@ -94,7 +94,7 @@ def test_what_is_fused_must_be_quantized_alike(tmp_path: Path) -> None:
 def test_groups_of_what_is_fused_must_be_of_one_size(tmp_path: Path) -> None:
     theirs = quantized(tmp_path, TILED, "int4")
     layer = theirs.model.layers[1].mlp
-    layer.up_proj = HF_LINEARS["int4"].of(packing.rounded(layer.up_proj.weight, "int4", 32), None)
+    layer.up_proj = HF_LINEARS["int4"].of(round_to_nearest(layer.up_proj.weight, "int4", 32), None)
     with pytest.raises(ValueError, match=r"model.layers.1 \(gate_proj, up_proj are not quantized alike\)"):
         fastllama.from_transformers(theirs)
 

@@ -15,6 +15,7 @@ from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.layers import packing
 from fastllama.layers.linear import Linear
 from fastllama.layers.quantized import LINEARS
+from fastllama.quant.rounding import round_to_nearest
 from tests.integrations.models import assert_close, llama
 from tests.integrations.quantized import KINDS, TILES, addresses, layers_of, logits, pair, quantized
 
@@ -97,7 +98,7 @@ def layer_of(rows: int, kind: str = "int4", columns: int = 128, bias: bool = Fal
     linear = nn.Linear(columns, rows, bias=bias)
     if kind == "dense":
         return linear.to(scales)
-    weight = LINEARS[kind].quantize(linear.weight.detach(), group_size, symmetric=not zeros)
+    weight = round_to_nearest(linear.weight.detach(), kind, group_size, symmetric=not zeros)
     floats = weight.zeros if zeros is None or zeros == torch.uint8 else weight.zeros.to(zeros)
     kept = packing.QuantizedWeight(kind, weight.values, weight.scales.to(scales), floats)
     return HF_LINEARS[kind].of(kept, linear.bias)

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastllama.io.load import load_model
 from fastllama.io.save import save_model
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import QuantizedWeight
 from fastllama.layers.weights import kept_tensors
+from fastllama.quant.weight import QuantizedWeight
 from tests.io import compressed
 from tests.io.checkpoints import random_llama
 from tests.io.compressed import group, weights

@@ -24,8 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 import fastllama
 from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.integrations.transformers.quantizer import FastLlamaQuantizer
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.weights import kept_tensors
+from fastllama.quant.weight import QuantizedWeight
 from tests.integrations.models import IDS, NEW_TOKENS, SIZES, assert_close, llama
 from tests.rounds import exhaustive
 

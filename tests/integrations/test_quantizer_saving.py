@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fastllama
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.weights import kept_tensors
+from fastllama.quant.weight import QuantizedWeight
 from tests.integrations.models import IDS, NEW_TOKENS, SIZES, assert_close, llama
 
 LAYERS = 7 * SIZES["num_hidden_layers"]

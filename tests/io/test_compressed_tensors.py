@@ -17,8 +17,9 @@ from fastllama.io.checkpoint import open_checkpoint
 from fastllama.io.load import load_model, open_model
 from fastllama.layers import packing
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.weights import kept_tensors
+from fastllama.quant.weight import QuantizedWeight
 from tests.io import compressed
 from tests.io.checkpoints import random_llama
 from tests.io.compressed import TOKENS, group, weights

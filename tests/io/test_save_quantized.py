@@ -20,8 +20,9 @@ from fastllama.io.packed.compressed_tensors import Scheme, to_config, to_tensors
 from fastllama.io.packed.words import pack_bytes, unpack_bytes
 from fastllama.io.save import save_model
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from fastllama.layers.weights import kept_tensors
+from fastllama.quant.weight import QuantizedWeight
 from tests.io import compressed
 from tests.io.checkpoints import random_llama
 from tests.io.compressed import group, pack_to_int32, weights

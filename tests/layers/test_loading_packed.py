@@ -18,8 +18,10 @@ from fastllama.layers.linear import Linear
 from fastllama.layers.loading import load_weights
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantization import KINDS
-from fastllama.layers.quantized import LINEARS, Int4Linear, QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from fastllama.layers.weights import HEAD, kept_tensors, slots
+from fastllama.quant.rounding import round_to_nearest
+from fastllama.quant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
 # Keys have 32 rows, half a tile of 64; queries and gates fill tiles, or do not.
@@ -46,7 +48,7 @@ def tensors_of(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict[
 def quantized(config: LlamaConfig, kind: str, group_size: int = 128) -> dict[str, Tensor | QuantizedWeight]:
     """The same with each linear layer but the head quantized."""
     return {
-        name: packing.rounded(tensor, kind, group_size) if name.endswith("_proj.weight") else tensor
+        name: round_to_nearest(tensor, kind, group_size) if name.endswith("_proj.weight") else tensor
         for name, tensor in tensors_of(config).items()
     }
 
@@ -97,7 +99,7 @@ def test_weights_that_are_packed_are_not_kept(kind: str, monkeypatch: pytest.Mon
     """A 70B in 16 bits has 138 GB, and 37 GB in 4 bits."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    rounded = packing.rounded
+    rounded = packing.round_to_nearest
 
     def counting(weight: Tensor, kind: str) -> QuantizedWeight:
         nonlocal most
@@ -105,7 +107,7 @@ def test_weights_that_are_packed_are_not_kept(kind: str, monkeypatch: pytest.Mon
         most = max(most, sum(ref() is not None for ref in alive))
         return rounded(weight, kind)
 
-    monkeypatch.setattr(packing, "rounded", counting)
+    monkeypatch.setattr(packing, "round_to_nearest", counting)
     model = loaded(SMALL, tensors_of(SMALL), kind)
     assert len(alive) == 4 * SMALL.num_hidden_layers
     assert most == 1
@@ -143,7 +145,7 @@ def test_fused_rows_are_those_of_packing_the_whole() -> None:
 def test_zeros_count() -> None:
     tensors = quantized(SMALL, "int4")
     asymmetric = {
-        name: Int4Linear.quantize(tensor, 32, symmetric=False)
+        name: round_to_nearest(tensor, "int4", 32, symmetric=False)
         for name, tensor in tensors_of(SMALL).items()
         if name.endswith("_proj.weight")
     }
@@ -191,10 +193,10 @@ def test_a_bias_may_come_before_and_after_its_weight() -> None:
 def test_no_scale_is_rounded_by_a_dtype(dtype: torch.dtype, stored: torch.dtype) -> None:
     """By that of the model, and by casts of the module: those of the model's dtype stay, all others are fp32."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(SMALL).items()}
-    weight = packing.rounded(tensors_of(SMALL)[K], "int4")
+    weight = round_to_nearest(tensors_of(SMALL)[K], "int4")
     weight = replace(weight, scales=(weight.scales * 1.2345e-5).to(stored))  # fp16 would round these
     same = {name: replace(weight, values=weight.values) for name in (K, V)}
-    q = packing.rounded(tensors_of(SMALL)[Q], "int4")
+    q = round_to_nearest(tensors_of(SMALL)[Q], "int4")
     same[Q] = replace(q, scales=q.scales.to(stored))
     model = loaded(SMALL, tensors | same, dtype=dtype)
     kept = stored if stored == dtype else torch.float32
@@ -213,16 +215,16 @@ def test_no_scale_is_rounded_by_a_dtype(dtype: torch.dtype, stored: torch.dtype)
     [
         (
             V,
-            lambda w: packing.rounded(w, "int8"),
+            lambda w: round_to_nearest(w, "int8"),
             r"v_proj\.weight is int8 in whole rows, and what it is fused with",
         ),
-        (V, lambda w: packing.rounded(w, "int4", 32), r"is int4 in groups of 32, and .* is int4 in whole rows"),
-        (V, lambda w: Int4Linear.quantize(w, 128, symmetric=False), "with zeros, and what it is fused with"),
+        (V, lambda w: round_to_nearest(w, "int4", 32), r"is int4 in groups of 32, and .* is int4 in whole rows"),
+        (V, lambda w: round_to_nearest(w, "int4", 128, symmetric=False), "with zeros, and what it is fused with"),
         (V, lambda w: w, r"v_proj\.weight is not quantized, and what it is fused with is: int4"),
-        (K, lambda w: packing.rounded(w[:16], "int4"), r"has shape \[16, 128\], expected \[32, 128\] by the config"),
+        (K, lambda w: round_to_nearest(w[:16], "int4"), r"has shape \[16, 128\], expected \[32, 128\] by the config"),
         (HEAD, lambda w: None, "is missing"),
-        ("model.embed_tokens.weight", lambda w: packing.rounded(w, "int8"), "legal of linear layers alone"),
-        ("model.layers.0.extra.weight", lambda w: packing.rounded(torch.ones(4, 4), "int8"), "is unexpected"),
+        ("model.embed_tokens.weight", lambda w: round_to_nearest(w, "int8"), "legal of linear layers alone"),
+        ("model.layers.0.extra.weight", lambda w: round_to_nearest(torch.ones(4, 4), "int8"), "is unexpected"),
     ],
     ids=["kind", "group", "zeros", "dense", "shape", "missing", "embedding", "unexpected"],
 )
@@ -253,7 +255,7 @@ def test_scales_that_are_no_numbers_are_refused() -> None:
 
 def test_a_head_may_be_quantized_where_it_is_not_tied() -> None:
     tensors = quantized(SMALL, "int8")
-    tensors[HEAD] = packing.rounded(tensors_of(SMALL)[HEAD], "int8")
+    tensors[HEAD] = round_to_nearest(tensors_of(SMALL)[HEAD], "int8")
     assert type(loaded(SMALL, tensors).lm_head) is LINEARS["int8"]
     tied = replace(SMALL, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is quantized"):

@@ -37,9 +37,10 @@ from fastllama.io.tokenizer import as_tokenizer
 from fastllama.layers.config import LlamaConfig, token_ids
 from fastllama.layers.linear import LinearBase
 from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.quantized import LINEARS, QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import LINEARS, QuantizedLinear
 from fastllama.layers.rope import attention_factor, inverse_frequencies
 from fastllama.layers.weights import misshapen, slots
+from fastllama.quant.weight import QuantizedWeight
 
 # Our layer, and those of a decoder layer that it is made of.
 _LINEARS: dict[str, tuple[str, Sequence[str]]] = {

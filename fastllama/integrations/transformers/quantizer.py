@@ -29,8 +29,8 @@ from fastllama.integrations.transformers.trouble import DTYPES
 from fastllama.io.packed import compressed_tensors
 from fastllama.io.packed.compressed_tensors import Scheme
 from fastllama.kernels.reference.int4 import GROUPS
-from fastllama.layers import packing
 from fastllama.layers.quantized import QuantizedLinear
+from fastllama.quant.rounding import round_to_nearest
 
 METHOD = "fastllama"  # in transformers' registries; no file names it
 _STREAMS = hasattr(HfQuantizer, "get_quantize_ops")  # from transformers 5 on
@@ -206,7 +206,7 @@ class FastLlamaQuantizer(HfQuantizer):
     @torch.no_grad()
     def _replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         config, linear = self.quantization_config, model.get_submodule(name)
-        rounded = packing.rounded(weight, config.scheme, config.group_size)
+        rounded = round_to_nearest(weight, config.scheme, config.group_size if config.scheme == "int4" else None)
         bias: Any = linear.bias  # may be on meta: it is loaded into the new layer then
         layer: Any = HF_LINEARS[config.scheme].of(rounded, bias)
         layer._is_hf_initialized = True

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastllama.layers.config import DTYPES, LlamaConfig
-from fastllama.layers.quantized import QuantizedWeight
+from fastllama.quant.weight import QuantizedWeight
 
 
 class Checkpoint(ABC):

@@ -19,9 +19,9 @@ from fastllama.io.formats.weight_files import weight_files
 from fastllama.io.packed.assembly import PARTS, WORDS, Assembly
 from fastllama.io.packed.quantization_config import METHOD, Storage, read_config
 from fastllama.layers.config import LlamaConfig, token_ids
-from fastllama.layers.quantized import QuantizedWeight
 from fastllama.layers.tensor_names import is_quantized
 from fastllama.layers.weights import EMBEDDING, HEAD, slots
+from fastllama.quant.weight import QuantizedWeight
 
 logger = logging.getLogger("fastllama")
 

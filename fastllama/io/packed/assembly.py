@@ -15,8 +15,8 @@ from fastllama.errors import CheckpointError, shown
 from fastllama.io.packed.quantization_config import LARGEST_GROUP, Storage
 from fastllama.io.packed.words import unpack_bytes, unpack_nibbles, words_of
 from fastllama.kernels.reference.int4 import MIDDLE
-from fastllama.layers.quantized import QuantizedWeight
 from fastllama.layers.tensor_names import is_quantized
+from fastllama.quant.weight import QuantizedWeight
 
 logger = logging.getLogger("fastllama")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastllama.io.packed.words import pack_bytes, pack_nibbles
 from fastllama.kernels.reference.int4 import LARGEST
-from fastllama.layers.quantized import QuantizedLinear, QuantizedWeight
+from fastllama.layers.quantized import QuantizedLinear
+from fastllama.quant.weight import QuantizedWeight
 
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"  # values of "format"
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}

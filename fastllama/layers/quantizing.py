@@ -1,0 +1,234 @@
+"""Quantizes a model in place, by methods that know what its linear layers are fed over a text."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastllama import __version__
+from fastllama.errors import brief, counted
+from fastllama.layers.block import LlamaBlock
+from fastllama.layers.calibration import Calibration
+from fastllama.layers.config import LlamaConfig
+from fastllama.layers.linear import Linear
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantization import WITHOUT_TEXT, check_method
+from fastllama.layers.quantized import LINEARS as KINDS
+from fastllama.layers.rescaling import LINEARS, rescale, tied
+from fastllama.progress import progress_bar
+from fastllama.quant.activations import Activations
+from fastllama.quant.gptq import gptq
+from fastllama.quant.hqq import hqq
+from fastllama.quant.rounding import clipped, on_grid, round_to_nearest
+from fastllama.quant.scaling import awq_scales, smoothquant_scales
+from fastllama.quant.weight import QuantizedWeight
+
+
+class Finished(Protocol):
+    """Where blocks are kept as they are finished, by a key that says what they are made of."""
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors that were put there, None where none were."""
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a block's tensors."""
+
+
+@torch.no_grad()
+def quantize(
+    model: LlamaForCausalLM,
+    scheme: str = "int4",
+    method: str = "gptq",
+    *,
+    documents: Sequence[Sequence[int]] = (),
+    group_size: int | None = None,
+    device: torch.device | str | None = None,
+    finished: Finished | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Quantize the linear layers of a model's blocks, in place; embeddings, norms and output head stay dense.
+
+    scheme: "int4", "int8" or "w8a8", which rounds activations to 8 bits too, at each call. method: "rtn" (round to
+    nearest), "hqq" (zeros and scales fitted to each weight), or by what the layers are fed over documents: "gptq",
+    "awq" and "awq+gptq" for int4, "smoothquant" and "smoothquant+gptq" for w8a8. documents: token ids of a text like
+    those that the model is for, each document begun as prompts are; "rtn" and "hqq" take none. group_size: columns that
+    share a scale: 32, 64, 128 or -1, whole rows; None is 128 for int4 and whole rows for the others. A layer whose
+    columns it does not divide takes the largest that is smaller and does, or whole rows. device: where blocks are
+    computed; None is the model's. finished: where finished blocks are kept, and looked for: a call with the same
+    weights, documents and arguments goes on where another ended. progress: a bar on stderr; None: on a terminal only.
+
+    Each block is calibrated by what the model feeds it that is not quantized, so that the result does not depend on
+    what is finished already. The same model, documents and device give the same bits. Memory beside the model: one
+    block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), and the residual stream of all tokens.
+    Raises ValueError for scheme, method, group size or documents, for layers that are packed already, and for a text
+    that makes a layer's input infinite. When anything is raised, blocks that are finished are quantized.
+    """
+    check_method(scheme, method, group_size)
+    _check_dense(model)
+    _check_documents(model, documents, method)
+    place = torch.device(device) if device is not None else model.device
+    recipe = _Recipe(model.config, scheme, method, group_size, model.dtype)
+    calibration = Calibration(model, documents, place) if recipe.reads_text else None
+    store = None if finished is None else _Store(finished, recipe, model, documents)
+    with progress_bar("Quantizing", progress, total=len(model.layers) * len(LINEARS), unit="layer") as bar:
+        for number, block in enumerate(model.layers):
+            assert isinstance(block, LlamaBlock)
+            tensors = None if store is None else store.get(block)
+            made = copy.deepcopy(block).to(place)
+            seen = recipe.watchers(made, calibration) if tensors is None else {}
+            if calibration:
+                calibration.run(made, seen)
+                _check_finite(number, seen, model.dtype)
+            if tensors is None:
+                recipe.quantize(made.float(), seen, bar.update)
+                if store is not None:
+                    store.put(made)
+            else:
+                _restore(made, tensors, scheme)
+                bar.update(len(LINEARS))
+            model.layers[number] = made.to(model.device)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What is done to each block. dtype: of the model, which scales, norms and biases are kept in."""
+
+    config: LlamaConfig
+    scheme: str
+    method: str
+    group_size: int | None
+    dtype: torch.dtype
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs to know what layers are fed."""
+        return self.method not in WITHOUT_TEXT
+
+    def watchers(self, block: LlamaBlock, calibration: Calibration | None) -> dict[str, Activations]:
+        """What each linear layer's input is to be added to."""
+        if calibration is None:
+            return {}
+        hessian = self.method.endswith("gptq")
+        weights = {name: block.get_parameter(f"{name}.weight") for name in LINEARS}
+        return {
+            name: Activations(weight.shape[1], calibration.num_tokens, weight.device, hessian=hessian)
+            for name, weight in weights.items()
+        }
+
+    def quantize(self, block: LlamaBlock, seen: Mapping[str, Activations], done: Callable[[], Any]) -> None:
+        """Quantize the layers of a block in fp32, in place; done: called after each of them."""
+        scales = {name: self._scales(name, block, seen[name]) for name in LINEARS} if self._scales_inputs else {}
+        for name, found in scales.items():
+            seen[name].divide(rescale(block, self.config, name, found, self.dtype))
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.to(self.dtype)
+        for name in LINEARS:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, Linear)
+            weight = self._rounded(linear.weight.detach(), seen.get(name))
+            block.set_submodule(name, KINDS[self.scheme].of(weight, linear.to(self.dtype).bias))
+            done()
+
+    @property
+    def _scales_inputs(self) -> bool:
+        return self.method.startswith(("awq", "smoothquant"))
+
+    def _scales(self, name: str, block: LlamaBlock, seen: Activations) -> Tensor:
+        """Scales [K] of a layer's input channels."""
+        weight, rows = block.get_parameter(f"{name}.weight"), seen.rows
+        if self.method.startswith("awq"):
+            magnitudes = tied(self.config, name, rows.abs().mean(0), "mean")
+            return awq_scales(weight, rows, magnitudes, lambda each: self._nearest(each).dequantize())
+        magnitudes = tied(self.config, name, seen.absmax, "amax")
+        return smoothquant_scales(weight, rows, magnitudes, tied(self.config, name, weight.abs().amax(0), "amax"))
+
+    def _nearest(self, weight: Tensor) -> QuantizedWeight:
+        """A weight in fp32, rounded to nearest, with scales in fp32."""
+        return round_to_nearest(weight, self.scheme, self.group_size)
+
+    def _rounded(self, weight: Tensor, seen: Activations | None) -> QuantizedWeight:
+        """A layer's weight in fp32, as it is kept."""
+        if self.method == "hqq":
+            return hqq(weight, self.group_size, self.dtype)
+        nearest = self._nearest(weight)
+        start = replace(nearest, scales=nearest.scales.to(self.dtype))
+        if seen is None or not self.method.endswith("gptq"):
+            return on_grid(weight, start)
+        return gptq(weight, seen.hessian, clipped(weight, start) if self.scheme == "int4" else start)
+
+
+class _Store:
+    """Finished blocks, by the hash of what each one follows from: arguments, text, and the weights up to it."""
+
+    def __init__(
+        self, finished: Finished, recipe: _Recipe, model: LlamaForCausalLM, documents: Sequence[Sequence[int]]
+    ) -> None:
+        self._finished = finished
+        self._hash = hashlib.sha256(repr((__version__, recipe)).encode())
+        if recipe.reads_text:
+            self._hash.update(repr([[*map(int, ids)] for ids in documents]).encode())
+            self._add(model.embed_tokens)
+
+    def get(self, block: LlamaBlock) -> Mapping[str, Tensor] | None:
+        """The tensors of the model's next block, where it has been finished before."""
+        self._add(block)
+        return self._finished.get(self._hash.hexdigest())
+
+    def put(self, block: LlamaBlock) -> None:
+        """Keep what the block that `get` was asked for has become."""
+        self._finished.put(self._hash.hexdigest(), block.state_dict())
+
+    def _add(self, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            values: Any = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+            self._hash.update(values)
+
+
+def _restore(block: LlamaBlock, tensors: Mapping[str, Tensor], scheme: str) -> None:
+    """Make of a dense block the quantized one whose tensors these are."""
+    for name in LINEARS:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, Linear)
+        packed, scales, zeros = (tensors.get(f"{name}.{each}") for each in ("packed", "scales", "zeros"))
+        assert packed is not None
+        assert scales is not None
+        layer = KINDS[scheme](packed, scales, linear.weight.shape[1], linear.bias, zeros)
+        block.set_submodule(name, layer.to(linear.weight.device))
+    block.load_state_dict(dict(tensors))
+
+
+def _check_dense(model: LlamaForCausalLM) -> None:
+    for name in LINEARS:
+        for block in model.layers:
+            layer = block.get_submodule(name)
+            if type(layer) is not Linear:
+                raise ValueError(f"model has a {type(layer).__name__}; legal: dense layers, as of quantization=None")
+
+
+def _check_documents(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], method: str) -> None:
+    if method in WITHOUT_TEXT:
+        return
+    if not len(documents):
+        raise ValueError(f"documents is empty; legal for method {method!r}: a text, as token ids")
+    longest, vocabulary = model.config.context_length, model.config.vocab_size
+    for number, ids in enumerate(documents):
+        if not 1 <= len(ids) <= longest:
+            raise ValueError(f"document {number} has {counted(len(ids), 'token')}; legal: 1 to {longest}")
+        wrong = next((each for each in ids if not 0 <= each < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"document {number} holds token {brief(wrong)}; legal: 0 to {vocabulary - 1}")
+
+
+def _check_finite(number: int, seen: Mapping[str, Activations], dtype: torch.dtype) -> None:
+    for name, activations in seen.items():
+        if not activations.is_finite:
+            raise ValueError(
+                f"layers.{number}.{name} is fed infinity or NaN by the calibration text, in {dtype}; legal: finite "
+                "numbers, as bfloat16 or float32 may give"
+            )

@@ -1,0 +1,69 @@
+"""GPTQ: values chosen column by column, so that each makes up for the rounding errors of those before it.
+
+The values Q minimise, one column after another, the error of the output over the calibration text,
+||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T) with the Hessian H = X^T X. With H = (A + I) D (A + I)^T, where A is
+strictly upper triangular and D diagonal, column j is what is nearest to W_j + sum_{i < j} (W_i - Q_i) A_ij. These are
+the values that GPTQ finds by the Cholesky factor of the inverse, for one Cholesky factor and no inverse.
+
+Columns come in the order of a falling diagonal of H, with scales that are fixed before ("act-order" with "static
+groups"): those that matter most are rounded first, and the weight keeps its order.
+Sources: Frantar et al., GPTQ, arXiv:2210.17323; Chee et al., QuIP, arXiv:2307.13304, theorem 6: the two are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastllama.quant.weight import QuantizedWeight
+
+BLOCK = 128  # columns whose errors reach those behind them in one matmul
+DAMPING = 0.01  # of the mean of H's diagonal, added to it
+
+
+def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float = DAMPING) -> QuantizedWeight:
+    """A weight [N, K] under start's scales and zeros, with the values that GPTQ chooses.
+
+    hessian: [K, K] fp32, the sum of x^T x over rows x of the input, in any unit. A column that is never fed (a 0 on the
+    diagonal) is rounded to nearest. start: its values are not used.
+    Memory: three of the Hessian and two of the weight in fp32.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    feedback = feedback_of(hessian[order][:, order], damping)
+    sought = weight.T[order].to(torch.float32, copy=True)  # [K, N]: a column of the weight is contiguous
+    scales, zeros = (each.T.contiguous() for each in start.grid)  # [K / G, N]
+    steps = torch.where(scales == 0, torch.inf, scales)
+    groups = (order // start.group_size).tolist()
+    values = torch.empty(sought.shape, dtype=start.values.dtype, device=weight.device)
+    for begin in range(0, len(groups), BLOCK):
+        end = min(begin + BLOCK, len(groups))
+        block, own = sought[begin:end], feedback[begin:end]
+        errors = weight.T[order[begin:end]].float()
+        for i, group in enumerate(groups[begin:end]):
+            nearest = (block[i] / steps[group]).round_().add_(zeros[group]).clamp_(*start.limits)
+            values[order[begin + i]] = nearest.to(values.dtype)
+            errors[i] -= nearest.sub_(zeros[group]).mul_(scales[group])
+            block[i + 1 :].addr_(own[i, begin + i + 1 : end], errors[i])
+        sought[end:].addmm_(own[:, end:].T, errors)
+    return replace(start, values=values.T.contiguous())
+
+
+def feedback_of(hessian: Tensor, damping: float) -> Tensor:
+    """A of H = (A + I) D (A + I)^T [K, K], above the diagonal; on and below it the numbers have no meaning.
+
+    damping: of the mean of H's diagonal, which is added to it. Computed in fp32, and in fp64 where that finds H not
+    positive definite. Raises ValueError where both do: H is no sum of x^T x, or holds NaN.
+    """
+    damped = hessian.flip(0, 1)  # a copy, whose lower Cholesky factor is H's upper one
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
+    lower, trouble = torch.linalg.cholesky_ex(damped)
+    if trouble:
+        wide, trouble = torch.linalg.cholesky_ex(damped.double())
+        if trouble:
+            raise ValueError("hessian is not positive definite; legal: a sum of x^T x over finite rows x")
+        lower = wide.float()
+    upper = lower.flip(0, 1)
+    return upper.div_(upper.diagonal().clone())
