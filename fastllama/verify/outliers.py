@@ -1,0 +1,50 @@
+"""Plants outlier channels, which large language models have and small ones do not, without changing the function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastllama.errors import brief, check_range
+from fastllama.layers.block import LlamaBlock
+from fastllama.layers.linear import PackedLinear
+from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.rescaling import DOWN, GATE_UP, QKV, rescale
+from fastllama.runtime.values import integer
+
+DTYPES = (torch.float32, torch.bfloat16)  # in float16, columns divided by 32 become subnormal and lose bits
+LARGEST = 2**16  # factor, so that nothing overflows
+
+
+def plant_outliers(model: LlamaForCausalLM, *, channels: int = 4, factor: float = 32.0, seed: int = 0) -> None:
+    """Multiply a few input channels of each block's linear layers, and divide the weights' columns for them, in place.
+
+    channels: how many of each norm, and of up, in every block, chosen by seed. factor: what they are multiplied by, a
+    power of two of 2 to 65536, so that nothing is rounded: the logits stay as they are, bit for bit.
+
+    Layers are then fed a few channels of 32 times the others' size, as those of models of billions of parameters are
+    (Dettmers et al., LLM.int8(), arXiv:2208.07339), so that what AWQ and SmoothQuant do about them can be measured on a
+    small model. A model of `from_transformers` shares its memory: plant in a copy.
+    Raises ValueError for channels, factor, the dtype, and layers that are packed.
+    """
+    channels = integer("channels", channels, 1, min(model.config.hidden_size, model.config.intermediate_size))
+    check_range("factor", factor, 2, LARGEST)
+    _check(model, factor)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for block in model.layers:
+        assert isinstance(block, LlamaBlock)
+        for name in (QKV, GATE_UP, DOWN):
+            scales = torch.ones(block.get_parameter(f"{name}.weight").shape[1], dtype=torch.float32, device="cpu")
+            scales[torch.randperm(len(scales), generator=generator, device="cpu")[:channels]] = 1 / factor
+            rescale(block, model.config, name, scales.to(model.device), model.dtype)
+
+
+def _check(model: LlamaForCausalLM, factor: float) -> None:
+    if math.frexp(factor)[0] != 0.5:
+        raise ValueError(f"factor is {brief(factor)}; legal: a power of two, 2 to {LARGEST}")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"model is in {model.dtype}; legal: {' or '.join(map(str, DTYPES))}")
+    packed = next((each for each in model.modules() if isinstance(each, PackedLinear)), None)
+    if packed is not None:
+        raise ValueError(f"model has a {type(packed).__name__}; legal: dense layers, as of quantization=None")
