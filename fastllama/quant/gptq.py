@@ -31,8 +31,8 @@ def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float
     Memory: three of the Hessian and two of the weight in fp32.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    feedback = feedback_of(hessian[order][:, order], damping)
-    sought = weight.T[order].to(torch.float32, copy=True)  # [K, N]: a column of the weight is contiguous
+    feedback = feedback_of(hessian, order, damping)
+    sought = weight.T[order].float()  # [K, N], a copy: a column of the weight is contiguous
     scales, zeros = (each.T.contiguous() for each in start.grid)  # [K / G, N]
     steps = torch.where(scales == 0, torch.inf, scales)
     groups = (order // start.group_size).tolist()
@@ -50,20 +50,28 @@ def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float
     return replace(start, values=values.T.contiguous())
 
 
-def feedback_of(hessian: Tensor, damping: float) -> Tensor:
+def feedback_of(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     """A of H = (A + I) D (A + I)^T [K, K], above the diagonal; on and below it the numbers have no meaning.
 
-    damping: of the mean of H's diagonal, which is added to it. Computed in fp32, and in fp64 where that finds H not
-    positive definite. Raises ValueError where both do: H is no sum of x^T x, or holds NaN.
+    order: [K], in which rows and columns of the Hessian are taken. damping: of the mean of H's diagonal, which is added
+    to it. Computed in fp32, and in fp64 where that finds H not positive definite. Raises ValueError where both do: H is
+    no sum of x^T x, or holds NaN or infinity.
     """
-    damped = hessian.flip(0, 1)  # a copy, whose lower Cholesky factor is H's upper one
+    backwards = order.flip(0)
+    damped = hessian[backwards][:, backwards]  # a copy, whose lower Cholesky factor is H's upper one, backwards too
     mean = damped.diagonal().mean()
     damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
-    lower, trouble = torch.linalg.cholesky_ex(damped)
-    if trouble:
-        wide, trouble = torch.linalg.cholesky_ex(damped.double())
-        if trouble:
-            raise ValueError("hessian is not positive definite; legal: a sum of x^T x over finite rows x")
-        lower = wide.float()
-    upper = lower.flip(0, 1)
+    lower = _cholesky(damped)
+    if lower is None:
+        lower = _cholesky(damped.double())
+    if lower is None:
+        raise ValueError("hessian is not positive definite; legal: a sum of x^T x over finite rows x")
+    del damped
+    upper = lower.flip(0, 1).float()
     return upper.div_(upper.diagonal().clone())
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor; None where there is none. Whatever is not finite reaches its diagonal."""
+    lower, trouble = torch.linalg.cholesky_ex(matrix)
+    return None if trouble or not lower.diagonal().isfinite().all() else lower
