@@ -71,7 +71,7 @@ def quantize(
     """
     check_method(scheme, method, group_size)
     _check_dense(model)
-    _check_documents(model, documents, method)
+    check_documents(model.config, documents, method)
     place = torch.device(device) if device is not None else model.device
     recipe = _Recipe(model.config, scheme, method, group_size, model.dtype)
     calibration = Calibration(model, documents, place) if recipe.reads_text else None
@@ -211,12 +211,13 @@ def _check_dense(model: LlamaForCausalLM) -> None:
                 raise ValueError(f"model has a {type(layer).__name__}; legal: dense layers, as of quantization=None")
 
 
-def _check_documents(model: LlamaForCausalLM, documents: Sequence[Sequence[int]], method: str) -> None:
+def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], method: str) -> None:
+    """Raises ValueError unless a method can read these documents with a model."""
     if method in WITHOUT_TEXT:
         return
     if not len(documents):
         raise ValueError(f"documents is empty; legal for method {method!r}: a text, as token ids")
-    longest, vocabulary = model.config.context_length, model.config.vocab_size
+    longest, vocabulary = config.context_length, config.vocab_size
     for number, ids in enumerate(documents):
         if not 1 <= len(ids) <= longest:
             raise ValueError(f"document {number} has {counted(len(ids), 'token')}; legal: 1 to {longest}")
