@@ -1,9 +1,11 @@
 """Reports anyone can run on their device: parity of ops, layers, logits and tokens, and what quantization costs."""
 
+from fastllama.io.documents import text_documents
 from fastllama.verify.check import check
 from fastllama.verify.comparison import Comparison, compare
 from fastllama.verify.estimate import Estimate
-from fastllama.verify.perplexity import Perplexity, perplexity, text_documents
+from fastllama.verify.outliers import plant_outliers
+from fastllama.verify.perplexity import Perplexity, perplexity
 from fastllama.verify.report import Report, Row
 
 __all__ = [
@@ -15,5 +17,6 @@ __all__ = [
     "check",
     "compare",
     "perplexity",
+    "plant_outliers",
     "text_documents",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastllama.errors import counted
-from fastllama.io.tokenizer import Tokenizer
 from fastllama.progress import progress_bar
 from fastllama.runtime.llm import LLM
 from fastllama.runtime.values import integer
@@ -79,27 +77,6 @@ class Perplexity:
             "perplexity": self.perplexity.as_json(),
             "tokens_per_second": self.tokens_per_second,
         }
-
-
-def text_documents(text: str, tokenizer: Tokenizer, *, per_line: bool = False) -> list[list[int]]:
-    r"""Token ids of a text as `perplexity` takes them.
-
-    One document, with a BOS where the tokenizer's files put one and no EOS; or per_line one for each line that is not
-    blank, between BOS (where the vocabulary has one) and EOS, as short training documents are. Either
-    way newlines are universal: \r\n and \r are read as \n, and a line ends nowhere else.
-    Raises ValueError where all lines are blank.
-    """
-    read = io.StringIO(text, newline=None)  # universal newlines
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not per_line:
-        ids, ends_in_eos = tokenizer.encode(read.read()), tokenizer.encode("")[-1:] == [eos]
-        return [ids[:-1] if ends_in_eos else ids]
-    lines = [line.removesuffix("\n") for line in read]
-    filled = [line for line in lines if line.strip()]
-    if not filled:
-        raise ValueError(f"each of the text's {counted(len(lines), 'line')} is blank; legal: one that is not")
-    before = [] if bos is None else [bos]
-    return [[*before, *tokenizer.encode(line, bos=False), eos] for line in filled]
 
 
 def windows_of(length: int, context: int, stride: int, document: int = 0) -> Iterator[Window]:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import fastllama
 from fastllama import LLM, SamplingParams
-from fastllama.io.tokenizer import load_tokenizer
 from fastllama.verify import Estimate, perplexity, text_documents
 from fastllama.verify.perplexity import Window, batches_of, windows_of
 from tests.cli.models import random_model
@@ -160,41 +159,6 @@ def test_batches_hold_all_windows_in_order_and_no_more_than_they_may(
     for batch in batches:
         fed = sum(window.end - window.begin - 1 for window in batch)
         assert len(batch) == 1 or (fed <= max_fed and sum(window.num_scored for window in batch) <= max_scored)
-
-
-def test_a_text_is_one_document_or_one_a_line() -> None:
-    tokenizer = load_tokenizer(TINY)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    text = "A cat.\n\n  \nThe cat sat.\n"
-    assert text_documents(text, tokenizer) == [tokenizer.encode(text)]
-    assert (tokenizer.encode(text)[0], tokenizer.encode(text).count(eos)) == (bos, 0)
-    lines = [[bos, *tokenizer.encode(line, bos=False), eos] for line in ("A cat.", "The cat sat.")]
-    assert text_documents(text, tokenizer, per_line=True) == lines
-    for blank, lines_said in (
-        ("\n  \n", "2 lines"),
-        ("\r\n \r\n\r\n", "3 lines"),
-        ("\n\n ", "3 lines"),
-        ("", "0 lines"),
-    ):
-        with pytest.raises(ValueError, match=f"each of the text's {lines_said} is blank; legal: one that is not"):
-            text_documents(blank, tokenizer, per_line=True)
-
-
-@pytest.mark.parametrize("per_line", [False, True])
-@pytest.mark.parametrize("newline", ["\r\n", "\r"])
-def test_newlines_are_universal(newline: str, per_line: bool) -> None:
-    tokenizer, text = load_tokenizer(TINY), "A cat.\n\nThe cat sat.\n"
-    found = text_documents(text.replace("\n", newline), tokenizer, per_line=per_line)
-    assert found == text_documents(text, tokenizer, per_line=per_line)
-
-
-@pytest.mark.parametrize("inside", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
-def test_a_line_ends_at_newlines_only(inside: str) -> None:
-    """Where str.splitlines sees more."""
-    tokenizer = load_tokenizer(TINY)
-    line = f"A cat.{inside}The cat sat."
-    (found,) = text_documents(line, tokenizer, per_line=True)
-    assert found == [tokenizer.bos_token_id, *tokenizer.encode(line, bos=False), tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
