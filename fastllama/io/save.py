@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +33,7 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja", "additional_chat_templates/*.jinja"),
 )
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust spells an errno
 
 
 def save_model(
@@ -45,35 +49,96 @@ def save_model(
     `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
     with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
     BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises
-    ValueError if it is a link or not empty, or if a layer has zeros that are no whole numbers, FileNotFoundError if the
-    tokenizer does not exist, CheckpointError if a configuration beside that is broken.
+    ValueError if it is a link, not empty, or cannot be replaced, or if a layer has zeros that are no whole numbers,
+    FileNotFoundError if the tokenizer does not exist, CheckpointError if a configuration beside that is broken, OSError
+    where the disk is full.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)
-    if path.is_symlink():  # which the folder written beside it cannot replace
-        raise ValueError(f"path is {str(path)!r}, a link; legal: a new or an empty folder")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"path is {str(path)!r}, which exists; legal: a new or an empty folder")
-    extras, generation, kept = {}, {}, {}
-    if tokenizer is not None:
-        extras = _tokenizer_files(Path(tokenizer))
-        generation = _settings(Path(tokenizer), "generation_config.json")
-        config = _settings(Path(tokenizer), "config.json")
-        kept = {key: config[key] for key in ("tokenizer_class",) if key in config}  # AutoTokenizer reads it here, too
+    check_new_folder(path)
+    beside = Companions.of(tokenizer)
     quantization = _quantization_config(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
         partial = Path(scratch) / "model"
         partial.mkdir()
         _write_weights(model, partial, max_shard_size)
-        for name, file in extras.items():
+        for name, file in beside.files.items():
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / name)
         config = replace(model.config, dtype=dtype_name(model.embed_tokens.weight)).to_hf()
-        generation |= {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+        generation = beside.generation | {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", generation)
-        _write_json(partial / "config.json", kept | config | quantization)
+        _write_json(partial / "config.json", beside.config | config | quantization)
         partial.replace(path)
+
+
+def check_new_folder(path: Path, argument: str = "path") -> None:
+    """Raises ValueError unless a folder can be written beside `path` and take its place; leaves nothing behind.
+
+    argument: what messages call it.
+    """
+    legal = "legal: a new or an empty folder"
+    if path.is_symlink():  # which the folder written beside it cannot replace
+        raise ValueError(f"{argument} is {str(path)!r}, a link; {legal}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{argument} is {str(path)!r}, which exists; {legal}")
+    if os.path.ismount(path) or (path.exists() and path.samefile(".")):
+        what = "a mount point" if os.path.ismount(path) else "the working directory"
+        raise ValueError(f"{argument} is {str(path)!r}, {what}, which cannot be replaced; legal: a new folder in it")
+    check_writable(path.parent, path, argument)
+
+
+def check_writable(folder: Path, path: Path, argument: str) -> None:
+    """Raises ValueError unless files can be made in a folder, or it can itself be made; leaves nothing behind.
+
+    path, argument: what messages name.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {str(path)!r}, and nothing can be written into {str(there)!r}: {error.strerror}; legal: a "
+            "folder that may be written"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What a folder has beside the weights, from where a tokenizer lies.
+
+    files: to be copied, by their places in the new folder. generation, config: what generation_config.json and
+    config.json take over from those beside the tokenizer.
+    """
+
+    files: dict[str, Path]
+    generation: dict[str, Any]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, tokenizer: str | Path | None) -> Companions:
+        """Those of a tokenizer's folder or file. Raises for the tokenizer what `save_model` does."""
+        if tokenizer is None:
+            return cls({}, {}, {})
+        source = Path(tokenizer)
+        files, config = _tokenizer_files(source), _settings(source, "config.json")
+        kept = {key: config[key] for key in ("tokenizer_class",) if key in config}  # AutoTokenizer reads it here, too
+        return cls(files, _settings(source, "generation_config.json"), kept)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError where the disk is full; safetensors makes that an error of its own."""
+    file.touch()
+    mode = file.stat().st_mode  # by the umask; safetensors 0.8 puts a file there that only its owner may read
+    try:
+        save_file(tensors, file, {"format": "pt"})
+        file.chmod(mode)
+    except SafetensorError as error:
+        if found := _OS_ERROR.search(str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from None
+        raise
 
 
 def _write_weights(model: LlamaForCausalLM, folder: Path, max_shard_size: int) -> None:
@@ -92,7 +157,7 @@ def _write_weights(model: LlamaForCausalLM, folder: Path, max_shard_size: int) -
 def _write_shard(file: Path, makers: Mapping[str, Callable[[], Tensor | QuantizedWeight]]) -> list[str]:
     """The names of the tensors in it, which are let go on return."""
     tensors = {name: tensor for weight, make in makers.items() for name, tensor in _stored(weight, make()).items()}
-    save_file(tensors, file, {"format": "pt"})
+    write_tensors(file, tensors)
     return list(tensors)
 
 

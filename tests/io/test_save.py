@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fastllama.errors import CheckpointError
 from fastllama.io import save
@@ -223,6 +224,47 @@ def test_a_link_is_refused_before_anything_is_written(
         save_model(model, link)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "model.bin"]
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastllama.io.save.save_file", lambda *arguments: pytest.fail("written"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    for path in (".", empty):
+        with pytest.raises(ValueError, match="the working directory, which cannot be replaced; legal: a new folder in"):
+            save_model(model, path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == empty)
+    with pytest.raises(ValueError, match=r"^path is '.*empty', a mount point, which cannot be replaced; legal: a new"):
+        save_model(model, empty)
+    with pytest.raises(
+        ValueError, match=r"nothing can be written into '.*model\.bin': Not a directory; legal"
+    ):
+        save_model(model, tmp_path / "model.bin" / "a" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model.bin"]
+    assert list(empty.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(save, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_model(model, tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_who_may_read_other_new_files_may_read_these(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    """What safetensors 0.8 writes, only the owner may read."""
+    save_model(model, tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 def test_missing_parents_and_an_empty_folder_are_fine(tmp_path: Path, model: LlamaForCausalLM) -> None:
