@@ -17,7 +17,14 @@ from safetensors import safe_open
 from tools.tiny_model.card import Measured, draw_curve, write_card, write_training
 from tools.tiny_model.chat import CHAT_SHARE, document, turn
 from tools.tiny_model.config import TUNING, TinyConfig
-from tools.tiny_model.evaluate import HELD_OUT_SEED, Answers, Figures, held_out_texts
+from tools.tiny_model.evaluate import (
+    CALIBRATION_SEED,
+    HELD_OUT_SEED,
+    Answers,
+    Figures,
+    calibration_text,
+    held_out_texts,
+)
 from tools.tiny_model.export import CHAT_TEMPLATE, model_config, replace_folder
 from tools.tiny_model.muon import Muon, orthogonalized
 from tools.tiny_model.plots import HELD_OUT, TRAINED
@@ -131,6 +138,17 @@ def test_held_out_texts_are_not_in_training(documents):
     for lines in held_out_texts().values():
         assert not any(line in piece for line in lines[:20] for piece in pieces)
     assert len(documents) < HELD_OUT_SEED
+
+
+def test_the_calibration_text_is_packaged_and_unseen(documents):
+    text = (TINY.parent / "calibration.txt").read_text()
+    assert text == calibration_text()
+    lines = text.splitlines()
+    assert len(lines) == 64
+    assert set(lines).isdisjoint(line for others in held_out_texts().values() for line in others)
+    assert not any(line in piece for line in lines for pieces in documents for piece in pieces)
+    # a document has 10 tokens at the least, and each stage of training takes seeds from 0 on
+    assert max(TinyConfig().tokens, TUNING.tokens) / 10 < CALIBRATION_SEED < HELD_OUT_SEED - len(lines)
 
 
 def test_chats_are_about_a_fifth_and_in_llama_2_format(documents):

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from .card import Measured, draw_curve, write_card, write_training
 from .config import TUNING, TinyConfig
-from .evaluate import figures, held_out_texts, loss_by_position, perplexities, samples
+from .evaluate import calibration_text, figures, held_out_texts, loss_by_position, perplexities, samples
 from .export import replace_folder, write_model
 from .tokenizer import document_ids, load_tokenizer, train_tokenizer
 from .train import LogEntry, Packer, PromptPacker, build_model, train
@@ -20,7 +20,8 @@ from .tuning import tuning_ids
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "tiny_model"
-TARGET = ROOT / "fastllama" / "assets" / "tiny"
+ASSETS = ROOT / "fastllama" / "assets"
+TARGET = ASSETS / "tiny"
 
 
 def report(line: str) -> None:
@@ -66,6 +67,7 @@ def tune(first: Path, first_log: Sequence[LogEntry]) -> None:
     write_training(folder / "training.json", logs, measured)
     write_card(folder / "README.md", logs, measured)
     replace_folder(folder, TARGET)
+    (ASSETS / "calibration.txt").write_text(calibration_text())
     report(f"wrote {TARGET}: {measured.shipped}")
 
 

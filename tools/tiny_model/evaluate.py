@@ -23,6 +23,7 @@ from .tuning import passages, tuning_ids
 
 HELD_OUT_SEED = 1_000_000_000  # training counts its seeds up from 0
 HELD_OUT_BYTES = 60_000
+CALIBRATION_SEED, CALIBRATION_STORIES = 5_000_000, 64  # unseen, too
 QUESTIONS, STARTS = 1000, 200
 TAG_MARKS = ("[", "<")  # only tags have brackets in what is learned
 
@@ -38,6 +39,12 @@ def held_out_text(teller: Callable[[int], Story]) -> list[str]:
 def held_out_texts() -> dict[str, list[str]]:
     """The two held-out texts by file name: unseen seeds of the trained plots, and the plot never trained on."""
     return {"heldout_seed.txt": held_out_text(story), "heldout_branch.txt": held_out_text(held_out_story)}
+
+
+def calibration_text() -> str:
+    """What quantizers read by default: stories of seeds that are neither trained on nor held out, one a line."""
+    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION_STORIES)
+    return "".join(f"{story(seed).text}\n" for seed in seeds)
 
 
 @torch.inference_mode()
