@@ -34,7 +34,7 @@ def rescale(block: LlamaBlock, config: LlamaConfig, name: str, scales: Tensor, d
 
     block: of dense layers, in fp32 unless all scales are powers of two, which its dtype then takes without a rounding.
     scales: [K], `tied`. dtype: what a norm's weight will be kept in; it is rounded to it here, and the columns make up
-    for that. Returns what the columns were multiplied by, fp32 [K].
+    for that; what it does not hold stays undivided. Returns what the columns were multiplied by, fp32 [K].
     """
     columns = scales.float()
     if name == OUT:
@@ -46,7 +46,8 @@ def rescale(block: LlamaBlock, config: LlamaConfig, name: str, scales: Tensor, d
         norm = block.input_layernorm if name == QKV else block.post_attention_layernorm
         before = norm.weight.float()
         after = (before / columns).to(dtype).float()
-        columns = torch.where(after == 0, columns, before / after)
+        after = torch.where((after != 0) & after.isfinite(), after, before)
+        columns = torch.where(before == 0, columns, before / after)
         norm.weight.copy_(after)
     weight = block.get_parameter(f"{name}.weight")
     weight.copy_(weight.float() * columns)
