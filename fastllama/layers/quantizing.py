@@ -121,8 +121,8 @@ class _Recipe:
             for name, weight in weights.items()
         }
 
-    def quantize(self, block: LlamaBlock, seen: Mapping[str, Activations], done: Callable[[], Any]) -> None:
-        """Quantize the layers of a block in fp32, in place; done: called after each of them."""
+    def quantize(self, block: LlamaBlock, seen: dict[str, Activations], done: Callable[[], Any]) -> None:
+        """Quantize the layers of a block in fp32, in place, and free what each has seen; done: called after each."""
         scales = {name: self._scales(name, block, seen[name]) for name in LINEARS} if self._scales_inputs else {}
         for name, found in scales.items():
             seen[name].divide(rescale(block, self.config, name, found, self.dtype))
@@ -131,7 +131,7 @@ class _Recipe:
         for name in LINEARS:
             linear = block.get_submodule(name)
             assert isinstance(linear, Linear)
-            weight = self._rounded(linear.weight.detach(), seen.get(name))
+            weight = self._rounded(linear.weight.detach(), seen.pop(name, None))
             block.set_submodule(name, KINDS[self.scheme].of(weight, linear.to(self.dtype).bias))
             done()
 
