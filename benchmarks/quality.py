@@ -41,12 +41,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a file in UTF-8, a document a line")
     parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
     options = parser.parse_args()
-    text = options.text.read_text(encoding="utf-8") if options.text else "\n".join(held_out_text(story))
     cases: list[dict[str, Any]] = []
     with LLM(options.model, dtype=options.dtype, quantization=None) as reference:
-        documents = text_documents(text, reference.prompts.needed_tokenizer(), per_line=True)
-        context = min(CONTEXT, reference.max_model_len)
-        protocol = {"context": context, "stride": min(STRIDE, context)}
+        documents = lines_of(options.text, held_out_text(story), reference)
+        protocol = protocol_of(reference)
         for weights, kv in CASES:
             kind = {"quantization": quantization_of(weights), "kv_cache_dtype": kv}
             with LLM(options.model, dtype=options.dtype, **kind) as llm:
@@ -63,6 +61,18 @@ def main() -> None:
         )
 
 
+def lines_of(path: Path | None, stories: list[str], llm: LLM) -> list[list[int]]:
+    """Documents of a file in UTF-8, one a line, or of stories where there is no file."""
+    text = path.read_text(encoding="utf-8") if path else "\n".join(stories)
+    return text_documents(text, llm.prompts.needed_tokenizer(), per_line=True)
+
+
+def protocol_of(llm: LLM) -> dict[str, int]:
+    """Context and stride of `compare`."""
+    context = min(CONTEXT, llm.max_model_len)
+    return {"context": context, "stride": min(STRIDE, context)}
+
+
 def unquantized(found: Perplexity) -> str:
     """The reference's row."""
     return f"| {NONE} | auto | - | - | - | {found.perplexity.value:.4f} |"
@@ -70,8 +80,12 @@ def unquantized(found: Perplexity) -> str:
 
 def row(weights: str, kv: str, found: Comparison) -> str:
     """The row of a case."""
-    differences = f"{shown(found.nll_difference)} | {shown(found.kl)} | {shown(found.top1, '.2f', 100)}"
-    return f"| {weights} | {kv} | {differences} | {found.model.perplexity.value:.4f} |"
+    return f"| {weights} | {kv} | {differences(found)} | {found.model.perplexity.value:.4f} |"
+
+
+def differences(found: Comparison) -> str:
+    """Cells of a row: dNLL, KL, top-1."""
+    return f"{shown(found.nll_difference)} | {shown(found.kl)} | {shown(found.top1, '.2f', 100)}"
 
 
 def shown(estimate: Estimate, form: str = ".3g", unit: float = 1) -> str:
