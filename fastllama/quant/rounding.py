@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.kernels.reference.int4 import GROUPS
+from fastllama.kernels.reference.int4 import GROUPS, LARGEST, MIDDLE
 from fastllama.quant.weight import QuantizedWeight
 
 WHOLE_ROWS = -1  # as a group size
-CLIPPING = [1 - step / 50 for step in range(26)]  # of the largest magnitude
-CHUNK = 1 << 18  # weights that are searched at once, so that they stay in a CPU's cache
+CLIPPING = 1, 0.96, 0.92, 0.88, 0.84, 0.8  # of the largest magnitude; down to half, in 26 steps, gained nothing
+CHUNK = 1 << 16  # weights that are searched at once, so that they stay in a CPU's cache
 
 
 def group_size_of(kind: str, columns: int, group_size: int | None = None) -> int:
@@ -50,28 +50,28 @@ def on_grid(weight: Tensor, start: QuantizedWeight) -> QuantizedWeight:
 
 
 def clipped(weight: Tensor, start: QuantizedWeight) -> QuantizedWeight:
-    """Symmetric scales with the least squared error of the weight, which may cut off a group's largest values.
+    """Scales of "int4" with the least squared error of the weight, which may cut off a group's largest values.
 
     weight: [N, K]. start: of the weight rounded to nearest, symmetrically; its values are not used. Scales of both
-    signs are tried, from the largest magnitude's down to half.
+    signs are tried, for the largest magnitude and down to 0.8 of it.
     Beneath GPTQ this lowers a model's KL divergence; beneath rounding to nearest it does not (docs/tuning.md).
     """
     rows = max(CHUNK // weight.shape[1], 1)
-    pairs = zip(weight.split(rows), start.scales.split(rows), strict=True)
-    return replace(start, scales=torch.cat([_clipped(part.float(), scales, start) for part, scales in pairs]))
+    parts = weight.unflatten(1, (-1, start.group_size)).split(rows)
+    found = [_clipped(part.float(), scales) for part, scales in zip(parts, start.scales.split(rows), strict=True)]
+    return replace(start, scales=torch.cat(found))
 
 
-def _clipped(weight: Tensor, scales: Tensor, start: QuantizedWeight) -> Tensor:
-    groups = weight.unflatten(1, (-1, start.group_size))
-    _, zeros = (each[: len(weight), :, None] for each in start.grid)
+def _clipped(groups: Tensor, scales: Tensor) -> Tensor:
     best, least = scales, torch.full(scales.shape, torch.inf, dtype=torch.float32, device=scales.device)
     for factor in CLIPPING:
-        for sign in (1, -1):
-            tried = (scales * (sign * factor)).to(scales.dtype)
-            wide = tried.float()[..., None]
-            values = _nearest(groups, wide, zeros, start.limits)
-            error = values.sub_(zeros).mul_(wide).sub_(groups).square_().sum(2)
-            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+        tried = (scales * factor).to(scales.dtype)
+        wide = tried.float()[..., None]
+        levels = groups.div(torch.where(wide == 0, torch.inf, wide)).round_()
+        for sign in (1, -1):  # of the scale: levels are -8 to 7, or 8 to -7
+            low, high = sorted((-sign * MIDDLE, sign * (LARGEST - MIDDLE)))
+            error = torch.linalg.vector_norm(torch.addcmul(groups, levels.clamp(low, high), wide, value=-1), dim=2)
+            best, least = torch.where(error < least, sign * tried, best), torch.minimum(error, least)
     return best
 
 
