@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import fastllama
 from fastllama import env
-from fastllama.cli import bench, chat, eval, generate, info, perplexity, serve, verify
+from fastllama.cli import bench, chat, eval, generate, info, perplexity, quantize, serve, verify
 from fastllama.cli.parser import Parser
 from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
   fastllama serve
   fastllama info
+  fastllama quantize path/to/model path/to/model-int4 --calibration text.txt
   fastllama verify --model path/to/model --dtype bfloat16
   fastllama perplexity --quantize int4 --against
   fastllama bench runtime"""
@@ -103,7 +104,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", required=True)
-    for module in (generate, chat, serve, info, verify, perplexity, eval, bench):
+    for module in (generate, chat, serve, info, quantize, verify, perplexity, eval, bench):
         module.add_command(commands)
     return parser
 

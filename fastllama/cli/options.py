@@ -18,10 +18,12 @@ from fastllama.layers.quantization import WORDS, quantization_of
 from fastllama.runtime.params import SamplingParams
 
 if TYPE_CHECKING:
+    from fastllama.io.formats.base import Checkpoint
     from fastllama.io.tokenizer import Tokenizer
     from fastllama.runtime.llm import LLM
 
 
+MODELS = "a Hugging Face or Meta folder, a llama2.c file, or a Hub id, owner/name or owner/name@revision"
 # Of the options that are not given, where the checkpoint says nothing either.
 SAMPLING = {
     "max_tokens": 256,
@@ -39,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, adapter: bool = True) 
     """--model, --tokenizer, --adapter, --dtype, --device."""
     group = parser.add_argument_group("model")
     add_model_option(group)
-    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+    add_tokenizer_option(group)
     if adapter:
         group.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA folder, merged into the weights as they load")
     add_place_options(group)
@@ -52,9 +54,13 @@ def add_model_option(group: argparse._ArgumentGroup) -> None:
         "--model",
         default="tiny",
         metavar="M",
-        help="'tiny' (packaged, the default), a Hugging Face or Meta folder, a llama2.c file, or a Hub id, owner/name "
-        "or owner/name@revision",
+        help=f"'tiny' (packaged, the default), {MODELS}",
     )
+
+
+def add_tokenizer_option(group: argparse._ArgumentGroup) -> None:
+    """--tokenizer."""
+    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
 
 
 def add_place_options(group: argparse._ArgumentGroup) -> None:
@@ -208,10 +214,37 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError(f"device is {args.device!r}; legal: 'auto', 'cpu', 'cuda', 'cuda:0' ...")
     from fastllama.io.hub import resolve_model
 
-    for option in ("model", "speculation"):
-        name = getattr(args, option, None)
-        if name not in (None, "prompt_lookup") and ("/" not in name or name.startswith((".", "/", "~"))):
-            resolve_model(name, argument=f"--{option}")
+    for name in ("--model", "--speculation", "SRC"):
+        model = getattr(args, name.lstrip("-"), None)
+        if model not in (None, "prompt_lookup") and ("/" not in model or model.startswith((".", "/", "~"))):
+            resolve_model(model, argument=name)
+
+
+def open_parts(
+    model: str, tokenizer: str | None, dtype: str, *, argument: str = "--model"
+) -> tuple[Checkpoint, Tokenizer | None]:
+    """A model's checkpoint, whose weights stay in the files, and the tokenizer given, or its own where none is.
+
+    argument: what messages call the model. Raises what LLM does.
+    """
+    from fastllama.io.adapter import locate
+    from fastllama.io.companions import find_tokenizer
+    from fastllama.io.hub import resolve_model
+    from fastllama.io.load import open_model
+    from fastllama.io.tokenizer import load_tokenizer
+
+    path, adapter = locate(resolve_model(model, argument=argument), None)
+    checkpoint, _ = open_model(path, adapter=adapter, dtype=dtype)
+    if tokenizer is not None:
+        return checkpoint, load_tokenizer(tokenizer)
+    return checkpoint, find_tokenizer(*filter(None, (adapter, path)))
+
+
+def needed_tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
+    """The tokenizer. Raises ValueError where a model has none."""
+    if tokenizer is None:
+        raise ValueError(f"there is no tokenizer with {model}; give one with --tokenizer")
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -252,11 +285,10 @@ def load(args: argparse.Namespace) -> Loaded:
         progress=False if args.quiet else None,
         **runtime_options(args),
     )
-    if llm.tokenizer is None:
-        raise ValueError(f"there is no tokenizer with {args.model}; give one with --tokenizer")
+    tokenizer = needed_tokenizer(llm.tokenizer, args.model)
     counts = Counter(implementation.backend for implementation in backend_of(llm.engine.model.device).values())
     backend = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return Loaded(args.model, llm, llm.tokenizer, backend, time.perf_counter() - start)
+    return Loaded(args.model, llm, tokenizer, backend, time.perf_counter() - start)
 
 
 @contextmanager

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastllama.cli.options import (
@@ -18,11 +16,13 @@ from fastllama.cli.options import (
     add_runtime_options,
     check_names,
     failure_in_words,
+    needed_tokenizer,
+    open_parts,
     quantization,
     runtime_options,
 )
 from fastllama.cli.parser import add_command as add
-from fastllama.cli.text import decode
+from fastllama.cli.text import read_document
 from fastllama.errors import check_range, counted
 from fastllama.layers.quantization import NONE
 
@@ -146,23 +146,22 @@ class Measurement:
     @classmethod
     def of(cls, args: argparse.Namespace, text: str) -> Measurement:
         """All that can be checked without the weights is checked here."""
+        from fastllama.io.documents import text_documents
         from fastllama.io.load import resolve_device
-        from fastllama.verify import text_documents
         from fastllama.verify.perplexity import check_documents
 
         resolve_device(args.device)
-        checkpoint, tokenizer = _parts(args, args.model, "--model")
+        checkpoint, tokenizer = open_parts(args.model, args.tokenizer, args.dtype)
         if args.against is SAME:
             _check_same(args, checkpoint)
-        if tokenizer is None:
-            raise ValueError(f"there is no tokenizer with {args.model}; give one with --tokenizer")
+        tokenizer = needed_tokenizer(tokenizer, args.model)
         per_line = args.per_line or args.file is None
         documents = text_documents(text, tokenizer, per_line=per_line)
         check_documents(documents)
         limit, against = checkpoint.config.context_length, args.model
         if args.against not in (None, SAME):
             against = args.against
-            other, theirs = _parts(args, against, "--against")
+            other, theirs = open_parts(against, None, args.dtype, argument="--against")
             sizes = checkpoint.config.vocab_size, other.config.vocab_size
             if sizes[0] != sizes[1]:
                 said = f"vocabulary of {sizes[1]} tokens and {args.model!r} of {sizes[0]}"
@@ -204,29 +203,7 @@ def _text(args: argparse.Namespace) -> tuple[str, str]:
     if args.file is None:
         bundled = importlib.resources.files("fastllama").joinpath("assets", "tiny", BUNDLED)
         return bundled.read_text(encoding="utf-8"), f"{BUNDLED}, stories that the bundled model has not seen"
-    source = "standard input" if args.file == "-" else args.file
-    data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-    text = decode(data, source)
-    if not args.per_line:
-        text = text.removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise ValueError(f"{source} is empty; legal: a text")
-    return text, source
-
-
-def _parts(args: argparse.Namespace, model: str, argument: str) -> tuple[Checkpoint, Tokenizer | None]:
-    """A model's checkpoint, whose weights stay in the files, and its tokenizer: its own, or --tokenizer."""
-    from fastllama.io.adapter import locate
-    from fastllama.io.companions import find_tokenizer
-    from fastllama.io.hub import resolve_model
-    from fastllama.io.load import open_model
-    from fastllama.io.tokenizer import load_tokenizer
-
-    path, adapter = locate(resolve_model(model, argument=argument), None)
-    checkpoint, _ = open_model(path, adapter=adapter, dtype=args.dtype)
-    if args.tokenizer is not None and argument == "--model":
-        return checkpoint, load_tokenizer(args.tokenizer)
-    return checkpoint, find_tokenizer(*filter(None, (adapter, path)))
+    return read_document(args.file, per_line=args.per_line)
 
 
 @contextmanager

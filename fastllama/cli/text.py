@@ -54,6 +54,21 @@ def read_input(*, quiet: bool = False) -> str:
     return decode(data, "standard input").removesuffix("\n").removesuffix("\r")
 
 
+def read_document(path: str, *, per_line: bool) -> tuple[str, str]:
+    """A text to measure or learn by, from a file or, where path is "-", standard input; and what it is called.
+
+    Less the newline that ends it, unless per_line. Raises ValueError if it is empty or no UTF-8, OSError if it cannot
+    be read.
+    """
+    source = "standard input" if path == "-" else path
+    text = decode(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), source)
+    if not per_line:
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError(f"{source} is empty; legal: a text")
+    return text, source
+
+
 def decode(data: bytes, source: str) -> str:
     """UTF-8 to text, without a byte order mark, which Windows writes in front.
 

@@ -22,7 +22,7 @@ from tests.cli.conftest import Command
 
 ROOT = Path(fastllama.__file__).parents[1]
 FULL = Path("/dev/full")
-COMMANDS = ("generate", "chat", "serve", "info", "verify", "perplexity", "eval", "bench")
+COMMANDS = ("generate", "chat", "serve", "info", "quantize", "verify", "perplexity", "eval", "bench")
 NESTED = ("bench runtime", "bench decode")
 
 

@@ -1,0 +1,231 @@
+"""`fastllama quantize`: a model's weights in 4 or 8 bits, by what its layers are fed over a text, as a new folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import logging
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastllama.cli.options import (
+    MODELS,
+    add_place_options,
+    add_tokenizer_option,
+    check_names,
+    needed_tokenizer,
+    open_parts,
+)
+from fastllama.cli.parser import add_command as add
+from fastllama.cli.text import read_document
+from fastllama.errors import check_range, counted
+from fastllama.layers.quantization import METHODS, SCHEMES, WITHOUT_TEXT, check_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastllama.io.formats.base import Checkpoint
+
+SAMPLES, CONTEXT = 128, 2048
+PACKAGED = "calibration.txt"
+TEXT_OPTIONS = ("--calibration", "--per-line", "--samples", "--context")
+DETAILS = """Writes DST, a Hugging Face folder in the formats of compressed-tensors, which transformers and vLLM read
+too, and the tokenizer beside it. DST appears complete or not at all: Ctrl-C, an error and a full disk leave it alone.
+gptq (any scheme), awq and awq+gptq (int4), smoothquant and smoothquant+gptq (w8a8) choose values by what each layer is
+fed over a text. rtn (any scheme) rounds to nearest, hqq (int4) fits zeros and scales to each weight: they read none.
+Give a text like those that the model is for. It is one document, begun with BOS where the tokenizer does and cut into
+windows of --context tokens; with --per-line each line that is not blank is one, between BOS and EOS. Of more than
+--samples, so many are taken, evenly spaced. Without --calibration: the packaged stories, one a line.
+Weights stay in host memory; --device computes one block at a time. With --resume each finished block is kept in FOLDER
+until DST is written, and the same command goes on from there."""
+
+_LOG = logging.getLogger("fastllama")
+
+
+def add_command(commands: Any) -> None:
+    """Define the subcommand."""
+    parser = add(
+        commands,
+        "quantize",
+        "write a model with weights in 4 or 8 bits",
+        run,
+        details=DETAILS,
+        examples=(
+            "tiny tiny-int4",
+            "path/to/model path/to/model-int4 --method awq+gptq --calibration text.txt --resume blocks",
+            "meta-llama/Llama-2-7b-hf llama-w8a8 --scheme w8a8 --method smoothquant --calibration - --per-line < text",
+            "path/to/model path/to/model-int8 --scheme int8 --method rtn",
+        ),
+    )
+    parser.add_argument("SRC", help=f"'tiny' (packaged), {MODELS}")
+    parser.add_argument("DST", help="folder to write: a new or an empty one")
+    group = parser.add_argument_group("quantization")
+    group.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        default="int4",
+        help="int4, int8: weights in so many bits; w8a8: activations in 8 as well (default int4)",
+    )
+    group.add_argument("--method", choices=tuple(METHODS), default="gptq", help="how values are found (default gptq)")
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="columns that share a scale: 32, 64, 128 or -1, whole rows (default: 128 for int4, else -1)",
+    )
+    group.add_argument("--resume", metavar="FOLDER", help="keep finished blocks here, and go on from those that are")
+    text = parser.add_argument_group("calibration text")
+    text.add_argument("--calibration", metavar="TEXT", help="file of the text, in UTF-8; - is standard input")
+    text.add_argument("--per-line", action="store_true", help="each line of it is a document, between BOS and EOS")
+    text.add_argument("--samples", type=int, metavar="N", help=f"documents or windows at most (default {SAMPLES})")
+    text.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"tokens of a window, no more than the model takes (default {CONTEXT})",
+    )
+    group = parser.add_argument_group("model")
+    add_tokenizer_option(group)
+    add_place_options(group)
+    parser.add_argument("--quiet", action="store_true", help="print one line, and no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, write, print, and return the exit status."""
+    _check_options(args)
+    text, source = _text(args)
+    check_names(args)
+    job = Quantization.of(args, text)
+    if job.documents and args.calibration is None and args.SRC != "tiny":
+        _LOG.warning("calibrated on the packaged stories; give a text like yours with --calibration")
+    seconds = _write(args, job)
+    from fastllama.io.checkpoint import open_checkpoint
+
+    before, after = (f"{each.nbytes / 1e6:,.1f} MB" for each in (job.checkpoint, open_checkpoint(Path(args.DST))))
+    sizes = f"{after} of weights, {before} before"
+    print(f"{args.DST}: {sizes}" if args.quiet else _table(args, job, sizes, source, seconds))
+    return 0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is quantized, by which documents, and where. tokenizer: the folder or file to copy, None without one."""
+
+    checkpoint: Checkpoint
+    documents: list[list[int]]
+    tokenizer: Path | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, text: str | None) -> Quantization:
+        """All that can be checked without the weights is checked here."""
+        from fastllama.io.documents import calibration_documents
+        from fastllama.io.load import resolve_device
+        from fastllama.io.save import Companions, check_new_folder
+        from fastllama.layers.quantizing import check_documents
+
+        check_new_folder(Path(args.DST), "DST")
+        _check_resume(args)
+        device = resolve_device(args.device)
+        checkpoint, tokenizer = open_parts(args.SRC, args.tokenizer, args.dtype, argument="SRC")
+        if checkpoint.quantization is not None:
+            raise ValueError(
+                f"SRC is {args.SRC!r}, whose files hold {checkpoint.quantization} weights; legal: a model that is not "
+                "quantized"
+            )
+        documents = []
+        if text is not None:
+            documents = calibration_documents(
+                text,
+                needed_tokenizer(tokenizer, args.SRC),
+                per_line=args.per_line or args.calibration is None,
+                context=min(args.context or CONTEXT, checkpoint.config.context_length),
+                samples=args.samples or SAMPLES,
+            )
+        check_documents(checkpoint.config, documents, args.method)
+        place = None if tokenizer is None else Path(args.tokenizer or tokenizer.path.parent)
+        Companions.of(place)
+        return cls(checkpoint, documents, place, device)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise for what is wrong whatever the model."""
+    check_method(args.scheme, args.method, args.group_size)
+    if args.method in WITHOUT_TEXT:
+        given = [name for name in TEXT_OPTIONS if getattr(args, name[2:].replace("-", "_")) not in (None, False)]
+        if given:
+            raise ValueError(f"{given[0]} is given, and method {args.method!r} reads no text; legal: without it")
+    for name, least in (("samples", 1), ("context", 2)):
+        if getattr(args, name) is not None:
+            check_range(f"--{name}", getattr(args, name), least)
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    """Raise where finished blocks cannot be kept, or would be in the way of what is written."""
+    from fastllama.io.save import check_writable
+
+    if args.resume is None:
+        return
+    folder, target = Path(args.resume), Path(args.DST).resolve()
+    if target in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(f"--resume is {args.resume!r}, which is DST or in it; legal: a folder elsewhere")
+    check_writable(folder, folder, "--resume")
+
+
+def _text(args: argparse.Namespace) -> tuple[str | None, str]:
+    """The text, None where none is read, and what it is called."""
+    if args.method in WITHOUT_TEXT:
+        return None, ""
+    if args.calibration is not None:
+        return read_document(args.calibration, per_line=args.per_line)
+    packaged = importlib.resources.files("fastllama").joinpath("assets", PACKAGED)
+    return packaged.read_text(encoding="utf-8"), f"{PACKAGED}, packaged stories"
+
+
+def _write(args: argparse.Namespace, job: Quantization) -> float:
+    """Quantize and write; the seconds of quantizing."""
+    from fastllama.io.finished_blocks import FinishedBlocks
+    from fastllama.io.load import load_model
+    from fastllama.io.save import save_model
+    from fastllama.layers.quantizing import quantize
+
+    progress = False if args.quiet else None
+    finished = None if args.resume is None else FinishedBlocks(Path(args.resume))
+    model = load_model(args.SRC, dtype=args.dtype, device="cpu", progress=progress)
+    start = time.perf_counter()
+    quantize(
+        model,
+        args.scheme,
+        args.method,
+        documents=job.documents,
+        group_size=args.group_size,
+        device=job.device,
+        finished=finished,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    if finished is not None and finished.found and not args.quiet:
+        blocks = counted(len(model.layers), "block")
+        print(f"resumed: {len(finished.found)} of {blocks} were finished", file=sys.stderr)
+    save_model(model, args.DST, job.tokenizer)
+    if finished is not None:
+        finished.discard()
+    return seconds
+
+
+def _table(args: argparse.Namespace, job: Quantization, sizes: str, source: str, seconds: float) -> str:
+    """A line for each fact. sizes: of the weight files. source: of the text."""
+    read = f"{source}: {counted(len(job.documents), 'document')}, {sum(map(len, job.documents)):,} tokens"
+    rows = {
+        "wrote": args.DST,
+        "size": sizes,
+        "quantized": f"{args.scheme} by {args.method} in {seconds:,.1f} s on {job.device}",
+        "text": read if job.documents else "none is read",
+        "measure": shlex.join(["fastllama", "perplexity", "--model", args.DST, "--against", args.SRC]),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
