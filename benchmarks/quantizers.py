@@ -88,9 +88,8 @@ def main() -> None:
                 cases.append({"outliers": outliers} | measured)
             print()
         conditions = {key: str(vars(options)[key]) for key in ("model", "text", "calibration")}
-        tokens = {"tokens": sum(map(len, documents)), "calibration_tokens": sum(map(len, calibration))}
-        counts = {"documents": len(documents), "calibration_documents": len(calibration)} | tokens
-        conditions |= {"dtype": "float32"} | counts | protocol_of(reference)
+        read = {"calibration_documents": len(calibration), "calibration_tokens": sum(map(len, calibration))}
+        conditions |= {"dtype": "float32"} | read | protocol_of(reference)
     record = {"benchmark": "quantizers", "environment": environment(), "conditions": conditions, "cases": cases}
     if options.output:
         write_record(options.output, record)
@@ -120,21 +119,22 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    cases, conditions = record["cases"], record["conditions"]
+    cases, conditions, read = record["cases"], record["conditions"], record["cases"][0]["reference"]
     labels = list(dict.fromkeys(f"{case['weights']}, {case['method']}" for case in cases))
-    figure = Figure(figsize=(9, 1.6 + 0.34 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.32 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for number, ((title, outliers), color) in enumerate(zip(MODELS.items(), COLORS, strict=False)):
         rows = [(f"{case['weights']}, {case['method']}", case["kl"]) for case in cases if case["outliers"] == outliers]
         heights = [labels.index(label) + 0.2 * (2 * number - 1) for label, _ in rows]
-        values = [kl["value"] for _, kl in rows]
-        errors = [kl["standard_error"] or 0 for _, kl in rows]
+        values = [1000 * kl["value"] for _, kl in rows]
+        errors = [1000 * (kl["standard_error"] or 0) for _, kl in rows]
         axes.errorbar(values, heights, xerr=errors, fmt="o", ms=4, capsize=2, color=color, label=title)
         for value, error, height in zip(values, errors, heights, strict=True):
             place = value + error, height
             axes.annotate(f"{value:.2g}", place, (5, 0), textcoords="offset points", va="center", size=8, color=color)
     axes.set(
-        xscale="log", xlabel="KL divergence from the model that is not quantized, nats per token (± standard error)"
+        xscale="log",
+        xlabel="KL divergence from the model that is not quantized, thousandths of a nat per token (± standard error)",
     )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -144,7 +144,7 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     axes.margins(x=0.1)
     axes.grid(which="major", axis="x", alpha=0.3)
     axes.legend(title="the model", loc="best")
-    said = f"{conditions['documents']} documents, {conditions['tokens']} tokens; calibrated on others"
+    said = f"{read['documents']} documents, {read['tokens']} tokens; calibrated on others"
     figure.suptitle(f"fastllama, {conditions['model']}, {conditions['dtype']}: what quantizers cost ({said})", size=11)
     figure.savefig(path, dpi=110)
 
