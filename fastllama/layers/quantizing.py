@@ -191,15 +191,16 @@ class _Store:
 
 
 def _restore(block: LlamaBlock, tensors: Mapping[str, Tensor], scheme: str) -> None:
-    """Make of a dense block the quantized one whose tensors these are."""
+    """Make of a dense block the quantized one whose tensors these are, by copies of them."""
     for name in LINEARS:
         linear = block.get_submodule(name)
         assert isinstance(linear, Linear)
-        packed, scales, zeros = (tensors.get(f"{name}.{each}") for each in ("packed", "scales", "zeros"))
+        kept = (tensors.get(f"{name}.{each}") for each in ("packed", "scales", "zeros"))
+        device, size = linear.weight.device, linear.weight.shape[1]
+        packed, scales, zeros = (None if each is None else torch.empty_like(each, device=device) for each in kept)
         assert packed is not None
         assert scales is not None
-        layer = KINDS[scheme](packed, scales, linear.weight.shape[1], linear.bias, zeros)
-        block.set_submodule(name, layer.to(linear.weight.device))
+        block.set_submodule(name, KINDS[scheme](packed, scales, size, linear.bias, zeros))
     block.load_state_dict(dict(tensors))
 
 
