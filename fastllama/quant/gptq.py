@@ -35,15 +35,16 @@ def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float
     sought = weight.T[order].float()  # [K, N], a copy: a column of the weight is contiguous
     scales, zeros = (each.T.contiguous() for each in start.grid)  # [K / G, N]
     steps = torch.where(scales == 0, torch.inf, scales)
-    groups = (order // start.group_size).tolist()
     values = torch.empty(sought.shape, dtype=start.values.dtype, device=weight.device)
-    for begin in range(0, len(groups), BLOCK):
-        end = min(begin + BLOCK, len(groups))
+    columns = order.tolist()
+    for begin in range(0, len(columns), BLOCK):
+        end = min(begin + BLOCK, len(columns))
         block, own = sought[begin:end], feedback[begin:end]
         errors = weight.T[order[begin:end]].float()
-        for i, group in enumerate(groups[begin:end]):
+        for i, column in enumerate(columns[begin:end]):
+            group = column // start.group_size
             nearest = (block[i] / steps[group]).round_().add_(zeros[group]).clamp_(*start.limits)
-            values[order[begin + i]] = nearest.to(values.dtype)
+            values[column] = nearest.to(values.dtype)
             errors[i] -= nearest.sub_(zeros[group]).mul_(scales[group])
             block[i + 1 :].addr_(own[i, begin + i + 1 : end], errors[i])
         sought[end:].addmm_(own[:, end:].T, errors)
