@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -222,9 +223,17 @@ def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], met
     for number, ids in enumerate(documents):
         if not 1 <= len(ids) <= longest:
             raise ValueError(f"document {number} has {counted(len(ids), 'token')}; legal: 1 to {longest}")
-        wrong = next((each for each in ids if not 0 <= each < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"document {number} holds token {brief(wrong)}; legal: 0 to {vocabulary - 1}")
+        wrong = [each for each in ids if not _is_token(each, vocabulary)]
+        if wrong:
+            raise ValueError(f"document {number} holds token {brief(wrong[0])}; legal: 0 to {vocabulary - 1}")
+
+
+def _is_token(value: Any, vocabulary: int) -> bool:
+    """Whether a value, of NumPy or torch too, is one of so many token ids."""
+    try:
+        return 0 <= operator.index(value) < vocabulary
+    except TypeError:
+        return False
 
 
 def _check_finite(number: int, seen: Mapping[str, Activations], dtype: torch.dtype) -> None:
