@@ -178,6 +178,17 @@ def test_channels_of_one_magnitude_have_one_scale(method: str) -> None:
 
 
 @methods
+def test_what_rounds_exactly_as_it_is_is_not_scaled(method: str) -> None:
+    """Integers whose largest in each row, or group of 32, is the grid's: channels differ, and any scale costs."""
+    low, high = (-8, 7) if method == "awq" else (-127, 127)
+    weight, rows = torch.randint(low, high, (24, 64)).float(), torch.randint(-127, 127, (48, 64)).float()
+    weight[:, 4::4] = (weight[:, 4::4] / 4).round()
+    weight[:, ::32], rows[:, 1] = low, 127
+    assert torch.equal(METHODS[method][0](weight, rows), torch.ones(64))
+    assert loss(method, weight, rows) == 0
+
+
+@methods
 def test_nothing_that_is_given_changes(method: str) -> None:
     weight, rows = correlated(24, 64, 100, seed=0)
     before = weight.clone(), rows.clone()
