@@ -92,7 +92,11 @@ def test_the_bundled_model_by_default(command: Command, out: Path) -> None:
     assert rows["size"] == f"{(out / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights, 8.9 MB before"
     assert rows["quantized"].startswith("int4 by gptq in ")
     assert rows["quantized"].endswith(" s on cpu")
-    assert rows["text"].startswith("calibration.txt, packaged stories: 2 documents, ")
+    packaged = Path(fastllama.__file__).parent / "assets" / "calibration.txt"
+    tokenizer = load_tokenizer(out)
+    stories = calibration_documents(packaged.read_text(), tokenizer, per_line=True, context=1024, samples=2)
+    tokens = sum(map(len, stories))
+    assert rows["text"] == f"calibration.txt, packaged stories: 2 documents, {tokens} tokens"
     measure = rows["measure"].split()
     assert measure == ["fastllama", "perplexity", "--model", str(out), "--against", "tiny"]
     once = command(*measure[1:], "--file", "-", "--quiet", stdin=b"Once upon a time there was an owl.")
@@ -221,7 +225,7 @@ def test_a_source_that_cannot_be_quantized_is_refused_before_weights_are_read(
     said = f"SRC is '{tmp_path}/int8', whose files hold int8 weights; legal: a model that is not quantized"
     refused(command("quantize", tmp_path / "int8", out), said)
     refused(command("quantize", "nix", out), "SRC is 'nix'; legal: 'tiny', an existing path")
-    refused(command("quantize", broken, out), f"{broken}/generation_config.json holds a list")
+    refused(command("quantize", model, out, "--tokenizer", broken), f"{broken}/generation_config.json holds a list")
     refused(command("quantize", small, out), "; legal: 0 to 279")
     assert list(out.parent.iterdir()) == []
 
