@@ -108,6 +108,18 @@ def test_layers_are_fed_what_those_of_transformers_are(
     assert close(after, exact[-1]["after"], 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, [*LENGTHS]), (100, [64, 64, 66, 130, 2]), (128, [128, 66, 130, 2]), (2048, [326])]
+)
+def test_whole_documents_are_read_at_once_while_they_fit(
+    tokens: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", tokens)
+    walk = Calibration(ours("GQA", torch.float32), documents(), CPU)
+    assert [len(each) for each in walk._streams] == expected
+    assert walk.num_tokens == sum(LENGTHS)
+
+
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, YARN_ROPE], ids=["llama3", "yarn"])
 def test_angles_are_those_of_the_model(rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "scaled", {"kv_heads": 4, "rope_parameters": rope})
