@@ -134,7 +134,7 @@ def plot(path: Path, record: dict[str, Any]) -> None:
             axes.annotate(f"{value:.2g}", place, (5, 0), textcoords="offset points", va="center", size=8, color=color)
     axes.set(
         xscale="log",
-        xlabel="KL divergence from the model that is not quantized, thousandths of a nat per token (± standard error)",
+        xlabel="KL divergence from the unquantized model, thousandths of a nat per token (± standard error)",
     )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
