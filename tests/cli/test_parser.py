@@ -92,7 +92,10 @@ def test_the_short_options_are_those_of_llama_cpp() -> None:
         ("chat --lora x", "did you mean --adapter?"),
         ("bench decode -b 8", "did you mean --batch?"),
         ("bench runtime --request-rate 8", "did you mean --loads?"),
-        ("--prompt x", "options come behind one of generate, chat, serve, info, verify, perplexity, eval, bench"),
+        (
+            "--prompt x",
+            "options come behind one of generate, chat, serve, info, quantize, verify, perplexity, eval, bench",
+        ),
         ("bench --shape tiny decode", "options come behind one of runtime, decode, ops"),
     ],
 )

@@ -240,9 +240,7 @@ def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
     monkeypatch.setattr("os.path.ismount", lambda path: path == empty)
     with pytest.raises(ValueError, match=r"^path is '.*empty', a mount point, which cannot be replaced; legal: a new"):
         save_model(model, empty)
-    with pytest.raises(
-        ValueError, match=r"nothing can be written into '.*model\.bin': Not a directory; legal"
-    ):
+    with pytest.raises(ValueError, match=r"nothing can be written into '.*model\.bin': Not a directory; legal"):
         save_model(model, tmp_path / "model.bin" / "a" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model.bin"]
     assert list(empty.iterdir()) == []
