@@ -36,7 +36,9 @@ def plant_outliers(model: LlamaForCausalLM, *, channels: int = 4, factor: float 
         assert isinstance(block, LlamaBlock)
         for name in (QKV, GATE_UP, DOWN):
             scales = torch.ones(block.get_parameter(f"{name}.weight").shape[1], dtype=torch.float32, device="cpu")
-            scales[torch.randperm(len(scales), generator=generator, device="cpu")[:channels]] = 1 / factor
+            scales[torch.randperm(len(scales), generator=generator, dtype=torch.int64, device="cpu")[:channels]] = (
+                1 / factor
+            )
             rescale(block, model.config, name, scales.to(model.device), model.dtype)
 
 
