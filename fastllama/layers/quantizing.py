@@ -66,7 +66,8 @@ def quantize(
 
     Each block is calibrated by what the model feeds it that is not quantized, so that the result does not depend on
     what is finished already. The same model, documents and device give the same bits. Memory beside the model: one
-    block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), and the residual stream of all tokens.
+    block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), a few copies of its widest weight, and
+    the residual stream of all tokens.
     Raises ValueError for scheme, method, group size or documents, for layers that are packed already, and for a text
     that makes a layer's input infinite. When anything is raised, blocks that are finished are quantized.
     """
@@ -221,6 +222,8 @@ def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], met
         raise ValueError(f"documents is empty; legal for method {method!r}: a text, as token ids")
     longest, vocabulary = config.context_length, config.vocab_size
     for number, ids in enumerate(documents):
+        if not hasattr(ids, "__len__"):
+            raise TypeError(f"document {number} is {brief(ids)}; legal: a sequence of token ids")
         if not 1 <= len(ids) <= longest:
             raise ValueError(f"document {number} has {counted(len(ids), 'token')}; legal: 1 to {longest}")
         wrong = [each for each in ids if not _is_token(each, vocabulary)]

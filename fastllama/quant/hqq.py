@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.reference.int4 import LARGEST
-from fastllama.quant.rounding import on_grid, round_to_nearest
+from fastllama.quant.rounding import CHUNK, on_grid, round_to_nearest
 from fastllama.quant.weight import QuantizedWeight
 
 STEPS, NORM, SHRINKAGE, GROWTH = 20, 0.7, 10.0, 1.01  # as published: iterations, p, beta, and what multiplies beta
@@ -28,8 +28,17 @@ def hqq(weight: Tensor, group_size: int | None, dtype: torch.dtype) -> Quantized
     least squared error; the first are those of rounding to nearest.
     """
     start = round_to_nearest(weight, "int4", group_size, symmetric=False)
-    groups = weight.unflatten(1, (-1, start.group_size))
-    scales, zeros = (each[..., None] for each in start.grid)
+    rows = max(CHUNK // weight.shape[1], 1)
+    parts = zip(*(each.split(rows) for each in (weight, *start.grid)), strict=True)
+    groups = ((part.unflatten(1, (-1, start.group_size)), scales, zeros) for part, scales, zeros in parts)
+    fitted = [_fitted(*each, dtype) for each in groups]
+    scales, zeros = (torch.cat(each) for each in zip(*fitted, strict=True))
+    return on_grid(weight, replace(start, scales=scales.to(dtype), zeros=zeros.to(torch.uint8)))
+
+
+def _fitted(groups: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, K / G] fp32 of groups [N, K / G, G], from those of rounding to nearest."""
+    scales, zeros = scales[..., None], zeros[..., None]
     best_scales, best_zeros, least = scales, zeros, torch.full_like(scales, torch.inf)
     shrinkage = SHRINKAGE
     for _ in range(STEPS):
@@ -49,5 +58,4 @@ def hqq(weight: Tensor, group_size: int | None, dtype: torch.dtype) -> Quantized
         scales = torch.where(squares > 0, (sought * levels).sum(2, keepdim=True) / squares, scales)
         zeros = (values - sought / torch.where(scales == 0, 1, scales)).mean(2, keepdim=True).round().clamp_(0, LARGEST)
         shrinkage *= GROWTH
-    kept = replace(start, scales=best_scales[..., 0].to(dtype), zeros=best_zeros[..., 0].to(torch.uint8))
-    return on_grid(weight, kept)
+    return best_scales[..., 0], best_zeros[..., 0]

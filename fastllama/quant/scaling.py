@@ -39,6 +39,8 @@ def smoothquant_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, columns
 
     weight: [N, K] fp32. rows: [R, K] fp32, sampled from the input. magnitudes, columns: [K], the largest |x| over the
     whole input, and the largest |w| of the column; channels that must have one scale have one of either.
+    They leave the largest input as large as it is, since it has to fit into the model's dtype: rounding does not depend
+    on a factor of all scales.
     """
 
     def output(scales: Tensor) -> Tensor:
@@ -54,7 +56,8 @@ def smoothquant_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, columns
             exponent = step / STEPS
             yield magnitudes**exponent / columns ** (1 - exponent)
 
-    return _best(candidates(), rows @ weight.T, output)
+    best = _best(candidates(), rows @ weight.T, output)
+    return best * ((magnitudes / best).amax() / magnitudes.amax())
 
 
 def _floored(magnitudes: Tensor) -> Tensor:

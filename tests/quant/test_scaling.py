@@ -54,13 +54,21 @@ def loss(method: str, weight: Tensor, rows: Tensor, scales: Tensor | None = None
     return (METHODS[method][1](weight, rows, scales) - rows @ weight.T).norm().item()
 
 
-def sane(scales: Tensor, columns: int) -> bool:
-    middle = (scales.amax() * scales.amin()).sqrt()
+def unit(method: str, rows: Tensor, scales: Tensor) -> Tensor:
+    """What is to be 1: of AWQ the geometric middle, of SmoothQuant by how much the largest input shrinks."""
+    if method == "awq":
+        return (scales.amax() * scales.amin()).sqrt()
+    fed = rows.abs().amax(0)
+    fed = fed.clamp(min=FLOOR * fed.amax()) if fed.any() else torch.ones_like(fed)
+    return fed.amax() / (fed / scales).amax()
+
+
+def sane(method: str, rows: Tensor, scales: Tensor) -> bool:
     return (
-        scales.shape == (columns,)
+        scales.shape == rows.shape[1:]
         and scales.dtype == torch.float32
         and bool((scales > 0).all() and scales.isfinite().all())
-        and abs(middle.item() - 1) < 1e-5
+        and abs(unit(method, rows, scales).item() - 1) < 1e-5
     )
 
 
@@ -72,7 +80,7 @@ def test_the_output_errs_less_than_rounded_without_scales(method: str, seed: int
     inputs[:, torch.randperm(256)[:4]] *= 32
     seen, unseen = inputs[:512], inputs[512:]
     scales = METHODS[method][0](weight, seen)
-    assert sane(scales, 256)
+    assert sane(method, seen, scales)
     assert 0 < loss(method, weight, unseen, scales) <= 0.9 * loss(method, weight, unseen)
 
 
@@ -84,7 +92,7 @@ def test_on_the_sampled_rows_it_errs_no_more_than_without_scales(method: str, se
     weight, rows = torch.randn(16, 64), torch.randn(48, 64)
     for each in (weight, weight * torch.randn(64).mul(2).exp()):
         scales = METHODS[method][0](each, rows)
-        assert sane(scales, 64)
+        assert sane(method, rows, scales)
         assert loss(method, each, rows, scales) <= loss(method, each, rows) * (1 + 1e-5)
 
 
@@ -109,7 +117,7 @@ def test_smoothquant_takes_the_best_power_of_the_largest_magnitudes(seed: int) -
     rows[:, 3] *= 100
     x, w = rows.abs().amax(0).double(), weight.abs().amax(0).double()
     powers = [torch.ones_like(x), *(x**exponent / w ** (1 - exponent) for exponent in GRID)]
-    tried = [(each / (each.max() * each.min()).sqrt()).float() for each in powers]
+    tried = [(each / unit("smoothquant", rows.double(), each)).float() for each in powers]
     losses = [loss("smoothquant", weight, rows, each) for each in tried]
     found = smoothquant(weight, rows)
     assert loss("smoothquant", weight, rows, found) == pytest.approx(min(losses), rel=1e-4)
@@ -124,7 +132,7 @@ def test_channels_that_are_never_fed(method: str) -> None:
     weight, rows = correlated(24, 64, 100, seed=0)
     rows[:, [0, 9]] = 0
     scales = METHODS[method][0](weight, rows)
-    assert sane(scales, 64)
+    assert sane(method, rows, scales)
     assert loss(method, weight, rows, scales) <= loss(method, weight, rows) * (1 + 1e-5)
     assert scales.max() / scales.min() <= (1 + 1e-5) / FLOOR**2
 
@@ -137,7 +145,7 @@ def test_all_zeros(method: str, of: str) -> None:
         weight.zero_()
     if of != "weight":
         rows.zero_()
-    assert sane(METHODS[method][0](weight, rows), 64)
+    assert sane(method, rows, METHODS[method][0](weight, rows))
 
 
 @methods
@@ -156,7 +164,7 @@ def test_one_channel_far_from_the_others(method: str, factor: float) -> None:
     weight, rows = correlated(24, 64, 100, seed=0)
     rows[:, 11] *= factor
     scales = METHODS[method][0](weight, rows)
-    assert sane(scales, 64)
+    assert sane(method, rows, scales)
     assert loss(method, weight, rows, scales) <= loss(method, weight, rows) * (1 + 1e-5)
     if factor > 1:
         assert loss(method, weight, rows, scales) < 0.9 * loss(method, weight, rows)
