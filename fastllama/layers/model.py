@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -131,3 +132,11 @@ class LlamaForCausalLM(nn.Module):
     def head(self, hidden: Tensor, batch: BatchMeta) -> Tensor:
         """Logits [R, V] of hidden states [R, H], any of a batch: the last norm and lm_head."""
         return self.lm_head(hidden, batch, norm=self.norm)
+
+
+_RUNNERS: WeakKeyDictionary[LlamaForCausalLM, WeakSet[Any]] = WeakKeyDictionary()
+
+
+def runners(model: LlamaForCausalLM) -> WeakSet[Any]:
+    """What runs a model: captured steps, cached keys and values there hang on its weights as they are."""
+    return _RUNNERS.setdefault(model, WeakSet())

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import __version__
-from fastllama.errors import brief, counted
+from fastllama.errors import brief, check_choice, counted
 from fastllama.layers.block import LlamaBlock
 from fastllama.layers.calibration import Calibration
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.linear import Linear
-from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.model import LlamaForCausalLM, runners
 from fastllama.layers.quantization import WITHOUT_TEXT, check_method
 from fastllama.layers.quantized import LINEARS as KINDS
 from fastllama.layers.rescaling import LINEARS, rescale, tied
@@ -32,7 +32,10 @@ from fastllama.quant.weight import QuantizedWeight
 
 
 class Finished(Protocol):
-    """Where blocks are kept as they are finished, by a key that says what they are made of."""
+    """Where blocks are kept as they are finished, by a key that says what they are made of.
+
+    The tensors are the model's own: they are to be written or copied at once.
+    """
 
     def get(self, key: str) -> Mapping[str, Tensor] | None:
         """The tensors that were put there, None where none were."""
@@ -65,16 +68,20 @@ def quantize(
     weights, documents and arguments goes on where another ended. progress: a bar on stderr; None: on a terminal only.
 
     Each block is calibrated by what the model feeds it that is not quantized, so that the result does not depend on
-    what is finished already. The same model, documents and device give the same bits. Memory beside the model: one
-    block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), a few copies of its widest weight, and
-    the residual stream of all tokens.
-    Raises ValueError for scheme, method, group size or documents, for layers that are packed already, and for a text
-    that makes a layer's input infinite. When anything is raised, blocks that are finished are quantized.
+    what is finished already. The same model, documents, device and number of threads give the same bits. Memory beside
+    the model: one block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), a few copies of its
+    widest weight, and the residual stream of all tokens.
+    "awq" and "smoothquant" move scales between weights, so that an update of some weights only (`LLM.update_weights`)
+    is of another model then: update all, or none.
+    Raises TypeError or ValueError for any argument, ValueError for layers that are packed already, a model that an LLM
+    runs, a text that makes a layer's input infinite, or weights that are not finite. Where anything is raised on the
+    way, or Ctrl-C ends it, blocks that are finished stay quantized: load the model anew to go on from `finished`.
     """
     check_method(scheme, method, group_size)
-    _check_dense(model)
+    _check_model(model)
     check_documents(model.config, documents, method)
-    place = torch.device(device) if device is not None else model.device
+    place = model.device if device is None else torch.device(device)
+    check_choice("device type", place.type, ("cpu", "cuda"))
     recipe = _Recipe(model.config, scheme, method, group_size, model.dtype)
     calibration = Calibration(model, documents, place) if recipe.reads_text else None
     store = None if finished is None else _Store(finished, recipe, model, documents)
@@ -88,7 +95,10 @@ def quantize(
                 calibration.run(made, seen)
                 _check_finite(number, seen, model.dtype)
             if tensors is None:
-                recipe.quantize(made.float(), seen, bar.update)
+                try:
+                    recipe.quantize(made.float(), seen, bar.update)
+                except ValueError as error:
+                    raise ValueError(f"layers.{number}: {error}") from None
                 if store is not None:
                     store.put(made)
             else:
@@ -145,7 +155,7 @@ class _Recipe:
         """Scales [K] of a layer's input channels."""
         weight, rows = block.get_parameter(f"{name}.weight"), seen.rows
         if self.method.startswith("awq"):
-            magnitudes = tied(self.config, name, rows.abs().mean(0), "mean")
+            magnitudes = tied(self.config, name, seen.absmean, "mean")
             return awq_scales(weight, rows, magnitudes, lambda each: self._nearest(each).dequantize())
         magnitudes = tied(self.config, name, seen.absmax, "amax")
         return smoothquant_scales(weight, rows, magnitudes, tied(self.config, name, weight.abs().amax(0), "amax"))
@@ -206,7 +216,16 @@ def _restore(block: LlamaBlock, tensors: Mapping[str, Tensor], scheme: str) -> N
     block.load_state_dict(dict(tensors))
 
 
-def _check_dense(model: LlamaForCausalLM) -> None:
+def _check_model(model: LlamaForCausalLM) -> None:
+    if not isinstance(model, LlamaForCausalLM):
+        raise TypeError(f"model is a {type(model).__name__}; legal: a LlamaForCausalLM, as load_model gives")
+    check_dense(model)
+    if runners(model):
+        raise ValueError("model is run by an LLM, whose weights would change under it; legal: one that none runs yet")
+
+
+def check_dense(model: LlamaForCausalLM) -> None:
+    """Raises ValueError unless all linear layers of a model's blocks are dense."""
     for name in LINEARS:
         for block in model.layers:
             layer = block.get_submodule(name)
@@ -218,12 +237,14 @@ def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], met
     """Raises ValueError unless a method can read these documents with a model."""
     if method in WITHOUT_TEXT:
         return
+    if not hasattr(documents, "__len__"):
+        raise TypeError(f"documents is {brief(documents)}; legal: a list of lists of token ids")
     if not len(documents):
         raise ValueError(f"documents is empty; legal for method {method!r}: a text, as token ids")
     longest, vocabulary = config.context_length, config.vocab_size
     for number, ids in enumerate(documents):
-        if not hasattr(ids, "__len__"):
-            raise TypeError(f"document {number} is {brief(ids)}; legal: a sequence of token ids")
+        if not hasattr(ids, "__len__") or (isinstance(ids, Tensor) and ids.dim() != 1):
+            raise TypeError(f"document {number} is {brief(ids)}; legal: a list of token ids")
         if not 1 <= len(ids) <= longest:
             raise ValueError(f"document {number} has {counted(len(ids), 'token')}; legal: 1 to {longest}")
         wrong = [each for each in ids if not _is_token(each, vocabulary)]

@@ -22,6 +22,7 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
     tensors: some or all of those that `load_weights` takes, each whole, in float32, bfloat16, float16 or float64 on any
     device; q, k, v and gate, up need not come together. The model then is, bit for bit, what loading and packing all of
     its weights would give; layers keep their kind. Either name fills the matrix of tied embeddings, both must agree.
+    Of a model quantized by AWQ or SmoothQuant, which moved scales between weights, all are to be updated, or none.
 
     A collection (a dict, a list) is checked as a whole before anything is written. Of an iterator each tensor is
     checked, copied and let go before the next is asked for, so where one is wrong, most of those before it are written.

@@ -7,15 +7,13 @@ import random
 import time
 from collections import abc, deque
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
-from weakref import WeakSet
 
 from torch import Tensor
 
 from fastllama.arithmetic import ceil_div
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.layers.batch import KVCache
-from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.model import LlamaForCausalLM, runners
 from fastllama.layers.update import update_weights
 from fastllama.runtime.access import Access
 from fastllama.runtime.consistency import Consistency
@@ -51,8 +49,6 @@ class Engine:
     speculation: what proposes draft tokens (see speculation.py): "prompt_lookup", or a smaller model of the same
     vocabulary, on the same device; None for no drafts.
     """
-
-    _alive: ClassVar[WeakSet[Engine]] = WeakSet()
 
     def __init__(
         self,
@@ -100,12 +96,12 @@ class Engine:
         forget = [adjustments.forget] if self.speculation is None else [adjustments.forget, self.speculation.forget]
         seed = random.SystemRandom().getrandbits(63) if options.seed is None else options.seed
         self._requests = LiveRequests(scheduler, tokenizer, model.config, seed, forget)
-        Engine._alive.add(self)
+        runners(model).add(self)
 
-    @classmethod
-    def runs(cls, model: LlamaForCausalLM, *, besides: Engine | None = None) -> bool:
+    @staticmethod
+    def runs(model: LlamaForCausalLM, *, besides: Engine | None = None) -> bool:
         """Whether an engine of this process, other than `besides`, runs a model."""
-        return any(engine.model is model and engine is not besides for engine in cls._alive)
+        return any(engine is not besides for engine in runners(model))
 
     def _new_scheduler(self, num_pages: int, num_host_pages: int) -> Scheduler:
         return Scheduler(

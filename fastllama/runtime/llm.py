@@ -374,10 +374,11 @@ class LLM:
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights, in place, as in a loop of reinforcement learning; what is cached of the old is forgotten.
 
-        tensors: by the names of Hugging Face checkpoints, of any device and floating dtype: all of them, or some. A
-        dict is checked as a whole before anything is written, an iterator tensor by tensor. Quantized layers are
-        quantized anew; what shares memory with a model of transformers changes there too. Captured steps stay, but for
-        bf12, and unfinished requests go on with the new weights.
+        tensors: by the names of Hugging Face checkpoints, of any device and floating dtype: all of them, or some (of a
+        model quantized by AWQ or SmoothQuant all, since scales have moved between its weights). A dict is checked as a
+        whole before anything is written, an iterator tensor by tensor. Quantized layers are quantized anew; what shares
+        memory with a model of transformers changes there too. Captured steps stay, but for bf12, and unfinished
+        requests go on with the new weights.
         Raises ValueError for names, shapes and dtypes that are not the model's (layers.update.update_weights),
         RuntimeError where another LLM runs the model.
         """

@@ -8,8 +8,8 @@ import torch
 
 from fastllama.errors import brief, check_range
 from fastllama.layers.block import LlamaBlock
-from fastllama.layers.linear import PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.quantizing import check_dense
 from fastllama.layers.rescaling import DOWN, GATE_UP, QKV, rescale
 from fastllama.runtime.values import integer
 
@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)  # in float16, columns divided by 32 be
 LARGEST = 2**16  # factor, so that nothing overflows
 
 
+@torch.inference_mode()
 def plant_outliers(model: LlamaForCausalLM, *, channels: int = 4, factor: float = 32.0, seed: int = 0) -> None:
     """Multiply a few input channels of each block's linear layers, and divide the weights' columns for them, in place.
 
@@ -47,6 +48,4 @@ def _check(model: LlamaForCausalLM, factor: float) -> None:
         raise ValueError(f"factor is {brief(factor)}; legal: a power of two, 2 to {LARGEST}")
     if model.dtype not in DTYPES:
         raise ValueError(f"model is in {model.dtype}; legal: {' or '.join(map(str, DTYPES))}")
-    packed = next((each for each in model.modules() if isinstance(each, PackedLinear)), None)
-    if packed is not None:
-        raise ValueError(f"model has a {type(packed).__name__}; legal: dense layers, as of quantization=None")
+    check_dense(model)

@@ -37,16 +37,36 @@ def test_sums_are_those_of_all_rows(sizes: list[int], dtype: torch.dtype) -> Non
 
 
 @batches
-@pytest.mark.parametrize(("limit", "every"), [(1024, 1), (100, 1), (51, 1), (50, 2), (12, 8), (1, 100)])
-def test_rows_are_sampled_evenly_in_any_batching(
-    sizes: list[int], limit: int, every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limit", [1024, 100, 50, 12, 1])
+def test_rows_are_sampled_evenly_in_any_batching(sizes: list[int], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "SAMPLED", limit)
-    x = torch.randn(100, 3).bfloat16()
+    x = torch.arange(300).view(100, 3).float()
     rows = seen(x, sizes).rows
-    assert rows.dtype == torch.float32
-    assert torch.equal(rows, x[::every].float())
-    assert min(limit, 100) <= len(rows) < 2 * limit
+    numbers = rows[:, 0] / 3
+    assert torch.equal(rows, x[numbers.long()])
+    assert abs(len(rows) - min(limit, 100)) <= 1
+    gaps = numbers.diff(prepend=torch.tensor([-1.0]), append=torch.tensor([100.0]))
+    assert gaps.min() > 0, "each once, in order"
+    assert gaps.max() <= 3 * 100 / min(limit, 100)
+
+
+@pytest.mark.parametrize("length", [128, 256, 2047, 2048])
+def test_no_position_of_documents_is_sampled_more_than_its_share(length: int) -> None:
+    """At the first position a Llama feeds its layers what it does nowhere else; an eighth of the sample would be it."""
+    positions = torch.arange(length).repeat(2**17 // length).float()
+    rows = seen(positions[:, None], [len(positions)], hessian=False).rows
+    counts = rows.long().flatten().bincount(minlength=length)
+    assert abs(len(rows) - activations.SAMPLED) <= 2
+    assert counts.max() <= 3 + 2 * activations.SAMPLED / length
+    assert (counts > 0).sum() >= min(length, activations.SAMPLED) / 2
+
+
+def test_the_mean_magnitude_is_that_of_all_rows() -> None:
+    x = torch.randn(100, 24)
+    found = seen(x, [7] * 14 + [2])
+    torch.testing.assert_close(found.absmean, x.abs().mean(0), rtol=1e-5, atol=0)
+    found.divide(torch.arange(1, 25).float())
+    torch.testing.assert_close(found.absmean, x.abs().mean(0) / torch.arange(1, 25), rtol=1e-5, atol=0)
 
 
 def test_what_was_fed_may_be_overwritten() -> None:
