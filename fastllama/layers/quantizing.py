@@ -84,7 +84,7 @@ def quantize(
     check_choice("device type", place.type, ("cpu", "cuda"))
     recipe = _Recipe(model.config, scheme, method, group_size, model.dtype)
     calibration = Calibration(model, documents, place) if recipe.reads_text else None
-    store = None if finished is None else _Store(finished, recipe, model, documents)
+    store = None if finished is None else _Store(finished, recipe, model, documents, place)
     with progress_bar("Quantizing", progress, total=len(model.layers) * len(LINEARS), unit="layer") as bar:
         for number, block in enumerate(model.layers):
             assert isinstance(block, LlamaBlock)
@@ -179,10 +179,15 @@ class _Store:
     """Finished blocks, by the hash of what each one follows from: arguments, text, and the weights up to it."""
 
     def __init__(
-        self, finished: Finished, recipe: _Recipe, model: LlamaForCausalLM, documents: Sequence[Sequence[int]]
+        self,
+        finished: Finished,
+        recipe: _Recipe,
+        model: LlamaForCausalLM,
+        documents: Sequence[Sequence[int]],
+        device: torch.device,
     ) -> None:
         self._finished = finished
-        self._hash = hashlib.sha256(repr((__version__, recipe)).encode())
+        self._hash = hashlib.sha256(repr((__version__, recipe, device.type)).encode())
         if recipe.reads_text:
             self._hash.update(repr([[*map(int, ids)] for ids in documents]).encode())
             self._add(model.embed_tokens)
