@@ -101,8 +101,9 @@ def test_samples_are_evenly_spaced_from_start_to_end(lines: int, samples: int) -
     found = calibration_documents(text, TOKENIZER, per_line=True, context=16, samples=samples)
     assert len(found) == min(samples, lines)
     places = [everything.index(ids) for ids in found]
-    step = lines / len(found)
-    assert all(abs(place + 0.5 - step * (number + 0.5)) <= 0.5 for number, place in enumerate(places))
+    count = len(found)
+    offsets = [(2 * place + 1) * count - (2 * number + 1) * lines for number, place in enumerate(places)]
+    assert all(abs(each) <= count for each in offsets), "one is not in the middle of its share of the lines"
     assert found == calibration_documents(text, TOKENIZER, per_line=True, context=16, samples=samples)
 
 
