@@ -129,12 +129,13 @@ def test_smoothquant_takes_the_best_power_of_the_largest_magnitudes(seed: int) -
 
 @methods
 def test_channels_that_are_never_fed(method: str) -> None:
+    """Count as 1e-4 of the largest, so that no scale is further from another: norms in float16 hold what is divided."""
     weight, rows = correlated(24, 64, 100, seed=0)
     rows[:, [0, 9]] = 0
     scales = METHODS[method][0](weight, rows)
     assert sane(method, rows, scales)
     assert loss(method, weight, rows, scales) <= loss(method, weight, rows) * (1 + 1e-5)
-    assert scales.max() / scales.min() <= (1 + 1e-5) / FLOOR**2
+    assert scales.max() / scales.min() <= 1e4
 
 
 @methods
