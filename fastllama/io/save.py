@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ def save_model(
     check_new_folder(path)
     beside = Companions.of(tokenizer)
     quantization = _quantization_config(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
-        partial = Path(scratch) / "model"
+    with made_folder(path.parent), partial_folder(path) as scratch:
+        partial = scratch / "model"
         partial.mkdir()
         _write_weights(model, partial, max_shard_size)
         for name, file in beside.files.items():
@@ -105,6 +105,28 @@ def check_writable(folder: Path, path: Path, argument: str) -> None:
         ) from None
 
 
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; those that were missing, and are empty, go again where an exception ends this."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # one is not empty, or was not made
+            for each in missing:
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what is to take its place, under a name that no other process has; removed after."""
+    name = path.name[:40]  # of 4 bytes at most each: file systems allow 255 in all
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=path.parent) as scratch:
+        yield Path(scratch)
+
+
 @dataclass(frozen=True)
 class Companions:
     """What a folder has beside the weights, from where a tokenizer lies.
@@ -128,12 +150,12 @@ class Companions:
         return cls(files, _settings(source, "generation_config.json"), kept)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file. Raises OSError where the disk is full; safetensors makes that an error of its own."""
     file.touch()
     mode = file.stat().st_mode  # by the umask; safetensors 0.8 puts a file there that only its owner may read
     try:
-        save_file(tensors, file, {"format": "pt"})
+        save_file(tensors, file, {"format": "pt", **metadata})
         file.chmod(mode)
     except SafetensorError as error:
         if found := _OS_ERROR.search(str(error)):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fastllama.errors import CheckpointError
-from fastllama.io import save
+from fastllama.io import finished_blocks, save
 from fastllama.io.finished_blocks import FinishedBlocks
+from fastllama.io.formats.tensor_files import read_tensors
 
 TENSORS = {
     "packed": torch.arange(24, dtype=torch.int32).view(2, 12).T,
@@ -89,3 +92,79 @@ def test_discard_deletes_what_this_run_used_and_nothing_else(tmp_path: Path) -> 
     rest.discard()
     assert list(tmp_path.iterdir()) == []
     rest.discard()
+
+
+def test_a_file_that_put_did_not_write_for_the_key_is_damaged(tmp_path: Path) -> None:
+    """Also where it is a whole safetensors file of tensors that would fit."""
+    blocks = FinishedBlocks(tmp_path)
+    blocks.put("one", TENSORS)
+    file = tmp_path / "one.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    damaged = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(header, len(whole))]
+    damaged.append(whole.replace(b'"scales"', b'"scalez"'))
+    damaged.append(whole.replace(b'"BF16"', b'"F16" '))
+    assert whole not in damaged
+    blocks.put("two", TENSORS)
+    damaged.append((tmp_path / "two.safetensors").read_bytes())
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "foreign")
+    damaged.append((tmp_path / "foreign").read_bytes())
+    again = FinishedBlocks(tmp_path)
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"one\.safetensors is damaged; delete it"):
+            again.get("one")
+    assert again.found == set()
+    file.write_bytes(whole)
+    assert again.get("one") is not None
+
+
+def test_runs_that_write_the_same_block_at_once_do_not_write_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def both(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        written.append(file)
+        if len(written) == 1:
+            FinishedBlocks(tmp_path).put("one", TENSORS)
+            assert FinishedBlocks(tmp_path).get("one") is not None
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr(save, "save_file", both)
+    FinishedBlocks(tmp_path).put("one", TENSORS)
+    assert len(set(written)) == 2
+    assert FinishedBlocks(tmp_path).get("one") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def test_a_first_write_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        FinishedBlocks(tmp_path / "a" / "blocks").put("one", TENSORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_run_deletes_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "blocks"
+    mine, other = FinishedBlocks(folder), FinishedBlocks(folder)
+    mine.put("one", TENSORS)
+    mine.put("two", TENSORS)
+    (folder / ".three.partial").mkdir()
+    other.get("one")
+    other.discard()
+    assert {path.name for path in folder.iterdir()} == {"two.safetensors", ".three.partial"}
+    mine.discard()
+    assert {path.name for path in folder.iterdir()} == {".three.partial"}
+    mine.put("three", TENSORS)
+    shutil.rmtree(folder)
+    mine.discard()
+    mine.put("four", TENSORS)
+    with monkeypatch.context() as patched:
+
+        def too_late(file: Path) -> object:
+            file.unlink()
+            return read_tensors(file)
+
+        patched.setattr(finished_blocks, "read_tensors", too_late)
+        assert FinishedBlocks(folder).get("four") is None

@@ -272,6 +272,12 @@ def test_missing_parents_and_an_empty_folder_are_fine(tmp_path: Path, model: Lla
     assert open_checkpoint(tmp_path / "a" / "b").config == open_checkpoint(tmp_path / "c" / "d").config
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u00fc" * 127, "\U0001f999" * 63], ids=["ascii", "2 bytes", "4 bytes"])
+def test_a_name_as_long_as_file_systems_allow_is_fine(tmp_path: Path, model: LlamaForCausalLM, name: str) -> None:
+    save_model(model, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.bin", name}
+
+
 def test_a_shard_size_must_be_positive(tmp_path: Path, model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="max_shard_size is 0; legal: at least 1"):
         save_model(model, tmp_path / "out", max_shard_size=0)
@@ -294,3 +300,24 @@ def test_an_interrupted_save_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         save_model(model, tmp_path / "out", max_shard_size=100_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_a_failed_save_removes_the_parents_that_it_made_and_no_others(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    notes = tmp_path / "a" / "notes"
+    monkeypatch.setattr(save, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for out in (tmp_path / "there" / "b" / "c" / "out", tmp_path / "a" / "b" / "out"):
+        with pytest.raises(KeyboardInterrupt):
+            save_model(model, out)
+        assert {path.name for path in tmp_path.rglob("*")} == {"model.bin", "there"}
+
+    def notes_come(*_: object) -> None:
+        notes.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save, "save_file", notes_come)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, tmp_path / "a" / "b" / "out")
+    assert {path.name for path in tmp_path.rglob("*")} == {"model.bin", "there", "a", "notes"}
