@@ -38,14 +38,14 @@ def calibration_documents(
     A document longer than context is cut into windows of that many tokens, each begun with BOS where the document is;
     what is left of it behind the last is dropped if it is less than half a window. Of more documents than samples, so
     many are taken, evenly spaced from the text's start to its end: the same each time.
-    Raises ValueError for a context below 2, samples below 1, and a text without tokens.
+    Raises ValueError for a context below 2, samples below 1, and a text that is blank or without tokens.
     """
     check_range("context", context, 2)
     check_range("samples", samples, 1)
     documents = text_documents(text, tokenizer, per_line=per_line)
     found = [window for ids in documents for window in _windows(ids, tokenizer.bos_token_id, context)]
-    if not found:
-        raise ValueError("the text has no tokens; legal: a text that has some")
+    if not found or not text.strip():
+        raise ValueError("the text is blank; legal: one that is not")
     count = min(samples, len(found))
     return [found[(2 * number + 1) * len(found) // (2 * count)] for number in range(count)]
 

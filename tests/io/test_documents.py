@@ -43,6 +43,15 @@ def test_a_text_is_one_document_or_one_a_line() -> None:
             text_documents(blank, TOKENIZER, per_line=True)
 
 
+def test_a_whole_text_does_not_end_in_eos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "add_eos_token": True}))
+    adds = load_tokenizer(tmp_path)
+    assert adds.encode("A cat.") == [*TOKENIZER.encode("A cat."), EOS]
+    assert text_documents("A cat.", adds) == [TOKENIZER.encode("A cat.")]
+    assert text_documents("A cat.", adds, per_line=True) == text_documents("A cat.", TOKENIZER, per_line=True)
+
+
 @pytest.mark.parametrize("per_line", [False, True])
 @pytest.mark.parametrize("newline", ["\r\n", "\r"])
 def test_newlines_are_universal(newline: str, per_line: bool) -> None:
@@ -107,10 +116,11 @@ def test_samples_are_evenly_spaced_from_start_to_end(lines: int, samples: int) -
     assert found == calibration_documents(text, TOKENIZER, per_line=True, context=16, samples=samples)
 
 
-def test_a_text_without_tokens_is_refused(without_bos: Tokenizer) -> None:
+def test_a_blank_text_is_refused(without_bos: Tokenizer) -> None:
     for tokenizer in (TOKENIZER, without_bos):
-        with pytest.raises(ValueError, match="the text has no tokens; legal: a text that has some"):
-            cut("", tokenizer)
+        for blank in ("", "\n", " \n\t\n\n"):
+            with pytest.raises(ValueError, match=r"^the text is blank; legal: one that is not$"):
+                cut(blank, tokenizer)
     with pytest.raises(ValueError, match="context is 1; legal: at least 2"):
         cut(STORY, context=1)
     with pytest.raises(ValueError, match="samples is 0; legal: at least 1"):
