@@ -20,6 +20,8 @@ STATUSES = f"""exit status:
   0 success, {verify.DISAGREEMENT} verify found a disagreement or a case of bench decode failed,
   {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug of fastllama, or serve's engine is beyond repair,
   {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output went away"""
+# What to try where memory does not suffice, for commands that lack --max-model-len or have something better.
+SMALLER = {"quantize": "fewer --samples or a smaller --context"}
 EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
@@ -55,7 +57,7 @@ def _run(argv: list[str]) -> int:
         _say("")
         return INTERRUPTED
     except Exception as error:
-        message = _users_mistake(error)
+        message = _users_mistake(error, argv[0])
         if debug or message is None:
             _say(traceback.format_exc().rstrip())
         if message is None:
@@ -117,13 +119,14 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _users_mistake(error: Exception) -> str | None:
+def _users_mistake(error: Exception, command: str) -> str | None:
     """What to tell the user, None where the fault is ours. Arguments are typed here, so a TypeError never is his."""
     # torch has a class for memory of a GPU only; for a CPU's it has words.
     words = "out of memory", "can't allocate memory", "Cannot allocate memory"
     exhausted = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     if exhausted or isinstance(error, MemoryError):
-        return f"out of memory: try --dtype bfloat16 or a smaller --max-model-len ({error})"
+        smaller = SMALLER.get(command, "--dtype bfloat16 or a smaller --max-model-len")
+        return f"out of memory: try {smaller}" + (f" ({error})" if str(error) else "")
     if isinstance(error, ImportError) and not isinstance(error, ExtraRequiredError):
         ours = (error.name or "").startswith("fastllama")
         return None if ours else f"a package that is needed cannot be imported: {error}"

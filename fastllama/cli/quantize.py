@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import logging
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +39,7 @@ SAMPLES, CONTEXT = 128, 2048
 PACKAGED = "calibration.txt"
 TEXT_OPTIONS = ("--calibration", "--per-line", "--samples", "--context")
 DETAILS = """Writes DST, a Hugging Face folder in the formats of compressed-tensors, which transformers and vLLM read
-too, and the tokenizer beside it. DST appears complete or not at all: Ctrl-C, an error and a full disk leave it alone.
+too, and the tokenizer beside it. DST appears complete or not at all: signals, an error and a full disk leave it alone.
 gptq (any scheme), awq and awq+gptq (int4), smoothquant and smoothquant+gptq (w8a8) choose values by what each layer is
 fed over a text. rtn (any scheme) rounds to nearest, hqq (int4) fits zeros and scales to each weight: they read none.
 Give a text like those that the model is for. It is one document, begun with BOS where the tokenizer does and cut into
@@ -62,7 +67,8 @@ def add_command(commands: Any) -> None:
         ),
     )
     parser.add_argument("SRC", help=f"'tiny' (packaged), {MODELS}")
-    parser.add_argument("DST", help="folder to write: a new or an empty one")
+    path = os.path.expanduser  # where the shell has not, as in --resume=~/blocks
+    parser.add_argument("DST", type=path, help="folder to write: a new or an empty one")
     group = parser.add_argument_group("quantization")
     group.add_argument(
         "--scheme",
@@ -77,9 +83,13 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="columns that share a scale: 32, 64, 128 or -1, whole rows (default: 128 for int4, else -1)",
     )
-    group.add_argument("--resume", metavar="FOLDER", help="keep finished blocks here, and go on from those that are")
+    group.add_argument(
+        "--resume", type=path, metavar="FOLDER", help="keep finished blocks here, and go on from those that are"
+    )
     text = parser.add_argument_group("calibration text")
-    text.add_argument("--calibration", metavar="TEXT", help="file of the text, in UTF-8; - is standard input")
+    text.add_argument(
+        "--calibration", type=path, metavar="TEXT", help="file of the text, in UTF-8; - is standard input"
+    )
     text.add_argument("--per-line", action="store_true", help="each line of it is a document, between BOS and EOS")
     text.add_argument("--samples", type=int, metavar="N", help=f"documents or windows at most (default {SAMPLES})")
     text.add_argument(
@@ -97,12 +107,13 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantize, write, print, and return the exit status."""
     _check_options(args)
-    text, source = _text(args)
     check_names(args)
+    _check_places(args)
+    text, source = _text(args)
     job = Quantization.of(args, text)
-    if job.documents and args.calibration is None and args.SRC != "tiny":
-        _LOG.warning("calibrated on the packaged stories; give a text like yours with --calibration")
-    seconds = _write(args, job)
+    _warn(args, job)
+    with _orderly_end():
+        seconds = _write(args, job)
     from fastllama.io.checkpoint import open_checkpoint
 
     before, after = (f"{each.nbytes / 1e6:,.1f} MB" for each in (job.checkpoint, open_checkpoint(Path(args.DST))))
@@ -125,11 +136,9 @@ class Quantization:
         """All that can be checked without the weights is checked here."""
         from fastllama.io.documents import calibration_documents
         from fastllama.io.load import resolve_device
-        from fastllama.io.save import Companions, check_new_folder
+        from fastllama.io.save import Companions
         from fastllama.layers.quantizing import check_documents
 
-        check_new_folder(Path(args.DST), "DST")
-        _check_resume(args)
         device = resolve_device(args.device)
         checkpoint, tokenizer = open_parts(args.SRC, args.tokenizer, args.dtype, argument="SRC")
         if checkpoint.quantization is not None:
@@ -139,13 +148,15 @@ class Quantization:
             )
         documents = []
         if text is not None:
-            documents = calibration_documents(
-                text,
-                needed_tokenizer(tokenizer, args.SRC),
-                per_line=args.per_line or args.calibration is None,
-                context=min(args.context or CONTEXT, checkpoint.config.context_length),
-                samples=args.samples or SAMPLES,
-            )
+            needed = needed_tokenizer(tokenizer, args.SRC)
+            with _naming_calibration(args):
+                documents = calibration_documents(
+                    text,
+                    needed,
+                    per_line=args.per_line or args.calibration is None,
+                    context=min(args.context or CONTEXT, checkpoint.config.context_length),
+                    samples=args.samples or SAMPLES,
+                )
         check_documents(checkpoint.config, documents, args.method)
         place = None if tokenizer is None else Path(args.tokenizer or tokenizer.path.parent)
         Companions.of(place)
@@ -155,6 +166,8 @@ class Quantization:
 def _check_options(args: argparse.Namespace) -> None:
     """Raise for what is wrong whatever the model."""
     check_method(args.scheme, args.method, args.group_size)
+    if args.resume == "":
+        raise ValueError("--resume is ''; legal: a folder")
     if args.method in WITHOUT_TEXT:
         given = [name for name in TEXT_OPTIONS if getattr(args, name[2:].replace("-", "_")) not in (None, False)]
         if given:
@@ -164,15 +177,17 @@ def _check_options(args: argparse.Namespace) -> None:
             check_range(f"--{name}", getattr(args, name), least)
 
 
-def _check_resume(args: argparse.Namespace) -> None:
-    """Raise where finished blocks cannot be kept, or would be in the way of what is written."""
-    from fastllama.io.save import check_writable
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise where DST cannot be written, or finished blocks cannot be kept or would lie in one of the models."""
+    from fastllama.io.save import check_new_folder, check_writable
 
+    check_new_folder(Path(args.DST), "DST")
     if args.resume is None:
         return
-    folder, target = Path(args.resume), Path(args.DST).resolve()
-    if target in (folder.resolve(), *folder.resolve().parents):
-        raise ValueError(f"--resume is {args.resume!r}, which is DST or in it; legal: a folder elsewhere")
+    folder = Path(args.resume)
+    for name, model in (("DST", args.DST), ("SRC", os.path.expanduser(args.SRC))):
+        if Path(model).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"--resume is {args.resume!r}, which is {name} or in it; legal: a folder elsewhere")
     check_writable(folder, folder, "--resume")
 
 
@@ -181,9 +196,61 @@ def _text(args: argparse.Namespace) -> tuple[str | None, str]:
     if args.method in WITHOUT_TEXT:
         return None, ""
     if args.calibration is not None:
-        return read_document(args.calibration, per_line=args.per_line)
+        with _naming_calibration(args):
+            return read_document(args.calibration, per_line=args.per_line)
     packaged = importlib.resources.files("fastllama").joinpath("assets", PACKAGED)
     return packaged.read_text(encoding="utf-8"), f"{PACKAGED}, packaged stories"
+
+
+@contextmanager
+def _naming_calibration(args: argparse.Namespace) -> Iterator[None]:
+    """Within, an error is one of the text, and names the option that gives it."""
+    try:
+        yield
+    except OSError as error:
+        legal = "legal: a file of text, or - for standard input"
+        raise ValueError(f"--calibration is {args.calibration!r}: {error.strerror}; {legal}") from None
+    except ValueError as error:
+        raise ValueError(f"--calibration: {error}") from None
+
+
+def _warn(args: argparse.Namespace, job: Quantization) -> None:
+    """Say what of the text makes a worse model than need be."""
+    if not job.documents:
+        return
+    if args.calibration is None and args.SRC != "tiny":
+        _LOG.warning("calibrated on the packaged stories; give a text like yours with --calibration")
+    config, tokens = job.checkpoint.config, sum(map(len, job.documents))
+    widest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+    if tokens < widest:  # a Hessian of lower rank than it has columns: GPTQ fits the few rows at the cost of all others
+        _LOG.warning(
+            f"calibrated on {counted(tokens, 'token')}, fewer than the {widest} columns of the widest layer: rtn may "
+            "lose less"
+        )
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP exit by an exception, so that no temporary file stays; the status is 128 + signal.
+
+    Not where the process has a handler of its own or ignores them, as under nohup, nor in a thread, which cannot.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks one
+    ours = [number for number in numbers if main and signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, _frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # a second one would end the removal of what the first interrupted
+        raise SystemExit(128 + number)
+
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _write(args: argparse.Namespace, job: Quantization) -> float:
@@ -225,7 +292,9 @@ def _table(args: argparse.Namespace, job: Quantization, sizes: str, source: str,
         "size": sizes,
         "quantized": f"{args.scheme} by {args.method} in {seconds:,.1f} s on {job.device}",
         "text": read if job.documents else "none is read",
-        "measure": shlex.join(["fastllama", "perplexity", "--model", args.DST, "--against", args.SRC]),
     }
+    if job.tokenizer is not None:
+        model = "./tiny" if args.DST == "tiny" else args.DST  # the bare word is the packaged model
+        rows["measure"] = shlex.join(["fastllama", "perplexity", "--model", model, "--against", args.SRC])
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())

@@ -45,10 +45,11 @@ def start(*args: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Pop
 def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `info` raise."""
 
-    def run(args: object) -> int:
-        raise error
+    monkeypatch.setattr(info, "_versions", lambda: fail(error))
 
-    monkeypatch.setattr(info, "_versions", lambda: run(None))
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixtu
         ),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), "a package that is needed cannot be imported"),
         (RuntimeError("The NVIDIA driver on your system is too old"), "The NVIDIA driver on your system is too old"),
-        (MemoryError(), "out of memory: try --dtype bfloat16 or a smaller --max-model-len"),
+        (MemoryError(), "out of memory: try --dtype bfloat16 or a smaller --max-model-len\n"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --dtype"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try --dtype"),
     ],
@@ -131,6 +132,15 @@ def test_a_mistake_of_the_user_is_one_line(
     assert (shown.status, shown.out) == (2, "")
     assert shown.err.startswith("Traceback")
     assert shown.err.endswith(done.err)
+
+
+def test_memory_that_quantize_lacks_is_saved_by_its_own_options(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, detail in ((MemoryError(), ""), (RuntimeError("CUDA out of memory."), " (CUDA out of memory.)")):
+        monkeypatch.setattr("fastllama.cli.quantize._check_options", lambda args, error=error: fail(error))
+        said = f"fastllama: error: out of memory: try fewer --samples or a smaller --context{detail}\n"
+        assert command("quantize", "tiny", "out").err == said
 
 
 def test_debug_covers_the_arguments_too(command: Command) -> None:
