@@ -90,6 +90,7 @@ def quantize(
             assert isinstance(block, LlamaBlock)
             tensors = None if store is None else store.get(block)
             made = copy.deepcopy(block).to(place)
+            _check_weights(number, made)
             seen = recipe.watchers(made, calibration) if tensors is None else {}
             if calibration:
                 calibration.run(made, seen)
@@ -263,6 +264,12 @@ def _is_token(value: Any, vocabulary: int) -> bool:
         return 0 <= operator.index(value) < vocabulary
     except TypeError:
         return False
+
+
+def _check_weights(number: int, block: LlamaBlock) -> None:
+    for name, parameter in block.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"layers.{number}.{name} holds infinity or NaN; legal: finite numbers")
 
 
 def _check_finite(number: int, seen: Mapping[str, Activations], dtype: torch.dtype) -> None:
