@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -16,42 +16,66 @@ import pytest
 from fastllama import load_model
 from fastllama.cli.quantize import _orderly_end
 from tests.cli.conftest import Command
-from tests.cli.test_main import ROOT, start
+from tests.cli.test_main import ROOT
 from tests.rounds import exhaustive
 
 ENDING = [signal.SIGTERM, signal.SIGHUP]
+# Runs the command, which says when it has come to a call of a function, and hangs in it.
 HANGS = """
-import sys, time
+import importlib, sys, time
 from fastllama.cli.main import main
-from fastllama.io import save
 
-def hangs(*_):
-    print("writing", flush=True)
+module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = importlib.import_module(module)
+*path, last = name.split(".")
+for each in path:
+    owner = getattr(owner, each)
+original = getattr(owner, last)
+
+def hangs(*given, **named):
+    global calls
+    calls -= 1
+    if calls:
+        return original(*given, **named)
+    print("there", flush=True)
     time.sleep(100)
 
-save._write_json = hangs
-sys.exit(main(sys.argv[1:]))
+setattr(owner, last, hangs)
+sys.exit(main(sys.argv[4:]))
 """
+
+
+@contextmanager
+def hanging(call: tuple[str, str, int], *args: str) -> Iterator[subprocess.Popen[str]]:
+    """`fastllama quantize` in a process of its own, which has come to the n-th call of a function of a module."""
+    module, function, number = call
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS, module, function, str(number), "quantize", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "FASTLLAMA_BACKEND": "reference"},
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in ENDING],
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        yield process
 
 
 @pytest.mark.parametrize("finished", [1, exhaustive(3)])
 def test_ctrl_c_in_a_process_of_its_own(finished: int, command: Command, tmp_path: Path) -> None:
-    """Sent when so many of the bundled model's 5 blocks are finished; each takes 0.3 s and more."""
     blocks, out = tmp_path / "blocks", tmp_path / "out"
-    blocks.mkdir()
-    args = ("quantize", "tiny", str(out), "--resume", str(blocks), "--samples", "13", "--context", "64")
-    with start(*args) as process:
-        while process.poll() is None and len(list(blocks.glob("*.safetensors"))) < finished:
-            time.sleep(0.01)
+    args = ("tiny", str(out), "--resume", str(blocks), "--samples", "2", "--context", "64")
+    with hanging(("fastllama.io.finished_blocks", "FinishedBlocks.put", finished + 1), *args) as process:
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        assert process.stderr.read() == "\n"
+        assert process.stderr.read().splitlines()[-1] == ""
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == [blocks]
-    kept = len(list(blocks.iterdir()))
-    assert finished <= kept < 5
+    assert len(list(blocks.iterdir())) == finished
     assert all(path.suffix == ".safetensors" for path in blocks.iterdir())
-    assert command(*args).err == f"resumed: {kept} of 5 blocks were finished\n"
+    assert f"resumed: {finished} of 5 blocks were finished\n" in command("quantize", *args).err
     assert not blocks.exists()
     assert load_model(out).config == load_model("tiny").config
 
@@ -61,17 +85,7 @@ def test_a_signal_to_end_leaves_nothing_of_what_was_being_written(
     number: signal.Signals, model: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", HANGS, "quantize", model, str(out), "--method", "rtn"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "FASTLLAMA_BACKEND": "reference"},
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
+    with hanging(("fastllama.io.save", "_write_json", 1), model, str(out), "--method", "rtn") as process:
         assert len(list(out.parent.glob(".out.*.partial"))) == 1
         process.send_signal(number)
         assert process.stderr is not None
