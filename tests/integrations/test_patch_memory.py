@@ -12,10 +12,10 @@ from torch import nn
 import fastllama
 from fastllama.integrations.transformers.fused import Apart, fuse, joined
 from fastllama.integrations.transformers.linears import HF_LINEARS
-from fastllama.layers import packing
 from fastllama.layers.linear import Linear
 from fastllama.layers.quantized import LINEARS
 from fastllama.quant.rounding import round_to_nearest
+from fastllama.quant.weight import QuantizedWeight
 from tests.integrations.models import assert_close, llama
 from tests.integrations.quantized import KINDS, TILES, addresses, layers_of, logits, pair, quantized
 
@@ -100,7 +100,7 @@ def layer_of(rows: int, kind: str = "int4", columns: int = 128, bias: bool = Fal
         return linear.to(scales)
     weight = round_to_nearest(linear.weight.detach(), kind, group_size, symmetric=not zeros)
     floats = weight.zeros if zeros is None or zeros == torch.uint8 else weight.zeros.to(zeros)
-    kept = packing.QuantizedWeight(kind, weight.values, weight.scales.to(scales), floats)
+    kept = QuantizedWeight(kind, weight.values, weight.scales.to(scales), floats)
     return HF_LINEARS[kind].of(kept, linear.bias)
 
 
