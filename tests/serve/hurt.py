@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastllama.cli.main import main
+from fastllama.layers import model
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.llm import LLM
 
@@ -32,8 +33,9 @@ def later(function: Any, seconds: float, sleep: Callable[[float], None] = time.s
 
 
 def fail_for_good(number: int, frame: Any) -> None:
-    for engine in list(Engine._alive):
-        engine.device_error = RuntimeError("planted in the device")
+    for engines in model._RUNNERS.values():
+        for engine in engines:
+            engine.device_error = RuntimeError("planted in the device")
 
 
 if __name__ == "__main__":
