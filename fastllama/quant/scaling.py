@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fastllama import kernels
 from fastllama.quant.rounding import round_to_nearest
 
 STEPS = 20  # exponents, evenly spaced from 0
@@ -44,9 +45,8 @@ def smoothquant_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, columns
     """
 
     def output(scales: Tensor) -> Tensor:
-        inputs = rows / scales
-        steps = inputs.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        return inputs.div_(steps).round_().mul_(steps) @ round_to_nearest(weight * scales, "w8a8").dequantize().T
+        values, steps = kernels.quantize_rows(rows / scales)
+        return (values * steps[:, None]) @ round_to_nearest(weight * scales, "w8a8").dequantize().T
 
     magnitudes, columns = _floored(magnitudes), _floored(columns)
 

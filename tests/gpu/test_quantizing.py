@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fastllama.bench.models import random_model
-from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantizing import quantize
 from fastllama.layers.weights import kept_tensors
 from fastllama.quant.weight import QuantizedWeight
 from tests.layers.test_loading_packed import assert_same
-from tests.layers.test_quantizing import RECIPES, VOCAB, Kept, divergence, texts
+from tests.layers.test_quantizing import GQA, RECIPES, Kept, divergence, texts
 
 pytestmark = pytest.mark.gpu
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
-CONFIG = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=256,
-    eos_token_ids=(),
-)
+CONFIG = replace(GQA, hidden_size=256, intermediate_size=512, head_dim=64)
 READ, UNSEEN = texts(*[128] * 16, 1, 65), texts(*[64] * 4, seed=5)
 AGREEING = {"rtn": 0.999, "hqq": 0.99, "gptq": 0.8}  # the share of values; scales of AWQ may fall on another exponent
 recipes = pytest.mark.parametrize(("method", "scheme"), RECIPES)

@@ -96,19 +96,24 @@ def test_on_the_sampled_rows_it_errs_no_more_than_without_scales(method: str, se
         assert loss(method, each, rows, scales) <= loss(method, each, rows) * (1 + 1e-5)
 
 
+def assert_best_is_found(method: str, weight: Tensor, rows: Tensor, tried: list[Tensor]) -> None:
+    """Of the scales that are tried, the first of which are none, the method takes those with the least error."""
+    losses = [loss(method, weight, rows, each) for each in tried]
+    found = METHODS[method][0](weight, rows)
+    assert loss(method, weight, rows, found) == pytest.approx(min(losses), rel=1e-4)
+    best = losses.index(min(losses))
+    assert best > 0
+    if sorted(losses)[1] > 1.001 * losses[best]:
+        torch.testing.assert_close(found, tried[best], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_awq_takes_the_best_power_of_the_mean_magnitude(seed: int) -> None:
     weight, rows = correlated(24, 64, 100, seed)
     rows[:, 3] *= 20
     powers = [rows.abs().mean(0).double() ** exponent for exponent in GRID[:-1]]
     tried = [(each / (each.max() * each.min()).sqrt()).float() for each in powers]
-    losses = [loss("awq", weight, rows, each) for each in tried]
-    found = awq(weight, rows)
-    assert loss("awq", weight, rows, found) == pytest.approx(min(losses), rel=1e-4)
-    best = losses.index(min(losses))
-    assert best > 0
-    if sorted(losses)[1] > 1.001 * losses[best]:
-        torch.testing.assert_close(found, tried[best], rtol=1e-4, atol=0)
+    assert_best_is_found("awq", weight, rows, tried)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,13 +123,7 @@ def test_smoothquant_takes_the_best_power_of_the_largest_magnitudes(seed: int) -
     x, w = rows.abs().amax(0).double(), weight.abs().amax(0).double()
     powers = [torch.ones_like(x), *(x**exponent / w ** (1 - exponent) for exponent in GRID)]
     tried = [(each / unit("smoothquant", rows.double(), each)).float() for each in powers]
-    losses = [loss("smoothquant", weight, rows, each) for each in tried]
-    found = smoothquant(weight, rows)
-    assert loss("smoothquant", weight, rows, found) == pytest.approx(min(losses), rel=1e-4)
-    best = losses.index(min(losses))
-    assert best > 0
-    if sorted(losses)[1] > 1.001 * losses[best]:
-        torch.testing.assert_close(found, tried[best], rtol=1e-4, atol=0)
+    assert_best_is_found("smoothquant", weight, rows, tried)
 
 
 @methods
