@@ -1,4 +1,4 @@
-"""Calls of the rotary embedding, alone and with keys and values written into pages."""
+"""Calls of the rotary embedding, and of the write of keys and values into pages, alone and together."""
 
 from __future__ import annotations
 
@@ -49,22 +49,58 @@ def rope_and_write_kv(
     padding: int | None = None,
     pages_dtype: torch.dtype | None = None,
 ) -> Arguments:
-    """pages: how many there are, enough for the rows where None. padding: every so-manieth row has no slot.
-
-    pages_dtype: of quantized pages.
-    """
-    count = max(-(-rows // page), 1) if pages is None else pages
-    slots = m.some_of(count * page, rows)
-    if padding is not None:
-        slots[1::padding] = -1
-    shape = (count, kv_heads, page, head_dim)
-    call: Arguments = {
+    """page, pages, padding, pages_dtype: as of `write_kv`."""
+    return {
         "qkv": m.normal(rows, (heads + 2 * kv_heads) * head_dim),
         **_turns(m, rows, positions, head_dim),
-        "slots": slots,
+        **_places(m, rows, kv_heads, head_dim, page, pages, padding, pages_dtype),
         "interleaved": False,
         "q_out": m.fresh(rows, heads, head_dim),
     }
+
+
+def write_kv(
+    m: Maker,
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    page: int = PAGE,
+    pages: int | None = None,
+    padding: int | None = None,
+    pages_dtype: torch.dtype | None = None,
+    scale: float | None = None,
+) -> Arguments:
+    """pages: how many there are, enough for the rows where None. padding: every so-manieth row has no slot.
+
+    pages_dtype: of quantized pages. scale: of all that those hold, where it is not computed.
+    """
+    call = {
+        "k": m.normal(rows, kv_heads, head_dim),
+        "v": m.normal(rows, kv_heads, head_dim),
+        **_places(m, rows, kv_heads, head_dim, page, pages, padding, pages_dtype),
+        "k_scale": scale,
+        "v_scale": scale,
+    }
+    return call if scale is None else call | {"k_scales": None, "v_scales": None}
+
+
+def _places(
+    m: Maker,
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    page: int,
+    pages: int | None,
+    padding: int | None,
+    pages_dtype: torch.dtype | None,
+) -> Arguments:
+    """Slots, and the pages with their scales."""
+    count = max(-(-rows // page), 1) if pages is None else pages
+    call: Arguments = {"slots": m.some_of(count * page, rows)}
+    if padding is not None:
+        call["slots"][1::padding] = -1
+    shape = (count, kv_heads, page, head_dim)
     for side in "kv":
         call[f"{side}_pages"] = torch.full(shape, HELD, dtype=pages_dtype or m.dtype, device=m.device)
         call[f"{side}_scales"] = None if pages_dtype is None else m.fresh(*shape[:3], dtype=torch.float32)

@@ -126,9 +126,8 @@ def _small_bf12(m: Maker) -> Arguments:
     return matmuls.matmul_bf12(m, 4, FEATURES, 64, form=FORM, weight=matmuls.bf12_weight(values))
 
 
-def _small_slots(m: Maker) -> Arguments:
+def _small_slots(m: Maker, call: Arguments) -> Arguments:
     """One of the rows is padding."""
-    call = rotary.rope_and_write_kv(m, T, HQ, HKV, D, page=SMALL_PAGE, pages=P, positions=POSITIONS)
     return call | {"slots": m.tensor([0, -1, 7], torch.int64)}
 
 
@@ -151,7 +150,9 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _all_bytes,
     ),
     "rope_and_write_kv": CatalogueEntry(
-        _small_slots,
+        lambda m: _small_slots(
+            m, rotary.rope_and_write_kv(m, T, HQ, HKV, D, page=SMALL_PAGE, pages=P, positions=POSITIONS)
+        ),
         _rotation,
         ROWS,
         _page_bytes,
@@ -185,6 +186,14 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         lambda m, sizes, shape: rotary.rope(m, shape.rows, *sizes.attention),
         ROWS,
         _all_bytes,
+    ),
+    "write_kv": CatalogueEntry(
+        lambda m: _small_slots(m, rotary.write_kv(m, T, HKV, D, page=SMALL_PAGE, pages=P)),
+        lambda m, sizes, shape: rotary.write_kv(
+            m, shape.rows, sizes.kv_heads, sizes.head_dim, pages_dtype=shape.pages_dtype
+        ),
+        ROWS,
+        _page_bytes,
     ),
     "merge_state": CatalogueEntry(
         lambda m: rows.merge_state(m, T, HQ, D),

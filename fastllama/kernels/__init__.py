@@ -29,6 +29,7 @@ from fastllama.kernels.ops.rope import cos_sin_cache, rope, rope_and_write_kv
 from fastllama.kernels.ops.sampling import sample, sample_workspace
 from fastllama.kernels.ops.swiglu import silu_mul
 from fastllama.kernels.ops.w8a8 import matmul_w8a8, matmul_w8a8_workspace
+from fastllama.kernels.ops.write_kv import write_kv
 
 __all__ = [
     "Implementation",
@@ -71,4 +72,5 @@ __all__ = [
     "unpack_bf12",
     "unpack_int4",
     "unpack_int8",
+    "write_kv",
 ]

@@ -40,16 +40,42 @@ def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> No
         raise ValueError(f"packed has strides {list(packed.stride())}; legal: contiguous but for the first dimension")
 
 
-def check_scales(name: str, scales: Tensor | None, pages: Tensor) -> None:
-    """ValueError unless there are scales [P, Hkv, page_size] where pages hold CODES, and none elsewhere."""
+def check_scales(name: str, scales: Tensor | None, pages: Tensor, instead: str = "") -> None:
+    """ValueError unless there are scales [P, Hkv, page_size] where pages hold CODES, and none elsewhere.
+
+    instead: what else is legal for codes, for the message.
+    """
     quantized = pages.dtype in CODES
     if scales is not None and quantized:
         check_tensor(name, scales, pages.shape[:3], (torch.float32,))
     elif scales is not None or quantized:
         shape = list(pages.shape[:3])
         seen = "None" if scales is None else f"a tensor {list(scales.shape)}"
-        legal = f"a tensor {shape}" if quantized else "None"
+        legal = f"a tensor {shape}{instead}" if quantized else "None"
         raise ValueError(f"{name} is {seen}; legal for pages of {pages.dtype}: {legal}")
+
+
+def check_page_scales(
+    k_scales: Tensor | None, v_scales: Tensor | None, k_scale: float | None, v_scale: float | None, pages: Tensor
+) -> None:
+    """check_scales of keys and values, where one number may take the place of each tensor, or of none."""
+    for name, scales, number in (("k_scale", k_scales, k_scale), ("v_scale", v_scales, v_scale)):
+        if number is None:
+            check_scales(f"{name}s", scales, pages, f", or a number as {name}")
+        elif scales is not None:
+            raise ValueError(f"{name} is {number}; legal where {name}s is a tensor: None")
+    if pages.dtype in CODES and (k_scale is None) != (v_scale is None):
+        raise ValueError(
+            f"k_scale is {k_scale}, v_scale {v_scale}; legal for pages of {pages.dtype}: both numbers, "
+            "or k_scales and v_scales both tensors"
+        )
+
+
+def check_scale(name: str, scale: float) -> None:
+    """ValueError unless one scale for all that pages hold is a positive normal number of fp32."""
+    low, high = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not low <= scale <= high:  # which NaN is not
+        raise ValueError(f"{name} is {scale!r}; legal: from {low:.4g} to {high:.4g}, the normal numbers of fp32")
 
 
 def matmul_shape(leading: Sequence[int], features: int, gated: bool) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ _LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops
 OPS: dict[str, Op] = {}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     "float": (Real, torch.SymFloat, torch.SymInt),
+    "float?": (Real, torch.SymFloat, torch.SymInt, type(None)),
     "int": (Integral, torch.SymInt),
     "bool": (bool, Integral, torch.SymBool),
 }

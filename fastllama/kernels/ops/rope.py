@@ -73,7 +73,7 @@ def _check_angles(
         raise ValueError(
             f"cos_sin has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_dim}"
         )
-    check_elements("cos_sin", cos_sin, _FP32 if dtype != (torch.float64,) else (*_FP32, torch.float64))
+    check_elements("cos_sin", cos_sin, _FP32 if dtype == _FP32 else (*_FP32, *dtype))
     check_tensor("positions", positions, (tokens,), INTEGERS)
 
 
@@ -123,9 +123,9 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys.
 
-    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] fp32, R
-    even, R <= D (`cos_sin_cache`); dimensions past R pass through. positions: [T] int32 or int64, each below
-    max_position; another one gives NaN.
+    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] in fp32
+    (`cos_sin_cache`) or q's dtype, R even, R <= D; dimensions past R pass through. positions: [T] int32 or int64, each
+    below max_position; another one gives NaN.
     interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
     q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
     Rotates in fp32 and rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is

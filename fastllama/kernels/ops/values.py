@@ -36,8 +36,11 @@ def check_rope_and_write_kv(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, k_pages: Tensor, *others: Any
 ) -> None:
     _check_below("positions", positions, cos_sin.shape[0])
-    num_pages, _, page_size, _ = k_pages.shape
-    _check_below("slots", slots.clamp(min=0), num_pages * page_size)
+    _check_slots(slots, k_pages)
+
+
+def check_write_kv(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, *others: Any) -> None:
+    _check_slots(slots, k_pages)
 
 
 def check_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *others: Any) -> None:
@@ -66,6 +69,11 @@ def check_decode(
     used = -(-seq_lens // page_size)
     unused = torch.arange(page_table.shape[1], dtype=torch.int32, device=page_table.device) >= used[:, None]
     _check_below("page_table", page_table.masked_fill(unused, 0), max(num_pages, 1))
+
+
+def _check_slots(slots: Tensor, k_pages: Tensor) -> None:
+    num_pages, _, page_size, _ = k_pages.shape
+    _check_below("slots", slots.clamp(min=0), num_pages * page_size)
 
 
 def _check_below(name: str, numbers: Tensor, end: int) -> None:

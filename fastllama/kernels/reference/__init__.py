@@ -9,7 +9,7 @@ from fastllama.kernels.reference.lookup import embedding
 from fastllama.kernels.reference.matmul import matmul
 from fastllama.kernels.reference.merge import merge_state
 from fastllama.kernels.reference.norm import add_rms_norm, rms_norm
-from fastllama.kernels.reference.rope import rope, rope_and_write_kv
+from fastllama.kernels.reference.rope import rope, rope_and_write_kv, write_kv
 from fastllama.kernels.reference.sampling import sample
 from fastllama.kernels.reference.swiglu import silu_mul
 from fastllama.kernels.reference.w8a8 import (
@@ -52,4 +52,5 @@ __all__ = [
     "unpack_bf12",
     "unpack_int4",
     "unpack_int8",
+    "write_kv",
 ]

@@ -24,6 +24,18 @@ def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes.to(dtype), (absmax / largest).squeeze(-1)
 
 
+def quantize_by(scale: float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as codes under one scale that is given: x is about codes * scale, as far as the largest code reaches.
+
+    Codes are the quotients rounded to nearest even; larger ones are the largest code. NaN is fp8's NaN, and code 0 of
+    int8, which has none.
+    """
+    largest = LARGEST_CODE[dtype]
+    quotient = x / torch.full((), scale, dtype=x.dtype, device=x.device)  # no number: CUDA would multiply by 1 / scale
+    codes = quotient.clamp(-largest, largest)
+    return (codes.round().nan_to_num(0.0) if dtype == torch.int8 else codes).to(dtype)
+
+
 def dequantize_heads(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes [..., D] * scales [...], in fp32, or in fp64 where `dtype` is that."""
     real = torch.float64 if dtype == torch.float64 else torch.float32

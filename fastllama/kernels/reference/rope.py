@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels.reference.lookup import lookup
 from fastllama.kernels.reference.numerics import wide
-from fastllama.kernels.reference.quantize import quantize_heads
+from fastllama.kernels.reference.quantize import quantize_by, quantize_heads
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -48,24 +48,46 @@ def rope_and_write_kv(
 ) -> Tensor:
     """Split qkv, rotate q and k, write k and v into their pages at `slots`, return q [T, Hq, D].
 
-    A slot that the pages do not have, below 0 or behind them, is written nowhere.
-    With scales [P, Hkv, page_size] the pages hold codes (`quantize_heads`), of k before it is rounded to qkv's dtype.
+    As `write_kv` does, of k before it is rounded to qkv's dtype.
     """
-    num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    _, num_kv_heads, _, head_dim = k_pages.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
     q, k = _rope(q, k, cos_sin, positions, interleaved)
+    write_kv(k, v, slots, k_pages, v_pages, k_scales, v_scales)
+    return q.to(qkv.dtype)
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+) -> None:
+    """Write k and v [T, Hkv, D] into their pages at `slots`.
+
+    A slot that the pages do not have, below 0 or behind them, is written nowhere. With scales [P, Hkv, page_size] the
+    pages hold codes (`quantize_heads`), and with one scale for all of them too (`quantize_by`).
+    """
+    num_pages, _, page_size, _ = k_pages.shape
     kept = (slots >= 0) & (slots < num_pages * page_size)
     if not bool(kept.all()):
         slots, k, v = slots[kept], k[kept], v[kept]
     page, offset = slots // page_size, slots % page_size
-    for pages, scales, x in ((k_pages, k_scales, k), (v_pages, v_scales, v)):
-        if scales is None:
-            pages[page, :, offset] = x.to(pages.dtype)
+    for pages, scales, scale, x in ((k_pages, k_scales, k_scale, k), (v_pages, v_scales, v_scale, v)):
+        if scale is not None:
+            codes = quantize_by(scale, wide(x), pages.dtype)
+        elif scales is not None:
+            codes, of_heads = quantize_heads(wide(x), pages.dtype)
+            scales[page, :, offset] = of_heads.to(scales.dtype)
         else:
-            codes, scale = quantize_heads(wide(x), pages.dtype)
-            # bytes: torch does not index float8
-            pages.view(torch.uint8)[page, :, offset] = codes.view(torch.uint8)
-            scales[page, :, offset] = scale.to(scales.dtype)
-    return q.to(qkv.dtype)
+            codes = x.to(pages.dtype)
+        if codes.element_size() == 1:  # bytes: torch does not index float8
+            pages, codes = pages.view(torch.uint8), codes.view(torch.uint8)
+        pages[page, :, offset] = codes
