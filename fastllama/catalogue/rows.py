@@ -30,9 +30,10 @@ def add_rms_norm(m: Maker, rows: int, size: int, *, weight_dtype: torch.dtype | 
     }
 
 
-def silu_mul(m: Maker, rows: int, size: int) -> Arguments:
-    """size: of the result; the projection has twice as many columns."""
-    return {"gate_up": m.normal(rows, 2 * size), "out": m.fresh(rows, size)}
+def silu_mul(m: Maker, rows: int, size: int, *, apart: bool = False) -> Arguments:
+    """size: of the result; the projection has twice as many columns. apart: gate and up are tensors of their own."""
+    gate_up = m.normal(rows, size if apart else 2 * size)
+    return {"gate_up": gate_up, "up": m.normal(rows, size) if apart else None, "out": m.fresh(rows, size)}
 
 
 def quantize_rows(m: Maker, rows: int, size: int) -> Arguments:
@@ -51,7 +52,7 @@ def add_rms_norm_int8(m: Maker, rows: int, size: int) -> Arguments:
 
 
 def silu_mul_int8(m: Maker, rows: int, size: int) -> Arguments:
-    return silu_mul(m, rows, size) | _rounded(m, rows, size)
+    return {"gate_up": m.normal(rows, 2 * size)} | _rounded(m, rows, size)
 
 
 def _rounded(m: Maker, rows: int, size: int) -> Arguments:
@@ -62,16 +63,19 @@ def embedding(m: Maker, rows: int, vocab: int, size: int) -> Arguments:
     return {"ids": m.some_of(vocab, rows), "weight": m.normal(vocab, size), "out": m.fresh(rows, size)}
 
 
-def merge_state(m: Maker, rows: int, heads: int, head_dim: int, *, unseen: bool = False) -> Arguments:
+def merge_state(
+    m: Maker, rows: int, heads: int, head_dim: int, *, unseen: bool = False, base2: bool = False
+) -> Arguments:
     """Log-sum-exps near each other, so that neither side's share is 0.
 
-    unseen: they are further apart, and some queries saw keys on one side alone, or on none.
+    unseen: they are further apart, and some queries saw keys on one side alone, or on none, which -inf and +inf say.
     """
     call: Arguments = {}
     for place, side in enumerate("ab"):
         lse = m.normal(rows, heads).float()
         if unseen:
             lse *= 3
-            lse[place::5] = lse[4::5] = -math.inf
+            lse[place::5] = lse[4::5] = -math.inf if place else math.inf
         call |= {side: m.normal(rows, heads, head_dim), f"{side}_lse": lse}
-    return call | {"out": m.fresh(rows, heads, head_dim), "lse_out": m.fresh(rows, heads, dtype=torch.float32)}
+    outputs = {"out": m.fresh(rows, heads, head_dim), "lse_out": m.fresh(rows, heads, dtype=torch.float32)}
+    return call | {"base2": base2} | outputs

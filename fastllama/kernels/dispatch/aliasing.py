@@ -82,9 +82,11 @@ class Aliasing:
         for dim, size in enumerate(x.shape[:lead]):
             if size > 1 and out.stride(dim) != x.stride(dim):
                 return False
-        row = out[(0,) * lead]
-        part, rest = divmod(out.data_ptr() - x.data_ptr(), max(row.nbytes, 1))
-        return row.is_contiguous() and not rest and 0 <= part < parts
+        row, source = out[(0,) * lead], x[(0,) * lead]
+        if row.stride() != source.stride() and not (row.is_contiguous() and source.is_contiguous()):
+            return False
+        part, rest = divmod(out.data_ptr() - x.data_ptr(), row.nbytes)
+        return not rest and 0 <= part < parts and (part + 1) * row.numel() <= source.numel()
 
 
 def _spans(args: Sequence[Any]) -> dict[int, tuple[int, int]]:

@@ -101,8 +101,8 @@ class Op(Backends):
         super().__init__(name, reference=reference, cpu=cpu, numba=numba, triton=triton)
         self._check, self._values = check, values
         self._bound: dict[torch.device, Function] = {}
-        self._second = self._tensors[1]
-        self._known: dict[tuple[int, int], _Known] = {}  # by the first two tensors' sizes
+        self._second = next(place for place in self._tensors[1:] if not kinds[place].endswith("?"))
+        self._known: dict[tuple[int, int], _Known] = {}  # by the sizes of the first two tensors that all calls have
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         # torch.compile also traces what the ops of its graphs run in Python, if it is not told to leave them alone.
         run = _disable_dynamo(lambda *args: self.run_apart(args))

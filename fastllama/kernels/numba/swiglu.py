@@ -32,33 +32,39 @@ def silu_mul_of(gate, up):
 
 
 @jit
-def silu_mul_row_kernel(gate_up_ptr, out_ptr, gate_up_start, out_start, size, like):
+def silu_mul_row_kernel(gate_ptr, up_ptr, out_ptr, gate_start, up_start, out_start, size, like):
     for i in range(size):
-        gate = load(gate_up_ptr, gate_up_start + i, like)
-        up = load(gate_up_ptr, gate_up_start + size + i, like)
+        gate = load(gate_ptr, gate_start + i, like)
+        up = load(up_ptr, up_start + i, like)
         store(out_ptr, out_start + i, silu_mul_of(gate, up), like)
 
 
 # One iteration owns one row.
 @jit
 def silu_mul_rows_kernel(region, *args):
-    gate_up_ptr, out_ptr, gate_up_stride, out_stride, size, like = args
+    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, size, like = args
     first, last = enter(region, args)
     while first < last:
         for row in range(first, last):
-            silu_mul_row_kernel(gate_up_ptr, out_ptr, row * gate_up_stride, row * out_stride, size, like)
+            gate_start, up_start = row * gate_stride, row * up_stride
+            silu_mul_row_kernel(gate_ptr, up_ptr, out_ptr, gate_start, up_start, row * out_stride, size, like)
         first, last = proceed(region)
     return leave(region)
 
 
-def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+def silu_mul(gate_up: Tensor, up: Tensor | None, out: Tensor) -> None:
     """See kernels.silu_mul."""
     like, size = LIKE.get(out.dtype), out.shape[-1]
     if like is None:
-        out.copy_(reference.silu_mul(gate_up))
-    elif out.numel() == size:
-        silu_mul_row_kernel(gate_up.data_ptr(), out.data_ptr(), 0, 0, size, like)
-    else:
-        source, target = as_rows("gate_up", gate_up), as_rows("out", out)
-        pointers, strides = (source.data_ptr(), target.data_ptr()), (source.stride(0), target.stride(0))
-        launch(silu_mul_rows_kernel, source.shape[0], 8 * out.numel(), *pointers, *strides, size, like)
+        out.copy_(reference.silu_mul(gate_up, up))
+        return
+    gate_ptr = gate_up.data_ptr()
+    up_ptr = gate_ptr + size * out.itemsize if up is None else up.data_ptr()
+    pointers = gate_ptr, up_ptr, out.data_ptr()
+    if out.numel() == size:
+        silu_mul_row_kernel(*pointers, 0, 0, 0, size, like)
+        return
+    gates, target = as_rows("gate_up", gate_up), as_rows("out", out)
+    ups = gates if up is None else as_rows("up", up)
+    strides = gates.stride(0), ups.stride(0), target.stride(0)
+    launch(silu_mul_rows_kernel, target.shape[0], 8 * out.numel(), *pointers, *strides, size, like)

@@ -11,14 +11,18 @@ from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 
-def _check(gate_up: Tensor, out: Tensor) -> None:
-    shape = silu_mul_shape(gate_up)
+def _check(gate_up: Tensor, up: Tensor | None, out: Tensor) -> None:
+    shape = silu_mul_shape(gate_up, up)
     check_elements("gate_up", gate_up, FLOATS)
+    if up is not None:
+        check_tensor("up", up, shape, (gate_up.dtype,))
     check_tensor("out", out, shape, (gate_up.dtype,))
 
 
-def silu_mul_shape(gate_up: Tensor) -> tuple[int, ...]:
+def silu_mul_shape(gate_up: Tensor, up: Tensor | None = None) -> tuple[int, ...]:
     """Of silu(gate) * up. Raises ValueError for a shape."""
+    if up is not None and gate_up.dim():
+        return tuple(gate_up.shape)
     *leading, width = gate_up.shape or (1,)
     if width % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; legal: [..., 2I], an even last dimension")
@@ -26,25 +30,26 @@ def silu_mul_shape(gate_up: Tensor) -> tuple[int, ...]:
 
 
 _SILU_MUL = Op(
-    "silu_mul(Tensor gate_up, Tensor(a!) out) -> ()",
+    "silu_mul(Tensor gate_up, Tensor? up, Tensor(a!) out) -> ()",
     check=_check,
     reference=reference.silu_mul,
-    in_place={"out": {"gate_up": 2}},
+    in_place={"out": {"gate_up": 2, "up": 1}},
     numba=numba_kernels,
     triton=triton_kernels,
 )
 
 
-def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of the fused gate and up projection, gate_up = [gate | up] along the last dimension.
+def silu_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of the fused gate and up projection, gate_up = [gate | up] along the last dimension, or of two.
 
     gate_up: [..., 2I], any floating dtype, last dimension contiguous, rows at one stride (any on the reference).
-    out: [..., I]; allocated when None. Returns out.
+    up: [..., I] in gate_up's dtype, rows at a stride of their own; gate_up is then the gate alone, [..., I].
+    out: [..., I], may be either half of gate_up, the gate or up; allocated when None. Returns out.
     Computed in fp32, rounded to the input's dtype at the end.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
     if out is None:
-        out = torch.empty(silu_mul_shape(gate_up), dtype=gate_up.dtype, device=gate_up.device)
-    _SILU_MUL(gate_up, out)
+        out = torch.empty(silu_mul_shape(gate_up, up), dtype=gate_up.dtype, device=gate_up.device)
+    _SILU_MUL(gate_up, up, out)
     return out

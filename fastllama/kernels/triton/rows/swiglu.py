@@ -1,4 +1,4 @@
-"""silu(gate) * up of the packed projection in Triton, in one pass over memory."""
+"""silu(gate) * up of the packed projection, or of two, in Triton, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
 
 
 # One program owns BLOCK columns of one row, all of them for codes; programs of one row follow each other, as its memory
-# does.
+# does. Without an up_ptr, up follows the gate in its row.
 @triton.jit
 def silu_mul_kernel(
     out_ptr,
     gate_up_ptr,
+    up_ptr,
     scales_out_ptr,
     out_row_stride,
     gate_up_row_stride,
+    up_row_stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -34,7 +36,8 @@ def silu_mul_kernel(
     mask = col < SIZE
     gate_ptrs = gate_up_ptr + row * gate_up_row_stride + col
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-    up = tl.load(gate_ptrs + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    up_ptrs = gate_ptrs + SIZE if up_ptr is None else up_ptr + row * up_row_stride + col
+    up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     product = gate / (1.0 + tl.exp(-gate)) * up
     product = product.to(gate_up_ptr.dtype.element_ty)
     out_ptrs = out_ptr + row * out_row_stride + col
@@ -46,10 +49,11 @@ def silu_mul_kernel(
 
 
 @launcher
-def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
+def silu_mul(gate_up: Tensor, up: Tensor | None, out: Tensor) -> list[KernelCall]:
     """See kernels.silu_mul."""
     check_kernel_dtype("gate_up", gate_up)
     gate_up, out = as_rows("gate_up", gate_up), as_rows("out", out)
+    up = None if up is None else as_rows("up", up)
     rows, size = out.shape
     if not (rows and size):
         return []
@@ -59,9 +63,11 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> list[KernelCall]:
         (rows * ceil_div(size, launch.block),),
         out_ptr=out,
         gate_up_ptr=gate_up,
+        up_ptr=up,
         scales_out_ptr=None,
         out_row_stride=out.stride(0),
         gate_up_row_stride=gate_up.stride(0),
+        up_row_stride=0 if up is None else up.stride(0),
         SIZE=size,
         BLOCK=launch.block,
         **overlapping(out.device),
@@ -83,9 +89,11 @@ def silu_mul_int8(gate_up: Tensor, out: Tensor, scales_out: Tensor) -> list[Kern
         (rows,),
         out_ptr=out,
         gate_up_ptr=gate_up,
+        up_ptr=None,
         scales_out_ptr=as_scales("scales_out", scales_out),
         out_row_stride=out.stride(0),
         gate_up_row_stride=gate_up.stride(0),
+        up_row_stride=0,
         SIZE=size,
         BLOCK=power_of_2(size),
         **overlapping(out.device),
