@@ -28,7 +28,7 @@ def attention_varlen(
     k, v = (m.normal(sum(keys), kv_heads, head_dim) for _ in "kv")
     q = m.normal(sum(queries), heads, head_dim)
     bounds = {"cu_seqlens_q": _bounds(m, queries), "cu_seqlens_k": _bounds(m, keys)}
-    return {"q": q, "k": k, "v": v, **bounds, "causal": causal, **_result(m, q)}
+    return {"q": q, "k": k, "v": v, **bounds, **_result(m, q, causal)}
 
 
 def attention_prefill(
@@ -40,6 +40,7 @@ def attention_prefill(
     head_dim: int,
     *,
     held: Arguments | None = None,
+    causal: bool = True,
     **cache: Any,
 ) -> Arguments:
     """lengths: tokens of each sequence in the cache, of which the last are its queries.
@@ -48,7 +49,7 @@ def attention_prefill(
     """
     q = m.normal(sum(queries), heads, head_dim)
     held = held or paged(m, lengths, kv_heads, head_dim, **cache)
-    return {"q": q, **held, "cu_seqlens_q": _bounds(m, queries), **_result(m, q)}
+    return {"q": q, **held, "cu_seqlens_q": _bounds(m, queries), **_result(m, q, causal)}
 
 
 def attention_decode(
@@ -60,11 +61,12 @@ def attention_decode(
     *,
     queries: int = 1,
     held: Arguments | None = None,
+    causal: bool = True,
     **cache: Any,
 ) -> Arguments:
     """queries: of each sequence, its last tokens. held, cache: as of `attention_prefill`."""
     q = m.normal(queries * len(lengths), heads, head_dim)
-    call = {"q": q, **(held or paged(m, lengths, kv_heads, head_dim, **cache)), **_result(m, q)}
+    call = {"q": q, **(held or paged(m, lengths, kv_heads, head_dim, **cache)), **_result(m, q, causal)}
     return call | {"workspace": m.workspace(attention_workspace, q, call["k_pages"], call["page_table"])}
 
 
@@ -107,6 +109,8 @@ def paged(
         "seq_lens": m.tensor(lengths, torch.int32),
         "k_scales": scales[0],
         "v_scales": scales[1],
+        "k_scale": None,
+        "v_scale": None,
     }
 
 
@@ -126,5 +130,5 @@ def _bounds(m: Maker, lengths: Sequence[int]) -> Tensor:
     return m.tensor([0, *lengths], torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _result(m: Maker, q: Tensor) -> Arguments:
-    return {"scale": 1.0 / math.sqrt(q.shape[-1]), "base2": False, "out": m.fresh(*q.shape)}
+def _result(m: Maker, q: Tensor, causal: bool) -> Arguments:
+    return {"scale": 1.0 / math.sqrt(q.shape[-1]), "causal": causal, "base2": False, "out": m.fresh(*q.shape)}

@@ -15,7 +15,7 @@ from fastllama.kernels.dispatch.op import OPS
 
 
 def test_outputs_are_those_of_the_schema() -> None:
-    assert outputs("attention_decode") == ("out", "lse")
+    assert outputs("attention_decode") == ("out", "lse_out")
     assert outputs("add_rms_norm") == ("out", "residual_out")
     assert outputs("rope_and_write_kv") == ("q_out",)
 

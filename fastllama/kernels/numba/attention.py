@@ -6,15 +6,17 @@ from itertools import pairwise
 from operator import mul
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
 from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, load_integer, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
-from fastllama.kernels.reference.attention import ascend, lse_unit, room
+from fastllama.kernels.reference.attention import ascend, lse_unit, room, score_scale
 
 INT32 = np.int32(0)
+INT32_MAX = 2**31 - 1
 SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1B model
 
 
@@ -55,6 +57,7 @@ def attention_paged_kernel(region, *args):
         k_strides,
         v_strides,
         out_strides,
+        lse_strides,
         queries_of_each,
         num_kv_heads,
         group,
@@ -63,6 +66,8 @@ def attention_paged_kernel(region, *args):
         page_size,
         longest,
         scale,
+        v_scale,
+        causal,
         lse_unit,
         like,
     ) = args
@@ -78,7 +83,8 @@ def attention_paged_kernel(region, *args):
             if cu_seqlens_q_ptr != 0:
                 start, stop = load_integer(cu_seqlens_q_ptr, seq, INT32), load_integer(cu_seqlens_q_ptr, seq + 1, INT32)
             for row in range(start, stop):
-                visible = max(length - stop + row + 1, 0) if exists else 0
+                hidden = stop - row - 1 if causal else 0
+                visible = max(length - hidden, 0) if exists else 0
                 for g in range(group):
                     at = row * q_strides[0] + (kv_head * group + g) * q_strides[1]
                     for i in range(head_dim):
@@ -99,7 +105,8 @@ def attention_paged_kernel(region, *args):
                         total = softmax(scores[g, :visible])
                     if lse_ptr != 0:
                         total *= np.float32(lse_unit)
-                        store(lse_ptr, (row * num_kv_heads + kv_head) * group + g, total, np.float32(0))
+                        at = row * lse_strides[0] + (kv_head * group + g) * lse_strides[1]
+                        store(lse_ptr, at, total, np.float32(0))
                 for g in range(group):
                     for i in range(head_dim):
                         result[g, i] = np.float32(0) if exists else np.float32(np.nan)
@@ -114,7 +121,7 @@ def attention_paged_kernel(region, *args):
                 for g in range(group):
                     at = row * out_strides[0] + (kv_head * group + g) * out_strides[1]
                     for i in range(head_dim):
-                        store(out_ptr, at + i, result[g, i], like)
+                        store(out_ptr, at + i, result[g, i] * np.float32(v_scale), like)
         first, last = proceed(region)
     return leave(region)
 
@@ -127,20 +134,23 @@ def attention_decode(
     seq_lens: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
     workspace: Tensor | None,
 ) -> None:
     """See kernels.attention_decode."""
-    if q.dtype not in LIKE or k_scales is not None:
-        cpu.attention_decode(
-            q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace
-        )
+    if q.dtype not in LIKE or k_pages.dtype != q.dtype:
+        scales = (k_scales, v_scales, k_scale, v_scale, scale)
+        cpu.attention_decode(q, k_pages, v_pages, page_table, seq_lens, *scales, causal, base2, out, lse_out, workspace)
     elif q.numel():
         work = 2 * q.numel() * page_table.shape[1] * k_pages.shape[2]
-        _attend(q, k_pages, v_pages, page_table, seq_lens, None, scale, base2, out, lse, work)
+        scale = score_scale(scale, k_scale)
+        _attend(q, k_pages, v_pages, page_table, seq_lens, None, v_scale, scale, causal, base2, out, lse_out, work)
 
 
 def attention_prefill(
@@ -152,10 +162,13 @@ def attention_prefill(
     cu_seqlens_q: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> None:
     """See kernels.attention_prefill: short prompts as in decoding.
 
@@ -166,15 +179,17 @@ def attention_prefill(
     longest = room(k_pages, page_table)
     lengths = [length if 0 <= length <= longest else 0 for length in seq_lens.tolist()]
     work = 2 * sum(map(mul, queries, lengths)) * num_q_heads * head_dim
-    if q.dtype not in LIKE or k_scales is not None or work > SHORT_WORK or not ascend(bounds, q.shape[0]):
+    if q.dtype not in LIKE or k_pages.dtype != q.dtype or work > SHORT_WORK or not ascend(bounds, q.shape[0]):
+        scales = (k_scales, v_scales, k_scale, v_scale, scale)
         cpu.attention_prefill(
-            q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, k_scales, v_scales, scale, base2, out, lse
+            q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, *scales, causal, base2, out, lse_out
         )
         return
-    _attend(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, scale, base2, out, lse, work)
+    scale = score_scale(scale, k_scale)
+    _attend(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, v_scale, scale, causal, base2, out, lse_out, work)
     out[bounds[-1] :].zero_()
-    if lse is not None:
-        lse[bounds[-1] :].fill_(float("-inf"))
+    if lse_out is not None:
+        lse_out[bounds[-1] :].fill_(float("-inf"))
 
 
 def _attend(
@@ -184,16 +199,20 @@ def _attend(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
     work: int,
 ) -> None:
     """The queries of all sequences, each with as many as the next where cu_seqlens_q is None."""
     rows, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs = page_table.shape[0]
+    page_table, seq_lens = _as_int32(page_table), _as_int32(seq_lens)
+    cu_seqlens_q = None if cu_seqlens_q is None else _as_int32(cu_seqlens_q)
     launch(
         attention_paged_kernel,
         num_seqs * num_kv_heads,
@@ -202,7 +221,7 @@ def _attend(
         k_pages.data_ptr(),
         v_pages.data_ptr(),
         out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
+        0 if lse_out is None else lse_out.data_ptr(),
         page_table.data_ptr(),
         seq_lens.data_ptr(),
         page_table.stride(0),
@@ -211,6 +230,7 @@ def _attend(
         k_pages.stride(),
         v_pages.stride(),
         out.stride(),
+        (0, 0) if lse_out is None else lse_out.stride(),
         rows // max(num_seqs, 1),
         num_kv_heads,
         num_q_heads // num_kv_heads,
@@ -219,6 +239,15 @@ def _attend(
         page_size,
         room(k_pages, page_table),
         scale,
+        1.0 if v_scale is None else v_scale,
+        causal,
         lse_unit(base2),
         LIKE[q.dtype],
     )
+
+
+def _as_int32(numbers: Tensor) -> Tensor:
+    """Lengths, pages or bounds as the kernel reads them; what int32 has no room for stays illegal."""
+    if numbers.dtype == torch.int32:
+        return numbers
+    return numbers.clamp(-1, INT32_MAX).to(torch.int32)

@@ -7,14 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_shape
+from fastllama.errors import check_dtype, check_shape
 from fastllama.kernels import cpu, reference
-from fastllama.kernels.dispatch.checks import CODES, FLOATS, check_elements, check_scales, check_tensor, check_workspace
+from fastllama.kernels.dispatch.checks import (
+    CODES,
+    FLOATS,
+    INTEGERS,
+    check_elements,
+    check_page_scales,
+    check_tensor,
+    check_workspace,
+)
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops import values
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
-
-_INT32 = (torch.int32,)
 
 
 def _check_varlen(
@@ -27,15 +33,15 @@ def _check_varlen(
     causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> None:
     _check_heads(q, k, v, ("k", "v"), ("Tk", "Hkv", "D"))
     bounds = cu_seqlens_q.shape
     if len(bounds) != 1 or not bounds[0]:
         raise ValueError(f"cu_seqlens_q has shape {list(bounds)}; legal: [B + 1]")
-    check_elements("cu_seqlens_q", cu_seqlens_q, _INT32)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, _INT32)
-    check_tensor("out", out, q.shape, (q.dtype,))
+    check_elements("cu_seqlens_q", cu_seqlens_q, INTEGERS)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, bounds, INTEGERS)
+    _check_outputs(q, out, lse_out)
 
 
 def _check_prefill(
@@ -47,14 +53,17 @@ def _check_prefill(
     cu_seqlens_q: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> None:
-    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), _INT32)
-    check_tensor("out", out, q.shape, (q.dtype,))
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, k_scale, v_scale)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), INTEGERS)
+    _check_outputs(q, out, lse_out)
 
 
 def _check_decode(
@@ -65,16 +74,19 @@ def _check_decode(
     seq_lens: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
     workspace: Tensor | None,
 ) -> None:
-    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales)
+    num_seqs = _check_paged(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, k_scale, v_scale)
     if (rows := q.shape[0]) != num_seqs and (num_seqs == 0 or rows % num_seqs):
         raise ValueError(f"q has shape {list(q.shape)}; legal: [B * Q, Hq, D] for the {num_seqs} sequences in seq_lens")
-    check_tensor("out", out, q.shape, (q.dtype,))
+    _check_outputs(q, out, lse_out)
     check_workspace(workspace, torch.float32)
 
 
@@ -112,21 +124,30 @@ def _check_paged(
     seq_lens: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
 ) -> int:
     """The number of sequences."""
     _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"), CODES)
-    check_scales("k_scales", k_scales, k_pages)
-    check_scales("v_scales", v_scales, k_pages)
+    check_page_scales(k_scales, v_scales, k_scale, v_scale, k_pages)
     check_shape("page_table", page_table, ("B", "max_pages"))
-    check_elements("page_table", page_table, _INT32)
+    check_elements("page_table", page_table, INTEGERS)
     num_seqs = page_table.shape[0]
-    check_tensor("seq_lens", seq_lens, (num_seqs,), _INT32)
+    check_tensor("seq_lens", seq_lens, (num_seqs,), INTEGERS)
     return num_seqs
+
+
+def _check_outputs(q: Tensor, out: Tensor, lse_out: Tensor | None) -> None:
+    """out like q; the log-sum-exps [T, Hq] with any strides."""
+    check_tensor("out", out, q.shape, (q.dtype,))
+    if lse_out is not None:
+        check_shape("lse_out", lse_out, q.shape[:2])
+        check_dtype("lse_out", lse_out, (_lse_dtype(q),))
 
 
 _VARLEN = Op(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
-    "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()",
     check=_check_varlen,
     reference=reference.attention_varlen,
     values=values.check_varlen,
@@ -136,8 +157,8 @@ _VARLEN = Op(
 )
 _PREFILL = Op(
     "attention_prefill(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, Tensor? k_scales, Tensor? v_scales, float scale, bool base2, "
-    "Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor cu_seqlens_q, Tensor? k_scales, Tensor? v_scales, float? k_scale, float? v_scale, float scale, "
+    "bool causal, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()",
     check=_check_prefill,
     reference=reference.attention_prefill,
     values=values.check_prefill,
@@ -148,8 +169,8 @@ _PREFILL = Op(
 )
 _DECODE = Op(
     "attention_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, "
-    "Tensor? k_scales, Tensor? v_scales, float scale, bool base2, "
-    "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace) -> ()",
+    "Tensor? k_scales, Tensor? v_scales, float? k_scale, float? v_scale, float scale, bool causal, bool base2, "
+    "Tensor(a!) out, Tensor(b!)? lse_out, Tensor(c!)? workspace) -> ()",
     check=_check_decode,
     reference=reference.attention_decode,
     values=values.check_decode,
@@ -170,26 +191,28 @@ def attention_varlen(
     scale: float | None = None,
     causal: bool = True,
     out: Tensor | None = None,
+    lse_out: Tensor | None = None,
     return_lse: bool = False,
     base2: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed sequences with contiguous keys and values: softmax(scale * q k^T) v.
 
     q: [Tq, Hq, D], k, v: [Tk, Hkv, D], one floating dtype, last dimension contiguous, Hq a multiple of Hkv (query head
-    h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1] int32, row bounds of each sequence, from 0;
-    rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D). causal: bottom-right
-    aligned (query i of Lq sees keys up to i + Lk - Lq); a query that sees no key gives 0 and the log-sum-exp -inf.
+    h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1], each int32 or int64, row bounds of each
+    sequence, from 0; rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D).
+    causal: bottom-right aligned (query i of Lq sees keys up to i + Lk - Lq); False: every query of a sequence sees all
+    its keys. A query that sees no key gives 0 and the log-sum-exp -inf.
     Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
-    out: like q, may be q itself; allocated when None. Returns out, or with return_lse (out, lse [Tq, Hq] fp32): the
-    log-sum-exp of the
-    scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
+    out: like q, may be q itself; allocated when None. Returns out, or with return_lse or lse_out (out, lse_out): the
+    log-sum-exp of the scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
+    lse_out: [Tq, Hq] fp32 (fp64 for q of that dtype), any strides (a transposed view is flash-attn's [Hq, Tq]).
     Softmax and accumulation in fp32. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing
     is written then.
     Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
     """
-    out, lse = _outputs(q, out, return_lse)
-    _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, base2, out, lse)
-    return out if lse is None else (out, lse)
+    out, lse_out = _outputs(q, out, lse_out, return_lse)
+    _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, base2, out, lse_out)
+    return out if lse_out is None else (out, lse_out)
 
 
 def attention_prefill(
@@ -202,29 +225,35 @@ def attention_prefill(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     scale: float | None = None,
+    causal: bool = True,
     out: Tensor | None = None,
+    lse_out: Tensor | None = None,
     return_lse: bool = False,
     base2: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of new queries over paged keys and values: the cached prefix and the queries' own tokens.
+    """Attention of new queries over paged keys and values: the cached prefix and the queries' own tokens.
 
     q: [T, Hq, D], last dimension contiguous. k_pages, v_pages: [P, Hkv, page_size, D], any strides but the last; the
-    new tokens' keys and values are written already. page_table: [B, max_pages] int32, pages of each sequence in order;
-    entries past its length are not read. seq_lens: [B] int32, tokens of each sequence including the new ones.
-    cu_seqlens_q: [B + 1] int32, row bounds of each sequence's queries, which are its last tokens.
+    new tokens' keys and values are written already. page_table: [B, max_pages], pages of each sequence in order;
+    entries past its length are not read. seq_lens: [B], tokens of each sequence including the new ones. cu_seqlens_q:
+    [B + 1], row bounds of each sequence's queries, which are its last tokens. These three: each int32 or int64.
     k_scales, v_scales: [P, Hkv, page_size] fp32, for pages of int8 or float8_e4m3fn, which are dequantized as they are
     read: code * scale, as `rope_and_write_kv` wrote them (a code that is NaN, which it never writes, may count as 480).
+    k_scale, v_scale: one scale of all keys and one of all values, of pages of any dtype; legal where k_scales and
+    v_scales are None. Pages of codes need either both tensors or both numbers.
     NaN: everywhere for bounds that do not ascend from 0 to at most T, for a sequence whose length is negative or more
     than its row of page_table has room for, and for a query that sees a page outside of the pool.
-    scale, out, return_lse, base2, numerics: as `attention_varlen`.
+    scale, causal, out, lse_out, return_lse, base2, numerics: as `attention_varlen`.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    out, lse = _outputs(q, out, return_lse)
-    scale = _scale(scale, q)
-    _PREFILL(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, k_scales, v_scales, scale, base2, out, lse)
-    return out if lse is None else (out, lse)
+    out, lse_out = _outputs(q, out, lse_out, return_lse)
+    scales = (k_scales, v_scales, k_scale, v_scale, _scale(scale, q))
+    _PREFILL(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, *scales, causal, base2, out, lse_out)
+    return out if lse_out is None else (out, lse_out)
 
 
 def attention_decode(
@@ -236,24 +265,28 @@ def attention_decode(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     scale: float | None = None,
+    causal: bool = True,
     out: Tensor | None = None,
+    lse_out: Tensor | None = None,
     return_lse: bool = False,
     base2: bool = False,
     workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens, the same few for each sequence, over paged keys and values.
 
-    q: [B * Q, Hq, D]: each sequence's last Q tokens (1 when decoding, more when verifying drafts), causal. A sequence
-    of length 0 is padding and gives 0. workspace: scratch memory of `attention_workspace`; allocated when None and
+    q: [B * Q, Hq, D]: each sequence's last Q tokens (1 when decoding, more when verifying drafts). A sequence of length
+    0 is padding and gives 0. workspace: scratch memory of `attention_workspace`; allocated when None and
     needed. Everything else: as `attention_prefill`.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
     """
-    out, lse = _outputs(q, out, return_lse)
-    scale = _scale(scale, q)
-    _DECODE(q, k_pages, v_pages, page_table, seq_lens, k_scales, v_scales, scale, base2, out, lse, workspace)
-    return out if lse is None else (out, lse)
+    out, lse_out = _outputs(q, out, lse_out, return_lse)
+    scales = (k_scales, v_scales, k_scale, v_scale, _scale(scale, q))
+    _DECODE(q, k_pages, v_pages, page_table, seq_lens, *scales, causal, base2, out, lse_out, workspace)
+    return out if lse_out is None else (out, lse_out)
 
 
 def attention_workspace(q: Tensor, k_pages: Tensor, page_table: Tensor) -> Tensor:
@@ -270,10 +303,13 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return 1.0 / math.sqrt(math.prod(q.shape[-1:]) or 1) if scale is None else scale
 
 
-def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _outputs(q: Tensor, out: Tensor | None, lse_out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     if out is None:
         out = torch.empty_like(q)
-    if not return_lse:
-        return out, None
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+    if lse_out is None and return_lse:
+        lse_out = torch.empty(q.shape[:2], dtype=_lse_dtype(q), device=q.device)
+    return out, lse_out
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

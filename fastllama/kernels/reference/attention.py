@@ -12,11 +12,13 @@ from fastllama.kernels.reference.numerics import wide
 from fastllama.kernels.reference.quantize import dequantize_heads
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, v_scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """One sequence: q [Lq, Hq, D], k and v [Lk, Hkv, D] -> out [Lq, Hq, D] in q's dtype, log-sum-exp [Lq, Hq].
 
     Causal masks are aligned to the bottom right: query i sees keys up to i + Lk - Lq. A query that sees no key gives 0
-    and -inf.
+    and -inf. v_scale: what the result is multiplied by.
     """
     (len_q, num_q_heads, head_dim), (len_k, num_kv_heads, _) = q.shape, k.shape
     group = num_q_heads // num_kv_heads
@@ -29,6 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
     lse = lse.masked_fill(lse == math.inf, math.nan)  # an infinite score has no softmax
     weights = scores.softmax(-1).masked_fill(lse[..., None] == float("-inf"), 0.0)
     out = torch.einsum("hgqk,khd->qhgd", weights, wide(v)).reshape(len_q, num_q_heads, head_dim)
+    if v_scale is not None:
+        out = out * v_scale
     return out.to(q.dtype), lse.permute(2, 0, 1).reshape(len_q, num_q_heads)
 
 
@@ -61,6 +65,11 @@ def lse_unit(base2: bool) -> float:
     return 1 / math.log(2) if base2 else 1.0
 
 
+def score_scale(scale: float, k_scale: float | None) -> float:
+    """What products of queries and keys as they are held are multiplied by."""
+    return scale if k_scale is None else scale * k_scale
+
+
 def ascend(bounds: list[int], rows: int) -> bool:
     """Whether bounds of sequences are legal: from 0 on, none below the one before, and within so many rows."""
     return bounds[0] == 0 and bounds[-1] <= rows and all(a <= b for a, b in pairwise(bounds))
@@ -77,8 +86,8 @@ def gather_pages(
 ) -> tuple[Tensor, bool]:
     """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids], and whether all its pages exist.
 
-    pages: [P, heads, page_size, D]; those that do not exist give `missing`. Dequantized where there are scales, in
-    fp32, or in fp64 for queries of that dtype.
+    pages: [P, heads, page_size, D]; those that do not exist give `missing`. Codes come in fp32, or in fp64 for queries
+    of that dtype; dequantized where there are scales.
     """
     num_pages, heads, page_size, head_dim = pages.shape
     page_ids = page_ids[: -(-length // page_size)]
@@ -87,6 +96,8 @@ def gather_pages(
     held = pages.index_select(0, page_ids)
     if scales is not None:
         held = dequantize_heads(held, scales.index_select(0, page_ids), dtype)
+    elif held.dtype != dtype:
+        held = held.to(torch.promote_types(dtype, torch.float32))
     complete = bool(exists.all())
     if not complete:
         held = held.masked_fill(~exists[:, None, None, None], missing)
@@ -102,10 +113,13 @@ def attention_prefill(
     cu_seqlens_q: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """New queries attend to the cached prefix and, causally, to themselves; their keys are in the pages already.
+    """New queries attend to the cached prefix and to themselves; their keys are in the pages already.
 
     NaN: everywhere for bounds that do not ascend, for a sequence that is longer than its row of the page table or whose
     length is negative, and for a query that sees a token of a page that does not exist.
@@ -121,7 +135,7 @@ def attention_prefill(
             continue
         k, _ = gather_pages(k_pages, k_scales, page_table[b], length, q.dtype, missing=math.nan)
         v, _ = gather_pages(v_pages, v_scales, page_table[b], length, q.dtype, missing=0.0)
-        out[rows], lse[rows] = attend(q[rows], k, v, scale, causal=True)
+        out[rows], lse[rows] = attend(q[rows], k, v, score_scale(scale, k_scale), causal, v_scale)
     return out, lse * lse_unit(base2)
 
 
@@ -133,11 +147,15 @@ def attention_decode(
     seq_lens: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """attention_prefill with the same number of queries, q.shape[0] // B, for each sequence."""
     num_seqs = seq_lens.shape[0]
     queries = q.shape[0] // max(num_seqs, 1)
     bounds = torch.arange(num_seqs + 1, dtype=torch.int32, device=seq_lens.device) * queries
-    return attention_prefill(q, k_pages, v_pages, page_table, seq_lens, bounds, k_scales, v_scales, scale, base2)
+    scales = (k_scales, v_scales, k_scale, v_scale, scale)
+    return attention_prefill(q, k_pages, v_pages, page_table, seq_lens, bounds, *scales, causal, base2)

@@ -165,7 +165,7 @@ def test_the_paged_references_are_the_definition(heads: str, queries: int) -> No
     batch = Packed(*double(batch.q, batch.k, batch.v), batch.queries, batch.lengths)
     cache = paged(batch, 5)
     pages = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    unscaled = (None, None)
+    unscaled = (None,) * 4
     expected = [torch.cat(x) for x in zip(*(loops(*p, 0.3, True) for p in batch.parts(batch.k, batch.v)), strict=True)]
     decoded = reference.attention_decode(batch.q, *pages, *unscaled, 0.3)
     prefilled = reference.attention_prefill(batch.q, *pages, bounds(batch.queries), *unscaled, 0.3)

@@ -179,7 +179,7 @@ def test_the_oracle_is_in_fp64() -> None:
     """Else its own rounding would be taken for a kernel's."""
     given = quantized(packed([1], [40], "MHA"), torch.int8, 16)
     q, *rest = given.arguments("attention_decode")
-    out, lse = reference.attention_decode(q.double(), *rest, *given.scales.values(), 0.25)
+    out, lse = reference.attention_decode(q.double(), *rest, *given.scales.values(), None, None, 0.25)
     exact, sums = given.batch.exact()
     torch.testing.assert_close(out, exact, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(lse, sums, rtol=1e-13, atol=1e-13)

@@ -51,7 +51,7 @@ def test_opcheck(op: str, lse: bool) -> None:
     """Schema (what is written and what is not), autograd registration, fake tensors, and tracing by AOTAutograd."""
     given = small_call(op)
     if lse:
-        given["lse"] = torch.empty(given["q"].shape[:2])
+        given["lse_out"] = torch.empty(given["q"].shape[:2])
     torch.library.opcheck(getattr(torch.ops.fastllama, op).default, positional(op, given))
 
 

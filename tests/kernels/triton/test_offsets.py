@@ -97,7 +97,7 @@ def forms() -> Iterator[Any]:
     for op in ("rope", "rope_and_write_kv"):
         yield pytest.param(op, {"interleaved": True}, id=f"{op}, interleaved")
     for op in ("attention_decode", "attention_prefill", "attention_varlen"):
-        yield pytest.param(op, {"lse": torch.empty(3, 6)}, id=f"{op}, lse")
+        yield pytest.param(op, {"lse_out": torch.empty(3, 6)}, id=f"{op}, lse")
 
 
 @pytest.mark.parametrize(("op", "more"), list(forms()))

@@ -15,7 +15,7 @@ from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch import heuristics, tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
-from fastllama.kernels.reference.attention import room
+from fastllama.kernels.reference.attention import room, score_scale
 from fastllama.kernels.triton.attention.flash import (
     LOG2_E,
     as_codes,
@@ -28,7 +28,18 @@ from fastllama.kernels.triton.overlap import follow, overlapping
 
 
 # One program owns one split of one key head of one sequence, with all queries of all its heads.
-@triton.jit(do_not_specialize=["page_table_ptr", "seq_lens_ptr", "num_pages", "longest", "page_table_stride", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "page_table_ptr",
+        "seq_lens_ptr",
+        "num_pages",
+        "longest",
+        "page_table_stride",
+        "lse_token_stride",
+        "lse_head_stride",
+        "splits",
+    ]
+)
 def attention_decode_kernel(
     q_ptr,
     k_pages_ptr,
@@ -42,6 +53,7 @@ def attention_decode_kernel(
     num_pages,
     longest,
     scale_log2,
+    v_scale,
     lse_unit,
     q_token_stride,
     k_page_stride,
@@ -51,6 +63,8 @@ def attention_decode_kernel(
     k_token_stride,
     v_token_stride,
     out_token_stride,
+    lse_token_stride,
+    lse_head_stride,
     page_table_stride,
     splits,
     Q_HEAD_STRIDE: tl.constexpr,
@@ -63,6 +77,7 @@ def attention_decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,10 +99,16 @@ def attention_decode_kernel(
         dim = tl.arange(0, BLOCK_D)  # [D]
         mask = used[:, None] & (dim < HEAD_DIM)[None, :]  # [M, D]
         q_offsets = row[:, None] * q_token_stride + head[:, None] * Q_HEAD_STRIDE + dim[None, :]
+        if CAUSAL:
+            visible = k_len - QUERIES + 1 + query  # [M]
+            whole = tl.minimum(last, k_len - QUERIES + 1)
+        else:
+            visible = tl.zeros([BLOCK_M], tl.int32) + k_len
+            whole = last
         acc, peak, total = attend(
             tl.load(q_ptr + q_offsets, mask=mask, other=0.0),
-            k_len - QUERIES + 1 + query,
-            tl.minimum(last, k_len - QUERIES + 1),
+            visible,
+            whole,
             first,
             last,
             k_len,
@@ -115,16 +136,18 @@ def attention_decode_kernel(
         )
         total = tl.where(is_legal, total, float("nan"))
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        if v_scale is not None:
+            result *= v_scale
         place = row * out_token_stride + head * OUT_HEAD_STRIDE  # [M]; a head's parts follow each other
         to = (place * splits + split * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
             lse = (peak + tl.log2(total)) * lse_unit
-            tl.store(lse_ptr + (row * tl.num_programs(1) * GROUP + head) * splits + split, lse, mask=used)
+            tl.store(lse_ptr + row * lse_token_stride + head * lse_head_stride + split, lse, mask=used)
 
 
 # One program owns one query of one head.
-@triton.jit(do_not_specialize=["seq_lens_ptr", "longest", "splits"])
+@triton.jit(do_not_specialize=["seq_lens_ptr", "longest", "lse_token_stride", "lse_head_stride", "splits"])
 def attention_combine_kernel(
     parts_ptr,
     part_lses_ptr,
@@ -132,8 +155,11 @@ def attention_combine_kernel(
     out_ptr,
     lse_ptr,
     longest,
+    v_scale,
     lse_unit,
     out_token_stride,
+    lse_token_stride,
+    lse_head_stride,
     splits,
     OUT_HEAD_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -167,10 +193,12 @@ def attention_combine_kernel(
         total += tl.sum(weights, 0)
         acc += tl.sum(parts * weights[:, None], 0)
     result = acc / tl.where(total == 0, 1.0, total)
+    if v_scale is not None:
+        result *= v_scale
     out_ptrs = out_ptr + row * out_token_stride + head * OUT_HEAD_STRIDE + dim
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
     if lse_ptr is not None:
-        tl.store(lse_ptr + at, (peak + tl.log2(total)) * lse_unit)
+        tl.store(lse_ptr + row * lse_token_stride + head * lse_head_stride, (peak + tl.log2(total)) * lse_unit)
 
 
 def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[heuristics.DecodeLaunch, int, int]:
@@ -198,10 +226,13 @@ def attention_decode(
     seq_lens: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
     workspace: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_decode."""
@@ -215,11 +246,14 @@ def attention_decode(
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries, group = rows // num_seqs, num_heads // num_kv_heads
     block_d = max(power_of_2(head_dim), 16)
-    parts, part_lses, token_stride, head_stride = out, lse, out.stride(0), out.stride(1)
+    parts, part_lses, token_stride, head_stride = out, lse_out, out.stride(0), out.stride(1)
+    lse_strides = (0, 0) if lse_out is None else lse_out.stride()
+    part_lse_strides = lse_strides
     if splits > 1:
         results = rows * num_heads * splits * head_dim
         parts, part_lses = workspace[:results], workspace[results:size]  # [rows, heads, splits, D] and without D
         token_stride, head_stride = num_heads * head_dim, head_dim
+        part_lse_strides = (num_heads * splits, splits)
     longest, unit = room(k_pages, page_table), lse_unit_from_base2(base2)
     call = KernelCall(
         attention_decode_kernel,
@@ -235,10 +269,13 @@ def attention_decode(
         lse_ptr=part_lses,
         num_pages=k_pages.shape[0],
         longest=longest,
-        scale_log2=scale * LOG2_E,
+        scale_log2=score_scale(scale, k_scale) * LOG2_E,
+        v_scale=v_scale if splits == 1 else None,
         lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
         out_token_stride=token_stride,
+        lse_token_stride=part_lse_strides[0],
+        lse_head_stride=part_lse_strides[1],
         page_table_stride=page_table.stride(0),
         splits=splits,
         Q_HEAD_STRIDE=q.stride(1),
@@ -248,6 +285,7 @@ def attention_decode(
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
+        CAUSAL=causal and queries > 1,  # one query sees all either way: the same kernel
         SPLIT=launch.split,
         BLOCK_M=max(power_of_2(queries * group), 16),
         BLOCK_N=launch.keys,
@@ -265,10 +303,13 @@ def attention_decode(
         part_lses_ptr=part_lses,
         seq_lens_ptr=seq_lens,
         out_ptr=out,
-        lse_ptr=lse,
+        lse_ptr=lse_out,
         longest=longest,
+        v_scale=v_scale,
         lse_unit=unit,
         out_token_stride=out.stride(0),
+        lse_token_stride=lse_strides[0],
+        lse_head_stride=lse_strides[1],
         splits=splits,
         OUT_HEAD_STRIDE=out.stride(1),
         QUERIES=queries,

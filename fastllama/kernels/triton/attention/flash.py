@@ -57,10 +57,10 @@ def _softmax_step(scores, acc, peak, total, shrink):
 
 @triton.jit
 def load_length(ptr, longest):
-    """The length of a sequence, and whether it is legal: 0 in place of one that is not."""
+    """The length of a sequence, and whether it is legal: 0 in place of one that is not. int64 is judged, then int32."""
     length = tl.load(ptr)
     is_legal = (length >= 0) & (length <= longest)
-    return tl.where(is_legal, length, 0), is_legal
+    return tl.where(is_legal, length, 0).to(tl.int32), is_legal
 
 
 @triton.jit

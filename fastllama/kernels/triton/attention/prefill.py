@@ -10,8 +10,14 @@ from fastllama.arithmetic import power_of_2
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
-from fastllama.kernels.reference.attention import room
-from fastllama.kernels.triton.attention.flash import LOG2_E, as_codes, attend, lse_unit_from_base2, strides
+from fastllama.kernels.reference.attention import room, score_scale
+from fastllama.kernels.triton.attention.flash import (
+    LOG2_E,
+    as_codes,
+    attend,
+    lse_unit_from_base2,
+    strides,
+)
 
 LANES = tl.constexpr(128)  # bounds that a program reads at once
 
@@ -60,6 +66,8 @@ def _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, K
         "num_rows",
         "num_pages",
         "longest",
+        "lse_token_stride",
+        "lse_head_stride",
         "page_table_stride",
     ]
 )
@@ -79,6 +87,7 @@ def attention_prefill_kernel(
     num_pages,
     longest,
     scale_log2,
+    v_scale,
     lse_unit,
     q_token_stride,
     k_page_stride,
@@ -88,6 +97,8 @@ def attention_prefill_kernel(
     k_token_stride,
     v_token_stride,
     out_token_stride,
+    lse_token_stride,
+    lse_head_stride,
     page_table_stride,
     Q_HEAD_STRIDE: tl.constexpr,
     K_HEAD_STRIDE: tl.constexpr,
@@ -106,20 +117,20 @@ def attention_prefill_kernel(
 ):
     # From the last block on, as programs start in their order: a causal sequence's last rows see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    head = tl.program_id(1).to(tl.int64)
     seq, is_legal = _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, PAGE_SIZE == 0, BLOCK_M)
     exists = seq < num_seqs
-    begin = tl.where(is_legal, tl.load(cu_seqlens_q_ptr + seq), 0)
-    end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows)
+    begin = tl.where(is_legal, tl.load(cu_seqlens_q_ptr + seq), 0).to(tl.int32)
+    end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows).to(tl.int32)
     first_row = begin + (block - _first_block(begin, seq, BLOCK_M)) * BLOCK_M
     first_row = tl.where(is_legal, first_row, block * BLOCK_M)  # else every row belongs to no sequence, and gets NaN
     if first_row < end:
         k_start = tl.full([], 0, tl.int32)
         k_len = tl.load(k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)
         is_legal &= (k_len >= 0) & (k_len <= longest)
-        k_len = tl.where(is_legal, k_len, 0)
+        k_len = tl.where(is_legal, k_len, 0).to(tl.int32)
         if PAGE_SIZE == 0:
-            k_start = tl.load(k_bounds_ptr + seq, mask=exists, other=0)
+            k_start = tl.load(k_bounds_ptr + seq, mask=exists, other=0).to(tl.int32)
             k_len -= k_start
         row = first_row + tl.arange(0, BLOCK_M)  # [M]
         if CAUSAL:
@@ -167,10 +178,13 @@ def attention_prefill_kernel(
         )
         total = tl.where(is_legal, total, float("nan"))
         result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gives 0
+        if v_scale is not None:
+            result *= v_scale
         out_ptrs = out_ptr + offsets * out_token_stride + head * OUT_HEAD_STRIDE + dim[None, :]
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
-            tl.store(lse_ptr + row.to(tl.int64) * num_heads + head, (peak + tl.log2(total)) * lse_unit, mask=row < end)
+            lse_ptrs = lse_ptr + row.to(tl.int64) * lse_token_stride + head * lse_head_stride
+            tl.store(lse_ptrs, (peak + tl.log2(total)) * lse_unit, mask=row < end)
 
 
 @launcher
@@ -184,10 +198,10 @@ def attention_varlen(
     causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_varlen."""
-    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, scale, causal, base2, out, lse)
+    return _plan(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, None, None, scale, causal, base2, out, lse_out)
 
 
 @launcher
@@ -200,10 +214,13 @@ def attention_prefill(
     cu_seqlens_q: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    k_scale: float | None,
+    v_scale: float | None,
     scale: float,
+    causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> list[KernelCall]:
     """See kernels.attention_prefill."""
     return _plan(
@@ -215,11 +232,12 @@ def attention_prefill(
         cu_seqlens_q,
         seq_lens,
         page_table,
-        scale,
-        True,
+        v_scale,
+        score_scale(scale, k_scale),
+        causal,
         base2,
         out,
-        lse,
+        lse_out,
     )
 
 
@@ -232,17 +250,19 @@ def _plan(
     cu_seqlens_q: Tensor,
     k_bounds: Tensor,
     page_table: Tensor | None,
+    v_scale: float | None,
     scale: float,
     causal: bool,
     base2: bool,
     out: Tensor,
-    lse: Tensor | None,
+    lse_out: Tensor | None,
 ) -> list[KernelCall]:
     check_kernel_dtype("q", q)
     num_rows, num_heads, head_dim = q.shape
     if not num_rows:
         return []
     num_seqs = cu_seqlens_q.shape[0] - 1
+    lse_strides = (0, 0) if lse_out is None else lse_out.stride()
     launch = tuning.prefill(q.device, head_dim=head_dim, itemsize=q.element_size(), key_itemsize=k.element_size())
     call = KernelCall(
         attention_prefill_kernel,
@@ -253,7 +273,7 @@ def _plan(
         k_scales_ptr=k_scales,
         v_scales_ptr=v_scales,
         out_ptr=out,
-        lse_ptr=lse,
+        lse_ptr=lse_out,
         cu_seqlens_q_ptr=cu_seqlens_q,
         k_bounds_ptr=k_bounds,
         page_table_ptr=k_bounds if page_table is None else page_table,
@@ -262,9 +282,12 @@ def _plan(
         num_pages=0 if page_table is None else k.shape[0],
         longest=k.shape[0] if page_table is None else room(k, page_table),
         scale_log2=scale * LOG2_E,
+        v_scale=v_scale,
         lse_unit=lse_unit_from_base2(base2),
         q_token_stride=q.stride(0),
         out_token_stride=out.stride(0),
+        lse_token_stride=lse_strides[0],
+        lse_head_stride=lse_strides[1],
         page_table_stride=0 if page_table is None else page_table.stride(0),
         Q_HEAD_STRIDE=q.stride(1),
         OUT_HEAD_STRIDE=out.stride(1),
