@@ -1,0 +1,20 @@
+"""flash-attn's functions, signature by signature, on this project's ops: a stack changes its import and runs."""
+
+from fastllama.integrations.flash_attn import bert_padding
+from fastllama.integrations.flash_attn.attention import flash_attn_func, flash_attn_varlen_func
+from fastllama.integrations.flash_attn.packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "bert_padding",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]

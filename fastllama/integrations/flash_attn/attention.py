@@ -1,0 +1,276 @@
+"""flash_attn_func, flash_attn_varlen_func and their packed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+from fastllama.integrations.flash_attn.conventions import (
+    Window,
+    as_rows,
+    check_heads,
+    check_no_grad,
+    even_bounds,
+    lse_rows,
+    one_of,
+    out_rows,
+    refuse,
+    softmax_lse,
+)
+from fastllama.kernels import attention_prefill, attention_varlen
+
+Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    attention_chunk: int | None = 0,
+    learnable_sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+) -> Result:
+    """Attention of sequences that are all as long: softmax(softmax_scale * q k^T) v.
+
+    q: [B, Sq, Hq, D], k, v: [B, Sk, Hkv, D], one floating dtype, Hq a multiple of Hkv. softmax_scale: defaults to
+    1 / sqrt(D). causal: bottom-right aligned, query i sees keys up to i + Sk - Sq. out: like q; allocated when None.
+    Returns out; with return_lse or return_softmax_lse (out, lse [B, Hq, Sq] fp32), natural; with return_attn_probs
+    (out, lse, an empty tensor), as flash-attn without dropout. A row without keys gives 0 and the log-sum-exp +inf.
+    Hints how to compute it have no effect: deterministic, num_splits, pack_gqa, sm_margin.
+    Raises NotImplementedError for an argument that asks for what no op here computes, RuntimeError for tensors that
+    require grad under grad mode, ValueError for a shape or device, TypeError for a dtype; nothing is written then.
+    Source: flash-attn 2.8.3, `flash_attn_interface.py`; keyword arguments also of FlashAttention 3 and its CuTe form.
+    """
+    refuse(
+        "flash_attn_func",
+        causal=causal,
+        dropout_p=dropout_p,
+        window_size=window_size,
+        softcap=softcap,
+        attention_chunk=attention_chunk,
+        alibi_slopes=alibi_slopes,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+    )
+    check_no_grad("flash_attn_func", q=q, k=k, v=v, out=out)
+    check_shape("q", q, ("B", "Sq", "Hq", "D"))
+    num_seqs, len_q = q.shape[:2]
+    check_shape("k", k, (num_seqs, "Sk", "Hkv", "D"))
+    check_heads("k", k, q)
+    check_shape("v", v, k.shape)
+    len_k = k.shape[1]
+    rows, to = as_rows(q), out_rows(out, q)
+    bounds = even_bounds(num_seqs, len_q, q.device)
+    bounds_k = bounds if len_k == len_q else even_bounds(num_seqs, len_k, q.device)
+    lse = lse_rows(rows, num_seqs) if return_attn_probs or return_lse or return_softmax_lse else None
+    to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, softmax_scale, causal, to, lse)
+    out = to.view(q.shape) if out is None else out
+    if lse is None:
+        return out
+    lse = softmax_lse(lse, num_seqs, len_q)
+    return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    page_table: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    attention_chunk: int | None = 0,
+    learnable_sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    fa_version: int | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+) -> Result:
+    """Attention of sequences of any lengths, packed one after another; keys packed too, or in pages.
+
+    q: [total_q, Hq, D], cu_seqlens_q: [B + 1], the row bounds of each sequence from 0; rows past the last bound give 0.
+    k, v: [total_k, Hkv, D] with cu_seqlens_k [B + 1]; or pages [P, page_size, Hkv, D] of any page size, with
+    block_table (page_table) [B, pages], pages of each sequence in order. All integers int32 or int64.
+    seqused_k: [B], keys of each sequence that are used, its first; of pages, their number, instead of cu_seqlens_k.
+    seqused_q: [B], queries of each sequence that are used, its first; the others give 0.
+    Where cu_seqlens_q or cu_seqlens_k is None, q or k and v are [B, S, H, D].
+    causal: bottom-right aligned. Returns out like q, and log-sum-exps as `flash_attn_func` does: [Hq, total_q], or
+    [B, Hq, Sq] without cu_seqlens_q. max_seqlen_q, max_seqlen_k, scheduler_metadata, fa_version have no effect, as the
+    hints of `flash_attn_func`. Bounds that do not ascend within their rows and lengths that pages have no room for
+    give NaN: they are on the device, where nothing here reads them.
+    Everything else, errors and source: as `flash_attn_func`.
+    """
+    name = "flash_attn_varlen_func"
+    refuse(
+        name,
+        causal=causal,
+        dropout_p=dropout_p,
+        window_size=window_size,
+        softcap=softcap,
+        attention_chunk=attention_chunk,
+        alibi_slopes=alibi_slopes,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+    )
+    check_no_grad(name, q=q, k=k, v=v, out=out)
+    table = one_of("block_table", block_table, "page_table", page_table)
+    check_shape("q", q, ("total_q", "Hq", "D") if cu_seqlens_q is not None else ("B", "Sq", "Hq", "D"))
+    bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q)
+    num_seqs, (num_rows, length) = bounds.shape[0] - 1, (None, 1) if cu_seqlens_q is not None else q.shape[:2]
+    for used_name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None:
+            check_shape(used_name, used, (num_seqs,))
+    rows, to = as_rows(q), out_rows(out, q)
+    lse = lse_rows(rows, num_rows) if return_attn_probs or return_lse or return_softmax_lse else None
+    if table is None:
+        check_shape("k", k, ("total_k", "Hkv", "D") if cu_seqlens_k is not None else (num_seqs, "Sk", "Hkv", "D"))
+        check_heads("k", k, q)
+        check_shape("v", v, k.shape)
+        bounds_k = _bounds("cu_seqlens_k", cu_seqlens_k, k)
+        check_shape("cu_seqlens_k", bounds_k, (num_seqs + 1,))
+        if seqused_k is not None:  # the other keys are a sequence of their own, without queries
+            bounds, bounds_k = bounds.repeat_interleave(2)[1:], _used(bounds_k, seqused_k)
+            seqused_q = None if seqused_q is None else _and_none(seqused_q)
+        if seqused_q is not None:  # the other queries are one without keys
+            bounds, bounds_k = _used(bounds, seqused_q), bounds_k.repeat_interleave(2)[1:]
+        to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, softmax_scale, causal, to, lse)
+    else:
+        check_shape("k", k, ("P", "page_size", "Hkv", "D"))
+        check_heads("k", k, q)
+        check_shape("v", v, k.shape)
+        check_shape("page_table" if block_table is None else "block_table", table, (num_seqs, "pages"))
+        lens = _lengths(seqused_k, cu_seqlens_k, num_seqs)
+        if seqused_q is not None:
+            bounds, table, lens = _used(bounds, seqused_q), table.repeat_interleave(2, 0), _and_none(lens)
+        to = _prefill(rows, k, v, table, lens, bounds, softmax_scale, causal, to, lse)
+    out = to.view(q.shape) if out is None else out
+    if lse is None:
+        return out
+    lse = softmax_lse(lse, num_rows, length)
+    return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    bounds_k: Tensor,
+    scale: float | None,
+    causal: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    attention_varlen(q, k, v, bounds, bounds_k, scale=scale, causal=causal, out=out, lse_out=lse)
+    return out
+
+
+def _prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    bounds: Tensor,
+    scale: float | None,
+    causal: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """k, v: [P, page_size, Hkv, D], as flash-attn has pages."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    attention_prefill(q, k, v, table, lens, bounds, scale=scale, causal=causal, out=out, lse_out=lse)
+    return out
+
+
+def _bounds(name: str, bounds: Tensor | None, x: Tensor) -> Tensor:
+    """Row bounds [B + 1]: those given, or of x [B, S, H, D]."""
+    if bounds is None:
+        return even_bounds(x.shape[0], x.shape[1], x.device)
+    check_shape(name, bounds, ("B + 1",))
+    if not bounds.shape[0]:
+        raise ValueError(f"{name} has shape [0]; legal: [B + 1]")
+    return bounds
+
+
+def _lengths(seqused_k: Tensor | None, cu_seqlens_k: Tensor | None, num_seqs: int) -> Tensor:
+    """Keys of each sequence in pages."""
+    if seqused_k is not None:
+        return seqused_k
+    if cu_seqlens_k is None:
+        raise ValueError("seqused_k and cu_seqlens_k are None; legal for keys in pages: one of them, a tensor")
+    check_shape("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+    return cu_seqlens_k.diff()
+
+
+def _used(bounds: Tensor, used: Tensor) -> Tensor:
+    """Bounds of twice as many sequences: the rows of each that are used, then the others."""
+    starts = bounds[:-1]
+    return torch.cat((torch.stack((starts, starts + used.to(bounds.dtype)), 1).flatten(), bounds[-1:]))
+
+
+def _and_none(counts: Tensor) -> Tensor:
+    """Counts of twice as many sequences: behind each one without any."""
+    return torch.stack((counts, torch.zeros_like(counts)), 1).flatten()

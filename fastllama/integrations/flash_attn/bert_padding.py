@@ -1,0 +1,43 @@
+"""unpad_input and pad_input: from padded batches to packed sequences and back. Gradients flow through both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_shape
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """The rows of a padded batch that its masks select, one after another.
+
+    hidden_states: [B, S, ...]. attention_mask: [B, S] bool or integers, 1 for tokens. unused_mask: [B, S], 1 for rows
+    that are kept but not used.
+    Returns (rows [total, ...], indices [total] int64 into the flattened batch, cu_seqlens [B + 1] int32, the longest
+    sequence as an int, seqused [B] int32: tokens of attention_mask alone). How many rows there are and the longest
+    sequence are read from the device, which the other functions here never do.
+    Raises ValueError for a shape. Source: flash-attn 2.8.3, `bert_padding.py`.
+    """
+    check_shape("attention_mask", attention_mask, hidden_states.shape[:2])
+    kept = attention_mask
+    if unused_mask is not None:
+        check_shape("unused_mask", unused_mask, attention_mask.shape)
+        kept = attention_mask + unused_mask
+    lengths = kept.sum(-1, dtype=torch.int32)
+    indices = kept.flatten().nonzero().flatten()
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    rows = hidden_states.flatten(0, 1).index_select(0, indices)
+    return rows, indices, cu_seqlens, int(lengths.max()), attention_mask.sum(-1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """Rows back into a padded batch: [total, ...] to [batch, seqlen, ...], zeros where there was padding.
+
+    indices: [total] int64, as `unpad_input` returns them.
+    """
+    check_shape("indices", indices, hidden_states.shape[:1])
+    shape = (batch * seqlen, *hidden_states.shape[1:])
+    padded = torch.zeros(shape, dtype=hidden_states.dtype, device=hidden_states.device)
+    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
