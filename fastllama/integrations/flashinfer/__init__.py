@@ -1,0 +1,60 @@
+"""FlashInfer's functions on this library's ops: `from fastllama.integrations import flashinfer` for `import flashinfer`.
+
+Modules and names are FlashInfer's (0.6 and 0.7), and so are signatures and conventions. What is not implemented here
+raises NotImplementedError that names the argument, and only where that is not at its default.
+"""
+
+from fastllama.integrations.flashinfer.activation import silu_and_mul
+from fastllama.integrations.flashinfer.norm import fused_add_rmsnorm, rmsnorm
+from fastllama.integrations.flashinfer.rope import (
+    apply_llama31_rope,
+    apply_llama31_rope_inplace,
+    apply_llama31_rope_pos_ids,
+    apply_llama31_rope_pos_ids_inplace,
+    apply_rope,
+    apply_rope_inplace,
+    apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace,
+)
+from fastllama.integrations.flashinfer.sampling import (
+    min_p_sampling_from_probs,
+    sampling_from_logits,
+    sampling_from_probs,
+    softmax,
+    top_k_mask_logits,
+    top_k_renorm_probs,
+    top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs,
+    top_p_renorm_probs,
+    top_p_sampling_from_probs,
+)
+
+__all__ = [
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
+    "apply_rope_pos_ids",
+    "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
+    "fused_add_rmsnorm",
+    "min_p_sampling_from_probs",
+    "rmsnorm",
+    "sampling_from_logits",
+    "sampling_from_probs",
+    "silu_and_mul",
+    "softmax",
+    "top_k_mask_logits",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
+]

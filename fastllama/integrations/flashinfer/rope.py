@@ -1,0 +1,277 @@
+"""FlashInfer's rotary embeddings: from a base frequency, by Llama 3.1's scaling, or from a cos/sin cache.
+
+Positions lie on the device, where no cache of a known length covers them all: the angles of the tokens at hand are
+computed there, [T, R] fp32, without waiting for the device. Frequencies are computed in fp64 and rounded to fp32, and
+an angle is their fp32 product with the position, as the op's own cache has it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.errors import check_device, check_dtype, check_shape
+from fastllama.kernels.dispatch.checks import INTEGERS
+
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys of B ragged segments. Returns new (q, k).
+
+    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. indptr: [B + 1] int32 or int64, where
+    each segment begins, and the end of the last: tokens past it are left as they are. offsets: [B], the position of
+    each segment's first token.
+    rotary_dim: how many of the D dimensions are rotated, the first; None for all. interleave: pairs (x_2i, x_2i+1),
+    otherwise (x_i, x_{i + rotary_dim/2}). Frequencies: rope_theta^(-2i / rotary_dim) / rope_scale.
+    Raises ValueError for a shape, stride, device or number, TypeError for a dtype; nothing is written then.
+    """
+    inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta)
+    return _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave)
+
+
+def apply_rope_inplace(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> None:
+    """`apply_rope` into q and k themselves, which may be slices of one tensor."""
+    inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta)
+    _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave, in_place=True)
+
+
+def apply_rope_pos_ids(
+    q: Tensor,
+    k: Tensor,
+    pos_ids: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` of tokens whose positions are given. pos_ids: [T] int32 or int64."""
+    return _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta), interleave)
+
+
+def apply_rope_pos_ids_inplace(
+    q: Tensor,
+    k: Tensor,
+    pos_ids: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> None:
+    """`apply_rope_pos_ids` into q and k themselves."""
+    _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta), interleave, in_place=True)
+
+
+def apply_llama31_rope(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` with Llama 3.1's frequencies.
+
+    A frequency that turns less than low_freq_factor times in old_context_len tokens is divided by rope_scale, one that
+    turns more than high_freq_factor times stays, and those between are interpolated.
+    """
+    scaling = (low_freq_factor, high_freq_factor, old_context_len)
+    inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
+    return _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave)
+
+
+def apply_llama31_rope_inplace(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> None:
+    """`apply_llama31_rope` into q and k themselves."""
+    scaling = (low_freq_factor, high_freq_factor, old_context_len)
+    inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
+    _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave, in_place=True)
+
+
+def apply_llama31_rope_pos_ids(
+    q: Tensor,
+    k: Tensor,
+    pos_ids: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """`apply_llama31_rope` of tokens whose positions are given. pos_ids: [T] int32 or int64."""
+    scaling = (low_freq_factor, high_freq_factor, old_context_len)
+    return _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling), interleave)
+
+
+def apply_llama31_rope_pos_ids_inplace(
+    q: Tensor,
+    k: Tensor,
+    pos_ids: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> None:
+    """`apply_llama31_rope_pos_ids` into q and k themselves."""
+    scaling = (low_freq_factor, high_freq_factor, old_context_len)
+    inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
+    _rotate(q, k, pos_ids, inv_freq, interleave, in_place=True)
+
+
+def apply_rope_with_cos_sin_cache(
+    positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by a cache of cosines and sines. Returns new (query, key), in the shapes of the old.
+
+    positions: [T] int32 or int64, each below max_position; another one gives NaN. query: [T, Hq * head_size], key:
+    [T, Hkv * head_size], or with the heads apart, one floating dtype, last dimension contiguous. cos_sin_cache:
+    [max_position, R] fp32, R/2 cosines, then R/2 sines; R is even and at most head_size. is_neox: pairs
+    (x_i, x_{i + R/2}), otherwise (x_2i, x_2i+1).
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    """
+    query_out, key_out = torch.empty_like(query), torch.empty_like(key)
+    _rotate_by_cache(positions, query, key, head_size, cos_sin_cache, is_neox, query_out, key_out)
+    return query_out, key_out
+
+
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool = True
+) -> None:
+    """`apply_rope_with_cos_sin_cache` into query and key, which may be slices of one tensor. Allocates nothing."""
+    _rotate_by_cache(positions, query, key, head_size, cos_sin_cache, is_neox, query, key)
+
+
+def _rotate_by_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    query_out: Tensor,
+    key_out: Tensor,
+) -> None:
+    shape = cos_sin_cache.shape
+    if len(shape) != 2 or shape[1] % 2 or shape[1] > head_size:
+        raise ValueError(
+            f"cos_sin_cache has shape {list(shape)}; legal: [max_position, R] with R even and at most {head_size}"
+        )
+    check_dtype("cos_sin_cache", cos_sin_cache, (torch.float32,))
+    check_device("cos_sin_cache", cos_sin_cache, "query", query)
+    q, q_out = _heads("query", query, head_size), _heads("query", query_out, head_size)
+    k, k_out = _heads("key", key, head_size), _heads("key", key_out, head_size)
+    kernels.rope(q, k, cos_sin_cache, positions, interleaved=not is_neox, q_out=q_out, k_out=k_out)
+
+
+def _heads(name: str, x: Tensor, head_size: int) -> Tensor:
+    """[T, heads, head_size], a view."""
+    if x.dim() == 3 and x.shape[2] == head_size:
+        return x
+    if head_size < 1 or x.dim() != 2 or x.shape[1] % head_size:
+        raise ValueError(f"{name} has shape {list(x.shape)}; legal for head_size {head_size}: [T, heads * head_size]")
+    return x.unflatten(1, (x.shape[1] // head_size, head_size))
+
+
+def _rotate(
+    q: Tensor, k: Tensor, pos_ids: Tensor, inv_freq: Tensor, interleave: bool, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    check_shape("pos_ids", pos_ids, q.shape[:1])
+    check_dtype("pos_ids", pos_ids, INTEGERS)
+    check_device("pos_ids", pos_ids, "q", q)
+    angles = pos_ids.float()[:, None] * inv_freq
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    rows = torch.arange(pos_ids.shape[0], dtype=torch.int32, device=q.device)
+    q_out, k_out = (q, k) if in_place else (None, None)
+    return kernels.rope(q, k, cos_sin, rows, interleaved=interleave, q_out=q_out, k_out=k_out)
+
+
+def _positions(q: Tensor, indptr: Tensor, offsets: Tensor) -> Tensor:
+    """[T] int64: of each token by its segment; 0, which turns nothing, past the last."""
+    check_shape("offsets", offsets, ("B",))
+    if not offsets.shape[0]:
+        raise ValueError("offsets has shape [0]; legal: [B] with B at least 1")
+    check_shape("indptr", indptr, (offsets.shape[0] + 1,))
+    for name, tensor in (("indptr", indptr), ("offsets", offsets)):
+        check_dtype(name, tensor, INTEGERS)
+        check_device(name, tensor, "q", q)
+    indptr = indptr.long().contiguous()
+    tokens = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)
+    segments = torch.searchsorted(indptr[:-1], tokens, right=True) - 1  # of equal starts, the one that holds tokens
+    positions = tokens - indptr[segments] + offsets[segments]
+    return torch.where(tokens < indptr[-1], positions, 0)
+
+
+def _frequencies(
+    q: Tensor,
+    rotary_dim: int | None,
+    rope_scale: float,
+    rope_theta: float,
+    scaling: tuple[float, float, float] | None = None,
+) -> Tensor:
+    """[R/2] fp32, radians per position. scaling: Llama 3.1's low and high factor, and the context it was trained on."""
+    check_shape("q", q, ("T", "Hq", "D"))
+    size = q.shape[2] if rotary_dim is None else rotary_dim
+    if size % 2 or not 0 < size <= q.shape[2]:
+        raise ValueError(
+            f"rotary_dim is {rotary_dim}; legal for heads of {q.shape[2]}: None where that is even, or an "
+            "even number from 2 to it"
+        )
+    _check_positive("rope_scale", rope_scale)
+    _check_positive("rope_theta", rope_theta)
+    exponents = torch.arange(0, size, 2, dtype=torch.float64, device=q.device) / size
+    inv_freq = rope_theta**-exponents
+    if scaling is None:
+        return (inv_freq / rope_scale).float()
+    low, high, context = scaling
+    _check_positive("low_freq_factor", low)
+    _check_positive("old_context_len", context)
+    if not low < high < math.inf:
+        raise ValueError(f"high_freq_factor is {high}; legal: above low_freq_factor, {low}")
+    turns = inv_freq * (context / (2 * math.pi))
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (kept * inv_freq + (1 - kept) * inv_freq / rope_scale).float()
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; legal: a finite number above 0")
