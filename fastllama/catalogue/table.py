@@ -158,7 +158,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _page_bytes,
     ),
     "silu_mul": CatalogueEntry(
-        lambda m: rows.silu_mul(m, T, D),
+        lambda m: rows.silu_mul(m, T, D, apart=True),
         lambda m, sizes, shape: rows.silu_mul(m, shape.rows, sizes.intermediate),
         ROWS,
         _all_bytes,

@@ -19,9 +19,10 @@ from tests.kernels.ops.test_attention import Packed, bounds, packed
 INF = math.inf
 # Heads that fill a program of the kernel's and leave a rest, heads of odd sizes, one head larger than a program.
 SHAPES = [(1, 1, 1), (3, 32, 128), (2, 5, 80), (4, 7, 64), (2, 3, 1000), (5, 8, 16), (1, 64, 12)]
-SPECIAL = [-INF, -3e38, -1e4, -100.0, -1.0, 0.0, 30.0, 88.0, 1e4, 3e38]
+SPECIAL = [-INF, -3e38, -1e4, -100.0, -1.0, 0.0, 30.0, 88.0, 1e4, 3e38, INF]
 EMPTY = [(0, 4, 8), (3, 0, 8), (3, 4, 0), (0, 0, 0)]
 
+BASES = pytest.mark.parametrize("base2", [False, True])
 everywhere = pytest.mark.parametrize("backend", backends("merge_state"))
 State = tuple[Tensor, Tensor, Tensor, Tensor]  # a, a_lse, b, b_lse
 
@@ -34,33 +35,39 @@ def sides(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> State:
 
 
 def special(dtype: torch.dtype = torch.float32) -> State:
-    """Every pair of special log-sum-exps; the values of a side of -inf are noise, which nothing may look at."""
-    a_lse, b_lse = torch.tensor([*product(SPECIAL, SPECIAL)]).view(20, 5, 2).unbind(-1)
-    a, _, b, _ = sides((20, 5, 24), dtype)
-    a[a_lse == -INF], b[b_lse == -INF] = math.nan, INF
+    """Every pair of special log-sum-exps; the values of a side without keys are noise, which nothing may look at."""
+    a_lse, b_lse = torch.tensor([*product(SPECIAL, SPECIAL)]).view(len(SPECIAL), -1, 2).unbind(-1)
+    a, _, b, _ = sides((*a_lse.shape, 24), dtype)
+    a[a_lse.isinf()], b[b_lse.isinf()] = math.nan, INF
     return a, a_lse.contiguous(), b, b_lse.contiguous()
 
 
-def loops(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+def seen(lse: Tensor) -> Tensor:
+    """+inf, which says what -inf says, as that."""
+    return lse.masked_fill(lse == INF, -INF)
+
+
+def loops(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool = False) -> tuple[Tensor, Tensor]:
     """The definition, one head after another, in Python's floats."""
     out, lse = torch.zeros_like(a), torch.full_like(a_lse, -INF)
     for t, h in product(range(a.shape[0]), range(a.shape[1])):
-        one, other = float(a_lse[t, h]), float(b_lse[t, h])
+        one, other = (-INF if math.isinf(lse[t, h]) else float(lse[t, h]) for lse in (a_lse, b_lse))
         peak = max(one, other)
         if peak > -INF:
-            weights = [math.exp(one - peak), math.exp(other - peak)]
+            weights = [2 ** (lse - peak) if base2 else math.exp(lse - peak) for lse in (one, other)]
             for weight, side in zip(weights, (a, b), strict=True):
                 if weight:
                     out[t, h] += weight / sum(weights) * side[t, h]
-            lse[t, h] = peak + math.log(sum(weights))
+            lse[t, h] = peak + (math.log2 if base2 else math.log)(sum(weights))
     return out, lse
 
 
-def plain(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+def plain(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool = False) -> tuple[Tensor, Tensor]:
     """Plain torch in a's dtype."""
-    lses = torch.stack((a_lse, b_lse))
+    unit = math.log(2) if base2 else 1.0
+    lses = seen(torch.stack((a_lse, b_lse))) * unit
     shares = lses.softmax(0).nan_to_num(0.0).to(a.dtype)[..., None]
-    return shares[0] * a + shares[1] * b, lses.logsumexp(0)
+    return shares[0] * a + shares[1] * b, lses.logsumexp(0) / unit
 
 
 def assert_bits(found: Tensor, expected: Tensor) -> None:
@@ -69,16 +76,18 @@ def assert_bits(found: Tensor, expected: Tensor) -> None:
     assert_equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
 
 
+@BASES
 @pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
-def test_the_reference_is_the_definition(shape: tuple[int, ...]) -> None:
+def test_the_reference_is_the_definition(shape: tuple[int, ...], base2: bool) -> None:
     state = double(*sides(shape))
-    for found, expected in zip(reference.merge_state(*state), loops(*state), strict=True):
+    for found, expected in zip(reference.merge_state(*state, base2), loops(*state, base2), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_the_reference_is_the_definition_at_the_extremes() -> None:
+@BASES
+def test_the_reference_is_the_definition_at_the_extremes(base2: bool) -> None:
     state = double(*special())
-    for found, expected in zip(reference.merge_state(*state), loops(*state), strict=True):
+    for found, expected in zip(reference.merge_state(*state, base2), loops(*state, base2), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -90,6 +99,18 @@ def test_merge_state(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -
     found = public("merge_state", backend)(*state)
     for ours, theirs, exact in zip(found, plain(*state), reference.merge_state(*double(*state)), strict=True):
         assert_honest(ours, theirs, exact)
+
+
+@everywhere
+def test_log_sum_exps_to_base_2_are_the_same_in_another_unit(backend: str) -> None:
+    """Merged as natural ones they would be up to 0.07 off."""
+    run, (a, a_lse, b, b_lse) = public("merge_state", backend), sides((6, 5, 24))
+    out, lse = run(a, a_lse / math.log(2), b, b_lse / math.log(2), base2=True)
+    expected, expected_lse = run(a, a_lse, b, b_lse)
+    # log-sum-exps up to 16 in base 2, and sums of values of which each weighs up to 1
+    torch.testing.assert_close(lse * math.log(2), expected_lse, rtol=0, atol=2**-19)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2**-18)
+    assert not torch.allclose(run(a, a_lse / math.log(2), b, b_lse / math.log(2))[0], expected, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -104,28 +125,35 @@ def test_the_sum_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
     assert ((out - exact).abs() <= unit / 2 + noise).all()
 
 
+@pytest.mark.in_turn("base2")
+@BASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @everywhere
-def test_far_apart_far_from_zero_and_without_keys(backend: str, dtype: torch.dtype) -> None:
+def test_far_apart_far_from_zero_and_without_keys(backend: str, dtype: torch.dtype, base2: bool) -> None:
     state = special(dtype)
-    out, lse = public("merge_state", backend)(*state)
-    exact, exact_lse = reference.merge_state(*double(*state))
+    out, lse = public("merge_state", backend)(*state, base2=base2)
+    exact, exact_lse = reference.merge_state(*double(*state), base2)
     finite = [side.nan_to_num(0.0, 0.0) for side in state[::2]]  # what plain torch can bear on a side without keys
-    assert_honest(out, plain(finite[0], state[1], finite[1], state[3])[0], exact)
+    assert_honest(out, plain(finite[0], state[1], finite[1], state[3], base2)[0], exact)
     # the roundings of a total of 1 to 2, of its logarithm and of the sum
     torch.testing.assert_close(lse.double(), exact_lse, rtol=2**-23, atol=2**-22)
 
 
+@pytest.mark.in_turn("base2", "mark")
+@BASES
+@pytest.mark.parametrize("mark", [-INF, INF], ids=["ours", "flash-attn's"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @everywhere
-def test_a_side_without_keys_leaves_the_other_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
+def test_a_side_without_keys_leaves_the_other_bit_for_bit(
+    backend: str, dtype: torch.dtype, mark: float, base2: bool
+) -> None:
     """NaN, infinities and the sign of 0 included; and nothing at all is 0 and -inf."""
     a, a_lse, b, b_lse = sides((6, 5, 24), dtype)
     for side in (a, b):
         side[..., :4] = torch.tensor([-0.0, INF, -INF, math.nan])
-    a_lse[::3], b_lse[1::3] = -INF, -INF
-    a_lse[2], b_lse[2] = -INF, -INF
-    out, lse = public("merge_state", backend)(a, a_lse, b, b_lse)
+    a_lse[::3], b_lse[1::3] = mark, mark
+    a_lse[2], b_lse[2] = mark, -INF
+    out, lse = public("merge_state", backend)(a, a_lse, b, b_lse, base2=base2)
     assert_bits(out[::3], b[::3])
     assert_bits(out[1::3], a[1::3])
     assert_bits(out[2], torch.zeros_like(out[2]))
@@ -140,11 +168,14 @@ def test_nan_is_not_hidden(backend: str) -> None:
     state = sides((4, 5, 24))
     for row, tensor in enumerate(state):
         tensor[row, 1] = math.nan
+    _, a_lse, _, b_lse = state
+    a_lse[1, 0], b_lse[1, 0], a_lse[2, 0], b_lse[2, 0] = math.nan, INF, -INF, math.nan  # beside a side without keys
     out, lse = public("merge_state", backend)(*state)
     assert out[:, 1].isnan().all()
     assert lse[:, 1].isnan().tolist() == [False, True, False, True]
+    assert lse[:, 0].isnan().tolist() == [False, True, True, False]
     assert out[:, [0, 2, 3, 4]].isfinite().all()
-    assert lse[:, [0, 2, 3, 4]].isfinite().all()
+    assert lse[:, 2:].isfinite().all()
 
 
 @pytest.mark.in_turn("heads", "causal")
@@ -215,6 +246,27 @@ def test_any_strides(backend: str) -> None:
     out[:], lse_out[:] = 7.0, 7.0
     assert (buffer == 7.0).all()
     assert (row == 7.0).all()
+
+
+@everywhere
+def test_log_sum_exps_of_heads_by_tokens(backend: str) -> None:
+    """As flash-attn returns them, each in strides of its own; in place too, and not over the rows of another."""
+    run = public("merge_state", backend)
+    a, a_lse, b, b_lse = sides((6, 5, 24))
+    expected = run(a, a_lse, b, b_lse)
+    turned, spread = a_lse.T.contiguous().T, torch.stack((b_lse, b_lse), -1).flatten(1)[:, ::2]
+    buffer = torch.full((5, 9), 7.0)
+    for lse_out in (buffer[:, 2:8].T, turned, spread):
+        out, lse = run(a, turned, b, spread, lse_out=lse_out)
+        assert lse is lse_out
+        assert_equal(out, expected[0])
+        assert_equal(lse, expected[1])
+        turned.copy_(a_lse)
+        spread.copy_(b_lse)
+    buffer[:, 2:8] = 7.0
+    assert (buffer == 7.0).all()
+    with pytest.raises(ValueError, match=r"^lse_out shares memory with a_lse"):
+        run(a, turned, b, b_lse, lse_out=turned.T.view(6, 5))
 
 
 @everywhere

@@ -69,6 +69,7 @@ IN_PLACE = [
     for name, inputs in OPS[op]._aliasing._in_place.items()
     for other, parts in inputs.items()
     for part in range(parts)
+    if (part + 1) * small_call(op)[name].numel() <= small_call(op)[other].numel()
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastllama import kernels
 from fastllama.kernels import reference
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, public
 
@@ -19,7 +20,8 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...]) -> None:
     gate_up = 4 * torch.randn(shape, dtype=torch.float64)
     gate, up = gate_up[..., : shape[-1] // 2], gate_up[..., shape[-1] // 2 :]
     expected = gate / (1 + torch.exp(-gate)) * up
-    torch.testing.assert_close(reference.silu_mul(gate_up), expected, rtol=1e-13, atol=1e-13)
+    for given in ((gate_up,), (gate, up)):
+        torch.testing.assert_close(reference.silu_mul(*given), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -27,8 +29,9 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_silu_mul(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     gate_up = (4 * torch.randn(shape)).to(dtype)
-    gate, up = gate_up.tensor_split(2, -1)
-    assert_honest(public("silu_mul", backend)(gate_up), F.silu(gate) * up, reference.silu_mul(gate_up.double()))
+    gate, up = (half.contiguous() for half in gate_up.tensor_split(2, -1))
+    for given in ((gate_up,), (gate, up)):
+        assert_honest(public("silu_mul", backend)(*given), F.silu(gate) * up, reference.silu_mul(gate_up.double()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -62,6 +65,46 @@ def test_strided_rows_and_output(backend: str) -> None:
     assert_equal(out, run(gate_up))
     buffer[:, 5:15] = 7.0
     assert (buffer == 7.0).all()
+
+
+@pytest.mark.parametrize("backend", backends("silu_mul"))
+def test_gate_up_and_out_have_strides_of_their_own(backend: str) -> None:
+    """Rows of the gate are not where those of up are, nor those of out; what lies between is left alone."""
+    gate_up = torch.randn(6, 20).to(torch.bfloat16)
+    gates, ups, buffer = (torch.full((6, width), 7.0, dtype=torch.bfloat16) for width in (50, 13, 30))
+    gate, up, out = gates[:, 7:17], ups[:, 2:12], buffer[:, 5:15]
+    gate.copy_(gate_up[:, :10])
+    up.copy_(gate_up[:, 10:])
+    run = public("silu_mul", backend)
+    assert run(gate, up, out=out) is out
+    assert_equal(out, run(*(half.contiguous() for half in gate_up.chunk(2, dim=-1))))
+    assert_equal(gate, gate_up[:, :10])
+    for each in (gate, up, out):
+        each.fill_(7.0)
+    assert (torch.cat((gates, ups, buffer), -1) == 7.0).all()
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("backend", backends("silu_mul"))
+def test_in_place_over_either_half_of_the_projection(backend: str, rows: int, half: int) -> None:
+    """Of one tensor, of both its halves as two, and of two tensors of their own."""
+    run, gate_up = public("silu_mul", backend), torch.randn(rows, 140)
+    expected = run(gate_up)
+    for given in ((gate_up.clone(),), gate_up.clone().chunk(2, dim=-1), [x.clone() for x in gate_up.chunk(2, dim=-1)]):
+        out = given[half] if len(given) == 2 else given[0][:, 70 * half : 70 * half + 70]
+        assert run(*given, out=out) is out
+        torch.testing.assert_close(out, expected, rtol=2**-22, atol=0)  # torch's silu by strides, in its last bit
+
+
+def test_the_next_row_of_the_gate_is_not_its_other_half() -> None:
+    """Where up is a tensor of its own, what lies behind a row of the gate is one that is yet to be read."""
+    buffer, up = torch.randn(6, 10), torch.randn(5, 10)
+    before = buffer.clone()
+    for out in (buffer[1:], buffer.flatten()[5:55].view(5, 10)):
+        with pytest.raises(ValueError, match=r"^out shares memory with gate_up; legal: memory of its own, or gate_up"):
+            kernels.silu_mul(buffer[:5], up, out=out)
+    assert_equal(buffer, before)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

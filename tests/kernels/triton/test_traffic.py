@@ -27,10 +27,14 @@ def test_the_norm_reads_and_writes_each_row_once(checked: CheckedRun) -> None:
 
 @pytest.mark.interpreter
 def test_silu_mul_reads_two_and_writes_one(checked: CheckedRun) -> None:
-    public("silu_mul", "triton")(torch.randn(ROWS, 2 * 13824).bfloat16())
-    (launch,) = checked.launches
-    assert launch.loaded == {"gate_up_ptr": ROWS * 2 * 2 * 13824}
-    assert launch.stored == {"out_ptr": ROWS * 2 * 13824}
+    both, half = ROWS * 2 * 2 * 13824, ROWS * 2 * 13824
+    gate_up = torch.randn(ROWS, 2 * 13824).bfloat16()
+    public("silu_mul", "triton")(gate_up)
+    public("silu_mul", "triton")(*gate_up.chunk(2, dim=-1))
+    fused, apart = checked.launches
+    assert fused.loaded == {"gate_up_ptr": both}
+    assert apart.loaded == {"gate_up_ptr": half, "up_ptr": half}
+    assert fused.stored == apart.stored == {"out_ptr": half}
 
 
 @pytest.mark.interpreter
