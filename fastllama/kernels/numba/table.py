@@ -40,4 +40,5 @@ KERNELS = {
     "rope_and_write_kv": Kernels(rope.rope_and_write_kv),
     "sample": Kernels(sampling.sample),
     "silu_mul": Kernels(swiglu.silu_mul),
+    "write_kv": Kernels(rope.write_kv),
 }

@@ -17,6 +17,7 @@ from fastllama.kernels.dispatch.checks import (
 )
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops import values
+from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 
 def _check_write_kv(
@@ -53,6 +54,8 @@ _WRITE_KV = Op(
     check=_check_write_kv,
     reference=reference.write_kv,
     values=values.check_write_kv,
+    numba=numba_kernels,
+    triton=triton_kernels,
 )
 
 

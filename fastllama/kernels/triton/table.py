@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastllama.kernels.dispatch.backends import Kernels
 from fastllama.kernels.triton.attention import decode, merge, prefill
 from fastllama.kernels.triton.matmul import dense, int4, int8, quantized, w8a8
-from fastllama.kernels.triton.rows import embedding, norm, quantize_rows, rope, swiglu
+from fastllama.kernels.triton.rows import embedding, norm, quantize_rows, rope, swiglu, write_kv
 from fastllama.kernels.triton.sampling import adjust_logits, draw
 
 KERNELS = {
@@ -29,4 +29,5 @@ KERNELS = {
     "sample": Kernels(draw.sample, draw.workspace_size),
     "silu_mul": Kernels(swiglu.silu_mul),
     "silu_mul_int8": Kernels(swiglu.silu_mul_int8),
+    "write_kv": Kernels(write_kv.write_kv),
 }

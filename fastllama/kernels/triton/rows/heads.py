@@ -76,6 +76,7 @@ def rotated(first, second, angles_ptr, exists, HEAD_DIM: tl.constexpr, ROTARY: t
     turns = pair < ROTARY // 2
     cos = tl.load(angles_ptr + pair, mask=turns & exists, other=tl.where(exists, 1.0, float("nan")))
     sin = tl.load(angles_ptr + ROTARY // 2 + pair, mask=turns & exists, other=0.0)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first_turned, second_turned = first * cos - second * sin, second * cos + first * sin
     if ROTARY < HEAD_DIM:  # sin = 0 alone would not do: 0 * inf is NaN
         first_turned = tl.where(turns, first_turned, first)

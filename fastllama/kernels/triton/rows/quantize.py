@@ -30,6 +30,17 @@ def quantized(first, second, dtype: tl.constexpr):
     return first, second, tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
 
 
+# x in fp32 -> its codes under one scale, as above; the largest code for larger quotients. e4m3fn has its NaN where 480
+# would be, int8 has none: its code is 0.
+@triton.jit
+def quantized_by(scale, x, dtype: tl.constexpr):
+    LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    NAN_AS: tl.constexpr = 0.0 if dtype == tl.int8 else 480.0
+    quotient = tl.div_rn(x, tl.full(x.shape, scale, tl.float32))
+    within = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
+    return encoded(tl.where(quotient == quotient, within, NAN_AS), dtype)
+
+
 # Rows [ROWS, SIZE] in fp32, or one [SIZE] -> their int8 codes, and each row's scale at scale_ptrs [ROWS, 1], as above.
 @triton.jit
 def store_codes(codes_ptrs, scale_ptrs, x, mask, row_mask):

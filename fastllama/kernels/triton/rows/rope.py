@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.rows.heads import load_pairs, rotated, store_pairs
-from fastllama.kernels.triton.rows.quantize import quantized
+from fastllama.kernels.triton.rows.write_kv import code_bytes, write_pairs
 
 
 # Rotates the heads `head` [HEADS, 1] of one token, those below num_heads, from x to out.
@@ -40,8 +39,7 @@ def rotate_heads(
     store_pairs(out_ptr, head * OUT_HEAD_STRIDE, mask, first, second, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
 
 
-# Writes the heads `head` [HEADS, 1] of one token, those below num_heads, from x to its slot, quantized where the pages
-# hold codes. Strides are of pages, heads and slots.
+# Writes the heads `head` [HEADS, 1] of one token, those below num_heads, from x to its slot: `write_pairs`.
 @triton.jit
 def write_heads(
     pages_ptr,
@@ -65,15 +63,23 @@ def write_heads(
     first, second = load_pairs(x_ptr, head * HEAD_DIM, mask, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
     if ROTATE:
         first, second = rotated(first, second, angles_ptr, exists, HEAD_DIM, ROTARY, PAIRS)
-    dtype: tl.constexpr = pages_ptr.dtype.element_ty
-    page, place = slot // PAGE_SIZE, slot % PAGE_SIZE
-    if dtype.is_floating():
-        first, second = first.to(dtype), second.to(dtype)
-    else:
-        first, second, scale = quantized(first, second, dtype)
-        tl.store(scales_ptr + page * SCALE_STRIDES[0] + head * SCALE_STRIDES[1] + place, scale, mask=mask)
-    start = page * STRIDES[0] + head * STRIDES[1] + place * STRIDES[2]  # [HEADS, 1]
-    store_pairs(pages_ptr, start, mask, first, second, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
+    write_pairs(
+        pages_ptr,
+        scales_ptr,
+        None,
+        first,
+        second,
+        head,
+        slot,
+        STRIDES,
+        SCALE_STRIDES,
+        NUM_HEADS,
+        PAGE_SIZE,
+        HEAD_DIM,
+        ROTARY,
+        PAIRS,
+        INTERLEAVED,
+    )
 
 
 # The row of the cos/sin cache for a position, and whether there is one.
@@ -313,8 +319,7 @@ def rope_and_write_kv(
     if not tokens:
         return []
     _, num_kv_heads, page_size, _ = k_pages.shape
-    if k_pages.dtype == torch.float8_e4m3fn:  # which Triton does not take on sm_80
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    k_pages, v_pages = code_bytes(k_pages), code_bytes(v_pages)
     heads = num_q_heads + 2 * num_kv_heads
     launch = tuning.rope(qkv.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=qkv.element_size())
     group = launch.heads
