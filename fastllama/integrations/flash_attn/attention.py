@@ -199,7 +199,7 @@ def flash_attn_varlen_func(
         check_heads("k", k, q)
         check_shape("v", v, k.shape)
         check_shape("page_table" if block_table is None else "block_table", table, (num_seqs, "pages"))
-        lens = _lengths(seqused_k, cu_seqlens_k, num_seqs)
+        table, lens = table.contiguous(), _lengths(seqused_k, cu_seqlens_k, num_seqs)
         if seqused_q is not None:
             bounds, table, lens = _used(bounds, seqused_q), table.repeat_interleave(2, 0), _and_none(lens)
         to = _prefill(rows, k, v, table, lens, bounds, softmax_scale, causal, to, lse)

@@ -1,0 +1,164 @@
+"""flash_attn_with_kvcache: rotate and append new keys and values, then attend to the cache, rows of it or pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.integrations.flash_attn.attention import Result
+from fastllama.integrations.flash_attn.cache import Cache, Tokens
+from fastllama.integrations.flash_attn.conventions import (
+    Window,
+    as_rows,
+    check_no_grad,
+    even_bounds,
+    lse_rows,
+    one_of,
+    out_rows,
+    refuse,
+    softmax_lse,
+)
+from fastllama.integrations.flash_attn.kvcache_checks import check_cache, check_new, check_queries, check_rotary
+from fastllama.integrations.flash_attn.rotary import rotate
+from fastllama.kernels import attention_decode, attention_prefill
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: Any = None,
+    rotary_seqlens: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    attention_chunk: int | None = 0,
+    learnable_sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    fa_version: int | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """Attention of new queries over a cache of keys and values, to which new ones may be appended first.
+
+    q: [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q [B + 1]. k_cache, v_cache: [Bc, S, Hkv, D], row b (or
+    cache_batch_idx[b]) of sequence b; or pages [P, page_size, Hkv, D] of any page size with block_table (page_table)
+    [B, pages]. Any strides but the last. cache_seqlens: an int or [B], tokens that the cache holds; None: all. All
+    integer tensors int32 or int64.
+    k, v: [B, Sn, Hkv, D], or [total_new, Hkv, D] with cu_seqlens_k_new [B + 1]: written at cache_seqlens, in place,
+    before attention; a token that its row or pages have no room for is not written.
+    rotary_cos, rotary_sin: [max, R / 2] in q's dtype or fp32, for k and q: k's token i at position
+    cache_seqlens + i (rotary_seqlens + i), as q's where causal, and all of q at cache_seqlens where not. The position
+    counts tokens of the cache, the hidden ones too. rotary_interleaved: pairs (x_2i, x_2i+1), else (x_i, x_{i+R/2}).
+    cache_leftpad: [B], how many tokens at the beginning of each sequence nobody sees.
+    causal: bottom-right aligned, the last query sees all keys. out: like q; allocated when None.
+    Returns out, or with return_softmax_lse or return_lse (out, lse [B, Hq, Sq], or [Hq, total_q], fp32), natural. A row
+    without keys gives 0 and the log-sum-exp +inf; a sequence longer than its room gives NaN.
+    Hints have no effect: num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin, fa_version.
+    Raises NotImplementedError for an argument that asks for what no op here computes, RuntimeError for tensors that
+    require grad under grad mode, ValueError for a shape, stride or device, TypeError for a dtype; nothing is written
+    then, k and v neither.
+    Source: flash-attn 2.8.3, `flash_attn_interface.py` and `csrc`; keyword arguments also of FlashAttention 3.
+    """
+    name = "flash_attn_with_kvcache"
+    refuse(
+        name,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        attention_chunk=attention_chunk,
+        alibi_slopes=alibi_slopes,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+    )
+    check_no_grad(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
+    table = one_of("block_table", block_table, "page_table", page_table)
+    num_seqs = check_queries(q, cu_seqlens_q, softmax_scale, out)
+    check_cache(q, k_cache, v_cache, num_seqs, cache_seqlens, cache_batch_idx, cache_leftpad, table)
+    check_new(q, k_cache, num_seqs, k, v, cache_seqlens, cu_seqlens_k_new)
+    check_rotary(q, num_seqs, k, rotary_cos, rotary_sin, rotary_seqlens)
+    rows, to = as_rows(q), out_rows(out, q)
+
+    table = _rows(cache_batch_idx, num_seqs, q.device) if table is None else table.contiguous()
+    cache = Cache(k_cache, v_cache, table)
+    lens = _lengths(cache_seqlens, cache.room, num_seqs, q.device)
+    if k is not None and v is not None:
+        new = Tokens.of(k, cu_seqlens_k_new)
+        k, v = as_rows(k), as_rows(v)
+        if rotary_cos is not None and rotary_sin is not None:
+            start = lens if rotary_seqlens is None else rotary_seqlens.contiguous()
+            of_keys = of_queries = new.positions(start)
+            if q.dim() == 3 or q.shape[1] != new.length or not (causal or new.length == 1):
+                of_queries = Tokens.of(q, cu_seqlens_q).positions(start, advancing=causal)
+            rows, k = rotate(rows, k, rotary_cos, rotary_sin, of_queries, of_keys, rotary_interleaved)
+        cache.append(k, v, new, lens)
+        lens = lens + new.counts
+    if cache_leftpad is None:
+        pages = cache.pages()
+    else:
+        pages, lens = cache.without_first(cache_leftpad), (lens - cache_leftpad).clamp(min=0)
+
+    dense = (num_seqs, q.shape[1]) if cu_seqlens_q is None else (None, 1)
+    lse = lse_rows(rows, dense[0]) if return_softmax_lse or return_lse else None
+    to = torch.empty(rows.shape, dtype=q.dtype, device=q.device) if to is None else to
+    if cu_seqlens_q is None and (q.shape[1] == 1 or _few(q, k_cache)):
+        attention_decode(rows, *pages, lens, scale=softmax_scale, causal=causal, out=to, lse_out=lse)
+    else:
+        bounds = even_bounds(num_seqs, q.shape[1], q.device) if cu_seqlens_q is None else cu_seqlens_q.contiguous()
+        attention_prefill(rows, *pages, lens, bounds, scale=softmax_scale, causal=causal, out=to, lse_out=lse)
+    out = to.view(q.shape) if out is None else out
+    return out if lse is None else (out, softmax_lse(lse, *dense))
+
+
+def _rows(cache_batch_idx: Tensor | None, num_seqs: int, device: torch.device) -> Tensor:
+    """[B, 1]: the row of the cache that each sequence has, as a table of its only page."""
+    if cache_batch_idx is not None:
+        return cache_batch_idx[:, None]
+    return torch.arange(num_seqs, dtype=torch.int32, device=device)[:, None]
+
+
+def _lengths(cache_seqlens: int | Tensor | None, room: int, num_seqs: int, device: torch.device) -> Tensor:
+    """[B]: tokens that the cache holds of each sequence."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens.contiguous()
+    length = room if cache_seqlens is None else cache_seqlens
+    return torch.full((num_seqs,), length, dtype=torch.int32, device=device)
+
+
+def _few(q: Tensor, k_cache: Tensor) -> bool:
+    """Whether a program of attention_decode holds all queries of a sequence that read one key head.
+
+    64 rows of 128 numbers are 64 registers a thread, what prefill_heuristic (kernels/launch/heuristics.py) allows.
+    """
+    _, len_q, num_heads, head_dim = q.shape
+    return len_q * (num_heads // k_cache.shape[2]) * head_dim <= 64 * 128

@@ -1,0 +1,144 @@
+"""What flash_attn_with_kvcache demands: all of it is checked before new keys and values are appended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_device, check_dtype, check_shape
+from fastllama.integrations.flash_attn.cache import token_pitch
+from fastllama.integrations.flash_attn.conventions import check_heads
+from fastllama.kernels.dispatch.checks import FLOATS, INTEGERS, check_tensor
+
+
+def check_queries(q: Tensor, cu_seqlens_q: Tensor | None, softmax_scale: float | None, out: Tensor | None) -> int:
+    """The number of sequences."""
+    if softmax_scale is not None and not isinstance(softmax_scale, (Real, torch.SymFloat)):
+        raise TypeError(f"softmax_scale is {softmax_scale!r}; legal: a number or None")
+    check_dtype("q", q, FLOATS)
+    if out is not None:
+        check_tensor("out", out, q.shape, (q.dtype,))
+        check_device("out", out, "q", q)
+    if cu_seqlens_q is None:
+        check_shape("q", q, ("B", "Sq", "Hq", "D"))
+        return q.shape[0]
+    check_shape("q", q, ("total_q", "Hq", "D"))
+    return _check_bounds("cu_seqlens_q", cu_seqlens_q, q)
+
+
+def check_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_seqs: int,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    table: Tensor | None,
+) -> None:
+    """Keys and values, and which of them each sequence has."""
+    check_shape("k_cache", k_cache, ("Bc", "S", "Hkv", "D") if table is None else ("P", "page_size", "Hkv", "D"))
+    if 0 in k_cache.shape:
+        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; legal: each dimension at least 1")
+    check_heads("k_cache", k_cache, q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, cache, k_cache.shape, (q.dtype,))
+        check_device(name, cache, "q", q)
+    for name, each in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        _check_integers(name, each, (num_seqs,), q)
+    if isinstance(cache_seqlens, Tensor):
+        _check_integers("cache_seqlens", cache_seqlens, (num_seqs,), q)
+    if table is not None:
+        _check_integers("block_table", table, (num_seqs, "pages"), q)
+        if cache_batch_idx is not None:
+            raise ValueError("cache_batch_idx is a tensor; legal with block_table: None")
+    elif cache_batch_idx is None and k_cache.shape[0] < num_seqs:
+        raise ValueError(
+            f"k_cache has {k_cache.shape[0]} rows for {num_seqs} sequences; legal: a row for each, or cache_batch_idx"
+        )
+    pitch = token_pitch(k_cache)
+    if cache_leftpad is not None and (not pitch or pitch != token_pitch(v_cache)):
+        raise ValueError(
+            f"k_cache has strides {list(k_cache.stride())}, v_cache {list(v_cache.stride())}; legal with "
+            "cache_leftpad: the first a multiple of the second, and the same one in both"
+        )
+
+
+def check_new(
+    q: Tensor,
+    k_cache: Tensor,
+    num_seqs: int,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+) -> None:
+    """Keys and values that are appended."""
+    if k is None or v is None:
+        if k is not None or v is not None:
+            raise ValueError(
+                f"{'k' if v is None else 'v'} is a tensor, {'v' if v is None else 'k'} is None; legal: both"
+            )
+        return
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens is None; legal where k and v are given: an int or a tensor [B]")
+    heads = k_cache.shape[2:]
+    if cu_seqlens_k_new is None:
+        check_shape("k", k, (num_seqs, "Sn", *heads))
+    else:
+        check_shape("k", k, ("total_new", *heads))
+        if _check_bounds("cu_seqlens_k_new", cu_seqlens_k_new, q) != num_seqs:
+            check_shape("cu_seqlens_k_new", cu_seqlens_k_new, (num_seqs + 1,))
+    check_shape("v", v, k.shape)
+    for name, each in (("k", k), ("v", v)):
+        if each.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {each.dtype}; legal: q's, {q.dtype}")
+        check_device(name, each, "q", q)
+
+
+def check_rotary(
+    q: Tensor,
+    num_seqs: int,
+    k: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_seqlens: Tensor | None,
+) -> None:
+    """Angles and where they begin."""
+    _check_integers("rotary_seqlens", rotary_seqlens, (num_seqs,), q)
+    if rotary_cos is None or rotary_sin is None:
+        if rotary_cos is not None or rotary_sin is not None:
+            given, other = ("rotary_cos", "rotary_sin") if rotary_sin is None else ("rotary_sin", "rotary_cos")
+            raise ValueError(f"{given} is a tensor, {other} is None; legal: both")
+        return
+    if k is None:
+        raise ValueError("rotary_cos is a tensor; legal where k and v are None: None")
+    head_dim = q.shape[-1]
+    check_shape("rotary_cos", rotary_cos, ("max", "R / 2"))
+    if 2 * rotary_cos.shape[1] > head_dim:
+        raise ValueError(f"rotary_cos has shape {list(rotary_cos.shape)}; legal: [max, R / 2] with R up to {head_dim}")
+    legal = (q.dtype, torch.float32)
+    for name, each in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        check_shape(name, each, rotary_cos.shape)
+        if each.dtype not in legal or each.dtype != rotary_cos.dtype:
+            raise TypeError(f"{name} has dtype {each.dtype}; legal: {q.dtype} or {torch.float32}, the same for both")
+        check_device(name, each, "q", q)
+
+
+def _check_integers(name: str, x: Tensor | None, shape: Sequence[int | str], q: Tensor) -> None:
+    """Any strides."""
+    if x is not None:
+        check_shape(name, x, shape)
+        check_dtype(name, x, INTEGERS)
+        check_device(name, x, "q", q)
+
+
+def _check_bounds(name: str, bounds: Tensor, q: Tensor) -> int:
+    """The number of sequences."""
+    _check_integers(name, bounds, ("B + 1",), q)
+    if bounds.shape[0] < 2:
+        raise ValueError(f"{name} has shape {list(bounds.shape)}; legal: [B + 1], of one sequence or more")
+    return bounds.shape[0] - 1
