@@ -1,4 +1,4 @@
-"""FlashInfer's functions on this library's ops: `from fastllama.integrations import flashinfer` for `import flashinfer`.
+"""FlashInfer's functions on our ops: `from fastllama.integrations import flashinfer` instead of `import flashinfer`.
 
 Modules and names are FlashInfer's (0.6 and 0.7), and so are signatures and conventions. What is not implemented here
 raises NotImplementedError that names the argument, and only where that is not at its default.

@@ -1,0 +1,34 @@
+"""FlashInfer's replacement on each device, and FlashInfer itself where it is installed beside a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.integrations import flashinfer
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a test of behaviour calls. ours: whether it is the replacement."""
+
+    module: Any
+    device: torch.device
+    ours: bool
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((True, "cpu"), id="ours"),
+        pytest.param((True, "cuda"), id="ours on a GPU", marks=pytest.mark.gpu),
+        pytest.param((False, "cuda"), id="flashinfer", marks=pytest.mark.gpu),
+    ]
+)
+def library(request: pytest.FixtureRequest) -> Library:
+    """The same tests hold for both: that is what makes one replace the other."""
+    ours, device = request.param
+    module = flashinfer if ours else pytest.importorskip("flashinfer")
+    return Library(module, torch.device(device), ours)
