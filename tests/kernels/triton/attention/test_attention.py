@@ -52,6 +52,18 @@ def test_splits_around_their_edges(queries: int, heads: str, dtype: torch.dtype)
     assert_equal(decode(*args), out)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_splits_of_scaled_pages_and_log_sum_exps_in_any_strides(causal: bool) -> None:
+    """The scale of values multiplies the sum of the splits, once; without a mask drafts see what follows them."""
+    batch = packed([2] * 3, [SPLIT + 1, 2 * SPLIT, 3], "MHA")
+    scaled = Packed(batch.q, batch.k * 0.5, batch.v * 4.0, batch.queries, batch.lengths)
+    buffer = torch.full((3, 7), 7.0)
+    lse_out = buffer[:, :6].t()
+    out, _ = decode(batch.q, *tables(batch, 64), causal=causal, k_scale=0.5, v_scale=4.0, lse_out=lse_out)
+    assert_both_honest((out, lse_out), scaled, causal)
+    assert (buffer[:, 6] == 7.0).all()
+
+
 def test_a_split_sequence_does_not_depend_on_the_others() -> None:
     """Nor on the width of the page table, nor on which pages it got: bit for bit."""
     lengths = [9, 2 * SPLIT + 5, SPLIT]
@@ -110,7 +122,8 @@ def test_any_batch(sizes: list[tuple[int, int]], heads: str, page_size: int, cau
     cu = (bounds(queries), bounds(lengths))
     found = varlen(batch.q, batch.k, batch.v, *cu, causal=causal, return_lse=True)
     assert_both_honest(found, batch, causal)
-    assert_both_honest(prefill(batch.q, *tables(batch, page_size), cu[0], return_lse=True), batch)
+    found = prefill(batch.q, *tables(batch, page_size), cu[0], causal=causal, return_lse=True)
+    assert_both_honest(found, batch, causal)
 
 
 def test_scale_is_not_taken_twice() -> None:
