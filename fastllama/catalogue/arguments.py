@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastllama import kernels
@@ -18,6 +19,15 @@ def outputs(op: str) -> tuple[str, ...]:
     """The names of an op's outputs, which its public function allocates where they are not given."""
     names = [name for name in OPS[op].names if name != SCRATCH]
     return tuple(names[len(names) - OPS[op].num_outputs :])
+
+
+def results(op: str, call: Arguments, returned: Any) -> tuple[Tensor, ...]:
+    """What a call gave: the tensors that it returned, or those that it updated where it returns nothing."""
+    if returned is not None:
+        return returned if isinstance(returned, tuple) else (returned,)
+    schema = getattr(torch.ops.fastllama, op).default._schema
+    updated = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return tuple(call[name] for name in updated if call[name] is not None)
 
 
 def inputs(op: str, call: Arguments) -> Arguments:

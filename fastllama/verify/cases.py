@@ -31,6 +31,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[FormulaCase]:
         _rope_and_write_kv,
         _silu_mul,
         attention.varlen,
+        _write_kv,
         attention.prefill,
         attention.decode,
         _sample,
@@ -85,15 +86,10 @@ def _rope_and_write_kv(m: Maker) -> Iterator[FormulaCase]:
     def formula(
         qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor, **_: Any
     ) -> Results:
-        heads, page = qkv.unflatten(1, (-1, 64)), k_pages.shape[2]
+        heads = qkv.unflatten(1, (-1, 64))
         cos, sin = cos_sin[positions].tensor_split(2, dim=-1)
         q, k = (oracle.rotate(x, cos, sin) for x in (heads[:, :8], heads[:, 8:10]))
-        k_pages, v_pages = k_pages.clone(), v_pages.clone()
-        for token, slot in enumerate(slots.tolist()):
-            if slot >= 0:
-                k_pages[slot // page, :, slot % page] = k[token]
-                v_pages[slot // page, :, slot % page] = heads[token, 10:]
-        return q, k_pages, v_pages
+        return q, *_written(k, heads[:, 10:], slots, k_pages, v_pages)
 
     for tokens, page in ((1, 16), (21, 16), (100, 64)):
         call = rotary.rope_and_write_kv(m, tokens, 8, 2, 64, page=page, pages=4, positions=POSITIONS, padding=10)
@@ -104,6 +100,26 @@ def _rope_and_write_kv(m: Maker) -> Iterator[FormulaCase]:
 
 def _silu_mul(m: Maker) -> Iterator[FormulaCase]:
     for count, size in ((1, 11008), (33, 352), (7, 5)):
+def _write_kv(m: Maker) -> Iterator[FormulaCase]:
+    def formula(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor, **_: Any) -> Results:
+        return _written(k, v, slots, k_pages, v_pages)
+
+    for tokens, page in ((1, 16), (21, 16), (100, 64)):
+        call = given("write_kv", rotary.write_kv(m, tokens, 2, 64, page=page, pages=4, padding=10))
+        label = f"k [{tokens}, 2, 64], page size {page}"
+        yield FormulaCase("write_kv", label, call, formula, written=("k_pages", "v_pages"))
+
+
+def _written(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> Results:
+    """The pages with k and v at the slots that there are."""
+    k_pages, v_pages = k_pages.clone(), v_pages.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            page, place = divmod(slot, k_pages.shape[2])
+            k_pages[page, :, place], v_pages[page, :, place] = k[token], v[token]
+    return k_pages, v_pages
+
+
         call = given("silu_mul", rows.silu_mul(m, count, size))
         yield FormulaCase("silu_mul", f"gate_up {[count, 2 * size]}", call, lambda gate_up: (oracle.silu_mul(gate_up),))
 

@@ -39,5 +39,5 @@ def run(case: FormulaCase) -> Results:
     """The outputs of the public op, and what it writes in place."""
     given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in case.given.items()}
     results = getattr(kernels, case.op)(**given, **case.options)
-    results = results if isinstance(results, tuple) else (results,)
+    results = results if isinstance(results, tuple) else () if results is None else (results,)
     return case.view((*results, *(given[name] for name in case.written)))

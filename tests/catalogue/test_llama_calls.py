@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import results
 from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, llama_calls, toy_calls
 from fastllama.catalogue.sizes import LLAMA_2, TOY
 from fastllama.kernels.dispatch.op import OPS
@@ -49,6 +50,7 @@ BYTES = {
     "rms_norm": 2 * 5 * 64 * 2 + 64 * 2,
     "rope_and_write_kv": 5 * (2 * (4 + 2 * 2) * 16 * 2 + 16 * 4 + 8 + 8),
     "rope": 5 * (2 * (4 + 2) * 16 * 2 + 16 * 4 + 8),
+    "write_kv": 5 * (2 * 2 * 2 * 16 * 2 + 8),  # keys and values, read and written, of two heads, and a slot
     "silu_mul": 5 * 3 * 96 * 2,
     "sample": 5 * (128 * 2 + 3 * 4 + 4 + 2 * 8 + 8 + 4),
     "adjust_logits": 5 * (128 * (2 + 4 + 4 + 4) + 4 * 8 + 3 * 4),
@@ -94,8 +96,7 @@ def test_quantized_pages_are_half_the_bytes_and_their_scales() -> None:
 def test_inputs_are_legal_and_every_output_is_written(op: str) -> None:
     for case in toy_calls(torch.float32, (op,)):
         inputs = case.make(CPU, seed=0)
-        results = getattr(kernels, op)(**inputs)
-        for result in results if isinstance(results, tuple) else (results,):
+        for result in results(op, inputs, getattr(kernels, op)(**inputs)):
             assert any(result is value for value in inputs.values()), "an output was not given"
             if result.dtype.is_floating_point:
                 assert result.isfinite().all()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.catalogue.arguments import results
 from tests.kernels.garbage import INDEXED, garbage_calls
 from tests.kernels.honest import public
 
@@ -20,7 +21,7 @@ def test_garbage_gives_what_the_reference_says(op: str) -> None:
     for call in garbage_calls(op):
         there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.items()}
         expected, found = public(op, "reference")(**call), getattr(kernels, op)(**there)
-        pairs = [*zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True)]
+        pairs = [*zip(results(op, call, expected), results(op, there, found), strict=True)]
         pairs += [(call[name], value) for name, value in there.items() if isinstance(value, Tensor)]
         for right, result in pairs:
             torch.testing.assert_close(result.cpu(), right, rtol=1e-3, atol=1e-4, equal_nan=True)

@@ -37,14 +37,19 @@ def _rope(t: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _rope_and_write_kv(t: Arguments) -> Tensor:
-    _, kv_heads, page, dim = t["k_pages"].shape
+    _, kv_heads, _, dim = t["k_pages"].shape
     heads = t["qkv"].unflatten(-1, (-1, dim))
     q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     q, k = _rope({"q": q, "k": k, "cos_sin": t["cos_sin"], "positions": t["positions"]})
-    at, slot = t["slots"] // page, t["slots"] % page
-    t["k_pages"][at, :, slot] = k
-    t["v_pages"][at, :, slot] = v
+    _write_kv({**t, "k": k, "v": v})
     return q
+
+
+def _write_kv(t: Arguments) -> None:
+    page = t["k_pages"].shape[2]
+    at, slot = t["slots"] // page, t["slots"] % page
+    t["k_pages"][at, :, slot] = t["k"]
+    t["v_pages"][at, :, slot] = t["v"]
 
 
 def _silu_mul(t: Arguments) -> Tensor:
@@ -90,6 +95,7 @@ EAGER: dict[str, Function] = {
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
     "rope_and_write_kv": _rope_and_write_kv,
+    "write_kv": _write_kv,
     "silu_mul": _silu_mul,
     "merge_state": _merge_state,
     "sample": _sample,

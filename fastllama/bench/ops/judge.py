@@ -48,9 +48,9 @@ def copied(inputs: Arguments, dtype: torch.dtype | None = None) -> Arguments:
 
 
 def written(inputs: Arguments, results: Any) -> list[Tensor]:
-    """What an op gave: the tensors it returned, codes as what they stand for, and the pages it wrote."""
-    returned = list(results) if isinstance(results, tuple) else [results]
-    if returned[0].dtype == torch.int8:
+    """What an op gave: the tensors it returned, if any, codes as what they stand for, and the pages it wrote."""
+    returned = list(results) if isinstance(results, tuple) else [] if results is None else [results]
+    if returned and returned[0].dtype == torch.int8:
         codes, scales = returned
         returned = [codes * scales[..., None]]
     return [*returned, *(inputs[name] for name in ("k_pages", "v_pages") if name in inputs and "slots" in inputs)]

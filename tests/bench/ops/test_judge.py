@@ -13,6 +13,7 @@ from fastllama.bench.ops.comparison import measure
 from fastllama.bench.ops.formulas import EAGER
 from fastllama.bench.ops.judge import judged
 from fastllama.bench.ops.peers import torch_peers
+from fastllama.catalogue.arguments import results
 from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, toy_calls
 from fastllama.catalogue.maker import Arguments
 from fastllama.catalogue.sizes import TOY
@@ -50,9 +51,9 @@ def test_peers_are_right(op: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", [op for op in MEASURED if op != "sample" and op not in ROUNDED])
 def test_a_result_that_is_a_percent_off_is_wrong(op: str) -> None:
     def off(inputs: Arguments) -> Any:
-        results = getattr(kernels, op)(**inputs)
-        (results[0] if isinstance(results, tuple) else results).mul_(1.01)
-        return results
+        returned = getattr(kernels, op)(**inputs)
+        results(op, inputs, returned)[0].mul_(1.01)
+        return returned
 
     assert not verdict(op, off)
 

@@ -113,7 +113,7 @@ def test_no_setting_changes_a_bit_of_an_op(op: str, backend: str) -> None:
 
 def test_they_are_all() -> None:
     assert (sum(len(on_cpu(op)) for op in CATALOGUE), sum(len(c.implementations("cpu")) for c in CONVERSIONS)) == (
-        40,
+        42,
         15,
     )
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama import kernels
-from fastllama.catalogue.arguments import inputs, outputs
+from fastllama.catalogue.arguments import inputs, outputs, results
 from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
 from tests.kernels.honest import assert_equal
@@ -28,16 +28,12 @@ every_float = pytest.mark.parametrize(("op", "name"), FLOATS)
 every_tensor = pytest.mark.parametrize(("op", "name"), PLACES)
 
 
-def tensors(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def changed(call: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {name: change(value) if isinstance(value, Tensor) else value for name, value in call.items()}
 
 
 def run(op: str, call: dict[str, Any]) -> tuple[Tensor, ...]:
-    return tensors(getattr(kernels, op)(**call))
+    return results(op, call, getattr(kernels, op)(**call))
 
 
 @pytest.fixture(autouse=True)

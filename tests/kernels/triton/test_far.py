@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.catalogue import arguments
 from fastllama.catalogue.maker import Arguments
 from fastllama.catalogue.table import small_call
 from fastllama.kernels.dispatch.op import OPS
@@ -52,7 +53,7 @@ def results(op: str, far: str = "", dim: int = 0) -> list[Tensor]:
         call[far] = spread(call[far], dim)
     torch.manual_seed(0)
     found = public(op, "triton")(**call)
-    found = found if isinstance(found, tuple) else (found,)
+    found = arguments.results(op, call, found)
     return [*found, *(value for value in call.values() if isinstance(value, Tensor))]
 
 
