@@ -5,7 +5,21 @@ raises NotImplementedError that names the argument, and only where that is not a
 """
 
 from fastllama.integrations.flashinfer.activation import silu_and_mul
+from fastllama.integrations.flashinfer.cascade import merge_state, merge_state_in_place, merge_states
+from fastllama.integrations.flashinfer.decode import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    fast_decode_plan,
+    single_decode_with_kv_cache,
+)
 from fastllama.integrations.flashinfer.norm import fused_add_rmsnorm, rmsnorm
+from fastllama.integrations.flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
+from fastllama.integrations.flashinfer.prefill import (
+    BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper,
+    single_prefill_with_kv_cache,
+    single_prefill_with_kv_cache_return_lse,
+)
 from fastllama.integrations.flashinfer.rope import (
     apply_llama31_rope,
     apply_llama31_rope_inplace,
@@ -33,6 +47,11 @@ from fastllama.integrations.flashinfer.sampling import (
 )
 
 __all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "append_paged_kv_cache",
     "apply_llama31_rope",
     "apply_llama31_rope_inplace",
     "apply_llama31_rope_pos_ids",
@@ -43,12 +62,21 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "fast_decode_plan",
     "fused_add_rmsnorm",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
     "min_p_sampling_from_probs",
     "rmsnorm",
     "sampling_from_logits",
     "sampling_from_probs",
     "silu_and_mul",
+    "single_decode_with_kv_cache",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
     "softmax",
     "top_k_mask_logits",
     "top_k_renorm_probs",

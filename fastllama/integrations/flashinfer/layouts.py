@@ -1,0 +1,86 @@
+"""FlashInfer's layouts, dtypes and scales, as the ops take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_choice
+from fastllama.integrations.arguments import refuse_arguments
+
+_CODES = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches whose values are multiplied by a scale
+
+Cache = Tensor | tuple[Tensor, Tensor]
+Dtype = str | torch.dtype | None
+
+
+def check_layout(kv_layout: str) -> None:
+    """ValueError unless it is NHD (tokens before heads) or HND."""
+    check_choice("kv_layout", kv_layout, ("NHD", "HND"))
+
+
+def as_pages(paged_kv_cache: Cache, kv_layout: str) -> tuple[Tensor, Tensor]:
+    """Keys and values as views [P, Hkv, page_size, D].
+
+    paged_kv_cache: a pair of [P, page_size, Hkv, D] (NHD) or [P, Hkv, page_size, D] (HND), or one tensor
+    [P, 2, ...] of both. Without the dimension page_size, pages are of one token.
+    """
+    if isinstance(paged_kv_cache, Tensor):
+        if paged_kv_cache.dim() not in (4, 5) or paged_kv_cache.shape[1] != 2:
+            raise ValueError(
+                f"paged_kv_cache has shape {list(paged_kv_cache.shape)}; legal: [P, 2, ...] of 4 or 5 dims"
+            )
+        k, v = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
+    elif isinstance(paged_kv_cache, (tuple, list)) and len(paged_kv_cache) == 2:
+        k, v = paged_kv_cache
+    else:
+        raise TypeError(f"paged_kv_cache is of type {type(paged_kv_cache).__name__}; legal: a tensor or two in a tuple")
+    return _pages("paged_kv_cache[0]", k, kv_layout), _pages("paged_kv_cache[1]", v, kv_layout)
+
+
+def _pages(name: str, x: Tensor, kv_layout: str) -> Tensor:
+    if x.dim() == 3:
+        return x.unsqueeze(2)
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {list(x.shape)}; legal: 3 or 4 dimensions")
+    return x.transpose(1, 2) if kv_layout == "NHD" else x
+
+
+def as_tokens(x: Tensor, kv_layout: str) -> Tensor:
+    """Keys or values outside of pages as [T, Hkv, D], a view."""
+    return x if kv_layout == "NHD" else x.transpose(0, 1)
+
+
+def dtype_of(name: str, given: Any) -> torch.dtype:
+    """A dtype, which may be given by its name in torch."""
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is {given!r}; legal: a dtype of torch, or its name")
+    return found
+
+
+def softmax_scale(
+    function: str, sm_scale: float | None, head_dim: int, q_scale: float | None, k_scale: float | None = None
+) -> float:
+    """What the products of queries and keys are multiplied by: 1 / sqrt(D) where sm_scale is None, and the scales."""
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    for name, given in (("q_scale", q_scale), ("k_scale", k_scale)):
+        if given is not None:
+            scale *= number(function, name, given)
+    return scale
+
+
+def page_scales(function: str, k_scale: float | None, v_scale: float | None, pages: Tensor) -> list[float | None]:
+    """The op's k_scale and v_scale: 1 where none is given for codes, which need one."""
+    missing = 1.0 if pages.dtype in _CODES else None
+    given = (("k_scale", k_scale), ("v_scale", v_scale))
+    return [missing if scale is None else number(function, name, scale) for name, scale in given]
+
+
+def number(function: str, name: str, given: Any) -> float:
+    """A scale that is a number. NotImplementedError for a tensor, which only the device can read."""
+    if isinstance(given, Tensor):
+        refuse_arguments(function, **{name: (given, None)})
+    return float(given)

@@ -1,0 +1,97 @@
+"""FlashInfer's `page`: sequences' lengths, the places of new tokens, and appending their keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.errors import check_dtype, check_shape
+from fastllama.integrations.flashinfer.layouts import Cache, as_pages, check_layout
+
+
+def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """Tokens of each sequence, [B]: full pages before the last, and what the last holds."""
+    return (kv_indptr[1:] - kv_indptr[:-1] - 1).clamp(min=0) * page_size + kv_last_page_len
+
+
+def get_batch_indices_positions(
+    append_indptr: Tensor,
+    seq_lens: Tensor,
+    nnz: int,
+    batch_indices: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each of `nnz` new tokens its sequence and its position there: the last of a sequence stands at its end.
+
+    append_indptr: [B + 1], bounds of each sequence's new tokens. seq_lens: [B], tokens of each, new ones included.
+    batch_indices, positions: [nnz] int32, written where they are given. Returns both; a token of no sequence has the
+    index -1 and the position 0. Computed on append_indptr's device, without a copy to the host.
+    """
+    check_shape("append_indptr", append_indptr, ("B + 1",))
+    check_shape("seq_lens", seq_lens, (append_indptr.shape[0] - 1,))
+    for name, given in (("batch_indices", batch_indices), ("positions", positions)):
+        if given is not None:
+            check_shape(name, given, (nnz,))
+            check_dtype(name, given, (torch.int32,))
+    device = append_indptr.device
+    ends, rows = append_indptr[1:], torch.arange(nnz, dtype=append_indptr.dtype, device=device)
+    owner = torch.searchsorted(ends, rows, right=True)  # the first sequence that ends behind the row
+    if not seq_lens.shape[0]:
+        found, places = torch.full_like(owner, -1), torch.zeros_like(owner)
+    else:
+        inside = (owner < seq_lens.shape[0]) & (rows >= append_indptr[0])
+        of = owner.clamp(max=seq_lens.shape[0] - 1)
+        found = torch.where(inside, owner, -1)
+        places = torch.where(inside, rows - ends[of] + seq_lens.to(device, non_blocking=True)[of], 0)
+    return _into(batch_indices, found), _into(positions, places)
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result.to(torch.int32) if out is None else out.copy_(result)
+
+
+def append_paged_kv_cache(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    paged_kv_cache: Cache,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write new keys and values, [T, Hkv, D], to where `get_batch_indices_positions` says that they belong.
+
+    The pages of each sequence, kv_indices[kv_indptr[b] : kv_indptr[b + 1]], have room for them already. A token of no
+    sequence (index -1), and one behind its sequence's pages, is not written. kv_last_page_len is not read: positions
+    say the same. Keys and values of 16 bits go into a cache of float8_e4m3fn as they are, rounded (scale 1).
+    Slots are computed on the cache's device, without a copy to the host.
+    """
+    check_layout(kv_layout)
+    k_pages, v_pages = as_pages(paged_kv_cache, kv_layout)
+    check_shape("batch_indices", batch_indices, append_key.shape[:1])
+    check_shape("positions", positions, append_key.shape[:1])
+    check_shape("kv_indptr", kv_indptr, ("B + 1",))
+    check_shape("kv_indices", kv_indices, ("pages",))
+    slots = _slots(batch_indices, positions, kv_indices, kv_indptr, k_pages.shape[2], k_pages.device)
+    scale = None if k_pages.dtype == append_key.dtype else 1.0
+    kernels.write_kv(append_key, append_value, slots, k_pages, v_pages, k_scale=scale, v_scale=scale)
+
+
+def _slots(
+    batch_indices: Tensor, positions: Tensor, indices: Tensor, indptr: Tensor, page_size: int, device: torch.device
+) -> Tensor:
+    """page * page_size + offset of each token, [T] int64; -1 for one that has no place."""
+    batch_indices, positions, indices, indptr = (
+        x.to(device, non_blocking=True) for x in (batch_indices, positions, indices, indptr)
+    )
+    if not indices.shape[0] or indptr.shape[0] < 2:
+        return torch.full(batch_indices.shape, -1, dtype=torch.int64, device=device)
+    known = (batch_indices >= 0) & (batch_indices < indptr.shape[0] - 1) & (positions >= 0)
+    of = torch.where(known, batch_indices, 0).long()
+    place = indptr[of] + torch.div(positions, page_size, rounding_mode="floor")
+    known &= (place < indptr[of + 1]) & (place < indices.shape[0])
+    pages = indices[torch.where(known, place, 0).long()].long()
+    return torch.where(known, pages * page_size + positions % page_size, -1)

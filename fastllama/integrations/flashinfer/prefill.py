@@ -1,0 +1,259 @@
+"""FlashInfer's `prefill`: attention of many tokens, of one sequence or a batch, in pages or packed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.errors import check_dtype, check_shape
+from fastllama.integrations.arguments import refuse_arguments
+from fastllama.integrations.flashinfer import tables
+from fastllama.integrations.flashinfer.layouts import (
+    Cache,
+    Dtype,
+    as_pages,
+    page_scales,
+    softmax_scale,
+)
+from fastllama.integrations.flashinfer.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from fastllama.integrations.flashinfer.single import (
+    single_prefill_with_kv_cache,
+    single_prefill_with_kv_cache_return_lse,
+)
+from fastllama.integrations.flashinfer.wrappers import PagedWrapper, delivered, lse_views, planned_of, refuse_positions
+
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
+
+
+class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
+    """Attention of each sequence's newest tokens, any number of each, over keys and values in pages.
+
+    `plan` once for a step, `run` once for each layer. use_cuda_graph: as `BatchDecodeWithPagedKVCacheWrapper`, with
+    qo_indptr_buf for the queries' bounds; a later plan may have fewer rows than the first, not more.
+    float_workspace_buffer says which device this is; its memory is not used. backend is a hint, and decides nothing.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Tensor | None = None,
+        paged_kv_indptr_buf: Tensor | None = None,
+        paged_kv_indices_buf: Tensor | None = None,
+        paged_kv_last_page_len_buf: Tensor | None = None,
+        custom_mask_buf: Tensor | None = None,
+        mask_indptr_buf: Tensor | None = None,
+        backend: str = "auto",
+        jit_args: list[Any] | None = None,
+        jit_kwargs: dict[str, Any] | None = None,
+        variant_owns_mask: bool = False,
+    ) -> None:
+        refuse_arguments(
+            type(self).__name__,
+            custom_mask_buf=(custom_mask_buf, None),
+            mask_indptr_buf=(mask_indptr_buf, None),
+            jit_args=(jit_args, None),
+            jit_kwargs=(jit_kwargs, None),
+            variant_owns_mask=(variant_owns_mask, False),
+        )
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
+        if use_cuda_graph:
+            self._fix_batch_size(
+                0 if paged_kv_last_page_len_buf is None else paged_kv_last_page_len_buf.shape[0],
+                paged_kv_last_page_len_buf=(paged_kv_last_page_len_buf, 0),
+                qo_indptr_buf=(qo_indptr_buf, 1),
+                paged_kv_indptr_buf=(paged_kv_indptr_buf, 1),
+                paged_kv_indices_buf=(paged_kv_indices_buf, -1),
+            )
+        self._qo_indptr_buf = qo_indptr_buf
+        self._paged_buffers(paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor,
+        paged_kv_last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: Tensor | None = None,
+        packed_custom_mask: Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype = None,
+        o_data_type: Dtype = None,
+        non_blocking: bool = True,
+        prefix_len_ptr: Tensor | None = None,
+        token_pos_in_items_ptr: Tensor | None = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        seq_lens_q: Tensor | None = None,
+        block_tables: Tensor | None = None,
+        max_token_per_sequence: int | None = None,
+        max_sequence_kv: int | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        uniform_q_len: int | None = None,
+    ) -> None:
+        """Say which rows of q and which pages each sequence has: see `BatchDecodeWithPagedKVCacheWrapper.plan`.
+
+        qo_indptr: [B + 1], int32 or int64, on the host or the device, read on the host: row bounds of each sequence's
+        queries, which are its last tokens. causal: a query sees the keys up to its own; all, where False.
+        Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
+        """
+        refuse_positions("plan", pos_encoding_mode, window_left, logits_soft_cap)
+        refuse_arguments(
+            "plan",
+            custom_mask=(custom_mask, None),
+            packed_custom_mask=(packed_custom_mask, None),
+            prefix_len_ptr=(prefix_len_ptr, None),
+            token_pos_in_items_ptr=(token_pos_in_items_ptr, None),
+            token_pos_in_items_len=(token_pos_in_items_len, 0),
+            max_item_len_ptr=(max_item_len_ptr, None),
+        )
+        check_shape("paged_kv_indices", paged_kv_indices, ("pages",))
+        check_dtype("paged_kv_indices", paged_kv_indices, (torch.int32, torch.int64))
+        rows = tables.bounds_of("qo_indptr", qo_indptr)
+        tables.check_from_zero("qo_indptr", rows)
+        check_shape("paged_kv_indptr", paged_kv_indptr, (len(rows),))
+        bounds = tables.bounds_of("paged_kv_indptr", paged_kv_indptr, paged_kv_indices.shape[0])
+        tables.check_pages(bounds, paged_kv_last_page_len, page_size, "paged_kv_last_page_len")
+        self._check_batch_size("qo_indptr", len(rows) - 1)
+        self._check_rows(rows[-1])
+        self._check_room("paged_kv_indptr", bounds)
+        heads = (num_qo_heads, num_kv_heads, head_dim_qk)
+        planned = planned_of("plan", rows[-1], *heads, q_data_type, kv_data_type, o_data_type, head_dim_vo)
+        given = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        self._place_pages(*given, page_size, tables.longest_of(bounds), non_blocking)
+        self._qo_indptr_buf = self._placed(self._qo_indptr_buf, qo_indptr, non_blocking)
+        self._planned, self._sm_scale, self._causal = planned, sm_scale, causal
+        if self._max_total_num_rows is None:
+            self._max_total_num_rows = rows[-1]
+        self._qo_indptr_last = rows[-1]
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: Tensor,
+        paged_kv_cache: Cache,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        lse_base: str = "log2",
+        lse_layout: str = "NH",
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Tensor | None = None,
+        kv_cache_sf: Any = None,
+        skip_softmax_threshold_scale_factor: float | None = None,
+        use_fp16_softmax: bool | None = None,
+        uses_spcompress: bool | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of q [qo_indptr[-1], Hq, D] over the planned pages of a cache; reads nothing on the host.
+
+        lse_base: "log2" or "ln". lse_layout: "NH", log-sum-exps as [T, Hq], or "HN", as [Hq, T]; a given `lse` has
+        that shape, and any strides. Everything else: as `BatchDecodeWithPagedKVCacheWrapper.run`.
+        """
+        planned = self._plan_of_run()
+        refuse_arguments(
+            "run",
+            args=(args, ()),
+            window_left=(window_left, None, -1),
+            sinks=(sinks, None),
+            kv_cache_sf=(kv_cache_sf, None),
+            skip_softmax_threshold_scale_factor=(skip_softmax_threshold_scale_factor, None),
+            uses_spcompress=(uses_spcompress, None, False),
+        )
+        k_pages, v_pages = as_pages(paged_kv_cache, self._kv_layout)
+        planned.check(q, k_pages)
+        self._check_cache(planned, k_pages)
+        assert self._page_table is not None
+        assert self._seq_lens is not None
+        assert self._qo_indptr_buf is not None
+        written, returned = lse_views(q, lse, return_lse, lse_base, lse_layout)
+        key_scale, value_scale = page_scales("run", k_scale, v_scale, k_pages)
+        found = kernels.attention_prefill(
+            q,
+            k_pages,
+            v_pages,
+            self._page_table,
+            self._seq_lens,
+            self._qo_indptr_buf,
+            k_scale=key_scale,
+            v_scale=value_scale,
+            scale=softmax_scale("run", self._sm_scale, planned.head_dim, q_scale),
+            causal=self._causal,
+            out=out,
+            lse_out=written,
+            return_lse=return_lse,
+            base2=lse_base == "log2",
+        )
+        return delivered(found, returned, return_lse)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: Tensor,
+        paged_kv_cache: Cache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`run` with a mask and a softmax scale of its own, which stay (FlashInfer's older name)."""
+        refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
+        self._causal, self._sm_scale = causal, sm_scale
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)
+
+    def forward_return_lse(
+        self,
+        q: Tensor,
+        paged_kv_cache: Cache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`forward`, with the log-sum-exps."""
+        refuse_positions("forward_return_lse", pos_encoding_mode, window_left, logits_soft_cap)
+        self._causal, self._sm_scale = causal, sm_scale
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=True)

@@ -1,0 +1,120 @@
+"""FlashInfer's page tables, indices and bounds of each sequence (CSR), as the dense tables that the ops take.
+
+A dense row is as long as the longest sequence's: 4 bytes a page and sequence, which at one token a page is 100 MB for
+256 sequences of 100,000 tokens. `python -m benchmarks.plan_cost` measures what filling it takes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.errors import check_dtype, check_range, check_shape
+
+_CHUNK = 2**20  # entries gathered at once: temporaries of 8 to 12 MB
+_ROUND = 64  # tokens: a table's width changes once in so many steps, and with it what the op knows of its calls
+_MEASURED = 2**17  # tokens of the sequence whose scratch memory is measured
+
+
+def bounds_of(name: str, indptr: Tensor, rows: int | None = None, *, host: Tensor | None = None) -> list[int]:
+    """Row bounds of sequences, read on the host. ValueError unless they ascend, from 0 or more to at most `rows`.
+
+    host: the same numbers where they are on the host already, so that nothing is copied.
+    """
+    check_shape(name, indptr, ("B + 1",))
+    check_dtype(name, indptr, (torch.int32, torch.int64))
+    if host is not None:
+        check_shape("global_override_indptr_cpu", host, indptr.shape)
+    bounds: list[int] = (indptr if host is None else host).tolist()
+    most = "" if rows is None else f" to at most {rows}"
+    if (
+        not bounds
+        or bounds[0] < 0
+        or any(a > b for a, b in pairwise(bounds))
+        or not (rows is None or bounds[-1] <= rows)
+    ):
+        seen = f"[{', '.join(map(str, bounds[:6]))}{', ...' if len(bounds) > 6 else ''}]"
+        raise ValueError(f"{name} is {seen}, ending at {bounds[-1] if bounds else None}; legal: ascending from 0{most}")
+    return bounds
+
+
+def check_from_zero(name: str, bounds: list[int]) -> None:
+    """ValueError unless bounds of the op's own rows begin at the first."""
+    if bounds[0]:
+        raise ValueError(f"{name} begins at {bounds[0]}; legal: 0")
+
+
+def check_pages(bounds: list[int], last_page_len: Tensor, page_size: int, name: str) -> None:
+    """ValueError unless there is a legal length of the last page for each sequence that has one.
+
+    At one token a page there is one legal length, and nothing is read.
+    """
+    check_range("page_size", page_size, 1)
+    check_shape(name, last_page_len, (len(bounds) - 1,))
+    check_dtype(name, last_page_len, (torch.int32, torch.int64))
+    if page_size == 1:
+        return
+    for b, (length, (start, end)) in enumerate(zip(last_page_len.tolist(), pairwise(bounds), strict=True)):
+        if start < end and not 1 <= length <= page_size:
+            raise ValueError(f"{name}[{b}] is {length}; legal: 1 to the page size, {page_size}")
+
+
+def longest_of(bounds: list[int]) -> int:
+    """Pages of the longest sequence."""
+    return max((b - a for a, b in pairwise(bounds)), default=0)
+
+
+def table_width(longest: int, page_size: int) -> int:
+    """Columns of a page table: at least one, in steps of 64 tokens."""
+    step = max(_ROUND // page_size, 1)
+    return max(-(-longest // step), 1) * step
+
+
+def fill_page_table(table: Tensor, indptr: Tensor, indices: Tensor, longest: int) -> None:
+    """Write each sequence's pages into its row of `table` [B, at least `longest`], all on their device.
+
+    Chunk after chunk of columns. Behind a sequence's own pages stand others', which nothing reads.
+    """
+    starts, last = indptr[:-1, None], indices.numel() - 1
+    step = max(_CHUNK // max(table.shape[0], 1), 1)
+    for begin in range(0, longest, step):
+        end = min(begin + step, longest)
+        columns = torch.arange(begin, end, dtype=indptr.dtype, device=table.device)
+        places = (starts + columns).clamp_(max=last)
+        table[:, begin:end] = indices.index_select(0, places.view(-1)).view_as(places)
+
+
+def lengths_of(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
+    """Tokens of each sequence; those that have no page have none, whatever last_page_len says. Reads nothing."""
+    pages = indptr[1:] - indptr[:-1]
+    if page_size == 1:
+        return pages
+    return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, torch.zeros_like(pages))
+
+
+@lru_cache(maxsize=64)
+def scratch_elements(
+    num_seqs: int,
+    queries: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    width: int,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Numbers of fp32 that `attention_decode` needs for such a table, at most.
+
+    Measured of one sequence of at most 131,072 tokens, whose scratch memory is allocated for it, and multiplied.
+    """
+    pages = max(min(width, _MEASURED // page_size), 1)
+    one = torch.zeros(1, dtype=torch.float32, device=device)
+    q = one.expand(queries, num_q_heads, head_dim)
+    k_pages = one.to(kv_dtype).expand(1, num_kv_heads, page_size, head_dim)
+    table = one.to(torch.int32).expand(1, pages)
+    return kernels.attention_workspace(q, k_pages, table).numel() * -(-width // pages) * num_seqs

@@ -1,0 +1,258 @@
+"""What FlashInfer's wrappers have in common: buffers, plans, and the checks before a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.errors import check_choice, check_range, check_shape
+from fastllama.integrations.arguments import refuse_arguments
+from fastllama.integrations.flashinfer import tables
+from fastllama.integrations.flashinfer.layouts import check_layout, dtype_of
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says of the tensors that `run` will be given. Numbers of the host."""
+
+    rows: int  # of q
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    def check(self, q: Tensor, k: Tensor) -> None:
+        """ValueError for another shape of q, TypeError for another dtype of q or the keys."""
+        check_shape("q", q, (self.rows, self.num_q_heads, self.head_dim))
+        for name, tensor, dtype in (("q", q, self.q_dtype), ("k", k, self.kv_dtype)):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {dtype}, the {name[0]}_data_type of the plan")
+
+
+def planned_of(
+    function: str,
+    rows: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_data_type: Any,
+    kv_data_type: Any,
+    o_data_type: Any,
+    head_dim_vo: int | None = None,
+) -> Planned:
+    """The plan of a call whose numbers are legal. The result has the queries' dtype: another one is refused."""
+    for name, size in (("num_qo_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        check_range(name, size, 1)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads is {num_kv_heads}; legal: a divisor of num_qo_heads, {num_q_heads}")
+    q_dtype = dtype_of("q_data_type", q_data_type)
+    kv_dtype = q_dtype if kv_data_type is None else dtype_of("kv_data_type", kv_data_type)
+    o_dtype = q_dtype if o_data_type is None else dtype_of("o_data_type", o_data_type)
+    refuse_arguments(function, o_data_type=(o_dtype, q_dtype), head_dim_vo=(head_dim_vo, None, head_dim))
+    return Planned(rows, num_q_heads, num_kv_heads, head_dim, q_dtype, kv_dtype)
+
+
+class Wrapper:
+    """Buffers and plan of a batch of sequences.
+
+    float_workspace_buffer says on which device all is, and gives `attention_decode` its scratch memory. Attributes of
+    FlashInfer's names, which callers read and assign, are there: `_int_workspace_buffer` is empty and not used,
+    `_backend` is a name and decides nothing.
+    """
+
+    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str, use_cuda_graph: bool, backend: str) -> None:
+        if not isinstance(float_workspace_buffer, Tensor):
+            raise TypeError(f"float_workspace_buffer is {float_workspace_buffer!r}; legal: a tensor")
+        check_layout(kv_layout)
+        self.device = float_workspace_buffer.device
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._pin_memory_int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._kv_layout, self._backend, self._use_cuda_graph = kv_layout, backend, use_cuda_graph
+        self._fixed_batch_size = 0
+        self._max_total_num_rows: int | None = None
+        self._planned: Planned | None = None
+        self._causal = False
+        self._sm_scale: float | None = None
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether plans are copied into the buffers that the constructor was given."""
+        return self._use_cuda_graph
+
+    @property
+    def resolved_backend(self) -> str:
+        """What runs, whatever `backend` asked for."""
+        return "fastllama"
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
+        """Take scratch memory from another buffer, from the next plan on."""
+        self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
+
+    def prewarm_paged_kv_stride_variant(self, variant: str = "independent") -> None:
+        """Does nothing: the ops take caches of any strides."""
+
+    def end_forward(self) -> None:
+        """Does nothing, as FlashInfer's."""
+
+    def _check_rows(self, rows: int) -> None:
+        """ValueError where a plan of CUDA-graph mode has more queries than the first one had."""
+        most = self._max_total_num_rows
+        if self._use_cuda_graph and most is not None and rows > most:
+            raise ValueError(f"qo_indptr has {rows} rows; legal in CUDA-graph mode: the first plan's {most}, or fewer")
+
+    def _placed(self, buffer: Tensor | None, given: Tensor, non_blocking: bool) -> Tensor:
+        """Bounds on the device: copied into their buffer in CUDA-graph mode."""
+        if self._use_cuda_graph:
+            assert buffer is not None
+            return buffer.copy_(given, non_blocking=non_blocking)
+        return given.to(self.device, non_blocking=non_blocking)
+
+    def _plan_of_run(self) -> Planned:
+        if self._planned is None:
+            raise RuntimeError(f"{type(self).__name__}.run was called before plan")
+        return self._planned
+
+    def _fix_batch_size(self, batch_size: int, **buffers: tuple[Tensor | None, int]) -> None:
+        """Check the buffers of CUDA-graph mode: of so many more numbers than sequences; any, where < 0."""
+        for name, (buffer, more) in buffers.items():
+            if not isinstance(buffer, Tensor):
+                raise ValueError(f"{name} is {buffer!r}; legal in CUDA-graph mode: a tensor")
+            check_shape(name, buffer, (batch_size + more if more >= 0 else "pages",))
+        self._fixed_batch_size = batch_size
+
+    def _check_batch_size(self, name: str, batch_size: int) -> None:
+        if self._use_cuda_graph and batch_size != self._fixed_batch_size:
+            raise ValueError(
+                f"{name} has {batch_size} sequences; legal in CUDA-graph mode: the {self._fixed_batch_size} of the "
+                "buffers that the constructor was given"
+            )
+
+
+class PagedWrapper(Wrapper):
+    """A wrapper of keys and values in pages.
+
+    In CUDA-graph mode a dense page table of the buffers' size stands beside them: each sequence may have as many pages
+    as the buffer of indices has room for, divided by the batch size, which is the longest sequence where that buffer
+    was made as batch size times longest sequence.
+    """
+
+    def _paged_buffers(self, indptr: Tensor | None, indices: Tensor | None, last_page_len: Tensor | None) -> None:
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr, indices
+        self._paged_kv_last_page_len_buf = last_page_len
+        self._page_size, self._longest = 1, 0
+        self._page_table: Tensor | None = None
+        self._seq_lens: Tensor | None = None
+        if self._use_cuda_graph:
+            assert indices is not None
+            batch_size = self._fixed_batch_size
+            self._page_table = _zeros((batch_size, indices.shape[0] // max(batch_size, 1)), self.device)
+            self._seq_lens = _zeros((batch_size,), self.device)
+
+    def _check_room(self, name: str, bounds: list[int]) -> None:
+        """ValueError where a plan does not fit into the fixed buffers."""
+        if not self._use_cuda_graph:
+            return
+        assert self._page_table is not None
+        assert self._paged_kv_indices_buf is not None
+        pages, longest = bounds[-1], tables.longest_of(bounds)
+        if pages > (room := self._paged_kv_indices_buf.shape[0]):
+            raise ValueError(f"{name} has {pages} pages; legal in CUDA-graph mode: the {room} of the buffer, or fewer")
+        if longest > (width := self._page_table.shape[1]):
+            raise ValueError(
+                f"{name} has a sequence of {longest} pages; legal in CUDA-graph mode: at most {width}, as many as the "
+                f"buffer has for each of {self._fixed_batch_size} sequences, and no more than a cache that was run"
+            )
+
+    def _place_pages(
+        self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, longest: int, non_blocking: bool
+    ) -> None:
+        """Copy a checked plan to the device, into the fixed buffers if there are any, and fill the page table."""
+        given = (indptr, indices, last_page_len)
+        if self._use_cuda_graph:
+            for buffer, source in zip(self._buffers(), given, strict=True):
+                size = min(buffer.shape[0], source.shape[0])
+                buffer[:size].copy_(source[:size], non_blocking=non_blocking)
+        else:
+            moved = (x.to(self.device, non_blocking=non_blocking) for x in given)
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = moved
+        at, pages, last = self._buffers()
+        shape = (at.shape[0] - 1, tables.table_width(longest, page_size))
+        if not self._use_cuda_graph:
+            self._seq_lens = None
+            if self._page_table is None or self._page_table.shape != shape:
+                self._page_table = torch.empty(shape, dtype=torch.int32, device=self.device)
+        assert self._page_table is not None
+        tables.fill_page_table(self._page_table, at, pages, longest)
+        lengths = tables.lengths_of(at, last, page_size)
+        self._seq_lens = lengths.to(torch.int32) if self._seq_lens is None else self._seq_lens.copy_(lengths)
+        self._page_size, self._longest = page_size, longest
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        indptr, indices = self._paged_kv_indptr_buf, self._paged_kv_indices_buf
+        last_page_len = self._paged_kv_last_page_len_buf
+        assert indptr is not None
+        assert indices is not None
+        assert last_page_len is not None
+        return indptr, indices, last_page_len
+
+    def _check_cache(self, planned: Planned, k_pages: Tensor) -> None:
+        """ValueError where the cache is not of the planned sizes.
+
+        In CUDA-graph mode a table that is wider than the cache has pages is cut to them: no sequence has more, and the
+        kernel's grid is as wide as the table.
+        """
+        check_shape("k_pages", k_pages, ("P", planned.num_kv_heads, self._page_size, planned.head_dim))
+        assert self._page_table is not None
+        if self._use_cuda_graph and k_pages.shape[0] < self._page_table.shape[1]:
+            if self._longest > k_pages.shape[0]:
+                raise ValueError(
+                    f"a sequence has {self._longest} pages; legal: the cache's {k_pages.shape[0]}, or fewer"
+                )
+            self._cut_table(k_pages.shape[0])
+
+    def _cut_table(self, pages: int) -> None:
+        assert self._page_table is not None
+        self._page_table = self._page_table[:, :pages]
+
+
+def refuse_positions(function: str, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None) -> None:
+    """NotImplementedError for what changes the scores: positions in them, a window, a soft cap."""
+    refuse_arguments(
+        function,
+        pos_encoding_mode=(pos_encoding_mode, "NONE"),
+        window_left=(window_left, -1),
+        logits_soft_cap=(logits_soft_cap, None, 0),
+    )
+
+
+def lse_views(
+    q: Tensor, lse: Tensor | None, return_lse: bool, lse_base: str, lse_layout: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The log-sum-exps as the op writes them, [T, Hq], and as `run` returns them: so too, or [Hq, T] where HN."""
+    check_choice("lse_base", lse_base, ("log2", "ln"))
+    check_choice("lse_layout", lse_layout, ("NH", "HN"))
+    if lse_layout == "NH":
+        return lse, lse
+    if lse is None and return_lse:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=dtype, device=q.device)
+    return None if lse is None else lse.t(), lse
+
+
+def delivered(
+    found: Tensor | tuple[Tensor, Tensor], lse: Tensor | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What the op returned, with the log-sum-exps as they were asked for, or without them."""
+    if isinstance(found, Tensor):
+        return found
+    out, written = found
+    return (out, written if lse is None else lse) if return_lse else out
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=device)
