@@ -121,6 +121,29 @@ def test_what_the_runtime_calls_of_the_integrations_does_not_know_the_runtime() 
     assert "runtime" not in rooms_of(found)
 
 
+@pytest.mark.parametrize("adapter", ["flash_attn", "flashinfer"])
+def test_an_adapter_of_functions_knows_the_ops_alone(adapter: str) -> None:
+    """It stands for a library of functions on tensors, in programs that may have neither our models nor our files."""
+    folder = PACKAGE / "integrations" / adapter
+    files = sorted(folder.rglob("*.py"))
+    assert files
+    found = set().union(*map(imported, files))
+    assert rooms_of(found) <= BASE | {"kernels", "integrations"}
+    legal = (f"fastllama.integrations.{adapter}", "fastllama.integrations.arguments")
+    others = {each for each in found if each.startswith("fastllama.integrations.")}
+    assert {each for each in others if not each.startswith(legal)} == set()
+
+
+def test_import_fastllama_does_not_load_the_integrations() -> None:
+    code = "import sys, fastllama; print([name for name in sys.modules if name.startswith('fastllama.integrations')])"
+    assert run(code) == "[]\n"
+
+
+@pytest.mark.parametrize("adapter", ["flash_attn", "flashinfer"])
+def test_an_adapter_of_functions_needs_no_optional_package(adapter: str) -> None:
+    assert run(f"import fastllama.integrations.{adapter}; print('ok')", *HOMES, "flash_attn", "flashinfer") == "ok\n"
+
+
 def test_only_the_entries_stand_beside_the_rooms() -> None:
     beside = {path.stem for path in PACKAGE.glob("*.py")} - set(MAY_IMPORT)
     assert beside == {"__init__", "__main__"}
