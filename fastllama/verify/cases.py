@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +31,9 @@ def all_cases(dtype: torch.dtype) -> Iterator[FormulaCase]:
         matmuls,
         _rope,
         _rope_and_write_kv,
+        _write_kv,
         _silu_mul,
         attention.varlen,
-        _write_kv,
         attention.prefill,
         attention.decode,
         _sample,
@@ -98,8 +100,6 @@ def _rope_and_write_kv(m: Maker) -> Iterator[FormulaCase]:
         yield FormulaCase("rope_and_write_kv", label, asked, formula, written=("k_pages", "v_pages"))
 
 
-def _silu_mul(m: Maker) -> Iterator[FormulaCase]:
-    for count, size in ((1, 11008), (33, 352), (7, 5)):
 def _write_kv(m: Maker) -> Iterator[FormulaCase]:
     def formula(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor, **_: Any) -> Results:
         return _written(k, v, slots, k_pages, v_pages)
@@ -120,8 +120,11 @@ def _written(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tens
     return k_pages, v_pages
 
 
-        call = given("silu_mul", rows.silu_mul(m, count, size))
-        yield FormulaCase("silu_mul", f"gate_up {[count, 2 * size]}", call, lambda gate_up: (oracle.silu_mul(gate_up),))
+def _silu_mul(m: Maker) -> Iterator[FormulaCase]:
+    for count, size, apart in ((1, 11008, False), (33, 352, False), (7, 5, False), (33, 352, True)):
+        call = given("silu_mul", rows.silu_mul(m, count, size, apart=apart))
+        label = f"gate, up {[count, size]}" if apart else f"gate_up {[count, 2 * size]}"
+        yield FormulaCase("silu_mul", label, call, lambda gate_up, up: (oracle.silu_mul(gate_up, up),))
 
 
 def _sample(m: Maker) -> Iterator[FormulaCase]:
@@ -185,11 +188,15 @@ def _adjust_logits(m: Maker) -> Iterator[FormulaCase]:
 def _merge_state(m: Maker) -> Iterator[FormulaCase]:
     """Queries that saw keys on both sides, on either, and on none."""
 
-    def formula(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Results:
-        sums = torch.stack((a_lse, b_lse))
+    def formula(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool) -> Results:
+        unit = math.log(2) if base2 else 1.0
+        sums = torch.stack((a_lse, b_lse)) * unit
+        sums = sums.masked_fill(sums == math.inf, -math.inf)
         shares = sums.softmax(0).nan_to_num(0.0).to(a.dtype)[..., None]
-        return shares[0] * a + shares[1] * b, sums.logsumexp(0)
+        return shares[0] * a + shares[1] * b, sums.logsumexp(0) / unit
 
-    for shape in ((1, 32, 128), (33, 8, 64), (7, 3, 10)):
-        call = given("merge_state", rows.merge_state(m, *shape, unseen=True))
-        yield FormulaCase("merge_state", f"a {list(shape)}", call, formula, view=attention.one_row)
+    for shape, base2 in (((1, 32, 128), False), ((33, 8, 64), False), ((7, 3, 10), False), ((33, 8, 64), True)):
+        call = given("merge_state", rows.merge_state(m, *shape, unseen=True, base2=base2))
+        label = f"a {list(shape)}{', base 2' if base2 else ''}"
+        judge = partial(formula, base2=base2)
+        yield FormulaCase("merge_state", label, call, judge, options={"base2": base2}, view=attention.one_row)

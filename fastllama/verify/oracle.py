@@ -28,9 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up of [gate | up] along the last dimension."""
-    gate, up = gate_up.tensor_split(2, dim=-1)
+def silu_mul(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """gate * sigmoid(gate) * up of [gate | up] along the last dimension, or of two tensors."""
+    gate, up = gate_up.tensor_split(2, dim=-1) if up is None else (gate_up, up)
     return F.silu(gate) * up
 
 

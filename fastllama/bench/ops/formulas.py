@@ -53,7 +53,7 @@ def _write_kv(t: Arguments) -> None:
 
 
 def _silu_mul(t: Arguments) -> Tensor:
-    gate, up = t["gate_up"].chunk(2, dim=-1)
+    gate, up = t["gate_up"].chunk(2, dim=-1) if t.get("up") is None else (t["gate_up"], t["up"])
     return F.silu(gate) * up
 
 

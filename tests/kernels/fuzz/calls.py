@@ -96,10 +96,13 @@ def add_rms_norm(m: CallMaker) -> Arguments:
 
 def silu_mul(m: CallMaker) -> Arguments:
     leading, size = m.leading(), 0 if m.chance(0.05) else m.size()
+    if m.chance(0.4):
+        gate, up = (m.floats(name, *leading, size) for name in ("gate_up", "up"))
+        return {"gate_up": gate, "up": up, "out": m.one_of(gate, up, *2 * [m.fresh("out", *leading, size)])}
     gate_up = m.floats("gate_up", *leading, 2 * size)
     half = m.one_of(0, size) if m.chance(0.2) and leading else None
     out = m.fresh("out", *leading, size) if half is None else gate_up[..., half : half + size]
-    return {"gate_up": gate_up, "out": out}
+    return {"gate_up": gate_up, "up": None, "out": out}
 
 
 def codes(m: CallMaker, *shape: int) -> Arguments:
@@ -145,12 +148,12 @@ def merge_state(m: CallMaker) -> Arguments:
         lse = m.values.tensor(torch.float32, rows, heads)
         for place in range(lse.numel()):
             if m.chance(0.3):
-                lse.view(-1)[place] = m.one_of(-math.inf, -math.inf, 0.0, -1e38, 3e38, 1e4, -104.0, math.nan)
+                lse.view(-1)[place] = m.one_of(-math.inf, math.inf, 0.0, -1e38, 3e38, 1e4, -104.0, math.nan)
         call[side] = m.floats(side, rows, heads, size, lead=1)
         call[f"{side}_lse"] = m.place(f"{side}_lse", lse)
     out = call[m.one_of("a", "b")] if m.chance(0.3) else m.fresh("out", rows, heads, size, lead=1)
     lse_out = call["a_lse"] if m.chance(0.2) else m.fresh("lse_out", rows, heads, dtype=torch.float32)
-    return call | {"out": out, "lse_out": lse_out}
+    return call | {"base2": m.chance(0.3), "out": out, "lse_out": lse_out}
 
 
 def around(m: CallMaker, features: int, size: int, *more: int) -> Arguments:

@@ -183,7 +183,7 @@ def test_a_part_whose_address_is_aligned_by_chance_is_never_repeated(launches: l
 
 
 def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
-    empty = {"gate_up": torch.empty(0, 8), "out": torch.empty(0, 4)}
+    empty = {"gate_up": torch.empty(0, 8), "up": None, "out": torch.empty(0, 4)}
     again = OPS["silu_mul"].launcher("cuda")(*empty.values())
     assert again is not None
     assert launched(launches, "silu_mul", again, empty) == []

@@ -77,7 +77,7 @@ def run_anew(dtype: torch.dtype = torch.float32) -> int:
     """Call a kernel as a new process would; how many of its signatures came from the cache."""
     kernel = jit(swiglu.silu_mul_row_kernel.py_func)
     x, out = torch.randn(2 * SIZE).to(dtype), torch.empty(SIZE, dtype=dtype)
-    kernel(x.data_ptr(), out.data_ptr(), 0, 0, SIZE, LIKE[dtype])
+    kernel(x.data_ptr(), x[SIZE:].data_ptr(), out.data_ptr(), 0, 0, 0, SIZE, LIKE[dtype])
     expected = torch.nn.functional.silu(x[:SIZE].double()) * x[SIZE:].double()
     torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
     assert sum(kernel.stats.cache_hits.values()) + sum(kernel.stats.cache_misses.values()) == 1

@@ -93,8 +93,24 @@ def norm() -> Iterator[Shipped]:
             yield Shipped(f"{make.__name__} {sizes.short} {SHORT[dtype]}{weight}", call, narrowest=128)
 
 
+WRITES = (
+    ("decode", None, None),
+    ("decode", torch.int8, None),
+    ("decode", torch.int8, 0.5),
+    ("decode", torch.float8_e4m3fn, 0.5),
+    ("prefill", None, None),
+)
+
+
 def rope() -> Iterator[Shipped]:
-    """In place in the fused projection, and with the keys and values into pages."""
+    """In place in the fused projection, with the keys and values into pages, and the write of these alone."""
+    call = launching(rotary.rope, BF16, STEPS["decode"], *SMALL.attention, angles=BF16)
+    yield Shipped("rope 7B bf16 decode, angles bf16", call)
+    heads = (SMALL.kv_heads, SMALL.head_dim)
+    for step, pages_dtype, scale in WRITES:
+        options = {"pages": PAGES, "pages_dtype": pages_dtype, "scale": scale}
+        name = f"write_kv 7B bf16 {step}, pages {SHORT[pages_dtype or BF16]}{', one scale' if scale else ''}"
+        yield Shipped(name, launching(rotary.write_kv, BF16, STEPS[step], *heads, **options))
     for step, tokens in STEPS.items():
         for sizes in MODELS:
             call = launching(rotary.rope, BF16, tokens, *sizes.attention, fused=True)
@@ -113,6 +129,8 @@ def swiglu() -> Iterator[Shipped]:
             yield Shipped(f"silu_mul {sizes.short} bf16 {step}", call, narrowest=128)
     call = launching(rows.silu_mul, FP16, STEPS["prefill"], SMALL.intermediate)
     yield Shipped("silu_mul 7B fp16 prefill", call, narrowest=128)
+    call = launching(rows.silu_mul, BF16, STEPS["decode"], SMALL.intermediate, apart=True)
+    yield Shipped("silu_mul 7B bf16, gate and up apart", call, narrowest=128)
 
 
 def sample() -> Iterator[Shipped]:
@@ -185,10 +203,12 @@ def embedding() -> Iterator[Shipped]:
 
 def merge() -> Iterator[Shipped]:
     """A token's programs do not depend on the number of tokens. Of log-sum-exps a thread reads those of its heads."""
-    for sizes, dtype in ((SMALL, BF16), (LARGE, BF16), (SMALL, FP16), (SMALL, FP32)):
-        call = launching(rows.merge_state, dtype, 64, sizes.heads, sizes.head_dim)
+    kinds = ((SMALL, BF16, False), (LARGE, BF16, False), (SMALL, FP16, False), (SMALL, FP32, False))
+    for sizes, dtype, base2 in (*kinds, (SMALL, BF16, True)):
+        call = launching(rows.merge_state, dtype, 64, sizes.heads, sizes.head_dim, base2=base2)
         sums = {"load 32": 6, "load 64": 2, "store 32": 1}
-        yield Shipped(f"merge_state {sizes.short} {SHORT[dtype]}", call, narrowest=128, besides=sums)
+        name = f"merge_state {sizes.short} {SHORT[dtype]}{', base 2' if base2 else ''}"
+        yield Shipped(name, call, narrowest=128, besides=sums)
 
 
 def int4() -> Iterator[Shipped]:

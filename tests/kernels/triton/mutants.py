@@ -20,6 +20,7 @@ from tests.kernels.triton.w8a8_mutants import W8A8_MUTANTS
 NORM = "triton/rows/test_norm.py::test_several_rows_of_one_program"
 NORM_OPS = "ops/test_norm.py"
 SILU = "ops/test_swiglu.py"
+APART = f"{SILU}::test_gate_up_and_out_have_strides_of_their_own"
 ROPE = "ops/test_rope.py::test_rope"
 PASSED = "ops/test_rope.py::test_what_is_not_rotated_passes_through_whatever_it_is"
 WRITE = "ops/test_rope.py::test_rope_and_write_kv"
@@ -49,6 +50,7 @@ NORM_MUTANTS = [
 SWIGLU_MUTANTS = [
     mutant("sigmoid of -gate", "rows/swiglu", "tl.exp(-gate)", "tl.exp(gate)", SILU),
     mutant("up at the block's end", "rows/swiglu", "gate_ptrs + SIZE", "gate_ptrs + BLOCK", SILU),
+    mutant("up's rows where the gate's are", "rows/swiglu", "row * up_row_stride", "row * gate_up_row_stride", APART),
     mutant("columns past the end", "rows/swiglu", "col < SIZE", "col < BLOCKS * BLOCK", SILU),
     mutant(
         "silu rounded too",
@@ -132,6 +134,8 @@ MERGE = "ops/test_merge.py::test_merge_state"
 EXTREMES = "ops/test_merge.py::test_far_apart_far_from_zero_and_without_keys"
 NO_KEYS = "ops/test_merge.py::test_a_side_without_keys_leaves_the_other_bit_for_bit"
 ANY_STRIDES = "ops/test_merge.py::test_any_strides"
+BASE2 = "ops/test_merge.py::test_log_sum_exps_to_base_2_are_the_same_in_another_unit"
+TURNED = "ops/test_merge.py::test_log_sum_exps_of_heads_by_tokens"
 ONCE = "ops/test_merge.py::test_the_sum_is_rounded_once"
 MERGE_MUTANTS = [
     mutant("shares swapped", "attention/merge", "a * tl.div_rn(a_weight", "a * tl.div_rn(b_weight", MERGE),
@@ -155,7 +159,18 @@ MERGE_MUTANTS = [
         "a * tl.div_rn(a_weight, total).to(out_ptr.dtype.element_ty).to(tl.float32)",
         ONCE,
     ),
-    mutant("log-sum-exp in base 2", "attention/merge", "peak + tl.log(total)", "peak + tl.log2(total)", MERGE),
+    mutant("log-sum-exp in base 2", "attention/merge", "else tl.log(total)", "else tl.log2(total)", MERGE),
+    mutant("natural log-sum-exp", "attention/merge", "tl.log2(total) if", "tl.log(total) if", BASE2),
+    mutant("natural exponential", "attention/merge", "tl.exp2(b_lse - base)", "tl.exp(b_lse - base)", BASE2),
+    mutant(
+        "+inf for a key",
+        "attention/merge",
+        'tl.where(a_lse == float("inf"), float("-inf"), a_lse)',
+        "a_lse",
+        NO_KEYS,
+    ),
+    mutant("log-sum-exps of heads in a row", "attention/merge", "head * b_lse_head_stride", "head", TURNED),
+    mutant("log-sum-exps written in a row", "attention/merge", "head * lse_out_head_stride", "head", TURNED),
     mutant("heads past the end", "attention/merge", "used = head < NUM_HEADS", "used = head < NUM_HEADS + 1", MERGE),
     mutant("heads left out", "attention/merge", "ceil_div(num_heads, heads)", "max(num_heads // heads, 1)", MERGE),
     mutant("dimensions past the end", "attention/merge", "(dim < HEAD_DIM)", "(dim < BLOCK_D)", MERGE),
