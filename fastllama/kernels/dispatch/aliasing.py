@@ -20,10 +20,19 @@ class Aliasing:
     names: of all arguments. written: places of the tensors that the op writes. in_place: by output, the inputs over
     which it may be written, element for element: each with how many such rows fit into one of the input's (`silu_mul`
     may write over either half of its input: 2; else 1, which is the input itself, or the beginning of its rows).
+    kept_apart: pairs of names that may be the same view of one memory, begun at another of its rows: pages of keys and
+    of values, which slots tell apart.
     """
 
-    def __init__(self, names: Sequence[str], written: Collection[int], in_place: InPlace) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        written: Collection[int],
+        in_place: InPlace,
+        kept_apart: Collection[tuple[str, str]] = (),
+    ) -> None:
         self._names, self._written, self._in_place = names, written, in_place
+        self._kept_apart = [{names.index(one), names.index(other)} for one, other in kept_apart]
 
     def overlaps(self, args: Sequence[Any]) -> Iterator[tuple[int, int]]:
         """The places of each tensor that is written, and of one that shares memory with it, and may not.
@@ -41,6 +50,8 @@ class Aliasing:
         for place, other in self._pairs(spans):
             (start, end), (other_start, other_end) = spans[place], spans[other]
             if other_end <= start or end <= other_start or self._is_in_place(place, other, args):
+                continue
+            if {place, other} in self._kept_apart and _is_rows_apart(args[place], args[other]):
                 continue
             if _share(args[place], args[other]):
                 yield place, other
@@ -87,6 +98,12 @@ class Aliasing:
             return False
         part, rest = divmod(out.data_ptr() - x.data_ptr(), row.nbytes)
         return not rest and 0 <= part < parts and (part + 1) * row.numel() <= source.numel()
+
+
+def _is_rows_apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of the same strides begin at different rows of one memory."""
+    row, distance = a.stride(0) * a.itemsize, a.data_ptr() - b.data_ptr()
+    return a.stride() == b.stride() and distance != 0 and distance % row == 0
 
 
 def _spans(args: Sequence[Any]) -> dict[int, tuple[int, int]]:

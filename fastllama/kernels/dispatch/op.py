@@ -9,7 +9,7 @@ A call like an earlier one is not checked again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -72,7 +72,8 @@ class Op(Backends):
     depend on nothing but its Likeness.
     reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
     values: takes the arguments and raises ValueError for what they hold that is not legal; asked by FASTLLAMA_CHECK=1.
-    in_place: which outputs may be written over which inputs, as for Aliasing; all others need memory of their own.
+    in_place, kept_apart: which outputs may be written over which inputs, and which tensors may lie in one memory, as
+    for Aliasing; all others need memory of their own.
     cpu, numba, triton: as for Backends, in out-form.
     """
 
@@ -84,6 +85,7 @@ class Op(Backends):
         reference: Callable[..., Any],
         values: Callable[..., None] | None = None,
         in_place: InPlace | None = None,
+        kept_apart: Collection[tuple[str, str]] = (),
         cpu: Function | None = None,
         numba: Table | None = None,
         triton: Table | None = None,
@@ -97,7 +99,7 @@ class Op(Backends):
         self._kinds = kinds
         self._tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self._written = tuple(i for i, kind in enumerate(kinds) if "!" in kind)
-        self._aliasing = Aliasing(names, self._written, in_place or {})
+        self._aliasing = Aliasing(names, self._written, in_place or {}, kept_apart)
         super().__init__(name, reference=reference, cpu=cpu, numba=numba, triton=triton)
         self._check, self._values = check, values
         self._bound: dict[torch.device, Function] = {}

@@ -54,6 +54,7 @@ _WRITE_KV = Op(
     check=_check_write_kv,
     reference=reference.write_kv,
     values=values.check_write_kv,
+    kept_apart=[("k_pages", "v_pages")],
     numba=numba_kernels,
     triton=triton_kernels,
 )
@@ -76,7 +77,8 @@ def write_kv(
     k, v: [T, Hkv, D], one floating dtype, any strides but the last. slots: [T] int32 or int64, as for
     `rope_and_write_kv`: one that is negative or behind the pages is not written.
     k_pages, v_pages: [P, Hkv, page_size, D], k's dtype, int8 or float8_e4m3fn, any strides but the last; written in
-    place. Codes have either one scale for each token and head, computed and written into k_scales, v_scales:
+    place. One may be the other begun whole pages later, as in transformers' pool of pages, where no slot's key is
+    another's value. Codes have either one scale for each token and head, computed and written into k_scales, v_scales:
     [P, Hkv, page_size] fp32, as for `rope_and_write_kv`; or k_scale, v_scale, numbers of fp32 that somebody measured
     before: a code is then x / scale in fp32, rounded to nearest even, and the largest code, 127 or 448, for all that is
     larger, infinities too. NaN becomes the NaN of float8_e4m3fn; int8 has none, and its code is 0.

@@ -249,6 +249,29 @@ def test_pages_may_not_be_the_keys() -> None:
     assert not pages.any()
 
 
+@every_backend
+def test_pages_of_keys_and_of_values_may_be_views_that_overlap(backend: str) -> None:
+    """transformers' pool: pages of keys and of values by turns, values as the same view begun a page later."""
+    pool, (k, v) = torch.zeros(7, PAGE_SIZE, 2, 8), keys_and_values((4, 2, 8), torch.float32)
+    k_pages, v_pages = (pool[start : start + 6].transpose(1, 2) for start in (0, 1))
+    slots = torch.tensor([0, 3, 2 * PAGE_SIZE, 4 * PAGE_SIZE + 1])
+    for _ in range(2):  # checked anew, and known
+        public("write_kv", backend)(k, v, slots, k_pages, v_pages)
+    tokens = pool.flatten(0, 1)
+    assert_equal(tokens[slots], k)
+    assert_equal(tokens[slots + PAGE_SIZE], v)
+
+
+@pytest.mark.parametrize("start", [0, 8])
+def test_pages_of_keys_are_not_those_of_values(start: int) -> None:
+    """Nor begun within a page of these."""
+    memory, (k, v) = torch.zeros(PAGES * 2 * PAGE_SIZE * 8 + start), keys_and_values((3, 2, 8), torch.float32)
+    k_pages, v_pages = (memory[at:].as_strided((PAGES, 2, PAGE_SIZE, 8), (80, 40, 8, 1)) for at in (0, start))
+    with pytest.raises(ValueError, match="k_pages shares memory with v_pages"):
+        kernels.write_kv(k, v, torch.arange(3), k_pages, v_pages)
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("scale", [None, 0.02])
 def test_opcheck(scale: float | None) -> None:
     """With int8 alone: torch's check compares the arguments before and after, and does not compare float8."""
