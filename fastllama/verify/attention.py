@@ -14,6 +14,9 @@ from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.verify import oracle
 from fastllama.verify.case import FormulaCase, Results, given
 
+# Of all keys and of all values, in place of a tensor each.
+ONE_SCALE: Arguments = {"k_scales": None, "v_scales": None, "k_scale": 0.02, "v_scale": 1.5}
+
 
 def one_row(results: Results) -> Results:
     """The log-sum-exps as one row: a single one may be near 0, and its error is that of the scores it sums."""
@@ -46,6 +49,8 @@ def prefill(m: Maker) -> Iterator[FormulaCase]:
     held = calls.paged(m, lengths, 2, 64, page=16, pages_dtype=torch.int8)
     call = calls.attention_prefill(m, lengths, fresh, 8, 2, 64, held=held)
     yield _rounded_pages("attention_prefill", "q [86, 8, 64]", call)
+    call = calls.attention_prefill(m, lengths, fresh, 8, 2, 64, held=held | ONE_SCALE, causal=False)
+    yield _rounded_pages("attention_prefill", "q [86, 8, 64]", call, ", one scale, not causal")
 
 
 def decode(m: Maker) -> Iterator[FormulaCase]:
@@ -57,6 +62,8 @@ def decode(m: Maker) -> Iterator[FormulaCase]:
     held = calls.paged(m, lengths, 2, 64, page=16, pages_dtype=torch.int8)
     call = calls.attention_decode(m, lengths, 8, 2, 64, held=held)
     yield _rounded_pages("attention_decode", "q [4, 8, 64]", call)
+    call = calls.attention_decode(m, lengths, 8, 2, 64, held=held | ONE_SCALE, queries=3, causal=False)
+    yield _rounded_pages("attention_decode", "q [12, 8, 64]", call, ", one scale, not causal")
 
 
 def _with_and_without_lse(op: str, label: str, call: Arguments, formula: Any) -> Iterator[FormulaCase]:
@@ -64,8 +71,8 @@ def _with_and_without_lse(op: str, label: str, call: Arguments, formula: Any) ->
         yield FormulaCase(op, label, given(op, call), formula, {"return_lse": return_lse}, view=one_row)
 
 
-def _rounded_pages(op: str, label: str, call: Arguments) -> FormulaCase:
-    label += ", 2 KV heads, page size 16, int8"
+def _rounded_pages(op: str, label: str, call: Arguments, form: str = "") -> FormulaCase:
+    label += f", 2 KV heads, page size 16, int8{form}"
     return FormulaCase(op, label, given(op, call), _paged, {"return_lse": True}, view=one_row)
 
 
@@ -78,18 +85,21 @@ def _paged(
     cu_seqlens_q: Tensor | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    causal: bool = True,
 ) -> Results:
     """Attention of a sequence's rows of q, as many for each where no bounds are given, over its seq_lens[b] tokens."""
     count = len(seq_lens)
     starts = range(0, len(q) + 1, len(q) // count) if cu_seqlens_q is None else cu_seqlens_q.tolist()
     held = [
-        pages if scales is None else pages.to(q.dtype) * scales.to(q)[..., None]
-        for pages, scales in ((k_pages, k_scales), (v_pages, v_scales))
+        pages.to(q.dtype) * (scales.to(q)[..., None] if scales is not None else 1.0 if number is None else number)
+        for pages, scales, number in ((k_pages, k_scales, k_scale), (v_pages, v_scales, v_scale))
     ]
     page, parts = k_pages.shape[2], []
     for b, length in enumerate(seq_lens.tolist()):
         k, v = (torch.stack([pages[page_table[b, at // page], :, at % page] for at in range(length)]) for pages in held)
-        parts.append(oracle.attention(q[starts[b] : starts[b + 1]], k, v, 1 / math.sqrt(q.shape[-1])))
+        parts.append(oracle.attention(q[starts[b] : starts[b + 1]], k, v, 1 / math.sqrt(q.shape[-1]), causal))
     return _joined(parts)
 
 

@@ -13,6 +13,7 @@ from fastllama.kernels import cos_sin_cache
 from tests.kernels.fuzz.calls import Arguments, CallMaker
 
 SCALES = (None, None, None, 1e-30, 1.0, 0.0, -1.0, 1e30, math.inf, math.nan)
+WHOLE_SCALES = (0.37, 1, 2.0**-20, 100.0, None)  # of all keys or values: the last not of codes
 POSITIONS = 64
 
 
@@ -28,27 +29,41 @@ def _turns(m: CallMaker, rows: int, size: int, rotated: int) -> Arguments:
     rotated -= rotated % 2
     frequencies = 10000.0 ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / max(rotated, 1))
     positions = torch.tensor([m.one_of(0, 1, 5, POSITIONS - 1) for _ in range(rows)], dtype=m.integer())
-    cache = m.place("cos_sin", cos_sin_cache(frequencies, POSITIONS))
+    cache = m.place("cos_sin", cos_sin_cache(frequencies, POSITIONS).to(m.wide_or_own()))
     return {"cos_sin": cache, "positions": m.place("positions", positions)}
 
 
 def rope_and_write_kv(m: CallMaker) -> Arguments:
     rows, heads, kv_heads, size = m.rows(), m.one_of(1, 3), m.one_of(1, 2), m.one_of(2, 8, 16, 30)
-    page, codes = m.one_of(1, 2, 7), m.one_of(None, None, torch.int8, torch.float8_e4m3fn)
+    qkv = m.place("qkv", m.values.tensor(m.dtype, rows, (heads + 2 * kv_heads) * size))
+    over = qkv[:, : heads * size].unflatten(1, (heads, size)) if rows and m.chance(0.3) else None
+    return {
+        "qkv": qkv,
+        **_turns(m, rows, size, m.one_of(size // 2, size)),
+        **_places(m, rows, kv_heads, size, m.one_of(None, None, torch.int8, torch.float8_e4m3fn)),
+        "interleaved": m.chance(0.5),
+        "q_out": m.fresh("q_out", rows, heads, size, lead=1) if over is None else over,
+    }
+
+
+def write_kv(m: CallMaker) -> Arguments:
+    """A given scale is a power of two: quotients in fp32 are those in fp64."""
+    rows, kv_heads, size = m.rows(), m.one_of(1, 2, 3), m.one_of(1, 2, 7, 16, 30)
+    k, v = (m.floats(name, rows, kv_heads, size, lead=1) for name in "kv")
+    codes = m.one_of(None, None, torch.int8, torch.float8_e4m3fn)
+    call = {"k": k, "v": v, **_places(m, rows, kv_heads, size, codes), "k_scale": None, "v_scale": None}
+    if codes is None or m.chance(0.5):
+        return call
+    return call | {"k_scales": None, "v_scales": None, "k_scale": m.one_of(2.0**-20, 0.5, 1.0), "v_scale": 2.0**9}
+
+
+def _places(m: CallMaker, rows: int, kv_heads: int, size: int, codes: torch.dtype | None) -> Arguments:
+    page = m.one_of(1, 2, 7)
     pages = -(-rows // page) + m.one_of(0, 1) or 1
     order = list(range(pages * page))
     m.rng.shuffle(order)
     slots = [m.one_of(-1, -7) if m.chance(0.1) else order[i] for i in range(rows)]
-    drawn = m.values.tensor(m.dtype, rows, (heads + 2 * kv_heads) * size)
-    qkv = m.place("qkv", drawn)
-    over = qkv[:, : heads * size].unflatten(1, (heads, size)) if rows and m.chance(0.3) else None
-    call: Arguments = {
-        "qkv": qkv,
-        **_turns(m, rows, size, m.one_of(size // 2, size)),
-        "slots": m.place("slots", torch.tensor(slots, dtype=m.integer())),
-        "interleaved": m.chance(0.5),
-        "q_out": m.fresh("q_out", rows, heads, size, lead=1) if over is None else over,
-    }
+    call: Arguments = {"slots": m.place("slots", torch.tensor(slots, dtype=m.integer()))}
     for side in "kv":
         held = torch.full((pages, kv_heads, page, size), 7.0).to(codes or m.dtype)
         call[f"{side}_pages"] = m.place(f"{side}_pages", held, 3)
@@ -69,17 +84,19 @@ def _finite(m: CallMaker, name: str, *shape: int) -> Tensor:
 
 
 def _bounds(m: CallMaker, name: str, counts: list[int]) -> Tensor:
-    return m.place(name, torch.tensor([0, *accumulate(counts)], dtype=torch.int32))
+    return m.place(name, torch.tensor([0, *accumulate(counts)], dtype=m.integer()))
 
 
 def _results(m: CallMaker, q: Tensor) -> Arguments:
     scale, (rows, heads, size) = m.one_of(*SCALES), q.shape
-    lse = m.fresh("lse", rows, heads, dtype=torch.float32, lead=2) if m.chance(0.5) else None
+    shape = (heads, rows) if (transposed := m.chance(0.4)) else (rows, heads)
+    lse_out = m.fresh("lse_out", *shape, dtype=torch.float32, lead=1) if m.chance(0.5) else None
     return {
         "scale": 1 / math.sqrt(size) if scale is None else scale,
+        "causal": m.chance(0.6),
         "base2": m.chance(0.4),
         "out": q if m.chance(0.2) else m.fresh("out", *q.shape, lead=1),
-        "lse": lse,
+        "lse_out": lse_out.t() if transposed and lse_out is not None else lse_out,
     }
 
 
@@ -95,28 +112,29 @@ def attention_varlen(m: CallMaker) -> Arguments:
         "cu_seqlens_q": _bounds(m, "cu_seqlens_q", queries),
         "cu_seqlens_k": _bounds(m, "cu_seqlens_k", keys),
     }
-    return {"q": q, "k": k, "v": v, **bounds, "causal": m.chance(0.6), **_results(m, q)}
+    return {"q": q, "k": k, "v": v, **bounds, **_results(m, q)}
 
 
 def _paged(m: CallMaker, lengths: list[int], kv_heads: int, size: int) -> Arguments:
     page = m.one_of(1, 2, 7, 16) if not m.small else m.one_of(7, 16)
     codes = m.one_of(None, None, torch.int8, torch.float8_e4m3fn)
+    whole = m.chance(0.3)  # one scale for all pages
     counts = [-(-length // page) for length in lengths]
     pages, width = sum(counts) + m.one_of(0, 1), max(counts, default=0) + m.one_of(0, 2)
     order = list(range(pages))
     m.rng.shuffle(order)
-    table = torch.full((len(lengths), width), m.one_of(0, -1, 2**31 - 1), dtype=torch.int32)
+    table = torch.full((len(lengths), width), m.one_of(0, -1, 2**31 - 1), dtype=m.integer())
     shape, used = (pages, kv_heads, page, size), 0
     kept = torch.zeros(pages, 1, page, dtype=torch.bool)
     for sequence, length in enumerate(lengths):
         own = order[used : used + counts[sequence]]
         used += counts[sequence]
-        table[sequence, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        table[sequence, : len(own)] = torch.tensor(own, dtype=table.dtype)
         for place in range(length):
             kept[own[place // page], 0, place % page] = True
     call: Arguments = {
         "page_table": m.place("page_table", table),
-        "seq_lens": m.place("seq_lens", torch.tensor(lengths, dtype=torch.int32)),
+        "seq_lens": m.place("seq_lens", torch.tensor(lengths, dtype=m.integer())),
     }
     for side in "kv":
         scales = None
@@ -126,8 +144,9 @@ def _paged(m: CallMaker, lengths: list[int], kv_heads: int, size: int) -> Argume
             held = (40 * m.values.normal(*shape)).round().clamp(-127, 127).to(codes)
             scales = m.values.tensor(torch.float32, *shape[:3], 1, not_finite=side == "k")[..., 0].abs()
             scales /= 512  # times 127 no overflow
-            scales = m.memory.place(f"{side}_scales", scales.masked_fill(~kept, math.nan), 3)
+            scales = None if whole else m.memory.place(f"{side}_scales", scales.masked_fill(~kept, math.nan), 3)
         call[f"{side}_pages"], call[f"{side}_scales"] = m.place(f"{side}_pages", held, 3), scales
+        call[f"{side}_scale"] = m.one_of(*WHOLE_SCALES[: None if codes is None else -1]) if whole else None
     return call
 
 
@@ -148,5 +167,6 @@ def attention_decode(m: CallMaker) -> Arguments:
 
 
 ATTENTION_CALLS: dict[str, Callable[[CallMaker], Arguments]] = {
-    each.__name__: each for each in (rope, rope_and_write_kv, attention_varlen, attention_prefill, attention_decode)
+    each.__name__: each
+    for each in (rope, rope_and_write_kv, write_kv, attention_varlen, attention_prefill, attention_decode)
 }

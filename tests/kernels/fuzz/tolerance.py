@@ -37,26 +37,31 @@ def magnitudes(op: str, given: Arguments) -> tuple[Tensor, Tensor]:
 
 def least_weights(given: Arguments) -> float:
     """Of 64 keys, by the largest value: Triton's kernels round a weight to v's dtype, Numba's end at e^-87."""
-    values, scales = given.get("v", given.get("v_pages")).double().nan_to_num(0.0, 0.0, 0.0), given.get("v_scales")
-    values = values if scales is None else values * scales.double().nan_to_num(0.0, 0.0)[..., None]
+    values = _held(given, "v")
     limits = torch.finfo(given["q"].dtype)
     return (
         64 * float(values.abs().max()) * max(limits.smallest_normal * limits.eps, 2.0**-125) if values.numel() else 0.0
     )
 
 
+def _held(given: Arguments, side: str) -> Tensor:
+    """Keys or values as they are held, and times their scales where that is more; 0 for what is not finite."""
+    held, scales = (
+        given.get(side, given.get(f"{side}_pages")).double().nan_to_num(0.0, 0.0, 0.0),
+        given.get(f"{side}_scales"),
+    )
+    held = held if scales is None else held * scales.double().nan_to_num(0.0, 0.0)[..., None]
+    return held * max(given.get(f"{side}_scale") or 1.0, 1.0)
+
+
 def scores_overflow(given: Arguments) -> Tensor:
     """Where a query's scores may overflow in one order of multiplying and not in another: [T, H, 1]."""
-    q, keys = given["q"].double().abs().nan_to_num(0.0, 0.0), given.get("k", given.get("k_pages")).double()
-    keys = keys.abs().nan_to_num(0.0, 0.0)
-    scales = given.get("k_scales")
-    keys = keys if scales is None else keys * scales.double().nan_to_num(0.0, 0.0)[..., None]
+    q, keys = given["q"].double().abs().nan_to_num(0.0, 0.0), _held(given, "k").abs()
     largest = keys.flatten(0, -2).amax(0) if keys.numel() else keys.new_zeros(keys.shape[-1])
     scores = (q * largest).sum(-1, keepdim=True)
     scale = abs(given["scale"])
     most = torch.maximum(scores * max(1.0, scale), q.amax(-1, keepdim=True) * scale)
-    values, scales = given.get("v", given.get("v_pages")).double().nan_to_num(0.0, 0.0, 0.0), given.get("v_scales")
-    values = values if scales is None else values * scales.double().nan_to_num(0.0, 0.0)[..., None]
+    values = _held(given, "v")
     sums = 64 * values.abs().max() if values.numel() else 0.0  # not yet divided by the sum of at most as many weights
     return torch.maximum(most, torch.as_tensor(sums)) >= torch.finfo(torch.float32).max / 32
 
