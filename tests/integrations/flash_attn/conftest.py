@@ -1,0 +1,5 @@
+"""What every test of flash-attn's functions gets: one of the libraries that have them."""
+
+from tests.integrations.flash_attn.libraries import library
+
+__all__ = ["library"]
