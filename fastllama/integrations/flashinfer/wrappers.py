@@ -28,9 +28,9 @@ class Planned:
     def check(self, q: Tensor, k: Tensor) -> None:
         """ValueError for another shape of q, TypeError for another dtype of q or the keys."""
         check_shape("q", q, (self.rows, self.num_q_heads, self.head_dim))
-        for name, tensor, dtype in (("q", q, self.q_dtype), ("k", k, self.kv_dtype)):
+        for name, tensor, kind, dtype in (("q", q, "q", self.q_dtype), ("k", k, "kv", self.kv_dtype)):
             if tensor.dtype != dtype:
-                raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {dtype}, the {name[0]}_data_type of the plan")
+                raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {dtype}, the plan's {kind}_data_type")
 
 
 def planned_of(

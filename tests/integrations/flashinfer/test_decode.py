@@ -1,0 +1,334 @@
+"""FlashInfer's decode wrappers and single_decode_with_kv_cache: the newest tokens over keys and values in pages."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import kernels
+from fastllama.integrations.flashinfer import tables
+from fastllama.integrations.flashinfer.decode import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    fast_decode_plan,
+    single_decode_with_kv_cache,
+)
+from tests.integrations.flashinfer.batches import Batch, attend, bounds, check, workspace
+from tests.integrations.flashinfer.calls import CALLS, NoHostRead
+from tests.integrations.flashinfer.conftest import Library
+
+ROOM = 32 * 2**20
+
+
+def wrapper(**options: Any) -> BatchDecodeWithPagedKVCacheWrapper:
+    return BatchDecodeWithPagedKVCacheWrapper(workspace(), **options)
+
+
+def csr(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.indptr, batch.indices, batch.last_page_len
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("fused", [False, True], ids=["pair", "5-D"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_each_sequence_attends_to_its_own_pages(library: Library, layout: str, fused: bool, page_size: int) -> None:
+    half, device = torch.float16, library.device
+    made = {"head_dim": 64, "dtype": half, "layout": layout, "fused": fused, "page_size": page_size, "device": device}
+    batch = Batch([3, 40, 17], **made)
+    q = batch.queries([1, 1, 1])
+    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(workspace(device, ROOM), layout)
+    decode.plan(*(x.to(device) for x in csr(batch)), *batch.sizes, q_data_type=half, kv_data_type=half)
+    check(decode.run(q, batch.cache, return_lse=True), batch.expected(q, [1, 1, 1]))
+    out, lse = torch.empty_like(q), torch.empty(3, 4, dtype=torch.float32, device=device)
+    found = decode.run_return_lse(q, batch.cache, out=out, lse=lse)
+    assert found[0] is out
+    assert found[1] is lse
+    check((out, lse), batch.expected(q, [1, 1, 1]))
+
+
+def test_several_tokens_of_a_sequence_are_causal(library: Library) -> None:
+    batch = Batch([5, 9], head_dim=64, dtype=torch.float16, device=library.device)
+    q = batch.queries([3, 3])
+    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(
+        workspace(library.device, ROOM), use_tensor_cores=True, backend="fa2"
+    )
+    decode.plan(*(x.to(library.device) for x in csr(batch)), *batch.sizes, q_len_per_req=3)
+    check(decode.run(q, batch.cache, return_lse=True), batch.expected(q, [3, 3]))
+
+
+def test_one_sequence_needs_no_plan(library: Library) -> None:
+    q, k, v = (torch.randn(n, 64, device=library.device).half() for n in (4, 18, 18))
+    k, v = k.view(9, 2, 64), v.view(9, 2, 64)
+    expected = attend(q[None], k, v, 0.3, False)
+    single = library.module.single_decode_with_kv_cache
+    out, lse = single(q, k, v, sm_scale=0.3, return_lse=True)
+    check((out, lse), (expected[0][0], expected[1][0]))
+    k, v = (x.transpose(0, 1).contiguous() for x in (k, v))
+    assert torch.equal(single(q, k, v, "HND", sm_scale=0.3), out)
+
+
+def test_optional_arguments_of_plan_are_positional_too() -> None:
+    """FlashInfer's older way; data_type stands for the dtypes that are None."""
+    batch = Batch([4])
+    q, decode = batch.queries([1]), wrapper()
+    decode.plan(*csr(batch), *batch.sizes, "NONE", -1, 0.0, None, None, None, "float64", 0.5)
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1], 0.5))
+    decode.begin_forward(*csr(batch), *batch.sizes, data_type=torch.float64, q_data_type=torch.float64)
+    check(decode.forward_return_lse(q, batch.cache, sm_scale=0.25), batch.expected(q, [1], 0.25))
+    assert torch.equal(decode.forward(q, batch.cache, sm_scale=0.25), decode.run(q, batch.cache))
+    decode.end_forward()
+
+
+def test_bounds_that_are_on_the_host_already_are_not_copied() -> None:
+    batch = Batch([4, 2, 0], page_size=1)
+    decode = wrapper()
+    decode.plan(*csr(batch), *batch.sizes, q_data_type="float64")
+    device_bounds = batch.indptr.clone()
+    q = batch.queries([1, 1, 1])
+    fast_decode_plan(
+        decode,
+        device_bounds,
+        *csr(batch)[1:],
+        *batch.sizes,
+        q_data_type="float64",
+        global_override_indptr_cpu=batch.indptr,
+    )
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1, 1]))
+    with pytest.raises(ValueError, match=r"global_override_indptr_cpu has shape \[3\]; legal: \[4\]"):
+        fast_decode_plan(
+            decode, device_bounds, *csr(batch)[1:], *batch.sizes, global_override_indptr_cpu=batch.indptr[:3]
+        )
+
+
+def test_an_8_bit_cache_is_multiplied_by_its_scales() -> None:
+    batch = Batch([7, 3], dtype=torch.float32)
+    q = batch.queries([1, 1])
+    cache = tuple((x.clamp(-8, 8) / 0.25).to(torch.float8_e4m3fn) for x in batch.cache)
+    for tokens, held in ((batch.k, cache[0]), (batch.v, cache[1])):
+        for b in range(2):
+            tokens[b] = held.flatten(0, 1).float()[batch.slots(b)] * 0.25
+    decode = wrapper()
+    decode.plan(*csr(batch), *batch.sizes, q_data_type="float32", kv_data_type="float8_e4m3fn")
+    check(decode.run_return_lse(q, cache, k_scale=0.25, v_scale=0.25), batch.expected(q, [1, 1]), 32.0)
+    expected = batch.expected(q, [1, 1], 4 * 8**-0.5, v_scale=4.0)
+    check(decode.run_return_lse(q, cache), expected, 128.0)
+
+
+@CALLS
+def test_any_legal_plan_and_run_is_attention(calls: int) -> None:
+    """Sizes, layouts, lengths, integer types, scales and outputs at random; the wrapper is planned anew each time."""
+    random = Random(3)
+    kept = {layout: wrapper(kv_layout=layout) for layout in ("NHD", "HND")}
+    for _ in range(calls):
+        queries, dtype = random.randrange(1, 4), random.choice([torch.float64, torch.float32])
+        kv_heads = random.randrange(1, 3)
+        batch = Batch(
+            [random.choice([0, random.randrange(1, 20)]) for _ in range(random.randrange(5))],
+            page_size=random.randrange(1, 6),
+            q_heads=kv_heads * random.randrange(1, 4),
+            kv_heads=kv_heads,
+            head_dim=random.choice([1, 4, 8]),
+            dtype=dtype,
+            layout=random.choice(["NHD", "HND"]),
+            fused=random.random() < 0.5,
+            index_dtype=random.choice([torch.int32, torch.int64]),
+            random=random,
+            spare=random.randrange(1, 4),
+        )
+        counts = [queries] * len(batch.lengths)
+        sm_scale = random.choice([None, 0.0, 0.7])
+        scales = {
+            name: random.choice([None, 1, 0.5, random.random() + 0.1]) for name in ("q_scale", "k_scale", "v_scale")
+        }
+        q, decode = batch.queries(counts), kept[batch.layout]
+        indices = torch.cat((batch.indices, batch.indices.new_full((random.randrange(3),), -1)))
+        decode.plan(
+            batch.indptr, indices, batch.last_page_len, *batch.sizes, q_data_type=dtype, sm_scale=sm_scale,
+            q_len_per_req=queries,
+        )  # fmt: skip
+        wide = torch.empty(*q.shape[:2], 2 * q.shape[2], dtype=dtype)
+        out = random.choice([None, torch.empty_like(q), wide[..., : q.shape[2]]])
+        lse = random.choice([None, torch.empty(q.shape[:2], dtype=dtype), torch.empty(q.shape[1::-1], dtype=dtype).t()])
+        wanted = random.random() < 0.5
+        with NoHostRead():
+            found = decode.run(q, batch.cache, out=out, lse=lse, return_lse=wanted, **scales)
+        scale = batch.head_dim**-0.5 if sm_scale is None else sm_scale
+        k_scale, v_scale = scales["k_scale"] or 1, scales["v_scale"] or 1
+        expected = batch.expected(q, counts, scale * (scales["q_scale"] or 1) * k_scale, v_scale=v_scale)
+        assert isinstance(found, tuple) == wanted
+        result, sums = found if isinstance(found, tuple) else (found, lse)
+        assert out is None or result is out
+        assert not wanted or lse is None or sums is lse
+        check((result, expected[1].to(dtype) if sums is None else sums), expected)
+
+
+@CALLS
+def test_any_single_decode_is_attention(calls: int) -> None:
+    random = Random(4)
+    for _ in range(calls):
+        heads, dim, dtype = (
+            random.randrange(1, 3),
+            random.choice([1, 4, 8]),
+            random.choice([torch.float64, torch.float32]),
+        )
+        q = torch.randn(heads * random.randrange(1, 4), dim, dtype=dtype)
+        k, v = (torch.randn(2, random.randrange(20), heads, dim, dtype=dtype)).unbind()
+        layout = random.choice(["NHD", "HND"])
+        given = [x if layout == "NHD" else x.transpose(0, 1).contiguous() for x in (k, v)]
+        sm_scale, q_scale, k_scale, v_scale = (random.choice([None, 0.5, random.random() + 0.1]) for _ in range(4))
+        with NoHostRead():
+            found = single_decode_with_kv_cache(
+                q, *given, layout, sm_scale=sm_scale, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=True
+            )
+        scale = (dim**-0.5 if sm_scale is None else sm_scale) * (q_scale or 1) * (k_scale or 1)
+        out, lse = attend(q[None], k, v, scale, False)
+        check(found, (out[0] * (v_scale or 1), lse[0]))  # type: ignore[arg-type]
+
+
+def test_pages_are_gathered_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch([7, 0, 12, 1], page_size=1)
+    table = torch.full((4, 16), -1, dtype=torch.int32)
+    whole = table.clone()
+    tables.fill_page_table(whole, batch.indptr, batch.indices, 12)
+    monkeypatch.setattr(tables, "_CHUNK", 20)
+    tables.fill_page_table(table, batch.indptr, batch.indices, 12)
+    assert torch.equal(table, whole)
+    assert all(table[b, : len(batch.pages(b))].tolist() == batch.pages(b) for b in range(4))
+    assert (table[:, 12:] == -1).all()
+
+
+@pytest.mark.parametrize(("room", "taken"), [(2 * 64 * 4 + 1000, True), (2 * 64 * 4 - 4, False)])
+def test_scratch_memory_comes_out_of_the_workspace_where_that_is_large_enough(
+    monkeypatch: pytest.MonkeyPatch, bind: Any, room: int, taken: bool
+) -> None:
+    """As a Triton kernel would have it: 64 numbers for each sequence."""
+    batch, seen = Batch([7, 3]), []
+    q = batch.queries([1, 1])
+    monkeypatch.setattr(kernels, "attention_workspace", lambda q, k, table: torch.empty(64, dtype=torch.float32))
+    monkeypatch.setattr(tables, "scratch_elements", tables.scratch_elements.__wrapped__)
+    bind("attention_decode", lambda *args: seen.append(args[-1]))
+    buffer = workspace(size=room)
+    decode = BatchDecodeWithPagedKVCacheWrapper(buffer)
+    given = (*csr(batch), *batch.sizes)
+    assert decode.workspace_size(*given, q_data_type="float64") == (512, 0)
+    decode.plan(*given, q_data_type="float64")
+    decode.run(q, batch.cache)
+    (scratch,) = seen
+    if taken:
+        assert (scratch.dtype, scratch.numel(), scratch.data_ptr()) == (torch.float32, 128, buffer.data_ptr())
+    else:
+        assert scratch is None
+
+
+def test_long_sequences_scratch_memory_is_that_of_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def allocate(q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+        measured.append(table.shape[1])
+        return torch.empty(q.shape[0] * table.shape[1] // 1024, dtype=torch.float32)
+
+    monkeypatch.setattr(kernels, "attention_workspace", allocate)
+    sizes = (4, 2, 8, 16)
+    found = tables.scratch_elements.__wrapped__(3, 2, *sizes, 20000, torch.float32, torch.device("cpu"))
+    assert measured == [8192]  # pages of 16: 131072 tokens
+    assert found == 3 * 3 * 2 * 8  # sequences, parts of such a length, queries, thousands
+
+
+def test_a_workspace_may_be_replaced() -> None:
+    decode, other = wrapper(), workspace(size=64)
+    decode.reset_workspace_buffer(other, other)
+    assert decode._float_workspace_buffer is other
+    assert decode._int_workspace_buffer is other
+    assert decode.resolved_backend == "fastllama"
+    assert not decode.use_tensor_cores
+    assert not decode.is_cuda_graph_enabled
+
+
+LEGAL: dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4, "q_data_type": "float64"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"indptr": bounds([2, 1, 1])}, ValueError, r"last_page_len has shape \[2\]; legal: \[3\]"),
+        ({"indptr": bounds([2, 9])}, ValueError, r"indptr is \[0, 2, 11\], ending at 11; legal: .* to at most 4"),
+        ({"indptr": bounds([2, -1])}, ValueError, "ascending from 0"),
+        ({"indptr": bounds([2, 2]).float()}, TypeError, "indptr has dtype"),
+        ({"indices": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "indices has shape"),
+        ({"indices": torch.zeros(4)}, TypeError, "indices has dtype"),
+        ({"last_page_len": bounds([9])}, ValueError, r"last_page_len\[0\] is 0; legal: 1 to the page size, 4"),
+        ({"last_page_len": bounds([9]) + 1}, ValueError, r"last_page_len\[1\] is 10; legal: 1 to the page size, 4"),
+        ({"page_size": 0}, ValueError, "page_size is 0"),
+        ({"num_qo_heads": 5}, ValueError, "num_kv_heads is 2; legal: a divisor of num_qo_heads, 5"),
+        ({"head_dim": 0}, ValueError, "head_dim is 0"),
+        ({"q_len_per_req": 0}, ValueError, "q_len_per_req is 0"),
+        ({"q_data_type": "halb"}, ValueError, "q_data_type is 'halb'"),
+        ({"o_data_type": "float16"}, NotImplementedError, "o_data_type is torch.float16"),
+        ({"pos_encoding_mode": "ALIBI"}, NotImplementedError, "pos_encoding_mode is 'ALIBI'"),
+        ({"window_left": 4}, NotImplementedError, "window_left is 4"),
+        ({"window_right": 1}, NotImplementedError, "window_right is 1"),
+        ({"logits_soft_cap": 30.0}, NotImplementedError, "logits_soft_cap is 30.0"),
+    ],
+)
+def test_after_an_illegal_plan_the_one_before_stands(changed: Any, error: type[Exception], said: str) -> None:
+    batch = Batch([7, 5])
+    q, decode = batch.queries([1, 1]), wrapper()
+    decode.plan(*csr(batch), **LEGAL)
+    given = dict(zip(("indptr", "indices", "last_page_len"), csr(batch), strict=True))
+    with pytest.raises(error, match=said):
+        decode.plan(**{**given, **LEGAL, **changed})
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"q": torch.zeros(3, 4, 8, dtype=torch.float64)}, ValueError, r"q has shape .*; legal: \[2, 4, 8\]"),
+        (
+            {"q": torch.zeros(2, 4, 8)},
+            TypeError,
+            "q has dtype torch.float32; legal: torch.float64, the plan's q_data_type",
+        ),
+        ({"paged_kv_cache": torch.zeros(9, 2, 4, 2, 8)}, TypeError, "k has dtype torch.float32.*kv_data_type"),
+        ({"paged_kv_cache": torch.zeros(9, 2, 2, 2, 8, dtype=torch.float64)}, ValueError, "k_pages has shape"),
+        ({"args": True}, NotImplementedError, "args is"),
+        ({"window_left": 3}, NotImplementedError, "window_left is 3"),
+        ({"sinks": torch.zeros(4)}, NotImplementedError, "sinks is a tensor"),
+        ({"kv_cache_sf": torch.zeros(4)}, NotImplementedError, "kv_cache_sf is a tensor"),
+        ({"skip_softmax_threshold_scale_factor": 1.0}, NotImplementedError, "skip_softmax_threshold_scale_factor"),
+        ({"q_scale": torch.ones(1)}, NotImplementedError, "q_scale is a tensor"),
+        ({"k_scale": torch.ones(1)}, NotImplementedError, "k_scale is a tensor"),
+        ({"q_len_per_req": 2}, ValueError, "q_len_per_req is 2; legal: 1"),
+        ({"out": torch.zeros(2, 4, 7, dtype=torch.float64)}, ValueError, "out has shape"),
+        ({"lse": torch.zeros(2, 3, dtype=torch.float64)}, ValueError, "lse_out has shape"),
+    ],
+)
+def test_an_illegal_run_writes_nothing(changed: Any, error: type[Exception], said: str) -> None:
+    batch, decode = Batch([7, 5]), wrapper()
+    decode.plan(*csr(batch), **LEGAL)
+    out, lse = torch.full((2, 4, 8), 7.0, dtype=torch.float64), torch.full((2, 4), 7.0, dtype=torch.float64)
+    given = {"q": batch.queries([1, 1]), "paged_kv_cache": batch.cache, "out": out, "lse": lse}
+    given |= {name: value for name, value in changed.items() if name != "args"}
+    q, cache = given.pop("q"), given.pop("paged_kv_cache")
+    with pytest.raises(error, match=said):
+        decode.run(q, cache, *(["one more"] if "args" in changed else []), **given)
+    assert (out == 7).all()
+    assert (lse == 7).all()
+
+
+def test_a_run_needs_a_plan() -> None:
+    batch = Batch([3])
+    with pytest.raises(RuntimeError, match=r"^BatchDecodeWithPagedKVCacheWrapper.run was called before plan$"):
+        wrapper().run(batch.queries([1]), batch.cache)
+
+
+def test_a_wrapper_is_not_made_of_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="kv_layout is 'HDN'"):
+        wrapper(kv_layout="HDN")
+    with pytest.raises(NotImplementedError, match="jit_args"):
+        wrapper(jit_args=["name"])
+    with pytest.raises(TypeError, match="float_workspace_buffer is None"):
+        BatchDecodeWithPagedKVCacheWrapper(None)  # type: ignore[arg-type]
