@@ -1,4 +1,4 @@
-"""unpad_input and pad_input: from padded batches to packed sequences and back. Gradients flow through both."""
+"""From padded batches to packed sequences, and back. Gradients flow through."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def unpad_input(
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     rows = hidden_states.flatten(0, 1).index_select(0, indices)
     return rows, indices, cu_seqlens, int(lengths.max()), attention_mask.sum(-1, dtype=torch.int32)
+
+
+def index_first_axis(hidden_states: Tensor, indices: Tensor) -> Tensor:
+    """Rows of hidden_states [total, ...] at indices [n] int64, as `unpad_input` returns them."""
+    return hidden_states.index_select(0, indices)
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:

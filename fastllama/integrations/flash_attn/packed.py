@@ -21,11 +21,26 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    num_heads_q: int | None = None,
     **others: Any,
 ) -> Result:
-    """`flash_attn_func` of qkv [B, S, 3, H, D]; others: its keyword arguments."""
-    check_shape("qkv", qkv, ("B", "S", 3, "H", "D"))
-    q, k, v = qkv.unbind(2)
+    """`flash_attn_func` of qkv [B, S, 3, H, D]; others: its keyword arguments.
+
+    With num_heads_q of [B, S, num_heads_q + 2 Hkv, D], as FlashAttention 3: queries, then keys, then values.
+    """
+    if num_heads_q is None or qkv.dim() == 5:
+        check_shape("qkv", qkv, ("B", "S", 3, "H", "D"))
+        q, k, v = qkv.unbind(2)
+    else:
+        check_shape("qkv", qkv, ("B", "S", "num_heads_q + 2 Hkv", "D"))
+        num_kv_heads, odd = divmod(qkv.shape[2] - num_heads_q, 2)
+        if odd or num_kv_heads < 1 or num_heads_q < 1:
+            raise ValueError(
+                f"num_heads_q is {num_heads_q}; legal: what leaves as many heads of keys as of values of qkv's "
+                f"{qkv.shape[2]}"
+            )
+        q, k, v = qkv.split((num_heads_q, num_kv_heads, num_kv_heads), dim=2)
     return flash_attn_func(
         q,
         k,

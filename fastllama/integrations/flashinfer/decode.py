@@ -104,6 +104,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q_len_per_req: int = 1,
         *,
         window_right: int = 0,
+        is_causal: bool | None = None,
     ) -> None:
         """Say which pages each sequence has: indices[indptr[b] : indptr[b + 1]], the last of them partly filled.
 
@@ -111,10 +112,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         device; the bounds, and with pages of more than one token last_page_len, are read on the host. A sequence
         without pages is padding. q_len_per_req: the newest tokens of each sequence that `run` is given, causal among
         each other. sm_scale: defaults to 1 / sqrt(D). q_data_type, kv_data_type: what `run` will get; `data_type`
-        stands for those that are None. seq_lens and block_tables say again what the pages say, and are not read.
+        stands for those that are None. is_causal: None, or what q_len_per_req says. seq_lens and block_tables say
+        again what the pages say, and are not read.
         Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
         """
-        refuse_arguments("plan", window_right=(window_right, 0))
+        refuse_arguments("plan", window_right=(window_right, 0), is_causal=(is_causal, None, q_len_per_req > 1))
         self._plan_pages(
             indptr,
             indices,
