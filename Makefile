@@ -159,6 +159,7 @@ tiny-model: $(STAMP) ## write the stories, train the bundled model and export it
 
 docs: $(STAMP) ## write the generated pages again
 	$(BIN)/python -m fastllama.env > docs/env.md
+	$(BIN)/python -m tools.signatures docs
 
 clean: ## remove everything that make and the tools made, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
