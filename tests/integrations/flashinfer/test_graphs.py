@@ -1,0 +1,222 @@
+"""FlashInfer's wrappers in CUDA-graph mode: what was recorded once runs the plan that was made last.
+
+A recording of our ops (kernels/dispatch/recording.py) stands for the graph: it holds the tensors of its calls, and
+calls nothing of the wrapper again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.integrations.flashinfer.decode import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    fast_decode_plan,
+)
+from fastllama.integrations.flashinfer.prefill import (
+    BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper,
+)
+from fastllama.kernels.dispatch.recording import Recording, record
+from tests.integrations.flashinfer.batches import CPU, Batch, bounds, check, workspace
+from tests.integrations.flashinfer.calls import NoHostRead
+
+DTYPES = {"q_data_type": "float64", "kv_data_type": "float64"}
+
+
+def buffer(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device="cpu")
+
+
+def decode_wrapper(batch_size: int, pages: int) -> CUDAGraphBatchDecodeWithPagedKVCacheWrapper:
+    return CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        workspace(), buffer(batch_size + 1), buffer(pages), buffer(batch_size)
+    )
+
+
+def prefill_wrapper(batch_size: int, pages: int) -> BatchPrefillWithPagedKVCacheWrapper:
+    buffers = (buffer(batch_size + 1), buffer(batch_size + 1), buffer(pages), buffer(batch_size))
+    return BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", True, *buffers)
+
+
+def csr(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.indptr, batch.indices, batch.last_page_len
+
+
+def into(batch: Batch, cache: tuple[Tensor, Tensor]) -> None:
+    """Put a batch's cache where a recording reads."""
+    for fixed, held in zip(cache, batch.cache, strict=True):
+        fixed[: held.shape[0]] = held
+
+
+def recorded(run: Any) -> tuple[tuple[Tensor, Tensor], Recording]:
+    found, recording = record(run, CPU, [])
+    assert recording.replayable  # nothing but ops of ours, views and allocations
+    return found, recording
+
+
+def test_a_recorded_decode_replays_with_a_new_plan() -> None:
+    cache = tuple(torch.zeros(20, 4, 2, 8, dtype=torch.float64) for _ in range(2))
+    decode, q = decode_wrapper(3, 18), torch.zeros(3, 4, 8, dtype=torch.float64)
+    recording = None
+    for lengths in ([3, 9, 1], [24, 1, 1], [0, 5, 24], [1, 1, 1]):
+        batch = Batch(lengths, index_dtype=torch.int64)
+        into(batch, cache)
+        q.copy_(batch.queries([1, 1, 1]))
+        decode.plan(*csr(batch), *batch.sizes, **DTYPES)
+        if recording is None:
+            found, recording = recorded(lambda: decode.run(q, cache, return_lse=True))
+        else:
+            recording.replay()
+        check(found, batch.expected(q, [1, 1, 1]))
+
+
+def test_a_recorded_prefill_replays_with_a_new_plan_of_fewer_rows() -> None:
+    cache = tuple(torch.zeros(20, 4, 2, 8, dtype=torch.float64) for _ in range(2))
+    prefill, q = prefill_wrapper(2, 16), torch.zeros(7, 4, 8, dtype=torch.float64)
+    recording = None
+    for lengths, counts in (([9, 5], [4, 3]), ([3, 29], [1, 6]), ([30, 2], [3, 1])):
+        batch = Batch(lengths)
+        into(batch, cache)
+        q[: sum(counts)] = batch.queries(counts)
+        prefill.plan(bounds(counts), *csr(batch), *batch.sizes, causal=True, **DTYPES)
+        if recording is None:
+            found, recording = recorded(lambda: prefill.run(q, cache, return_lse=True))
+        else:
+            recording.replay()
+        rows = sum(counts)
+        check((found[0][:rows], found[1][:rows]), batch.expected(q[:rows], counts))
+        assert not found[0][rows:].any()  # of no sequence
+
+
+def test_a_recorded_ragged_prefill_replays_with_a_new_plan() -> None:
+    prefill = BatchPrefillWithRaggedKVCacheWrapper(workspace(), "NHD", True, buffer(3), buffer(3))
+    q, k, v = (torch.zeros(n, heads, 8, dtype=torch.float64) for n, heads in ((7, 4), (14, 2), (14, 2)))
+    recording = None
+    for lengths, counts in (([9, 5], [4, 3]), ([1, 13], [1, 6])):
+        batch = Batch(lengths)
+        for fixed, new in ((q, batch.queries(counts)), (k, torch.cat(batch.k)), (v, torch.cat(batch.v))):
+            fixed.copy_(new)
+        prefill.plan(bounds(counts), bounds(lengths), *batch.sizes[:3], causal=True, q_data_type="float64")
+        if recording is None:
+            found, recording = recorded(lambda: prefill.run(q, k, v, return_lse=True))
+        else:
+            recording.replay()
+        check(found, batch.expected(q, counts))
+
+
+def test_indices_may_be_the_buffer_itself() -> None:
+    """SGLang writes there, passes the whole buffer, and puts fast_decode_plan into begin_forward's place."""
+    decode, batch = decode_wrapper(2, 12), Batch([3, 5], page_size=1)
+    decode.begin_forward = partial(fast_decode_plan, decode)  # type: ignore[method-assign]
+    indices = decode._paged_kv_indices_buf
+    assert indices is not None
+    indices[:8] = batch.indices
+    decode._paged_kv_indptr_buf.copy_(batch.indptr)
+    ones = decode._paged_kv_last_page_len_buf.fill_(1)
+    decode.begin_forward(
+        decode._paged_kv_indptr_buf, indices, ones, *batch.sizes, data_type=torch.float64, q_data_type=torch.float64,
+        global_override_indptr_cpu=batch.indptr,
+    )  # fmt: skip
+    q = batch.queries([1, 1])
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ([4, 4, 4], "indptr has 3 sequences; legal in CUDA-graph mode: the 2 of the buffers"),
+        ([25, 1], "indptr has 8 pages; legal in CUDA-graph mode: the 7 of the buffer, or fewer"),
+        ([16, 1], "indptr has a sequence of 4 pages; legal in CUDA-graph mode: at most 3"),
+    ],
+)
+def test_a_plan_does_not_grow_fixed_buffers(lengths: list[int], said: str) -> None:
+    """And writes nothing: the plan before stands."""
+    batch, longer = Batch([12, 5]), Batch(lengths)
+    decode, prefill, q = decode_wrapper(2, 7), prefill_wrapper(2, 7), batch.queries([1, 1])
+    decode.plan(*csr(batch), *batch.sizes, **DTYPES)
+    prefill.plan(bounds([1, 1]), *csr(batch), *batch.sizes, **DTYPES)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        decode.plan(*csr(longer), *longer.sizes, **DTYPES)
+    said = said.replace("indptr", "qo_indptr" if len(lengths) > 2 else "paged_kv_indptr")
+    with pytest.raises(ValueError, match=f"^{said}"):
+        prefill.plan(bounds([1] * len(lengths)), *csr(longer), *longer.sizes, **DTYPES)
+    for wrapper in (decode, prefill):
+        check(wrapper.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
+def test_a_plan_has_no_more_rows_than_the_first() -> None:
+    batch = Batch([12, 5])
+    prefill = prefill_wrapper(2, 7)
+    prefill.plan(bounds([2, 1]), *csr(batch), *batch.sizes, **DTYPES)
+    with pytest.raises(ValueError, match="qo_indptr has 4 rows; legal in CUDA-graph mode: the first plan's 3"):
+        prefill.plan(bounds([2, 2]), *csr(batch), *batch.sizes, **DTYPES)
+    decode = decode_wrapper(2, 7)
+    decode.plan(*csr(batch), *batch.sizes, **DTYPES)
+    with pytest.raises(ValueError, match="q_len_per_req is 2; legal in CUDA-graph mode: 1, as planned before"):
+        decode.plan(*csr(batch), *batch.sizes, **DTYPES, q_len_per_req=2)
+
+
+def test_a_table_is_no_wider_than_the_cache_has_pages() -> None:
+    """A wrapper for one sequence, over a buffer for many: its kernel's grid would be as wide as the buffer."""
+    batch = Batch([9, 5])  # 5 pages, and 2 that are spare
+    decode, q = decode_wrapper(2, 100), batch.queries([1, 1])
+    decode.plan(*csr(batch), *batch.sizes, **DTYPES)
+    assert decode._page_table.shape == (2, 50)
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+    assert decode._page_table.shape == (2, 7)
+    longer = Batch([29, 5])
+    with pytest.raises(ValueError, match="a sequence of 8 pages; legal in CUDA-graph mode: at most 7"):
+        decode.plan(*csr(longer), *longer.sizes, **DTYPES)
+    other = decode_wrapper(2, 100)
+    other.plan(*csr(longer), *longer.sizes, **DTYPES)
+    with pytest.raises(ValueError, match="a sequence has 8 pages; legal: the cache's 7, or fewer"):
+        other.run(q, batch.cache)
+
+
+@pytest.mark.parametrize("missing", ["indptr", "indices", "last_page_len"])
+def test_fixed_buffers_are_all_given_and_of_one_batch(missing: str) -> None:
+    given = {
+        f"paged_kv_{name}_buffer": buffer(size) for name, size in (("indptr", 3), ("indices", 9), ("last_page_len", 2))
+    }
+    name = f"paged_kv_{missing}_buffer"
+    with pytest.raises(ValueError, match=f"{name} is None; legal in CUDA-graph mode: a tensor"):
+        BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True, **{**given, name: None})
+    if missing == "indptr":
+        with pytest.raises(ValueError, match=rf"{name} has shape \[5\]; legal: \[3\]"):
+            BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True, **{**given, name: buffer(5)})
+
+
+@pytest.mark.parametrize("kind", ["decode", "paged", "ragged"])
+def test_a_compiled_run_is_one_graph_and_reads_nothing(kind: str) -> None:
+    batch, counts = Batch([7, 5]), [1, 1]
+    q = batch.queries(counts)
+    cache: tuple[Any, ...] = (batch.cache,)
+    wrapper: Any
+    if kind == "decode":
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace())
+        wrapper.plan(*csr(batch), *batch.sizes, **DTYPES)
+    elif kind == "paged":
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace())
+        wrapper.plan(bounds(counts), *csr(batch), *batch.sizes, causal=True, **DTYPES)
+    else:
+        wrapper, cache = BatchPrefillWithRaggedKVCacheWrapper(workspace()), (torch.cat(batch.k), torch.cat(batch.v))
+        wrapper.plan(bounds(counts), bounds(batch.lengths), *batch.sizes[:3], causal=True, **DTYPES)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(q: Tensor, *cache: Any) -> tuple[Tensor, Tensor]:
+        out, lse = wrapper.run(q, *cache, return_lse=True)
+        return out * 2, lse
+
+    out, lse = run(q, *cache)
+    check((out / 2, lse), batch.expected(q, counts))
+    with NoHostRead():
+        found = wrapper.run(q, *cache, return_lse=True)
+    check(found, batch.expected(q, counts))
+    _, recording = recorded(lambda: wrapper.run(q, *cache, return_lse=True))
+    assert len(recording._calls) == 1
