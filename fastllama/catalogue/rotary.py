@@ -21,10 +21,14 @@ def rope(
     *,
     positions: int = POSITIONS,
     rotated: int | None = None,
+    angles: torch.dtype = torch.float32,
     interleaved: bool = False,
     fused: bool = False,
 ) -> Arguments:
-    """rotated: dimensions of a head, all where None. fused: in place in one projection of queries, keys and values."""
+    """rotated: dimensions of a head, all where None. angles: the dtype of their cosines and sines.
+
+    fused: in place in one projection of queries, keys and values.
+    """
     if fused:
         qkv = m.normal(rows, heads + 2 * kv_heads, head_dim)
         q, k, _ = qkv.split((heads, kv_heads, kv_heads), dim=1)
@@ -33,6 +37,7 @@ def rope(
         q, k = (m.normal(rows, count, head_dim) for count in (heads, kv_heads))
         outputs = {"q_out": m.fresh(*q.shape), "k_out": m.fresh(*k.shape)}
     turns = _turns(m, rows, positions, rotated or head_dim)
+    turns["cos_sin"] = turns["cos_sin"].to(angles)
     return {"q": q, "k": k, **turns, "interleaved": interleaved, **outputs}
 
 

@@ -65,7 +65,7 @@ def _all_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
     """Every tensor once but scratch memory, and of the cos/sin cache only the rows that are read."""
     tensors = {name: value.nbytes for name, value in call.items() if isinstance(value, Tensor) and name != SCRATCH}
     if "cos_sin" in tensors:
-        tensors["cos_sin"] = shape.rows * sizes.head_dim * 4
+        tensors["cos_sin"] = shape.rows * sizes.head_dim * call["cos_sin"].element_size()
     return sum(tensors.values())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from fastllama import kernels
 from fastllama.kernels import cos_sin_cache, reference
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, on_cpu, public
 
@@ -79,6 +80,57 @@ def test_rope(backend: str, dtype: torch.dtype, shape: tuple[int, ...], interlea
     exact = reference.rope(*double(q, k, cos_sin, positions), interleaved)
     for ours, oracle, x in zip(found, exact, (q, k), strict=True):
         assert_honest(ours, FORMULAS[interleaved](x, cos_sin, positions), oracle)
+
+
+@both_pairings
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", backends("rope"))
+def test_angles_in_16_bits_are_widened_as_they_are_read(backend: str, dtype: torch.dtype, interleaved: bool) -> None:
+    """As flash-attn keeps them: the same bits as of fp32 angles of these values. No position gives NaN there too."""
+    q, k, cos_sin, positions = queries_and_keys((3, 8, 2, 10, 6), dtype)
+    rounded = cos_sin.to(dtype)
+    run = public("rope", backend)
+    found = run(q, k, rounded, positions, interleaved=interleaved)
+    for ours, theirs in zip(found, run(q, k, rounded.float(), positions, interleaved=interleaved), strict=True):
+        assert_equal(ours, theirs)
+    positions[1] = POSITIONS
+    found, _ = run(q, k, rounded, positions, interleaved=interleaved)
+    assert found[1, :, :6].isnan().all()
+    assert_equal(found[1, :, 6:], q[1, :, 6:])
+
+
+@pytest.mark.parametrize("op", ["rope", "rope_and_write_kv"])
+def test_angles_in_another_16_bits_than_the_queries_are_refused(op: str) -> None:
+    """And of fp32 queries in any."""
+    for dtype, angles in ((torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
+        q, k, cos_sin, positions = queries_and_keys((3, 8, 2, 16, 16), dtype)
+        legal = "torch.float32" + (", torch.float16" if dtype == torch.float16 else "")
+        given = {"q": q, "k": k, "cos_sin": cos_sin.to(angles), "positions": positions}
+        if op == "rope_and_write_kv":
+            pages = [pages_of("HND", 1, 2, 4, 16, dtype) for _ in "kv"]
+            given |= {"qkv": torch.cat((given.pop("q"), k, given.pop("k")), 1).flatten(1), "slots": positions}
+            given |= {"k_pages": pages[0], "v_pages": pages[1]}
+        with pytest.raises(TypeError, match=rf"^cos_sin has dtype {angles}; legal: {legal}$"):
+            getattr(kernels, op)(**given)
+
+
+@both_pairings
+@pytest.mark.parametrize("code", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", backends("rope_and_write_kv"))
+def test_so_they_are_where_keys_are_written(
+    backend: str, dtype: torch.dtype, code: torch.dtype | None, interleaved: bool
+) -> None:
+    q, k, cos_sin, positions = queries_and_keys((3, 8, 2, 16, 16), dtype)
+    qkv, rounded, slots = torch.cat((q, k, k), 1).flatten(1), cos_sin.to(dtype), torch.tensor([2, -1, 0])
+    found = []
+    for angles in (rounded, rounded.float()):
+        held = [pages_of("HND", 1, 2, 4, 16, code or dtype) for _ in "kv"]
+        held += [torch.zeros(1, 2, 4) for _ in "kv"] if code else []
+        run = public("rope_and_write_kv", backend)
+        found.append([run(qkv, angles, positions, slots, *held, interleaved=interleaved), *held])
+    for ours, theirs in zip(*found, strict=True):
+        assert_equal(ours, theirs)
 
 
 @both_pairings

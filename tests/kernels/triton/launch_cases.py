@@ -21,7 +21,7 @@ REPEATED = re.compile(
     r"13B"
     # Heads in groups are another tile of decode, and so many features are not split.
     r"|70B(?! bf16, (split, pages bf16|4 queries)| gate_up bf16, (1|16) rows| gate_up bf16, 64 rows$)"
-    r"|(rope|rope_and_write_kv|silu_mul) .* bf16 prefill"
+    r"|(rope|rope_and_write_kv|write_kv|silu_mul) .* bf16 prefill"
     r"|V=(128256|262144)|K=(11008|28672)"
     r"|, 32 rows"
     r"|^matmul 7B (qkv|down) bf16, 64 rows"

@@ -158,6 +158,8 @@ def far_rows(values: Tensor) -> Tensor:
         ("rope", "k_out"),
         ("rope_and_write_kv", "qkv"),
         ("rope_and_write_kv", "q_out"),
+        ("write_kv", "k"),
+        ("write_kv", "v"),
         *(("merge_state", name) for name in ("a", "a_lse", "b", "b_lse", "out", "lse_out")),
         *((op, name) for op in ATTENTION for name in ("q", "out")),
         ("attention_varlen", "k"),
@@ -205,6 +207,12 @@ def test_a_pool_past_two_to_the_31_elements(dtype: torch.dtype, checked: Checked
     for found, expected in zip((*pages, *scales), small, strict=True):
         assert_equal(found[-1, :, -1].float(), expected[0, :, -1].float())
     assert checked.launches[-1].stored["k_pages_ptr"] == heads * head_dim
+    _, k, v = (-qkv).view(1, 3, heads, head_dim).unbind(1)
+    run = public("write_kv", "triton")
+    run(k, v, torch.tensor([page_size - 1]), *small)
+    run(k, v, torch.tensor([num_pages * page_size - 1]), *pages, *scales)
+    for found, expected in zip((*pages, *scales), small, strict=True):
+        assert_equal(found[-1, :, -1].float(), expected[0, :, -1].float())
 
 
 @pytest.mark.interpreter

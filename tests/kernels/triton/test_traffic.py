@@ -76,6 +76,27 @@ def test_rotation_reads_the_projection_once_and_writes_it_once(
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_keys_and_values_are_read_once_and_written_once(
+    dtype: torch.dtype, scale: float | None, checked: CheckedRun
+) -> None:
+    """Padding is not even read; a scale that is given is not written."""
+    codes = dtype.itemsize == 1
+    k, v = (torch.randn(ROWS, KV_HEADS, HEAD_DIM).bfloat16() for _ in "kv")
+    held = [torch.zeros(1, KV_HEADS, 16, HEAD_DIM).to(dtype) for _ in "kv"]
+    computed = [torch.zeros(1, KV_HEADS, 16) for _ in "kv"] if codes and scale is None else []
+    given = {"k_scale": scale, "v_scale": scale} if codes else {}
+    public("write_kv", "triton")(k, v, torch.tensor([3, -1, 9]), *held, *computed, **given)
+    (launch,) = checked.launches
+    heads = (ROWS - 1) * KV_HEADS
+    for name in ("k", "v"):
+        assert launch.loaded[f"{name}_ptr"] == 2 * HEAD_DIM * heads
+        assert launch.stored[f"{name}_pages_ptr"] == dtype.itemsize * HEAD_DIM * heads
+        assert launch.stored[f"{name}_scales_ptr"] == (4 * heads if computed else 0)
+
+
+@pytest.mark.interpreter
 def test_rope_reads_and_writes_each_head_once(checked: CheckedRun) -> None:
     q, k = (torch.randn(ROWS, heads, HEAD_DIM).bfloat16() for heads in (HEADS, KV_HEADS))
     public("rope", "triton")(q, k, cache(HEAD_DIM), torch.arange(ROWS))
