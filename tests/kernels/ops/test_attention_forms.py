@@ -205,12 +205,12 @@ def spoiled(name: str, values: Tensor, wrong: int) -> Tensor:
     return values
 
 
-@pytest.mark.parametrize("wrong", [1 << 32, -(1 << 32), 1 << 62])
+@pytest.mark.parametrize(("wrong", "page_size"), [(1 << 32, 16), (1 << 32, 64), (-(1 << 32), 16)])
 @everywhere
-def test_a_number_past_32_bits_is_not_its_low_half(op: str, backend: str, wrong: int) -> None:
-    """2**32 + 5 is no length of 5 tokens."""
+def test_a_number_past_32_bits_is_not_its_low_half(op: str, backend: str, wrong: int, page_size: int) -> None:
+    """2**32 + 5 is no length of 5 tokens. Of large pages a tile reads one, of small ones as many as it has tokens."""
     batch = packed([1, 1] if op == "attention_decode" else [2, 5], [5, 9], "MHA")
-    call = named(op, batch)
+    call = named(op, batch, page_size)
     right, sums = public(op, backend)(batch.q, **call, return_lse=True)
     first = batch.queries[0]
     for name in NAMES[op][2:]:

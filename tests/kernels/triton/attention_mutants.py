@@ -63,7 +63,7 @@ ATTENTION_MUTANTS = [
         "key head of another group",
         "attention/prefill",
         "kv_head = head // GROUP",
-        "kv_head = head % tl.maximum(num_heads // GROUP, 1)",
+        "kv_head = head % tl.maximum(tl.num_programs(1) // GROUP, 1)",
         "ops/test_attention.py::test_prefill[triton-torch.float16-GQA 4-16-NHD]",
     ),
     mutant(
@@ -87,15 +87,15 @@ ATTENTION_MUTANTS = [
     mutant(
         "the last draft for all",
         "attention/decode",
-        "            k_len - QUERIES + 1 + query,",
-        "            k_len + 0 * query,",
+        "visible = k_len - QUERIES + 1 + query",
+        "visible = k_len + 0 * query",
         DRAFTS,
     ),
     mutant(
         "drafts not masked before the last tile",
         "attention/decode",
-        "tl.minimum(last, k_len - QUERIES + 1),",
-        "last,",
+        "whole = tl.minimum(last, k_len - QUERIES + 1)",
+        "whole = last",
         SPLITS,
     ),
     mutant("a split that is not there", "attention/decode", "inside = split < used", "inside = split <= used", SPLITS),
@@ -112,6 +112,112 @@ ATTENTION_MUTANTS = [
         "seq, kv_head, split = tl.program_id(0).to(tl.int64),",
         "seq, kv_head, split = tl.program_id(0),",
         FAR_KEYS,
+    ),
+]
+FORMS = "ops/test_attention_forms.py"
+OPS = ("decode", "prefill", "varlen")
+ALL_TOKENS = f"{FORMS}::test_without_a_mask_every_query_sees_all_tokens"
+UNMASKED = {op: f"{ALL_TOKENS}[attention_{op}-triton-torch.float32-MHA-5-HND-16]" for op in OPS}
+ONE_SCALE = f"{FORMS}::test_one_scale_of_all_pages"
+SCALED = {op: f"{ONE_SCALE}[attention_{op}-triton-torch.float32-True]" for op in OPS}
+SPLITS_SCALED = "triton/attention/test_attention.py::test_splits_of_scaled_pages_and_log_sum_exps_in_any_strides"
+VIEW = f"{FORMS}::test_log_sum_exps_into_a_transposed_view"
+TRANSPOSED = {op: f"{VIEW}[attention_{op}-triton-False]" for op in OPS}
+LOW_HALF = f"{FORMS}::test_a_number_past_32_bits_is_not_its_low_half"
+LONG_NUMBERS = {op: f"{LOW_HALF}[attention_{op}-triton-4294967296-16]" for op in OPS}
+LARGE_PAGES = f"{LOW_HALF}[attention_decode-triton-4294967296-64]"
+
+FORM_MUTANTS = [
+    mutant("every draft masked", "attention/decode", "if CAUSAL:", "if QUERIES > 1:", UNMASKED["decode"]),
+    mutant("every prompt masked", "attention/prefill", "if CAUSAL:", "if PAGE_SIZE > 0:", UNMASKED["prefill"]),
+    mutant("drafts never masked", "attention/decode", "CAUSAL=causal and queries > 1,", "CAUSAL=False,", DRAFTS),
+    *(
+        mutant(
+            f"the scale of all keys forgotten in {op}",
+            f"attention/{op}",
+            "score_scale(scale, k_scale)",
+            "score_scale(scale, None)",
+            SCALED[op],
+        )
+        for op in ("decode", "prefill")
+    ),
+    mutant(
+        "the scale of all values forgotten in prefill",
+        "attention/prefill",
+        "result *= v_scale",
+        "pass",
+        SCALED["prefill"],
+    ),
+    mutant(
+        "the scale of all values forgotten in decode",
+        "attention/decode",
+        "v_scale=v_scale if splits == 1 else None",
+        "v_scale=None",
+        SCALED["decode"],
+    ),
+    mutant(
+        "the scale of all values taken by splits, too",
+        "attention/decode",
+        "v_scale=v_scale if splits == 1 else None",
+        "v_scale=v_scale",
+        SPLITS_SCALED,
+    ),
+    mutant(
+        "the scale of all values forgotten in the sum of splits",
+        "attention/decode",
+        "        v_scale=v_scale,\n",
+        "        v_scale=None,\n",
+        SPLITS_SCALED,
+    ),
+    *(
+        mutant(
+            f"log-sum-exps of {op} contiguous",
+            f"attention/{op}",
+            "lse_strides = (0, 0) if lse_out is None else lse_out.stride()",
+            "lse_strides = (q.shape[1], 1)",
+            TRANSPOSED[op],
+        )
+        for op in ("decode", "prefill")
+    ),
+    mutant(
+        "the sum's log-sum-exps contiguous",
+        "attention/decode",
+        "lse_ptr + row * lse_token_stride + head * lse_head_stride, (peak",
+        "lse_ptr + at, (peak",
+        SPLITS_SCALED,
+    ),
+    *(
+        mutant(f"{what} of 64 bits wrapped in {op}", f"attention/{file}", old, new, LONG_NUMBERS[op])
+        for what, op, file, old, new in (
+            ("lengths", "decode", "flash", "length = tl.load(ptr)", "length = tl.load(ptr).to(tl.int32)"),
+            (
+                "lengths",
+                "prefill",
+                "prefill",
+                "k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)",
+                "k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0).to(tl.int32)",
+            ),
+            (
+                "bounds",
+                "varlen",
+                "prefill",
+                "tl.load(bounds_ptr + seq, mask=exists, other=num_rows)",
+                "tl.load(bounds_ptr + seq, mask=exists, other=num_rows).to(tl.int32)",
+            ),
+        )
+    ),
+    *(
+        mutant(
+            f"{pages} of 64 bits wrapped",
+            "attention/flash",
+            f"mask={mask}, other=0).to(tl.int64)",
+            f"mask={mask}, other=0).to(tl.int32).to(tl.int64)",
+            test,
+        )
+        for pages, mask, test in (
+            ("small pages", "tokens < k_len", LONG_NUMBERS["prefill"]),
+            ("large pages", "start < k_len", LARGE_PAGES),
+        )
     ),
 ]
 QUANTIZED = "ops/test_attention_quantized.py"

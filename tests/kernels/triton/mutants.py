@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastllama.testing.mutants import Mutant
 from tests.kernels.triton.adjust_mutants import ADJUST_MUTANTS
-from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, QUANTIZED_MUTANTS
+from tests.kernels.triton.attention_mutants import ATTENTION_MUTANTS, FORM_MUTANTS, QUANTIZED_MUTANTS
 from tests.kernels.triton.compiled_mutants import COMPILED_MUTANTS
 from tests.kernels.triton.int4_mutants import INT4_MUTANTS
 from tests.kernels.triton.int8_mutants import INT8_MUTANTS
@@ -223,6 +223,7 @@ MUTANTS = [
     *SAMPLING_MUTANTS,
     *ADJUST_MUTANTS,
     *ATTENTION_MUTANTS,
+    *FORM_MUTANTS,
     *QUANTIZED_MUTANTS,
     *VALUES_MUTANTS,
     *MATMUL_MUTANTS,
