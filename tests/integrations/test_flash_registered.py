@@ -155,12 +155,18 @@ def test_transformers_gets_its_own_functions_back() -> None:
         assert flash_utils._flash_fn is held
 
 
+if not BEFORE_5:
+    from transformers import ContinuousBatchingConfig
 since_5 = pytest.mark.skipif(BEFORE_5, reason="generate_batch of 4.57 takes three implementations alone")
 
 
 def batched(model: Any) -> list[list[int]]:
+    """Over a cache for these prompts: by default it takes most of the machine's memory, and fills it with zeros."""
+    size = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    batching = ContinuousBatchingConfig(**{size: 16}, num_blocks=16, max_batch_tokens=32)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs = model.generate_batch(PROMPTS, generation_config=config, progress_bar=False)
+    options = {"generation_config": config, "continuous_batching_config": batching}
+    outputs = model.generate_batch(PROMPTS, **options, progress_bar=False)
     assert len(outputs) == len(PROMPTS)
     assert not any(output.error for output in outputs.values())
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
