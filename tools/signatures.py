@@ -37,6 +37,7 @@ MARK = "## Every argument\n"  # from here on the page is generated
 GENERATED = """
 Written by `make docs` from `tests/integrations/signatures`: signatures read from the packages' sources, and what tests
 hold us to. In parentheses: an argument of that variant or version alone; (here): of none of them, but of a fork of one.
+Packed functions pass on the keywords of those that they call.
 """
 
 # By distribution, the files that are read.
