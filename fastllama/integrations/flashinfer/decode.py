@@ -170,8 +170,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             kv_data_type or data_type,
             o_data_type,
         )
-        longest = tables.longest_of(bounds)
-        self._place_pages(indptr, indices, last_page_len, page_size, longest, non_blocking)
+        self._place_pages(indptr, indices, last_page_len, page_size, bounds, non_blocking)
         self._planned, self._sm_scale, self._q_len_per_req = planned, sm_scale, q_len_per_req
         self._scratch = self._scratch_memory()
 

@@ -145,7 +145,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         heads = (num_qo_heads, num_kv_heads, head_dim_qk)
         planned = planned_of("plan", rows[-1], *heads, q_data_type, kv_data_type, o_data_type, head_dim_vo)
         given = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        self._place_pages(*given, page_size, tables.longest_of(bounds), non_blocking)
+        self._place_pages(*given, page_size, bounds, non_blocking)
         self._qo_indptr_buf = self._placed(self._qo_indptr_buf, qo_indptr, non_blocking)
         self._planned, self._sm_scale, self._causal = planned, sm_scale, causal
         if self._max_total_num_rows is None:

@@ -169,7 +169,13 @@ class PagedWrapper(Wrapper):
             )
 
     def _place_pages(
-        self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, longest: int, non_blocking: bool
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+        page_size: int,
+        bounds: list[int],
+        non_blocking: bool,
     ) -> None:
         """Copy a checked plan to the device, into the fixed buffers if there are any, and fill the page table."""
         given = (indptr, indices, last_page_len)
@@ -181,13 +187,14 @@ class PagedWrapper(Wrapper):
             moved = (x.to(self.device, non_blocking=non_blocking) for x in given)
             self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = moved
         at, pages, last = self._buffers()
+        longest = tables.longest_of(bounds)
         shape = (at.shape[0] - 1, tables.table_width(longest, page_size))
         if not self._use_cuda_graph:
             self._seq_lens = None
             if self._page_table is None or self._page_table.shape != shape:
                 self._page_table = torch.empty(shape, dtype=torch.int32, device=self.device)
         assert self._page_table is not None
-        tables.fill_page_table(self._page_table, at, pages, longest)
+        tables.fill_page_table(self._page_table, bounds, pages)
         lengths = tables.lengths_of(at, last, page_size)
         self._seq_lens = lengths.to(torch.int32) if self._seq_lens is None else self._seq_lens.copy_(lengths)
         self._page_size, self._longest = page_size, longest

@@ -188,16 +188,13 @@ def test_any_single_decode_is_attention(calls: int) -> None:
         check(found, (out[0] * (v_scale or 1), lse[0]))  # type: ignore[arg-type]
 
 
-def test_pages_are_gathered_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_holds_each_sequences_pages_and_nothing_else_is_written() -> None:
     batch = Batch([7, 0, 12, 1], page_size=1)
-    table = torch.full((4, 16), -1, dtype=torch.int32)
-    whole = table.clone()
-    tables.fill_page_table(whole, batch.indptr, batch.indices, 12)
-    monkeypatch.setattr(tables, "_CHUNK", 20)
-    tables.fill_page_table(table, batch.indptr, batch.indices, 12)
-    assert torch.equal(table, whole)
-    assert all(table[b, : len(batch.pages(b))].tolist() == batch.pages(b) for b in range(4))
-    assert (table[:, 12:] == -1).all()
+    for indices in (batch.indices, batch.indices.long()):
+        table = torch.full((4, 16), -1, dtype=torch.int32)
+        tables.fill_page_table(table, batch.indptr.tolist(), indices)
+        for b, row in enumerate(table.tolist()):
+            assert row == batch.pages(b) + [-1] * (16 - batch.lengths[b])
 
 
 @pytest.mark.parametrize(("room", "taken"), [(2 * 64 * 4 + 1000, True), (2 * 64 * 4 - 4, False)])

@@ -170,13 +170,16 @@ def test_a_table_is_no_wider_than_the_cache_has_pages() -> None:
     assert decode._page_table.shape == (2, 50)
     check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
     assert decode._page_table.shape == (2, 7)
+    other = Batch([2, 13])
+    decode.plan(*csr(other), *other.sizes, **DTYPES)
+    check(decode.run_return_lse(q, other.cache), other.expected(q, [1, 1]))
     longer = Batch([29, 5])
     with pytest.raises(ValueError, match="a sequence of 8 pages; legal in CUDA-graph mode: at most 7"):
         decode.plan(*csr(longer), *longer.sizes, **DTYPES)
-    other = decode_wrapper(2, 100)
-    other.plan(*csr(longer), *longer.sizes, **DTYPES)
+    decode = decode_wrapper(2, 100)
+    decode.plan(*csr(longer), *longer.sizes, **DTYPES)
     with pytest.raises(ValueError, match="a sequence has 8 pages; legal: the cache's 7, or fewer"):
-        other.run(q, batch.cache)
+        decode.run(q, batch.cache)
 
 
 @pytest.mark.parametrize("missing", ["indptr", "indices", "last_page_len"])
