@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("min_p_sampling", {"min_p": 0.5}),
     ("top_k_top_p_sampling", {"top_k": 3, "top_p": 0.67}),
     ("top_k_top_p_sampling", {"top_k": 3, "top_p": 0.67, "filter_apply_order": "joint"}),
+    ("top_k_top_p_sampling", {"top_k": 3, "top_p": 0.4, "filter_apply_order": "joint"}),
 ]
 
 
