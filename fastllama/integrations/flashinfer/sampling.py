@@ -2,9 +2,10 @@
 
 Tokens are drawn by this library's `sample`: equal seeds and offsets give equal tokens, which are other tokens than
 FlashInfer's, whose random numbers come from another stream. The filters keep what FlashInfer's keep, ties at a
-threshold included (FlashInfer 0.7 keeps exactly k where k is at most 256 and V at least 65536). Probabilities go
-through a logarithm in fp32, so that those within 1e-6 of each other may count as a tie. Two things differ: a row counts
-as normalised whatever its sum (there, what it lacks goes to its last token), and a row with a NaN is not valid.
+threshold included; only its top_k_top_p functions keep exactly k, for one top_k of 256 or less and a V of 65536 or
+more. Probabilities go through a logarithm in fp32, so that those within 1e-6 of each other may count as a tie. Two
+things differ: a row counts as normalised whatever its sum (there, what it lacks goes to its last token), and a row with
+a NaN is not valid.
 
 Arguments that all functions share:
 indices: [B] int32 or int64, the row of each output, whose dtype the output gets. None: int32, one output for each row.

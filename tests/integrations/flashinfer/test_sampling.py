@@ -120,7 +120,7 @@ def test_indices_name_the_rows_and_their_parameters(library: Library, dtype: tor
     # Of row 0 only its likeliest token is kept, of row 1 all.
     probs = probs_of(WEIGHTS[4:], library.device).expand(2, -1).contiguous()
     top_k = torch.tensor([1, 4], dtype=torch.int32, device=library.device)
-    rows = torch.tensor([1, 0], device=library.device).repeat_interleave(200)
+    rows = torch.tensor([1, 0], dtype=torch.int32, device=library.device).repeat_interleave(200)
     tokens = library.module.top_k_sampling_from_probs(probs, top_k, rows, seed=1, offset=0)
     assert set(tokens[200:].tolist()) == {3}
     assert set(tokens[:200].tolist()) == {0, 1, 2, 3}
