@@ -105,7 +105,7 @@ WRITES = (
 def rope() -> Iterator[Shipped]:
     """In place in the fused projection, with the keys and values into pages, and the write of these alone."""
     call = launching(rotary.rope, BF16, STEPS["decode"], *SMALL.attention, angles=BF16)
-    yield Shipped("rope 7B bf16 decode, angles bf16", call)
+    yield Shipped("rope 7B bf16 decode, angles bf16", call, besides={"load 16": 4})  # of 64 pairs by 64 threads
     heads = (SMALL.kv_heads, SMALL.head_dim)
     for step, pages_dtype, scale in WRITES:
         options = {"pages": PAGES, "pages_dtype": pages_dtype, "scale": scale}

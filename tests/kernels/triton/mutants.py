@@ -24,6 +24,11 @@ APART = f"{SILU}::test_gate_up_and_out_have_strides_of_their_own"
 ROPE = "ops/test_rope.py::test_rope"
 PASSED = "ops/test_rope.py::test_what_is_not_rotated_passes_through_whatever_it_is"
 WRITE = "ops/test_rope.py::test_rope_and_write_kv"
+ANGLES = "ops/test_rope.py::test_angles_in_16_bits_are_widened_as_they_are_read"
+COPIED = "ops/test_write_kv.py::test_each_token_is_copied_to_its_slot_alone"
+STRIDED = "ops/test_write_kv.py::test_strides_of_all_kinds_and_int32_slots"
+GIVEN = "ops/test_write_kv.py::test_codes_under_given_scales_are_quotients_rounded_to_nearest"
+BEYOND = "ops/test_write_kv.py::test_what_a_given_scale_does_not_reach"
 CODES = "ops/test_quantized_pages.py::test_codes_are_the_nearest"
 EVEN = "ops/test_quantized_pages.py::test_ties_go_to_the_even_code"
 TINY = "ops/test_quantized_pages.py::test_a_head_of_zeros_or_of_tiny_values"
@@ -100,7 +105,7 @@ ROPE_MUTANTS = [
     mutant("values turned", "rows/rope", "                False,\n", "                True,\n", WRITE),
     mutant(
         "pages taken for contiguous",
-        "rows/rope",
+        "rows/write_kv",
         "page * STRIDES[0] + head * STRIDES[1] + place * STRIDES[2]",
         "((page * NUM_HEADS + head) * PAGE_SIZE + place) * HEAD_DIM",
         WRITE,
@@ -111,6 +116,53 @@ ROPE_MUTANTS = [
         "                v_pages_ptr,",
         "                k_pages_ptr,",
         WRITE,
+    ),
+]
+WRITE_KV_MUTANTS = [
+    mutant("padding written", "rows/write_kv", "(slot >= 0) & (slot < num_slots)", "slot < num_slots", COPIED),
+    mutant("a slot past the pages", "rows/write_kv", "(slot >= 0) & (slot < num_slots)", "slot >= 0", COPIED),
+    mutant(
+        "values in the pages of keys",
+        "rows/write_kv",
+        "                v_pages_ptr,\n",
+        "                k_pages_ptr,\n",
+        COPIED,
+    ),
+    mutant(
+        "values' scale is the keys'", "rows/write_kv", "                v_scale,\n", "                k_scale,\n", GIVEN
+    ),
+    mutant("heads in a row", "rows/write_kv", "head * K_HEAD_STRIDE", "head * HEAD_DIM", STRIDED),
+    mutant("the keys' strides for values", "rows/write_kv", "head * V_HEAD_STRIDE", "head * K_HEAD_STRIDE", STRIDED),
+    mutant("some programs missing", "rows/write_kv", "(2 * tokens * ceil_div", "(tokens * ceil_div", COPIED),
+    mutant(
+        "32-bit tokens",
+        "rows/write_kv",
+        "(tl.program_id(0) // (2 * BLOCKS)).to(tl.int64)",
+        "tl.program_id(0) // (2 * BLOCKS)",
+        FAR,
+    ),
+    mutant(
+        "a product with the reciprocal",
+        "rows/quantize",
+        "tl.div_rn(x, tl.full(x.shape, scale, tl.float32))",
+        "x * (1.0 / scale)",
+        GIVEN,
+    ),
+    mutant(
+        "larger quotients wrap",
+        "rows/quantize",
+        "tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)",
+        "quotient",
+        BEYOND,
+    ),
+    mutant("NaN is the largest", "rows/quantize", "tl.where(quotient == quotient, within, NAN_AS)", "within", BEYOND),
+    mutant("NaN is 0 in fp8 too", "rows/quantize", "0.0 if dtype == tl.int8 else 480.0", "0.0", BEYOND),
+    mutant(
+        "angles are rounded",
+        "rows/heads",
+        "    cos, sin = cos.to(tl.float32), sin.to(tl.float32)\n",
+        "    first, second = first.to(cos.dtype), second.to(cos.dtype)\n",
+        ANGLES,
     ),
 ]
 QUANTIZE_MUTANTS = [
@@ -217,6 +269,7 @@ MUTANTS = [
     *NORM_MUTANTS,
     *SWIGLU_MUTANTS,
     *ROPE_MUTANTS,
+    *WRITE_KV_MUTANTS,
     *QUANTIZE_MUTANTS,
     *WEIGHTS_MUTANTS,
     *FILTERS_MUTANTS,

@@ -116,7 +116,6 @@ KINDS = [
     ("rope", "rope 7B bf16 {}"),
     ("rope", "rope_and_write_kv 7B bf16 {}, pages bf16"),
     ("rope", "rope_and_write_kv 7B bf16 {}, pages int8"),
-    ("rope", "write_kv 7B bf16 {}, pages bf16"),
     ("swiglu", "silu_mul 7B bf16 {}"),
 ]
 ARITHMETIC = re.compile(
