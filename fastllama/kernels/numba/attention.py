@@ -239,7 +239,7 @@ def _attend(
         page_size,
         room(k_pages, page_table),
         scale,
-        1.0 if v_scale is None else v_scale,
+        1.0 if v_scale is None else float(v_scale),
         causal,
         lse_unit(base2),
         LIKE[q.dtype],

@@ -22,6 +22,7 @@ from fastllama.kernels.triton.attention.flash import (
     attend,
     load_length,
     lse_unit_from_base2,
+    result_scale,
     strides,
 )
 from fastllama.kernels.triton.overlap import follow, overlapping
@@ -270,7 +271,7 @@ def attention_decode(
         num_pages=k_pages.shape[0],
         longest=longest,
         scale_log2=score_scale(scale, k_scale) * LOG2_E,
-        v_scale=v_scale if splits == 1 else None,
+        v_scale=result_scale(v_scale) if splits == 1 else None,
         lse_unit=unit if splits == 1 else 1.0,
         q_token_stride=q.stride(0),
         out_token_stride=token_stride,
@@ -305,7 +306,7 @@ def attention_decode(
         out_ptr=out,
         lse_ptr=lse_out,
         longest=longest,
-        v_scale=v_scale,
+        v_scale=result_scale(v_scale),
         lse_unit=unit,
         out_token_stride=out.stride(0),
         lse_token_stride=lse_strides[0],

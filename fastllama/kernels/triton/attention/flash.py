@@ -21,6 +21,11 @@ def lse_unit_from_base2(base2: bool) -> float:
     return 1.0 if base2 else 1 / LOG2_E
 
 
+def result_scale(v_scale: float | None) -> float | None:
+    """What kernels multiply results by: no whole number, for which Triton would compile another kernel."""
+    return None if v_scale is None else float(v_scale)
+
+
 def as_codes(pages: Tensor) -> Tensor:
     """Pages as kernels take them: float8_e4m3fn as its bits, where a GPU has no instruction that converts it."""
     if pages.dtype != torch.float8_e4m3fn or _converts_e4m3(arch(pages.device)):

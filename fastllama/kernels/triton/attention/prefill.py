@@ -16,6 +16,7 @@ from fastllama.kernels.triton.attention.flash import (
     as_codes,
     attend,
     lse_unit_from_base2,
+    result_scale,
     strides,
 )
 
@@ -282,7 +283,7 @@ def _plan(
         num_pages=0 if page_table is None else k.shape[0],
         longest=k.shape[0] if page_table is None else room(k, page_table),
         scale_log2=scale * LOG2_E,
-        v_scale=v_scale,
+        v_scale=result_scale(v_scale),
         lse_unit=lse_unit_from_base2(base2),
         q_token_stride=q.stride(0),
         out_token_stride=out.stride(0),
