@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastllama.integrations import flash_attn
+from fastllama.integrations.flash_attn.conventions import as_rows
 from tests.integrations.flash_attn.explicit import assert_near, attention
 from tests.integrations.flash_attn.libraries import Library
 
@@ -113,6 +114,17 @@ def test_head_major_keys_are_read_as_token_major_ones_are() -> None:
     by_dim = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
     assert torch.equal(flash_attn.flash_attn_func(*by_head), expected)
     assert torch.equal(flash_attn.flash_attn_func(*by_dim), expected)
+
+
+def test_the_distance_between_heads_does_not_grow_with_the_sequence() -> None:
+    """It is a constant of the Triton kernels, which would be compiled anew for each token of a head-major cache."""
+    for length in (5, 6):
+        by_head = torch.randn(1, 2, length, 16).transpose(1, 2)
+        rows = as_rows(by_head)
+        assert rows.stride() == (32, 16, 1)
+        assert torch.equal(rows, by_head[0])
+    fused = torch.randn(2, 3, 8, 16)[:, :, 2:4]
+    assert as_rows(fused).data_ptr() == fused.data_ptr(), "slices of a wider tensor are read where they lie"
 
 
 def test_the_result_is_written_where_it_is_asked_for() -> None:

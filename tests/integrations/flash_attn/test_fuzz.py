@@ -34,6 +34,16 @@ def test_random_legal_calls_give_what_the_formula_gives(name: str, part: int) ->
             raise AssertionError(f"call {seed}: {shapes}") from error
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_random_legal_calls_run_on_the_triton_kernels(name: str, force: Callable[[str], None]) -> None:
+    force("triton")
+    function, make = FUNCTIONS[name]
+    calls = [call for call in map(make, range(12)) if call.arguments["q"].dtype != torch.float64]
+    for call in calls:
+        check(call, function(**call.arguments))
+
+
 def check(call: Call, result: Any) -> None:
     """What was returned, and what the cache holds."""
     q = call.arguments["q"]

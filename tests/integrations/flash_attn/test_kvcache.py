@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -159,7 +160,9 @@ def test_a_left_padding_takes_caches_of_any_strides(layout: str) -> None:
     k, v = torch.randn(2, rows, 9, 2, 16)
     if layout == "sliced":
         k, v = torch.randn(2, 5, 12, 2, 16)[:, 1:4, 2:11]
-    elif layout == "by head":
+    elif layout == "one row":  # of which no other begins anywhere
+        k, v = (x.as_strided(x.shape, (7, *x.stride()[1:])) for x in (k, v))
+    else:
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     q, hidden = torch.randn(rows, 2, 4, 16), torch.arange(rows) + 1
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=8, cache_leftpad=hidden)
@@ -184,8 +187,19 @@ def test_angles_are_put_side_by_side_once_and_anew_when_they_change() -> None:
     assert torch.equal(joined(cos, other), torch.cat((cos, other), 1))
     sin.data = torch.ones(8, 4)
     assert torch.equal(joined(cos, sin), torch.cat((cos, sin), 1))
+
+
+def test_angles_that_somebody_may_have_changed_unseen_are_read_again() -> None:
+    cos, numbers = torch.randn(8, 4), np.ones((8, 4), np.float32)
+    sin = torch.from_numpy(numbers)
+    joined(cos, sin)
+    del sin
+    numbers[:] = 5.0
+    sin = torch.from_numpy(numbers)  # another tensor, at the address of the one that is gone
+    assert torch.equal(joined(cos, sin), torch.cat((cos, sin), 1))
     with torch.inference_mode():
-        cos, sin = torch.randn(2, 8, 4)
-        joined(cos, sin)
-        cos.zero_()
-        assert torch.equal(joined(cos, sin), torch.cat((cos, sin), 1)), "which nobody counts the changes of"
+        uncounted = torch.randn(8, 4)
+        for pair in ((cos, uncounted), (uncounted, cos)):
+            joined(*pair)
+            uncounted.zero_()
+            assert torch.equal(joined(*pair), torch.cat(pair, 1)), "nobody counts the changes of inference tensors"
