@@ -154,9 +154,11 @@ def test_an_ignored_argument_changes_nothing(found: list[Theirs]) -> None:
 
 
 def test_the_examples_of_the_page_run() -> None:
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
+    *calls, of_transformers = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(calls) == 2
+    for example in calls:
         found: dict[str, Any] = {}
         exec(example, found)
         assert found["out"].shape == found["q"].shape
+    exec(of_transformers, found)
+    assert found["model"].config._attn_implementation == "fastllama_flash"
