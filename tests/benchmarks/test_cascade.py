@@ -36,7 +36,7 @@ def test_both_ways_are_attention_over_the_whole(own: int) -> None:
     exact = ways.pop("exact")()
     assert set(ways) == {"plain", "cascade"}
     for way in ways.values():
-        torch.testing.assert_close(way().double(), exact, rtol=0, atol=1e-5)
+        torch.testing.assert_close(cascade.judged(way()).double(), exact, rtol=0, atol=1e-5)
 
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,10 @@ def attention() -> Iterator[Shipped]:
             yield Shipped(f"attention_decode {sizes.short} bf16, split, {held}", decode(sizes, pages_dtype, 64, 1))
             yield Shipped(f"attention_prefill {sizes.short} bf16, {held}", prefill(sizes, BF16, pages_dtype))
     yield Shipped("attention_decode 70B bf16, 4 queries", decode(LARGE, None, 8, 4))
+    for sizes, count, queries in ((SMALL, 1, 32), (LARGE, 4, 8)):  # examples/cascade.py
+        options = {"queries": queries, "width": 64, "pages": PAGES, "causal": False}
+        call = launching(attentions.attention_decode, BF16, [1] * count, *sizes.attention, **options)
+        yield Shipped(f"attention_decode {sizes.short} bf16, a prefix of 32 sequences", call)
     for dtype in (FP16, FP32):
         call = launching(attentions.attention_varlen, dtype, each, each, *SMALL.attention)
         yield Shipped(f"attention_varlen 7B {SHORT[dtype]}", call)
