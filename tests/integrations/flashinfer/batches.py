@@ -51,7 +51,7 @@ class Batch:
         starts = [0, *accumulate(pages)]
         pool = starts[-1] + self.spare
         ids = self.random.sample(range(pool), starts[-1])
-        last = [(length - 1) % self.page_size + 1 if length else 1 for length in self.lengths]
+        last = [(length - 1) % self.page_size + 1 if length else self.random.choice([0, 1]) for length in self.lengths]
         self.indptr, self.indices, self.last_page_len = (
             torch.tensor(x, dtype=self.index_dtype, device="cpu") for x in (starts, ids, last)
         )

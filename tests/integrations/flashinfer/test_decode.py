@@ -103,6 +103,14 @@ def test_bounds_that_are_on_the_host_already_are_not_copied() -> None:
         )
 
 
+def test_bounds_may_begin_behind_the_first_page() -> None:
+    batch = Batch([4, 9, 2])
+    q, decode = batch.queries([1, 1]), wrapper()
+    decode.plan(batch.indptr[1:], batch.indices, batch.last_page_len[1:], *batch.sizes, q_data_type="float64")
+    batch.k, batch.v = batch.k[1:], batch.v[1:]
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
 def test_an_8_bit_cache_is_multiplied_by_its_scales() -> None:
     batch = Batch([7, 3], dtype=torch.float32)
     q = batch.queries([1, 1])

@@ -61,6 +61,9 @@ def test_tokens_without_a_page_are_not_written() -> None:
     k, v = batch.normal(4, 2, 8), batch.normal(4, 2, 8)
     of, positions = torch.tensor([-1, 2, 0, 0], device="cpu"), torch.tensor([0, 0, -1, 4], device="cpu")
     append_paged_kv_cache(k, v, of, positions, batch.cache, batch.indices, batch.indptr, batch.last_page_len)
+    for indices in (batch.indices[:1], batch.indices[:0]):  # fewer than the bounds say
+        csr = indices, batch.indptr, batch.last_page_len
+        append_paged_kv_cache(k, v, torch.ones_like(of), torch.arange(4, device="cpu"), batch.cache, *csr)
     assert all(torch.equal(a, b) for a, b in zip(batch.cache, before, strict=True))
 
 
