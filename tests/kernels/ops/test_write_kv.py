@@ -77,8 +77,8 @@ def test_each_token_is_copied_to_its_slot_alone(
 @every_backend
 def test_strides_of_all_kinds_and_int32_slots(backend: str) -> None:
     """Keys cut out of a fused projection, values [Hkv, T, D] in memory, pages cut out of one buffer."""
-    fused = torch.randn(3, 8, 16)
-    k, v = fused[:, 4:6], torch.randn(2, 3, 16).transpose(0, 1)
+    fused = torch.randn(3, 8, 20)
+    k, v = fused[:, 4:6, 3:19], torch.randn(2, 3, 16).transpose(0, 1)
     pool = torch.full((PAGES, 2, 4, PAGE_SIZE, 24), UNTOUCHED)
     k_pages, v_pages = pool[:, 0, 1:3, :, 4:20], pool[:, 1, :2, :, :16]
     slots = torch.tensor([6, 14, 0])
