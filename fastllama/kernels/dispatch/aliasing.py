@@ -103,7 +103,7 @@ class Aliasing:
 def _is_rows_apart(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of the same strides begin at different rows of one memory."""
     row, distance = a.stride(0) * a.itemsize, a.data_ptr() - b.data_ptr()
-    return a.stride() == b.stride() and distance != 0 and distance % row == 0
+    return a.stride() == b.stride() and distance != 0 and row != 0 and distance % row == 0
 
 
 def _spans(args: Sequence[Any]) -> dict[int, tuple[int, int]]:
