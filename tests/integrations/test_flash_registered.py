@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
@@ -12,19 +11,22 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, T5Config, T5EncoderModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from fastllama.integrations.transformers import register
 from fastllama.kernels.dispatch.op import OPS
-from tests.integrations.models import BEFORE_5, IDS, LEFT, NEW_TOKENS, SIZES, assert_close, llama
+from tests.integrations.models import BEFORE_5, IDS, LEFT, NEW_TOKENS, SIZES, VOCAB, assert_close, llama
 
 NAME = "fastllama_flash"
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [*range(20, 39)]]
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
 
+if BEFORE_5:
+    pytest.skip(
+        "transformers 4.57 keeps one flash-attention for all models: see test_flash_versions", allow_module_level=True
+    )
 register()
 
 Call = Callable[[Any], Tensor]
@@ -105,6 +107,16 @@ def test_a_sliding_window_is_refused_by_name() -> None:
         model(IDS)
 
 
+@torch.inference_mode()
+def test_a_model_without_flash_attention_in_transformers_is_refused() -> None:
+    """Its attention adds position biases, which would get lost."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = on_ours(T5EncoderModel(T5Config(vocab_size=VOCAB, **sizes)).eval())
+    for _ in range(2):
+        with pytest.raises(ValueError, match='attn_implementation is "fastllama_flash"; legal for T5PreTrainedModel'):
+            model(IDS)
+
+
 def test_gradients_are_refused() -> None:
     with pytest.raises(RuntimeError, match="has no backward"):
         on_ours(llama())(IDS)
@@ -137,31 +149,10 @@ def test_registering_again_changes_nothing() -> None:
     assert flash_utils._lazy_imports is before
 
 
-def test_a_transformers_without_the_hook_is_named() -> None:
-    with mock.patch.object(flash_utils, "_lazy_imports", None):
-        message = (
-            rf"transformers {re.escape(transformers.__version__)} has no .*\._lazy_imports, by which .*legal: 4\.57"
-        )
-        with pytest.raises(ImportError, match=message):
-            register()
-
-
-@pytest.mark.skipif(not BEFORE_5, reason="later versions keep functions by name")
-@torch.inference_mode()
-def test_transformers_gets_its_own_functions_back() -> None:
-    held = "a function that another model left here"
-    with mock.patch.object(flash_utils, "_flash_fn", held):
-        on_ours(llama())(IDS)
-        assert flash_utils._flash_fn is held
-
-
-if not BEFORE_5:
-    from transformers import ContinuousBatchingConfig
-since_5 = pytest.mark.skipif(BEFORE_5, reason="generate_batch of 4.57 takes three implementations alone")
-
-
 def batched(model: Any) -> list[list[int]]:
     """Over a cache for these prompts: by default it takes most of the machine's memory, and fills it with zeros."""
+    from transformers import ContinuousBatchingConfig
+
     size = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
     batching = ContinuousBatchingConfig(**{size: 16}, num_blocks=16, max_batch_tokens=32)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -178,7 +169,6 @@ def one_by_one(model: Any) -> list[list[int]]:
     return [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
-@since_5
 def test_continuous_batching_generates_what_generate_does() -> None:
     stock = llama()
     with counted("attention_varlen") as calls:
@@ -202,7 +192,6 @@ def with_fast_path() -> Any:
     return mock.patch.object(initialization, "ensure_decode_fast_path_is_available", as_on_a_gpu)
 
 
-@since_5
 def test_continuous_batching_decodes_through_a_page_table() -> None:
     stock = llama()
     with with_fast_path(), counted("attention_decode") as calls:
