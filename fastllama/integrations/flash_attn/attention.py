@@ -7,20 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_shape
+from fastllama.errors import check_dtype, check_shape
 from fastllama.integrations.flash_attn.conventions import (
     Window,
+    any_flag,
     as_rows,
     check_heads,
-    check_no_grad,
+    check_inputs,
+    check_integers,
+    check_pages,
     even_bounds,
+    flag,
     lse_rows,
     one_of,
     out_rows,
     refuse,
+    scale_of,
     softmax_lse,
 )
 from fastllama.kernels import attention_prefill, attention_varlen
+from fastllama.kernels.dispatch.checks import FLOATS
 
 Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -65,6 +71,7 @@ def flash_attn_func(
     require grad under grad mode, ValueError for a shape or device, TypeError for a dtype; nothing is written then.
     Source: flash-attn 2.8.3, `flash_attn_interface.py`; keyword arguments also of FlashAttention 3 and its CuTe form.
     """
+    causal = flag("causal", causal)
     refuse(
         "flash_attn_func",
         causal=causal,
@@ -82,18 +89,21 @@ def flash_attn_func(
         score_mod=score_mod,
         mask_mod=mask_mod,
     )
-    check_no_grad("flash_attn_func", q=q, k=k, v=v, out=out)
+    check_inputs("flash_attn_func", {"q": q, "k": k, "v": v}, out=out)
+    with_lse = any_flag(
+        return_attn_probs=return_attn_probs, return_lse=return_lse, return_softmax_lse=return_softmax_lse
+    )
     check_shape("q", q, ("B", "Sq", "Hq", "D"))
     num_seqs, len_q = q.shape[:2]
     check_shape("k", k, (num_seqs, "Sk", "Hkv", "D"))
     check_heads("k", k, q)
     check_shape("v", v, k.shape)
     len_k = k.shape[1]
-    rows, to = as_rows(q), out_rows(out, q)
+    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
     bounds = even_bounds(num_seqs, len_q, q.device)
     bounds_k = bounds if len_k == len_q else even_bounds(num_seqs, len_k, q.device)
-    lse = lse_rows(rows, num_seqs) if return_attn_probs or return_lse or return_softmax_lse else None
-    to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, softmax_scale, causal, to, lse)
+    lse = lse_rows(rows, num_seqs) if with_lse else None
+    to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, scale, causal, to, lse)
     out = to.view(q.shape) if out is None else out
     if lse is None:
         return out
@@ -151,10 +161,11 @@ def flash_attn_varlen_func(
     causal: bottom-right aligned. Returns out like q, and log-sum-exps as `flash_attn_func` does: [Hq, total_q], or
     [B, Hq, Sq] without cu_seqlens_q. max_seqlen_q, max_seqlen_k, scheduler_metadata, fa_version have no effect, as the
     hints of `flash_attn_func`. Bounds that do not ascend within their rows and lengths that pages have no room for
-    give NaN: they are on the device, where nothing here reads them.
+    give NaN: they are on the device, where they are not read.
     Everything else, errors and source: as `flash_attn_func`.
     """
     name = "flash_attn_varlen_func"
+    causal = flag("causal", causal)
     refuse(
         name,
         causal=causal,
@@ -172,16 +183,28 @@ def flash_attn_varlen_func(
         score_mod=score_mod,
         mask_mod=mask_mod,
     )
-    check_no_grad(name, q=q, k=k, v=v, out=out)
+    check_inputs(
+        name,
+        {"q": q, "k": k, "v": v},
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
+        page_table=page_table,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        out=out,
+    )
+    with_lse = any_flag(
+        return_attn_probs=return_attn_probs, return_lse=return_lse, return_softmax_lse=return_softmax_lse
+    )
     table = one_of("block_table", block_table, "page_table", page_table)
     check_shape("q", q, ("total_q", "Hq", "D") if cu_seqlens_q is not None else ("B", "Sq", "Hq", "D"))
     bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q)
     num_seqs, (num_rows, length) = bounds.shape[0] - 1, (None, 1) if cu_seqlens_q is not None else q.shape[:2]
-    for used_name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
-        if used is not None:
-            check_shape(used_name, used, (num_seqs,))
-    rows, to = as_rows(q), out_rows(out, q)
-    lse = lse_rows(rows, num_rows) if return_attn_probs or return_lse or return_softmax_lse else None
+    check_integers("seqused_q", seqused_q, (num_seqs,), q)
+    check_integers("seqused_k", seqused_k, (num_seqs,), q)
+    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
+    lse = lse_rows(rows, num_rows) if with_lse else None
     if table is None:
         check_shape("k", k, ("total_k", "Hkv", "D") if cu_seqlens_k is not None else (num_seqs, "Sk", "Hkv", "D"))
         check_heads("k", k, q)
@@ -193,16 +216,16 @@ def flash_attn_varlen_func(
             seqused_q = None if seqused_q is None else _and_none(seqused_q)
         if seqused_q is not None:  # the other queries are one without keys
             bounds, bounds_k = _used(bounds, seqused_q), bounds_k.repeat_interleave(2)[1:]
-        to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, softmax_scale, causal, to, lse)
+        to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, scale, causal, to, lse)
     else:
+        check_dtype("q", q, FLOATS)
         check_shape("k", k, ("P", "page_size", "Hkv", "D"))
-        check_heads("k", k, q)
-        check_shape("v", v, k.shape)
-        check_shape("page_table" if block_table is None else "block_table", table, (num_seqs, "pages"))
-        table, lens = table.contiguous(), _lengths(seqused_k, cu_seqlens_k, num_seqs)
+        check_pages(q, "k", k, "v", v)
+        check_integers("page_table" if block_table is None else "block_table", table, (num_seqs, "pages"), q)
+        table, lens = table.contiguous(), _lengths(seqused_k, cu_seqlens_k, num_seqs, q)
         if seqused_q is not None:
             bounds, table, lens = _used(bounds, seqused_q), table.repeat_interleave(2, 0), _and_none(lens)
-        to = _prefill(rows, k, v, table, lens, bounds, softmax_scale, causal, to, lse)
+        to = _prefill(rows, k, v, table, lens, bounds, scale, causal, to, lse)
     out = to.view(q.shape) if out is None else out
     if lse is None:
         return out
@@ -216,7 +239,7 @@ def _varlen(
     v: Tensor,
     bounds: Tensor,
     bounds_k: Tensor,
-    scale: float | None,
+    scale: float,
     causal: bool,
     out: Tensor | None,
     lse: Tensor | None,
@@ -233,7 +256,7 @@ def _prefill(
     table: Tensor,
     lens: Tensor,
     bounds: Tensor,
-    scale: float | None,
+    scale: float,
     causal: bool,
     out: Tensor | None,
     lse: Tensor | None,
@@ -249,26 +272,30 @@ def _bounds(name: str, bounds: Tensor | None, x: Tensor) -> Tensor:
     """Row bounds [B + 1]: those given, or of x [B, S, H, D]."""
     if bounds is None:
         return even_bounds(x.shape[0], x.shape[1], x.device)
-    check_shape(name, bounds, ("B + 1",))
-    if not bounds.shape[0]:
+    if bounds.shape == (0,):
         raise ValueError(f"{name} has shape [0]; legal: [B + 1]")
-    return bounds
+    check_integers(name, bounds, ("B + 1",), x)
+    return bounds.contiguous()
 
 
-def _lengths(seqused_k: Tensor | None, cu_seqlens_k: Tensor | None, num_seqs: int) -> Tensor:
+def _lengths(seqused_k: Tensor | None, cu_seqlens_k: Tensor | None, num_seqs: int, q: Tensor) -> Tensor:
     """Keys of each sequence in pages."""
     if seqused_k is not None:
-        return seqused_k
+        return seqused_k.contiguous()
     if cu_seqlens_k is None:
         raise ValueError("seqused_k and cu_seqlens_k are None; legal for keys in pages: one of them, a tensor")
-    check_shape("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+    check_integers("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,), q)
     return cu_seqlens_k.diff()
 
 
 def _used(bounds: Tensor, used: Tensor) -> Tensor:
-    """Bounds of twice as many sequences: the rows of each that are used, then the others."""
+    """Bounds of twice as many sequences: the rows of each that are used, then the others.
+
+    int64 where either is: a number past int32 stays one that the op finds.
+    """
+    bounds = bounds.to(torch.promote_types(bounds.dtype, used.dtype))
     starts = bounds[:-1]
-    return torch.cat((torch.stack((starts, starts + used.to(bounds.dtype)), 1).flatten(), bounds[-1:]))
+    return torch.cat((torch.stack((starts, starts + used), 1).flatten(), bounds[-1:]))
 
 
 def _and_none(counts: Tensor) -> Tensor:

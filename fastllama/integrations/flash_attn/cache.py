@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastllama.integrations.flash_attn.conventions import with_their_names
 from fastllama.kernels import write_kv
 
 
@@ -61,7 +62,7 @@ class Cache:
         slots = self._slots(tokens.owner, tokens.positions(lens), self.k.shape[1])
         if tokens.used is not None:
             slots = slots.where(tokens.used, -1)
-        write_kv(k, v, slots, self.k.transpose(1, 2), self.v.transpose(1, 2))
+        with_their_names(write_kv, k, v, slots, self.k.transpose(1, 2), self.v.transpose(1, 2))
 
     def pages(self) -> tuple[Tensor, Tensor, Tensor]:
         """k and v as [P, Hkv, page_size, D], and the table."""
@@ -88,16 +89,20 @@ class Cache:
 
         owner: the sequence of each; broadcasts against positions.
         """
-        page_size = self.k.shape[1]
+        num_pages, page_size = self.k.shape[:2]
+        if not self.table.shape[1]:
+            return torch.full_like(positions, -1)
         inside = (positions >= 0) & (positions < self.room)
         positions = positions.long().where(inside, 0)
         page = self.table[owner, positions // page_size].long()
-        return (page * pitch + positions % page_size).where(inside & (page >= 0), -1)
+        return (page * pitch + positions % page_size).where(inside & (page >= 0) & (page < num_pages), -1)
 
 
 def token_pitch(x: Tensor) -> int:
     """How many tokens apart the pages of [P, page_size, Hkv, D] begin; 0 where that is no whole number."""
     if x.shape[0] == 1:
         return int(x.shape[1])
-    pitch, rest = divmod(x.stride(0), x.stride(1))
-    return 0 if rest else int(pitch)
+    between_pages, between_tokens = x.stride()[:2]
+    if not between_tokens or between_pages % between_tokens:
+        return 0
+    return between_pages // between_tokens  # not divmod, which torch.compile has not for sizes that it does not know

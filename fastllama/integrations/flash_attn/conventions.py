@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from fastllama.errors import check_shape
+from fastllama.errors import brief, check_device, check_dtype, check_shape
 from fastllama.integrations.arguments import refuse_arguments
+from fastllama.kernels.dispatch.checks import INTEGERS, check_tensor
 
 Window = Sequence[int | None] | None  # tokens to the left and to the right; negative or None: all
+_THEIRS = {"k_pages": "k_cache", "v_pages": "v_cache", "page_table": "block_table", "seq_lens": "cache_seqlens"}
 
 
 def refuse(
@@ -26,6 +31,8 @@ def refuse(
     **absent: Any,
 ) -> None:
     """NotImplementedError for the first argument that asks for what no op here computes; `absent`: unless None."""
+    if not isinstance(window_size, (tuple, list, type(None))):
+        raise TypeError(f"window_size is {brief(window_size)}; legal: a pair, (-1, -1)")
     window = tuple(-1 if side is None else side for side in window_size or (-1, -1))
     windows = [(-1, -1), (-1, 0)] if causal else [(-1, -1)]  # nothing to the right is what causal means
     refuse_arguments(
@@ -38,10 +45,22 @@ def refuse(
     )
 
 
-def check_no_grad(function: str, **tensors: Tensor | None) -> None:
-    """RuntimeError for the first tensor through which autograd would go back; before anything is written."""
+def check_tensors(required: Mapping[str, Any], **optional: Any) -> None:
+    """TypeError for the first argument that is no strided tensor; None is legal for `optional`."""
+    for name, x in {**required, **optional}.items():
+        if isinstance(x, Tensor):
+            if x.layout is not torch.strided:
+                raise TypeError(f"{name} has layout {x.layout}; legal: {torch.strided}")
+        elif x is not None or name in required:
+            legal = "a tensor" if name in required else "a tensor or None"
+            raise TypeError(f"{name} is {brief(x)} of type {type(x).__name__}; legal: {legal}")
+
+
+def check_inputs(function: str, required: Mapping[str, Any], **optional: Any) -> None:
+    """`check_tensors`, and RuntimeError for the first through which autograd would go back."""
+    check_tensors(required, **optional)
     if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
+        for name, tensor in {**required, **optional}.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} requires grad, and {function} has no backward here: call it under torch.inference_mode() "
@@ -49,9 +68,70 @@ def check_no_grad(function: str, **tensors: Tensor | None) -> None:
                 )
 
 
+def flag(name: str, value: Any) -> bool:
+    """TypeError unless a value is True or False, NumPy's too."""
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name} is {brief(value)} of type {type(value).__name__}; legal: True or False")
+    return bool(value)
+
+
+def any_flag(**flags: Any) -> bool:
+    """Whether one of them is set; None is not."""
+    given = [flag(name, False if value is None else value) for name, value in flags.items()]
+    return any(given)
+
+
+def scale_of(softmax_scale: float | None, q: Tensor) -> float:
+    """softmax_scale as the ops take it: q's default for None."""
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(q.shape[-1])
+    if isinstance(softmax_scale, (float, torch.SymFloat)):
+        return softmax_scale
+    if not isinstance(softmax_scale, Real):
+        raise TypeError(f"softmax_scale is {brief(softmax_scale)}; legal: a number or None")
+    try:
+        return float(softmax_scale)
+    except OverflowError:
+        raise ValueError(f"softmax_scale is {brief(softmax_scale)}; legal: a number that a float holds") from None
+
+
+def with_their_names(call: Callable[..., None], *args: Any) -> None:
+    """`call(*args)`, an op's, whose errors name flash-attn's arguments where the op has other names for them."""
+    if is_compiling():
+        call(*args)
+        return
+    try:
+        call(*args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = re.sub("|".join(_THEIRS), lambda found: _THEIRS[found[0]], str(error))
+        if said == str(error):
+            raise
+        raise type(error)(said) from None
+
+
+def check_integers(name: str, x: Tensor | None, shape: Sequence[int | str], q: Tensor) -> None:
+    """None, or int32 or int64 on q's device, any strides."""
+    if x is not None:
+        check_shape(name, x, shape)
+        check_dtype(name, x, INTEGERS)
+        check_device(name, x, "q", q)
+
+
+def check_pages(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
+    """Keys and values alike, [P, page_size, Hkv, D] in q's dtype, any strides but the last."""
+    if 0 in k.shape:
+        raise ValueError(f"{k_name} has shape {list(k.shape)}; legal: each dimension at least 1")
+    check_heads(k_name, k, q)
+    for name, pages in ((k_name, k), (v_name, v)):
+        check_tensor(name, pages, k.shape, (q.dtype,))
+        check_device(name, pages, "q", q)
+
+
 def check_heads(name: str, keys: Tensor, q: Tensor) -> None:
     """ValueError unless keys [..., Hkv, D] have q's head dimension, and heads that divide q's."""
     num_heads, head_dim = q.shape[-2:]
+    if not (num_heads and head_dim):
+        raise ValueError(f"q has shape {list(q.shape)}; legal: at least one head of at least one number")
     if not keys.shape[-2] or num_heads % keys.shape[-2] or keys.shape[-1] != head_dim:
         raise ValueError(
             f"{name} has shape {list(keys.shape)}; legal: a number of heads that divides q's {num_heads}, "

@@ -6,23 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastllama.integrations.flash_attn.attention import Result
 from fastllama.integrations.flash_attn.cache import Cache, Tokens
 from fastllama.integrations.flash_attn.conventions import (
     Window,
+    any_flag,
     as_rows,
-    check_no_grad,
+    check_inputs,
     even_bounds,
+    flag,
     lse_rows,
     one_of,
     out_rows,
     refuse,
+    scale_of,
     softmax_lse,
+    with_their_names,
 )
 from fastllama.integrations.flash_attn.kvcache_checks import check_cache, check_new, check_queries, check_rotary
 from fastllama.integrations.flash_attn.rotary import rotate
-from fastllama.kernels import attention_decode, attention_prefill
+from fastllama.kernels.dispatch.op import OPS
 
 
 def flash_attn_with_kvcache(
@@ -76,10 +81,11 @@ def flash_attn_with_kvcache(
     rotary_cos, rotary_sin: [max, R / 2] in q's dtype or fp32, for k and q: k's token i at position
     cache_seqlens + i (rotary_seqlens + i), as q's where causal, and all of q at cache_seqlens where not. The position
     counts tokens of the cache, the hidden ones too. rotary_interleaved: pairs (x_2i, x_2i+1), else (x_i, x_{i+R/2}).
-    cache_leftpad: [B], how many tokens at the beginning of each sequence nobody sees.
+    cache_leftpad: [B], how many tokens at the beginning of each sequence are not seen.
     causal: bottom-right aligned, the last query sees all keys. out: like q; allocated when None.
     Returns out, or with return_softmax_lse or return_lse (out, lse [B, Hq, Sq], or [Hq, total_q], fp32), natural. A row
-    without keys gives 0 and the log-sum-exp +inf; a sequence longer than its room gives NaN.
+    without keys gives 0 and the log-sum-exp +inf. A sequence longer than its room gives NaN, and so does one of a
+    negative length in a tensor, whose new tokens are not written.
     Hints have no effect: num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin, fa_version.
     Raises NotImplementedError for an argument that asks for what no op here computes, RuntimeError for tensors that
     require grad under grad mode, ValueError for a shape, stride or device, TypeError for a dtype; nothing is written
@@ -87,6 +93,7 @@ def flash_attn_with_kvcache(
     Source: flash-attn 2.8.3, `flash_attn_interface.py` and `csrc`; keyword arguments also of FlashAttention 3.
     """
     name = "flash_attn_with_kvcache"
+    causal, rotary_interleaved = flag("causal", causal), flag("rotary_interleaved", rotary_interleaved)
     refuse(
         name,
         causal=causal,
@@ -101,41 +108,68 @@ def flash_attn_with_kvcache(
         learnable_sink=learnable_sink,
         s_aux=s_aux,
     )
-    check_no_grad(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out)
+    check_inputs(
+        name,
+        {"q": q, "k_cache": k_cache, "v_cache": v_cache},
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_seqlens=rotary_seqlens,
+        out=out,
+    )
+    with_lse = any_flag(return_softmax_lse=return_softmax_lse, return_lse=return_lse)
     table = one_of("block_table", block_table, "page_table", page_table)
-    num_seqs = check_queries(q, cu_seqlens_q, softmax_scale, out)
+    num_seqs = check_queries(q, cu_seqlens_q, out)
     check_cache(q, k_cache, v_cache, num_seqs, cache_seqlens, cache_batch_idx, cache_leftpad, table)
     check_new(q, k_cache, num_seqs, k, v, cache_seqlens, cu_seqlens_k_new)
     check_rotary(q, num_seqs, k, rotary_cos, rotary_sin, rotary_seqlens)
-    rows, to = as_rows(q), out_rows(out, q)
+    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
 
     table = _rows(cache_batch_idx, num_seqs, q.device) if table is None else table.contiguous()
     cache = Cache(k_cache, v_cache, table)
     lens = _lengths(cache_seqlens, cache.room, num_seqs, q.device)
+    appended = None
     if k is not None and v is not None:
-        new = Tokens.of(k, cu_seqlens_k_new)
-        k, v = as_rows(k), as_rows(v)
+        # A negative length stays one when new tokens are counted in.
+        lens = lens if isinstance(cache_seqlens, int) else lens.where(lens >= 0, -(2**30))
+        new, k, v = Tokens.of(k, cu_seqlens_k_new), as_rows(k), as_rows(v)
         if rotary_cos is not None and rotary_sin is not None:
             start = lens if rotary_seqlens is None else rotary_seqlens.contiguous()
             of_keys = of_queries = new.positions(start)
             if q.dim() == 3 or q.shape[1] != new.length or not (causal or new.length == 1):
                 of_queries = Tokens.of(q, cu_seqlens_q).positions(start, advancing=causal)
             rows, k = rotate(rows, k, rotary_cos, rotary_sin, of_queries, of_keys, rotary_interleaved)
-        cache.append(k, v, new, lens)
+        appended = k, v, new, lens
         lens = lens + new.counts
     if cache_leftpad is None:
         pages = cache.pages()
     else:
-        pages, lens = cache.without_first(cache_leftpad), (lens - cache_leftpad).clamp(min=0)
+        pages, lens = cache.without_first(cache_leftpad), (lens - cache_leftpad).clamp(min=lens.clamp(max=0))
 
     dense = (num_seqs, q.shape[1]) if cu_seqlens_q is None else (None, 1)
-    lse = lse_rows(rows, dense[0]) if return_softmax_lse or return_lse else None
+    lse = lse_rows(rows, dense[0]) if with_lse else None
     to = torch.empty(rows.shape, dtype=q.dtype, device=q.device) if to is None else to
+    args: tuple[Any, ...]
     if cu_seqlens_q is None and (q.shape[1] == 1 or _few(q, k_cache)):
-        attention_decode(rows, *pages, lens, scale=softmax_scale, causal=causal, out=to, lse_out=lse)
+        attention = OPS["attention_decode"]
+        args = (rows, *pages, lens, None, None, None, None, scale, causal, False, to, lse, None)
     else:
+        attention = OPS["attention_prefill"]
         bounds = even_bounds(num_seqs, q.shape[1], q.device) if cu_seqlens_q is None else cu_seqlens_q.contiguous()
-        attention_prefill(rows, *pages, lens, bounds, scale=softmax_scale, causal=causal, out=to, lse_out=lse)
+        args = (rows, *pages, lens, bounds, None, None, None, None, scale, causal, False, to, lse)
+    if appended is not None:
+        if not is_compiling():  # which judges all calls before one runs
+            # Memory that is shared takes 40 us more to find; an `out` of our own shares none.
+            with_their_names(attention.check if out is None else attention.check_all, args)
+        cache.append(*appended)
+    with_their_names(attention, *args)
     out = to.view(q.shape) if out is None else out
     return out if lse is None else (out, softmax_lse(lse, *dense))
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_device, check_dtype, check_shape
+from fastllama.errors import brief, check_device, check_dtype, check_shape
 from fastllama.integrations.flash_attn.cache import token_pitch
-from fastllama.integrations.flash_attn.conventions import check_heads
-from fastllama.kernels.dispatch.checks import FLOATS, INTEGERS, check_tensor
+from fastllama.integrations.flash_attn.conventions import check_integers, check_pages
+from fastllama.kernels.dispatch.checks import FLOATS, check_tensor
+
+_MOST = 2**31 - 1  # tokens: lengths are int32
 
 
-def check_queries(q: Tensor, cu_seqlens_q: Tensor | None, softmax_scale: float | None, out: Tensor | None) -> int:
+def check_queries(q: Tensor, cu_seqlens_q: Tensor | None, out: Tensor | None) -> int:
     """The number of sequences."""
-    if softmax_scale is not None and not isinstance(softmax_scale, (Real, torch.SymFloat)):
-        raise TypeError(f"softmax_scale is {softmax_scale!r}; legal: a number or None")
     check_dtype("q", q, FLOATS)
     if out is not None:
         check_tensor("out", out, q.shape, (q.dtype,))
@@ -41,26 +40,25 @@ def check_cache(
 ) -> None:
     """Keys and values, and which of them each sequence has."""
     check_shape("k_cache", k_cache, ("Bc", "S", "Hkv", "D") if table is None else ("P", "page_size", "Hkv", "D"))
-    if 0 in k_cache.shape:
-        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; legal: each dimension at least 1")
-    check_heads("k_cache", k_cache, q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, cache, k_cache.shape, (q.dtype,))
-        check_device(name, cache, "q", q)
+    check_pages(q, "k_cache", k_cache, "v_cache", v_cache)
     for name, each in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        _check_integers(name, each, (num_seqs,), q)
+        check_integers(name, each, (num_seqs,), q)
     if isinstance(cache_seqlens, Tensor):
-        _check_integers("cache_seqlens", cache_seqlens, (num_seqs,), q)
+        check_integers("cache_seqlens", cache_seqlens, (num_seqs,), q)
+    elif cache_seqlens is not None:
+        if not isinstance(cache_seqlens, (Integral, torch.SymInt)):
+            raise TypeError(f"cache_seqlens is {brief(cache_seqlens)}; legal: an int, a tensor [B] or None")
+        if not 0 <= cache_seqlens <= _MOST:
+            raise ValueError(f"cache_seqlens is {brief(cache_seqlens)}; legal: 0 to {_MOST}")
     if table is not None:
-        _check_integers("block_table", table, (num_seqs, "pages"), q)
+        check_integers("block_table", table, (num_seqs, "pages"), q)
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx is a tensor; legal with block_table: None")
     elif cache_batch_idx is None and k_cache.shape[0] < num_seqs:
         raise ValueError(
             f"k_cache has {k_cache.shape[0]} rows for {num_seqs} sequences; legal: a row for each, or cache_batch_idx"
         )
-    pitch = token_pitch(k_cache)
-    if cache_leftpad is not None and (not pitch or pitch != token_pitch(v_cache)):
+    if cache_leftpad is not None and not 0 < token_pitch(k_cache) == token_pitch(v_cache):
         raise ValueError(
             f"k_cache has strides {list(k_cache.stride())}, v_cache {list(v_cache.stride())}; legal with "
             "cache_leftpad: the first a multiple of the second, and the same one in both"
@@ -108,7 +106,7 @@ def check_rotary(
     rotary_seqlens: Tensor | None,
 ) -> None:
     """Angles and where they begin."""
-    _check_integers("rotary_seqlens", rotary_seqlens, (num_seqs,), q)
+    check_integers("rotary_seqlens", rotary_seqlens, (num_seqs,), q)
     if rotary_cos is None or rotary_sin is None:
         if rotary_cos is not None or rotary_sin is not None:
             given, other = ("rotary_cos", "rotary_sin") if rotary_sin is None else ("rotary_sin", "rotary_cos")
@@ -128,17 +126,9 @@ def check_rotary(
         check_device(name, each, "q", q)
 
 
-def _check_integers(name: str, x: Tensor | None, shape: Sequence[int | str], q: Tensor) -> None:
-    """Any strides."""
-    if x is not None:
-        check_shape(name, x, shape)
-        check_dtype(name, x, INTEGERS)
-        check_device(name, x, "q", q)
-
-
 def _check_bounds(name: str, bounds: Tensor, q: Tensor) -> int:
     """The number of sequences."""
-    _check_integers(name, bounds, ("B + 1",), q)
+    check_integers(name, bounds, ("B + 1",), q)
     if bounds.shape[0] < 2:
         raise ValueError(f"{name} has shape {list(bounds.shape)}; legal: [B + 1], of one sequence or more")
     return bounds.shape[0] - 1

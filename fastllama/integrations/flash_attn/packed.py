@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
-from fastllama.errors import check_shape
+from fastllama.errors import brief, check_shape
 from fastllama.integrations.flash_attn.attention import Result, flash_attn_func, flash_attn_varlen_func
-from fastllama.integrations.flash_attn.conventions import Window
+from fastllama.integrations.flash_attn.conventions import Window, check_tensors
 
 
 def flash_attn_qkvpacked_func(
@@ -29,11 +30,14 @@ def flash_attn_qkvpacked_func(
 
     With num_heads_q of [B, S, num_heads_q + 2 Hkv, D], as FlashAttention 3: queries, then keys, then values.
     """
+    check_tensors({"qkv": qkv})
     if num_heads_q is None or qkv.dim() == 5:
         check_shape("qkv", qkv, ("B", "S", 3, "H", "D"))
         q, k, v = qkv.unbind(2)
     else:
         check_shape("qkv", qkv, ("B", "S", "num_heads_q + 2 Hkv", "D"))
+        if not isinstance(num_heads_q, (Integral, SymInt)):
+            raise TypeError(f"num_heads_q is {brief(num_heads_q)}; legal: an int or None")
         num_kv_heads, odd = divmod(qkv.shape[2] - num_heads_q, 2)
         if odd or num_kv_heads < 1 or num_heads_q < 1:
             raise ValueError(
@@ -71,6 +75,7 @@ def flash_attn_kvpacked_func(
     **others: Any,
 ) -> Result:
     """`flash_attn_func` of q [B, Sq, Hq, D] and kv [B, Sk, 2, Hkv, D]; others: its keyword arguments."""
+    check_tensors({"kv": kv})
     check_shape("kv", kv, ("B", "Sk", 2, "Hkv", "D"))
     k, v = kv.unbind(2)
     return flash_attn_func(
@@ -104,6 +109,7 @@ def flash_attn_varlen_qkvpacked_func(
     **others: Any,
 ) -> Result:
     """`flash_attn_varlen_func` of qkv [total, 3, H, D]; others: its keyword arguments."""
+    check_tensors({"qkv": qkv})
     check_shape("qkv", qkv, ("total", 3, "H", "D"))
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
@@ -144,6 +150,7 @@ def flash_attn_varlen_kvpacked_func(
     **others: Any,
 ) -> Result:
     """`flash_attn_varlen_func` of q [total_q, Hq, D] and kv [total_k, 2, Hkv, D]; others: its keyword arguments."""
+    check_tensors({"kv": kv})
     check_shape("kv", kv, ("total_k", 2, "Hkv", "D"))
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastllama.kernels import rope
-from fastllama.kernels.dispatch.plainness import is_plain
-
-_JOINED = WeakIdKeyDictionary()  # by cosines: sines, what both looked like, and the two side by side
 
 
 def rotate(
@@ -25,7 +19,7 @@ def rotate(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """q [Tq, Hq, D] and k [Tk, Hkv, D] at their positions, in new memory; one op where the positions are one tensor."""
-    cos_sin = joined(cos, sin)
+    cos_sin = side_by_side(cos, sin)
     if positions_q is positions_k:
         return rope(q, k, cos_sin, positions_q, interleaved=interleaved)
     q, _ = rope(q, q[:, :0], cos_sin, positions_q, interleaved=interleaved)
@@ -33,23 +27,20 @@ def rotate(
     return q, k
 
 
-def joined(cos: Tensor, sin: Tensor) -> Tensor:
-    """[max_position, R], cosines and then sines, as `rope` reads them: made once for a pair that does not change.
+def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:
+    """[max_position, R], cosines and then sines, as `rope` reads them.
 
-    Kept as long as the cosines live. Made anew where nobody can say that they did not change, inference tensors, and
-    where the result is not memory to keep: while a graph is compiled, recorded or captured.
+    Where they are the halves of one tensor, as stacks keep them that have angles in this form, that is read where it
+    lies. Others are copied at each call, in one kernel: for Llama 2's 4096 positions in bf16 it reads 1 MB and writes 1
+    MB. A copy is not kept, as what writes through `.data`, NumPy, DLPack or a kernel of its own leaves no sign of it.
     """
+    half = cos.shape[1]
     if (
-        is_compiling()
-        or not is_plain((cos, sin))
-        or cos.is_inference()
-        or sin.is_inference()
-        or (cos.is_cuda and torch.cuda.is_current_stream_capturing())
+        not is_compiling()
+        and torch._C._is_alias_of(cos, sin)  # type: ignore[attr-defined]
+        and cos.stride() == sin.stride()
+        and cos.stride(1) == 1
+        and sin.storage_offset() == cos.storage_offset() + half
     ):
-        return torch.cat((cos, sin), 1)
-    looks = (cos._version, cos.data_ptr(), cos.shape, sin._version, sin.data_ptr())
-    known = _JOINED.get(cos)
-    if known is None or known[0]() is not sin or known[1] != looks:
-        known = _JOINED[cos] = weakref.ref(sin), looks, torch.cat((cos.detach(), sin.detach()), 1)
-    result: Tensor = known[2]
-    return result
+        return cos.as_strided((cos.shape[0], 2 * half), cos.stride())
+    return torch.cat((cos, sin), 1)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastllama.integrations.flash_attn import flash_attn_with_kvcache
-from fastllama.integrations.flash_attn.rotary import joined
 from tests.integrations.flash_attn.explicit import assert_near, attention, rotated
 from tests.integrations.flash_attn.libraries import Library
 
@@ -175,31 +173,3 @@ def test_a_left_padding_of_all_tokens_leaves_no_key() -> None:
     out, lse = flash_attn_with_kvcache(q, k, k, cache_seqlens=3, cache_leftpad=torch.tensor([5]), return_lse=True)
     assert not out.any()
     assert (lse == math.inf).all()
-
-
-def test_angles_are_put_side_by_side_once_and_anew_when_they_change() -> None:
-    cos, sin, other = torch.randn(3, 8, 4)
-    first = joined(cos, sin)
-    assert joined(cos, sin) is first
-    cos[2] = 5.0
-    changed = joined(cos, sin)
-    assert torch.equal(changed, torch.cat((cos, sin), 1))
-    assert torch.equal(joined(cos, other), torch.cat((cos, other), 1))
-    sin.data = torch.ones(8, 4)
-    assert torch.equal(joined(cos, sin), torch.cat((cos, sin), 1))
-
-
-def test_angles_that_somebody_may_have_changed_unseen_are_read_again() -> None:
-    cos, numbers = torch.randn(8, 4), np.ones((8, 4), np.float32)
-    sin = torch.from_numpy(numbers)
-    joined(cos, sin)
-    del sin
-    numbers[:] = 5.0
-    sin = torch.from_numpy(numbers)  # another tensor, at the address of the one that is gone
-    assert torch.equal(joined(cos, sin), torch.cat((cos, sin), 1))
-    with torch.inference_mode():
-        uncounted = torch.randn(8, 4)
-        for pair in ((cos, uncounted), (uncounted, cos)):
-            joined(*pair)
-            uncounted.zero_()
-            assert torch.equal(joined(*pair), torch.cat(pair, 1)), "nobody counts the changes of inference tensors"
