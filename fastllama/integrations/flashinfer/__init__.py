@@ -46,6 +46,8 @@ from fastllama.integrations.flashinfer.sampling import (
     top_p_sampling_from_probs,
 )
 
+__version__ = "0.7.2"  # of FlashInfer, whose signatures these are: programs compare it
+
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",

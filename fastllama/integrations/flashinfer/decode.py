@@ -5,28 +5,24 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.errors import check_dtype, check_range, check_shape
+from fastllama.errors import check_dtype, check_shape
 from fastllama.integrations.arguments import refuse_arguments
 from fastllama.integrations.flashinfer import tables
-from fastllama.integrations.flashinfer.layouts import (
-    Cache,
-    Dtype,
-    as_pages,
-    dtype_of,
-    page_scales,
-    softmax_scale,
-)
+from fastllama.integrations.flashinfer.checks import check_integer, check_optional, check_tensors
+from fastllama.integrations.flashinfer.layouts import Cache, Dtype, as_pages, page_scales, softmax_scale
+from fastllama.integrations.flashinfer.page import get_seq_lens
 from fastllama.integrations.flashinfer.single import single_decode_with_kv_cache
-from fastllama.integrations.flashinfer.wrappers import PagedWrapper, delivered, planned_of, refuse_positions
+from fastllama.integrations.flashinfer.wrappers import PagedWrapper, Planned, delivered, planned_of, refuse_positions
+from fastllama.kernels.dispatch.checks import INTEGERS
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan",
+    "get_seq_lens",
     "single_decode_with_kv_cache",
 ]
 
@@ -63,7 +59,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         self._use_tensor_cores = use_tensor_cores
         if use_cuda_graph:
             self._fix_batch_size(
-                0 if paged_kv_last_page_len_buffer is None else paged_kv_last_page_len_buffer.shape[0],
                 paged_kv_last_page_len_buffer=(paged_kv_last_page_len_buffer, 0),
                 paged_kv_indptr_buffer=(paged_kv_indptr_buffer, 1),
                 paged_kv_indices_buffer=(paged_kv_indices_buffer, -1),
@@ -116,6 +111,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         again what the pages say, and are not read.
         Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
         """
+        check_integer("q_len_per_req", q_len_per_req, 1)
         refuse_arguments("plan", window_right=(window_right, 0), is_causal=(is_causal, None, q_len_per_req > 1))
         self._plan_pages(
             indptr,
@@ -145,34 +141,47 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         indptr_host: Tensor | None = None,
     ) -> None:
         refuse_positions("plan", *refused)
-        check_shape("indices", indices, ("pages",))
-        check_dtype("indices", indices, (torch.int32, torch.int64))
-        check_range("q_len_per_req", q_len_per_req, 1)
-        bounds = tables.bounds_of("indptr", indptr, indices.shape[0], host=indptr_host)
-        num_q_heads, num_kv_heads, head_dim, page_size = sizes
+        self._check_plan(indptr=indptr, indices=indices, last_page_len=last_page_len)
+        bounds, planned, elements = self._checked(indptr, indices, sizes, dtypes, q_len_per_req, indptr_host, sm_scale)
+        page_size = sizes[-1]
         tables.check_pages(bounds, last_page_len, page_size, "last_page_len")
-        batch_size = len(bounds) - 1
-        self._check_batch_size("indptr", batch_size)
+        self._check_batch_size("indptr", len(bounds) - 1)
         self._check_room("indptr", bounds)
         if self._use_cuda_graph and self._planned is not None and q_len_per_req != self._q_len_per_req:
             raise ValueError(
                 f"q_len_per_req is {q_len_per_req}; legal in CUDA-graph mode: {self._q_len_per_req}, as planned before"
             )
-        q_data_type, kv_data_type, o_data_type, data_type = dtypes
-        q_data_type = q_data_type or data_type or "float16"
-        planned = planned_of(
-            "plan",
-            batch_size * q_len_per_req,
-            num_q_heads,
-            num_kv_heads,
-            head_dim,
-            q_data_type,
-            kv_data_type or data_type,
-            o_data_type,
-        )
+        scratch = tables.scratch_in(self._float_workspace_buffer, elements)
         self._place_pages(indptr, indices, last_page_len, page_size, bounds, non_blocking)
-        self._planned, self._sm_scale, self._q_len_per_req = planned, sm_scale, q_len_per_req
-        self._scratch = self._scratch_memory()
+        self._keep(planned, sm_scale, refused[-1])
+        self._q_len_per_req, self._scratch = q_len_per_req, scratch
+
+    def _checked(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        sizes: tuple[int, int, int, int],
+        dtypes: tuple[Dtype, Dtype, Dtype, Dtype],
+        q_len_per_req: int,
+        indptr_host: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> tuple[list[int], Planned, int]:
+        """The bounds and the sizes of a plan, and how many numbers of fp32 a run of it needs. Changes nothing."""
+        check_tensors(indptr=indptr, indices=indices)
+        check_shape("indices", indices, ("pages",))
+        check_dtype("indices", indices, INTEGERS)
+        check_integer("q_len_per_req", q_len_per_req, 1)
+        check_integer("page_size", sizes[-1], 1)
+        bounds = tables.bounds_of("indptr", indptr, indices.shape[0], host=indptr_host)
+        q_data_type, kv_data_type, o_data_type, data_type = dtypes
+        q_data_type, kv_data_type = q_data_type or data_type or "float16", kv_data_type or data_type
+        planned = planned_of("plan", "B * Q", *sizes[:3], q_data_type, kv_data_type, o_data_type, sm_scale)
+        if self._use_cuda_graph and self._page_table is not None:
+            width = self._page_table.shape[1]
+        else:
+            width = tables.table_width(tables.longest_of(bounds), sizes[-1])
+        needed = (len(bounds) - 1, q_len_per_req, *sizes, width, planned.kv_dtype, self.device)
+        return bounds, planned, tables.scratch_elements(*needed)
 
     def run(
         self,
@@ -192,10 +201,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         skip_softmax_threshold_scale_factor: float | None = None,
         kv_cache_sf: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of q [B * q_len_per_req, Hq, D] over the planned pages of a cache; reads nothing on the host.
+        """Attention of q [B * Q, Hq, D] over the planned pages of a cache; reads nothing on the host.
 
+        Q, the queries of each sequence, is what q has rows for. Where that is more than the plan's q_len_per_req, the
+        op allocates scratch memory of its own. q_len_per_req: None, or Q.
         paged_kv_cache: (keys, values), each [P, page_size, Hkv, D] (NHD) or [P, Hkv, page_size, D] (HND), or one
-        tensor [P, 2, ...]. out: like q, lse: [B * q_len_per_req, Hq] fp32, any strides; both written where given.
+        tensor [P, 2, ...]. out: like q, lse: [B * Q, Hq] fp32, any strides; both written where given.
         Returns out, and with return_lse the log-sum-exps, to base 2. q_scale, k_scale, v_scale: numbers.
         Raises RuntimeError before the first plan, ValueError and TypeError for what is not as planned.
         """
@@ -208,19 +219,20 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             skip_softmax_threshold_scale_factor=(skip_softmax_threshold_scale_factor, None),
             kv_cache_sf=(kv_cache_sf, None),
         )
-        if q_len_per_req not in (None, self._q_len_per_req):
-            raise ValueError(f"q_len_per_req is {q_len_per_req}; legal: {self._q_len_per_req}, as planned, or None")
         k_pages, v_pages = as_pages(paged_kv_cache, self._kv_layout)
         planned.check(q, k_pages)
-        self._check_cache(planned, k_pages)
-        assert self._page_table is not None
+        queries = self._queries_of(q, planned)
+        if q_len_per_req not in (None, queries):
+            raise ValueError(f"q_len_per_req is {q_len_per_req}; legal: {queries}, as q has, or None")
+        table = self._table_of_run(planned, k_pages)
         assert self._seq_lens is not None
+        check_optional(out=out, lse=lse)
         key_scale, value_scale = page_scales("run", k_scale, v_scale, k_pages)
         found = kernels.attention_decode(
             q,
             k_pages,
             v_pages,
-            self._page_table,
+            table,
             self._seq_lens,
             k_scale=key_scale,
             v_scale=value_scale,
@@ -229,9 +241,19 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             lse_out=lse,
             return_lse=return_lse,
             base2=True,
-            workspace=self._scratch,
+            workspace=self._scratch if queries <= self._q_len_per_req else None,
         )
         return delivered(found, lse, return_lse)
+
+    def _queries_of(self, q: Tensor, planned: Planned) -> int:
+        """How many of each sequence there are in q; planned or not, as in FlashInfer."""
+        assert self._seq_lens is not None
+        batch_size = self._seq_lens.shape[0]
+        queries = max(q.shape[0] // batch_size, 1) if batch_size else self._q_len_per_req
+        if q.shape[0] != batch_size * queries:
+            shape = f"[{batch_size} * Q, {planned.num_q_heads}, {planned.head_dim}]"
+            raise ValueError(f"q has shape {list(q.shape)}; legal: {shape}, Q at least 1")
+        return queries
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -251,7 +273,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`run` with a softmax scale of its own, which stays (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
-        self._sm_scale = sm_scale
+        self._set_scale("forward", sm_scale)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
 
     def forward_return_lse(
@@ -270,7 +292,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward`, with the log-sum-exps."""
         refuse_positions("forward_return_lse", pos_encoding_mode, window_left, logits_soft_cap)
-        self._sm_scale = sm_scale
+        self._set_scale("forward_return_lse", sm_scale)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=True)
 
     def workspace_size(
@@ -299,30 +321,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q_len_per_req: int = 1,
     ) -> tuple[int, int]:
         """Bytes of the two workspace buffers that such a plan can use: of the second, none."""
-        bounds = tables.bounds_of("indptr", indptr, indices.shape[0])
-        sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
-        kv_dtype = dtype_of("kv_data_type", kv_data_type or data_type or q_data_type)
-        if self._page_table is not None and self._use_cuda_graph:
-            width = self._page_table.shape[1]
-        else:
-            width = tables.table_width(tables.longest_of(bounds), page_size)
-        return 4 * tables.scratch_elements(len(bounds) - 1, q_len_per_req, *sizes, width, kv_dtype, self.device), 0
-
-    def _cut_table(self, pages: int) -> None:
-        super()._cut_table(pages)
-        self._scratch = self._scratch_memory()
-
-    def _scratch_memory(self) -> Tensor | None:
-        """The start of float_workspace_buffer, as the op takes it; None where it is too small, or none is needed."""
-        assert self._planned is not None
-        assert self._page_table is not None
-        (batch_size, width), planned = self._page_table.shape, self._planned
-        sizes = (planned.num_q_heads, planned.num_kv_heads, planned.head_dim, self._page_size, width)
-        size = 4 * tables.scratch_elements(batch_size, self._q_len_per_req, *sizes, planned.kv_dtype, self.device)
-        buffer = self._float_workspace_buffer
-        if not 0 < size <= buffer.numel() * buffer.element_size() or buffer.data_ptr() % 16:
-            return None
-        return buffer.view(-1).view(torch.uint8)[:size].view(torch.float32)
+        sizes, dtypes = (num_qo_heads, num_kv_heads, head_dim, page_size), (q_data_type, kv_data_type, None, data_type)
+        return 4 * self._checked(indptr, indices, sizes, dtypes, q_len_per_req)[-1], 0
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

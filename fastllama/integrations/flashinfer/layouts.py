@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastllama.errors import check_choice
-from fastllama.integrations.arguments import refuse_arguments
-
-_CODES = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches whose values are multiplied by a scale
+from fastllama.integrations.flashinfer.checks import check_tensors, number
+from fastllama.kernels.dispatch.checks import CODES
 
 Cache = Tensor | tuple[Tensor, Tensor]
 Dtype = str | torch.dtype | None
@@ -41,6 +41,7 @@ def as_pages(paged_kv_cache: Cache, kv_layout: str) -> tuple[Tensor, Tensor]:
 
 
 def _pages(name: str, x: Tensor, kv_layout: str) -> Tensor:
+    check_tensors(**{name: x})
     if x.dim() == 3:
         return x.unsqueeze(2)
     if x.dim() != 4:
@@ -50,14 +51,18 @@ def _pages(name: str, x: Tensor, kv_layout: str) -> Tensor:
 
 def as_tokens(x: Tensor, kv_layout: str) -> Tensor:
     """Keys or values outside of pages as [T, Hkv, D], a view."""
+    if x.dim() != 3:
+        raise ValueError(f"keys or values have shape {list(x.shape)}; legal: 3 dimensions")
     return x if kv_layout == "NHD" else x.transpose(0, 1)
 
 
-def dtype_of(name: str, given: Any) -> torch.dtype:
-    """A dtype, which may be given by its name in torch."""
+def dtype_of(name: str, given: Any, legal: Sequence[torch.dtype] = ()) -> torch.dtype:
+    """A dtype, which may be given by its name in torch. ValueError for none, TypeError for one that is not legal."""
     found = getattr(torch, given, None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name} is {given!r}; legal: a dtype of torch, or its name")
+    if legal and found not in legal:
+        raise TypeError(f"{name} is {found}; legal: {', '.join(map(str, legal))}")
     return found
 
 
@@ -65,7 +70,7 @@ def softmax_scale(
     function: str, sm_scale: float | None, head_dim: int, q_scale: float | None, k_scale: float | None = None
 ) -> float:
     """What the products of queries and keys are multiplied by: 1 / sqrt(D) where sm_scale is None, and the scales."""
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    scale = head_dim**-0.5 if sm_scale is None else number(function, "sm_scale", sm_scale)
     for name, given in (("q_scale", q_scale), ("k_scale", k_scale)):
         if given is not None:
             scale *= number(function, name, given)
@@ -74,13 +79,6 @@ def softmax_scale(
 
 def page_scales(function: str, k_scale: float | None, v_scale: float | None, pages: Tensor) -> list[float | None]:
     """The op's k_scale and v_scale: 1 where none is given for codes, which need one."""
-    missing = 1.0 if pages.dtype in _CODES else None
+    missing = 1.0 if pages.dtype in CODES else None
     given = (("k_scale", k_scale), ("v_scale", v_scale))
     return [missing if scale is None else number(function, name, scale) for name, scale in given]
-
-
-def number(function: str, name: str, given: Any) -> float:
-    """A scale that is a number. NotImplementedError for a tensor, which only the device can read."""
-    if isinstance(given, Tensor):
-        refuse_arguments(function, **{name: (given, None)})
-    return float(given)

@@ -5,26 +5,27 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.errors import check_dtype, check_shape
+from fastllama.errors import check_shape
 from fastllama.integrations.arguments import refuse_arguments
 from fastllama.integrations.flashinfer import tables
-from fastllama.integrations.flashinfer.layouts import (
-    Cache,
-    Dtype,
-    as_pages,
-    page_scales,
-    softmax_scale,
-)
+from fastllama.integrations.flashinfer.checks import check_optional
+from fastllama.integrations.flashinfer.layouts import Cache, Dtype, as_pages, page_scales, softmax_scale
 from fastllama.integrations.flashinfer.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from fastllama.integrations.flashinfer.single import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
-from fastllama.integrations.flashinfer.wrappers import PagedWrapper, delivered, lse_views, planned_of, refuse_positions
+from fastllama.integrations.flashinfer.wrappers import (
+    PagedWrapper,
+    Planned,
+    delivered,
+    lse_views,
+    planned_of,
+    refuse_positions,
+)
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -69,7 +70,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
         if use_cuda_graph:
             self._fix_batch_size(
-                0 if paged_kv_last_page_len_buf is None else paged_kv_last_page_len_buf.shape[0],
                 paged_kv_last_page_len_buf=(paged_kv_last_page_len_buf, 0),
                 qo_indptr_buf=(qo_indptr_buf, 1),
                 paged_kv_indptr_buf=(paged_kv_indptr_buf, 1),
@@ -122,9 +122,13 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         queries, which are its last tokens. causal: a query sees the keys up to its own; all, where False.
         Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
         """
-        refuse_positions("plan", pos_encoding_mode, window_left, logits_soft_cap)
-        refuse_arguments(
+        rows, bounds, planned = self._checked(
             "plan",
+            (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
+            (num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo),
+            (pos_encoding_mode, window_left, logits_soft_cap),
+            (q_data_type, kv_data_type, o_data_type),
+            sm_scale,
             custom_mask=(custom_mask, None),
             packed_custom_mask=(packed_custom_mask, None),
             prefix_len_ptr=(prefix_len_ptr, None),
@@ -132,25 +136,44 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             token_pos_in_items_len=(token_pos_in_items_len, 0),
             max_item_len_ptr=(max_item_len_ptr, None),
         )
+        self._check_batch_size("qo_indptr", len(rows) - 1)
+        self._check_rows(rows[-1])
+        self._check_room("paged_kv_indptr", bounds)
+        given = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        self._place_pages(*given, page_size, bounds, non_blocking)
+        self._qo_indptr_buf = self._placed(self._qo_indptr_buf, qo_indptr, non_blocking)
+        self._keep(planned, sm_scale, logits_soft_cap)
+        self._causal = causal
+        if self._max_total_num_rows is None:
+            self._max_total_num_rows = rows[-1]
+        self._qo_indptr_last = rows[-1]
+
+    def _checked(
+        self,
+        function: str,
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        sizes: tuple[int, int, int, int, int | None],
+        positions: tuple[str, int, float | None],
+        dtypes: tuple[Dtype, Dtype, Dtype],
+        sm_scale: float | None,
+        **refused: tuple[Any, ...],
+    ) -> tuple[list[int], list[int], Planned]:
+        """Bounds of the rows and of the pages, and the sizes of a plan. Changes nothing."""
+        refuse_positions(function, *positions)
+        refuse_arguments(function, **refused)
+        qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len = given
+        names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+        self._check_plan(**dict(zip(names, given, strict=True)))
         check_shape("paged_kv_indices", paged_kv_indices, ("pages",))
-        check_dtype("paged_kv_indices", paged_kv_indices, (torch.int32, torch.int64))
         rows = tables.bounds_of("qo_indptr", qo_indptr)
         tables.check_from_zero("qo_indptr", rows)
         check_shape("paged_kv_indptr", paged_kv_indptr, (len(rows),))
         bounds = tables.bounds_of("paged_kv_indptr", paged_kv_indptr, paged_kv_indices.shape[0])
+        num_qo_heads, num_kv_heads, head_dim, page_size, head_dim_vo = sizes
         tables.check_pages(bounds, paged_kv_last_page_len, page_size, "paged_kv_last_page_len")
-        self._check_batch_size("qo_indptr", len(rows) - 1)
-        self._check_rows(rows[-1])
-        self._check_room("paged_kv_indptr", bounds)
-        heads = (num_qo_heads, num_kv_heads, head_dim_qk)
-        planned = planned_of("plan", rows[-1], *heads, q_data_type, kv_data_type, o_data_type, head_dim_vo)
-        given = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        self._place_pages(*given, page_size, bounds, non_blocking)
-        self._qo_indptr_buf = self._placed(self._qo_indptr_buf, qo_indptr, non_blocking)
-        self._planned, self._sm_scale, self._causal = planned, sm_scale, causal
-        if self._max_total_num_rows is None:
-            self._max_total_num_rows = rows[-1]
-        self._qo_indptr_last = rows[-1]
+        heads = (num_qo_heads, num_kv_heads, head_dim)
+        planned = planned_of(function, rows[-1], *heads, *dtypes, sm_scale, head_dim_vo=head_dim_vo)
+        return rows, bounds, planned
 
     begin_forward = plan
 
@@ -192,8 +215,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         )
         k_pages, v_pages = as_pages(paged_kv_cache, self._kv_layout)
         planned.check(q, k_pages)
-        self._check_cache(planned, k_pages)
-        assert self._page_table is not None
+        table = self._table_of_run(planned, k_pages)
+        check_optional(out=out, lse=lse)
         assert self._seq_lens is not None
         assert self._qo_indptr_buf is not None
         written, returned = lse_views(q, lse, return_lse, lse_base, lse_layout)
@@ -202,7 +225,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             q,
             k_pages,
             v_pages,
-            self._page_table,
+            table,
             self._seq_lens,
             self._qo_indptr_buf,
             k_scale=key_scale,
@@ -235,7 +258,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`run` with a mask and a softmax scale of its own, which stay (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
-        self._causal, self._sm_scale = causal, sm_scale
+        self._set_scale("forward", sm_scale)
+        self._causal = causal
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)
 
     def forward_return_lse(
@@ -255,5 +279,60 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward`, with the log-sum-exps."""
         refuse_positions("forward_return_lse", pos_encoding_mode, window_left, logits_soft_cap)
-        self._causal, self._sm_scale = causal, sm_scale
+        self._set_scale("forward_return_lse", sm_scale)
+        self._causal = causal
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+
+    def workspace_size(
+        self,
+        qo_indptr: Tensor,
+        paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor,
+        paged_kv_last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: Tensor | None = None,
+        packed_custom_mask: Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype = None,
+        o_data_type: Dtype = None,
+        prefix_len_ptr: Tensor | None = None,
+        token_pos_in_items_ptr: Tensor | None = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        seq_lens_q: Tensor | None = None,
+        block_tables: Tensor | None = None,
+        max_token_per_sequence: int | None = None,
+        max_sequence_kv: int | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        uniform_q_len: int | None = None,
+    ) -> tuple[int, int]:
+        """Bytes of the two workspace buffers that such a plan can use: none. Refuses what `plan` refuses."""
+        self._checked(
+            "workspace_size",
+            (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
+            (num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo),
+            (pos_encoding_mode, window_left, logits_soft_cap),
+            (q_data_type, kv_data_type, o_data_type),
+            sm_scale,
+            custom_mask=(custom_mask, None),
+            packed_custom_mask=(packed_custom_mask, None),
+            prefix_len_ptr=(prefix_len_ptr, None),
+            token_pos_in_items_ptr=(token_pos_in_items_ptr, None),
+            token_pos_in_items_len=(token_pos_in_items_len, 0),
+            max_item_len_ptr=(max_item_len_ptr, None),
+        )
+        return 0, 0

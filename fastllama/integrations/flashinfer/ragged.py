@@ -11,6 +11,7 @@ from fastllama import kernels
 from fastllama.errors import check_shape
 from fastllama.integrations.arguments import refuse_arguments
 from fastllama.integrations.flashinfer import tables
+from fastllama.integrations.flashinfer.checks import check_optional, check_tensors
 from fastllama.integrations.flashinfer.layouts import Dtype, as_tokens, softmax_scale
 from fastllama.integrations.flashinfer.wrappers import Wrapper, delivered, lse_views, planned_of, refuse_positions
 
@@ -47,8 +48,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         )
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
         if use_cuda_graph:
-            batch_size = 0 if qo_indptr_buf is None else qo_indptr_buf.shape[0] - 1
-            self._fix_batch_size(batch_size, qo_indptr_buf=(qo_indptr_buf, 1), kv_indptr_buf=(kv_indptr_buf, 1))
+            self._fix_batch_size(qo_indptr_buf=(qo_indptr_buf, 1), kv_indptr_buf=(kv_indptr_buf, 1))
         self._qo_indptr_buf, self._kv_indptr_buf = qo_indptr_buf, kv_indptr_buf
         self._kv_rows = 0
 
@@ -105,6 +105,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             v_indptr=(v_indptr, None),
             o_indptr=(o_indptr, None),
         )
+        self._check_plan(qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         rows, keys = tables.bounds_of("qo_indptr", qo_indptr), tables.bounds_of("kv_indptr", kv_indptr)
         tables.check_from_zero("qo_indptr", rows)
         tables.check_from_zero("kv_indptr", keys)
@@ -112,10 +113,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         self._check_batch_size("qo_indptr", len(rows) - 1)
         self._check_rows(rows[-1])
         heads = (num_qo_heads, num_kv_heads, head_dim_qk)
-        planned = planned_of("plan", rows[-1], *heads, q_data_type, kv_data_type, o_data_type, head_dim_vo)
+        dtypes = (q_data_type, kv_data_type, o_data_type)
+        planned = planned_of("plan", rows[-1], *heads, *dtypes, sm_scale, head_dim_vo=head_dim_vo, codes=())
         self._qo_indptr_buf = self._placed(self._qo_indptr_buf, qo_indptr, non_blocking)
         self._kv_indptr_buf = self._placed(self._kv_indptr_buf, kv_indptr, non_blocking)
-        self._planned, self._sm_scale, self._causal = planned, sm_scale, causal
+        self._keep(planned, sm_scale, logits_soft_cap)
+        self._causal = causal
         if self._max_total_num_rows is None:
             self._max_total_num_rows = rows[-1]
         self._qo_indptr_last, self._kv_rows = rows[-1], keys[-1]
@@ -153,6 +156,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             o_scale=(o_scale, None, 1),
             kv_cache_sf=(kv_cache_sf, None),
         )
+        check_tensors(q=q, k=k, v=v)
+        check_optional(out=out, lse=lse)
         k, v = as_tokens(k, self._kv_layout), as_tokens(v, self._kv_layout)
         planned.check(q, k)
         check_shape("k", k, (self._kv_rows, planned.num_kv_heads, planned.head_dim))
@@ -192,7 +197,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`run` with a mask and a softmax scale of its own, which stay (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
-        self._causal, self._sm_scale = causal, sm_scale
+        self._set_scale("forward", sm_scale)
+        self._causal = causal
         return self.run(q, k, v)
 
     def forward_return_lse(
@@ -211,5 +217,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward`, with the log-sum-exps."""
         refuse_positions("forward_return_lse", pos_encoding_mode, window_left, logits_soft_cap)
-        self._causal, self._sm_scale = causal, sm_scale
+        self._set_scale("forward_return_lse", sm_scale)
+        self._causal = causal
         return self.run(q, k, v, return_lse=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.errors import check_shape
 from fastllama.integrations.arguments import refuse_arguments
+from fastllama.integrations.flashinfer.checks import check_tensors
 from fastllama.integrations.flashinfer.layouts import (
     Dtype,
     as_tokens,
@@ -47,6 +48,7 @@ def single_decode_with_kv_cache(
     name = "single_decode_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)
     check_layout(kv_layout)
+    check_tensors(q=q, k=k, v=v)
     check_shape("q", q, ("Hq", "D"))
     k, v = as_tokens(k, kv_layout), as_tokens(v, kv_layout)
     check_shape("k", k, ("T", "Hkv", q.shape[1]))
@@ -100,6 +102,7 @@ def single_prefill_with_kv_cache(
     """
     name = "single_prefill_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)
+    check_tensors(q=q, k=k, v=v)
     refuse_arguments(
         name,
         scale_q=(scale_q, None),

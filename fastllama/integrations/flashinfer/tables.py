@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
-from fastllama.errors import check_dtype, check_range, check_shape
+from fastllama.errors import check_dtype, check_shape
+from fastllama.integrations.flashinfer.checks import check_integer, check_tensors
+from fastllama.kernels.dispatch.checks import INTEGERS
 
 _ROUND = 64  # tokens: a table's width changes once in so many steps, and with it what the op knows of its calls
 _MEASURED = 2**17  # tokens of the sequence whose scratch memory is measured
@@ -25,9 +27,11 @@ def bounds_of(name: str, indptr: Tensor, rows: int | None = None, *, host: Tenso
     host: the same numbers where they are on the host already, so that nothing is copied.
     """
     check_shape(name, indptr, ("B + 1",))
-    check_dtype(name, indptr, (torch.int32, torch.int64))
+    check_dtype(name, indptr, INTEGERS)
     if host is not None:
+        check_tensors(global_override_indptr_cpu=host)
         check_shape("global_override_indptr_cpu", host, indptr.shape)
+        check_dtype("global_override_indptr_cpu", host, INTEGERS)
     bounds: list[int] = (indptr if host is None else host).tolist()
     most = "" if rows is None else f" to at most {rows}"
     if (
@@ -52,9 +56,9 @@ def check_pages(bounds: list[int], last_page_len: Tensor, page_size: int, name: 
 
     At one token a page there is one legal length, and nothing is read.
     """
-    check_range("page_size", page_size, 1)
+    check_integer("page_size", page_size, 1)
     check_shape(name, last_page_len, (len(bounds) - 1,))
-    check_dtype(name, last_page_len, (torch.int32, torch.int64))
+    check_dtype(name, last_page_len, INTEGERS)
     if page_size == 1:
         return
     for b, (length, (start, end)) in enumerate(zip(last_page_len.tolist(), pairwise(bounds), strict=True)):
@@ -82,10 +86,14 @@ def fill_page_table(table: Tensor, bounds: list[int], indices: Tensor) -> None:
     counts = [b - a for a, b in pairwise(bounds)]
     if not any(counts):
         return
-    stride = table.stride(0)
-    flat = table.as_strided((len(counts) * stride,), (1,))  # a table that was cut has rows of its former length
-    rows = flat.split([size for count in counts for size in (count, stride - count)])[::2]
+    width = table.shape[1]
+    rows = table.view(-1).split([size for count in counts for size in (count, width - count)])[::2]
     torch._foreach_copy_(rows, indices[bounds[0] : bounds[-1]].split(counts))
+
+
+def as_int32(indices: Tensor) -> Tensor:
+    """Page ids as a table holds them. One past int32 becomes one that no cache has, so that it gives NaN, too."""
+    return indices if indices.dtype == torch.int32 else indices.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def lengths_of(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
@@ -118,3 +126,14 @@ def scratch_elements(
     k_pages = one.to(kv_dtype).expand(1, num_kv_heads, page_size, head_dim)
     table = one.to(torch.int32).expand(1, pages)
     return kernels.attention_workspace(q, k_pages, table).numel() * -(-width // pages) * num_seqs
+
+
+def scratch_in(buffer: Tensor, elements: int) -> Tensor | None:
+    """The start of a workspace as the op takes it; None where that is too small, none is needed, or `run` may not write
+    there: a tensor that was made in inference mode.
+    """
+    size = 4 * elements
+    if not 0 < size <= buffer.numel() * buffer.element_size() or buffer.data_ptr() % 16 or buffer.is_inference():
+        return None
+    with torch.inference_mode(False):
+        return buffer.view(-1).view(torch.uint8)[:size].view(torch.float32)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_choice, check_range, check_shape
+from fastllama.errors import brief, check_choice, check_dtype, check_rows, check_shape
 from fastllama.integrations.arguments import refuse_arguments
 from fastllama.integrations.flashinfer import tables
+from fastllama.integrations.flashinfer.checks import check_indices, check_integer, check_tensors, number
 from fastllama.integrations.flashinfer.layouts import check_layout, dtype_of
+from fastllama.kernels.dispatch.checks import CODES, FLOATS, INTEGERS
 
 
 @dataclass(frozen=True)
 class Planned:
     """What a plan says of the tensors that `run` will be given. Numbers of the host."""
 
-    rows: int  # of q
+    rows: int | str  # of q; a string where `run` counts them
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -27,6 +30,7 @@ class Planned:
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """ValueError for another shape of q, TypeError for another dtype of q or the keys."""
+        check_tensors(q=q)
         check_shape("q", q, (self.rows, self.num_q_heads, self.head_dim))
         for name, tensor, kind, dtype in (("q", q, "q", self.q_dtype), ("k", k, "kv", self.kv_dtype)):
             if tensor.dtype != dtype:
@@ -35,22 +39,30 @@ class Planned:
 
 def planned_of(
     function: str,
-    rows: int,
+    rows: int | str,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     q_data_type: Any,
     kv_data_type: Any,
-    o_data_type: Any,
+    o_data_type: Any = None,
+    sm_scale: float | None = None,
+    *,
     head_dim_vo: int | None = None,
+    codes: Sequence[torch.dtype] = CODES,
 ) -> Planned:
-    """The plan of a call whose numbers are legal. The result has the queries' dtype: another one is refused."""
+    """The plan of a call whose numbers are legal. The result has the queries' dtype: another one is refused.
+
+    codes: dtypes that keys may have, beside that of the queries.
+    """
     for name, size in (("num_qo_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        check_range(name, size, 1)
+        check_integer(name, size, 1)
     if num_q_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads is {num_kv_heads}; legal: a divisor of num_qo_heads, {num_q_heads}")
-    q_dtype = dtype_of("q_data_type", q_data_type)
-    kv_dtype = q_dtype if kv_data_type is None else dtype_of("kv_data_type", kv_data_type)
+    if sm_scale is not None:
+        number(function, "sm_scale", sm_scale)
+    q_dtype = dtype_of("q_data_type", q_data_type, FLOATS)
+    kv_dtype = q_dtype if kv_data_type is None else dtype_of("kv_data_type", kv_data_type, (q_dtype, *codes))
     o_dtype = q_dtype if o_data_type is None else dtype_of("o_data_type", o_data_type)
     refuse_arguments(function, o_data_type=(o_dtype, q_dtype), head_dim_vo=(head_dim_vo, None, head_dim))
     return Planned(rows, num_q_heads, num_kv_heads, head_dim, q_dtype, kv_dtype)
@@ -65,19 +77,21 @@ class Wrapper:
     """
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str, use_cuda_graph: bool, backend: str) -> None:
-        if not isinstance(float_workspace_buffer, Tensor):
-            raise TypeError(f"float_workspace_buffer is {float_workspace_buffer!r}; legal: a tensor")
+        check_tensors(float_workspace_buffer=float_workspace_buffer)
         check_layout(kv_layout)
         self.device = float_workspace_buffer.device
         self._float_workspace_buffer = float_workspace_buffer
-        self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self._pin_memory_int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        with torch.inference_mode(False):
+            self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self._pin_memory_int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._kv_layout, self._backend, self._use_cuda_graph = kv_layout, backend, use_cuda_graph
         self._fixed_batch_size = 0
         self._max_total_num_rows: int | None = None
         self._planned: Planned | None = None
         self._causal = False
         self._sm_scale: float | None = None
+        self._window_left = -1
+        self._logits_soft_cap: float | None = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -91,6 +105,9 @@ class Wrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
         """Take scratch memory from another buffer, from the next plan on."""
+        check_tensors(float_workspace_buffer=float_workspace_buffer, int_workspace_buffer=int_workspace_buffer)
+        if float_workspace_buffer.device != self.device:
+            raise ValueError(f"float_workspace_buffer is on {float_workspace_buffer.device}; legal: {self.device}")
         self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
 
     def prewarm_paged_kv_stride_variant(self, variant: str = "independent") -> None:
@@ -99,6 +116,17 @@ class Wrapper:
     def end_forward(self) -> None:
         """Does nothing, as FlashInfer's."""
 
+    def _check_plan(self, **given: Any) -> None:
+        """Check the tensors of a plan: integers, on the host or on a device of the wrapper's type."""
+        check_indices(**given)
+        for name, tensor in given.items():
+            if tensor.device.type not in ("cpu", self.device.type):
+                raise ValueError(f"{name} is on {tensor.device}; legal: cpu or {self.device}")
+
+    def _set_scale(self, function: str, sm_scale: float | None) -> None:
+        """Keep the softmax scale of `forward`; None for the default."""
+        self._sm_scale = None if sm_scale is None else number(function, "sm_scale", sm_scale)
+
     def _check_rows(self, rows: int) -> None:
         """ValueError where a plan of CUDA-graph mode has more queries than the first one had."""
         most = self._max_total_num_rows
@@ -106,24 +134,40 @@ class Wrapper:
             raise ValueError(f"qo_indptr has {rows} rows; legal in CUDA-graph mode: the first plan's {most}, or fewer")
 
     def _placed(self, buffer: Tensor | None, given: Tensor, non_blocking: bool) -> Tensor:
-        """Bounds on the device: copied into their buffer in CUDA-graph mode."""
+        """Bounds on the device: copied into their buffer in CUDA-graph mode, which may be one of inference mode."""
         if self._use_cuda_graph:
             assert buffer is not None
-            return buffer.copy_(given, non_blocking=non_blocking)
-        return given.to(self.device, non_blocking=non_blocking)
+            with torch.inference_mode():
+                return buffer.copy_(given, non_blocking=non_blocking)
+        with torch.inference_mode(False):
+            return given.to(self.device, non_blocking=non_blocking).contiguous()
+
+    def _keep(self, planned: Planned, sm_scale: float | None, logits_soft_cap: float | None) -> None:
+        self._planned, self._sm_scale, self._logits_soft_cap = planned, sm_scale, logits_soft_cap
 
     def _plan_of_run(self) -> Planned:
         if self._planned is None:
             raise RuntimeError(f"{type(self).__name__}.run was called before plan")
         return self._planned
 
-    def _fix_batch_size(self, batch_size: int, **buffers: tuple[Tensor | None, int]) -> None:
-        """Check the buffers of CUDA-graph mode: of so many more numbers than sequences; any, where < 0."""
+    def _fix_batch_size(self, **buffers: tuple[Tensor | None, int]) -> None:
+        """Check the buffers of CUDA-graph mode: of so many more numbers than sequences; any, where < 0.
+
+        The first one says how many sequences there are.
+        """
+        batch_size: int | None = None
         for name, (buffer, more) in buffers.items():
             if not isinstance(buffer, Tensor):
-                raise ValueError(f"{name} is {buffer!r}; legal in CUDA-graph mode: a tensor")
+                raise ValueError(f"{name} is {brief(buffer)}; legal in CUDA-graph mode: a tensor")
+            if batch_size is None:
+                check_shape(name, buffer, ("B + 1" if more else "B",))
+                batch_size = max(buffer.shape[0] - more, 0)
             check_shape(name, buffer, (batch_size + more if more >= 0 else "pages",))
-        self._fixed_batch_size = batch_size
+            check_dtype(name, buffer, INTEGERS)
+            if buffer.device != self.device:
+                raise ValueError(f"{name} is on {buffer.device}; legal: {self.device}, as float_workspace_buffer")
+            check_rows(name, buffer)
+            self._fixed_batch_size = batch_size
 
     def _check_batch_size(self, name: str, batch_size: int) -> None:
         if self._use_cuda_graph and batch_size != self._fixed_batch_size:
@@ -150,8 +194,9 @@ class PagedWrapper(Wrapper):
         if self._use_cuda_graph:
             assert indices is not None
             batch_size = self._fixed_batch_size
-            self._page_table = _zeros((batch_size, indices.shape[0] // max(batch_size, 1)), self.device)
-            self._seq_lens = _zeros((batch_size,), self.device)
+            with torch.inference_mode(False):
+                self._page_table = _zeros((batch_size, indices.shape[0] // max(batch_size, 1)), self.device)
+                self._seq_lens = _zeros((batch_size,), self.device)
 
     def _check_room(self, name: str, bounds: list[int]) -> None:
         """ValueError where a plan does not fit into the fixed buffers."""
@@ -165,7 +210,7 @@ class PagedWrapper(Wrapper):
         if longest > (width := self._page_table.shape[1]):
             raise ValueError(
                 f"{name} has a sequence of {longest} pages; legal in CUDA-graph mode: at most {width}, as many as the "
-                f"buffer has for each of {self._fixed_batch_size} sequences, and no more than a cache that was run"
+                f"buffer has for each of {self._fixed_batch_size} sequences"
             )
 
     def _place_pages(
@@ -177,26 +222,35 @@ class PagedWrapper(Wrapper):
         bounds: list[int],
         non_blocking: bool,
     ) -> None:
-        """Copy a checked plan to the device, into the fixed buffers if there are any, and fill the page table."""
-        given = (indptr, indices, last_page_len)
-        if self._use_cuda_graph:
-            for buffer, source in zip(self._buffers(), given, strict=True):
-                size = min(buffer.shape[0], source.shape[0])
-                buffer[:size].copy_(source[:size], non_blocking=non_blocking)
-        else:
-            moved = (x.to(self.device, non_blocking=non_blocking) for x in given)
-            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = moved
-        at, pages, last = self._buffers()
-        longest = tables.longest_of(bounds)
-        shape = (at.shape[0] - 1, tables.table_width(longest, page_size))
-        if not self._use_cuda_graph:
-            self._seq_lens = None
-            if self._page_table is None or self._page_table.shape != shape:
-                self._page_table = torch.empty(shape, dtype=torch.int32, device=self.device)
+        """Copy a checked plan to the device, into the fixed buffers if there are any, and fill the page table.
+
+        What is made here is made outside of inference mode, so that a later plan may write there, and what is written
+        is written inside of it, since the fixed buffers may have been made there.
+        """
+        with torch.inference_mode(False):
+            at, last = (x.to(self.device, non_blocking=non_blocking) for x in (indptr, last_page_len))
+            lengths = tables.lengths_of(at, last, page_size).to(torch.int32)
+            pages = tables.as_int32(indices[: bounds[-1]])
+            longest = tables.longest_of(bounds)
+            if not self._use_cuda_graph:
+                pages = pages.to(self.device, non_blocking=non_blocking)
+                shape = (at.shape[0] - 1, tables.table_width(longest, page_size))
+                if self._page_table is None or self._page_table.shape != shape:
+                    self._page_table = torch.empty(shape, dtype=torch.int32, device=self.device)
+                self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = (
+                    at,
+                    pages,
+                    last,
+                )
+                self._seq_lens = lengths
         assert self._page_table is not None
-        tables.fill_page_table(self._page_table, bounds, pages)
-        lengths = tables.lengths_of(at, last, page_size)
-        self._seq_lens = lengths.to(torch.int32) if self._seq_lens is None else self._seq_lens.copy_(lengths)
+        with torch.inference_mode():
+            if self._use_cuda_graph:
+                for buffer, source in zip(self._buffers(), (at, pages, last), strict=True):
+                    buffer[: source.shape[0]].copy_(source, non_blocking=non_blocking)
+                assert self._seq_lens is not None
+                self._seq_lens.copy_(lengths)
+            tables.fill_page_table(self._page_table, bounds, self._buffers()[1])
         self._page_size, self._longest = page_size, longest
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,24 +261,19 @@ class PagedWrapper(Wrapper):
         assert last_page_len is not None
         return indptr, indices, last_page_len
 
-    def _check_cache(self, planned: Planned, k_pages: Tensor) -> None:
-        """ValueError where the cache is not of the planned sizes.
+    def _table_of_run(self, planned: Planned, k_pages: Tensor) -> Tensor:
+        """The page table. ValueError where the cache is not of the planned sizes.
 
         In CUDA-graph mode a table that is wider than the cache has pages is cut to them: no sequence has more, and the
         kernel's grid is as wide as the table.
         """
         check_shape("k_pages", k_pages, ("P", planned.num_kv_heads, self._page_size, planned.head_dim))
         assert self._page_table is not None
-        if self._use_cuda_graph and k_pages.shape[0] < self._page_table.shape[1]:
-            if self._longest > k_pages.shape[0]:
-                raise ValueError(
-                    f"a sequence has {self._longest} pages; legal: the cache's {k_pages.shape[0]}, or fewer"
-                )
-            self._cut_table(k_pages.shape[0])
-
-    def _cut_table(self, pages: int) -> None:
-        assert self._page_table is not None
-        self._page_table = self._page_table[:, :pages]
+        if not self._use_cuda_graph or k_pages.shape[0] >= self._page_table.shape[1]:
+            return self._page_table
+        if self._longest > k_pages.shape[0]:
+            raise ValueError(f"a sequence has {self._longest} pages; legal: the cache's {k_pages.shape[0]}, or fewer")
+        return self._page_table[:, : k_pages.shape[0]]
 
 
 def refuse_positions(function: str, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fastllama import kernels
+from fastllama.integrations import flashinfer
 from fastllama.integrations.flashinfer import tables
 from fastllama.integrations.flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper,
     fast_decode_plan,
     single_decode_with_kv_cache,
 )
-from tests.integrations.flashinfer.batches import Batch, attend, bounds, check, workspace
+from tests.integrations.flashinfer.batches import Batch, attend, check, workspace
 from tests.integrations.flashinfer.calls import CALLS, NoHostRead
 from tests.integrations.flashinfer.conftest import Library
 
@@ -101,6 +102,47 @@ def test_bounds_that_are_on_the_host_already_are_not_copied() -> None:
         fast_decode_plan(
             decode, device_bounds, *csr(batch)[1:], *batch.sizes, global_override_indptr_cpu=batch.indptr[:3]
         )
+
+
+def test_forward_without_a_scale_takes_the_default_and_not_the_plans() -> None:
+    batch = Batch([4, 9])
+    q, decode = batch.queries([1, 1]), wrapper()
+    for forward in (decode.forward_return_lse, lambda *given: (decode.forward(*given), None)):
+        decode.plan(*csr(batch), *batch.sizes, q_data_type="float64", sm_scale=0.7)
+        out, lse = forward(q, batch.cache)  # type: ignore[operator]
+        expected = batch.expected(q, [1, 1])
+        check((out, expected[1] if lse is None else lse), expected)
+    with pytest.raises(TypeError, match="sm_scale is 'x'; legal: a finite number"):
+        decode.forward(q, batch.cache, sm_scale="x")  # type: ignore[arg-type]
+    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
+@pytest.mark.parametrize("planned", [1, 3])
+def test_a_run_may_have_another_number_of_queries_than_planned(planned: int) -> None:
+    batch, decode = Batch([4, 9]), wrapper()
+    decode.plan(*csr(batch), *batch.sizes, q_data_type="float64", q_len_per_req=planned)
+    for counts in ([1, 1], [2, 2], [4, 4]):
+        q = batch.queries(counts)
+        check(decode.run_return_lse(q, batch.cache, q_len_per_req=counts[0]), batch.expected(q, counts))
+    for rows in (0, 3):
+        with pytest.raises(ValueError, match=r"q has shape .*; legal: \[2 \* Q, 4, 8\], Q at least 1"):
+            decode.run(batch.queries([rows]), batch.cache)
+
+
+@pytest.mark.parametrize("graph", [None, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("wrong", [2**32, -(2**32), 2**62])
+def test_a_page_past_int32_gives_nan(wrong: int, graph: torch.dtype | None) -> None:
+    """It does not become the page of its low 32 bits."""
+    batch = Batch([4, 9], index_dtype=torch.int64)
+    buffers = [torch.zeros(size, dtype=graph) for size in (3, 9, 2)] if graph else []
+    decode = BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD", bool(buffers), False, *buffers)
+    batch.indices[0] += wrong
+    decode.plan(*csr(batch), *batch.sizes, q_data_type="float64")
+    q = batch.queries([1, 1])
+    out, lse = decode.run_return_lse(q, batch.cache)
+    assert out[0].isnan().all()
+    expected = batch.expected(q, [1, 1])
+    check((out[1:], lse[1:]), (expected[0][1:], expected[1][1:]))
 
 
 def test_bounds_may_begin_behind_the_first_page() -> None:
@@ -242,6 +284,26 @@ def test_long_sequences_scratch_memory_is_that_of_a_part_of_them(monkeypatch: py
     assert found == 3 * 3 * 2 * 8  # sequences, parts of such a length, queries, thousands
 
 
+def test_more_queries_than_planned_get_scratch_memory_of_the_op(monkeypatch: pytest.MonkeyPatch, bind: Any) -> None:
+    batch, seen = Batch([7, 3]), []
+    monkeypatch.setattr(kernels, "attention_workspace", lambda q, k, table: torch.empty(64, dtype=torch.float32))
+    monkeypatch.setattr(tables, "scratch_elements", tables.scratch_elements.__wrapped__)
+    bind("attention_decode", lambda *args: seen.append(args[-1] is None))
+    decode = wrapper()
+    decode.plan(*csr(batch), *batch.sizes, q_data_type="float64", q_len_per_req=2)
+    for queries in (1, 2, 3):
+        decode.run(batch.queries([queries, queries]), batch.cache)
+    assert seen == [False, False, True]
+
+
+def test_what_stacks_read_of_a_wrapper_is_there() -> None:
+    decode, batch = wrapper(), Batch([3])
+    decode.plan(*csr(batch), *batch.sizes, logits_soft_cap=0.0, sm_scale=0.5)
+    assert (decode._window_left, decode._logits_soft_cap, decode._sm_scale) == (-1, 0.0, 0.5)
+    assert flashinfer.__version__ == "0.7.2"
+    assert flashinfer.decode.get_seq_lens is flashinfer.get_seq_lens
+
+
 def test_a_workspace_may_be_replaced() -> None:
     decode, other = wrapper(), workspace(size=64)
     decode.reset_workspace_buffer(other, other)
@@ -250,90 +312,9 @@ def test_a_workspace_may_be_replaced() -> None:
     assert decode.resolved_backend == "fastllama"
     assert not decode.use_tensor_cores
     assert not decode.is_cuda_graph_enabled
-
-
-LEGAL: dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4, "q_data_type": "float64"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "said"),
-    [
-        ({"indptr": bounds([2, 1, 1])}, ValueError, r"last_page_len has shape \[2\]; legal: \[3\]"),
-        ({"indptr": bounds([2, 9])}, ValueError, r"indptr is \[0, 2, 11\], ending at 11; legal: .* to at most 4"),
-        ({"indptr": bounds([2, -1])}, ValueError, "ascending from 0"),
-        ({"indptr": bounds([2, 2]).float()}, TypeError, "indptr has dtype"),
-        ({"indices": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "indices has shape"),
-        ({"indices": torch.zeros(4)}, TypeError, "indices has dtype"),
-        ({"last_page_len": bounds([9])}, ValueError, r"last_page_len\[0\] is 0; legal: 1 to the page size, 4"),
-        ({"last_page_len": bounds([9]) + 1}, ValueError, r"last_page_len\[1\] is 10; legal: 1 to the page size, 4"),
-        ({"page_size": 0}, ValueError, "page_size is 0"),
-        ({"num_qo_heads": 5}, ValueError, "num_kv_heads is 2; legal: a divisor of num_qo_heads, 5"),
-        ({"head_dim": 0}, ValueError, "head_dim is 0"),
-        ({"q_len_per_req": 0}, ValueError, "q_len_per_req is 0"),
-        ({"q_data_type": "halb"}, ValueError, "q_data_type is 'halb'"),
-        ({"o_data_type": "float16"}, NotImplementedError, "o_data_type is torch.float16"),
-        ({"pos_encoding_mode": "ALIBI"}, NotImplementedError, "pos_encoding_mode is 'ALIBI'"),
-        ({"window_left": 4}, NotImplementedError, "window_left is 4"),
-        ({"window_right": 1}, NotImplementedError, "window_right is 1"),
-        ({"logits_soft_cap": 30.0}, NotImplementedError, "logits_soft_cap is 30.0"),
-    ],
-)
-def test_after_an_illegal_plan_the_one_before_stands(changed: Any, error: type[Exception], said: str) -> None:
-    batch = Batch([7, 5])
-    q, decode = batch.queries([1, 1]), wrapper()
-    decode.plan(*csr(batch), **LEGAL)
-    given = dict(zip(("indptr", "indices", "last_page_len"), csr(batch), strict=True))
-    with pytest.raises(error, match=said):
-        decode.plan(**{**given, **LEGAL, **changed})
-    check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "said"),
-    [
-        ({"q": torch.zeros(3, 4, 8, dtype=torch.float64)}, ValueError, r"q has shape .*; legal: \[2, 4, 8\]"),
-        (
-            {"q": torch.zeros(2, 4, 8)},
-            TypeError,
-            "q has dtype torch.float32; legal: torch.float64, the plan's q_data_type",
-        ),
-        ({"paged_kv_cache": torch.zeros(9, 2, 4, 2, 8)}, TypeError, "k has dtype torch.float32.*kv_data_type"),
-        ({"paged_kv_cache": torch.zeros(9, 2, 2, 2, 8, dtype=torch.float64)}, ValueError, "k_pages has shape"),
-        ({"args": True}, NotImplementedError, "args is"),
-        ({"window_left": 3}, NotImplementedError, "window_left is 3"),
-        ({"sinks": torch.zeros(4)}, NotImplementedError, "sinks is a tensor"),
-        ({"kv_cache_sf": torch.zeros(4)}, NotImplementedError, "kv_cache_sf is a tensor"),
-        ({"skip_softmax_threshold_scale_factor": 1.0}, NotImplementedError, "skip_softmax_threshold_scale_factor"),
-        ({"q_scale": torch.ones(1)}, NotImplementedError, "q_scale is a tensor"),
-        ({"k_scale": torch.ones(1)}, NotImplementedError, "k_scale is a tensor"),
-        ({"q_len_per_req": 2}, ValueError, "q_len_per_req is 2; legal: 1"),
-        ({"out": torch.zeros(2, 4, 7, dtype=torch.float64)}, ValueError, "out has shape"),
-        ({"lse": torch.zeros(2, 3, dtype=torch.float64)}, ValueError, "lse_out has shape"),
-    ],
-)
-def test_an_illegal_run_writes_nothing(changed: Any, error: type[Exception], said: str) -> None:
-    batch, decode = Batch([7, 5]), wrapper()
-    decode.plan(*csr(batch), **LEGAL)
-    out, lse = torch.full((2, 4, 8), 7.0, dtype=torch.float64), torch.full((2, 4), 7.0, dtype=torch.float64)
-    given = {"q": batch.queries([1, 1]), "paged_kv_cache": batch.cache, "out": out, "lse": lse}
-    given |= {name: value for name, value in changed.items() if name != "args"}
-    q, cache = given.pop("q"), given.pop("paged_kv_cache")
-    with pytest.raises(error, match=said):
-        decode.run(q, cache, *(["one more"] if "args" in changed else []), **given)
-    assert (out == 7).all()
-    assert (lse == 7).all()
-
-
-def test_a_run_needs_a_plan() -> None:
-    batch = Batch([3])
-    with pytest.raises(RuntimeError, match=r"^BatchDecodeWithPagedKVCacheWrapper.run was called before plan$"):
-        wrapper().run(batch.queries([1]), batch.cache)
-
-
-def test_a_wrapper_is_not_made_of_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="kv_layout is 'HDN'"):
-        wrapper(kv_layout="HDN")
-    with pytest.raises(NotImplementedError, match="jit_args"):
-        wrapper(jit_args=["name"])
-    with pytest.raises(TypeError, match="float_workspace_buffer is None"):
-        BatchDecodeWithPagedKVCacheWrapper(None)  # type: ignore[arg-type]
+    for given in ((None, other), (other, None)):
+        with pytest.raises(TypeError, match="_workspace_buffer is None; legal: a tensor"):
+            decode.reset_workspace_buffer(*given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="float_workspace_buffer is on meta; legal: cpu"):
+        decode.reset_workspace_buffer(other.to("meta"), other)
+    assert decode._float_workspace_buffer is other

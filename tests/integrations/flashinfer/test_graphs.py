@@ -162,24 +162,106 @@ def test_a_plan_has_no_more_rows_than_the_first() -> None:
         decode.plan(*csr(batch), *batch.sizes, **DTYPES, q_len_per_req=2)
 
 
-def test_a_table_is_no_wider_than_the_cache_has_pages() -> None:
+def test_a_run_reads_no_more_of_the_table_than_the_cache_has_pages(bind: Any) -> None:
     """A wrapper for one sequence, over a buffer for many: its kernel's grid would be as wide as the buffer."""
     batch = Batch([9, 5])  # 5 pages, and 2 that are spare
     decode, q = decode_wrapper(2, 100), batch.queries([1, 1])
     decode.plan(*csr(batch), *batch.sizes, **DTYPES)
     assert decode._page_table.shape == (2, 50)
     check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
-    assert decode._page_table.shape == (2, 7)
-    other = Batch([2, 13])
-    decode.plan(*csr(other), *other.sizes, **DTYPES)
-    check(decode.run_return_lse(q, other.cache), other.expected(q, [1, 1]))
-    longer = Batch([29, 5])
-    with pytest.raises(ValueError, match="a sequence of 8 pages; legal in CUDA-graph mode: at most 7"):
-        decode.plan(*csr(longer), *longer.sizes, **DTYPES)
-    decode = decode_wrapper(2, 100)
+    longer = Batch([29, 5])  # of the next plan, which another cache is for
     decode.plan(*csr(longer), *longer.sizes, **DTYPES)
+    check(decode.run_return_lse(q, longer.cache), longer.expected(q, [1, 1]))
     with pytest.raises(ValueError, match="a sequence has 8 pages; legal: the cache's 7, or fewer"):
         decode.run(q, batch.cache)
+    seen: list[Any] = []
+    bind("attention_decode", lambda *args: seen.append(args[3].shape))
+    decode.plan(*csr(batch), *batch.sizes, **DTYPES)
+    decode.run(q, batch.cache)
+    assert seen == [(2, 7)]
+
+
+def test_indices_may_be_more_than_the_pages_that_the_bounds_name() -> None:
+    batch = Batch([12, 5])
+    decode, q = decode_wrapper(2, 12), batch.queries([1, 1])
+    for spare in (1, 3, 40):
+        indices = torch.cat((batch.indices, batch.indices.new_full((spare,), 99)))
+        decode._paged_kv_indices_buf.fill_(99)  # type: ignore[union-attr]
+        decode.plan(batch.indptr, indices, batch.last_page_len, *batch.sizes, **DTYPES)
+        assert decode._paged_kv_indices_buf.tolist() == batch.indices.tolist() + [99] * 7  # type: ignore[union-attr]
+        check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
+
+
+def test_later_plans_have_fewer_rows_than_the_first_and_as_many_again() -> None:
+    batch = Batch([12, 5])
+    prefill = prefill_wrapper(2, 7)
+    for counts in ([2, 2], [1, 1], [3, 1]):
+        prefill.plan(bounds(counts), *csr(batch), *batch.sizes, causal=True, **DTYPES)
+        q = batch.queries(counts)
+        check(prefill.run_return_lse(q, batch.cache), batch.expected(q, counts))
+
+
+def test_a_ragged_plan_of_fewer_keys_is_run_with_as_many() -> None:
+    prefill = BatchPrefillWithRaggedKVCacheWrapper(workspace(), "NHD", True, buffer(3), buffer(3))
+    for lengths in ([9, 5], [2, 3], [5, 8]):
+        batch = Batch(lengths)
+        q = batch.queries([1, 2])
+        prefill.plan(bounds([1, 2]), bounds(lengths), *batch.sizes[:3], causal=True, q_data_type="float64")
+        check(prefill.run_return_lse(q, torch.cat(batch.k), torch.cat(batch.v)), batch.expected(q, [1, 2]))
+
+
+@pytest.mark.parametrize("kind", ["decode", "paged", "ragged"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_plan_made_in_inference_mode_is_followed_by_one_outside_of_it(kind: str, graph: bool) -> None:
+    """And the wrapper too, with its buffers, may be made there."""
+    batch, counts = Batch([7, 5]), [1, 1]
+    other, q = Batch([6, 8]), batch.queries([1, 1])
+    held = [(torch.cat(x.k), torch.cat(x.v)) if kind == "ragged" else x.cache for x in (batch, other)]
+
+    def plan(of: Batch) -> None:
+        if kind == "decode":
+            wrapper.plan(*csr(of), *of.sizes, **DTYPES)
+        elif kind == "paged":
+            wrapper.plan(bounds(counts), *csr(of), *of.sizes, causal=True, **DTYPES)
+        else:
+            wrapper.plan(bounds(counts), bounds(of.lengths), *of.sizes[:3], causal=True, **DTYPES)
+
+    with torch.inference_mode():
+        sizes = {"decode": (3, 8, 2), "paged": (3, 3, 8, 2), "ragged": (3, 3)}[kind]
+        made: Any = {
+            "decode": BatchDecodeWithPagedKVCacheWrapper,
+            "paged": BatchPrefillWithPagedKVCacheWrapper,
+            "ragged": BatchPrefillWithRaggedKVCacheWrapper,
+        }[kind]
+        buffers = [buffer(size) for size in sizes] if graph else []
+        wrapper = made(workspace(), "NHD", graph, *([False] if kind == "decode" else []), *buffers)
+        plan(batch)
+        cache = held[0] if kind == "ragged" else (held[0],)
+        check(wrapper.run(q, *cache, return_lse=True), batch.expected(q, counts))
+    plan(other)
+    cache = held[1] if kind == "ragged" else (held[1],)
+    check(wrapper.run(q, *cache, return_lse=True), other.expected(q, counts))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (torch.zeros(3), TypeError, "has dtype torch.float32; legal: torch.int32, torch.int64"),
+        (torch.zeros((), dtype=torch.int32), ValueError, "has shape"),
+        ([0, 0, 0], ValueError, r"is \[0, 0, 0\]; legal in CUDA-graph mode: a tensor"),
+        (torch.zeros(3, dtype=torch.int32, device="meta"), ValueError, "is on meta; legal: cpu"),
+    ],
+)
+@pytest.mark.parametrize("name", ["indptr", "indices", "last_page_len"])
+def test_fixed_buffers_are_integers_where_the_workspace_is(
+    name: str, given: Any, error: type[Exception], said: str
+) -> None:
+    buffers: dict[str, Any] = {"indptr": buffer(4), "indices": buffer(9), "last_page_len": buffer(3)}
+    if name == "indptr" and isinstance(given, Tensor) and given.dim():
+        given = torch.cat((given, given[:1]))
+    buffers = {f"paged_kv_{each}_buffer": value for each, value in (buffers | {name: given}).items()}
+    with pytest.raises(error, match=f"^paged_kv_{name}_buffer {said}"):
+        BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True, **buffers)
 
 
 @pytest.mark.parametrize("missing", ["indptr", "indices", "last_page_len"])

@@ -126,6 +126,7 @@ FLASHINFER = Treatment(
         "BatchDecodeWithPagedKVCacheWrapper.workspace_size.o_data_type": ("float16", SIZES),
         "BatchDecodeWithPagedKVCacheWrapper.workspace_size.sm_scale": (0.5, SIZES),
         "BatchDecodeWithPagedKVCacheWrapper.workspace_size.last_page_len": (integers(2, 2), SIZES),
+        "BatchPrefillWithPagedKVCacheWrapper.workspace_size.causal": (True, SIZES),
         "use_fp16_qk_reduction": (True, "sums are fp32"),
         "use_fp16_softmax": (True, "sums are fp32"),
         "int_workspace_buffer": (VECTOR, "no op needs it"),
@@ -213,7 +214,6 @@ FLASHINFER = Treatment(
             get_customize_batch_prefill_module
         """,
         "the runtime verifies draft tokens (`speculation=`)": "chain_speculative_sampling",
-        "prefill needs no workspace": "BatchPrefillWithPagedKVCacheWrapper.workspace_size",
         "helpers of its own": "get_seed_and_offset make_hashable_cache",
     },
 )
