@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllama.errors import check_choice
+from fastllama.errors import check_choice, check_shape
 from fastllama.integrations.flashinfer.checks import check_tensors, number
 from fastllama.kernels.dispatch.checks import CODES
 
@@ -49,10 +49,10 @@ def _pages(name: str, x: Tensor, kv_layout: str) -> Tensor:
     return x.transpose(1, 2) if kv_layout == "NHD" else x
 
 
-def as_tokens(x: Tensor, kv_layout: str) -> Tensor:
+def as_tokens(name: str, x: Tensor, kv_layout: str) -> Tensor:
     """Keys or values outside of pages as [T, Hkv, D], a view."""
-    if x.dim() != 3:
-        raise ValueError(f"keys or values have shape {list(x.shape)}; legal: 3 dimensions")
+    check_tensors(**{name: x})
+    check_shape(name, x, ("T", "Hkv", "D") if kv_layout == "NHD" else ("Hkv", "T", "D"))
     return x if kv_layout == "NHD" else x.transpose(0, 1)
 
 

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_dtype, check_shape
+from fastllama.integrations.flashinfer.checks import check_indices, check_integer, check_optional, check_tensors
 from fastllama.integrations.flashinfer.layouts import Cache, as_pages, check_layout
+from fastllama.kernels.dispatch.checks import CODES, FLOATS
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
     """Tokens of each sequence, [B]: full pages before the last, and what the last holds."""
+    check_tensors(kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len)
+    check_shape("kv_indptr", kv_indptr, ("B + 1",))
+    check_shape("kv_last_page_len", kv_last_page_len, (max(kv_indptr.shape[0] - 1, 0),))
+    check_integer("page_size", page_size, 1)
     return (kv_indptr[1:] - kv_indptr[:-1] - 1).clamp(min=0) * page_size + kv_last_page_len
 
 
@@ -28,8 +34,11 @@ def get_batch_indices_positions(
     batch_indices, positions: [nnz] int32, written where they are given. Returns both; a token of no sequence has the
     index -1 and the position 0. Computed on append_indptr's device, without a copy to the host.
     """
+    check_indices(append_indptr=append_indptr, seq_lens=seq_lens)
     check_shape("append_indptr", append_indptr, ("B + 1",))
     check_shape("seq_lens", seq_lens, (append_indptr.shape[0] - 1,))
+    check_integer("nnz", nnz, 0)
+    check_optional(batch_indices=batch_indices, positions=positions)
     for name, given in (("batch_indices", batch_indices), ("positions", positions)):
         if given is not None:
             check_shape(name, given, (nnz,))
@@ -66,32 +75,46 @@ def append_paged_kv_cache(
 
     The pages of each sequence, kv_indices[kv_indptr[b] : kv_indptr[b + 1]], have room for them already. A token of no
     sequence (index -1), and one behind its sequence's pages, is not written. kv_last_page_len is not read: positions
-    say the same. Keys and values of 16 bits go into a cache of float8_e4m3fn as they are, rounded (scale 1).
+    say the same. Keys are of the cache's dtype: for a cache of float8_e4m3fn any floating dtype, rounded as they are
+    (scale 1); for one of int8 int8 alone, since only its owner knows a scale (-128 becomes -127).
     Slots are computed on the cache's device, without a copy to the host.
     """
+    check_tensors(append_key=append_key, append_value=append_value)
+    check_indices(batch_indices=batch_indices, positions=positions, kv_indices=kv_indices, kv_indptr=kv_indptr)
     check_layout(kv_layout)
     k_pages, v_pages = as_pages(paged_kv_cache, kv_layout)
+    dtype = k_pages.dtype
+    check_dtype("append_key", append_key, (dtype, *FLOATS) if dtype == torch.float8_e4m3fn else (dtype,))
+    check_dtype("append_value", append_value, (append_key.dtype,))
+    check_shape("append_key", append_key, ("T", k_pages.shape[1], k_pages.shape[3]))
+    check_shape("append_value", append_value, append_key.shape)
     check_shape("batch_indices", batch_indices, append_key.shape[:1])
     check_shape("positions", positions, append_key.shape[:1])
     check_shape("kv_indptr", kv_indptr, ("B + 1",))
     check_shape("kv_indices", kv_indices, ("pages",))
-    slots = _slots(batch_indices, positions, kv_indices, kv_indptr, k_pages.shape[2], k_pages.device)
-    scale = None if k_pages.dtype == append_key.dtype else 1.0
+    slots = _slots(batch_indices, positions, kv_indices, kv_indptr, k_pages)
+    scale = 1.0 if dtype in CODES else None
+    if append_key.dtype in CODES:  # which are numbers of bfloat16
+        append_key, append_value = append_key.bfloat16(), append_value.bfloat16()
     kernels.write_kv(append_key, append_value, slots, k_pages, v_pages, k_scale=scale, v_scale=scale)
 
 
-def _slots(
-    batch_indices: Tensor, positions: Tensor, indices: Tensor, indptr: Tensor, page_size: int, device: torch.device
-) -> Tensor:
-    """page * page_size + offset of each token, [T] int64; -1 for one that has no place."""
+def _slots(batch_indices: Tensor, positions: Tensor, indices: Tensor, indptr: Tensor, k_pages: Tensor) -> Tensor:
+    """page * page_size + offset of each token, [T] int64; -1 for one that has no place.
+
+    Numbers are compared before they are added or multiplied, since a huge one would wrap into another's page.
+    """
+    (num_pages, _, page_size, _), device = k_pages.shape, k_pages.device
     batch_indices, positions, indices, indptr = (
-        x.to(device, non_blocking=True) for x in (batch_indices, positions, indices, indptr)
+        x.to(device, non_blocking=True).long() for x in (batch_indices, positions, indices, indptr)
     )
     if not indices.shape[0] or indptr.shape[0] < 2:
         return torch.full(batch_indices.shape, -1, dtype=torch.int64, device=device)
     known = (batch_indices >= 0) & (batch_indices < indptr.shape[0] - 1) & (positions >= 0)
-    of = torch.where(known, batch_indices, 0).long()
-    place = indptr[of] + torch.div(positions, page_size, rounding_mode="floor")
-    known &= (place < indptr[of + 1]) & (place < indices.shape[0])
-    pages = indices[torch.where(known, place, 0).long()].long()
-    return torch.where(known, pages * page_size + positions % page_size, -1)
+    of = torch.where(known, batch_indices, 0)
+    start, end = indptr[of], indptr[of + 1]
+    place = start + torch.div(positions, page_size, rounding_mode="floor")
+    known &= (start >= 0) & (place >= start) & (place < end) & (place < indices.shape[0])
+    pages = indices[torch.where(known, place, 0)]
+    known &= (pages >= 0) & (pages < num_pages)
+    return torch.where(known, torch.where(known, pages, 0) * page_size + positions % page_size, -1)

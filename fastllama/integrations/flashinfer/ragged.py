@@ -156,9 +156,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             o_scale=(o_scale, None, 1),
             kv_cache_sf=(kv_cache_sf, None),
         )
-        check_tensors(q=q, k=k, v=v)
+        check_tensors(q=q)
         check_optional(out=out, lse=lse)
-        k, v = as_tokens(k, self._kv_layout), as_tokens(v, self._kv_layout)
+        k, v = as_tokens("k", k, self._kv_layout), as_tokens("v", v, self._kv_layout)
         planned.check(q, k)
         check_shape("k", k, (self._kv_rows, planned.num_kv_heads, planned.head_dim))
         assert self._qo_indptr_buf is not None

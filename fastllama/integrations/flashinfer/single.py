@@ -48,9 +48,9 @@ def single_decode_with_kv_cache(
     name = "single_decode_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)
     check_layout(kv_layout)
-    check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q)
     check_shape("q", q, ("Hq", "D"))
-    k, v = as_tokens(k, kv_layout), as_tokens(v, kv_layout)
+    k, v = as_tokens("k", k, kv_layout), as_tokens("v", v, kv_layout)
     check_shape("k", k, ("T", "Hkv", q.shape[1]))
     table = torch.arange(k.shape[0], dtype=torch.int32, device=q.device)[None]
     lengths = torch.full((1,), k.shape[0], dtype=torch.int32, device=q.device)
@@ -102,7 +102,7 @@ def single_prefill_with_kv_cache(
     """
     name = "single_prefill_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)
-    check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q)
     refuse_arguments(
         name,
         scale_q=(scale_q, None),
@@ -116,7 +116,7 @@ def single_prefill_with_kv_cache(
     )
     check_layout(kv_layout)
     check_shape("q", q, ("Tq", "Hq", "D"))
-    k, v = as_tokens(k, kv_layout), as_tokens(v, kv_layout)
+    k, v = as_tokens("k", k, kv_layout), as_tokens("v", v, kv_layout)
     ends = torch.arange(2, dtype=torch.int32, device=q.device)
     scale = softmax_scale(name, sm_scale, q.shape[2], None, k_scale)
     bounds = (ends * q.shape[0], ends * k.shape[0])

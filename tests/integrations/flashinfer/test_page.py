@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
-from fastllama.integrations.flashinfer.page import append_paged_kv_cache, get_batch_indices_positions
+from fastllama.integrations.flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from tests.integrations.flashinfer.batches import Batch, bounds
 from tests.integrations.flashinfer.calls import CALLS, NoHostRead
 from tests.integrations.flashinfer.conftest import Library
@@ -67,6 +68,47 @@ def test_tokens_without_a_page_are_not_written() -> None:
     assert all(torch.equal(a, b) for a, b in zip(batch.cache, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("indices", "indptr", "position"),
+    [
+        ([5, 2, 4, 1], [-1, 1, 4], 0),  # the last page of all
+        ([5, 2, 4, 1], [-1, 1, 4], 4),
+        ([2**62, 1], [0, 1, 2], 0),  # times the page size 0 in 64 bits
+        ([2**62 + 1, 1], [0, 1, 2], 0),
+        ([6, 1], [0, 1, 2], 0),
+        ([-1, 1], [0, 1, 2], 1),
+        ([5, 2, 4, 1], [3, 2, 4], 0),
+        ([5, 2, 4, 1], [0, 2, 4], 2**63 - 1),
+        ([5, 2, 4, 1], [1, 2**62, 4], 2**63 - 1),
+    ],
+)
+@pytest.mark.parametrize("page_size", [4, 1])
+def test_a_wrong_bound_or_page_writes_nothing(
+    indices: list[int], indptr: list[int], position: int, page_size: int
+) -> None:
+    """Least of all into a page of another sequence."""
+    k, v = torch.zeros(2, 6, page_size, 2, 8, dtype=torch.float32, device="cpu")
+    new = torch.ones(1, 2, 8, dtype=torch.float32, device="cpu")
+    of, positions, *csr = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in ([0], [position], indices, indptr))
+    append_paged_kv_cache(new, new, of, positions, (k, v), *csr, torch.ones_like(of))
+    assert not k.any()
+    assert not v.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_keys_of_8_bits_are_appended_as_they_are(dtype: torch.dtype) -> None:
+    bits = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+    bits[128 if dtype == torch.int8 else 255] = 127  # -128, and a second NaN, have no place of their own
+    keys, values = bits.view(dtype).view(2, 2, 64), bits.flip(0).view(dtype).view(2, 2, 64)
+    cache = tuple(torch.zeros(1, 4, 2, 64, dtype=torch.float32, device="cpu").to(dtype) for _ in range(2))
+    of, positions = get_batch_indices_positions(bounds([2]), bounds([2])[1:], 2)
+    append_paged_kv_cache(
+        keys, values, of, positions, cache, *(torch.tensor(x, device="cpu") for x in ([0], [0, 1], [2]))
+    )
+    for held, given in zip(cache, (keys, values), strict=True):
+        assert torch.equal(held[0, :2].view(torch.uint8), given.view(torch.uint8))
+
+
 def test_an_fp8_cache_takes_rounded_keys() -> None:
     batch = Batch([3], dtype=torch.float32)
     cache = tuple(x.to(torch.float8_e4m3fn) for x in batch.cache)
@@ -116,10 +158,27 @@ def test_any_legal_append_writes_its_slots_and_no_other(calls: int) -> None:
     [
         ({"kv_layout": "HDN"}, ValueError, "kv_layout is 'HDN'"),
         ({"positions": torch.zeros(2, dtype=torch.int32)}, ValueError, r"positions has shape \[2\]; legal: \[3\]"),
-        ({"append_value": torch.zeros(3, 2, 4, dtype=torch.float64)}, ValueError, "v has shape"),
-        ({"append_key": torch.zeros(3, 2, 8, dtype=torch.int32)}, TypeError, "k has dtype"),
+        ({"append_value": torch.zeros(3, 2, 4, dtype=torch.float64)}, ValueError, "append_value has shape"),
+        ({"append_key": torch.zeros(3, 2, 8, dtype=torch.int32)}, TypeError, "append_key has dtype"),
         ({"paged_kv_cache": torch.zeros(3, 4, 2, 8)}, ValueError, "paged_kv_cache has shape"),
         ({"paged_kv_cache": None}, TypeError, "paged_kv_cache is of type NoneType"),
+        (
+            {"paged_kv_cache": (torch.zeros(3, 4, 2, 8, dtype=torch.int8),) * 2},
+            TypeError,
+            "append_key has dtype torch.float64; legal: torch.int8",
+        ),
+        *[
+            ({name: [0]}, TypeError, rf"{name} is \[0\]; legal: a tensor")
+            for name in ("append_key", "append_value", "batch_indices", "positions", "kv_indices", "kv_indptr")
+        ],
+        *[
+            (
+                {name: torch.zeros(3, dtype=torch.float32)},
+                TypeError,
+                f"{name} has dtype torch.float32; legal: torch.int32",
+            )
+            for name in ("batch_indices", "positions", "kv_indices", "kv_indptr")
+        ],
     ],
 )
 def test_an_illegal_append_writes_nothing(changed: dict[str, object], error: type[Exception], said: str) -> None:
@@ -148,3 +207,15 @@ def test_outputs_of_another_shape_or_dtype_are_refused(name: str) -> None:
         get_batch_indices_positions(append, append[1:], 5, **{name: torch.zeros(4, dtype=torch.int32)})
     with pytest.raises(TypeError, match=f"{name} has dtype torch.int64; legal: torch.int32"):
         get_batch_indices_positions(append, append[1:], 5, **{name: torch.zeros(5, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize(("nnz", "error"), [(-1, ValueError), (3.0, TypeError), (None, TypeError)])
+def test_a_count_of_new_tokens_is_an_integer(nnz: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"nnz is {nnz}; legal: "):
+        get_batch_indices_positions(bounds([2, 3]), bounds([2, 3])[1:], nnz)
+
+
+@pytest.mark.parametrize(("page_size", "error"), [(0, ValueError), (2.0, TypeError)])
+def test_lengths_are_of_a_page_size_that_is_an_integer(page_size: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"page_size is {page_size}; legal: "):
+        get_seq_lens(bounds([2, 3]), bounds([1])[:2], page_size)
