@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_dtype, check_shape
+from fastllama.integrations.flashinfer.checks import check_optional, check_tensors
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,6 +17,7 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
 
     v_a, v_b: [T, H, D]. s_a, s_b: [T, H], log-sum-exps to base 2. Returns both merged: see `kernels.merge_state`.
     """
+    check_tensors(v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
     return kernels.merge_state(v_a, s_a.to(_wide(v_a)), v_b, s_b.to(_wide(v_a)), base2=True)
 
 
@@ -24,6 +26,8 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
 
     The mask is not read on the host, so a CUDA graph may hold the call.
     """
+    check_tensors(v=v, s=s, v_other=v_other, s_other=s_other)
+    check_optional(mask=mask)
     check_dtype("s", s, (_wide(v),))
     s_other = s_other.to(s.dtype)
     if mask is None:
@@ -39,8 +43,10 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
 def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over all keys, of that over each of N parts: v [T, N, H, D], s [T, N, H]; returns [T, H, D], [T, H].
 
-    In torch, in fp32, rounded once. A part whose log-sum-exp is -inf or +inf saw no key, and is not looked at.
+    In torch, in fp32, also under autocast, rounded once. A part whose log-sum-exp is -inf or +inf saw no key, and is
+    not looked at.
     """
+    check_tensors(v=v, s=s)
     check_shape("v", v, ("T", "N", "H", "D"))
     check_shape("s", s, v.shape[:3])
     if not v.shape[1]:
@@ -52,7 +58,7 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.exp2(s - peak)
     total = weights.sum(1)
     seen = v.to(s.dtype).masked_fill((weights == 0)[..., None], 0.0)
-    merged = torch.einsum("tnh,tnhd->thd", weights, seen) / total.masked_fill(total == 0, 1.0)[..., None]
+    merged = (weights[..., None] * seen).sum(1) / total.masked_fill(total == 0, 1.0)[..., None]
     return merged.to(v.dtype), peak.squeeze(1) + total.log2()
 
 

@@ -8,7 +8,8 @@ things differ: a row counts as normalised whatever its sum (there, what it lacks
 a NaN is not valid.
 
 Arguments that all functions share:
-indices: [B] int32 or int64, the row of each output, whose dtype the output gets. None: int32, one output for each row.
+indices: [B] int32 or int64, the row of each output, whose dtype the output gets; for one that is no row the token is 0
+and not valid. None: int32, one output for each row.
 top_k, top_p, min_p: a number, or a tensor [rows] with one for each row of probabilities. A top_k of -1, or of V and
 more, keeps all, and so does 0 in a tensor. top_p and min_p: 0 to 1.
 seed, offset: both integers of 64 bits, or both int64 or uint64 tensors [1] or [B]. The number of an output depends on
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_choice, check_device, check_dtype, check_range, check_rows, check_shape
+from fastllama.integrations.flashinfer.checks import check_tensors
 from fastllama.kernels.dispatch.checks import FLOATS, INTEGERS
 from fastllama.kernels.reference.sampling import filter_probs
 
@@ -217,6 +219,7 @@ def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
 
 
 def _check_rows(name: str, rows: Tensor, check_nan: bool) -> None:
+    check_tensors(**{name: rows})
     check_shape(name, rows, ("rows", "V"))
     if not rows.shape[1]:
         raise ValueError(f"{name} has shape {list(rows.shape)}; legal: [rows, V] with V at least 1")
@@ -286,14 +289,23 @@ def _sample(
     top_k = off.int() if top_k is None else top_k.contiguous()
     top_p = off + 1 if top_p is None else top_p.contiguous()
     min_p = off if min_p is None else min_p.contiguous()
+    inside = None
     if indices is not None:
+        check_tensors(indices=indices)
         check_shape("indices", indices, ("B",))
         check_dtype("indices", indices, INTEGERS)
         check_device("indices", indices, "probs", logits)
-        logits, top_k, top_p, min_p = (each.index_select(0, indices) for each in (logits, top_k, top_p, min_p))
+        if indices.shape[0] and not logits.shape[0]:
+            raise ValueError(f"indices has shape {list(indices.shape)}; legal for no rows: [0]")
+        inside = (indices >= 0) & (indices < logits.shape[0])
+        rows = torch.where(inside, indices, 0)
+        logits, top_k, top_p, min_p = (each.index_select(0, rows) for each in (logits, top_k, top_p, min_p))
     keys, counters = _random_numbers(logits, generator, seed, offset)
     tokens, logprobs = kernels.sample(logits, torch.ones_like(top_p), top_k, top_p, min_p, keys, counters)
-    return tokens.to(torch.int32 if indices is None else indices.dtype), ~logprobs.isnan()
+    valid = ~logprobs.isnan()
+    if indices is None or inside is None:
+        return tokens.to(torch.int32), valid
+    return torch.where(inside, tokens, 0).to(indices.dtype), valid & inside
 
 
 def _random_numbers(

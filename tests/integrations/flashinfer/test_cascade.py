@@ -122,3 +122,12 @@ def test_many_merges_round_once() -> None:
     exact, _ = merge_states(states[0].double(), states[1].double())
     error = (merge_states(*states)[0].double() - exact).abs()
     assert (error <= exact.abs() * half_unit(torch.bfloat16) * 1.01 + 1e-6).all()
+
+
+def test_many_are_merged_in_fp32_under_autocast_too() -> None:
+    _, given, _ = parts(3)
+    states = torch.stack([v.float() for v, _ in given], 1), torch.stack([s.float() for _, s in given], 1)
+    expected = merge_states(*states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = merge_states(*states)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllama.integrations import flashinfer
+from tests.integrations.flashinfer.calls import NoHostRead
 from tests.integrations.flashinfer.conftest import Library
 from tests.integrations.flashinfer.weights import filtered
 
@@ -226,3 +227,20 @@ def test_softmax_divides_by_the_temperature_of_each_row(library: Library) -> Non
         torch.testing.assert_close(found.double(), (logits.double() / divisor).softmax(-1), rtol=1e-4, atol=1e-8)
     for none in (0, torch.zeros(3, device=library.device)):
         torch.testing.assert_close(library.module.softmax(logits, none), torch.full_like(found, 0.02))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_an_index_of_no_row_gives_token_0_that_is_not_valid(dtype: torch.dtype) -> None:
+    probs = torch.eye(4, dtype=torch.float32, device="cpu")[1:]
+    indices = torch.tensor([2, 3, -1, 0, torch.iinfo(dtype).max], dtype=dtype, device="cpu")
+    for sample, filters in (
+        (flashinfer.sampling_from_probs, ()),
+        (flashinfer.top_k_sampling_from_probs, (torch.full((3,), 2, dtype=torch.int32, device="cpu"),)),
+    ):
+        with NoHostRead():
+            tokens, valid = sample(probs, *filters, indices, return_valid=True)
+        assert (tokens.tolist(), tokens.dtype) == ([3, 0, 0, 1, 0], dtype)
+        assert valid.tolist() == [True, False, False, True, False]
+    assert flashinfer.sampling_from_logits(probs, indices).tolist()[1:3] == [0, 0]
+    with pytest.raises(ValueError, match=r"indices has shape \[5\]; legal for no rows: \[0\]"):
+        flashinfer.sampling_from_probs(probs[:0], indices)
