@@ -189,7 +189,7 @@ def check_shape(name: str, tensor: Any, shape: Sequence[int | str]) -> None:
 def check_dtype(name: str, tensor: Any, legal: Sequence[Any]) -> None:
     """Raise TypeError unless `tensor.dtype` is one of `legal`."""
     if tensor.dtype not in legal:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {', '.join(map(str, legal))}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; legal: {', '.join(map(str, dict.fromkeys(legal)))}")
 
 
 def check_rows(name: str, tensor: Any) -> None:

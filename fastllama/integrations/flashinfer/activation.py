@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_dtype, check_rows
+from fastllama.integrations.flashinfer.checks import check_optional, check_tensors
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -18,6 +19,8 @@ def silu_and_mul(input: Tensor, out: Tensor | None = None, enable_pdl: bool | No
     when None. enable_pdl: unused.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     """
+    check_tensors(input=input)
+    check_optional(out=out)
     if not input.dim() or input.shape[-1] % 2:
         raise ValueError(f"input has shape {list(input.shape)}; legal: [..., 2I], an even last dimension")
     check_dtype("input", input, _FLOATS)

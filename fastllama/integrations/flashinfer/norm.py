@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_dtype, check_rows, check_shape
+from fastllama.integrations.flashinfer.checks import check_optional, check_tensors
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,6 +28,8 @@ def rmsnorm(
     Allocates nothing where out is given and rows lie at one stride; rows of a slice [N, heads, H] are copied.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     """
+    check_tensors(input=input, weight=weight)
+    check_optional(out=out)
     if input.dim() not in (2, 3):
         raise ValueError(f"input has shape {list(input.shape)}; legal: [N, H] or [N, heads, H]")
     check_dtype("input", input, _FLOATS)
@@ -52,6 +55,7 @@ def fused_add_rmsnorm(
     weight: [H], their dtype or fp32. enable_pdl: unused. Allocates nothing.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     """
+    check_tensors(input=input, residual=residual, weight=weight)
     check_shape("input", input, ("N", "H"))
     check_dtype("input", input, _FLOATS)
     check_rows("input", input)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllama import kernels
 from fastllama.errors import check_device, check_dtype, check_shape
+from fastllama.integrations.flashinfer.checks import check_integer, check_tensors
 from fastllama.kernels.dispatch.checks import INTEGERS
 
 
@@ -169,6 +170,7 @@ def apply_rope_with_cos_sin_cache(
     (x_i, x_{i + R/2}), otherwise (x_2i, x_2i+1).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     """
+    check_tensors(query=query, key=key)
     query_out, key_out = torch.empty_like(query), torch.empty_like(key)
     _rotate_by_cache(positions, query, key, head_size, cos_sin_cache, is_neox, query_out, key_out)
     return query_out, key_out
@@ -191,6 +193,8 @@ def _rotate_by_cache(
     query_out: Tensor,
     key_out: Tensor,
 ) -> None:
+    check_tensors(positions=positions, query=query, key=key, cos_sin_cache=cos_sin_cache)
+    check_integer("head_size", head_size, 1)
     shape = cos_sin_cache.shape
     if len(shape) != 2 or shape[1] % 2 or shape[1] > head_size:
         raise ValueError(
@@ -215,6 +219,7 @@ def _heads(name: str, x: Tensor, head_size: int) -> Tensor:
 def _rotate(
     q: Tensor, k: Tensor, pos_ids: Tensor, inv_freq: Tensor, interleave: bool, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
+    check_tensors(k=k, pos_ids=pos_ids)
     check_shape("pos_ids", pos_ids, q.shape[:1])
     check_dtype("pos_ids", pos_ids, INTEGERS)
     check_device("pos_ids", pos_ids, "q", q)
@@ -227,6 +232,7 @@ def _rotate(
 
 def _positions(q: Tensor, indptr: Tensor, offsets: Tensor) -> Tensor:
     """[T] int64: of each token by its segment; 0, which turns nothing, past the last."""
+    check_tensors(indptr=indptr, offsets=offsets)
     check_shape("offsets", offsets, ("B",))
     if not offsets.shape[0]:
         raise ValueError("offsets has shape [0]; legal: [B] with B at least 1")
@@ -249,7 +255,10 @@ def _frequencies(
     scaling: tuple[float, float, float] | None = None,
 ) -> Tensor:
     """[R/2] fp32, radians per position. scaling: Llama 3.1's low and high factor, and the context it was trained on."""
+    check_tensors(q=q)
     check_shape("q", q, ("T", "Hq", "D"))
+    if rotary_dim is not None:
+        check_integer("rotary_dim", rotary_dim, 2)
     size = q.shape[2] if rotary_dim is None else rotary_dim
     if size % 2 or not 0 < size <= q.shape[2]:
         raise ValueError(
