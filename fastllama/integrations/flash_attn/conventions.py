@@ -84,7 +84,7 @@ def any_flag(**flags: Any) -> bool:
 def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     """softmax_scale as the ops take it: q's default for None."""
     if softmax_scale is None:
-        return 1.0 / math.sqrt(q.shape[-1])
+        return 1.0 / math.sqrt(q.shape[-1] or 1)
     if isinstance(softmax_scale, (float, torch.SymFloat)):
         return softmax_scale
     if not isinstance(softmax_scale, Real):
@@ -154,7 +154,7 @@ def as_rows(x: Tensor) -> Tensor:
     """
     if x.stride(-1) != 1 or (x.shape[-3] > 1 and x.stride(-2) > x.stride(-3)):
         x = x.contiguous()
-    return x.reshape(-1, *x.shape[-2:])
+    return x.flatten(0, -3)
 
 
 def out_rows(out: Tensor | None, q: Tensor) -> Tensor | None:

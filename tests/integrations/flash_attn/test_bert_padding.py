@@ -58,3 +58,20 @@ def test_a_padded_batch_attends_as_each_sequence_alone() -> None:
     for b, length in enumerate((3, 5)):
         alone = q[b : b + 1, :length]
         torch.testing.assert_close(out[b, :length], flash_attn_func(alone, alone, alone, causal=True)[0])
+
+
+def test_a_batch_of_nothing_has_no_rows() -> None:
+    rows, indices, cu_seqlens, longest, seqused = unpad_input(torch.ones(0, 6, 8), torch.ones(0, 6, dtype=torch.int32))
+    assert rows.shape == (0, 8)
+    assert (indices.tolist(), cu_seqlens.tolist(), longest, seqused.tolist()) == ([], [0], 0, [])
+    assert pad_input(rows, indices, 0, 6).shape == (0, 6, 8)
+
+
+def test_indices_may_be_32_bits_wide() -> None:
+    rows, indices = torch.randn(3, 4), torch.tensor([0, 2, 5])
+    assert torch.equal(pad_input(rows, indices.int(), 2, 3), pad_input(rows, indices, 2, 3))
+
+
+def test_a_mask_has_sequences_and_tokens() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[5\]; legal: \[B, S\]"):
+        unpad_input(torch.ones(5), torch.ones(5, dtype=torch.int32))

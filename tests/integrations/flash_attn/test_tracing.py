@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -88,6 +89,30 @@ def test_one_compiled_graph_gives_what_the_function_gives(call: Callable[[], tup
     torch.testing.assert_close(found, expected)
     for name, x in compiled.items():
         assert not isinstance(x, Tensor) or torch.equal(x, eager[name]), f"{name} is written alike"
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["all seen", "some hidden"])
+@pytest.mark.parametrize(("len_q", "dynamic"), [(1, None), (3, True)])
+def test_two_graphs_serve_caches_of_any_length(len_q: int, hidden: bool, dynamic: bool | None) -> None:
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, lens: Tensor, pad: Tensor | None) -> Any:
+        return flash_attn.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, k, cache_seqlens=lens, cache_leftpad=pad, causal=True
+        )
+
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=graphs)
+    for num_seqs, length in ((5, 12), (6, 17), (7, 40)):
+        cache = randn(2, num_seqs, length, 2, 16)
+        lens, pad = torch.arange(num_seqs) + 3, torch.arange(num_seqs) if hidden else None
+        q, k = randn(num_seqs, len_q, 4, 16), randn(num_seqs, len_q, 2, 16)
+        eager, compiled = cache.clone().unbind(), cache.clone().unbind()
+        expected = step(q, *eager, k, lens, pad)
+        with torch.no_grad():
+            torch.testing.assert_close(run(q, *compiled, k, lens, pad), expected)
+        for found, held in zip(compiled, eager, strict=True):
+            assert torch.equal(found, held)
+    assert graphs.frame_count <= 2, "two serve the third length, too"
 
 
 @calls
