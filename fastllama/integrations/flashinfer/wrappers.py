@@ -121,7 +121,7 @@ class Wrapper:
         check_indices(**given)
         for name, tensor in given.items():
             if tensor.device.type not in ("cpu", self.device.type):
-                raise ValueError(f"{name} is on {tensor.device}; legal: cpu or {self.device}")
+                raise ValueError(f"{name} is on {tensor.device}; legal: cpu, or the workspace's {self.device}")
 
     def _set_scale(self, function: str, sm_scale: float | None) -> None:
         """Keep the softmax scale of `forward`; None for the default."""

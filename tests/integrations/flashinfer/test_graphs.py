@@ -238,6 +238,8 @@ def test_a_plan_made_in_inference_mode_is_followed_by_one_outside_of_it(kind: st
         plan(batch)
         cache = held[0] if kind == "ragged" else (held[0],)
         check(wrapper.run(q, *cache, return_lse=True), batch.expected(q, counts))
+    own = ("_page_table", "_seq_lens", "_int_workspace_buffer", "_pin_memory_int_workspace_buffer")
+    assert not any(getattr(wrapper, name).is_inference() for name in own if hasattr(wrapper, name))
     plan(other)
     cache = held[1] if kind == "ragged" else (held[1],)
     check(wrapper.run(q, *cache, return_lse=True), other.expected(q, counts))
