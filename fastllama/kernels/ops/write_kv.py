@@ -79,7 +79,7 @@ def write_kv(
     k_pages, v_pages: [P, Hkv, page_size, D], k's dtype, int8 or float8_e4m3fn, any strides but the last; written in
     place. One may be the other begun whole pages later, as in transformers' pool of pages, where no slot's key is
     another's value. Codes have either one scale for each token and head, computed and written into k_scales, v_scales:
-    [P, Hkv, page_size] fp32, as for `rope_and_write_kv`; or k_scale, v_scale, numbers of fp32 that somebody measured
+    [P, Hkv, page_size] fp32, as for `rope_and_write_kv`; or k_scale, v_scale, numbers of fp32 measured
     before: a code is then x / scale in fp32, rounded to nearest even, and the largest code, 127 or 448, for all that is
     larger, infinities too. NaN becomes the NaN of float8_e4m3fn; int8 has none, and its code is 0.
     Returns nothing. Raises ValueError for a shape, stride, device or scale, TypeError for a dtype; nothing is written
