@@ -55,10 +55,20 @@ def test_halves_of_one_tensor_are_read_where_they_lie() -> None:
         lambda x: (x[:, 8:], x[:, :8]),
         lambda x: (x[:, :8], x[:, 7:15]),
         lambda x: (x[:8, :8], x[8:, :8]),
+        lambda x: (x[:8:2, :8], x[:4, 8:]),
+        lambda x: (x[:8, :8:2], x[:8, 4:12:2]),
         lambda x: (x[:, ::2], x[:, 1::2]),
         lambda x: (x[:, :8], x.clone()[:, 8:]),
     ],
-    ids=["other way round", "overlapping", "other rows", "alternating", "another tensor"],
+    ids=[
+        "other way round",
+        "overlapping",
+        "other rows",
+        "rows farther apart",
+        "every other number",
+        "alternating",
+        "another tensor",
+    ],
 )
 def test_what_are_no_halves_of_one_tensor_is_copied(halves: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     cos, sin = halves(torch.rand(16, 16))
