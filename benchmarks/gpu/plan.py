@@ -81,6 +81,7 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
         ("runtime", "tests/gpu/test_runtime.py", "tests/gpu/test_warm_up.py"),
         ("ops", "tests/gpu/test_ops.py", "tests/gpu/test_values.py", "-k", "not llamas_shapes", *parallel),
         ("patch", "tests/gpu/test_patch.py"),
+        ("adapters", "tests/integrations/flash_attn", "tests/integrations/flashinfer", *parallel),
         ("shapes", "tests/gpu/test_ops.py", "-k", "llamas_shapes and bfloat16", *parallel),
     ):
         pytest = ("-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider")
