@@ -79,33 +79,30 @@ COMPILED_MUTANTS = [
     ),
     fault("a kernel for one row", "rows/norm", '(do_not_specialize=["num_rows"])', "", ROWS),
     fault("a kernel for one sequence", "attention/prefill", '        "num_seqs",\n', "", ROWS),
-    fault("a kernel for the width of a table", "attention/decode", '"page_table_stride", ', "", WIDTHS),
+    fault("a kernel for the width of a table", "attention/decode", '        "page_table_stride",\n', "", WIDTHS),
     fault(
         "a kernel for a number of splits",
         "attention/decode",
-        '["seq_lens_ptr", "longest", "splits"]',
-        '["seq_lens_ptr", "longest"]',
+        '"lse_head_stride", "splits"]',
+        '"lse_head_stride"]',
         WIDTHS,
     ),
     fault(
         "a kernel for where a part begins", "rows/rope", '["positions_ptr", "slots_ptr", ', '["positions_ptr", ', PLACES
     ),
-    fault(
-        "a kernel for a longest length",
-        "attention/decode",
-        '"longest", "page_table_stride"',
-        '"page_table_stride"',
-        WIDTHS,
-    ),
+    fault("a kernel for a longest length", "attention/decode", '        "longest",\n', "", WIDTHS),
     *(
         fault(
             f"32-bit heads in {file}",
             f"attention/{file}",
-            "tl.program_id(1).to(tl.int64), tl",
-            "tl.program_id(1), tl",
+            old,
+            old.replace(".to(tl.int64)", ""),
             f"{OFFSETS}",
         )
-        for file in ("decode", "prefill")
+        for file, old in (
+            ("decode", "tl.program_id(1).to(tl.int64), tl"),
+            ("prefill", "head = tl.program_id(1).to(tl.int64)"),
+        )
     ),
     fault(
         "32-bit rows of a weight",
