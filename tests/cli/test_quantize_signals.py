@@ -56,7 +56,8 @@ def hanging(call: tuple[str, str, int], *args: str) -> Iterator[subprocess.Popen
         text=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "FASTLLAMA_BACKEND": "reference"},
-        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in ENDING],
+        # Also where the tests run in the background, whose shell ignores Ctrl-C for them.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, *ENDING)],
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
