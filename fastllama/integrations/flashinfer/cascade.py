@@ -10,6 +10,7 @@ from torch import Tensor
 from fastllama import kernels
 from fastllama.errors import check_dtype, check_shape
 from fastllama.integrations.flashinfer.checks import check_optional, check_tensors
+from fastllama.kernels.reference.numerics import wide_dtype
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,7 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
     v_a, v_b: [T, H, D]. s_a, s_b: [T, H], log-sum-exps to base 2. Returns both merged: see `kernels.merge_state`.
     """
     check_tensors(v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
-    return kernels.merge_state(v_a, s_a.to(_wide(v_a)), v_b, s_b.to(_wide(v_a)), base2=True)
+    return kernels.merge_state(v_a, s_a.to(wide_dtype(v_a)), v_b, s_b.to(wide_dtype(v_a)), base2=True)
 
 
 def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None) -> None:
@@ -28,7 +29,7 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
     """
     check_tensors(v=v, s=s, v_other=v_other, s_other=s_other)
     check_optional(mask=mask)
-    check_dtype("s", s, (_wide(v),))
+    check_dtype("s", s, (wide_dtype(v),))
     s_other = s_other.to(s.dtype)
     if mask is None:
         kernels.merge_state(v, s, v_other, s_other, base2=True, out=v, lse_out=s)
@@ -51,7 +52,7 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     check_shape("s", s, v.shape[:3])
     if not v.shape[1]:
         raise ValueError(f"v has shape {list(v.shape)}; legal: [T, N, H, D], N at least 1")
-    s = s.to(_wide(v))
+    s = s.to(wide_dtype(v))
     s = s.masked_fill(s == math.inf, -math.inf)
     peak = s.amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -math.inf, 0.0)
@@ -60,7 +61,3 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     seen = v.to(s.dtype).masked_fill((weights == 0)[..., None], 0.0)
     merged = (weights[..., None] * seen).sum(1) / total.masked_fill(total == 0, 1.0)[..., None]
     return merged.to(v.dtype), peak.squeeze(1) + total.log2()
-
-
-def _wide(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32

@@ -91,11 +91,6 @@ def fill_page_table(table: Tensor, bounds: list[int], indices: Tensor) -> None:
     torch._foreach_copy_(rows, indices[bounds[0] : bounds[-1]].split(counts))
 
 
-def as_int32(indices: Tensor) -> Tensor:
-    """Page ids as a table holds them. One past int32 becomes one that no cache has, so that it gives NaN, too."""
-    return indices if indices.dtype == torch.int32 else indices.clamp(-1, 2**31 - 1).to(torch.int32)
-
-
 def lengths_of(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
     """Tokens of each sequence; those that have no page have none, whatever last_page_len says. Reads nothing."""
     pages = indptr[1:] - indptr[:-1]

@@ -14,7 +14,8 @@ from fastllama.integrations.arguments import refuse_arguments
 from fastllama.integrations.flashinfer import tables
 from fastllama.integrations.flashinfer.checks import check_indices, check_integer, check_tensors, number
 from fastllama.integrations.flashinfer.layouts import check_layout, dtype_of
-from fastllama.kernels.dispatch.checks import CODES, FLOATS, INTEGERS
+from fastllama.kernels.dispatch.checks import CODES, FLOATS, INTEGERS, as_int32
+from fastllama.kernels.reference.numerics import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class PagedWrapper(Wrapper):
         with torch.inference_mode(False):
             at, last = (x.to(self.device, non_blocking=non_blocking) for x in (indptr, last_page_len))
             lengths = tables.lengths_of(at, last, page_size).to(torch.int32)
-            pages = tables.as_int32(indices[: bounds[-1]])
+            pages = as_int32(indices[: bounds[-1]])
             longest = tables.longest_of(bounds)
             if not self._use_cuda_graph:
                 pages = pages.to(self.device, non_blocking=non_blocking)
@@ -295,8 +296,7 @@ def lse_views(
     if lse_layout == "NH":
         return lse, lse
     if lse is None and return_lse:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=dtype, device=q.device)
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide_dtype(q), device=q.device)
     return None if lse is None else lse.t(), lse
 
 

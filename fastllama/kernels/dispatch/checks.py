@@ -113,6 +113,11 @@ def check_kernel_dtype(name: str, tensor: Tensor) -> None:
         check_dtype(name, tensor, KERNEL_FLOATS)
 
 
+def as_int32(numbers: Tensor) -> Tensor:
+    """Lengths, pages or bounds as int32; one that it has no room for becomes one that is not legal either."""
+    return numbers if numbers.dtype == torch.int32 else numbers.clamp(-1, 2**31 - 1).to(torch.int32)
+
+
 def as_rows(name: str, tensor: Tensor) -> Tensor:
     """`tensor` [..., H] as [rows, H], never copied: ValueError where its rows do not lie at one stride."""
     if tensor.dim() == 2:

@@ -6,17 +6,16 @@ from itertools import pairwise
 from operator import mul
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastllama.kernels import cpu
+from fastllama.kernels.dispatch.checks import as_int32
 from fastllama.kernels.numba.numerics import LIKE, exp, jit, load, load_integer, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
 from fastllama.kernels.reference.attention import ascend, lse_unit, room, score_scale
 
 INT32 = np.int32(0)
-INT32_MAX = 2**31 - 1
 SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1B model
 
 
@@ -211,8 +210,8 @@ def _attend(
     rows, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs = page_table.shape[0]
-    page_table, seq_lens = _as_int32(page_table), _as_int32(seq_lens)
-    cu_seqlens_q = None if cu_seqlens_q is None else _as_int32(cu_seqlens_q)
+    page_table, seq_lens = as_int32(page_table), as_int32(seq_lens)
+    cu_seqlens_q = None if cu_seqlens_q is None else as_int32(cu_seqlens_q)
     launch(
         attention_paged_kernel,
         num_seqs * num_kv_heads,
@@ -244,10 +243,3 @@ def _attend(
         lse_unit(base2),
         LIKE[q.dtype],
     )
-
-
-def _as_int32(numbers: Tensor) -> Tensor:
-    """Lengths, pages or bounds as the kernel reads them; what int32 has no room for stays illegal."""
-    if numbers.dtype == torch.int32:
-        return numbers
-    return numbers.clamp(-1, INT32_MAX).to(torch.int32)

@@ -11,6 +11,7 @@ from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tens
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 from fastllama.kernels.ops.values import check_adjust_logits
+from fastllama.kernels.reference.numerics import wide_dtype
 
 
 def _check(
@@ -44,11 +45,7 @@ def _check(
         ("frequency_penalty", frequency_penalty),
     ):
         check_tensor(name, each, (rows,), (torch.float32,))
-    check_tensor("out", out, shape, (_result_dtype(logits),))
-
-
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    check_tensor("out", out, shape, (wide_dtype(logits),))
 
 
 _ADJUST_LOGITS = Op(
@@ -97,7 +94,7 @@ def adjust_logits(
     of Hugging Face's processors, bias before penalties.
     """
     if out is None:
-        out = torch.empty(logits.shape, dtype=_result_dtype(logits), device=logits.device)
+        out = torch.empty(logits.shape, dtype=wide_dtype(logits), device=logits.device)
     _ADJUST_LOGITS(
         logits,
         tokens,

@@ -21,6 +21,7 @@ from fastllama.kernels.dispatch.checks import (
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops import values
 from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
+from fastllama.kernels.reference.numerics import wide_dtype
 
 
 def _check_varlen(
@@ -142,7 +143,7 @@ def _check_outputs(q: Tensor, out: Tensor, lse_out: Tensor | None) -> None:
     check_tensor("out", out, q.shape, (q.dtype,))
     if lse_out is not None:
         check_shape("lse_out", lse_out, q.shape[:2])
-        check_dtype("lse_out", lse_out, (_lse_dtype(q),))
+        check_dtype("lse_out", lse_out, (wide_dtype(q),))
 
 
 _VARLEN = Op(
@@ -307,9 +308,5 @@ def _outputs(q: Tensor, out: Tensor | None, lse_out: Tensor | None, return_lse: 
     if out is None:
         out = torch.empty_like(q)
     if lse_out is None and return_lse:
-        lse_out = torch.empty(q.shape[:2], dtype=_lse_dtype(q), device=q.device)
+        lse_out = torch.empty(q.shape[:2], dtype=wide_dtype(q), device=q.device)
     return out, lse_out
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.dispatch.checks import FLOATS, check_elements, check_tensor
 from fastllama.kernels.dispatch.op import Op
 from fastllama.kernels.ops.compiled import triton_kernels
+from fastllama.kernels.reference.numerics import wide_dtype
 
 
 def _check(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool, out: Tensor, lse_out: Tensor) -> None:
@@ -19,11 +20,7 @@ def _check(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool, out:
     check_tensor("out", out, a.shape, (a.dtype,))
     for name, lse in (("a_lse", a_lse), ("b_lse", b_lse), ("lse_out", lse_out)):
         check_shape(name, lse, a.shape[:2])
-        check_dtype(name, lse, (_lse_dtype(a),))
-
-
-def _lse_dtype(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
+        check_dtype(name, lse, (wide_dtype(a),))
 
 
 _MERGE_STATE = Op(
@@ -63,6 +60,6 @@ def merge_state(
     if out is None:
         out = torch.empty_like(a)
     if lse_out is None:
-        lse_out = torch.empty(a.shape[:2], dtype=_lse_dtype(a), device=a.device)
+        lse_out = torch.empty(a.shape[:2], dtype=wide_dtype(a), device=a.device)
     _MERGE_STATE(a, a_lse, b, b_lse, base2, out, lse_out)
     return out, lse_out
