@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllama.errors import check_dtype, check_shape
 from fastllama.integrations.flash_attn.conventions import (
+    Result,
     Window,
     any_flag,
     as_rows,
@@ -16,19 +17,17 @@ from fastllama.integrations.flash_attn.conventions import (
     check_inputs,
     check_integers,
     check_pages,
+    delivered,
     even_bounds,
     flag,
     lse_rows,
     one_of,
-    out_rows,
     refuse,
+    result_rows,
     scale_of,
-    softmax_lse,
 )
 from fastllama.kernels import attention_prefill, attention_varlen
 from fastllama.kernels.dispatch.checks import FLOATS
-
-Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -99,16 +98,12 @@ def flash_attn_func(
     check_heads("k", k, q)
     check_shape("v", v, k.shape)
     len_k = k.shape[1]
-    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
+    scale, rows, (out, to) = scale_of(softmax_scale, q), as_rows(q), result_rows(out, q)
     bounds = even_bounds(num_seqs, len_q, q.device)
     bounds_k = bounds if len_k == len_q else even_bounds(num_seqs, len_k, q.device)
     lse = lse_rows(rows, num_seqs) if with_lse else None
-    to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, scale, causal, to, lse)
-    out = to.view(q.shape) if out is None else out
-    if lse is None:
-        return out
-    lse = softmax_lse(lse, num_seqs, len_q)
-    return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
+    attention_varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, scale=scale, causal=causal, out=to, lse_out=lse)
+    return delivered(out, lse, num_seqs, len_q, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -203,7 +198,7 @@ def flash_attn_varlen_func(
     num_seqs, (num_rows, length) = bounds.shape[0] - 1, (None, 1) if cu_seqlens_q is not None else q.shape[:2]
     check_integers("seqused_q", seqused_q, (num_seqs,), q)
     check_integers("seqused_k", seqused_k, (num_seqs,), q)
-    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
+    scale, rows, (out, to) = scale_of(softmax_scale, q), as_rows(q), result_rows(out, q)
     lse = lse_rows(rows, num_rows) if with_lse else None
     if table is None:
         check_shape("k", k, ("total_k", "Hkv", "D") if cu_seqlens_k is not None else (num_seqs, "Sk", "Hkv", "D"))
@@ -216,7 +211,9 @@ def flash_attn_varlen_func(
             seqused_q = None if seqused_q is None else _and_none(seqused_q)
         if seqused_q is not None:  # the other queries are one without keys
             bounds, bounds_k = _used(bounds, seqused_q), bounds_k.repeat_interleave(2)[1:]
-        to = _varlen(rows, as_rows(k), as_rows(v), bounds, bounds_k, scale, causal, to, lse)
+        attention_varlen(
+            rows, as_rows(k), as_rows(v), bounds, bounds_k, scale=scale, causal=causal, out=to, lse_out=lse
+        )
     else:
         check_dtype("q", q, FLOATS)
         check_shape("k", k, ("P", "page_size", "Hkv", "D"))
@@ -225,47 +222,9 @@ def flash_attn_varlen_func(
         table, lens = table.contiguous(), _lengths(seqused_k, cu_seqlens_k, num_seqs, q)
         if seqused_q is not None:
             bounds, table, lens = _used(bounds, seqused_q), table.repeat_interleave(2, 0), _and_none(lens)
-        to = _prefill(rows, k, v, table, lens, bounds, scale, causal, to, lse)
-    out = to.view(q.shape) if out is None else out
-    if lse is None:
-        return out
-    lse = softmax_lse(lse, num_rows, length)
-    return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
-
-
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Tensor,
-    bounds_k: Tensor,
-    scale: float,
-    causal: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    attention_varlen(q, k, v, bounds, bounds_k, scale=scale, causal=causal, out=out, lse_out=lse)
-    return out
-
-
-def _prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    bounds: Tensor,
-    scale: float,
-    causal: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """k, v: [P, page_size, Hkv, D], as flash-attn has pages."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    attention_prefill(q, k, v, table, lens, bounds, scale=scale, causal=causal, out=out, lse_out=lse)
-    return out
+        pages = k.transpose(1, 2), v.transpose(1, 2), table
+        attention_prefill(rows, *pages, lens, bounds, scale=scale, causal=causal, out=to, lse_out=lse)
+    return delivered(out, lse, num_rows, length, return_attn_probs)
 
 
 def _bounds(name: str, bounds: Tensor | None, x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from torch.compiler import is_compiling
 from fastllama.errors import brief, check_device, check_dtype, check_shape
 from fastllama.integrations.arguments import refuse_arguments
 from fastllama.kernels.dispatch.checks import INTEGERS, check_tensor
+from fastllama.kernels.reference.numerics import wide_dtype
 
+Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 Window = Sequence[int | None] | None  # tokens to the left and to the right; negative or None: all
 _THEIRS = {"k_pages": "k_cache", "v_pages": "v_cache", "page_table": "block_table", "seq_lens": "cache_seqlens"}
 
@@ -157,13 +159,14 @@ def as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -3)
 
 
-def out_rows(out: Tensor | None, q: Tensor) -> Tensor | None:
-    """`out`, which is like q [..., H, D], as [T, H, D] in the same memory."""
+def result_rows(out: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, which is like q [..., H, D] and allocated where `out` is None, and its memory as [T, H, D]."""
     if out is None:
-        return None
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return out, out.flatten(0, -3)
     check_shape("out", out, q.shape)
     try:
-        return out.view(-1, *q.shape[-2:])
+        return out, out.view(-1, *q.shape[-2:])
     except RuntimeError:
         raise ValueError(f"out has strides {list(out.stride())}; legal: all tokens at one stride") from None
 
@@ -176,13 +179,23 @@ def even_bounds(num_seqs: int, length: int, device: torch.device) -> Tensor:
 def lse_rows(q: Tensor, num_seqs: int | None = None) -> Tensor:
     """Memory for the log-sum-exps of q's rows [T, H], such that `softmax_lse` copies as little as it can."""
     rows, num_heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q)
     if rows == num_seqs:
         return torch.empty((rows, num_heads), dtype=dtype, device=q.device)
     return torch.empty((num_heads, rows), dtype=dtype, device=q.device).T
 
 
-def softmax_lse(lse: Tensor, num_seqs: int | None = None, length: int = 1) -> Tensor:
+def delivered(
+    out: Tensor, lse: Tensor | None, num_seqs: int | None, length: int, return_attn_probs: bool = False
+) -> Result:
+    """What a function returns: out, with log-sum-exps where an op wrote some, and flash-attn's empty probabilities."""
+    if lse is None:
+        return out
+    lse = softmax_lse(lse, num_seqs, length)
+    return (out, lse, out.new_empty(0)) if return_attn_probs else (out, lse)
+
+
+def softmax_lse(lse: Tensor, num_seqs: int | None, length: int) -> Tensor:
     """[T, H] of an op in flash-attn's shape: [H, T], or [B, H, S] of `num_seqs` sequences that are all as long.
 
     +inf for rows without keys, as FlashAttention 2 has it where the ops say -inf.

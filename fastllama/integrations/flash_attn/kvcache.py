@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastllama.integrations.flash_attn.attention import Result
 from fastllama.integrations.flash_attn.cache import Cache, Tokens
 from fastllama.integrations.flash_attn.conventions import (
+    Result,
     Window,
     any_flag,
     as_rows,
     check_inputs,
+    delivered,
     even_bounds,
     flag,
     lse_rows,
     one_of,
-    out_rows,
     refuse,
+    result_rows,
     scale_of,
-    softmax_lse,
     with_their_names,
 )
 from fastllama.integrations.flash_attn.kvcache_checks import check_cache, check_new, check_queries, check_rotary
@@ -130,7 +130,8 @@ def flash_attn_with_kvcache(
     check_cache(q, k_cache, v_cache, num_seqs, cache_seqlens, cache_batch_idx, cache_leftpad, table)
     check_new(q, k_cache, num_seqs, k, v, cache_seqlens, cu_seqlens_k_new)
     check_rotary(q, num_seqs, k, rotary_cos, rotary_sin, rotary_seqlens)
-    scale, rows, to = scale_of(softmax_scale, q), as_rows(q), out_rows(out, q)
+    is_ours, scale, rows = out is None, scale_of(softmax_scale, q), as_rows(q)
+    out, to = result_rows(out, q)
 
     table = _rows(cache_batch_idx, num_seqs, q.device) if table is None else table.contiguous()
     cache = Cache(k_cache, v_cache, table)
@@ -155,7 +156,6 @@ def flash_attn_with_kvcache(
 
     dense = (num_seqs, q.shape[1]) if cu_seqlens_q is None else (None, 1)
     lse = lse_rows(rows, dense[0]) if with_lse else None
-    to = torch.empty(rows.shape, dtype=q.dtype, device=q.device) if to is None else to
     args: tuple[Any, ...]
     if cu_seqlens_q is None and (q.shape[1] == 1 or _few(q, k_cache)):
         attention = OPS["attention_decode"]
@@ -167,11 +167,10 @@ def flash_attn_with_kvcache(
     if appended is not None:
         if not is_compiling():  # which judges all calls before one runs
             # Memory that is shared takes 40 us more to find; an `out` of our own shares none.
-            with_their_names(attention.check if out is None else attention.check_all, args)
+            with_their_names(attention.check if is_ours else attention.check_all, args)
         cache.append(*appended)
     with_their_names(attention, *args)
-    out = to.view(q.shape) if out is None else out
-    return out if lse is None else (out, softmax_lse(lse, *dense))
+    return delivered(out, lse, *dense)
 
 
 def _rows(cache_batch_idx: Tensor | None, num_seqs: int, device: torch.device) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import SymInt, Tensor
 
 from fastllama.errors import brief, check_shape
-from fastllama.integrations.flash_attn.attention import Result, flash_attn_func, flash_attn_varlen_func
-from fastllama.integrations.flash_attn.conventions import Window, check_tensors
+from fastllama.integrations.flash_attn.attention import flash_attn_func, flash_attn_varlen_func
+from fastllama.integrations.flash_attn.conventions import Result, Window, check_tensors
 
 
 def flash_attn_qkvpacked_func(
