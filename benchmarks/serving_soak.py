@@ -82,7 +82,7 @@ class Soak:
             found.append(f"Python's blocks grew from {middle.blocks} to {end.blocks} behind the middle")
         if measured and self.slowdown > SLOWDOWN:
             found.append(f"p99 of the gaps is {self.slowdown:.2f} times that at capacity, above {SLOWDOWN}")
-        left = sum(each.behaviour == "leave_stream" for each in self.outcomes)
+        left = sum((each.behaviour, each.ending) == ("leave_stream", "left") for each in self.outcomes)
         if self.aborted < left / 2:
             found.append(f"{left} clients left in their stream, and {self.aborted:.0f} samples were aborted")
         kept = sum(each.behaviour == "never_read" and each.ending == "200" for each in self.outcomes)
@@ -120,11 +120,9 @@ class Soak:
         yield f"{'ratio of p99':14} {self.slowdown:26.2f}\n"
 
 
-async def phase(
-    port: int, kinds: Mapping[Behaviour, int], count: int, at_once: int, rng: random.Random
-) -> list[Outcome]:
-    """So many clients, never more than `at_once`; kinds: how often each is drawn, relatively."""
-    calls = iter(rng.choices(list(kinds), weights=list(kinds.values()), k=count))
+async def phase(port: int, drawn: Sequence[Behaviour], at_once: int, rng: random.Random) -> list[Outcome]:
+    """A client for each that was drawn, never more than `at_once`."""
+    calls = iter(drawn)
 
     async def one_after_another() -> list[Outcome]:
         return [await call(behaviour, port, rng, STALLS) for behaviour in calls]
@@ -154,10 +152,11 @@ def _is_down_to(state: State, start: State) -> bool:
 
 def soak(requests: int, seed: int = 0) -> Soak:
     """Warm-up, a tenth that behave, two halves of all kinds, again a tenth that behave, and the end."""
-    rng, found = random.Random(seed), Soak()
+    which, rng, found = random.Random(seed), random.Random(seed), Soak()  # how often a client draws depends on time
 
     def run(kinds: Mapping[Behaviour, int], count: int, at_once: int) -> list[float]:
-        outcomes = asyncio.run(phase(server.port, kinds, count, at_once, rng))
+        drawn = which.choices(list(kinds), weights=list(kinds.values()), k=count)
+        outcomes = asyncio.run(phase(server.port, drawn, at_once, rng))
         found.outcomes += outcomes
         return gaps_of(outcomes)
 

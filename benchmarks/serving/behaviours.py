@@ -146,7 +146,10 @@ async def leave_stream(caller: Caller) -> str:
     async with caller.connect() as connection:
         await connection.send(caller.legal(stream=True, max_tokens=200))
         for _ in range(caller.rng.randint(1, 20)):
-            if not (data := await connection.receive()) or data.endswith((END, b"}")):  # a short stream, or refused
+            data = await connection.receive()
+            if data.startswith(b"HTTP/1.1 429"):
+                return "429"
+            if not data or data.endswith(END):  # a short stream
                 break
         return await _leave(caller, connection)
 
@@ -187,7 +190,10 @@ async def _drip(caller: Caller, connection: Connection, byte: bytes, pause: floa
             await asyncio.wait([waiting], timeout=pause)
         if not waiting.done():
             raise Fault(f"a slow client was kept for more than {caller.stalls + 20:.0f} s")
-        return _judged(waiting.result())
+        ending = _judged(waiting.result())
+        if ending not in ("408", "429", "closed"):  # 429: the queue was full as its headers came
+            raise Fault(f"a slow client got {ending}")
+        return ending
     finally:
         waiting.cancel()
         with suppress(asyncio.CancelledError):
