@@ -24,10 +24,11 @@ def quantized(first, second, dtype: tl.constexpr):
     LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
     absmax = largest(tl.maximum(magnitude_bits(first), magnitude_bits(second)))  # [HEADS, 1]
     finite = absmax < float("inf")
-    inverse = tl.div_rn(tl.full(absmax.shape, LARGEST, tl.float32), absmax)
+    full = tl.full(absmax.shape, LARGEST, tl.float32)
+    inverse, scales = tl.div_rn(full, absmax), tl.div_rn(absmax, full)  # one behind the codes spills on sm_100
     first = encoded(tl.where(finite, first * inverse, 0.0), dtype)
     second = encoded(tl.where(finite, second * inverse, 0.0), dtype)
-    return first, second, tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
+    return first, second, scales
 
 
 # x in fp32 -> its codes under one scale, as above; the largest code for larger quotients. e4m3fn has its NaN where 480
