@@ -129,11 +129,11 @@ gpu-cache: $(STAMP) ## compile the kernels of `make gpu` for a GPU machine, into
 mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices
 	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) $(SHARD:%=--shard %)
 
-mutants-report: $(STAMP) ## write into docs/testing.md which faults the quick round finds, and which only the full one
+mutants-report: $(STAMP) ## write into docs/kernels/testing.md which faults the quick round finds, and which only the full one
 	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) \
-		-m "not exhaustive" --markdown docs/testing.md
+		-m "not exhaustive" --markdown docs/kernels/testing.md
 
-kernels-report: $(STAMP) ## write docs/kernels.md: what each Triton kernel takes of each GPU, compiled ahead of time
+kernels-report: $(STAMP) ## write docs/reference/kernels.md: what each Triton kernel takes of each GPU, compiled ahead of time
 	$(NO_INTERPRETER) $(BIN)/python -m tools.kernels_report
 
 lint: $(STAMP) ## check style
@@ -160,7 +160,7 @@ tiny-model: $(STAMP) ## write the stories, train the bundled model and export it
 	$(BIN)/python -m tools.tiny_model
 
 docs: $(STAMP) ## write the generated pages again
-	$(BIN)/python -m fastllama.env > docs/env.md
+	$(BIN)/python -m fastllama.env > docs/reference/env.md
 	$(BIN)/python -m tools.signatures docs
 
 clean: ## remove everything that make and the tools made, the virtual environment included

@@ -1,6 +1,6 @@
 """The error of every implementation beside plain torch's, as a table in Markdown: `python -m benchmarks.numerics`.
 
-The cases and the fp64 formulas are those of `fastllama verify`; docs/numerics.md says how the error is measured. With
+The cases and the fp64 formulas are those of `fastllama verify`; docs/design/numerics.md says how the error is measured. With
 TRITON_INTERPRET=1 the Triton kernels are among the implementations.
 """
 

@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md: what every shipped launch takes of every target, so that a changed kernel shows as a diff."""
+"""Writes docs/reference/kernels.md: resources of every shipped launch on every target; a changed kernel shows as a diff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.testing.targets import TARGETS, target
 from tests.kernels.triton.launches import SHIPPED, Shipped, on
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "reference" / "kernels.md"
 
 HEAD = """# What each kernel takes
 
@@ -59,7 +59,7 @@ def _per_weight(shipped: Shipped, kernel: str, report: KernelReport) -> list[str
 
 
 def page() -> str:
-    """The text of docs/kernels.md."""
+    """The text of docs/reference/kernels.md."""
     parts = [HEAD.format(version=triton.__version__)]
     for family, launches in SHIPPED.items():
         body = [row for shipped in launches for target in TARGETS for row in rows(shipped, target)]

@@ -6,7 +6,7 @@
     FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-build-isolation flash-attn==2.8.3.post2
     cd ../..
     python -m tools.signatures read build/signatures/*    # writes tests/integrations/signatures/*.json
-    python -m tools.signatures docs                       # writes the table of docs/integrations.md
+    python -m tools.signatures docs                       # writes the table of docs/use/integrations.md
 
 Sources are parsed where they stand in the archive, and never imported: no GPU and none of what they need has to be
 there. Written are names, order, kinds and defaults of what is public; what the treatment (treatment.py beside the JSON)
@@ -32,7 +32,7 @@ from tests.integrations.signatures.treatment import TREATMENTS, Treatment
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "integrations" / "signatures"
-PAGE = ROOT / "docs" / "integrations.md"
+PAGE = ROOT / "docs" / "use" / "integrations.md"
 MARK = "## Every argument\n"  # from here on the page is generated
 GENERATED = """
 Written by `make docs` from `tests/integrations/signatures`: signatures read from the packages' sources, and what tests
@@ -247,7 +247,7 @@ def theirs() -> list[Theirs]:
 
 
 def table() -> str:
-    """The generated end of docs/integrations.md: by module and function, what becomes of each argument."""
+    """The generated end of docs/use/integrations.md: by module and function, what becomes of each argument."""
     modules: dict[str, dict[str, list[Theirs]]] = {}
     for each in theirs():
         if isinstance(each.signature, list):
@@ -292,7 +292,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     reading = commands.add_parser("read", help="write the signatures that these archives hold")
     reading.add_argument("archives", nargs="+", type=Path)
-    commands.add_parser("docs", help="write the table of docs/integrations.md")
+    commands.add_parser("docs", help="write the table of docs/use/integrations.md")
     arguments = parser.parse_args()
     if arguments.command == "docs":
         page = PAGE.read_text(encoding="utf-8")

@@ -161,7 +161,7 @@ def steps(models: list[LlamaForCausalLM], rows: int, context: int) -> list[Step]
 
 
 def judged(step: Step) -> dict[str, tuple[float, float]]:
-    """Error and bound of each contender by the rule of docs/numerics.md, in the first and the last row."""
+    """Error and bound of each contender by the rule of docs/design/numerics.md, in the first and the last row."""
     rows = sorted({0, step.hidden.shape[0] - 1})
     exact, by_torch = plain(step.exact(rows)), plain(step)[rows]
     own = ours(replace(step, hidden=step.hidden.clone()))[rows]

@@ -54,7 +54,7 @@ def clipped(weight: Tensor, start: QuantizedWeight) -> QuantizedWeight:
 
     weight: [N, K]. start: of the weight rounded to nearest, symmetrically; its values are not used. Scales of both
     signs are tried, for the largest magnitude and down to 0.8 of it.
-    Beneath GPTQ this lowers a model's KL divergence; beneath rounding to nearest it does not (docs/tuning.md).
+    Beneath GPTQ this lowers a model's KL divergence; beneath rounding to nearest it does not (docs/measured/cpu.md).
     """
     rows = max(CHUNK // weight.shape[1], 1)
     parts = weight.unflatten(1, (-1, start.group_size)).split(rows)

@@ -68,7 +68,7 @@ class LLM:
     model (given as `model` is) writes them; None makes none. Answers stay as they are, seed by seed, but for rounding.
     num_draft_tokens: guesses of a sequence in one step, 1 to 7.
     deterministic: a request's logits, and so its tokens, are the same bit for bit, whatever else runs beside it, from
-    whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/numerics.md).
+    whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/design/numerics.md).
     progress: bars on stderr; None shows them on a terminal only, and lines about kernels that are compiled anywhere.
 
     None is an option's default, but for model and quantization; a number may be NumPy's or a 0-d tensor.

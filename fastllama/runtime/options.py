@@ -42,7 +42,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     seed: int | None = None
     deterministic: bool = False
-    num_draft_tokens: int = 3  # a step of four rows, the most that CPU kernels take at once (docs/tuning.md)
+    num_draft_tokens: int = 3  # a step of four rows, the most that CPU kernels take at once (docs/measured/runtime.md)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,1 +1,1 @@
-"""What proves Triton kernels without a GPU, ours or anyone's: docs/testing.md shows how another project uses it."""
+"""What proves Triton kernels without a GPU, ours or anyone's: docs/kernels/testing.md shows how another project uses it."""

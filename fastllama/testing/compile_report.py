@@ -1,7 +1,7 @@
 """What a kernel's launches take of GPUs that need not be here: registers, spills, shared memory, instructions.
 
 `python -m fastllama.testing.compile_report module:function` reports on the launches that a function without arguments
-makes (docs/testing.md).
+makes (docs/kernels/testing.md).
 """
 
 from __future__ import annotations

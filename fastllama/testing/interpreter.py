@@ -1,7 +1,7 @@
 """Repairs of Triton's NumPy interpreter: exact bf16 and fp8, NumPy 2.4 and newer, fast calls of jit functions.
 
 Without them bf16 is wrong wherever it is more than loaded, stored or compared for equality: casts truncate, + - * and
-dot work on bit patterns (docs/testing.md lists what is repaired).
+dot work on bit patterns (docs/kernels/testing.md lists what is repaired).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contract: fastllama/env.py alone reads the environment, and docs/env.md is what it writes."""
+"""Contract: fastllama/env.py alone reads the environment, and docs/reference/env.md is what it writes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_search_sees_every_door() -> None:
 
 
 def test_the_page_is_what_env_writes() -> None:
-    assert (ROOT / "docs" / "env.md").read_text(encoding="utf-8") == env.markdown(), "run `make docs`"
+    assert (ROOT / "docs" / "reference" / "env.md").read_text(encoding="utf-8") == env.markdown(), "run `make docs`"
 
 
 def test_a_variable_is_set_within_and_as_before_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Contract: imports go one way through the rooms of docs/architecture.md, and what promises to be light is light."""
+"""Contract: imports go one way through the rooms of docs/design/architecture.md, and what promises to be light is light."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def sources() -> list[Path]:
 @pytest.mark.parametrize("path", sources(), ids=module_name)
 def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
     room = module_name(path).split(".")[1]
-    assert room in MAY_IMPORT, f"{room} is a new room: give it its place in MAY_IMPORT and in docs/architecture.md"
+    assert room in MAY_IMPORT, f"{room} is a new room: add it to MAY_IMPORT and to docs/design/architecture.md"
     # what stands in the root itself (fastllama.LLM) is for users: inside, it would be a way around the order
     wrong = rooms_of(imported(path)) - MAY_IMPORT[room] - {room, "__version__"}
     assert not wrong, f"{module_name(path)} imports {sorted(wrong)}"

@@ -1,4 +1,4 @@
-"""docs/kernels.md is what `make kernels-report` writes."""
+"""docs/reference/kernels.md is what `make kernels-report` writes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ JUDGE_BYTES = 40  # of memory for each byte of the call, at most: fp64 is four t
 def judged(case: LlamaCall, function: Function, device: torch.device) -> tuple[float, float]:
     """The error of function(call) against the fp64 reference, and what plain torch's own error allows.
 
-    As in docs/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
+    As in docs/design/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
     """
     rows = min(case.rows, JUDGED_PROMPT) if case.op in ("attention_varlen", "attention_prefill") else case.rows
     if case.kv_bytes:  # before a byte of them is asked for
@@ -64,7 +64,7 @@ def _plain(op: str, inputs: Arguments) -> list[Tensor]:
 
 
 def judge(op: str, function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
-    """The error of function(inputs) and its bound, as in docs/numerics.md: that of the worst of its results."""
+    """The error of function(inputs) and its bound, as in docs/design/numerics.md: that of the worst of its results."""
     if op == "sample":
         return _judge_sample(function, inputs)
     exact = _plain(op, copied(inputs, torch.float64))

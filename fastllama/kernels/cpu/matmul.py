@@ -1,6 +1,6 @@
 """Dense products on a CPU, where torch's linear layer is slow for one row and, without bf16 hardware, for many.
 
-Measured on two AVX2 cores at N, K = 11264, 2048 (docs/tuning.md): one bf16 row takes 4.1 ms through F.linear and 2.3 ms
+Measured on two AVX2 cores at N, K = 11264, 2048 (docs/measured/cpu.md): one bf16 row takes 4.1 ms through F.linear and 2.3 ms
 through mv (memory speed); 128 rows take 273 ms in bf16 and a quarter of that when blocks of the weight are widened to
 fp32 on the way.
 """

@@ -1,7 +1,7 @@
 """Dense products of a few rows with a weight that is read once, at memory speed.
 
 On two AVX2 cores that read 29 GB/s, torch's bf16 product of one row is bound by its arithmetic at 20 GB/s; this one
-reaches 27 (docs/tuning.md).
+reaches 27 (docs/measured/cpu.md).
 """
 
 from __future__ import annotations

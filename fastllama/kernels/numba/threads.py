@@ -5,7 +5,7 @@ half of the work. Nobody waits for a helper to begin, and nobody spins for long:
 sleeps, and so gives its core to the thread that it waits for. And helpers must pay: every so often a few milliseconds
 are run the other way, alone or together, and what took less time goes on. OpenMP, by which Numba and torch run threads,
 spins for milliseconds at the end of each of a hundred kernels a token: where two programs want the two cores of a
-machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/tuning.md).
+machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/measured/cpu.md).
 
 A forked process starts helpers of its own, once it asks torch for more than the one thread that it begins with
 (dispatch/isolation.py).

@@ -13,7 +13,7 @@ from fastllama.kernels.ops.norm import rms_norm
 from fastllama.kernels.ops.swiglu import silu_mul
 
 # Elements that torch adds on one thread. More wake its threads, which then spin for milliseconds on the cores that the
-# next kernel's threads need: prompts took twice as long (docs/tuning.md).
+# next kernel's threads need: prompts took twice as long (docs/measured/cpu.md).
 ONE_THREAD = 1 << 15
 
 

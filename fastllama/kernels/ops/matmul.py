@@ -105,7 +105,7 @@ def matmul(
     deterministic: a row's result is the same, bit for bit, whatever the other rows, and however many: rows are
     multiplied a few at a time (64 where a Triton kernel runs, else 1), each time with the weight read anew.
     Accumulates in fp32. What is between x and out may be rounded to x's dtype or not; a Triton kernel of few rows
-    multiplies by the norm's factor last (docs/numerics.md).
+    multiplies by the norm's factor last (docs/design/numerics.md).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b; `rms_norm`, `silu_mul`.
     """
