@@ -1,4 +1,4 @@
-"""Contract: imports go one way through the rooms of docs/design/architecture.md, and what promises to be light is light."""
+"""Contract: imports go one way through the rooms of docs/design/architecture.md; light imports stay light."""
 
 from __future__ import annotations
 
