@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from fastllama import env
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions, source, switches, processor, load, threads and device; None is the first GPU, a CPU without one."""
+    """Day (UTC), versions, source, switches, processor, load, threads and device.
+
+    device: None is the first GPU, or the CPU of a machine without one.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "fastllama": fastllama.__version__,
         "commit": _commit(),
         "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ def test_it_names_versions_and_the_device_that_is_asked_for() -> None:
     found = environment.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__
     assert (found["device"], found["gpu"]) == ("cpu", None)
+
+
+def test_it_records_the_day_in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock 14 hours ahead of UTC, half an hour past its own midnight, still reads the day before."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2026, 3, 1, 0, 30, tzinfo=timezone(timedelta(hours=14))).astimezone(tz)
+
+    monkeypatch.setattr(environment, "datetime", Ahead)
+    assert environment.environment(torch.device("cpu"))["date"] == "2026-02-28"
 
 
 def test_it_names_the_switches_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
