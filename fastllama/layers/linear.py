@@ -42,17 +42,17 @@ class LinearBase(nn.Module):
         residual: like the result, which is added to it in place. gated: the weight is [gate | up], and the result
         silu(gate) * up, of half as many features.
         """
-        around: dict[str, Any] = {"residual": residual, "out": residual, "gated": gated}
+        options: dict[str, Any] = {"residual": residual, "out": residual, "gated": gated}
         if norm is not None:
-            around |= {"norm": norm.weight, "eps": norm.eps}
-        return self.product(x, batch.workspace, deterministic=batch.deterministic, **around)
+            options |= {"norm": norm.weight, "eps": norm.eps}
+        return self.matmul(x, batch.workspace, deterministic=batch.deterministic, **options)
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        """The op on the weight; around: what `kernels.matmul` takes by name."""
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        """The op on the weight; options: what `kernels.matmul` takes by name."""
         raise NotImplementedError
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """What `product` takes for so many rows of x in dtype, or fewer: [E] fp32; none needed has no elements."""
+        """What `matmul` takes for so many rows of x in dtype, or fewer: [E] fp32; none needed has no elements."""
         return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
@@ -66,8 +66,8 @@ class Linear(LinearBase):
         self.weight = parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = parameter(out_features, dtype=dtype, device=device) if bias else None
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul(x, self.weight, self.bias, workspace=workspace, **around)
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        return kernels.matmul(x, self.weight, self.bias, workspace=workspace, **options)
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         return kernels.matmul_workspace(num_rows, self.weight)
@@ -135,5 +135,5 @@ class Bf12Linear(PackedLinear):
     def holds(self, start: int, rows: Tensor) -> bool:
         return torch.equal(self.weight[start : start + rows.shape[0]], rows)
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **around)
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        return kernels.matmul_bf12(x, self.codes, self.outliers, self.exponent, self.bias, **options)

@@ -154,8 +154,8 @@ class Int4Linear(QuantizedLinear):
     def empty(rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(int4.packed_shape(rows, columns), dtype=torch.int32, device=device)
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul_int4(x, self.packed, self.scales, self.zeros, self.bias, workspace=workspace, **around)
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        return kernels.matmul_int4(x, self.packed, self.scales, self.zeros, self.bias, workspace=workspace, **options)
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         return kernels.matmul_int4_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
@@ -178,8 +178,8 @@ class Int8Linear(QuantizedLinear):
     def empty(rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(int8.packed_shape(rows, columns), dtype=torch.int8, device=device)
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, workspace=workspace, **around)
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        return kernels.matmul_int8(x, self.packed, self.scales, self.bias, workspace=workspace, **options)
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         return kernels.matmul_int8_workspace(self._like_x(num_rows, dtype), self.packed, self.scales)
@@ -190,16 +190,16 @@ class W8A8Linear(Int8Linear):
 
     kind = "w8a8"
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        out, gated, norm = around["out"], around["gated"], around.get("norm")
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        out, gated, norm = options["out"], options["gated"], options.get("norm")
         if out is None:
             out = x.new_empty(*x.shape[:-1], self.scales.shape[0] // (2 if gated else 1))
 
         def multiply(x: Tensor, out: Tensor) -> None:
-            codes = kernels.quantize_rows(x) if norm is None else kernels.rms_norm_int8(x, norm, around["eps"])
+            codes = kernels.quantize_rows(x) if norm is None else kernels.rms_norm_int8(x, norm, options["eps"])
             kernels.matmul_w8a8(*codes, self.packed, self.scales.squeeze(1), self.bias, out=out)
 
-        compose(multiply, x, Fusion(residual=around["residual"], gated=gated), out)
+        compose(multiply, x, Fusion(residual=options["residual"], gated=gated), out)
         return out
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:

@@ -18,10 +18,10 @@ from fastllama.quant.rounding import round_to_nearest
 
 STEPS = 20  # exponents, evenly spaced from 0
 FLOOR = 1e-4  # of the largest magnitude: a channel that is never fed counts as this, so that scales stay within bounds
-Product = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
-def awq_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, quantize: Product) -> Tensor:
+def awq_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, quantize: Function) -> Tensor:
     """Scales [K] by which columns of a weight are multiplied before it is rounded, and inputs divided.
 
     weight: [N, K] fp32. rows: [R, K] fp32, sampled from the input. magnitudes: [K], the mean of |x| over rows; channels
@@ -65,7 +65,7 @@ def _floored(magnitudes: Tensor) -> Tensor:
     return torch.where(most > 0, magnitudes.clamp(min=FLOOR * most), 1)
 
 
-def _best(candidates: Iterator[Tensor], wanted: Tensor, output: Product) -> Tensor:
+def _best(candidates: Iterator[Tensor], wanted: Tensor, output: Function) -> Tensor:
     """The scales with the least squared error of the output; their middle, geometrically, becomes 1."""
     centred = (scales / (scales.amax() * scales.amin()).sqrt() for scales in candidates)
     return min(centred, key=lambda scales: float((output(scales) - wanted).square_().sum()))

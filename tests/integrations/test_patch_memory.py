@@ -113,7 +113,7 @@ def test_layers_of_whole_tiles_are_one(kind: str, rows: tuple[int, ...]) -> None
         expected = torch.cat([linear(x) for linear in linears], -1)
         fused = fuse(linears)
         assert fused is not None
-        found = fused.product(x, None, residual=None, gated=False, out=None)
+        found = fused.matmul(x, None, residual=None, gated=False, out=None)
     assert_close(found, expected)
 
 

@@ -153,8 +153,8 @@ def test_zeros_count() -> None:
     layer = model.layers[1].self_attn.qkv_proj
     x = torch.randn(5, 128)
     expected = x.double() @ torch.cat([asymmetric[name].dequantize() for name in (Q, K, V)]).double().T
-    around = {"residual": None, "out": None, "gated": False}
-    found = layer.product(x, None, **around)
+    options = {"residual": None, "out": None, "gated": False}
+    found = layer.matmul(x, None, **options)
     assert torch.allclose(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert all(get().equals(asymmetric[name]) for name, get in kept_tensors(model) if name in asymmetric)
 

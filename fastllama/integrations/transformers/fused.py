@@ -23,17 +23,17 @@ from fastllama.layers.linear import Linear, LinearBase
 from fastllama.layers.quantized import LINEARS, QuantizedLinear
 
 Given = Tensor | None
-Product = Callable[[Tensor, Given, Given, float, Given, bool], Tensor]  # of x, workspace, norm, eps, residual, gated
+Matmul = Callable[[Tensor, Given, Given, float, Given, bool], Tensor]  # of x, workspace, norm, eps, residual, gated
 Tensors = Sequence[Tensor]
 # Fused tensors by their address, while a layer holds one: so long no other memory can have it.
 _WHOLE: dict[int, list[ReferenceType[Tensor]]] = {}
 
 _LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its ops die with it
-_AROUND = "Tensor[] biases, Tensor norm, float eps, bool gated, Tensor(a!) out"
+_COMMON = "Tensor[] biases, Tensor norm, float eps, bool gated, Tensor(a!) out"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(f"fused_matmul(Tensor x, Tensor[] weights, {_AROUND}) -> ()", tags=_TAGS)
+_LIBRARY.define(f"fused_matmul(Tensor x, Tensor[] weights, {_COMMON}) -> ()", tags=_TAGS)
 _LIBRARY.define(
-    f"fused_quantized(Tensor x, str kind, Tensor[] packed, Tensor[] scales, Tensor[] zeros, {_AROUND}) -> ()",
+    f"fused_quantized(Tensor x, str kind, Tensor[] packed, Tensor[] scales, Tensor[] zeros, {_COMMON}) -> ()",
     tags=_TAGS,
 )
 
@@ -88,9 +88,9 @@ class Apart(LinearBase):
         super().__init__()
         self.parts: Any = nn.ModuleList(parts)
 
-    def product(self, x: Tensor, workspace: Tensor | None, **around: Any) -> Tensor:
-        gated = around.pop("gated")
-        return _side_by_side([part.product(x, workspace, gated=False, **around) for part in self.parts], gated)
+    def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
+        gated = options.pop("gated")
+        return _side_by_side([part.matmul(x, workspace, gated=False, **options) for part in self.parts], gated)
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         return max((part.workspace(num_rows, dtype) for part in self.parts), key=Tensor.numel)
@@ -101,8 +101,8 @@ def _side_by_side(parts: Tensors, gated: bool) -> Tensor:
     return kernels.silu_mul(whole) if gated else whole
 
 
-def product_of(layer: LinearBase) -> Product:
-    """A layer's product, with the tensors at hand, which nothing converts any more: a module takes 0.4 us for each."""
+def matmul_of(layer: LinearBase) -> Matmul:
+    """A layer's matmul, bound to its plain tensors: to look each of them up in a module takes 0.4 us a call."""
     if isinstance(layer, Linear):
         return partial(_dense, layer.weight, layer.bias)
     for module in layer.modules():
@@ -119,13 +119,13 @@ def _dense(
 def _any(
     layer: LinearBase, x: Tensor, workspace: Given, norm: Given, eps: float, residual: Given, gated: bool
 ) -> Tensor:
-    return layer.product(x, workspace, norm=norm, eps=eps, residual=residual, gated=gated, out=None)
+    return layer.matmul(x, workspace, norm=norm, eps=eps, residual=residual, gated=gated, out=None)
 
 
 def in_graph(
     linears: Sequence[Any], x: Tensor, workspace: Given, norm: Given, eps: float, residual: Given, gated: bool
 ) -> Tensor:
-    """The product of what is `joined`, in torch.compile's graph.
+    """The matmul of layers that are `joined`, in torch.compile's graph.
 
     There an op takes the tensors as they are at each call, which CUDA graphs then take for static inputs, and joins
     them itself.
@@ -168,13 +168,13 @@ def _quantized(
     gated: bool,
     out: Tensor,
 ) -> None:
-    layer: Any = SimpleNamespace(  # what `product` asks of one: to make a module takes longer than a small product
+    layer: Any = SimpleNamespace(  # what `matmul` reads; to construct a module takes longer than a small matmul
         packed=_rows(packed),
         scales=_rows(scales),
         zeros=_rows(zeros) if zeros else None,
         bias=_rows(biases) if biases else None,
     )
-    LINEARS[kind].product(layer, x, None, norm=norm, eps=eps, residual=None, gated=gated, out=out)
+    LINEARS[kind].matmul(layer, x, None, norm=norm, eps=eps, residual=None, gated=gated, out=out)
 
 
 for _name, _function in (("fused_matmul", _matmul), ("fused_quantized", _quantized)):

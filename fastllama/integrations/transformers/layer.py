@@ -27,7 +27,7 @@ from fastllama.integrations.transformers.attention import (
     pages_of,
 )
 from fastllama.integrations.transformers.cache import own_layer
-from fastllama.integrations.transformers.fused import Product, in_graph
+from fastllama.integrations.transformers.fused import Matmul, in_graph
 from fastllama.integrations.transformers.masks import is_key_list, key_list
 from fastllama.integrations.transformers.reading import Reading, linears_of
 from fastllama.integrations.transformers.shared import Shared
@@ -62,12 +62,12 @@ class LlamaDecoderLayer(_STOCK):
         batch, tokens, _ = hidden_states.shape
         shared = Shared.of(given["position_embeddings"], batch, tokens, attention.layer_idx == 0)
         if is_compiling():
-            products: Sequence[Product] = [partial(in_graph, linears) for linears in linears_of(self)]
+            matmuls: Sequence[Matmul] = [partial(in_graph, linears) for linears in linears_of(self)]
             space = None
         else:
-            products = self._fastllama.products
+            matmuls = self._fastllama.matmuls
             space = shared.workspace(self._fastllama.room(batch * tokens))
-        qkv, o_proj, gate_up, down_proj = products
+        qkv, o_proj, gate_up, down_proj = matmuls
         x = hidden_states.contiguous()
         heads = qkv(x, space, first_norm._parameters["weight"], first_norm.variance_epsilon, None, False)
         heads = heads.view(batch * tokens, -1, attention.head_dim)

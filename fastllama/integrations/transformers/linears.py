@@ -17,7 +17,7 @@ class _HfLinear(QuantizedLinear):
 
         Raises RuntimeError where x requires grad: the ops have no backward.
         """
-        return self.product(x.contiguous(), None, residual=None, out=None, gated=False)
+        return self.matmul(x.contiguous(), None, residual=None, out=None, gated=False)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

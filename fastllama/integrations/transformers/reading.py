@@ -13,7 +13,7 @@ from torch._C._dynamo.guards import TensorGuards
 from torch.utils.hooks import RemovableHandle
 from transformers.models.llama import modeling_llama
 
-from fastllama.integrations.transformers.fused import Product, joined, product_of
+from fastllama.integrations.transformers.fused import Matmul, joined, matmul_of
 from fastllama.integrations.transformers.trouble import GATE_UP, NAME, NORMS, QKV, global_hooks, hooked
 from fastllama.layers.linear import LinearBase
 
@@ -35,7 +35,7 @@ def linears_of(layer: Any) -> list[list[nn.Module]]:
 class Reading:
     """The matmuls of a layer, and what they were read from: a copy, and what is unpickled, has nothing read.
 
-    linears, products: of q, k and v, of o, of gate and up, and of down. dtype: that of the residual stream.
+    linears, matmuls: of q, k and v, of o, of gate and up, and of down. dtype: that of the residual stream.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Reading:
 
     def forget(self) -> None:
         """Nothing is read, and no memory held."""
-        self.products: tuple[Product, ...] = ()
+        self.matmuls: tuple[Matmul, ...] = ()
         self.dtype: torch.dtype | None = None
         self.linears: tuple[LinearBase, ...] = ()
         self._known: tuple[Any, ...] | None = None
@@ -82,7 +82,7 @@ class Reading:
         attention, mlp = layer.self_attn, layer.mlp
         linears = linears_of(layer)
         self.linears = (*map(joined, linears),)
-        self.products = (*map(product_of, self.linears),)
+        self.matmuls = (*map(matmul_of, self.linears),)
         self.dtype = layer.input_layernorm.weight.dtype
         structure: Any = _CHILDREN(layer._modules), _OF_ATTENTION(attention._modules), _OF_MLP(mlp._modules)
         modules = [*chain(*structure)]

@@ -26,7 +26,7 @@ def _check_matmul(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    shape = _product_shape(x, scales)
+    shape = _result_shape(x, scales)
     size, features = x.shape[-1], shape[-1]
     check_elements("x", x, _CODES)
     check_tensor("x_scales", x_scales, x.shape[:-1], SCALES)
@@ -39,7 +39,7 @@ def _check_matmul(
     check_workspace(workspace, torch.int32)
 
 
-def _product_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
+def _result_shape(x: Tensor, scales: Tensor) -> tuple[int, ...]:
     *leading, size = x.shape or (0,)
     if not 0 < size <= MOST_COLUMNS:
         raise ValueError(f"x has shape {list(x.shape)}; legal: [..., K] with K from 1 to {MOST_COLUMNS}")
@@ -79,7 +79,7 @@ def matmul_w8a8(
     Source: kernels/reference/w8a8.py.
     """
     if out is None:
-        out = torch.empty(_product_shape(x, scales), dtype=scales.dtype, device=x.device)
+        out = torch.empty(_result_shape(x, scales), dtype=scales.dtype, device=x.device)
     _MATMUL(x, x_scales, packed, scales, bias, out, workspace)
     return out
 
