@@ -1,4 +1,4 @@
-"""The shipped launches: every Triton kernel as Llama 2 calls it, for the compile tier and docs/reference/kernels.md.
+"""The shipped launches: every Triton kernel as Llama 2 calls it, for the compile tier and docs/reference/kernels/.
 
 Calls are the catalogue's, on the meta device: only dtypes, strides and alignment count. To add a kernel: a generator of
 `Shipped` and its name in FAMILIES. Then `make kernels-report`.
