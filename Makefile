@@ -133,7 +133,7 @@ mutants-report: $(STAMP) ## write into docs/kernels/testing.md which faults the 
 	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) \
 		-m "not exhaustive" --markdown docs/kernels/testing.md
 
-kernels-report: $(STAMP) ## write docs/reference/kernels.md: what each Triton kernel takes of each GPU, compiled ahead of time
+kernels-report: $(STAMP) ## write docs/reference/kernels/: registers, memory and instructions of each Triton kernel on each GPU
 	$(NO_INTERPRETER) $(BIN)/python -m tools.kernels_report
 
 lint: $(STAMP) ## check style
@@ -162,6 +162,7 @@ tiny-model: $(STAMP) ## write the stories, train the bundled model and export it
 docs: $(STAMP) ## write the generated pages again
 	$(BIN)/python -m fastllama.env > docs/reference/env.md
 	$(BIN)/python -m tools.signatures docs
+	$(BIN)/python -m tools.commands
 
 clean: ## remove everything that make and the tools made, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
