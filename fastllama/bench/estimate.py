@@ -14,11 +14,11 @@ from fastllama.errors import counted
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
+from fastllama.layers.packing import PACKED
 from fastllama.runtime.device.memory import available_bytes
 
 PATIENCE = 600.0  # seconds that a benchmark may take whose shape nobody chose
 SHARE = 0.8  # of the free memory, for weights, keys and values: activations and the system need the rest
-PACKED = {"int4": 0.53, "int8": 1.0, "w8a8": 1.0, "bf12": 1.5}  # bytes of a weight, scales included; others as they are
 DRAWN = 1e8  # random weights that are made in a second
 EFFICIENCY = 0.5  # of a large matmul's rate, that prompts reach
 

@@ -1,4 +1,4 @@
-"""From a model's name to a model ready to run."""
+"""Loads a model by name."""
 
 from __future__ import annotations
 
@@ -34,19 +34,31 @@ def load_model(
 ) -> LlamaForCausalLM:
     """Load a model in evaluation mode: "tiny", a path (Hugging Face or Meta folder, llama2.c file) or a Hub id.
 
-    adapter: a PEFT LoRA adapter (folder or Hub id), merged into the weights in `dtype`; a model that is itself one is
-    merged into the base that it names. dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
-    quantization: as for LLM; each layer is packed as soon as its weights are there. A checkpoint that is quantized
-    stays so: its integers and scales are taken as they are.
-    progress: a bar on stderr; None shows it on a terminal only. Memory peaks at the model as it is kept, one layer's
-    weights, and one mapped shard; Meta's tensors are spread over all its files, which stay mapped.
+    adapter: a PEFT LoRA adapter (folder or Hub id), merged into the weights in `dtype`; a model that is itself an
+    adapter is merged into the base that it names. dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+    quantization: as for LLM; each layer is packed as soon as its weights are loaded. A quantized checkpoint keeps its
+    integers and scales.
+    progress: a bar on stderr; None shows it on a terminal only. Peak memory is the packed model, one layer's weights,
+    and one mapped shard; Meta's tensors are spread over all its files, which stay mapped.
     Raises FileNotFoundError, ValueError for a quantization that the model cannot have, or CheckpointError naming file
     and tensor.
     """
     check_quantization(quantization)
     checkpoint, target = open_model(model, adapter=adapter, dtype=dtype)
+    return load_opened(checkpoint, target, device=device, quantization=quantization, progress=progress)
+
+
+def load_opened(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device,
+    quantization: str | None,
+    progress: bool | None,
+) -> LlamaForCausalLM:
+    """Loads the weights of a checkpoint that `open_model` returned. The arguments and exceptions are load_model's."""
     place = torch.device(device)
-    built = LlamaForCausalLM(checkpoint.config, target, "meta")
+    built = LlamaForCausalLM(checkpoint.config, dtype, "meta")
     kind = packing.resolve(built, quantization, device=place, kept=checkpoint.quantization)
     pack = packing.packer(built, kind, device=place)
     tensors = _counted(checkpoint, built, progress)
@@ -57,11 +69,11 @@ def load_model(
 def open_model(
     model: str | Path, *, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[Checkpoint, torch.dtype]:
-    """The checkpoint that load_model reads, adapter merged, and the dtype to compute in. Weights stay in the files."""
+    """The checkpoint that load_model reads, with the adapter, and the compute dtype. Weights stay in the files."""
     path, adapter_path = locate(model, adapter)
     checkpoint = open_checkpoint(path)
     declared = checkpoint.config.num_parameters
-    if declared > checkpoint.nbytes * checkpoint.numbers_per_byte:  # told before memory is asked for
+    if declared > checkpoint.nbytes * checkpoint.numbers_per_byte:  # raise before memory is allocated
         _look_for_quantized(checkpoint)
         raise CheckpointError(
             f"{path}: the configuration declares {declared:,} numbers, but the weight files have {checkpoint.nbytes:,} "
@@ -72,17 +84,17 @@ def open_model(
 
 
 def _look_for_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where files that are too small for what is declared are broken, or quantized."""
+    """Raise CheckpointError where files too small for the declared parameters are broken or quantized."""
     for name, _ in checkpoint.tensors():
         if is_quantized(name):
             raise CheckpointError(
                 f"{checkpoint.file_of(name)}: tensor {shown(name)} is of a quantized weight, and the model's "
-                "config.json does not say how it is quantized"
+                "config.json does not specify its quantization"
             )
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: LlamaConfig) -> torch.dtype:
-    """The dtype to compute in. "auto" is the checkpoint's own on every device, float32 when it does not say."""
+    """The compute dtype. "auto" is the checkpoint's on every device, float32 where it specifies none."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     check_choice("dtype", name, ("auto", *DTYPES))
     resolved = getattr(torch, (config.dtype or "float32") if name == "auto" else name)
@@ -109,7 +121,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _counted(
     checkpoint: Checkpoint, model: LlamaForCausalLM, progress: bool | None
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """The checkpoint's tensors, with a bar that counts the bytes that they have in the model's dtype."""
+    """The checkpoint's tensors, with a progress bar in bytes of the model's dtype."""
     names, itemsize = slots(checkpoint.config).keys(), model.dtype.itemsize
     total = model.num_parameters * itemsize
     with progress_bar("Loading weights", progress, total=total, unit="B", unit_scale=True) as bar:

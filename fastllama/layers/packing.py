@@ -9,6 +9,7 @@ import torch
 from fastllama import kernels
 from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference.bf12 import BLOCK
+from fastllama.layers.config import LlamaConfig
 from fastllama.layers.linear import Bf12Linear, Linear, PackedLinear
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantized import LINEARS, QuantizedLinear
@@ -16,7 +17,16 @@ from fastllama.progress import progress_bar
 from fastllama.quant.rounding import round_to_nearest
 
 Packer = Callable[[Linear], PackedLinear | None]
+# Bytes of a packed weight, scales included: an estimate before it is made. Others keep their dtype.
+PACKED = {"int4": 0.53, "int8": 1.0, "w8a8": 1.0, "bf12": 1.5}
 CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
+
+
+def expected_bytes(config: LlamaConfig, dtype: torch.dtype, kind: str | None) -> int:
+    """Memory that the weights of a model packed into a kind take, with output head and embeddings in dtype."""
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    layers = config.num_parameters - tables
+    return int(layers * PACKED.get(kind or "", dtype.itemsize) + tables * dtype.itemsize)
 
 
 def check(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:

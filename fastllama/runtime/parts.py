@@ -1,4 +1,4 @@
-"""The parts of an LLM: a loaded model, its tokenizer, its sampling settings, and what drafts for it."""
+"""Loads the parts of an LLM: model, tokenizer, sampling settings and drafter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fastllama.errors import brief
 from fastllama.io.adapter import locate
 from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model, resolve_device
+from fastllama.io.load import load_model, load_opened, open_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, as_tokenizer
 from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
 from fastllama.layers.linear import Linear
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.quantization import check_quantization
+from fastllama.runtime.device.memory import warn_of_weights
 from fastllama.runtime.drafting.prompt_lookup import PROMPT_LOOKUP
 from fastllama.runtime.engine import Engine
 from fastllama.runtime.params import SamplingParams
@@ -33,9 +34,9 @@ _LOADED = "what fastllama.load_model returns, or a transformers LlamaForCausalLM
 
 
 class Parts(NamedTuple):
-    """What an LLM is made of.
+    """The loaded parts of an LLM.
 
-    name: what the user calls the model. sampling_defaults: what generation_config.json sets, by SamplingParams' names.
+    name: the user's name for the model. sampling_defaults: from generation_config.json, by SamplingParams' field names.
     """
 
     model: LlamaForCausalLM
@@ -57,7 +58,7 @@ def load_parts(
     speculation: str | Path | nn.Module | None,
     progress: bool | None,
 ) -> Parts:
-    """Load what is given by name, and pack the weights; the arguments are LLM's. Raises what LLM raises."""
+    """Loads what is given by name and quantizes the weights. The arguments and exceptions are LLM's."""
     check_quantization(quantization)
     if isinstance(speculation, nn.Module):
         speculation = _ours("speculation", speculation, "'prompt_lookup', None, a path, a Hub id,")
@@ -81,15 +82,15 @@ def load_parts(
         found = _tokenizer_of(tokenizer, *filter(None, (merged, path)))
         called = str(model)
         settings = _legal_settings(*read_sampling_settings(path), found)
+        checkpoint, computed = open_model(path, adapter=merged, dtype=dtype)
+        warn_of_weights(checkpoint, computed, quantization, target)
         with announcing(target, progress):
-            loaded = load_model(
-                path, adapter=merged, dtype=dtype, device=target, quantization=quantization, progress=progress
-            )
+            loaded = load_opened(checkpoint, computed, device=target, quantization=quantization, progress=progress)
     else:
         raise TypeError(f"model is a {type(model).__name__}; legal: {_MODELS} {_LOADED}")
     if found is not None and found.vocab_size > loaded.config.vocab_size:
         logger.warning(
-            "the tokenizer has ids up to %d, the model embeddings up to %d: prompts that need others are refused",
+            "the tokenizer has ids up to %d, the model embeddings up to %d: prompts with larger ids are rejected",
             found.vocab_size - 1,
             loaded.config.vocab_size - 1,
         )
@@ -104,12 +105,12 @@ def load_parts(
 
 
 def announcing(device: torch.device, progress: bool | None) -> AbstractContextManager[None]:
-    """Lines on stderr about kernels that are compiled within, unless progress is False."""
+    """Returns a context manager that reports kernel compilation on stderr, unless progress is False."""
     return nullcontext() if progress is False else compiling_announced(device)
 
 
 def _pack(model: LlamaForCausalLM, quantization: str | None, progress: bool | None) -> None:
-    """Pack a model that was given, in place. Raises ValueError where another LLM runs it."""
+    """Quantizes a given model in place. Raises ValueError if another LLM runs it."""
     kind = packing.resolve(model, quantization, given=True, kept=packing.kind_of(model))
     if kind is not None and Engine.runs(model) and _has_plain_layers(model):
         raise ValueError(
@@ -120,12 +121,12 @@ def _pack(model: LlamaForCausalLM, quantization: str | None, progress: bool | No
 
 
 def _has_plain_layers(model: LlamaForCausalLM) -> bool:
-    """Whether quantization finds anything to do."""
+    """Whether the model has layers left to quantize."""
     return any(isinstance(module, Linear) for module in model.modules() if module is not model.lm_head)
 
 
 def _ours(argument: str, model: nn.Module, others: str) -> LlamaForCausalLM:
-    """A loaded model, or what is made over the memory of one of transformers. others: what else is legal."""
+    """Returns the model, or a LlamaForCausalLM over the weights of a transformers model. others: other legal values."""
     if isinstance(model, LlamaForCausalLM):
         return model
     if not any(each.__module__.startswith("transformers.") for each in type(model).__mro__):
@@ -134,14 +135,14 @@ def _ours(argument: str, model: nn.Module, others: str) -> LlamaForCausalLM:
 
 
 def _tokenizer_of(tokenizer: Any, *places: Path) -> Tokenizer | None:
-    """The tokenizer that is given, else the first that lies with the model."""
+    """Returns the given tokenizer, else the first one found in these places."""
     return find_tokenizer(*places) if tokenizer is None else as_tokenizer(tokenizer)
 
 
 def _legal_settings(source: str | Path, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A model's sampling settings, less those that requests cannot bring, which are logged; source: what sets them.
+    """Returns the model's sampling settings that requests can use; logs the ignored ones. source: where they come from.
 
-    SamplingParams refuses some, and stop strings need a tokenizer.
+    SamplingParams rejects some, and stop strings need a tokenizer.
     """
     legal = {}
     for name, value in settings.items():
@@ -161,5 +162,5 @@ def _legal_settings(source: str | Path, settings: Mapping[str, Any], tokenizer: 
     if legal:
         given = ", ".join(f"{name}={value!r}" for name, value in legal.items())
         shown = source.name if isinstance(source, Path) else source
-        logger.info("%s: %s, unless a request brings parameters of its own", shown, given)
+        logger.info("%s: %s, unless a request has its own sampling parameters", shown, given)
     return legal

@@ -1,9 +1,11 @@
-"""How much memory there is, and what a runtime of that size takes on at once."""
+"""Chooses the engine's sizes (KV cache, sequences, tokens per step) by the available memory."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from pathlib import Path
 import torch
 
 from fastllama.arithmetic import ceil_div
+from fastllama.io.formats.base import Checkpoint
+from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
 from fastllama.layers.model import LlamaForCausalLM
@@ -20,27 +24,27 @@ from fastllama.runtime.options import EngineOptions
 
 logger = logging.getLogger("fastllama")
 
-KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU the rest of the system needs some too
-STEP_SHARE = 1 / 32  # of the free memory, for a step's activations, and as much for its logits
+KV_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of the free memory; on a CPU, the rest of the system needs some too
+STEP_SHARE = 1 / 32  # of the free memory, for a step's activations, and the same for its logits
 
-# A step's tokens. From 300 on an H100 computes longer than it reads weights (989 TFLOP/s over 3.35 TB/s, 16 bits), so
-# fewer than 512 waste it. More only spread the step's fixed cost, and each running answer waits for the whole step:
-# 8192 of a 7B are 110 TFLOP, 0.2 s there at 60 %; two cores of a CPU take 40 s for 2048 of a 1.1B.
+# Tokens of a step. On an H100, a step is compute-bound above 300 tokens (989 TFLOP/s over 3.35 TB/s, 16 bits), so fewer
+# than 512 waste it. More only amortize the step's fixed cost, and each running answer waits for the whole step: 8192
+# tokens of a 7B are 110 TFLOP, 0.2 s there at 60 %; two CPU cores take 40 s for 2048 of a 1.1B.
 LEAST_TOKENS = 512
 MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
 
-# Sequences. Decoding reads the weights once for all of them, which pays up to the same 300, on a CPU far less. Each is
-# expected to reach a quarter of its limit, and no more than a quarter of Llama 2's 4096; where they grow longer, the
-# newest is preempted and recomputed. The least is what a request may ask for samples of one prompt, which share it.
+# Sequences. Decoding reads the weights once for all of them, which pays up to the same 300, on a CPU far fewer. Each is
+# expected to reach a quarter of its limit, at most a quarter of Llama 2's 4096; if they grow longer, the newest is
+# preempted and recomputed. LEAST_SEQS is how many samples of one prompt a request may ask for.
 LEAST_SEQS = 16
 MOST_SEQS = {"cpu": 64, "cuda": 256}
 EXPECTED_TOKENS = 1024
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device (on a CPU: without swapping, as far as the system tells).
+    """Bytes that can still be allocated on the device (on a CPU: without swapping, as far as the system reports).
 
-    On a GPU what torch keeps of freed memory is given back first, after a quantisation as much as the weights were.
+    On a GPU, torch's cached free memory is released first; after quantization that is as much as the weights were.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -54,13 +58,29 @@ def _system_bytes() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return windows_memory()[1] if not hasattr(os, "sysconf") else physical_bytes() // 2
+
+
+def physical_bytes() -> int:
+    """Bytes of memory that this machine has, free or not."""
+    if not hasattr(os, "sysconf"):
+        return windows_memory()[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def windows_memory() -> tuple[int, int]:
+    """Bytes of physical memory on Windows: all of them, and those available. Source: MEMORYSTATUSEX, sysinfoapi.h."""
+    status = struct.pack("<II7Q", 64, *[0] * 8)
+    buffer = ctypes.create_string_buffer(status, len(status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)  # type: ignore[attr-defined]  # typed on Windows alone
+    _, _, total, available, *_ = struct.unpack("<II7Q", buffer.raw)
+    return total, available
 
 
 def container_bytes(root: Path = Path("/")) -> Iterator[int]:
-    """What each Linux control group around this process, and so its container, still allows; nothing where none limits.
+    """Yields the memory that each Linux control group of this process, and so its container, still allows.
 
-    root: where proc and sys lie. A file cache that nobody uses counts as free, as in MemAvailable.
+    root: the root of proc and sys. Inactive file cache counts as free, as in MemAvailable.
     Source: Linux kernel documentation, admin-guide: cgroup-v1/memory and cgroup-v2.
     """
     membership = root / "proc/self/cgroup"
@@ -75,7 +95,7 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
             cache = "total_inactive_file "
         else:
             continue
-        # A container sees its own group as the mount's root, whatever path the host gave it.
+        # A container sees its own group as the mount's root, whatever its path on the host.
         for group in (Path(path), *Path(path).parents):
             folder = root / mount / group.relative_to("/")
             with suppress(OSError, ValueError):  # no such file, or "max"
@@ -84,9 +104,32 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
                 yield allowed + sum(int(line.split()[1]) for line in stat if line.startswith(cache))
 
 
+def warn_of_weights(checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device) -> None:
+    """Logs a warning where the weights of a model will not fit: a system that swaps may still load them.
+
+    quantization: as for LLM. Linux ends the process that exhausts memory, without a word: this is the one there is.
+    """
+    config, kept = checkpoint.config, checkpoint.quantization
+    built = LlamaForCausalLM(config, dtype, "meta")
+    kind = packing.resolve(built, quantization, device=device, kept=kept) or kept
+    needed, free = packing.expected_bytes(config, dtype, kind), available_bytes(device)
+    if needed <= free:
+        return
+    fewer = {} if kept else {each: packing.expected_bytes(config, dtype, each) for each in ("int8", "int4")}
+    ways = [f"quantization={each!r} takes {_gigabytes(size)}" for each, size in fewer.items() if size < needed]
+    logger.warning(
+        "the weights in %s take about %s, and %s of memory are free on %s; %s",
+        kind or str(dtype).removeprefix("torch."),
+        _gigabytes(needed),
+        _gigabytes(free),
+        device,
+        "; ".join(ways) or "try a smaller model",
+    )
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """What a runtime holds and computes at once: tokens but for max_num_seqs; kv_cache_tokens are whole pages."""
+    """Sizes of an engine, in tokens except for max_num_seqs; kv_cache_tokens is a multiple of the page size."""
 
     max_model_len: int
     kv_cache_tokens: int
@@ -103,7 +146,7 @@ class Sizes:
 
 
 def refusal(name: str, value: int, size: int, fits: int, most: int | None = None) -> ValueError:
-    """The error for an option whose value takes `size` bytes where `fits` are free. most: the largest that fits."""
+    """Returns the error for an option that takes `size` bytes where `fits` are free. most: the largest that fits."""
     at_most = "" if most is None else f"at most {most}, "
     return ValueError(
         f"{name} is {value}, which takes {_gigabytes(size)}; legal here: {at_most}what fits into {_gigabytes(fits)}"
@@ -111,12 +154,12 @@ def refusal(name: str, value: int, size: int, fits: int, most: int | None = None
 
 
 def _gigabytes(size: int) -> str:
-    """To two digits, and of any integer: a float ends at 1e308."""
+    """Formats bytes with two digits; of any integer, since a float ends at 1e308."""
     return f"{size // 10**9}.{size // 10**7 % 100:02d} GB"
 
 
 def _check(name: str, value: int | None, of_each: int, fits: int) -> None:
-    """Raise ValueError if an option is given of which each takes so many bytes, and all more than what fits."""
+    """Raise ValueError if an option is given and its value, at `of_each` bytes per unit, does not fit."""
     fits = max(fits, 0)
     if value is not None and value * of_each > fits:
         raise refusal(name, value, value * of_each, fits, fits // of_each)
@@ -137,18 +180,16 @@ def sizes(
     max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
 ) -> Sizes:
-    """The sizes that are given, and for those that are None what suits the model and the memory.
+    """Returns the given sizes; those that are None are chosen to suit the model and the memory.
 
-    device: "cpu" or "cuda". available: bytes that are free beside the weights. dtype: of activations. kv_dtype: of
-    pages. more_per_token: bytes that a draft model keeps of each token. num_draft_tokens: that are verified for each
-    sequence in a step, or 0. The KV cache gets a share of what the largest step leaves, but no more than all sequences
-    can fill.
-    Raises ValueError where a sequence of max_model_len could never fit, and for what is given and takes more memory
-    than there is.
+    device: "cpu" or "cuda". available: free bytes, weights already loaded. dtype: of activations. kv_dtype: of pages.
+    more_per_token: bytes per token of a draft model's KV cache. num_draft_tokens: verified per sequence in a step, or
+    0. The KV cache gets a share of what the largest step leaves, but at most what all sequences can fill.
+    Raises ValueError if a sequence of max_model_len could never fit, or if given sizes exceed the memory.
     """
-    of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and their product
-    # Logits of a sequence, a copy where samples share them, and what is sampled from: of its last token and of drafts
-    # behind it. And its rows in the tables of adjustments.
+    of_token = (2 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize  # gate, up and silu(gate) * up
+    # Logits of a sequence, a copy if samples share them, and the fp32 input of sampling, for its last token and each
+    # draft after it. And its rows in the tables of adjustments.
     of_row = config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
     of_seq = of_row * (1 + num_draft_tokens) + config.vocab_size * adjustments.BYTES
     share = int(available * STEP_SHARE)
@@ -163,7 +204,7 @@ def sizes(
     length = config.context_length if max_model_len is None else max_model_len
     of_kv = KVCache.bytes_per_token(config, kv_dtype) + more_per_token
     left = max(available - tokens * of_token - seqs * of_seq, 0)
-    _check("max_num_seqs", max_num_seqs, of_seq + of_token, available)  # in each step, each has a token at least
+    _check("max_num_seqs", max_num_seqs, of_seq + of_token, available)  # a token or more each
     _check("max_num_batched_tokens", max_num_batched_tokens, of_token, available - seqs * of_seq)
     _check("kv_cache_tokens", kv_cache_tokens, of_kv, left)
     held = kv_cache_tokens
@@ -176,7 +217,7 @@ def sizes(
     if held < length:
         if max_model_len is not None:
             raise ValueError(
-                f"max_model_len is {max_model_len} and the KV cache holds {held} tokens; legal: at most kv_cache_tokens"
+                f"max_model_len is {max_model_len} and the KV cache has {held} tokens; legal: at most kv_cache_tokens"
             )
         length = held
     held = ceil_div(held, page_size) * page_size
@@ -190,9 +231,9 @@ def choose(
     more_per_token: int,
     num_draft_tokens: int = 0,
 ) -> Sizes:
-    """The sizes of a runtime for a model, by what is free now, as the log then says. See `sizes`.
+    """Returns the sizes of an engine for a model by the memory that is free now, and logs them. See `sizes`.
 
-    Raises ValueError before anything is allocated, for host_cache_tokens too.
+    Raises ValueError before anything is allocated, also for host_cache_tokens.
     """
     available = available_bytes(model.device)
     chosen = sizes(
@@ -216,12 +257,12 @@ def choose(
     logger.info("%s", chosen)
     held, limit = chosen.max_model_len, model.config.context_length
     if options.max_model_len is None and held < limit:
-        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", held, limit)
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache has no room for more", held, limit)
     return chosen
 
 
 def host_bytes(config: LlamaConfig, num_tokens: int, page_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Host memory that pages for so many tokens take beside a model on a device: pinned where that is a GPU."""
+    """Host memory, in bytes, of a host cache of so many tokens: pinned if the model is on a GPU."""
     num_tokens = ceil_div(num_tokens, page_size) * page_size
     if device.type == "cuda" and num_tokens:
         return KVCache.pinned_bytes(config, num_tokens, dtype)

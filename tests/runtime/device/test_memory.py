@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastllama import LLM, LlamaConfig
+from fastllama.io.load import open_model
+from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import PRESETS
+from fastllama.layers.model import LlamaForCausalLM
 from fastllama.runtime.device import memory
 from fastllama.runtime.device.memory import Sizes
 from tests.runtime.models import ours
@@ -64,6 +68,66 @@ def test_without_control_groups_nothing_limits(tmp_path: Path) -> None:
 def test_the_smallest_is_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "container_bytes", lambda: iter([5000, 3000]))
     assert memory.available_bytes(torch.device("cpu")) == 3000
+
+
+@pytest.mark.parametrize(
+    ("free", "quantization", "says"),
+    [
+        (
+            1_000_000,
+            None,
+            r"the weights in float32 take about 0\.01 GB, and 0\.00 GB of memory are free on cpu; "
+            r"quantization='int8' takes 0\.00 GB; quantization='int4' takes 0\.00 GB",
+        ),
+        (1_000_000, "int8", r"the weights in int8 take about .*free on cpu; quantization='int4' takes 0\.00 GB$"),
+        (1_000_000, "int4", r"the weights in int4 take about .*free on cpu; try a smaller model$"),
+        (10**9, None, None),
+    ],
+)
+def test_weights_that_do_not_fit_are_announced_before_they_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int, quantization: str, says: str | None
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    checkpoint, dtype = open_model("tiny", dtype="float32")
+    memory.warn_of_weights(checkpoint, dtype, quantization, torch.device("cpu"))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (says is not None)
+    assert all(re.match(says or "", message) for message in messages)
+
+
+def test_an_llm_announces_them(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 8_000_000)
+    with LLM("tiny", dtype="float32", max_model_len=64, max_num_batched_tokens=64, max_num_seqs=1):
+        pass
+    assert any(record.getMessage().startswith("the weights in float32 take") for record in caplog.records)
+
+
+@pytest.mark.parametrize("kind", ["bf12", "int8", "w8a8", "int4"])
+def test_what_weights_will_take_is_what_they_take(kind: str) -> None:
+    config = LlamaConfig(1000, 256, 1024, 2, 4, 2, head_dim=64, max_position_embeddings=512)
+    model = LlamaForCausalLM(config, torch.bfloat16, "cpu")
+    torch.nn.init.normal_(model.embed_tokens.weight)
+    for layer in model.layers.parameters():
+        torch.nn.init.normal_(layer, std=0.02)
+    packing.apply(model, kind, progress=False)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert packing.expected_bytes(config, torch.bfloat16, kind) == pytest.approx(held, rel=0.03)
+
+
+def test_windows_reports_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no os.sysconf there; the sizes stand at bytes 8 and 16 of MEMORYSTATUSEX."""
+
+    def fill(buffer: Any) -> int:
+        assert len(buffer) == int.from_bytes(buffer.raw[:4], "little") == 64
+        buffer[8:24] = (16 * GB).to_bytes(8, "little") + (9 * GB).to_bytes(8, "little")
+        return 1
+
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=fill)
+    monkeypatch.setattr(memory.ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert memory.physical_bytes() == 16 * GB
+    monkeypatch.setattr(memory.Path, "exists", lambda path: False)
+    assert memory.available_bytes(torch.device("cpu")) == 9 * GB
 
 
 GB = 10**9
@@ -146,7 +210,7 @@ def test_a_step_that_is_given_takes_from_the_cache() -> None:
 
 def test_a_sequence_that_could_never_fit_is_refused() -> None:
     for given, held in (({"kv_cache_tokens": 99}, 99), ({"gigabytes": 0}, 64)):
-        message = f"^max_model_len is 100 and the KV cache holds {held} tokens; legal: at most kv_cache_tokens$"
+        message = f"^max_model_len is 100 and the KV cache has {held} tokens; legal: at most kv_cache_tokens$"
         with pytest.raises(ValueError, match=message):
             chosen(max_model_len=100, **given)
 
