@@ -1,4 +1,7 @@
-"""Pure functions on tensors: every op that Llama needs, on any device, knowing no modules, models or requests."""
+"""Every op that Llama needs, as functions on tensors on any device, independent of modules, models and requests.
+
+The examples in their docstrings assume `import torch` and `from fastllama import kernels`.
+"""
 
 from fastllama.kernels.dispatch.backends import Implementation
 from fastllama.kernels.dispatch.op import backend_of

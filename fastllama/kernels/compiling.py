@@ -1,4 +1,4 @@
-"""Says on stderr that kernels are being compiled, whichever compiler does it."""
+"""Announces on stderr that kernels are being compiled, whichever compiler does it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastllama.kernels.dispatch.op import backend_of
 
 
 def compiling_announced(device: torch.device) -> AbstractContextManager[None]:
-    """Within, stderr tells of kernels that are compiled for a CPU, where that takes more than a moment.
+    """A context in which compiling kernels for a CPU is announced on stderr, if it takes more than a moment.
 
-    Without a stderr (pythonw, a service, `2>&-`) nothing is said.
+    Without a stderr (pythonw, a service, `2>&-`) nothing is printed.
     """
     silent = sys.stderr is None or getattr(sys.stderr, "closed", False)
     if silent or not any(each.backend == "numba" for each in backend_of(device).values()):

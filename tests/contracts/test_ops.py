@@ -24,24 +24,24 @@ OPS_FOLDER = Path(kernels.__file__).parent / "ops"
 TESTS = Path(__file__).parents[1] / "kernels"
 # Public functions that are no ops, and why.
 HELPERS = {
-    "attention_workspace": "allocates what attention_decode may scribble on",
-    "backend_of": "says what runs an op",
-    "cos_sin_cache": "builds once, in fp64, the table that rope reads",
-    "matmul_workspace": "allocates what matmul may scribble on",
-    "pack_bf12": "makes the codes that matmul_bf12 reads",
+    "attention_workspace": "allocates scratch memory for attention_decode",
+    "backend_of": "returns the implementation of each op",
+    "cos_sin_cache": "builds once, in fp32, the table that rope reads",
+    "matmul_workspace": "allocates scratch memory for matmul",
+    "pack_bf12": "packs a weight for matmul_bf12",
     "unpack_bf12": "its inverse",
-    "quantize_int4": "makes codes, scales and zeros of a weight",
+    "quantize_int4": "rounds a weight to 4-bit values, scales and zeros",
     "dequantize_int4": "its inverse, but for the rounding",
-    "pack_int4": "makes of codes what matmul_int4 reads",
+    "pack_int4": "packs 4-bit values for matmul_int4",
     "unpack_int4": "its inverse",
-    "matmul_int4_workspace": "allocates what matmul_int4 may scribble on",
-    "quantize_int8": "makes codes and scales of a weight",
+    "matmul_int4_workspace": "allocates scratch memory for matmul_int4",
+    "quantize_int8": "rounds a weight to 8-bit values and scales",
     "dequantize_int8": "its inverse, but for the rounding",
-    "pack_int8": "makes of codes what matmul_int8 reads",
+    "pack_int8": "packs 8-bit values for matmul_int8",
     "unpack_int8": "its inverse",
-    "matmul_int8_workspace": "allocates what matmul_int8 may scribble on",
-    "matmul_w8a8_workspace": "allocates what matmul_w8a8 may scribble on",
-    "sample_workspace": "allocates what sample may scribble on",
+    "matmul_int8_workspace": "allocates scratch memory for matmul_int8",
+    "matmul_w8a8_workspace": "allocates scratch memory for matmul_w8a8",
+    "sample_workspace": "allocates scratch memory for sample",
 }
 DTYPE = re.compile(r"\b(fp64|fp32|fp16|bf16|int64|int32|int8|dtype)\b")
 SHAPE = re.compile(r"\w+: \[[^\]]+\]")
@@ -53,7 +53,7 @@ def names(function: FunctionType) -> list[str]:
 
 
 def inputs_and_outputs(op: str) -> tuple[list[str], list[str]]:
-    """The argument names of an op's schema but its scratch memory; the outputs come last."""
+    """The argument names of an op's schema without its scratch memory: inputs, and outputs, which come last."""
     arguments = [argument.name for argument in getattr(torch.ops.fastllama, op).default._schema.arguments]
     arguments = [name for name in arguments if name != "workspace"]
     count = len(arguments) - OPS[op].num_outputs
@@ -66,8 +66,8 @@ def test_public_functions_and_ops_are_the_same() -> None:
     assert set(HELPERS) <= functions
 
 
-def test_a_compilers_table_has_just_what_asks_for_it() -> None:
-    """A name that an op does not have would be found by nobody, one that lacks at the first call."""
+def test_a_compilers_table_has_exactly_the_ops_that_use_it() -> None:
+    """A kernel without an op would be unused; an op without its kernel would fail at its first call."""
     modules = [importlib.import_module(f"fastllama.kernels.ops.{path.stem}") for path in OPS_FOLDER.glob("*.py")]
     bound = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Backends)}
     assert set(OPS) <= set(bound)
@@ -122,6 +122,19 @@ def test_its_docstring_is_a_contract(op: str) -> None:
     assert "Raises ValueError" in own
     assert re.search(r"^Source: \S", own, re.MULTILINE), "no line `Source: ...`"
     assert [name for name in names(getattr(kernels, op)) if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_its_errors_list_each_legal_dtype_once(op: str) -> None:
+    """Where x's dtype or fp32 is legal, and x is fp32, that is one dtype."""
+    call = small_call(op)
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            wrong = value.to(torch.int16 if value.is_floating_point() else torch.float32)
+            with pytest.raises(TypeError, match="has dtype") as raised:
+                getattr(kernels, op)(**(call | {name: wrong}))
+            legal = str(raised.value).partition("; legal: ")[2].split(", ")
+            assert legal == [*dict.fromkeys(legal)], f"{name}: {raised.value}"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -325,7 +325,12 @@ def _on(index: int, run: Function) -> Function:
 
 
 def backend_of(device: torch.Tensor | torch.device | str) -> dict[str, Implementation]:
-    """What runs each op for a tensor or a device, by op name."""
+    """The implementation that each op runs for a tensor or a device, by op name.
+
+    Example:
+        >>> kernels.backend_of("cpu")["embedding"].backend
+        'reference'
+    """
     if isinstance(device, torch.Tensor):
         device = device.device
     kind = torch.device(device).type

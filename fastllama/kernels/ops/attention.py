@@ -1,4 +1,4 @@
-"""attention_varlen, attention_prefill, attention_decode."""
+"""The ops attention_varlen, attention_prefill and attention_decode."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def _check_heads(
     dims: tuple[str, ...],
     codes: tuple[torch.dtype, ...] = (),
 ) -> None:
-    """q [T, Hq, D]; keys and values with dimensions `dims`, heads in the second and q's D in the last.
+    """Check q [T, Hq, D], and keys and values of dimensions `dims`: heads in the second, q's D in the last.
 
-    These have q's dtype or one of `codes`.
+    `codes`: dtypes of quantized keys and values, legal beside q's own.
     """
     check_shape("q", q, ("T", "Hq", "D"))
     shape, keys = q.shape, k.shape
@@ -128,7 +128,7 @@ def _check_paged(
     k_scale: float | None,
     v_scale: float | None,
 ) -> int:
-    """The number of sequences."""
+    """Check what prefill and decode share. Returns the number of sequences."""
     _check_heads(q, k_pages, v_pages, ("k_pages", "v_pages"), ("P", "Hkv", "page_size", "D"), CODES)
     check_page_scales(k_scales, v_scales, k_scale, v_scale, k_pages)
     check_shape("page_table", page_table, ("B", "max_pages"))
@@ -139,7 +139,7 @@ def _check_paged(
 
 
 def _check_outputs(q: Tensor, out: Tensor, lse_out: Tensor | None) -> None:
-    """out like q; the log-sum-exps [T, Hq] with any strides."""
+    """Check out, like q, and lse_out [T, Hq] with any strides."""
     check_tensor("out", out, q.shape, (q.dtype,))
     if lse_out is not None:
         check_shape("lse_out", lse_out, q.shape[:2])
@@ -200,16 +200,23 @@ def attention_varlen(
 
     q: [Tq, Hq, D], k, v: [Tk, Hkv, D], one floating dtype, last dimension contiguous, Hq a multiple of Hkv (query head
     h reads key head h // (Hq / Hkv)). cu_seqlens_q, cu_seqlens_k: [B + 1], each int32 or int64, row bounds of each
-    sequence, from 0; rows past the last bound belong to no sequence and give 0. scale: defaults to 1 / sqrt(D).
-    causal: bottom-right aligned (query i of Lq sees keys up to i + Lk - Lq); False: every query of a sequence sees all
-    its keys. A query that sees no key gives 0 and the log-sum-exp -inf.
-    Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
+    sequence, from 0; rows past the last bound belong to no sequence and return 0. scale: defaults to 1 / sqrt(D).
+    causal: bottom-right aligned (query i of Lq attends to keys up to i + Lk - Lq); False: every query of a sequence
+    attends to all its keys. A query without any key returns 0 and the log-sum-exp -inf.
+    Bounds that do not ascend from 0 to at most the number of rows return NaN everywhere.
     out: like q, may be q itself; allocated when None. Returns out, or with return_lse or lse_out (out, lse_out): the
-    log-sum-exp of the scaled scores, natural, or log2 of the same sum (FlashInfer's) with base2.
+    log-sum-exp of the scaled scores, natural, or with base2 to base 2, as FlashInfer's.
     lse_out: [Tq, Hq] fp32 (fp64 for q of that dtype), any strides (a transposed view is flash-attn's [Hq, Tq]).
     Softmax and accumulation in fp32. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing
     is written then.
     Source: Vaswani et al., Attention Is All You Need (2017); GQA: Ainslie et al. (2023).
+
+    Example:
+        >>> q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+        >>> bounds = torch.tensor([0, 2, 5])  # sequences of 2 and 3 tokens
+        >>> out = kernels.attention_varlen(q, k, v, bounds, bounds)
+        >>> torch.allclose(out[2], v[2].repeat_interleave(2, 0))  # a first token attends to itself alone
+        True
     """
     out, lse_out = _outputs(q, out, lse_out, return_lse)
     _VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(scale, q), causal, base2, out, lse_out)
@@ -242,14 +249,21 @@ def attention_prefill(
     entries past its length are not read. seq_lens: [B], tokens of each sequence including the new ones. cu_seqlens_q:
     [B + 1], row bounds of each sequence's queries, which are its last tokens. These three: each int32 or int64.
     k_scales, v_scales: [P, Hkv, page_size] fp32, for pages of int8 or float8_e4m3fn, which are dequantized as they are
-    read: code * scale, as `rope_and_write_kv` wrote them (a code that is NaN, which it never writes, may count as 480).
-    k_scale, v_scale: one scale of all keys and one of all values, of pages of any dtype; legal where k_scales and
-    v_scales are None. Pages of codes need either both tensors or both numbers.
-    NaN: everywhere for bounds that do not ascend from 0 to at most T, for a sequence whose length is negative or more
-    than its row of page_table has room for, and for a query that sees a page outside of the pool.
+    read: value * scale, as `rope_and_write_kv` wrote them (an fp8 NaN, which it never writes, may be read as 480).
+    k_scale, v_scale: one scale for all keys and one for all values, for pages of any dtype; legal where k_scales and
+    v_scales are None. Quantized pages need either both tensors or both numbers.
+    Returns NaN: everywhere for bounds that do not ascend from 0 to at most T, for a sequence whose length is negative
+    or exceeds its row of page_table, and for a query that attends to a page outside of the pool.
     scale, causal, out, lse_out, return_lse, base2, numerics: as `attention_varlen`.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
+
+    Example:
+        >>> q, k_pages, v_pages = torch.randn(5, 4, 8), torch.randn(3, 2, 16, 8), torch.ones(3, 2, 16, 8)
+        >>> page_table, seq_lens = torch.tensor([[2, 0]]), torch.tensor([20])  # 15 cached tokens and 5 new ones
+        >>> out = kernels.attention_prefill(q, k_pages, v_pages, page_table, seq_lens, torch.tensor([0, 5]))
+        >>> torch.allclose(out, torch.ones(5, 4, 8))  # the weights add up to 1
+        True
     """
     out, lse_out = _outputs(q, out, lse_out, return_lse)
     scales = (k_scales, v_scales, k_scale, v_scale, _scale(scale, q))
@@ -276,13 +290,20 @@ def attention_decode(
     base2: bool = False,
     workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the newest tokens, the same few for each sequence, over paged keys and values.
+    """Decode attention: the last Q tokens of every sequence over its paged keys and values.
 
-    q: [B * Q, Hq, D]: each sequence's last Q tokens (1 when decoding, more when verifying drafts). A sequence of length
-    0 is padding and gives 0. workspace: scratch memory of `attention_workspace`; allocated when None and
+    q: [B * Q, Hq, D], Q the same for all sequences: 1 when decoding, more when verifying draft tokens. A sequence of
+    length 0 is padding and returns 0. workspace: scratch memory from `attention_workspace`; allocated when None and
     needed. Everything else: as `attention_prefill`.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention (2023).
+
+    Example:
+        >>> q, k_pages, v_pages = torch.randn(1, 4, 8), torch.randn(3, 2, 16, 8), torch.ones(3, 2, 16, 8)
+        >>> page_table, seq_lens = torch.tensor([[2, 0]]), torch.tensor([20])  # 16 tokens in page 2, 4 in page 0
+        >>> out = kernels.attention_decode(q, k_pages, v_pages, page_table, seq_lens)
+        >>> torch.allclose(out, torch.ones(1, 4, 8))  # the weights add up to 1
+        True
     """
     out, lse_out = _outputs(q, out, lse_out, return_lse)
     scales = (k_scales, v_scales, k_scale, v_scale, _scale(scale, q))
@@ -291,16 +312,21 @@ def attention_decode(
 
 
 def attention_workspace(q: Tensor, k_pages: Tensor, page_table: Tensor) -> Tensor:
-    """Scratch memory for `attention_decode` of such tensors, to be kept from call to call: [N] fp32, uninitialised.
+    """Scratch memory for `attention_decode` of tensors of these shapes, reused from call to call: [N] fp32.
 
-    For each query and head D + 1 numbers of every 512 tokens (or as many as are tuned) that page_table has room for,
-    where a Triton kernel runs; nothing elsewhere. Not to be shared by calls that overlap.
+    Where a Triton kernel runs, D + 1 numbers for each query, head and split of 512 tokens (or as tuned) of the page
+    table's width; empty elsewhere. Not to be shared by overlapping calls.
+
+    Example:
+        >>> q, k_pages, page_table = torch.zeros(1, 4, 8), torch.zeros(3, 2, 16, 8), torch.tensor([[2, 0]])
+        >>> kernels.attention_workspace(q, k_pages, page_table).shape  # a CPU needs none
+        torch.Size([0])
     """
     return _DECODE.workspace(q.device, torch.float32, q, k_pages, page_table)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
-    """The default for q, which is not checked yet, when None."""
+    """`scale`, or 1 / sqrt(D) when None. q may not have been checked yet."""
     return 1.0 / math.sqrt(math.prod(q.shape[-1:]) or 1) if scale is None else scale
 
 

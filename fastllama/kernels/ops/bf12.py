@@ -1,4 +1,4 @@
-"""matmul_bf12 and the packing of its weights."""
+"""The op matmul_bf12, and packing and unpacking of its weights."""
 
 from __future__ import annotations
 
@@ -80,13 +80,18 @@ def matmul_bf12(
 ) -> Tensor:
     """`matmul` by a bf16 weight that `pack_bf12` packed into 12 bits without loss.
 
-    x: [..., K], K a multiple of 64. codes: [N, K * 3 / 2] uint8, outliers: [M, 3] int32 and exponent, 1 to 127: what
-    pack_bf12 gave. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`.
+    x: [..., K], K a multiple of 64. `codes`: [N, K * 3 / 2] uint8, outliers: [M, 3] int32 and exponent, 1 to 127: from
+    `pack_bf12`. bias: [N] in x's dtype or None. norm, eps, residual, gated, out, deterministic: as for `matmul`.
     Returns out.
     Accumulates in fp32 from the exact weights; where x holds an infinity, a result may be NaN in place of an infinity.
-    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then. What outliers say
-    is not checked: pack_bf12 makes them.
+    Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then. The rows and
+    columns in outliers are not checked.
     Source: kernels/reference/bf12.py.
+
+    Example:
+        >>> x, weight = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
+        >>> kernels.matmul_bf12(x, *kernels.pack_bf12(weight)).tolist()
+        [[64.0, 64.0]]
     """
     if out is None:
         out = torch.empty(_result_shape(x, codes, gated), dtype=x.dtype, device=x.device)
@@ -96,17 +101,29 @@ def matmul_bf12(
 
 
 def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(codes, outliers, exponent) of a weight [N, K] bf16, K a multiple of 64: the same numbers in 12 bits each.
+    """Pack a bf16 weight [N, K], K a multiple of 64, into 12 bits a value, without loss.
 
-    codes: [N, K * 3 / 2] uint8. outliers: [M, 3] int32, row, column and fp32 bits of each value that has no code: one
-    in ten thousand where values are distributed as in a trained or random Llama, at 12 bytes each. `unpack_bf12`
-    gives back every bit. Raises ValueError for a shape, TypeError for a dtype.
+    Returns (`codes`, outliers, exponent). `codes`: [N, K * 3 / 2] uint8. outliers: [M, 3] int32, row, column and fp32
+    bits of each value outside of the packed exponents: one in ten thousand of a trained or random Llama, at 12 bytes
+    each. `unpack_bf12` restores every bit. Raises ValueError for a shape, TypeError for a dtype.
+
+    Example:
+        >>> weight = torch.ones(2, 64, dtype=torch.bfloat16)
+        >>> packed, outliers, exponent = kernels.pack_bf12(weight)
+        >>> weight.nbytes, packed.nbytes + outliers.nbytes
+        (256, 192)
     """
     packed: tuple[Tensor, Tensor, int] = _PACK(weight)
     return packed
 
 
 def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
-    """The weight [N, K] bf16 that `pack_bf12` packed, bit for bit. Raises as `matmul_bf12` does for what packs it."""
+    """The bf16 weight [N, K] that `pack_bf12` packed, bit for bit. Raises as `matmul_bf12` for the packed weight.
+
+    Example:
+        >>> weight = torch.randn(2, 64).bfloat16()
+        >>> torch.equal(kernels.unpack_bf12(*kernels.pack_bf12(weight)), weight)
+        True
+    """
     weight: Tensor = _UNPACK(codes, outliers, exponent)
     return weight

@@ -1,4 +1,4 @@
-"""The kernels of each compiler, imported when first needed: so Numba and Triton stay optional."""
+"""The kernels of each compiler, imported on first use, so that Numba and Triton stay optional."""
 
 from __future__ import annotations
 

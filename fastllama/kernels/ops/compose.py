@@ -1,4 +1,4 @@
-"""A matmul with a norm in front and a residual or SwiGLU behind, of ops one after another where nothing fuses them."""
+"""Runs the norm, the matmul and the residual sum or SwiGLU as separate ops, where no kernel fuses them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastllama.kernels.dispatch.fusion import Fields
 from fastllama.kernels.ops.norm import rms_norm
 from fastllama.kernels.ops.swiglu import silu_mul
 
-# Elements that torch adds on one thread. More wake its threads, which then spin for milliseconds on the cores that the
-# next kernel's threads need: prompts took twice as long (docs/measured/cpu.md).
+# Elements that torch adds on one thread. A larger sum wakes torch's thread pool, which then spins for milliseconds on
+# the cores that the next kernel needs: prompts took twice as long (docs/measured/cpu.md).
 ONE_THREAD = 1 << 15
 
 
 def compose(matmul: Callable[[Tensor, Tensor], object], x: Tensor, fusion: Fields, out: Tensor) -> None:
-    """out = what `matmul(x, out)` writes, with what a Fusion, or its fields in a plain tuple, have around it."""
+    """Run `matmul(x, out)` with the prologue and epilogue of a Fusion, or of its fields in a plain tuple."""
     norm, eps, residual, gated = fusion
     if norm is not None:
         x = rms_norm(x, norm, eps)

@@ -1,4 +1,4 @@
-"""matmul and embedding."""
+"""The ops matmul and embedding."""
 
 from __future__ import annotations
 
@@ -93,21 +93,28 @@ def matmul(
     workspace: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """x @ weight^T (+ bias): a linear layer, and what stands before and behind it in a Llama's block.
+    """A linear layer, x @ weight^T (+ bias), fused with the RMSNorm before it and the residual sum or SwiGLU after it.
 
     x: [..., K], weight: [N, K] (rows are output features, as torch.nn.Linear keeps them), bias: [N] or None; one
     floating dtype, last dimension contiguous, rows at one stride.
     norm, eps: x is `rms_norm(x, norm, eps)` first; norm: [K] in x's dtype or fp32.
     gated: the weight is [gate | up], and out is silu(gate) * up: [..., N / 2].
     residual: like out, added; may be out itself. None where gated.
-    out: [..., N], of memory of its own otherwise; allocated when None. Returns out.
-    workspace: scratch memory of `matmul_workspace` for as many rows or more; allocated when None and needed.
-    deterministic: a row's result is the same, bit for bit, whatever the other rows, and however many: rows are
-    multiplied a few at a time (64 where a Triton kernel runs, else 1), each time with the weight read anew.
-    Accumulates in fp32. What is between x and out may be rounded to x's dtype or not; a Triton kernel of few rows
-    multiplies by the norm's factor last (docs/design/numerics.md).
+    out: [..., N], otherwise not an alias of an argument; allocated when None. Returns out.
+    workspace: scratch memory from `matmul_workspace` for as many rows or more; allocated when None and needed.
+    deterministic: batch-invariant, bit for bit: blocks of rows (64 where a Triton kernel runs, else 1) are multiplied
+    one after another, and each block reads the whole weight.
+    Accumulates in fp32. Intermediate results may or may not be rounded to x's dtype; for few rows, a Triton kernel
+    applies the norm's factor after the matmul (docs/design/numerics.md).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: y = x W^T + b; `rms_norm`, `silu_mul`.
+
+    Example:
+        >>> x, weight = torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> kernels.matmul(x, weight).tolist()
+        [[3.0, 7.0]]
+        >>> kernels.matmul(x, weight, residual=x).tolist()
+        [[4.0, 8.0]]
     """
     if out is None:
         out = torch.empty(_result_shape(x, weight, gated), dtype=x.dtype, device=x.device)
@@ -117,22 +124,31 @@ def matmul(
 
 
 def matmul_workspace(num_rows: int, weight: Tensor) -> Tensor:
-    """Scratch memory for `matmul` of so many rows or fewer by a weight [N, K], kept from call to call: [E] fp32.
+    """Scratch memory for `matmul` of up to num_rows rows by a weight [N, K], reused from call to call: [E] fp32.
 
-    Where a Triton kernel runs and reads the weight's columns in parts, N numbers for each of 64 rows at most and each
-    part, and 4096 zeros in front, which are zeros again after each call; nothing elsewhere. Other products that take
-    such memory may use the same. Not to be shared by calls that overlap.
+    Where a Triton kernel runs with split-K: 4096 counters, which every call leaves at zero, then N numbers for each row
+    (64 at most) and each split. Empty elsewhere. Other matmuls that take a workspace may use the same one. Not to be
+    shared by overlapping calls.
+
+    Example:
+        >>> kernels.matmul_workspace(1, torch.ones(2, 2)).shape  # a CPU needs none
+        torch.Size([0])
     """
     return _MATMUL.workspace(weight.device, torch.float32, num_rows, weight)
 
 
 def embedding(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Rows of the embedding table: weight[ids].
+    """Look up rows of the embedding table: weight[ids].
 
     ids: [T] int32 or int64, each in [0, V). weight: [V, H], any floating dtype. out: [T, H]; allocated when None.
     Returns out. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
-    Ids are not read on the host: one outside of the table gives NaN.
+    Ids are not read on the host: an id outside of the table returns a row of NaN.
     Source: table lookup.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+        >>> kernels.embedding(torch.tensor([2, 0]), weight).tolist()
+        [[4.0, 5.0], [0.0, 1.0]]
     """
     if out is None:
         out = torch.empty(_rows_shape(ids, weight), dtype=weight.dtype, device=weight.device)

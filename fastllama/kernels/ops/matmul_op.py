@@ -1,4 +1,4 @@
-"""The op of a matmul with what a Llama's block has around it: kernels compute what they fuse, other ops the rest."""
+"""The op of a fused matmul: a kernel computes the prologue and epilogue that it fuses, separate ops the rest."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastllama.kernels.ops.compose import compose
 
 
 class MatmulOp(Op):
-    """x, what stands for the weight, bias, a Fusion's fields, out, and a workspace where a Triton kernel needs one.
+    """An op of x, the weight's tensors, bias, a Fusion's fields, out, and a workspace if there is a Triton kernel.
 
-    weight: its arguments in the schema, "Tensor packed, Tensor scales".
+    weight: the weight's arguments in the schema, "Tensor packed, Tensor scales".
     check: takes x, the weight's arguments, bias, a Fusion, out and the workspace.
-    numba, cpu: take these but the Fusion, all of which is composed. triton: takes the op's arguments, with the part of
-    the Fusion that `Kernels.fuses` returns; the rest is composed.
+    numba, cpu: take the same without the Fusion, all of which runs as separate ops (`compose`). triton: takes the op's
+    arguments, with the part of the Fusion that `Kernels.fuses` returns; the rest runs as separate ops.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class MatmulOp(Op):
     ) -> None:
         scratch = ", Tensor(c!)? workspace" if triton is not None else ""
         schema = f"{name}(Tensor x, {weight}, Tensor? bias, {SCHEMA}, Tensor(a!) out{scratch}) -> ()"
-        self._before = weight.count(",") + 3  # arguments in front of the Fusion's
-        self._behind = self._before + len(Fusion._fields)
+        self._before = weight.count(",") + 3  # arguments before the Fusion's
+        self._after = self._before + len(Fusion._fields)
         self._composed: dict[Kernels, Function] = {}
 
         def check_fusion(*args: Any) -> None:
-            check(*args[: self._before], Fusion(*args[self._before : self._behind]), *args[self._behind :])
+            check(*args[: self._before], Fusion(*args[self._before : self._after]), *args[self._after :])
 
         super().__init__(
             schema,
@@ -54,26 +54,26 @@ class MatmulOp(Op):
         )
 
     def _whole(self, kernels: Kernels) -> Function:
-        """Composes what kernels do not fuse. The same kernels make the same function."""
+        """Adds separate ops for what the kernels do not fuse. The same kernels return the same function."""
         if kernels not in self._composed:
             self._composed[kernels] = self._unfused(kernels.run) if kernels.fuses is None else self._fused(kernels)
         return self._composed[kernels]
 
     def _unfused(self, multiply: Function) -> Function:
-        before, behind = self._before - 1, self._behind - 1  # without x
+        before, after = self._before - 1, self._after - 1  # without x
 
         def run(x: Tensor, *args: Any) -> None:
-            weight, out, workspace = args[:before], args[behind], args[behind + 1 :]
-            compose(lambda x, out: multiply(x, *weight, out, *workspace), x, args[before:behind], out)
+            weight, out, workspace = args[:before], args[after], args[after + 1 :]
+            compose(lambda x, out: multiply(x, *weight, out, *workspace), x, args[before:after], out)
 
         return run
 
     def _fused(self, kernels: Kernels) -> Function:
-        before, behind, fuses, launch = self._before, self._behind, kernels.fuses, kernels.run
+        before, after, fuses, launch = self._before, self._after, kernels.fuses, kernels.run
         assert fuses is not None
 
         def run(*args: Any) -> Function | None:
-            given, fusion, (out, *workspace) = args[:before], Fusion(*args[before:behind]), args[behind:]
+            given, fusion, (out, *workspace) = args[:before], Fusion(*args[before:after]), args[after:]
             fused = fuses(*given, fusion)
             if fused is fusion:
                 again: Function | None = launch(*args)
@@ -88,9 +88,9 @@ class MatmulOp(Op):
         return run
 
     def by_row(self, x: Tensor, *args: Any) -> None:
-        """The op in blocks of rows among which no row's result depends on another, bit for bit, however many there are.
+        """Run the op batch-invariantly, bit for bit, in blocks of rows whose results do not depend on each other.
 
-        64 rows or so where a Triton kernel runs, else one.
+        A block has up to 64 rows where a Triton kernel runs, else one.
         """
         rows = x.numel() // x.shape[-1] if x.numel() else 1
         block = rows if rows == 1 else self._independent_rows(x, args[0])
@@ -106,7 +106,7 @@ class MatmulOp(Op):
             self(*given)
 
     def _rowwise(self, args: list[Any]) -> list[tuple[int, str]]:
-        """The arguments that have a row for each of x's: places and names."""
+        """Positions and names of the arguments that have one row for each row of x."""
         named = [(self.names.index(name), name) for name in ("x", "residual", "out")]
         return [(place, name) for place, name in named if args[place] is not None]
 
@@ -119,7 +119,7 @@ class MatmulOp(Op):
 
 
 def _less(fusion: Fusion, fused: Fusion) -> Fusion:
-    """What is left of a Fusion."""
+    """The part of a Fusion that is not fused."""
     return Fusion(
         norm=fusion.norm if fused.norm is None else None,
         eps=fusion.eps,

@@ -1,4 +1,4 @@
-"""merge_state."""
+"""The op merge_state."""
 
 from __future__ import annotations
 
@@ -42,20 +42,28 @@ def merge_state(
     out: Tensor | None = None,
     lse_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, from the same queries' attention over some of them and over the others.
+    """Merge attention of the same queries over two disjoint sets of keys into attention over all keys.
 
-    For a prefix that sequences share (its keys read once for all of them) and for contexts in parts.
-    a, b: [T, H, D], what attention over either set gave, one floating dtype; last dimension contiguous, other strides
-    free. a_lse, b_lse: [T, H] fp32 (fp64 where a is), its log-sum-exp, as `attention_varlen` returns it; any strides,
-    so flash-attn's [H, T] is passed as `lse.T`.
-    base2: log-sum-exps, given and returned, are to base 2, as FlashInfer's are; natural logs where False.
-    A log-sum-exp of -inf, and flash-attn's +inf, mean that no key was seen: the other side is returned bit for bit,
-    whatever this one holds; where both say so, 0 and -inf.
+    For shared prefixes (whose keys are read once for all sequences) and for contexts that are split.
+    a, b: [T, H, D], attention over each set, one floating dtype; last dimension contiguous, other strides free. a_lse,
+    b_lse: [T, H] fp32 (fp64 where a is), their log-sum-exps, as `attention_varlen` returns them; any strides, so
+    flash-attn's [H, T] is passed as `lse.T`.
+    base2: log-sum-exps, passed and returned, are to base 2, as FlashInfer's are; natural logs where False.
+    A log-sum-exp of -inf, or flash-attn's +inf, means an empty set of keys: the other side is returned bit for bit,
+    even if this side is NaN; where both sets are empty, 0 and -inf.
     out: like a, may be a or b itself. lse_out: like a_lse, may be a_lse or b_lse. Allocated when None. Returns (out,
     lse_out).
-    Computed in fp32, rounded once, at the end. Raises ValueError for a shape, stride or device, TypeError for a dtype;
+    Computed in fp32 and rounded once. Raises ValueError for a shape, stride or device, TypeError for a dtype;
     nothing is written then.
     Source: Dao et al., Flash-Decoding (2023); Juravsky et al., Hydragen (2024); Ye et al., Cascade Inference (2024).
+
+    Example:
+        >>> q, k, v = torch.randn(1, 2, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
+        >>> one, half, all_keys = torch.tensor([0, 1]), torch.tensor([0, 3]), torch.tensor([0, 6])
+        >>> a, b = (kernels.attention_varlen(q, k[i:][:3], v[i:][:3], one, half, return_lse=True) for i in (0, 3))
+        >>> out, lse = kernels.merge_state(*a, *b)
+        >>> torch.allclose(out, kernels.attention_varlen(q, k, v, one, all_keys), atol=1e-6)
+        True
     """
     if out is None:
         out = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm."""
+"""The ops rms_norm and add_rms_norm."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None
     Accumulates in fp32 and casts to x's dtype before the weight multiplies, as Hugging Face's LlamaRMSNorm does.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+
+    Example:
+        >>> x, weight = torch.ones(1, 3), torch.tensor([1.0, 2.0, 3.0])
+        >>> kernels.rms_norm(x, weight, eps=0.0).tolist()
+        [[1.0, 2.0, 3.0]]
     """
     if out is None:
         out = torch.empty_like(x)
@@ -78,6 +83,11 @@ def add_rms_norm(
     The sum is rounded to x's dtype before it is normalised, as it is when the two are separate ops.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+
+    Example:
+        >>> out, residual = kernels.add_rms_norm(torch.ones(1, 2), torch.ones(1, 2), torch.ones(2), eps=0.0)
+        >>> out.tolist(), residual.tolist()
+        ([[1.0, 1.0]], [[2.0, 2.0]])
     """
     if out is None:
         out = torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""Rows as 8-bit codes with a scale each: quantize_rows, and norms and silu_mul that end in it, in one pass."""
+"""Row-wise int8 quantization: the op quantize_rows, and norms and silu_mul with it as their epilogue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _check_quantize(x: Tensor, out: Tensor, scales_out: Tensor) -> None:
 
 
 def _check_rows_out(out: Tensor, scales_out: Tensor, shape: Sequence[int]) -> None:
-    """ValueError or TypeError unless these can take the codes and scales of rows."""
+    """Raise ValueError or TypeError unless out and scales_out are legal for quantized rows of a shape."""
     check_tensor("out", out, shape, (torch.int8,))
     check_tensor("scales_out", scales_out, shape[:-1], SCALES)
 
@@ -32,7 +32,7 @@ def _check_rows_out(out: Tensor, scales_out: Tensor, shape: Sequence[int]) -> No
 def _empty_rows(
     shape: Sequence[int], device: torch.device, out: Tensor | None, scales_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What takes the codes and scales of rows, made where it is None."""
+    """out and scales_out for quantized rows of a shape, allocated where they are None."""
     if out is None:
         out = torch.empty(shape, dtype=torch.int8, device=device)
     if scales_out is None:
@@ -92,15 +92,20 @@ _SILU_MUL = Op(
 
 
 def quantize_rows(x: Tensor, *, out: Tensor | None = None, scales_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x as 8-bit codes with a scale for each row: x is about codes * scales. Returns (codes, scales).
+    """Quantize x to int8 with a scale for each row, x = out * scales_out up to rounding. Returns (out, scales_out).
 
     x: [..., K], any floating dtype, last dimension contiguous, rows at one stride (any on the reference). out: [..., K]
-    int8 and scales_out: [...] fp32, contiguous, take codes and scales; allocated when None.
-    A scale is the row's largest magnitude / 127, which gets code 127 or -127; magnitudes under 2^-100 count as that.
-    Computed in fp32; codes are rounded to nearest even. A row that holds an infinity or a NaN gets codes 0 and a scale
-    of that kind, so that products with it are NaN and no other row's are.
+    int8 and scales_out: [...] fp32, both contiguous; allocated when None.
+    A scale is the row's largest magnitude / 127, which becomes 127 or -127; magnitudes under 2^-100 count as 2^-100.
+    Computed in fp32; values are rounded to nearest even. A row that holds an infinity or a NaN becomes zeros with an
+    infinite or NaN scale, so that matmuls return NaN for this row alone.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Dettmers et al., LLM.int8() (2022), row-wise absmax quantization.
+
+    Example:
+        >>> values, scales = kernels.quantize_rows(torch.tensor([[127.0, 1.0], [-254.0, 2.0]]))
+        >>> values.tolist(), scales.tolist()
+        ([[127, 1], [-127, 1]], [1.0, 2.0])
     """
     out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
     _QUANTIZE(x, out, scales_out)
@@ -110,12 +115,18 @@ def quantize_rows(x: Tensor, *, out: Tensor | None = None, scales_out: Tensor | 
 def rms_norm_int8(
     x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None, scales_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of `rms_norm`, in one pass: returns (codes, scales).
+    """`rms_norm` fused with `quantize_rows`. Returns (out, scales_out).
 
     x: [..., H], weight, eps: as for `rms_norm`. out: [..., H] int8 and scales_out: [...] fp32 as for `quantize_rows`.
-    The norm is rounded to x's dtype before it becomes codes, as it is when the two are separate ops.
+    The norm is rounded to x's dtype before it is quantized, as when the two are separate ops.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/w8a8.py.
+
+    Example:
+        >>> x, weight = torch.ones(1, 2), torch.tensor([127.0, 1.0])
+        >>> values, scales = kernels.rms_norm_int8(x, weight, eps=0.0)
+        >>> values.tolist(), scales.tolist()
+        ([[127, 1]], [1.0])
     """
     out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
     _RMS_NORM(x, weight, eps, out, scales_out)
@@ -131,13 +142,19 @@ def add_rms_norm_int8(
     out: Tensor | None = None,
     scales_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of the norm after a residual addition, in one pass: returns (codes, scales).
+    """`add_rms_norm` fused with `quantize_rows`. Returns (out, scales_out).
 
     x: [..., H] and residual: [..., H], one dtype, weight, eps: as for `add_rms_norm`; residual becomes x + residual, in
     place. out: [..., H] int8 and scales_out: [...] fp32 as for `quantize_rows`.
-    Sum and norm are rounded to x's dtype, as they are when these are separate ops.
+    Sum and norm are rounded to x's dtype, as when these are separate ops.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/w8a8.py.
+
+    Example:
+        >>> residual, weight = torch.ones(1, 2), torch.tensor([127.0, 1.0])
+        >>> values, scales = kernels.add_rms_norm_int8(torch.ones(1, 2), residual, weight, eps=0.0)
+        >>> values.tolist(), scales.tolist(), residual.tolist()
+        ([[127, 1]], [1.0], [[2.0, 2.0]])
     """
     out, scales_out = _empty_rows(x.shape, x.device, out, scales_out)
     _ADD_RMS_NORM(x, residual, weight, eps, out, scales_out)
@@ -147,12 +164,18 @@ def add_rms_norm_int8(
 def silu_mul_int8(
     gate_up: Tensor, *, out: Tensor | None = None, scales_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of `silu_mul`, in one pass: returns (codes, scales).
+    """`silu_mul` fused with `quantize_rows`. Returns (out, scales_out).
 
     gate_up: [..., 2I] as for `silu_mul`. out: [..., I] int8 and scales_out: [...] fp32 as for `quantize_rows`.
-    The product is rounded to gate_up's dtype before it becomes codes, as it is when the two are separate ops.
+    silu(gate) * up is rounded to gate_up's dtype before it is quantized, as when the two are separate ops.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/w8a8.py.
+
+    Example:
+        >>> gate, up = torch.tensor([[100.0, 0.0]]), torch.tensor([[1.27, 5.0]])
+        >>> values, scales = kernels.silu_mul_int8(torch.cat([gate, up], -1))
+        >>> values.tolist(), round(scales.item(), 5)
+        ([[127, 0]], 1.0)
     """
     out, scales_out = _empty_rows(silu_mul_shape(gate_up), gate_up.device, out, scales_out)
     _SILU_MUL(gate_up, out, scales_out)

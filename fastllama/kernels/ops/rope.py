@@ -1,4 +1,4 @@
-"""rope, rope_and_write_kv, and the cos/sin cache both read."""
+"""The ops rope and rope_and_write_kv, and the cos/sin cache that both read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _check_rope_and_write_kv(
 
 
 def _query_heads(qkv: Tensor, k_pages: Tensor) -> tuple[int, int, int]:
-    """T, Hq and D."""
+    """T, Hq and D of the queries in qkv. Raises ValueError for a shape."""
     pages, shape = k_pages.shape, qkv.shape
     if len(pages) != 4 or 0 in pages:
         raise ValueError(f"k_pages has shape {list(pages)}; legal: [P, Hkv, page_size, D], each at least 1")
@@ -100,11 +100,16 @@ _ROPE_AND_WRITE_KV = Op(
 
 
 def cos_sin_cache(inv_freq: Tensor, num_positions: int) -> Tensor:
-    """The cache that rope reads: [num_positions, R] fp32, cosines then sines of position * inv_freq.
+    """The cos/sin cache for `rope`: [num_positions, R] fp32, cosines then sines of position * inv_freq.
 
-    inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are fp32 products, as Meta and
-    Hugging Face compute them: more exact ones would be other ones than the model was trained with (6e-5 apart at
-    position 1000). Returns the cache on inv_freq's device. Raises ValueError for a shape.
+    inv_freq: [R/2] fp32, radians per position; scaled rope changes only these. Angles are multiplied in fp32, as Meta
+    and Hugging Face do: more exact angles would differ from those of training (by 6e-5 at position 1000). Returns the
+    cache on inv_freq's device. Raises ValueError for a shape.
+
+    Example:
+        >>> cache = kernels.cos_sin_cache(torch.tensor([1.0, 0.01]), num_positions=16)
+        >>> cache.shape, cache[0].tolist()
+        (torch.Size([16, 4]), [1.0, 1.0, 0.0, 0.0])
     """
     check_shape("inv_freq", inv_freq, ("R/2",))
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=inv_freq.device), inv_freq.float())
@@ -125,12 +130,19 @@ def rope(
 
     q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. cos_sin: [max_position, R] in fp32
     (`cos_sin_cache`) or q's dtype, R even, R <= D; dimensions past R pass through. positions: [T] int32 or int64, each
-    below max_position; another one gives NaN.
+    below max_position; any other returns NaN.
     interleaved: pairs (x_2i, x_2i+1), Meta's layout; otherwise (x_i, x_{i+R/2}), Hugging Face's.
     q_out, k_out: like q and k, may be q and k themselves; allocated when None. Returns (q_out, k_out).
     Rotates in fp32 and rounds once. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is
     written then.
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
+
+    Example:
+        >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+        >>> cache = kernels.cos_sin_cache(torch.tensor([torch.pi / 2]), num_positions=2)  # 90 degrees a position
+        >>> q, k = kernels.rope(q, k, cache, torch.tensor([1]))
+        >>> torch.allclose(torch.cat([q, k]), torch.tensor([[[0.0, 1.0]], [[-2.0, 0.0]]]), atol=1e-6)
+        True
     """
     if q_out is None:
         q_out = torch.empty_like(q)
@@ -153,19 +165,26 @@ def rope_and_write_kv(
     interleaved: bool = False,
     q_out: Tensor | None = None,
 ) -> Tensor:
-    """Rotate q and k out of the fused projection's output and write k and v into their pages, in one pass.
+    """`rope` on the output of the fused qkv projection, fused with the write of k and v into their pages.
 
     qkv: [T, (Hq + 2 Hkv) * D], all q heads, then k, then v. cos_sin, positions, interleaved: as for `rope`.
-    slots: [T] int32 or int64, page * page_size + offset of each token; a slot that is negative, as padding is, or
-    behind the pages is not written.
+    slots: [T] int32 or int64, page * page_size + offset of each token; nothing is written for a slot that is negative
+    (padding) or past the last page.
     k_pages, v_pages: [P, Hkv, page_size, D], qkv's dtype, any strides but the last; written in place. Quantized pages
     are int8 or float8_e4m3fn, with k_scales, v_scales: [P, Hkv, page_size] fp32, one scale for each token and head: the
-    largest magnitude (of k after its rotation) over the largest code, 127 or 448. A code is the quotient rounded to
-    nearest even, so that code * scale is off by half a step at most. A head that holds an infinity or a NaN gets codes
-    0 and a scale of that kind: it reads back as NaN.
+    largest magnitude (of k after its rotation) / 127 for int8, / 448 for fp8. Values are rounded to nearest even, so
+    that value * scale is off by half a step at most. A head that holds an infinity or a NaN becomes zeros with an
+    infinite or NaN scale, and is read back as NaN.
     q_out: [T, Hq, D], may be qkv's own q heads; allocated when None. Returns q_out.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: RoFormer (Su et al., 2021); pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
+
+    Example:
+        >>> qkv, cache = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), kernels.cos_sin_cache(torch.ones(1), 16)
+        >>> k_pages, v_pages = torch.zeros(3, 1, 4, 2), torch.zeros(3, 1, 4, 2)  # 3 pages of 4 tokens, one head
+        >>> q = kernels.rope_and_write_kv(qkv, cache, torch.tensor([0]), torch.tensor([9]), k_pages, v_pages)
+        >>> q.tolist(), k_pages[2, 0, 1].tolist(), v_pages[2, 0, 1].tolist()  # position 0: not rotated
+        ([[[1.0, 2.0]]], [3.0, 4.0], [5.0, 6.0])
     """
     if q_out is None:
         q_out = torch.empty(_query_heads(qkv, k_pages), dtype=qkv.dtype, device=qkv.device)

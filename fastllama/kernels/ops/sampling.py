@@ -1,4 +1,4 @@
-"""sample and its workspace."""
+"""The op sample and its workspace."""
 
 from __future__ import annotations
 
@@ -57,20 +57,28 @@ def sample(
     logprobs: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token for each row, each row with its own parameters and its own random number.
+    """Sample one token for each row, each row with its own parameters and its own random number.
 
-    logits: [B, V], fp32, fp16 or bf16 (fp64 on the CPU), the largest of a row finite: a row with a NaN, with +inf or of
-    -inf alone gives token 0 and logprob NaN. temperature: [B] fp32, 0 means greedy (the
-    first largest logit). top_k: [B] int32 or int64, 0 means off. top_p: [B] fp32, 1 means off. min_p: [B] fp32, a
-    fraction of the largest probability, 0 means off. seed, offset: [B] int64: key and counter (its low 32 bits) of
-    Philox4x32-10, so a row draws the same token alone and in any batch.
-    tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the drawn ids and their
+    logits: [B, V], fp32, fp16 or bf16 (fp64 on the CPU). A row whose largest logit is not finite (NaN, +inf, or all
+    -inf) returns token 0 and logprob NaN. temperature: [B] fp32, 0 is greedy (the first of the largest logits). top_k:
+    [B] int32 or int64, 0 is off. top_p: [B] fp32, 1 is off. min_p: [B] fp32, a fraction of the largest probability, 0
+    is off. seed, offset: [B] int64: key and counter (its low 32 bits) of Philox4x32-10, so that a row samples the same
+    token in any batch.
+    tokens: [B] int64, logprobs: [B] fp32; allocated when None. Returns (tokens, logprobs): the sampled ids and their
     natural-log probabilities under softmax(logits), before temperature and filters.
-    workspace: scratch memory of `sample_workspace` for as many rows or more; allocated when None and needed.
-    Filters act in the order temperature, top-k, top-p, min-p, each on the renormalised rest; ties at a threshold are
-    all kept. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
+    workspace: scratch memory from `sample_workspace` for as many rows or more; allocated when None and needed.
+    Filters apply in the order temperature, top-k, top-p, min-p, each to the renormalised rest; all ties at a threshold
+    are kept. Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020); min-p: Nguyen et al., Turning
     Up the Heat (2024); Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+
+    Example:
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> temperature, top_k = torch.tensor([0.0, 1.0]), torch.tensor([0, 1])  # greedy; top-1
+        >>> logits, seed = torch.tensor([[0.0, 3.0, 1.0]] * 2), torch.tensor([7, 8])
+        >>> tokens, logprobs = kernels.sample(logits, temperature, top_k, one, zero, seed, seed)
+        >>> tokens.tolist()
+        [1, 1]
     """
     if tokens is None:
         tokens = torch.empty_like(seed)
@@ -81,8 +89,12 @@ def sample(
 
 
 def sample_workspace(logits: Tensor) -> Tensor:
-    """Scratch memory with which `sample` allocates nothing for logits [B, V] like these or for fewer rows: int64 [N].
+    """Scratch memory for `sample` of logits [B, V] like these, or of fewer rows, reused from call to call: [N] int64.
 
-    About 4 bytes for each logit where a Triton kernel runs, nothing elsewhere. Not to be shared by calls that overlap.
+    About 4 bytes for each logit where a Triton kernel runs; empty elsewhere. Not to be shared by overlapping calls.
+
+    Example:
+        >>> kernels.sample_workspace(torch.zeros(2, 32000)).shape  # a CPU needs none
+        torch.Size([0])
     """
     return _SAMPLE.workspace(logits.device, torch.int64, logits)

@@ -1,4 +1,4 @@
-"""silu_mul."""
+"""The op silu_mul: SwiGLU's activation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _check(gate_up: Tensor, up: Tensor | None, out: Tensor) -> None:
 
 
 def silu_mul_shape(gate_up: Tensor, up: Tensor | None = None) -> tuple[int, ...]:
-    """Of silu(gate) * up. Raises ValueError for a shape."""
+    """The shape of silu(gate) * up. Raises ValueError for a shape."""
     if up is not None and gate_up.dim():
         return tuple(gate_up.shape)
     *leading, width = gate_up.shape or (1,)
@@ -40,14 +40,21 @@ _SILU_MUL = Op(
 
 
 def silu_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of the fused gate and up projection, gate_up = [gate | up] along the last dimension, or of two.
+    """silu(gate) * up of the fused projection gate_up = [gate | up], split along the last dimension, or of two tensors.
 
     gate_up: [..., 2I], any floating dtype, last dimension contiguous, rows at one stride (any on the reference).
-    up: [..., I] in gate_up's dtype, rows at a stride of their own; gate_up is then the gate alone, [..., I].
+    up: [..., I] in gate_up's dtype, any row stride; gate_up is then the gate alone, [..., I].
     out: [..., I], may be either half of gate_up, the gate or up; allocated when None. Returns out.
     Computed in fp32, rounded to the input's dtype at the end.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: Shazeer, GLU Variants Improve Transformer (2020).
+
+    Example:
+        >>> gate, up = torch.tensor([[0.0, 100.0]]), torch.tensor([[5.0, 2.0]])
+        >>> kernels.silu_mul(torch.cat([gate, up], -1)).tolist()  # silu(100) is 100 in fp32
+        [[0.0, 200.0]]
+        >>> kernels.silu_mul(gate, up).tolist()
+        [[0.0, 200.0]]
     """
     if out is None:
         out = torch.empty(silu_mul_shape(gate_up, up), dtype=gate_up.dtype, device=gate_up.device)

@@ -1,7 +1,7 @@
-"""Checks on the host of what tensors hold: ids, positions, slots, lengths, pages and bounds, for debugging.
+"""Checks of the values of tensors, for debugging: ids, positions, slots, lengths, pages and bounds.
 
-They read tensors back from the device, so that ops ask for them only with FASTLLAMA_CHECK=1. Without, such a value
-gives NaN, or nothing is written for it; kernels/reference says which.
+They copy tensors to the host, so ops run them only with FASTLLAMA_CHECK=1. Without it an illegal value returns NaN, or
+nothing is written for it, as kernels/reference defines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastllama.kernels.reference.attention import ascend, room
 def check_adjust_logits(
     logits: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, slots: Tensor, bias: Tensor, *others: Any
 ) -> None:
-    """Arguments here are those of the op."""
+    """Raise ValueError for an illegal slot or bound. All checks here take the arguments of their op."""
     _check_below("slots", slots.clamp(min=0), max(bias.shape[0], 1))
     for name, bounds in (("starts", starts), ("ends", ends)):
         _check_below(name, bounds, tokens.shape[0] + 1)
@@ -77,16 +77,16 @@ def _check_slots(slots: Tensor, k_pages: Tensor) -> None:
 
 
 def _check_below(name: str, numbers: Tensor, end: int) -> None:
-    """ValueError for the first number that is not from 0 to end - 1."""
+    """Raise ValueError for the first number that is not from 0 to end - 1."""
     wrong = ((numbers < 0) | (numbers >= end)).nonzero()
     if len(wrong):
         place = tuple(wrong[0].tolist())
-        legal = f"from 0 to {end - 1}" if end else "none, as there is nothing to choose from"
+        legal = f"from 0 to {end - 1}" if end else "none, as there are 0 rows to choose from"
         raise ValueError(f"{name}{list(place)} is {int(numbers[place])}; legal: {legal}")
 
 
 def _check_bounds(name: str, bounds: Tensor, rows: int) -> None:
-    """ValueError unless bounds ascend from 0 to at most the number of rows."""
+    """Raise ValueError unless bounds ascend from 0 to at most the number of rows."""
     seen: Sequence[int] = bounds.tolist()
     if not ascend([*seen], rows):
         raise ValueError(f"{name} is {seen}; legal: ascending from 0 to at most {rows}, the number of rows")

@@ -1,4 +1,4 @@
-"""matmul_w8a8: products of 8-bit codes on both sides."""
+"""The op matmul_w8a8: int8 activations by an int8 weight."""
 
 from __future__ import annotations
 
@@ -67,16 +67,22 @@ def matmul_w8a8(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """(x * x_scales) @ weight^T (+ bias), where a weight is code * scale and both sides' codes have 8 bits.
+    """(x * x_scales) @ weight^T (+ bias) for int8 x and a weight of packed 8-bit values q: weight = q * scale.
 
-    x: [..., K] int8, rows at one stride, and x_scales: [...] fp32, what quantize_rows gave. packed: [ceil(N / 64),
-    ceil(K / 128), 4, 128, 16] int8, what pack_int8 gave. scales: [N], one for each row of the weight. bias: [N] or
+    x: [..., K] int8, rows at one stride, and x_scales: [...] fp32, from `quantize_rows`. packed: [ceil(N / 64),
+    ceil(K / 128), 4, 128, 16] int8, from `pack_int8`. scales: [N], one for each row of the weight. bias: [N] or
     None; both in out's dtype or fp32. out: [..., N], any floating dtype, that of scales when None. workspace: scratch
-    memory of `matmul_w8a8_workspace`; allocated when None and needed. Returns out.
-    Sums are int32, exact whatever their order: up to 131071 columns cannot overflow it. So a row's result is the same,
-    bit for bit, whatever the other rows; two products with scales in fp32, the bias, and one rounding follow.
+    memory from `matmul_w8a8_workspace`; allocated when None and needed. Returns out.
+    Accumulates in int32, exact in any order, as up to 131071 columns cannot overflow; so results are batch-invariant,
+    bit for bit. Both scales are then applied in fp32, the bias is added, and the result is rounded once.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     Source: kernels/reference/w8a8.py.
+
+    Example:
+        >>> x, x_scales = kernels.quantize_rows(torch.full((1, 32), 127.0))
+        >>> packed, scales = kernels.pack_int8(torch.ones(2, 32, dtype=torch.int8)), torch.tensor([1.0, 0.5])
+        >>> kernels.matmul_w8a8(x, x_scales, packed, scales).tolist()
+        [[4064.0, 2032.0]]
     """
     if out is None:
         out = torch.empty(_result_shape(x, scales), dtype=scales.dtype, device=x.device)
@@ -85,9 +91,14 @@ def matmul_w8a8(
 
 
 def matmul_w8a8_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """Scratch memory for `matmul_w8a8` of such tensors, to be kept from call to call: [S] int32, uninitialised.
+    """Scratch memory for `matmul_w8a8` of tensors of these shapes, reused from call to call: [S] int32.
 
-    Where a Triton kernel runs, a number for each of out and each split of K, where few rows need several. Nothing
-    elsewhere. Not to be shared by calls that overlap.
+    Where a Triton kernel runs with split-K, as for few rows: a number for each element of out and each split. Empty
+    elsewhere. Not to be shared by overlapping calls.
+
+    Example:
+        >>> x, packed = torch.ones(1, 32, dtype=torch.int8), kernels.pack_int8(torch.ones(2, 32, dtype=torch.int8))
+        >>> kernels.matmul_w8a8_workspace(x, packed, torch.ones(2)).shape  # a CPU needs none
+        torch.Size([0])
     """
     return _MATMUL.workspace(x.device, torch.int32, x, packed, scales)

@@ -1,4 +1,4 @@
-"""write_kv: keys and values from tensors of their own into pages."""
+"""The op write_kv: separate key and value tensors into pages."""
 
 from __future__ import annotations
 
@@ -72,18 +72,25 @@ def write_kv(
     k_scale: float | None = None,
     v_scale: float | None = None,
 ) -> None:
-    """Write keys and values into their pages: what `rope_and_write_kv` does, without a rotation.
+    """Write keys and values into their pages, as `rope_and_write_kv` does, without a rotation.
 
     k, v: [T, Hkv, D], one floating dtype, any strides but the last. slots: [T] int32 or int64, as for
-    `rope_and_write_kv`: one that is negative or behind the pages is not written.
+    `rope_and_write_kv`: nothing is written for a slot that is negative or past the last page.
     k_pages, v_pages: [P, Hkv, page_size, D], k's dtype, int8 or float8_e4m3fn, any strides but the last; written in
-    place. One may be the other begun whole pages later, as in transformers' pool of pages, where no slot's key is
-    another's value. Codes have either one scale for each token and head, computed and written into k_scales, v_scales:
-    [P, Hkv, page_size] fp32, as for `rope_and_write_kv`; or k_scale, v_scale, numbers of fp32 measured
-    before: a code is then x / scale in fp32, rounded to nearest even, and the largest code, 127 or 448, for all that is
-    larger, infinities too. NaN becomes the NaN of float8_e4m3fn; int8 has none, and its code is 0.
+    place. Both may be views of one buffer, offset by whole pages, as in transformers' pool, if the slots keep keys and
+    values apart. Quantized pages have either one scale for each token and head, computed and written into k_scales,
+    v_scales: [P, Hkv, page_size] fp32, as for `rope_and_write_kv`; or k_scale, v_scale, calibrated numbers of fp32: the
+    page then holds x / scale in fp32, rounded to nearest even and clamped to 127 (int8) or 448 (fp8), infinities too.
+    NaN stays NaN in float8_e4m3fn and becomes 0 in int8.
     Returns nothing. Raises ValueError for a shape, stride, device or scale, TypeError for a dtype; nothing is written
     then.
     Source: pages as in Kwon et al., Efficient Memory Management for LLM Serving (2023).
+
+    Example:
+        >>> k, v = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
+        >>> k_pages, v_pages = torch.zeros(3, 1, 4, 2), torch.zeros(3, 1, 4, 2)  # 3 pages of 4 tokens, one head
+        >>> kernels.write_kv(k, v, torch.tensor([9]), k_pages, v_pages)
+        >>> k_pages[2, 0, 1].tolist(), v_pages[2, 0, 1].tolist()
+        ([1.0, 2.0], [3.0, 4.0])
     """
     _WRITE_KV(k, v, slots, k_pages, v_pages, k_scales, v_scales, k_scale, v_scale)
