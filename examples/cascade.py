@@ -1,4 +1,4 @@
-"""Cascade attention: sequences that share a prefix, such as a system prompt, read its keys and values once for all.
+"""Cascade attention: the keys and values of a shared prefix, such as a system prompt, are read once for the batch.
 
 python examples/cascade.py [--device cuda] [--dtype bfloat16]
 """
@@ -13,20 +13,21 @@ from torch import Tensor
 
 from fastllama.kernels import attention_decode, merge_state
 
-ROWS = 64  # queries of a key head that are read for at once: with 256 the GPU kernel's registers spill
+ROWS = 64  # queries that share a read of a key head: with 256 the GPU kernel spills registers
 
 
 def queries_together(batch: int, heads_per_key: int) -> int:
-    """A divisor of the batch: all of 32 sequences of a Llama-2-7B, 8 of a 70B's, whose key heads have 8 heads each."""
+    """Sequences that share one read, a divisor of the batch: of 32, all with Llama-2-7B, 8 with the 70B."""
     return math.gcd(batch, max(ROWS // heads_per_key, 1))
 
 
 def cascade(q: Tensor, k_pages: Tensor, v_pages: Tensor, prefix: Tensor, own: Tensor, own_lens: Tensor) -> Tensor:
     """Attention of q [B, Hq, D], the newest token of each sequence, over a shared prefix and over its own tokens.
 
-    prefix: [n], the shared pages, all full. own: [B, m], each sequence's pages behind these; own_lens: [B], its tokens
-    in them. The batch's queries are taken for the last tokens of a few sequences that hold the prefix alone, and see
-    all of it: `attention_decode` splits its keys over the GPU, where `attention_prefill` has one program for each head.
+    prefix: [n], ids of the shared pages, all full. own: [B, m], each sequence's own pages after the prefix; own_lens:
+    [B], the tokens in them. For the prefix, the batch's queries are regrouped as the last tokens of a few sequences,
+    without a causal mask: `attention_decode` splits the keys over the GPU (split-KV), `attention_prefill` has one
+    program a head.
     """
     together = queries_together(q.shape[0], q.shape[1] // k_pages.shape[1])
     table = prefix.expand(q.shape[0] // together, -1)
@@ -37,7 +38,7 @@ def cascade(q: Tensor, k_pages: Tensor, v_pages: Tensor, prefix: Tensor, own: Te
 
 
 def main() -> None:
-    """16 sequences with a prefix of 1024 tokens, by cascade and each over all of its own tokens."""
+    """Compare cascade with plain attention: 16 sequences that share a prefix of 1024 tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")

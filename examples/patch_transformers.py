@@ -1,8 +1,8 @@
-"""Run a transformers Llama on fastllama's ops: load it as always, then one line.
+"""Run a transformers Llama on fastllama's ops: load it as usual, then patch it in one line.
 
 python examples/patch_transformers.py [MODEL] [--device cuda] [--dtype bfloat16]
 
-MODEL is a Hugging Face id or folder of model_type llama; without one, the small model that fastllama carries.
+MODEL is a Hugging Face id or folder of model_type llama; without one, the bundled model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMPT = "Once upon a time"
 
 
 def answer(model: Any, tokenizer: Any, tokens: int) -> tuple[str, float]:
-    """A greedy answer, and its tokens a second."""
+    """Generate greedily; returns the text and tokens/s."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     model.generate(**inputs, max_new_tokens=2, do_sample=False)  # the first call compiles
     start = time.perf_counter()
@@ -31,7 +31,7 @@ def answer(model: Any, tokenizer: Any, tokens: int) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Answer before and after the patch."""
+    """Generate before and after the patch, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(resolve_model("tiny")))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,7 @@ def main() -> None:
     text, rate = answer(model, tokenizer, options.tokens)
     print(f"transformers: {rate:.1f} tokens/s\n{text}\n")
 
-    print(fastllama.patch(model))  # the one line; the report says which layers run on fastllama's ops
+    print(fastllama.patch(model))  # the one line; it returns a report of the layers that now run on fastllama's ops
 
     patched_text, patched_rate = answer(model, tokenizer, options.tokens)
     print(f"patched: {patched_rate:.1f} tokens/s, the {'same' if patched_text == text else 'another'} text")

@@ -34,7 +34,7 @@ def commands(path: Path) -> Iterator[list[str]]:
     """What a page has people run: in backticks, in indented blocks, and as a form's placeholder; without comments."""
     text = path.read_text(encoding="utf-8")
     found = re.findall(r"`([^`\n]+)`", text)
-    found += re.findall(r"^(?:.*(?:placeholder|run|entry): | {4})(.+)$", text, re.MULTILINE)
+    found += re.findall(r"^(?:.*(?:placeholder|run|entry): | {4,})(.+)$", text, re.MULTILINE)
     for line in found:
         if re.match(r"(?:\.venv/bin/)?(?:fastllama|make|python|pytest)\b(?!/|\.)", line):
             yield shlex.split(line.removeprefix(".venv/bin/"), comments=True)
