@@ -31,7 +31,7 @@ COMPILE_TESTS := tests/kernels tests/testing tests/tools tests/integrations/test
 NO_INTERPRETER := env -u TRITON_INTERPRET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers test-clients test-eval fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs clean
+.PHONY: help setup demo test test-all test-reference test-interpreter test-compile test-triton test-transformers test-clients test-eval fake-gpu fuzz gpu-cache mutants mutants-report kernels-report lint types format gpu gpu-dry bench-cpu tiny-model docs site plots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -163,6 +163,19 @@ docs: $(STAMP) ## write the generated pages again
 	$(BIN)/python -m fastllama.env > docs/reference/env.md
 	$(BIN)/python -m tools.signatures docs
 	$(BIN)/python -m tools.commands
+	$(BIN)/python -m tools.ops_table
+
+build/site-env/.installed: requirements-docs.txt
+	@echo "installing mkdocs-material into $(@D), once (half a minute)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+site: build/site-env/.installed ## build the site of docs/ into build/site/index.html; a dead link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 build/site-env/bin/mkdocs build --strict --quiet
+
+plots: $(STAMP) ## draw the pictures of docs/images again, from committed results and the package's imports
+	$(BIN)/python -m tools.plots
 
 clean: ## remove everything that make and the tools made, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -20,7 +20,7 @@ from benchmarks.quality import differences, lines_of, protocol_of
 from fastllama import LLM, LlamaForCausalLM, quantize
 from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
-from fastllama.bench.plot import COLORS, check_plot
+from fastllama.bench.plot import check_plot
 from fastllama.layers.quantization import METHODS
 from fastllama.verify import compare, plant_outliers
 from tools.tiny_model.evaluate import CALIBRATION_SEED, held_out_text
@@ -94,7 +94,10 @@ def main() -> None:
     if options.output:
         write_record(options.output, record)
     if options.plot:
-        plot(options.plot, record)
+        from tools.plots import quantizers, style
+
+        with style.settings():
+            style.save(quantizers.draw(record), options.plot)
 
 
 def measure(
@@ -112,41 +115,6 @@ def measure(
         found = compare(llm, reference, documents, **protocol_of(reference))
     row = f"| {case.weights} | {case.method} | {differences(found)} | {seconds:.1f} |"
     return case._asdict() | {"weights": case.weights, "quantizing_seconds": seconds} | found.as_json(), row
-
-
-def plot(path: Path, record: dict[str, Any]) -> None:
-    """KL divergences of a record by case, with standard errors, the models in two colors."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    cases, conditions, read = record["cases"], record["conditions"], record["cases"][0]["reference"]
-    labels = list(dict.fromkeys(f"{case['weights']}, {case['method']}" for case in cases))
-    figure = Figure(figsize=(9, 1.6 + 0.32 * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    for number, ((title, outliers), color) in enumerate(zip(MODELS.items(), COLORS, strict=False)):
-        rows = [(f"{case['weights']}, {case['method']}", case["kl"]) for case in cases if case["outliers"] == outliers]
-        heights = [labels.index(label) + 0.2 * (2 * number - 1) for label, _ in rows]
-        values = [1000 * kl["value"] for _, kl in rows]
-        errors = [1000 * (kl["standard_error"] or 0) for _, kl in rows]
-        axes.errorbar(values, heights, xerr=errors, fmt="o", ms=4, capsize=2, color=color, label=title)
-        for value, error, height in zip(values, errors, heights, strict=True):
-            place = value + error, height
-            axes.annotate(f"{value:.2g}", place, (5, 0), textcoords="offset points", va="center", size=8, color=color)
-    axes.set(
-        xscale="log",
-        xlabel="KL divergence from the unquantized model, thousandths of a nat per token (± standard error)",
-    )
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.1)
-    axes.grid(which="major", axis="x", alpha=0.3)
-    axes.legend(title="the model", loc="best")
-    said = f"{read['documents']} documents, {read['tokens']} tokens; calibrated on others"
-    figure.suptitle(f"fastllama, {conditions['model']}, {conditions['dtype']}: what quantizers cost ({said})", size=11)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
