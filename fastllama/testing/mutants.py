@@ -152,7 +152,7 @@ def written(page: str, verdicts: Iterable[Verdict]) -> str:
         name = "/".join(Path(path).parts[-2:])  # with its folder: kernels of several have one name
         lines.append(f"| `{name}` | {len(own)} | {len(own) - len(left)} | {', '.join(left) or '-'} |")
     before, rest = page.split(MARKS[0])
-    return "\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]])
+    return "\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + rest.split(MARKS[1])[1]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

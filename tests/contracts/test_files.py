@@ -19,8 +19,6 @@ BANNER = re.compile(r"#\s*([-=*#~_+])\1{2,}|##")
 # spelled so that this file does not find itself
 LATER = re.compile(r"\b(?:TO[D]O|FIX[M]E|XX[X]|HAC[K])\b")
 
-LINK = re.compile(r"\]\(([^)\s]+)\)")
-
 
 def sources() -> list[Path]:
     return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -72,14 +70,6 @@ def test_nothing_is_left_for_later() -> None:
         if LATER.search(line)
     ]
     assert found == []
-
-
-def test_links_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    links = [(page, link) for page in pages for link in LINK.findall(page.read_text(encoding="utf-8"))]
-    local = [(page, link) for page, link in links if not link.startswith(("https://", "http://", "#"))]
-    assert local
-    assert [f"{name(page)}: {link}" for page, link in local if not (page.parent / link.split("#")[0]).exists()] == []
 
 
 def test_make_finds_each_test_that_compiles() -> None:

@@ -130,10 +130,12 @@ def test_a_page_gets_the_outcomes_in_place_of_the_last_ones() -> None:
     assert page.splitlines() == [
         "Above.",
         "<!-- mutants -->",
+        "",
         "| file | mutants | killed | not killed |",
         "|---|---|---|---|",
         "| `a/toy.py` | 3 | 1 | forgets, halves |",
         "| `other.py` | 1 | 1 | - |",
+        "",
         "<!-- end of mutants -->",
         "Below.",
     ]
