@@ -16,7 +16,7 @@ from fastllama.errors import check_choice
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable; `legal` is empty when any text will do."""
+    """One environment variable; an empty `legal` accepts any text."""
 
     name: str
     default: str
@@ -24,7 +24,7 @@ class Variable:
     legal: tuple[str, ...] = ()
 
     def read(self) -> str:
-        """The variable's value now. Raises ValueError when it is not legal."""
+        """The current value. Raises ValueError when it is not legal."""
         value = os.environ.get(self.name, self.default)
         if self.legal:
             check_choice(f"environment variable {self.name}", value, self.legal)
@@ -32,7 +32,7 @@ class Variable:
 
     @contextmanager
     def set_to(self, value: str) -> Iterator[None]:
-        """Within, the variable has that value: for measurements of both sides of a switch in one process."""
+        """Set the variable within a `with` block, to measure both values of a switch in one process."""
         before = os.environ.get(self.name)
         os.environ[self.name] = value
         try:
@@ -46,70 +46,69 @@ class Variable:
 BACKEND = Variable(
     "FASTLLAMA_BACKEND",
     "auto",
-    "Which implementation of every op runs. `auto`: by the tensors' device (Triton kernels on CUDA and HIP, the CPU "
-    "implementation on CPU). `reference` forces the reference. `triton` forces the Triton kernel of every op that has "
-    "one, and raises where it cannot run: on CPU tensors it also needs TRITON_INTERPRET=1. An op that has none runs as "
-    "with `auto`; `fastllama info` says which. Read once for each op and device.",
+    "The backend of every op. `auto`: by the tensors' device (Triton kernels on CUDA and HIP, the CPU implementation "
+    "on CPU). `reference` forces the PyTorch reference. `triton` forces the Triton kernel of every op that has one and "
+    "raises where it cannot run: on CPU tensors it also needs TRITON_INTERPRET=1. An op without one runs as with "
+    "`auto`; `fastllama info` lists them. Read once for each op and device.",
     ("auto", "reference", "triton"),
 )
 _SWITCH = ("1", "0")
 CHECK = Variable(
     "FASTLLAMA_CHECK",
     "0",
-    "`1`: before each op, what its tensors hold is checked on the host: token ids, positions, slots, lengths, page ids "
-    "and bounds of sequences; a ValueError names the first that is not legal. For debugging: on a GPU each op then "
-    "waits for the device, so set FASTLLAMA_GRAPHS=0 as well. `0`: such a value gives NaN. Read once for each op and "
-    "device.",
+    "`1`: before each op, the contents of its index tensors are checked on the host: token ids, positions, slots, "
+    "lengths, page ids and sequence bounds; a ValueError names the first illegal value. For debugging: on a GPU each "
+    "op then synchronizes with the device, so set FASTLLAMA_GRAPHS=0 as well. `0`: an illegal value gives NaN. Read "
+    "once for each op and device.",
     _SWITCH,
 )
 GRAPHS = Variable(
     "FASTLLAMA_GRAPHS",
     "1",
-    "`0`: no decode step is captured, neither as a CUDA graph nor, on a CPU, as a record of its ops; every step runs "
-    "the modules. Read when an `LLM` is made.",
+    "`0`: decode steps run eagerly through the modules; `1` captures them as CUDA graphs or, on a CPU, as a recorded "
+    "list of ops. Read when an `LLM` is made.",
     _SWITCH,
 )
 PDL = Variable(
     "FASTLLAMA_PDL",
     "1",
-    "`0`: no launch begins before the one before it has ended (programmatic dependent launch, NVIDIA from sm_90 on). "
-    "Read when an op is called in a new way; calls like an earlier one stay as they were.",
+    "`1`: programmatic dependent launch: a kernel may start before the previous one has ended (NVIDIA, from sm_90 on). "
+    "`0`: off. Read when an op's launch is first prepared for given shapes; later calls with those shapes reuse it.",
     _SWITCH,
 )
 AHEAD = Variable(
     "FASTLLAMA_AHEAD",
     "1",
-    "`0`: on a GPU, too, the next step is scheduled only after the tokens of the one before have been read. Read when "
-    "an `LLM` is made.",
+    "Asynchronous scheduling on a GPU: with `1` the next step is scheduled before the tokens of the previous one have "
+    "been read, with `0` after. Read when an `LLM` is made.",
     _SWITCH,
 )
 TRITON_INTERPRET = Variable(
     "TRITON_INTERPRET",
     "0",
-    "Triton's own variable: `1` runs Triton kernels in its NumPy interpreter, on CPU tensors. Slow; for tests. "
-    "The `fastllama` command repairs its bf16; a program does that itself (docs/kernels/testing.md). Triton "
-    "reads it when a kernel is defined, so set it before Python starts.",
+    "Triton's own variable: `1` runs Triton kernels in its NumPy interpreter, on CPU tensors. Slow; for tests. The "
+    "`fastllama` command patches the interpreter's bf16 rounding; other programs have to do it themselves "
+    "(docs/kernels/testing.md). Triton reads it when a kernel is defined, so set it before Python starts.",
 )
 XDG_CACHE_HOME = Variable(
     "XDG_CACHE_HOME",
     "~/.cache",
-    "Where caches lie, a variable of the XDG Base Directory Specification: launch configurations tuned on this machine "
-    "are read from its folder `fastllama/tuned/<gpu>`; CPU kernels that Numba compiled are kept in `fastllama/numba`, "
-    "a few megabytes for each version, which may be removed at any time. Where that cannot be written, they are "
-    "compiled anew in each process, and `fastllama info` says so. Empty or not absolute counts as not set, as it "
-    "demands.",
+    "The folder of caches, by the XDG Base Directory Specification: launch configurations tuned on this machine are "
+    "read from `fastllama/tuned/<gpu>` in it; CPU kernels compiled by Numba are kept in `fastllama/numba`, a few "
+    "megabytes per version, which may be removed at any time. Where that cannot be written, they are compiled again in "
+    "each process, as `fastllama info` reports. An empty or relative path counts as not set, as XDG requires.",
 )
 NUMBA_CACHE_DIR = Variable(
     "NUMBA_CACHE_DIR",
     "",
-    "Numba's own variable: where it is set, the machine code of CPU kernels lies in its folder `fastllama`. Read when "
-    "Numba's kernels are loaded.",
+    "Numba's own variable: where it is set, compiled CPU kernels are kept in its folder `fastllama`. Read when Numba's "
+    "kernels are loaded.",
 )
 API_KEY = Variable(
     "FASTLLAMA_API_KEY",
     "",
-    "The API key that `fastllama serve` asks of its clients, of visible ASCII characters. Keys with limits, and more "
-    "than one, stand in the file of `--api-keys`. Empty counts as not set. Read once, when the server starts.",
+    "The API key that `fastllama serve` requires of its clients, of visible ASCII characters. Several keys, or keys "
+    "with limits, go into the file of `--api-keys`. Empty counts as not set. Read once, when the server starts.",
 )
 VARIABLES = (BACKEND, CHECK, GRAPHS, PDL, AHEAD, API_KEY, TRITON_INTERPRET, XDG_CACHE_HOME, NUMBA_CACHE_DIR)
 
@@ -120,18 +119,18 @@ def triton_interpret() -> bool:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again, by the XDG rule; it need not exist, and without a home it cannot."""
+    """The cache folder, by the XDG rule; it need not exist, and does not for a user without a home."""
     folder = Path(XDG_CACHE_HOME.read())
     if not folder.is_absolute():
         try:
             folder = Path(XDG_CACHE_HOME.default).expanduser()
-        except RuntimeError:  # a user whom the system does not know, as in a container, and no HOME
+        except RuntimeError:  # a user without a passwd entry, as in a container, and no HOME
             folder = Path(os.devnull)
     return folder / "fastllama"
 
 
 def machine_code_dir() -> Path:
-    """The folder for the machine code of CPU kernels; it need not exist."""
+    """The cache folder of compiled CPU kernels; it need not exist."""
     given = NUMBA_CACHE_DIR.read()
     return Path(given).absolute() / "fastllama" if given else cache_dir() / "numba"
 

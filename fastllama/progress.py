@@ -1,4 +1,4 @@
-"""Progress bars on standard error, also where there is none (pythonw, a service, `2>&-`)."""
+"""Progress bars on standard error; silent where the process has none (pythonw, a service, `2>&-`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def has_console() -> bool:
 
 
 def progress_bar(title: str, shown: bool | None, **options: Any) -> Any:
-    """A bar of tqdm, which takes `options`. shown: None means on a terminal only. Without a console it is silent."""
-    disable = not has_console() or (None if shown is None else not shown)  # tqdm asks the console if it is None
+    """A tqdm bar with these options. shown: None means on a terminal only. Silent without a console."""
+    disable = not has_console() or (None if shown is None else not shown)  # None: tqdm checks for a terminal
     return tqdm(desc=title, disable=disable, leave=False, **options)
