@@ -1,12 +1,12 @@
-"""Find launch configurations for this GPU by timing them, and write those that win to the user's cache folder.
+"""Tune launch configurations for this GPU by timing; writes the fastest to the user's cache folder.
 
 python -m benchmarks.ops.tune [--families norm ...] [--minutes 10] [--most 24] [--dtype bfloat16] [--out FOLDER] [--dry]
 
-The candidates nearest to the heuristic's launch are timed at Llama 2's shapes, in turns with it, in CUDA graphs over
-inputs that leave the cache: each takes up to a second to compile, and a matmul has a thousand. A candidate is written
-where it beats the heuristic by more than 2 %: less is noise. A launch that no number of rows may change (norm, sample)
-is judged by all of them together. What is found is read by the next process; `--out` writes elsewhere, to
-fastllama/kernels/configs/<gpu> for one to ship.
+Only the candidates nearest to the heuristic's launch are timed: each takes up to a second to compile, and a matmul has
+a thousand. They run at Llama 2's shapes, in turns with the heuristic's, in CUDA graphs over inputs that miss the cache.
+A candidate is written if it beats the heuristic by more than 2 %: less is noise. A launch that must not depend on the
+number of rows (norm, sample) is judged by all row counts together. The next process reads the result; `--out` writes
+elsewhere, to fastllama/kernels/configs/<gpu> for a configuration to ship.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Asked = tuple[int, ...]  # the values of a family's shape
 
 
 def candidates(family: str, shape: tuned.Shape, device: Device) -> Iterator[Any]:
-    """The launches worth timing, the heuristic's first, then the nearest to it: by factors of two in each number."""
+    """The launches to time: the heuristic's, then its nearest neighbours, by factors of two in each parameter."""
     kind = tuning.FAMILIES[family]
     first = kind.heuristic(device, **shape)
     yield first
@@ -101,15 +101,15 @@ def _share(launch: Any, shape: tuned.Shape) -> int:
         return launch.features * 16
     if isinstance(launch, heuristics.W8A8Launch):
         return launch.rows * 128
-    if isinstance(launch, heuristics.CodesLaunch):
+    if isinstance(launch, heuristics.QuantizedMatmulLaunch):
         return 64 * 64
     return shape["size"] if isinstance(launch, heuristics.NormLaunch) else int(launch.block)
 
 
 def asked(family: str, case: LlamaCall, device: torch.device) -> Asked | None:
-    """The shape for which a case's launcher asks; None where it asks for none: products of many rows are torch's."""
+    """The shape that a case's launcher looks up; None if it looks up none: matmuls of many rows are torch's."""
     seen: list[Asked] = []
-    inputs = case.make(device, seed=0)  # before: what sizes a workspace asks, too, where the launch does not
+    inputs = case.make(device, seed=0)  # before: sizing the workspace may look up a launch, too
 
     def remember(name: str, device: torch.device, *values: int) -> Any:
         if name == family:
@@ -124,21 +124,21 @@ def asked(family: str, case: LlamaCall, device: torch.device) -> Asked | None:
 
 @contextmanager
 def launching(case: LlamaCall, device: torch.device, launch: Any) -> Iterator[Function]:
-    """The op of a case with one launch."""
+    """Runs the op of a case with a given launch."""
     with mock.patch.object(tuning, "_launch", partial(_given, launch)), comparison.running(case.op, device) as run:
         yield run
 
 
 def _given(launch: Any, family: str, device: torch.device, *values: int) -> Any:
-    """In place of a lookup."""
+    """Replaces the lookup of a launch."""
     return launch
 
 
 def timed(case: LlamaCall, device: torch.device, launches: list[Any], rounds: int) -> list[float | None]:
-    """Median seconds of a case with each launch; None where it cannot run."""
+    """Median seconds of a case with each launch; None if it cannot run."""
     sets = comparison.input_sets(case, device)
     if any("workspace" in inputs for inputs in sets):
-        # As large as any launch needs it, and zeros: one that had to make its own would be timed with what that takes.
+        # Zeros, and large enough for any launch: otherwise the timing would include the allocation.
         dtype = {"matmul_w8a8": torch.int32, "sample": torch.int64}.get(case.op, torch.float32)
         scratch = torch.zeros(1 << (26 if device.type == "cuda" else 20), dtype=dtype, device=device)
         sets = [{**inputs, "workspace": scratch} for inputs in sets]
@@ -149,7 +149,7 @@ def timed(case: LlamaCall, device: torch.device, launches: list[Any], rounds: in
             call()
             calls = max(comparison.GRAPH_CALLS, len(sets))
             samplers[str(number)] = timing.wall(call) if device.type == "cpu" else timing.graph(call, calls)
-        except Exception as failure:  # too much shared memory, say: this launch is none
+        except Exception as failure:  # for example too much shared memory: not a legal launch
             print(f"  {launch}: {type(failure).__name__}: {str(failure)[:99]}", flush=True)
     taken = timing.in_turns(samplers, rounds)
     return [statistics.median(taken[str(n)]) if str(n) in taken else None for n in range(len(launches))]
@@ -161,7 +161,7 @@ def _run(case: LlamaCall, device: torch.device, launch: Any, inputs: Arguments) 
 
 
 def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.TunedLaunch | None:
-    """The launch with the lowest geometric mean over the cases, in microseconds; None where the heuristic's will do."""
+    """The launch with the lowest geometric mean over the cases, in microseconds; None if the heuristic's is as good."""
     means = {
         launch: statistics.geometric_mean([1e6 * each for each in seconds if each is not None])
         for launch, seconds in times.items()
@@ -178,7 +178,7 @@ def best(times: dict[Any, list[float | None]], heuristic: Any) -> tuned.TunedLau
 def tune(
     family: str, found: list[LlamaCall], device: torch.device, rounds: int, deadline: float, most: int
 ) -> list[tuned.TunedLaunch]:
-    """Entries for the shapes of the cases that the time allows. most: of candidates."""
+    """Entries for the shapes of the cases, as far as the time allows. most: number of candidates."""
     kind, groups = tuning.FAMILIES[family], defaultdict(list)
     for case in found:
         if (values := asked(family, case, device)) is not None:
@@ -204,14 +204,14 @@ def tune(
 
 
 def main() -> None:
-    """Tune the families, most valuable first, and write a file for each that gained."""
+    """Tune the families, most valuable first, and write a file for each with a faster launch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=tuple(OPS), default=list(OPS))
     parser.add_argument("--minutes", type=float, default=10.0, help="time budget")
-    parser.add_argument("--most", type=int, default=24, help="candidates of a shape, the heuristic's among them")
+    parser.add_argument("--most", type=int, default=24, help="candidates per shape, including the heuristic's")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder of the files; by default the user's cache")
-    parser.add_argument("--dry", action="store_true", help="walk two candidates of a toy on a CPU; needs --out")
+    parser.add_argument("--dry", action="store_true", help="time two candidates of a toy shape on a CPU; needs --out")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry walks the plan without one")

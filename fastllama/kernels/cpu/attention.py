@@ -1,8 +1,8 @@
-"""Attention on a CPU: torch's blocked kernel for prompts, two batched products over grouped heads for single queries.
+"""Attention on a CPU: torch's blocked kernel for prompts, two batched matmuls over grouped heads for single queries.
 
-Keys and values are widened to fp32 first: products in bf16 and fp16 run at a fifth of fp32's rate on CPUs without
-hardware for them, and scaled_dot_product_attention spends 250 us on one query where the two products need 30.
-What lengths, pages and bounds that are not legal give: see kernels/reference/attention.py.
+Keys and values are widened to fp32 first: matmuls in bf16 and fp16 run at a fifth of fp32's rate on CPUs without
+hardware for them, and scaled_dot_product_attention spends 250 us on one query where the two matmuls need 30. For the
+results of illegal lengths, pages and bounds see kernels/reference/attention.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from fastllama.kernels.reference.attention import ascend, attend, gather_pages, lse_unit, room, score_scale
 from fastllama.kernels.reference.numerics import wide
 
-# What scaled_dot_product_attention runs on a CPU, but where the program has told it to run another one (sdpa_kernel);
-# it gives the log-sum-exps as well, without all scores in memory.
+# The kernel of scaled_dot_product_attention on a CPU, unless the program selects another (sdpa_kernel); it returns the
+# log-sum-exps as well, without all scores in memory.
 _blocked = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -124,7 +124,7 @@ def _paged(
         if complete:
             k, v = wide(k).transpose(0, 1), wide(v).transpose(0, 1)
             _attend(q[rows], k, v, scale, causal, v_scale, out[rows], own_lse)
-        else:  # NaN, and torch's kernel brings it to queries that do not see it, too
+        else:  # NaN, which torch's kernel would spread to queries that do not see it
             _explicit(q[rows], k, v, scale, causal, v_scale, out[rows], own_lse)
     if lse_out is not None:
         lse_out.mul_(lse_unit(base2))
@@ -151,9 +151,9 @@ def _attend(
     if not q.numel():
         return
     queries = wide(q)
-    if not scale > 0:  # not left to torch's kernel, which puts the mask on before it scales
+    if not scale > 0:  # torch's kernel masks before it scales
         queries, scale = queries * scale, 1.0
-    hidden = len_k - len_q if causal else 0  # keys that the first query sees more or less than a square mask shows it
+    hidden = len_k - len_q if causal else 0  # keys that the first query sees beyond those of a square mask
     if not len_k or hidden < 0 or not _scores_are_finite(queries, k, scale):
         _explicit(queries, k.transpose(0, 1), v.transpose(0, 1), scale, causal, v_scale, out, lse_out)
     elif len_q == 1:
@@ -175,9 +175,9 @@ def _attend(
 
 
 def _scores_are_finite(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether none can be infinite or NaN, which a mask that is added would bring to queries that it hides them from.
+    """Whether no score can be infinite or NaN, which an additive mask would spread to queries that do not see it.
 
-    None is larger than the product of the Euclidean norms of all queries and of all keys: a pass over them.
+    The bound is the Euclidean norm of all queries times that of all keys: one pass over each.
     """
     return math.prod(float(torch.linalg.vector_norm(x)) for x in (q, k)) * scale < torch.finfo(k.dtype).max
 

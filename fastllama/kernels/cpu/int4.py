@@ -1,4 +1,4 @@
-"""Products with 4-bit weights on a CPU: a block of rows is dequantized to fp32 at a time."""
+"""matmul_int4 on a CPU: a block of weight rows is dequantized to fp32 at a time."""
 
 from __future__ import annotations
 

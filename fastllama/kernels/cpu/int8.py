@@ -1,4 +1,4 @@
-"""Products with 8-bit weights on a CPU: a block of rows is widened to fp32 at a time."""
+"""matmul_int8 and matmul_w8a8 on a CPU: a block of weight rows is widened to fp32 at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.reference.int4 import ROWS
 from fastllama.kernels.reference.int8 import dequantize_int8, unpack_int8
 
-EXACT = 1024  # products of two codes whose sum fp32 holds
+EXACT = 1024  # columns whose int8 dot product fp32 holds exactly
 
 
 def matmul_int8(
@@ -38,7 +38,7 @@ def matmul_w8a8(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    """See kernels.matmul_w8a8. Sums of 1024 products are under 2^24, which fp32 holds exactly in any order."""
+    """See kernels.matmul_w8a8. Sums over 1024 columns are under 2^24: exact in fp32, in any order."""
     rows, result, factors = as_rows("x", x).float(), as_rows("out", out), x_scales.reshape(-1, 1)
     for start in range(0, scales.shape[0], BLOCK):
         some = slice(start, start + BLOCK)

@@ -1,8 +1,8 @@
-"""Dense products on a CPU, where torch's linear layer is slow for one row and, without bf16 hardware, for many.
+"""matmul on a CPU, where torch's linear layer is slow for one row and, without bf16 hardware, for many.
 
-Measured on two AVX2 cores at N, K = 11264, 2048 (docs/measured/cpu.md): one bf16 row takes 4.1 ms through F.linear and 2.3 ms
-through mv (memory speed); 128 rows take 273 ms in bf16 and a quarter of that when blocks of the weight are widened to
-fp32 on the way.
+Measured on two AVX2 cores at N, K = 11264, 2048 (docs/measured/cpu.md): one bf16 row takes 4.1 ms through F.linear and
+2.3 ms through mv (memory speed); 128 rows take 273 ms in bf16 and a quarter of that when blocks of the weight are
+widened to fp32 first.
 """
 
 from __future__ import annotations
@@ -31,17 +31,14 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, workspac
         for row, target in zip(rows, result, strict=True):
             torch.mv(weight, row, out=target)
     else:
-        # Widened to fp32 on the way: 16-bit products without hardware for them run at scalar speed.
+        # Widened to fp32: 16-bit matmuls without hardware for them run at scalar speed.
         by_blocks(rows, weight.shape[0], result, lambda start, wide: wide.copy_(weight[start : start + BLOCK]))
     if bias is not None:
         result += bias
 
 
 def by_blocks(rows: Tensor, features: int, result: Tensor, widen: Callable[[int, Tensor], object]) -> None:
-    """Products in fp32 with weight rows that `widen(first, buffer)` writes to a buffer, a block of them at a time.
-
-    Of rows in fp64, in that.
-    """
+    """Matmul in fp32, or fp64 for rows in fp64, by weight rows that `widen(first, buffer)` writes block by block."""
     rows = numerics.wide(rows)
     buffer = rows.new_empty(min(BLOCK, features), rows.shape[1])
     for start in range(0, features, BLOCK):

@@ -1,4 +1,4 @@
-"""Facts about a device that decide how kernels are launched; asked of the driver once."""
+"""Properties of a device that decide how kernels are launched; queried from the driver once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = Device("cpu", "cpu", num_sms=1, warp_size=32, shared_memory=48 << 10, l2_c
 
 @functools.cache
 def device_info(device: torch.device) -> Device:
-    """The facts of a torch device. "cpu" is answered without touching CUDA."""
+    """The properties of a torch device. A CPU's are returned without touching CUDA."""
     if device.type != "cuda":
         return CPU
     gpu = torch.cuda.get_device_properties(device)
@@ -48,7 +48,7 @@ def device_info(device: torch.device) -> Device:
 
 
 def arch(device: torch.device) -> str:
-    """What is compiled for: "sm_90", "gfx942", or "cpu" where kernels are interpreted."""
+    """The architecture that kernels are compiled for: "sm_90", "gfx942", or "cpu" where kernels are interpreted."""
     return device_info(device).arch
 
 
@@ -60,5 +60,5 @@ def runs_natively(dtype: torch.dtype) -> bool:
 
 
 def slug(name: str) -> str:
-    """A device's name as a folder is called: "NVIDIA H200" -> "nvidia-h200"."""
+    """A device's name as a folder name: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

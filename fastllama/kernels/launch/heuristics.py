@@ -1,4 +1,4 @@
-"""How a kernel of each family is launched, chosen from numbers: what a shape asks, and what a device has."""
+"""Launch configurations of each kernel family, computed from a call's shape and a device's properties alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class AdjustLaunch:
 class PrefillLaunch:
     """attention_varlen and attention_prefill: one program for `rows` queries of a head, against `keys` keys at a time.
 
-    Both are powers of two, at least 16. stages: tiles of keys on their way at once.
+    Both are powers of two, at least 16. stages: tiles of keys in flight at once.
     """
 
     rows: int
@@ -74,9 +74,9 @@ class DecodeLaunch:
 
 @dataclass(frozen=True)
 class MatmulLaunch:
-    """matmul of few rows: one program for `features` rows of the weight, `size` columns at a time, of one of `splits`.
+    """matmul of few rows: one program for `features` rows of the weight and one of `splits`, `size` columns at a time.
 
-    All are powers of two, features and size at least 16. stages: tiles of the weight on their way at once.
+    All are powers of two, features and size at least 16. stages: tiles of the weight in flight at once.
     """
 
     features: int
@@ -87,10 +87,10 @@ class MatmulLaunch:
 
 
 @dataclass(frozen=True)
-class CodesLaunch:
+class QuantizedMatmulLaunch:
     """matmul_int4 and _int8 of few rows: one program for 64 or 128 rows of the weight and one of `splits` of columns.
 
-    stages: tiles of codes, and of x, on their way at once. num_warps: for up to 16 rows of x; twice as many for more.
+    stages: tiles of packed values, and of x, in flight at once. num_warps: up to 16 rows of x; twice as many for more.
     """
 
     splits: int
@@ -100,9 +100,9 @@ class CodesLaunch:
 
 @dataclass(frozen=True)
 class W8A8Launch:
-    """matmul_w8a8: one program for `rows` rows of x and 128 of the weight, `columns` at a time, of one of `splits`.
+    """matmul_w8a8: one program for `rows` rows of x, 128 of the weight and one of `splits`, `columns` at a time.
 
-    rows is a power of two, at least 16; columns is 64 or 128. stages: tiles of both on their way at once.
+    rows is a power of two, at least 16; columns is 64 or 128. stages: tiles of both in flight at once.
     """
 
     rows: int
@@ -121,18 +121,21 @@ LaunchConfig = (
     | PrefillLaunch
     | DecodeLaunch
     | MatmulLaunch
-    | CodesLaunch
+    | QuantizedMatmulLaunch
     | W8A8Launch
 )
 
 
 def norm_heuristic(device: Device, *, size: int, itemsize: int) -> NormLaunch:
-    """16 elements a thread (two 128-bit accesses of a 16-bit dtype) while a block has threads enough: 32 at 16384."""
+    """16 elements a thread (two 128-bit accesses of a 16-bit dtype), and more past 512 threads: 32 at 16384."""
     return NormLaunch(_warps(device, power_of_2(size) // 16, most=512))
 
 
 def rope_heuristic(device: Device, *, rows: int, heads: int, head_dim: int, itemsize: int) -> RopeLaunch:
-    """Heads for one 128-bit access a thread and half: 128 threads where the device is filled so, else one warp."""
+    """One 128-bit access a thread and half of a head, on as many heads as that takes.
+
+    128 or 64 threads, the most that leave each multiprocessor four programs; else one warp.
+    """
     pair_bytes = max(power_of_2(head_dim) // 2 * itemsize, 1)
     for threads in (128, 64):
         group = min(max(16 * threads // pair_bytes, 1), power_of_2(heads))
@@ -143,7 +146,7 @@ def rope_heuristic(device: Device, *, rows: int, heads: int, head_dim: int, item
 
 
 def swiglu_heuristic(device: Device, *, rows: int, size: int, itemsize: int) -> SwigluLaunch:
-    """One 128-bit access of gate and of up a thread; the widest block that still gives every multiprocessor four."""
+    """One 128-bit access of gate and of up a thread: 256 or 128 if each multiprocessor gets four programs, else 64."""
     widest = power_of_2(size)
     for threads in (256, 128):
         block = threads * 16 // itemsize
@@ -154,7 +157,7 @@ def swiglu_heuristic(device: Device, *, rows: int, size: int, itemsize: int) -> 
 
 
 def sample_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> SampleLaunch:
-    """16 logits a thread: 8 programs for the smallest vocabulary of a Llama, 64 for one of 262144."""
+    """16 logits a thread: 8 programs for the smallest vocabulary of a Llama, 64 for 262144 tokens."""
     block = min(max(power_of_2(vocab_size), 16), 4096)
     return SampleLaunch(block, _warps(device, block // 16))
 
@@ -166,7 +169,7 @@ def adjust_heuristic(device: Device, *, vocab_size: int, itemsize: int) -> Adjus
 
 
 def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int, key_itemsize: int) -> PrefillLaunch:
-    """The largest tiles whose sums stay in registers (64 a thread) and whose queries, keys and values fit."""
+    """The largest tiles whose sums stay in registers (64 a thread) and whose operands fit in shared memory."""
     width = max(power_of_2(head_dim), 16)
     for rows, keys, stages, num_warps in _prefill_tiles(device, itemsize, key_itemsize):
         registers = rows * width // (num_warps * device.warp_size)
@@ -178,11 +181,11 @@ def prefill_heuristic(device: Device, *, head_dim: int, itemsize: int, key_items
 def _prefill_tiles(device: Device, itemsize: int, key_itemsize: int) -> tuple[tuple[int, int, int, int], ...]:
     """Queries, keys, stages and warps that do not spill, the largest tiles first.
 
-    64 keys on sm_90 alone, where tensor cores take them from shared memory: elsewhere their registers spill. So do
-    those of 128 queries on AMD where keys are codes of 8 bits. NVIDIA multiplies in fp32 without tensor cores, and a
-    thread then holds whole rows of its operands: tiles of 128 by 32 spill 76 bytes on sm_80 and 80 KB on sm_100, of
-    64 by 16 still 12. Codes made fp32 take the smallest tiles also because Triton would give larger ones to Blackwell's
-    tensor cores, as TF32 whatever was asked for (triton-lang/triton#10176).
+    64 keys only on sm_90, where tensor cores read them from shared memory: elsewhere they spill. So do 128 queries on
+    AMD with 8-bit keys. NVIDIA multiplies fp32 without tensor cores, and a thread then holds whole rows of its
+    operands: tiles of 128 by 32 spill 76 bytes on sm_80 and 80 KB on sm_100, of 64 by 16 still 12. 8-bit keys with fp32
+    queries take the smallest tiles also because Triton would give larger ones to Blackwell's tensor cores, in TF32
+    whatever precision is requested (triton-lang/triton#10176).
     """
     smallest = (16, 16, 1, 4)
     if itemsize == 4 and device.arch.startswith("sm_"):
@@ -196,9 +199,9 @@ def _prefill_tiles(device: Device, itemsize: int, key_itemsize: int) -> tuple[tu
 
 
 def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
-    """Tiles of 32 keys, of which twice as many programs fit as of 64; splits of 512: eight programs for 4096 tokens.
+    """Tiles of 32 keys, with which twice as many programs fit as with 64; splits of 512: eight for 4096 tokens.
 
-    itemsize: of keys and values. Three stages of 8-bit codes spill 8 bytes on sm_89, with Triton 3.6.
+    itemsize: of keys and values. Three stages of 8-bit keys spill 8 bytes on sm_89, with Triton 3.6.
     """
     width = max(power_of_2(head_dim), 16) * itemsize
     for keys, stages in ((32, 3), (32, 2), (16, 2), (16, 1)):
@@ -212,10 +215,9 @@ def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: i
 def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
     """Tiles of 64 rows by 256 bytes, and splits until each multiprocessor has three programs to hide a load's latency.
 
-    By shared memory two of them are resident at four stages on sm_90 (80 KiB up to 16 rows of x, 96 up to 32), one with
-    more rows (128 KiB); three up to 16 rows at three stages (60 KiB). `benchmarks.ops.tune` says which
-    is faster.
-    128 bytes in fp32: 256 spill 1748 bytes at 64 rows on sm_80 and 8 on sm_90, with Triton 3.9.
+    Shared memory on sm_90 holds two of them at four stages (80 KiB up to 16 rows of x, 96 up to 32), one with more rows
+    (128 KiB), and three at three stages up to 16 rows (60 KiB). `benchmarks.ops.tune` measures which is faster. 128
+    bytes in fp32: 256 spill 1748 bytes at 64 rows on sm_80 and 8 on sm_90, with Triton 3.9.
     """
     columns = 128 if itemsize == 2 else 32
     for stages in (4, 3, 2):
@@ -224,29 +226,33 @@ def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int)
     return MatmulLaunch(64, columns, _splits(3 * device.num_sms, ceil_div(features, 64), size), stages, 4)
 
 
-def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+def int4_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> QuantizedMatmulLaunch:
     """Programs of 64 rows of the weight. Three stages spill 60 bytes on sm_100 in groups of 32, with Triton 3.6."""
-    return _codes(device, ceil_div(features, 64), size, 128 // 2 + 64 * itemsize, 2 if device.arch == "sm_100" else 3)
+    stages = 2 if device.arch == "sm_100" else 3
+    return _quantized_matmul(device, ceil_div(features, 64), size, 128 // 2 + 64 * itemsize, stages)
 
 
-def int8_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+def int8_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> QuantizedMatmulLaunch:
     """Programs of 128 rows of the weight. Three stages spill 24 bytes on sm_80 up to 16 rows of x with a norm."""
-    return _codes(device, ceil_div(features, 128), size, 128 + 64 * itemsize, 2 if device.arch == "sm_80" else 3)
+    stages = 2 if device.arch == "sm_80" else 3
+    return _quantized_matmul(device, ceil_div(features, 128), size, 128 + 64 * itemsize, stages)
 
 
-def _codes(device: Device, programs: int, size: int, column_bytes: int, stages: int) -> CodesLaunch:
-    """Three programs for each multiprocessor; the stages that fit, up to `stages`.
+def _quantized_matmul(
+    device: Device, programs: int, size: int, column_bytes: int, stages: int
+) -> QuantizedMatmulLaunch:
+    """Three programs for each multiprocessor; the stages that fit in shared memory, up to `stages`.
 
-    column_bytes: codes of 128 rows, and x of 64.
+    column_bytes: of a column of 128 packed rows of the weight and 64 rows of x.
     """
     splits = _splits(3 * device.num_sms, programs, size)
-    return CodesLaunch(splits, min(max(device.shared_memory // (128 * column_bytes), 1), stages), 4)
+    return QuantizedMatmulLaunch(splits, min(max(device.shared_memory // (128 * column_bytes), 1), stages), 4)
 
 
 def w8a8_heuristic(device: Device, *, rows: int, features: int, size: int) -> W8A8Launch:
     """Tiles of up to 128 rows; splits of at least 512 columns until each multiprocessor has a program, or three.
 
-    128 columns at a time on sm_90 alone where rows are many: elsewhere their registers spill.
+    With many rows, 128 columns at a time only on sm_90: elsewhere they spill.
     """
     block = min(max(power_of_2(rows), 16), 128)
     few = block <= 64
@@ -258,7 +264,7 @@ def w8a8_heuristic(device: Device, *, rows: int, features: int, size: int) -> W8
 
 
 def _splits(wanted: int, programs: int, size: int) -> int:
-    """A power of two: until `wanted` programs run, of at least 512 columns: parts are written and read besides."""
+    """A power of two: enough for `wanted` programs, of at least 512 columns, as each split writes partial sums, too."""
     splits = 1
     while programs * splits < wanted and 2 * splits * 512 <= size:
         splits *= 2
@@ -266,7 +272,7 @@ def _splits(wanted: int, programs: int, size: int) -> int:
 
 
 def _fits(device: Device, rows: int, keys: int, stages: int, row_bytes: int) -> bool:
-    """Whether a tile of queries and `stages` tiles of keys and of values are within shared memory."""
+    """Whether a tile of queries and `stages` tiles of keys and of values fit in shared memory."""
     return (rows + 2 * stages * keys) * row_bytes <= device.shared_memory
 
 

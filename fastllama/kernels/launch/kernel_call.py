@@ -1,6 +1,6 @@
-"""From the plan of an op's launches to its implementation, and the way back to the same launches without planning.
+"""Ops from functions that plan launches, and repeated calls with the same launches, without planning.
 
-Planning, and what Triton does to find the compiled kernel, take 10 to 30 us a launch on the host. A call like an
+Planning, and Triton's lookup of the compiled kernel, take 10 to 30 us a launch on the host. A call like an
 earlier one (`Likeness`) needs the same kernels with the same numbers: only addresses differ, and are filled in.
 """
 
@@ -19,7 +19,7 @@ from fastllama.kernels.dispatch.backends import Function
 from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.dispatch.isolation import full_precision
 
-ALIGNMENT = 16  # bytes; a pointer that is a multiple is compiled for 128-bit accesses, one that is not must not meet it
+ALIGNMENT = 16  # bytes; a kernel compiled for aligned pointers makes 128-bit accesses, and must not get others
 
 
 class KernelCall:
@@ -32,25 +32,25 @@ class KernelCall:
         self.kernel, self.grid, self.arguments = kernel, grid, arguments
 
     def launch(self) -> Any:
-        """Launch it. The compiled kernel; None where it was interpreted.
+        """Launch; returns the compiled kernel, or None in the interpreter.
 
-        `a * b + c` is rounded once, whatever TRITON_DEFAULT_FP_FUSION and Triton's default (another one from 3.10 on).
+        `a * b + c` is rounded once, whatever TRITON_DEFAULT_FP_FUSION and Triton's default, which changes in 3.10.
         """
         return self.kernel[self.grid](**self.arguments, enable_fp_fusion=True)
 
 
 class VendorMatmul:
-    """out = x @ weight^T (+ bias) by torch, between launches: of many rows, where the vendor's library is the fastest.
+    """out = x @ weight^T (+ bias) in torch, among launches: for many rows, where the vendor's library is the fastest.
 
     x: [M, K], weight: [N, K], bias: [N] or None, out: [M, N]; one dtype. Summed in fp32 without TF32, whatever the
-    process allows: torch's default lets cuBLAS add splits of K in 16 bits.
+    process allows: torch's default lets cuBLAS reduce splits of K in 16 bits.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         self.x, self.weight, self.bias, self.out = x, weight, bias, out
 
     def launch(self) -> None:
-        """Run it. Nothing that a later call could repeat: many rows hide what planning takes."""
+        """Run it. Returns nothing to repeat: many rows hide the time of planning."""
         with full_precision(self.x.device.type):
             if self.bias is None:
                 torch.mm(self.x, self.weight.T, out=self.out)
@@ -62,11 +62,11 @@ Plan = Callable[..., Sequence[KernelCall | VendorMatmul]]
 
 
 def launcher(plan: Plan) -> Function:
-    """An op's implementation in out-form, from what plans its launches. A Fusion takes the place of its fields.
+    """An op's implementation in out-form, from a function that plans its launches and takes one Fusion for its fields.
 
-    What `plan` returns may depend on the call's Likeness and on addresses modulo ALIGNMENT (not of pointers that a
-    kernel does not specialise on), and on nothing else. The implementation returns a function that runs calls like this
-    one, or None where there is none: in the interpreter, and where a launch takes memory that is not the op's.
+    What `plan` returns may depend only on the call's Likeness and on addresses modulo ALIGNMENT (not of pointers that a
+    kernel does not specialise on). The implementation returns a function that runs calls like this one, or None in the
+    interpreter and where a launch takes memory that is not the op's.
     """
     names = list(inspect.signature(plan).parameters)
     place = names.index("fusion") if "fusion" in names else None
@@ -97,7 +97,7 @@ def launcher(plan: Plan) -> Function:
 def scratch(
     workspace: Tensor | None, size: int, dtype: torch.dtype, device: torch.device, given: str = "tensors"
 ) -> Tensor:
-    """The workspace, made where there is none. Raises ValueError for one of fewer than `size` elements."""
+    """The workspace, allocated if None. Raises ValueError if it has fewer than `size` elements."""
     if workspace is None:
         return torch.empty(size, dtype=dtype, device=device)
     if workspace.numel() < size:
@@ -109,8 +109,8 @@ def scratch(
 class _Step:
     """One launch of a compiled kernel.
 
-    launch: takes the kernel's arguments in order. values: these, but for the pointers. pointers: the place of each, the
-    op's argument that it points into, and at which byte. aligned: of these arguments, those that must be.
+    launch: takes the kernel's arguments in order. values: the arguments, None for pointers. pointers: the place of
+    each, the op's argument that it points into, and the byte there. aligned: the op's arguments that must be aligned.
     """
 
     launch: Callable[..., None]
@@ -140,7 +140,7 @@ def _step(call: KernelCall, kernel: Any, names: Sequence[str], args: Sequence[An
 
 
 def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
-    """What takes the steps for the op's arguments; `run` where an address is not aligned as it was."""
+    """A function that launches the steps with the op's arguments; it calls `run` if an address is not aligned."""
     aligned = sorted(set[int]().union(*(step.aligned for step in steps)))
     used = aligned + sorted({source for step in steps for _, source, _ in step.pointers}.difference(aligned))
     plain = [
@@ -155,7 +155,7 @@ def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
                 run(*args)
                 return
         for launch, values, pointers in plain:
-            arguments = values.copy()  # another thread may be here
+            arguments = values.copy()  # another thread may run the same function
             for place, source, byte in pointers:
                 arguments[place] = addresses[source] + byte
             launch(*arguments)
@@ -164,7 +164,7 @@ def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
 
 
 def _source(name: str, value: Tensor, names: Sequence[str], args: Sequence[Any]) -> tuple[int, int] | None:
-    """Which of the op's arguments a kernel's pointer `name` points into, and at which byte."""
+    """The place of the op's argument that a kernel's pointer `name` points into, and the byte there; or None."""
     for place, arg in enumerate(args):
         if arg is value:
             return place, 0

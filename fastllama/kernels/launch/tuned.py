@@ -1,4 +1,4 @@
-"""Files of tuned launch configurations, strictly read: a broken or foreign one is an error and not a slow kernel.
+"""Files of tuned launch configurations, strictly checked: a broken or foreign file raises; no kernel gets slow by it.
 
 {"op": "norm", "gpu": "nvidia-h200",
  "provenance": {"fastllama": "0.1.0", "triton": "3.6.0", "command": "...", ...},      every value a string
@@ -22,7 +22,7 @@ Shape = dict[str, int]
 
 @dataclass(frozen=True)
 class TunedLaunch:
-    """One tuned shape: its launch, and the times of that launch and of the heuristic's."""
+    """One tuned shape: its launch, and the times of that launch and of the heuristic's launch."""
 
     shape: Shape
     launch: Any
@@ -31,7 +31,7 @@ class TunedLaunch:
 
 
 def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any]) -> list[TunedLaunch]:
-    """The entries of a file; none where there is no file. Raises TuningError naming the file and the field."""
+    """The entries of a file; none if it does not exist. Raises TuningError, which names the file and the field."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise TuningError(f"{path}: is no JSON: {error}") from None
+        raise TuningError(f"{path}: is not JSON: {error}") from None
     _check_names(path, "the file", found, ("op", "gpu", "provenance", "launches"))
     for name, own in (("op", op), ("gpu", gpu)):
         if found[name] != own:
@@ -54,12 +54,14 @@ def read(path: Path, op: str, gpu: str, shape: tuple[str, ...], launch: type[Any
     shapes = [entry.shape for entry in entries]
     for i, each in enumerate(shapes):
         if (first := shapes.index(each)) < i:
-            raise TuningError(f"{path}: launches[{i}].shape is {each}, as launches[{first}].shape is; legal: once")
+            raise TuningError(
+                f"{path}: launches[{i}].shape is {each}, as launches[{first}].shape is; legal: each shape once"
+            )
     return entries
 
 
 def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries: Iterable[TunedLaunch]) -> None:
-    """Write a file that `read` reads, making its folder; a reader sees the old file or the new one, never a part."""
+    """Write a file for `read`, and create its folder; a reader sees the old file or the new one, never a part."""
     found = {"op": op, "gpu": gpu, "provenance": dict(provenance), "launches": [asdict(entry) for entry in entries]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -68,7 +70,7 @@ def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries:
 
 
 def nearest(entries: Iterable[TunedLaunch], shape: Shape) -> Any | None:
-    """The launch tuned for `shape`, its rows as near as there are any (in powers of two); None where nothing fits."""
+    """The launch tuned for `shape` at the nearest number of rows (in powers of two); None if nothing else matches."""
     others = {name: value for name, value in shape.items() if name != "rows"}
     fitting = [entry for entry in entries if others.items() <= entry.shape.items()]
     if not fitting:
@@ -97,7 +99,7 @@ def _entry(path: Path, where: str, found: Any, shape: tuple[str, ...], launch: t
 
 
 def _check_names(path: Path, where: str, found: Any, names: Iterable[str]) -> None:
-    """`found` is an object with exactly these names."""
+    """Raise TuningError unless `found` is an object with exactly these names."""
     if not isinstance(found, dict):
         raise TuningError(f"{path}: {where} is {brief(found)}; legal: an object")
     legal = list(names)

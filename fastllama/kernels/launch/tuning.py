@@ -1,12 +1,11 @@
 """How each Triton kernel is launched: the user's tuned file, else the packaged one for this GPU, else a heuristic.
 
-A launcher asks `norm(x.device, size=..., itemsize=...)` and its like: a cached lookup that costs well under a
-microsecond, times nothing and compiles nothing. To give another kernel its configuration, write a frozen dataclass, a
-heuristic from numbers, an entry in FAMILIES and a function that launchers call.
+A launcher calls the function of its family, such as `norm(x.device, size=..., itemsize=...)`: a cached lookup of well
+under a microsecond, which times and compiles nothing. To add a family, write a frozen dataclass, a heuristic from
+numbers, an entry in FAMILIES and a function for launchers.
 
-What may be in a shape: an op that sums (norm, sample, int4, int8) must not see the number of rows, or a request's
-numbers would depend on what else is in the batch. Elementwise ops may, and exact sums (w8a8): `rows`, rounded up to a
-power of two.
+Only elementwise ops and exact sums (w8a8) may have the number of rows in their shape, as `rows`, rounded up to a power
+of two. Ops with rounded sums (norm, sample, int4, int8) would not be batch-invariant.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from fastllama.arithmetic import power_of_2
 from fastllama.kernels.launch.device import Device, device_info
 from fastllama.kernels.launch.heuristics import (
     AdjustLaunch,
-    CodesLaunch,
     DecodeLaunch,
     LaunchConfig,
     MatmulLaunch,
     NormLaunch,
     PrefillLaunch,
+    QuantizedMatmulLaunch,
     RopeLaunch,
     SampleLaunch,
     SwigluLaunch,
@@ -54,7 +53,7 @@ PACKAGED = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Family:
-    """What one kernel family needs: its configuration, the names in its shape, and the heuristic from both."""
+    """One kernel family: the class of its configuration, the names in its shape, and its heuristic."""
 
     launch: type[Any]
     shape: tuple[str, ...]
@@ -70,8 +69,8 @@ FAMILIES = {
     "prefill": Family(PrefillLaunch, ("head_dim", "itemsize", "key_itemsize"), prefill_heuristic),
     "decode": Family(DecodeLaunch, ("queries", "head_dim", "itemsize"), decode_heuristic),
     "matmul": Family(MatmulLaunch, ("features", "size", "itemsize"), matmul_heuristic),
-    "int4": Family(CodesLaunch, ("features", "size", "itemsize"), int4_heuristic),
-    "int8": Family(CodesLaunch, ("features", "size", "itemsize"), int8_heuristic),
+    "int4": Family(QuantizedMatmulLaunch, ("features", "size", "itemsize"), int4_heuristic),
+    "int8": Family(QuantizedMatmulLaunch, ("features", "size", "itemsize"), int8_heuristic),
     "w8a8": Family(W8A8Launch, ("rows", "features", "size"), w8a8_heuristic),
 }
 
@@ -107,7 +106,7 @@ def prefill(device: torch.device, *, head_dim: int, itemsize: int, key_itemsize:
 
 
 def decode(device: torch.device, *, queries: int, head_dim: int, itemsize: int) -> DecodeLaunch:
-    """The launch for so many queries of one key head: those of one sequence, of all the head's query heads."""
+    """The launch for `queries` queries of a sequence on one KV head, over all query heads of the group."""
     return cast(DecodeLaunch, _launch("decode", device, queries, head_dim, itemsize))
 
 
@@ -116,14 +115,14 @@ def matmul(device: torch.device, *, features: int, size: int, itemsize: int) -> 
     return cast(MatmulLaunch, _launch("matmul", device, features, size, itemsize))
 
 
-def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+def int4(device: torch.device, *, features: int, size: int, itemsize: int) -> QuantizedMatmulLaunch:
     """The launch for a weight [features, size] and rows of x with elements of `itemsize` bytes."""
-    return cast(CodesLaunch, _launch("int4", device, features, size, itemsize))
+    return cast(QuantizedMatmulLaunch, _launch("int4", device, features, size, itemsize))
 
 
-def int8(device: torch.device, *, features: int, size: int, itemsize: int) -> CodesLaunch:
+def int8(device: torch.device, *, features: int, size: int, itemsize: int) -> QuantizedMatmulLaunch:
     """As `int4`."""
-    return cast(CodesLaunch, _launch("int8", device, features, size, itemsize))
+    return cast(QuantizedMatmulLaunch, _launch("int8", device, features, size, itemsize))
 
 
 def w8a8(device: torch.device, *, rows: int, features: int, size: int) -> W8A8Launch:
@@ -132,12 +131,12 @@ def w8a8(device: torch.device, *, rows: int, features: int, size: int) -> W8A8La
 
 
 def user_folder(device: Device) -> Path:
-    """Where the user's tuned files for a device lie, in the same format as the packaged ones."""
+    """The folder of the user's tuned files for a device, in the same format as the packaged ones."""
     return env.cache_dir() / "tuned" / device.name
 
 
 def row_counts(most: int) -> Iterator[int]:
-    """The numbers of rows, up to `most`, among which every launch that depends on rows occurs."""
+    """Numbers of rows, up to `most`, that cover every launch that depends on rows."""
     rows = 1
     while rows < most:
         yield rows
@@ -148,8 +147,7 @@ def row_counts(most: int) -> Iterator[int]:
 def warm_up(run: Callable[[int], Any], most: int, device: torch.device) -> float:
     """Run `run(rows)` for every number of rows up to `most` at which kernels are launched differently.
 
-    So all that they need is compiled before a first request waits for it. On a CPU rows decide nothing beyond one or
-    more. Returns the seconds it took.
+    So no request waits for compilation. On a CPU only one row and more rows differ. Returns the seconds it took.
     """
     start = time.perf_counter()
     for rows in row_counts(most if device.type == "cuda" else min(most, 2)):

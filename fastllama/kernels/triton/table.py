@@ -1,4 +1,4 @@
-"""What runs each op, and each change of a weight's form, in Triton."""
+"""The Triton implementation of each op."""
 
 from __future__ import annotations
 

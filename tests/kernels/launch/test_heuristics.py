@@ -87,7 +87,8 @@ def test_few_rows_still_fill_the_device() -> None:
     assert (alone, many) == (heuristics.SwigluLaunch(512, 2), heuristics.SwigluLaunch(2048, 8))
     alone = heuristics.rope_heuristic(H200, rows=1, heads=96, head_dim=128, itemsize=2)
     many = heuristics.rope_heuristic(H200, rows=8192, heads=96, head_dim=128, itemsize=2)
-    assert (alone, many) == (heuristics.RopeLaunch(4, 1), heuristics.RopeLaunch(16, 4))
+    some = heuristics.rope_heuristic(H200, rows=64, heads=96, head_dim=128, itemsize=2)
+    assert (alone, some, many) == tuple(heuristics.RopeLaunch(*each) for each in ((4, 1), (8, 2), (16, 4)))
 
 
 @given(devices, st.integers(1, 256), itemsizes, st.booleans())
@@ -110,7 +111,8 @@ def test_decode(device: Device, queries: int, head_dim: int, itemsize: int) -> N
 @given(devices, sizes, sizes, itemsizes, st.sampled_from([4, 8]))
 def test_codes(device: Device, features: int, size: int, itemsize: int, bits: int) -> None:
     kind = tuning.FAMILIES[f"int{bits}"]
-    launch = cast(heuristics.CodesLaunch, kind.heuristic(device, features=features, size=size, itemsize=itemsize))
+    found = kind.heuristic(device, features=features, size=size, itemsize=itemsize)
+    launch = cast(heuristics.QuantizedMatmulLaunch, found)
     assert_legal(device, launch)
     assert launch.splits == 1 or size // launch.splits >= 512
     assert launch.stages == 1 or launch.stages * 128 * (16 * bits + 64 * itemsize) <= device.shared_memory
@@ -120,9 +122,9 @@ def test_codes(device: Device, features: int, size: int, itemsize: int, bits: in
 def test_codes_of_llama_2(features: int, size: int, splits: int) -> None:
     """A program has twice as many rows of the weight where codes have 8 bits."""
     shape = {"features": features, "size": size, "itemsize": 2}
-    assert heuristics.int4_heuristic(H200, **shape) == heuristics.CodesLaunch(splits, 3, 4)
+    assert heuristics.int4_heuristic(H200, **shape) == heuristics.QuantizedMatmulLaunch(splits, 3, 4)
     more = 1 if splits == 1 else 2 * splits
-    assert heuristics.int8_heuristic(H200, **shape) == heuristics.CodesLaunch(more, 3, 4)
+    assert heuristics.int8_heuristic(H200, **shape) == heuristics.QuantizedMatmulLaunch(more, 3, 4)
 
 
 def test_attention_of_llama_2() -> None:

@@ -190,7 +190,8 @@ def test_no_launch_is_repeated_as_none(launches: list[DryLaunch]) -> None:
 
 
 def test_parts_in_a_workspace_are_repeated(launches: list[DryLaunch]) -> None:
-    with mock.patch.object(tuning, "int4", return_value=heuristics.CodesLaunch(splits=2, stages=2, num_warps=4)):
+    launch = heuristics.QuantizedMatmulLaunch(splits=2, stages=2, num_warps=4)
+    with mock.patch.object(tuning, "int4", return_value=launch):
         plan, given = OPS["matmul_int4"].launcher("cuda"), call("matmul_int4")
         again = plan(*positional("matmul_int4", given | {"workspace": torch.zeros(8192)}))
         assert again is not None

@@ -75,7 +75,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("found", "message"),
         [
-            ("{", "is no JSON: "),
+            ("{", "is not JSON: "),
             ("[]", r"the file is \[\]; legal: an object"),
             ("{}", "the file lacks 'op'"),
             (content(extra=1), "the file has an unknown field 'extra'; legal: op, gpu, provenance, launches"),

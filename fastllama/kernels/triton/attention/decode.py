@@ -1,7 +1,7 @@
-"""attention_decode in Triton: each sequence's keys split over programs at fixed lengths, then the parts combined.
+"""attention_decode in Triton: split-KV decoding with splits of a fixed length, then a reduction of the splits.
 
-A split's length depends on neither the batch nor the sequence, so neither does the order in which a request's numbers
-are added. Source: Dao et al., Flash-Decoding (2023).
+A split's length depends on neither the batch nor the sequence, so results are batch-invariant. Source: Dao et al.,
+Flash-Decoding (2023).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastllama.kernels.launch.kernel_call import KernelCall, launcher, scratch
 from fastllama.kernels.reference.attention import room, score_scale
 from fastllama.kernels.triton.attention.flash import (
     LOG2_E,
-    as_codes,
+    as_loadable,
     attend,
     load_length,
     lse_unit_from_base2,
@@ -28,7 +28,7 @@ from fastllama.kernels.triton.attention.flash import (
 from fastllama.kernels.triton.overlap import follow, overlapping
 
 
-# One program owns one split of one key head of one sequence, with all queries of all its heads.
+# One program owns one split of one KV head of one sequence, with all queries of the head's group.
 @triton.jit(
     do_not_specialize=[
         "page_table_ptr",
@@ -90,10 +90,10 @@ def attention_decode_kernel(
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     k_len, is_legal = load_length(seq_lens_ptr + seq, longest)
     first = split * SPLIT
-    # The first split also writes what padding gives: zeros.
+    # The first split also runs for a sequence of length 0, padding of the batch, and writes zeros.
     if (first < k_len) | (split == 0):
         last = tl.minimum(first + SPLIT, k_len)
-        packed = tl.arange(0, BLOCK_M)  # [M], queries of one head after another
+        packed = tl.arange(0, BLOCK_M)  # [M], all queries of a head, then those of the next
         query, head = packed % QUERIES, kv_head * GROUP + packed // QUERIES
         row = seq * QUERIES + query
         used = packed < QUERIES * GROUP
@@ -139,7 +139,7 @@ def attention_decode_kernel(
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         if v_scale is not None:
             result *= v_scale
-        place = row * out_token_stride + head * OUT_HEAD_STRIDE  # [M]; a head's parts follow each other
+        place = row * out_token_stride + head * OUT_HEAD_STRIDE  # [M]; the splits of a head are contiguous
         to = (place * splits + split * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=mask)
         if lse_ptr is not None:
@@ -147,7 +147,7 @@ def attention_decode_kernel(
             tl.store(lse_ptr + row * lse_token_stride + head * lse_head_stride + split, lse, mask=used)
 
 
-# One program owns one query of one head.
+# Reduces the splits: one program owns one query of one head.
 @triton.jit(do_not_specialize=["seq_lens_ptr", "longest", "lse_token_stride", "lse_head_stride", "splits"])
 def attention_combine_kernel(
     parts_ptr,
@@ -203,7 +203,7 @@ def attention_combine_kernel(
 
 
 def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[heuristics.DecodeLaunch, int, int]:
-    """The launch, splits of a sequence, and the workspace's elements."""
+    """The launch, the splits of a sequence, and the elements of the workspace."""
     rows, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs, max_pages = page_table.shape
@@ -214,7 +214,7 @@ def _plan(q: Tensor, k_pages: Tensor, page_table: Tensor) -> tuple[heuristics.De
 
 
 def workspace_size(q: Tensor, k_pages: Tensor, page_table: Tensor) -> int:
-    """Elements of fp32 that `attention_decode` needs for its parts: results and their log-sum-exps, to base 2."""
+    """Elements of fp32 that `attention_decode` needs for the splits: results, and log-sum-exps to base 2."""
     return _plan(q, k_pages, page_table)[2]
 
 
@@ -260,8 +260,8 @@ def attention_decode(
         attention_decode_kernel,
         (num_seqs, num_kv_heads, splits),
         q_ptr=q,
-        k_pages_ptr=as_codes(k_pages),
-        v_pages_ptr=as_codes(v_pages),
+        k_pages_ptr=as_loadable(k_pages),
+        v_pages_ptr=as_loadable(v_pages),
         k_scales_ptr=k_scales,
         v_scales_ptr=v_scales,
         page_table_ptr=page_table,
@@ -286,7 +286,7 @@ def attention_decode(
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        CAUSAL=causal and queries > 1,  # one query sees all either way: the same kernel
+        CAUSAL=causal and queries > 1,  # one query sees all keys either way: one kernel for both
         SPLIT=launch.split,
         BLOCK_M=max(power_of_2(queries * group), 16),
         BLOCK_N=launch.keys,

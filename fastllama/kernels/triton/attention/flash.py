@@ -1,6 +1,6 @@
-"""The body that every attention kernel shares: one tile of queries against tiles of keys, with an online softmax.
+"""The loop of every attention kernel: one tile of queries against tiles of keys, with an online softmax.
 
-Scores are kept times log2(e), so that one exp2 is each weight. Source: Dao, FlashAttention-2 (2023); Milakov and
+Scores are scaled by log2(e), so that a weight takes one exp2. Source: Dao, FlashAttention-2 (2023); Milakov and
 Gimelshein, Online normalizer calculation for softmax (2018).
 """
 
@@ -17,29 +17,29 @@ LOG2_E = 1.4426950408889634
 
 
 def lse_unit_from_base2(base2: bool) -> float:
-    """What a log-sum-exp to base 2, as kernels have it, is multiplied by."""
+    """The factor from the log-sum-exp to base 2 that kernels compute to the base that the caller wants."""
     return 1.0 if base2 else 1 / LOG2_E
 
 
 def result_scale(v_scale: float | None) -> float | None:
-    """What kernels multiply results by: no whole number, for which Triton would compile another kernel."""
+    """The factor of results, as a float: for an integer, Triton would compile another kernel."""
     return None if v_scale is None else float(v_scale)
 
 
-def as_codes(pages: Tensor) -> Tensor:
-    """Pages as kernels take them: float8_e4m3fn as its bits, where a GPU has no instruction that converts it."""
+def as_loadable(pages: Tensor) -> Tensor:
+    """Pages in a dtype that kernels load: float8_e4m3fn as its bits where a GPU has no instruction to convert it."""
     if pages.dtype != torch.float8_e4m3fn or _converts_e4m3(arch(pages.device)):
         return pages
     return pages.view(torch.uint8)
 
 
 def _converts_e4m3(arch: str) -> bool:
-    """Ada and newer. Triton does not take the dtype elsewhere."""
+    """Whether a GPU converts float8_e4m3fn: Ada and newer. Triton rejects the dtype elsewhere."""
     return arch.startswith("sm_") and int(arch[3:]) >= 89
 
 
 def strides(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> dict[str, int]:
-    """What kernels must know of keys and values [P, Hkv, page_size, D], or [T, Hkv, D] in no pages, and scales."""
+    """The stride arguments of keys and values [P, Hkv, page_size, D], or [T, Hkv, D] without pages, and of scales."""
     found: dict[str, int] = {}
     for name, values, scales in (("k", k, k_scales), ("v", v, v_scales)):
         token, page = (2, values.stride(0)) if values.dim() == 4 else (0, 0)
@@ -52,7 +52,7 @@ def strides(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | No
 
 @triton.jit
 def _softmax_step(scores, acc, peak, total, shrink):
-    """Weights [M, N] of a tile of scores, and the running state with the tile's peak in it, acc times `shrink`."""
+    """Weights [M, N] of a tile of scores, and acc (times `shrink`), peak and total rescaled to the new peak."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [M]
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
     weights = tl.exp2(scores - base[:, None])
@@ -62,7 +62,7 @@ def _softmax_step(scores, acc, peak, total, shrink):
 
 @triton.jit
 def load_length(ptr, longest):
-    """The length of a sequence, and whether it is legal: 0 in place of one that is not. int64 is judged, then int32."""
+    """The length of a sequence, 0 if it is illegal, and whether it is legal: checked in int64, then narrowed."""
     length = tl.load(ptr)
     is_legal = (length >= 0) & (length <= longest)
     return tl.where(is_legal, length, 0).to(tl.int32), is_legal
@@ -70,7 +70,7 @@ def load_length(ptr, longest):
 
 @triton.jit
 def _pages(page_table_ptr, start, k_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The ids of a tile's pages: one where no tile crosses pages, else one for each token [N]; 0 past the end."""
+    """The page ids of a tile: one if no tile crosses pages, else one for each token [N]; 0 past the end."""
     if PAGE_SIZE == 0:
         pages = tl.full([], 0, tl.int64)
     elif PAGE_SIZE % BLOCK_N == 0:
@@ -83,7 +83,7 @@ def _pages(page_table_ptr, start, k_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
-    """Where tokens [N] of a sequence lie, from its first key or from the pool on."""
+    """Offsets of tokens [N]: from the start of the pool, or without pages from the sequence's first key."""
     if PAGE_SIZE == 0:
         return tokens.to(tl.int64) * token_stride
     return pages * page_stride + (tokens % PAGE_SIZE).to(tl.int64) * token_stride
@@ -91,9 +91,10 @@ def _offsets(tokens, pages, page_stride, token_stride, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def _checked(pages, num_pages, scale_log2, PAGE_SIZE: tl.constexpr):
-    """Pages with the first in place of those that do not exist, whether each does, and what scores are multiplied by.
+    """Page ids, 0 in place of those outside the pool; whether each is in the pool; and the factor of scores.
 
-    NaN for a page that does not exist: four instructions for each tile of keys and values, of 16 KiB and more.
+    The factor is NaN for a page outside the pool. The check takes four instructions for each tile of keys and values,
+    of 16 KiB and more.
     """
     exists = pages == 0 if PAGE_SIZE == 0 else (pages >= 0) & (pages < num_pages)
     return tl.where(exists, pages, 0), exists, tl.where(exists, scale_log2, float("nan"))
@@ -101,11 +102,11 @@ def _checked(pages, num_pages, scale_log2, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def _decoded(codes, dtype: tl.constexpr):
-    """Keys or values exactly in a dtype of 16 or more bits, from such a one, int8 or e4m3, or the bits of e4m3."""
+    """Keys or values converted exactly to a dtype of 16 or more bits; from such a dtype, int8, e4m3 or e4m3's bits."""
     if codes.dtype == tl.uint8:  # fp16 has these bits seven places further left; its exponents are 8 larger
         bits = (codes & 0x80).to(tl.uint16) << 8 | (codes & 0x7F).to(tl.uint16) << 7
         values = (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
-    elif codes.dtype == tl.float8e4nv:  # by way of fp32, as Hopper converts fp16 to bf16 at an eighth of the rate
+    elif codes.dtype == tl.float8e4nv:  # through fp32: Hopper converts fp16 to bf16 at an eighth of the rate
         values = codes.to(tl.float16).to(tl.float32).to(dtype)
     else:
         values = codes.to(dtype)
@@ -114,7 +115,7 @@ def _decoded(codes, dtype: tl.constexpr):
 
 @triton.jit
 def _scales(ptrs, exists, MASKED: tl.constexpr):
-    """Scales [N] of tokens; 0 where there are none."""
+    """Scales [N] of tokens; if MASKED, 0 for those that do not exist."""
     return tl.load(ptrs, mask=exists, other=0.0) if MASKED else tl.load(ptrs)
 
 
@@ -148,18 +149,18 @@ def attend(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Let queries [M, D] attend to tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those below visible[m].
+    """Attention of queries [M, D] over tokens `first` (a multiple of BLOCK_N) to `last`; row m sees those < visible[m].
 
-    Keys and values begin at k_ptr and v_ptr, their scales, if there are any, at element k_scales_start and its like.
-    Without masks up to token `whole`, which every row sees with all before it; with masks behind. PAGE_SIZE 0: keys lie
-    one after another. Keys and values are codes where there are scales, which then multiply scores and weights: fewer
-    than the codes. A page that is not one of num_pages gives NaN to the rows that see it. Returns the sum of values
-    [M, D], the largest score [M] and the sum of weights [M].
+    Keys and values begin at k_ptr and v_ptr, their scales, if any, at elements k_scales_start and v_scales_start. Every
+    row sees all tokens below `whole`: tiles up to there are not masked, later ones are. PAGE_SIZE 0: keys are
+    contiguous. Scales of quantized keys and values multiply scores and weights, which are fewer than the elements of
+    keys and values. A page outside the pool of num_pages gives NaN to the rows that see it. Returns the weighted sum of
+    values [M, D], the largest score [M] and the sum of weights [M].
     """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # What the sum counts in: the largest scale of a value so far, as weights times small ones underflow in 16 bits.
+    # The unit of acc: the largest scale of values so far, because weights times small scales underflow in 16 bits.
     unit = tl.full([], 2.0**-100, tl.float32)
     dim = tl.arange(0, BLOCK_D)  # [D]
     edge = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
@@ -176,7 +177,7 @@ def attend(
                 v_slots = v_scales_start + _offsets(tokens, pages, v_scale_page_stride, 1, PAGE_SIZE)
                 k_scales = _scales(k_scales_ptr + k_slots, (tokens < k_len) & exists, masked == 1)
                 v_scales = _scales(v_scales_ptr + v_slots, (tokens < k_len) & exists, masked == 1)
-            # Carried from tile to tile: as a load in front of these it would take stages of the pipeline from them.
+            # Loaded one tile ahead: right before the loads of keys, it would take pipeline stages from them.
             pages = _pages(page_table_ptr, start + BLOCK_N, k_len, PAGE_SIZE, BLOCK_N)
             if masked:
                 inside = ((tokens < k_len) & exists)[:, None] & (dim < HEAD_DIM)[None, :]  # [N, D]

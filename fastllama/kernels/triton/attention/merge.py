@@ -1,4 +1,4 @@
-"""Two attention results over disjoint keys as one in Triton, in one pass over memory."""
+"""merge_state in Triton: two attention results over disjoint keys merged, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastllama.arithmetic import ceil_div, power_of_2
 from fastllama.kernels.dispatch.checks import check_kernel_dtype
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 
-TILE_BYTES = 1024  # of each side: two 128-bit accesses a thread of one warp
+TILE_BYTES = 1024  # of each operand: two 128-bit accesses for each thread of one warp
 
 
 # One program owns HEADS heads of one token.
@@ -64,7 +64,7 @@ def merge_state_kernel(
     total = a_weight + b_weight
     lse = peak + (tl.log2(total) if BASE2 else tl.log(total))
     merged = a * tl.div_rn(a_weight, total) + b * tl.div_rn(b_weight, total)  # [HEADS, D]
-    # Chosen, not multiplied by 0 and 1: the side without keys may hold anything, and -0 + 0 is not -0.
+    # Selected, not multiplied by 0 and 1: the result without keys may hold anything, and -0 + 0 is not -0.
     no_a, no_b = a_lse == float("-inf"), b_lse == float("-inf")
     merged = tl.where(no_a, tl.where(no_b, 0.0, b), tl.where(no_b, a, merged))
     out_ptrs = out_ptr + token * out_token_stride + head * OUT_HEAD_STRIDE + dim
@@ -110,7 +110,7 @@ def merge_state(
         BASE2=bool(base2),
         HEADS=heads,
         BLOCK_D=block_d,
-        # A single one: where lse_out is a_lse, no other warp may still have to read what this one has written.
+        # One warp: where lse_out is a_lse, a second could read a_lse after the first has overwritten it.
         num_warps=1,
     )
     return [call]

@@ -1,4 +1,4 @@
-"""attention_varlen and attention_prefill in Triton: one kernel, keys and values one after another or in pages."""
+"""attention_varlen and attention_prefill in Triton: one kernel, for contiguous and for paged keys and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.reference.attention import room, score_scale
 from fastllama.kernels.triton.attention.flash import (
     LOG2_E,
-    as_codes,
+    as_loadable,
     attend,
     lse_unit_from_base2,
     result_scale,
@@ -25,13 +25,13 @@ LANES = tl.constexpr(128)  # bounds that a program reads at once
 
 @triton.jit
 def _first_block(begin, seq, BLOCK_M: tl.constexpr):
-    """The block at which a sequence's begin: each has at most one more than its rows fill, so they do not overlap."""
+    """The first block of a sequence: each has at most one block more than its rows fill, so that none overlap."""
     return begin // BLOCK_M + seq
 
 
 @triton.jit
 def _load_bounds(bounds_ptr, seq, num_seqs, num_rows):
-    """The bounds `seq` [LANES] of sequences, and which are wrong: they ascend from 0 to at most num_rows."""
+    """The bounds `seq` [LANES] of sequences, and which are illegal: legal ones ascend from 0 to at most num_rows."""
     exists = seq <= num_seqs
     bounds = tl.load(bounds_ptr + seq, mask=exists, other=num_rows)
     least = tl.load(bounds_ptr + seq - 1, mask=exists & (seq > 0), other=0)
@@ -40,11 +40,11 @@ def _load_bounds(bounds_ptr, seq, num_seqs, num_rows):
 
 @triton.jit
 def _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, K_BOUNDS, BLOCK_M: tl.constexpr):
-    """The sequence that owns a block, num_seqs behind all; and whether bounds are legal, those of keys if K_BOUNDS.
+    """The sequence that owns a block, num_seqs past the last; and whether bounds are legal, those of keys if K_BOUNDS.
 
-    Every program looks at all of them: 4 bytes a sequence from L2, where it reads kilobytes of keys.
+    Every program checks all bounds: 4 bytes a sequence from L2, beside kilobytes of keys.
     """
-    # Numbers, summed in each turn: where vectors are carried, Triton 3.7 loads the masked tiles of keys synchronously.
+    # Scalars, reduced in each iteration: with vectors instead, Triton 3.7 loads masked tiles of keys synchronously.
     begun, wrong = 0, 0
     for start in range(0, num_seqs + 1, LANES):
         seq = start + tl.arange(0, LANES)
@@ -57,7 +57,7 @@ def _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, K
     return tl.where(is_legal, begun - 1, num_seqs), is_legal
 
 
-# One program owns BLOCK_M queries of one head of one sequence. Rows behind the last sequence are one more, of no keys.
+# One program owns BLOCK_M queries of one head of one sequence. Rows past the last sequence are one more, without keys.
 @triton.jit(
     do_not_specialize=[
         "cu_seqlens_q_ptr",
@@ -116,7 +116,7 @@ def attention_prefill_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # From the last block on, as programs start in their order: a causal sequence's last rows see most keys.
+    # From the last block down: programs start in order, and a causal sequence's last rows see the most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     seq, is_legal = _owner(cu_seqlens_q_ptr, k_bounds_ptr, num_seqs, num_rows, longest, block, PAGE_SIZE == 0, BLOCK_M)
@@ -124,7 +124,7 @@ def attention_prefill_kernel(
     begin = tl.where(is_legal, tl.load(cu_seqlens_q_ptr + seq), 0).to(tl.int32)
     end = tl.load(cu_seqlens_q_ptr + seq + 1, mask=exists, other=num_rows).to(tl.int32)
     first_row = begin + (block - _first_block(begin, seq, BLOCK_M)) * BLOCK_M
-    first_row = tl.where(is_legal, first_row, block * BLOCK_M)  # else every row belongs to no sequence, and gets NaN
+    first_row = tl.where(is_legal, first_row, block * BLOCK_M)  # else rows belong to no sequence, and get NaN
     if first_row < end:
         k_start = tl.full([], 0, tl.int32)
         k_len = tl.load(k_bounds_ptr + seq + (PAGE_SIZE == 0), mask=exists, other=0)
@@ -135,7 +135,7 @@ def attention_prefill_kernel(
             k_len -= k_start
         row = first_row + tl.arange(0, BLOCK_M)  # [M]
         if CAUSAL:
-            ahead = k_len - end + 1  # row r sees keys up to this many more
+            ahead = k_len - end + 1  # row r sees keys below r + ahead
             visible = tl.minimum(tl.maximum(row + ahead, 0), k_len)  # [M]
             whole = tl.minimum(tl.maximum(first_row + ahead, 0), k_len)
             last = tl.minimum(tl.maximum(tl.minimum(first_row + BLOCK_M, end) - 1 + ahead, 0), k_len)
@@ -269,8 +269,8 @@ def _plan(
         attention_prefill_kernel,
         (num_rows // launch.rows + num_seqs + 1, num_heads),
         q_ptr=q,
-        k_ptr=as_codes(k),
-        v_ptr=as_codes(v),
+        k_ptr=as_loadable(k),
+        v_ptr=as_loadable(v),
         k_scales_ptr=k_scales,
         v_scales_ptr=v_scales,
         out_ptr=out,

@@ -1,7 +1,7 @@
-"""matmul in Triton for the few rows of a decode step, where all the time goes into reading the weight; torch's beyond.
+"""matmul in Triton for the few rows of a decode step, which are bound by reading the weight; torch's beyond.
 
-The weight is the left operand, so that its rows fill tensor cores however few x has. Its columns are split over
-programs as its shape alone decides: a row's numbers are added in one order, whatever else is in the batch.
+The weight is the left operand, so that its rows fill tensor cores however few x has. Split-K depends on the weight's
+shape alone, so results are batch-invariant.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fastllama.kernels.launch.kernel_call import KernelCall, VendorMatmul, launc
 from fastllama.kernels.triton.matmul.epilogue import (
     Splits,
     arguments,
-    finish,
     fuses_norm,
     owned,
+    reduce_and_store,
     row_sums,
     splits_of,
     squares_of,
@@ -30,16 +30,16 @@ from fastllama.kernels.triton.matmul.epilogue import (
 )
 from fastllama.kernels.triton.overlap import prefetch, release, wait
 
-MOST_ROWS = 64  # of the kernel: a tile of as many is as large as the weight's, and the vendor's products take over
+MOST_ROWS = 64  # of the kernel: their tile is as large as the weight's; with more, the vendor's matmul runs
 
 
 def few_rows(x: Tensor, weight: Tensor) -> int:
-    """Rows of x up to which the kernel runs."""
+    """The most rows of x that the kernel takes."""
     return MOST_ROWS
 
 
-# One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last are
-# the last again, and are not stored.
+# One program owns BLOCK_N features of all rows, over SPLIT columns of the weight. Rows and features past the last
+# repeat the last, and are not stored.
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_dense_kernel(
     out_ptr,
@@ -88,7 +88,7 @@ def matmul_dense_kernel(
         else:
             weight = tl.load(weight_ptr + weight_offsets, mask=exists[None, :], other=0.0)
             x = tl.load(x_ptr + x_offsets, mask=exists[None, :], other=0.0)
-        # Two addresses carried from tile to tile. If all are made of `start` in each, a tile takes a third more
+        # Two addresses advance from tile to tile. Computed from `start` in each tile, they take a third more
         # instructions, and ptxas serializes those of tensor cores (C7515).
         weight_ptr += BLOCK_K
         x_ptr += BLOCK_K
@@ -96,7 +96,7 @@ def matmul_dense_kernel(
             squares += squares_of(x)
             x = weighted(x, norm_ptr, start + col, exists)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    finish(
+    reduce_and_store(
         acc,
         row_sums(squares),
         row,
@@ -119,7 +119,7 @@ def matmul_dense_kernel(
 
 
 def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, fusion: Fusion) -> Fusion:
-    """What of a Fusion the kernel computes: nothing of many rows, which are torch's."""
+    """The part of a Fusion that the kernel computes: none for many rows, which run in torch."""
     if math.prod(x.shape[:-1]) > MOST_ROWS:
         return Fusion()
     return fusion if fusion.norm is None or fuses_norm(x) else fusion._replace(norm=None)
@@ -129,7 +129,7 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor | None, fusion: Fusion) -> Fus
 def matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, fusion: Fusion, out: Tensor, workspace: Tensor | None
 ) -> list[KernelCall | VendorMatmul]:
-    """See kernels.matmul, of what `fuses` leaves of its Fusion."""
+    """See kernels.matmul; `fusion` is what `fuses` returned."""
     check_kernel_dtype("x", x)
     x, out = as_rows("x", x), as_rows("out", out)
     num_rows, (features, size) = x.shape[0], weight.shape
@@ -163,10 +163,10 @@ def matmul(
 def _plan(num_rows: int, weight: Tensor) -> tuple[heuristics.MatmulLaunch, Splits]:
     features, size = weight.shape
     launch = tuning.matmul(weight.device, features=features, size=size, itemsize=weight.element_size())
-    tiles = ceil_div(features, launch.features) + 1  # one more where each half of a gated weight is divided
+    tiles = ceil_div(features, launch.features) + 1  # one more where the halves of a gated weight are tiled separately
     return launch, splits_of(num_rows, size, launch.size, tiles, launch.features, launch.splits)
 
 
 def workspace_size(num_rows: int, weight: Tensor) -> int:
-    """Elements of fp32 that `matmul` needs for so many rows or fewer: a product of each split of the columns."""
+    """Elements of fp32 that `matmul` needs for up to `num_rows` rows: the partial sums of each split."""
     return _plan(min(num_rows, MOST_ROWS), weight)[1].elements

@@ -1,12 +1,12 @@
-"""What products of few rows have around the weight: a norm in front, the sum over splits, what becomes of results.
+"""Prologue and epilogue of matmuls of few rows: RMSNorm of x, split-K reduction, bias, SwiGLU and residual.
 
-The columns of a weight are split over programs, as its shape alone decides. Each program leaves its part in memory and
-counts itself; the last one that comes adds all parts, in one order: so no second launch, and a row's sums are the same
-whatever other rows there are. Counts are zero again after each launch.
+Split-K depends on the weight's shape alone. Each program stores its partial sums and increments the tile's counter; the
+last program of a tile reduces the splits, in one order: no second launch, and sums are batch-invariant. Counters are
+zero again after each launch.
 
-The norm needs a factor for each row that is known only when all of the row has been read. So x is multiplied by the
-norm's weight alone, its squares are added on the way, and the factor multiplies sums. Squares are added in pairs that
-the code names, not in an order that a layout chooses: the factor of a row does not depend on the other rows either.
+The norm's factor of a row is known only when the whole row has been read. So x is multiplied by the norm's weight
+alone, its squares are summed on the way, and the factor multiplies the sums. Squares are summed in pairs that the code
+names, not in an order that a layout chooses: the factor is batch-invariant, too.
 Source: counting programs, as stream-K does: Osama et al., Stream-K (2023).
 """
 
@@ -26,11 +26,11 @@ from fastllama.kernels.dispatch.fusion import Fusion
 from fastllama.kernels.launch.kernel_call import scratch
 from fastllama.kernels.triton.overlap import overlapping
 
-COUNTERS = 4096  # in the first elements of a workspace, one for each tile of features that is split
+COUNTERS = 4096  # the first elements of a workspace: one for each tile of features that is split
 
 
-# The rows of the weight that a program owns, in place of those past the last the last again: [BLOCK_N]. Of a gated
-# weight [gate | up] as many of the gate as of up.
+# The rows of the weight that a program owns, [BLOCK_N]: those past the last repeat the last. Of a gated weight
+# [gate | up], half are the gate's and half are up's.
 @triton.jit
 def owned(FEATURES: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     lane = tl.arange(0, BLOCK_N)
@@ -49,21 +49,21 @@ def weighted(x, norm_ptr, col, mask):
     return (x.to(tl.float32) * norm[None, :]).to(x.dtype)
 
 
-# The squares of 8 neighbours of x [M, K] added: [M, K / 8].
+# Sums of the squares of 8 neighbours of x [M, K]: [M, K / 8].
 @triton.jit
 def squares_of(x):
     x = x.to(tl.float32)
     return pairs(pairs(pairs(x * x)))
 
 
-# Neighbours added: [M, K] -> [M, K / 2].
+# Sums of two neighbours: [M, K] -> [M, K / 2].
 @triton.jit
 def pairs(x):
     first, second = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
     return first + second
 
 
-# [M, 4], [M, 8] or [M, 16] -> [M].
+# [M, 4], [M, 8] or [M, 16] -> [M]: sums of rows.
 @triton.jit
 def row_sums(x):
     if x.shape[1] == 16:
@@ -74,10 +74,10 @@ def row_sums(x):
     return first + second
 
 
-# Ends a product. acc: [N, M], one split's, of the features that are `owned`; squares: [M], of its columns of x; row:
-# [M]. Of all splits of a tile the last program stores out, some rows at a time: all parts at once take all registers.
+# Reduces the splits of a tile and stores out. acc: [N, M], one split's sums of the `owned` features; squares: [M], of
+# its columns of x; row: [M]. The last program of a tile reduces a few rows at a time: all at once take all registers.
 @triton.jit
-def finish(
+def reduce_and_store(
     acc,
     squares,
     row,
@@ -97,9 +97,9 @@ def finish(
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    around = (out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride)
+    operands = (out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride)
     if SPLITS == 1:
-        store(acc, squares, row, num_rows, around, FEATURES, SIZE, GATED)
+        store(acc, squares, row, num_rows, operands, FEATURES, SIZE, GATED)
     else:
         BLOCK_N: tl.constexpr = acc.shape[0]
         tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -115,15 +115,15 @@ def finish(
             ROWS: tl.constexpr = min(1024 // BLOCK_N, acc.shape[1])
             for first in tl.static_range(0, acc.shape[1], ROWS):
                 some = first + tl.arange(0, ROWS).to(tl.int64)
-                total, squares_total = added(some, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N, SPLITS)
-                store(total, squares_total, some, num_rows, around, FEATURES, SIZE, GATED)
-            # For the next launch, which counts only when this one has ended: without a fence, and behind all loads.
+                total, squares_total = sums_of_splits(some, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N, SPLITS)
+                store(total, squares_total, some, num_rows, operands, FEATURES, SIZE, GATED)
+            # Reset for the next launch, which counts only when this one has ended: after all loads, without a fence.
             tl.atomic_xchg(counters_ptr + tile, 0, sem="relaxed")
 
 
-# The sums over all splits of a tile, of rows [M]: [N, M], and of the rows' squares where there is a norm: [M].
+# The sums over all splits of a tile, for rows [M]: [N, M], and with a norm the rows' sums of squares: [M].
 @triton.jit
-def added(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+def sums_of_splits(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     mask = row < num_rows
     total, squares = tl.zeros([BLOCK_N, row.shape[0]], tl.float32), tl.zeros(row.shape, tl.float32)
     place = row
@@ -136,19 +136,19 @@ def added(row, num_rows, norm_ptr, parts_ptr, squares_ptr, BLOCK_N: tl.constexpr
     return total, squares
 
 
-# Stores rows of out, of whole sums acc [N, M] and squares [M]. around: what `finish` takes of it.
+# Stores rows of out from complete sums acc [N, M] and squares [M]. operands: a tuple, from `reduce_and_store`.
 @triton.jit
 def store(
     acc,
     squares,
     row,
     num_rows,
-    around,
+    operands,
     FEATURES: tl.constexpr,
     SIZE: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride = around
+    out_ptr, bias_ptr, norm_ptr, residual_ptr, eps, out_row_stride, residual_row_stride = operands
     BLOCK_N: tl.constexpr = acc.shape[0]
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     COLUMNS: tl.constexpr = FEATURES // 2 if GATED else FEATURES
@@ -170,10 +170,10 @@ def store(
 
 @dataclass(frozen=True)
 class Splits:
-    """How a weight's columns are divided over programs, and the workspace that takes.
+    """How a weight's columns are split over programs, and the layout of the workspace.
 
-    columns: of a program, whole tiles. count: of splits. parts, squares: where these begin, in elements of fp32 behind
-    the counters; elements: where they end, 0 where there is one split.
+    columns: of one split, whole tiles. count: of splits. parts, squares: where partial sums and sums of squares begin,
+    in elements of fp32, after the counters. elements: of the workspace; 0 for one split.
     """
 
     columns: int
@@ -184,7 +184,7 @@ class Splits:
 
 
 def splits_of(num_rows: int, size: int, block: int, tiles: int, width: int, wanted: int) -> Splits:
-    """`wanted` splits of `size` columns, or fewer, whole blocks each and none empty; of tiles of `width` features."""
+    """Up to `wanted` splits of `size` columns, each of whole blocks, none empty; for `tiles` tiles of `width` rows."""
     blocks = max(ceil_div(size, block), 1)
     each = ceil_div(blocks, wanted)
     count = ceil_div(blocks, each)
@@ -202,7 +202,7 @@ def arguments(
     out: Tensor,
     workspace: Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments of a kernel that `owned` and `finish` take. out: [M, N]."""
+    """The arguments of a kernel that `owned` and `reduce_and_store` take. out: [M, N]."""
     residual = None if fusion.residual is None else as_rows("residual", fusion.residual)
     held = scratch(workspace, splits.elements, torch.float32, out.device)
     if workspace is None:
@@ -229,8 +229,8 @@ def arguments(
 
 
 def fuses_norm(x: Tensor) -> bool:
-    """Whether the norm's weight may multiply x in front of the norm's factor.
+    """Whether the norm's weight may multiply x before the norm's factor does.
 
-    Not in fp16, which that may leave, nor in fp32, of which a tile in registers spills.
+    Not in fp16, which may overflow, nor in fp32, where a tile in registers spills.
     """
     return x.dtype == torch.bfloat16

@@ -14,5 +14,5 @@ matmul_int4 = launcher(quantized.multiply)
 def fuses(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, fusion: Fusion
 ) -> Fusion:
-    """What of a Fusion `matmul_int4` computes."""
+    """The part of a Fusion that `matmul_int4` computes."""
     return quantized.fuses(x, packed, scales, fusion)

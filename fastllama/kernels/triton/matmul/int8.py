@@ -21,10 +21,10 @@ def matmul_int8(
     out: Tensor,
     workspace: Tensor | None,
 ) -> Sequence[KernelCall | VendorMatmul]:
-    """See kernels.matmul_int8, of what `fuses` leaves of its Fusion."""
+    """See kernels.matmul_int8; `fusion` is what `fuses` returned."""
     return quantized.multiply(x, packed, scales, None, bias, fusion, out, workspace)
 
 
 def fuses(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, fusion: Fusion) -> Fusion:
-    """What of a Fusion `matmul_int8` computes."""
+    """The part of a Fusion that `matmul_int8` computes."""
     return quantized.fuses(x, packed, scales, fusion)

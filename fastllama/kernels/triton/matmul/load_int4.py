@@ -1,4 +1,4 @@
-"""Codes of 4 bits from memory to the registers of a tensor core's left operand (layout: kernels/reference/int4.py)."""
+"""4-bit weights from memory to the registers of a tensor core's left operand (layout: kernels/reference/int4.py)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 
-# Codes less 8 in dtype, exactly: [64 * TILES, BLOCK_K] of the tile of rows `tile` and those at STEP tiles from it and
-# each other, from column `start`. BLOCK_K is 64, all four words of a thread, or 32, two of them. Past the last tile
-# there is that one again.
+# Quantized values less 8 in dtype, exactly: [64 * TILES, BLOCK_K] of the row tiles `tile`, `tile` + STEP and so on,
+# from column `start`. BLOCK_K is 64, all four words of a thread, or 32, two. Tiles past the last repeat the last.
 @triton.jit
 def load_int4(
     packed_ptr,
@@ -34,7 +33,7 @@ def load_int4(
 
 
 # The lowest 4 bits of both halves of words, less 8: [..., 2]. They become the last bits of a 16-bit number whose last
-# place is 1 (1024 in fp16, 128 in bf16), so that one subtraction, which is exact, makes them numbers.
+# place is 1 (1024 in fp16, 128 in bf16), so that one exact subtraction converts them.
 @triton.jit
 def numbers(words, dtype: tl.constexpr):
     half: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16

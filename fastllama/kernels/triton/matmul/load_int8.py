@@ -1,9 +1,9 @@
-"""Codes of 8 bits from memory to the registers of a tensor core's left operand (layout: kernels/reference/int8.py).
+"""8-bit weights from memory to the registers of a tensor core's left operand (layout: kernels/reference/int8.py).
 
-As numbers they meet x in another order of columns (`order`), and on NVIDIA they come divided by a `unit`: a code plus
-128, as the lowest byte of 16 bits, is so many times the smallest number of bf16 or fp16, even where it reaches into the
-exponent; one multiplication and addition, exact, makes code / unit of that. So a code takes 1.25 instructions: half a
-`spread`, half of what `pair` does, a quarter that adds 128.
+Their columns are in another order than x's (`order`), and on NVIDIA they are divided by a `unit`: a value plus 128, as
+the lowest byte of 16 bits, is that many times the smallest number of bf16 or fp16, even where it reaches into the
+exponent; one exact multiplication and addition makes value / unit of it. So a value takes 1.25 instructions: half a
+`spread`, half of the arithmetic of `pair`, a quarter of the addition of 128.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from fastllama.kernels.launch.device import arch
 
 
 def unit(x: Tensor) -> int:
-    """What `load_int8` is to divide codes by for rows of x: 1 where there is no assembly, or a power of two."""
+    """The divisor of the values that `load_int8` returns for x's dtype: a power of two; 1 without NVIDIA's assembly."""
     if not arch(x.device).startswith("sm_"):
         return 1
     return 64 if x.dtype == torch.bfloat16 else 512
 
 
-# The column that stands at place k for a matrix instruction: of a word's four, the upper two are in another register.
+# The column at place k of a matrix instruction: of a word's four columns, the upper two are in another register.
 @triton.jit
 def order(k):
     return k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2
 
 
-# Codes / UNIT in dtype, exactly: [64 * TILES, BLOCK_K] of the tiles that `load_int4` takes, from column
-# `start`, of words. BLOCK_K is a multiple of 32; where ORDERED, columns are in `order`.
+# Quantized values / UNIT in dtype, exactly: [64 * TILES, BLOCK_K] of the same tiles as in `load_int4`, from column
+# `start`. BLOCK_K is a multiple of 32; if ORDERED, columns are in `order`.
 @triton.jit
 def load_int8(
     packed_ptr,
@@ -56,14 +56,14 @@ def load_int8(
         low = tl.join(number(words, dtype), number(words >> 8, dtype))
         high = tl.join(number(words >> 16, dtype), number(words >> 24, dtype))
     else:
-        words = words ^ 0x80808080  # code + 128
+        words = words ^ 0x80808080  # value + 128
         low, high = pair(spread(words, "0x4140"), dtype, UNIT), pair(spread(words, "0x4342"), dtype, UNIT)
     codes = tl.join(low, high).reshape(4 * TILES, 8, 4, QUARTERS, 2, 2, 2, 2)  # w, g, q, quarter, c, r, e, h
     codes = codes.trans(0, 5, 1, 3, 4, 7, 2, 6) if ORDERED else codes.trans(0, 5, 1, 3, 4, 2, 7, 6)
     return codes.reshape(64 * TILES, BLOCK_K)
 
 
-# The lowest byte of words, a signed integer. It has 8 bits at most, so that bf16 is the upper half of its fp32.
+# The lowest byte of words, a signed integer. bf16 holds all of its 8 bits, as the upper half of its fp32.
 @triton.jit
 def number(words, dtype: tl.constexpr):
     value = words.to(tl.uint8).to(tl.int8, bitcast=True).to(tl.float32)

@@ -1,9 +1,9 @@
-"""Products with codes of 4 or 8 bits in Triton: for few rows with the codes, for many with the weight that they are.
+"""Matmuls by 4- and 8-bit weights in Triton: by the packed values for few rows, by the dequantized weight for many.
 
-Few rows are bound by reading the weight, so nothing else may stand in its way: codes go from memory to the registers
-of a tensor core's left operand, in whose order they are packed (int4.py, int8.py), and out is computed transposed.
-Sums over K are split over programs at places that the weight's shape alone decides, and the order within a split does
-not depend on the tile's width: a row's sums are the same whatever other rows there are.
+Few rows are bound by reading the weight, so packed values go straight from memory to the registers of a tensor core's
+left operand, in whose order they are packed (kernels/reference/int4.py, int8.py), and out is computed transposed.
+Split-K depends on the weight's shape alone, and the order of a split's sums not on the tile's width: results are
+batch-invariant.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastllama.kernels.triton.matmul.epilogue import (
     COUNTERS,
     Splits,
     arguments,
-    finish,
     fuses_norm,
     owned,
+    reduce_and_store,
     row_sums,
     splits_of,
     squares_of,
@@ -41,10 +41,10 @@ from fastllama.kernels.triton.overlap import prefetch, release, wait
 
 
 def few_rows(x: Tensor, packed: Tensor) -> int:
-    """Rows of x up to which codes are multiplied: with more, arithmetic outweighs the weight's bytes.
+    """The most rows of x that are multiplied by packed values: with more, arithmetic outweighs the weight's bytes.
 
-    In fp32 more sums spill, and on sm_100 Triton rounds codes in fp32 to TF32 unasked (triton-lang/triton#10176). x
-    beside codes of 8 bits spills where all of both is in registers.
+    In fp32 more sums spill, and on sm_100 Triton rounds the values in fp32 to TF32 unasked (triton-lang/triton#10176).
+    On sm_80 and sm_89, where both operands are in registers, more rows beside 8-bit values spill.
     """
     target = arch(x.device)
     if x.element_size() == 4:
@@ -52,7 +52,7 @@ def few_rows(x: Tensor, packed: Tensor) -> int:
     return 32 if _bits(packed) == 8 and target in ("sm_80", "sm_89") else 64
 
 
-# Codes less 8, or of 8 bits over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K], those ORDERED as `columns` says.
+# 4-bit values less 8, or 8-bit values over UNIT, in dtype, exactly: [64 * TILES, BLOCK_K]; if ORDERED, by `columns`.
 @triton.jit
 def load_packed(
     packed_ptr,
@@ -81,7 +81,7 @@ def columns(BLOCK_K: tl.constexpr, BITS: tl.constexpr):
     return k if BITS == 4 else order(k)
 
 
-# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load` takes.
+# Addresses of the 128-byte lines of the first 512 columns from `begin` on, of the tiles that `load_packed` takes.
 @triton.jit
 def lines(
     packed_ptr,
@@ -102,13 +102,13 @@ def lines(
     return packed_ptr + tile * row_stride + word
 
 
-# A group's number of each row, in fp32: [rows, 1].
+# A group's scale, or zero, of each row, in fp32: [rows, 1].
 @triton.jit
 def per_row(ptr, row, row_stride, group):
     return tl.load(ptr + row * row_stride + group).to(tl.float32)[:, None]
 
 
-# One program owns 64 * TILES columns of all rows of out, of one split of K; of a gated weight's as many of each half.
+# One program owns 64 * TILES rows of the weight, of a gated one as many of each half, for one split of K and all of x.
 @triton.jit(do_not_specialize=["scales_row_stride", "zeros_row_stride", "num_rows"])
 def matmul_quantized_kernel(
     x_ptr,
@@ -145,7 +145,7 @@ def matmul_quantized_kernel(
     BITS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    STEP: tl.constexpr = FEATURES // 128 if GATED else 1  # tiles from a gate's to its up's
+    STEP: tl.constexpr = FEATURES // 128 if GATED else 1  # tiles from those of gates to those of ups
     tile = tl.program_id(0).to(tl.int64) * (1 if GATED else TILES)
     dtype = x_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M).to(tl.int64)  # [M]
@@ -156,7 +156,7 @@ def matmul_quantized_kernel(
     begin = tl.program_id(1) * SPLIT
     release(PDL)
     prefetch(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
-    # A row's sector of 32 bytes has 16 groups, mostly all of a split: loads of one group alone would wait for memory.
+    # A row's sector of 32 bytes holds 16 groups, mostly all of a split: else the load of a group waits for memory.
     prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
     if zeros_ptr is not None:
         prefetch(zeros_ptr + feature * zeros_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
@@ -181,16 +181,16 @@ def matmul_quantized_kernel(
                     packed_ptr, packed_row_stride, tile, place, FEATURES, dtype, TILES, STEP, BLOCK_K, BITS, UNIT, True
                 )
                 products = tl.dot(codes, tl.trans(x), products, input_precision="ieee")
-                if zeros_ptr is not None:  # the sums of x in every row, in the layout in which they are needed
+                if zeros_ptr is not None:  # the sums of x, repeated in each row: in the layout that is needed
                     ones = tl.full([64 * TILES, BLOCK_K], 1.0, dtype)
                     sums = tl.dot(ones, tl.trans(x), sums, input_precision="ieee")
-            group = tl.minimum(tile_start // GROUP + part, GROUPS - 1)  # past K, where x is 0, there is none
+            group = tl.minimum(tile_start // GROUP + part, GROUPS - 1)  # past K, where x is 0, there is no group
             if zeros_ptr is not None:
                 products -= (per_row(zeros_ptr, feature, zeros_row_stride, group) - 8.0) * sums
             acc += products * (per_row(scales_ptr, feature, scales_row_stride, group) * UNIT)
-        packed_ptr += 256 * BITS  # carried, as in matmul.py
+        packed_ptr += 256 * BITS  # advanced, as in dense.py
         x_ptr += 128
-    finish(
+    reduce_and_store(
         acc,
         row_sums(squares),
         row,
@@ -244,7 +244,7 @@ def dequantize_kernel(
     tl.store(weight_ptr + row[:, None] * K + col, weight.to(dtype), mask=inside[:, None] & (col < K))
 
 
-def _plan(num_rows: int, x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.CodesLaunch, Splits]:
+def _plan(num_rows: int, x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heuristics.QuantizedMatmulLaunch, Splits]:
     size, features = x.shape[-1], scales.shape[0]
     choose = tuning.int4 if _bits(packed) == 4 else tuning.int8
     launch = choose(x.device, features=features, size=size, itemsize=x.element_size())
@@ -253,21 +253,21 @@ def _plan(num_rows: int, x: Tensor, packed: Tensor, scales: Tensor) -> tuple[heu
 
 
 def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
-    """Elements of fp32 that a product needs for so many rows of x or fewer."""
+    """Elements of fp32 that a matmul needs for as many rows as x has, or fewer."""
     rows, few = math.prod(x.shape[:-1]), few_rows(x, packed)
     parts = _plan(min(rows, few), x, packed, scales)[1].elements
     return parts if rows <= few else max(parts, _weight_elements(x, scales))
 
 
 def _weight_elements(x: Tensor, scales: Tensor) -> int:
-    """Elements of fp32 in a workspace with the weight in x's dtype, for more than a few rows."""
+    """Elements of fp32 of a workspace that holds the weight in x's dtype, for many rows."""
     return COUNTERS + ceil_div(scales.shape[0] * x.shape[-1] * x.element_size(), 4)
 
 
 def fuses(x: Tensor, packed: Tensor, scales: Tensor, fusion: Fusion) -> Fusion:
-    """What of a Fusion the kernel computes: nothing of many rows, which are torch's.
+    """The part of a Fusion that the kernel computes: none for many rows, which run in torch.
 
-    A tile of a weight is a gate's or an up's; in fp32 the sums of two tiles spill.
+    A gated weight needs whole tiles of gates and of ups; in fp32 the sums of two tiles spill.
     """
     if math.prod(x.shape[:-1]) > few_rows(x, packed):
         return Fusion()
@@ -284,7 +284,7 @@ def _bits(packed: Tensor) -> int:
 
 
 def _words(packed: Tensor) -> Tensor:
-    """Codes as kernels read them, int32. Raises ValueError where these do not lie at multiples of 4 bytes."""
+    """Packed values as kernels read them, int32. Raises ValueError unless rows begin at multiples of 4 bytes."""
     try:
         return packed.view(torch.int32)
     except RuntimeError:
@@ -293,8 +293,8 @@ def _words(packed: Tensor) -> Tensor:
         ) from None
 
 
-def _codes(x: Tensor, packed: Tensor, scales: Tensor, size: int) -> dict[str, int]:
-    """What the kernels must know of codes for numbers like x, and groups: one of all columns is one of each tile."""
+def _format(x: Tensor, packed: Tensor, scales: Tensor, size: int) -> dict[str, int]:
+    """The kernels' constants of a packed format and x's dtype. A single group of all columns is one for each tile."""
     groups, bits = scales.shape[1], _bits(packed)
     group = size // groups if groups > 1 else COLUMNS
     known = {"GROUPS": groups, "GROUP": group, "BLOCK_K": min(group, 64)}
@@ -311,7 +311,7 @@ def multiply(
     out: Tensor,
     workspace: Tensor | None,
 ) -> Sequence[KernelCall | VendorMatmul]:
-    """By packed values of 4 or 8 bits: few rows by these themselves, many by the weight that they stand for."""
+    """x @ weight^T for packed values of 4 or 8 bits: few rows by the packed values, many by the dequantized weight."""
     check_kernel_dtype("x", x)
     rows, result = as_rows("x", x), as_rows("out", out)
     if rows.shape[0] <= few_rows(x, packed):
@@ -340,8 +340,8 @@ def _multiply_few(
         return []
     words = _words(packed)
     block_m = max(power_of_2(num_rows), 16)
-    # Each program reads all of x: at 16 rows as many bytes as of a tile of 8 bits. A gated one owns a tile of the gate
-    # and one of up. In fp32 sums of two tiles spill.
+    # Each program reads all of x: at 16 rows as many bytes as a tile of 8-bit values. Of a gated weight it owns a tile
+    # of the gate and one of up. In fp32 the sums of two tiles spill.
     wide = fusion.gated or (_bits(packed) == 8 and x.element_size() == 2)
     groups_of_warps = 2 if block_m > 16 or (fusion.gated and _bits(packed) == 4) else 1
     tiles = 2 if wide else groups_of_warps
@@ -362,7 +362,7 @@ def _multiply_few(
         TILES=tiles,
         BLOCK_M=block_m,
         STAGES=max(launch.stages, 3) if spills else launch.stages,  # 88 bytes in two stages, with Triton 3.9
-        **_codes(x, packed, scales, size),
+        **_format(x, packed, scales, size),
         num_warps=groups_of_warps * launch.num_warps,
     )
     return [call]
@@ -373,10 +373,10 @@ def _dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, weight: Te
     features, size = weight.shape
     if not features:
         return []
-    codes, words = _codes(weight, packed, scales, size), _words(packed)
+    constants, words = _format(weight, packed, scales, size), _words(packed)
     call = KernelCall(
         dequantize_kernel,
-        (words.shape[0], ceil_div(size, codes["BLOCK_K"])),
+        (words.shape[0], ceil_div(size, constants["BLOCK_K"])),
         packed_ptr=words,
         scales_ptr=scales,
         zeros_ptr=zeros,
@@ -386,7 +386,7 @@ def _dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, weight: Te
         zeros_row_stride=0 if zeros is None else zeros.stride(0),
         N=features,
         K=size,
-        **codes,
+        **constants,
         num_warps=4,
     )
     return [call]

@@ -1,8 +1,8 @@
-"""matmul_w8a8 in Triton: codes by codes on the tensor cores' 8-bit integers, for few rows and for many.
+"""matmul_w8a8 in Triton: int8 by int8 on the tensor cores, for few rows and for many.
 
-The weight is the left operand, from memory to registers in the order in which it is packed (kernels/reference/int8.py),
-and out is computed transposed. Sums are exact in int32, so that tiles and splits of K may depend on the rows: a row's
-result does not.
+The weight is the left operand, loaded to registers in the order in which it is packed (kernels/reference/int8.py), and
+out is computed transposed. Sums are exact in int32, so that tiles and splits of K may depend on the number of rows and
+results are batch-invariant still.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastllama.kernels.triton.overlap import follow, overlapping, prefetch, rele
 from fastllama.kernels.triton.rows.quantize import as_scales
 
 FEATURES = 128  # of a program: two tiles of the layout
-TOGETHER = 16  # tiles of rows, whose programs follow each other: they share tiles of the weight, and x stays in L2
-BLOCK = 256  # features of a program that adds parts
+TOGETHER = 16  # row tiles whose programs are adjacent: they share tiles of the weight, and x stays in L2
+BLOCK = 256  # features of a program that reduces the splits
 
 
-# Codes [128, BLOCK_K] int8 from row `row`, a multiple of 64, and column `start`. Past the last row of tiles there is
-# that one again.
+# Quantized values [128, BLOCK_K] int8 from row `row`, a multiple of 64, and column `start`. Row tiles past the last
+# repeat the last.
 @triton.jit
 def load_left(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.constexpr):
     QUARTERS: tl.constexpr = BLOCK_K // 32
@@ -41,7 +41,7 @@ def load_left(packed_ptr, row_stride, row, start, N: tl.constexpr, BLOCK_K: tl.c
     return codes.trans(0, 5, 1, 3, 4, 2, 6).reshape(128, BLOCK_K)
 
 
-# Where the lines of 128 bytes of the first 512 columns from `begin` on are, of the tiles that `load_left` takes.
+# Addresses of the 128-byte lines of the first 512 columns from `begin` on, of the tiles that `load_left` takes.
 @triton.jit
 def lines(packed_ptr, row_stride, row, begin, N: tl.constexpr, K: tl.constexpr):
     line = tl.arange(0, 512)
@@ -50,8 +50,8 @@ def lines(packed_ptr, row_stride, row, begin, N: tl.constexpr, K: tl.constexpr):
     return packed_ptr + tile * row_stride + byte
 
 
-# What sums stand for, in fp32; x_scale and scale broadcast. The same bits wherever it is compiled: nothing is left to
-# contract.
+# Dequantized sums in fp32; x_scale and scale broadcast. Bit-identical in both kernels: no operation is left that a
+# compiler could contract.
 @triton.jit
 def scaled(sums, x_scale, scale, bias_ptrs, mask):
     y = sums.to(tl.float32) * x_scale
@@ -60,7 +60,7 @@ def scaled(sums, x_scale, scale, bias_ptrs, mask):
     return y * scale if bias_ptrs is None else tl.fma(y, scale, bias)
 
 
-# One program owns 128 features and BLOCK_M rows of out, of one split of K: sums where there are several, else results.
+# One program owns 128 features and BLOCK_M rows of out, of one split of K: it stores sums if there are more splits.
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_w8a8_kernel(
     x_ptr,
@@ -95,7 +95,7 @@ def matmul_w8a8_kernel(
     x_ptrs = x_ptr + tl.minimum(row, num_rows - 1)[:, None] * x_row_stride
     acc = tl.zeros([128, BLOCK_M], tl.int32)
     begin = split * SPLIT
-    if BLOCK_M <= 64:  # more are bound by arithmetic
+    if BLOCK_M <= 64:  # more rows are bound by arithmetic
         prefetch(lines(packed_ptr, packed_row_stride, first, begin, N, K), PDL)
     wait(PDL)
     for start in tl.range(begin, tl.minimum(begin + SPLIT, K), BLOCK_K, num_stages=STAGES):
@@ -115,7 +115,7 @@ def matmul_w8a8_kernel(
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# One program owns BLOCK features of one row.
+# Reduces the splits: one program owns BLOCK features of one row.
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_w8a8_sum_kernel(
     out_ptr,
@@ -146,7 +146,7 @@ def matmul_w8a8_sum_kernel(
 
 
 def _plan(x: Tensor, scales: Tensor) -> tuple[heuristics.W8A8Launch, int, int, int]:
-    """The launch, columns of a split, splits, and the workspace's elements."""
+    """The launch, the columns of a split, the number of splits, and the elements of the workspace."""
     num_rows, size, features = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
     launch = tuning.w8a8(x.device, rows=num_rows, features=features, size=size)
     tiles = ceil_div(size, COLUMNS)
@@ -156,7 +156,7 @@ def _plan(x: Tensor, scales: Tensor) -> tuple[heuristics.W8A8Launch, int, int, i
 
 
 def workspace_size(x: Tensor, packed: Tensor, scales: Tensor) -> int:
-    """Elements of int32 that `matmul_w8a8` needs: sums of each split."""
+    """Elements of int32 that `matmul_w8a8` needs: the sums of each split."""
     return _plan(x, scales)[3]
 
 

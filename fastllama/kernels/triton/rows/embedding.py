@@ -1,4 +1,4 @@
-"""Rows of a table in Triton."""
+"""embedding in Triton: rows of a table by token id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A head as pairs of dimensions that turn together, (first, second): its load, rotation and store.
+"""Load, rotation and store of a head as pairs of dimensions, (first, second), that are rotated together.
 
 Every element is read once, by the program that writes it, so that a rotation may be in place. Dimensions past the
 rotary ones are paired as well, and pass through.
@@ -68,8 +68,8 @@ def store_pairs(
         tl.store(x_ptr + start + other_dim, second, mask=mask & (other_dim < HEAD_DIM))
 
 
-# Pairs [HEADS, PAIRS] turned by the angles at angles_ptr, the cos/sin cache's row of one position. A position that does
-# not exist makes them NaN, and nothing is read.
+# Pairs [HEADS, PAIRS] rotated by the angles at angles_ptr, one position's row of the cos/sin cache. A position outside
+# the cache gives NaN, and nothing is read.
 @triton.jit
 def rotated(first, second, angles_ptr, exists, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr):
     pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS]

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, with or without a residual addition in front, as numbers or codes: one kernel, one pass."""
+"""RMSNorm in Triton, alone or fused with a residual addition, quantization to int8 or both: one kernel, one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
-from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_quantized
 
 
 # One program owns ROWS rows. The weight is loaded before the sum needs it, so that both latencies overlap.
@@ -56,7 +56,7 @@ def rms_norm_kernel(
     else:
         out_ptrs = out_ptr + row * out_row_stride + col
         result = tl.where(mask, result.to(tl.float32), 0.0)  # past SIZE it is 0 * scale, NaN where a row's scale is inf
-        store_codes(out_ptrs, scales_out_ptr + row, result, mask, row < num_rows)
+        store_quantized(out_ptrs, scales_out_ptr + row, result, mask, row < num_rows)
 
 
 def rows_per_program(block: int, num_warps: int) -> int:

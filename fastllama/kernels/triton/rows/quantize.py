@@ -1,4 +1,4 @@
-"""Rounding of fp32 to 8-bit codes under a scale, for kernels that write quantized keys and values, or rows."""
+"""Quantization of fp32 to 8 bits under a scale, for kernels that write quantized keys and values, or rows."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ SMALLEST_BITS = tl.constexpr((127 - 100) << 23)  # of 2^-100: its reciprocal and
 
 
 def as_scales(name: str, scales: Tensor) -> Tensor:
-    """`scales` [...] of rows, one after another. Raises ValueError where they do not lie so: nothing is copied."""
+    """`scales` [...] of rows, unchanged. Raises ValueError unless they are contiguous, because nothing is copied."""
     if not scales.is_contiguous():
         raise ValueError(f"{name} has strides {list(scales.stride())}; legal for the Triton kernel: contiguous")
     return scales
 
 
-# Both halves [HEADS, PAIRS] of heads in fp32 -> their codes, and each head's scale [HEADS, 1]: absmax / largest code.
-# Heads that hold an infinity or a NaN get codes 0 and that scale. int8, or uint8 for the bits of float8_e4m3fn.
+# Both halves [HEADS, PAIRS] of heads in fp32, quantized, and each head's scale [HEADS, 1]: absmax / largest value.
+# Heads that hold an infinity or a NaN get zeros and that scale. dtype: int8, or uint8 for the bits of float8_e4m3fn.
 @triton.jit
 def quantized(first, second, dtype: tl.constexpr):
     LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
     absmax = largest(tl.maximum(magnitude_bits(first), magnitude_bits(second)))  # [HEADS, 1]
     finite = absmax < float("inf")
     full = tl.full(absmax.shape, LARGEST, tl.float32)
-    inverse, scales = tl.div_rn(full, absmax), tl.div_rn(absmax, full)  # one behind the codes spills on sm_100
+    inverse, scales = tl.div_rn(full, absmax), tl.div_rn(absmax, full)  # a division after `encoded` spills on sm_100
     first = encoded(tl.where(finite, first * inverse, 0.0), dtype)
     second = encoded(tl.where(finite, second * inverse, 0.0), dtype)
     return first, second, scales
 
 
-# x in fp32 -> its codes under one scale, as above; the largest code for larger quotients. e4m3fn has its NaN where 480
-# would be, int8 has none: its code is 0.
+# x in fp32, quantized under a given scale; larger quotients give the largest value. e4m3fn has its NaN where 480 would
+# be; int8 has none, and gets 0.
 @triton.jit
 def quantized_by(scale, x, dtype: tl.constexpr):
     LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
@@ -42,13 +42,13 @@ def quantized_by(scale, x, dtype: tl.constexpr):
     return encoded(tl.where(quotient == quotient, within, NAN_AS), dtype)
 
 
-# Rows [ROWS, SIZE] in fp32, or one [SIZE] -> their int8 codes, and each row's scale at scale_ptrs [ROWS, 1], as above.
+# Stores rows [ROWS, SIZE] in fp32, or one [SIZE], as int8, and each row's scale at scale_ptrs [ROWS, 1]; see above.
 @triton.jit
-def store_codes(codes_ptrs, scale_ptrs, x, mask, row_mask):
+def store_quantized(out_ptrs, scale_ptrs, x, mask, row_mask):
     absmax = largest(magnitude_bits(x))  # [ROWS, 1]
     full = tl.full(absmax.shape, 127.0, tl.float32)
     inverse = tl.div_rn(full, absmax)
-    tl.store(codes_ptrs, encoded(tl.where(absmax < float("inf"), x * inverse, 0.0), tl.int8), mask=mask)
+    tl.store(out_ptrs, encoded(tl.where(absmax < float("inf"), x * inverse, 0.0), tl.int8), mask=mask)
     tl.store(scale_ptrs, tl.div_rn(absmax, full), mask=row_mask)
 
 
@@ -77,7 +77,7 @@ def e4m3(x):
     magnitude = bits & 0x7FFFFFFF
     # from 2^-6 on: rebias exponents from 127 to 7, round away 20 of 23 bits of mantissa
     normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
-    # below, codes count units of 2^-9, the last place of 2^14
+    # below 2^-6, the bits count units of 2^-9, the last place of 2^14
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
     code = tl.where(magnitude < (121 << 23), small, normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

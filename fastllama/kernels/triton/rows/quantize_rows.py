@@ -12,7 +12,7 @@ from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.rows.norm import rows_per_program
-from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_quantized
 
 
 # One program owns ROWS rows.
@@ -34,7 +34,7 @@ def quantize_rows_kernel(
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < num_rows) & (col < SIZE)
     x = tl.load(x_ptr + row * x_row_stride + col, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    store_codes(out_ptr + row * out_row_stride + col, scales_out_ptr + row, x, mask, row < num_rows)
+    store_quantized(out_ptr + row * out_row_stride + col, scales_out_ptr + row, x, mask, row < num_rows)
 
 
 @launcher

@@ -1,4 +1,4 @@
-"""Rotary embedding in Triton: of queries and keys in one launch, and of the fused projection into q and the pages."""
+"""Rotary embedding in Triton, in one launch: rope, and rope_and_write_kv from the fused projection to q and pages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
 from fastllama.kernels.triton.rows.heads import load_pairs, rotated, store_pairs
-from fastllama.kernels.triton.rows.write_kv import code_bytes, write_pairs
+from fastllama.kernels.triton.rows.write_kv import e4m3_as_bytes, write_pairs
 
 
-# Rotates the heads `head` [HEADS, 1] of one token, those below num_heads, from x to out.
+# Rotates the heads `head` [HEADS, 1] of one token, those below NUM_HEADS, from x to out.
 @triton.jit
 def rotate_heads(
     out_ptr,
@@ -39,7 +39,7 @@ def rotate_heads(
     store_pairs(out_ptr, head * OUT_HEAD_STRIDE, mask, first, second, HEAD_DIM, ROTARY, PAIRS, INTERLEAVED)
 
 
-# Writes the heads `head` [HEADS, 1] of one token, those below num_heads, from x to its slot: `write_pairs`.
+# Writes the heads `head` [HEADS, 1] of one token, those below NUM_HEADS, from x to its slot: `write_pairs`.
 @triton.jit
 def write_heads(
     pages_ptr,
@@ -82,7 +82,7 @@ def write_heads(
     )
 
 
-# The row of the cos/sin cache for a position, and whether there is one.
+# The row of the cos/sin cache for a position, and whether the position is in the cache.
 @triton.jit
 def find_angles(cos_sin_ptr, position_ptr, num_positions, stride):
     position = tl.load(position_ptr).to(tl.int64)
@@ -319,7 +319,7 @@ def rope_and_write_kv(
     if not tokens:
         return []
     _, num_kv_heads, page_size, _ = k_pages.shape
-    k_pages, v_pages = code_bytes(k_pages), code_bytes(v_pages)
+    k_pages, v_pages = e4m3_as_bytes(k_pages), e4m3_as_bytes(v_pages)
     heads = num_q_heads + 2 * num_kv_heads
     launch = tuning.rope(qkv.device, rows=tokens, heads=heads, head_dim=head_dim, itemsize=qkv.element_size())
     group = launch.heads

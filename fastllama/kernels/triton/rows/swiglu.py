@@ -1,4 +1,4 @@
-"""silu(gate) * up of the packed projection, or of two, in Triton, in one pass over memory."""
+"""silu_mul in Triton: silu(gate) * up of one packed projection or of two tensors, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastllama.kernels.dispatch.checks import as_rows, check_kernel_dtype
 from fastllama.kernels.launch import tuning
 from fastllama.kernels.launch.kernel_call import KernelCall, launcher
 from fastllama.kernels.triton.overlap import follow, overlapping
-from fastllama.kernels.triton.rows.quantize import as_scales, store_codes
+from fastllama.kernels.triton.rows.quantize import as_scales, store_quantized
 
 
-# One program owns BLOCK columns of one row, all of them for codes; programs of one row follow each other, as its memory
-# does. Without an up_ptr, up follows the gate in its row.
+# One program owns BLOCK columns of one row, all columns if it quantizes; programs of one row are adjacent, as its
+# memory is. Without an up_ptr, up follows the gate in its row.
 @triton.jit
 def silu_mul_kernel(
     out_ptr,
@@ -45,7 +45,7 @@ def silu_mul_kernel(
         tl.store(out_ptrs, product, mask=mask)
     else:
         one = tl.arange(0, 1)
-        store_codes(out_ptrs, scales_out_ptr + row + one, product.to(tl.float32), mask, one < 1)
+        store_quantized(out_ptrs, scales_out_ptr + row + one, product.to(tl.float32), mask, one < 1)
 
 
 @launcher

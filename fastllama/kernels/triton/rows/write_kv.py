@@ -1,4 +1,4 @@
-"""The write of keys and values into pages in Triton: of heads that another kernel holds, and of whole tensors."""
+"""Writes of keys and values into pages in Triton: heads in the registers of another kernel, and whole tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from fastllama.kernels.triton.rows.heads import load_pairs, store_pairs
 from fastllama.kernels.triton.rows.quantize import quantized, quantized_by
 
 
-def code_bytes(pages: Tensor) -> Tensor:
-    """Pages of float8_e4m3fn as bytes, because Triton does not take it on sm_80; all others as they are."""
+def e4m3_as_bytes(pages: Tensor) -> Tensor:
+    """Pages of float8_e4m3fn viewed as bytes, because Triton rejects the dtype on sm_80; other pages unchanged."""
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
 # Writes pairs [HEADS, PAIRS] in fp32 of the heads `head` [HEADS, 1] of one token, those below NUM_HEADS, to its slot.
-# Where pages hold codes, scale is that of all, or None where each head's is computed. Strides are of pages, heads and
-# slots.
+# scale: that of all values of quantized pages, or None to compute each head's. Strides are of pages, heads and slots.
 @triton.jit
 def write_pairs(
     pages_ptr,
@@ -154,7 +153,7 @@ def write_kv(
     if not tokens:
         return []
     page_size = k_pages.shape[2]
-    k_pages, v_pages = code_bytes(k_pages), code_bytes(v_pages)
+    k_pages, v_pages = e4m3_as_bytes(k_pages), e4m3_as_bytes(v_pages)
     launch = tuning.rope(k.device, rows=tokens, heads=2 * num_heads, head_dim=head_dim, itemsize=k.element_size())
     call = KernelCall(
         write_kv_kernel,

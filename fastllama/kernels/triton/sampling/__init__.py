@@ -1,1 +1,1 @@
-"""Sampling of tokens by exact integer masses, without a sort, and what is done to logits before."""
+"""Sampling of tokens by exact integer masses, without a sort, and the adjustment of logits before it."""

@@ -22,7 +22,7 @@ def _bounded(x, changed):
     return tl.where(tl.abs(x) < float("inf"), changed, x)
 
 
-# One program owns BLOCK logits of one row; programs of one row follow each other, as its memory does.
+# One program owns BLOCK logits of one row; programs of one row are adjacent, as its memory is.
 @triton.jit(
     do_not_specialize=[
         "tokens_ptr",
@@ -70,7 +70,7 @@ def adjust_logits_kernel(
     elif slot >= 0:
         bias = tl.load(bias_ptr + slot * bias_row_stride + col, mask=mask, other=0.0)  # [BLOCK]
         counted = tl.load(counts_ptr + slot * counts_row_stride + col, mask=mask, other=0)  # [BLOCK]
-        generated = counted >> 1  # goes through the loop in the loads' layout, which zeros would not
+        generated = counted >> 1  # the loop carries the layout of the loads, as zeros would not
         start, end = tl.maximum(tl.load(starts_ptr + row), 0), tl.minimum(tl.load(ends_ptr + row), num_tokens)
         for place in range(start, end):
             token = tl.load(tokens_ptr + place)
@@ -78,7 +78,7 @@ def adjust_logits_kernel(
             generated += (col == token).to(tl.int32)
         repetition = tl.full([BLOCK], tl.load(repetition_ptr + row), tl.float32)
         biased = tl.where(tl.abs(bias) < float("inf"), _bounded(x, x + bias), x + bias)
-        # Rounded as IEEE 754 says, so that a penalty of 1 changes no bit.
+        # Rounded as IEEE 754 specifies, so that a penalty of 1 changes no bit.
         repeated = tl.where(biased > 0, tl.div_rn(biased, repetition), biased * repetition)
         x = tl.where((counted != 0) | (generated > 0), _bounded(biased, repeated), biased)
         less = tl.load(presence_ptr + row) + tl.load(frequency_ptr + row) * generated.to(tl.float32)

@@ -1,7 +1,7 @@
-"""Sampling in Triton: greedy and filtered draws, each row split over programs, nothing sorted.
+"""sample in Triton: greedy and filtered sampling, each row split over programs, nothing sorted.
 
-Six launches: `peak` (the largest logits), three in filters.py (the least key to keep), `mass` (what is kept of each
-chunk) and `draw`. Greedy rows take part in the first and the last alone.
+Six launches: `peak` (the largest logits), three in filters.py (the least key to keep), `mass` (the kept mass of each
+chunk) and `draw` (the token). Greedy rows use only the first and the last.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def sample_peak_kernel(
 
 @triton.jit
 def _kept_masses(x, cols, peak, temperature, state_ptr, row, VOCAB: tl.constexpr):
-    """Mass of each token that the filters keep, else 0: one formula, lest a chunk's sum and its draw disagree."""
+    """Mass of each token that the filters keep, else 0: one formula, lest a chunk's sum and its token disagree."""
     keys = keys_of(x, peak, temperature)
     kept = (keys >= tl.load(state_ptr + row * 2 + 1)) & (cols < VOCAB)
     return tl.where(kept, masses_of(keys), 0)
 
 
-# One program owns one chunk of one row: the mass that the filters keep of it.
+# One program owns one chunk of one row: the mass of its tokens that the filters keep.
 @triton.jit(do_not_specialize=["temperature_ptr"])
 def sample_mass_kernel(
     logits_ptr,
@@ -133,7 +133,7 @@ def sample_draw_kernel(
 
 
 def _capacity(vocab_size: int) -> int:
-    """Room for the keys near a row's thresholds: all there are, in whole tiles."""
+    """Room for the keys near a row's thresholds: up to one for each token, in whole tiles."""
     return ceil_div(vocab_size, filters.TILE) * filters.TILE
 
 

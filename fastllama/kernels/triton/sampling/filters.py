@@ -1,8 +1,8 @@
 """The least key that top-k, top-p and min-p keep of each row, found without sorting, in three launches.
 
-`octave` counts a row's tokens and adds their masses by power of two of the weight. That leaves few octaves in which a
-threshold can lie: `collect` copies their keys, and `threshold` searches those, a few thresholds in each pass. Rows that
-want neither top-k nor top-p leave all three at once.
+`octave` counts a row's tokens and sums their masses by power of two of the weight. That leaves few octaves that can
+hold a threshold: `collect` copies their keys, and `threshold` searches those, a few thresholds in each pass. Rows with
+neither top-k nor top-p skip all of this.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton.language as tl
 from fastllama.kernels.triton.overlap import follow
 from fastllama.kernels.triton.sampling.masses import ONE, WHOLE, keys_of, load_logits, mantissas_of, masses_of, row_peak
 
-OCTAVES = 32  # powers of two told apart; weights below 2^-30 share the first
-LANE = 8  # neighbours that `sample_octave_kernel` adds in 32 bits: 8 masses of 24 bits and their number
-GROUP = 4  # octaves it adds at a time: more do not stay in registers
+OCTAVES = 32  # powers of two that are distinguished; weights below 2^-30 share the first
+LANE = 8  # neighbours that `sample_octave_kernel` sums in 32 bits: 8 masses of 24 bits and their number
+GROUP = 4  # octaves that it sums at a time: more do not stay in registers
 PIVOTS = 8  # thresholds tried in a pass over the candidates
 TILE = 1024  # candidates read at a time
 
@@ -143,7 +143,7 @@ def sample_collect_kernel(
 @triton.jit
 def _sum_from(candidates_ptr, count, thresholds, BY_MASS: tl.constexpr, PIVOTS: tl.constexpr, TILE: tl.constexpr):
     """Number, or mass, of the candidates at or above each threshold [PIVOTS]."""
-    # Each thread adds on its own until the end; numbers in 32 bits, for 8 more registers would spill.
+    # Each thread sums on its own until the end; counts in 32 bits, because 8 more registers would spill.
     quads = tl.arange(0, _QUAD)[:, None] + tl.arange(0, TILE // _QUAD)[None, :] * _QUAD  # [QUAD, TILE / QUAD]
     sums = tl.zeros([PIVOTS, TILE // _QUAD], tl.int64 if BY_MASS else tl.int32)
     for start in range(0, count, TILE):

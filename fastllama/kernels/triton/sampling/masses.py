@@ -1,4 +1,4 @@
-"""A token's weight as an integer, so that sampling can compare and add without rounding and without an order.
+"""A token's weight as an integer, so that sampling compares and sums exactly, in any order.
 
 The weight is exp((x - max) / temperature), in (0, 1]. The bits of that fp32 number, read as an integer, are its key;
 keys order tokens as probabilities do. Its mass is the weight in units of 2^-44, rounded down: int64 adds 2^19 of them
@@ -24,7 +24,7 @@ def load_logits(logits_ptr, row, row_stride, cols, VOCAB: tl.constexpr):
 
 @triton.jit
 def row_peak(peaks_ptr, row, CHUNKS: tl.constexpr, CHUNKS_BLOCK: tl.constexpr):
-    """Largest logit of a row and the sum of exp below it, NaN where no distribution can be made of the row."""
+    """Largest logit of a row, and the sum of exp relative to it; NaN where the row has no distribution."""
     chunk = tl.arange(0, CHUNKS_BLOCK)  # [CHUNKS_BLOCK]
     peaks = tl.load(peaks_ptr + row * 2 * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"))
     sums = tl.load(peaks_ptr + (row * 2 + 1) * CHUNKS + chunk, mask=chunk < CHUNKS, other=0.0)
@@ -34,8 +34,8 @@ def row_peak(peaks_ptr, row, CHUNKS: tl.constexpr, CHUNKS_BLOCK: tl.constexpr):
 
 @triton.jit
 def keys_of(x, peak, temperature):
-    # A temperature below 2^-120 leaves but the ties of the largest logit, as 2^-120 does. An infinite one must not make
-    # the scale 0, by which -inf is NaN.
+    # A temperature below 2^-120 leaves only the ties of the largest logit, as 2^-120 does. An infinite one must not
+    # make the scale 0, which turns -inf into NaN.
     scale = 1.4426950408889634 / tl.minimum(tl.maximum(temperature, 7.5e-37), 1.2e38)
     return tl.minimum(tl.exp2((x - peak) * scale), 1.0).to(tl.int32, bitcast=True)
 

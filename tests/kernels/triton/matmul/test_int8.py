@@ -28,7 +28,7 @@ def launch() -> Iterator[Callable[[int], None]]:
     with mock.patch.object(tuning, "int8") as asked:
 
         def choose(splits: int) -> None:
-            asked.return_value = heuristics.CodesLaunch(splits, 2, 4)
+            asked.return_value = heuristics.QuantizedMatmulLaunch(splits, 2, 4)
 
         yield choose
 
