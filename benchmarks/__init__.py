@@ -1,1 +1,1 @@
-"""Measurements of the library, each a command that prints its conditions beside its figures."""
+"""Benchmarks, each a command that prints its conditions and its figures."""

@@ -1,13 +1,13 @@
-"""Attention of a batch that shares a prefix: all read by each sequence, or the prefix once and the results merged.
+"""Attention of a batch with a shared prefix: plain decode, which reads the prefix for each sequence, and cascade.
 
 python -m benchmarks.cascade [--shapes llama-2-7b llama-2-70b] [--batch 32] [--prefix 4096] [--own 256]
     [--dtype bfloat16] [--device cpu] [--rounds 5] [--output FILE]
 
-One decode step of one layer: `attention_decode` over the whole of each sequence, and examples/cascade.py, which attends
-to the prefix for the whole batch, to each sequence's own tokens, and merges. The prefix's pages are the same memory for
-both. Bytes are keys and values as programs ask for them: of the prefix, plain decode asks once for each sequence,
-cascade once for as many sequences as it puts together. A prefix that fits into a GPU's L2 cache leaves memory once
-either way. Numbers of a few sequences are compared with attention in fp64.
+One decode step of one layer: `attention_decode` over each whole sequence, and examples/cascade.py, which attends to the
+prefix for the whole batch, to each sequence's own tokens, and merges. Both use the same pages for the prefix. Bytes are
+the keys and values that the kernel's programs load: plain decode loads the prefix once per sequence, cascade once per
+group of sequences. A prefix that fits into a GPU's L2 cache is read from memory once in either case. A few sequences
+are compared with attention in fp64.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from fastllama.kernels import attention_decode, backend_of, reference
 from fastllama.kernels.launch.device import device_info
 
 MIB = 1 << 20
-JUDGED = 4  # sequences, spread over the batch: fp64 takes seconds of each
+JUDGED = 4  # sequences, spread over the batch: fp64 takes seconds for each
 
 
 def read_bytes(sizes: LlamaSizes, batch: int, prefix: int, own: int, itemsize: int) -> dict[str, int]:
-    """Bytes of keys and values that one layer's programs ask for, by way."""
+    """Bytes of keys and values that one layer's programs load, plain and cascade."""
     token = 2 * sizes.kv_heads * sizes.head_dim * itemsize
     times = batch // queries_together(batch, sizes.heads // sizes.kv_heads)
     return {"plain": batch * (prefix + own) * token, "cascade": (times * prefix + batch * own) * token}
 
 
 def contenders(m: Maker, sizes: LlamaSizes, batch: int, prefix: int, own: int) -> dict[str, Callable[[], Tensor]]:
-    """The same step in both ways, and of JUDGED sequences by the reference in fp64."""
+    """The step by plain decode, by cascade, and for JUDGED sequences by the reference in fp64."""
     held = paged(m, [prefix] + [own] * batch, sizes.kv_heads, sizes.head_dim)
     pages, table = (held["k_pages"], held["v_pages"]), held["page_table"]
     shared, rest, own_lens = table[0, : prefix // PAGE], table[1:, : -(-own // PAGE)], held["seq_lens"][1:]
@@ -65,12 +65,12 @@ def contenders(m: Maker, sizes: LlamaSizes, batch: int, prefix: int, own: int) -
 
 
 def judged(x: Tensor) -> Tensor:
-    """The rows of some sequences."""
+    """The sequences that are compared with fp64."""
     return x[:: max(len(x) // JUDGED, 1)]
 
 
 def measure(sizes: LlamaSizes, options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes, errors and every sample of one shape."""
+    """Returns bytes, errors and every sample of one shape."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     m = Maker.seeded(dtype, device, seed=0)
     ways = contenders(m, sizes, options.batch, options.prefix, options.own)
@@ -95,12 +95,12 @@ def measure(sizes: LlamaSizes, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a line for each shape and way, write the file."""
+    """Measure, print a line for each shape and method, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-2-70b"], help="presets, or toy")
     parser.add_argument("--batch", type=int, default=32, help="sequences")
     parser.add_argument("--prefix", type=int, default=4096, help=f"tokens that they share, a multiple of {PAGE}")
-    parser.add_argument("--own", type=int, default=256, help="tokens of each behind it")
+    parser.add_argument("--own", type=int, default=256, help="tokens of each sequence after the prefix")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)

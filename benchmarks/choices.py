@@ -1,11 +1,11 @@
-"""What scoring the choices of questions computes: prompt tokens, steps, seconds.
+"""Cost of scoring multiple-choice questions: prompt tokens computed, steps, seconds.
 
 python -m benchmarks.choices [--model tiny] [--questions 100] [--context 500] [--page-size 64] [--output FILE]
 
-Four choices of 5 to 20 tokens for each question, all given at once, of random ids: what is computed does not depend on
-the text. Either each question has a context of its own, or all share its first half, as a few-shot prompt is shared.
-"prompt_logprobs" is the way without LLM.score: each choice generates a token, and the logits of its whole prompt are
-computed. The least is what a cache of single tokens would compute: each context once, and each choice.
+Four choices of 5 to 20 tokens for each question, all submitted at once, of random ids: the work does not depend on the
+text. Each question has its own context, or all share its first half, like a few-shot prompt. "prompt_logprobs" does
+without LLM.score: each choice generates a token, and the logits of its whole prompt are computed. The least is what a
+cache with pages of one token would compute: each context once, and each choice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LENGTHS = (5, 20)  # tokens of a choice
 def questions(
     vocab_size: int, count: int, context: int, *, shared: int = 0, seed: int = 0
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Each a context, of which the first `shared` tokens are those of all, and its choices."""
+    """Returns the questions: a context, whose first `shared` tokens all have in common, and its choices."""
     rng = random.Random(seed)
 
     def ids(length: int) -> list[int]:
@@ -43,7 +43,7 @@ def questions(
 
 
 def least(asked: list[tuple[list[int], list[list[int]]]], shared: int) -> int:
-    """Tokens that no two of these prompts have in common, the last of each aside, which is not fed."""
+    """Counts distinct prefixes: tokens to compute with perfect sharing. A prompt's last token is not fed."""
     own = sum(len(context) - shared + sum(len(choice) - 1 for choice in choices) for context, choices in asked)
     return shared + own
 
@@ -55,7 +55,7 @@ def by_prompt_logprobs(llm: LLM, prompts: list[list[int]], starts: list[int]) ->
 
 
 def by_score(llm: LLM, prompts: list[list[int]], starts: list[int]) -> list[RequestMetrics]:
-    """Score prompts from their contexts' ends on."""
+    """Score only the choices, with LLM.score."""
     return [output.metrics for output in llm.score(prompts, starts)]
 
 
@@ -66,7 +66,7 @@ WAYS: dict[str, Callable[[LLM, list[list[int]], list[int]], list[RequestMetrics]
 
 
 def measure(llm: LLM, asked: list[tuple[list[int], list[list[int]]]], way: str) -> dict[str, Any]:
-    """Score all choices, with nothing cached before."""
+    """Score all choices, starting with an empty prefix cache."""
     llm.reset_prefix_cache()
     prompts = [context + choice for context, choices in asked for choice in choices]
     starts = [len(context) for context, choices in asked for _ in choices]
@@ -78,7 +78,7 @@ def measure(llm: LLM, asked: list[tuple[list[int], list[list[int]]]], way: str) 
 
 
 def main() -> None:
-    """Measure each way and print a line for it."""
+    """Measure each method and print a line for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="as LLM takes it")
     parser.add_argument("--questions", type=int, default=100, help="how many")

@@ -1,10 +1,10 @@
-"""What a decode step costs beside the model: scheduling, tensors of the batch, the draw, text.
+"""Overhead of a decode step outside the model: scheduling, batch tensors, sampling, detokenization.
 
 python -m benchmarks.engine_overhead [--batch 1 64] [--vocab 32 32000] [--steps 200] [--output FILE]
 
-The model returns fixed logits at once, and its steps are replayed, as a Llama's are. With a vocabulary of 32 the draw
-is next to nothing and the figure is the host's work; with 32000 it holds the draw too, here on the CPU. One thread: two
-would wait for each other at such sizes.
+The model returns fixed logits at once, and its steps are replayed, as a Llama's are. With a vocabulary of 32 sampling
+is negligible and the figure is the host's work; with 32000 it includes sampling, here on the CPU. One thread: at such
+sizes two would wait for each other.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def time_steps(batch: int, vocab_size: int, kind: str, steps: int) -> list[float]:
-    """Seconds of each decode step with `batch` sequences."""
+    """Returns the seconds of each decode step with `batch` sequences."""
     length = PROMPT_TOKENS + steps + 1
     with LLM(null_model(vocab_size, batch), max_model_len=length, kv_cache_tokens=batch * (length + 64)) as llm:
-        llm.engine._runner._graphs.replayable = True  # as a Llama's steps are; of this one a replay is the draw alone
+        llm.engine._runner._graphs.replayable = True  # as a Llama's steps are; a replay of this model is sampling alone
         params = SamplingParams(max_tokens=steps + 1, seed=0, **KINDS[kind])
         for number in range(batch):
             llm.engine.add_request([number % vocab_size] * PROMPT_TOKENS, params)
         while llm.engine.scheduler.num_waiting:
             llm.engine.step()
         times = []
-        for _ in range(steps // 2):  # those that began first have ended by the end
+        for _ in range(steps // 2):  # the first requests have ended by then
             start = time.perf_counter()
             llm.engine.step()
             times.append(time.perf_counter() - start)

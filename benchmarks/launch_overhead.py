@@ -1,7 +1,7 @@
-"""What the host does to launch a Triton kernel through the public op: `python -m benchmarks.launch_overhead`.
+"""Host overhead of launching a Triton kernel through the public op: `python -m benchmarks.launch_overhead`.
 
-The goal is 15 us in eager. The whole call is timed: checks, dispatch, launch configuration, Triton, driver. On a CPU
-the driver is left out: Triton compiles for an H100 and calls a launcher that does nothing.
+The goal is 15 us in eager mode. The whole call is timed: checks, dispatch, launch configuration, Triton, driver. On a
+CPU the driver is left out: Triton compiles for an H100 and calls a launcher that does nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastllama.kernels.triton.sampling.draw import workspace_size
 from fastllama.testing.drivers import DryDriver
 from fastllama.testing.targets import target
 
-CALLS = 50  # in a row: fewer than the launches that a GPU queues before the host must wait
+CALLS = 50  # in a row: fewer than fit into a GPU's launch queue, where the host would wait
 
 
 def triton_ops() -> list[str]:
@@ -32,7 +32,7 @@ def triton_ops() -> list[str]:
 
 
 def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
-    """Wall-clock time of CALLS calls; then the GPU's queue is emptied, so that no call waits for room in it."""
+    """Returns the wall-clock time of CALLS calls; then synchronizes, so that no call waits for a full launch queue."""
     timed = timing.wall(call, CALLS)
 
     def sample() -> float:
@@ -46,9 +46,9 @@ def _emptied(call: timing.Call, device: torch.device) -> timing.Sampler:
 
 @torch.inference_mode()
 def measure(case: LlamaCall, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Microseconds of each call, outputs given and allocated."""
+    """Returns microseconds per call, with outputs passed in and with outputs allocated."""
     call = case.make(device, seed=0)
-    if case.op == "sample":  # on a CPU its public function makes none
+    if case.op == "sample":  # on a CPU its public function allocates none
         call["workspace"] = torch.empty(workspace_size(call["logits"]), dtype=torch.int64, device=device)
     args, named = as_written(case.op, call)
     fewer = inputs(case.op, named)

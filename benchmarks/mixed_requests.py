@@ -1,4 +1,4 @@
-"""Requests of every kind, and clients of an AsyncEngine and callers of an LLM who treat them in every way."""
+"""Random requests with all options, and clients that read, close, drop, cancel, abort or fork them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastllama.runtime.generation import Generation
 from fastllama.runtime.serving.async_engine import AT_ONCE, RequestStream
 
 CLIENTS = 12  # tasks that share an AsyncEngine
-RAISING, BROKEN = 2000, 2001  # tokens for which the model raises, and has NaN
+RAISING, BROKEN = 2000, 2001  # tokens on which the model raises, and returns NaN
 TEXTS = ("Once upon a time", "The little dog", "It was a cold day, and Tom", "Lily and Ben like to play. One day")
 
 
@@ -66,7 +66,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 class Faults:
-    """Hooks by which a model raises for the token RAISING and has NaN for BROKEN. With them no step is captured."""
+    """Hooks that make a model raise on the token RAISING and return NaN for BROKEN. They prevent captured steps."""
 
     def __init__(self, llm: LLM) -> None:
         model, speculation = llm.engine.model, llm.engine.speculation
@@ -83,7 +83,7 @@ class Faults:
     @staticmethod
     def _behind(model: torch.nn.Module, given: tuple[Any, ...], logits: Tensor) -> Tensor:
         ids, batch, _ = given
-        logits[:, [RAISING, BROKEN]] = -1e4  # or a request that should not fail may sample one
+        logits[:, [RAISING, BROKEN]] = -1e4  # else a request that should succeed may sample one
         return torch.where((ids[batch.logits_rows] == BROKEN)[:, None], torch.nan, logits)
 
     def __enter__(self) -> None:
@@ -96,7 +96,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request; fails: whether it ends with an error, if it is read to its end."""
+    """A request. fails: whether it ends with an error if it is read to its end."""
 
     prompt: str | list[int]
     params: SamplingParams
@@ -104,7 +104,7 @@ class Asked:
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """Within, it is read to its end, which is the one that it should have."""
+        """Read to the end within this context, it must end as expected: with an error or without."""
         try:
             yield
         except RequestError:
@@ -114,12 +114,12 @@ class Asked:
             assert not self.fails, f"{self} has not failed"
 
     def changed(self, **params: Any) -> Asked:
-        """With other parameters."""
+        """A copy with other parameters."""
         return replace(self, params=replace(self.params, **params))
 
 
 def draw(rng: random.Random, *, model_fails: bool) -> Asked:
-    """A request with up to three of OPTIONS. One in ten fails; model_fails: it may do so for what its prompt holds."""
+    """A random request with up to three of OPTIONS; one in ten fails. model_fails: by a token of its prompt too."""
     options: dict[str, Any] = {"max_tokens": rng.randint(1, 8)}
     for chosen in rng.sample(OPTIONS, rng.randint(0, 3)):
         options |= chosen
@@ -137,14 +137,14 @@ def draw(rng: random.Random, *, model_fails: bool) -> Asked:
 
 
 class Clients:
-    """Tasks that share an AsyncEngine, and what each does with its request."""
+    """Tasks that share an AsyncEngine; each treats its requests in one of several ways."""
 
     def __init__(self, engine: AsyncEngine, rng: random.Random, *, model_fails: bool) -> None:
         self._engine, self._rng, self._model_fails = engine, rng, model_fails
         self._uses = (self._read, self._read, self._close, self._drop, self._cancel, self._abort, self._fork)
 
     async def run(self, count: int) -> None:
-        """So many requests."""
+        """Run that many requests."""
         numbers = iter(range(count))
 
         async def client() -> None:
@@ -161,7 +161,7 @@ class Clients:
         return await self._queued(partial(self._engine.add_request, asked.prompt, asked.params, deadline=deadline))
 
     async def _queued(self, add: Callable[[], RequestStream]) -> RequestStream:
-        """Add it, again and again while the queue is full."""
+        """Add the request, and retry while the queue is full."""
         while True:
             try:
                 return add()
@@ -172,7 +172,7 @@ class Clients:
         await asyncio.sleep(self._rng.random() * 0.01)
 
     async def _read(self, asked: Asked) -> None:
-        """To its end; some have a deadline, which no request meets or each."""
+        """Read to the end; some with a deadline that every request meets, or none."""
         if self._rng.random() < 0.1:
             await self._read_whatever(await self._add(asked, deadline=self._rng.choice([0.0, 0.005])))
             return
@@ -188,34 +188,34 @@ class Clients:
                 pass
 
     async def _close(self, asked: Asked) -> None:
-        """Within its answer."""
+        """Close the request in the middle of its answer."""
         stream = await self._add(asked)
         with suppress(RequestError):
             await stream.__anext__()
         stream.close()
 
     async def _drop(self, asked: Asked) -> None:
-        """Let go of its stream, unread."""
+        """Drop the last reference to the request, unread."""
         stream = await self._add(asked)
         await self._pause()
         del stream
 
     async def _cancel(self, asked: Asked) -> None:
-        """The task that reads it."""
+        """Cancel the task that reads the stream."""
         reader = asyncio.ensure_future(self._read_whatever(await self._add(asked)))
         await self._pause()
         reader.cancel()
         await asyncio.wait([reader])
 
     async def _abort(self, asked: Asked) -> None:
-        """By its id."""
+        """Abort by request id."""
         stream = await self._add(asked)
         await self._pause()
         self._engine.abort(stream.request_id)
         await self._read_whatever(stream)
 
     async def _fork(self, asked: Asked) -> None:
-        """The fork's stream raises where the first has ended meanwhile, or has as many tokens as it may."""
+        """Fork; the fork's stream raises if the original has ended by then, or reached its token limit."""
         asked = asked.changed(n=1)
         stream = await self._add(asked)
         await self._pause()
@@ -226,21 +226,21 @@ class Clients:
 
 
 async def serve(llm: LLM, rng: random.Random, count: int, *, model_fails: bool) -> int:
-    """So many requests through an AsyncEngine; returns the entries of its tables when all have ended."""
+    """Run that many requests through an AsyncEngine; returns the entries left in its tables at the end."""
     async with AsyncEngine(llm, max_queue_size=CLIENTS // 2) as engine:
         await Clients(engine, rng, model_fails=model_fails).run(count)
         return len(engine.worker.orders) + len(engine.worker._by_generation)
 
 
 class Callers:
-    """Threads that share an LLM, and what each does with its request."""
+    """Threads that share an LLM; each treats its requests in one of several ways."""
 
     def __init__(self, llm: LLM, rng: random.Random, *, model_fails: bool) -> None:
         self._llm, self._rng, self._model_fails = llm, rng, model_fails
         self._uses = (self._generate, self._stream, self._close, self._drop, self._abort, self._fork)
 
     def run(self, count: int) -> None:
-        """So many requests."""
+        """Run that many requests."""
         with futures.ThreadPoolExecutor(2) as pool:
             for done in [pool.submit(self._one) for _ in range(count)]:
                 done.result()
@@ -263,25 +263,25 @@ class Callers:
             "".join(self._llm.follow(generation))
 
     def _close(self, asked: Asked) -> None:
-        """Within its answer."""
+        """Close the request in the middle of its answer."""
         pieces = self._llm.stream(asked.prompt, asked.changed(n=1).params)
         with suppress(RequestError):
             next(pieces, "")
         del pieces
 
     def _drop(self, asked: Asked) -> None:
-        """Let go of its stream, unread."""
+        """Drop the last reference to the request, unread."""
         self._llm.stream(asked.prompt, asked.changed(n=1).params)
 
     def _abort(self, asked: Asked) -> None:
-        """By its id."""
+        """Abort by request id."""
         generation = self._llm.start(asked.prompt, asked.changed(n=1).params)
         self._llm.engine.step()
         self._llm.abort(generation.request.request_id)
         self._read_whatever(generation)
 
     def _fork(self, asked: Asked) -> None:
-        """If the first has not ended, nor has as many tokens as it may."""
+        """Fork, unless the original has ended or reached its token limit."""
         asked = asked.changed(n=1)
         generation = self._llm.start(asked.prompt, asked.params)
         for _ in range(3):

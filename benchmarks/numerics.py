@@ -1,7 +1,7 @@
-"""The error of every implementation beside plain torch's, as a table in Markdown: `python -m benchmarks.numerics`.
+"""Error of every implementation and of plain torch, as a Markdown table: `python -m benchmarks.numerics`.
 
-The cases and the fp64 formulas are those of `fastllama verify`; docs/design/numerics.md says how the error is measured. With
-TRITON_INTERPRET=1 the Triton kernels are among the implementations.
+The cases and the fp64 formulas are those of `fastllama verify`; docs/design/numerics.md defines the error.
+With TRITON_INTERPRET=1 the Triton kernels are included.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ CPU = torch.device("cpu")
 
 
 def run(case: FormulaCase, implementation: Implementation) -> Results:
-    """The outputs of an op on one implementation."""
+    """Returns the outputs of an op by one implementation."""
     with OPS[case.op].bound_to(CPU, implementation.run):
         return ops.run(case)
 
 
 def worst(found: Results, exact: Results) -> float:
-    """The largest error of any output."""
+    """Returns the largest error of any output."""
     return max(error_of(ours, theirs) for ours, theirs in zip(found, exact, strict=False))
 
 
 def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """op -> "plain torch" or backend -> its worst error over the cases, each relative to the largest of its row."""
+    """op -> "plain torch" or backend -> its worst error over the cases, relative to the largest value of the row."""
     table: dict[str, dict[str, float]] = {}
     for op, cases in itertools.groupby(all_cases(dtype), key=lambda case: case.op):
         found: dict[str, float] = defaultdict(float)

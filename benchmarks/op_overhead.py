@@ -1,6 +1,6 @@
-"""What a public op costs beyond the implementation it calls: `python -m benchmarks.op_overhead`.
+"""Overhead of a public op over the implementation it calls: `python -m benchmarks.op_overhead`.
 
-The goal is 3 us where torch.add takes 1.1 us: the line of conditions says what it takes here and now.
+The goal is 3 us on a machine where torch.add takes 1.1 us; the line of conditions reports torch.add on this machine.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ TINY = LlamaSizes("tiny", hidden=64, intermediate=8, heads=2, kv_heads=1, head_d
 
 
 def tiny_call(op: str) -> Arguments:
-    """One token of the smallest of Llamas, as at batch 1, in fp32."""
+    """A call with one token of the smallest Llama shape, fp32."""
     return in_order(op, CATALOGUE[op].llama(Maker(torch.float32), TINY, Shape(1, context=1)))
 
 
 def microseconds(functions: list[Callable[[], Any]], rounds: int, calls: int) -> list[float]:
-    """Median of each function's time over rounds of `calls` calls, taken in turn so that noise meets them all."""
+    """Median time of each function over rounds of `calls` calls; they take turns, so that noise affects all."""
     samplers = {str(place): timing.wall(function, calls) for place, function in enumerate(functions)}
     return [1e6 * statistics.median(samples) for samples in timing.in_turns(samplers, rounds).values()]
 
 
 def overheads(op: str, rounds: int, calls: int) -> tuple[float, float, float]:
-    """Microseconds: the implementation; what the public call adds with outputs given, and when it allocates them.
+    """Microseconds: the implementation; the public call's overhead with outputs passed in, and with outputs allocated.
 
-    What is added is timed with an implementation that does nothing: the real one's own noise would bury it.
+    The overhead is timed over an implementation that does nothing: it is smaller than a real one's noise.
     """
     call = tiny_call(op)
     (args, named), bare = as_written(op, call), positional(op, call)

@@ -1,11 +1,11 @@
-"""What FlashInfer's `plan` costs on our ops: a dense page table of each step, out of indices and bounds.
+"""Cost of FlashInfer's `plan` on this project's ops: it builds a dense page table from indices and bounds in each step.
 
 python -m benchmarks.plan_cost [--sequences 256] [--tokens 100000] [--page-sizes 1 16] [--rounds 5] [--output FILE]
 
-`BatchDecodeWithPagedKVCacheWrapper.plan` on the CPU, of so many sequences of one length whose pages lie anywhere in a
-pool, as a stack calls it once for each step. The first plan, which allocates the table, is not counted. Beside it, in
-turns: a copy of the indices, which is the least that making a table of them could take. Peak memory is what a plan
-allocates beyond what it keeps, of a round of its own. Linux only: /proc/self/status.
+`BatchDecodeWithPagedKVCacheWrapper.plan` on the CPU, for sequences of one length with pages scattered over a pool; a
+serving stack calls it once per step. The first plan, which allocates the table, is not counted. It takes turns with a
+copy of the indices, a lower bound for building the table. Peak memory is what a plan allocates beyond what it keeps,
+measured in a separate round. Linux only: /proc/self/status.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastllama.bench.environment import environment
 from fastllama.bench.files import output_file, write_record
 from fastllama.integrations.flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-SIZES = (32, 8, 128)  # query heads, heads of keys, and a head, of an 8B; a plan's cost does not depend on them
+SIZES = (32, 8, 128)  # query heads, KV heads and head size of an 8B model; a plan's cost does not depend on them
 
 
 def measure(sequences: int, tokens: int, page_size: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each plan and copy, bytes that are kept, and the most that a plan allocates beside."""
+    """Returns the seconds of each plan and copy, the bytes kept, and a plan's peak allocation beyond them."""
     pages = -(-tokens // page_size)
     bounds = torch.arange(sequences + 1, dtype=torch.int32, device="cpu") * pages
     indices = torch.randperm(sequences * pages, dtype=torch.int32, device="cpu")

@@ -1,11 +1,11 @@
-"""What prefix caching costs prompts that have no prefix in common: looking them up, publishing their pages.
+"""Overhead of the prefix cache for prompts without a common prefix: lookups and publishing pages.
 
 python -m benchmarks.prefix_cost [--model tiny] [--requests 64] [--tokens 64] [--rounds 3] [--output FILE]
 
-Prompts of 8 to 400 random tokens, all there at the start, each answered with as many tokens, by a model and by one that
-computes nothing (benchmarks/engine_overhead.py), beside which the host's own work shows. Timed are the scheduler's
-lookups, with the keys that they make of tokens, and its publications, with theirs; the clock's own time counts as
-theirs. One round that is not counted goes before.
+Prompts of 8 to 400 random tokens, all submitted at the start, each answered with `--tokens` tokens, by a model and by
+one that computes nothing (benchmarks/null_model.py), whose time is the host's work alone. Timed are the scheduler's
+lookups and publications, including the hashing of tokens to keys and the clock itself. One warm-up round is not
+counted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastllama.bench.workload import LONGEST, prompts_of
 from fastllama.runtime.planning.lookups import Lookups
 from fastllama.runtime.planning.scheduler import Scheduler
 
-VOCAB = 256  # of the model that computes nothing: small, so that the draw is next to nothing too
+VOCAB = 256  # of the model that computes nothing: small, so that sampling is negligible too
 TIMED = ((Lookups, "find"), (Scheduler, "_publish_next"))
 
 
 @dataclass
 class Round:
-    """Seconds of all steps of a round, and what of them went into the prefix cache."""
+    """Seconds of all steps of a round, and the part spent in the prefix cache."""
 
     seconds: float
     steps: int
@@ -47,13 +47,13 @@ class Round:
 
     @property
     def share(self) -> float:
-        """Of the steps' time."""
+        """The part of the steps' time."""
         return (self.lookup_seconds + self.publication_seconds) / self.seconds
 
 
 @contextmanager
 def timed() -> Iterator[list[list[float]]]:
-    """Within it, each call of TIMED appends its seconds to its list."""
+    """Context in which each call of a function in TIMED appends its seconds to that function's list."""
     found: list[list[float]] = [[] for _ in TIMED]
     before = [getattr(owner, name) for owner, name in TIMED]
 
@@ -76,7 +76,7 @@ def timed() -> Iterator[list[list[float]]]:
 
 
 def measure(llm: LLM, prompts: list[list[int]], tokens: int) -> Round:
-    """Answer all prompts."""
+    """Answer all prompts; returns one round."""
     engine, steps, start_hits = llm.engine, 0, llm.engine.pool.num_hit_tokens
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for prompt in prompts:
@@ -99,7 +99,7 @@ def measure(llm: LLM, prompts: list[list[int]], tokens: int) -> Round:
 
 
 def rounds_of(llm: LLM, requests: int, tokens: int, rounds: int) -> list[Round]:
-    """Rounds with new prompts each, behind one that is not counted. Asserts that no token was found in the cache."""
+    """Rounds with new prompts each, after a warm-up round. Asserts that no token was found in the cache."""
     generator, found = random.Random(0), []
     for _ in range(1 + rounds):
         found.append(measure(llm, prompts_of(requests, llm.config.vocab_size, LONGEST, generator), tokens))

@@ -2,8 +2,8 @@
 
 python -m benchmarks.quality [--model tiny] [--dtype float32] [--text FILE] [--output FILE]
 
-Each line of the text is a document of its own, between BOS and EOS. Without --text: stories that the bundled model has
-not seen. Two models are in memory at once.
+Each line of the text is one document, between BOS and EOS. Without --text: stories that the bundled model was not
+trained on. Two models are in memory at once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ HEAD = """| weights | keys and values | dNLL (SE) | KL (SE) | top-1, % (SE) | pe
 
 
 def main() -> None:
-    """Compare each quantization with the model as it is, and print a row of the table for it."""
+    """Compare each quantization with the unquantized model, and print a row of the table for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="as LLM takes it")
-    parser.add_argument("--dtype", default="float32", help="of the model: in 16 bits its own rounding is in the way")
+    parser.add_argument("--dtype", default="float32", help="in 16 bits the model's rounding hides small effects")
     parser.add_argument("--text", type=Path, help="a file in UTF-8, a document a line")
     parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
     options = parser.parse_args()
@@ -62,34 +62,34 @@ def main() -> None:
 
 
 def lines_of(path: Path | None, stories: list[str], llm: LLM) -> list[list[int]]:
-    """Documents of a file in UTF-8, one a line, or of stories where there is no file."""
+    """Returns the documents of a UTF-8 file, one a line; without a file, stories."""
     text = path.read_text(encoding="utf-8") if path else "\n".join(stories)
     return text_documents(text, llm.prompts.needed_tokenizer(), per_line=True)
 
 
 def protocol_of(llm: LLM) -> dict[str, int]:
-    """Context and stride of `compare`."""
+    """Returns context and stride for `compare`."""
     context = min(CONTEXT, llm.max_model_len)
     return {"context": context, "stride": min(STRIDE, context)}
 
 
 def unquantized(found: Perplexity) -> str:
-    """The reference's row."""
+    """Returns the row of the unquantized model."""
     return f"| {NONE} | auto | - | - | - | {found.perplexity.value:.4f} |"
 
 
 def row(weights: str, kv: str, found: Comparison) -> str:
-    """The row of a case."""
+    """Returns the row of a case."""
     return f"| {weights} | {kv} | {differences(found)} | {found.model.perplexity.value:.4f} |"
 
 
 def differences(found: Comparison) -> str:
-    """Cells of a row: dNLL, KL, top-1."""
+    """Returns the cells of a row: dNLL, KL, top-1."""
     return f"{shown(found.nll_difference)} | {shown(found.kl)} | {shown(found.top1, '.2f', 100)}"
 
 
 def shown(estimate: Estimate, form: str = ".3g", unit: float = 1) -> str:
-    """A figure with its standard error, which one document of one window does not give."""
+    """Formats a figure with its standard error, which needs more than one document or window."""
     error = estimate.standard_error
     return f"{unit * estimate.value:{form}} ({'-' if error is None else format(unit * error, '.2g')})"
 

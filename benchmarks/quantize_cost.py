@@ -1,13 +1,13 @@
-"""Time and memory of quantizing: estimated, measured on a few blocks by parts, projected for all blocks.
+"""Time and memory of quantizing a model: estimated, measured on a few blocks, projected for all blocks.
 
 python -m benchmarks.quantize_cost [--shape 1.1b] [--blocks 2] [--samples 32] [--context 512] [--method gptq]
     [--output FILE]
 
-A model of random weights in bf16 on the CPU, of so many blocks of the shape, over documents of random token ids. The
-estimate is operations at the rate of a large matmul here, in bf16 for the forward pass and in fp32 for the rest; it
-leaves out attention, copies and packing. What is measured is split by Python's profiler, which counts seconds within
-functions. Peak memory is that of a process of its own, since watching it slows what is timed: what it has allocated
-beyond a model of one block. Linux only: /proc/self/status.
+A model of random bf16 weights on the CPU, with `--blocks` blocks of the shape, on documents of random token ids. The
+estimate is operations at the rate of a large matmul on this machine, in bf16 for the forward pass and in fp32 for the
+rest; it leaves out attention, copies and packing. Python's profiler splits the measured time by function. Peak memory
+is measured in a separate process, since watching it slows the timing: the allocation beyond a model of one block.
+Linux only: /proc/self/status.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Documents = list[list[int]]
 
 
 def main() -> None:
-    """Print the estimate, then what is measured."""
+    """Print the estimate, then the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--blocks", type=int, default=2, help="that are quantized (default: %(default)s)")
@@ -107,7 +107,7 @@ def _sizes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def operations_of(config: LlamaConfig, tokens: int, method: str) -> dict[str, float]:
-    """Multiplications and additions of a block's matmuls over so many tokens, by part."""
+    """Returns the multiplications and additions of a block's matmuls over that many tokens, by part."""
     sizes = _sizes(config).values()
     weights = sum(rows * columns for rows, columns in sizes)
     found: dict[str, float] = {}
@@ -123,18 +123,18 @@ def operations_of(config: LlamaConfig, tokens: int, method: str) -> dict[str, fl
 
 
 def hessian_bytes(config: LlamaConfig) -> dict[str, int]:
-    """Of each layer of a block, in fp32."""
+    """Returns the bytes of the Hessian of each layer of a block, in fp32."""
     return {name: 4 * columns**2 for name, (_, columns) in _sizes(config).items()}
 
 
 def alone(function: Callable[..., Any], *given: Any) -> Any:
-    """What a function returns, in a process of its own."""
+    """Calls a function in a new process and returns its result."""
     with ProcessPoolExecutor(1, get_context("spawn")) as processes:
         return processes.submit(function, *given).result()
 
 
 def peak(config: LlamaConfig, documents: Documents, method: str) -> int:
-    """Bytes allocated at most, beyond a model of one block."""
+    """Returns the peak of allocated bytes beyond a model of one block."""
     model = _model(config, 1, method)
     watch = Peak()
     try:
@@ -145,7 +145,7 @@ def peak(config: LlamaConfig, documents: Documents, method: str) -> int:
 
 
 def measured(config: LlamaConfig, blocks: int, documents: Documents, method: str) -> dict[str, float]:
-    """Seconds of a block by part, the mean of so many."""
+    """Returns the seconds of a block by part, the mean over `blocks`."""
     model = _model(config, blocks, method)
     profile = cProfile.Profile()
     begin = time.perf_counter()
@@ -171,7 +171,7 @@ def measured(config: LlamaConfig, blocks: int, documents: Documents, method: str
 
 
 def _model(config: LlamaConfig, blocks: int, method: str) -> LlamaForCausalLM:
-    """Random weights, where all that quantizing compiles or loads at first is there."""
+    """A model of random weights, after everything that quantizing compiles or loads at first use."""
     small = random_model(replace(shape("tiny", 8), num_hidden_layers=1), "none", torch.bfloat16, CPU)
     _quantize(small, [[1] * 8], method)
     return random_model(replace(config, num_hidden_layers=blocks), "none", torch.bfloat16, CPU)

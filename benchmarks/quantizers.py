@@ -1,10 +1,10 @@
-"""What each quantizer costs a model, and the same model with outliers: KL divergence, agreement, seconds.
+"""Quality loss of each quantizer on a model, and on the same model with outliers: KL divergence, agreement, seconds.
 
 python -m benchmarks.quantizers [--model tiny] [--text FILE --calibration FILE] [--output FILE] [--plot FILE]
 
-Each line of a text is a document of its own, between BOS and EOS; without files, stories that the bundled model has not
-seen, others for calibration than for evaluation. Outliers are planted (`fastllama.verify.plant_outliers`): the model
-computes the same, and what it is compared with is the same. All is in fp32; two models are in memory at once.
+Each line of a text is one document, between BOS and EOS. Without files, stories that the bundled model was not trained
+on, different ones for calibration and evaluation. Outliers are planted (`fastllama.verify.plant_outliers`) so that the
+model's function, and thus the reference, stays the same. All in fp32; two models are in memory at once.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def main() -> None:
     """Quantize both models by each method, and print a row of a table for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="as LLM takes it")
-    parser.add_argument("--text", type=Path, help="what is evaluated: a file in UTF-8, a document a line")
-    parser.add_argument("--calibration", type=Path, help="what quantizers read: a file in UTF-8, a document a line")
+    parser.add_argument("--text", type=Path, help="evaluation text: a file in UTF-8, a document a line")
+    parser.add_argument("--calibration", type=Path, help="calibration text: a file in UTF-8, a document a line")
     parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
     parser.add_argument("--plot", type=output_file, help="where to draw KL divergences, as .png or .svg")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What a request's sampling options cost a decode step: penalties, biases, bans, logits processors.
+"""Cost of sampling options in a decode step: penalties, biases, bans, logits processors.
 
 python -m benchmarks.sampling_options [--model toy small] [--batch 1 16 64] [--rounds 30] [--output FILE]
 
-Times steps of sequences of random tokens, of which one or all ask for an option, or none for any. Contenders take
-turns, step by step, and the ratio is the median of those within the turns; a second "none" shows what the noise is.
-Repetition penalties are timed at several contexts, all else at the shortest. Both models have a vocabulary of 32000 and
-random weights: "toy" computes next to nothing, "small" has 4 layers of 1024. Prompts are not computed: their pages hold
-zeros, which does not change the time. One thread, and its time on a core: that of a step where nobody else is.
+Times steps of sequences of random tokens; one sequence, all, or none use an option. The configurations take turns, step
+by step, and the ratio is the median within the turns; a second "none" shows the noise. Repetition penalties are timed
+at several contexts, the rest at the shortest. Both models have a vocabulary of 32000 and random weights: "toy" computes
+next to nothing, "small" has 4 layers of 1024. Prompts are not computed: their pages hold zeros, which does not change
+the time. One thread, and its CPU time: that of a step on an idle machine.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ MODELS = {
     "small": LlamaConfig(VOCAB, 1024, 2816, 4, 16, 4, head_dim=64, max_position_embeddings=32768, eos_token_ids=()),
 }
 CONTEXTS = (100, 1000, 4000, 16000)
-MOST_TOKENS = 64_000  # in the contexts of a step together: attention to more takes seconds, and hides all else
-ROOM = 256  # tokens of each sequence behind its prompt: those that come while other prompts are read, and those timed
-MOST_ROUNDS = 100  # which ROOM suffices for
+MOST_TOKENS = 64_000  # tokens in all contexts of a step: attention to more takes seconds, and hides the rest
+ROOM = 256  # tokens of each sequence after its prompt: those while other prompts are read, and those timed
+MOST_ROUNDS = 100  # for which ROOM suffices
 UNCOUNTED = 3  # steps at the start: the first captures
 
 
@@ -66,19 +66,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "processor, unchanged": {"logits_processors": (_same,)},
     "processor that masks": {"logits_processors": (_even,)},
 }
-NONE, AGAIN = ("none", 0), ("none", 1)  # the second shows what the noise is
-Contender = tuple[str, int]  # an option, and how many sequences ask for it
+NONE, AGAIN = ("none", 0), ("none", 1)  # the second shows the noise
+Contender = tuple[str, int]  # an option, and how many sequences use it
 
 
 def build(name: str) -> LlamaForCausalLM:
-    """A model of random weights."""
+    """Returns a model of random weights."""
     torch.manual_seed(0)
     return random_model(MODELS[name], "none", torch.float32, torch.device("cpu"))
 
 
 @contextmanager
 def _prompts_not_computed(model: LlamaForCausalLM) -> Iterator[None]:
-    """Within, the model gives logits at once, and computes no keys and values."""
+    """Context in which the model returns logits at once, and computes no keys and values."""
     model.forward = lambda ids, batch, kv: torch.zeros(len(batch.logits_rows), VOCAB)  # type: ignore[method-assign]
     try:
         yield
@@ -87,11 +87,11 @@ def _prompts_not_computed(model: LlamaForCausalLM) -> Iterator[None]:
 
 
 def decoding(model: LlamaForCausalLM, batch: int, context: int, contender: Contender) -> LLM:
-    """An LLM of the model that does nothing but decode so many sequences, from this context on."""
+    """Returns an LLM that decodes `batch` sequences of this context length, with no prompts left."""
     option, asked = contender
     llm = LLM(
         model,
-        tokenizer=resolve_model("tiny"),  # for bad words; other ids than its own have no text
+        tokenizer=resolve_model("tiny"),  # for bad words; ids beyond its vocabulary have no text
         quantization=None,
         max_model_len=context + ROOM,
         kv_cache_tokens=batch * (context + ROOM + 64),
@@ -115,7 +115,7 @@ def decoding(model: LlamaForCausalLM, batch: int, context: int, contender: Conte
 
 
 def core_seconds(call: timing.Call) -> timing.Sampler:
-    """Seconds on a core, which is the process's time: neighbours who take the core away do not count."""
+    """CPU time of the process in seconds: time that other processes take from the core does not count."""
 
     def sample() -> float:
         start = time.process_time()
@@ -128,7 +128,7 @@ def core_seconds(call: timing.Call) -> timing.Sampler:
 def measure(
     model: LlamaForCausalLM, batch: int, context: int, options: abc.Iterable[str], rounds: int
 ) -> dict[Contender, list[float]]:
-    """Seconds on a core of each step of each contender: one or all sequences ask for an option, or none for any."""
+    """CPU seconds of each step of each configuration: one sequence, all, or none use an option."""
     contenders = [NONE, AGAIN, *((option, asked) for option in options for asked in sorted({1, batch}))]
     with ExitStack() as stack:
         llms = {each: stack.enter_context(decoding(model, batch, context, each)) for each in contenders}
@@ -142,7 +142,7 @@ def measure(
 
 
 def cells(seconds: dict[Contender, list[float]], contender: Contender) -> tuple[str, str]:
-    """Milliseconds of a step, and how many times those of the same rounds in which none asks."""
+    """Milliseconds of a step, and the ratio to the steps of the same rounds without options."""
     ratios = [ours / none for ours, none in zip(seconds[contender], seconds[NONE], strict=True)]
     return f"{1e3 * statistics.median(seconds[contender]):.2f}", f"{statistics.median(ratios):.3f}"
 

@@ -1,22 +1,22 @@
-"""Ten thousand clients of every kind at four times a server's capacity: nothing is lost, and nobody else is hurt.
+"""Soak test of `fastllama serve`: 10,000 clients, many of which misbehave, at four times its capacity.
 
 python -m benchmarks.serving_soak [--requests 10000] [--seed 0]
 
-One `fastllama serve` with few seats, a short queue and short limits. So many clients at once as it has seats, and then
-four times as many: those behave, leave (reset, close, half-close; during upload, queued, in the stream), stall (never
-read, slow headers, slow bodies), send bodies that are no requests, and bytes that are no HTTP
-(benchmarks/serving/behaviours.py). The exit status is 1 where
+The server has few seats (sequences that run at once), a short queue and short timeouts. First as many clients as seats,
+then four times as many: they behave, leave (reset, close, half-close; during upload, queued, in the stream), stall
+(never read, slow headers, slow bodies), or send invalid JSON or bytes that are not HTTP
+(benchmarks/serving/behaviours.py). The exit status is 1 if
 
-- an answer is wrong, has status 5xx, or is a 429 whose Retry-After is not 1 to 120 s, a slow client is waited for, or
-  requests go on whose client left;
-- behind them all a request or KV page is still in use, or there are more descriptors, threads, asyncio tasks or
-  objects of requests than at the start;
+- an answer is wrong, has status 5xx, or is a 429 whose Retry-After is not 1 to 120 s, a slow client is not cut off, or
+  a request runs on after its client left;
+- at the end a request or KV page is still in use, or there are more descriptors, threads, asyncio tasks or request
+  objects than at the start;
 - between the middle and the end resident memory grows by more than GROWTH, or Python's blocks by more than BLOCKS;
-- p99 of the gaps between reads of whole streams is more than SLOWDOWN times that with as many clients as seats, all of
-  which behave, before and behind;
-- the server writes a traceback, or does not end with status 0 on SIGTERM.
+- p99 of the gaps between reads of whole streams is more than SLOWDOWN times that of the phases before and after, which
+  have as many clients as seats, all of which behave;
+- the server writes a traceback, or does not exit with status 0 on SIGTERM.
 
-Client and server share the machine, so that gaps are those of both. Needs Linux's /proc.
+Client and server share the machine, so the gaps include the client's own delays. Needs Linux's /proc.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from benchmarks.serving.samples import percentile
 from benchmarks.serving.settings import Settings
 
 SEATS = 8  # sequences that run at once
-STALLS = 2.0  # seconds that a client may take for its headers, a piece of its body, or a read
+STALLS = 2.0  # seconds a client may take for its headers, a chunk of its body, or a read
 SETTINGS = Settings(
     llm={"max_num_seqs": SEATS, "max_model_len": 256, "kv_cache_tokens": 2048, "page_size": 16},
     stall_seconds=STALLS,
 )
 OPTIONS = ("--max-queue-size", str(SEATS), "--max-body-bytes", str(1 << 20), "--drain-timeout", "10")
 OVERLOAD = 4  # times as many clients as seats
-WARM_UP = 500  # clients before the first count, a tenth of all at most
+WARM_UP = 500  # clients before the first count, at most a tenth of all
 GROWTH = 16.0  # MB between the middle and the end: 4 to 10 of 10,000 clients, most in steps of shapes that came late
 BLOCKS = 8000  # of Python's, between the same: 2000 for each captured step of a new shape, 3000 of 10,000 clients
 SLOWDOWN = 1.5
@@ -52,7 +52,7 @@ SLOWDOWN = 1.5
 
 @dataclass
 class Soak:
-    """What the clients met, and how the server was between their phases."""
+    """Outcomes of the clients, and the server's state between phases."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Soak:
     exit_status: int = 0
 
     def faults(self, *, measured: bool = True) -> list[str]:
-        """What is wrong; measured: what depends on time and memory too, for thousands of clients on a quiet machine."""
+        """Returns the faults. measured: also those of time and memory, for thousands of clients on a quiet machine."""
         counts = Counter(f"{each.behaviour}: {each.fault}" for each in self.outcomes if each.fault is not None)
         found = [f"{count} times {fault}" if count > 1 else fault for fault, count in counts.items()]
         start, middle, end = (self.states[place] for place in ("start", "middle", "end"))
@@ -77,9 +77,9 @@ class Soak:
         if more:
             found.append(f"at the end live more than at the start: {more}")
         if measured and end.megabytes > middle.megabytes + GROWTH:
-            found.append(f"memory grew from {middle.megabytes:.1f} to {end.megabytes:.1f} MB behind the middle")
+            found.append(f"memory grew from {middle.megabytes:.1f} to {end.megabytes:.1f} MB after the middle")
         if measured and end.blocks > middle.blocks + BLOCKS:
-            found.append(f"Python's blocks grew from {middle.blocks} to {end.blocks} behind the middle")
+            found.append(f"Python's blocks grew from {middle.blocks} to {end.blocks} after the middle")
         if measured and self.slowdown > SLOWDOWN:
             found.append(f"p99 of the gaps is {self.slowdown:.2f} times that at capacity, above {SLOWDOWN}")
         left = sum((each.behaviour, each.ending) == ("leave_stream", "left") for each in self.outcomes)
@@ -96,11 +96,11 @@ class Soak:
 
     @property
     def slowdown(self) -> float:
-        """p99 of the gaps in the crowd, over that of the clients alone."""
+        """p99 of the gaps at four times the capacity, relative to that at capacity."""
         return percentile(self.crowded, 99) / percentile(self.alone, 99)
 
     def tables(self) -> Iterator[str]:
-        """Lines: what the clients met, how the server was, and the gaps."""
+        """Lines of the tables: outcomes of the clients, states of the server, gaps."""
         yield f"{'client':14} {'count':>6} {'p50 s':>7} {'p99 s':>7}  endings"
         for name in sorted({each.behaviour for each in self.outcomes}):
             of_it = [each for each in self.outcomes if each.behaviour == name]
@@ -121,7 +121,7 @@ class Soak:
 
 
 async def phase(port: int, drawn: Sequence[Behaviour], at_once: int, rng: random.Random) -> list[Outcome]:
-    """A client for each that was drawn, never more than `at_once`."""
+    """Run the given clients, at most `at_once` at a time."""
     calls = iter(drawn)
 
     async def one_after_another() -> list[Outcome]:
@@ -131,12 +131,12 @@ async def phase(port: int, drawn: Sequence[Behaviour], at_once: int, rng: random
 
 
 def gaps_of(outcomes: Sequence[Outcome]) -> list[float]:
-    """Between the reads of all whole streams."""
+    """Returns the gaps between reads of all streams that were read to the end."""
     return [gap for outcome in outcomes for gap in outcome.gaps]
 
 
 def settled(server: ServerProcess, start: State | None) -> State:
-    """The server once nothing runs and connections are closed; as it is after half a minute where they are not."""
+    """Returns the server's state once it is idle with no connections, or after half a minute."""
     give_up = time.monotonic() + 30
     while True:
         state = server.state()
@@ -151,8 +151,8 @@ def _is_down_to(state: State, start: State) -> bool:
 
 
 def soak(requests: int, seed: int = 0) -> Soak:
-    """Warm-up, a tenth that behave, two halves of all kinds, again a tenth that behave, and the end."""
-    which, rng, found = random.Random(seed), random.Random(seed), Soak()  # how often a client draws depends on time
+    """Run the phases: warm-up, a tenth that behave, two halves of all kinds, a tenth that behave, shutdown."""
+    which, rng, found = random.Random(seed), random.Random(seed), Soak()  # two: how many numbers a client uses varies
 
     def run(kinds: Mapping[Behaviour, int], count: int, at_once: int) -> list[float]:
         drawn = which.choices(list(kinds), weights=list(kinds.values()), k=count)
@@ -176,10 +176,10 @@ def soak(requests: int, seed: int = 0) -> Soak:
 
 
 def main() -> None:
-    """Soak, print the tables and what is wrong."""
+    """Soak, print the tables and the faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000, help="of all phases together (default 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    parser.add_argument("--requests", type=int, default=10_000, help="requests of all phases together (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clients' random choices (default 0)")
     asked = parser.parse_args()
     found = soak(asked.requests, asked.seed)
     print(*found.tables(), sep="\n")

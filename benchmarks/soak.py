@@ -1,14 +1,15 @@
-"""Ten thousand requests of every kind: memory stays as it is, and nothing of a request remains.
+"""Soak test of the runtime: 10,000 requests of every kind; no object may be left, and memory may not grow.
 
 python -m benchmarks.soak [--requests 10000] [--configuration NAME ...]
 
 The bundled model answers through LLM and AsyncEngine in turn, in every configuration: whole answers, streams that are
-read, closed, cancelled and dropped, forks, aborts, deadlines, requests that fail, with all that SamplingParams can ask
-for. After a warm-up, in the middle and at the end it counts the process's memory (RSS), living objects of requests, and
-entries of the runtime's tables. The exit status is 1 where memory grows by more than GROWTH between the middle and the
-end, or anything is left. Needs Linux's /proc. A request that ends in another way than it should raises.
+read, closed, cancelled and dropped, forks, aborts, deadlines, requests that fail, with every option of SamplingParams.
+After a warm-up, in the middle and at the end it counts resident memory, live request objects and entries of the
+runtime's tables. The exit status is 1 if memory grows by more than GROWTH between the middle and the end, or an object
+or entry is left. Needs Linux's /proc. A request that ends in the wrong way raises.
 
-What ops remember of calls is forgotten before each count: it is bounded, but not reached before some 100,000 requests.
+The ops' caches of earlier calls are cleared before each count: they are bounded, but fill only after some 100,000
+requests.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "host cache": {"host_cache_tokens": 1024},
     "int8 cache": {"kv_cache_dtype": "int8"},
 }
-# So few pages that running requests are preempted, and so few seats that others wait.
+# Few enough pages that running requests are preempted, few enough seats that others wait.
 SIZES = {"max_model_len": 96, "page_size": 16, "kv_cache_tokens": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 KINDS = (Generation, Request, Sequence, Order, Mailbox, RequestStream, asyncio.Future, futures.Future)
-GROWTH = 8.0  # MB between the middle and the end: captured steps and the allocator's gaps took 0.4 to 4.2 of 10,000
-WARM_UP = 500  # requests before the first count, a tenth of them all at most
+GROWTH = 8.0  # MB between the middle and the end: captured steps and fragmentation took 0.4 to 4.2 with 10,000 requests
+WARM_UP = 500  # requests before the first count, at most a tenth of all
 ROUND = 50  # requests through one AsyncEngine, or one after another through the LLM
 
 
 @dataclass(frozen=True)
 class Count:
-    """What there is when no request is: megabytes, objects and threads beyond those before, entries of tables."""
+    """State without any request: megabytes, objects and threads beyond those at the start, entries of tables."""
 
     requests: int
     megabytes: float
@@ -67,12 +68,12 @@ class Count:
 
     @property
     def left(self) -> dict[str, int]:
-        """What should not be there."""
+        """Objects and entries that should be gone."""
         return {name: count for name, count in (self.objects | self.entries).items() if count}
 
 
 class Soak:
-    """A run of requests through one LLM, in rounds: by AsyncEngine or LLM, of a model that fails or is captured."""
+    """Rounds of requests through one LLM: by AsyncEngine or LLM, with a model that fails or is captured."""
 
     def __init__(self, llm: LLM, seed: int = 0) -> None:
         self._llm, self._rng, self._before = llm, random.Random(seed), alive()
@@ -81,7 +82,7 @@ class Soak:
             llm.engine.speculation._pace = Always(llm.engine.speculation.count)
 
     def run(self, count: int) -> Count:
-        """So many more requests, and what there is behind them."""
+        """Run that many more requests, and count afterwards."""
         for first in range(0, count, ROUND):
             self._round(min(ROUND, count - first))
         return self._count()
@@ -113,11 +114,11 @@ class Soak:
 
 
 def alive() -> Counter[str]:
-    """Living objects of requests by their classes, and threads of engines, which end a moment after they are told."""
+    """Live request objects by class, and engine threads, which end a moment after their shutdown."""
     patience = time.monotonic() + 5
     while (threads := _num_threads()) and time.monotonic() < patience:
         time.sleep(0.01)
-    for _ in range(2):  # what a finalizer puts into a queue that is garbage too lives until the next collection
+    for _ in range(2):  # an object that a finalizer puts into an unreachable queue lives until the next collection
         gc.collect()
     found = Counter(type(each).__name__ for each in gc.get_objects() if issubclass(type(each), KINDS))
     return found + Counter(threads=threads)
@@ -128,7 +129,7 @@ def _num_threads() -> int:
 
 
 def resident_megabytes() -> float:
-    """The process's resident memory, once ops have forgotten calls and the allocator has given back what it can."""
+    """Resident memory of the process, after the ops' caches are cleared and the allocator has trimmed its heap."""
     for op in OPS.values():
         op._known.clear()
     ctypes.CDLL(None).malloc_trim(0)
@@ -137,7 +138,7 @@ def resident_megabytes() -> float:
 
 
 def soak(configuration: str, requests: int) -> list[Count]:
-    """Counts behind the warm-up, in the middle and at the end of so many requests."""
+    """Returns the counts after the warm-up, in the middle and at the end of that many requests."""
     first = min(WARM_UP, requests // 10)
     half = (requests - first) // 2
     with LLM("tiny", progress=False, **SIZES, **CONFIGURATIONS[configuration]) as llm:
@@ -146,7 +147,7 @@ def soak(configuration: str, requests: int) -> list[Count]:
 
 
 def faults(counts: list[Count]) -> list[str]:
-    """What is wrong: memory that grew between the middle and the end, and what is left of requests."""
+    """Returns the faults: memory that grew between the middle and the end, and objects left of requests."""
     _, middle, end = counts
     growth = end.megabytes - middle.megabytes
     grown = [f"memory grew by {growth:.1f} MB, which is more than {GROWTH:.1f}"] if growth > GROWTH else []
@@ -154,7 +155,7 @@ def faults(counts: list[Count]) -> list[str]:
 
 
 def main() -> None:
-    """Soak, print the table and what is wrong."""
+    """Soak, print the table and the faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000, help="in each configuration")
     parser.add_argument("--configuration", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))

@@ -1,15 +1,16 @@
-"""What speculative decoding gives: answers with and without guesses, and what a step of several tokens takes.
+"""Speculative decoding: speed with and without draft tokens, and the time of a step that verifies several tokens.
 
 python -m benchmarks.speculation [--model tiny] [--draft tiny] [--dtype float32] [--tokens 128] [--output FILE]
 
-times decoding, one request at a time, without guesses, with those of the text itself and with those of a draft model:
-stories, which repeat little, so that guesses lose and should be given up; and answers that are held to the words of a
-sentence, and so repeat. Contenders take turns; of each request what counts is the time from its first token on.
+times decoding, one request at a time, without draft tokens, with prompt lookup and with a draft model: on stories,
+which repeat little, so that speculation loses and should switch itself off; and on answers restricted to the words of
+a sentence, which repeat. Contenders take turns; the time of a request counts from its first token.
 
 python -m benchmarks.speculation --shape 1.1b [--quantize bf12 int8] [--right 0.8] [--steps 32] [--output FILE]
 
-times decode steps of one sequence of random weights with 1, 2, 4 and 8 tokens: its own, and guesses that are right with
-a probability. They are verified always, pay or not. Which token is drawn, and so what is right, a bias decides.
+times decode steps of one sequence, random weights, with 1, 2, 4 and 8 tokens: the sampled one and draft tokens that are
+accepted with the given probability. They are always verified, even where that is slower. A logit bias fixes the token
+that is sampled, and so which draft tokens are accepted.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SENTENCES = (
 )
 STORIES = ("Once upon a time", "The little dog", "It was a cold day, and Tom")
 TEXTS = {"stories": STORIES, "a few words": SENTENCES}
-SURE = 100.0  # a bias that decides
+SURE = 100.0  # a bias that outweighs all logits
 RIGHT, WRONG = 7, 8  # token ids
 LENGTHS = (1, 2, 4, 8)  # tokens of a step
 CONTEXT = 512
@@ -54,7 +55,7 @@ Record = dict[str, Any]
 
 
 def params_of(llm: LLM, text: str, sentence: str, sampled: bool, tokens: int) -> SamplingParams:
-    """So many tokens; those of a sentence alone where that is asked for."""
+    """Sampling parameters for that many tokens, optionally restricted to the tokens of a sentence."""
     held = {} if text == "stories" else dict.fromkeys(llm.encode(sentence)[1:], SURE)
     heat = 0.8 if sampled else 0.0
     return SamplingParams(
@@ -63,7 +64,7 @@ def params_of(llm: LLM, text: str, sentence: str, sampled: bool, tokens: int) ->
 
 
 def answer(llm: LLM, text: str, sampled: bool, tokens: int) -> Record:
-    """Seconds behind the first tokens, guesses, and the answers to all prompts of a kind, one after another."""
+    """Seconds after the first tokens, draft tokens, and the answers to all prompts of a kind, one after another."""
     outputs = [llm.generate(each, params_of(llm, text, each, sampled, tokens))[0] for each in TEXTS[text]]
     metrics = [output.metrics for output in outputs]
     return {
@@ -75,7 +76,7 @@ def answer(llm: LLM, text: str, sampled: bool, tokens: int) -> Record:
 
 
 def compare(options: argparse.Namespace) -> list[Record]:
-    """A record of each kind of text, way to draw, and contender. Each begins with an LLM that knows no pace yet."""
+    """A record for each kind of text, temperature and contender, each with a new LLM, which has timed no steps yet."""
     guessers = {"off": None, PROMPT_LOOKUP: PROMPT_LOOKUP, f"draft {options.draft}": options.draft}
     found: list[Record] = []
     for text, sampled in product(TEXTS, (False, True)):
@@ -112,36 +113,36 @@ def compare(options: argparse.Namespace) -> list[Record]:
 
 
 class Scripted:
-    """Guesses what the bias draws, each time with a probability."""
+    """Proposes the token that the bias selects, with a given probability."""
 
     def __init__(self, right: float) -> None:
         self._right, self._random = right, random.Random(0)
 
     def warm_up(self) -> float:
-        """Nothing to do."""
+        """Does nothing."""
         return 0.0
 
     def follow(self, step: Step) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
-        """For each sequence `count` tokens."""
+        """Propose `count` tokens for each sequence."""
         return [tuple(RIGHT if self._random.random() < self._right else WRONG for _ in range(count)) for _ in sequences]
 
     def forget(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Nothing is held."""
+        """Does nothing: it keeps no state."""
 
 
 class Always(Pace):
-    """Verifies whatever is guessed."""
+    """Verifies every draft token."""
 
     def pays(self, num_seqs: int, num_proposals: int) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
 
 def verifier(model: LlamaForCausalLM, length: int, right: float) -> LLM:
-    """An LLM whose decode steps have so many tokens."""
+    """Returns an LLM whose decode steps have that many tokens."""
     count = max(length - 1, 1)
     llm = LLM(
         model,
@@ -160,7 +161,7 @@ def verifier(model: LlamaForCausalLM, length: int, right: float) -> LLM:
 
 
 def decode(llm: LLM, steps: int) -> Record:
-    """Seconds of each step that counts, and the tokens that they gave."""
+    """Seconds of each counted step, and the tokens that the steps generated."""
     params = SamplingParams(temperature=0, max_tokens=CONTEXT - 8, ignore_eos=True, logit_bias={RIGHT: SURE})
     generation = llm.engine.add_request([RIGHT] * 8, params)
     for _ in range(1 + UNCOUNTED):  # the prompt, and those
@@ -176,7 +177,7 @@ def decode(llm: LLM, steps: int) -> Record:
 
 
 def verify(options: argparse.Namespace) -> list[Record]:
-    """A record of each way to keep the weights and each length of a step."""
+    """A record for each quantization and each number of tokens in a step."""
     found: list[Record] = []
     for kind in options.quantize:
         torch.manual_seed(0)
@@ -198,7 +199,7 @@ def verify(options: argparse.Namespace) -> list[Record]:
 
 
 def _in_turns(contenders: dict[Any, LLM], take: Callable[[LLM], Record], rounds: int) -> dict[Any, list[Record]]:
-    """What each gives in each round, behind one that is not counted."""
+    """Results of each contender in each round, after a warm-up round."""
     found: dict[Any, list[Record]] = {name: [] for name in contenders}
     for _ in range(1 + rounds):
         for name, llm in contenders.items():
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--shape", choices=models.SHAPES, help="time steps of random weights of this shape")
     parser.add_argument("--quantize", nargs="+", choices=("none", "bf12", "int8", "int4"), default=["bf12", "int8"])
-    parser.add_argument("--right", type=float, default=0.8, help="probability that a guess is right")
+    parser.add_argument("--right", type=float, default=0.8, help="probability that a draft token is accepted")
     parser.add_argument("--steps", type=int, default=32, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=output_file, help="where to write conditions and every sample as JSON")

@@ -1,9 +1,9 @@
-"""A transformers Llama, the same one patched, and our runtime over the same weights: time of a prompt and of a token.
+"""A transformers Llama, the same model patched, and this runtime with the same weights: time of prefill and of a token.
 
 python -m benchmarks.transformers_patch [--device cuda] [--rounds 7] [--tokens 32] [--prompt-tokens 400] [--output FILE]
 
-Random weights, 103M of them on a CPU and 1.1B on a GPU. transformers' models are called in the barest greedy
-loop, over a DynamicCache. All take turns, a round each. Beside it: what a patched layer takes to notice a change.
+Random weights, 103M parameters on a CPU and 1.1B on a GPU. transformers' models run in a minimal greedy loop with a
+DynamicCache. All take turns, a round each. Also timed: a patched layer's check that its weights have not changed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAMES = "transformers", "patched", "fastllama.LLM"
 
 
 def build(size: str, device: str, dtype: torch.dtype) -> tuple[Any, Any, fastllama.LLM]:
-    """The same random Llama three times: stock, patched and in our runtime, its weights as they are."""
+    """Returns one random Llama three times: stock, patched, and in this runtime without quantization."""
     config = SIZES[size] | COMMON
     models = []
     for _ in range(2):
@@ -52,7 +52,7 @@ def build(size: str, device: str, dtype: torch.dtype) -> tuple[Any, Any, fastlla
 
 
 def noticing(model: Any) -> float:
-    """Seconds that a patched layer takes to find that it has not changed, at best."""
+    """Returns the least seconds of a patched layer's check that its weights have not changed."""
     layer = model.model.layers[0]
     calls = 2000
     return min(timeit.repeat(lambda: layer._fastllama.holds(layer), number=calls, repeat=9)) / calls
@@ -82,7 +82,7 @@ def main() -> None:
     for number in range(options.rounds + 1):
         for name, run in runs.items():
             prompt = torch.randint(3, SIZES[size]["vocab_size"], (options.prompt_tokens,), generator=generator)
-            timing = run(prompt.tolist())  # a new one each time: no prefix is found in the cache
+            timing = run(prompt.tolist())  # new each time: no prefix cache hits
             if number:  # the first is the warm-up
                 samples[name].append(timing)
     seconds = noticing(patched)
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def print_table(samples: dict[str, list[Generation]], tokens: int) -> None:
-    """Medians and the least, and how many times faster than transformers the medians are."""
+    """Print medians, minima, and the speedup of the medians over transformers."""
     print(f"{'':16}{'ms a token':>12}{'least':>9}{'times':>8}{'ms a prompt':>14}{'least':>9}{'times':>8}")
     decode = {name: [1e3 * each["decode"] / (tokens - 1) for each in taken] for name, taken in samples.items()}
     prefill = {name: [1e3 * each["prefill"] for each in taken] for name, taken in samples.items()}

@@ -1,11 +1,11 @@
-"""Memory that loading takes, beside what is held afterwards: ours, transformers', and both over the same weights.
+"""Peak memory while loading, and memory held afterwards: this project, transformers, and both over the same weights.
 
 python -m benchmarks.weights_memory [--shape 1.1b] [--shard-mb 500] [--cases NAME ...] [--output FILE]
 
-Random weights in bf16, written to a temporary folder in shards, and once more in 4 bits; each case loads in a process
-of its own. held: bytes of all tensors of what was loaded, each memory once. anonymous: most that the process had
-allocated, beyond what it had before. resident: the same with the pages of files that are mapped, which the system can
-drop at any time. Linux only: /proc/self/status.
+Random bf16 weights, written to a temporary folder in shards, and once more in 4 bits; each case loads in its own
+process. held: bytes of all tensors of the model, each storage once. anonymous: peak of allocated memory beyond that at
+the start. resident: the same with mapped file pages, which the system can drop at any time. Linux only:
+/proc/self/status.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ COLUMNS = "held", "anonymous", "resident"
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of this process in memory: allocated, and with mapped files."""
+    """Returns the process's bytes in memory: allocated, and including mapped files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) << 10, int(lines["VmRSS"].split()[0]) << 10
 
 
 class Peak:
-    """The most that `resident` has told, twice in a millisecond, beyond what it told at first."""
+    """Samples `resident` twice a millisecond; keeps the peak beyond the first sample."""
 
     def __init__(self) -> None:
         self._before, self._most, self._over = resident(), resident(), threading.Event()
@@ -56,7 +56,7 @@ class Peak:
         self._most = max(self._most[0], anonymous), max(self._most[1], whole)
 
     def end(self) -> tuple[int, int]:
-        """Stop looking, and tell."""
+        """Stop sampling and return the peaks."""
         self._look()
         self._over.set()
         self._thread.join()
@@ -64,7 +64,7 @@ class Peak:
 
 
 def held(modules: Iterable[nn.Module]) -> int:
-    """Bytes under all tensors of some modules, each memory once."""
+    """Returns the bytes of all tensors of some modules, each storage once."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
         for module in modules
@@ -78,12 +78,12 @@ def held(modules: Iterable[nn.Module]) -> int:
 
 
 def ours(folder: Path, **options: Any) -> list[nn.Module]:
-    """By load_model."""
+    """Load by load_model."""
     return [fastllama.load_model(folder, progress=False, **options)]
 
 
 def theirs(folder: Path, **options: Any) -> list[nn.Module]:
-    """By transformers."""
+    """Load by transformers."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -91,12 +91,12 @@ def theirs(folder: Path, **options: Any) -> list[nn.Module]:
 
 
 def rounding(folder: Path) -> list[nn.Module]:
-    """By transformers, in 4 bits of ours."""
+    """Load by transformers, quantized to int4 by FastLlamaConfig."""
     return theirs(folder, quantization_config=fastllama.FastLlamaConfig("int4"))
 
 
 def both(folder: Path) -> list[nn.Module]:
-    """By transformers, and our model over its memory."""
+    """Load by transformers, then make this project's model over the same memory."""
     (model,) = theirs(folder)
     return [model, fastllama.from_transformers(model)]
 
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[str, Callable[[Path], list[nn.Module]]]] = {
 
 
 def measure(case: str, folders: Path) -> dict[str, int]:
-    """What a case takes, in this process. Kernels compile and libraries load before, with the bundled model."""
+    """Measures a case in this process, after the bundled model has loaded all kernels and libraries."""
     which, load = CASES[case]
     for _ in range(2):
         modules = load(folders / f"small-{which}")
@@ -125,7 +125,7 @@ def measure(case: str, folders: Path) -> dict[str, int]:
 
 
 def write(name: str, folder: Path, shard: int) -> None:
-    """A shape's random weights, in bf16 and in 4 bits."""
+    """Write a shape's random weights, in bf16 and in 4 bits."""
     torch.manual_seed(0)
     for prefix, config in (("small-", shape("tiny", 64)), ("", shape(name, 64))):
         model = random_model(config, "none", torch.bfloat16, torch.device("cpu"))

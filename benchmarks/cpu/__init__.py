@@ -1,1 +1,1 @@
-"""Studies of the CPU kernels: decoding beside llama.cpp, beside busy neighbours, and single ops."""
+"""Benchmarks of the CPU kernels: decoding compared with llama.cpp, decoding on a busy machine, and single ops."""

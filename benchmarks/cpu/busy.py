@@ -1,11 +1,11 @@
-"""Decoding on a CPU that other programs use as well, by each number of threads, beside llama.cpp, in one run.
+"""Decoding on a busy CPU, for each number of threads, compared with llama.cpp in the same run.
 
 python -m benchmarks.cpu.busy [--model tiny] [--neighbours 0 1 2] [--rounds 3] [--tokens 24] [--output FILE]
 
-It starts the neighbours itself: processes that never wait, as many as asked for. Two questions: what threads cost where
-they are not alone, against one thread in the same conditions, and whether they still bring what they do on an idle
-machine. Ours, in each format, and llama.cpp, where the extra [llama] is installed, hold the same random weights and
-take turns. Times are those of whole answers: the prompt, and each token behind it.
+It starts the neighbours itself: processes that compute without a pause. Two questions: how much threads lose on a busy
+machine, relative to one thread in the same conditions, and whether they still gain what they do on an idle one. This
+project, in each format, and llama.cpp, where the extra [llama] is installed, hold the same random weights and take
+turns. Times are of whole answers: the prompt, and each generated token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ while os.getppid() == parent:  # where this process is killed, they end too
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """Within, so many processes compute without a pause."""
+    """Context in which that many other processes compute without a pause."""
     with ExitStack() as stack:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
@@ -51,7 +51,7 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def measure(runs: dict[str, Run], options: argparse.Namespace) -> list[dict[str, object]]:
-    """A sample for each number of neighbours, round, contender and number of threads."""
+    """Returns a sample for each number of neighbours, round, contender and number of threads."""
     generator, most = torch.Generator().manual_seed(0), torch.get_num_threads()
     samples: list[dict[str, object]] = []
     for count in options.neighbours:
@@ -60,7 +60,7 @@ def measure(runs: dict[str, Run], options: argparse.Namespace) -> list[dict[str,
                 for name, run in runs.items():
                     for threads in dict.fromkeys((1, most)):
                         torch.set_num_threads(threads)
-                        # A new prompt each time: no prefix is found in the cache.
+                        # A new prompt each time: no prefix cache hits.
                         taken = run(torch.randint(3, 2000, (options.prompt_tokens,), generator=generator).tolist())
                         if number:  # the first is the warm-up
                             samples.append({"neighbours": count, "contender": name, "threads": threads, **taken})
@@ -69,7 +69,7 @@ def measure(runs: dict[str, Run], options: argparse.Namespace) -> list[dict[str,
 
 
 def print_table(samples: list[dict[str, object]], prompt_tokens: int, tokens: int) -> None:
-    """Median rates for each contender: of one thread, of all, and the ratio of their times."""
+    """Print median rates of each contender: with one thread, with all, and the ratio of their times."""
     taken: dict[tuple[object, object], dict[object, list[dict[str, object]]]] = {}
     for each in samples:
         taken.setdefault((each["neighbours"], each["contender"]), {}).setdefault(each["threads"], []).append(each)
@@ -90,7 +90,7 @@ def print_table(samples: list[dict[str, object]], prompt_tokens: int, tokens: in
 def main() -> None:
     """Take the measurements, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("tiny", "1.1b"), default="1.1b", help="whose shape")
+    parser.add_argument("--model", choices=("tiny", "1.1b"), default="1.1b", help="model whose shape is used")
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24)

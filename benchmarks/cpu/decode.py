@@ -1,12 +1,12 @@
-"""Greedy decoding of a 1.1B Llama with random weights at batch 1 on this CPU, beside others in the same run.
+"""Greedy decoding of a 1.1B Llama with random weights at batch 1 on this CPU, compared with peers in the same run.
 
 python -m benchmarks.cpu.decode [--rounds 3] [--tokens 32] [--prompt-tokens 128] [--dtype bfloat16] [--output FILE]
 
-Ours, transformers and, where the extra [llama] is installed, llama.cpp hold the same weights (the quantized ones
-rounded by each one's own quantizer) and take turns, a round each, so that a machine whose speed drifts hurts all.
-Decode time is from the first token to the last; transformers is timed twice, through `generate` and its bare forward
-pass with a cache, and the ratio is to the faster of the two. The floor is the time that the weights take at the read
-bandwidth measured in every round: no decoder that reads them all for each token can be faster.
+This project, transformers and, where the extra [llama] is installed, llama.cpp hold the same weights (each quantizes
+with its own quantizer) and take turns, a round each, so that drifting machine speed affects all. Decode time is from
+the first token to the last; transformers is timed twice, through `generate` and through its forward pass with a cache,
+and the ratio is to the faster of the two. The floor is the time to read the weights at the read bandwidth measured in
+every round: no decoder that reads all weights for each token can be faster.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fastllama.bench.models import read_bytes
 from fastllama.bench.timing import Generation
 from fastllama.layers.loading import load_weights
 
-# What we do to weights, and the format of llama.cpp that loses about as much.
+# This project's quantization, and the llama.cpp format with about the same loss.
 QUANTIZATIONS = {"bf12": "BF16", None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def build(dtype: torch.dtype, config: dict[str, Any]) -> tuple[dict[str, LLM], transformers.LlamaForCausalLM]:
-    """The same random Llama of a configuration in Hugging Face's words: ours by format in bf16, and theirs."""
+    """One random Llama of a Hugging Face configuration: this project's models by format, and transformers' in bf16."""
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=dtype).eval()
     llms = {}
@@ -52,7 +52,7 @@ def _name(quantization: str | None) -> str:
 
 
 def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Generation:
-    """LLM.generate; its own clock says when the first token came."""
+    """Time LLM.generate; RequestMetrics holds the time of the first token."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.monotonic()
     metrics = llm.generate(prompt, params)[0].metrics
@@ -62,19 +62,19 @@ def time_ours(llm: LLM, prompt: list[int], tokens: int) -> Generation:
 
 
 def load_llama_cpp(model: transformers.LlamaForCausalLM, prompt_tokens: int) -> dict[str, llama_cpp.Decoder]:
-    """llama.cpp with the same weights, by name and format."""
+    """Load llama.cpp with the same weights, by name and format."""
     with tempfile.TemporaryDirectory() as folder:
         files = llama_cpp.write_files(model, Path(folder))
         return {f"llama.cpp {name}": llama_cpp.Decoder(file, prompt_tokens) for name, file in files.items()}
 
 
 def time_llama_cpp(decoder: llama_cpp.Decoder, prompt: list[int], tokens: int) -> Generation:
-    """llama.cpp's library in the barest greedy loop."""
+    """Time llama.cpp's library in a minimal greedy loop."""
     return decoder.generate(prompt, tokens)[1]
 
 
 class _Clock:
-    """A streamer for transformers that notes when each token comes; its first call brings the prompt."""
+    """A streamer for transformers that records the time of each token; its first call is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -83,12 +83,12 @@ class _Clock:
         self.times.append(time.monotonic())
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Does nothing: no token is buffered."""
 
 
 @torch.inference_mode()
 def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Generation:
-    """transformers' generate."""
+    """Time transformers' generate."""
     clock, ids = _Clock(), torch.tensor([prompt])
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     start = time.monotonic()
@@ -98,19 +98,19 @@ def time_generate(model: transformers.LlamaForCausalLM, prompt: list[int], token
 
 @torch.inference_mode()
 def time_forward(model: transformers.LlamaForCausalLM, prompt: list[int], tokens: int) -> Generation:
-    """transformers' forward pass in the barest greedy loop."""
+    """Time transformers' forward pass in a minimal greedy loop."""
     cache, ids, times = transformers.DynamicCache(), torch.tensor([prompt], device=model.device), []
     start = time.monotonic()
     for _ in range(tokens):
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
-        ids.tolist()  # as `generate` does, and until then a GPU is at it
+        ids.tolist()  # as `generate` does; it also waits for a GPU
         times.append(time.monotonic())
     return {"prefill": times[0] - start, "decode": times[-1] - times[0]}
 
 
 def read_bandwidth(memory: torch.Tensor) -> float:
-    """Bytes per second at which all threads together read memory: the best of three sums."""
+    """Returns the bytes per second that all threads together read from memory: the best of three sums."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def main() -> None:
     for round_number in range(options.rounds + 1):
         bandwidths.append(read_bandwidth(memory))
         for name, run in runs.items():
-            # A new prompt each time: no prefix is found in the cache.
+            # A new prompt each time: no prefix cache hits.
             prompt = torch.randint(3, 32000, (options.prompt_tokens,), generator=generator).tolist()
             timing = run(prompt)
             if round_number:  # the first is the warm-up
@@ -175,7 +175,7 @@ def main() -> None:
 def print_table(
     samples: dict[str, list[Generation]], prompt_tokens: int, tokens: int, floors: dict[str, float]
 ) -> None:
-    """Medians of tokens/s, ours over each peer's, and the share of what the memory allows."""
+    """Print median tokens/s, the ratio to each peer, and the share of the memory bandwidth."""
     decode = {name: statistics.median((tokens - 1) / t["decode"] for t in taken) for name, taken in samples.items()}
     prefill = {name: statistics.median(prompt_tokens / t["prefill"] for t in taken) for name, taken in samples.items()}
     print(f"{'':24}{'decode tok/s':>14}{'prefill tok/s':>15}")

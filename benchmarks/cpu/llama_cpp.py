@@ -1,6 +1,6 @@
 """llama.cpp as a peer in decoding: the weights of a transformers Llama as GGUF files, timed through llama-cpp-python.
 
-Needs the extra [llama]; `missing` says what is not installed.
+Needs the extra [llama]; `missing` returns the package that is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastllama.bench.timing import Generation
 
 FORMATS = ("BF16", "Q8_0", "Q4_0")
 CONTEXT = 1024  # tokens
-# Of a Llama's tensors, Hugging Face's names and GGUF's.
+# Names of a Llama's tensors: Hugging Face's and GGUF's.
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -36,19 +36,19 @@ _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def missing() -> str | None:
-    """Which package is not installed; None where all are."""
+    """Returns the name of a package that is not installed; None if all are."""
     lacking = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(lacking)} not installed: pip install -e .[llama]" if lacking else None
 
 
 def version() -> str:
-    """Of llama-cpp-python, and what its build uses of this CPU."""
+    """Returns the version of llama-cpp-python, and the CPU features that its build uses."""
     llama_cpp = importlib.import_module("llama_cpp")
     return f"{llama_cpp.__version__}, {llama_cpp.llama_print_system_info().decode().strip()}"
 
 
 def write_files(model: transformers.LlamaForCausalLM, folder: Path) -> dict[str, Path]:
-    """A GGUF file of a bf16 model for each of FORMATS, the quantized ones by llama.cpp's own quantizer."""
+    """Write a GGUF file of a bf16 model for each of FORMATS, quantized by llama.cpp's own quantizer."""
     llama_cpp = importlib.import_module("llama_cpp")
     _quiet(llama_cpp)
     files = {name: folder / f"{name}.gguf" for name in FORMATS}
@@ -103,7 +103,7 @@ def _write(model: transformers.LlamaForCausalLM, target: Path) -> None:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a projection to heads whose rotary pairs are halves, reordered so that pairs are neighbours."""
+    """Reorders the rows of a projection from rotary pairs in two halves to interleaved pairs."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -113,11 +113,11 @@ def _quiet(llama_cpp: object) -> None:
     _kept.append(callback)
 
 
-_kept: list[object] = []  # what C calls must not be freed
+_kept: list[object] = []  # a callback of C must not be freed
 
 
 class Decoder:
-    """A model of a GGUF file."""
+    """Decodes with the model of a GGUF file."""
 
     def __init__(self, file: Path, batch: int) -> None:
         """batch: the most tokens of a prompt."""
@@ -134,7 +134,7 @@ class Decoder:
         self.bytes = self._api.llama_model_size(self._model)
 
     def _next(self, tokens: list[int]) -> int:
-        """The likeliest token behind some more."""
+        """Feed some tokens; returns the likeliest next one."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         if self._api.llama_decode(self._context, self._api.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
@@ -142,7 +142,7 @@ class Decoder:
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
     def generate(self, prompt: list[int], tokens: int) -> tuple[list[int], Generation]:
-        """Greedy decoding of some tokens on torch's number of threads, and how long it took."""
+        """Decode greedily with torch's number of threads; returns tokens and seconds."""
         threads = torch.get_num_threads()
         self._api.llama_set_n_threads(self._context, threads, threads)
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)

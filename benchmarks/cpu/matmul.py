@@ -1,9 +1,9 @@
-"""Products on this CPU beside torch's linear layer: milliseconds, and the rate at which a weight of 16 bits is read.
+"""Matmuls on this CPU compared with torch's linear layer: milliseconds, and the read rate of a 16-bit weight.
 
 python -m benchmarks.cpu.matmul [--dtype bfloat16] [--output FILE]
 
-The shapes are the gate and up projection of TinyLlama-1.1B and Llama-2-7B. Calls go through enough copies of the weight
-that none is found in the cache. The medians of alternating calls are printed.
+The shapes are the gate and up projection of TinyLlama-1.1B and Llama-2-7B. Calls cycle through enough copies of the
+weight to miss the cache. The medians of alternating calls are printed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fastllama.catalogue.sizes import LlamaSizes
 
 SHAPES = [LlamaSizes.of(name).gate_up for name in ("tinyllama-1.1b", "llama-2-7b")]  # [N, K]
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-BYTES = 300_000_000  # of weights gone through: ten times a large shared cache
+BYTES = 300_000_000  # bytes of weights per cycle: ten times a large shared cache
 CALLS = 9
 
 
 @torch.inference_mode()
 def measure(rows: int, features: int, size: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Seconds of each call, ours (in bf16 also by weights packed into 12 bits) and torch's in turn."""
+    """Returns the seconds of each call, by this project (bf16 weights also packed into 12 bits) and torch, in turn."""
     copies = max(2, BYTES // (features * size * dtype.itemsize))
     weights = [torch.randn(features, size).to(dtype) for _ in range(copies)]
     x = torch.randn(rows, size).to(dtype)

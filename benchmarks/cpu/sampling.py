@@ -1,9 +1,9 @@
-"""kernels.sample on this CPU beside the reference, which sorts: milliseconds for a batch.
+"""kernels.sample on this CPU compared with the reference, which sorts: milliseconds per batch.
 
 python -m benchmarks.cpu.sampling [--rows 64] [--vocab 32000] [--output FILE]
 
-Logits are normal, with a standard deviation of 3: so a few thousand tokens carry 90 % of the probability, far more than
-a trained model's. The medians of alternating calls are printed.
+Logits are normal with a standard deviation of 3: a few thousand tokens hold 90 % of the probability, far more than in a
+trained model. The medians of alternating calls are printed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""All that a machine with a GPU should say in its first minutes: stages in the order of their worth, and a verdict."""
+"""`make gpu`: tests and measurements on a GPU within minutes, the most valuable first, and a verdict."""

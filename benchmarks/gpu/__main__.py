@@ -1,11 +1,11 @@
-"""All that a machine with a GPU should say, most valuable first.
+"""Test and measure everything on a machine with a GPU, the most valuable first.
 
 python -m benchmarks.gpu --out FOLDER [--minutes 8] [--cache ARCHIVE] [--stages NAME ...] [--dry]
 
-FOLDER then holds results.jsonl (a line for each finding, as it comes), log.txt (what every stage printed), verdict.md
-and report.md. The exit status is 1 where an op, a token, a test, a launch, a block or a decode step failed.
---cache: of `python -m tools.gpu_cache`. --stages: only these, behind facts and cache. --dry walks the same stages at
-toy sizes, on a CPU with TRITON_INTERPRET=1: its times mean nothing.
+FOLDER then holds results.jsonl (one line per result, written at once), log.txt (the output of every stage), verdict.md
+and report.md. The exit status is 1 if an op, a token, a test, a launch, a block or a decode step failed.
+--cache: an archive of `python -m tools.gpu_cache`. --stages: only these, after facts and cache. --dry runs the same
+stages at toy sizes, on a CPU with TRITON_INTERPRET=1: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.gpu.plan import INSTALLED, plan
 from benchmarks.ops import report
 
 LEAST, MOST = 4.0, 60.0
-ALWAYS = ("facts", "cache")  # without them a report has no heading, and the others compile again
+ALWAYS = ("facts", "cache")  # without them the report has no heading, and the other stages compile again
 VERDICT = "verdict.md"
 
 
@@ -33,8 +33,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget, 4 to 60")
     parser.add_argument("--cache", type=Path, help="archive of compiled kernels")
-    parser.add_argument("--stages", nargs="+", help="only these, behind facts and cache")
-    parser.add_argument("--dry", action="store_true", help="walk the stages at toy sizes")
+    parser.add_argument("--stages", nargs="+", help="only these, after facts and cache")
+    parser.add_argument("--dry", action="store_true", help="run the stages at toy sizes")
     options = parser.parse_args()
     if not LEAST <= options.minutes <= MOST:
         parser.error(f"--minutes is {options.minutes:g}; legal: {LEAST:g} to {MOST:g}")
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def write(out: Path) -> None:
-    """The report and the verdict of what there is: behind each stage, so that a machine that is lost has left them."""
+    """Write report and verdict of the results so far: after each stage, in case the machine is lost."""
     (out / "report.md").write_text(report.markdown(out), encoding="utf-8")
     (out / VERDICT).write_text(verdict.markdown(out), encoding="utf-8")
 

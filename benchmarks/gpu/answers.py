@@ -1,9 +1,9 @@
-"""The bundled model's answers, as the reference gives them on a CPU, carried to where a GPU gives its own.
+"""The bundled model's answers by the reference on a CPU, with which a GPU's answers are compared.
 
-`FASTLLAMA_BACKEND=reference python -m benchmarks.gpu.answers` computes answers.json anew. In fp32 a device rounds
-differently from a CPU, so that a token may turn where two are nearly as likely. A first difference counts as a tie
-where the CPU was near another token: a greedy one by the gap between the two best log-probabilities, a sampled one
-by the share of the probabilities that was left between its random number and the next token, or the filter's.
+`FASTLLAMA_BACKEND=reference python -m benchmarks.gpu.answers` computes answers.json anew. A GPU
+rounds fp32 differently from a CPU, so a token may change where two are almost equally likely. A first difference is a
+tie if the CPU was close to another token: for a greedy token by the gap between the two best log-probabilities, for a
+sampled one by the probability between its random number and the next token, or the next filter bound.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ NUM_TOKENS = 60
 TIES = {
     "greedy": 1e-3,
     "sampled": 1e-4,
-}  # in log-probability, and in probability: ten times what fp32 sums may differ by
+}  # in log-probability, and in probability: ten times the possible difference of fp32 sums
 Answers = list[list[int]]
 
 
 def params(kind: str, number: int, num_tokens: int) -> SamplingParams:
-    """Of a prompt: greedy, or sampled with its own seed."""
+    """Sampling parameters of a prompt: greedy, or sampled with its own seed."""
     if kind == "greedy":
         return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     return SamplingParams(temperature=0.8, top_p=0.9, seed=number, max_tokens=num_tokens, ignore_eos=True)
 
 
 def answers(llm: LLM, num_prompts: int = len(PROMPTS), num_tokens: int = NUM_TOKENS) -> dict[str, Answers]:
-    """Token ids, all prompts at once: steps are of several sequences, and of one kind."""
+    """Token ids of all prompts in one batch, greedy and sampled ones apart."""
     found = {}
     for kind in ("greedy", "sampled"):
         wanted = [params(kind, number, num_tokens) for number in range(num_prompts)]
@@ -58,7 +58,7 @@ def answers(llm: LLM, num_prompts: int = len(PROMPTS), num_tokens: int = NUM_TOK
 
 
 def compared(found: dict[str, Answers], expected: dict[str, Any]) -> dict[str, Any]:
-    """How many answers are equal and tied, where each that is not equal parts, and whether all is well."""
+    """Counts equal and tied answers; returns the first difference of each other one, and whether none is wrong."""
     differences = []
     for kind, ours in found.items():
         for number, (own, theirs) in enumerate(zip(ours, expected[kind], strict=False)):
@@ -78,7 +78,7 @@ def compared(found: dict[str, Answers], expected: dict[str, Any]) -> dict[str, A
 
 
 def gap(logprob: TokenLogprob) -> float:
-    """Between the two likeliest tokens in a place."""
+    """Gap between the two likeliest tokens of a position."""
     (_, first), (_, second) = logprob.top
     return first - second
 
@@ -86,10 +86,10 @@ def gap(logprob: TokenLogprob) -> float:
 def margins(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, offset: Tensor
 ) -> Tensor:
-    """Of each row that is sampled, how far another draw was: the share of the probabilities, [B].
+    """Distance of each sampled row to another outcome, as a share of the probability, [B].
 
-    The least of the random number's distance to either side of its token's share, and of top-p's to the sums that it
-    cuts between; top_k and min_p are not looked at.
+    The least distance of the random number to the bounds of its token's interval, and of top-p to the cumulative sums
+    at its cut; top_k and min_p are ignored.
     """
     probs = torch.softmax(logits.double() / temperature[:, None], -1)
     mass = reference.sampling.filter_probs(probs, top_k, top_p.double(), min_p.double()).cumsum(-1)
@@ -101,8 +101,8 @@ def margins(
 
 
 def expected_answers() -> dict[str, Any]:
-    """What the file holds: token ids, and at each the gap by which it is that one."""
-    # Each step as written: of a recorded one the draw is not seen.
+    """Contents of the file: token ids, and the gap of each."""
+    # No captured steps: their sampling cannot be observed.
     with env.GRAPHS.set_to("0"), LLM("tiny", dtype="float32", device="cpu", progress=False) as llm:
         found: dict[str, Any] = dict(answers(llm))
         reported = [replace(params("greedy", number, NUM_TOKENS), logprobs=2) for number in range(len(PROMPTS))]
@@ -116,7 +116,7 @@ def expected_answers() -> dict[str, Any]:
 
 
 def _sampled_gaps(llm: LLM, number: int, expected: list[int]) -> list[float]:
-    """The margin of each draw of one prompt, alone."""
+    """The margin of each sampled token of one prompt, generated alone."""
     op, found = OPS["sample"], []
     run = op.implementation("cpu").run
 

@@ -1,4 +1,4 @@
-"""What the device reaches: bandwidth of a read and of a copy, operations a second of a large product."""
+"""Measured limits of the device: bandwidth of a read and of a copy, operations per second of a large matmul."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastllama.bench.ceilings import ceilings
 
 
 def main() -> int:
-    """Add the line, and print it."""
+    """Measure, add the line to the results, and print it."""
     options = stage.options(__doc__)
     reached = ceilings(stage.device(options.dry), toy=options.dry)
     results.append(options.results, stage="ceilings", **reached)

@@ -1,4 +1,4 @@
-"""What the machine is: versions, the GPU, Triton's checksum, and which packages the stages will miss."""
+"""Facts about the machine: versions, the GPU, Triton's checksum, and missing packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.gpu_cache import fingerprint
 
 
 def main() -> int:
-    """Add the line, and print it."""
+    """Add the line to the results, and print it."""
     options = stage.options(__doc__)
     facts = {
         "environment": environment(),

@@ -1,7 +1,7 @@
-"""What "fast" means, as numbers: each goal with how a run's results measure it.
+"""Performance goals as numbers, each with the function that measures it from a run's results.
 
-The best published figures elsewhere, by which the goals were set: 78 % of the bandwidth in bf16 (a megakernel, 1B,
-H100), 52 % in int8 and 42 % in int4 (gpt-fast, A100), 2.2 to 2.6 times bf16 for 4-bit products (Marlin, H100).
+The goals follow the best published figures: 78 % of the bandwidth in bf16 (a megakernel, 1B,
+H100), 52 % in int8 and 42 % in int4 (gpt-fast, A100), 2.2 to 2.6 times bf16 for 4-bit matmuls (Marlin, H100).
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ FEW_ROWS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Goal:
-    """measure: of a run's results, a ratio that should be `least`; None where the run did not get so far."""
+    """measure: a run's results -> a ratio that should be at least `least`; None if the run did not measure it."""
 
     name: str
     least: float
     measure: Callable[[Results], float | None]
 
     def gap(self, reached: float) -> float:
-        """The share of the goal that is missing where so much is reached; below 0 where it is more."""
+        """The missing share of the goal for a measured ratio; negative if the goal is exceeded."""
         return 1 - reached / self.least
 
 
 def ceilings(results: Results) -> Mapping[str, Any]:
-    """The line of what the device reaches; {} without one."""
+    """The line of `ceilings`; {} without one."""
     return next((line for line in results.get("ceilings", ()) if "copy_bytes_per_second" in line), {})
 
 
 def read_bandwidth(results: Results) -> float | None:
-    """Bytes a second that a decode step, which reads, is measured by."""
+    """Bytes per second of the read bandwidth, the ceiling of a decode step."""
     reached = ceilings(results)
     found = reached.get("read_bytes_per_second", reached.get("copy_bytes_per_second"))
     return None if found is None else float(found)
 
 
 def decodes(results: Results) -> Iterator[Mapping[str, Any]]:
-    """The cases of ours of every decode stage."""
+    """This project's cases of every decode stage."""
     for stage, lines in results.items():
         if stage.startswith("decode"):
             for line in lines:
@@ -52,7 +52,7 @@ def decodes(results: Results) -> Iterator[Mapping[str, Any]]:
 
 
 def cases(results: Results, op: str) -> Iterator[Mapping[str, Any]]:
-    """The cases of an op at 7B's shapes in which ours was timed."""
+    """The cases of an op at the 7B's shapes in which this project's op was timed."""
     for line in results.get("ops", ()):
         case = line.get("case", {})
         if case.get("op") == op and case["model"] == "llama-2-7b" and seconds(case, OURS) is not None:
@@ -60,12 +60,12 @@ def cases(results: Results, op: str) -> Iterator[Mapping[str, Any]]:
 
 
 def ours(case: Mapping[str, Any]) -> float | None:
-    """Ours, without the overlap of equal launches in a row, which no step has, where that was measured."""
+    """This project's time, without the overlap of equal launches, which no step has, if that was measured."""
     return seconds(case, ALONE) or seconds(case, OURS)
 
 
 def seconds(case: Mapping[str, Any], contender: str) -> float | None:
-    """Median of a call in a graph."""
+    """Median seconds of a call in a graph."""
     found = case["contenders"].get(contender, {}).get("graph", {}).get("median")
     return None if found is None else float(found)
 
@@ -84,7 +84,7 @@ def _decode(kind: str) -> Callable[[Results], float | None]:
 
 
 def _bandwidth(op: str, rows: int | None = None, context: int = 0) -> Callable[[Results], float | None]:
-    """The lowest share of an op's cases of so many rows, or of at least such a context."""
+    """The lowest bandwidth share of an op's cases with that many rows, or at least that context."""
 
     def measure(results: Results) -> float | None:
         ceiling = ceilings(results).get("copy_bytes_per_second") if rows else read_bandwidth(results)
@@ -99,7 +99,7 @@ def _bandwidth(op: str, rows: int | None = None, context: int = 0) -> Callable[[
 
 
 def _beside(op: str, peers: Sequence[str], rows: Sequence[int] = ()) -> Callable[[Results], float | None]:
-    """The lowest ratio of the fastest of some peers' times to ours, over an op's cases."""
+    """The lowest ratio, over an op's cases, of the fastest peer's time to this project's."""
 
     def measure(results: Results) -> float | None:
         ratios = []
@@ -133,6 +133,6 @@ GOALS = (
 
 
 def measured(results: Results) -> dict[Goal, float]:
-    """What a run reached of each goal that it measured, the largest gap first."""
+    """The ratio reached for each goal that a run measured, the largest gap first."""
     found = {goal: reached for goal in GOALS if (reached := goal.measure(results)) is not None}
     return dict(sorted(found.items(), key=lambda pair: -pair[0].gap(pair[1])))

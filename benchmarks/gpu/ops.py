@@ -1,4 +1,4 @@
-"""Every op at Llama 2's shapes beside its peers: judged, then timed. What there is no time for is named."""
+"""Every op at Llama 2's shapes compared with its peers: checked, then timed. Cases without time left are named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastllama.bench.ops import comparison
 from fastllama.bench.ops.report import ALONE, OURS
 from fastllama.catalogue.llama_calls import MEASURED, LlamaCall, llama_calls, toy_calls
 
-FIRST = ("matmul", "matmul_int4", "attention_decode", "attention_prefill")  # what a decode step and a prompt wait for
+FIRST = ("matmul", "matmul_int4", "attention_decode", "attention_prefill")  # what decode and prefill wait for
 
 
 def plan(dtype: torch.dtype, dry: bool, device: torch.device) -> Iterator[LlamaCall]:
@@ -28,7 +28,7 @@ def plan(dtype: torch.dtype, dry: bool, device: torch.device) -> Iterator[LlamaC
 
 
 def main() -> int:
-    """A line for each case; 1 where one of ours failed."""
+    """Add a line for each case; returns 1 if one of this project's ops failed."""
     options = stage.options(__doc__, dtype="bfloat16", seconds=1e9)
     device, start, longest, failed = stage.device(options.dry), time.monotonic(), 0.0, False
     for case in plan(getattr(torch, options.dtype), options.dry, device):

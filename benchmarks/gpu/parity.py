@@ -14,11 +14,11 @@ from fastllama.catalogue.llama_calls import MEASURED, LlamaCall
 from fastllama.catalogue.sizes import LLAMA_2, TOY
 
 ROWS = {"attention_varlen": 512, "attention_prefill": 512}
-MOST_ROWS = 64  # of the other ops: what their kernels of few rows take
+MOST_ROWS = 64  # rows of the other ops: within their kernels' limit
 
 
 def cases(dtype: torch.dtype, dry: bool) -> Iterator[LlamaCall]:
-    """Two of each op: in order of the ops, so that one that hangs costs those behind it alone."""
+    """Two cases of each op, ordered by op, so that a hang loses only the cases after it."""
     for op in MEASURED:
         for model, rows in ((TOY, 3),) if dry else ((LLAMA_2[0], ROWS.get(op, MOST_ROWS)), (LLAMA_2[0], 3)):
             context = {TOY: 70}.get(model, 4096) if op == "attention_decode" else 0
@@ -26,7 +26,7 @@ def cases(dtype: torch.dtype, dry: bool) -> Iterator[LlamaCall]:
 
 
 def main() -> int:
-    """A line for each case; 1 where one is wrong or does not run."""
+    """Add a line for each case; returns 1 if one is wrong or does not run."""
     options = stage.options(__doc__)
     device, wrong = stage.device(options.dry), 0
     with torch.inference_mode(), comparison.interpreted(options.dry):
@@ -38,7 +38,7 @@ def main() -> int:
                     with comparison.running(case.op, device) as function:
                         error, bound = judged(case, function, device)
                     found |= {"error": error, "bound": bound, "right": error <= bound}
-                except Exception as failure:  # of one op, of which the others may know nothing
+                except Exception as failure:  # of one op; the others may still run
                     found |= {"failed": f"{type(failure).__name__}: {failure}"[:500], "right": False}
                     stage.say_failure(failure)
                 seconds = round(time.monotonic() - start, 2)

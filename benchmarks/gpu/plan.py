@@ -1,7 +1,7 @@
-"""The stages of `make gpu`, most valuable first: a wrong number is worth more than a slow one, one stream more than 64.
+"""The stages of `make gpu`, most valuable first: wrong numbers before slow ones, one stream before 64.
 
-Each is a process of its own with a limit of its own. `least` and `most` are seconds for a run of eight minutes; longer
-runs stretch `most`. What is left over goes to the stages after it.
+Each is a process with its own time limit. `least` and `most` are seconds for a run of eight minutes; longer runs
+stretch `most`. Time that a stage does not use goes to the stages after it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.gpu.results import FILE
 
-# Compiled kernels, some 1000 files: not among the results, which are brought back from where they are made.
+# Compiled kernels, some 1000 files: kept apart from the results, which are copied off the machine.
 INSTALLED = Path(__file__).parents[2] / "build" / "gpu-cache-installed"
-MINUTES = 8.0  # of which the limits are
+MINUTES = 8.0  # for which the limits hold
 RUNTIME = ("numpy", "tqdm", "safetensors", "sentencepiece")
 TESTS = ("pytest", "hypothesis", *RUNTIME)
 SWITCHES = {
@@ -31,9 +31,9 @@ SWITCHES = {
 class Stage:
     """One process.
 
-    argv: behind `python`. variables: of its environment. least: seconds below which it is not begun; most: it is ended
-    after these. needs: packages without which it cannot run. writes: whether it takes `--output`, a file of JSON; the
-    others add lines to the results themselves, or just print.
+    argv: arguments of `python`. variables: environment. least: seconds below which it is not started; most: seconds
+    after which it is ended. needs: packages without which it cannot run. writes: whether it takes `--output`, a file
+    of JSON; the others add lines to the results themselves, or only print.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Stage:
     writes: bool = False
 
     def limit(self, minutes: float, left: float) -> float:
-        """Seconds it may take in a run of so many minutes with so many seconds left; 0 where it is not begun."""
+        """Seconds it may take, given the minutes of the run and the seconds left; 0 if it is not started."""
         return 0.0 if left < self.least else min(self.most * max(minutes / MINUTES, 1.0), left)
 
 
 def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[Stage]:
-    """The stages in their order. workers: of pytest and of compilers. dry: toy sizes, on a CPU."""
+    """Returns the stages in order. workers: processes of pytest and of compilers. dry: toy sizes, on a CPU."""
     lines = ("--results", str(out / FILE))
     toy = ("--dry",) if dry else ()
 
@@ -90,7 +90,7 @@ def plan(out: Path, *, cache: Path | None, workers: int, dry: bool) -> Iterator[
     patch = ("-m", "benchmarks.transformers_patch", *device, *(("--size", "toy", "--rounds", "2") if dry else ()))
     yield Stage("patched transformers", patch, 15, 60, needs=(*RUNTIME, "transformers"), writes=True)
     rounds = ("--rounds", "3" if dry else "40")
-    compiled = {"TRITON_INTERPRET": "0"}  # in a walk, too
+    compiled = {"TRITON_INTERPRET": "0"}  # in a dry run, too
     yield Stage("launches", ("-m", "benchmarks.launch_overhead", *rounds), 10, 60, compiled, writes=True)
     yield own("ops", "ops", 15, 480)
     found = ("--out", str(out / "tuned"), "--minutes", "4", "--most", "12")

@@ -1,7 +1,7 @@
-"""What limits each kernel of a 4-bit block, by Nsight Compute's counters.
+"""Bottleneck of each kernel of a 4-bit block, by Nsight Compute's counters.
 
-It serialises kernels, so there is no overlap of launches: it tells what one kernel reads and waits for, not why a step
-is slow. Clocks are left alone.
+It serialises kernels, so launches do not overlap: it shows what one kernel reads and waits for, not why a step is slow.
+Clocks are left unlocked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.gpu import results, stage
 from benchmarks.ops import block
 from fastllama import LlamaConfig
 
-KERNELS = 7  # launches of a block whose keys are split
+KERNELS = 7  # launches of a block with split-KV attention
 COUNTERS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -33,7 +33,7 @@ NCU = (
 
 @torch.inference_mode()
 def run_block() -> None:
-    """A block of the 7B, twice: the first compiles."""
+    """Run a block of the 7B twice: the first run compiles."""
     device = torch.device("cuda", 0)
     models = block.copies(LlamaConfig.preset("llama-2-7b"), "int4", device, 0)
     (step,) = block.steps(models, 1, 4096)
@@ -43,7 +43,7 @@ def run_block() -> None:
 
 
 def main() -> int:
-    """Print ncu's table; a line says where there is no ncu."""
+    """Print ncu's table, or a line if ncu is not installed."""
     options = stage.options(__doc__, run=0)
     if options.run:
         run_block()

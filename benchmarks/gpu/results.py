@@ -1,7 +1,7 @@
-"""The file of a run: one JSON object a line, written and flushed as it is known, so that a run cut short keeps it.
+"""Results file of a run: one JSON object a line, flushed at once, so that an interrupted run keeps its results.
 
-Each line has a "stage". The runner's first one for it holds its "limit" in seconds, the stage's own what it found, the
-runner's last an "outcome" as well.
+Each line has a "stage". The runner's first line for a stage holds its "limit" in seconds, the stage's own lines hold
+its results, the runner's last line an "outcome".
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 FILE = "results.jsonl"
-CURRENT = "current.json"  # what the stage that runs writes; part of the results when it ends
+CURRENT = "current.json"  # written by the running stage; merged into the results when it ends
 Line = dict[str, Any]
 
 
 def append(path: Path, **line: Any) -> None:
-    """Add a line. NaN and infinities are text, which any JSON reader takes."""
+    """Add a line. NaN and infinities become strings: JSON has none."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_spelled(line), allow_nan=False, default=str) + "\n")
 
 
 def read(folder: Path) -> dict[str, list[Line]]:
-    """A run's lines by stage, in order, with what the stage that runs has written so far.
+    """A run's lines by stage, in order, including those of a stage that still runs.
 
-    A line that was being written when the run was cut is left out.
+    An incomplete last line of an interrupted run is left out.
     """
     last: Line = {}
     found: dict[str, list[Line]] = defaultdict(list)
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, list[Line]]:
 
 
 def outcome(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The runner's line of a stage; {} while it runs, or where it was never begun."""
+    """The runner's last line of a stage; {} while it runs, or if it was never started."""
     return next((line for line in reversed(lines) if "outcome" in line), {})
 
 

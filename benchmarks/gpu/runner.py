@@ -1,4 +1,4 @@
-"""Runs the stages one after another within a number of minutes; everything they print goes into one log."""
+"""Runs the stages one after another within a time budget; their output goes into one log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.gpu.results import CURRENT, FILE
 ROOT = Path(__file__).parents[2]
 LOG = "log.txt"
 NO_TEST_RAN = 5  # pytest's exit status
-TAIL = 12  # lines of a failed stage that are said at once
+TAIL = 12  # last lines of a failed stage that are printed at once
 GRACE = 10.0  # seconds at the end, for the report
 
 
@@ -31,7 +31,7 @@ def run(
     variables: Mapping[str, str],
     after: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Run them; whether none failed. variables: of every stage's environment. after: called behind each stage."""
+    """Run the stages; returns whether none failed. variables: environment of each. after: called after each."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (FILE, LOG, CURRENT):
         (out / name).unlink(missing_ok=True)
@@ -81,9 +81,9 @@ def _run(stage: Stage, out: Path, limit: float, variables: Mapping[str, str]) ->
 
 
 def _ended(command: list[str], log: Any, seconds: float) -> int | None:
-    """The exit status; None where it, and all that it started, had to be ended.
+    """Run a command; returns its exit status, None if it and its children had to be killed at the time limit.
 
-    command: what `env` takes, variables first. Of pytest, what the caller's shell adds to its own runs is not ours.
+    command: arguments of `env`, variables first. PYTEST_ADDOPTS of the caller's shell is removed.
     """
     command = ["env", "-u", "PYTEST_ADDOPTS", *command]
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,4 +1,4 @@
-"""What the stages that add lines of their own share: their options, and where they run."""
+"""Options and device of the stages that write their own results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def options(doc: str | None, **added: object) -> argparse.Namespace:
-    """`--results`, `--dry`, and an option for each of `added`, of which the value is the default."""
+    """Parses `--results`, `--dry`, and an option for each of `added`, whose values are the defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="the file of JSON lines to add to")
     parser.add_argument("--dry", action="store_true", help="toy sizes, on a CPU with TRITON_INTERPRET=1")
@@ -21,11 +21,11 @@ def options(doc: str | None, **added: object) -> argparse.Namespace:
 
 
 def device(dry: bool) -> torch.device:
-    """The CPU for a walk, else the first GPU."""
+    """The CPU for a dry run, else the first GPU."""
     return torch.device("cpu") if dry else torch.device("cuda", 0)
 
 
 def say_failure(failure: Exception) -> None:
-    """Its traceback, at once."""
+    """Print the traceback of a failure at once."""
     traceback.print_exception(failure)
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""End to end: the bundled model's tokens on this device, beside those that a CPU gives."""
+"""End to end: the bundled model's tokens on this device, compared with those of a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastllama.bench.ops import comparison
 
 
 def main() -> int:
-    """A line; 1 where tokens differ for which rounding is no reason."""
+    """Add a line; returns 1 if tokens differ by more than rounding explains."""
     options = stage.options(__doc__, mode="as it is")
     start = time.monotonic()
     device, few = ("cpu", (1, 4)) if options.dry else ("cuda", ())

@@ -1,4 +1,4 @@
-"""What came out of a run, in the order in which to act on it: `python -m benchmarks.gpu.verdict FOLDER`."""
+"""Verdict of a run, in the order in which to act on it: `python -m benchmarks.gpu.verdict FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNELS = {"weights": "matmul", "keys and values": "attention"}  # in the names 
 
 
 def markdown(folder: Path) -> str:
-    """The verdict. Whatever the run did not reach is named as such, never passed over."""
+    """Returns the verdict as Markdown. Everything that the run did not reach is listed."""
     found = results.read(folder)
     said = "\n".join(f"1. {text}" for text in advice(found))
     return "\n\n".join(["# Verdict", *_right(found), *_fast(found), "## Next", said]) + "\n"
@@ -72,7 +72,7 @@ def _gap(gap: float) -> str:
 
 
 def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
-    """Shares of the bandwidth: of the step, and of the kernels that read the weights, and keys and values."""
+    """Shares of the bandwidth: of a decode step, of its matmuls and of its attention kernels."""
     label = f"{case['quantization']}, batch {case['batch']}, context {case['context']}"
     moved = {"weights": case["weight_bytes"], "keys and values": case["kv_bytes"]}
     cells = []
@@ -84,7 +84,7 @@ def _step(case: Mapping[str, Any], bandwidth: float) -> tuple[str, ...]:
 
 
 def advice(found: Results) -> list[str]:
-    """What to do next: crashes, then wrong numbers, then the largest gap."""
+    """Next steps: crashes, then wrong numbers, then the largest gap."""
     said = []
     ended = {name: results.outcome(lines) for name, lines in found.items()}
     failed = [name for name, line in ended.items() if line.get("outcome") == "failed"]

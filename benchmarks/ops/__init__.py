@@ -1,1 +1,1 @@
-"""What needs more than the package to measure ops: optional libraries, a block beside torch, tuning, a run's report."""
+"""Benchmarks of ops beyond `fastllama bench ops`: optional libraries, a block compared with torch, tuning, reports."""

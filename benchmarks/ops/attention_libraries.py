@@ -1,4 +1,4 @@
-"""Attention in the libraries that have it: FlashInfer, xFormers, flash-attn."""
+"""Attention of other libraries: FlashInfer, xFormers, flash-attn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastllama.catalogue.maker import Arguments
 
 
 def flashinfer_decode(module: Any) -> Function:
-    """Planned at the first call of each set of inputs, as an engine plans once a step for all layers: not timed."""
+    """FlashInfer's decode; plans at the first call with a set of inputs, as an engine plans once a step: not timed."""
     memory: dict[str, Tensor] = {}
     planned: dict[int, Any] = {}
 
@@ -45,12 +45,12 @@ def flashinfer_varlen(module: Any) -> Function:
 
 
 def xformers_decode(module: Any) -> Function:
-    """The split-K kernel in Triton. Biases are made at the first call of each set of inputs: not timed.
+    """xFormers' split-K kernel in Triton. Biases are made at the first call with each set of inputs: not timed.
 
-    It wants tokens at one stride through all pages, [1, tokens, heads, D], where ours are [pages, heads, slots, D]: so
-    each head of a page is a page by itself here and each head of a sequence a sequence, and nothing is copied.
+    It expects tokens at one stride through all pages, [1, tokens, heads, D]; here pages are [pages, heads, slots, D].
+    So each head of a page is passed as a page, and each head of a sequence as a sequence, without a copy.
     """
-    planned: dict[int, tuple[Tensor, Any]] = {}  # the page table is held, or another could come to lie at its address
+    planned: dict[int, tuple[Tensor, Any]] = {}  # holds the page table, so that no other gets its address
 
     def plan(t: Arguments) -> Any:
         table, (_, kv_heads, page_size, _) = t["page_table"], t["k_pages"].shape
@@ -70,7 +70,7 @@ def xformers_decode(module: Any) -> Function:
         q, table = t["q"], t["page_table"]
         if table.data_ptr() not in planned:
             planned[table.data_ptr()] = table, plan(t)
-        grouped = q.view(1, -1, q.shape[1] // t["k_pages"].shape[1], q.shape[2])  # queries of one key head a row
+        grouped = q.view(1, -1, q.shape[1] // t["k_pages"].shape[1], q.shape[2])  # the queries of one KV head are a row
         pages = (t[name].view(1, -1, 1, q.shape[2]) for name in ("k_pages", "v_pages"))
         k, v = (held.expand(-1, -1, grouped.shape[2], -1) for held in pages)
         _, bias = planned[table.data_ptr()]

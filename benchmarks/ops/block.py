@@ -1,12 +1,12 @@
-"""One decode step of a Llama block beside the same block in plain torch.
+"""One decode step of a Llama block, compared with the same block in plain torch.
 
 python -m benchmarks.ops.block [--models llama-2-7b llama-2-70b] [--rows 1 8 64] [--context 512 4096]
     [--quantization int4 int8 none] [--output FILE] [--dry]
 
-On a GPU the steps are captured in a CUDA graph that goes through copies of the layer, whose weights together are more
-than four times the L2 cache. Bytes are the weights as they are kept, and the keys and values read. Torch's weights are
-always bf16: what the codes stand for, where ours are quantized. --dry walks a toy shape on a CPU with
-TRITON_INTERPRET=1, without graphs: its times mean nothing.
+On a GPU the steps are captured in a CUDA graph that cycles through copies of the layer, whose weights together are more
+than four times the L2 cache. Bytes are the weights as stored, and the keys and values read. Torch's weights are always
+bf16: the dequantized values if this project's are quantized. --dry runs a toy shape on a CPU with TRITON_INTERPRET=1,
+without graphs: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from fastllama.testing.bounds import error
 
 DTYPE = torch.bfloat16
 TORCH = "torch"
-KINDS = ("int4", "int8", "none")  # in the order of what is least known of them
-COLD = 4  # times the L2 cache, at least, that the weights of the copies are together
-SMALL = 1 / 64  # of the residual stream that is judged, so that it does not hide what the block adds
+KINDS = ("int4", "int8", "none")  # the least known first
+COLD = 4  # size of all copies' weights, at least, in L2 caches
+SMALL = 1 / 64  # scale of the judged residual stream, small so that it does not hide the block's output
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step through one copy of the layer, for ours and for torch.
+    """A decode step through one copy of the layer, by this project's ops and by torch.
 
-    hidden: [B, H], which ours updates in place. weights: torch's, by name. keys, values: torch's cache, a run of the
-    context for each sequence as Hugging Face's StaticCache keeps it, [B, kv_heads, context, D]: nothing is gathered.
+    hidden: [B, H], which `ours` updates in place. weights: torch's, by name. keys, values: torch's cache, contiguous
+    for each sequence as in Hugging Face's StaticCache, [B, kv_heads, context, D]: nothing is gathered.
     """
 
     block: LlamaBlock
@@ -71,7 +71,7 @@ class Step:
     slots: Tensor  # where torch's cache takes the new token, [B]
 
     def exact(self, rows: list[int]) -> Step:
-        """The step of some of its rows for `plain`, in fp64 and of what the weights stand for."""
+        """The step for some of its rows, for `plain` in fp64 with the dequantized weights."""
         batch = replace(self.batch, positions=self.batch.positions[rows])
         cache = {name: getattr(self, name)[rows].double() for name in ("hidden", "keys", "values")}
         slots = self.slots[: len(rows)]
@@ -79,13 +79,13 @@ class Step:
 
 
 def ours(step: Step) -> Tensor:
-    """The block as it is."""
+    """The block of fastllama.layers."""
     hidden: Tensor = step.block(step.hidden, step.batch, step.kv, step.cos_sin)
     return hidden
 
 
 def plain(step: Step) -> Tensor:
-    """As Hugging Face writes it, but with one product for q, k and v, and one for gate and up."""
+    """The block as Hugging Face writes it, but with one matmul for q, k and v, and one for gate and up."""
     w, keys, values = step.weights, step.keys, step.values
     moved = {
         "qkv": F.linear(_norm(step.hidden, w["input_norm"]), w["qkv"]),
@@ -111,7 +111,7 @@ CONTENDERS: dict[str, Callable[[Step], Tensor]] = {OURS: ours, TORCH: plain}
 
 
 def weights(block: LlamaBlock, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `plain` multiplies by."""
+    """The weights of `plain`."""
     found = {
         "input_norm": block.input_layernorm.weight,
         "qkv": block.self_attn.qkv_proj.weight,
@@ -124,7 +124,7 @@ def weights(block: LlamaBlock, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def copies(config: LlamaConfig, kind: str, device: torch.device, least: int) -> list[LlamaForCausalLM]:
-    """Models of one layer of random weights, as many as together keep `least` bytes in it, and at least one."""
+    """One-layer models of random weights, enough to hold `least` bytes in their layers, and at least one."""
     found: list[LlamaForCausalLM] = []
     while not found or sum(kept_bytes(model.layers[0]) for model in found) < least:
         model = random_model(replace(config, num_hidden_layers=1, vocab_size=TOY.vocab), kind, DTYPE, device)
@@ -133,7 +133,7 @@ def copies(config: LlamaConfig, kind: str, device: torch.device, least: int) -> 
 
 
 def steps(models: list[LlamaForCausalLM], rows: int, context: int) -> list[Step]:
-    """A step of each copy: `rows` sequences, whose new token is the last of `context`."""
+    """A step through each copy: `rows` sequences, whose new token is the last of `context`."""
     config, device = models[0].config, models[0].device
     pages = -(-context // PAGE)
     table = torch.randperm(rows * pages, device=device).view(rows, pages)
@@ -170,7 +170,7 @@ def judged(step: Step) -> dict[str, tuple[float, float]]:
 
 
 class _Noting(TorchDispatchMode):
-    """Notes what is launched inside: Triton's kernels, and torch's ops that compute, each one launch or more."""
+    """Records the launches inside: Triton kernels, and torch ops that compute, each one launch or more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class _Noting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "fastllama":
-            with self:  # what an op launches counts, not the op
+            with self:  # an op's launches count, not the op
                 return OPS[func._opname].run_apart(args)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
@@ -191,7 +191,7 @@ class _Noting(TorchDispatchMode):
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        """Launch a kernel, and return nothing by which its op could repeat that unnoticed."""
+        """Launch a kernel; returns None, so that its op cannot replay the launch without this hook."""
         self.noted.append(kernel.__name__)
         self._in_kernel = True
         try:
@@ -201,7 +201,7 @@ class _Noting(TorchDispatchMode):
 
 
 def launches(call: Callable[[Step], Tensor], step: Step) -> list[str]:
-    """What a step launches, by name and in order."""
+    """Names of a step's launches, in order."""
     noting, made = _Noting(), KernelCall.__init__
 
     def note(self: KernelCall, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -214,7 +214,7 @@ def launches(call: Callable[[Step], Tensor], step: Step) -> list[str]:
 
 @contextmanager
 def _bound(device: torch.device) -> Iterator[None]:
-    """Every op on the implementation that is measured, no call remembered."""
+    """Context in which every op runs the measured implementation and remembers no call."""
     with ExitStack() as stack:
         for name, op in OPS.items():
             stack.enter_context(op.bound_to(device, comparison.implementation(name, device).run))
@@ -224,7 +224,7 @@ def _bound(device: torch.device) -> Iterator[None]:
 def measure(
     models: list[LlamaForCausalLM], rows: int, context: int, reached: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
-    """The figures of one shape, of one layer, as JSON values. reached: what `ceilings` found."""
+    """Figures of one layer at one shape, as JSON values. reached: result of `ceilings`."""
     sets = steps(models, rows, context)
     first, config = sets[0], models[0].config
     read = rows * context * 2 * config.kv_size * DTYPE.itemsize
@@ -248,14 +248,14 @@ def measure(
 
 
 def main() -> int:
-    """Measure every shape, print a line for each, write the file after each; 1 where ours failed."""
+    """Measure every shape, print a line and write the file after each; returns 1 if this project's block failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-2-70b"], help="presets of LlamaConfig")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64], help="sequences")
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096], help="tokens, the new one included")
     parser.add_argument("--quantization", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=output_file, help="where to write conditions and raw samples as JSON")
-    parser.add_argument("--dry", action="store_true", help="walk a toy shape on a CPU; its times mean nothing")
+    parser.add_argument("--dry", action="store_true", help="run a toy shape on a CPU; its times mean nothing")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry walks a toy shape without one")
@@ -279,12 +279,12 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     }
     least = 1 << 17 if options.dry else COLD * device_info(device).l2_cache + 1
     for name, kind in product(options.models, options.quantization):
-        models: list[LlamaForCausalLM] = []  # those before are given up first
+        models: list[LlamaForCausalLM] = []  # free the earlier copies first
         try:
             models = copies(replace(config_of(name), max_position_embeddings=max(options.context)), kind, device, least)
         except (MemoryError, torch.OutOfMemoryError):
             record["skipped"].append(f"{name}, {kind}: its weights do not fit in memory")
-        except Exception as failure:  # of one kind, of which the others may know nothing
+        except Exception as failure:  # fails for one kind; the others may still run
             record["cases"].append(
                 {"model": name, "quantization": kind, "label": f"{name}, {kind}", **_failed(failure)}
             )
@@ -300,7 +300,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
                 record["skipped"].append(f"{label}: does not fit in memory")
                 _keep(options, record)
                 continue
-            except Exception as failure:  # of one shape, of which the others may know nothing
+            except Exception as failure:  # fails for one shape; the others may still run
                 figures = {"rows": rows, "context": context, **_failed(failure)}
             record["cases"].append({"model": name, "quantization": kind, "label": label, **figures})
             record["environment"]["gpu_after"] = gpu()
@@ -308,7 +308,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             print(f"{label}: {_line(figures['contenders'])}", flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of this shape's graphs
-    _keep(options, record)  # what did not fit, too
+    _keep(options, record)  # also after a failed allocation
     return int(any(_failure(case["contenders"][OURS]) for case in record["cases"]))
 
 
@@ -318,13 +318,13 @@ def _keep(options: argparse.Namespace, record: dict[str, Any]) -> None:
 
 
 def _failed(failure: Exception) -> dict[str, Any]:
-    """What a case holds of which ours raised; the traceback is printed at once."""
+    """The result of a case in which this project's block raised; prints the traceback at once."""
     traceback.print_exception(failure)
     return {"contenders": {OURS: {"failed": f"{type(failure).__name__}: {failure}"[:500]}}}
 
 
 def _failure(contender: dict[str, Any]) -> str | None:
-    """What failed: its result, or where there are graphs its capture."""
+    """The error of a failure: the result, or with graphs the capture."""
     return contender.get("failed") or contender.get("graph", {}).get("failed")
 
 

@@ -1,6 +1,6 @@
-"""The libraries beside torch that compute our ops, where they are installed: Liger, FlashInfer, vLLM and others.
+"""Peers of the ops in other libraries, if installed: Liger, FlashInfer, vLLM and others.
 
-Where a library has no op like ours it does not appear.
+A library without a matching op does not appear.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastllama.catalogue.maker import EPS, Arguments
 
 @dataclass(frozen=True)
 class Library:
-    """An installed package that has some of our ops. make: by op, given the imported module named, its function."""
+    """A package with counterparts of some ops. make: op -> function of the imported module that returns the peer."""
 
     distribution: str
     module: str
     make: dict[str, tuple[str, Callable[[Any], Function]]]
 
     def version(self) -> str | None:
-        """Its version; None where it is not installed."""
+        """Its version; None if it is not installed."""
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
@@ -39,13 +39,13 @@ class Library:
 
 
 def libraries() -> dict[str, str | None]:
-    """The version of each library that could be a peer; None where it is not installed."""
+    """Version of each library that could be a peer; None if it is not installed."""
     return {library.distribution: library.version() for library in LIBRARIES}
 
 
 def peers(op: str, device: torch.device) -> Peers:
-    """torch's own and the libraries'."""
-    found = torch_peers(op, device, "inductor" if device.type == "cuda" else "eager")  # a CPU only walks the plan
+    """The peers of a case: torch's and the libraries'."""
+    found = torch_peers(op, device, "inductor" if device.type == "cuda" else "eager")  # a CPU only dry-runs the plan
     if device.type == "cuda":
         for library in LIBRARIES:
             if op in library.make and library.version() is not None:
@@ -76,7 +76,7 @@ def _flashinfer_norm(module: Any) -> Function:
 
 
 def _in_place_add_norm(function: Callable[..., None]) -> Function:
-    """For the fused addition that FlashInfer and vLLM share: x becomes the norm, residual the sum."""
+    """The in-place fused add and norm of FlashInfer and vLLM: x becomes the norm, residual the sum."""
 
     def run(t: Arguments) -> tuple[Tensor, Tensor]:
         function(t["x"], t["residual"], t["weight"], EPS)
@@ -101,7 +101,7 @@ def _flashinfer_rope(module: Any) -> Function:
 
 
 def _flashinfer_sample(module: Any) -> Function:
-    """Tokens without log-probabilities: less work than ours."""
+    """FlashInfer's sampling, without log-probabilities: less work than this project's op."""
 
     def run(t: Arguments) -> tuple[Tensor, None]:
         logits = t["logits"] / t["temperature"][:, None]
@@ -119,7 +119,7 @@ def _vllm_norm(module: Any) -> Function:
 
 
 def gemlite(module: Any) -> Function:
-    """Our integers, with the one zero 8 where they have 4 bits. Its kernels are tuned at the judge's call."""
+    """GemLite on the same quantized weights (4 bits: zero point 8). It tunes in the judged call, before timing."""
 
     def prepare(t: Arguments) -> Any:
         codes, dtype = codes_of(t), module.TORCH_TO_DTYPE[t["x"].dtype]

@@ -1,8 +1,8 @@
 """A run's figures as Markdown: `python -m benchmarks.ops.report FOLDER` prints FOLDER/results.jsonl as tables.
 
-The floor is the larger of two times: of the bytes at the bandwidth that a read or a copy reached in the same run,
-whichever was faster, and of the operations at the rate that a product reached. A ratio above 1 is a peer that was
-slower than ours where its launches do not overlap, as the peer's do not.
+The floor is the larger of two times: the bytes at the bandwidth that a read or a copy reached in the same run,
+whichever was faster, and the operations at the rate that a large matmul reached. A ratio above 1 means that the peer
+was slower than this project's op, both without overlapping launches.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _line(text: str) -> str:
 
 
 def markdown(folder: Path) -> str:
-    """The whole report of a run's results."""
+    """Returns the report of a run's results."""
     found = results.read(folder)
     facts = next((line for line in found.get("facts", ()) if "environment" in line), None)
     if facts is None:
@@ -103,14 +103,14 @@ def markdown(folder: Path) -> str:
 
 
 def _records(found: Results, stage: str) -> Iterator[tuple[str, Row]]:
-    """What the stages of a name wrote, with their own names."""
+    """Records that the stages of a name wrote, with the stages' full names."""
     for name, lines in found.items():
         if name.startswith(stage):
             yield from ((name, line["record"]) for line in lines if "record" in line)
 
 
 def _unfinished(found: Results, stage: str) -> Iterator[str]:
-    """The stages of a name that did not pass, and why."""
+    """The stages of a name that did not pass, and the reasons."""
     for name, lines in found.items():
         ended = results.outcome(lines)
         if name.startswith(stage) and ended.get("outcome", "passed") != "passed":
@@ -150,7 +150,7 @@ def _ops(found: Results, way: str) -> Iterator[str]:
         return
     yield (
         f"A copy reads and writes {reached['copy_bytes_per_second'] / 1e12:.2f} TB/s, a read takes "
-        f"{reached['read_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 product reaches "
+        f"{reached['read_bytes_per_second'] / 1e12:.2f} TB/s, a bf16 matmul reaches "
         f"{reached['bf16_flops_per_second'] / 1e12:.1f} TFLOP/s. Cases measured: {len(cases)}, skipped: "
         f"{sum('skipped' in line for line in lines)}."
     )

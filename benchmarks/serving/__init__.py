@@ -1,1 +1,1 @@
-"""`fastllama serve` measured from outside: HTTP beside the AsyncEngine below it, and clients of every kind."""
+"""Benchmarks of `fastllama serve`: the cost of HTTP over a bare AsyncEngine, and clients that misbehave."""

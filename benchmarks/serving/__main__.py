@@ -1,25 +1,26 @@
-"""What HTTP costs: `fastllama serve` beside the AsyncEngine below it, burst by burst in one run.
+"""The cost of HTTP: `fastllama serve` compared with a bare AsyncEngine, burst by burst in one run.
 
 python -m benchmarks.serving [--streams 1 8 32 64] [--rounds 10] [--out FILE]
 python -m benchmarks.serving --step-ms 5 --switch-interval 0.005 0.0005
 
-A burst is so many completions that begin at once and stream the same number of tokens each. One process answers them
-over HTTP, another one to tasks that read the streams of its AsyncEngine: the same model, arguments, threads and kind
-of event loop. Both take turns, in changing order, and the first round is not counted. Columns, each HTTP and direct:
+A burst is a number of completions that start at once and stream the same number of tokens each. One process answers
+them over HTTP; in another, tasks read the streams of its AsyncEngine: the same model, arguments, threads and kind of
+event loop. Both take turns, in changing order, and the first round is not counted. Columns, each HTTP and direct:
 
-tokens/s: of all streams, from the first request to the last token, and the median ratio of a round's two; goal 0.95.
-CPU us/token: of the process that serves, all threads, model included; the difference, the median of the rounds', is
-    what HTTP costs; goal 30 at most. It holds a read of /proc's clock too, and none of the client's work.
-first ms: from a request to its first token, where the streams run already: the median of requests for one token that
-    come meanwhile, one after another, in bursts of their own; and the difference, goal 5 at most.
-all ms: the same of the streams of a burst, which all come at once.
-gap ms: between two reads of a stream, p50 and p99. A reader that is late finds the tokens of two steps in one read.
+tokens/s: of all streams, from the first request to the last token, and the median ratio of the two per round; goal
+    0.95.
+CPU us/token: CPU time of the serving process, all threads, model included. The median difference of the rounds is the
+    cost of HTTP; goal 30 at most. It includes reading /proc's clock, and none of the client's work.
+first ms: from a request to its first token while streams are running: the median of requests for one token, sent one
+    after another, in separate bursts; and the difference, goal 5 at most.
+all ms: time to first token of the streams of a burst, which all start at once.
+gap ms: between two reads of a stream, p50 and p99. A late reader gets the tokens of two steps in one read.
 
-The client has a process of its own, and takes bytes and times only while a burst runs; its share of the CPU is
-printed. On two cores engine, event loop and client compete as they do not in a network, so that tokens/s and times
-flatter AsyncEngine; CPU time does not depend on it. --step-ms replaces the model by a device that computes nothing,
-runs by itself and needs so long for a step, as a GPU: the gap's p50 is then the step that clients see. Only there does
-sys.setswitchinterval matter much: between steps the engine's thread waits for the GIL that the event loop holds.
+The client is a separate process, which only reads bytes and times while a burst runs; its share of the CPU is printed.
+On two cores engine, event loop and client compete, as they would not over a network, so that tokens/s and times favour
+AsyncEngine; CPU time does not depend on it. --step-ms replaces the model by an asynchronous device, like a GPU, that
+computes nothing and takes that long for a step: the p50 of the gap is then the step as clients see it. Only there does
+sys.setswitchinterval matter much: between steps the engine's thread waits for the GIL, which the event loop holds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ HEADINGS = (
 
 
 class Pair(NamedTuple):
-    """Both contenders under one switch interval; None is the one that the server sets."""
+    """Both contenders under one switch interval; None leaves the server's."""
 
     interval: float | None
     http: Run
@@ -59,46 +60,46 @@ class Pair(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the rounds of one pair say, with times in seconds; see the table."""
+    """Figures of one pair's rounds, times in seconds; the module's docstring defines them."""
 
     http: Sequence[Sample]
     direct: Sequence[Sample]
 
     def medians(self, value: Callable[[Sample], float]) -> tuple[float, float]:
-        """Of the rounds."""
+        """Medians over the rounds."""
         return statistics.median(map(value, self.http)), statistics.median(map(value, self.direct))
 
     @property
     def ratio(self) -> float:
-        """Of tokens/s."""
+        """Median ratio of tokens/s."""
         pairs = zip(self.http, self.direct, strict=True)
         return statistics.median(http.tokens_per_second / direct.tokens_per_second for http, direct in pairs)
 
     @property
     def cpu_difference(self) -> float:
-        """Of CPU seconds a token."""
+        """Median difference of CPU seconds per token."""
         pairs = zip(self.http, self.direct, strict=True)
         return statistics.median(http.cpu_per_token - direct.cpu_per_token for http, direct in pairs)
 
     @property
     def client_share(self) -> float:
-        """Of one core, that the client used."""
+        """Share of one core that the client used."""
         return statistics.median(sample.client_cpu_seconds / sample.seconds for sample in self.http)
 
     @property
     def first(self) -> tuple[float, float]:
-        """Median of all probes."""
+        """Median time to first token of all probes."""
         http, direct = ([each for sample in side for each in sample.probes] for side in self)
         return statistics.median(http), statistics.median(direct)
 
     @property
     def first_of_all(self) -> tuple[float, float]:
-        """Median of all streams."""
+        """Median time to first token of all streams."""
         http, direct = ([each for sample in side for each in sample.first] for side in self)
         return statistics.median(http), statistics.median(direct)
 
     def gap(self, percent: int) -> tuple[float, float]:
-        """A percentile of all streams."""
+        """A percentile of the gaps of all streams."""
         http, direct = ([each for sample in side for each in sample.gaps] for side in self)
         return percentile(http, percent), percentile(direct, percent)
 
@@ -120,7 +121,7 @@ class Figures(NamedTuple):
         )
 
     def record(self, streams: int, interval: float | None) -> dict[str, Any]:
-        """The row and its samples, for a file; of gaps, which are many, the percentiles of each round."""
+        """The row and its samples, for a file; gaps, which are many, as percentiles of each round."""
         percents = (10, 50, 90, 99, 100)
 
         def raw(sample: Sample) -> dict[str, Any]:
@@ -141,12 +142,12 @@ class Figures(NamedTuple):
 
 
 def tokens_of(streams: int) -> int:
-    """Tokens of each stream: a burst of at least 768 altogether, for its CPU time to say something."""
+    """Tokens of each stream: at least 768 in a burst, so that its CPU time is measurable."""
     return max(128, 768 // streams)
 
 
 def take_turns(pairs: Sequence[Pair], streams: int, rounds: int) -> list[Figures]:
-    """So many samples of each contender, behind one that is not counted; each second round runs them in reverse."""
+    """Samples of each contender, after a warm-up round; every second round runs them in reverse order."""
     burst = Burst(streams, tokens_of(streams))
     probed = replace(burst, probed=True)
     runs = [run for pair in pairs for run in (pair.http, pair.direct)]
@@ -161,7 +162,7 @@ def take_turns(pairs: Sequence[Pair], streams: int, rounds: int) -> list[Figures
 
 
 def start(interval: float | None, step_seconds: float | None, within: ExitStack) -> Pair:
-    """The two processes of a pair, which end with `within`."""
+    """Start the two processes of a pair, which end with `within`."""
     settings = Settings(step_seconds=step_seconds, switch_interval=interval, llm={"max_num_seqs": SEATS})
     server = within.enter_context(ServerProcess(settings))
     client = StreamingClient(server)
@@ -173,11 +174,13 @@ def start(interval: float | None, step_seconds: float | None, within: ExitStack)
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], help="at once (default 1 8 32 64)")
-    parser.add_argument("--rounds", type=int, default=10, help="that count (default 10)")
-    parser.add_argument("--step-ms", type=float, help="of a device that takes so long for a step (default: the model)")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[1, 8, 32, 64], help="concurrent streams (default 1 8 32 64)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="counted rounds (default 10)")
+    parser.add_argument("--step-ms", type=float, help="step time of an emulated device (default: the real model)")
     parser.add_argument(
         "--switch-interval", type=float, nargs="+", default=[None], help="seconds, of both (default: as the server's)"
     )

@@ -1,4 +1,4 @@
-"""Clients of every kind: those that behave, leave, stall, or send what is no request."""
+"""Clients of a soak test: they behave, leave, stall, or send invalid requests."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from benchmarks.serving.malformed import GARBLED, NONSENSE
 from benchmarks.serving.requests import END, Connection, Reply, request
 
-PATIENCE = 60.0  # seconds for one client's whole business
+PATIENCE = 60.0  # seconds for one client
 Behaviour = Callable[["Caller"], Awaitable[str]]
 
 
 class Fault(Exception):
-    """What a server should not have done."""
+    """Wrong behaviour of the server."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one client's business ended.
+    """Outcome of one client.
 
-    ending: the status of the answer, or "left" where the client did not wait for it, "closed" where the server closed
-    without one. gaps: seconds between the reads of a whole stream. fault: what is wrong; None where nothing is.
+    ending: the status of the answer, or "left" if the client did not wait for it, "closed" if the server closed without
+    an answer. gaps: seconds between the reads of a stream. fault: what the server did wrong; None for nothing.
     """
 
     behaviour: str
@@ -40,7 +40,7 @@ class Outcome:
 
 @dataclass
 class Caller:
-    """A client before it calls: where to, and what its dice are. stalls: seconds after which a server hangs up."""
+    """Parameters of a client: the server's port, a random generator. stalls: seconds after which a server hangs up."""
 
     port: int
     rng: random.Random
@@ -48,11 +48,11 @@ class Caller:
     gaps: tuple[float, ...] = ()
 
     def connect(self, receive_buffer: int | None = None) -> Connection:
-        """A connection of its own."""
+        """Opens a new connection."""
         return Connection(self.port, receive_buffer)
 
     def fields(self, *, stream: bool, max_tokens: int) -> dict[str, Any]:
-        """A legal request's, but for its prompt, and different each time."""
+        """Random fields of a legal request, without the prompt."""
         more: list[dict[str, Any]] = [
             {},
             {"temperature": 0},
@@ -64,7 +64,7 @@ class Caller:
         return {"stream": stream, "max_tokens": max_tokens, **self.rng.choice(more)}
 
     def legal(self, *, stream: bool, max_tokens: int | None = None) -> bytes:
-        """A legal request to either endpoint."""
+        """A random legal request to either endpoint."""
         fields = self.fields(stream=stream, max_tokens=max_tokens or self.rng.randint(4, 32))
         text = " ".join(self.rng.choices(("Once", "upon", "a", "time", "little", "dog"), k=self.rng.randint(1, 12)))
         if self.rng.random() < 0.5:
@@ -74,7 +74,7 @@ class Caller:
 
 
 def _judged(reply: Reply | None) -> str:
-    """The status of an answer, of which every error is one of the API."""
+    """The status of an answer; raises Fault unless an error has the API's form."""
     if reply is None:
         return "closed"
     if reply.status >= 500:
@@ -96,7 +96,7 @@ async def _answered(caller: Caller, *, stream: bool) -> str:
     if reply is None or ending not in ("200", "429"):
         raise Fault(f"a legal request got {ending}: {reply.body[:500] if reply else b''!r}")
     if ending == "429":
-        await asyncio.sleep(float(reply.headers["retry-after"]))  # before it comes again, as another one
+        await asyncio.sleep(float(reply.headers["retry-after"]))  # before it retries, as a new client
         return ending
     answers = reply.events if stream else [json.loads(reply.body)]
     if any("error" in answer for answer in answers):
@@ -135,7 +135,7 @@ async def leave_upload(caller: Caller) -> str:
 
 
 async def leave_queue(caller: Caller) -> str:
-    """Leave as soon as the request is sent, or a moment later: queued, or in the prompt."""
+    """Leave as soon as the request is sent, or a moment later: while queued, or during prefill."""
     async with caller.connect() as connection:
         await connection.send(caller.legal(stream=caller.rng.random() < 0.5, max_tokens=200))
         await asyncio.sleep(caller.rng.choice((0.0, 0.005, 0.03)))
@@ -143,7 +143,7 @@ async def leave_queue(caller: Caller) -> str:
 
 
 async def leave_stream(caller: Caller) -> str:
-    """Leave a stream behind some of its tokens."""
+    """Leave a stream after some of its tokens."""
     async with caller.connect() as connection:
         await connection.send(caller.legal(stream=True, max_tokens=200))
         for _ in range(caller.rng.randint(1, 20)):
@@ -166,9 +166,9 @@ async def leave_half(caller: Caller) -> str:
 
 
 async def never_read(caller: Caller) -> str:
-    """Ask for a long answer and read nothing for longer than the server waits; then see whether it has hung up.
+    """Request a long answer and read nothing for longer than the server waits; then check that it has hung up.
 
-    Its end would show before only as a reset: an end of the stream stands behind what the kernel cannot send.
+    Until then only a reset could be seen: the end of the stream is queued after data that the kernel cannot send.
     """
     body = {"prompt": "Once", "max_tokens": 100, "ignore_eos": True, "logprobs": 20, "n": 2, "stream": True}
     async with caller.connect(receive_buffer=2048) as connection:
@@ -181,7 +181,7 @@ async def never_read(caller: Caller) -> str:
 
 
 async def _drip(caller: Caller, connection: Connection, byte: bytes, pause: float) -> str:
-    """Send byte after byte until the server hangs up, as it must."""
+    """Send byte after byte; raises Fault unless the server hangs up in time."""
     hang_up = time.monotonic() + caller.stalls + 20
     waiting = asyncio.ensure_future(connection.reply())
     try:
@@ -202,14 +202,14 @@ async def _drip(caller: Caller, connection: Connection, byte: bytes, pause: floa
 
 
 async def slow_headers(caller: Caller) -> str:
-    """Headers that never end, byte by byte."""
+    """Send headers that never end, byte by byte."""
     async with caller.connect() as connection:
         await connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
         return await _drip(caller, connection, b"x", 0.2)
 
 
 async def slow_body(caller: Caller) -> str:
-    """A body that does not go on."""
+    """Send a body that stalls."""
     async with caller.connect() as connection:
         await connection.send(request(b" " * 1000)[:-900])
         return await _drip(caller, connection, b"", 0.5)
@@ -226,17 +226,17 @@ async def _refused(caller: Caller, data: bytes, *, may_close: bool) -> str:
 
 
 async def send_nonsense(caller: Caller) -> str:
-    """A body that is no legal request."""
+    """Send an invalid body."""
     return await _refused(caller, caller.rng.choice(NONSENSE), may_close=False)
 
 
 async def send_garbage(caller: Caller) -> str:
-    """Bytes that are no legal HTTP, or none for this server."""
+    """Send bytes that are not legal HTTP, or not for this server."""
     return await _refused(caller, caller.rng.choice(GARBLED), may_close=True)
 
 
 async def send_everything(caller: Caller) -> str:
-    """Each of all these once."""
+    """Send each invalid body and byte sequence once."""
     for data in NONSENSE:
         await _refused(caller, data, may_close=False)
     for data in GARBLED:
@@ -245,7 +245,7 @@ async def send_everything(caller: Caller) -> str:
 
 
 WELL_BEHAVED: dict[Behaviour, int] = {read_stream: 3, read_whole: 1}
-MIXED: dict[Behaviour, int] = {  # how many of a hundred
+MIXED: dict[Behaviour, int] = {  # clients of a hundred
     read_stream: 35,
     read_whole: 10,
     leave_upload: 8,
@@ -261,7 +261,7 @@ MIXED: dict[Behaviour, int] = {  # how many of a hundred
 
 
 async def call(behaviour: Behaviour, port: int, rng: random.Random, stalls: float) -> Outcome:
-    """Let one client have its way; what is wrong is the outcome's fault, not raised."""
+    """Run one client; a Fault becomes the outcome's, and is not raised."""
     caller, start, ending, fault = Caller(port, rng, stalls), time.perf_counter(), "closed", None
     try:
         ending = await asyncio.wait_for(behaviour(caller), PATIENCE)

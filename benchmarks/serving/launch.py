@@ -1,9 +1,9 @@
-"""A process that is measured: `fastllama serve`, or readers of an AsyncEngine in the process, under equal settings.
+"""Entry of a measured process: `fastllama serve`, or an AsyncEngine with its readers, under equal settings.
 
 python -m benchmarks.serving.launch SETTINGS serve [OPTION ...]
 python -m benchmarks.serving.launch SETTINGS direct
 
-A server says at SIGUSR1 how much memory it holds and how many objects of requests live in it.
+At SIGUSR1 a server reports its memory and the number of live request objects.
 
 SETTINGS: the fields of Settings as JSON. `serve` is the subcommand, with its options. `direct` reads bursts from
 standard input, a JSON object a line, and answers each with a line: see `answer`.
@@ -35,7 +35,7 @@ from fastllama.layers.batch import BatchMeta, KVCache
 from fastllama.runtime.device.runner import Runner
 from fastllama.runtime.device.sampler import PendingTokens, SampledToken
 
-SEND_BUFFER = 16384  # bytes, of which the kernel makes two; else it keeps up to 4 MB for a client that does not read
+SEND_BUFFER = 16384  # bytes, which the kernel doubles; by default it buffers up to 4 MB for a client that does not read
 
 
 def apply(settings: Settings) -> None:
@@ -58,10 +58,10 @@ def apply(settings: Settings) -> None:
 
 
 def imitate_device(seconds: float) -> None:
-    """Make every step one of a device that runs by itself, as a GPU does, and needs so many seconds for each step.
+    """Replace the model by an asynchronous device, like a GPU, that takes `seconds` for each step.
 
-    The host prepares and launches a step while the one before runs, and then waits for its tokens without the GIL.
-    Nothing is computed: each token is the same one.
+    The host prepares and launches a step while the previous one runs, and then waits for its tokens without the GIL.
+    Nothing is computed: every token is the same.
     """
     initialise, begin, read = Runner.__init__, PendingTokens.__init__, PendingTokens.read
     logits, idle_at = torch.empty(0), 0.0
@@ -95,7 +95,7 @@ def imitate_device(seconds: float) -> None:
 
 
 def limit_stalls(seconds: float) -> None:
-    """Have the server hang up on slow clients so soon, and the kernel keep little of what they do not read."""
+    """Set the server's timeout for slow clients, and a small send buffer for what they do not read."""
     from fastllama.serve import service
     from fastllama.serve.protocol import LimitedProtocol
 
@@ -111,8 +111,8 @@ def limit_stalls(seconds: float) -> None:
 
 
 def report(number: int, frame: FrameType | None) -> None:
-    """Say what there is, as a signal handler: on standard error, a line of JSON behind REPORT."""
-    for _ in range(2):  # what a finalizer puts into a queue that is garbage too lives until the next collection
+    """Signal handler: write a line to standard error, REPORT and JSON."""
+    for _ in range(2):  # an object that a finalizer puts into an unreachable queue lives until the next collection
         gc.collect()
     objects = Counter(type(each).__name__ for each in gc.get_objects())
     found = {
@@ -124,7 +124,7 @@ def report(number: int, frame: FrameType | None) -> None:
 
 
 async def answer(engine: AsyncEngine, burst: Burst) -> Sample:
-    """A burst whose streams are read in this process, on a loop as the server's."""
+    """Run a burst whose streams are read in this process, on the server's kind of event loop."""
     params = SamplingParams(max_tokens=burst.tokens, temperature=0.0, ignore_eos=True)
 
     async def read(prompt: str) -> list[float]:
@@ -167,7 +167,7 @@ async def _answer_all() -> None:
 
 
 def main() -> None:
-    """Be what the command line says."""
+    """Run the process that the command line specifies."""
     settings, kind, *options = sys.argv[1:]
     apply(Settings(**json.loads(settings)))
     if kind == "direct":

@@ -1,4 +1,4 @@
-"""What no server should take: requests whose body is no legal one, and bytes that are no legal HTTP."""
+"""Invalid input for a server: requests with an invalid body, and bytes that are not legal HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `fastllama serve` in a process of its own, and what can be seen of it from outside. Needs Linux's /proc."""
+"""Runs `fastllama serve` as a process and observes it from outside. Needs Linux's /proc."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ _METRIC = re.compile(r"^fastllama:(\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of all threads of a process up to now, those that have ended included, to the nanosecond."""
-    return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id on Linux
+    """CPU seconds of all threads of a process, including ended ones, with a resolution of nanoseconds."""
+    return time.clock_gettime((~pid << 3) | 2)  # the id that clock_getcpuclockid(3) returns for a process on Linux
 
 
 def launch(settings: Settings, *arguments: str, **streams: Any) -> subprocess.Popen[Any]:
-    """Begin a process of launch.py."""
+    """Start a process of launch.py."""
     command = [sys.executable, "-m", "benchmarks.serving.launch", settings.json(), *arguments]
     return subprocess.Popen(command, cwd=ROOT, **streams)
 
 
 @dataclass(frozen=True)
 class State:
-    """A process that serves, at one moment.
+    """State of a serving process at one moment.
 
-    megabytes: resident, once the allocator has given back what it can. blocks: that Python has allocated. objects:
-    that live, by their classes; see settings.OBJECTS. running, waiting, pages: requests, and the share of KV pages in
-    use, by /metrics.
+    megabytes: resident, after the allocator trimmed its heap. blocks: allocated by Python. objects: live ones by class;
+    see settings.OBJECTS. running, waiting, pages: requests, and the share of KV pages in use, by /metrics.
     """
 
     megabytes: float
@@ -58,14 +57,14 @@ class State:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is there, or holds pages."""
+        """Whether any request runs, waits or holds pages."""
         return bool(self.running or self.waiting or self.pages)
 
 
 class ServerProcess:
     """`fastllama serve` on a free port of the loopback, as a context manager; ready once it is entered.
 
-    Its standard error goes to a file, see `log`. Raises RuntimeError with that where it ends or is not ready in time.
+    Its standard error goes to a file, see `log`. Raises RuntimeError with that if it ends or is not ready in time.
     """
 
     port: int
@@ -94,17 +93,17 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self.process.pid
 
     @property
     def log(self) -> str:
-        """What it has written to standard error."""
+        """Its standard error so far."""
         self._errors.seek(0)
         return self._errors.read().decode("utf-8", "replace")
 
     def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a GET over a connection of its own. Raises OSError where there is no answer."""
+        """Status and body of a GET over a connection of its own. Raises OSError without an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("GET", path)
@@ -114,7 +113,7 @@ class ServerProcess:
             connection.close()
 
     def metric(self, name: str, label: str = "") -> float:
-        """A value of /metrics: the sum of those with this label, of all of them without one."""
+        """A value of /metrics, summed over all series with this label, or over all series."""
         status, body = self.get("/metrics")
         found = [
             float(each[3]) for each in _METRIC.finditer(body.decode()) if each[1] == name and label in (each[2] or "")
@@ -124,7 +123,7 @@ class ServerProcess:
         return sum(found)
 
     def state(self) -> State:
-        """Counts of now; the connection that asks is not among them."""
+        """The current state, without the connection that queries it."""
         metrics = {name: self.metric(metric) for name, metric in METRICS.items()}
         report = self._report()
         folder = Path("/proc", str(self.pid))
@@ -134,13 +133,13 @@ class ServerProcess:
         return State(**report, descriptors=descriptors, threads=int(threads[1]), **metrics)
 
     def _report(self) -> dict[str, Any]:
-        """What the process says of itself; see launch.py."""
+        """The process's own report at SIGUSR1; see launch.py."""
         before = self.log.count(REPORT)
         self.process.send_signal(signal.SIGUSR1)
         give_up = time.monotonic() + PATIENCE
         while not (found := self.log.split(REPORT)[before + 1 :]) or "\n" not in found[-1]:
             if time.monotonic() > give_up:
-                raise RuntimeError("the server says nothing at SIGUSR1")
+                raise RuntimeError("the server does not report at SIGUSR1")
             time.sleep(0.01)
         return json.loads(found[-1].partition("\n")[0])
 
@@ -186,7 +185,7 @@ class DirectProcess:
             pipe.close()
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Its answer to a line."""
+        """Send a line; returns the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
@@ -196,5 +195,5 @@ class DirectProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the process of the AsyncEngine has ended; it says why above")
+            raise RuntimeError("the process of the AsyncEngine has ended; its error is above")
         return line

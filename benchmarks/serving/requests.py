@@ -1,4 +1,4 @@
-"""HTTP as a client writes and reads it, byte by byte: over raw sockets, so that it can be broken anywhere."""
+"""An HTTP client over raw sockets, which can break a request at any byte."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Reply:
 class Connection:
     """One connection to a port of the loopback, as a context manager that closes it.
 
-    receive_buffer: bytes that the kernel keeps of what is not read; None is its own choice.
+    receive_buffer: bytes that the kernel buffers unread; None is its default.
     """
 
     def __init__(self, port: int, receive_buffer: int | None = None) -> None:
@@ -68,25 +68,25 @@ class Connection:
         self._socket.close()
 
     async def send(self, data: bytes) -> None:
-        """Send all of it. Raises OSError where the server has closed."""
+        """Send all of it. Raises OSError if the server has closed."""
         await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     async def receive(self) -> bytes:
-        """What comes next; empty where the server has closed."""
+        """Receive the next bytes; empty if the server has closed."""
         try:
             return await asyncio.get_running_loop().sock_recv(self._socket, 65536)
         except ConnectionError:
             return b""
 
     def peek(self) -> bytes:
-        """The first bytes of what has come, which stay unread."""
+        """The first received bytes, which stay unread."""
         try:
             return self._socket.recv(64, socket.MSG_PEEK)
         except OSError:  # nothing yet, or a reset
             return b""
 
     async def reply(self) -> Reply | None:
-        """The next answer; None where the server closes before its end."""
+        """The next answer; None if the server closes before its end."""
         data, times = b"", []
         while b"\r\n\r\n" not in data:
             read = await self.receive()

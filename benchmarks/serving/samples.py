@@ -1,4 +1,4 @@
-"""What is asked of both sides of the comparison, and what one answer to it took."""
+"""A burst of requests, the same for both contenders, and its measured sample."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PROBE = "One day a dog"
 
 @dataclass(frozen=True)
 class Burst:
-    """So many streams that begin at once, each of so many tokens.
+    """A number of streams that start at once, each with the same number of tokens.
 
-    probed: whether requests for one token are made meanwhile, one after another.
+    probed: whether requests for one token are sent meanwhile, one after another.
     """
 
     streams: int
@@ -24,7 +24,7 @@ class Burst:
 
     @property
     def prompts(self) -> list[str]:
-        """One for each stream."""
+        """A prompt for each stream."""
         return [f"Once upon a time there were {number} birds" for number in range(self.streams)]
 
 
@@ -32,10 +32,10 @@ class Burst:
 class Sample:
     """One burst. Times are seconds.
 
-    seconds: from before the first request until the last stream has ended. cpu_seconds: of the process that serves,
-    all its threads. client_cpu_seconds: of the process that reads, where that is another. first: from each request to
-    its first token. gaps: between two reads of a stream from there on. tokens: of all streams. probes: from each
-    request that comes while the streams run to its token.
+    seconds: from before the first request until the last stream has ended. cpu_seconds: of the serving process, all
+    threads. client_cpu_seconds: of the client process, if separate. first: from each request to its first token.
+    gaps: between two reads of a stream after that. tokens: of all streams. probes: from each request sent while the
+    streams run to its token.
     """
 
     seconds: float
@@ -57,7 +57,7 @@ class Sample:
         tokens: int,
         probes: list[float],
     ) -> Sample:
-        """arrivals: of each stream, when it was asked for, and when each of its reads came."""
+        """arrivals: for each stream, the time of its request and of each of its reads."""
         return cls(
             seconds,
             cpu_seconds,
@@ -70,19 +70,19 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all streams together."""
+        """Tokens per second of all streams together."""
         return self.tokens / self.seconds
 
     @property
     def cpu_per_token(self) -> float:
-        """CPU seconds of the process that serves, for one token."""
+        """CPU seconds of the serving process per token."""
         return self.cpu_seconds / self.tokens
 
     def json(self) -> str:
-        """As one line."""
+        """The sample as one line of JSON."""
         return json.dumps(asdict(self))
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that so many percent of all do not exceed."""
+    """The smallest value that `percent` of all values do not exceed."""
     return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]

@@ -1,4 +1,4 @@
-"""Settings of a measured process, read by the one that starts it, which loads no torch for that."""
+"""Settings of a measured process. Without torch, so that the process that starts it need not load it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-REPORT = "launch: "  # begins the line that a server writes at SIGUSR1
-OBJECTS = (  # that live as long as a request or a connection
+REPORT = "launch: "  # start of the line that a server writes at SIGUSR1
+OBJECTS = (  # classes that live as long as a request or a connection
     "Generation",
     "Request",
     "Sequence",
@@ -25,12 +25,12 @@ OBJECTS = (  # that live as long as a request or a connection
 
 @dataclass(frozen=True)
 class Settings:
-    """What two processes have in common that are compared.
+    """Settings that both compared processes share.
 
-    threads: of torch and Numba. step_seconds: of a device that computes nothing and takes so long for each step; None
-    for the model itself. switch_interval: sys.setswitchinterval's, whatever the program sets; None leaves it the
-    choice. llm: arguments of LLM, beside those that the program gives. stall_seconds: how long a client may take for
-    its headers, its body, or a read, which are no options of the program's; None leaves them as they are.
+    threads: of torch and Numba. step_seconds: step time of a device that computes nothing; None for the real model.
+    switch_interval: overrides the program's sys.setswitchinterval; None keeps it. llm: further arguments of LLM.
+    stall_seconds: how long a client may take for its headers, its body, or a read, for which the program has no
+    options; None keeps its limits.
     """
 
     threads: int = 1
@@ -40,5 +40,5 @@ class Settings:
     stall_seconds: float | None = None
 
     def json(self) -> str:
-        """As the command line has it."""
+        """The settings as an argument of the command line."""
         return json.dumps(asdict(self))

@@ -1,7 +1,7 @@
-"""Streams of completions over HTTP, read as cheaply as Python can: sockets, epoll, and nothing parsed meanwhile.
+"""Reads streams of completions over HTTP at the least cost in Python: sockets, epoll, parsing afterwards.
 
-Client and server share the machine. So while streams run, the client takes bytes and the time and no more; what the
-bytes mean is checked behind the last of them.
+Client and server share the machine. So while streams run, the client only stores bytes and times; it parses and checks
+them after the last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Read = tuple[float, bytes]
 
 
 class StreamingClient:
-    """Connections to a server that are kept from one burst to the next."""
+    """Keeps connections to a server from one burst to the next."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
@@ -33,7 +33,7 @@ class StreamingClient:
             connection.close()
 
     def run(self, burst: Burst) -> Sample:
-        """One burst. Raises RuntimeError where an answer is not what was asked for."""
+        """Run one burst. Raises RuntimeError for a wrong answer."""
         requests = [self._request(prompt, burst.tokens) for prompt in burst.prompts]
         while len(self._connections) < burst.streams:
             connection = socket.create_connection(("127.0.0.1", self._server.port))
@@ -60,7 +60,7 @@ class StreamingClient:
         )
 
     def _probe(self, ended: threading.Event, probes: list[float]) -> None:
-        """Ask for one token again and again; seconds until the first byte of each go to `probes`."""
+        """Request one token repeatedly; append the seconds until the first byte of each to `probes`."""
         request = self._request(PROBE, 1)
         with socket.create_connection(("127.0.0.1", self._server.port)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -81,7 +81,7 @@ class StreamingClient:
 
 
 def _read(connections: Sequence[socket.socket], requests: Sequence[bytes]) -> list[list[Read]]:
-    """What comes on each connection until its stream ends; first, the time of the request."""
+    """Read each connection until its stream ends; the first entry is the time of the request."""
     reads: dict[int, list[Read]] = {}
     by_number = {connection.fileno(): connection for connection in connections}
     clock, missing = time.perf_counter, len(connections)
@@ -101,7 +101,7 @@ def _read(connections: Sequence[socket.socket], requests: Sequence[bytes]) -> li
 
 
 def _parsed(reads: Sequence[Read]) -> tuple[list[float], int]:
-    """When a stream was asked for and when its tokens came, and how many the server says there were."""
+    """Times of a stream's request and of its tokens, and the number of tokens that the server reports."""
     answer = b"".join(data for _, data in reads)
     head, _, body = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200 ") or b"data: [DONE]" not in body or not body.endswith(END):
