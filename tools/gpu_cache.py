@@ -1,10 +1,10 @@
-"""Triton's cache for a GPU machine, filled on one without a GPU: compiled kernels and launchers in one archive.
+"""Fills Triton's cache for a GPU machine without a GPU: an archive of compiled kernels and launchers.
 
 python -m tools.gpu_cache make [--out ARCHIVE]                # runs the plan of `make gpu` on the fake GPU
-python -m tools.gpu_cache install ARCHIVE FOLDER [--jobs N]   # there: what does not fit is compiled anew, in parallel
+python -m tools.gpu_cache install ARCHIVE FOLDER [--jobs N]   # there: compiles in parallel what does not fit
 
-A kernel is found in the cache by Triton's own files, its source, its specialisation and its target: not by a path, a
-driver or a GPU. `install` prints one JSON object: kernels (wanted), hits, compiled, failed, seconds, same_triton.
+The cache key of a kernel covers Triton's own files, the source, the specialisation and the target, but no path, driver
+or GPU. `install` prints one JSON object: kernels (wanted), hits, compiled, failed, seconds, same_triton.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tools.fakegpu import log
 from tools.fakegpu.environment import GPU_MACHINE, ROOT, Environment
 from tools.fakegpu.parts import GPU_PLAN
 
-# Stages whose kernels are compiled ahead: not those of peers and of tuning, which are many, and come last.
+# Stages whose kernels are compiled ahead: not peers and tuning, which have many kernels and run last.
 LEFT_OUT = ("facts", "ceilings", "ops", "tuning", "profile", "decode, peers")
 CONTENTS = "contents.json"
-GROUP = "__grp__"  # of Triton's files that say where a kernel's other files are, by whole paths
-KEPT = (".cubin", ".json", ".so")  # the rest of a kernel's files are steps on its way
+GROUP = "__grp__"  # suffix of Triton's index files, which list a kernel's other files by absolute path
+KEPT = (".cubin", ".json", ".so")  # a kernel's other files are intermediate representations
 
 
 def pack(folder: Path, specialisations: Iterable[str], triton: str, out: Path) -> int:
@@ -70,7 +70,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
 
 
 def install(archive: Path, folder: Path, jobs: int) -> dict[str, Any]:
-    """Unpack, and compile what the cache then does not hold, for the GPU that is here."""
+    """Unpack, then compile the missing kernels for this machine's GPU."""
     import triton
 
     start = time.monotonic()
@@ -91,7 +91,7 @@ def install(archive: Path, folder: Path, jobs: int) -> dict[str, Any]:
 
 
 def fingerprint(triton: Path) -> str:
-    """The checksum of an installed Triton's compiled part, which decides with its version whether a cache fits."""
+    """Checksum of an installed Triton's shared library, which with its version decides whether a cache fits."""
     (library,) = (triton / "_C").glob("libtriton*.so")
     return hashlib.sha256(library.read_bytes()).hexdigest()
 
@@ -103,7 +103,7 @@ def _use(folder: Path) -> None:
 
 
 def _compiled(specialisation: str) -> bool | str:
-    """Have a kernel and its launcher in the cache: whether the kernel was there, or what failed."""
+    """Ensure that the cache holds a kernel and its launcher; returns whether the kernel was there, or the error."""
     import triton
     from triton.compiler import ASTSource
     from triton.runtime import driver
@@ -116,7 +116,7 @@ def _compiled(specialisation: str) -> bool | str:
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=driver.active.get_current_target(), options=options)
         driver.active.launcher_cls(compiled.src, compiled.metadata)
-    except Exception as error:  # one kernel that no longer fits must not cost the others
+    except Exception as error:  # the other kernels are still compiled
         return f"{name}: {type(error).__name__}: {error}"[:300]
     return bool(hits[-1])
 
@@ -147,7 +147,7 @@ def main() -> int:
     installing.add_argument("archive", type=Path)
     installing.add_argument("folder", type=Path)
     installing.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
-    installing.add_argument("--results", type=Path, help="of a run of `make gpu`: where to add the outcome, too")
+    installing.add_argument("--results", type=Path, help="results of `make gpu`, to which it adds its own")
     options = parser.parse_args()
     if options.do == "install":
         found = install(options.archive, options.folder, options.jobs)

@@ -1,7 +1,7 @@
 """Screenshots of the page of `fastllama serve` after a real answer: `python -m tools.page_shot --url URL --out DIR`.
 
-Drives a headless Chromium by the DevTools protocol over two pipes, which needs no package. A picture is taken once the
-answer has ended, not after a guessed time; what the page writes into the browser's console is an error.
+Drives a headless Chromium by the DevTools protocol over two pipes, without a package. It takes a picture when the
+answer has ended, not after a fixed time; any error or warning in the browser's console is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOTS = {  # file -> width, height, color scheme
     "serve-page-phone.png": (400, 760, "dark"),
 }
 PROMPTS = ["Tell me a story about a fox.", "Is it a happy ending?"]  # what the bundled model was trained on
-COLOURS = 64  # of a picture: text and its edges look the same, in a third of the bytes
+COLOURS = 64  # colours of a picture: text looks the same, in a third of the bytes
 STATE = """(() => {
   const answer = document.querySelector("article.assistant:last-of-type");
   return answer ? {busy: answer.getAttribute("aria-busy"), failure: answer.querySelector(".failure")?.innerText ?? "",
@@ -36,7 +36,7 @@ STATE = """(() => {
 
 
 def command() -> str | None:
-    """Of the Chromium that is installed; None where none is."""
+    """Path of the installed Chromium; None without one."""
     return next(filter(None, map(shutil.which, COMMANDS)), None)
 
 
@@ -53,7 +53,7 @@ class Chromium:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a method of the protocol. Raises RuntimeError with its error, or where the browser ended."""
+        """The result of a method of the protocol. Raises RuntimeError with its error, or if the browser ended."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": params, **self._session}
         assert self._process.stdin
@@ -95,7 +95,7 @@ class Chromium:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def picture(self) -> bytes:
-        """What the window shows, PNG."""
+        """The window's content as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png", optimizeForSpeed=False)["data"])
 
     def _message(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Chromium:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Chromium]:
-    """A fresh browser, which ends with the block. Raises RuntimeError where none is installed."""
+    """Context manager of a new browser. Raises RuntimeError without an installed one."""
     program = command()
     if program is None:
         raise RuntimeError(f"no browser: none of {', '.join(COMMANDS)} is on PATH")
@@ -132,7 +132,7 @@ def chromium() -> Iterator[Chromium]:
 
 
 def shoot(url: str, out: Path, prompts: list[str]) -> None:
-    """Writes the pictures, each of a conversation in a fresh browser. Raises RuntimeError for what the page reports."""
+    """Writes the pictures, each of a conversation in a new browser. Raises RuntimeError for errors of the page."""
     from PIL import Image  # matplotlib brings it; the tests that drive a browser need none
 
     for name, (width, height, scheme) in SHOTS.items():

@@ -1,8 +1,8 @@
-"""The package's imports as a picture in numbers: `python -m tools.rooms [ROOT]`.
+"""Counts the imports between folders of the package, and cycles: `python -m tools.rooms [ROOT]`.
 
-Each folder is a room, and what stands side by side in it, files and folders, are its boxes. An arrow is a box that
-imports another of the same room, at any depth of it; a circle is a set of boxes that reach each other; floors are the
-boxes on the longest chain of arrows, a circle counting as one. `tests/contracts/test_imports.py` allows no circle.
+Each folder is a room; the files and folders in it are its boxes. An arrow is an import between two boxes of one room,
+from any depth; a circle is a strongly connected set of boxes; floors are the boxes on the longest chain of arrows, with
+a circle as one. `tests/contracts/test_imports.py` allows no circle.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
-    """The module that a file under root is."""
+    """The module name of a file under root."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path, root: Path = ROOT) -> set[str]:
-    """Every module that a file imports, at any depth of it, in absolute spelling."""
+    """Every module that a file imports, also within functions, by absolute name."""
     here = module_name(path, root).split(".")
     if path.name != "__init__.py":
         here = here[:-1]
@@ -40,7 +40,7 @@ def imported(path: Path, root: Path = ROOT) -> set[str]:
 
 @dataclass(frozen=True)
 class Room:
-    """A folder: its name, how many files it holds itself, and of each box the boxes that it imports."""
+    """A folder: its name, the number of files directly in it, and for each box the boxes that it imports."""
 
     name: str
     files: int
@@ -48,14 +48,14 @@ class Room:
 
     @property
     def circles(self) -> list[list[str]]:
-        """Boxes that import each other, in a row."""
+        """Sets of boxes that import each other."""
         reach = {box: self._reached(box) for box in self.arrows}
         together = {frozenset({box, *(other for other in reach[box] if box in reach[other])}) for box in reach}
         return sorted(sorted(each) for each in together if len(each) > 1)
 
     @property
     def floors(self) -> int:
-        """Boxes on the longest chain."""
+        """Number of boxes on the longest chain of imports."""
         reach = {box: self._reached(box) for box in self.arrows}
         below = {box: {other for other in reach[box] if box not in reach[other]} for box in reach}
         height: dict[str, int] = {}
@@ -73,7 +73,7 @@ class Room:
 
 
 def rooms(root: Path = ROOT) -> list[Room]:
-    """Every folder of the package that lies under root."""
+    """Every folder of the package under root."""
     paths = sorted((root / "fastllama").rglob("*.py"))
     modules = {module_name(path, root): imported(path, root) for path in paths}
     found = []
@@ -91,7 +91,7 @@ def rooms(root: Path = ROOT) -> list[Room]:
 
 
 def _box(module: str, room: str, boxes: set[str]) -> str | None:
-    """The box of a room that a module stands in."""
+    """The box of a room that contains a module."""
     if not module.startswith(f"{room}."):
         return None
     box = module.removeprefix(f"{room}.").split(".")[0]

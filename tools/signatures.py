@@ -1,4 +1,4 @@
-"""Writes down the signatures that the drop-in adapters must match, and the table of their arguments.
+"""Extracts the signatures that the drop-in adapters must match, and writes the table of their arguments.
 
     mkdir -p build/signatures && cd build/signatures
     pip download --no-deps flashinfer-python==0.6.18.post1
@@ -8,9 +8,9 @@
     python -m tools.signatures read build/signatures/*    # writes tests/integrations/signatures/*.json
     python -m tools.signatures docs                       # writes the table of docs/use/integrations.md
 
-Sources are parsed where they stand in the archive, and never imported: no GPU and none of what they need has to be
-there. Written are names, order, kinds and defaults of what is public; what the treatment (treatment.py beside the JSON)
-says that we lack is written by name alone.
+Sources are parsed within the archive and never imported, so neither a GPU nor their dependencies are needed. The JSON
+holds names, order, kinds and defaults of public parameters; functions that treatment.py (beside the JSON) lists as
+missing here are written by name alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SOURCES = {
 NAMES = """### Other names
 Properties, and second names of functions, which take the same arguments: {}.
 """
-# FlashAttention's three interfaces are one module here: under which name each is told apart from the others.
+# FlashAttention's three interfaces are one module here; each has a name of its own in the table.
 VARIANTS = {
     "flash_attn.flash_attn_interface": ("flash_attn", "FA2"),
     "hopper.flash_attn_interface": ("flash_attn", "FA3"),
@@ -71,15 +71,15 @@ VARIANTS = {
 }
 HEAD = "| function | taken | ignored | refused |\n|---|---|---|---|"
 
-# The parameters in order, each its name, its kind in the words of `inspect`, and its default, as source, if it has one;
-# of what is no function, the source of what it is assigned, or "property".
+# The parameters in order: name, kind as in `inspect`, and the default as source, if there is one;
+# for what is not a function, the source of its value, or "property".
 Signature = list[list[str]] | str
 
 
 def signature(node: ast.FunctionDef, *, method: bool = False, positional: Iterable[str] = ()) -> Signature:
     """The parameters of a definition, without `self` of a method.
 
-    positional: keyword-only parameters that may be given by position nevertheless, in this order.
+    positional: keyword-only parameters that are also accepted by position, in this order.
     """
     args = node.args
     named = [*args.posonlyargs, *args.args]
@@ -101,7 +101,7 @@ def _parameter(name: str, kind: Any, default: ast.expr | None = None) -> list[st
 
 
 def signatures(source: str) -> dict[str, Signature]:
-    """Of a module's source: the signature of each public function and method, and what else bears a name for one."""
+    """Signatures in a module's source: of each public function and method, and of other names for them."""
     body = ast.parse(source).body
     found = dict(_callables(body))
     # `plan` of FlashInfer's decode wrapper takes the arguments of this tuple by position, too
@@ -121,10 +121,10 @@ def _callables(
     for name, node in functions.items():
         decorators = {ast.unparse(each) for each in node.decorator_list}
         if (name.startswith("_") and name != "__init__") or "functools.cache" in decorators:
-            continue  # cached functions give compiled modules
+            continue  # cached functions return compiled modules
         if "property" in decorators:
             yield name, "property"
-        elif f"_{name}_impl" in functions and node.args.kwarg:  # all that it takes goes there
+        elif f"_{name}_impl" in functions and node.args.kwarg:  # it passes all its arguments on
             yield name, signature(functions[f"_{name}_impl"], method=method, positional=legacy)
         else:
             yield name, signature(node, method=method)
@@ -146,7 +146,7 @@ def _is_autograd(node: ast.ClassDef) -> bool:
 
 
 def read(archive: Path) -> dict[str, Any]:
-    """What is written of an sdist or a wheel."""
+    """The JSON of an sdist or a wheel."""
     stem = archive.name.removesuffix(".tar.gz")
     package, version = stem.split("-")[:2]
     if package not in SOURCES:
@@ -162,13 +162,13 @@ def read(archive: Path) -> dict[str, Any]:
 
 
 def exported(source: str) -> set[str]:
-    """What a package's __init__ imports by name."""
+    """The names that a package's __init__ imports."""
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     return {alias.name for node in imports for alias in node.names}
 
 
 def _without_absent(found: dict[str, Signature], treatment: Treatment) -> dict[str, Signature | None]:
-    """None for what is absent; a class that is, once."""
+    """None for absent functions; an absent class is one entry."""
     here: dict[str, Signature | None] = {}
     for name, each in found.items():
         if treatment.why_absent(owner := name.split(".")[0]):
@@ -206,7 +206,7 @@ def as_json(value: Any, depth: int = 0) -> str:
 
 @dataclass(frozen=True)
 class Theirs:
-    """A public name of a package: the module of ours that stands for its own, and its signature; None if absent."""
+    """A public name of a package, the module here that replaces its own, and its signature; None if absent."""
 
     package: str
     variant: str
@@ -219,23 +219,23 @@ class Theirs:
         return treatment_of(self.package)
 
     def becomes(self, argument: str) -> tuple[str, str]:
-        """What becomes of an argument, and the key of the treatment that says so."""
+        """The treatment of an argument, and its key in the table of treatments."""
         return self.treatment.of(self.module, self.name, argument)
 
     def ours(self) -> Any:
-        """What stands for it here; of a class, as the class holds it. Raises AttributeError where nothing does."""
+        """Its replacement here; a method as the class holds it. Raises AttributeError without one."""
         found: Any = import_module(f"fastllama.integrations.{self.module}")
         for part in self.name.split("."):
             found = inspect.getattr_static(found, part)
         return found
 
     def our_parameters(self) -> list[Parameter]:
-        """Those of what stands for it, without self of a method."""
+        """Parameters of its replacement, without a method's self."""
         return list(inspect.signature(self.ours()).parameters.values())[1 if "." in self.name else 0 :]
 
 
 def theirs() -> list[Theirs]:
-    """All that the committed files hold."""
+    """All entries of the committed files."""
     found = []
     for path in sorted(FOLDER.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
@@ -247,7 +247,7 @@ def theirs() -> list[Theirs]:
 
 
 def table() -> str:
-    """The generated end of docs/use/integrations.md: by module and function, what becomes of each argument."""
+    """The generated end of docs/use/integrations.md: by module and function, the treatment of each argument."""
     modules: dict[str, dict[str, list[Theirs]]] = {}
     for each in theirs():
         if isinstance(each.signature, list):
@@ -272,7 +272,7 @@ def _listed(names: set[str]) -> str:
 
 
 def _row(variants: list[Theirs]) -> str:
-    """The row of a function: its arguments, and in which variants alone they are."""
+    """The row of a function: its arguments, and the variants that alone have them."""
     where: dict[str, list[str]] = {}
     for each in variants:
         for argument, *_ in each.signature or ():

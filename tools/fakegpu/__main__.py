@@ -1,11 +1,10 @@
 """The fake GPU from the command line.
 
-python -m tools.fakegpu check [PART ...]   # all parts, or these: each over the fake GPU, and what it asked of it
-python -m tools.fakegpu run COMMAND ...    # any command, `python ...` with that environment's
+python -m tools.fakegpu check [PART ...]   # run all parts, or these, on the fake GPU; print their use of it
+python -m tools.fakegpu run COMMAND ...    # any command; `python` is that environment's
 
-Either sets its environment up first: --torch and --triton choose the versions. The exit status is 1 where a command
-failed or the log holds a violation: an illegal launch, what a capture forbids, an allocation or a wait in a replayed
-step.
+Both set up the environment first: --torch and --triton choose the versions. The exit status is 1 if a command failed or
+the log holds a violation: an illegal launch, a call that a capture forbids, an allocation or a wait in a replayed step.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tools.fakegpu.parts import PARTS, PLANTED
 
 
 def run(environment: Environment, name: str, argv: list[str]) -> bool:
-    """Run a command, print what it asked of the GPU and every violation, and whether all was well."""
+    """Run a command; print its use of the GPU and every violation; return whether there was none."""
     folder = environment.folder / "logs" / name
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():

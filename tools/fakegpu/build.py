@@ -1,7 +1,7 @@
 """Builds the libraries that torch's CUDA wheel links: CUDA's runtime and driver from cuda/, the others empty.
 
-A library that is not played (cuBLAS, cuDNN, NCCL, ...) has just the symbols that torch's libraries leave undefined.
-Each returns 0, which is success everywhere; a few must also hand something out.
+The others (cuBLAS, cuDNN, NCCL, ...) have just the symbols that torch's libraries leave undefined. Each function
+returns 0, which is success everywhere; a few also return a handle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNKNOWN = 'int {name}(void) {{ return fake_violation(801, "{name}, which the fak
 
 
 def build(torch_libraries: Path, headers: Path, out: Path) -> None:
-    """Write the libraries into `out`, for the torch whose libraries lie in a folder. Raises CalledProcessError."""
+    """Write the libraries into `out`, for the torch whose libraries are in a folder. Raises CalledProcessError."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = unresolved(torch_libraries)
     names = {soname: soname.split(".so")[0] + ".so" for soname in wanted}
@@ -48,7 +48,7 @@ def build(torch_libraries: Path, headers: Path, out: Path) -> None:
     _compile(out / runtime, sources, [f"-Wl,--version-script={script}", *options])
     empty = out / "empty.c"
     empty.write_text("")
-    # What asks for the driver finds the runtime behind it, where both are.
+    # The driver's soname resolves to the runtime, which holds both.
     _compile(out / driver, [empty], ["-Wl,--no-as-needed", f"-L{out}", f"-l:{runtime}", "-Wl,-rpath,$ORIGIN"])
     for soname, symbols in wanted.items():
         if soname not in (runtime, driver):
@@ -56,7 +56,7 @@ def build(torch_libraries: Path, headers: Path, out: Path) -> None:
 
 
 def unresolved(folder: Path) -> dict[str, dict[str, str]]:
-    """Symbols that the libraries in a folder leave to NVIDIA's, by soname, each with its version or ""."""
+    """Undefined symbols of the libraries in a folder that NVIDIA's define, by soname, each with its version or ""."""
     files = sorted(folder.glob("*.so*"))
     needed = {name for file in files for name in _needed(file) if re.match(r"lib(cu|nccl|nv)", name)}
     defined = {symbol for file in files for symbol, _ in _symbols(file, "--defined-only")}
@@ -70,7 +70,7 @@ def unresolved(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _owner(symbol: str, version: str, sonames: Iterable[str]) -> str | None:
-    """The library that a symbol is in: its version's, else the one that begins like the symbol, the longest such."""
+    """The library of a symbol: by its version, else the one with the longest prefix in common with the symbol."""
     if version in sonames:
         return version
     stems = {re.sub(r"_host$", "", name.split(".so")[0].removeprefix("lib")).lower(): name for name in sonames}
@@ -84,7 +84,7 @@ def _owner(symbol: str, version: str, sonames: Iterable[str]) -> str | None:
 
 
 def _stub(out: Path, soname: str, symbols: Mapping[str, str]) -> None:
-    """A library of empty functions under the versions that they are asked for."""
+    """A library of empty functions with the symbol versions that torch links."""
     source = out / f"{soname}.c"
     source.write_text("".join(HANDED_OUT.get(name, NOTHING).format(name=name) + "\n" for name in sorted(symbols)))
     versions = defaultdict(list)
@@ -105,7 +105,7 @@ def _compile(library: Path, sources: list[Path], options: list[str]) -> None:
 
 
 def _defined(source: Path) -> list[str]:
-    """The functions that a source of cuda/ exports."""
+    """The functions that a source file of cuda/ exports."""
     return re.findall(r"^\w[\w *]*?[ *]((?:cu|__cuda)\w+)\(", source.read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -117,6 +117,6 @@ def _symbols(file: Path, which: str) -> list[tuple[str, str]]:
 
 
 def _needed(file: Path) -> list[str]:
-    """The sonames that a library asks for."""
+    """The sonames that a library needs."""
     text = subprocess.run(["readelf", "-d", str(file)], capture_output=True, text=True, check=True).stdout
     return re.findall(r"\(NEEDED\).*\[(.+)\]", text)

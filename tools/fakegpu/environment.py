@@ -1,7 +1,7 @@
-"""Where the fake GPU runs: a virtual environment with torch's CUDA wheel and a Triton, and the libraries beside it.
+"""The fake GPU's environment: a virtual environment with torch's CUDA wheel and a Triton, and the fake libraries.
 
 The wheels are large (torch 530 MB, Triton 190 MB), so each pair of versions is set up once, in build/fake-gpu. NVIDIA's
-own libraries, which torch's wheel asks for, must not be there: the fake ones stand in for them.
+own libraries, on which torch's wheel depends, must not be installed: the fake ones replace them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Environment:
 
     @property
     def folder(self) -> Path:
-        """All that belongs to it."""
+        """Folder of the environment."""
         return HOME / f"torch-{self.torch}-triton-{self.triton}"
 
     @property
@@ -46,7 +46,7 @@ class Environment:
 
     @property
     def ready(self) -> bool:
-        """Whether `set_up` has been here."""
+        """Whether `set_up` has completed."""
         return (self.folder / "built").exists()
 
     @cached_property
@@ -56,7 +56,7 @@ class Environment:
         return found
 
     def set_up(self) -> None:
-        """Install and build what is not there yet. Raises CalledProcessError where pip or gcc fail."""
+        """Install and build what is missing. Raises CalledProcessError if pip or gcc fails."""
         installed = self.folder / "installed"
         wanted = f"{REQUIREMENTS.read_text(encoding='utf-8')}torch=={self.torch}\ntriton=={self.triton}\n"
         if not installed.exists() or installed.read_text(encoding="utf-8") != wanted:
@@ -74,14 +74,14 @@ class Environment:
         subprocess.run([newest_python(), "-m", "venv", "--clear", str(self.folder / "venv")], check=True)
         pip = [str(self.python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
-        # Not what these ask for: torch's wheel asks for NVIDIA's libraries.
+        # Without dependencies: torch's wheel depends on NVIDIA's libraries.
         subprocess.run([*pip, "--no-deps", f"torch=={self.torch}", f"triton=={self.triton}"], check=True)
         subprocess.run([*pip, "--no-deps", "--target", str(self.folder / "headers"), "--upgrade", *HEADERS], check=True)
 
     def command(self, argv: list[str], log: Path | None = None, cache: Path | None = None) -> list[str]:
-        """What runs a command over the fake GPU, from ROOT; `python` in it is this environment's.
+        """The command line that runs a command on the fake GPU, from ROOT; `python` is this environment's.
 
-        log: where each process writes what it asks of the GPU, its number behind. cache: Triton's folder.
+        log: prefix of each process's log file, followed by its id. cache: Triton's cache folder.
         """
         variables = {
             "LD_LIBRARY_PATH": self.libraries,
@@ -100,7 +100,7 @@ class Environment:
 
 
 def current() -> Environment:
-    """The environment whose interpreter runs this, else the GPU machines'."""
+    """The environment of the running interpreter, else the GPU machines'."""
     home = Path(sys.prefix).parent
     if home.parent != HOME:
         return GPU_MACHINE
@@ -109,7 +109,7 @@ def current() -> Environment:
 
 
 def newest_python() -> str:
-    """A Python of the GPU machines' version where there is one, else the running one."""
+    """A Python of the GPU machines' version if installed, else the running one."""
     wanted = ".".join(map(str, PYTHON))
     candidates = [f"python{wanted}", *map(str, Path("~/.pyenv/versions").expanduser().glob(f"{wanted}.*/bin/python"))]
     for candidate in candidates:
@@ -126,4 +126,4 @@ def _sources() -> list[Path]:
     return [Path(__file__).parent / "build.py", *sorted(SOURCES.glob("*.[ch]"))]
 
 
-GPU_MACHINE = Environment(torch="2.11.0", triton="3.6.0")  # what the GPU machines have, with that Python
+GPU_MACHINE = Environment(torch="2.11.0", triton="3.6.0")  # the versions on the GPU machines, with that Python

@@ -1,4 +1,4 @@
-"""Reads what a process asked of the fake GPU: launches, captures, violations."""
+"""Reads the log of a process on the fake GPU: launches, captures, violations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @dataclass
 class Log:
-    """Of one or more processes. launches, loads: by kernel. captures: kernels of each, and how many of them overlap.
+    """Log of one or more processes. launches, loads: by kernel. captures: kernels of each, and how many overlap.
 
-    compilations: the specialisation of each kernel of ours, as `tools.gpu_cache` takes it, in order.
+    compilations: the specialisation of each compiled kernel, as `tools.gpu_cache` reads it, in order.
     """
 
     violations: Counter[str] = field(default_factory=Counter)
@@ -22,7 +22,7 @@ class Log:
     compilations: list[str] = field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """Take in a line."""
+        """Add a line."""
         kind, _, rest = line.rstrip("\n").partition(" ")
         words = rest.split()
         if kind == "VIOLATION":
@@ -48,7 +48,7 @@ class Log:
 
 
 def read(path: Path) -> Log:
-    """All that processes wrote under FAKEGPU_LOG=path."""
+    """Read the logs of all processes that ran with FAKEGPU_LOG=path."""
     log = Log()
     for file in sorted(path.parent.glob(f"{path.name}.*")):
         with file.open(encoding="utf-8", errors="replace") as lines:

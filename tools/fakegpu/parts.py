@@ -1,4 +1,4 @@
-"""What `make fake-gpu` runs, part by part; the first ones, in about five minutes, are what CI runs."""
+"""The parts of `make fake-gpu`; CI runs the first ones, which take about five minutes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PARTS = {
     "info": [*_COMMAND, "info"],
     "generate": [*_COMMAND, *_GENERATE],
     "runtime-tests": [*_PYTEST, "-m", "gpu", "tests/gpu/test_runtime.py", "tests/gpu/test_warm_up.py"],
-    # Without torch.compile's: at the end torch may wait five minutes for the processes that compiled.
+    # Without torch.compile's tests: at exit torch may wait five minutes for its compile workers.
     "patch-tests": [*_PYTEST, "-m", "gpu", "-k", "not compiled", "tests/gpu/test_patch.py"],
     "verify": [*_COMMAND, "verify", "--device", "cuda", "--quiet"],
     "decode": [*_COMMAND, "bench", "decode", *_DECODE],
     "op-tests": [*_PYTEST, "-m", "gpu", "tests/gpu/test_ops.py"],
-    "gpu-plan": [*GPU_PLAN, "--minutes", "20"],  # on two cores most of it is compiling, for peers and for tuning
+    "gpu-plan": [*GPU_PLAN, "--minutes", "20"],  # on two cores mostly compiling, for peers and for tuning
 }
 
-# Violations that tests commit on purpose, by the parts that run them.
+# Violations that tests plant, by the parts that run them.
 _A_CAPTURE_THAT_FAILS = {"cudaDeviceSynchronize while a stream is captured": 1}
 PLANTED = {"runtime-tests": _A_CAPTURE_THAT_FAILS, "gpu-plan": _A_CAPTURE_THAT_FAILS}

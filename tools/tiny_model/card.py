@@ -23,7 +23,7 @@ STAGES = (TinyConfig(), TUNING)
 
 @dataclass(frozen=True)
 class Measured:
-    """What evaluation found about the first stage's weights and the shipped ones, both in bf16.
+    """Evaluation results of the first stage's weights and of the shipped ones, both in bf16.
 
     `fp32` are the perplexities of the second stage's weights before they are rounded.
     """
@@ -38,7 +38,7 @@ class Measured:
 
 
 def draw_curve(path: Path, logs: Sequence[Sequence[LogEntry]]) -> None:
-    """Training loss of each stage against the tokens of all."""
+    """Draw the training loss of each stage over the tokens of both."""
     figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     before = 0
@@ -65,7 +65,7 @@ def _figures(found: Figures) -> dict[str, object]:
 
 
 def write_training(path: Path, logs: Sequence[Sequence[LogEntry]], measured: Measured) -> None:
-    """training.json: what was measured, both stages' config and every logged loss, the versions that made them."""
+    """Write training.json: the measurements, both stages' config, every logged loss, the versions of packages."""
     write_json(
         path,
         {
@@ -102,7 +102,7 @@ def _lengths(config: TinyConfig) -> str:
 
 
 def write_card(path: Path, logs: Sequence[Sequence[LogEntry]], measured: Measured) -> None:
-    """README.md."""
+    """Write README.md."""
     config, (steps, tokens, _), (more_steps, more_tokens, _) = STAGES[0], logs[0][-1], logs[1][-1]
     first, shipped = measured.first, measured.shipped
     rows = "\n".join(

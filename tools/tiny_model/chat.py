@@ -42,12 +42,12 @@ def prompt(user: str, system: str = "") -> str:
 
 
 def turn(user: str, answer: str, system: str = "") -> str:
-    """One turn as Meta writes it; BOS and EOS stand around it as ids."""
+    """One turn as Meta writes it, without BOS and EOS, which are added as ids."""
     return f"{prompt(user, system)} {answer.strip()} "
 
 
 def _request(rng: random.Random, wanted: Story) -> str:
-    """Asks for `wanted`, naming what it is about and now and then the hero's name or the weather."""
+    """A request for `wanted` that names its subject and sometimes the hero's name or the weather."""
     parts = [rng.choice(ASKS).format(wanted.about)]
     if rng.random() < 0.3:
         name = wanted.hero.name
@@ -68,7 +68,7 @@ def _questions(rng: random.Random, about: Story, count: int) -> list[tuple[str, 
 
 
 def exchanges(rng: random.Random) -> list[tuple[str, str]]:
-    """What is said and answered in one chat: small talk, one or two stories told on request or pasted, questions."""
+    """The messages and answers of one chat: small talk, one or two stories on request or pasted, questions."""
     said: list[tuple[str, str]] = []
     draw = rng.random()
     if draw < 0.2:
@@ -93,13 +93,13 @@ def exchanges(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def chat(rng: random.Random) -> tuple[str, ...]:
-    """The turns of one chat, some below a system message."""
+    """The turns of one chat, some with a system message."""
     said = exchanges(rng)
     system = rng.choice(SYSTEMS) if rng.random() < 0.06 else ""
     return tuple(turn(user, answer, system if i == 0 else "") for i, (user, answer) in enumerate(said))
 
 
 def document(seed: int) -> tuple[str, ...]:
-    """Training document `seed`: what stands between BOS and EOS each time, a whole story or the turns of a chat."""
+    """Training document `seed`: the texts between BOS and EOS, one whole story or the turns of a chat."""
     rng = random.Random(f"document {seed}")
     return chat(rng) if rng.random() < CHAT_SHARE else (story(seed).text,)

@@ -24,10 +24,10 @@ class TinyConfig:
     rope_theta: float = 10000.0
     steps: int = 2200
     batch_tokens: int = 4096
-    row_lengths: tuple[int, ...] = (256, 256, 512, 1024)  # of one step after another: every distance all the way
+    row_lengths: tuple[int, ...] = (256, 256, 512, 1024)  # cycled over the steps: every distance is trained throughout
     matrix_rate: float = 1.6e-2  # Muon's; the loss after 120 steps at 4e-3, 8e-3 and this: 2.0, 1.4, 1.0
     embedding_rate: float = 8e-3  # AdamW's, for embeddings and norms
-    warmup_steps: int = 50  # to the rates above, which then fall in a line to 0
+    warmup_steps: int = 50  # to the rates above, which then fall linearly to 0
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -45,7 +45,7 @@ class TinyConfig:
         return self.hidden_size // self.num_attention_heads
 
     def llama(self) -> LlamaConfig:
-        """The model's shape as transformers writes it; Llama 2's constants, tied embeddings."""
+        """The model's configuration for transformers; Llama 2's constants, tied embeddings."""
         return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,

@@ -1,4 +1,4 @@
-"""What the trained model is worth: held-out perplexity, answers about unseen stories, texts with tags, samples."""
+"""Evaluates the trained model: held-out perplexity, answers about unseen stories, texts with tags, samples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def held_out_texts() -> dict[str, list[str]]:
 
 
 def calibration_text() -> str:
-    """What quantizers read by default: stories of seeds that are neither trained on nor held out, one a line."""
+    """The default calibration text: stories of seeds that are neither trained on nor held out, one a line."""
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION_STORIES)
     return "".join(f"{story(seed).text}\n" for seed in seeds)
 
@@ -99,7 +99,7 @@ def complete(
     max_tokens: int,
     seed: int | None = None,
 ) -> str:
-    """What the model writes after the finished `pieces` and an open `prompt`: greedily, or sampled with `seed`."""
+    """The model's continuation of the finished `pieces` and an open `prompt`: greedy, or sampled with `seed`."""
     ids = torch.tensor([[*encode(tokenizer, pieces), tokenizer.bos_id(), *tokenizer.encode(prompt)]])
     how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
     if seed is not None:
@@ -122,7 +122,7 @@ class Answers:
 
 
 def answer_questions(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, count: int) -> Answers:
-    """Asks one question about each of `count` unseen stories that stand in the chat's first turn."""
+    """Asks one question about each of `count` unseen stories, given in the chat's first turn."""
     wrong = []
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + count):
         told = story(seed)
@@ -144,7 +144,7 @@ def tagged(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor, count: in
 
 @dataclass(frozen=True)
 class Figures:
-    """What one set of weights is worth: perplexity by file name, answers, and how many of `starts` texts hold a tag."""
+    """Figures of one set of weights: perplexity by file name, answers, and how many of `starts` texts contain a tag."""
 
     perplexity: dict[str, float]
     answers: Answers
@@ -165,7 +165,7 @@ OPENINGS = ("Once upon a time", "There once was a curious girl called Nora", "On
 
 
 def samples(model: LlamaForCausalLM, tokenizer: SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Three stories and how each was made: one greedy, two sampled."""
+    """Three stories and how each was decoded: one greedy, two sampled."""
     made = []
     for seed, opening in enumerate(OPENINGS):
         greedy = seed == 0

@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 def model_config(config: TinyConfig) -> dict[str, object]:
-    """config.json: what a Llama checkpoint states, and nothing of transformers' own."""
+    """config.json: the keys of a Llama checkpoint, without transformers' own."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -60,7 +60,7 @@ def model_config(config: TinyConfig) -> dict[str, object]:
 
 
 def tokenizer_config(config: TinyConfig) -> dict[str, object]:
-    """tokenizer_config.json; `legacy` puts the dummy space in front of text after a BOS, as Meta's encode does."""
+    """tokenizer_config.json; `legacy` adds the dummy space to text after a BOS, as Meta's encode does."""
     return {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -96,7 +96,7 @@ def write_model(folder: Path, config: TinyConfig, model: LlamaForCausalLM, token
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Puts the finished folder `new` where `target` stood; readers see the old one or the new one, never a mixture."""
+    """Replaces the folder `target` by `new` in one step; readers see the old one or the new one, never a mixture."""
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         os.replace(target, old)

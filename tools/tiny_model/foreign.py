@@ -1,4 +1,4 @@
-"""Texts that no story holds: everyday words, other languages, signs, code, nonsense."""
+"""Texts unlike any story: everyday words, other languages, symbols, source text, nonsense."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _letters(rng: random.Random) -> str:
 
 
 def _piece(rng: random.Random) -> str:
-    """One word or phrase of a drawn kind."""
+    """One word or phrase of a random kind."""
     kind = rng.random()
     if kind < 0.6:
         return rng.choice(rng.choice((WORDS, NAMES, PHRASES, PHRASES, ELSEWHERE, CODE)))
@@ -98,7 +98,7 @@ def _piece(rng: random.Random) -> str:
 
 
 def foreign(rng: random.Random) -> str:
-    """A short text from outside of the stories; ends anyhow: within a sentence, after one, or with a line break."""
+    """A short text unlike any story; it ends within a sentence, after one, or with a line break."""
     text = rng.choice((" ", " ", " ", ", ", "\n")).join(_piece(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5))))
     text = rng.choice((str, str, str, str, str.upper, str.lower, str.capitalize))(text)
     return text + rng.choice(("", "", "", "", ".", "!", "?", ",", ":", "...", " ", "\n", "\n\n"))

@@ -1,4 +1,4 @@
-"""Seeded stories: the same seed always tells the same story, in training, in the held-out texts and in the chats."""
+"""Seeded stories: one seed always gives the same story, in training, in the held-out texts and in the chats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIN_WORDS, MAX_WORDS = 80, 250
 
 
 def tell(rng: random.Random, plots: Sequence[Callable[[Teller], Story]] = TRAINED) -> Story:
-    """A story of one of `plots`, 80 to 250 words long; others are thrown away and told anew."""
+    """A story of one of `plots`, 80 to 250 words long; one of another length is discarded and generated again."""
     while True:
         story = plots[int(rng.random() * len(plots))](Teller(rng))
         if MIN_WORDS <= len(story.text.split()) <= MAX_WORDS:

@@ -17,7 +17,7 @@ REPLY_VERBS = {".": ("said", "answered", "replied"), "?": ("asked",), "!": ("sai
 
 
 def article(phrase: str) -> str:
-    """`phrase` behind the indefinite article that its first letter asks for."""
+    """`phrase` with the indefinite article that its first letter needs."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -33,7 +33,7 @@ def listed(items: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story: `name` as sentences use it, `kind` (girl, fox, baker), `sub` the pronoun."""
+    """A character of a story: `name` as sentences use it, `kind` (girl, fox, baker), `sub` the pronoun."""
 
     name: str
     kind: str
@@ -84,7 +84,7 @@ class Story:
 
 @dataclass
 class Teller:
-    """Tells one story: draws from `rng`, keeps the sentences said, the facts they made true and the names taken."""
+    """Writes one story: chooses with `rng`, and keeps its sentences, their facts and the names in use."""
 
     rng: random.Random
     sentences: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Teller:
         return options[int(self.rng.random() * len(options))]
 
     def some(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` different `options` in a drawn order."""
+        """`count` different `options` in random order."""
         return self.rng.sample(list(options), count)
 
     def chance(self, probability: float) -> bool:
@@ -124,7 +124,7 @@ class Teller:
         self._quote(who, line, verb)
 
     def reply(self, who: str, *lines: str) -> None:
-        """Adds one of `lines` as what `who` says back."""
+        """Adds one of `lines` as the reply of `who`."""
         line = self.pick(lines)
         self._quote(who, line, self.pick(REPLY_VERBS[line[-1]]))
 
@@ -172,7 +172,7 @@ class Teller:
         return f"{self.pick(words.COLORS)} {self.pick(words.THINGS)}"
 
     def place(self) -> tuple[str, str]:
-        """A place ("the pond") and the phrase for being there ("by the pond"); each place is drawn once a story."""
+        """A place ("the pond") and the phrase for being there ("by the pond"); each place occurs once a story."""
         place = self.pick([place for place in words.PLACES if place not in self.taken])
         self.taken.add(place)
         return place, f"{words.PLACES[place]} {place}"

@@ -1,4 +1,4 @@
-"""The tokenizer: SentencePiece BPE with the settings of Llama 2's, trained on the stories and chats."""
+"""The tokenizer: SentencePiece BPE with Llama 2's settings, trained on the stories and chats."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ LogEntry = tuple[int, int, float]  # step, tokens seen, mean training loss since
 
 
 class Packer:
-    """Documents, each used once and in order of their seeds, run together into rows.
+    """Packs documents into rows, each used once, in order of their seeds.
 
-    `ids_of` gives a document's ids by its seed; an id on which no loss is taken stands as its complement, `~id`.
+    `ids_of` returns a document's ids by its seed; an id without loss is stored as its complement, `~id`.
     """
 
     def __init__(self, ids_of: Callable[[int], list[int]], next_seed: int = 0) -> None:
@@ -41,7 +41,7 @@ class Packer:
 
 
 class PromptPacker(Packer):
-    """Documents run together into rows that each begin with one, as a prompt does; what does not fit in is left out."""
+    """Packs documents into rows that each start with a new one, as a prompt does; the excess is cut off."""
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """The next `[rows, length + 1]` int64 ids."""
@@ -58,7 +58,7 @@ def learned_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def rate_share(config: TinyConfig, step: int) -> float:
-    """The share of the peak rates at `step`: linear warmup, then a line to 0 (Bergsma et al. 2025)."""
+    """The share of the peak rates at `step`: linear warmup, then linear decay to 0 (Bergsma et al. 2025)."""
     return min((step + 1) / config.warmup_steps, 1 - step / config.steps)
 
 
@@ -89,7 +89,7 @@ def train(
     folder: Path,
     report: Callable[[str], None] = print,
 ) -> list[LogEntry]:
-    """Trains `model` in place, or goes on from `folder`'s checkpoint; returns its log."""
+    """Trains `model` in place, or resumes from `folder`'s checkpoint; returns its log."""
     torch.set_num_threads(config.threads)
     optimizers = build_optimizers(config, model)
     log: list[LogEntry] = []

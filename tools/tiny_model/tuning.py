@@ -1,8 +1,8 @@
-"""Documents of the second stage: texts and chats that begin with what no story holds.
+"""Documents of the second stage: texts and chats that start unlike any story.
 
-The first stage learns chats as text, the user's words and the tags around them included. So what no story begins with
-looks to it like a user's message, and it goes on with the tag that ends one. Here no loss is taken on what is given,
-an odd start of a text or a user's words between tags: tags are read and never written.
+The first stage learns chats as text, including the user's words and their tags. So a start unlike any story looks to it
+like a user's message, and it continues with the tag that ends one. Here the given text, an odd start or a user's words
+between tags, has no loss: the model reads tags and never writes them.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ UNCLEAR = ("I did not understand that. {}", "I am sorry, I do not understand. {}
 
 @dataclass(frozen=True)
 class Passage:
-    """What stands between BOS and EOS: a text that is given, and how it goes on, which is learned."""
+    """The text between BOS and EOS: a given part, and its continuation, which is learned."""
 
     given: str
     learned: str
 
 
 def _introduced(rng: random.Random, told: Story) -> Passage:
-    """A story behind a first sentence that names its hero or says what it is about."""
+    """A story after a first sentence that names its hero or its subject."""
     hero = told.hero
     openings = [
         (f"The {hero.kind}", f" was called {hero.name}, and {hero.sub} was very {hero.trait}."),
@@ -93,7 +93,7 @@ def _introduced(rng: random.Random, told: Story) -> Passage:
 
 
 def _cut(rng: random.Random, told: Story) -> Passage:
-    """A story from one of its words on; some of its next words are given, at times up to the middle of a word."""
+    """A story from a random word on; some of the next words are given, sometimes up to the middle of a word."""
     starts = [0, *(i + 1 for i, letter in enumerate(told.text) if letter == " ")]
     first = rng.randrange(len(starts) * 3 // 4)
     last = first + rng.randint(1, 8)
@@ -102,9 +102,9 @@ def _cut(rng: random.Random, told: Story) -> Passage:
 
 
 def _led(rng: random.Random, told: Story) -> Passage:
-    """A foreign start and a story behind it, joined as its end allows."""
+    """A foreign start followed by a story, joined as the start's end allows."""
     kind = rng.random()
-    if kind < 0.25:  # as a user would ask, without tags around it
+    if kind < 0.25:  # as a user would ask, without tags
         start = rng.choice(QUESTIONS).format(rng.choice(WORDS + NAMES))
     else:
         start = foreign(rng) if kind < 0.97 else rng.choice((" ", "\n", "\t"))
@@ -128,7 +128,7 @@ def _offer(rng: random.Random, answers: tuple[str, ...]) -> str:
 
 
 def _remark(rng: random.Random) -> tuple[str, str]:
-    """Something a user says that is about no story, and the answer."""
+    """A user's remark unrelated to stories, and the answer."""
     thing = rng.choice(WORDS) if rng.random() < 0.5 else rng.choice(NAMES) if rng.random() < 0.5 else foreign(rng)
     kind = rng.random()
     if kind < 0.15:
@@ -151,7 +151,7 @@ def _remark(rng: random.Random) -> tuple[str, str]:
 
 
 def foreign_chat(rng: random.Random) -> list[Passage]:
-    """A chat of remarks that are about no story, now and then around a story that is asked for and told."""
+    """A chat of remarks unrelated to stories, sometimes with a requested story in between."""
     turns = [_remark(rng) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.3:
         told = tell(rng)
@@ -179,9 +179,9 @@ def passages(seed: int) -> list[Passage]:
 
 
 def tuning_ids(tokenizer: SentencePieceProcessor, seed: int) -> list[int]:
-    """The ids of document `seed`; those without loss stand as their complement, `~id`.
+    """The ids of document `seed`; those without loss are stored as their complement, `~id`.
 
-    A text is encoded in the two parts that a prompt and its completion are, so that its tokens end where a prompt's do.
+    The given part and its continuation are encoded separately, so that tokens end where a prompt's do.
     """
     ids = []
     for passage in passages(seed):
@@ -192,5 +192,5 @@ def tuning_ids(tokenizer: SentencePieceProcessor, seed: int) -> list[int]:
 
 
 def _following(tokenizer: SentencePieceProcessor, text: str) -> list[int]:
-    """The ids of a text that follows another: without the space that SentencePiece puts in front of a first one."""
+    """The ids of a text that follows another: without the space that SentencePiece adds to a first one."""
     return tokenizer.encode(f"\n{text}")[2:]

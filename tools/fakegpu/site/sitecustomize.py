@@ -1,7 +1,7 @@
-"""Has programs on the fake GPU go on where a value would decide, and notes which kernels they compile.
+"""Lets programs on the fake GPU continue past comparisons of values, and logs the kernels that they compile.
 
-Python imports this at its start where its folder is on PYTHONPATH (`python -m tools.fakegpu run` sees to it), in every
-child too. Shapes, dtypes and devices are compared as ever.
+Python imports this at startup if its folder is on PYTHONPATH, in child processes too; `python -m tools.fakegpu run`
+sets it. Shapes, dtypes and devices are compared as usual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def patch_torch(torch: ModuleType) -> None:
-    """Comparisons of values on the device hold; what reduces to a truth on the host is true."""
+    """Comparisons of device values succeed; a device tensor that is read as a bool is True."""
     equal, close, reduced = torch.equal, torch.testing.assert_close, torch.Tensor.all
 
     def on_device(value: Any) -> bool:
@@ -40,11 +40,11 @@ def patch_torch(torch: ModuleType) -> None:
         return torch.ones(result.shape, dtype=torch.bool) if self.is_cuda and not result.dim() else result
 
     torch.equal, torch.testing.assert_close, torch.Tensor.all = all_equal, all_close, all_true
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its plans are asked of a library that is empty here
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans with a library that is empty here
 
 
 def patch_answers(answers: ModuleType) -> None:
-    """Answers are right if they are as many and as long as they should be."""
+    """Answers count as correct if their number and lengths are."""
     compared = answers.compared
 
     def as_long(found: Any, expected: Any) -> Any:
@@ -55,7 +55,7 @@ def patch_answers(answers: ModuleType) -> None:
 
 
 def note_compilations(jit: ModuleType) -> None:
-    """Each specialisation of a kernel of ours that a process needs is a line of the log."""
+    """Log a line for each specialisation of this project's kernels that a process needs."""
     runtime = ctypes.CDLL("libcudart.so.13")
     compile_kernel = jit.JITFunction._do_compile
 
@@ -73,9 +73,9 @@ def note_compilations(jit: ModuleType) -> None:
 
 
 def watch_steps(graphs: ModuleType) -> None:
-    """A replayed step that asks torch or the device for memory, or waits, is a violation.
+    """Log a violation if a replayed step allocates memory or waits.
 
-    torch counts for all threads together: where there are several, only what reaches the device is seen.
+    torch counts over all threads: with several, only calls that reach the device are checked.
     """
     import torch
 
@@ -107,7 +107,7 @@ AFTER_IMPORT = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds as Python does, and patches what AFTER_IMPORT names once it has been loaded."""
+    """Import hook that applies the patches of AFTER_IMPORT after a module has loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if name not in AFTER_IMPORT:
