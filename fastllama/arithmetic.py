@@ -1,4 +1,4 @@
-"""Whole numbers of blocks, numbers that fp32 holds, and exponentials of any size."""
+"""Integer division and powers of two, clamping to fp32, and exp without overflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal and finite
 
 
-# Launchers use these two: triton.next_power_of_2 and triton.cdiv take 5 us each on the host, a third of a launch.
+# For launchers: triton.next_power_of_2 and triton.cdiv take 5 us each on the host, a third of a launch.
 def power_of_2(count: int) -> int:
     """The smallest power of two that is at least `count`; 1 for 0."""
     return 1 << max(count - 1, 0).bit_length()
@@ -19,14 +19,14 @@ def ceil_div(count: int, size: int) -> int:
 
 
 def within_fp32(value: float) -> float:
-    """The nearest number whose magnitude fp32 holds, 0 or not: a finite number stays one, and its sign too."""
+    """`value` with its magnitude clamped to the normal fp32 numbers; 0 and the sign are kept."""
     if value == 0:
         return value
     return math.copysign(min(max(abs(value), FP32_SMALLEST), FP32_LARGEST), value)
 
 
 def exp(value: float) -> float:
-    """e to the power of `value`; inf, and no OverflowError, where fp64 holds no number as large."""
+    """e to the power of `value`; inf instead of OverflowError beyond fp64."""
     try:
         return math.exp(value)
     except OverflowError:

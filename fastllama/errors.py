@@ -25,11 +25,11 @@ NOT_INSTALLED = "not installed"
 def why_unusable(package: str) -> str | None:
     """Why an optional package cannot be used: NOT_INSTALLED, or what importing it raises. None where it works.
 
-    That it is there says little: it may be too old for the NumPy beside it, or want a folder that cannot be written.
+    An installed package may still fail: too old for the installed NumPy, or without a writable cache folder.
     """
     try:
         found = importlib.util.find_spec(package)
-    except ImportError:  # of a finder that keeps the package out
+    except ImportError:  # raised by an import hook that blocks the package
         found = None
     if found is None:
         return NOT_INSTALLED
@@ -46,32 +46,32 @@ def summary(error: BaseException) -> str:
 
 
 class ExtraRequiredError(ImportError):
-    """An optional dependency is missing or broken; the message names the pip extra that brings it."""
+    """An optional dependency is missing or broken; the message names the pip extra that installs it."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         why = why_unusable(package) or NOT_INSTALLED
-        said = f"is {why}" if why == NOT_INSTALLED else f"is installed but cannot be imported ({why})"
-        super().__init__(f"{feature} needs {package!r}, which {said}: pip install 'fastllama[{extra}]'")
+        state = f"is {why}" if why == NOT_INSTALLED else f"is installed but cannot be imported ({why})"
+        super().__init__(f"{feature} needs {package!r}, which {state}: pip install 'fastllama[{extra}]'")
 
 
 class TuningError(ValueError):
-    """A file of tuned launch configurations that is broken or meant for something else; names the file and field."""
+    """A file of tuned launch configurations is broken or has another purpose; the message names the file and field."""
 
 
 class BackendError(RuntimeError):
-    """FASTLLAMA_BACKEND, or the device, asks for an implementation of an op that cannot run here."""
+    """The implementation of an op that FASTLLAMA_BACKEND or the device selects cannot run here."""
 
 
 class QueueFullError(RuntimeError):
-    """More requests wait than an AsyncEngine lets wait; nothing was queued, and a later try may succeed."""
+    """The queue of an AsyncEngine is full; the request was not queued, and a later try may succeed."""
 
 
 class RequestError(RuntimeError):
-    """A request that failed while it ran, or was aborted; its `__cause__` is what was raised.
+    """A request failed while it ran, or was aborted; its `__cause__` is the original exception.
 
-    outputs: of LLM.generate, those of all its prompts (RequestOutput), for most of which nothing failed.
-    reason: "error" where something was raised, "abort" where somebody ended it, "deadline" where that passed before its
-    prompt was tokenized; afterwards a deadline raises nothing, and is the finish_reason of what came by then.
+    outputs: from LLM.generate, the RequestOutputs of all its prompts, including those that did not fail.
+    reason: "error" for an exception, "abort" for a request that was aborted, "deadline" for one whose deadline passed
+    before its prompt was tokenized. A later deadline raises nothing: it is the finish_reason of the partial output.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class RequestError(RuntimeError):
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun, "1 token" or "2 tokens"; the plural ends in s unless it is given."""
+    """A number with its noun, "1 token" or "2 tokens"; `plural` where that does not end in s."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """A name or path in a message: control characters as escapes, and of a long one both ends, `limit` characters."""
+    """A name or path for a message: control characters escaped, the middle cut out beyond `limit` characters."""
     letters, half = str(text), limit // 2
     if len(letters) > limit:
         letters = f"{letters[:half]}...{letters[-half:]}"
@@ -95,7 +95,7 @@ def shown(text: object, limit: int = 200) -> str:
 
 
 class _Brief(reprlib.Repr):
-    """Representations for messages: of a long string, list or dict the first elements, of a huge integer its length."""
+    """Short representations for messages: the first elements of a long value, the length of a huge integer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Brief(reprlib.Repr):
 
 
 def brief(value: object) -> str:
-    """A value in a message: its repr, of at most about 200 characters. Raises nothing."""
+    """A value for a message: its repr, cut to about 200 characters. Never raises."""
     return shown(_BRIEF.repr(value))
 
 
@@ -118,7 +118,7 @@ _BRIEF = _Brief()
 
 
 def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
-    """The legal word most like `word`, or None when nothing is close: `alike` as difflib's ratio, 0 to 1."""
+    """The legal word most similar to `word`; None below the ratio `alike` of difflib, 0 to 1."""
     found = difflib.get_close_matches(word, list(legal), n=1, cutoff=alike)
     return found[0] if found else None
 
@@ -126,7 +126,8 @@ def nearest(word: str, legal: Iterable[str], alike: float = 0.5) -> str | None:
 def check_choice(name: str, value: Any, legal: Iterable[Any]) -> None:
     """Raise ValueError unless `value` is one of `legal`."""
     legal = list(legal)
-    if not any(isinstance(value, type(each)) and value == each for each in legal):  # an array equals nothing, not all
+    # Types first: an array is never legal, and its == is no bool.
+    if not any(isinstance(value, type(each)) and value == each for each in legal):
         hint = nearest(value, [word for word in legal if isinstance(word, str)]) if isinstance(value, str) else None
         meant = f" (did you mean {hint!r}?)" if hint else ""
         raise ValueError(f"{name} is {brief(value)}{meant}; legal values: {', '.join(map(repr, legal))}")
@@ -143,9 +144,9 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
 
 
 def similar(word: str, legal: Iterable[str]) -> str | None:
-    """The legal word that an unknown one may be misspelled for, as a question; None where none is really alike.
+    """A "did you mean" question with the legal word that an unknown one may misspell; None if no word is close.
 
-    What has all parts of a legal word and one more, as repetition_penalty_range, means something else.
+    A legal word with a part added, as in repetition_penalty_range, is another option and not a misspelling.
     """
     parts = _parts(word)
     others = [each for each in legal if not _parts(each) < parts]
@@ -165,12 +166,12 @@ def reject_unknown(
 ) -> None:
     """Raise TypeError for the first unknown option, with a hint where there is one, and the legal options.
 
-    hint: the sentence to say about an unknown word, given the legal ones, or None.
+    hint: returns a sentence about an unknown word, given the legal words, or None.
     """
     legal = list(legal)
     for word in unknown:
-        said = hint(word, legal)
-        options = f"{f'{said} Legal' if said else 'legal'} options: {', '.join(legal)}"
+        question = hint(word, legal)
+        options = f"{f'{question} Legal' if question else 'legal'} options: {', '.join(legal)}"
         raise TypeError(f"{owner} got an unknown option {brief(word)}; {options}")
 
 
@@ -193,7 +194,7 @@ def check_dtype(name: str, tensor: Any, legal: Sequence[Any]) -> None:
 
 
 def check_rows(name: str, tensor: Any) -> None:
-    """Raise ValueError unless the last dimension is contiguous; every other stride is honoured."""
+    """Raise ValueError unless the last dimension is contiguous; all other strides are legal."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has strides {list(tensor.stride())}; legal: a contiguous last dimension (stride 1)")
 

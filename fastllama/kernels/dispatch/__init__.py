@@ -1,1 +1,1 @@
-"""How an op call is checked, dispatched to an implementation, remembered and recorded."""
+"""Checks op calls, dispatches them to an implementation, caches the checks, and records calls for replay."""

@@ -1,4 +1,4 @@
-"""Finds tensors of a call that share memory where the op would read what it has already overwritten."""
+"""Finds tensors of a call that share memory, where an op would read elements that it has already overwritten."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-MOST_WORK = 100_000  # candidates that NumPy may look at to tell two strided tensors apart: a millisecond
+MOST_WORK = 100_000  # candidates that NumPy checks for an overlap of two strided tensors: 1 ms
 
 InPlace = Mapping[str, Mapping[str, int]]
 
 
 class Aliasing:
-    """Which tensors of an op's calls may share memory.
+    """The rules for which tensors of an op's calls may share memory.
 
-    names: of all arguments. written: places of the tensors that the op writes. in_place: by output, the inputs over
-    which it may be written, element for element: each with how many such rows fit into one of the input's (`silu_mul`
-    may write over either half of its input: 2; else 1, which is the input itself, or the beginning of its rows).
-    kept_apart: pairs of names that may be the same view of one memory, begun at another of its rows: pages of keys and
-    of values, which slots tell apart.
+    names: of all arguments. written: positions of the tensors that the op writes. in_place: for each output, the inputs
+    that it may overwrite elementwise, each with the number of output rows that fit into an input row (`silu_mul` may
+    overwrite either half of its input: 2; else 1, the input itself or the beginning of its rows).
+    kept_apart: pairs of names that may be views of one buffer, offset by whole rows: pages of keys and of values, which
+    the slots keep apart.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Aliasing:
         self._kept_apart = [{names.index(one), names.index(other)} for one, other in kept_apart]
 
     def overlaps(self, args: Sequence[Any]) -> Iterator[tuple[int, int]]:
-        """The places of each tensor that is written, and of one that shares memory with it, and may not.
+        """Positions of each written tensor and of another that illegally shares memory with it.
 
-        Raises ValueError for a tensor that is written and holds some element twice, as an expanded one does.
+        Raises ValueError for a written tensor with two elements at one address, as an expanded tensor has.
         """
         spans = _spans(args)
         for place in self._written:
@@ -57,10 +57,10 @@ class Aliasing:
                 yield place, other
 
     def near(self, places: Sequence[int], args: Sequence[Any]) -> list[tuple[int, int, int, int]]:
-        """(i, j, low, high) for each two of the tensors, one of which is written: where their memory can meet.
+        """(i, j, low, high) for each pair of tensors with one that is written: the distances at which they may overlap.
 
-        places: of each tensor, once; i and j count in them. Memory does not meet as long as the address of the i-th
-        less that of the j-th is no more than `low`, or at least `high`.
+        places: the position of each distinct tensor; i and j index into it. The two do not overlap if the address of
+        tensor i minus that of tensor j is at most `low` or at least `high`.
         """
         sizes = {place: end - start for place, (start, end) in _spans(args).items()}
         indices = {id(args[place]): index for index, place in enumerate(places)}
@@ -68,23 +68,25 @@ class Aliasing:
             (indices[id(args[place])], indices[id(args[other])], -sizes[place], sizes[other])
             for place, other in self._pairs(sizes)
         ]
-        return [each for each in found if each[0] != each[1]]  # what is one tensor is judged once for all calls alike
+        return [
+            each for each in found if each[0] != each[1]
+        ]  # one tensor passed twice is checked once, with its Likeness
 
     def _pairs(self, places: Collection[int]) -> Iterator[tuple[int, int]]:
-        """Each two of some places, once, the first of which is written."""
+        """Each pair of positions once, the first of a written tensor."""
         for place in self._written:
             for other in places if place in places else ():
                 if other != place and not (other in self._written and other < place):
                     yield place, other
 
     def refusal(self, place: int, other: int) -> str:
-        """Why a call with such an overlap is refused."""
+        """The error message for an illegal overlap."""
         name, over = self._names[place], self._names[other]
         exact = f", or {over} itself" if over in self._in_place.get(name, ()) else ""
         return f"{name} shares memory with {over}; legal: memory of its own{exact}"
 
     def _is_in_place(self, place: int, other: int, args: Sequence[Any]) -> bool:
-        """Whether each element of an output lies on the element of an input that it is computed from."""
+        """Whether each element of an output has the address of the input element from which it is computed."""
         parts = self._in_place.get(self._names[place], {}).get(self._names[other], 0)
         out, x = args[place], args[other]
         lead = x.dim() - 1
@@ -101,13 +103,13 @@ class Aliasing:
 
 
 def _is_rows_apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of the same strides begin at different rows of one memory."""
+    """Whether two tensors of the same strides begin at different rows of one buffer."""
     row, distance = a.stride(0) * a.itemsize, a.data_ptr() - b.data_ptr()
     return a.stride() == b.stride() and distance != 0 and row != 0 and distance % row == 0
 
 
 def _spans(args: Sequence[Any]) -> dict[int, tuple[int, int]]:
-    """By place, of each tensor that is not empty."""
+    """The address range of each tensor that is not empty, by position."""
     return {place: _span(arg) for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.numel()}
 
 
@@ -119,7 +121,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _folds(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor may be one in memory: no stride steps over all that lies within it."""
+    """Whether two elements of a tensor may have one address: some stride is less than the extent within it."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -130,7 +132,7 @@ def _folds(tensor: Tensor) -> bool:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether some byte belongs to both: columns of one buffer do not share any, though they lie among each other."""
+    """Whether two tensors share a byte. Columns of one buffer do not, although their ranges interleave."""
     try:
         return np.shares_memory(_addressed(a), _addressed(b), max_work=MOST_WORK)  # type: ignore[arg-type]  # any int
     except np.exceptions.TooHardError:
@@ -138,7 +140,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def _addressed(tensor: Tensor) -> Any:
-    """A tensor's memory, on whichever device, as an array that nobody reads."""
+    """A NumPy array with the addresses of a tensor on any device; its elements are never read."""
     size = tensor.itemsize
     interface = {
         "version": 3,

@@ -1,4 +1,4 @@
-"""The implementations of one function, and which of them runs on a device."""
+"""The implementations of one function, and the selection of one for a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Implementation:
-    """What runs an op on one kind of device: "triton", "numba", "cpu" or "reference"; `reason` says why."""
+    """What runs an op on a device type: backend "triton", "numba", "cpu" or "reference"; reason: why it is chosen."""
 
     backend: str
     run: Function
@@ -28,12 +28,12 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One compiler's kernels for an op, and what the op must know of them. All but `run` for Triton's matmuls alone.
+    """One compiler's kernels for an op. All fields but `run` are for Triton's matmuls alone.
 
-    run: in out-form. It may return a function, which then runs the calls that are like this one in its place.
-    workspace_size: elements of scratch memory, from what the op's `..._workspace` is asked.
-    few_rows: rows of x up to which none changes a bit of another's result, from x and the weight.
-    fuses: what of a Fusion `run` computes itself, from the op's arguments up to it and the Fusion.
+    run: takes the outputs as arguments. It may return a function, which replaces it for later calls of this Likeness.
+    workspace_size: elements of scratch memory, from the arguments of the op's `..._workspace`.
+    few_rows: the most rows of x that are batch-invariant, from x and the weight.
+    fuses: the part of a Fusion that `run` computes itself, from the op's arguments before it and the Fusion.
     """
 
     run: Function
@@ -43,13 +43,13 @@ class Kernels:
 
 
 Table = Callable[[], Mapping[str, Kernels]]
-_unusable: dict[Table, str] = {}  # tables that cannot be used here, and why
+_unusable: dict[Table, str] = {}  # tables of kernels that cannot be imported, with the reason
 
 
 def _why_unusable(compiler: str, table: Table) -> str | None:
-    """Why a compiler's kernels cannot be used: NOT_INSTALLED, or what importing them raises; None where they can.
+    """Why a compiler's kernels cannot be used: NOT_INSTALLED, or the error of importing them; None if they can.
 
-    Tried and logged once. A Numba that is there may be too old for NumPy, or find no folder that it may write.
+    Tried and logged once. An installed Numba may be too old for NumPy, or lack a writable cache folder.
     """
     if table not in _unusable:
         why = why_unusable(compiler.lower())
@@ -66,11 +66,11 @@ def _why_unusable(compiler: str, table: Table) -> str | None:
 
 
 class Backends:
-    """A function that has a reference, and may have an implementation of torch's ops for CPUs, in Numba and in Triton.
+    """A function with a reference and optional implementations in torch ops for CPUs, in Numba and in Triton.
 
-    reference: the function of the same name in kernels/reference. Its matmuls get full precision here.
-    cpu: faster than it for CPU tensors. numba, triton: give a compiler's kernels by name, this function's among them;
-    called when first needed, so that both packages stay optional.
+    reference: the function of the same name in kernels/reference; its matmuls run in full precision.
+    cpu: a faster one for CPU tensors. numba, triton: return a compiler's table of kernels by name; called on first use,
+    so that both packages stay optional.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Backends:
     def implementation(self, device: str) -> Implementation:
         """The implementation that FASTLLAMA_BACKEND and a device type ("cpu", "cuda", ...) select.
 
-        Raises BackendError when the variable asks for a Triton kernel that there is and that cannot run here.
+        Raises BackendError when the variable selects a Triton kernel that exists but cannot run here.
         """
         wanted = env.BACKEND.read()
         if wanted == "reference":
@@ -102,12 +102,12 @@ class Backends:
         if wanted == "triton" and self.has_triton:
             return Implementation("triton", self.launcher(device), "FASTLLAMA_BACKEND=triton")
         chosen = self.implementations(device)[0]
-        if wanted == "triton" and device != "cuda":  # where that is the reason anyway
+        if wanted == "triton" and device != "cuda":  # on CUDA that is the reason already
             return replace(chosen, reason=f"no Triton kernel yet; {chosen.reason}")
         return chosen
 
     def implementations(self, device: str) -> list[Implementation]:
-        """Everything that runs it on a device type, the preferred first and the reference last."""
+        """All implementations for a device type, in order of preference; the reference is last."""
         found = []
         missing = f"no kernels for {device}"
         if device == "cpu":
@@ -126,7 +126,7 @@ class Backends:
         return [*found, Implementation("reference", self._run_reference, missing)]
 
     def launcher(self, device: str) -> Function:
-        """What launches the Triton kernels, where there are any. Raises BackendError where they cannot run."""
+        """The function that launches the Triton kernels. Raises BackendError where they cannot run."""
         return self._whole(self._triton_kernels(device))
 
     def _triton_kernels(self, device: str) -> Kernels:
@@ -145,7 +145,7 @@ class Backends:
         return self._triton()[self.name]
 
     def _whole(self, kernels: Kernels) -> Function:
-        """What runs all of a call by kernels that may do a part of it."""
+        """The function that runs a whole call by these kernels, which may compute only a part of it."""
         return kernels.run
 
     def _run_reference(self, *args: Any) -> Any:

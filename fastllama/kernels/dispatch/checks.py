@@ -1,4 +1,4 @@
-"""What an op demands of its tensors, checked in a third of a microsecond each where nothing is wrong."""
+"""Checks of an op's tensors: shape, dtype and strides; 0.3 us for each legal tensor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastllama.errors import check_dtype, check_rows, check_shape
 from fastllama.kernels.dispatch.fusion import Fusion
 
 KERNEL_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FLOATS = (*KERNEL_FLOATS, torch.float64)  # fp64 is the oracle's: no Triton kernel takes it
+FLOATS = (*KERNEL_FLOATS, torch.float64)  # fp64 is for the oracle: no Triton kernel accepts it
 INTEGERS = (torch.int32, torch.int64)
-CODES = (torch.int8, torch.float8_e4m3fn)  # of quantized pages
+CODES = (torch.int8, torch.float8_e4m3fn)  # dtypes of quantized pages
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
-    """ValueError unless `tensor` has the shape and contiguous rows, TypeError unless it has one of the dtypes."""
+    """Raise ValueError for another shape or rows that are not contiguous, TypeError for a dtype not in `dtypes`."""
     if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
         check_shape(name, tensor, shape)
         check_dtype(name, tensor, dtypes)
@@ -26,14 +26,14 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequen
 
 
 def check_elements(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """check_tensor for a tensor whose shape the caller has checked."""
+    """`check_tensor` for a tensor whose shape the caller has checked."""
     if tensor.dtype not in dtypes or not tensor.is_contiguous():
         check_dtype(name, tensor, dtypes)
         check_rows(name, tensor)
 
 
 def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """check_tensor for a packed weight [tiles, tiles, ...], of which each row of tiles must be contiguous."""
+    """`check_tensor` for a packed weight [tiles, tiles, ...], each row of tiles contiguous."""
     check_tensor("packed", packed, shape, (dtype,))
     _, _, a, b, c = shape
     if packed.stride()[1:] != (a * b * c, b * c, c, 1):
@@ -41,9 +41,9 @@ def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> No
 
 
 def check_scales(name: str, scales: Tensor | None, pages: Tensor, instead: str = "") -> None:
-    """ValueError unless there are scales [P, Hkv, page_size] where pages hold CODES, and none elsewhere.
+    """Raise ValueError unless quantized pages have scales [P, Hkv, page_size], and other pages none.
 
-    instead: what else is legal for codes, for the message.
+    instead: the legal alternative for quantized pages, for the message.
     """
     quantized = pages.dtype in CODES
     if scales is not None and quantized:
@@ -58,7 +58,7 @@ def check_scales(name: str, scales: Tensor | None, pages: Tensor, instead: str =
 def check_page_scales(
     k_scales: Tensor | None, v_scales: Tensor | None, k_scale: float | None, v_scale: float | None, pages: Tensor
 ) -> None:
-    """check_scales of keys and values, where one number may take the place of each tensor, or of none."""
+    """`check_scales` of keys and values, where both tensors, or neither, may be replaced by one number each."""
     for name, scales, number in (("k_scale", k_scales, k_scale), ("v_scale", v_scales, v_scale)):
         if number is None:
             check_scales(f"{name}s", scales, pages, f", or a number as {name}")
@@ -72,9 +72,9 @@ def check_page_scales(
 
 
 def check_scale(name: str, scale: float) -> None:
-    """ValueError unless one scale for all that pages hold is a positive normal number of fp32."""
+    """Raise ValueError unless one scale for all pages is a positive normal number of fp32."""
     low, high = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-    if not low <= scale <= high:  # which NaN is not
+    if not low <= scale <= high:  # also true for NaN
         raise ValueError(f"{name} is {scale!r}; legal: from {low:.4g} to {high:.4g}, the normal numbers of fp32")
 
 
@@ -86,7 +86,7 @@ def matmul_shape(leading: Sequence[int], features: int, gated: bool) -> tuple[in
 
 
 def check_matmul(x: Tensor, features: int, bias: Tensor | None, fusion: Fusion, out: Tensor) -> None:
-    """ValueError or TypeError unless x and what is around its matmul by a weight of so many rows are legal."""
+    """Raise ValueError or TypeError unless x, bias, fusion and out are legal for a weight of `features` rows."""
     norm, _, residual, gated = fusion
     dtype, shape = (x.dtype,), matmul_shape(x.shape[:-1], features, gated)
     check_elements("x", x, FLOATS)
@@ -102,24 +102,24 @@ def check_matmul(x: Tensor, features: int, bias: Tensor | None, fusion: Fusion, 
 
 
 def check_workspace(workspace: Tensor | None, dtype: torch.dtype) -> None:
-    """ValueError or TypeError unless `workspace` is None or [N], contiguous, of the dtype: of any length."""
+    """Raise ValueError or TypeError unless `workspace` is None or contiguous [N] of the dtype; any N is legal."""
     if workspace is not None:
         check_tensor("workspace", workspace, workspace.shape[:1], (dtype,))
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
-    """TypeError for fp64, which a Triton kernel does not take."""
+    """Raise TypeError for fp64, which no Triton kernel accepts."""
     if tensor.dtype not in KERNEL_FLOATS:
         check_dtype(name, tensor, KERNEL_FLOATS)
 
 
 def as_int32(numbers: Tensor) -> Tensor:
-    """Lengths, pages or bounds as int32; one that it has no room for becomes one that is not legal either."""
+    """Lengths, pages or bounds as int32; a number out of range is clamped to one that is illegal too."""
     return numbers if numbers.dtype == torch.int32 else numbers.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def as_rows(name: str, tensor: Tensor) -> Tensor:
-    """`tensor` [..., H] as [rows, H], never copied: ValueError where its rows do not lie at one stride."""
+    """A view [rows, H] of `tensor` [..., H]. Raises ValueError unless its rows are at one stride."""
     if tensor.dim() == 2:
         return tensor
     *leading, size = tensor.shape

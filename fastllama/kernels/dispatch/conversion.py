@@ -1,4 +1,4 @@
-"""A change of a weight's form (quantize, pack and back), dispatched like an op."""
+"""Conversions of a weight (quantize, pack, and their inverses), dispatched like ops."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastllama.kernels.dispatch.plainness import check_memory, is_plain
 
 
 class Conversion(Backends):
-    """Returns tensors that it makes, where an Op writes into its caller's: it runs once for a weight, not in a step.
+    """A function that allocates and returns its results, unlike an Op: it runs once for a weight, not in every step.
 
-    So it is not registered with torch, and its implementation is chosen anew at each call, by the first argument. It
-    runs without autocast, as an op does. What is not a plain tensor gets the reference, whose torch ops know it.
-    check: takes the arguments and raises for what is not legal.
+    It is not registered with torch, and selects its implementation at each call, by the device of the first argument.
+    It runs without autocast, as an op does. Tensors that are not plain run the reference, whose torch ops handle them.
+    check: takes the arguments and raises for an illegal one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a matmul computes besides x @ weight^T + bias."""
+"""The prologue and epilogue of a matmul, x @ weight^T + bias."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Fusion(NamedTuple):
-    """The ops before and after a matmul in a Llama's block: RMSNorm of x in front, a residual or SwiGLU behind.
+    """The ops to fuse with a matmul in a Llama block: RMSNorm of x as prologue, a residual sum or SwiGLU as epilogue.
 
-    norm: [K], the weight of the norm, and its eps. residual: like the result, added to it. gated: the weight is
+    norm: [K], the weight of the norm, with its eps. residual: like the result, added to it. gated: the weight is
     [gate | up], and the result silu(gate) * up. residual and gated exclude each other.
 
-    Ops take its fields one by one: SCHEMA, in an op's schema.
+    Ops take the fields as separate arguments: SCHEMA, in an op's schema.
     """
 
     norm: Tensor | None = None
@@ -23,9 +23,9 @@ class Fusion(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing around the matmul."""
+        """Whether there is neither prologue nor epilogue."""
         return self.norm is None and self.residual is None and not self.gated
 
 
-Fields = tuple[Tensor | None, float, Tensor | None, bool]  # those of a Fusion
+Fields = tuple[Tensor | None, float, Tensor | None, bool]  # the fields of a Fusion
 SCHEMA = "Tensor? norm, float eps, Tensor? residual, bool gated"

@@ -1,8 +1,8 @@
-"""Runs code as if torch's process-wide and thread-wide settings were at their defaults, whoever called it.
+"""Runs functions as if torch's autocast and matmul precision were at their defaults, whatever the caller has set.
 
-Autocast intercepts torch's matmuls and casts their operands and results: w8a8's, of exact sums, were 2e-3 off. After
-`torch.set_float32_matmul_precision("medium")` torch multiplies fp32 in bf16 where the CPU has instructions for it, and
-an fp32 matmul is as far off.
+Autocast casts the operands and results of torch's matmuls: the exact sums of w8a8 were 2e-3 off. After
+`torch.set_float32_matmul_precision("medium")` torch multiplies fp32 in bf16 on CPUs with instructions for it, with an
+error as large.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def no_autocast() -> AbstractContextManager[None]:
-    """Within, autocast intercepts nothing in the calling thread: 0.5 us.
+    """A context without autocast in the calling thread: 0.5 us.
 
-    Its dispatch keys are excluded. `torch.autocast(enabled=False)` takes 23 us, and on the way out of the outermost
-    empties autocast's cache of weights.
+    It excludes autocast's dispatch keys. `torch.autocast(enabled=False)` takes 23 us, and the outermost one clears
+    autocast's cache of weights on exit.
     """
     guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
     return guard
 
 
 def without_autocast(run: Function) -> Function:
-    """`run` within `no_autocast`, for a caller that finds `autocast_enabled`."""
+    """`run` within `no_autocast`, for callers that have checked `autocast_enabled`."""
 
     @functools.wraps(run)
     def isolated(*args: Any) -> Any:
@@ -57,10 +57,10 @@ def without_autocast(run: Function) -> Function:
     return isolated
 
 
-# torch 2.9 has a precision for each backend and operator; before, there is the one of set_float32_matmul_precision.
+# torch 2.9 has a precision for each backend and operator; older versions have set_float32_matmul_precision alone.
 _BACKENDS = ("mkldnn", "cuda") if hasattr(torch._C, "_get_fp32_precision_getter") else ()
-_FULL = ("ieee", "none")  # "none": by default, which is IEEE for matmuls
-# Of cuBLAS's 16-bit matmuls. On a CPU-only build they read and write as elsewhere.
+_FULL = ("ieee", "none")  # "none": the default, IEEE for matmuls
+# Settings of cuBLAS's 16-bit matmuls; also readable and writable in CPU-only builds.
 _REDUCTIONS = [
     (getattr(torch._C, f"_get_cublas_allow_{name}"), getattr(torch._C, f"_set_cublas_allow_{name}"))
     for name in ("fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction", "fp16_accumulation")
@@ -68,7 +68,7 @@ _REDUCTIONS = [
 ]
 
 
-# The precision of the CPU's matmuls, and what it may be: without a Python frame, as every call of them reads it.
+# The precision of the CPU's matmuls, and its legal values. No Python frame, as every matmul reads it.
 _read: Callable[[], str] = torch._C._get_float32_matmul_precision
 _full_here: tuple[str, ...] = ("highest",)
 if _BACKENDS:
@@ -86,16 +86,16 @@ def _sums_in_full() -> bool:
 
 
 def _reduces(value: bool | tuple[bool, bool]) -> bool:
-    """Whether sums may be rounded to 16 bits; a pair, from torch 2.10 on, also says whether K may be split."""
+    """Whether sums may be rounded to 16 bits. From torch 2.10 on a pair: the second is whether split-K is allowed."""
     return value[0] if isinstance(value, tuple) else value
 
 
 def _set_full() -> Function:
-    """Set all settings to full precision. Returns what puts back those that were not."""
+    """Set all settings to full precision. Returns a function that restores those that were changed."""
     undo: list[Function] = []
     try:
         general = torch._C._get_float32_matmul_precision()
-    except RuntimeError:  # where it contradicts a backend's, which counts alone
+    except RuntimeError:  # it contradicts a backend's setting, which takes precedence
         general = "highest"
     own = {backend: _own_precision(backend) for backend in _BACKENDS}
     if general != "highest":
@@ -115,15 +115,15 @@ def _set_full() -> Function:
 
 
 def _own_precision(backend: str) -> str:
-    """What a backend's matmuls are set to: "none" where they inherit, or have what they would."""
+    """The precision that a backend's matmuls are set to; "none" if inherited, or equal to what they would inherit."""
     precision: str = torch._C._get_fp32_precision_getter(backend, "matmul")
     return "none" if precision == torch._C._get_fp32_precision_getter(backend, "all") else precision
 
 
 class _FullPrecision:
-    """Within, the settings of the process are at full precision: the first thread in sets, the last one out puts back.
+    """A context at full precision for the process: the first thread to enter sets it, the last to leave restores.
 
-    What another thread sets meanwhile is lost. A child that was forked meanwhile puts back what its parent had.
+    Settings that another thread changes meanwhile are lost. A child forked meanwhile restores its parent's settings.
     """
 
     def __init__(self) -> None:
@@ -137,8 +137,8 @@ class _FullPrecision:
             )
 
     def needed(self) -> bool:
-        """Whether matmuls of the calling thread, on a CPU, have to be inside: 0.15 us."""
-        turn = self._turn  # that it stays even says that what is read is not set by a thread that leaves
+        """Whether CPU matmuls of the calling thread need the context: 0.15 us."""
+        turn = self._turn  # stays even: no thread was restoring while the setting was read
         return turn & 1 != 0 or _read() not in _full_here or self._turn != turn
 
     def needed_on_gpu(self) -> bool:
@@ -168,7 +168,7 @@ class _FullPrecision:
             self._turn += 1
 
     def _after_in_child(self) -> None:
-        """Of the threads inside, the one that forked is there alone."""
+        """In a forked child, only the thread that forked is still inside."""
         thread = threading.get_ident()
         self._inside = {thread: self._inside[thread]} if thread in self._inside else {}
         self._put_back()
@@ -180,20 +180,19 @@ _NOTHING = nullcontext()
 
 
 def full_precision(device_type: str) -> AbstractContextManager[None]:
-    """Within, torch's matmuls on a device type have fp32's precision, whatever the process has set: 0.3 us if nothing.
+    """A context in which torch's matmuls on a device type have full fp32 precision: 0.3 us if nothing must be changed.
 
-    That is `torch.set_float32_matmul_precision`, `torch.backends.*.fp32_precision` and `torch.backends.cuda.matmul`'s
-    permission for cuBLAS to round 16-bit matmuls' sums on the way, which is given by default: then 4 us. To be put
-    around every matmul of fp32 operands, by `mm`, `mv`, `bmm`, `einsum` or scaled_dot_product_attention, and on a GPU
-    around every one of 16 bits. The settings are the process's and no thread's: matmuls of other threads have full
-    precision meanwhile.
+    It overrides `torch.set_float32_matmul_precision`, `torch.backends.*.fp32_precision` and, at 4 us, the permission of
+    `torch.backends.cuda.matmul` for cuBLAS to round the sums of 16-bit matmuls, which is on by default. Required for
+    every matmul of fp32 operands by `mm`, `mv`, `bmm`, `einsum` or scaled_dot_product_attention, and on a GPU for
+    every 16-bit matmul. The settings belong to the process: matmuls of other threads have full precision meanwhile.
     """
     needed = _FULL_PRECISION.needed_on_gpu() if device_type == "cuda" else _FULL_PRECISION.needed()
     return _FULL_PRECISION if needed else _NOTHING
 
 
 def in_full_precision(run: Function) -> Function:
-    """`run`, of tensors on a CPU, within `full_precision`: 0.3 us a call if nothing is set."""
+    """`run`, of CPU tensors, within `full_precision`: 0.3 us a call if nothing must be changed."""
 
     @functools.wraps(run)
     def isolated(*args: Any, **kwargs: Any) -> Any:
@@ -206,10 +205,10 @@ def in_full_precision(run: Function) -> Function:
 
 
 def _run_on_one_thread() -> None:
-    """In a forked child: torch's OpenMP threads do not come along, and its first parallel loop would wait for them.
+    """In a forked child, torch's OpenMP threads do not exist, and its first parallel loop would wait for them.
 
-    As torch's own DataLoader does in its workers. `torch.set_num_threads` in the child brings our kernels' own threads
-    back, which start anew; ops that torch computes would hang, as torch does.
+    torch's DataLoader does the same in its workers. `torch.set_num_threads` in the child restarts the threads of our
+    own kernels; ops that torch computes would then hang, as torch itself does.
     """
     torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Recognises a call whose arguments are like an earlier call's, so that it is checked and prepared once."""
+"""Recognises calls whose arguments are like an earlier call's, so that only the first is checked and prepared."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Arguments = tuple[Any, ...]
 
 
 class Likeness:
-    """What the legality of a call hangs on: its tensors' metadata, which of them are one tensor, all other arguments.
+    """What decides whether a call is legal: its tensors' metadata, which of them are identical, all other arguments.
 
-    Metadata are type, device, dtype, shape, strides and requires_grad: not the address, not what a tensor holds. The
-    guard that torch.compile evaluates before it runs compiled code compares them: 0.9 us for seven tensors, of which
-    Python would need 0.3 us each to read them. It also compares the dispatch keys of tensors and of the thread, so that
-    no wrapped tensor and no call under a transform of torch is like a call that was none.
+    Metadata are type, device, dtype, shape, strides and requires_grad, but neither address nor values. They are
+    compared by torch.compile's guards: 0.9 us for seven tensors, where reading them in Python takes 0.3 us each. The
+    guards also compare the dispatch keys of tensors and of the thread, so that a wrapped tensor, or a call under a
+    transform of torch, never matches a plain call.
 
-    match: returns the tensors of a call of the same op, each once, where it is like the first; else None. places: of
-    these tensors. plain: whether all other arguments are numbers, so that other calls can be like this one.
+    match: returns the distinct tensors of a call of the same op if it is like the first; else None. places: positions
+    of these tensors. plain: whether all other arguments are numbers, without which no call can match.
     """
 
     def __init__(self, args: Arguments, tensors: Collection[int]) -> None:
-        """Of a call with these arguments, where `tensors` are the places that a tensor or None must take."""
-        first: dict[int, int] = {}  # where each tensor occurs first, by identity
+        """args: of the call. tensors: the positions that hold a tensor or None."""
+        first: dict[int, int] = {}  # the first position of each tensor, by identity
         same, others = [], []
         for place, arg in enumerate(args):
             if place not in tensors or arg is None:
@@ -38,7 +38,7 @@ class Likeness:
                 first[id(arg)] = place
         self.places = [*first.values()]  # of the tensors
         unique = [args[place] for place in self.places]
-        sizes: list[Any] = [list(tensor.shape) for tensor in unique]  # each as it is: none may vary
+        sizes: list[Any] = [list(tensor.shape) for tensor in unique]  # exact: no dimension is dynamic
         strides: list[Any] = [list(tensor.stride()) for tensor in unique]
         self.requires_grad = any(tensor.requires_grad for tensor in unique)
         self.plain = all(isinstance(args[place], _PLAIN) for place in others)
@@ -69,7 +69,7 @@ def _matcher(
 
 
 def picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:
-    """A function that returns the arguments at some places, at least one, as a tuple."""
+    """A function that returns the arguments at some positions, at least one, as a tuple."""
     if len(places) > 1:
         return itemgetter(*places)
     (place,) = places
@@ -77,4 +77,4 @@ def picker(places: Sequence[int]) -> Callable[[Arguments], Arguments]:
 
 
 def _nothing(args: Arguments) -> None:
-    """What a call has besides its tensors."""
+    """The other arguments of a call that has tensors alone."""

@@ -1,10 +1,9 @@
 """An op: checks a call, runs the implementation bound to its device, and is opaque to torch.compile.
 
-Every implementation writes into tensors its caller passes and allocates no result: so an op aliases nothing, needs no
-fake beyond "no result", and can be captured in a CUDA graph. Eager calls of plain tensors go straight to it: the
-dispatcher costs 2 us a call, and up to 35 us where `custom_op` registers instead of `torch.library.Library`, more than
-many of the kernels themselves. What is not plain (plainness.py) goes through the dispatcher, which knows what to do.
-A call like an earlier one is not checked again.
+Every implementation writes into tensors that its caller passes and allocates no result: so an op aliases nothing, its
+fake implementation does nothing, and it can be captured in a CUDA graph. Eager calls of plain tensors bypass torch's
+dispatcher, which costs 2 us a call (up to 35 us with `custom_op` in place of `torch.library.Library`), more than many
+kernels. All other tensors (plainness.py) go through the dispatcher. A call like an earlier one is not checked again.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from fastllama.kernels.dispatch.isolation import autocast_enabled, without_autoc
 from fastllama.kernels.dispatch.likeness import Likeness, picker
 from fastllama.kernels.dispatch.plainness import check_memory, check_no_tangent, is_plain, is_zero_tensor
 
-_MOST_KNOWN = 64  # calls remembered of an op: a layer makes five kinds of one at most, each prompt length adds as many
-_MOST_PLACES = 256  # remembered of each: those of some dozen layers, and of what is allocated between them
+_MOST_KNOWN = 64  # cached calls of an op: a layer makes at most five kinds, for each prompt length
+_MOST_PLACES = 256  # addresses cached for each: some dozen layers, and what is allocated between them
 
-_LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops die with it
+_LIBRARY = torch.library.Library("fastllama", "FRAGMENT")  # kept alive: its ops are removed with it
 OPS: dict[str, Op] = {}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     "float": (Real, torch.SymFloat, torch.SymInt),
@@ -46,12 +45,12 @@ _address = Tensor.data_ptr
 
 @dataclass(frozen=True)
 class _Known:
-    """How calls like one that has been checked are run.
+    """How to run calls like one that has been checked.
 
-    match, requires_grad: of its Likeness. written: picks the tensors that are written and whose versions autograd
-    counts, if there are any. near: two of the tensors that `match` returns, of which one is written, and between which
-    distances in bytes their memory meets. places: addresses of all at which memory is there, and is not shared: buffers
-    that are kept, and those that an allocator hands out again, are looked at once.
+    match, requires_grad: of its Likeness. written: picks the written tensors whose versions autograd counts, if any.
+    near: pairs of the tensors that `match` returns, one of them written, with the distances in bytes at which they
+    overlap. places: tuples of addresses that have been checked for missing and shared memory, so that buffers which are
+    kept, or which an allocator reuses, are checked once.
     """
 
     match: Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]
@@ -67,14 +66,14 @@ class Op(Backends):
 
     schema: torch's schema language, "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()". Outputs come
     last and are (a!) and (b!); inputs that are updated in place are (c!) and on. Scratch memory comes after them,
-    `Tensor(c!)? workspace`: a launcher that needs some allocates it when None, and only then allocates anything.
-    check: takes the arguments and raises for what is not legal; devices are checked here. Whether a call is legal must
-    depend on nothing but its Likeness.
-    reference: the function of the same name in kernels/reference; takes everything but the outputs and returns them.
-    values: takes the arguments and raises ValueError for what they hold that is not legal; asked by FASTLLAMA_CHECK=1.
-    in_place, kept_apart: which outputs may be written over which inputs, and which tensors may lie in one memory, as
-    for Aliasing; all others need memory of their own.
-    cpu, numba, triton: as for Backends, in out-form.
+    `Tensor(c!)? workspace`: a launcher that needs some allocates it when None, and allocates nothing else.
+    check: takes the arguments and raises for an illegal one; devices are checked here. Whether a call is legal must
+    depend on its Likeness alone.
+    reference: the function of the same name in kernels/reference; takes all arguments but the outputs, returns these.
+    values: takes the arguments and raises ValueError for illegal values in tensors; called with FASTLLAMA_CHECK=1.
+    in_place, kept_apart: which outputs may overwrite which inputs, and which tensors may share a buffer, as for
+    Aliasing; no other tensors may share memory.
+    cpu, numba, triton: as for Backends, with the outputs as arguments.
     """
 
     def __init__(
@@ -104,9 +103,9 @@ class Op(Backends):
         self._check, self._values = check, values
         self._bound: dict[torch.device, Function] = {}
         self._second = next(place for place in self._tensors[1:] if not kinds[place].endswith("?"))
-        self._known: dict[tuple[int, int], _Known] = {}  # by the sizes of the first two tensors that all calls have
+        self._known: dict[tuple[int, int], _Known] = {}  # by the sizes of the first two required tensors
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # torch.compile also traces what the ops of its graphs run in Python, if it is not told to leave them alone.
+        # Without disable_dynamo, torch.compile would also trace the Python that the ops of its graphs run.
         run = _disable_dynamo(lambda *args: self.run_apart(args))
         _LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastllama::{self.name}", lambda *args, **kwargs: None, lib=_LIBRARY)
@@ -120,9 +119,9 @@ class Op(Backends):
             return
         try:
             known = self._known.get((args[0].numel(), args[self._second].numel()))
-        except (AttributeError, TypeError):  # no tensor, or one of symbolic sizes
+        except (AttributeError, TypeError):  # not a tensor, or symbolic sizes
             known = None
-        watched = _len_torch_dispatch_stack() or forward_ad._current_level >= 0  # which no Likeness sees
+        watched = _len_torch_dispatch_stack() or forward_ad._current_level >= 0  # not part of a Likeness
         tensors = None if known is None or watched else known.match(args)
         if known is None or tensors is None or (known.requires_grad and is_grad_enabled()):
             self._run_unknown(args)
@@ -135,7 +134,7 @@ class Op(Backends):
         known.run(*args)
 
     def _place(self, known: _Known, args: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
-        """Raise where tensors have no memory or share it, and remember their addresses."""
+        """Check for missing and shared memory, and cache the addresses."""
         if 0 in addresses:
             self._check_addresses(args)
         for one, other, low, high in known.near:
@@ -147,12 +146,12 @@ class Op(Backends):
         known.places.add(addresses)
 
     def _run_unknown(self, args: tuple[Any, ...]) -> None:
-        """Check a call, run it and remember what runs those like it."""
-        known = self._known  # which `bound_to` replaces: what runs now is remembered there or nowhere
+        """Check a call, run it, and cache how calls like it are run."""
+        known = self._known  # `bound_to` replaces it: this call belongs to the present one
         self.check(args)
         given = self._given(args)
         if not is_plain(given):
-            if any(map(is_zero_tensor, given)):  # torch's fallback for these loses what an op writes
+            if any(map(is_zero_tensor, given)):  # torch's fallback for these drops what an op writes
                 self._check_addresses(args)
             self._opaque(*args)
             return
@@ -173,7 +172,7 @@ class Op(Backends):
             )
 
     def check(self, args: tuple[Any, ...]) -> None:
-        """Raise for what is not legal, but for memory that is shared or lacks."""
+        """Raise for an illegal call, except for missing or shared memory."""
         for name, kind, value in zip(self.names, self._kinds, args, strict=True):
             _check_kind(name, kind, value)
         self._check(*args)
@@ -198,12 +197,12 @@ class Op(Backends):
             for i in self._written:
                 if args[i] is not None and args[i].is_inference():
                     raise RuntimeError(
-                        f"{self.names[i]} is an inference tensor, which is not to be written outside of inference "
+                        f"{self.names[i]} is an inference tensor, which must not be written outside of inference "
                         f"mode: call op {self.name} under torch.inference_mode()"
                     )
 
     def check_all(self, args: tuple[Any, ...]) -> None:
-        """Raise for what is not legal, memory that is shared or lacks included."""
+        """Raise for an illegal call, including missing or shared memory."""
         self.check(args)
         if is_plain(self._given(args)):
             self._check_memory(args)
@@ -216,7 +215,7 @@ class Op(Backends):
         self._check_aliasing(args)
 
     def _check_aliasing(self, args: Sequence[Any]) -> None:
-        """Raise for a tensor that is written and shares memory that it may not."""
+        """Raise ValueError for a written tensor that illegally shares memory."""
         for place, other in self._aliasing.overlaps(args):
             raise ValueError(self._aliasing.refusal(place, other))
 
@@ -226,10 +225,10 @@ class Op(Backends):
                 check_memory(self.names[place], args[place])
 
     def run_apart(self, args: Sequence[Any]) -> None:
-        """Run the op, as torch's dispatcher does: where an output overlaps an input, that input is copied first.
+        """Run the op for torch's dispatcher: an input that overlaps an output is copied first.
 
-        torch.compile makes such calls of programs without overlap: it takes `y = x.clone(); matmul(y, w, out=x)` for
-        one that needs no clone.
+        torch.compile creates such calls from programs without overlap: it removes the clone in
+        `y = x.clone(); matmul(y, w, out=x)`.
         """
         given = [*args]
         device = args[0].device
@@ -243,12 +242,12 @@ class Op(Backends):
         self._isolated(device)(*given)
 
     def _isolated(self, device: torch.device) -> Function:
-        """What runs the op on a device, the same whether autocast is on or not."""
+        """The function that runs the op on a device, with autocast disabled."""
         run = self.bound(device)
         return without_autocast(run) if autocast_enabled(device.type) else run
 
     def bound(self, device: torch.device) -> Function:
-        """What runs the op on a device, in out-form: chosen once, at the first call. Raises BackendError."""
+        """The function that runs the op on a device, selected at the first call. Raises BackendError."""
         if device not in self._bound:
             run = self.implementation(device.type).run
             if self._values is not None and env.CHECK.read() == "1":
@@ -260,7 +259,7 @@ class Op(Backends):
 
     @contextmanager
     def bound_to(self, device: torch.device, run: Function) -> Iterator[None]:
-        """Within, `run` runs the op on a device: for measurements and tests."""
+        """A context in which `run` runs the op on a device, for measurements and tests."""
         bound = self._bound
         self._bound, self._known = bound | {device: run}, {}
         try:
@@ -269,10 +268,7 @@ class Op(Backends):
             self._bound, self._known = bound, {}
 
     def workspace(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Tensor:
-        """Zeros on a device: as many as the Triton kernels' `workspace_size(*args)` says.
-
-        None where another implementation runs.
-        """
+        """Scratch memory of zeros: `workspace_size(*args)` elements of the Triton kernels; empty for other backends."""
         size = 0
         if self.implementation(device.type).backend == "triton":
             needed = self._triton_kernels(device.type).workspace_size
@@ -289,7 +285,7 @@ class Op(Backends):
 
 
 def _after(check: Function, run: Function) -> Function:
-    """`run` behind a check of its arguments."""
+    """`run`, after a check of its arguments."""
 
     def checked(*args: Any) -> Function | None:
         check(*args)
@@ -300,7 +296,7 @@ def _after(check: Function, run: Function) -> Function:
 
 
 def _check_kind(name: str, kind: str, value: Any) -> None:
-    """TypeError unless a value is what the schema says: a strided tensor, or a number that is no tensor."""
+    """Raise TypeError unless a value has the schema's type: a strided tensor, or a number that is not a tensor."""
     if kind.startswith("Tensor"):
         if not isinstance(value, Tensor) and not (value is None and kind.endswith("?")):
             raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; legal: a tensor")
@@ -311,10 +307,10 @@ def _check_kind(name: str, kind: str, value: Any) -> None:
 
 
 def _on(index: int, run: Function) -> Function:
-    """`run` where GPU `index` is the current one: Triton launches there, wherever the tensors are."""
+    """`run` with GPU `index` as the current device, on which Triton launches wherever the tensors are."""
 
     def guarded(*args: Any) -> Function | None:
-        if torch.cuda.current_device() == index:  # asked first: to switch and back costs more
+        if torch.cuda.current_device() == index:  # checked first: switching and back costs more
             again = run(*args)
         else:
             with torch.cuda.device(index):

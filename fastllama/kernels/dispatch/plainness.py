@@ -1,4 +1,4 @@
-"""Tells calls of plain tensors, which may go straight to an implementation, from those that torch must dispatch."""
+"""Detects calls of plain tensors, which may bypass torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.autograd import forward_ad
 
 _C = torch._C
 _WITH_MEMORY = ("cpu", "cuda")
-_DISABLED = _C._disabled_torch_function_impl  # of classes that are tensors and no more: Parameter
+_DISABLED = _C._disabled_torch_function_impl  # of subclasses without their own behaviour: Parameter
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing but memory is behind tensors, and no mode of torch watches what is called.
+    """Whether tensors are nothing but memory, and no mode of torch intercepts calls.
 
     False under a TorchDispatchMode (FakeTensorMode, make_fx, flop counters), within torch.func's transforms and
-    torch.jit.trace, and for subclasses with a behaviour of their own (DTensor, quantized weights), functional tensors,
-    lazily negated ones and devices whose memory has no address here (meta, mps).
+    torch.jit.trace, and for subclasses with their own behaviour (DTensor, quantized weights), functional tensors,
+    lazily negated tensors and devices whose memory has no address (meta, mps).
     """
     if _C._dispatch_tls_local_include_set().raw_repr() & ~_usual():
         return False
@@ -32,12 +32,12 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it is one of autograd's zeros that take no memory."""
+    """Whether it is one of autograd's zero tensors, which have no memory."""
     return bool(_C._dispatch_keys(tensor).has(_C.DispatchKey.ZeroTensor))
 
 
 def check_no_tangent(name: str, tensor: Tensor, op: str) -> None:
-    """RuntimeError for a tensor with which forward-mode differentiation goes on."""
+    """Raise RuntimeError for a tensor that carries a tangent of forward-mode differentiation."""
     if forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError(
             f"{name} carries a tangent, and op {op} has no derivative: call it outside of forward-mode differentiation"
@@ -45,10 +45,10 @@ def check_no_tangent(name: str, tensor: Tensor, op: str) -> None:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """ValueError for elements at the address 0: of a wrapper, or in a storage that was freed."""
+    """Raise ValueError for elements at address 0: of a wrapper, or in a storage that was freed."""
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(
-            f"{name} has no memory behind its {tensor.numel()} elements (a wrapper, or a storage that was freed); "
+            f"{name} has no memory for its {tensor.numel()} elements (a wrapper, or a storage that was freed); "
             "legal: a tensor with data"
         )
 
@@ -62,7 +62,7 @@ def _usual() -> int:
 
 @lru_cache(None)
 def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of a tensor that holds memory of a device, made in inference mode and outside of it."""
+    """The dispatch keys of a plain tensor on a device, created in inference mode and outside of it."""
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):

@@ -1,7 +1,7 @@
-"""Ops called in a row, noted once and run again: what a CUDA graph is on a GPU, for implementations on the host.
+"""Records a sequence of op calls and replays it: the counterpart of a CUDA graph for implementations on the host.
 
-A decode step calls two hundred ops whose arguments never change but for what the tensors hold. Running the noted
-implementations saves all else between them: modules, views, allocations and checks.
+A decode step calls two hundred ops whose arguments never change, except for the values of the tensors. Replaying the
+implementations skips everything between them: modules, views, allocations and checks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def record(run: Callable[[], T], device: torch.device, memory: list[UntypedStorage]) -> tuple[T, Recording]:
-    """What `run` returns, and the recording of it."""
+    """Record `run()`. Returns its result and the recording."""
     recording = Recording(device, memory)
     try:
         with recording:
@@ -34,34 +34,34 @@ def record(run: Callable[[], T], device: torch.device, memory: list[UntypedStora
 
 
 class Recording(TorchDispatchMode):
-    """Notes every op that this thread runs on `device` inside a `with`; `replay()` runs them again on the same tensors.
+    """Records every op that this thread runs on `device` inside a `with`; `replay()` repeats them on the tensors.
 
-    memory: buffers that the tensors allocated inside take theirs from. Recordings that never run at the same time may
-    share them: they are grown in place, so all together take the memory of the largest, in whatever order they come.
-    Only what ops compute is noted, not what their implementations call: `replayable` is False where anything but views
-    and allocations ran between them.
+    memory: a pool of buffers for the tensors that are allocated inside. Recordings that never run at the same time may
+    share it: buffers grow in place, so that all recordings together take the memory of the largest.
+    Only the ops themselves are recorded, not what their implementations call: `replayable` is False if anything but
+    views and allocations ran between them.
     """
 
     def __init__(self, device: torch.device, memory: list[UntypedStorage]) -> None:
         super().__init__()
         self.replayable = True
-        self.result: Any = None  # what was returned; see `record`
+        self.result: Any = None  # of the recorded function; see `record`
         self._device, self._memory = device, memory
         self._calls: list[tuple[Function, tuple[Any, ...]]] = []
         self._allocations = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Of torch: saying yes imports its compiler, 0.9 s at the first step of every process."""
+        """A hook of torch: True would import its compiler, 0.9 s at the first step of every process."""
         return False
 
     def close(self) -> None:
-        """Record no more, where Ctrl-C on the way out of a `with` has skipped its `__exit__`."""
+        """Stop recording, if Ctrl-C at the end of the `with` skipped `__exit__`."""
         if self in _get_current_dispatch_mode_stack():
             super().__exit__(None, None, None)
 
     def replay(self) -> Any:
-        """Run the ops again, in order, and return what was returned, on the same tensors. Raises what they raise."""
+        """Run the ops again, in order, on the same tensors, and return the recorded result. Raises what the ops raise."""
         assert self.replayable
         without_autocast(self._run)()
         return self.result
@@ -92,11 +92,11 @@ class Recording(TorchDispatchMode):
         self._calls.append((op.bound(self._device), args))
 
     def _placed(self, wanted: Tensor) -> Tensor:
-        """A tensor like `wanted`, which is fresh and contiguous, in the next buffer."""
+        """A tensor like `wanted`, which is newly allocated and contiguous, in the next buffer."""
         place, self._allocations = self._allocations, self._allocations + 1
         if place == len(self._memory):
             self._memory.append(wanted.new_empty(0).untyped_storage())
         storage = self._memory[place]
         if storage.nbytes() < wanted.nbytes:
-            storage.resize_(wanted.nbytes)  # in place: tensors of other recordings move with it
+            storage.resize_(wanted.nbytes)  # in place: the tensors of other recordings follow
         return wanted.new_empty(0).set_(storage, 0, wanted.shape, wanted.stride())

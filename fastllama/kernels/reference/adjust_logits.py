@@ -1,4 +1,4 @@
-"""Logit biases and penalties of requests, before a token is sampled."""
+"""Logit biases and penalties of requests, applied before sampling."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def adjust_logits(
     presence_penalty: Tensor,
     frequency_penalty: Tensor,
 ) -> Tensor:
-    """Logits [R, V] with the bias of each row's slot and its penalties for tokens that were seen.
+    """Logits [R, V] with the bias of each row's slot, and its penalties for tokens in the prompt or generated.
 
-    A row whose slot is negative stays as it is; one whose slot the tables do not have is NaN. Recent tokens outside of
-    tokens [T] are left out, and ids outside of the vocabulary.
+    A row whose slot is negative is returned unchanged; a row whose slot is past the tables is NaN. Bounds beyond
+    tokens [T] and ids outside of the vocabulary are ignored.
     """
     x = wide(logits)
     num_slots, vocab = bias.shape
@@ -42,7 +42,7 @@ def adjust_logits(
     biased = torch.where(bias.isfinite(), _bounded(x, x + bias), x + bias)
     repeated = torch.where(biased > 0, biased / repetition, biased * repetition)
     penalised = torch.where(seen, _bounded(biased, repeated), biased)
-    # One subtrahend: -inf after the first of two and +inf after the second would be NaN.
+    # One subtraction: two could overflow to -inf and then to NaN.
     less = penalised - (presence + frequency * generated)
     adjusted = torch.where(generated > 0, _bounded(penalised, less), penalised)
     adjusted = torch.where(slots[:, None] < num_slots, adjusted, math.nan)
@@ -50,7 +50,7 @@ def adjust_logits(
 
 
 def _occurrences(tokens: Tensor, starts: Tensor, ends: Tensor, vocab: int) -> Tensor:
-    """How often each row's part of `tokens` [T], from its start to before its end, holds each id: [R, V] int32."""
+    """How often each id occurs in tokens[starts[r] : ends[r]]: [R, V] int32."""
     places = torch.arange(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     legal = (tokens >= 0) & (tokens < vocab)
     taken = (places >= starts[:, None]) & (places < ends[:, None]) & legal  # [R, T]
@@ -59,6 +59,6 @@ def _occurrences(tokens: Tensor, starts: Tensor, ends: Tensor, vocab: int) -> Te
 
 
 def _bounded(x: Tensor, changed: Tensor) -> Tensor:
-    """`changed` within a quarter of the largest number where x is finite; x itself where it is not."""
+    """`changed`, clamped to a quarter of the largest number, where x is finite; x itself where it is not."""
     limit = torch.finfo(x.dtype).max / 4
     return torch.where(x.isfinite(), changed.clamp(-limit, limit), x)

@@ -17,8 +17,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """One sequence: q [Lq, Hq, D], k and v [Lk, Hkv, D] -> out [Lq, Hq, D] in q's dtype, log-sum-exp [Lq, Hq].
 
-    Causal masks are aligned to the bottom right: query i sees keys up to i + Lk - Lq. A query that sees no key gives 0
-    and -inf. v_scale: what the result is multiplied by.
+    Causal masks are aligned to the bottom right: query i attends to keys up to i + Lk - Lq. A query without any key
+    returns 0 and -inf. v_scale: multiplies the result.
     """
     (len_q, num_q_heads, head_dim), (len_k, num_kv_heads, _) = q.shape, k.shape
     group = num_q_heads // num_kv_heads
@@ -46,9 +46,9 @@ def attention_varlen(
     causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b owns rows bounds[b] : bounds[b + 1] of q, k and v; rows of no sequence give 0 and -inf.
+    """Sequence b owns rows bounds[b] : bounds[b + 1] of q, k and v; rows of no sequence return 0 and -inf.
 
-    Bounds that do not ascend from 0 to at most the number of rows give NaN everywhere.
+    Bounds that do not ascend from 0 to at most the number of rows return NaN everywhere.
     """
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -61,22 +61,22 @@ def attention_varlen(
 
 
 def lse_unit(base2: bool) -> float:
-    """What a natural log-sum-exp is multiplied by."""
+    """The factor from a natural log-sum-exp to the one returned."""
     return 1 / math.log(2) if base2 else 1.0
 
 
 def score_scale(scale: float, k_scale: float | None) -> float:
-    """What products of queries and keys as they are held are multiplied by."""
+    """The softmax scale of scores with keys that are still in units of k_scale."""
     return scale if k_scale is None else scale * k_scale
 
 
 def ascend(bounds: list[int], rows: int) -> bool:
-    """Whether bounds of sequences are legal: from 0 on, none below the one before, and within so many rows."""
+    """Whether bounds of sequences are legal: they start at 0, never descend, and end at most at `rows`."""
     return bounds[0] == 0 and bounds[-1] <= rows and all(a <= b for a, b in pairwise(bounds))
 
 
 def room(pages: Tensor, page_table: Tensor) -> int:
-    """The longest that a sequence can be: the tokens of all pages in its row of the page table."""
+    """The longest legal sequence: the tokens of all pages in a row of the page table."""
     num_pages, _, page_size, _ = pages.shape
     return page_table.shape[1] * page_size if num_pages else 0
 
@@ -86,8 +86,8 @@ def gather_pages(
 ) -> tuple[Tensor, bool]:
     """The first `length` tokens [length, heads, D] of a sequence in pages[page_ids], and whether all its pages exist.
 
-    pages: [P, heads, page_size, D]; those that do not exist give `missing`. Codes come in fp32, or in fp64 for queries
-    of that dtype; dequantized where there are scales.
+    pages: [P, heads, page_size, D]; pages that do not exist are filled with `missing`. Quantized pages are returned in
+    fp32, or in fp64 for queries of that dtype; dequantized if there are scales.
     """
     num_pages, heads, page_size, head_dim = pages.shape
     page_ids = page_ids[: -(-length // page_size)]
@@ -119,10 +119,10 @@ def attention_prefill(
     causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """New queries attend to the cached prefix and to themselves; their keys are in the pages already.
+    """New queries attend to the cached prefix and to each other; their keys and values are in the pages already.
 
-    NaN: everywhere for bounds that do not ascend, for a sequence that is longer than its row of the page table or whose
-    length is negative, and for a query that sees a token of a page that does not exist.
+    Returns NaN: everywhere for bounds that do not ascend, for a sequence whose length is negative or exceeds its row of
+    the page table, and for a query that attends to a page that does not exist.
     """
     out, lse = torch.zeros_like(q), wide(q).new_full(q.shape[:2], float("-inf"))
     bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
@@ -153,7 +153,7 @@ def attention_decode(
     causal: bool = True,
     base2: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """attention_prefill with the same number of queries, q.shape[0] // B, for each sequence."""
+    """`attention_prefill` with the same number of queries, q.shape[0] // B, for each sequence."""
     num_seqs = seq_lens.shape[0]
     queries = q.shape[0] // max(num_seqs, 1)
     bounds = torch.arange(num_seqs + 1, dtype=torch.int32, device=seq_lens.device) * queries

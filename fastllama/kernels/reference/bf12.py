@@ -1,17 +1,17 @@
-"""bf16 weights in 12 bits without loss, for products that are bound by reading them.
+"""bf16 weights in 12 bits without loss, for matmuls that are bound by the memory traffic of the weight.
 
-The exponents of a weight matrix crowd below its largest: 15 neighbouring ones, of 256, hold all but about one in ten
-thousand. So a weight is kept as sign, 7 bits of mantissa and a 4-bit code: code c > 0 stands for the exponent
-`exponent + c - 1`, code 0 for zero. The others, the outliers, are kept beside it as they are.
+The exponents of a weight matrix cluster just below the largest: 15 consecutive exponents of 256 cover all but about one
+value in ten thousand. So a weight is stored as sign, 7 bits of mantissa and a 4-bit index c of its exponent: c > 0 is
+the exponent `exponent + c - 1`, c = 0 is zero. All other values are stored separately, as outliers.
 
-Layout of codes [N, K * 3 / 2] uint8: 96 bytes for each 64 weights of a row.
-    bytes 0 to 63: the low bit of the code, above the mantissa: the low byte of a bf16 number.
-    bytes 64 to 95: sign and the upper 3 bits of the code, in bits 7 and 2 to 0 for weights 0 to 31 (where the high byte
-    of a bf16 number has them), in bits 3 and 6 to 4 for weights 32 to 63.
-Each group of 32 weights lies in an order that interleaving its low and high bytes in 128-bit halves turns into four
-vectors of 8 words, whose upper 16 bits are weights 0 to 7, 8 to 15 and so on: see `_interleaved`.
+Layout of `codes` [N, K * 3 / 2] uint8: 96 bytes for each 64 weights of a row.
+    bytes 0 to 63: the low bit of c, above the mantissa: the low byte of a bf16 number.
+    bytes 64 to 95: sign and the upper 3 bits of c, in bits 7 and 2 to 0 for weights 0 to 31 (as in the high byte of a
+    bf16 number), in bits 3 and 6 to 4 for weights 32 to 63.
+Each group of 32 weights is stored in the order in which interleaving its low and high bytes in 128-bit halves returns
+four vectors of 8 words, whose upper 16 bits are weights 0 to 7, 8 to 15 and so on: see `_interleaved`.
 Source: exponents of weights compress well: Zhang et al., 70% Size, 100% Accuracy: DFloat11 (2025); here at a fixed
-width, so that a vector unit decodes them faster than memory brings them.
+width, so that a vector unit decodes them faster than memory delivers them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from fastllama.kernels.reference.matmul import matmul
 
 BLOCK = 64  # weights of a row that are packed together
 BLOCK_BYTES = 96
-CODES = 15  # exponents that have a code
-LARGEST_EXPONENT = 127  # of code 1, so that 2^(exponent - 1) is a number in fp32
-SAMPLE = 256  # rows that decide which exponents get codes
+CODES = 15  # exponents with an index: 1 to 15
+LARGEST_EXPONENT = 127  # of index 1, so that 2^(exponent - 1) is finite in fp32
+SAMPLE = 256  # rows from which the exponents are chosen
 NAN = 0x7FC0  # bits of bf16
 
 
 def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
-    """weight [N, K] bf16, K a multiple of 64 -> (codes [N, K * 3 / 2] uint8, outliers [M, 3] int32, exponent).
+    """weight [N, K] bf16, K a multiple of 64 -> (`codes` [N, K * 3 / 2] uint8, outliers [M, 3] int32, exponent).
 
-    exponent: the biased one of code 1. outliers: row, column and the bits of the value in fp32, in order.
+    exponent: the biased exponent of index 1. outliers: row, column and the bits of the value in fp32, in order.
     """
     exponent = commonest_exponent(weight)
     bits = weight.view(torch.int16)
@@ -49,7 +49,7 @@ def pack_bf12(weight: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def commonest_exponent(weight: Tensor) -> int:
-    """The first of the 15 neighbouring exponents that hold most of a bf16 matrix, seen in some of its rows."""
+    """The first of the 15 consecutive exponents that cover most of a bf16 matrix, by a sample of its rows."""
     sample = weight[:: max(1, weight.shape[0] // SAMPLE)]
     exponents = (sample.view(torch.int16) >> 7 & 0xFF).flatten().int()
     counts = torch.bincount(exponents, minlength=256)[1 : LARGEST_EXPONENT + CODES]
@@ -59,7 +59,7 @@ def commonest_exponent(weight: Tensor) -> int:
 def unpack_bf12(codes: Tensor, outliers: Tensor, exponent: int) -> Tensor:
     """The bf16 weight [N, K] that `pack_bf12` took, bit for bit.
 
-    An outlier of a row that does not exist is nothing; one of a column that does not makes its row NaN.
+    An outlier whose row does not exist is ignored; one whose column does not exist makes its row NaN.
     """
     features, row_bytes = codes.shape
     blocks = codes.view(features, row_bytes // BLOCK_BYTES, 3, BLOCK // 2)
@@ -93,7 +93,7 @@ def matmul_bf12(
 
 
 def _interleaved(values: Tensor) -> Tensor:
-    """[N, K] -> [N, K / 64, 2, 32]: weight 16 a + 8 b + 4 c + d of a group of 32 lies at 16 c + 8 a + 2 d + b."""
+    """[N, K] -> [N, K / 64, 2, 32]: weight 16 a + 8 b + 4 c + d of a group of 32 is at 16 c + 8 a + 2 d + b."""
     features, size = values.shape
     groups = values.view(features, size // BLOCK, 2, 2, 2, 2, 4)  # [..., group, a, b, c, d]
     return groups.permute(0, 1, 2, 5, 3, 6, 4).reshape(features, size // BLOCK, 2, BLOCK // 2)

@@ -1,18 +1,18 @@
-"""Weights of 4-bit codes with a scale, and perhaps a zero, for each group of a row: layout, rounding, product.
+"""4-bit weights with a scale, and optionally a zero, for each group of a row: layout, rounding, matmul.
 
-A weight is (code - zero) * scale; a code is 0 to 15, a zero without a tensor is 8. A row's groups are 32, 64 or 128
-weights, or all of them.
+weight = (q - zero) * scale, with q from 0 to 15, and zero 8 without a tensor of zeros. A group is 32, 64 or 128
+columns, or a whole row.
 
 Layout of packed int32 [ceil(N / 64), ceil(K / 128), 2, 128, 4]: tiles of 64 rows and 128 columns, in halves of 64
-columns, each 2 KiB in a run. It is the order in which the 128 threads of four warps hold the left operand of a
+columns, each 2 KiB contiguous. It is the order in which the 128 threads of four warps hold the left operand of a
 matrix instruction (mma m16n8k16, wgmma m64k16), so that a thread's 4 words, one 128-bit load, are its operands of four
-instructions. Word t of lane l, w = l / 32, g = l / 4 % 8, q = l % 4, holds the codes of
+instructions. Word t of lane l, w = l / 32, g = l / 4 % 8, q = l % 4, holds the values of
 
     rows 16 w + 8 r + g and columns 16 t + 8 h + 2 q + e of the half at bit 16 e + 8 h + 4 r, for e, h, r of 0 and 1,
 
-so that `word >> 4 * (2 h + r) & 0x000F000F` is a pair of neighbours in a row. Rows and columns past N and K hold code
-8; what computes with them must mask x there, and store none of the rows.
-Source: the fragments are those of the PTX manual, "Matrix Fragments for mma.m16n8k16"; weights kept in their order:
+so that `word >> 4 * (2 h + r) & 0x000F000F` is a pair of neighbours in a row. Rows and columns past N and K are padded
+with 8; kernels must mask x in these columns and store none of these rows.
+Source: the fragments are those of the PTX manual, "Matrix Fragments for mma.m16n8k16"; weights stored in that order:
 Frantar et al., MARLIN (2024).
 """
 
@@ -27,11 +27,11 @@ from fastllama.kernels.reference.numerics import wide
 
 ROWS, COLUMNS = 64, 128  # of a tile
 GROUPS = (32, 64, 128)  # sizes, besides all of a row
-MIDDLE = 8  # the zero where there is none, and the code of padding
+MIDDLE = 8  # the zero without a tensor of zeros, and the padding
 LARGEST = 15
 
-# Pairs of codes, of r = 0 and r = 1, as dimensions of the matrix [tile, w, g | tile, half, t, h, q, e] and in the order
-# of bytes [tile, tile, half, w, g, q, t, e, h], the lowest byte of a word first.
+# Pairs of values, of r = 0 and r = 1, as dimensions of the matrix [tile, w, g | tile, half, t, h, q, e] and in the
+# order of bytes [tile, tile, half, w, g, q, t, e, h], the lowest byte of a word first.
 _BYTES = (0, 3, 4, 1, 2, 7, 5, 8, 6)
 _MATRIX = (0, 3, 4, 1, 2, 6, 8, 5, 7)
 
@@ -42,7 +42,7 @@ def packed_shape(rows: int, columns: int) -> tuple[int, int, int, int, int]:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """codes [N, K] uint8 of 0 to 15 -> packed."""
+    """`codes` [N, K] uint8, 0 to 15 -> packed."""
     tall, broad = packed_shape(*codes.shape)[:2]
     codes = F.pad(codes, (0, broad * COLUMNS - codes.shape[1], 0, tall * ROWS - codes.shape[0]), value=MIDDLE)
     low, high = codes.reshape(tall, 4, 2, 8, broad * COLUMNS).unbind(2)
@@ -51,7 +51,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes [rows, columns] uint8 that `pack_int4` took."""
+    """The values [rows, columns] uint8 that `pack_int4` packed."""
     tall, broad = packed.shape[:2]
     pairs = packed.view(torch.uint8).reshape(tall, broad, 2, 4, 8, 4, 4, 2, 2)
     pairs = pairs.permute(_MATRIX).reshape(tall, 4, 8, broad * COLUMNS)
@@ -60,10 +60,10 @@ def unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes [N, K] uint8, scales [N, K / group_size] in weight's dtype, zeros uint8 like scales or None).
+    """(`codes` [N, K] uint8, scales [N, K / group_size] in weight's dtype, zeros uint8 like scales or None).
 
-    Symmetric: the value of the largest magnitude gets code 0, whichever its sign. Otherwise the codes span the
-    group's least and largest value, and 0. Codes are nearest under the scale as it is kept.
+    Symmetric: the value of the largest magnitude becomes 0, whichever its sign. Otherwise 0 to 15 span the group's
+    minimum, its maximum and 0. Values are rounded to nearest under the stored, rounded scale.
     """
     values = wide(weight).unflatten(1, (-1, group_size))
     if symmetric:
@@ -82,7 +82,7 @@ _ENDS = (("amin", "max"), ("amax", "min"))
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """The weight [N, K] that codes [N, K] stand for, computed in at least fp32 and rounded to scales' dtype."""
+    """(q - zero) * scale [N, K], computed in at least fp32 and rounded to scales' dtype."""
     groups = wide(scales)
     values = codes.to(groups.dtype).unflatten(1, (groups.shape[1], -1))
     values = values - (MIDDLE if zeros is None else zeros.to(groups.dtype)[:, :, None])
@@ -100,7 +100,7 @@ def matmul_int4(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`matmul` by the weight that codes, scales and zeros stand for, which is not rounded before."""
+    """`matmul` by the dequantized weight, which is not rounded before."""
     codes = unpack_int4(packed, scales.shape[0], x.shape[-1])
     weight = dequantize_int4(codes, scales.to(wide(x).dtype), zeros)
     return matmul(x, weight, bias, norm, eps, residual, gated)

@@ -1,4 +1,4 @@
-"""Rows of a table by numbers that a caller gives, none of which may reach past it."""
+"""Table lookups with bounds checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def lookup(table: Tensor, rows: Tensor) -> Tensor:
-    """table [N, H] at rows [T], integers: [T, H]. A row that the table does not have is NaN."""
+    """table [N, H] at integer rows [T]: [T, H]; NaN for a row outside of the table."""
     num_rows = table.shape[0]
     if not num_rows:
         return table.new_full((rows.shape[0], table.shape[1]), math.nan)

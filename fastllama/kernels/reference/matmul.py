@@ -1,4 +1,4 @@
-"""Dense products with weights stored [N, K]."""
+"""Dense matmuls by weights stored [N, K], with their prologue and epilogue."""
 
 from __future__ import annotations
 

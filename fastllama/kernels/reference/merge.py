@@ -1,4 +1,4 @@
-"""Two attention results over disjoint keys as one."""
+"""Merges two attention results over disjoint keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LN2 = math.log(2)
 
 
 def merge_state(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool = False) -> tuple[Tensor, Tensor]:
-    """Each weighed by its share of the exponentials; one of -inf or +inf, which saw no key, is not looked at."""
+    """Each side weighted by its share of the exponentials; a side of -inf or +inf, without any key, is ignored."""
     a_lse, b_lse = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (a_lse, b_lse))
     no_a, no_b = (lse[..., None] == -math.inf for lse in (a_lse, b_lse))
     lead = (a_lse - b_lse)[..., None] * (LN2 if base2 else 1.0)

@@ -11,7 +11,7 @@ from fastllama.kernels.reference.quantize import quantize_by, quantize_heads
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first R dimensions of x [T, heads, D] by angles [T, 1, R/2]; the others pass through."""
+    """Rotate the first R dimensions of x [T, heads, D] by angles [T, 1, R/2]; the others pass through unchanged."""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
@@ -24,7 +24,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """`rope` before it rounds; a position that the cache does not have turns by NaN."""
+    """`rope` before it rounds; NaN for a position outside of the cache."""
     cos, sin = lookup(cos_sin, positions)[:, None, :].chunk(2, dim=-1)
     return _rotate(wide(q), cos, sin, interleaved), _rotate(wide(k), cos, sin, interleaved)
 
@@ -48,7 +48,7 @@ def rope_and_write_kv(
 ) -> Tensor:
     """Split qkv, rotate q and k, write k and v into their pages at `slots`, return q [T, Hq, D].
 
-    As `write_kv` does, of k before it is rounded to qkv's dtype.
+    Writes as `write_kv` does, with k before it is rounded to qkv's dtype.
     """
     _, num_kv_heads, _, head_dim = k_pages.shape
     heads = qkv.unflatten(-1, (-1, head_dim))
@@ -72,8 +72,8 @@ def write_kv(
 ) -> None:
     """Write k and v [T, Hkv, D] into their pages at `slots`.
 
-    A slot that the pages do not have, below 0 or behind them, is written nowhere. With scales [P, Hkv, page_size] the
-    pages hold codes (`quantize_heads`), and with one scale for all of them too (`quantize_by`).
+    Nothing is written for a slot that is negative or past the last page. With scales [P, Hkv, page_size] the pages are
+    quantized by `quantize_heads`, with one scale for all pages by `quantize_by`.
     """
     num_pages, _, page_size, _ = k_pages.shape
     kept = (slots >= 0) & (slots < num_pages * page_size)
@@ -88,6 +88,6 @@ def write_kv(
             scales[page, :, offset] = of_heads.to(scales.dtype)
         else:
             codes = x.to(pages.dtype)
-        if codes.element_size() == 1:  # bytes: torch does not index float8
+        if codes.element_size() == 1:  # as bytes: torch cannot index float8
             pages, codes = pages.view(torch.uint8), codes.view(torch.uint8)
         pages[page, :, offset] = codes

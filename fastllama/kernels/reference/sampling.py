@@ -1,4 +1,4 @@
-"""Drawing tokens: temperature, top-k, top-p, min-p, and a counter-based random number for each row."""
+"""Token sampling: temperature, top-k, top-p, min-p, and a counter-based random number for each row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of values below 2^32 held in int64 (wrapping keeps all 64 bits right)."""
+    """High and low 32 bits of a * b for factors below 2^32 in int64; wrapping keeps all 64 bits right."""
     product = a * b
     return (product >> 32) & _MASK, product & _MASK
 
@@ -20,7 +20,7 @@ def philox(seed: Tensor, offset: Tensor) -> Tensor:
     """Uniform fp32 in [0, 1) per row: the first word of Philox4x32-10 with key `seed` and counter `offset`, int64 [B].
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); the counter's words (the low 32 bits of
-    `offset`, then zeros) and the scaling are those of Triton's tl.rand, so a kernel draws the same numbers.
+    `offset`, then zeros) and the scaling are those of Triton's tl.rand, so a kernel uses the same numbers.
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = offset & _MASK, torch.zeros_like(offset)
@@ -35,10 +35,10 @@ def philox(seed: Tensor, offset: Tensor) -> Tensor:
 
 
 def filter_probs(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """probs [B, V] with everything outside top-k, then top-p of what is left, then min-p set to 0 (not renormalised).
+    """probs [B, V] with all outside of top-k, then top-p of the rest, then min-p set to 0; not renormalised.
 
-    Each filter keeps all tokens at least as likely as the last one it needs, so ties at a threshold stay together. A
-    NaN for top-p or min-p, or a negative min-p, is off; a min-p above 1 is 1, which keeps the likeliest.
+    Each filter keeps all tokens at least as likely as its last one, so that ties at a threshold are kept together. A
+    NaN for top-p or min-p, or a negative min-p, is off; a min-p above 1 is 1, which keeps the likeliest token.
     """
     vocab = probs.shape[-1]
     ranked = probs.sort(dim=-1, descending=True).values
@@ -56,15 +56,15 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B] and their log-probabilities [B] under softmax(logits).
 
-    Where the temperature is not above 0 (nor is NaN) the token is the first of the largest logit. Otherwise it is the
+    If the temperature is not above 0, as NaN is not, the token is the first of the largest logits. Otherwise it is the
     first, in vocabulary order, at which the cumulative filtered mass exceeds philox(seed, offset) of its total. An
-    infinite temperature makes all tokens alike, but for those of -inf. A row whose largest logit is not finite gives
-    token 0 and NaN.
+    infinite temperature makes all tokens equally likely, except for logits of -inf. A row whose largest logit is not
+    finite returns token 0 and NaN.
     """
     scores = wide(logits)
     largest = scores.amax(-1, keepdim=True)  # NaN if any is
     legal = largest.isfinite()
-    # Less their largest, softmax is the same and no temperature makes it overflow.
+    # Subtracting the largest leaves softmax unchanged, and no temperature makes it overflow.
     scores = torch.where(legal, scores - largest, 0)
     greedy = ~(temperature > 0)
     tokens = scores.argmax(-1)
@@ -74,15 +74,15 @@ def sample(
         probs = filter_probs(torch.softmax(heated, -1), top_k, top_p.to(scores.dtype), min_p.to(scores.dtype))
         mass = probs.cumsum(-1)
         bar = philox(seed, offset).to(mass.dtype)[:, None] * mass[:, -1:]
-        drawn = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)
-        # Rounding of the cumulative sum can end it on a filtered token: step back to the last that was kept.
+        sampled = (mass <= bar).sum(-1).clamp(max=logits.shape[-1] - 1)
+        # By rounding, the cumulative sum can end on a filtered token: step back to the last kept one.
         kept = (
             torch.where(probs > 0, torch.arange(probs.shape[-1], dtype=torch.int64, device=probs.device), -1)
             .cummax(-1)
             .values
         )
-        drawn = kept.gather(1, drawn[:, None])[:, 0]
-        tokens = torch.where(greedy, tokens, drawn)
+        sampled = kept.gather(1, sampled[:, None])[:, 0]
+        tokens = torch.where(greedy, tokens, sampled)
     legal = legal[:, 0]
     tokens = torch.where(legal, tokens, 0)
     logprobs = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

@@ -138,9 +138,9 @@ def test_a_storage_that_was_freed_is_an_error(op: str, name: str) -> None:
     """As FSDP does between a module's calls."""
     call = small_call(op)
     call[name].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=rf"^{name} has no memory behind its {call[name].numel()} elements"):
+    with pytest.raises(ValueError, match=rf"^{name} has no memory for its {call[name].numel()} elements"):
         run(op, call)
-    with pytest.raises(ValueError, match=rf"^{name} has no memory behind its"):
+    with pytest.raises(ValueError, match=rf"^{name} has no memory for its"):
         getattr(torch.ops.fastllama, op)(*(call.get(each) for each in OPS[op].names))
 
 
@@ -148,7 +148,7 @@ def test_a_storage_that_was_freed_is_an_error(op: str, name: str) -> None:
 def test_a_zero_tensor_is_an_error(op: str, name: str) -> None:
     """Autograd's zeros, which take no memory: torch's fallback would lose what the op writes."""
     call = small_call(op)
-    with pytest.raises(ValueError, match=rf"^{name} has no memory behind its"):
+    with pytest.raises(ValueError, match=rf"^{name} has no memory for its"):
         run(op, call | {name: torch._efficientzerotensor(call[name].shape)})
 
 
@@ -220,7 +220,7 @@ def test_inference_tensors_are_not_written_outside_of_inference_mode(op: str) ->
     with torch.inference_mode():
         call = small_call(op)
         kept = {name: call[name].clone() for name in {*outputs(op)} & {*call}}
-    with pytest.raises(RuntimeError, match=r"^\w+ is an inference tensor, which is not to be written outside"):
+    with pytest.raises(RuntimeError, match=r"^\w+ is an inference tensor, which must not be written outside"):
         run(op, call)
     for name, value in kept.items():
         torch.testing.assert_close(call[name], value, rtol=0, atol=0, equal_nan=True)
