@@ -11,11 +11,12 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from tools.plots import style
 from tools.plots.pictures import IMAGES, PICTURES, Picture
-from tools.plots.records import RESULTS, ROOT, day, decode_rates, figures, thread_gains
+from tools.plots.records import RESULTS, ROOT, day, decode_rates, figures, load, thread_gains
 from tools.plots.rooms import reduced, rows_of
 
 LINK = re.compile(r"!\[([^\]]+)\]\(([^)\s]+)\)")
@@ -44,6 +45,17 @@ def test_a_picture_is_light_and_holds_no_date(picture: Picture) -> None:
     image = Image.open(io.BytesIO(data))
     assert set(image.text) == {"Drawn", "Matplotlib"}
     assert image.width == 1800
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=named)
+def test_no_text_is_cut_off(picture: Picture) -> None:
+    """Conditions grow with the names of processors."""
+    with style.settings():
+        figure = picture.draw(*map(load, picture.results))
+        figure.draw_without_rendering()
+        boxes = {text.get_text(): text.get_window_extent() for text in figure.findobj(Text) if text.get_text()}
+    width, height = figure.bbox.size
+    assert [text for text, box in boxes.items() if box.x0 < 0 or box.x1 > width or box.y0 < 0 or box.y1 > height] == []
 
 
 def test_every_image_is_drawn_here_and_shown_on_a_page_by_what_it_finds() -> None:
