@@ -1,4 +1,4 @@
-"""Logit biases and penalties in one pass over a row, and one over the few tokens that no table counts yet."""
+"""Logit biases and penalties in one pass over a row, then one over the few tokens that no table counts yet."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastllama.kernels.numba.numerics import LIKE, as_written, jit, load, load_i
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
 
-TILE = 4096  # logits of an iteration: 64 KiB of all four tensors, so that what a second pass rewrites is in cache
-OPERATIONS = 3  # a logit: one row of 32000 takes 9 us, and a helper brings it nothing
+TILE = 4096  # logits of an iteration: 64 KiB of all four tensors, so that a second pass finds them in cache
+OPERATIONS = 3  # for a logit: one row of 32000 takes 9 us, too little for a helper
 LIMIT = np.float32(FP32_LARGEST / 4)
 INFINITY = np.float32(np.inf)
 
 
-# NaN, of a penalty that is, passes: Python's max keeps its first argument unless the second is larger. With
+# A NaN penalty passes: Python's max keeps its first argument unless the second is larger. With
 # comparisons in its place 16 rows of 32000 took one thread 207 us, not 145.
 @as_written
 def bounded(x):
@@ -25,7 +25,7 @@ def bounded(x):
     return min(max(x, -LIMIT), LIMIT)
 
 
-# As it is written, so that a token has the same logit whether a table or `tokens` counts it. What is not finite stays.
+# Not reassociated, so that a token has the same logit whether a table or `tokens` counts it. Infinities and NaN stay.
 @as_written
 def adjusted(x, bias, seen, generated, repetition, presence, frequency):
     biased = x + bias
@@ -45,7 +45,7 @@ def adjust_tile(out_ptr, logits_ptr, bias_ptr, counts_ptr, start, logits_start, 
     for i in range(size):
         count = load_integer(counts_ptr, counts_start + i, int32)
         x, bias = load(logits_ptr, logits_start + i, like), load(bias_ptr, bias_start + i, fp32)
-        generated = np.float32(np.int32(count >> 1))  # int32, which has vectors of conversions on every machine
+        generated = np.float32(np.int32(count >> 1))  # int32, of which every CPU converts vectors
         store(out_ptr, start + i, adjusted(x, bias, count != 0, generated, repetition, presence, frequency), fp32)
 
 

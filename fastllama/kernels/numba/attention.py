@@ -1,4 +1,4 @@
-"""Attention of a few queries over pages: keys and values are read where they lie, once for all heads of a group."""
+"""Attention of a few queries over pages: keys and values are read in place, once for all heads of a group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT_WORK = 1 << 26  # multiplications of a step's prompts: 128 tokens of a 1.1
 
 @jit
 def softmax(scores):
-    """Scores become weights; returns their log-sum-exp. Where all are -inf, no key is seen."""
+    """Turn scores into weights, in place; returns their log-sum-exp. If all are -inf, no key is seen."""
     top = scores[0]
     for token in range(1, scores.shape[0]):
         top = max(top, scores[token])
@@ -39,7 +39,7 @@ def softmax(scores):
 
 # One iteration owns one key/value head of one sequence, with all its queries. Strides count elements. A length that is
 # negative or above `longest` gives NaN, and so does a page outside the pool to the queries that see it: the first page
-# is read in its place, for nothing.
+# is read in its place.
 @jit
 def attention_paged_kernel(region, *args):
     (
@@ -169,9 +169,9 @@ def attention_prefill(
     out: Tensor,
     lse_out: Tensor | None,
 ) -> None:
-    """See kernels.attention_prefill: short prompts as in decoding.
+    """See kernels.attention_prefill. Short prompts run the kernel of attention_decode.
 
-    torch's kernel brings all its threads to the smallest prompt: 6 ms where the machine has something else to do.
+    torch's kernel wakes all its threads for the smallest prompt: 6 ms on a machine that is busy otherwise.
     """
     bounds, (_, num_q_heads, head_dim) = cu_seqlens_q.tolist(), q.shape
     queries = [end - start for start, end in pairwise(bounds)]
@@ -206,7 +206,7 @@ def _attend(
     lse_out: Tensor | None,
     work: int,
 ) -> None:
-    """The queries of all sequences, each with as many as the next where cu_seqlens_q is None."""
+    """Launch the kernel for all sequences, with as many queries each if cu_seqlens_q is None."""
     rows, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs = page_table.shape[0]

@@ -1,7 +1,7 @@
-"""Products by weights in 12 bits: three quarters of the bytes, decoded in registers faster than memory brings them.
+"""Matmuls by weights in 12 bits: three quarters of bf16's bytes, decoded in registers faster than memory is read.
 
 See kernels/reference/bf12.py for the layout. A block of 64 weights takes 3 loads and about 30 instructions of AVX2: 20
-thousand million weights a second and thread in the cache, where the memory of two threads brings 24.
+billion weights a second and thread from the cache, where two threads read 24 billion from memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastllama.kernels.numba.vectors import FLOATS, I8, I32, WORDS, at, broadcas
 from fastllama.kernels.reference.bf12 import BLOCK, BLOCK_BYTES, CODES, commonest_exponent
 
 HALF = BLOCK // 2
-CHUNK = 16  # output features of one iteration: the search for their first outlier is spread over them
+CHUNK = 16  # output features of one iteration, which share one search for their first outlier
 AHEAD = 1024  # bytes prefetched: 52 ms in place of 57 for the weights of a 1.1B model
 OPERATIONS = 8  # to pack a weight
 LARGEST_X = 100  # power of two that the largest value of x is scaled to; weights as decoded are 2^-126 to 2^-111
@@ -64,7 +64,7 @@ def _decoded(builder, address):
 
 
 def _dots(builder, codes, rows, blocks):
-    """The sums of the products of 64 * blocks codes at an address with as many float32 at each of `rows`."""
+    """The dot products of 64 * blocks packed weights at an address with as many float32 at each of `rows`."""
     count = 8 // len(rows)  # vectors of sums for each row: all of them stay in registers
     sums = [[cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)] for _ in rows]
     with cgutils.for_range(builder, blocks) as loop:
@@ -94,7 +94,7 @@ def _total(builder, vectors):
 
 @intrinsic
 def dot(context, codes, x, blocks):
-    """The product of a row of codes at an address with float32 at another, times 2^(1 - exponent)."""
+    """The dot product of a row of packed weights at an address with float32 at another, times 2^(1 - exponent)."""
 
     def generate(context, builder, signature, args):
         codes, x, blocks = args
@@ -116,7 +116,7 @@ def dot_of_four(context, codes, a, b, c, d, blocks):
 
 @intrinsic
 def decode(context, codes, out, blocks, scale):
-    """Write 64 * blocks codes at an address as float32 to another, times scale = 2^(exponent - 1)."""
+    """Decode 64 * blocks packed weights at an address to float32 at another, times scale = 2^(exponent - 1)."""
 
     def generate(context, builder, signature, args):
         codes, out, blocks, scale = args
@@ -133,7 +133,7 @@ def decode(context, codes, out, blocks, scale):
 
 @jit
 def first_outlier(outliers_ptr, count, row):
-    """The first of the ordered outliers that lies in a row or behind it."""
+    """The first of the ordered outliers that is in a row or in a later one."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -144,8 +144,8 @@ def first_outlier(outliers_ptr, count, row):
     return low
 
 
-# Rows of x in float32, the largest finite value of each scaled to 2^100, so that no product with a decoded weight
-# underflows. scales: what the products with a row are to be multiplied by.
+# Rows of x in float32, the largest finite value of each scaled to 2^100, so that no term with a decoded weight
+# underflows. scales: the factors of a row's dot products that undo this.
 @jit
 def scale_rows_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
     for m in range(scales.shape[0]):
@@ -162,10 +162,10 @@ def scale_rows_kernel(x_ptr, wide_ptr, scales, x_stride, size, exponent, like):
 
 
 @jit
-def finish(total, x_ptr, outliers_ptr, out_ptr, outlier, end, size, scale, like):
-    """Store a product, with those of the outliers from `outlier` to `end` added: one after another, so in fp64.
+def store_with_outliers(total, x_ptr, outliers_ptr, out_ptr, outlier, end, size, scale, like):
+    """Store total * scale plus the terms of the outliers from `outlier` to `end`: one after another, so in fp64.
 
-    NaN where one of them is of a column that x does not have.
+    NaN if x does not have the column of an outlier.
     """
     total *= scale
     for i in range(outlier, end):
@@ -209,8 +209,8 @@ def matmul_bf12_kernel(region, *args):
                 while end < num_outliers and load_integer(outliers_ptr, 3 * end, np.int32(0)) == n:
                     end += 1
                 if rows == 1:
-                    dot_of_codes = dot(row_ptr, wide_ptr, blocks)
-                    finish(dot_of_codes, x_ptr, outliers_ptr, to, outlier, end, size, scales[0], like)
+                    total = dot(row_ptr, wide_ptr, blocks)
+                    store_with_outliers(total, x_ptr, outliers_ptr, to, outlier, end, size, scales[0], like)
                     continue
                 last = rows - 1
                 for m in range(0, last + 1, 4):
@@ -226,12 +226,13 @@ def matmul_bf12_kernel(region, *args):
                     )
                     for i, row in enumerate((a, b, c, d)):
                         x_row, out_row = x_ptr + row * x_stride, to + row * out_stride
-                        finish(totals[i], x_row, outliers_ptr, out_row, outlier, end, size, scales[row], like)
+                        scale = scales[row]
+                        store_with_outliers(totals[i], x_row, outliers_ptr, out_row, outlier, end, size, scale, like)
         first_chunk, last_chunk = proceed(region)
     return leave(region)
 
 
-# One iteration owns one row of the weight, from row `start` on: in float32 to `wide`.
+# Decodes the weight from row `start` on to float32 at `wide`. One iteration owns one row.
 @jit
 def widen_bf12_kernel(region, *args):
     codes_ptr, wide_ptr, outliers_ptr, start, codes_stride, blocks, num_outliers, scale = args
@@ -302,14 +303,14 @@ def matmul_bf12(x: Tensor, codes: Tensor, outliers: Tensor, exponent: int, bias:
 
 
 @jit
-def packed_code(word, exponent):
-    """(code, mantissa, whether it is an outlier) of the bits of a bf16 number."""
+def parts_of_bf16(word, exponent):
+    """(`code` of the exponent, mantissa, whether it is an outlier) of the bits of a bf16 number."""
     code = (word >> 7 & 0xFF) - (exponent - 1)
     fits = 1 <= code <= CODES
     return (code, word & 0x7F, False) if fits else (0, 0, word & 0x7FFF != 0)
 
 
-# One iteration owns one row of the weight: its codes, and how many outliers it has.
+# Packs the weight and counts the outliers of each row. One iteration owns one row.
 @jit
 def pack_bf12_kernel(region, *args):
     bits_ptr, codes_ptr, counts_ptr, features, size, exponent = args
@@ -324,10 +325,10 @@ def pack_bf12_kernel(region, *args):
                 start = block * BLOCK_BYTES
                 for i in range(HALF):
                     a, b = np.int32(bits[n, block * BLOCK + i]), np.int32(bits[n, block * BLOCK + HALF + i])
-                    code_a, mantissa_a, lost_a = packed_code(a, exponent)
-                    code_b, mantissa_b, lost_b = packed_code(b, exponent)
+                    code_a, mantissa_a, lost_a = parts_of_bf16(a, exponent)
+                    code_b, mantissa_b, lost_b = parts_of_bf16(b, exponent)
                     found += lost_a + lost_b
-                    to = start + ((i >> 2 & 1) << 4 | i >> 4 << 3 | (i & 3) << 1 | i >> 3 & 1)  # as _interleaved says
+                    to = start + ((i >> 2 & 1) << 4 | i >> 4 << 3 | (i & 3) << 1 | i >> 3 & 1)  # see reference.bf12
                     codes[n, to] = (code_a & 1) << 7 | mantissa_a
                     codes[n, to + HALF] = (code_b & 1) << 7 | mantissa_b
                     codes[n, to + BLOCK] = a >> 8 & 0x80 | code_a >> 1 | b >> 12 & 8 | code_b >> 1 << 4
@@ -336,7 +337,7 @@ def pack_bf12_kernel(region, *args):
     return leave(region)
 
 
-# One iteration owns one row of the weight: its outliers, from place starts[n] on.
+# Lists the outliers, those of row n from place starts[n] on. One iteration owns one row.
 @jit
 def list_outliers_kernel(region, *args):
     bits_ptr, starts_ptr, outliers_ptr, features, size, exponent = args
@@ -348,7 +349,7 @@ def list_outliers_kernel(region, *args):
             at = starts[n]
             for k in range(size):
                 word = np.int32(bits[n, k])
-                if packed_code(word, exponent)[2]:
+                if parts_of_bf16(word, exponent)[2]:
                     outliers[at, 0], outliers[at, 1], outliers[at, 2] = n, k, word << 16
                     at += 1
         first, last = proceed(region)

@@ -1,10 +1,11 @@
-"""Machine code of kernels, kept between processes in `env.machine_code_dir()/<state>`, a file for each signature.
+"""Compiled kernels, kept between processes in `env.machine_code_dir()/<state>`, a file for each signature.
 
-Numba's own cache (`cache=True`) looks at a kernel's own source file alone, so that after an upgrade the old code of an
-inlined helper runs on; it needs a writable `__pycache__`, without which no kernel runs at all; and two processes that
-compile two signatures at once can give both one file. Here the state is a hash over every source that can reach machine
-code and the versions of the compilers; a file is named by a hash of its key, replaced as a whole, and compared with its
-key and its checksum when it is read. What cannot be read is compiled, what cannot be written stays in this process.
+Numba's own cache (`cache=True`) checks a kernel's own source file alone, so that after an upgrade an inlined helper
+stays the old one; it needs a writable `__pycache__`, without which no kernel runs at all; and two processes that
+compile two signatures at once can give both one file. Here the state is a hash over the compilers' versions and every
+source that can reach machine code; a file is named by a hash of its key, replaced as a whole, and compared with its
+key and its checksum when it is read. A kernel that cannot be read is compiled, one that cannot be written stays in
+this process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastllama import env
 logger = logging.getLogger("fastllama")
 
 PACKAGE = Path(__file__).parents[2]
-# What kernels and all that they import are made of (tests/kernels/numba/test_cache.py looks for what is missing here).
+# The sources of kernels and of all that they import (tests/kernels/numba/test_cache.py reports what is missing here).
 _FOLDERS = ("kernels/cpu", "kernels/dispatch", "kernels/launch", "kernels/numba", "kernels/reference")
 _FILES = ("arithmetic.py", "env.py", "errors.py")
 # Settings of Numba that change machine code; those of the CPU are in the key of each file.
@@ -60,7 +61,7 @@ def state_of(package: Path = PACKAGE) -> str:
 
 
 class MachineCodeFolder:
-    """The files of one state of the sources, whatever has become of them."""
+    """The files of one state of the sources, which may be missing, damaged or not writable."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -68,13 +69,13 @@ class MachineCodeFolder:
         self.problem = ""  # why nothing is kept
         self._is_used = False
         try:
-            self.state = state_of()  # of what is imported now, not of what is there when a kernel is compiled
+            self.state = state_of()  # of the imported sources, not of those on disk when a kernel is compiled
             self.path = env.machine_code_dir() / self.state
         except OSError as error:
             self.problem = str(error)
 
     def read(self, name: str, key: bytes) -> bytes | None:
-        """What was written under a key; None where that, or a whole file of it, is not there."""
+        """The value written under a key; None if there is none, or its file is damaged."""
         if self.path is None:
             return None
         try:
@@ -111,7 +112,7 @@ class MachineCodeFolder:
                 temporary.unlink()
 
     def _forget_states(self) -> None:
-        """Remove the states that were not used for longest."""
+        """Remove the least recently used states."""
         assert self.path is not None
         with suppress(OSError):  # another process may do the same
             found = [path for path in self.path.parent.iterdir() if re.fullmatch(f"[0-9a-f]{{{_DIGEST}}}", path.name)]
@@ -123,7 +124,7 @@ FOLDER = MachineCodeFolder()
 
 
 class MachineCodeCache:
-    """The cache of one kernel, as Numba's dispatchers use one."""
+    """The cache of one kernel, with the interface that Numba's dispatchers use."""
 
     def __init__(self, function: Any) -> None:
         self._name = f"{function.__module__}.{function.__qualname__}"
@@ -150,7 +151,7 @@ class MachineCodeCache:
                 path.unlink()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The machine code for a signature; None where there is none, or none that is whole."""
+        """The compiled kernel for a signature; None if there is none, or its file is damaged."""
         target_context.refresh()
         if not self._is_enabled:
             return None
@@ -159,7 +160,7 @@ class MachineCodeCache:
             return None
         try:
             result = CompileResult._rebuild(target_context, *pickle.loads(found))
-        except Exception:  # whole, but not what this Numba makes of it: compiling is always right
+        except Exception:  # undamaged, but not as this Numba writes it: compiling is always right
             return None
         return result if tuple(result.signature.args) == tuple(normalize_signature(sig)[0]) else None
 
@@ -178,7 +179,7 @@ class MachineCodeCache:
 
 
 def kept(dispatcher: Any) -> Any:
-    """A dispatcher whose machine code is kept; that of a closure, or of a source that is not hashed, is not."""
+    """A dispatcher with a cache, unless its function is a closure or in a source that is not hashed."""
     function = getattr(dispatcher, "py_func", None)
     if function is not None and function.__module__.startswith(__package__ + ".") and function.__closure__ is None:
         dispatcher._cache = MachineCodeCache(function)

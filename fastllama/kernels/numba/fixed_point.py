@@ -1,6 +1,6 @@
-"""x in 16-bit fixed point, in the order of a weight's codes: what the integer products of quantized.py multiply by.
+"""x in 16-bit fixed point, in the order of a weight's packed values, for the integer matmuls of quantized.py.
 
-A record is a step's 64 numbers of x. The eight of them that meet in one lane of a vector have a common exponent.
+A record is a step's 64 numbers of x. The eight of them in one lane of a vector share an exponent.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LARGEST = 2**15 - 1
 
 
 def _clamped(builder, numbers, low, high):
-    """Vectors of float32 brought between two numbers; NaN becomes the higher one."""
+    """Vectors of float32 clamped to [low, high]; NaN becomes `high`."""
     for relation, limit in (("<", splat(numbers.type, high)), (">", splat(numbers.type, low))):
         numbers = builder.select(builder.fcmp_ordered(relation, numbers, limit), numbers, limit)
     return numbers
 
 
 def _store_record(builder, address, numbers, units):
-    """A record of four vectors of whole float32; returns them as they fit in."""
+    """Store a record of four vectors of whole float32 that fit in int16."""
     total = splat(WORDS, 0)
     for i, given in enumerate(numbers):
         whole = builder.fptosi(given, WIDE)
@@ -40,7 +40,7 @@ def _store_record(builder, address, numbers, units):
 
 @intrinsic
 def fix(context, x, record, rests, parts):
-    """64 float32 at an address, in the order of their codes, as a record; with two parts what rounding took, too."""
+    """Store 64 float32, in the order of packed values, as a record; with two parts also their rounding errors."""
 
     def generate(context, builder, signature, args):
         x, record, rests, parts = args
@@ -75,7 +75,7 @@ def fix(context, x, record, rests, parts):
 
 
 # x [rows, size] as integers: a record for each step. A row of fp32 has twice as many (parts), of which the second half
-# is for the rests, in units 2^-15 times as large.
+# holds the rounding errors, in units 2^-15 times as large.
 @jit
 def fixed_point_kernel(region, *args):
     x_ptr, records_ptr, places_ptr, columns, x_stride, size, steps, parts, like = args

@@ -1,4 +1,4 @@
-"""Products with 4-bit weights."""
+"""matmul_int4 in Numba: see quantized.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def matmul_int4(
 
 
 def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """By codes less 8; what zeros differ from 8 meets the sums of x over each group, of which there are few."""
+    """By values less 8; the differences of zeros from 8 multiply the sums of x over each group, which are few."""
     total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     quantized.multiply(x, packed, scales, None, total)
     sums = x.float().unflatten(-1, (scales.shape[1], -1)).sum(-1)  # [M, G]

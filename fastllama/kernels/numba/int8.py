@@ -1,4 +1,4 @@
-"""Products with 8-bit weights."""
+"""matmul_int8 in Numba: see quantized.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Dense products of a few rows with a weight that is read once, at memory speed.
+"""matmul of a few rows by a weight that is read once, at memory speed.
 
-On two AVX2 cores that read 29 GB/s, torch's bf16 product of one row is bound by its arithmetic at 20 GB/s; this one
+On two AVX2 cores that read 29 GB/s, torch's bf16 matmul of one row is bound by its arithmetic at 20 GB/s; this one
 reaches 27 (docs/measured/cpu.md).
 """
 
@@ -16,7 +16,7 @@ from fastllama.kernels.numba.numerics import LIKE, jit, load, prefetch, store
 from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
 
-ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 product is as fast
+ROW_LIMIT = 32  # beyond, widening the weight once for a blocked fp32 matmul is as fast
 
 
 LINE = 32  # elements of 16 bits in a cache line
@@ -33,7 +33,7 @@ def matmul_row_kernel(region, *args):
             n = 4 * quad
             row_a, row_b = n * weight_stride, min(n + 1, features - 1) * weight_stride
             row_c, row_d = min(n + 2, features - 1) * weight_stride, min(n + 3, features - 1) * weight_stride
-            # Sums of 32 products in fp32, of these in fp64: as exact as a product blocked for registers.
+            # Sums over 32 columns in fp32, of these in fp64: as exact as a matmul blocked for registers.
             all_a, all_b, all_c, all_d = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
             for start in range(0, size, LINE):
                 # The hardware's prefetchers stop at each page, a row of 2048: 24 GB/s without this, 29 with.
@@ -68,7 +68,7 @@ def matmul_row_kernel(region, *args):
     return leave(region)
 
 
-# x in float32: by torch, its threads would be woken for it, and spin for a while where ours are to run.
+# x in float32. torch would wake its threads for it, which then spin on cores that ours need.
 @jit
 def widen_rows_kernel(x_ptr, wide_ptr, x_stride, rows, size, like):
     for m in range(rows):

@@ -1,4 +1,4 @@
-"""RMSNorm in one pass over each row, with or without a residual addition in front."""
+"""RMSNorm in one pass over each row, alone or fused with a residual addition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastllama.kernels.numba.pieces import enter, leave, proceed
 from fastllama.kernels.numba.threads import launch
 
 
-# x times the weight, 1e30 * 1e30, may overflow where the normalised value does not.
+# Not reassociated: x times the weight, 1e30 * 1e30, may overflow where the normalised value does not.
 @as_written
 def weighed(normed, weight):
     return normed * weight

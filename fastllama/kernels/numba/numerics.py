@@ -1,7 +1,7 @@
 """What Numba lacks: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
 
-bf16 is carried as uint16, fp16 as int16, float8_e4m3fn as uint8: an argument `like` of that type tells load and store
-what they are to do, so that a kernel has one source for every dtype.
+bf16 is carried as uint16, fp16 as int16, float8_e4m3fn as uint8: an argument `like` of that type selects the
+conversion of load and store, so that a kernel has one source for every dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from fastllama.kernels.numba.cache import kept
 from fastllama.kernels.numba.vectors import I8, fetch
 
-# What stands for a dtype in a kernel's arguments; every other dtype runs the reference.
+# The argument of kernels that selects a dtype; every other dtype runs the reference.
 LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 CODE_LIKE = {torch.int8: np.int8(0), torch.float8_e4m3fn: np.uint8(0)}  # only stored
 INTEGER_LIKE = {torch.int32: np.int32(0), torch.int64: np.int64(0)}
@@ -27,13 +27,13 @@ FAST = {"reassoc", "contract"}
 def jit(function):
     """A kernel: compiled once for a machine and signature (cache.py); other Python threads go on while it runs.
 
-    Division by zero gives what IEEE 754 says: Python's exception for it would stand in the way of vectors.
+    Division by zero follows IEEE 754: Python's exception for it would prevent vectorisation.
     """
     return kept(numba.njit(fastmath=FAST, nogil=True, error_model="numpy")(function))
 
 
-# For what a kernel calls and LLVM must compute as it is written: without leave to reassociate, which Numba hands down
-# if it is not told otherwise. a * b * c may overflow in one order alone.
+# For functions that kernels call and LLVM must not reassociate, which Numba allows by default where the caller does:
+# a * b * c may overflow in one order alone.
 as_written = numba.njit(fastmath=False, error_model="numpy")
 
 
@@ -74,7 +74,7 @@ def _e4m3(builder, number):
     # from 2^-6 on: rebias exponents from 127 to 7, round away 20 of 23 bits of mantissa
     odd = builder.and_(builder.lshr(magnitude, i32(20)), i32(1))
     normal = builder.lshr(builder.add(builder.add(magnitude, i32(0x7FFFF - (120 << 23))), odd), i32(20))
-    # below, codes count units of 2^-9, the last place of 2^14
+    # below 2^-6, the bits count units of 2^-9, the last place of 2^14
     shifted = builder.fadd(builder.bitcast(magnitude, ir.FloatType()), ir.Constant(ir.FloatType(), 16384.0))
     small = builder.and_(builder.bitcast(shifted, i32), i32(0xF))
     code = builder.select(builder.icmp_unsigned("<", magnitude, i32(121 << 23)), small, normal)
@@ -91,7 +91,7 @@ def load(context, address, index, like):
     """Element `index` of the memory at `address` (an integer), as a float32.
 
     Kernels take addresses and strides, as Triton's do: making a NumPy array of a tensor takes 2 us, and an op has five;
-    and Numba drops stores to an array that it thinks nobody reads.
+    and Numba drops stores to an array that it considers unused.
     """
 
     def generate(context, builder, signature, args):
@@ -116,7 +116,7 @@ def store(context, address, index, value, like):
 
 @intrinsic
 def prefetch(context, address, index, like):
-    """Ask for the cache line of an element. Lines past the end of memory do no harm."""
+    """Prefetch the cache line of an element. Lines past the end of memory do no harm."""
 
     def generate(context, builder, signature, args):
         element = _element_pointer(context, builder, args[0], args[1], signature.args[2])
@@ -128,7 +128,7 @@ def prefetch(context, address, index, like):
 
 @intrinsic
 def rounded(context, value, like):
-    """A float32 as it comes back from a store."""
+    """A float32 rounded to an element, as a float32."""
 
     def generate(_, builder, signature, args):
         element = signature.args[1]

@@ -1,4 +1,4 @@
-"""Kernels whose iterations are shared among threads, in pieces: what stands inside a kernel, and inside a helper.
+"""Kernels whose iterations threads share, in pieces: the functions inside a kernel, and inside a helper thread.
 
     @jit
     def kernel(region, *args):
@@ -9,8 +9,8 @@
             first, last = proceed(region)
         return leave(region)
 
-Whoever is free claims the next piece, the caller of the kernel among them; helpers enter the same kernel with the same
-arguments, which are numbers and addresses: an array would be given back by whoever leaves last. threads.py has the
+Every free thread, the kernel's caller included, claims the next piece; helpers enter the same kernel with the same
+arguments, which are numbers and addresses: an array would be freed by the last thread that leaves. threads.py has the
 threads. A region is (address of the state, iterations of a piece, all iterations, turns to wait at the end) for a
 caller, (that address, first and last iteration, -1 - its number) for a helper that enters, and (0, 0, all iterations,
 0) alone. A helper may still be in the kernel of one region when the next has begun: regions have numbers, and it takes
@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from fastllama.kernels.numba.numerics import jit
 
 # The state, in words of 8 bytes; what different threads write is 128 bytes apart.
-_LEFT, FINISHED = 0, 16  # pieces of the region that nobody has claimed, behind the number of the region; pieces done
+_LEFT, FINISHED = 0, 16  # the number of the region and, in the low 32 bits, its unclaimed pieces; finished pieces
 _ENTRY, _COUNT, _GRAIN, PIECES, HELPERS, FAILED, _IN_HAND = range(32, 39)
 _ARGS = 48
 WORDS = _ARGS + 128
@@ -55,7 +55,7 @@ def _word(builder, state, index):
 
 @intrinsic
 def _get(context, state, index):
-    """A word of the state; what was written before it was set can be read after."""
+    """A word of the state, loaded with acquire order."""
 
     def generate(context, builder, signature, args):
         return builder.load_atomic(_word(builder, *args), "acquire", 8)
@@ -85,7 +85,7 @@ def _add(context, state, index, value):
 
 @intrinsic
 def _replace(context, state, index, expected, new):
-    """Set a word that is as expected; whether it was."""
+    """Compare and swap a word; returns whether it was as expected."""
 
     def generate(context, builder, signature, args):
         state, index, expected, new = args
@@ -109,7 +109,7 @@ def _pause(context):
 
 @intrinsic
 def _run(context, state, first, last, role):
-    """A piece of a region, and all others that can be had; Numba's status, 0 where nothing was raised."""
+    """Run a piece of a region, and others while there are any. Returns Numba's status, 0 if nothing was raised."""
 
     def generate(context, builder, signature, args):
         entry = builder.inttoptr(builder.load(_word(builder, args[0], _I64(_ENTRY))), _ENTRY_TYPE.as_pointer())
@@ -120,11 +120,11 @@ def _run(context, state, first, last, role):
 
 @jit
 def _claim(state, number):
-    """The iterations of a piece of a region that was nobody's, from the first to before the last; else none."""
+    """The iterations of an unclaimed piece of a region, from the first to before the last; none if all are claimed."""
     left = _get(state, _LEFT)
     while left & _LOW > 0 and left >> 32 == number:
         if _replace(state, _LEFT, left, left - 1):
-            # The region cannot end now, so what stands in the state is of this one.
+            # The region cannot end before this piece, so the state is still that of this region.
             first = (_get(state, PIECES) - (left & _LOW)) * _get(state, _GRAIN)
             return first, min(first + _get(state, _GRAIN), _get(state, _COUNT))
         left = _get(state, _LEFT)
@@ -158,7 +158,7 @@ def _enter(region):
 def enter(typing, region, args):
     """The first iterations for this thread, from the first to before the last. To be called by the kernel itself.
 
-    Of a caller with helpers: has them enter the kernel with the same arguments.
+    A caller with helpers also makes them enter the kernel with the same arguments.
     """
     signature = types.UniTuple(types.int64, 2)(region, args)
     for each in args:
@@ -200,7 +200,7 @@ def proceed(region):
 
 @jit
 def leave(region):
-    """What a kernel returns: the pieces that other threads have not finished in some turns."""
+    """The result of a kernel: how many pieces other threads have not finished after `patience` turns."""
     state, _, _, patience = region
     if state == 0 or patience < 0:
         return 0
@@ -213,7 +213,7 @@ def leave(region):
 
 @jit
 def serve(state, number, patience):
-    """Work until there was nothing to do for some turns."""
+    """Run pieces until there was none for `patience` turns."""
     turns = patience
     while turns > 0:
         region = _get(state, _LEFT) >> 32
@@ -230,7 +230,7 @@ def serve(state, number, patience):
 
 @jit
 def give_up(state):
-    """Count the pieces of a region that nobody will finish as finished: all unclaimed, and the one the caller has."""
+    """Count the pieces of a region that no thread will finish as finished: all unclaimed ones, and the caller's."""
     left = _get(state, _LEFT)
     while not _replace(state, _LEFT, left, left & ~_LOW):
         left = _get(state, _LEFT)

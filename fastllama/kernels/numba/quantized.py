@@ -1,13 +1,13 @@
-"""Products by weights of 4- and 8-bit codes in integers: codes where they stand, by x in 16-bit fixed point.
+"""Matmuls by 4- and 8-bit weights in integers: packed values in place, by x in 16-bit fixed point.
 
-Both layouts (kernels/reference/int4.py, int8.py) are runs of 64 bytes, the codes of a pair of rows of the weight, eight
-apart, and 32 runs make a step: 64 rows and 64 columns of 4-bit codes, or 32 of 8-bit ones. x is brought once into the
-order of the codes; the eight numbers of a step that meet in one lane of a vector get a common exponent. So a vector
-instruction multiplies 16 codes and adds them to their neighbours (vpmaddwd on x86), behind a mask or a sign extension,
-and a lane's sum is exact. 4-bit codes are centred for free: their sums start at -8 times the sum of x.
+Both layouts (kernels/reference/int4.py, int8.py) are runs of 64 bytes, the values of a pair of rows of the weight,
+eight apart, and 32 runs make a step: 64 rows and 64 columns of 4-bit values, or 32 of 8-bit ones. x is converted once,
+in the order of the packed values; the eight numbers of a step in one lane of a vector share an exponent. So a vector
+instruction multiplies 16 values and adds neighbours (vpmaddwd on x86), after a mask or a sign extension, and a lane's
+sum is exact. 4-bit values are centred for free: their sums start at -8 times the sum of x.
 
-No sum overflows. x is at most 2^15 - 1 in magnitude, a 4-bit code at bit 4 of its byte at most 240, an 8-bit one 128.
-A lane adds eight products of a step and starts, at bit 4, at 128 times eight of x: 8 * (240 + 128) * (2^15 - 1) < 2^27.
+No sum overflows. x is at most 2^15 - 1 in magnitude, a 4-bit value at bit 4 of its byte at most 240, an 8-bit one 128.
+A lane adds eight terms of a step and starts, at bit 4, at 128 times eight of x: 8 * (240 + 128) * (2^15 - 1) < 2^27.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from fastllama.kernels.numba.vectors import (
 )
 from fastllama.kernels.reference.int4 import ROWS
 
-# What stands for codes in a kernel's arguments: 4 bits, the same in groups of 32 columns, half of a step, and 8 bits.
+# The argument of kernels that selects a format: 4 bits, 4 bits in groups of 32 columns (half a step), and 8 bits.
 INT4, INT4_BY_32, INT8 = np.uint8(0), np.uint16(0), np.int8(0)
 STEP_BYTES = 2048
 AHEAD = 4096  # bytes prefetched
-# The columns of a step in the order of the codes, 16 of each vector; two of each 16 bits of rows meet in a lane.
+# The columns of a step in the order of packed values, 16 of each vector; two of each 16 bits of rows meet in a lane.
 _OF_4_BITS = np.arange(64).reshape(4, 2, 2, 2, 2)  # t, h, v, q, e
 _OF_8_BITS = np.arange(32).reshape(2, 1, 4, 4).repeat(2, 1)  # c, r, q, i
 PLACES = {4: _OF_4_BITS.transpose(2, 1, 3, 0, 4).ravel(), 8: _OF_8_BITS.transpose(2, 0, 1, 3).ravel()}
 
 
 def _dot_of_pairs(builder, a, b):
-    """The sums of products of neighbours: one instruction on x86 (vpmaddwd)."""
+    """a * b, with neighbours added: one instruction on x86 (vpmaddwd)."""
     product = builder.mul(builder.sext(a, WIDE), builder.sext(b, WIDE))
     return builder.add(*(every_second(builder, product, e) for e in range(2)))
 
@@ -68,7 +68,7 @@ def _record(builder, address):
 
 
 def _sums_of_4_bits(builder, run, records):
-    """For each of some records, its products with 64 bytes of codes: two rows' sums, the second times 16."""
+    """For each record, its dot products with 64 bytes of packed values: two rows' sums, the second times 16."""
     sums = [[start, builder.shl(start, splat(WORDS, 4))] for _, start, _ in records]
     for v in range(2):
         word = read(builder, run, 32 * v, PAIRS)
@@ -83,7 +83,7 @@ def _sums_of_4_bits(builder, run, records):
 
 
 def _sums_of_8_bits(builder, run, records):
-    """The same for codes of 8 bits: both rows' sums in turn, two lanes each."""
+    """The same for 8-bit values: both rows' sums in turn, two lanes each."""
     sums = [[splat(WORDS, 0)] for _ in records]
     for q in range(4):
         codes = builder.sext(read(builder, run, 16 * q, ir.VectorType(I8, 16)), PAIRS)
@@ -93,14 +93,14 @@ def _sums_of_8_bits(builder, run, records):
 
 
 def _step(builder, kind, codes, rows, scales, stride, results):
-    """Add the products of a step with some rows of x to their results: vectors of 8, 64 of them, or 32 of 8-bit codes.
+    """Add the dot products of a step with rows of x to their results: 64 vectors of 8 sums, or 32 for 8-bit values.
 
     rows: addresses of records. scales: address of the fp32 scale of the first row of the weight, the next `stride`
     bytes on. results: addresses.
     """
     i64 = codes.type
     two_of_each = ir.Constant(WORDS, [0, 1, 10, 11, 4, 5, 14, 15])
-    # One row's record stays in registers; of more, LLVM must not try.
+    # One row's record stays in registers; with more rows LLVM must not try.
     kept = [_record(builder, row) for row in rows] if len(rows) == 1 else None
     with cgutils.for_range(builder, i64(4)) as warps, cgutils.for_range(builder, i64(8)) as lanes:
         number = builder.add(builder.mul(warps.index, i64(8)), lanes.index)
@@ -110,9 +110,9 @@ def _step(builder, kind, codes, rows, scales, stride, results):
         records = kept or [_record(builder, row) for row in rows]
         sums = (_sums_of_8_bits if kind == types.int8 else _sums_of_4_bits)(builder, run, records)
 
-        def scale(r, behind=0):
+        def scale(r, offset=0):
             place = builder.mul(builder.add(row_of_weight, i64(8 * r)), stride)
-            return broadcast(builder, read(builder, builder.add(scales, place), behind, ir.FloatType()))
+            return broadcast(builder, read(builder, builder.add(scales, place), offset, ir.FloatType()))
 
         if kind == types.int8:
             places = [number]
@@ -174,8 +174,8 @@ def total(context, kind, results, row):
     return types.float32(kind, types.int64, types.int64), generate
 
 
-# One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Their scales are
-# brought into fp32 first; those of codes at bit 4 are multiplied by upper_place. offsets: bytes to a step's scales.
+# One iteration owns 64 rows of the weight, for all rows of x: four, two or one of them at a time. Scales are converted
+# to fp32 first; those of values at bit 4 are multiplied by upper_place. offsets: bytes to a step's scales.
 @jit
 def matmul_quantized_kernel(region, *args):
     (
@@ -245,7 +245,7 @@ def runs(x: Tensor, scales: Tensor) -> bool:
 
 
 def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """x @ weight^T (+ bias) for packed codes of 4 bits (int32) or 8 (int8), symmetric. out: in x's dtype, or fp32."""
+    """x @ weight^T (+ bias) for packed values of 4 bits (int32) or 8 (int8), symmetric. out: in x's dtype, or fp32."""
     (features, groups), size = scales.shape, x.shape[-1]
     bits = 8 if packed.dtype == torch.int8 else 4
     group_size = size // groups
@@ -296,5 +296,5 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out
 
 @lru_cache(64)
 def _offsets(steps: int, columns: int, group_size: int, groups: int) -> np.ndarray:
-    """Bytes from the first scale of a row, in fp32, to that of each step; past the last one where there is no x."""
+    """Bytes from the first scale of a row, in fp32, to that of each step; past the last scale for columns without x."""
     return 4 * np.minimum(np.arange(steps) * columns // group_size, groups)

@@ -1,6 +1,6 @@
-"""Rotation of q and k out of the fused projection and the write of k and v into their pages, in one pass; the write.
+"""rope_and_write_kv, from the fused projection to q and the pages of k and v in one pass, and write_kv.
 
-One thread: a token of a 1.1B model takes 2 us, its layer's products a hundred times that.
+One thread: a token of a 1.1B model takes 2 us, its layer's matmuls a hundred times that.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def rotate(
     like,
     angle_like,
 ):
-    """One head of head_dim elements from each start on; dimensions past rotary_dim pass through.
+    """Rotate one head of head_dim elements from each start on; dimensions past rotary_dim pass through.
 
-    one: 1, or NaN where the angles are those of no position.
+    one: 1, or NaN for a position outside the cos/sin cache.
     """
     half = rotary_dim // 2
     step = 2 if interleaved else 1
@@ -50,10 +50,10 @@ def rotate(
         store(out_ptr, out_start + i, load(x_ptr, x_start + i, like), out_like)
 
 
-# x * largest may overflow where x * (largest / absmax) does not.
+# Not reassociated: x * largest may overflow where x * (largest / absmax) does not.
 @as_written
 def quantize(x_ptr, codes_ptr, scales_ptr, x_start, codes_start, scale_at, size, largest, like, code_like):
-    """One head to its codes and its scale; see reference.quantize_heads."""
+    """Quantize one head, and store its scale; see reference.quantize_heads."""
     absmax = np.float32(SMALLEST_ABSMAX)
     for i in range(size):
         x = abs(load(x_ptr, x_start + i, like))
@@ -68,15 +68,15 @@ def quantize(x_ptr, codes_ptr, scales_ptr, x_start, codes_start, scale_at, size,
 
 @as_written
 def quantize_by(scale, x_ptr, codes_ptr, x_start, codes_start, size, largest, nan, like, code_like):
-    """One head to its codes under a scale that is given; see reference.quantize_by. nan: what to encode for one."""
+    """Quantize one head under a given scale; see reference.quantize_by. nan: the number to encode for a NaN."""
     for i in range(size):
         quotient = load(x_ptr, x_start + i, like) / scale
         within = min(max(quotient, -largest), largest)
         store(codes_ptr, codes_start + i, within if quotient == quotient else nan, code_like)
 
 
-# Strides count elements. scratch_ptr: head_dim fp32 where pages hold codes, else 0. A position that does not exist
-# turns by NaN; a slot that does not is written nowhere.
+# Strides count elements. scratch_ptr: head_dim fp32 if pages are quantized, else 0. A position outside the cos/sin
+# cache gives NaN; a slot outside the pool is not written.
 @jit
 def rope_and_write_kv_kernel(
     qkv_ptr,
@@ -186,7 +186,7 @@ def rope_and_write_kv_kernel(
                 )
 
 
-# Strides count elements. k_scale, v_scale: 0 where there is none for all.
+# Strides count elements. k_scale, v_scale: the scale of all keys, or values; 0 for none.
 @jit
 def write_kv_kernel(
     k_ptr,
@@ -263,7 +263,7 @@ def rope_and_write_kv(
     num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     tokens, num_q_heads, _ = q_out.shape
     num_positions, rotary_dim = cos_sin.shape
-    if not num_positions:  # so that there is one to read in place of those that do not exist
+    if not num_positions:  # so that there is a row to read for positions outside the cache
         cos_sin = cos_sin.new_zeros(1, rotary_dim)
     scales = (0, 0, 0)
     scale_strides: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0))

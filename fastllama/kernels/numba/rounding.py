@@ -1,4 +1,4 @@
-"""Rounding weights to 4 or 8 bits, and packing the codes: the results of the reference, in a pass over memory each."""
+"""Quantization of weights to 4 or 8 bits, and packing: as the reference bit for bit, in one pass over memory each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastllama.kernels.reference.int4 import packed_shape as packed_shape_4
 from fastllama.kernels.reference.int8 import LARGEST as LARGEST_8
 from fastllama.kernels.reference.int8 import packed_shape as packed_shape_8
 
-OPERATIONS = 16  # a weight
+OPERATIONS = 16  # for a weight
 
 
 # One iteration owns a row of the weight. A group's scale is its largest value, or that one's magnitude, over `divisor`.
@@ -68,7 +68,7 @@ def quantize_weight_kernel(region, *args):
     return leave(region)
 
 
-# One iteration owns a row of tiles. codes: [N, K]; words: [tiles, tiles, 2, 4, 8, 4, 4], w, g, q and t last.
+# An iteration owns a row of tiles. `codes`: [N, K]; words: [tiles, tiles, 2, 4, 8, 4, 4], w, g, q and t last.
 @jit
 def pack_int4_kernel(region, *args):
     codes_ptr, words_ptr, features, size, tall_tiles, broad_tiles = args
@@ -101,7 +101,7 @@ def pack_int4_kernel(region, *args):
     return leave(region)
 
 
-# One iteration owns a row of tiles. codes: [N, K]; packed: [tiles, tiles, 4, 4, 8, 4, 2, 2, 4], w, g, q, c, r, i last.
+# An iteration owns a row of tiles. `codes`: [N, K]; packed: [tiles, tiles, 4, 4, 8, 4, 2, 2, 4], w, g, q, c, r, i last.
 @jit
 def pack_int8_kernel(region, *args):
     codes_ptr, packed_ptr, features, size, tall_tiles, broad_tiles = args
@@ -128,7 +128,7 @@ def pack_int8_kernel(region, *args):
 
 
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See kernels.quantize_int4. Zeros are the reference's."""
+    """See kernels.quantize_int4. With zeros, the reference runs."""
     if not symmetric or not _runs(weight):
         return reference.quantize_int4(weight, group_size, symmetric)
     return *_round(weight, group_size, torch.uint8, True, -MIDDLE, MIDDLE, 0, LARGEST_4), None

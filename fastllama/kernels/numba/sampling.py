@@ -1,7 +1,7 @@
 """Sampling without sorting: each row's thresholds from histograms of its weights' bits, ten bits at a time.
 
 A weight is exp((x - max) / temperature), in (0, 1]; its bits, read as an integer, are its key and order tokens as
-probabilities do. Masses are weights in units of 2^-44, which int64 adds exactly: nothing depends on an order of adding.
+probabilities do. Masses are weights in units of 2^-44, which int64 sums exactly, in any order.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def least_key(weights, floor, need, by_mass, near):
 
 
 @jit
-def draw(weights, top_k, top_p, min_p, number):
-    """The first token, in vocabulary order, at which the mass of what the filters keep passes `number` of its total."""
+def choose(weights, top_k, top_p, min_p, number):
+    """The first token, in vocabulary order, at which the sum of the kept masses passes `number` times their total."""
     keys = weights.view(np.int32)
     near = np.empty(len(weights), np.float32)
     floor = np.int64(0)
-    for by_mass in (False, True):  # top-k, then top-p of what that keeps; written once, for it is most of the code
+    for by_mass in (False, True):  # top-k, then top-p of the rest: one loop, whose body is most of the machine code
         if by_mass:
             total = 0
             for i in range(len(weights)):
@@ -120,7 +120,7 @@ def sample_row(logits_ptr, start, vocab, temperature, top_k, top_p, min_p, seed,
             scale = max(np.float32(1) / max(temperature, np.float32(1e-37)), np.float32(1e-45))
             for i in range(vocab):
                 weights[i] = exp((load(logits_ptr, start + i, like) - largest) * scale)
-        token = draw(weights, top_k, top_p, min_p, uniform(seed, offset))
+        token = choose(weights, top_k, top_p, min_p, uniform(seed, offset))
     else:
         while load(logits_ptr, start + token, like) != largest:
             token += 1
@@ -179,7 +179,7 @@ def sample(
     logprobs: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    """See kernels.sample. Scratch memory is NumPy's."""
+    """See kernels.sample. NumPy allocates scratch memory."""
     like, (rows, vocab) = LIKE.get(logits.dtype), logits.shape
     parameters = (temperature, top_k, top_p, min_p, seed, offset)
     if like is None or vocab > LARGEST_VOCAB:

@@ -1,4 +1,4 @@
-"""What runs each op, and each change of a weight's form, in Numba."""
+"""The Numba implementation of each op, and of each quantization and packing of a weight."""
 
 from __future__ import annotations
 

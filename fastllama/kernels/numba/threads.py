@@ -1,13 +1,13 @@
-"""Threads for kernels, on a machine that has something else to do as well.
+"""Threads for kernels, on a machine that runs other programs as well.
 
-A kernel's iterations are handed out in pieces (pieces.py): a thread that the machine takes away holds up one piece, not
-half of the work. Nobody waits for a helper to begin, and nobody spins for long: at the end of its work the caller soon
-sleeps, and so gives its core to the thread that it waits for. And helpers must pay: every so often a few milliseconds
-are run the other way, alone or together, and what took less time goes on. OpenMP, by which Numba and torch run threads,
-spins for milliseconds at the end of each of a hundred kernels a token: where two programs want the two cores of a
-machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/measured/cpu.md).
+A kernel's iterations are handed out in pieces (pieces.py): a thread that loses its core delays one piece, not half of
+the work. The caller does not wait for helpers to begin, and no thread spins for long: at the end of its work the caller
+soon sleeps, and so frees its core for the thread that it waits for. And helpers must pay: every so often a few
+milliseconds are run the other way, alone or with helpers, and the faster way is kept. OpenMP, by which Numba and torch
+run threads, spins for milliseconds at the end of each of a hundred kernels a token: where two programs compete for the
+two cores of a machine, 120 tokens of a small model took 10 s by it, 0.1 alone (docs/measured/cpu.md).
 
-A forked process starts helpers of its own, once it asks torch for more than the one thread that it begins with
+A forked process starts its own helpers once it sets more torch threads than the one that it begins with
 (dispatch/isolation.py).
 """
 
@@ -26,7 +26,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from fastllama.kernels.numba.pieces import FAILED, FINISHED, HELPERS, PIECES, WORDS, give_up, serve, wait_turns
 
-SERIAL_WORK = 100_000  # multiplications, some microseconds: up to here a helper brings nothing
+SERIAL_WORK = 100_000  # multiplications, some microseconds: up to here a helper does not pay
 LEAST_PIECE, LARGEST_PIECE = 1 << 15, 1 << 22  # multiplications
 PIECES_OF_A_THREAD = 4
 END_PATIENCE, IDLE_PATIENCE = 30e-6, 300e-6  # seconds for which the caller spins for the last pieces, a helper for work
@@ -36,20 +36,20 @@ Kernel = Callable[..., int]
 
 
 class Payoff:
-    """Whether helpers pay, by measurement: the way of running, alone or together, that takes less time is kept.
+    """Measures whether helpers pay: the faster way of running, alone or together, is kept.
 
     Now and then the other way is tried for a stretch, the longer it has lost the more rarely, and its calls are
-    compared with what calls alike (of one kernel and as much work) usually take.
+    compared with the usual time of similar calls (of one kernel and as much work).
     """
 
     STRETCH = 0.02  # seconds: some slices of a scheduler
     SHORT = 0.004  # seconds of a trial that is clearly lost
     PAUSES = 0.1, 2.0  # seconds between trials, at first and at most
-    WORSE = 1.5  # times what is usual: then a trial is lost, and helpers that were kept are put to the test
+    WORSE = 1.5  # times the usual: then a trial is lost, and helpers that were kept are tried again
     GAIN = 0.95  # of the time alone, at most, for helpers to be taken
-    GAP = 200e-6  # seconds before a call that are counted with it, at most: what its threads do to all else
-    WEIGHT = 0.05  # of the last call in what is usual
-    KNOWN = 4096  # kinds of calls: a server that runs for months sees prompts of any length
+    GAP = 200e-6  # seconds before a call that count as its own, at most: its threads slow down other work
+    WEIGHT = 0.05  # of the last call in the usual time
+    KNOWN = 4096  # kinds of calls: a server that runs for months gets prompts of any length
 
     def __init__(self) -> None:
         self.together = True  # how the next call is to run
@@ -61,7 +61,7 @@ class Payoff:
         self._end = 0.0
 
     def note(self, call: Hashable, start: float, end: float) -> None:
-        """A call ran from start to end, in seconds, as `together` said."""
+        """Record a call that ran from start to end, in seconds, the way that `together` specified."""
         before = start - self._end
         seconds = end - start + (before if before < self.GAP else self.GAP)
         self._end = end
@@ -77,7 +77,7 @@ class Payoff:
             self._decide()
 
     def _is_lost(self) -> bool:
-        """Whether this is a trial that need not go on."""
+        """Whether this is a trial that is lost already."""
         return self.together != self._better and self._seconds > max(self.SHORT, self.WORSE * self._expected)
 
     def _decide(self) -> None:
@@ -102,7 +102,7 @@ class Payoff:
 
 
 class Team:
-    """Helpers, which sleep until a region wakes them, and again when they have had nothing to do for a while."""
+    """Helper threads, which sleep until a region wakes them, and again after a while without work."""
 
     def __init__(self) -> None:
         memory = np.zeros(WORDS + 16, np.int64)
@@ -118,7 +118,7 @@ class Team:
         self._end_turns, self._idle_turns = int(END_PATIENCE / turn), int(IDLE_PATIENCE / turn)
 
     def launch(self, kernel: Kernel, helpers: int, grain: int, count: int, args: tuple[Any, ...]) -> bool:
-        """Run a kernel's iterations with helpers; False, and nothing is run, while another thread's kernel has them."""
+        """Run a kernel's iterations with helpers. Returns False, and runs nothing, while another kernel has them."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -137,7 +137,7 @@ class Team:
         return True
 
     def retire(self) -> None:
-        """Have the helpers sleep for good: none may need the interpreter while it ends."""
+        """Put the helpers to sleep for good: none may need the interpreter while it exits."""
         self._state[HELPERS] = 0
         end = time.monotonic() + 1
         while not all(self._asleep) and time.monotonic() < end:
@@ -179,7 +179,8 @@ class Team:
 def launch(kernel: Kernel, count: int, work: int, *args: Any) -> None:
     """Run kernel(region, *args) over `count` iterations, on as many of torch's threads as pay.
 
-    work: multiplications, or what takes as long, of all iterations. Results depend neither on threads nor on pieces.
+    work: multiplications, or operations that take as long, of all iterations. Results depend neither on threads nor on
+    pieces.
     """
     helpers = torch.get_num_threads() - 1 if work > SERIAL_WORK else 0
     if not helpers:
@@ -207,7 +208,7 @@ _teams: list[Team] = []  # none or one
 
 def _team() -> Team:
     if not _teams:
-        _teams.append(Team())  # of two threads that come here at once, one makes a team that is never used
+        _teams.append(Team())  # of two threads that are here at once, one makes a team that stays unused
     return _teams[0]
 
 
@@ -218,7 +219,7 @@ def _retire() -> None:
 
 atexit.register(_retire)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_teams.clear)  # threads do not come along
+    os.register_at_fork(after_in_child=_teams.clear)  # a child does not inherit threads
     # Nor does a thread that compiles: a child of that moment would find the lock taken, and wait for good.
     os.register_at_fork(
         before=global_compiler_lock.acquire,

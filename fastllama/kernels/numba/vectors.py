@@ -1,4 +1,4 @@
-"""LLVM's vectors by address, for what Numba's loops do not become: pieces of the intrinsics beside this file."""
+"""LLVM's vectors by address: building blocks of intrinsics, for loops that Numba does not vectorise so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def broadcast(builder, number):
 
 
 def every_second(builder, vector, first):
-    """Eight of a vector's sixteen, from `first` on, 0 or 1."""
+    """Every second of a vector's sixteen elements, from `first`, 0 or 1."""
     return builder.shuffle_vector(vector, vector, ir.Constant(WORDS, [*range(first, 16, 2)]))
 
 
@@ -42,12 +42,12 @@ def at(builder, address, offset, kind):
 
 
 def read(builder, address, offset, kind):
-    """What is there, at any alignment."""
+    """The value of type `kind`, `offset` bytes on from an address, at any alignment."""
     return builder.load(at(builder, address, offset, kind), align=1)
 
 
 def fetch(builder, pointer):
-    """Ask for the cache line of a pointer to bytes, to read it, in all caches. Lines past memory's end do no harm."""
+    """Prefetch the cache line of a pointer to bytes, to read it, in all caches. Lines past memory's end do no harm."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), *[I32] * 3])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [pointer, *map(I32, (0, 3, 1))])
