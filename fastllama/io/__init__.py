@@ -1,1 +1,1 @@
-"""Checkpoints, tokenizers and chat formats: what crosses from files to the model and back, not how it runs."""
+"""Checkpoints, tokenizers and chat formats: reading and writing a model's files."""

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters, merged into the weights of their base while these are loaded."""
+"""PEFT LoRA adapters, merged into the base model's weights while these are loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastllama.layers.weights import EMBEDDING, HEAD, slots
 _LOG = logging.getLogger("fastllama")
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in peft's order
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Each with the module, then A or B; an adapter's name may stand behind that.
+# Groups: the module, then A or B; an adapter's name may follow.
 _FACTORS = (
     re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight"),
     re.compile(r"base_model\.model\.(.+)\.lora_embedding_([AB])(?:\.([^.]+))?"),
@@ -34,19 +34,21 @@ _FACTORS = (
 _REPLACEMENT = re.compile(
     r"base_model\.model\.(.+?)(?:\.(base_layer|original_module|modules_to_save)(?:\.([^.]+))?)?\.(weight|bias)"
 )
-# Of several tensors for one parameter the highest counts: peft writes three of a trained embedding. It never merges the
-# lowest, which is the base's.
+# Precedence of several tensors for one parameter: peft writes three of a trained embedding. It never merges the lowest,
+# which is the base's.
 _PRECEDENCE = {"modules_to_save": 2, None: 1, "base_layer": 1, "original_module": 0}
-_CHECKPOINTS = re.compile(r"checkpoint-\d+")  # of transformers' Trainer, each with an adapter
+_CHECKPOINTS = re.compile(r"checkpoint-\d+")  # folders of transformers' Trainer, each with an adapter
 
 
 @dataclass
 class _Change:
-    """What an adapter does to one parameter: replaces it, adds scale * B A, or both, in this order."""
+    """An adapter's change to one parameter: a replacement, then scale * B A added, or one of them."""
 
     replacement: Tensor | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)  # "A" [rank, in], "B" [out, rank]
-    keys: dict[str, str] = field(default_factory=dict)  # the adapter's names of "A", "B" and of the replacement, "W"
+    keys: dict[str, str] = field(
+        default_factory=dict
+    )  # tensor names of "A", "B" and the replacement "W" in the adapter's file
 
     @property
     def names(self) -> str:
@@ -57,15 +59,15 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder is an adapter: adapter_config.json, and its weights where there is a config.json, too."""
     try:
         given = [name for name in (ADAPTER_CONFIG, "config.json", *_WEIGHTS) if (path / name).is_file()]
-    except PermissionError:  # what is said of the folder is said where it is opened
+    except PermissionError:  # reported where the folder is opened
         return False
     return (ADAPTER_CONFIG in given and given[1:2] != ["config.json"]) or len(given) > 2
 
 
 def base_of(adapter: Path) -> Path:
-    """The folder of an adapter's base model: a path (from here, or from the adapter's folder), or fetched from the Hub.
+    """The folder of an adapter's base model: a path (from the working directory or the adapter's), or from the Hub.
 
-    Raises FileNotFoundError, ValueError or CheckpointError as `resolve_model`, naming adapter_config.json.
+    Raises the errors of `resolve_model`, with the path of adapter_config.json.
     """
     settings = LoraSettings(adapter)
     name, revision = settings.base
@@ -79,7 +81,7 @@ def base_of(adapter: Path) -> Path:
 
 
 def locate(model: str | Path, adapter: str | Path | None) -> tuple[Path, Path | None]:
-    """Where a model lies, and the adapter to merge into it; a model that is an adapter lies where its base does."""
+    """The paths of a model and of the adapter to merge into it. A model that is an adapter resolves to its base."""
     path = resolve_model(str(model))
     if is_adapter(path):
         if adapter is not None:
@@ -93,13 +95,13 @@ def locate(model: str | Path, adapter: str | Path | None) -> tuple[Path, Path | 
 
 
 class AdaptedCheckpoint(Checkpoint):
-    """A base checkpoint whose tensors come with a LoRA adapter merged into them, one after another.
+    """A base checkpoint that merges a LoRA adapter into each tensor as it is read.
 
-    The numbers are those of peft's merge_and_unload on a CPU (peft 0.21): W is cast to `dtype`, then scale * (B A),
-    computed in fp32, is added and the sum rounded once; on an embedding it is rounded before it is added, too.
-    Differs from peft where that would be silent: every tensor of the adapter must be of use, every target module must
-    have its tensors, and LoRA on the embedding or head of a tied model is refused, as peft merges each into both. Where
-    embedding and head were both trained with more tokens, the vocabulary is theirs; peft asks to resize the base first.
+    Results equal peft's merge_and_unload on a CPU (peft 0.21): W is cast to `dtype`, then scale * (B A), computed in
+    fp32, is added and the sum rounded once; on an embedding scale * (B A) is rounded before the addition, too.
+    Raises where peft is silent: every tensor of the adapter must be used, every target module must have its tensors,
+    and LoRA on the embedding or head of a tied model is refused, as peft merges each into both. Where embedding and
+    head were both trained with more tokens, their vocabulary is used; peft asks to resize the base first.
     """
 
     def __init__(self, base: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
@@ -137,7 +139,7 @@ class AdaptedCheckpoint(Checkpoint):
             raise self._wrong(next(iter(change.keys.values())), f"is for {name}, which {self.path} does not hold")
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """The base's tensors; of a tied one the one matrix that is stored, under each name that it has from now on."""
+        """The base's tensors; the one matrix of a tied model appears under each name that it has after the merge."""
         tied, met = self._base.config.tie_word_embeddings, False
         for name, tensor in self._base.tensors():
             assert isinstance(tensor, Tensor)  # the base is not quantized
@@ -157,7 +159,7 @@ class AdaptedCheckpoint(Checkpoint):
         if not change.factors or not tensor.is_floating_point():
             return tensor
         weight = tensor.to(self._dtype, copy=True)
-        if not torch.isfinite(weight).all():  # the loader says what is wrong with the tensor itself
+        if not torch.isfinite(weight).all():  # the loader reports what is wrong with the tensor itself
             return tensor
         a, b = change.factors["A"].float(), change.factors["B"].float()
         with no_autocast():
@@ -173,7 +175,7 @@ class AdaptedCheckpoint(Checkpoint):
         return weight
 
     def _read_changes(self) -> dict[str, _Change]:
-        """What the adapter's tensors are for, by the name of the base's tensor."""
+        """The adapter's changes, by the name of the base's tensor."""
         changes: dict[str, _Change] = defaultdict(_Change)
         precedence: dict[str, int] = {}
         adapters = set()
@@ -210,7 +212,7 @@ class AdaptedCheckpoint(Checkpoint):
         return dict(changes)
 
     def _keep_targets(self) -> None:
-        """Leave out factors of modules that target_modules does not name, as peft does."""
+        """Drop factors of modules that target_modules does not name, as peft does."""
         if not self._settings.names_targets:
             return
         targets = self._settings.targets(self._modules)
@@ -232,7 +234,7 @@ class AdaptedCheckpoint(Checkpoint):
             )
 
     def _adapted_config(self) -> LlamaConfig:
-        """The base's configuration, with the vocabulary and the tie that its changed embedding and head have."""
+        """The base's configuration, with the merged model's vocabulary size and tie_word_embeddings."""
         config, changes = self._base.config, self._changes
         embedding, head = (changes[name].replacement if name in changes else None for name in (EMBEDDING, HEAD))
         if config.tie_word_embeddings and (embedding is not None or head is not None):
@@ -300,7 +302,7 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def _weights_of(folder: Path) -> Path:
-    """The weight file of an adapter's folder. Raises FileNotFoundError or CheckpointError that says what is there."""
+    """The weight file of an adapter's folder. Raises FileNotFoundError or CheckpointError, naming what is there."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is {what_is(folder)}; give the adapter's folder, with {ADAPTER_CONFIG}")
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""From a path to a checkpoint in the format that it is recognised as."""
+"""Opens a checkpoint in the format recognised from its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONFIGURATIONS = ("config.json", "params.json")
 def open_checkpoint(path: Path) -> Checkpoint:
     """Recognise the format of a model folder (Hugging Face or Meta) or a llama2.c file.
 
-    Raises FileNotFoundError if nothing is there, CheckpointError if it is no checkpoint or a damaged one.
+    Raises FileNotFoundError if nothing is there, CheckpointError if it is not a checkpoint or damaged.
     """
     try:
         if not path.exists():
@@ -37,7 +37,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _no_configuration(path: Path) -> str:
-    """What to say of a folder without a configuration: what it is instead, or where the model may be."""
+    """The error message for a folder without a configuration: what it is instead, or where the model may be."""
     for name in _CONFIGURATIONS:
         if (what := what_is(path / name)) is not None:
             return f"{path / name} is {what}"
@@ -72,7 +72,7 @@ def _no_configuration(path: Path) -> str:
 
 
 def _snapshots(path: Path) -> list[Path]:
-    """The snapshots in one model's folder of the Hub's cache, the one that its branch main means first."""
+    """The snapshots in one model's folder of the Hub's cache, that of branch main first."""
     if path.name == "snapshots":
         path = path.parent
     main = path / "refs" / "main"

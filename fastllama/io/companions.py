@@ -1,4 +1,4 @@
-"""What lies with a model besides its weights: the tokenizer, and the sampling settings of generation_config.json."""
+"""Files of a model besides its weights: the tokenizer, and the sampling settings of generation_config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SETTINGS = {
     "stop_strings": "stop",
 }
 _GREEDY_SETTINGS = ("repetition_penalty", "max_tokens", "stop")
-# What changes transformers' tokens and has no counterpart here: unless it is 1, or unless it is null, 0 or empty.
+# Settings of transformers that change its tokens and have no counterpart here, with the values that turn them off.
 _UNLESS_ONE = ("num_beams", "guidance_scale", "encoder_repetition_penalty", "typical_p", "top_h")
 _UNLESS_EMPTY = (
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length", "sequence_bias"),
@@ -34,10 +34,10 @@ _LOG = logging.getLogger("fastllama")
 
 
 def find_tokenizer(*places: Path) -> Tokenizer | None:
-    """The tokenizer of the first of these models or adapters that has one, None where none has.
+    """The tokenizer of the first of these models or adapters that has one, else None.
 
-    Beside Meta's params.json it may lie one folder up, where download.sh of Llama 1 and 2 puts it. Raises what
-    load_tokenizer raises for a broken one.
+    For Meta's layout the parent folder is searched too, where download.sh of Llama 1 and 2 puts it. Raises the errors
+    of load_tokenizer.
     """
     folders = [place if place.is_dir() else place.parent for place in places]
     folders += [folder.parent for folder in folders if (folder / "params.json").is_file()]
@@ -53,12 +53,12 @@ def find_tokenizer(*places: Path) -> Tokenizer | None:
 
 
 def read_sampling_settings(model: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of a model's sampling settings, and these by SamplingParams' names, unchecked; {} where there are none.
+    """The file of a model's sampling settings, and the unchecked settings by SamplingParams' names; {} without any.
 
-    They stand in generation_config.json, or, as transformers 5 reads older models, in config.json where there is none.
-    `do_sample: false` is a temperature of 0, as in transformers. Where it is absent the settings count, as in vLLM;
-    transformers would decode greedily. What changes its tokens and has no counterpart here is logged as a warning.
-    max_length, a limit of prompt and answer together, is not used. Raises CheckpointError for a broken file.
+    They are read from generation_config.json, or, for older models as in transformers 5, from config.json.
+    `do_sample: false` is a temperature of 0, as in transformers. Where it is absent the settings are used, as in vLLM;
+    transformers would decode greedily. Settings without a counterpart here that change tokens are logged as a warning.
+    max_length, a limit of prompt and answer together, is ignored. Raises CheckpointError for a broken file.
     """
     file = model / GENERATION_CONFIG
     if not file.is_file():
@@ -69,7 +69,7 @@ def read_sampling_settings(model: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def sampling_settings(generation_config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The sampling settings of a generation_config.json's content; source: what has it, for the warning."""
+    """The sampling settings in the content of a generation_config.json; source: its file, for the warning."""
     given = {name: value for name, value in generation_config.items() if value is not None}
     found = {ours: given[name] for name, ours in _SETTINGS.items() if name in given}
     if "do_sample" in given and not given["do_sample"]:
@@ -77,5 +77,5 @@ def sampling_settings(generation_config: Mapping[str, Any], source: str) -> dict
     unused = [name for name in _UNLESS_ONE if given.get(name, 1) != 1]
     unused += [name for name in _UNLESS_EMPTY if given.get(name)]
     if unused:
-        _LOG.warning("%s sets %s: without counterpart here, and not used", source, ", ".join(unused))
+        _LOG.warning("%s sets %s: no counterpart here, ignored", source, ", ".join(unused))
     return found

@@ -1,4 +1,4 @@
-"""Token ids to text, one id at a time: what streaming prints and stop strings are matched against."""
+"""Token ids to text, one id at a time, for streaming and for matching stop strings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastllama.io.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text that generated ids add to a prompt's, in pieces, each a whole number of characters.
+    """The text that generated ids append to a prompt, in pieces of whole characters.
 
-    The pieces of `push` and a last `flush` join to `decode(prompt + generated)[len(decode(prompt)):]`. Each id stands
-    for fixed bytes, so the state is an incremental UTF-8 decoder (at most three bytes wait in it) and whether the
-    leading space has been dropped: constant work per id, however long the text.
+    The results of `push` and a last `flush` concatenate to `decode(prompt + generated)[len(decode(prompt)):]`. Each id
+    stands for fixed bytes, so the state is an incremental UTF-8 decoder (at most three pending bytes) and a flag for
+    the dropped leading space: constant work per id, however long the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
-        """`prompt_ids`: what comes before the generated ids; its text is not emitted."""
+        """prompt_ids: the ids before the generated ones; their text is not emitted."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -27,11 +27,11 @@ class IncrementalDetokenizer:
         self._emitted = io.StringIO()
         for token_id in self._end_of(prompt_ids):
             self._decode(token_id)
-        # A prompt that ends inside a character already shows it, as U+FFFD: whatever it becomes is not new text.
+        # A prompt that ends inside a character has emitted U+FFFD for it: its completion is not new text.
         self._already_shown = len(self._decoder.getstate()[0].decode("utf-8", "replace"))
 
     def _end_of(self, prompt_ids: Sequence[int]) -> Sequence[int]:
-        """The last tokens of a prompt, which decide on what follows: of four bytes, for no character has more."""
+        """The last tokens of a prompt, of at least four bytes, the longest character: earlier ones change nothing."""
         size, count = 0, 0
         while size < 4 and count < len(prompt_ids):
             count += 1
@@ -47,7 +47,7 @@ class IncrementalDetokenizer:
         return self._emit(self._decoder.decode(b"", final=True))
 
     def fork(self, *, skip_special_tokens: bool) -> IncrementalDetokenizer:
-        """Another that goes on from here, and shows special tokens from here on or does not."""
+        """A copy of the state, with its own `skip_special_tokens`."""
         other = copy.copy(self)
         other._skip = skip_special_tokens
         other._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -1,4 +1,4 @@
-"""A text as documents of token ids: as perplexity scores them, and as quantizers are calibrated by them."""
+"""Splits a text into documents of token ids, for perplexity and for calibration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastllama.io.tokenizer import Tokenizer
 
 
 def text_documents(text: str, tokenizer: Tokenizer, *, per_line: bool = False) -> list[list[int]]:
-    r"""Token ids of a text as `perplexity` takes them.
+    r"""Token ids of a text, by document, as for `perplexity`.
 
-    One document, with a BOS where the tokenizer's files put one and no EOS; or per_line one for each line that is not
-    blank, between BOS (where the vocabulary has one) and EOS, as short training documents are. Either
-    way newlines are universal: \r\n and \r are read as \n, and a line ends nowhere else.
+    One document, with BOS where the tokenizer's files specify it and without EOS; or with per_line one for each line
+    that is not blank, between BOS (where the vocabulary has one) and EOS, as short training documents are. In both
+    cases newlines are universal: \r\n and \r are read as \n, and a line ends nowhere else.
     Raises ValueError where all lines are blank.
     """
     read = io.StringIO(text, newline=None)  # universal newlines
@@ -33,11 +33,11 @@ def text_documents(text: str, tokenizer: Tokenizer, *, per_line: bool = False) -
 def calibration_documents(
     text: str, tokenizer: Tokenizer, *, per_line: bool, context: int, samples: int
 ) -> list[list[int]]:
-    """Token ids of a text as `quantize` takes them: `text_documents`, cut and sampled.
+    """Calibration documents of a text: `text_documents`, cut into windows and sampled.
 
-    A document longer than context is cut into windows of that many tokens, each begun with BOS where the document is;
-    what is left of it behind the last is dropped if it is less than half a window. Of more documents than samples, so
-    many are taken, evenly spaced from the text's start to its end: the same each time.
+    A document longer than context is cut into windows of that many tokens, each begun with BOS if the document is; the
+    rest is dropped if it is less than half a window. Of more documents than samples, that many are taken, evenly spaced
+    from the text's start to its end, so the choice is deterministic.
     Raises ValueError for a context below 2, samples below 1, and a text that is blank or without tokens.
     """
     check_range("context", context, 2)
@@ -51,7 +51,7 @@ def calibration_documents(
 
 
 def _windows(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:
-    """A document in windows of context tokens at most; none of a document without text."""
+    """A document in windows of at most context tokens; none for a document without text."""
     start = ids[:1] if bos is not None and ids[:1] == [bos] else []
     text, size = ids[len(start) :], context - len(start)
     for begin in range(0, len(text), size):

@@ -1,4 +1,4 @@
-"""Finished blocks of a model that is being quantized, in a folder: an interrupted run goes on where it ended."""
+"""Stores finished blocks of a model under quantization in a folder, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastllama.io.save import made_folder, partial_folder, write_tensors
 
 
 class FinishedBlocks:
-    """One safetensors file for each key, of which a folder may hold those of several runs, also at the same time.
+    """One safetensors file per key; several runs may share the folder, also concurrently.
 
-    A file appears complete or not at all, and holds the SHA-256 of its key and tensors. The folder is made with the
-    first of them. found: keys that `get` found.
+    A file appears complete or not at all, and contains the SHA-256 of its key and tensors. The first file creates the
+    folder. found: keys that `get` found.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,19 +29,19 @@ class FinishedBlocks:
         self._put: set[str] = set()
 
     def get(self, key: str) -> Mapping[str, Tensor] | None:
-        """A block's tensors, mapped; None where there are none. Raises CheckpointError for any file but `put`'s."""
+        """A block's memory-mapped tensors, or None. Raises CheckpointError for a file that `put` did not write."""
         file = self._file(key)
         if not file.exists():
             return None
         tensors = _read(file, key)
         if tensors is not None:
             self.found.add(key)
-        elif file.exists():  # else another run has deleted it meanwhile
+        elif file.exists():  # else another run has just deleted it
             raise CheckpointError(f"{file} is damaged; delete it, and its block is quantized again")
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a block's tensors. Raises OSError where that fails, and leaves nothing of them then."""
+        """Store a block's tensors. Raises OSError where that fails, and leaves no partial file."""
         file, kept = self._file(key), {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with made_folder(self.folder), partial_folder(file) as scratch:
             write_tensors(scratch / file.name, kept, sha256=_digest(key, kept))
@@ -49,10 +49,10 @@ class FinishedBlocks:
         self._put.add(key)
 
     def discard(self) -> None:
-        """Delete what was found and put here, as far as it is still there, and the folder if nothing else is in it."""
+        """Delete the files that this run found or wrote, and the folder if it is then empty."""
         for key in self.found | self._put:
             self._file(key).unlink(missing_ok=True)
-        with suppress(OSError):  # others' files are in it, or another run has deleted it
+        with suppress(OSError):  # not empty, or another run has deleted it
             self.folder.rmdir()
 
     def _file(self, key: str) -> Path:
@@ -60,7 +60,7 @@ class FinishedBlocks:
 
 
 def _read(file: Path, key: str) -> dict[str, Tensor] | None:
-    """A file's tensors; None unless they are those that were put there for the key."""
+    """A file's tensors; None unless its digest matches the key and tensors."""
     try:
         tensors = dict(read_tensors(file))
         with open_safetensors(file) as opened:

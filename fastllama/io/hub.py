@@ -1,4 +1,4 @@
-"""From what a user calls a model (the packaged one, a path, a Hugging Face Hub id) to a path on this machine."""
+"""Resolves a model's name ("tiny", a path, a Hugging Face Hub id) to a local path."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from urllib.parse import unquote
 from fastllama.errors import nearest, why_unusable
 from fastllama.progress import has_console
 
-# Asked for by name, and offered when a name is mistyped.
+# Suggested when a name is mistyped.
 KNOWN_MODELS = (
     *(f"meta-llama/Llama-2-{size}{kind}-hf" for size in ("7b", "13b", "70b") for kind in ("", "-chat")),
     *(f"codellama/CodeLlama-{size}{kind}-hf" for size in ("7b", "13b", "34b") for kind in ("", "-Python", "-Instruct")),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 )
-# Weights in the order in which they are looked for: .bin repeats safetensors where both are there.
+# Weights in order of preference: .bin files duplicate safetensors where both exist.
 _WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin", "consolidated.*.pth", "adapter_model.bin"])
 _DESCRIPTIONS = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
-# Folders such as original/ and onnx/ repeat the weights; of all folders only additional_chat_templates/ is wanted.
+# Folders such as original/ and onnx/ duplicate the weights; only additional_chat_templates/ is needed.
 _IGNORED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _HUB_PAGE = re.compile(
@@ -30,17 +30,17 @@ _PATH_ENDS = ("/", ".bin", ".pth", ".pt", ".safetensors", ".gguf", ".json")
 
 
 def resolve_model(model: str, *, argument: str = "model") -> Path:
-    """The folder, or the llama2.c file, that `model` means; `argument` is what messages call it.
+    """The folder or llama2.c file of `model`; error messages call it `argument`.
 
-    "tiny" is the packaged model, an existing path is itself (the network is never asked), anything of the form
+    "tiny" is the packaged model, an existing path is returned without network access, anything of the form
     owner/name or owner/name@revision (a branch, tag or commit), or the address of its page, is fetched from the Hugging
-    Face Hub into its cache. Raises FileNotFoundError when there is no such model or it cannot be had, ValueError when
-    the name cannot be one; each says what to do.
+    Face Hub into its cache. Raises FileNotFoundError when the model does not exist or cannot be fetched, ValueError for
+    an impossible name; each message states what to do.
     """
     if model == "tiny":
         return Path(str(importlib.resources.files("fastllama"))) / "assets" / "tiny"
     path = _expanded(model)
-    if model and os.path.lexists(path):  # a link that leads nowhere is told by who opens it
+    if model and os.path.lexists(path):  # a dangling link is reported where it is opened
         return path
     if page := _HUB_PAGE.fullmatch(model):
         return _download(page[1], unquote(page[2]) if page[2] else None, argument)
@@ -60,7 +60,7 @@ def resolve_model(model: str, *, argument: str = "model") -> Path:
 def _expanded(model: str) -> Path:
     try:
         return Path(model).expanduser()
-    except RuntimeError:  # there is no home to expand ~ to
+    except RuntimeError:  # there is no home directory for ~
         return Path(model)
 
 
@@ -91,8 +91,8 @@ def _download(repo_id: str, revision: str | None, argument: str) -> Path:
             if any(file for pattern in weights for file in path.glob(pattern)):
                 return path
     except HFValidationError:
-        raise ValueError(f"{argument} is {repo_id!r}, which is no Hub id; legal: owner/name") from None
-    except GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
+        raise ValueError(f"{argument} is {repo_id!r}, which is not a Hub id; legal: owner/name") from None
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError, so it comes first
         raise FileNotFoundError(
             f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, then run 'hf auth login'"
         ) from None

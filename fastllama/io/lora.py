@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT LoRA adapter: which modules it changes, with which rank and scale."""
+"""Reads adapter_config.json of a PEFT LoRA adapter: target modules, rank and scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.io.formats.json_files import json_kind, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _DEFAULT = 8  # peft's, of r and of lora_alpha
-# What changes more than W + scale * B A, or another W: refused by name where it is set.
+# Settings that change more than W + scale * B A; refused where they are set.
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -29,12 +29,12 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "megatron_config": "Megatron's layers",
 }
-# These also change the base before training; peft can convert them when it saves (path_initial_model_for_weight_...).
+# Initializations that also change the base's weights; peft can convert them (path_initial_model_for_weight_...).
 _INITS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraSettings:
-    """The settings of one adapter. Raises CheckpointError for what is no plain LoRA, naming the key."""
+    """The settings of one adapter. Raises CheckpointError, naming the key, for anything but plain LoRA."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / ADAPTER_CONFIG
@@ -59,12 +59,12 @@ class LoraSettings:
         self._excluded = self._names("exclude_modules") or []
         saved = self._names("modules_to_save") or []
         self.saved_modules = [saved] if isinstance(saved, str) else saved
-        """Endings of the names of modules that are replaced whole."""
+        """Suffixes of the names of modules that are replaced whole."""
         self.ensures_tie = bool(self._raw.get("ensure_weight_tying"))
 
     @property
     def base(self) -> tuple[str, str | None]:
-        """What the adapter calls its base model, a path or a Hub id, and the revision of the latter."""
+        """The adapter's base model, a path or a Hub id, and the revision of the latter."""
         name, revision = self._raw.get("base_model_name_or_path"), self._raw.get("revision")
         if not isinstance(name, str) or not name:
             raise CheckpointError(f"{self.file}: base_model_name_or_path is {_shown(name)}; give the base as model")
@@ -72,7 +72,7 @@ class LoraSettings:
 
     @property
     def names_targets(self) -> bool:
-        """Whether target_modules says which modules are changed, and not that all linear ones are."""
+        """Whether target_modules names modules, and is not "all-linear"."""
         return self._targets is not None and self._targets != "all-linear"
 
     def rank(self, module: str) -> int:
@@ -80,12 +80,12 @@ class LoraSettings:
         return int(self._of(module, self._ranks, self._rank))
 
     def scale(self, module: str) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with use_rslora (arXiv:2312.03732)."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) with use_rslora (arXiv:2312.03732)."""
         alpha, rank = self._of(module, self._alphas, self._alpha), self.rank(module)
         return alpha / (math.sqrt(rank) if self._raw.get("use_rslora") else rank)
 
     def targets(self, modules: Iterable[str]) -> list[str]:
-        """Those of the modules that target_modules means, as peft finds them; none where it is absent."""
+        """The modules that target_modules selects, by peft's rules; none where it is absent."""
         if not self.names_targets:
             return []
         return [module for module in modules if self._is_target(module)]
@@ -163,7 +163,7 @@ class LoraSettings:
 
 
 def _shown(value: Any) -> str:
-    """A JSON value in a message: strings and numbers as they are, the rest by its kind."""
+    """A JSON value for a message: strings and numbers literally, other values by their type."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value) if isinstance(value, (str, int, float)) else json_kind(value)

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder, which transformers and every other runtime reads."""
+"""Writes a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from fastllama.layers.quantized import QuantizedLinear
 from fastllama.layers.weights import HEAD, kept_tensors, slots
 from fastllama.quant.weight import QuantizedWeight
 
-# Everything that load_tokenizer and transformers' AutoTokenizer read of a Llama's folder: vocabularies, the rest.
+# Files of a Llama's folder that load_tokenizer and transformers' AutoTokenizer read: vocabularies, other files.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja", "additional_chat_templates/*.jinja"),
 )
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust spells an errno
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # Rust's spelling of an errno
 
 
 def save_model(
@@ -46,13 +46,13 @@ def save_model(
 ) -> None:
     """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each (or one weight).
 
-    Layers of int4, int8 and w8a8 are written as they are, in compressed-tensors' formats; memory peaks at one shard.
+    Layers of int4, int8 and w8a8 stay quantized, in compressed-tensors' formats; peak memory is one shard.
     `tokenizer` is a folder whose tokenizer files and chat templates are copied, or one tokenizer file, which is copied
-    with what lies beside it but other vocabularies. The sampling settings of a generation_config.json there are kept;
-    BOS and EOS are the model's. The folder `path` appears complete or not at all: it is written beside it first. Raises
-    ValueError if it is a link, not empty, or cannot be replaced, or if a layer has zeros that are no whole numbers,
-    FileNotFoundError if the tokenizer does not exist, CheckpointError if a configuration beside that is broken, OSError
-    where the disk is full.
+    with the other files of its folder except other vocabularies. The sampling settings of a generation_config.json
+    there are kept; BOS and EOS are the model's. The folder `path` appears complete or not at all: a temporary folder is
+    renamed. Raises ValueError if `path` is a link, not empty, or cannot be replaced, or if a layer has zeros that are
+    not whole numbers, FileNotFoundError if the tokenizer does not exist, CheckpointError if a configuration beside it
+    is broken, OSError where the disk is full.
     """
     path = Path(path)
     check_range("max_shard_size", max_shard_size, 1)
@@ -74,12 +74,12 @@ def save_model(
 
 
 def check_new_folder(path: Path, argument: str = "path") -> None:
-    """Raises ValueError unless a folder can be written beside `path` and take its place; leaves nothing behind.
+    """Raise ValueError unless a folder can be written next to `path` and replace it; leaves no files.
 
-    argument: what messages call it.
+    argument: its name in messages.
     """
     legal = "legal: a new or an empty folder"
-    if path.is_symlink():  # which the folder written beside it cannot replace
+    if path.is_symlink():  # a folder cannot replace a link
         raise ValueError(f"{argument} is {str(path)!r}, a link; {legal}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{argument} is {str(path)!r}, which exists; {legal}")
@@ -90,9 +90,9 @@ def check_new_folder(path: Path, argument: str = "path") -> None:
 
 
 def check_writable(folder: Path, path: Path, argument: str) -> None:
-    """Raises ValueError unless files can be made in a folder, or it can itself be made; leaves nothing behind.
+    """Raise ValueError unless files can be created in a folder, or it can be created; leaves no files.
 
-    path, argument: what messages name.
+    path, argument: named in messages.
     """
     there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     try:
@@ -107,13 +107,13 @@ def check_writable(folder: Path, path: Path, argument: str) -> None:
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; those that were missing, and are empty, go again where an exception ends this."""
+    """Make a folder and its parents; on an exception, those that were created and are empty are removed."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        with suppress(OSError):  # one is not empty, or was not made
+        with suppress(OSError):  # not empty, or never created
             for each in missing:
                 each.rmdir()
         raise
@@ -121,18 +121,18 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for what is to take its place, under a name that no other process has; removed after."""
-    name = path.name[:40]  # of 4 bytes at most each: file systems allow 255 in all
+    """A uniquely named temporary folder next to `path`, to be renamed to it; removed on exit."""
+    name = path.name[:40]  # at most 4 bytes each: file systems allow 255 bytes
     with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=path.parent) as scratch:
         yield Path(scratch)
 
 
 @dataclass(frozen=True)
 class Companions:
-    """What a folder has beside the weights, from where a tokenizer lies.
+    """A new folder's files besides the weights, taken from a tokenizer's folder.
 
-    files: to be copied, by their places in the new folder. generation, config: what generation_config.json and
-    config.json take over from those beside the tokenizer.
+    files: to copy, by their places in the new folder. generation, config: entries that generation_config.json and
+    config.json inherit from those next to the tokenizer.
     """
 
     files: dict[str, Path]
@@ -141,7 +141,7 @@ class Companions:
 
     @classmethod
     def of(cls, tokenizer: str | Path | None) -> Companions:
-        """Those of a tokenizer's folder or file. Raises for the tokenizer what `save_model` does."""
+        """From a tokenizer's folder or file. Raises the errors of `save_model` about the tokenizer."""
         if tokenizer is None:
             return cls({}, {}, {})
         source = Path(tokenizer)
@@ -151,9 +151,9 @@ class Companions:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file. Raises OSError where the disk is full; safetensors makes that an error of its own."""
+    """Write a safetensors file. Raises OSError where the disk is full, instead of safetensors' own error."""
     file.touch()
-    mode = file.stat().st_mode  # by the umask; safetensors 0.8 puts a file there that only its owner may read
+    mode = file.stat().st_mode  # by the umask; safetensors 0.8 writes a file that only its owner may read
     try:
         save_file(tensors, file, {"format": "pt", **metadata})
         file.chmod(mode)
@@ -177,14 +177,14 @@ def _write_weights(model: LlamaForCausalLM, folder: Path, max_shard_size: int) -
 
 
 def _write_shard(file: Path, makers: Mapping[str, Callable[[], Tensor | QuantizedWeight]]) -> list[str]:
-    """The names of the tensors in it, which are let go on return."""
+    """Write one shard, free its tensors, and return their names."""
     tensors = {name: tensor for weight, make in makers.items() for name, tensor in _stored(weight, make()).items()}
     write_tensors(file, tensors)
     return list(tensors)
 
 
 def _shards(model: LlamaForCausalLM, max_shard_size: int) -> Iterator[dict[str, int]]:
-    """The weights in order, grouped, each with its bytes in a file: nothing is made until its shard is written."""
+    """The weights' names in order, grouped into shards, each with its bytes; no tensor is made yet."""
     shard: dict[str, int] = {}
     for name, form in _forms(model):
         size = sum(tensor.nbytes for tensor in _stored(name, form).values())
@@ -196,12 +196,12 @@ def _shards(model: LlamaForCausalLM, max_shard_size: int) -> Iterator[dict[str, 
 
 
 def _stored(name: str, weight: Tensor | QuantizedWeight) -> dict[str, Tensor]:
-    """What a file holds of a weight."""
+    """The tensors that store a weight."""
     return {name: weight} if isinstance(weight, Tensor) else to_tensors(name.removesuffix(".weight"), weight)
 
 
 def _forms(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """The model's weights by Hugging Face names, those that are packed without memory: shapes and dtypes alone."""
+    """The model's weights by Hugging Face names; packed ones as shapes and dtypes only, without memory."""
     for name, slot in slots(model.config).items():
         path, _, leaf = slot.parameter.rpartition(".")
         layer, rows = model.get_submodule(path), slice(slot.start, slot.start + slot.rows)
@@ -217,7 +217,7 @@ def _forms(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor | QuantizedWei
 
 
 def _quantization_config(model: LlamaForCausalLM) -> dict[str, Any]:
-    """What config.json says of quantized layers; {} where there are none."""
+    """The quantization_config entry of config.json; {} without quantized layers."""
     schemes, dense = {}, []
     for name, slot in slots(model.config).items():
         path, _, leaf = slot.parameter.rpartition(".")
@@ -236,7 +236,7 @@ def _quantization_config(model: LlamaForCausalLM) -> dict[str, Any]:
 
 
 def _tokenizer_files(source: Path) -> dict[str, Path]:
-    """What is to be copied, by its place in the new folder."""
+    """The files to copy, by their places in the new folder."""
     folder, vocabularies = source, [source / name for name in _VOCABULARIES if (source / name).is_file()]
     found = {file.name: file for file in vocabularies}
     if source.is_file():
@@ -249,7 +249,7 @@ def _tokenizer_files(source: Path) -> dict[str, Path]:
 
 
 def _settings(tokenizer: Path, name: str) -> dict[str, Any]:
-    """A JSON file that lies with the tokenizer; {} where there is none."""
+    """A JSON file next to the tokenizer; {} where there is none."""
     file = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / name
     return read_json(file) if file.is_file() else {}
 

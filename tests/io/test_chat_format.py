@@ -175,8 +175,8 @@ class TestPlainText:
 
 class TestARequestedFormat:
     def test_is_said(self, bare: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-        assert chat_format(bare, choice="plain", model="x-chat").description == "chat format: plain text, as asked"
-        assert chat_format(bare, choice="llama2", model="x").description == "chat format: Llama 2's, as asked"
+        assert chat_format(bare, choice="plain", model="x-chat").description == "chat format: plain text, as requested"
+        assert chat_format(bare, choice="llama2", model="x").description == "chat format: Llama 2's, as requested"
         assert caplog.records == []
 
     @pytest.mark.parametrize("as_path", [False, True])
@@ -193,7 +193,7 @@ class TestARequestedFormat:
         file = tmp_path / "t.jinja"
         file.write_bytes(data)
         with pytest.raises(
-            CheckpointError, match=rf"^{file} is no chat template: not UTF-8 text, byte 0 is 0x(ff|89)$"
+            CheckpointError, match=rf"^{file} is not a chat template: not UTF-8 text, byte 0 is 0x(ff|89)$"
         ):
             chat_format(bare, choice=str(file))
 

@@ -107,9 +107,7 @@ class TestLlama2:
 def test_added_tokens_inside_of_a_turn_are_refused_or_escaped(choice: str) -> None:
     tokenizer = templates.tokenizer(templates.LLAMA2, "prepend")
     chosen = chat_format(tokenizer, choice=choice)
-    with pytest.raises(
-        ValueError, match=r"^the prompt contains the special tag '<\|im_end\|>' inside of a turn; remove"
-    ):
+    with pytest.raises(ValueError, match=r"^the prompt contains the special tag '<\|im_end\|>' inside a turn; remove"):
         chosen.encode_whole("[INST] a<|im_end|>b [/INST]")
     ids = chosen.encode_whole("[INST] a<|im_end|>b [/INST]", tags="escape")
     assert ids == tokenizer.encode("[INST] a<\\|im_end|>b [/INST]", bos=True)
@@ -149,7 +147,7 @@ class TestTemplates:
     )
     def test_special_pieces_inside_of_a_turn_are_refused_or_escaped(self, piece: str, escaped: str, kind: str) -> None:
         chosen, tokenizer = of(templates.MISTRAL, kind), templates.tokenizer(templates.MISTRAL, kind)
-        with pytest.raises(ValueError, match=r"^the prompt contains the special tag '.*' inside of a turn"):
+        with pytest.raises(ValueError, match=r"^the prompt contains the special tag '.*' inside a turn"):
             chosen.encode_whole(f"[INST] a{piece}b [/INST]")
         ids = chosen.encode_whole(f"[INST] a{piece}b [/INST]", tags="escape")
         assert ids == tokenizer.encode_template(f"<s>[INST] a{escaped}b [/INST]")
@@ -164,7 +162,7 @@ class TestTemplates:
             token["normalized"] = True
         file.write_text(json.dumps(spec))
         chosen = chat_format(load_tokenizer(tmp_path))
-        with pytest.raises(ValueError, match=r"^the prompt contains the special tag '<\|im_end\|>' inside of a turn"):
+        with pytest.raises(ValueError, match=r"^the prompt contains the special tag '<\|im_end\|>' inside a turn"):
             chosen.encode_whole("[INST] a<|IM_END|>b [/INST]", tags=tags)
         assert chosen.encode_whole("[INST] a [/INST]", tags=tags) == chosen.encode(conversation(["a"]))
 

@@ -67,7 +67,7 @@ def test_files_that_the_configuration_says_nothing_of_are_named_by_their_first_t
     assert checkpoint.config.num_parameters > checkpoint.nbytes
     first = next(name for name, _ in checkpoint.tensors() if ".weight_" in name)
     message = f"{path / 'model.safetensors'}: tensor {first} is of a quantized weight, and the model's config.json does"
-    with pytest.raises(CheckpointError, match=f"^{re.escape(message)} not say how it is quantized$"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)} not specify its quantization$"):
         open_model(path)
 
 
@@ -93,8 +93,9 @@ def test_the_older_spelling_of_the_configuration_is_refused_by_name(tmp_path: Pa
     rename(path, "compression_config")
     with pytest.raises(
         CheckpointError,
-        match=rf"^{re.escape(str(path / 'config.json'))}: compression_config says how weights are quantized, in an "
-        r"older spelling; legal: the same under the name quantization_config, as current writers have it$",
+        match=rf"^{re.escape(str(path / 'config.json'))}: compression_config specifies the quantization of the "
+        r"weights, in an older spelling; "
+        r"legal: the same under the name quantization_config, as current writers have it$",
     ):
         open_checkpoint(path)
     rename(path, "quantization_config", "compression_config")
@@ -130,5 +131,5 @@ def test_a_weight_that_is_not_in_the_files_is_missing(tmp_path: Path) -> None:
 def test_other_methods_are_refused_by_name(tmp_path: Path, method: str | None) -> None:
     path = write(tmp_path / "model", "words")
     compressed.edit_config(path, quant_method=method)
-    with pytest.raises(CheckpointError, match=rf"\({method!r}\); expected bf16, fp16, fp32 or compressed-tensors"):
+    with pytest.raises(CheckpointError, match=rf"by {method!r}; expected bf16, fp16, fp32 or compressed-tensors"):
         open_checkpoint(path)

@@ -183,7 +183,7 @@ def test_each_failure_of_the_hub_has_its_own_sentence(
 
 
 def test_an_id_the_hub_cannot_have_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model is 'owner/a--b', which is no Hub id"):
+    with pytest.raises(ValueError, match=r"model is 'owner/a--b', which is not a Hub id"):
         resolve_model("owner/a--b")  # huggingface_hub's own check comes before any request
 
 

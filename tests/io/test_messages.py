@@ -211,7 +211,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
         r"holds several sets of tensors \('model', 'ema'\); save one of them as a state dict",
     ),
     "bin of one and a half": (torch_file({"a": torch.ones(2), "ema": {"b": torch.ones(2)}}), "'ema' holds tensors bes"),
-    "bin under numbers": (torch_file({"a": torch.ones(2), 1: torch.ones(2)}), "1 is no name of a tensor"),
+    "bin under numbers": (torch_file({"a": torch.ones(2), 1: torch.ones(2)}), "1 is not a tensor's name"),
     "bin of sparse": (torch_file({"a": torch.eye(3).to_sparse()}), "tensor a is sparse or quantized"),
     "bin of nothing": (torch_file({"a": torch.ones(3, device="meta")}), "tensor a has no data"),
     # which files

@@ -308,7 +308,7 @@ class TestFiles:
         tokenizer = load_tokenizer(converted)
         assert tokenizer.bos_token_id is None
         with pytest.raises(
-            ValueError, match=r"^BOS is asked for, but .*tokenizer.json and the files beside it name none"
+            ValueError, match=r"^BOS is requested, but .*tokenizer.json and the files beside it specify none"
         ):
             tokenizer.encode("a", bos=True)
 

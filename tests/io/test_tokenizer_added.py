@@ -81,7 +81,7 @@ def test_a_config_without_add_bos_token_is_said(tmp_path, caplog):
         tokenizer = load_tokenizer(folder(tmp_path, tokenizer_config__json={"tokenizer_class": "LlamaTokenizer"}))
     assert tokenizer.encode("a") == tokenizer.encode("a", bos=False)
     assert [record.getMessage()[-62:] for record in caplog.records] == [
-        "r_config.json says nothing of add_bos_token: no BOS, as in transformers 5"[-62:]
+        "r_config.json does not set add_bos_token: no BOS, as in transformers 5"[-62:]
     ]
 
 

@@ -125,7 +125,7 @@ def test_text_behind_a_control_piece_may_differ_and_is_told(caplog: pytest.LogCa
     assert ours is not None
     assert [ours.encode(text) for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
     (record,) = [record for record in caplog.records if record.name == "fastllama"]
-    start = "tokenizer BehindControl is used, but text behind a control piece is encoded otherwise: of the text "
+    start = "tokenizer BehindControl is used, but text after a control piece is encoded differently: of the text "
     assert record.getMessage().startswith(start + "'a </s> b</s>c\\n' it makes [261, ")
     assert ", ours [261, " in record.getMessage()
 
@@ -151,7 +151,7 @@ def test_a_slow_legacy_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
     ours = as_tokenizer(theirs)
     assert isinstance(ours, SentencePieceTokenizer)
     assert [ours.encode(text) for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
-    assert "is used, but text behind a control piece is encoded otherwise" in caplog.text
+    assert "is used, but text after a control piece is encoded differently" in caplog.text
 
 
 class Named(Changed):

@@ -79,7 +79,7 @@ def test_settings_hold_where_a_request_brings_no_parameters_and_only_there(folde
 def test_settings_are_said(folder, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastllama"), opened(folder(**CHAT)):
         pass
-    assert "generation_config.json: temperature=0.6, top_p=0.9, unless a request brings parameters" in caplog.text
+    assert "generation_config.json: temperature=0.6, top_p=0.9, unless a request has its own" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_has_no_counterpart_here_is_named(
 ) -> None:
     path = folder(**settings)
     read_sampling_settings(path)
-    said = [f"{path / 'generation_config.json'} sets {names}: without counterpart here, and not used"]
+    said = [f"{path / 'generation_config.json'} sets {names}: no counterpart here, ignored"]
     assert caplog.messages == (said if names else [])
 
 

@@ -1,8 +1,8 @@
-"""Conversations to token ids: which chat format a checkpoint wants is chosen here, in one place.
+"""Conversations to token ids, in the chat format that a checkpoint was trained on.
 
 `chat_format` chooses: the checkpoint's own template (template.py), Meta's format of Llama 2 (llama2.py), or plain text
-(plain.py). A template is a program by a stranger, so it runs in sandbox.py; what of it a message must not hold is found
-out in markers.py.
+(plain.py). A template is untrusted code, so it runs in sandbox.py; markers.py finds the tags that a message must not
+contain.
 """
 
 from fastllama.io.chat.choice import ChatFormat, chat_format, check_chat_format, encode_chat

@@ -1,4 +1,4 @@
-"""Which chat format a model is asked in."""
+"""Chooses a model's chat format: its template, Llama 2's format, or plain text."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CHAT_MODEL = re.compile(r"(?<![a-z])(?:chat|instruct)(?![a-z])")
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a conversation becomes token ids, and what ends an answer beyond the model's EOS.
+    """Encodes conversations as token ids; names the stop texts and ids that end an answer besides EOS.
 
-    name: "template", "llama2" or "plain". description: one line that says what was chosen, and why. guessed: no file
-    of the checkpoint says so. stop, stop_token_ids: texts and ids that end an answer, for SamplingParams.
+    name: "template", "llama2" or "plain". description: one line with the choice and its reason. `guessed`: no file
+    of the checkpoint specifies the format. stop, stop_token_ids: texts and ids that end an answer, for SamplingParams.
     """
 
     name: str
@@ -40,22 +40,22 @@ class ChatFormat:
     def encode(
         self, messages: Sequence[Message], *, tags: Tags = "refuse", continue_final_message: bool = False
     ) -> list[int]:
-        """Token ids that ask for the next answer.
+        """Token ids of the prompt for the next answer.
 
         Args:
-            messages: the conversation, the last message not from the assistant. Which roles and which order are legal,
-                the format says.
-            continue_final_message: as in transformers: the last message is from the assistant, and its answer goes on.
-                The ids end with its content, without what the format writes behind one, blanks and end included.
-            tags: what to do with text inside contents that would pose as another role: special pieces, the template's
-                own tags and labels. "refuse" raises ValueError; "escape" puts a backslash behind the opening bracket
-                ("[\\INST]", "<\\|im_end|>", "<\\/s>"), or before the last letter of what has none ("USER\\:"), so that
-                the text still reads, is no longer the tag, and can be put back.
+            messages: the conversation, the last message not from the assistant. The format decides which roles and
+                which order are legal.
+            continue_final_message: as in transformers: the last message is from the assistant, and is continued. The
+                ids end with its content, without the blanks and end tag that the format writes after a message.
+            tags: how to treat text inside contents that would pose as another role: special pieces, the template's
+                own tags and labels. "refuse" raises ValueError; "escape" inserts a backslash after the opening bracket
+                ("[\\INST]", "<\\|im_end|>", "<\\/s>"), or before the last letter where there is none ("USER\\:"), so
+                that the text stays legible, is no longer the tag, and can be restored.
 
         Raises:
-            ValueError: naming the message's index, for a role, a refused tag, a message that would be left out, a last
-                content that the template changes and that so cannot be continued; in the template's words, where it
-                refuses the conversation.
+            ValueError: with the message's index, for an illegal role, a refused tag, a message that would be left out,
+                or a last content that the template changes and that so cannot be continued; with the template's own
+                message, where it rejects the conversation.
             TypeError: for a message that is not a mapping of `role` and `content`, both text.
             CheckpointError: where the template fails.
         """
@@ -65,19 +65,19 @@ class ChatFormat:
     def stop_after(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """The texts of `stop` that end the answer to these messages.
 
-        None to one message alone in plain text: it is the prompt as it stands, no "User:" has spoken in it, and one
-        that comes is text. Whole prompts (`encode_whole`) are one message, too.
+        Empty for a single message in plain text: it is the prompt itself, without "User:" labels, so that a "User:" in
+        the answer is ordinary text. Whole prompts (`encode_whole`) are a single message, too.
         """
         return () if self.name == "plain" and len(messages) == 1 else self.stop
 
     def encode_whole(self, text: str, *, tags: Tags = "refuse") -> list[int] | None:
-        """Token ids of a text that is a whole prompt in Llama 2's format already; None where it is not.
+        """Token ids of a text that is already a whole prompt in Llama 2's format; None where it is not.
 
-        Such is "<s>[INST] ... [/INST]", with or without "<s>" and blanks around it, behind any number of finished turns
-        "[INST] ... [/INST] ... </s><s>". The ids are those of `encode` for the same conversation: the first BOS is put
-        by us, "</s>" and "<s>" between turns become ids, all else is encoded as it is written, "<<SYS>>" included. None
-        for any text where the format is a template that does not write "[INST]".
-        tags: what to do with special pieces inside of a turn, as in `encode`; ValueError for the first if "refuse".
+        Its form: any number of finished turns "[INST] ... [/INST] ... </s><s>", then "<s>[INST] ... [/INST]", where the
+        first "<s>" and blanks at both ends are optional. The ids are those of `encode` for the same conversation: the
+        first BOS is added here, "</s>" and "<s>" between turns become ids, everything else is encoded literally,
+        "<<SYS>>" included. None for any text where the format is a template that does not write "[INST]".
+        tags: how to treat special pieces inside a turn, as in `encode`; ValueError for the first if "refuse".
         """
         check_choice("tags", tags, ("refuse", "escape"))
         if not isinstance(text, str):
@@ -86,7 +86,7 @@ class ChatFormat:
 
 
 def check_chat_format(choice: str | Path) -> None:
-    """Raise ValueError or FileNotFoundError unless `choice` is one that `chat_format` takes; no file is read."""
+    """Raise ValueError or FileNotFoundError unless `chat_format` accepts `choice`; no file is read."""
     choice = str(choice)
     if choice in _CHOICES or Path(choice).is_file():
         return
@@ -96,14 +96,14 @@ def check_chat_format(choice: str | Path) -> None:
 
 
 def chat_format(tokenizer: Tokenizer, *, choice: str | Path = "auto", model: str | None = None) -> ChatFormat:
-    """The format in which a model is asked. What no file says, but a guess, is logged as a warning.
+    """A model's chat format. A choice that no file specifies is logged as a warning.
 
-    choice: "auto", "llama2", "plain", or the path of a jinja file. "auto" is the template that lies with the tokenizer;
-    without one, Llama 2's format where `model` is None or its name holds the word chat or instruct, else plain text.
-    model: what the user calls the model (a path or Hub id), None where that is unknown.
+    choice: "auto", "llama2", "plain", or the path of a jinja file. "auto" is the tokenizer's template; without one,
+    Llama 2's format where `model` is None or its name contains the word chat or instruct, else plain text.
+    model: the model as the user named it (a path or Hub id), None where that is unknown.
 
-    A template that writes what Meta's reference writes is Llama 2's format, whatever its text: Meta's ids are exact
-    for every tokenizer (llama2.py says where transformers' differ).
+    A template that renders conversations as Meta's reference does counts as Llama 2's format: Meta's ids are exact for
+    every tokenizer (llama2.py lists where those of transformers differ).
     Raises ValueError for another choice, FileNotFoundError for a missing file, CheckpointError for a broken template.
     """
     chosen = _choose(tokenizer, choice, model)
@@ -119,7 +119,7 @@ def encode_chat(
     tags: Tags = "refuse",
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Token ids that ask for the next answer, in the template with the tokenizer, else in Llama 2's format.
+    """Token ids of the prompt for the next answer, in the tokenizer's template, else in Llama 2's format.
 
     Arguments and errors are those of `ChatFormat.encode`.
     """
@@ -131,9 +131,9 @@ def _choose(tokenizer: Tokenizer, choice: str | Path, model: str | None) -> Chat
     check_chat_format(choice)
     choice = str(choice)
     if choice == "llama2":
-        return _llama2(tokenizer, "chat format: Llama 2's, as asked")
+        return _llama2(tokenizer, "chat format: Llama 2's, as requested")
     if choice == "plain":
-        return _plain(tokenizer, "chat format: plain text, as asked")
+        return _plain(tokenizer, "chat format: plain text, as requested")
     if choice != "auto":
         return _of_template(tokenizer, _read(Path(choice)), choice)
     if tokenizer.chat_template is not None:
@@ -174,7 +174,7 @@ def _plain(tokenizer: Tokenizer, description: str, *, guessed: bool = False) -> 
 
 
 def _special_in_text(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special pieces that become ids in plain text too: added tokens do, SentencePiece's own do not."""
+    """The special pieces that become ids in plain text too: added tokens, but not SentencePiece's own pieces."""
     return tuple(
         piece
         for piece in tokenizer.special_pieces()
@@ -188,7 +188,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {error.object[error.start]:#04x}"
-        raise CheckpointError(f"{path} is no chat template: not UTF-8 text, {byte}") from None
+        raise CheckpointError(f"{path} is not a chat template: not UTF-8 text, {byte}") from None
 
 
 def _template_file(tokenizer: Tokenizer) -> Path:
@@ -198,7 +198,7 @@ def _template_file(tokenizer: Tokenizer) -> Path:
 
 
 def _name(model: str) -> str:
-    """The part of a path or Hub id that names the model: with a file its folder, of the Hub's cache the repository."""
+    """The part of a path or Hub id that names the model: a file's folder too; the repository of the Hub's cache."""
     path = Path(os.path.abspath(os.path.expanduser(model)))
     for part in path.parts:
         if part.startswith("models--"):

@@ -1,4 +1,4 @@
-"""How a chat template can fail beside being broken."""
+"""Errors of chat templates that are not syntax errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from fastllama.errors import CheckpointError
 
 
 class ConversationRefusedError(ValueError):
-    """A template called `raise_exception`: the conversation is not one that it writes."""
+    """A template called `raise_exception`: it rejects the conversation."""
 
 
 class TemplateBudgetError(CheckpointError):
-    """A template loops, calls itself or grows beyond reason."""
+    """A template exceeded its budget of loop steps, recursion or output."""

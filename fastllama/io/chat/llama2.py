@@ -9,7 +9,7 @@ from fastllama.io.chat.whole import TAGS, turns_of, without_special
 from fastllama.io.tokenizer import Tokenizer
 
 _BLANK = " \t\n\u3000\u00a0"
-# What a template must write as Meta does to be taken for Llama 2's: strings that it strips, and those that it must not.
+# Conversations that a template must render as Meta does to count as Llama 2's, with blanks to strip and blanks to keep.
 _PROBES: tuple[tuple[str | None, tuple[str, ...]], ...] = (
     (None, (f"{_BLANK}Hi  all{_BLANK}",)),
     (None, ("",)),
@@ -23,21 +23,21 @@ _PROBES: tuple[tuple[str | None, tuple[str, ...]], ...] = (
 def encode(
     tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags, continues: bool
 ) -> list[int]:
-    """Token ids that ask for the next answer: those of `chat_completion` in Meta's Llama 2 reference (generation.py).
+    """Token ids of the prompt for the next answer, as `chat_completion` of Meta's Llama 2 reference (generation.py).
 
     Each finished turn is BOS, "[INST] user [/INST] assistant ", EOS; the last is BOS, "[INST] user [/INST]". A system
-    message is first put before the first user message, as "<<SYS>>\\nsystem\\n<</SYS>>\\n\\n"; only then are contents
-    stripped. Each turn is encoded by itself, so it begins with SentencePiece's leading space. The chat template on
+    message is prepended to the first user message, as "<<SYS>>\\nsystem\\n<</SYS>>\\n\\n"; only then are contents
+    stripped. Each turn is encoded separately, so it begins with SentencePiece's leading space. The chat template on
     Hugging Face gives the same ids, except that
 
-    - transformers 5 leaves out that space after each BOS (the piece "[", not "▁[") where the files do not ask for it by
-      `legacy: true`, or by a `Prepend` in tokenizer.json and a tokenizer_class that is not LlamaTokenizer;
+    - transformers 5 leaves out that space after each BOS (the piece "[", not "▁[") unless the files set
+      `legacy: true`, or have a `Prepend` in tokenizer.json and a tokenizer_class that is not LlamaTokenizer;
     - "<s>" and "</s>" inside contents become control ids there, and stay plain text here and in Meta's reference.
 
-    A last message of the assistant that goes on (`continues`) ends its turn: "[INST] user [/INST] assistant", without
-    the blank and EOS that would follow.
+    With `continues`, the last message is the assistant's, to be continued: "[INST] user [/INST] assistant", without the
+    blank and EOS that would follow.
 
-    Contents may hold neither TAGS nor the `special` pieces that this tokenizer reads as ids in plain text.
+    Contents may contain neither TAGS nor the `special` pieces that this tokenizer encodes as ids in plain text.
     """
     messages = check_messages(messages)
     check_turns(messages, continues)
@@ -52,7 +52,7 @@ def encode(
 def encode_whole(tokenizer: Tokenizer, special: Sequence[str], text: str, tags: Tags) -> list[int] | None:
     """Token ids of a text that is a whole prompt in this format (see whole.py), None of any other.
 
-    "<s>" and "</s>" around turns are BOS and EOS. Of the `special` pieces inside of turns none becomes an id.
+    "<s>" before and "</s>" after a turn are BOS and EOS. `special` pieces inside turns never become ids.
     """
     turns = turns_of(text)
     if turns is None:
@@ -66,7 +66,7 @@ def encode_whole(tokenizer: Tokenizer, special: Sequence[str], text: str, tags: 
 
 
 def is_written_by(render: Callable[[Sequence[Message]], str], bos: str, eos: str) -> bool:
-    """Whether a chat template writes conversations as Meta does: told by what it renders, not by its text."""
+    """Whether a chat template renders conversations as Meta does; its output is compared, not its source."""
     for system, contents in _PROBES:
         messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         for index, content in enumerate(contents):
@@ -82,7 +82,7 @@ def is_written_by(render: Callable[[Sequence[Message]], str], bos: str, eos: str
 
 
 def _turns(messages: Sequence[Message]) -> list[str]:
-    """The text of each turn, without BOS and EOS; the last waits for its answer, or for the rest of it."""
+    """The text of each turn, without BOS and EOS; the last has no answer yet, or an unfinished one."""
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         system, first, *rest = contents

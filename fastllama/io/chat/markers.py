@@ -1,4 +1,4 @@
-"""What of a chat template a message must not hold, and what ends an answer: told from the texts that it renders."""
+"""Finds a chat template's tags, which messages must not contain, and its stop texts, from what it renders."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastllama.io.tokenizer import Tokenizer
 
 # "<|user|>", "</s>", "<<SYS>>", "[INST]", "<|end of turn|>"
 _TAG = re.compile(r"<<[^\s<>]+>>|<\|[^|\n]{1,40}\|>|<[^\s<>]+>|\[[^\s\[\]]+\]")
-# "USER:", "### Response", "Human >": a line with a letter that begins or ends with a sign that prose does not end with.
+# "USER:", "### Response", "Human >": a line with a letter that begins or ends with a sign that no prose line ends with.
 _LABEL = re.compile(r"(?=.*[^\W\d_])(?:[#=*>|\-].*|.*[:\uff1a=*>|\-])")
 _PROBES = (("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user"))
 
 
 class Findings(NamedTuple):
-    """What the probes told: markers, the ids among them, and what ends an answer as text and as ids."""
+    """The result of the probes: markers, the ids among them, and the texts and ids that end an answer."""
 
     markers: Markers
     guarded_ids: frozenset[int]
@@ -36,25 +36,25 @@ class Segment(NamedTuple):
 
 
 def placeholder(index: int) -> str:
-    """A harmless content that can be found again in what a template renders."""
+    """A harmless content that can be located in the rendered text."""
     return f"q{index}z"
 
 
 def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) -> Findings:
-    """Render conversations of harmless contents, and look at what stands around these.
+    """Render conversations of harmless contents, and inspect the literal text between them.
 
     Markers are the tokenizer's special pieces, every tag (`<...>`, `[...]`) in the literal text before a content, and
-    labels: the line right before a content, behind any special piece or tag, that begins or ends with a sign such as
-    "#" or ":". A label that the template only writes where a line begins is a marker only there. No markers are added
-    tokens that are neither special nor before a content, such as the "<think>" that some templates begin an answer
-    with: a model's answers hold them.
+    labels: the rest of the line before a content, after any special piece or tag, that begins or ends with a sign such
+    as "#" or ":". A label that the template writes only at the start of lines is a marker only there. Added tokens that
+    are neither special nor before a content are no markers: some templates begin an answer with "<think>", and a
+    model's answers contain it.
 
-    An answer is ended by the special piece that directly follows an assistant's content, or, where only plain text
-    follows, by the tag or label that it begins with.
+    An answer ends with the special piece that directly follows an assistant's content, or, where plain text follows,
+    with the tag or label that this text begins with.
     """
     segments = [segment for text, roles in _renderings(render) for segment in _segments(text, roles)]
     heads = segments
-    if any(segment.after == "assistant" for segment in segments):  # then what begins an answer stands there too
+    if any(segment.after == "assistant" for segment in segments):  # the text that begins an answer is there, too
         heads = [segment for segment in segments if segment.after]
     tags = {tag for segment in heads for tag in _TAG.findall(segment.text)}
     known = {piece: tokenizer.encode_template(piece) for piece in (*tags, *tokenizer.special_pieces()) if piece.strip()}
@@ -63,7 +63,7 @@ def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) ->
         for piece, ids in known.items()
         if len(ids) == 1 and (piece in tags or ids[0] in tokenizer.special_ids or piece.startswith("<|"))
     }
-    spoken = {piece.replace("▁", " ").strip() for piece in pieces}  # "▁<PRE>" is what " <PRE>" becomes
+    spoken = {piece.replace("▁", " ").strip() for piece in pieces}  # " <PRE>" becomes "▁<PRE>"
     fences = Markers({*tags, *pieces, *spoken})
     labels = [label for segment in heads for label in _labels(segment, fences)]
     anywhere = {text for text, line_start in labels if not line_start}
@@ -86,7 +86,7 @@ def examine(render: Callable[[Sequence[Message]], str], tokenizer: Tokenizer) ->
 
 
 def _renderings(render: Callable[[Sequence[Message]], str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The probes that the template takes; where it takes none, but fails, what it says of the first is raised."""
+    """Renderings of the probes that the template accepts; where all fail, the first one's error is raised."""
     failures = []
     for roles in _PROBES:
         messages: list[Message] = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
@@ -109,7 +109,7 @@ def _segments(text: str, roles: Sequence[str]) -> Iterator[Segment]:
 
 
 def _labels(segment: Segment, fences: Markers) -> Iterator[tuple[str, bool]]:
-    """The label right before a content or an answer, and whether it stands where a line begins."""
+    """The label right before a content or an answer, and whether it is at the start of a line."""
     *before, text = fences.split(segment.text)
     lines = text.rstrip().splitlines()
     if lines and _LABEL.fullmatch(label := lines[-1].strip()):

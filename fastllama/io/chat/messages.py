@@ -9,28 +9,28 @@ from typing import Any, Literal, TypedDict
 from fastllama.errors import brief
 
 Tags = Literal["refuse", "escape"]
-CONTINUED = "'assistant' with continue_final_message=True"  # the role of a last message that goes on
+CONTINUED = "'assistant' with continue_final_message=True"  # the role of a last message to be continued
 _OPENING = re.compile(r"<<|[<\[({]")
 _BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 _LINE_START = rf"(?:\A|(?<=[{_BREAKS}]))[^\S{_BREAKS}]*"
 
 
 class Message(TypedDict):
-    """One message of a conversation; role: "system", "user", "assistant", or another that the template knows."""
+    """One message of a conversation; role: "system", "user", "assistant", or another that the template accepts."""
 
     role: str
     content: str
 
 
 class Markers:
-    """Texts by which a model tells roles apart, and which no content may hold: `anywhere`, or where a line begins."""
+    """Texts that separate roles, and that no content may contain: `anywhere`, or at the start of a line."""
 
     def __init__(self, anywhere: Iterable[str], line_start: Iterable[str] = ()) -> None:
-        """Blank texts and duplicates are left out; a longer text is found before one that it begins with."""
+        """Drops blank texts and duplicates; a longer text is matched before its prefixes."""
         self.anywhere = _longest_first(anywhere)
         self.line_start = _longest_first(text for text in line_start if text not in self.anywhere)
         labels = _any_of(self.line_start)
-        # Two searches: one that must look for the start of a line everywhere would slow down the other tenfold.
+        # Two patterns: one alone would look for the start of a line everywhere, ten times slower.
         self._patterns = [re.compile(_any_of(self.anywhere)), re.compile(f"{_LINE_START}{labels}")]
 
     def find(self, text: str) -> str | None:
@@ -43,27 +43,27 @@ class Markers:
         return [match[0].strip() for pattern in self._patterns for match in pattern.finditer(text)]
 
     def split(self, text: str) -> list[str]:
-        """The parts of a text between the markers that may stand anywhere."""
+        """The parts of a text between markers of the `anywhere` kind."""
         return self._patterns[0].split(text)
 
     def escape(self, text: str) -> str:
-        """A backslash in each marker: behind its opening bracket, or before the last letter where it has none.
+        """Insert a backslash into each marker: after its opening bracket, or before its last letter if it has none.
 
-        What takes another round to escape (markers that overlap) gets one; ValueError if a marker cannot be escaped.
+        Overlapping markers take several rounds. ValueError if a marker cannot be escaped.
         """
         for _ in range(8):
             if self.find(text) is None:
                 return text
             for pattern in self._patterns:
                 text = pattern.sub(lambda match: _escaped(match[0]), text)
-        raise ValueError(f"holds {self.find(text)!r}, which a backslash cannot take apart")
+        raise ValueError(f"holds {self.find(text)!r}, which a backslash cannot escape")
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:
     """The messages as plain dicts.
 
-    TypeError for what is not a list of mappings of `role` and `content`, both text; ValueError for no message, and for
-    text that is not valid Unicode.
+    TypeError unless it is a list of mappings of `role` and `content`, both text; ValueError for an empty list and for
+    invalid Unicode.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise TypeError(f"messages is {brief(messages)}; legal: a list of mappings of 'role' and 'content'")
@@ -74,9 +74,9 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def check_turns(messages: Sequence[Message], continues: bool) -> None:
-    """ValueError unless user and assistant take turns, after an optional system message.
+    """Raise ValueError unless user and assistant alternate, after an optional system message.
 
-    continues: the assistant has the last turn, which goes on; else the user has it.
+    continues: the last turn is the assistant's, to be continued; else it is the user's.
     """
     system = messages[0]["role"] == "system"
     for index, message in enumerate(messages):
@@ -92,7 +92,7 @@ def check_turns(messages: Sequence[Message], continues: bool) -> None:
 
 
 def wrong_last(messages: Sequence[Message], legal: str) -> ValueError:
-    """The error for a last message of a role that cannot have it."""
+    """The error for a last message of an illegal role."""
     return ValueError(f"messages[{len(messages) - 1}], the last, has role {messages[-1]['role']!r}; legal: {legal}")
 
 

@@ -14,12 +14,12 @@ _LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 def encode(
     tokenizer: Tokenizer, special: Sequence[str], messages: Sequence[Message], tags: Tags, continues: bool
 ) -> list[int]:
-    """Token ids of a conversation in words, BOS by the tokenizer's rule.
+    """Token ids of a conversation as labelled plain text, BOS by the tokenizer's rule.
 
-    One message is the prompt as it stands, as `generate` takes it. More are "System: ...", an empty line, "User: ...",
-    "Assistant: ..." in turn, each on lines of its own and stripped, and "Assistant:" last, unless the last of them goes
-    on (`continues`). No line of a content may begin with one of these words; none may hold the `special` pieces that
-    this tokenizer reads as ids in plain text.
+    A single message is the prompt itself, as for `generate`. Several are "System: ...", an empty line, "User: ...",
+    "Assistant: ..." in turn, each on lines of its own and stripped, and "Assistant:" last, unless the last message is
+    to be continued (`continues`). No line of a content may begin with one of these labels; no content may contain the
+    `special` pieces that this tokenizer encodes as ids in plain text.
     """
     messages = check_messages(messages)
     check_turns(messages, continues)

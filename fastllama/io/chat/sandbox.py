@@ -1,9 +1,9 @@
-"""Chat templates run as programs of strangers: jinja2's sandbox, a budget of work, and one line when one fails.
+"""Runs chat templates as untrusted code: in jinja2's sandbox, with a budget of work and one-line errors.
 
-The environment offers what transformers' does (apply_chat_template, 5.23): `trim_blocks`, `lstrip_blocks`, break and
-continue, `{% generation %}`, `tojson` without HTML escapes, `strftime_now`, `raise_exception`. Stricter than there:
-an attribute that the sandbox forbids is an error even if it is only printed, and a rendering may spend a limited
-number of loop steps and characters.
+The environment matches that of transformers (apply_chat_template, 5.23): `trim_blocks`, `lstrip_blocks`, break and
+continue, `{% generation %}`, `tojson` without HTML escapes, `strftime_now`, `raise_exception`. It is stricter: an
+attribute that the sandbox forbids is an error even if it is only printed, and a rendering has a limited number of loop
+steps and characters.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from jinja2.visitor import NodeTransformer
 from fastllama.errors import CheckpointError
 from fastllama.io.chat.errors import ConversationRefusedError, TemplateBudgetError
 
-_STEPS = 200_000  # loop steps and characters that any rendering may spend: a second or two
-_STEPS_PER_CHARACTER = 100  # and for each character of what is rendered
+_STEPS = 200_000  # base budget of a rendering, in loop steps and characters: a second or two
+_STEPS_PER_CHARACTER = 100  # added to the budget for each character of the input
 
 
 @dataclass
 class Rendering:
-    """One run of a template: what it may still spend, the undefined names that it printed, the sizes of its containers.
+    """One run of a template: its remaining budget, the undefined names that it printed, the sizes of its containers.
 
-    sizes: by id, each with its container, so that no other object gets the id.
+    sizes: by id(), with the container itself, so that no other object gets the same id.
     """
 
     budget: int
@@ -46,7 +46,7 @@ class Rendering:
     sizes: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
     def size(self, value: Any) -> int:
-        """Characters and elements of a value, all that is nested in it included as often as it stands there."""
+        """Characters and elements of a value, nested values included, each as often as it occurs."""
         if isinstance(value, str):
             return len(value)
         if not isinstance(value, (list, tuple, dict)):
@@ -57,17 +57,17 @@ class Rendering:
         return self.sizes[id(value)][1]
 
 
-_MULTIPLIES = {"replace", "join", "indent", "wordwrap", "expandtabs"}  # one argument as often as another is long
-_FORMATS = {"format", "format_map"}  # widths stand in their text
+_MULTIPLIES = {"replace", "join", "indent", "wordwrap", "expandtabs"}  # repeat one argument once per element of another
+_FORMATS = {"format", "format_map"}  # their text may contain widths
 
 _RENDERING: ContextVar[Rendering] = ContextVar("rendering")
 
 
 def render(source: str, file: str, variables: Mapping[str, Any], characters: int) -> tuple[str, set[str]]:
-    """The text of a template, and the undefined names that it printed as nothing.
+    """The rendered text, and the undefined names that were rendered as nothing.
 
-    file: where the template lies, for errors. characters: how much text the variables hold, which the budget grows by.
-    Raises ConversationRefusedError with the template's words, CheckpointError for every other failure.
+    file: the template's file, for errors. characters: length of the text in the variables, which adds to the budget.
+    Raises ConversationRefusedError with the template's own message, CheckpointError for every other failure.
     """
     run = Rendering(_STEPS + _STEPS_PER_CHARACTER * characters)
     token = _RENDERING.set(run)
@@ -78,22 +78,22 @@ def render(source: str, file: str, variables: Mapping[str, Any], characters: int
     except TemplateSyntaxError as error:
         raise CheckpointError(f"{file}: the chat template is broken at line {error.lineno}: {_words(error)}") from None
     except RecursionError:
-        raise TemplateBudgetError(f"{file}: the chat template is nested or calls itself too deeply") from None
+        raise TemplateBudgetError(f"{file}: the chat template is nested or recurses too deeply") from None
     except TemplateBudgetError:
         raise TemplateBudgetError(f"{file}: the chat template loops or grows beyond reason") from None
-    except Exception as error:  # whatever a stranger's program can raise
+    except Exception as error:  # untrusted code can raise anything
         raise CheckpointError(f"{file}: the chat template fails: {_words(error)}") from None
     finally:
         _RENDERING.reset(token)
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, whose loops, calls of macros, and operations that make text grow are paid for from the budget."""
+    """The sandbox; loop steps, macro calls and operations that grow a text are charged to the budget."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def spend(self, amount: int) -> bool:
-        """Take from the budget of this rendering. True, so that it can stand in a condition."""
+        """Charge this rendering's budget. Returns True, for use in a condition."""
         run = _RENDERING.get()
         run.budget -= amount
         if run.budget < 0:
@@ -107,27 +107,29 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def made(self, value: Any) -> Any:
-        """A new value, paid for."""
+        """A new value, after charging its size."""
         self.spend(_RENDERING.get().size(value))
         return value
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, method or macro, paid for by what it is given and what it makes."""
-        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # jinja2 wraps a text's format
-        if owner is __self:  # of ours, put in by BudgetedNodes
+        """Call a function, method or macro; charges the size of its arguments and of its result."""
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # jinja2 wraps str.format
+        if owner is __self:  # inserted by BudgetedNodes
             return super().call(__context, __obj, *args, **kwargs)
-        named = [value for name, value in kwargs.items() if not name.startswith("_")]  # jinja2's own are
+        named = [
+            value for name, value in kwargs.items() if not name.startswith("_")
+        ]  # names with an underscore are jinja2's
         given = [*([owner] if isinstance(owner, (str, int)) else []), *args, *named]
         __self.spend(_cost(getattr(__obj, "__name__", ""), given))
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The intercepted operators, paid for by the size of what they make, before they make it."""
+        """The intercepted operators; the size of the result is charged before it is computed."""
         sizes = [_size(value) for value in (left, right)]
         numbers = [value for value in (left, right) if isinstance(value, int)]
         if operator == "+":
             self.spend(sum(sizes))
-        elif len(numbers) == 1 and operator == "*":  # a text or list, so many times
+        elif len(numbers) == 1 and operator == "*":  # a text or list, repeated
             self.spend(max(0, numbers[0]) * max(sizes))
         elif len(numbers) == 2:  # in bits
             low, high = abs(left).bit_length(), abs(right).bit_length() if operator == "*" else max(0, right)
@@ -137,12 +139,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return self.made(super().call_binop(context, operator, left, right))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        """Forbidden attributes end the rendering, where jinja2 alone would print them as nothing."""
-        raise SecurityError(f"the attribute {attribute!r} of a {type(obj).__name__} is not for templates")
+        """Forbidden attributes raise, where plain jinja2 would render them as nothing."""
+        raise SecurityError(f"the attribute {attribute!r} of a {type(obj).__name__} is forbidden in templates")
 
 
 class BudgetedNodes(NodeTransformer):
-    """Puts the payments into a template's syntax tree: one for each step of a loop and each call of a macro."""
+    """Inserts budget charges into a template's syntax tree: for each loop step and each macro call."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         """A step costs 1 and the literal text that it may print."""
@@ -162,7 +164,7 @@ class BudgetedNodes(NodeTransformer):
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Call:
-        """A list can hold another twice, and so grow beyond what its loops cost."""
+        """A list can contain another one twice, and so grow faster than its loops are charged."""
         self.generic_visit(node)
         return _call("made", node)
 
@@ -172,12 +174,12 @@ class BudgetedNodes(NodeTransformer):
         return _call("made", node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        """As a list, but not where it names what is assigned."""
+        """As a list, but not as the target of an assignment."""
         self.generic_visit(node)
         return _call("made", node) if node.ctx == "load" else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        """The operator ~ is no operator that the sandbox could intercept."""
+        """The operator ~, which jinja2's sandbox cannot intercept."""
         self.generic_visit(node)
         return _call("joined", *node.nodes)
 
@@ -188,7 +190,7 @@ class BudgetedNodes(NodeTransformer):
 
 
 class GenerationTag(Extension):
-    """`{% generation %}`: marks what the model is trained on; rendered, it is what it encloses."""
+    """`{% generation %}`: marks the text that training is on; renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -199,14 +201,14 @@ class GenerationTag(Extension):
 
 
 class TemplateNamespace(Namespace):
-    """`namespace()` of a template, without names that begin with an underscore."""
+    """A template's `namespace()`, without names that begin with an underscore."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(_public(name), value)
 
 
 class DictMaker:
-    """`dict` of a template, without the methods of the class, which would change their first argument."""
+    """A template's `dict`, without the class's methods, which would mutate their first argument."""
 
     fromkeys = staticmethod(dict.fromkeys)
 
@@ -230,7 +232,7 @@ def _compiled(source: str) -> jinja2.Template:
         "namespace": lambda *args, **names: TemplateNamespace({_public(k): v for k, v in dict(*args, **names).items()}),
         "dict": DictMaker(),
     }
-    del environment.globals["lipsum"]  # random words, as many as one asks for
+    del environment.globals["lipsum"]  # random words, of any length
     tree = BudgetedNodes().visit(environment.parse(source)).set_environment(environment)
     return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
 
@@ -268,9 +270,9 @@ def _call(method: str, *args: nodes.Expr) -> nodes.Call:
 
 
 def _paid(environment: TemplateSandbox, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is paid for by what it is given and what it makes."""
+    """A filter that charges the size of its arguments and of its result."""
 
-    @wraps(filter)  # and its mark for jinja2, which passes it a context or the environment first
+    @wraps(filter)  # also copies jinja2's mark for filters that take a context or the environment
     def run(*args: Any, **kwargs: Any) -> Any:
         environment.spend(_cost(name, [*args, *kwargs.values()]))
         return environment.made(filter(*args, **kwargs))
@@ -279,7 +281,7 @@ def _paid(environment: TemplateSandbox, name: str, filter: Callable[..., Any]) -
 
 
 def _cost(name: str, given: Sequence[Any]) -> int:
-    """What a call may take, told from its arguments: their lengths, and numbers, which may be lengths to come."""
+    """The cost of a call, estimated from its arguments: their lengths, and numbers, which may become lengths."""
     sizes = sorted(abs(value) if isinstance(value, int) else _size(value) for value in given)
     cost = sum(sizes)
     if name in _MULTIPLIES and len(sizes) > 1:
@@ -295,6 +297,6 @@ def _size(value: Any) -> int:
 
 
 def _words(error: Exception) -> str:
-    """What an exception says, in one line that a terminal can show."""
+    """An exception's message, as one printable line."""
     text = " ".join((str(error) or type(error).__name__).split())
     return "".join(c for c in text if c.isprintable())[:300]

@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template: rendered in a sandbox, its special pieces made ids, forged ones refused."""
+"""A checkpoint's own chat template: rendered in a sandbox; special pieces become ids, forged ones are refused."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ _BETWEEN_TAGS = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
 
 
 class ChatTemplate:
-    """A jinja2 template and the tokenizer for what it renders.
+    """A jinja2 template and the tokenizer that encodes its output.
 
     `encode` gives the ids of transformers' `apply_chat_template(messages, add_generation_prompt=True)`, or of
-    `continue_final_message=True`, and raises where that would let a content pose as another role, or would drop a
-    message.
+    `continue_final_message=True`, and raises where a content would pose as another role, or a message would be dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, file: str) -> None:
-        """`file`: where the template lies. CheckpointError for a broken one."""
+        """file: the template's path, for errors. Raises CheckpointError for a broken template."""
         self.tokenizer, self.source, self.file = tokenizer, source, file
         self._undefined: set[str] = set()
         self.findings = markers.examine(self.render, tokenizer)
@@ -46,7 +45,7 @@ class ChatTemplate:
             _LOG.warning("%s: the chat template prints %s, undefined here, as nothing", file, names)
 
     def render(self, messages: Sequence[Message], *, asks: bool = True) -> str:
-        """The text that asks for the next answer, or without the head of that one."""
+        """The prompt for the next answer; without `asks`, without the header of that answer."""
         from fastllama.io.chat.sandbox import render
 
         variables: dict[str, Any] = {"messages": [dict(message) for message in messages]}
@@ -57,9 +56,9 @@ class ChatTemplate:
         return text
 
     def render_continued(self, messages: Sequence[Message]) -> str:
-        """The text up to the end of the last content, as transformers cuts it: its last blanks stay if they are kept.
+        """The text up to the end of the last content, cut as by transformers: blanks at its end stay if rendered.
 
-        Raises ValueError where that content does not stand there as it is.
+        Raises ValueError where the template changed that content.
         """
         *before, last = messages
         contents = "".join(message["content"] for message in messages)
@@ -67,7 +66,7 @@ class ChatTemplate:
         mark = next(each for each in map(markers.placeholder, numbers) if each not in contents + self.source)
         text = self.render([*before, {"role": last["role"], "content": f"{last['content']}{mark} "}], asks=False)
         head, found, tail = text.rpartition(mark)
-        if not tail.startswith(" "):  # of the mark: blanks at the end of a content are left out
+        if not tail.startswith(" "):  # the template strips blanks at the end of a content
             head = head.rstrip()
         if not found or not head.rstrip().endswith(last["content"].strip()):
             raise ValueError(
@@ -77,11 +76,11 @@ class ChatTemplate:
         return head
 
     def encode(self, messages: Sequence[Message], tags: Tags, continues: bool) -> list[int]:
-        """Token ids of a conversation; the roles are the template's to judge.
+        """Token ids of a conversation; the template decides which roles are legal.
 
-        Raises ValueError in the template's words where it refuses the conversation, and naming messages[i] for a
-        marker in a content (see markers.py), for one that content and template would form together, and for a message
-        that the template leaves out without a word. CheckpointError where the template fails.
+        Raises ValueError with the template's own message where it rejects the conversation, and naming messages[i] for
+        a marker in a content (see markers.py), for one that content and template would form together, and for a message
+        that the template leaves out silently. CheckpointError where the template fails.
         """
         messages = check_messages(messages)
         for index, message in enumerate(messages):
@@ -91,7 +90,7 @@ class ChatTemplate:
         messages = without_markers(messages, self.findings.markers, tags)
         render = self.render_continued if continues else self.render
         text = render(messages)
-        # The same conversation with contents that can be no marker's part: what it lacks, a content has brought.
+        # The same conversation with harmless contents: a marker that it lacks comes from a content.
         harmless = [_harmless(index, message) for index, message in enumerate(messages)]
         own = render(harmless)
         for index, message in enumerate(messages):
@@ -125,13 +124,13 @@ class ChatTemplate:
             whole += head + without_special(turn.text, special, tags)
             own += head + "".join(part if part in TAGS else " q0z " for part in _BETWEEN_TAGS.split(turn.text))
         ids = self.tokenizer.encode_template(whole)
-        # What the tags alone do not give, a text between them has brought, whatever the tokenizer has made of it.
+        # A marker that the tags alone do not produce comes from a text between them.
         for marker in self._marks(whole, ids) - self._marks(own, self.tokenizer.encode_template(own)):
             raise special_inside(marker)
         return ids
 
     def _marks(self, text: str, ids: Sequence[int]) -> Counter[str]:
-        """Markers of a rendering: how often each special id, and each text."""
+        """Counts of the markers of a rendering: special ids and texts."""
         found = Counter(self.tokenizer.id_to_piece(i) for i in ids if i in self.findings.guarded_ids)
         return found + Counter(self.findings.markers.all(text))
 
@@ -145,7 +144,7 @@ class ChatTemplate:
         return render([*harmless[:index], other, *harmless[index + 1 :]]) == own
 
     def _check_role(self, index: int, role: str) -> None:
-        """A template may put brackets around a role: it must be a word, and no special token's."""
+        """A role must be a word that names no special token, since a template may enclose it in brackets."""
         legal = "legal: a word, such as 'system', 'user', 'assistant'"
         if not _ROLE.fullmatch(role):
             raise ValueError(f"messages[{index}] has role {role!r}; {legal}")

@@ -1,4 +1,4 @@
-"""Whole prompts: texts that a client has written in Llama 2's chat format itself, "<s>[INST] ... [/INST]"."""
+"""Whole prompts: texts that clients have already formatted as Llama 2's, "<s>[INST] ... [/INST]"."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from fastllama.io.chat.messages import Markers, Tags
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-_BETWEEN = re.compile(r"</s>\s*(?:(<s>)\s*)?(?=\[INST\])")  # linear: no two repetitions of blanks meet
+_BETWEEN = re.compile(r"</s>\s*(?:(<s>)\s*)?(?=\[INST\])")  # linear time: no two repetitions of blanks are adjacent
 
 
 class WholeTurn(NamedTuple):
-    """The text of a turn as it was written, from "[INST]" on; begins: "<s>" stands before it."""
+    """The literal text of a turn, from "[INST]" on; begins: "<s>" precedes it."""
 
     text: str
     begins: bool
@@ -20,10 +20,10 @@ class WholeTurn(NamedTuple):
 
 def turns_of(text: str) -> list[WholeTurn] | None:
     """The turns of a text that is a whole prompt, else None: `(<s>)? [INST] ... [/INST] ... </s>`, any number of them,
-    of which the last waits for its answer and so ends with "[/INST]". The first begins, whether or not "<s>" is there.
+    of which the last has no answer yet and so ends with "[/INST]". The first counts as begun even without "<s>".
 
-    Blanks around the text and between "<s>" and "[INST]" are left out, all others stay. "</s>" and "<s>" are tags only
-    between two turns.
+    Blanks at both ends of the text and between "<s>" and "[INST]" are dropped, all others stay. "</s>" and "<s>" are
+    tags only between two turns.
     """
     first, *rest = _BETWEEN.split(text.strip().removeprefix("<s>").lstrip())
     turns = [WholeTurn(first, True)]
@@ -42,7 +42,5 @@ def without_special(text: str, markers: Markers, tags: Tags) -> str:
 
 
 def special_inside(marker: str) -> ValueError:
-    """The error for a special piece in a whole prompt where it is no tag of the format."""
-    return ValueError(
-        f"the prompt contains the special tag {marker!r} inside of a turn; remove it or pass tags='escape'"
-    )
+    """The error for a special piece inside a turn of a whole prompt."""
+    return ValueError(f"the prompt contains the special tag {marker!r} inside a turn; remove it or pass tags='escape'")

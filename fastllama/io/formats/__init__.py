@@ -1,1 +1,1 @@
-"""Checkpoint formats: each reads one layout on disk and gives tensors under Hugging Face names."""
+"""Checkpoint formats: each reads one layout on disk and yields tensors under Hugging Face names."""

@@ -1,4 +1,4 @@
-"""What every checkpoint format offers: a configuration, and its tensors under Hugging Face names, lazily."""
+"""The interface of checkpoint formats: a configuration, and lazily read tensors under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastllama.quant.weight import QuantizedWeight
 
 
 class Checkpoint(ABC):
-    """A Llama on disk. Opening reads headers only; weights stay in the files until `tensors` reaches them."""
+    """A Llama on disk. Opening reads headers only; weights stay in the files until `tensors` yields them."""
 
     path: Path
     config: LlamaConfig
-    quantization: str | None = None  # what its linear layers' weights are quantized in, one of `quantized.LINEARS`
-    numbers_per_byte = 1  # at most; of a config's `num_parameters`
+    quantization: str | None = None  # of the linear layers' weights, one of `quantized.LINEARS`
+    numbers_per_byte = 1  # the most parameters, as in config `num_parameters`, that a byte of the files can hold
 
     @property
     @abstractmethod
@@ -29,7 +29,7 @@ class Checkpoint(ABC):
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Every tensor, as (Hugging Face name, CPU tensor in Hugging Face's layout), one shard mapped at a time.
 
-        A weight that is quantized comes as it is, under the name that it would have unquantized. Raises
+        A quantized weight is yielded packed, under the name that it would have unquantized. Raises
         CheckpointError when a file turns out to be damaged.
         """
 
@@ -39,6 +39,6 @@ class Checkpoint(ABC):
 
 
 def dtype_name(tensor: Tensor) -> str | None:
-    """The dtype as a configuration spells it, None where a Llama cannot run in it."""
+    """The dtype's name in a configuration, None for a dtype that a Llama cannot run in."""
     name = str(tensor.dtype).removeprefix("torch.")
     return name if name in DTYPES else None

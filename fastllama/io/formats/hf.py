@@ -27,12 +27,12 @@ logger = logging.getLogger("fastllama")
 
 
 class HfCheckpoint(Checkpoint):
-    """A folder as transformers' save_pretrained writes it. Memory-mapped: one shard's pages are held at a time.
+    """A folder as written by transformers' save_pretrained. Memory-mapped: one shard's pages are held at a time.
 
-    Tensors get the names of LlamaForCausalLM, as transformers gives them: "model." in front is missing in files of
-    LlamaModel, and is there twice in those of wrappers. Where tie_word_embeddings is true, the one matrix has the
-    embedding's name, whichever of the two is stored; a head with other values unties them, as in transformers 5, and so
-    does one that is quantized. Linear layers that compressed-tensors has quantized come as they are.
+    Tensors get the names of LlamaForCausalLM, as in transformers: the prefix "model." is missing in files of LlamaModel
+    and doubled in those of wrappers. Where tie_word_embeddings is true, the one matrix has the embedding's name,
+    whichever of the two is stored; a head with other values unties them, as in transformers 5, and so does a quantized
+    one. Linear layers quantized by compressed-tensors are yielded as quantized weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class HfCheckpoint(Checkpoint):
         assembly.finish()
 
     def _stored(self) -> Iterator[tuple[str, Tensor, Path]]:
-        """The tensors as the files hold them."""
+        """The tensors as stored in the files."""
         for file in self._files:
             for name, tensor in read_tensors(file):
                 yield self._name(name), tensor, file
@@ -116,7 +116,7 @@ class HfCheckpoint(Checkpoint):
         return storages
 
     def _first_kind(self) -> str | None:
-        """The kind of the first quantized layer, as `packing.kind_of` gives it for the model; a tied head is none."""
+        """The kind of the first quantized layer, as `packing.kind_of` reports it; a tied head does not count."""
         names = slots(self.config)
         kinds = (each.kind for layer, each in (self._storages or {}).items() if f"{layer}.weight" in names)
         return next(kinds, None)
@@ -127,23 +127,23 @@ class HfCheckpoint(Checkpoint):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             if method != METHOD:
                 raise CheckpointError(
-                    f"{file}: quantization_config says that the weights are quantized ({brief(method)}); "
+                    f"{file}: quantization_config specifies weights quantized by {brief(method)}; "
                     f"expected bf16, fp16, fp32 or {METHOD}"
                 )
         elif raw.get("compression_config"):
             raise CheckpointError(
-                f"{file}: compression_config says how weights are quantized, in an older spelling; "
+                f"{file}: compression_config specifies the quantization of the weights, in an older spelling; "
                 "legal: the same under the name quantization_config, as current writers have it"
             )
         try:
             config = LlamaConfig.from_hf(raw)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {shown(error, 600)}") from None
-        # generation_config.json comes first, as in transformers' generate: chat models stop at more than base models.
-        # Where it names no token, those of config.json stay; transformers would not stop at all.
+        # generation_config.json has precedence, as in transformers' generate: chat models have more stop tokens than
+        # base models. Where it names none, config.json's are used; transformers would not stop at all.
         if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
             ends = eos if isinstance(eos, list) else [eos]
-            # transformers runs such a model, but no answer of it ends there
+            # transformers runs such a model, but no answer can end with that id
             if beyond := [end for end in ends if isinstance(end, int) and end >= config.vocab_size]:
                 raise CheckpointError(
                     f"{generation}: eos_token_id is {beyond[0]}, and {file.name} has vocab_size={config.vocab_size}; "

@@ -1,4 +1,4 @@
-"""What Meta's and llama2.c's checkpoints share: the names within a layer, and rotary pairs that lie side by side."""
+"""Shared by Meta's and llama2.c's checkpoints: tensor names within a layer, and interleaved rotary pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYER_NAMES: dict[str, tuple[str, int | None]] = {
 
 
 def rotary_heads(hf_name: str, config: LlamaConfig) -> int | None:
-    """How many heads the rotary embedding turns in a tensor's rows: q_proj's, k_proj's, None for the rest."""
+    """Number of heads in a tensor's rows that get the rotary embedding: q_proj and k_proj; None for the rest."""
     if hf_name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if hf_name.endswith("k_proj.weight") else None

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint: read, or told where and how they are broken. Free of torch, as tokenizers need it."""
+"""Reads a checkpoint's JSON files; errors name the place and the fault. Without torch, since tokenizers use it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ AGAIN = "download or copy it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or CheckpointError that says where it is no JSON object.
+    """The JSON object in a file. Raises FileNotFoundError, or CheckpointError with the place of a syntax error.
 
-    A key that stands twice with different values is refused; transformers takes the last.
+    A key that occurs twice with different values is refused; transformers takes the last.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_kind(value: Any) -> str:
-    """What a value read from JSON is, in JSON's words: "null", "a list", "a number"."""
+    """The JSON type of a value, with its article: "null", "a list", "a number"."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 

@@ -30,7 +30,7 @@ _MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 @dataclass(frozen=True)
 class _Kind:
-    """`count` tensors of one shape in a row; `name` has a place for the layer, None marks what is skipped."""
+    """`count` consecutive tensors of one shape; `name` has a placeholder for the layer, None for skipped data."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class _Kind:
 
 
 class Llama2cCheckpoint(Checkpoint):
-    """One memory-mapped file; int8 tensors become fp32 when they are reached."""
+    """One memory-mapped file; int8 tensors are converted to fp32 when they are yielded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class Llama2cCheckpoint(Checkpoint):
 
 
 def _read_header(head: bytes) -> tuple[int, LlamaConfig, list[_Kind]]:
-    """Where the weights begin, the configuration, the order of the tensors. Raises ValueError if it is no header."""
+    """The offset of the weights, the configuration, the order of the tensors. ValueError for an invalid header."""
     version, group = 0, None
     if int.from_bytes(head[:4], "little") != _MAGIC:
         *fields, vocab, length = _FIELDS.unpack_from(head)

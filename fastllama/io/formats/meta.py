@@ -28,7 +28,7 @@ _EMBEDDING = "tok_embeddings.weight"
 
 
 class MetaCheckpoint(Checkpoint):
-    """A folder of Meta's download, all its files mapped. A tensor is merged from them when it is reached.
+    """A folder of Meta's download, all its files mapped. A tensor is merged from them when it is yielded.
 
     Llama 1 and 2 split the embedding by columns (fairscale's ParallelEmbedding), Llama 3 by rows
     (VocabParallelEmbedding): rows where each file has all `dim` columns.
@@ -72,13 +72,15 @@ class MetaCheckpoint(Checkpoint):
             return parts[0]
         if dim >= parts[0].ndim:
             raise CheckpointError(f"{self.path}: tensor {name} has shape {shapes[0]}, expected a matrix")
-        with no_autocast():  # where torch.cat of fp16 raises
+        with no_autocast():  # under autocast, torch.cat of fp16 raises
             return torch.cat(parts, dim)
 
     def _read_config(self) -> LlamaConfig:
         embedding = self._ranks[0].get(_EMBEDDING)
         if embedding is None or embedding.ndim != 2:
-            raise CheckpointError(f"{self.path / 'consolidated.00.pth'}: tensor {_EMBEDDING} is missing or no matrix")
+            raise CheckpointError(
+                f"{self.path / 'consolidated.00.pth'}: tensor {_EMBEDDING} is missing or not a matrix"
+            )
         file = self.path / "params.json"
         params, count = read_json(file), len(self._ranks)
         rows, columns = embedding.shape

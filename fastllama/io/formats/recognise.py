@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: for the message about a file that cannot be read as what its name promises."""
+"""Recognises a file by its first bytes, for the error about a file that is not what its name promises."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _MAGIC = {
     b"Rar!\x1a": "a RAR archive; unpack it",
     b"\x89HDF\r\n\x1a\n": f"an HDF5 file (Keras, TensorFlow), {_NOT_READ}",
     b"\x93NUMPY": f"a NumPy array, {_NOT_READ}",
-    b"\0\x05\x16\x07": "macOS's notes about a file, not the file itself; copy it again without the names that begin ._",
+    b"\0\x05\x16\x07": "macOS metadata of a file, not the file itself; copy it without the ._ files",
 }
 _TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # pickled first by torch.save before 1.6
 _TIKTOKEN = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?\n){2}")
-_PIECE = re.compile(rb"\x0a.{1,2}?\x0a[\x01-\x40]", re.DOTALL)  # ModelProto.pieces[0].piece, its lengths between
+_PIECE = re.compile(rb"\x0a.{1,2}?\x0a[\x01-\x40]", re.DOTALL)  # ModelProto.pieces[0].piece, with its length bytes
 _XML_CODE = re.compile(r"<(?:Code|Message)>([\w .]{1,60})<")
 _TEXT_CONTROLS = frozenset("\t\n\r\f\b")
 
 
 def what_is(path: Path) -> str | None:
-    """A noun phrase for what is at `path`, followed by what to do about it where that is known.
+    """A noun phrase for the file at `path`, followed by advice where there is some.
 
-    Looks at the first 4096 bytes only and raises nothing: `f"{path} is {what_is(path)}"` reads as a sentence. None:
-    bytes of no known kind, or nothing is there.
+    Reads the first 4096 bytes only and raises nothing: `f"{path} is {what_is(path)}"` is a sentence. None for an
+    unknown format, or a missing file.
     """
     try:
         if path.is_symlink() and not path.exists():
@@ -84,7 +84,7 @@ def _text(head: bytes) -> str | None:
     try:
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3 or len(head) < _HEAD:  # else a character that the end of `head` cuts
+        if error.start < len(head) - 3 or len(head) < _HEAD:  # else the end of `head` cuts a character
             return None
         text = head[: error.start].decode("utf-8-sig")
     if any(ord(letter) < 32 and letter not in _TEXT_CONTROLS for letter in text):
@@ -101,8 +101,8 @@ def _text(head: bytes) -> str | None:
         return f"a web page saved under that name, not the file itself; {_AGAIN}"
     if lower.startswith(("<?xml", "<error")):
         code = _XML_CODE.search(text)
-        said = f" ({code[1]})" if code else ""
-        return f"an XML answer of a server{said}, not the file itself; {_AGAIN}"
+        status = f" ({code[1]})" if code else ""
+        return f"an XML answer of a server{status}, not the file itself; {_AGAIN}"
     if text.startswith(("{", "[")):
         return _json(text)
     return f"text that begins with {_begin(text)}, not the file itself; {_AGAIN}"
@@ -111,7 +111,7 @@ def _text(head: bytes) -> str | None:
 def _json(text: str) -> str:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):  # longer than what was read, or none
+    except (ValueError, RecursionError):  # longer than the bytes read, or not JSON
         return "a JSON file"
     error = content.get("error") or content.get("message") if isinstance(content, dict) else None
     if isinstance(error, str) and len(content) < 5:

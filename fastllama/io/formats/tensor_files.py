@@ -1,4 +1,4 @@
-"""Reading tensors from safetensors files and from files of torch.save, memory-mapped, without running code in them."""
+"""Reads tensors from safetensors and torch.save files, memory-mapped, without running pickled code."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastllama.io.formats.json_files import AGAIN
 from fastllama.io.formats.recognise import what_is
 
 _LOG = logging.getLogger("fastllama")
-_LARGEST_HEADER = 100_000_000  # bytes; what the safetensors package accepts
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
-_SAFE_PROTOCOL = 3  # of pickle, what torch reads without code
-_OLD_PICKLES = 5  # before 1.6: magic number, protocol, machine, the state dict, the names of storages; then their bytes
+_SAFE_PROTOCOL = 3  # highest pickle protocol that torch reads with weights_only
+_OLD_PICKLES = 5  # before torch 1.6: magic number, protocol, machine, the state dict, storage names; then their bytes
 _ONLY_TENSORS = "only tensors are read, as unpickling runs code; save its state dict as safetensors"
 
 
@@ -50,7 +50,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises CheckpointError where it is none, is truncated, or holds no tensor."""
+    """An open safetensors file. Raises CheckpointError where it is invalid, truncated, or empty."""
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError):
@@ -62,7 +62,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save, also one that a trainer nests in a dictionary, without running code.
+    """The state dict in a torch.save file, also one nested in a trainer's dictionary, without running pickled code.
 
     Memory-mapped, except for the format before torch 1.6, which is read into memory. Raises CheckpointError for
     anything but strided tensors with names.
@@ -72,11 +72,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         sizes = _stored_sizes(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's; what matters of them is said here
+            warnings.simplefilter("ignore")  # torch's; errors below replace them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged archive surfaces as anything from KeyError to UnpicklingError
+    except Exception as error:  # a damaged archive raises anything from KeyError to UnpicklingError
         raise CheckpointError(f"{path} {_torch_trouble(path, error)}") from None
     if sizes is not None and Counter(_storage_sizes(content)) - Counter(sizes):
         raise CheckpointError(f"{path} cannot be read as PyTorch weights: a tensor's data is cut short; {AGAIN}")
@@ -86,7 +86,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
 def _stored_sizes(path: Path) -> list[int] | None:
     """Bytes of each storage in an archive that can be mapped; None for the older format and for compressed archives.
 
-    torch compares them with what the tensors need where it reads a file, and does not where it maps one.
+    torch compares them with the tensors' sizes when it reads a file, but not when it maps one.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
@@ -97,7 +97,7 @@ def _stored_sizes(path: Path) -> list[int] | None:
 
 
 def _storage_sizes(content: Any) -> list[int]:
-    """Bytes of each storage under the tensors of nested containers, of shared ones once, of empty ones never."""
+    """Bytes of each distinct, non-empty storage of the tensors in nested containers."""
     found, waiting = {}, [content]
     while waiting:
         value = waiting.pop()
@@ -112,7 +112,7 @@ def _storage_sizes(content: Any) -> list[int]:
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    """The named tensors in what torch.save wrote; other entries, such as a trainer's step, are logged and left out."""
+    """The named tensors in a torch.save file's content; other entries, such as a trainer's step, are logged."""
     place = ""
     while not (found := _named_tensors(content)):
         nested = [key for key, value in content.items() if _holds_tensors(value)] if isinstance(content, dict) else []
@@ -128,9 +128,9 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         _LOG.info("%s: the weights are those under %s", path, place)
     others = [key for key in content if key not in found]
     if tensors := [key for key in others if isinstance(content[key], Tensor)]:
-        raise CheckpointError(f"{path}: {tensors[0]!r} is no name of a tensor; expected a model's state dict")
+        raise CheckpointError(f"{path}: {tensors[0]!r} is not a tensor's name; expected a model's state dict")
     if others:
-        _LOG.info("%s: not read, as no named tensors: %s", path, ", ".join(map(repr, others)))
+        _LOG.info("%s: not named tensors, ignored: %s", path, ", ".join(map(repr, others)))
     for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             kind = "has no data" if tensor.is_meta else "is sparse or quantized"
@@ -145,7 +145,7 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a dictionary has named tensors at any depth; an optimizer's state, under numbers, does not count."""
+    """Whether a dictionary has named tensors at any depth. An optimizer's state, keyed by numbers, does not count."""
     if not isinstance(value, dict):
         return False
     return bool(_named_tensors(value)) or any(
@@ -178,7 +178,7 @@ def _torch_trouble(path: Path, error: Exception) -> str:
 
 
 def _look_at_pickles(path: Path) -> tuple[bool, int]:
-    """Whether the pickles of a file of torch.save are whole, and their highest protocol; nothing of them is run."""
+    """Whether the pickles of a torch.save file are complete, and their highest protocol; nothing is unpickled."""
     protocols = [0]
     try:
         with path.open("rb") as file:
@@ -194,7 +194,7 @@ def _look_at_pickles(path: Path) -> tuple[bool, int]:
 
 
 def _safetensors_trouble(file: Path) -> str:
-    """What is wrong with a file that the safetensors package refuses, from its header: https://hf.co/docs/safetensors."""
+    """The fault of a file that the safetensors package rejects, from its header: https://hf.co/docs/safetensors."""
     if (what := what_is(file)) != "a safetensors file":
         advice = "; rename it to pytorch_model.bin" if what and what.startswith("PyTorch") else ""
         return f"is {what}{advice}" if what else f"is not a safetensors file; {AGAIN}"

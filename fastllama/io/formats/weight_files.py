@@ -9,10 +9,10 @@ from fastllama.errors import CheckpointError, shown
 from fastllama.io.formats.json_files import AGAIN, json_kind, read_json
 from fastllama.io.formats.recognise import what_is
 
-# In the order transformers looks for them.
+# In transformers' order of precedence.
 _NAMES = tuple(f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
-# Weights in other formats, most telling first: what a folder without readable weights is said to hold.
+# Weights in other formats, and advice on them, for the error about a folder without readable weights; specific first.
 _OTHERS = {
     "*.gguf": "GGUF is not read; give the Hugging Face folder that it was made from",
     "adapter_model.*": "those of an adapter alone; adapter_config.json belongs beside it, and config.json does not",
@@ -32,9 +32,9 @@ _OTHERS = {
 
 
 def weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The weight files in order, and which of them an index promises for each tensor name.
+    """The weight files in order, and the file of each tensor name where there is an index.
 
-    Raises FileNotFoundError or CheckpointError that says what is there instead and what to do.
+    Raises FileNotFoundError or CheckpointError with what is there instead and what to do.
     """
     found = next((path / name for name in _NAMES if (path / name).is_file()), None)
     if found is None:
@@ -75,7 +75,7 @@ def _no_weights(path: Path) -> Exception:
         match = _SHARD.fullmatch(shards[0])
         assert match is not None
         index = f"{match[1]}{match[4]}.index.json"
-        # Nothing would be ambiguous about shards that are complete, but transformers does not read them either.
+        # Complete shards would be unambiguous without an index, but transformers does not read them either.
         return FileNotFoundError(
             f"{path / index} is missing: {len(shards)} of {int(match[3])} shards are there ({shards[0]} ...), "
             "and the index names the tensors of each; get it from where they came from"

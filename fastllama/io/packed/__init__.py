@@ -1,1 +1,1 @@
-"""Formats of quantized weights in a Hugging Face folder, one file for each: their tensors, their configuration."""
+"""Formats of quantized weights in a Hugging Face folder: their tensors and their configuration."""

@@ -1,4 +1,4 @@
-"""Tensors of compressed-tensors' files into quantized weights, each as soon as the last of its parts has come."""
+"""Assembles quantized weights from the tensors of compressed-tensors files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fastllama.quant.weight import QuantizedWeight
 logger = logging.getLogger("fastllama")
 
 WORDS, INTEGERS, SHAPE, SCALE, ZERO = "weight_packed", "weight", "weight_shape", "weight_scale", "weight_zero_point"
-PARTS = (WORDS, SHAPE, SCALE, ZERO, "weight_g_idx")  # of the names of a weight's tensors, beside "weight"
+PARTS = (WORDS, SHAPE, SCALE, ZERO, "weight_g_idx")  # last parts of the names of a weight's tensors, besides "weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DENSE = (*_FLOATS, torch.float64)  # of weights that are not quantized
+_DENSE = (*_FLOATS, torch.float64)  # dtypes of weights that are not quantized
 _SHAPES = (torch.int64, torch.int32)
 # Scales for the KV cache and for queries, of self_attn or of its projections' outputs.
 _CACHE = re.compile(r".+\.self_attn\.([qkv]_(scale|zero_point)|[qkv]_proj\.output_(scale|zero_point))")
@@ -47,9 +47,9 @@ class _Part(NamedTuple):
 
 
 class Assembly:
-    """Puts weights together, given their tensors in any order and from any files.
+    """Assembles weights from their tensors, in any order and from any files.
 
-    Parts are kept as they come, which are mapped and not read yet, until the weight is complete.
+    Parts stay memory-mapped and unread until the weight is complete.
     """
 
     def __init__(self, storages: Mapping[str, Storage]) -> None:
@@ -59,9 +59,9 @@ class Assembly:
         self._cache: list[str] = []
 
     def take(self, name: str, tensor: Tensor, file: Path) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        """What a tensor of a file gives: itself where it belongs to no quantized layer, or the weight it completes.
+        """Take a file's tensor; yields it if its layer is not quantized, or the weight that it completes.
 
-        Raises CheckpointError for what does not fit the storage of its layer.
+        Raises CheckpointError for a tensor that does not fit its layer's storage.
         """
         module, _, leaf = name.rpartition(".")
         part, storage = _Part(tensor, name, file), self._storages.get(module)
@@ -92,7 +92,7 @@ class Assembly:
                 yield f"{module}.weight", _weight(self._parts.pop(module), storage)
 
     def finish(self) -> None:
-        """To be called after the last tensor: raises CheckpointError for a weight of which a part is missing."""
+        """Call after the last tensor: raises CheckpointError for an incomplete weight."""
         for module, parts in self._parts.items():
             there = next(iter(parts.values()))
             missing = next(leaf for leaf in _expected(self._storages[module]) if leaf not in parts)
@@ -101,11 +101,11 @@ class Assembly:
             )
         if self._cache:
             others = f" and {len(self._cache) - 1} more are" if self._cache[1:] else " is"
-            logger.warning("tensor %s%s for a quantized KV cache, and not used", shown(self._cache[0]), others)
+            logger.warning("tensor %s%s for a quantized KV cache, ignored", shown(self._cache[0]), others)
 
 
 def _expected(storage: Storage) -> dict[str, None]:
-    """The last parts of the names of a weight's tensors."""
+    """The last parts of the names of a weight's tensors, in order."""
     values = (WORDS, SHAPE) if storage.packed else (INTEGERS,)
     return dict.fromkeys((*values, SCALE) if storage.symmetric else (*values, SCALE, ZERO))
 
@@ -119,7 +119,7 @@ def _weight(parts: Mapping[str, _Part], storage: Storage) -> QuantizedWeight:
         raise part.fail(f"gives {columns} columns; {storage.group} has groups of {storage.group_size}")
     scales = _scales(parts[SCALE], storage, rows, groups)
     zeros = None if storage.symmetric else _zeros(parts[ZERO], storage, rows, groups)
-    if storage.group_size and storage.group_size > LARGEST_GROUP:  # the same weight, in the ops' largest groups
+    if storage.group_size and storage.group_size > LARGEST_GROUP:  # split into the ops' largest groups
         times = storage.group_size // LARGEST_GROUP
         scales = scales.repeat_interleave(times, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(times, 1)
@@ -138,7 +138,7 @@ def _unpacked(parts: Mapping[str, _Part], storage: Storage) -> Tensor:
 
 
 def _integers(part: _Part, storage: Storage) -> Tensor:
-    """Values that are stored as they are."""
+    """Values that are stored unpacked."""
     part.check((torch.int8,))
     if part.tensor.ndim != 2:
         raise part.fail(f"has shape {list(part.tensor.shape)}, expected two dimensions")
@@ -148,7 +148,7 @@ def _integers(part: _Part, storage: Storage) -> Tensor:
 
 
 def _nibbles(part: _Part) -> Tensor:
-    """Integers from -8 to 7 as uint8 of 0 to 15."""
+    """Integers from -8 to 7, as uint8 from 0 to 15."""
     low, high = (int(bound) for bound in torch.aminmax(part.tensor))
     if low < -MIDDLE or high >= MIDDLE:
         wrong = low if low < -MIDDLE else high
@@ -164,7 +164,7 @@ def _scales(part: _Part, storage: Storage, rows: int, groups: int) -> Tensor:
 
 
 def _zeros(part: _Part, storage: Storage, rows: int, groups: int) -> Tensor | None:
-    """In units of values; None where they are all in the middle, which is all that 8 bits may have."""
+    """Zero points in units of values; None where all are the middle value, the only one legal for 8 bits."""
     if storage.packed and storage.strategy != "tensor":
         part.check((torch.int32,), (words_of(rows, storage.bits), groups))
         unpack = unpack_nibbles if storage.bits == 4 else unpack_bytes

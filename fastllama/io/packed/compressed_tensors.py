@@ -1,4 +1,4 @@
-"""compressed-tensors, written: what vLLM, transformers and llm-compressor read of integers with scales.
+"""Writes compressed-tensors: integers with scales, as vLLM, transformers and llm-compressor read them.
 
 int4 and int8 become "pack-quantized": words of eight or four values along the columns, with weight_shape; zeros are
 packed along the rows. w8a8 becomes "int-quantized": plain int8. Scales keep their dtype.
@@ -24,7 +24,7 @@ _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
 
 
 class Scheme(NamedTuple):
-    """How a linear layer's weight is quantized. group_size: columns that share a scale; None: all of a row."""
+    """The quantization of a linear layer's weight. group_size: columns that share a scale; None: a whole row."""
 
     kind: str
     group_size: int | None
@@ -32,14 +32,14 @@ class Scheme(NamedTuple):
 
     @classmethod
     def of(cls, weight: QuantizedWeight | QuantizedLinear) -> Scheme:
-        """That of a weight, or of a layer."""
+        """The scheme of a weight, or of a layer."""
         form = weight.form
         group = None if form.group_size == form.columns else form.group_size
         return cls(form.kind, group, form.zeros is not None)
 
     @property
     def format(self) -> str:
-        """How its tensors are stored: as compressed-tensors does it, and vLLM has kernels for no other."""
+        """The storage format that compressed-tensors uses, and the only one that vLLM has kernels for."""
         return INTEGERS if self.kind == "w8a8" else PACKED
 
     def to_group(self, targets: list[str]) -> dict[str, Any]:
@@ -63,10 +63,10 @@ class Scheme(NamedTuple):
 
 
 def to_config(schemes: Mapping[str, Scheme], dense: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model whose linear layers, by name, have these schemes; dense: the other layers.
+    """The quantization_config of a model. schemes: of linear layers, by name. dense: the other layers.
 
-    At least one is to have a scheme. One alone is that of the class "Linear". Of several, each names its layers: vLLM
-    looks for the class of the layer into which it fuses q, k and v before it looks for their names.
+    There must be at least one scheme. A single one targets the class "Linear". Of several, each names its layers: vLLM
+    looks up the class of the layer into which it fuses q, k and v before their names.
     """
     dense = list(dense)
     found = list(dict.fromkeys(schemes.values()))
@@ -85,7 +85,7 @@ def to_config(schemes: Mapping[str, Scheme], dense: Iterable[str]) -> dict[str, 
 
 
 def _targets(scheme: Scheme, schemes: Mapping[str, Scheme], dense: Iterable[str]) -> list[str]:
-    """What matches the layers of a scheme and no other: a pattern for each last part of their names, else the names."""
+    """Targets that match exactly a scheme's layers: a pattern for each last part of their names, else the names."""
     leaves: dict[str, dict[str, Scheme | None]] = {}
     for name in dense:
         leaves.setdefault(name.rpartition(".")[2], {})[name] = None
@@ -100,9 +100,9 @@ def _targets(scheme: Scheme, schemes: Mapping[str, Scheme], dense: Iterable[str]
 
 
 def to_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that a file holds of a linear layer's weight: weight_packed, weight_scale, ...
+    """The tensors that store a linear layer's weight: weight_packed, weight_scale, ...
 
-    Raises ValueError where `check_zeros` does.
+    Raises the ValueError of `check_zeros`.
     """
     scales = {f"{module}.weight_scale": weight.scales.contiguous()}
     if weight.kind == "w8a8":
@@ -119,7 +119,7 @@ def to_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def check_zeros(module: str, zeros: Tensor) -> None:
-    """Raise ValueError for zeros of a layer that are no whole numbers from 0 to 15: these have no form in a file."""
+    """Raise ValueError for a layer's zeros that are not whole numbers from 0 to 15: files cannot store them."""
     if zeros.is_meta or (zeros.dtype == torch.uint8 and not (zeros > LARGEST).any()):
         return
     numbers = zeros.float()

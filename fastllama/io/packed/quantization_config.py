@@ -1,7 +1,7 @@
-"""The quantization_config of compressed-tensors, read: how files hold the weight of each linear layer.
+"""Reads the quantization_config of compressed-tensors: how files store the weight of each linear layer.
 
-Defaults, and what of several targets counts for a layer, are those of compressed-tensors 0.20 (quant_args.py, match.py
-and lifecycle/apply.py there). Whatever asks for something else than integers with scales is refused.
+Defaults and the precedence of targets are those of compressed-tensors 0.20 (quant_args.py, match.py and
+lifecycle/apply.py there). Anything but integers with scales is refused.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger("fastllama")
 METHOD = "compressed-tensors"
 LARGEST_GROUP = max(GROUPS)
 _NAIVE = "naive-quantized"
-_STATUSES = "compressed", "frozen", None  # of the last two, tensors tell whether they are integers
+_STATUSES = "compressed", "frozen", None  # for the last two, the tensors' dtypes decide whether they are compressed
 _LARGEST_PATTERN = 5  # quantifiers and groups of a pattern, so that no name takes long to match
-_CLASSES = {"Linear", "Module"}  # of a linear layer, as targets name them
+_CLASSES = {"Linear", "Module"}  # class names that targets give linear layers
 _EMBEDDINGS = "model.embed_tokens", {"Embedding", "Module"}
-_ACTORDER = (None, False, "weight", "static")  # these are of no account once weights are rounded
+_ACTORDER = (None, False, "weight", "static")  # irrelevant once weights are rounded
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _ARGUMENTS: dict[str, Any] = {  # with defaults
@@ -46,10 +46,10 @@ _ARGUMENTS: dict[str, Any] = {  # with defaults
 
 
 class Storage(NamedTuple):
-    """How files hold a layer's weight, to become one of `quantized.LINEARS`.
+    """How files store a layer's weight, which becomes one of `quantized.LINEARS`.
 
-    strategy: "group", "channel" (rows) or "tensor": what shares a scale. group_size: of "group". packed: whether the
-    values, and with them the zero points but of "tensor", are packed in words. group: the key that says so.
+    strategy: the values that share a scale: "group", "channel" (a row) or "tensor". group_size: of "group". packed:
+    whether values are packed in words, and zero points too unless the strategy is "tensor". group: its key in the file.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Storage(NamedTuple):
 
 
 def read_config(quantization: Mapping[str, Any], file: Path, columns: Mapping[str, int]) -> dict[str, Storage]:
-    """How each linear layer is stored that is quantized, by name; columns: of the weights of all linear layers.
+    """The storage of each quantized linear layer, by name; columns: of the weights of all linear layers.
 
     Raises CheckpointError naming the file, the key, its value and what is legal.
     """
@@ -95,7 +95,7 @@ class _Reading:
         return found
 
     def _look_at_whole(self, quantization: Mapping[str, Any]) -> None:
-        """Refuse what changes all weights; what is said of the KV cache is logged."""
+        """Refuse settings that change all weights; a setting of the KV cache is logged."""
         legal = (PACKED, INTEGERS, _NAIVE, MIXED)
         for key, choices in (("format", legal), ("quantization_status", _STATUSES)):
             if (value := quantization.get(key)) not in choices:
@@ -144,7 +144,7 @@ class _Reading:
         return Storage(kind, found["num_bits"], found["symmetric"], found["strategy"], size, packed, key)
 
     def _format(self, key: str, group: Mapping[str, Any], quantization: Mapping[str, Any], weight_only: bool) -> str:
-        """The group's own format, else the file's; where that is mixed, what compressed-tensors would write."""
+        """The group's own format, else the file's; where that is mixed, the one compressed-tensors would write."""
         found = group.get("format") or quantization["format"]
         if group.get("format") is not None and found not in (PACKED, INTEGERS, _NAIVE):
             raise self._illegal(f"{key}.format", found, ", ".join(map(repr, (PACKED, INTEGERS, _NAIVE))))
@@ -152,7 +152,7 @@ class _Reading:
         return inferred if found == MIXED else str(found)
 
     def _arguments(self, key: str, given: Any) -> dict[str, Any]:
-        """Arguments for weights or activations, with their defaults."""
+        """Arguments of weights or activations, defaults filled in."""
         if not isinstance(given, dict):
             raise self._illegal(key, given, "an object with num_bits, type, strategy ...")
         self._known(key, given, _ARGUMENTS)
@@ -165,7 +165,7 @@ class _Reading:
         return found
 
     def _fitting(self, storage: Storage, layer: str, columns: int) -> Storage:
-        """The storage of a layer of so many columns."""
+        """The storage of a layer with this number of columns."""
         size = storage.group_size
         if size is None:
             return storage
@@ -180,7 +180,7 @@ class _Reading:
     def _match(
         self, name: str, classes: Iterable[str], targets: Mapping[str, Storage], ignored: Iterable[str]
     ) -> str | None:
-        """The target that counts for a layer: an equal name, then a pattern, then a class, each in alphabetical order.
+        """The target that applies to a layer: an equal name, then a pattern, then a class, each in alphabetical order.
 
         None where the layer is ignored, or no target matches.
         """
@@ -204,7 +204,7 @@ class _Reading:
         return given
 
     def _check_pattern(self, key: str, target: str) -> None:
-        """Refuse a pattern that is none, and one that might take years to match: names are matched by backtracking."""
+        """Refuse invalid patterns, and those that might take years to match: matching backtracks."""
         pattern = target.removeprefix("re:")
         quantifiers, groups = len(re.findall(r"[*+{]|(?<!\()\?", pattern)), pattern.count("(")
         if re.search(r"\)(\s|#.*\n)*[*+{]", pattern) or max(quantifiers, groups) > _LARGEST_PATTERN:

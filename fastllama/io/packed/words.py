@@ -1,4 +1,4 @@
-"""Integers of 4 or 8 bits in words of 32, the first in the lowest bits; each value v is stored as v + 2^(bits - 1)."""
+"""Packs integers of 4 or 8 bits into 32-bit words, the first in the lowest bits; v is stored as v + 2^(bits - 1)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ assert sys.byteorder == "little"  # words are viewed as bytes
 
 
 def words_of(count: int, bits: int) -> int:
-    """Words that so many integers take."""
+    """Number of words that `count` integers take."""
     return ceil_div(count * bits, 32)
 
 
 def pack_nibbles(values: Tensor, dim: int = 1) -> Tensor:
-    """uint8 of 0 to 15, as they are stored, [N, K] -> int32, eight in a word along dim 1 or 0; the rest is zeros."""
+    """Stored values uint8 [N, K], 0 to 15 -> int32, eight per word along dim 1 or 0, padded with zeros."""
     if dim == 0:
         return pack_nibbles(_transposed(values)).T.contiguous()
     values = F.pad(values, (0, -values.shape[1] % 8)).contiguous()
@@ -27,7 +27,7 @@ def pack_nibbles(values: Tensor, dim: int = 1) -> Tensor:
 
 
 def unpack_nibbles(words: Tensor, count: int, dim: int = 1) -> Tensor:
-    """What `pack_nibbles` packed into contiguous words: uint8 of 0 to 15, `count` of them along dim."""
+    """The inverse of `pack_nibbles`, from contiguous words: uint8 from 0 to 15, `count` of them along dim."""
     if dim == 0:
         return unpack_nibbles(_transposed(words), count).T.contiguous()
     pairs = words.view(torch.uint8)
@@ -35,19 +35,19 @@ def unpack_nibbles(words: Tensor, count: int, dim: int = 1) -> Tensor:
 
 
 def pack_bytes(values: Tensor) -> Tensor:
-    """int8 [N, K] -> int32, four in a word along the columns; the rest is zeros."""
+    """int8 [N, K] -> int32, four per word along the columns, padded with zeros."""
     rows, columns = values.shape
     stored = F.pad(values.view(torch.uint8) ^ 128, (0, -columns % 4)).contiguous()
     return stored.view(-1).view(torch.int32).view(rows, words_of(columns, 8))
 
 
 def unpack_bytes(words: Tensor, count: int, dim: int = 1) -> Tensor:
-    """int8, `count` of them along dim 1 or 0, of contiguous words that hold four each."""
+    """The inverse of `pack_bytes`, from contiguous words: int8, `count` of them along dim 1 or 0."""
     if dim == 0:
         return unpack_bytes(_transposed(words), count).T.contiguous()
     return (words.view(torch.uint8)[:, :count] ^ 128).view(torch.int8)
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """A copy; `contiguous` keeps odd strides of dimensions of one, which cannot be viewed as bytes."""
+    """A transposed copy; `contiguous` would keep odd strides of size-1 dimensions, which cannot be viewed as bytes."""
     return tensor.T.clone(memory_format=torch.contiguous_format)

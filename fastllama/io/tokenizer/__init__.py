@@ -1,4 +1,4 @@
-"""Tokenizers of Llama checkpoints: a vocabulary in tokenizer.model or tokenizer.json, and what lies beside it."""
+"""Tokenizers of Llama checkpoints: a vocabulary in tokenizer.model or tokenizer.json, and its settings files."""
 
 from fastllama.io.tokenizer.base import InfillingIds, Tokenizer, Vocabulary
 from fastllama.io.tokenizer.conversion import as_tokenizer

@@ -1,4 +1,4 @@
-"""Added tokens: pieces that are found in a text before the vocabulary's own algorithm sees it."""
+"""Added tokens: pieces that are matched in a text before the vocabulary's own algorithm runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class AddedPiece(NamedTuple):
 
     Attributes:
         content: the text that becomes this token.
-        token_id: the id that a file gives it, None where none does.
-        lstrip, rstrip: the token takes the white space on its left, on its right.
-        single_word: the token is not looked for inside of words.
+        token_id: the id in the files, None where they specify none.
+        lstrip, rstrip: the token absorbs the white space on its left, on its right.
+        single_word: the token is not matched inside words.
         normalized: the text is searched for it after normalization, and after those that are not normalized.
         special: decoding may skip it.
     """
@@ -34,10 +34,10 @@ class AddedPiece(NamedTuple):
 
 
 def number(pieces: Iterable[AddedPiece], vocabulary: Mapping[str, int]) -> dict[int, AddedPiece]:
-    """Ids of added tokens: that of the same piece in the vocabulary, else the file's if it is free, else the next.
+    """Ids of added tokens: the id of the same piece in the vocabulary, else the file's if it is free, else the next.
 
-    transformers 5 takes the next one even where the file leaves a gap; its version 4, llama.cpp and the embeddings of
-    the model go by the file.
+    transformers 5 takes the next one even where the file leaves a gap; its version 4, llama.cpp and the model's
+    embeddings follow the file.
     """
     ids = dict(vocabulary)
     taken = set(ids.values())
@@ -53,7 +53,7 @@ def number(pieces: Iterable[AddedPiece], vocabulary: Mapping[str, int]) -> dict[
 
 
 class AddedMatcher:
-    """Finds added tokens in a text: the leftmost first, the longest of those, as the package tokenizers does."""
+    """Finds added tokens in a text: the leftmost first, the longest of those, as in the package tokenizers."""
 
     def __init__(self, pieces: Mapping[int, AddedPiece]) -> None:
         self._pieces = {piece.content: (token_id, piece) for token_id, piece in pieces.items() if piece.content}
@@ -63,9 +63,9 @@ class AddedMatcher:
         ]
 
     def split(self, text: str) -> Iterator[tuple[int | None, str, bool]]:
-        """The text in parts: an added token's id and the text it covers, or None and text between, never empty.
+        """The text in non-empty parts: an added token's id and the text it covers, or None and the text between.
 
-        The third value tells whether the part begins the text.
+        The third value is whether the part begins the text.
         """
         first, second = self._passes
         for token_id, start, stop in self._matches(text, first):

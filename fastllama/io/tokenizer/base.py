@@ -1,4 +1,4 @@
-"""The face of all tokenizers: text to token ids and back, whatever file the vocabulary lies in."""
+"""The interface of all tokenizers: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from fastllama.io.tokenizer.settings import TokenizerSettings
 
 SPACE = "▁"  # U+2581: how SentencePiece writes a space in its pieces
 _INFILLING = ("PRE", "SUF", "MID", "EOT")
-CONTROL_PIECES = ("<s>", "</s>", "<unk>")  # of a SentencePiece vocabulary: plain text where a text spells them
+CONTROL_PIECES = (
+    "<s>",
+    "</s>",
+    "<unk>",
+)  # of a SentencePiece vocabulary: encoded as plain text where a text contains them
 INFILLING_PIECES = tuple(f"{SPACE}<{name}>" for name in _INFILLING)
-# Where text would spell an infilling piece (a space or the start, then "<PRE>"): between its "<" and the rest.
+# The position after "<" where a text contains an infilling piece (a space or the start, then "<PRE>").
 _INSIDE_INFILLING_TAG = re.compile(rf"(?:(?<=\A<)|(?<=[ {SPACE}]<))(?=(?:{'|'.join(_INFILLING)})>)")
-ANCHOR = "☺"  # as in Code Llama's reference: takes the leading space in place of the text that must not get it
-_NORMALIZED = "A\uff21e\u0301\ufb01\xb2\xad\u200b\x07"  # of which Unicode's normal forms keep no character but A
+ANCHOR = "☺"  # as in Code Llama's reference: absorbs the leading space, so that the text after it gets none
+_NORMALIZED = "A\uff21e\u0301\ufb01\xb2\xad\u200b\x07"  # Unicode's normal forms change every character but A
 _TAG = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
@@ -32,7 +36,7 @@ class InfillingIds(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What each token id stands for: its piece as the file spells it and its UTF-8 bytes; special and added ids."""
+    """The piece of each token id as spelled in the file, and its UTF-8 bytes; special and added ids."""
 
     pieces: Mapping[int, str]
     text: Mapping[int, bytes]
@@ -41,26 +45,26 @@ class Vocabulary(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The ids that the files put before and behind a text: BOS, EOS or none."""
+    """The ids that the files add before and after a text: BOS, EOS or none."""
 
     before: Sequence[int] = ()
     after: Sequence[int] = ()
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, as transformers 5.23 does it on the same files.
+    """Text to token ids and back, as in transformers 5.23 with the same files.
 
-    Every id stands for a string of bytes, so decoding is their concatenation, less the one leading space that
-    encoding added, read as UTF-8 with U+FFFD for each invalid sequence (transformers marks each byte of it). Special
-    ids (BOS, EOS, unknown, special added tokens, infilling) have no text unless shown.
+    Every id stands for a string of bytes, so decoding concatenates them, drops the one leading space that encoding
+    added, and reads UTF-8 with U+FFFD for each invalid sequence (transformers: for each byte of it). Special ids (BOS,
+    EOS, unknown, special added tokens, infilling) have no text unless shown.
 
-    `encode` differs from transformers in two points, as Meta's reference does: `<s>`, `</s>`, `<unk>` and the
-    infilling pieces of a SentencePiece vocabulary are plain text in it, and it swallows none of a text's leading
-    spaces. So `decode(encode(text)) == text` for every valid text without an added token and without U+2581, which
-    SentencePiece cannot tell from a space. `encode_template` differs in nothing.
+    `encode` differs from transformers in two points, as Meta's reference does: it encodes `<s>`, `</s>`, `<unk>` and
+    the infilling pieces of a SentencePiece vocabulary as plain text, and it keeps all leading spaces of a text. So
+    `decode(encode(text)) == text` for every valid text without added tokens and without U+2581, SentencePiece's symbol
+    for a space. `encode_template` does not differ.
     """
 
-    # Whether white space can be in no token: beside added tokens that take it, or where normalization drops it.
+    # Whether white space may be lost: absorbed by added tokens, or dropped by normalization.
     _may_drop_blanks = True
 
     def __init__(
@@ -75,7 +79,7 @@ class Tokenizer(ABC):
         adds_leading_space: bool = False,
         settings: TokenizerSettings | None = None,
     ) -> None:
-        """`path`: the file it was read from; `bos`, `eos`, `pad`: token ids, None where the files name none."""
+        """path: the file it was read from; bos, eos, pad: token ids, None where the files specify none."""
         self.path = path
         self.vocab_size = max(vocabulary.pieces) + 1
         self.bos_token_id = bos
@@ -94,7 +98,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_raw(self, text: str, *, template: bool = False) -> list[int]:
-        """Ids of valid Unicode text, with the leading space where the files say so, not put between BOS and EOS.
+        """Ids of valid Unicode text, with the leading space where the files specify it, without BOS and EOS.
 
         `template`: `<s>`, `</s>`, `<unk>` and infilling pieces become ids too.
         """
@@ -104,7 +108,7 @@ class Tokenizer(ABC):
         return self._encode_raw(ANCHOR + text)[len(self._encode_raw(ANCHOR)) :]
 
     def _encode_plain(self, text: str, *, continuation: bool = False) -> list[int]:
-        """Checked text to ids, none of them an infilling piece even where the text spells one."""
+        """Checked text to ids, none of them an infilling piece even where the text contains one."""
         _check_text(text)
         head, *rest = _INSIDE_INFILLING_TAG.split(text) if self.infilling else [text]
         ids = self._encode_continuation(head) if continuation else self._encode_raw(head)
@@ -113,16 +117,16 @@ class Tokenizer(ABC):
         return ids
 
     def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        """Token ids of `text`. Added tokens written in it become their ids; what else differs, the class tells.
+        """Token ids of `text`. Added tokens in it become their ids; see the class for differences from transformers.
 
         Args:
             text: any text.
-            bos: None puts before and behind the text what the files say (add_bos_token, add_eos_token, or the
-                post-processor of tokenizer.json). True puts one BOS before it, False nothing, and neither an EOS.
+            bos: None adds BOS and EOS as the files specify (add_bos_token, add_eos_token, or the post-processor of
+                tokenizer.json). True adds one BOS, False none; neither adds an EOS.
 
         Raises:
             TypeError: unless `text` is str.
-            ValueError: for a lone surrogate, or where BOS is asked for and the files name none.
+            ValueError: for a lone surrogate, or where BOS is requested and the files specify none.
         """
         ids = self._encode_plain(text)
         if bos is None:
@@ -130,7 +134,7 @@ class Tokenizer(ABC):
         return [self._bos(), *ids] if bos else ids
 
     def least_length(self, text: str) -> int:
-        """A number of tokens that `encode` gives at the least, known without reading the text; 0 where none is."""
+        """A lower bound of the number of tokens that `encode` returns, from the text's length; 0 where unknown."""
         if not self._keeps_text:
             return 0
         dropped = sum(map(text.count, " \t\n\r")) if self._may_drop_blanks else 0
@@ -138,7 +142,7 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def _keeps_text(self) -> bool:
-        """Whether each character but white space is in some token: no normalization drops it, no unknown token."""
+        """Whether every character but white space ends up in a token: neither dropped by normalization nor unknown."""
         single_bytes = {data for data in self._vocabulary.text.values() if len(data) == 1}
         return len(single_bytes) == 256 and _NORMALIZED in self._normalize(_NORMALIZED)
 
@@ -148,11 +152,11 @@ class Tokenizer(ABC):
         return max(map(len, self._vocabulary.text.values()))
 
     def _normalize(self, text: str) -> str:
-        """What is divided into pieces; "" where that is not known."""
+        """The normalized text, which is then divided into pieces; "" where it is not known."""
         return ""
 
     def encode_template(self, text: str) -> list[int]:
-        """Token ids of a rendered chat template: special and added pieces in it become ids, none is put around it.
+        """Token ids of a rendered chat template: special and added pieces in it become ids; no BOS or EOS is added.
 
         Equals `tokenizer(text, add_special_tokens=False)` of transformers. Raises as `encode` does.
         """
@@ -160,9 +164,9 @@ class Tokenizer(ABC):
         return self._encode_raw(text, template=True)
 
     def special_pieces(self) -> frozenset[str]:
-        """The texts that steer a model where `encode_template` reads them: what a chat message may not hold.
+        """The texts that become special ids in `encode_template`, which a chat message may not contain.
 
-        All special pieces, and of the other added tokens those that the chat template spells or that look like
+        All special pieces, and those of the other added tokens that the chat template contains or that look like
         "<|im_start|>".
         """
         template = self.chat_template or ""
@@ -172,7 +176,7 @@ class Tokenizer(ABC):
         return frozenset(spelled) | {pieces[token_id] for token_id in self.special_ids}
 
     def encode_infilling(self, prefix: str, suffix: str) -> list[int]:
-        """Prompt that asks Code Llama for the text between two: BOS ▁<PRE> prefix ▁<SUF> suffix ▁<MID>.
+        """Code Llama's infilling prompt: BOS ▁<PRE> prefix ▁<SUF> suffix ▁<MID>.
 
         The prefix-suffix-middle format of Code Llama (arXiv:2308.12950, section 2.3), whose suffix has no leading
         space. ValueError where the vocabulary lacks the four infilling pieces.
@@ -193,9 +197,9 @@ class Tokenizer(ABC):
         return data.decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """UTF-8 bytes that an id adds to a text: part of a character for a byte piece, none for a skipped special.
+        """UTF-8 bytes that an id adds to a text: part of a character for a byte piece, none for a skipped special id.
 
-        None also for an id below `vocab_size` to which the vocabulary gives no piece.
+        Empty, too, for an id below `vocab_size` without a piece in the vocabulary.
         """
         data = self._vocabulary.text.get(token_id)
         if data is None:
@@ -205,7 +209,7 @@ class Tokenizer(ABC):
         return b"" if skip_special_tokens and token_id in self.special_ids else data
 
     def id_to_piece(self, token_id: int) -> str:
-        """The piece as the tokenizer file spells it, such as "▁Hello" or "<0x0A>"."""
+        """The piece as spelled in the tokenizer file, such as "▁Hello" or "<0x0A>"."""
         try:
             return self._vocabulary.pieces[token_id]
         except KeyError:
@@ -213,7 +217,7 @@ class Tokenizer(ABC):
 
     def _bos(self) -> int:
         if self.bos_token_id is None:
-            raise ValueError(f"BOS is asked for, but {self.path} and the files beside it name none")
+            raise ValueError(f"BOS is requested, but {self.path} and the files beside it specify none")
         return self.bos_token_id
 
     def _unknown(self, token_id: int) -> ValueError:

@@ -1,4 +1,4 @@
-"""A tokenizer of transformers as one of ours, by way of the files that it writes."""
+"""Converts a tokenizer of transformers into ours, through the files that it saves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastllama.io.tokenizer.find import load_tokenizer
 from fastllama.io.tokenizer.settings import CONFIG, NAMES
 
 _LOG = logging.getLogger("fastllama")
-# What tokenizers differ in: spaces, line ends, digits, case, code, scripts, composed signs, unknown signs, nothing;
-# and the spaces before signs that `clean_up_tokenization_spaces` takes out of a decoded text.
+# Texts on which tokenizers differ: spaces, line ends, digits, case, programs, scripts, composed and unknown signs, an
+# empty text; and spaces before punctuation, which `clean_up_tokenization_spaces` removes from a decoded text.
 _TEXTS = (
     "",
     "a",
@@ -37,7 +37,7 @@ _MOST_ADDED = 32
 
 
 class _Reading(NamedTuple):
-    """A tokenizer as it was read; why it cannot stand for the one given, "" if it can; what differs all the same."""
+    """A converted tokenizer; the reason why it cannot replace the given one, or ""; tolerated differences."""
 
     tokenizer: Tokenizer | None
     trouble: str = ""
@@ -45,16 +45,16 @@ class _Reading(NamedTuple):
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
-    """Our tokenizer: one that is given, that at a path, or one of the files that a transformers tokenizer writes.
+    """Our tokenizer: the given one, the one at a path, or one read from the files that a transformers tokenizer saves.
 
-    The last must have transformers' `save_pretrained` and be called with a text. Both must have the same special
-    tokens, encode some odd texts alike, with its added tokens too, and decode these ids alike. Where its files read as
-    transformers 5.23 reads them do not (it sets the leading space of a "legacy" Llama anew), tokenizer.json is read as
-    it stands. Else the result is None, and a warning names the first difference, or why the files cannot be read.
+    The last must have transformers' `save_pretrained` and `__call__`. Both must have the same special tokens, encode
+    some odd texts alike, with its added tokens too, and decode the ids alike. Where they differ with the files read by
+    the rules of transformers 5.23 (it overrides the leading space of a "legacy" Llama), tokenizer.json is read without
+    them. Else the result is None, and a warning names the first difference, or why the files cannot be read.
 
-    Two differences are only warned of: the text behind `<s>`, `</s>` or `<unk>`, as plain prompts are encoded alike,
-    and `clean_up_tokenization_spaces`, which many files set, only transformers before 5 obeys, and ours never does.
-    Raises TypeError for anything else, what `load_tokenizer` raises, and what `save_pretrained` raises.
+    Two differences only cause a warning: the text after `<s>`, `</s>` or `<unk>`, since plain prompts are encoded
+    alike, and `clean_up_tokenization_spaces`, which many files set, transformers before 5 obeys, and ours never does.
+    Raises TypeError for anything else, and the errors of `load_tokenizer` and `save_pretrained`.
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -77,12 +77,12 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
         return None
     for remark in remarks:
         _LOG.warning("tokenizer %s is used, but %s", shown(name), shown(remark, 400))
-    found.path = Path(name, found.path.name)  # what messages name, as the file itself is gone
+    found.path = Path(name, found.path.name)  # for messages; the file itself is gone
     return found
 
 
 def _forget_class(folder: Path) -> bool:
-    """Name no class beside a tokenizer.json, so that it is read as it stands; whether that changes anything."""
+    """Drop the class name from tokenizer_config.json, so that it cannot override tokenizer.json; True if changed."""
     if not (folder / "tokenizer.json").is_file() or not (folder / CONFIG).is_file():
         return False
     content = read_json(folder / CONFIG)
@@ -93,7 +93,7 @@ def _forget_class(folder: Path) -> bool:
 
 
 def _read(folder: Path, theirs: Any) -> _Reading:
-    """The tokenizer of a folder, compared with another."""
+    """The tokenizer of a folder, compared with transformers'."""
     try:
         ours = load_tokenizer(folder)
     except (CheckpointError, ExtraRequiredError, FileNotFoundError) as error:
@@ -108,7 +108,7 @@ def _read(folder: Path, theirs: Any) -> _Reading:
             seen = f"of the text {brief(text)} it makes {brief(expected_ids)}, ours {brief(ids)}"
             if text not in behind_control_pieces or _special(ours, ids) != _special(ours, expected_ids):
                 return _Reading(ours, seen)
-            remarks.append(f"text behind a control piece is encoded otherwise: {seen}")
+            remarks.append(f"text after a control piece is encoded differently: {seen}")
     cleaned = []
     for ids, found, expected in _decoded(ours, theirs):
         if found != expected:
@@ -120,7 +120,7 @@ def _read(folder: Path, theirs: Any) -> _Reading:
 
 
 def _named(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, str | int | None, str | int | None]]:
-    """The special tokens that chat templates can read, and the ids of BOS and EOS: name, by ours, by transformers."""
+    """The special tokens that chat templates can read, and the ids of BOS and EOS: name, ours, transformers'."""
     named = getattr(theirs, "special_tokens_map", None)
     if isinstance(named, Mapping):
         others = (
@@ -130,12 +130,12 @@ def _named(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, str | int | None
             yield name, ours.special_tokens.get(name), named.get(name)
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(theirs, name, None)
-        if token_id is not None:  # ours may find in the vocabulary what theirs does not name
+        if token_id is not None:  # ours may find tokens in the vocabulary that theirs does not name
             yield name, getattr(ours, name), token_id
 
 
 def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Texts, and the ids of each by both, where ours is to be as transformers: the class Tokenizer tells where not."""
+    """Texts, and the ids of each by both, where ours must equal transformers'; class Tokenizer lists the exceptions."""
     for text in _TEXTS:
         yield text, ours.encode(text), _ids(theirs(text))
     unasked = {*INFILLING_PIECES, getattr(theirs, "fill_token", None), *(() if ours.chat_template else CONTROL_PIECES)}
@@ -146,7 +146,7 @@ def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], lis
 
 
 def _decoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[list[int], str, str]]:
-    """Ids of texts, and the text of each by both; nothing where theirs decodes none."""
+    """Ids of texts, and the text of each by both; nothing where theirs cannot decode."""
     if callable(getattr(theirs, "decode", None)):
         for text in _TEXTS:
             ids = ours.encode_template(text)

@@ -1,4 +1,4 @@
-"""Which file of a folder the tokenizer is read from."""
+"""Loads the tokenizer of a folder or file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 
 
 def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, or in one file of it: tokenizer.json or tokenizer.model, and what lies beside.
+    """The tokenizer of a folder, or of a tokenizer.json or tokenizer.model, with the settings files beside it.
 
-    Of both in a folder tokenizer.json is read, as transformers does, if the package tokenizers can be imported.
+    Where a folder has both, tokenizer.json is read, as in transformers, if the package tokenizers can be imported.
 
     Raises:
         TypeError: unless `tokenizer` is a path.
-        FileNotFoundError: where there is none.
-        CheckpointError: for a broken or foreign file, by its name and key.
-        ExtraRequiredError: for a tokenizer.json alone without the extra [hf].
+        FileNotFoundError: if there is no tokenizer.
+        CheckpointError: for a broken or foreign file, with its name and key.
+        ExtraRequiredError: if there is only a tokenizer.json and the extra [hf] is missing.
     """
     if not isinstance(tokenizer, str | os.PathLike):
         raise TypeError(f"tokenizer must be a path, got {type(tokenizer).__name__}")

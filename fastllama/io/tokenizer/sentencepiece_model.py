@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model, with the added tokens that lie beside it."""
+"""SentencePiece's tokenizer.model, with the added tokens of the files beside it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from fastllama.io.tokenizer.base import ANCHOR, CONTROL_PIECES, INFILLING_PIECES
 from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_WORD_END = re.compile(r"(?<=\w) ")  # behind a blank, or what normalization makes one, a run of them would be divided
+_WORD_END = re.compile(
+    r"(?<=\w) "
+)  # not after a blank or a character that normalizes to one, which would split a run of blanks
 _ACROSS_WORDS = re.compile(f"[^{SPACE}]{SPACE}")
-_AT_ONCE = 4096  # characters: SentencePiece keeps the GIL for some 2 ms of them, and every other thread waits
+_AT_ONCE = 4096  # characters, for which SentencePiece holds the GIL for some 2 ms
 _LOG = logging.getLogger("fastllama")
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece tokenizer.model (Llama 1 and 2, Code Llama, Yi): BPE with byte pieces and a leading space.
 
-    Pieces are merged by the model file's scores (transformers 5 merges by ids: other pieces for Llama 2's runs of
-    spaces), and normalization and the leading space are its own too (transformers leaves out the space where
-    tokenizer_config.json names another class than LlamaTokenizer). Where there is no tokenizer_config.json, BOS is put
-    before a text as in Meta's reference; where it says nothing of add_bos_token, none is, as in transformers 5.
+    Merges follow the model file's scores (transformers 5 merges by ids: other pieces for Llama 2's runs of spaces), and
+    normalization and the leading space follow it too (transformers leaves out the space where tokenizer_config.json
+    names another class than LlamaTokenizer). Without a tokenizer_config.json, BOS is added as in Meta's reference; if
+    it does not set add_bos_token, BOS is not added, as in transformers 5.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path`: the model file. CheckpointError if it, or a file beside it, is broken or has no EOS piece."""
+        """path: the model file. CheckpointError if it or a settings file is broken, or if there is no EOS piece."""
         self._processor = processor = _read_model(path)
         pieces = dict(enumerate(processor.id_to_piece(list(range(processor.vocab_size())))))
         own = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
@@ -75,7 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def _added(self, path: Path, settings: TokenizerSettings, ids: Mapping[str, int]) -> dict[int, AddedPiece]:
-        """Added tokens by id: the model's control and user-defined pieces, and those of the files beside it."""
+        """Added tokens by id: the model's control and user-defined pieces, and those of the settings files."""
         processor = self._processor
         special = set(settings.special_tokens.values())
         hidden = [piece for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)]
@@ -99,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
             if token_id is not None:
                 ids.append(token_id)
                 continue
-            # transformers adds no space to what begins with one; at the beginning of plain text we do.
+            # transformers adds no space to text that begins with one; for plain text we do.
             spaced = part.startswith((" ", SPACE)) and (template or not begins)
             first, *rest = self._at_once(part)
             if self._adds_space and (begins or self._space_after_added) and not spaced:
@@ -111,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _at_once(self, text: str) -> Iterator[str]:
-        """A text in parts of _AT_ONCE characters or little more, where no piece reaches across the space between."""
+        """A text in parts of about _AT_ONCE characters, split at spaces that no piece spans."""
         start = 0
         while self._ends_at_words and (cut := _WORD_END.search(text, start + _AT_ONCE)):
             yield text[start : cut.start()]
@@ -120,7 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _ends_at_words(self) -> bool:
-        """Whether no piece holds a space behind another character, so that words are divided each by itself."""
+        """Whether no piece has a space after another character, so that words are encoded independently."""
         return not any(map(_ACROSS_WORDS.search, self._vocabulary.pieces.values()))
 
     def _normalize(self, text: str) -> str:
@@ -135,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _drops_blanks(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether normalization makes one space of several, or drops those at an end."""
+    """Whether normalization merges several spaces into one, or drops those at the ends."""
     text = "a  \t\r\n\n b  "
     return text not in processor.normalize(text).replace(SPACE, " ")
 
@@ -149,7 +151,7 @@ def _read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     data = path.read_bytes()
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        if data:  # SentencePiece takes no bytes for a model, and complains on stderr when asked
+        if data:  # SentencePiece accepts an empty file, and prints to stderr later
             processor.LoadFromSerializedProto(data)
             return processor
     except RuntimeError:
@@ -160,7 +162,7 @@ def _read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _user_defined(processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """Pieces of type USER_DEFINED, for which the package has no question: ModelProto.pieces (field 1) of type 4."""
+    """Pieces of type USER_DEFINED, parsed here as the package has no query: ModelProto.pieces (field 1) of type 4."""
     data: bytes = processor.serialized_model_proto()
     start = token_id = 0
     while data[start : start + 1] == b"\x0a":
@@ -181,6 +183,6 @@ def _frame(path: Path, settings: TokenizerSettings, bos: int | None, eos: int) -
     if add_bos is None:
         add_bos = not settings.is_given or settings.tokenizer_class == "CodeLlamaTokenizer"
         if not add_bos:
-            _LOG.warning("%s says nothing of add_bos_token: no BOS, as in transformers 5", path.with_name(CONFIG))
+            _LOG.warning("%s does not set add_bos_token: no BOS, as in transformers 5", path.with_name(CONFIG))
     ends = settings.add_eos and "eos_token" in settings.special_tokens
     return Frame((bos,) if add_bos and bos is not None else (), (eos,) if ends else ())

@@ -1,4 +1,4 @@
-"""What lies beside a vocabulary: added tokens, the names of special tokens, BOS and EOS rules, the chat template."""
+"""A vocabulary's settings files: added tokens, the names of special tokens, BOS and EOS rules, the chat template."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _T = TypeVar("_T", str, bool)
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What the files beside a vocabulary say, by the precedence of transformers 5.23.
+    """The settings in the files beside a vocabulary, by the precedence of transformers 5.23.
 
-    added_tokens_decoder in tokenizer_config.json makes special_tokens_map.json and added_tokens.json void; without it,
-    the former overrides tokenizer_config.json and the latter gives added tokens their ids.
+    added_tokens_decoder in tokenizer_config.json overrides special_tokens_map.json and added_tokens.json; without it,
+    the former overrides tokenizer_config.json and the latter specifies the ids of added tokens.
 
     Attributes:
-        is_given: tokenizer_config.json is there.
-        tokenizer_class: its name without "Fast".
+        is_given: whether tokenizer_config.json exists.
+        tokenizer_class: the class name without "Fast".
         special_tokens: transformers' special_tokens_map, such as {"bos_token": "<s>"}.
         removed: names that the files set to null.
-        numbered: added tokens that the files give ids, in the order of these.
-        named: special and extra tokens, which come at the end of the vocabulary where they have no id.
-        lists_extra: extra tokens are listed: then only the named ones of tokenizer.model's control pieces are special.
+        numbered: added tokens with ids in the files, ordered by id.
+        named: special and extra tokens, appended to the vocabulary where they have no id.
+        lists_extra: whether extra tokens are listed: then only named control pieces of tokenizer.model are special.
         chat_template: jinja source; of several templates the one named "default".
-        add_bos, add_eos: whether BOS is put in front of a text and EOS behind it, None where nothing is said.
-        legacy: text after an added token gets the leading space too.
-        add_prefix_space: whether text gets a leading space, None where nothing is said.
+        add_bos, add_eos: whether BOS is added before a text and EOS after it, None where not specified.
+        legacy: whether text after an added token gets the leading space too.
+        add_prefix_space: whether text gets a leading space, None where not specified.
     """
 
     is_given: bool = False
@@ -59,11 +59,11 @@ class TokenizerSettings:
 
     @property
     def is_llama(self) -> bool:
-        """Whether transformers 5 sets the leading space by these settings, whatever tokenizer.json says of it."""
+        """Whether transformers 5 lets these settings override the leading space of tokenizer.json."""
         return self.tokenizer_class in ("LlamaTokenizer", "CodeLlamaTokenizer")
 
     def added(self, known: Iterable[AddedPiece] = ()) -> list[AddedPiece]:
-        """The pieces to add to a vocabulary, in this order; `known`: those that its own file declares."""
+        """The pieces to add to a vocabulary, in order; known: those that its own file declares."""
         pieces = list(self.numbered)
         seen = {piece.content for piece in (*pieces, *known)}
         for piece in self.named:
@@ -77,7 +77,7 @@ class TokenizerSettings:
 def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> TokenizerSettings:
     """The settings in `folder`, for its tokenizer.model or for the tokenizer.json whose content is `spec`.
 
-    CheckpointError names the file and key of a value that is of the wrong kind.
+    CheckpointError, with file and key, for a value of the wrong type.
     """
     config = _File(folder / CONFIG)
     decides = "added_tokens_decoder" in config.content
@@ -89,7 +89,7 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
         and "ByteLevel" in f"{spec.get('pre_tokenizer')} {spec.get('decoder')}"
         and kind == "LlamaTokenizer"
     ):
-        kind = None  # Llama 3's, called so by mistake
+        kind = None  # Llama 3's tokenizer, declared with the wrong class
 
     read: dict[str, AddedPiece | None] = {}
     for file in (config, overrides):
@@ -108,7 +108,7 @@ def read_settings(folder: Path, *, spec: Mapping[str, Any] | None = None) -> Tok
     extra = config.tokens("extra_special_tokens") or config.tokens("additional_special_tokens")
     extra += overrides.tokens("extra_special_tokens")
     special = {piece.content for piece in (*found.values(), *extra)}
-    if spec is not None and not extra:  # beside a tokenizer.model, transformers 5 passes over these
+    if spec is not None and not extra:  # beside a tokenizer.model, transformers 5 ignores these
         extra = overrides.tokens("additional_special_tokens")
     numbered = config.numbered_by_id() if decides else _File(folder / NUMBERS).numbered_by_text(special)
     if spec is not None and not decides:
@@ -155,7 +155,7 @@ def added_piece(where: str, value: Any) -> AddedPiece:
 
 
 class _File:
-    """A JSON object that may not be there; what is read from it is of the asked kind, or refused by file and key."""
+    """A JSON file that may be missing; values of the wrong type raise with file and key."""
 
     def __init__(self, path: Path, *, ignored: bool = False) -> None:
         self.path = path
@@ -181,7 +181,7 @@ class _File:
         ]
 
     def numbered_by_id(self) -> list[AddedPiece]:
-        """added_tokens_decoder: an added token for each id."""
+        """The added tokens of added_tokens_decoder, which has one for each id."""
         value = self.content["added_tokens_decoder"]
         if not isinstance(value, dict):
             raise self._wrong("added_tokens_decoder", value, "an object of ids and tokens")
@@ -189,7 +189,7 @@ class _File:
         for key, each in value.items():
             where = f"{self.path}: added_tokens_decoder[{key!r}]"
             if not (key.isascii() and key.isdigit()):
-                raise CheckpointError(f"{where} is no token id; legal: the decimal digits of one")
+                raise CheckpointError(f"{where} is not a token id; legal: the decimal digits of one")
             if not isinstance(each, dict):
                 raise CheckpointError(f"{where} is {json_kind(each)}; legal: an object with the token's content")
             described = {"special": False} | each
@@ -197,7 +197,7 @@ class _File:
         return pieces
 
     def numbered_by_text(self, special: Collection[str]) -> list[AddedPiece]:
-        """added_tokens.json: an id for each added token, special where another file names it so."""
+        """The added tokens of added_tokens.json, which has an id for each; special where another file declares it."""
         pieces = []
         for text, token_id in self.content.items():
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, with the added tokens that lie beside it."""
+"""Hugging Face's tokenizer.json, with the added tokens of the files beside it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _LOG = logging.getLogger("fastllama")
 class HFTokenizer(Tokenizer):
     """A tokenizer.json: SentencePiece's BPE converted (Llama 2) or byte-level BPE (Llama 3). Needs the extra [hf].
 
-    Text runs through the package tokenizers, set up as transformers 5 sets it up for the same folder: where
-    tokenizer_config.json names LlamaTokenizer, its `legacy` and `add_prefix_space` decide on the leading space, else
-    tokenizer.json does. A byte-level pre-tokenizer is always the file's own; transformers replaces it where the class
-    is GPT2Tokenizer, and so loses the splitting of digits that SmolLM 2 was trained with.
+    The package tokenizers encodes, set up as by transformers 5 for the same folder: where tokenizer_config.json names
+    LlamaTokenizer, its `legacy` and `add_prefix_space` set the leading space, else tokenizer.json does. A byte-level
+    pre-tokenizer is always the file's own; transformers replaces it where the class is GPT2Tokenizer, and so loses the
+    splitting of digits that SmolLM 2 was trained with.
 
-    On a converted Llama 2 tokenizer its results equal SentencePieceTokenizer's. BOS, EOS and padding are those of
-    the files beside it, else of config.json.
+    For a converted Llama 2 tokenizer the results equal SentencePieceTokenizer's. BOS, EOS and padding come from the
+    files beside it, else from config.json.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path`: the tokenizer.json. CheckpointError if it, or a file beside it, is broken or of another family."""
+        """path: the tokenizer.json. CheckpointError if it or a settings file is broken or of another family."""
         spec = read_json(path)
         content = path.read_text(encoding="utf-8")
         self._template = _backend(path, content)
@@ -69,7 +69,7 @@ class HFTokenizer(Tokenizer):
         self._content = "" if is_byte_level else content  # for _plain
         self._given, self._spaced = given, settings if spaced else None
         alphabet = _byte_level_alphabet()
-        # Decoding shows added tokens in normalized form, as the package does.
+        # Decoding prints added tokens in normalized form, as the package does.
         shown = pieces | {i: self._template.id_to_token(i) or "" for i in added}
         text = {
             i: _byte_level_bytes(piece, alphabet) if is_byte_level else piece_bytes(piece) for i, piece in shown.items()
@@ -95,7 +95,7 @@ class HFTokenizer(Tokenizer):
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """A second tokenizer that does not know the control pieces: made for the first text that spells one."""
+        """A second tokenizer without the control pieces: made for the first text that contains one."""
         backend = _backend(self.path, json.dumps(_without(json.loads(self._content), self._control)))
         _set_up(backend, [each for each in self._given if each.content not in self._control], self._spaced)
         return backend
@@ -133,7 +133,7 @@ def _backend(path: Path, content: str) -> tokenizers.Tokenizer:
 
 
 def _set_up(backend: tokenizers.Tokenizer, given: Collection[AddedPiece], settings: TokenizerSettings | None) -> None:
-    """Give a backend the added tokens of the files beside it; with `settings` also transformers' leading space."""
+    """Add the settings files' added tokens to a backend; with `settings` also transformers' leading space."""
     from tokenizers import AddedToken, pre_tokenizers
 
     if settings is not None:
@@ -145,7 +145,7 @@ def _set_up(backend: tokenizers.Tokenizer, given: Collection[AddedPiece], settin
 
 
 def _without(spec: Mapping[str, Any], hidden: Collection[str]) -> dict[str, Any]:
-    """The content of a tokenizer.json that neither looks for the hidden pieces in a text nor merges any into one."""
+    """The content of a tokenizer.json without the hidden pieces, as added tokens and as results of merges."""
     model = dict(spec["model"])
     if "merges" in model:
         joined = [merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
@@ -170,7 +170,7 @@ def _report_moved(
 
 
 def _named_id(path: Path, name: str, settings: TokenizerSettings, pieces: Mapping[int, str]) -> int | None:
-    """Id of the BOS, EOS or padding token as the files say; the first of several EOS ids."""
+    """Id of the BOS, EOS or padding token in the files; the first of several EOS ids."""
     token = settings.special_tokens.get(f"{name}_token")
     if token is not None:
         return next(i for i, piece in pieces.items() if piece == token)
@@ -187,19 +187,21 @@ def _named_id(path: Path, name: str, settings: TokenizerSettings, pieces: Mappin
 
 
 def _frame(path: Path, backend: tokenizers.Tokenizer, settings: TokenizerSettings, bos: int | None) -> Frame:
-    """What the post-processor puts around a text: transformers 5 goes by it, and not by add_bos_token beside it."""
+    """The ids that the post-processor adds to a text; as in transformers 5, it overrides add_bos_token."""
     if settings.tokenizer_class == "CodeLlamaTokenizer":
         return Frame((bos,) if bos is not None else ())
     inner = backend.encode("a", add_special_tokens=False).ids
     outer = backend.encode("a").ids
     start = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
     if start is None or not inner:
-        raise CheckpointError(f"{path}: post_processor changes the text's own tokens; legal: to add some around them")
+        raise CheckpointError(
+            f"{path}: post_processor changes the text's own tokens; legal: to add tokens before and after"
+        )
     return Frame(outer[:start], outer[start + len(inner) :])
 
 
 def _strips_space(decoders: Collection[Mapping[str, Any]]) -> bool:
-    """Whether decoding drops the space that encoding put in front."""
+    """Whether decoding drops the leading space that encoding added."""
     return any(
         (each["type"] == "Strip" and each["content"] == " " and each["start"] > 0)
         or (
@@ -212,7 +214,7 @@ def _strips_space(decoders: Collection[Mapping[str, Any]]) -> bool:
 
 
 def _byte_level_bytes(piece: str, alphabet: Mapping[str, bytes]) -> bytes:
-    """The bytes that a piece of byte-level BPE stands for; an added token with other signs stands for itself."""
+    """The bytes of a piece of byte-level BPE; an added token with other characters stands for itself."""
     try:
         return b"".join(alphabet[sign] for sign in piece)
     except KeyError:
@@ -228,7 +230,7 @@ def _byte_level_alphabet() -> dict[str, bytes]:
 
 
 def _decoders(backend: tokenizers.Tokenizer) -> list[Mapping[str, Any]]:
-    """What tokenizer.json says of its decoder, sequences flattened."""
+    """The decoders of tokenizer.json, sequences flattened."""
     waiting = [json.loads(backend.decoder.__getstate__())] if backend.decoder else []
     found = []
     while waiting:

@@ -177,7 +177,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: edit_config(path, vocab_size="40"),
         "config.json: vocab_size is '40'; legal: an integer",
     ),
-    "quantized": (lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}), "quantized ('gptq')"),
+    "quantized": (lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'"),
 }
 
 

@@ -92,7 +92,7 @@ FILES: dict[str, tuple[Callable[[], bytes | str], str]] = {
     "empty": (lambda: b"", "empty;"),
     "zeros": (lambda: bytes(10000), "zero bytes where its content should begin"),
     "few zeros": (lambda: bytes(10), "zero bytes where its content should begin"),
-    "macOS": (lambda: b"\0\x05\x16\x07\0\x02", "macOS's notes about a file"),
+    "macOS": (lambda: b"\0\x05\x16\x07\0\x02", "macOS metadata of a file"),
     "UTF-16": (lambda: "{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
     "a link of git on Windows": (lambda: "../../blobs/abc", "text that begins with '../../blobs/abc'"),
     "text with escape codes": (lambda: "error\x1b[1m red", ""),
