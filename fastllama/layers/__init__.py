@@ -1,1 +1,1 @@
-"""Llama as modules: a configuration, a batch passed as an argument, layers that call ops and know no requests."""
+"""Llama as modules: a configuration, layers that call ops, and the batch as an argument; independent of requests."""

@@ -1,4 +1,4 @@
-"""Self-attention over the paged cache."""
+"""Self-attention over the paged KV cache."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(config.q_size, config.hidden_size, config.attention_bias, dtype, device)
 
     def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
-        """hidden [T, H], to which attention of norm(hidden) is added in place; writes keys and values into kv."""
+        """Add attention of norm(hidden) to hidden [T, H] in place, and write keys and values into kv."""
         qkv = self.qkv_proj(hidden, batch, norm=norm)
         pages = kv.k_pages, kv.v_pages
         q = kernels.rope_and_write_kv(qkv, cos_sin, batch.positions, batch.slots, *pages, kv.k_scales, kv.v_scales)
         out = torch.empty_like(q)
         decodes, total = batch.num_decodes, batch.seq_lens.shape[0]
-        split = decodes * batch.num_queries  # of the tokens
+        split = decodes * batch.num_queries  # tokens of decodes
         if decodes:
             kernels.attention_decode(
                 q[:split],

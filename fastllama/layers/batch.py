@@ -1,4 +1,4 @@
-"""What one forward pass computes and where it keeps keys and values: plain values, passed as arguments."""
+"""The arguments of a forward pass: the batch, and the paged KV cache."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastllama.layers.config import LlamaConfig
 
 @dataclass(frozen=True)
 class BatchMeta:
-    """The ragged tokens of several sequences, without padding; those that decode come first, all with equally many.
+    """A ragged batch of the tokens of several sequences, without padding; decodes first, then prefills.
 
-    positions: [T] int64, of each token in its sequence. slots: [T] int64, page * page_size + offset where its key goes.
+    positions: [T] int64, of each token in its sequence. slots: [T] int64, page * page_size + offset of its key.
     page_table: [B, max_pages] int32. seq_lens: [B] int32, tokens of each sequence including the new ones.
-    num_decodes: how many of the B sequences decode: they have num_queries new tokens, one and the drafts after it.
-    cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the other sequences' tokens, counted from the first of these.
-    logits_rows: [R] int64, the tokens whose logits are wanted, ascending and each once.
-    workspace: of LlamaForCausalLM.workspace, or None. cos_sin: of LlamaForCausalLM.rotary_cache; None takes the model's
-    own. deterministic: whether a token's numbers are the same, bit for
-    bit, whatever else is in the batch, in what is computed of each token; attention is so where all are decodes.
+    num_decodes: how many of the B sequences decode, each with num_queries new tokens: one and its draft tokens.
+    cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the prefills' tokens, counted from the first of them.
+    logits_rows: [R] int64, the tokens whose logits are computed, ascending and distinct.
+    workspace: from LlamaForCausalLM.workspace, or None. cos_sin: from LlamaForCausalLM.rotary_cache; None uses the
+    model's own. deterministic: whether what is computed for each token separately is batch-invariant, bit for bit;
+    attention is batch-invariant if all sequences decode.
     """
 
     positions: Tensor
@@ -45,7 +45,7 @@ class BatchMeta:
 class LayerKV:
     """Keys and values of one layer, each [num_pages, num_kv_heads, page_size, head_dim].
 
-    Of codes of 8 bits, k_scales and v_scales [num_pages, num_kv_heads, page_size] fp32; else None.
+    8-bit pages have k_scales and v_scales [num_pages, num_kv_heads, page_size] fp32; otherwise these are None.
     """
 
     k_pages: Tensor
@@ -54,7 +54,7 @@ class LayerKV:
     v_scales: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        """Those that there are."""
+        """The tensors that are not None."""
         for tensor in (self.k_pages, self.v_pages, self.k_scales, self.v_scales):
             if tensor is not None:
                 yield tensor
@@ -79,14 +79,13 @@ class KVCache:
     ) -> KVCache:
         """Uninitialised pages: a slot is read only after it was written. dtype: floating, or int8 or float8_e4m3fn.
 
-        pinned: in one block of the host's memory that a GPU copies from and to while the host goes on, of
-        `pinned_bytes`.
+        pinned: in one block of pinned host memory, of `pinned_bytes`, for asynchronous copies from and to a GPU.
         """
         shape = (num_pages, config.num_key_value_heads, page_size)
         kinds = [(dtype, (*shape, config.head_dim))] * 2 + [(torch.float32, shape)] * (2 if dtype in CODES else 0)
         wanted = kinds * config.num_hidden_layers
         if pinned:
-            sizes = [math.prod(size) * of.itemsize for of, size in wanted]  # multiples of 16, as tokens of a page are
+            sizes = [math.prod(size) * of.itemsize for of, size in wanted]  # multiples of 16, as page_size is
             block = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=True)
             made = [part.view(of).view(size) for part, (of, size) in zip(block.split(sizes), wanted, strict=True)]
         else:
@@ -95,7 +94,7 @@ class KVCache:
 
     @staticmethod
     def pinned_bytes(config: LlamaConfig, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of pinned memory that pages for so many tokens take: torch rounds a block up to a power of two."""
+        """Bytes of pinned memory for pages of num_tokens tokens: torch rounds a block up to a power of two."""
         return power_of_2(num_tokens * KVCache.bytes_per_token(config, dtype))
 
     @staticmethod
@@ -106,9 +105,9 @@ class KVCache:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * of_head
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy (source, destination) pages in every layer; no page is both."""
+        """Copy pages (source, destination) in every layer; no page is both."""
         sources, destinations = (list(ids) for ids in zip(*copies, strict=True))
         for layer in self.layers:
             for tensor in layer.tensors():
-                held = tensor.view(torch.int8) if tensor.itemsize == 1 else tensor  # torch does not index all of 8 bits
+                held = tensor.view(torch.int8) if tensor.itemsize == 1 else tensor  # torch cannot index float8
                 held[destinations] = held[sources]

@@ -1,4 +1,4 @@
-"""One transformer block, in which each norm, residual sum and silu * up is a part of a product."""
+"""One transformer block, in which each norm, residual sum and SwiGLU is fused with a matmul."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, hidden, config.mlp_bias, dtype, device)
 
     def forward(self, hidden: Tensor, norm: RMSNorm, batch: BatchMeta) -> Tensor:
-        """hidden [T, H], to which the MLP of norm(hidden) is added in place."""
+        """Add the MLP of norm(hidden) to hidden [T, H] in place."""
         return self.down_proj(self.gate_up_proj(hidden, batch, norm=norm, gated=True), batch, residual=hidden)
 
 
 class LlamaBlock(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each with a residual connection."""
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
@@ -36,6 +36,6 @@ class LlamaBlock(nn.Module):
         self.mlp = LlamaMLP(config, dtype, device)
 
     def forward(self, hidden: Tensor, batch: BatchMeta, kv: LayerKV, cos_sin: Tensor) -> Tensor:
-        """hidden [T, H], the residual stream, which is updated in place."""
+        """Update hidden [T, H], the residual stream, in place."""
         hidden = self.self_attn(hidden, self.input_layernorm, batch, kv, cos_sin)
         return self.mlp(hidden, self.post_attention_layernorm, batch)

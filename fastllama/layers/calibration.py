@@ -1,4 +1,4 @@
-"""A text on its way through a model, block by block, and what the linear layers of each block are fed by it."""
+"""Runs a calibration text through a model, block by block, and collects the inputs of each block's linear layers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastllama.layers.block import LlamaBlock
 from fastllama.layers.model import LlamaForCausalLM
 from fastllama.quant.activations import Activations
 
-BATCH_TOKENS = 2048  # that a block reads at once, in whole documents, unless one is longer
+BATCH_TOKENS = 2048  # of a batch of whole documents, unless one document is longer
 PAGE_SIZE = 64
 
 
 class Calibration:
-    """The residual stream of a text, which `run` takes through one block after another.
+    """The residual stream of a text, which `run` passes through one block after another.
 
-    documents: token ids, at least one of each. device: where blocks run; the stream stays there, in the model's dtype,
-    and beside it keys and values of one block for the documents that are read at once.
+    documents: token ids, each with at least one. device: where blocks run, and where the stream is kept, in the model's
+    dtype, with the keys and values of one block for one batch.
     """
 
     def __init__(self, model: LlamaForCausalLM, documents: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Calibration:
 
     @torch.no_grad()
     def run(self, block: LlamaBlock, seen: Mapping[str, Activations]) -> None:
-        """Run a block, the next of the model, on its device; each layer named in `seen` has its input added there."""
+        """Run the model's next block on its device, and add the inputs of the layers that `seen` names to it."""
         with ExitStack() as hooks:
             for name, activations in seen.items():
                 hook = block.get_submodule(name).register_forward_pre_hook(partial(_add, activations), with_kwargs=True)
@@ -61,7 +61,7 @@ def _embedded(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> Te
 
 
 def _grouped(documents: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """The documents in order, in lists of BATCH_TOKENS at most, or of one."""
+    """The documents in order, in lists of at most BATCH_TOKENS tokens, or of one document."""
     group: list[Sequence[int]] = []
     for ids in documents:
         if group and sum(map(len, group)) + len(ids) > BATCH_TOKENS:
@@ -76,7 +76,7 @@ def _pages(ids: Sequence[int]) -> int:
 
 
 def _batch(documents: Sequence[Sequence[int]], device: torch.device) -> BatchMeta:
-    """Whole documents as prefills of one step, whose pages lie one after another; no logits are wanted."""
+    """Whole documents as prefills of one step, in consecutive pages, without logits."""
     lengths = torch.tensor([len(ids) for ids in documents], dtype=torch.int32, device="cpu")
     counts = [_pages(ids) for ids in documents]
     firsts = [sum(counts[:row]) for row in range(len(counts))]

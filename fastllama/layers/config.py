@@ -1,4 +1,4 @@
-"""What a Llama is made of: sizes, rotary settings and special tokens, read from every spelling a checkpoint may use."""
+"""The configuration of a Llama: sizes, rotary settings and special tokens, in every format that checkpoints use."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastllama.layers.rope_scaling import ROPE_KINDS, RopeScaling, rope_from_hf,
 __all__ = ["DTYPES", "PRESETS", "ROPE_KINDS", "LlamaConfig", "RopeScaling", "token_ids"]
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch's, which transformers reads too
-# Of other architectures' attention: transformers' Llama reads none, but its cache is cut by the first two.
+# Of other architectures' attention: transformers' Llama ignores them, but the first two truncate its cache.
 _NOT_USED = ("sliding_window", "attention_chunk_size", "layer_types")
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Meta's params.json of Llama 1, 2, Code Llama and 3; max_seq_len and max_batch_size steer Meta's own runtime.
 _META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size"}
 _META_KEYS |= {"rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size"}
-# Keys of other models in this layout, and of other weights: with them the numbers would be others.
+# Keys of other models in this layout, or of other weights: with them the model would compute something else.
 _NOT_META: tuple[str, ...] = ("quantization_args", "lora_args", "moe", "moe_args", "sliding_window", "head_dim")
 _NOT_META += ("hidden_dim", "vision_num_cross_attention_layers", "vision_args", "rope_scaling_factor")
-# Constants of Meta's reference code of Llama 3.1. (Hugging Face's files of Llama 3.2 1B and 3B say a factor of 32.)
+# Constants of Meta's reference implementation of Llama 3.1. (Hugging Face's Llama 3.2 1B and 3B have a factor of 32.)
 _LLAMA3_SCALING = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
-# <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>: Meta's tokenizer of Llama 3 holds them, not params.json.
+# <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>: in Meta's tokenizer of Llama 3, not in params.json.
 _LLAMA3_VOCABULARY, _LLAMA3_BOS, _LLAMA3_EOS = 128256, 128000, (128001, 128008, 128009)
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model, in Hugging Face's names. Raises ValueError or TypeError where it cannot be one."""
+    """The shape of a Llama model, in Hugging Face's names. Raises ValueError or TypeError for an illegal one."""
 
     vocab_size: int
     hidden_size: int
@@ -49,7 +49,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
-    dtype: str | None = None  # the checkpoint's own, None when it does not say
+    dtype: str | None = None  # of the checkpoint; None if not specified
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -62,7 +62,7 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; legal: an even number, rotary embedding turns pairs")
+            raise ValueError(f"head_dim is {self.head_dim}; legal: an even number, rotary embedding rotates pairs")
         check_positive("rms_norm_eps", self.rms_norm_eps)
         check_positive("rope_theta", self.rope_theta)
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -78,7 +78,7 @@ class LlamaConfig:
             self._check_scaling(self.rope_scaling)
 
     def _check_scaling(self, scaling: RopeScaling) -> None:
-        """What the formulas divide by: the logarithm of the base, the dimensions of a head but two."""
+        """Check the divisors of the formulas: the logarithm of the base, and head_dim - 2."""
         if scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; legal with yarn: above 1")
         if scaling.kind == "dynamic" and self.head_dim == 2:
@@ -102,7 +102,7 @@ class LlamaConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all matrices, a tied one once; norms and biases, which are few, are not counted."""
+        """Elements of all matrices, a tied one once; norms and biases, which are few, are not counted."""
         attention = (self.qkv_size + self.q_size) * self.hidden_size
         layer = attention + 3 * self.intermediate_size * self.hidden_size
         tables = 1 if self.tie_word_embeddings else 2
@@ -115,11 +115,11 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together that the model takes by default.
+        """The default limit of tokens, prompt and output together.
 
-        Linear and YaRN scaling stretch original_max_position_embeddings, or max_position_embeddings where the
-        configuration does not name it, by their factor, as vLLM reads them; a larger max_position_embeddings is the
-        stretched one already. Dynamic scaling is for prompts beyond it, and so the default is not stretched.
+        Linear and YaRN scaling multiply original_max_position_embeddings, or max_position_embeddings if that is not
+        specified, by their factor, as in vLLM; a larger max_position_embeddings includes the factor already. Dynamic
+        scaling is for longer prompts, so it does not change the default.
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.kind not in ("linear", "yarn"):
@@ -129,7 +129,7 @@ class LlamaConfig:
 
     @property
     def longest_context(self) -> int | None:
-        """The largest legal max_model_len; None where dynamic rope scaling follows any length."""
+        """The largest legal max_model_len; None for dynamic rope scaling, which has no limit."""
         dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
         return None if dynamic else self.context_length
 
@@ -141,7 +141,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, d: Mapping[str, Any]) -> LlamaConfig:
-        """From a Hugging Face config.json, as transformers 4 or 5 writes it. Raises ValueError if it is no Llama."""
+        """From a Hugging Face config.json, as transformers 4 or 5 writes it. Raises ValueError if it is not a Llama."""
         _refuse_foreign(d)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in required if d.get(name) is None]:
@@ -178,12 +178,12 @@ class LlamaConfig:
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], *, vocab_size: int) -> LlamaConfig:
-        """From Meta's params.json; `vocab_size` counts the rows of the embedding, as the file often says -1.
+        """From Meta's params.json; `vocab_size` counts the rows of the embedding, as the file often has -1.
 
-        The file does not hold the context length: it is 131072 where use_scaled_rope is set (Llama 3.1), else 16384
+        The file does not contain the context length: it is 131072 where use_scaled_rope is set (Llama 3.1), else 16384
         where rope_theta was raised to 1e6 (Code Llama), else 8192 where it was raised at all (Llama 3), else 2048 where
-        norm_eps is 1e-6 (Llama 1, as llama.cpp tells it), else 4096 (Llama 2). The ids of special tokens are Llama 3's
-        where the vocabulary is. Unknown keys are logged, as Meta's own code passes over them.
+        norm_eps is 1e-6 (Llama 1, by llama.cpp's rule), else 4096 (Llama 2). The ids of special tokens are Llama 3's
+        for Llama 3's vocabulary size. Unknown keys are logged and ignored, as by Meta.
         """
         if refused := [name for name in _NOT_META if params.get(name)]:
             raise ValueError(f"{refused[0]} is {params[refused[0]]!r}; legal: none, no plain Llama of Meta's has it")
@@ -213,7 +213,7 @@ class LlamaConfig:
         check_positive("rope_theta", theta)
         llama3 = vocab_size == _LLAMA3_VOCABULARY
         trained = 16384 if theta >= 1e6 else 8192 if theta > 1e4 else 2048 if eps == 1e-6 else 4096
-        # Two thirds of 4 * dim keep SwiGLU's three matrices at the parameters of two (Shazeer 2020, arXiv 2002.05202).
+        # Two thirds of 4 * dim: SwiGLU's three matrices have the parameters of two (Shazeer 2020, arXiv 2002.05202).
         inner = int(multiplier * (8 * dim // 3))
         return cls(
             vocab_size=vocab_size,
@@ -242,10 +242,10 @@ class LlamaConfig:
 
 
 def token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """The token ids of a configuration's field: null, one or several. Raises TypeError for anything else.
+    """The token ids in a configuration's field: null, one or several. Raises TypeError for anything else.
 
-    An id beyond the vocabulary, which files say for "none" or for a token that was never added, is logged and left out:
-    no model says it, so transformers goes on as if it was not there.
+    An id beyond the vocabulary, which files contain for "none" or for a token that was never added, is logged and
+    dropped: the model cannot generate it, and transformers ignores it too.
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
@@ -276,8 +276,8 @@ def _dtype_from_hf(d: Mapping[str, Any]) -> str | None:
         return str(known)
     if known != "auto":
         legal = ", ".join(DTYPES)
-        said = place, shown(repr(name)), legal
-        logger.warning("%s is %s, and not used; legal: %s; by default the weights' own", *said)
+        parts = place, shown(repr(name)), legal
+        logger.warning("%s is %s, and not used; legal: %s; by default the weights' own", *parts)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Values of JSON files: what a field may be, in one sentence that names it; a fact that stands in two places."""
+"""Reads fields of JSON files: checks of their values, and fields that have two names."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def field(d: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def first_of(places: Mapping[str, Any], default: Any) -> tuple[str, Any]:
-    """Name and value of the first of several places that holds one; with none, the first name and `default`.
+    """Name and value of the first of several fields that has a value; without any, the first name and `default`.
 
-    A later place that holds another value is logged, as it is not used.
+    A later field with another value is logged, as it is not used.
     """
     held = [(name, value) for name, value in places.items() if value is not None]
     if not held:
@@ -31,8 +31,8 @@ def first_of(places: Mapping[str, Any], default: Any) -> tuple[str, Any]:
     (used, value), *rest = held
     for name, other in rest:
         if other != value:
-            said = used, shown(repr(value)), name, shown(repr(other))
-            logger.warning("%s is %s, so %s, which is %s, is not used, as in transformers", *said)
+            parts = used, shown(repr(value)), name, shown(repr(other))
+            logger.warning("%s is %s, so %s, which is %s, is not used, as in transformers", *parts)
     return used, value
 
 
@@ -49,7 +49,7 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def check_size(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer of 1 or more that 31 bits hold."""
+    """Raise TypeError or ValueError unless `value` is an integer from 1 to 2^31 - 1."""
     check_integer(name, value)
     if not 1 <= value <= _LARGEST_INTEGER:
         raise ValueError(f"{name} is {value}; legal: {'at least 1' if value < 1 else f'at most {_LARGEST_INTEGER}'}")

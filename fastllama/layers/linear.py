@@ -1,4 +1,4 @@
-"""Linear layers and norms over the ops; parameters never need gradients."""
+"""Linear layers and norms that call the ops; parameters never require gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn
 
 
 class RMSNorm(nn.Module):
-    """The weight of a root-mean-square norm, which the linear layer behind it applies."""
+    """The weight of a root-mean-square norm, which the next linear layer applies as its prologue."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class LinearBase(nn.Module):
-    """y = x W^T (+ b), weight [out_features, in_features], with what a Llama's block has before and behind it."""
+    """y = x W^T (+ b), weight [out_features, in_features], with the prologue and epilogue of a Llama block."""
 
     def forward(
         self,
@@ -37,10 +37,10 @@ class LinearBase(nn.Module):
         residual: Tensor | None = None,
         gated: bool = False,
     ) -> Tensor:
-        """x [..., in_features], normalised first by `norm` -> [..., out_features].
+        """x [..., in_features], normalised by `norm` first -> [..., out_features].
 
-        residual: like the result, which is added to it in place. gated: the weight is [gate | up], and the result
-        silu(gate) * up, of half as many features.
+        residual: like the result, updated in place to residual + result. gated: the weight is [gate | up], and the
+        result silu(gate) * up, of half as many features.
         """
         options: dict[str, Any] = {"residual": residual, "out": residual, "gated": gated}
         if norm is not None:
@@ -48,16 +48,16 @@ class LinearBase(nn.Module):
         return self.matmul(x, batch.workspace, deterministic=batch.deterministic, **options)
 
     def matmul(self, x: Tensor, workspace: Tensor | None, **options: Any) -> Tensor:
-        """The op on the weight; options: what `kernels.matmul` takes by name."""
+        """Call the op for this weight. options: keyword arguments of `kernels.matmul`."""
         raise NotImplementedError
 
     def workspace(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """What `matmul` takes for so many rows of x in dtype, or fewer: [E] fp32; none needed has no elements."""
+        """Scratch memory for `matmul` of up to num_rows rows of x in dtype: [E] fp32; empty if none is needed."""
         return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Linear(LinearBase):
-    """A linear layer whose weight is kept as it is."""
+    """A linear layer with a dense weight."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device | str
@@ -74,26 +74,26 @@ class Linear(LinearBase):
 
 
 class PackedLinear(LinearBase):
-    """A linear layer whose weight is kept in another form."""
+    """A linear layer with a packed weight."""
 
     in_features: int
     out_features: int
 
     @property
     def num_weights(self) -> int:
-        """Numbers that were trained."""
+        """Elements of the dense weight."""
         return self.out_features * self.in_features
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features], unpacked anew at each call."""
+        """[out_features, in_features], unpacked at each call."""
         raise NotImplementedError
 
     def set_rows(self, start: int, rows: Tensor) -> bool:
-        """Write other rows [R, in_features] of the weight, in the model's dtype, in place of those from `start` on.
+        """Overwrite rows of the weight from `start` on with rows [R, in_features] in the model's dtype.
 
-        The layer is then, bit for bit, what the whole weight would be packed into. Returns whether buffers have been
-        replaced, which captured decode steps do not see. To be called in inference mode.
+        The layer then equals, bit for bit, the packed new weight. Returns whether buffers have been replaced, which
+        invalidates captured decode steps. To be called in inference mode.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into a model, one after another: each weight is allocated, filled and packed as it comes."""
+"""Loads the tensors of a checkpoint into a model one by one: each weight is allocated, filled and packed on arrival."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def load_weights(
 ) -> None:
     """Copy Hugging Face tensors into the model, cast to each parameter's dtype; each is checked before it is written.
 
-    A quantized weight makes a layer of its kind of the Linear in its place; q, k, v (gate, up) must be alike. device:
-    where parameters are allocated that are on the meta device, each when its first rows come. pack: what makes another
-    layer of each Linear once all of its weight is there, so that memory peaks at the packed model and one weight.
+    A quantized weight replaces its Linear by a layer of its kind; q, k, v (gate, up) must have the same form. device:
+    where parameters on the meta device are allocated, each with its first rows. pack: replaces each Linear once its
+    weight is complete, so that memory peaks at the packed model and one weight.
 
-    Tables that everyone recomputes are passed over. Logged are tensors outside of every Llama, such as a value head,
-    biases that the configuration does not declare and that are zero, and declared ones that are missing, which become
-    zero. `file_of` names the file of a tensor for messages. Raises CheckpointError for a tensor that is unexpected,
-    missing, of the wrong shape or dtype, holds NaN or infinity, does not fit the parameter's dtype, or comes again with
-    other values. (transformers loads a file with an unexpected or a missing weight, and warns.)
+    Tables that follow from the configuration are skipped. Tensors outside of every Llama, such as a value head, are
+    logged, as are undeclared biases that are zero, and missing declared biases, which become zero. `file_of` returns
+    the file of a tensor for messages. Raises CheckpointError for a tensor that is unexpected, missing, of the wrong
+    shape or dtype, holds NaN or infinity, exceeds the parameter's dtype, or appears twice with different values.
+    (transformers loads a file with an unexpected or a missing weight, and warns.)
     """
     _Loading(model, file_of, device, pack).run(tensors)
 
@@ -60,9 +60,9 @@ class _Loading:
         self._dtype = model.dtype
         self._missing = slots(model.config)
         self._table = dict(self._missing)
-        if model.config.tie_word_embeddings:  # either name fills the one matrix
+        if model.config.tie_word_embeddings:  # either name fills the shared matrix
             self._table[HEAD] = self._table[EMBEDDING]
-        self._awaited = Counter(slot.parameter for slot in self._missing.values())  # tensors of each parameter
+        self._awaited = Counter(slot.parameter for slot in self._missing.values())  # missing tensors of each parameter
         self._written: set[Slot] = set()
         self._skipped: list[str] = []
         self._zeros: list[str] = []
@@ -77,7 +77,7 @@ class _Loading:
         self._finish()
 
     def _passes_over(self, name: str, tensor: Tensor | QuantizedWeight) -> bool:
-        """Whether a tensor without a slot is no part of a Llama; False for a bias of zeros that is not declared."""
+        """Whether to skip a tensor without a slot, outside of a Llama; False for an undeclared bias of zeros."""
         if is_recomputed(name):
             return True
         if is_foreign(name) and not is_quantized(name):
@@ -108,7 +108,7 @@ class _Loading:
                 self._complete(path)
 
     def _write(self, name: str, slot: Slot, layer: Any, leaf: str, tensor: Tensor, again: bool) -> bool:
-        """Whether the tensor is in the model now; False where it came before, with other values."""
+        """Write a tensor. Returns False if it was written before, with other values."""
         packed = leaf == "weight" and isinstance(layer, PackedLinear)
         shape = (slot.rows, layer.in_features) if packed else (slot.rows, *getattr(layer, leaf).shape[1:])
         if trouble := unfit(tensor, slot, shape, self._dtype):
@@ -131,7 +131,7 @@ class _Loading:
             raise self._fail(name, trouble)
         if not rows.scales.isfinite().all():
             raise self._fail(name, "has scales of NaN or infinity; the file is damaged")
-        if rows.scales.dtype not in (self._dtype, torch.float32):  # without a rounding, in what the ops take
+        if rows.scales.dtype not in (self._dtype, torch.float32):  # a dtype that the ops accept, without rounding
             rows = replace(rows, scales=rows.scales.float())
         if isinstance(layer, Linear):
             layer = self._quantized(name, slot, layer, rows)
@@ -148,7 +148,7 @@ class _Loading:
         return True
 
     def _quantized(self, name: str, slot: Slot, linear: Linear, rows: QuantizedWeight) -> QuantizedLinear:
-        """A layer of a quantized weight's kind, in a Linear's place."""
+        """Replace a Linear by an empty layer of a quantized weight's kind."""
         if is_tied(self._model, linear) or any(each.parameter == slot.parameter for each in self._written):
             raise self._fail(name, f"is {rows.form}, and what it is fused or tied with is not quantized")
         place = self._place(linear.weight)
@@ -157,7 +157,7 @@ class _Loading:
         return layer
 
     def _allocated(self, layer: Any, leaf: str) -> Tensor:
-        """A parameter, with memory."""
+        """A parameter, allocated if it is on the meta device."""
         held: Tensor = getattr(layer, leaf)
         if held.is_meta:
             made = parameter(*held.shape, dtype=held.dtype, device=self._place(held))
@@ -169,11 +169,11 @@ class _Loading:
         return held
 
     def _place(self, held: Tensor) -> torch.device:
-        """Where a parameter's values are to be."""
+        """The device for a parameter's values."""
         return (self._device or torch.device("cpu")) if held.is_meta else held.device
 
     def _complete(self, path: str) -> None:
-        """All of a layer's weight is there."""
+        """Pack a layer whose weight is complete."""
         linear = self._model.get_submodule(path)
         if self._pack is not None and isinstance(linear, Linear) and not is_tied(self._model, linear):
             with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The whole model: tokens in, logits of the wanted rows out."""
+"""The whole model: token ids in, logits of selected rows out."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Embedding(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """Llama over a paged KV cache, weights uninitialised until `layers.loading.load_weights` fills them.
 
-    q, k, v are one matrix and gate, up another. With tied embeddings lm_head.weight is embed_tokens.weight itself.
-    tokenizer, sampling_settings, name_or_path: what LLM takes where it is given none; set by `from_transformers`.
+    q, k, v are fused into one matrix, gate, up into another. With tied embeddings lm_head.weight is
+    embed_tokens.weight itself. tokenizer, sampling_settings, name_or_path: LLM's defaults, set by `from_transformers`.
     """
 
     tokenizer: Any = None
@@ -60,22 +60,22 @@ class LlamaForCausalLM(nn.Module):
         self.register_buffer("_cos_sin", None, persistent=False)
 
     def rotary_cache(self, max_model_len: int) -> Tensor:
-        """A rotary cache [max_model_len, head_dim] fp32 beside the weights.
+        """A rotary cache [max_model_len, head_dim] fp32 on the weights' device.
 
-        Raises ValueError for more positions than the configuration's rope is made for.
+        Raises ValueError for more positions than the configuration's rope supports.
         """
         check_range("max_model_len", max_model_len, 1, self.config.longest_context)
         return rotary_cache(self.config, max_model_len, self.embed_tokens.weight.device)
 
     def set_max_model_len(self, max_model_len: int) -> None:
-        """Make the model's own rotary cache cover so many positions; a batch may bring another."""
+        """Set the model's own rotary cache to max_model_len positions; a batch may have another."""
         self._cos_sin = self.rotary_cache(max_model_len)
 
     @property
     def cos_sin(self) -> Tensor:
-        """The rotary cache [positions, head_dim] fp32; before set_max_model_len of the configuration's whole context.
+        """The rotary cache [positions, head_dim] fp32; by default, of the configuration's whole context.
 
-        Made when it is first read: for a context of millions it takes gigabytes, and the runtime needs fewer positions.
+        Computed on first use: a context of millions takes gigabytes, and the runtime needs fewer positions.
         """
         if self._cos_sin is None:
             self.set_max_model_len(self.config.context_length)
@@ -94,14 +94,14 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that were trained, however they are kept."""
+        """Elements of all dense weights; packed weights count as dense."""
         packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
         return sum(p.numel() for p in self.parameters()) + sum(linear.num_weights for linear in packed)
 
     def workspace(self, num_tokens: int) -> Tensor | None:
-        """Scratch memory for the products of steps of so many tokens or fewer, of one at a time; None where none is.
+        """Scratch memory for the matmuls of steps of up to num_tokens tokens, one step at a time; None if not needed.
 
-        4096 counts, which are 0 between steps, and what the greediest of the products needs besides.
+        The largest workspace of any layer: 4096 counters, which are 0 between steps, and the splits of split-K.
         """
         linears = [module for module in self.modules() if isinstance(module, LinearBase)]
         largest = max((linear.workspace(num_tokens, self.dtype) for linear in linears), key=Tensor.numel)
@@ -109,7 +109,7 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def splits(self) -> bool:
-        """Whether `hidden_states` and `head` are all there is to a call: no other forward, no hook on whole logits."""
+        """Whether a call equals `hidden_states` and `head`: no forward is overridden, and no hook is on the logits."""
         return (
             type(self).forward is LlamaForCausalLM.forward
             and "forward" not in vars(self)
@@ -121,7 +121,7 @@ class LlamaForCausalLM(nn.Module):
         return self.head(self.hidden_states(ids, batch, kv), batch)
 
     def hidden_states(self, ids: Tensor, batch: BatchMeta, kv: KVCache) -> Tensor:
-        """ids [T] -> what the last block returns for batch.logits_rows [R, H]; keys and values are written into kv."""
+        """ids [T] -> output of the last block for batch.logits_rows [R, H]; keys and values are written into kv."""
         hidden = self.embed_tokens(ids)
         cos_sin = self.cos_sin if batch.cos_sin is None else batch.cos_sin
         for block, layer_kv in zip(self.layers, kv.layers, strict=True):
@@ -138,5 +138,5 @@ _RUNNERS: WeakKeyDictionary[LlamaForCausalLM, WeakSet[Any]] = WeakKeyDictionary(
 
 
 def runners(model: LlamaForCausalLM) -> WeakSet[Any]:
-    """What runs a model: captured steps, cached keys and values there hang on its weights as they are."""
+    """The runtimes of a model, whose captured steps and cached keys and values depend on its present weights."""
     return _RUNNERS.setdefault(model, WeakSet())

@@ -1,4 +1,4 @@
-"""Packs a model's linear layers, in place, so that they read fewer bytes: without loss (bf12), or quantized."""
+"""Packs a model's linear layers in place, without loss (bf12) or quantized, so that decoding reads fewer bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastllama.quant.rounding import round_to_nearest
 Packer = Callable[[Linear], PackedLinear | None]
 # Bytes of a packed weight, scales included: an estimate before it is made. Others keep their dtype.
 PACKED = {"int4": 0.53, "int8": 1.0, "w8a8": 1.0, "bf12": 1.5}
-CACHED = 1 << 26  # bytes of weights up to which packing saves little: they stay in the caches
+CACHED = 1 << 26  # bytes of weights that fit into CPU caches, for which packing saves little
 
 
 def expected_bytes(config: LlamaConfig, dtype: torch.dtype, kind: str | None) -> int:
@@ -30,7 +30,7 @@ def expected_bytes(config: LlamaConfig, dtype: torch.dtype, kind: str | None) ->
 
 
 def check(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError if the linear layers of a model in dtype on a device cannot be packed into a kind."""
+    """Raise ValueError if a model of this dtype on this device cannot be packed into a kind."""
     if kind == "bf12" and (dtype, device.type) != (torch.bfloat16, "cpu"):
         raise ValueError(f"quantization is 'bf12' for {dtype} on {device}; legal: bfloat16 on a CPU")
 
@@ -43,11 +43,11 @@ def resolve(
     given: bool = False,
     kept: str | None = None,
 ) -> str | None:
-    """What `apply` is to do: one of quantization.KINDS, or None, which keeps the weights as they came.
+    """Resolve `quantization` for `apply`: one of quantization.KINDS, or None, which keeps the weights unchanged.
 
-    "auto" keeps what the checkpoint brings, but packs bf16 without loss where that `pays`, and touches nothing of a
-    model that was given and not loaded here. device: where the weights will be, of a model without memory. kept: the
-    kind that they are quantized in already, and stay. Raises ValueError where `check` does, and for another kind.
+    "auto" keeps the checkpoint's weights, but packs bf16 without loss where that `pays`; a model that was passed in and
+    not loaded here is not changed. device: of the weights, for a model on the meta device. kept: the kind in which the
+    weights are quantized already. Raises ValueError as `check` does, and for a kind other than `kept`.
     """
     if quantization == "auto":
         return "bf12" if not given and pays(model, device) else None
@@ -78,7 +78,7 @@ def apply(model: LlamaForCausalLM, kind: str | None, *, progress: bool | None = 
 def pays(model: LlamaForCausalLM, device: torch.device | None = None) -> bool:
     """Whether `pack` makes decoding faster: bf16 on a CPU with the kernel and without matrix instructions for bf16.
 
-    device: where the weights will be, of a model without memory.
+    device: of the weights, for a model on the meta device.
     """
     return (
         model.dtype == torch.bfloat16
@@ -89,28 +89,28 @@ def pays(model: LlamaForCausalLM, device: torch.device | None = None) -> bool:
 
 
 def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
-    """Make each Linear of a bf16 model a Bf12Linear, in place, where that takes fewer bytes; results stay the same.
+    """Replace each Linear of a bf16 model by a Bf12Linear where that takes fewer bytes; results are unchanged.
 
-    A weight shared with the embeddings stays. progress: a bar on stderr; None shows it on a terminal only. Takes 3 to
-    6 s for 1e9 weights on two cores, and memory for one packed layer beside the model.
+    A weight tied to the embeddings is not packed. progress: a bar on stderr; None shows it on a terminal only. Takes 3
+    to 6 s for 1e9 weights on two cores, and memory for one packed layer beside the model.
     """
     _swap(model, _bf12, "Packing weights", progress)
 
 
 def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None) -> None:
-    """Make each Linear but the output head one of `quantized.LINEARS`, in place, rounded to nearest.
+    """Replace each Linear but the output head by one of `quantized.LINEARS`, rounded to nearest.
 
-    "int4": in groups of 128 columns, or of 64 or 32, or of whole rows, where their number asks for it. "int8" and
-    "w8a8": of whole rows; the latter rounds what is multiplied by them too, at each call. The head is packed without
-    loss where that `pays`. progress: as for `pack`.
+    "int4": in groups of 128 columns; of 64, 32 or whole rows if these do not divide the columns. "int8" and "w8a8": in
+    whole rows; w8a8 also quantizes activations at each call. The head is packed without loss where that `pays`.
+    progress: as for `pack`.
     """
     _swap(model, packer(model, kind), "Quantizing weights", progress)
 
 
 def packer(model: LlamaForCausalLM, kind: str | None, *, device: torch.device | None = None) -> Packer:
-    """What makes another layer of each Linear of a model for one of quantization.KINDS; None where one stays.
+    """A function that packs a Linear of a model into one of quantization.KINDS; it returns None to keep the layer.
 
-    device: where the weights will be, of a model without memory.
+    device: of the weights, for a model on the meta device.
     """
     if kind is None:
         return lambda linear: None
@@ -127,14 +127,14 @@ def packer(model: LlamaForCausalLM, kind: str | None, *, device: torch.device | 
 
 
 def is_tied(model: LlamaForCausalLM, linear: Linear) -> bool:
-    """Whether a layer is a head whose weight is the embeddings', which stays as it is."""
+    """Whether a layer is a head that shares the embeddings' weight, which is never packed."""
     return linear.weight is model.embed_tokens.weight
 
 
 @torch.inference_mode()
 def _swap(model: LlamaForCausalLM, make: Packer, title: str, progress: bool | None) -> None:
-    """Put what `make` gives in each Linear's place, one after another; None leaves it."""
-    places = [  # not the layers themselves: each is to be freed when it has been packed
+    """Replace each Linear by the result of `make`, one after another; None keeps it."""
+    places = [  # not the layers themselves, so that each is freed once packed
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()

@@ -1,16 +1,16 @@
-"""The legal values of `quantization`, which says what becomes of a model's weights, and of methods that quantize."""
+"""The legal values of `quantization`, and the methods that quantize a model's weights."""
 
 from __future__ import annotations
 
 from fastllama.errors import brief, check_choice
 
-SCHEMES = ("int4", "int8", "w8a8")  # what weights can be quantized into
-KINDS = ("bf12", *SCHEMES)  # what linear layers can be packed into
+SCHEMES = ("int4", "int8", "w8a8")  # of quantized weights
+KINDS = ("bf12", *SCHEMES)  # of packed linear layers
 CHOICES = ("auto", *KINDS, None)
-NONE = "none"  # None, on command lines and in records
+NONE = "none"  # spells None on command lines and in records
 WORDS = (NONE, *KINDS)
 
-METHODS = {  # how values are found, each with the schemes that it is for
+METHODS = {  # each with the schemes that it supports
     "rtn": SCHEMES,
     "gptq": SCHEMES,
     "awq": ("int4",),
@@ -19,17 +19,17 @@ METHODS = {  # how values are found, each with the schemes that it is for
     "smoothquant+gptq": ("w8a8",),
     "hqq": ("int4",),
 }
-WITHOUT_TEXT = ("rtn", "hqq")  # of METHODS, those that look at weights alone
+WITHOUT_TEXT = ("rtn", "hqq")  # the methods without a calibration text
 GROUP_SIZES = {"int4": (32, 64, 128, -1), "int8": (32, 64, 128, -1), "w8a8": (-1,)}  # -1: whole rows
 
 
 def check_quantization(value: str | None) -> None:
-    """Raises ValueError unless a value is one of CHOICES: "auto", one of KINDS, or None, which packs nothing."""
+    """Raise ValueError unless a value is one of CHOICES: "auto", one of KINDS, or None, which packs nothing."""
     check_choice("quantization", value, CHOICES)
 
 
 def check_method(scheme: str, method: str, group_size: int | None = None) -> None:
-    """Raises ValueError unless scheme, method and group size are known, and go together."""
+    """Raise ValueError unless scheme, method and group size are legal together."""
     check_choice("scheme", scheme, SCHEMES)
     check_choice("method", method, METHODS)
     if scheme not in METHODS[method]:
@@ -41,5 +41,5 @@ def check_method(scheme: str, method: str, group_size: int | None = None) -> Non
 
 
 def quantization_of(word: str) -> str | None:
-    """The value that a command line or a record spells so: None for "none"."""
+    """The value of a word on a command line or in a record: None for "none"."""
     return None if word == NONE else word

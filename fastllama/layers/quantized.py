@@ -1,4 +1,4 @@
-"""Linear layers of integers with scales, packed in the order that the ops take."""
+"""Linear layers with quantized weights, packed in the layout of the ops."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastllama.quant.weight import Form, QuantizedWeight
 
 
 class QuantizedLinear(PackedLinear):
-    """A linear layer whose weight is integers, packed in the order of its op, with a scale for each group of a row.
+    """A linear layer with a quantized weight, packed in the layout of its op, with a scale for each group of a row.
 
-    weight is what these stand for, exactly, in fp32. Where the layer is cast to another dtype (`.half()`, `.to()`),
-    scales of fp32 stay as they are and others become fp32, which the ops take beside any x: no scale is rounded.
+    `weight` dequantizes it exactly, in fp32. If the layer is cast to another dtype (`.half()`, `.to()`), its scales
+    stay or become fp32, which the ops accept for any x: no scale is rounded.
     """
 
     kind: ClassVar[str]
@@ -43,7 +43,7 @@ class QuantizedLinear(PackedLinear):
 
     @staticmethod
     def pack(values: Tensor) -> Tensor:
-        """What is kept of values [N, K]: tiles of 64 rows along the first dimension."""
+        """Pack quantized values [N, K]: tiles of 64 rows along the first dimension."""
         raise NotImplementedError
 
     @staticmethod
@@ -53,19 +53,19 @@ class QuantizedLinear(PackedLinear):
 
     @staticmethod
     def empty(rows: int, columns: int, device: torch.device) -> Tensor:
-        """Memory for what `pack` gives of values [rows, columns]."""
+        """An uninitialised result of `pack` for values [rows, columns]."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, weight: QuantizedWeight, bias: nn.Parameter | None) -> QuantizedLinear:
-        """The layer of a whole weight of this kind."""
+        """A layer from a whole weight of this kind."""
         return cls(cls.pack(weight.values), weight.scales, weight.shape[1], bias, weight.zeros)
 
     @classmethod
     def empty_like(
         cls, rows: QuantizedWeight, out_features: int, bias: nn.Parameter | None, device: torch.device
     ) -> QuantizedLinear:
-        """An uninitialised layer, of which `rows` may be some rows."""
+        """An uninitialised layer of out_features rows, of the form of `rows`."""
         size = rows.shape[1]
         shape = out_features, rows.scales.shape[1]
         packed = cls.empty(out_features, size, device)
@@ -84,11 +84,11 @@ class QuantizedLinear(PackedLinear):
 
     @property
     def form(self) -> Form:
-        """That of a QuantizedWeight which may be written to it."""
+        """The form of the QuantizedWeights that may be written to it."""
         return Form.of(self.kind, self.in_features, self.scales, self.zeros)
 
     def quantized_rows(self, start: int, count: int) -> QuantizedWeight:
-        """Rows [start, start + count) of the weight as they are kept, the values a copy."""
+        """Rows [start, start + count) of the quantized weight; the values are a copy."""
         first, end = start // ROWS, start + count
         tiles = self.packed[first : ceil_div(end, ROWS)]
         values = self.unpack(tiles, end - first * ROWS, self.in_features)[start - first * ROWS :]
@@ -96,11 +96,11 @@ class QuantizedLinear(PackedLinear):
         return QuantizedWeight(self.kind, values, self.scales[start:end], zeros)
 
     def set_quantized_rows(self, start: int, rows: QuantizedWeight) -> None:
-        """Write rows of this `form` in place of those from `start` on. To be called in inference mode or no_grad."""
+        """Overwrite rows from `start` on with rows of this `form`. To be called in inference mode or no_grad."""
         end = start + rows.shape[0]
         first, last = start // ROWS, ceil_div(end, ROWS)
         tiles, base, values = self.packed[first:last], first * ROWS, rows.values
-        if start % ROWS or (end % ROWS and end != self.out_features):  # tiles that other rows share
+        if start % ROWS or (end % ROWS and end != self.out_features):  # tiles shared with other rows
             values = self.unpack(tiles, min((last - first) * ROWS, self.out_features - base), self.in_features)
             values[start - base : end - base] = rows.values
         tiles.copy_(self.pack(values))
@@ -117,13 +117,13 @@ class QuantizedLinear(PackedLinear):
         return found.equals(kept)
 
     def _rounded(self, rows: Tensor) -> QuantizedWeight:
-        """Other rows [R, in_features], in the model's dtype, as this layer keeps them."""
+        """Rows [R, in_features] in the model's dtype, quantized to this layer's form."""
         found = round_to_nearest(rows, self.kind, self.group_size, symmetric=self.zeros is None)
         zeros = found.zeros if found.zeros is None or self.zeros is None else found.zeros.to(self.zeros.dtype)
         return QuantizedWeight(self.kind, found.values, found.scales.to(self.scales.dtype), zeros)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """What moves or casts a module's tensors, where no scale and no zero is to be rounded."""
+        """nn.Module's hook for moves and casts, in which no scale and no zero may be rounded."""
         kept = {name: getattr(self, name) for name in ("scales", "zeros")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -133,7 +133,7 @@ class QuantizedLinear(PackedLinear):
         return self
 
     def _like_x(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """A tensor [num_rows, in_features] in dtype that takes no memory."""
+        """A tensor [num_rows, in_features] in dtype without memory of its own."""
         return self.scales.new_empty((), dtype=dtype).expand(num_rows, self.in_features)
 
 
@@ -186,7 +186,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class W8A8Linear(Int8Linear):
-    """8 bits, with a scale for each row of the weight, by rows of x that are rounded to 8 bits too."""
+    """8 bits, with a scale for each row of the weight; rows of x are quantized to 8 bits at each call."""
 
     kind = "w8a8"
 

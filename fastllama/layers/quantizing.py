@@ -1,4 +1,4 @@
-"""Quantizes a model in place, by methods that know what its linear layers are fed over a text."""
+"""Quantizes a model in place, with methods that use the linear layers' inputs over a calibration text."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from fastllama.quant.weight import QuantizedWeight
 
 
 class Finished(Protocol):
-    """Where blocks are kept as they are finished, by a key that says what they are made of.
+    """A store of finished blocks; a key is the hash of all that a block is computed from.
 
-    The tensors are the model's own: they are to be written or copied at once.
+    The tensors are the model's own and must be written or copied at once.
     """
 
     def get(self, key: str) -> Mapping[str, Tensor] | None:
-        """The tensors that were put there, None where none were."""
+        """The tensors that `put` stored under this key; None without any."""
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a block's tensors."""
+        """Store a block's tensors."""
 
 
 @torch.no_grad()
@@ -58,24 +58,24 @@ def quantize(
 ) -> None:
     """Quantize the linear layers of a model's blocks, in place; embeddings, norms and output head stay dense.
 
-    scheme: "int4", "int8" or "w8a8", which rounds activations to 8 bits too, at each call. method: "rtn" (round to
-    nearest), "hqq" (zeros and scales fitted to each weight), or by what the layers are fed over documents: "gptq",
+    scheme: "int4", "int8" or "w8a8", which also quantizes activations to 8 bits at each call. method: "rtn" (round to
+    nearest), "hqq" (zeros and scales fitted to each weight), or calibrated with documents: "gptq" for all schemes,
     "awq" and "awq+gptq" for int4, "smoothquant" and "smoothquant+gptq" for w8a8. documents: token ids of a text like
-    those that the model is for, each document begun as prompts are; "rtn" and "hqq" take none. group_size: columns that
-    share a scale: 32, 64, 128 or -1, whole rows; None is 128 for int4 and whole rows for the others. A layer whose
-    columns it does not divide takes the largest that is smaller and does, or whole rows. device: where blocks are
-    computed; None is the model's. finished: where finished blocks are kept, and looked for: a call with the same
-    weights, documents and arguments goes on where another ended. progress: a bar on stderr; None: on a terminal only.
+    those that the model is for, each document starting as prompts do; unused by "rtn" and "hqq". group_size: columns
+    that share a scale: 32, 64, 128 or -1, whole rows; None is 128 for int4 and whole rows for the others. A layer whose
+    columns it does not divide has the largest smaller group size that does, or whole rows. device: where blocks are
+    computed; None is the model's. finished: a store of finished blocks: a call with the same weights, documents and
+    arguments resumes an earlier one. progress: a bar on stderr; None: on a terminal only.
 
-    Each block is calibrated by what the model feeds it that is not quantized, so that the result does not depend on
-    what is finished already. The same model, documents, device and number of threads give the same bits. Memory beside
-    the model: one block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), a few copies of its
-    widest weight, and the residual stream of all tokens.
-    "awq" and "smoothquant" move scales between weights, so that an update of some weights only (`LLM.update_weights`)
-    is of another model then: update all, or none.
+    Each block is calibrated with the inputs of the dense model, so that the result does not depend on which blocks are
+    finished. The result is bit-identical for the same model, documents, device and number of threads. Memory beside the
+    model: one block in fp32, its Hessians (4 K^2 bytes, of which GPTQ takes three at once), a few copies of its widest
+    weight, and the residual stream of all tokens.
+    "awq" and "smoothquant" move scales between weights, so that a partial update (`LLM.update_weights`) would mix two
+    models: update all weights, or none.
     Raises TypeError or ValueError for any argument, ValueError for layers that are packed already, a model that an LLM
-    runs, a text that makes a layer's input infinite, or weights that are not finite. Where anything is raised on the
-    way, or Ctrl-C ends it, blocks that are finished stay quantized: load the model anew to go on from `finished`.
+    runs, a text that makes a layer's input infinite, or weights that are not finite. After an exception or Ctrl-C,
+    finished blocks remain quantized: load the model anew to resume from `finished`.
     """
     check_method(scheme, method, group_size)
     _check_model(model)
@@ -110,7 +110,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What is done to each block. dtype: of the model, which scales, norms and biases are kept in."""
+    """How each block is quantized. dtype: of the model, and of the scales, norms and biases in the result."""
 
     config: LlamaConfig
     scheme: str
@@ -120,11 +120,11 @@ class _Recipe:
 
     @property
     def reads_text(self) -> bool:
-        """Whether it needs to know what layers are fed."""
+        """Whether the method is calibrated with a text."""
         return self.method not in WITHOUT_TEXT
 
     def watchers(self, block: LlamaBlock, calibration: Calibration | None) -> dict[str, Activations]:
-        """What each linear layer's input is to be added to."""
+        """Activations for each linear layer, to collect its input."""
         if calibration is None:
             return {}
         hessian = self.method.endswith("gptq")
@@ -135,7 +135,7 @@ class _Recipe:
         }
 
     def quantize(self, block: LlamaBlock, seen: dict[str, Activations], done: Callable[[], Any]) -> None:
-        """Quantize the layers of a block in fp32, in place, and free what each has seen; done: called after each."""
+        """Quantize a block's layers in fp32, in place, freeing each one's activations; done: called after each."""
         scales = {name: self._scales(name, block, seen[name]) for name in LINEARS} if self._scales_inputs else {}
         for name, found in scales.items():
             seen[name].divide(rescale(block, self.config, name, found, self.dtype))
@@ -166,7 +166,7 @@ class _Recipe:
         return round_to_nearest(weight, self.scheme, self.group_size)
 
     def _rounded(self, weight: Tensor, seen: Activations | None) -> QuantizedWeight:
-        """A layer's weight in fp32, as it is kept."""
+        """The quantized weight of a layer, from its weight in fp32."""
         if self.method == "hqq":
             return hqq(weight, self.group_size, self.dtype)
         nearest = self._nearest(weight)
@@ -177,7 +177,7 @@ class _Recipe:
 
 
 class _Store:
-    """Finished blocks, by the hash of what each one follows from: arguments, text, and the weights up to it."""
+    """Finished blocks by hash: of the arguments, the text, and the weights up to the block."""
 
     def __init__(
         self,
@@ -194,12 +194,12 @@ class _Store:
             self._add(model.embed_tokens)
 
     def get(self, block: LlamaBlock) -> Mapping[str, Tensor] | None:
-        """The tensors of the model's next block, where it has been finished before."""
+        """The tensors of the model's next block, if it was finished before."""
         self._add(block)
         return self._finished.get(self._hash.hexdigest())
 
     def put(self, block: LlamaBlock) -> None:
-        """Keep what the block that `get` was asked for has become."""
+        """Store the quantized block, under the key of the last `get`."""
         self._finished.put(self._hash.hexdigest(), block.state_dict())
 
     def _add(self, module: nn.Module) -> None:
@@ -209,7 +209,7 @@ class _Store:
 
 
 def _restore(block: LlamaBlock, tensors: Mapping[str, Tensor], scheme: str) -> None:
-    """Make of a dense block the quantized one whose tensors these are, by copies of them."""
+    """Replace the layers of a dense block by quantized ones with copies of these tensors."""
     for name in LINEARS:
         linear = block.get_submodule(name)
         assert isinstance(linear, Linear)
@@ -227,11 +227,11 @@ def _check_model(model: LlamaForCausalLM) -> None:
         raise TypeError(f"model is a {type(model).__name__}; legal: a LlamaForCausalLM, as load_model gives")
     check_dense(model)
     if runners(model):
-        raise ValueError("model is run by an LLM, whose weights would change under it; legal: one that none runs yet")
+        raise ValueError("model is run by an LLM, whose weights would change under it; legal: one that no LLM runs")
 
 
 def check_dense(model: LlamaForCausalLM) -> None:
-    """Raises ValueError unless all linear layers of a model's blocks are dense."""
+    """Raise ValueError unless all linear layers of a model's blocks are dense."""
     for name in LINEARS:
         for block in model.layers:
             layer = block.get_submodule(name)
@@ -240,7 +240,7 @@ def check_dense(model: LlamaForCausalLM) -> None:
 
 
 def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], method: str) -> None:
-    """Raises ValueError unless a method can read these documents with a model."""
+    """Raise TypeError or ValueError unless documents are legal for a method and a model."""
     if method in WITHOUT_TEXT:
         return
     if not hasattr(documents, "__len__"):
@@ -259,7 +259,7 @@ def check_documents(config: LlamaConfig, documents: Sequence[Sequence[int]], met
 
 
 def _is_token(value: Any, vocabulary: int) -> bool:
-    """Whether a value, of NumPy or torch too, is one of so many token ids."""
+    """Whether a value, which may be of NumPy or torch, is a token id of the vocabulary."""
     try:
         return 0 <= operator.index(value) < vocabulary
     except TypeError:

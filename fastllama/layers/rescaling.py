@@ -1,8 +1,8 @@
-"""Moves scales of a linear layer's input channels between its weight and what computes the input.
+"""Moves scales of a linear layer's input channels between its weight and the weight that computes the input.
 
 In a block the input of each linear layer is linear in another weight: of the norm before qkv_proj and gate_up_proj, of
 v before o_proj (attention mixes tokens, never channels), of up before down_proj (silu(gate) * up). Dividing that
-weight, and multiplying the columns of the layer's, leaves the function as it is.
+weight and multiplying the layer's columns leaves the function unchanged.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ QKV, OUT, GATE_UP, DOWN = LINEARS = "self_attn.qkv_proj", "self_attn.o_proj", "m
 
 
 def tied(config: LlamaConfig, name: str, channels: Tensor, reduce: str) -> Tensor:
-    """Numbers [K] of a linear layer's input channels, one and the same for those that must have one scale.
+    """Numbers [K] of a linear layer's input channels, reduced over the channels that must share a scale.
 
-    These are channels of o_proj: query heads that share a key-value head read the same values. reduce: "mean" or "amax"
-    of theirs.
+    These are channels of o_proj: query heads that share a key-value head read the same values. reduce: "mean" or
+    "amax".
     """
     if name != OUT:
         return channels
@@ -32,9 +32,9 @@ def tied(config: LlamaConfig, name: str, channels: Tensor, reduce: str) -> Tenso
 def rescale(block: LlamaBlock, config: LlamaConfig, name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide the input channels of one of LINEARS, and multiply its weight's columns, in place.
 
-    block: of dense layers, in fp32 unless all scales are powers of two, which its dtype then takes without a rounding.
-    scales: [K], `tied`. dtype: what a norm's weight will be kept in; it is rounded to it here, and the columns make up
-    for that; what it does not hold stays undivided. Returns what the columns were multiplied by, fp32 [K].
+    block: of dense layers, in fp32 unless all scales are powers of two, which any dtype divides by without rounding.
+    scales: [K], `tied`. dtype: of the norm's weight in the result, to which it is rounded here; the columns compensate
+    for the rounding, and a channel that would under- or overflow is not divided. Returns the factors of columns, fp32.
     """
     columns = scales.float()
     if name == OUT:
@@ -55,7 +55,7 @@ def rescale(block: LlamaBlock, config: LlamaConfig, name: str, scales: Tensor, d
 
 
 def _divide_rows(linear: torch.nn.Module, start: int, scales: Tensor) -> None:
-    """Divide the outputs of a layer from `start` on."""
+    """Divide the output channels of a layer from `start` on."""
     for parameter in linear.parameters():
         rows = parameter[start:]
         rows.copy_(rows.float() / scales.view(-1, *[1] * (rows.dim() - 1)))

@@ -1,4 +1,4 @@
-"""Rotary frequencies of a configuration, and the cos/sin cache the ops read."""
+"""Rotary frequencies of a configuration, and the cos/sin cache that the ops read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastllama.layers.rope_scaling import yarn_attention_factor
 def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
     """Angular frequencies [head_dim / 2] fp32, radians per position, computed in fp32 as Meta and Hugging Face do.
 
-    Dynamic NTK scaling takes its base from max_model_len once, so that cached keys stay valid: within the trained
-    context that is the plain base; beyond it, transformers moves the base with every new length instead.
+    Dynamic NTK scaling computes its base from max_model_len once, so that cached keys stay valid: within the trained
+    context that is the plain base; beyond it, transformers changes the base with every new length instead.
     Sources: linear, Chen et al. 2023; dynamic NTK, bloc97 2023; llama3, the Llama 3.1 model card; YaRN, Peng et al.
     2023.
     """
@@ -35,13 +35,13 @@ def inverse_frequencies(config: LlamaConfig, max_model_len: int) -> Tensor:
 
 
 def rotary_cache(config: LlamaConfig, max_model_len: int, device: torch.device | str) -> Tensor:
-    """cos_sin [max_model_len, head_dim] fp32 for kernels.rope, times YaRN's attention factor where that scales."""
+    """cos_sin [max_model_len, head_dim] fp32 for kernels.rope, times YaRN's attention factor for YaRN."""
     cache = cos_sin_cache(inverse_frequencies(config, max_model_len), max_model_len)
     return cache.mul_(attention_factor(config)).to(device)
 
 
 def attention_factor(config: LlamaConfig) -> float:
-    """What cosines and sines are multiplied by: 1 but for YaRN, which keeps the entropy of attention over more keys."""
+    """The factor of cosines and sines: 1 except for YaRN, which preserves the entropy of attention over more keys."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -50,24 +50,24 @@ def attention_factor(config: LlamaConfig) -> float:
 
 
 def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """The share of each frequency that is kept: all of short wavelengths, none of long ones, a blend between."""
+    """The unscaled share of each frequency: 1 for short wavelengths, 0 for long ones, a ramp between."""
     assert scaling.original_max_position_embeddings is not None
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)  # within the trained context
     return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
 
 
 def _yarn(inv_freq: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """The share of each frequency that is kept: a ramp over the dimensions between beta_fast turns and beta_slow."""
+    """The unscaled share of each frequency: a ramp over the dimensions between beta_fast and beta_slow turns."""
     half, trained = inv_freq.shape[0], scaling.original_max_position_embeddings
     assert trained is not None
 
     def dimension(turns: float) -> float:
-        """The index, a fraction, of the frequency that turns so often within the trained context."""
+        """The fractional index of the frequency with this many turns within the trained context."""
         return half * math.log(trained / (2 * math.pi * turns)) / math.log(theta)
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * half - 1)  # as published: a bound over pairs that counts dimensions
+    low, high = max(low, 0), min(high, 2 * half - 1)  # as published: counts dimensions, although indices are of pairs
     index = torch.arange(half, dtype=torch.float32, device="cpu")
     return 1 - ((index - low) / (high - low or 0.001)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Scaled rotary frequencies: their settings, and every spelling of them in a config.json."""
+"""Settings of scaled rotary frequencies, and their formats in a config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastllama.errors import check_choice
 from fastllama.layers.fields import check_flag, check_object, check_positive, check_size, field, first_of, logger
 
 _ORIGINAL = "original_max_position_embeddings"
-# What each kind reads of its settings. What is beside them is logged; "finetuned" stands in Yarn-Llama-2's files.
+# The settings of each kind. Other keys are logged as unused; "finetuned" occurs in Yarn-Llama-2's files.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor", _ORIGINAL),
@@ -70,13 +70,13 @@ class RopeScaling:
 def rope_from_hf(d: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling, as transformers 5 reads the same config.json.
 
-    rope_scaling (transformers 4), unless it is empty, hides all of rope_parameters (transformers 5); within the one
-    that is left rope_type counts before type, and rope_theta and partial_rotary_factor count before those at the root;
-    of original_max_position_embeddings the root's counts first. Other values that are thereby unused are logged.
-    Raises ValueError or TypeError that names the key. What transformers ignores, but a Llama of Meta's would not be
-    (a partial rotation, settings for each type of layer), is refused.
+    rope_scaling (transformers 4), unless it is empty, replaces all of rope_parameters (transformers 5). Within it,
+    rope_type takes precedence over type, and rope_theta and partial_rotary_factor over those at the root; the root's
+    original_max_position_embeddings takes precedence. Different values that are unused for this reason are logged.
+    Raises ValueError or TypeError that names the key, also for settings that transformers ignores but no Llama of
+    Meta's has: a partial rotation, or settings for each type of layer.
     """
-    parts = {name: d.get(name) or {} for name in ("rope_scaling", "rope_parameters")}  # false, 0, "" and [] say none
+    parts = {name: d.get(name) or {} for name in ("rope_scaling", "rope_parameters")}  # false, 0, "" and [] are none
     for name, part in parts.items():
         check_object(name, part)
     at, rope = first_of({name: part or None for name, part in parts.items()}, {})
@@ -103,9 +103,9 @@ def rope_from_hf(d: Mapping[str, Any], max_positions: int) -> tuple[float, RopeS
 
 
 def rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    """The rope_scaling of a config.json: every setting of its kind, in the spelling that transformers 4 and 5 read."""
+    """The rope_scaling of a config.json: all settings of its kind, in the format that transformers 4 and 5 read."""
     settings = {name: getattr(scaling, name) for name in _SETTINGS[scaling.kind]}
-    for name in settings.keys() - {_ORIGINAL, "truncate"}:  # transformers warns of a factor that is an integer
+    for name in settings.keys() - {_ORIGINAL, "truncate"}:  # transformers warns about integer factors
         settings[name] = None if settings[name] is None else float(settings[name])
     return {"rope_type": scaling.kind} | {name: value for name, value in settings.items() if value is not None}
 
@@ -133,7 +133,7 @@ def _scaling_from_hf(
 
 
 def _yarn_from_hf(rope: Mapping[str, Any], at: str, max_positions: int, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what transformers derives from others, or takes a null or 0 for."""
+    """The settings, completed as in transformers, which derives some from others and treats null and 0 as missing."""
     settings = {name: value for name, value in given.items() if not (name.startswith("beta") and _is_zero(value))}
     settings.setdefault("factor", max_positions / settings[_ORIGINAL])
     settings.setdefault("truncate", "truncate" not in rope)
@@ -151,5 +151,5 @@ def _is_zero(value: Any) -> bool:
 
 
 def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
-    """What cosines and sines are multiplied by, section 3.4 of the paper: the entropy of longer attention is kept."""
+    """The factor of cosines and sines, section 3.4 of the paper, which preserves the entropy of longer attention."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

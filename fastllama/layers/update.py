@@ -1,4 +1,4 @@
-"""Other weights for a model in use, in place: what each round of reinforcement learning has for it."""
+"""Updates the weights of a model in use, in place, as after each step of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fastllama.layers.weights import EMBEDDING, HEAD, Slot, misplaced, slots, un
 
 
 def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> bool:
-    """Write Hugging Face tensors over a model's weights, in place; packed layers are packed anew.
+    """Overwrite a model's weights with Hugging Face tensors, in place; packed layers are packed again.
 
     tensors: some or all of those that `load_weights` takes, each whole, in float32, bfloat16, float16 or float64 on any
-    device; q, k, v and gate, up need not come together. The model then is, bit for bit, what loading and packing all of
-    its weights would give; layers keep their kind. Either name fills the matrix of tied embeddings, both must agree.
-    Of a model quantized by AWQ or SmoothQuant, which moved scales between weights, all are to be updated, or none.
+    device; q, k, v and gate, up may be separate. The model then equals, bit for bit, one loaded and packed with all of
+    its new weights; layers keep their kind. Either name fills the matrix of tied embeddings; if both occur they must be
+    equal. Update all weights or none of a model quantized by AWQ or SmoothQuant, which moved scales between weights.
 
-    A collection (a dict, a list) is checked as a whole before anything is written. Of an iterator each tensor is
-    checked, copied and let go before the next is asked for, so where one is wrong, most of those before it are written.
-    Memory besides the tensors: about twice the weight of the largest packed layer. A fused layer is packed once where
-    its parts come one after another; in bf12 a part that comes apart takes about seven times as long.
+    A collection (a dict, a list) is checked as a whole before anything is written. Each tensor of an iterator is
+    checked, copied and released before the next is read, so that most tensors before an illegal one are written.
+    Memory besides the tensors: about twice the weight of the largest packed layer. A fused layer is packed once if its
+    parts are consecutive; in bf12 a separate part takes about seven times as long.
 
-    Every parameter and buffer keeps its memory, and captured decode steps stay right, with one exception: in bf12 the
+    Every parameter and buffer keeps its memory, and captured decode steps stay valid, with one exception: in bf12 the
     number of outliers and the exponent follow the weights. Returns whether these changed in any layer: captured steps
-    are then wrong and must be dropped, as they must where this raises while an iterator is read. Cached keys and
-    values of the old weights are the caller's to forget; no step may be in flight.
+    are then invalid and must be dropped, also if this raises while it reads an iterator. The caller must evict cached
+    keys and values of the old weights; no step may be in flight.
 
-    Raises TypeError for an item that is no name with a tensor. Raises ValueError that names the tensor where it is
-    unknown, comes twice, has the wrong shape or dtype, holds NaN or infinity, exceeds the model's dtype, or is no plain
-    tensor with data. Tables that everyone recomputes and undeclared biases of zeros are passed over.
+    Raises TypeError for an item that is not a name with a tensor. Raises ValueError that names the tensor if it is
+    unknown, appears twice, has the wrong shape or dtype, holds NaN or infinity, exceeds the model's dtype, or is not a
+    plain tensor with data. Tables that follow from the configuration and undeclared biases of zeros are skipped.
     """
     at_once = isinstance(tensors, Collection)
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -57,7 +57,7 @@ def update_weights(model: LlamaForCausalLM, tensors: Mapping[str, Tensor] | Iter
 def _checked(
     model: LlamaForCausalLM, items: Iterable[tuple[str, Tensor]], at_once: bool
 ) -> Iterator[tuple[Slot, Tensor]]:
-    """The tensors to write, each checked when it is asked for. at_once: none is written before all are checked."""
+    """The tensors to write, each checked as it is read. at_once: all are checked before the first is written."""
     table, first_names = slots(model.config), dict[Slot, str]()
     if model.config.tie_word_embeddings:
         table[HEAD] = table[EMBEDDING]
@@ -88,7 +88,7 @@ def _checked(
 
 
 def _unplaced(model: LlamaForCausalLM, table: Collection[str], name: str, tensor: Tensor) -> str | None:
-    """Why a tensor is refused whose name the model does not have; None where it says nothing new."""
+    """Why a tensor with an unknown name is refused; None for an undeclared bias of zeros, which may be skipped."""
     if not is_foreign(name):
         return misplaced(name, tensor, model.config)
     hint = nearest(name, table, 0.8)
@@ -97,7 +97,7 @@ def _unplaced(model: LlamaForCausalLM, table: Collection[str], name: str, tensor
 
 
 def _trouble(model: LlamaForCausalLM, slot: Slot, tensor: Tensor) -> str | None:
-    """Why a tensor cannot be written to a slot; None where it can."""
+    """Why a tensor cannot be written to a slot; None if it can."""
     if not is_plain([tensor]) or tensor.layout != torch.strided:
         kind = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
         return f"of shape {list(tensor.shape)} is a {kind}; legal: plain tensors with data, such as full_tensor() gives"
@@ -109,7 +109,7 @@ def _trouble(model: LlamaForCausalLM, slot: Slot, tensor: Tensor) -> str | None:
 
 
 def _copy(weight: Tensor, parts: Iterable[tuple[Slot, Tensor]]) -> list[Slot]:
-    """Copy tensors to their rows of a weight, each before the next is asked for; returns where."""
+    """Copy tensors to their rows of a weight, each before the next is read. Returns their slots."""
     found = []
     for slot, tensor in parts:
         with torch.inference_mode():
@@ -120,7 +120,7 @@ def _copy(weight: Tensor, parts: Iterable[tuple[Slot, Tensor]]) -> list[Slot]:
 
 
 def _pack(layer: PackedLinear, dtype: torch.dtype, parts: Iterable[tuple[Slot, Tensor]]) -> bool:
-    """Pack rows of a layer anew. Returns whether buffers were replaced."""
+    """Pack new rows of a layer. Returns whether buffers were replaced."""
     device = next(layer.buffers()).device
     weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
     found = _copy(weight, parts)

@@ -1,4 +1,4 @@
-"""The name table: the rows of our parameters that hold each Hugging Face tensor, and what may be written there."""
+"""The name table: which rows of our parameters hold each Hugging Face tensor, and checks of tensors for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEGAL = "float32, bfloat16, float16 or float64"
-# The sizes of a configuration that give a parameter its shape.
+# The fields of a configuration that define a parameter's shape.
 _SIZES = {
     "embed_tokens": "vocab_size, hidden_size",
     "lm_head": "vocab_size, hidden_size",
@@ -46,7 +46,7 @@ class Slot:
 
 
 def slots(config: LlamaConfig) -> dict[str, Slot]:
-    """Hugging Face tensor name -> where it lives. Tied embeddings have no lm_head.weight of their own."""
+    """Slots by Hugging Face tensor name. Tied embeddings have no separate lm_head.weight."""
     hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
     table = {EMBEDDING: Slot("embed_tokens.weight", 0, config.vocab_size)}
     for i in range(config.num_hidden_layers):
@@ -71,13 +71,13 @@ def slots(config: LlamaConfig) -> dict[str, Slot]:
 
 
 def hf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights under Hugging Face names, in the order of `slots`: views, but of packed ones copies."""
+    """The model's weights by Hugging Face name, in the order of `slots`: views if dense, copies if packed."""
     for name, slot in slots(model.config).items():
         yield name, attrgetter(slot.parameter)(model).detach()[slot.start : slot.start + slot.rows]
 
 
 def kept_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Callable[[], Tensor | QuantizedWeight]]]:
-    """What gives each of the model's weights, by Hugging Face names: those that are quantized as they are kept."""
+    """A getter for each of the model's weights, by Hugging Face name; quantized ones stay quantized."""
     for name, slot in slots(model.config).items():
         yield name, partial(_kept, model, slot)
 
@@ -91,7 +91,7 @@ def _kept(model: LlamaForCausalLM, slot: Slot) -> Tensor | QuantizedWeight:
 
 
 def misplaced(name: str, tensor: Tensor, config: LlamaConfig) -> str | None:
-    """Why a tensor without a slot is refused; None for a bias that the configuration does not declare, of zeros."""
+    """Why a tensor without a slot is refused; None for an undeclared bias of zeros."""
     if is_quantized(name):
         return f"belongs to quantized weights; expected {_LEGAL}"
     flag = undeclared_bias(name, config)
@@ -103,12 +103,12 @@ def misplaced(name: str, tensor: Tensor, config: LlamaConfig) -> str | None:
 
 
 def unfit(tensor: Tensor, slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why a tensor cannot be written to a slot of a shape, in a dtype: its shape, dtype or values. None if it can."""
+    """Why a tensor cannot be written to a slot: its shape, dtype or values; None if it can."""
     if trouble := misshapen(tensor.shape, slot, shape):
         return trouble
     if tensor.dtype not in _FLOATS:
         return f"has dtype {tensor.dtype}, expected {_LEGAL}; is the checkpoint quantized?"
-    low, high = (bound.item() for bound in torch.aminmax(tensor))  # NaN wins over every number
+    low, high = (bound.item() for bound in torch.aminmax(tensor))  # NaN if any is
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         return "holds NaN or infinity; the file is damaged or the training diverged"
     limit = torch.finfo(dtype).max
@@ -118,7 +118,7 @@ def unfit(tensor: Tensor, slot: Slot, shape: Sequence[int], dtype: torch.dtype) 
 
 
 def misshapen(found: Sequence[int], slot: Slot, shape: Sequence[int]) -> str | None:
-    """Why something of the shape `found` cannot be written to a slot of another shape; None if they are equal."""
+    """Why a tensor of shape `found` cannot be written to a slot of `shape`; None if they are equal."""
     if tuple(found) == tuple(shape):
         return None
     names = _SIZES[slot.parameter.split(".")[-2]]

@@ -1,1 +1,1 @@
-"""Quantizers on tensors: a weight in, integers with scales out. Knows no model; `layers/calibration.py` walks one."""
+"""Quantizers of single weights, from tensors to integers with scales; `layers/quantizing.py` runs them on a model."""

@@ -1,20 +1,20 @@
-"""What a linear layer is fed over a text, as far as quantizers want to know it."""
+"""Statistics of a linear layer's input over a calibration text, for quantizers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SAMPLED = 1024  # rows that are kept
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, and repeat at no length of documents
+SAMPLED = 1024  # rows
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread, and have no period
 
 
 class Activations:
-    """Sums over the rows x [K] that a linear layer is fed, and some of the rows.
+    """Sums over the input rows x [K] of a linear layer, and a sample of the rows.
 
-    absmax: [K] fp32, the largest magnitude of each channel. hessian: [K, K] fp32, the sum of x^T x; empty unless it is
-    wanted. num_rows: how many will come, of which about SAMPLED are kept: spread evenly over the text and over the
-    positions in its documents, since the first position of each feeds layers what no other does.
+    absmax: [K] fp32, the largest magnitude of each channel. hessian: [K, K] fp32, the sum of x^T x; empty if not
+    requested. num_rows: of the whole text, of which about SAMPLED are kept, spread evenly over the text and over the
+    positions in its documents, since the activations of first positions are unlike all others.
     """
 
     def __init__(self, size: int, num_rows: int, device: torch.device, *, hessian: bool) -> None:
@@ -26,7 +26,7 @@ class Activations:
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Rows [R, K] of any floating dtype."""
+        """Add rows [R, K] of any floating dtype."""
         wide = x.float()
         magnitudes = wide.abs()
         torch.maximum(self.absmax, magnitudes.amax(0), out=self.absmax)
@@ -39,7 +39,7 @@ class Activations:
 
     @property
     def rows(self) -> Tensor:
-        """[R, K] fp32."""
+        """The sampled rows, [R, K] fp32."""
         return torch.cat(self._kept)
 
     @property
@@ -49,11 +49,11 @@ class Activations:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that came was, and its squares in sum; a NaN or an infinity stays in absmax."""
+        """Whether all inputs, and the sums of their squares, are finite; absmax keeps any NaN or infinity."""
         return bool(self.absmax.isfinite().all() and self.hessian.diagonal().isfinite().all())
 
     def divide(self, factors: Tensor) -> None:
-        """Make them those of an input whose channels are divided by these factors [K]."""
+        """Update the statistics for an input whose channels are divided by these factors [K]."""
         self.absmax /= factors
         self._sum /= factors
         if self.hessian.numel():

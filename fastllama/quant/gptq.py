@@ -1,12 +1,12 @@
-"""GPTQ: values chosen column by column, so that each makes up for the rounding errors of those before it.
+"""GPTQ: rounds a weight column by column, so that each compensates for the rounding errors of those before it.
 
 The values Q minimise, one column after another, the error of the output over the calibration text,
 ||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T) with the Hessian H = X^T X. With H = (A + I) D (A + I)^T, where A is
-strictly upper triangular and D diagonal, column j is what is nearest to W_j + sum_{i < j} (W_i - Q_i) A_ij. These are
-the values that GPTQ finds by the Cholesky factor of the inverse, for one Cholesky factor and no inverse.
+strictly upper triangular and D diagonal, column j is W_j + sum_{i < j} (W_i - Q_i) A_ij, rounded to nearest. GPTQ
+finds the same values by the Cholesky factor of the inverse; this takes one Cholesky factor and no inverse.
 
-Columns come in the order of a falling diagonal of H, with scales that are fixed before ("act-order" with "static
-groups"): those that matter most are rounded first, and the weight keeps its order.
+Columns are rounded in descending order of the diagonal of H, with scales that are fixed before ("act-order" with
+"static groups"): the most important come first, and the weight keeps its order.
 Sources: Frantar et al., GPTQ, arXiv:2210.17323; Chee et al., QuIP, arXiv:2307.13304, theorem 6: the two are the same.
 """
 
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from fastllama.quant.weight import QuantizedWeight
 
-BLOCK = 128  # columns whose errors reach those behind them in one matmul
+BLOCK = 128  # columns whose errors are added to later columns in one matmul
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 
 
 def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float = DAMPING) -> QuantizedWeight:
-    """A weight [N, K] under start's scales and zeros, with the values that GPTQ chooses.
+    """Quantize a weight [N, K] with start's scales and zeros; GPTQ chooses the values.
 
-    hessian: [K, K] fp32, the sum of x^T x over rows x of the input, in any unit. A column that is never fed (a 0 on the
-    diagonal) is rounded to nearest. start: its values are not used.
-    Memory: three of the Hessian and two of the weight in fp32.
+    hessian: [K, K] fp32, the sum of x^T x over rows x of the input, times any factor. A column whose input is always 0
+    (a 0 on the diagonal) is rounded to nearest. start: its values are not used.
+    Memory: three times the Hessian and twice the weight in fp32.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     feedback = feedback_of(hessian, order, damping)
-    sought = weight.T[order].float()  # [K, N], a copy: a column of the weight is contiguous
+    sought = weight.T[order].float()  # [K, N], a copy, in which columns of the weight are contiguous
     scales, zeros = (each.T.contiguous() for each in start.grid)  # [K / G, N]
     steps = torch.where(scales == 0, torch.inf, scales)
     values = torch.empty(sought.shape, dtype=start.values.dtype, device=weight.device)
@@ -52,11 +52,11 @@ def gptq(weight: Tensor, hessian: Tensor, start: QuantizedWeight, damping: float
 
 
 def feedback_of(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """A of H = (A + I) D (A + I)^T [K, K], above the diagonal; on and below it the numbers have no meaning.
+    """A of H = (A + I) D (A + I)^T [K, K], above the diagonal; on and below it the numbers are meaningless.
 
-    order: [K], in which rows and columns of the Hessian are taken. damping: of the mean of H's diagonal, which is added
-    to it. Computed in fp32, and in fp64 where that finds H not positive definite. Raises ValueError where both do: H is
-    no sum of x^T x, or holds NaN or infinity.
+    order: [K], permutes rows and columns of the Hessian. damping: this times the mean of H's diagonal is added to the
+    diagonal. Computed in fp32, and in fp64 if H is not positive definite in fp32. Raises ValueError if both fail: H is
+    not a sum of x^T x, or holds NaN or infinity.
     """
     backwards = order.flip(0)
     damped = hessian[backwards][:, backwards]  # a copy, whose lower Cholesky factor is H's upper one, backwards too

@@ -1,9 +1,9 @@
 """HQQ: scales and zeros fitted to the weight alone, by half-quadratic splitting, without a calibration text.
 
-Rounding to nearest spans each group's extremes. Here values are rounded, the errors E that a norm with p < 1 takes for
-outliers are set aside by its shrinkage, and scale and zero become those of least squares for W - E, in turns.
-Other than as published, errors are in units of the scale, so that a weight and its multiple are rounded alike; scales
-are fitted too; and zeros are whole numbers, which is what files can hold: rounded so, zeros alone hardly move.
+Rounding to nearest covers each group's extremes. HQQ alternates: values are rounded; the shrinkage operator of a norm
+with p < 1 separates outlier errors E; scale and zero are fitted to W - E by least squares.
+Unlike the published method, errors are in units of the scale, so that a weight and its multiples are rounded alike;
+scales are fitted too; and zeros are integers, as files require: rounded zeros alone would hardly move.
 Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023.
 """
 
@@ -18,14 +18,14 @@ from fastllama.kernels.reference.int4 import LARGEST
 from fastllama.quant.rounding import CHUNK, on_grid, round_to_nearest
 from fastllama.quant.weight import QuantizedWeight
 
-STEPS, NORM, SHRINKAGE, GROWTH = 20, 0.7, 10.0, 1.01  # as published: iterations, p, beta, and what multiplies beta
+STEPS, NORM, SHRINKAGE, GROWTH = 20, 0.7, 10.0, 1.01  # as published: iterations, p, beta, and the growth of beta
 
 
 def hqq(weight: Tensor, group_size: int | None, dtype: torch.dtype) -> QuantizedWeight:
-    """A weight [N, K] fp32 in "int4" with zeros, whose scales in dtype and zeros were fitted.
+    """Quantize a weight [N, K] fp32 to "int4" with fitted zeros and scales, the latter in dtype.
 
-    group_size: as for `rounding.group_size_of`. Of what the iterations give, each group has the scale and zero with the
-    least squared error; the first are those of rounding to nearest.
+    group_size: as for `rounding.group_size_of`. Each group keeps the scale and zero with the least squared error of all
+    iterations, which start from those of rounding to nearest.
     """
     start = round_to_nearest(weight, "int4", group_size, symmetric=False)
     rows = max(CHUNK // weight.shape[1], 1)
@@ -43,7 +43,7 @@ def _fitted(groups: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -
     shrinkage = SHRINKAGE
     for _ in range(STEPS):
         scales = scales.to(dtype).float()
-        scales = torch.where(scales == 0, 1, scales)  # of zeros alone, or of what dtype does not hold
+        scales = torch.where(scales == 0, 1, scales)  # a group of zeros, or an underflow in dtype
         steps = groups / scales
         values = steps.round().add_(zeros).clamp_(0, LARGEST)
         levels = values - zeros

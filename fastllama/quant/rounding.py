@@ -1,4 +1,4 @@
-"""Rounding to nearest, and the scales that it rounds to."""
+"""Rounding to nearest, and the choice of scales for it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastllama.kernels.reference.int4 import GROUPS, LARGEST, MIDDLE
 from fastllama.quant.weight import QuantizedWeight
 
 WHOLE_ROWS = -1  # as a group size
-CLIPPING = 1, 0.96, 0.92, 0.88, 0.84, 0.8  # of the largest magnitude; down to half, in 26 steps, gained nothing
-CHUNK = 1 << 16  # weights that are searched at once, so that they stay in a CPU's cache
+CLIPPING = 1, 0.96, 0.92, 0.88, 0.84, 0.8  # of the largest magnitude; 26 steps down to half gained nothing
+CHUNK = 1 << 16  # weights searched at once, which fit into a CPU's cache
 
 
 def group_size_of(kind: str, columns: int, group_size: int | None = None) -> int:
-    """Columns that share a scale, of a weight of so many.
+    """The number of columns that share a scale, for a weight of `columns` columns.
 
-    group_size: the largest of 32, 64 and 128 that is at most so large and divides them; whole rows where there is none,
-    or where it is the number of columns. None: 128 in "int4", whole rows in "int8". "w8a8" has whole rows always.
+    It is the largest of 32, 64 and 128 that is at most group_size and divides the columns; else, or if group_size is
+    the number of columns, whole rows. None: 128 for "int4", whole rows for "int8". "w8a8" always has whole rows.
     """
     if group_size is None:
         group_size = max(GROUPS) if kind == "int4" else WHOLE_ROWS
@@ -32,9 +32,9 @@ def group_size_of(kind: str, columns: int, group_size: int | None = None) -> int
 def round_to_nearest(
     weight: Tensor, kind: str, group_size: int | None = None, *, symmetric: bool = True
 ) -> QuantizedWeight:
-    """A weight [N, K], each value rounded to nearest; scales are in its dtype.
+    """Quantize a weight [N, K], rounded to nearest; scales are in its dtype.
 
-    kind: "int4", "int8" or "w8a8". group_size: as for `group_size_of`. symmetric: without zeros, which only "int4" has.
+    kind: "int4", "int8" or "w8a8". group_size: as for `group_size_of`. symmetric: without zeros; only "int4" has any.
     """
     size = group_size_of(kind, weight.shape[1], group_size)
     if kind == "int4":
@@ -43,18 +43,18 @@ def round_to_nearest(
 
 
 def on_grid(weight: Tensor, start: QuantizedWeight) -> QuantizedWeight:
-    """A weight [N, K], rounded to the nearest values under start's scales and zeros."""
+    """Quantize a weight [N, K] with start's scales and zeros, rounded to nearest."""
     scales, zeros = (each[..., None] for each in start.grid)
     values = _nearest(weight.float().unflatten(1, (-1, start.group_size)), scales, zeros, start.limits)
     return replace(start, values=values.flatten(1).to(start.values.dtype))
 
 
 def clipped(weight: Tensor, start: QuantizedWeight) -> QuantizedWeight:
-    """Scales of "int4" with the least squared error of the weight, which may cut off a group's largest values.
+    """Scales for "int4" with the least squared error of the weight, which may clip a group's largest values.
 
     weight: [N, K]. start: of the weight rounded to nearest, symmetrically; its values are not used. Scales of both
     signs are tried, for the largest magnitude and down to 0.8 of it.
-    Beneath GPTQ this lowers a model's KL divergence; beneath rounding to nearest it does not (docs/measured/cpu.md).
+    With GPTQ this lowers a model's KL divergence; with rounding to nearest it does not (docs/measured/cpu.md).
     """
     rows = max(CHUNK // weight.shape[1], 1)
     parts = weight.unflatten(1, (-1, start.group_size)).split(rows)
@@ -76,5 +76,5 @@ def _clipped(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _nearest(groups: Tensor, scales: Tensor, zeros: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Values of groups [N, K / G, G]; where a scale is 0 the zero."""
+    """Quantized values of groups [N, K / G, G]; the zero where a scale is 0."""
     return (groups / torch.where(scales == 0, torch.inf, scales)).round_().add_(zeros).clamp_(*limits)

@@ -1,8 +1,8 @@
-"""Scales for the input channels of a linear layer, with which its weight, or its input, is easier to round.
+"""Scales for the input channels of a linear layer, with which its weight, or its input, is easier to quantize.
 
-x W^T = (x / s) (W s)^T. AWQ makes the columns of channels with large activations larger, so that rounding the weight
-costs them less; SmoothQuant takes outlier channels of the activations into the weight, where both become 8 bits. Either
-finds its exponent by the error of the layer's output on sampled rows, and no scaling at all is among what is tried.
+x W^T = (x / s) (W s)^T. AWQ scales up the columns of channels with large activations, so that rounding the weight costs
+them less; SmoothQuant moves outliers of the activations into the weight, if both are quantized to 8 bits. Both choose
+an exponent by the error of the layer's output on sampled rows; the candidates include no scaling at all.
 Sources: Lin et al., AWQ, arXiv:2306.00978; Xiao et al., SmoothQuant, arXiv:2211.10438.
 """
 
@@ -17,15 +17,15 @@ from fastllama import kernels
 from fastllama.quant.rounding import round_to_nearest
 
 STEPS = 20  # exponents, evenly spaced from 0
-FLOOR = 1e-4  # of the largest magnitude: a channel that is never fed counts as this, so that scales stay within bounds
+FLOOR = 1e-4  # of the largest magnitude: the least of a channel, so that scales are bounded where the input is 0
 Function = Callable[[Tensor], Tensor]
 
 
 def awq_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, quantize: Function) -> Tensor:
-    """Scales [K] by which columns of a weight are multiplied before it is rounded, and inputs divided.
+    """Scales [K] that multiply the columns of a weight before it is quantized, and divide its input.
 
     weight: [N, K] fp32. rows: [R, K] fp32, sampled from the input. magnitudes: [K], the mean of |x| over rows; channels
-    that must have one scale have one magnitude. quantize: from a weight to what it is once it is rounded, both fp32.
+    that must share a scale have equal magnitudes. quantize: returns the dequantized rounding of a weight, both fp32.
     """
 
     def output(scales: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ def awq_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, quantize: Funct
 
 
 def smoothquant_scales(weight: Tensor, rows: Tensor, magnitudes: Tensor, columns: Tensor) -> Tensor:
-    """Scales [K] by which columns of a weight are multiplied and inputs divided before both are rounded to 8 bits.
+    """Scales [K] that multiply the columns of a weight and divide its input before both are quantized to 8 bits.
 
     weight: [N, K] fp32. rows: [R, K] fp32, sampled from the input. magnitudes, columns: [K], the largest |x| over the
-    whole input, and the largest |w| of the column; channels that must have one scale have one of either.
-    They leave the largest input as large as it is, since it has to fit into the model's dtype: rounding does not depend
-    on a factor of all scales.
+    whole input, and the largest |w| of the column; channels that must share a scale have equal ones.
+    The largest input stays as large, since it must fit into the model's dtype; a common factor of all scales does not
+    change the rounding.
     """
 
     def output(scales: Tensor) -> Tensor:
@@ -66,6 +66,6 @@ def _floored(magnitudes: Tensor) -> Tensor:
 
 
 def _best(candidates: Iterator[Tensor], wanted: Tensor, output: Function) -> Tensor:
-    """The scales with the least squared error of the output; their middle, geometrically, becomes 1."""
+    """The scales with the least squared error of the output, with the geometric mean of their extremes at 1."""
     centred = (scales / (scales.amax() * scales.amin()).sqrt() for scales in candidates)
     return min(centred, key=lambda scales: float((output(scales) - wanted).square_().sum()))

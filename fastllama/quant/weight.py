@@ -1,4 +1,4 @@
-"""A quantized weight: integers with a scale for each group of a row, as files hold it and layers pack it."""
+"""A quantized weight: integers with a scale for each group of a row, between files and packed layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.kernels.reference import int4, int8
 
 
 class Form(NamedTuple):
-    """What rows of one quantized layer have in common. zeros: their dtype, None where there are none."""
+    """The format of a quantized weight. scales, zeros: their dtypes; None without zeros."""
 
     kind: str
     columns: int
@@ -23,7 +23,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, kind: str, columns: int, scales: Tensor, zeros: Tensor | None) -> Form:
-        """That of a weight of so many columns."""
+        """The form of a weight with `columns` columns."""
         return cls(kind, columns, columns // scales.shape[1], scales.dtype, None if zeros is None else zeros.dtype)
 
     def __str__(self) -> str:
@@ -34,10 +34,10 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [N, K], or some of its rows: (value - zero) * scale, with a scale for each group of G columns of a row.
+    """A weight [N, K], or some of its rows: (value - zero) * scale, with one scale for each group of G columns.
 
     kind: "int4", "int8" or "w8a8". values: [N, K], in "int4" uint8 of 0 to 15, else int8. scales: [N, K / G] floats.
-    zeros: of "int4" alone, [N, K / G] in units of values, uint8 or floats; None where all are 8.
+    zeros: for "int4" alone, [N, K / G] in units of values, uint8 or floats; None if all are 8.
     """
 
     kind: str
@@ -57,23 +57,23 @@ class QuantizedWeight:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The least and the largest value that rounding gives."""
+        """The least and the largest value after rounding."""
         return (0, int4.LARGEST) if self.kind == "int4" else (-int8.LARGEST, int8.LARGEST)
 
     @property
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and zeros [N, K / G] fp32, zeros where there are none those that count."""
+        """Scales and zeros [N, K / G] fp32, with the implied zeros where there are none."""
         scales = self.scales.float()
         middle = int4.MIDDLE if self.kind == "int4" else 0
         return scales, torch.full_like(scales, middle) if self.zeros is None else self.zeros.float()
 
     @property
     def form(self) -> Form:
-        """What rows of one layer have in common."""
+        """The format of this weight."""
         return Form.of(self.kind, self.shape[1], self.scales, self.zeros)
 
     def dequantize(self) -> Tensor:
-        """What it stands for, exactly: [N, K] fp32."""
+        """The weight [N, K] fp32, exactly."""
         if self.kind != "int4":
             return kernels.dequantize_int8(self.values, self.scales.float())
         zeros = self.zeros if self.zeros is None or self.zeros.dtype == torch.uint8 else self.zeros.float()

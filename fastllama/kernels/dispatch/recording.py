@@ -34,7 +34,7 @@ def record(run: Callable[[], T], device: torch.device, memory: list[UntypedStora
 
 
 class Recording(TorchDispatchMode):
-    """Records every op that this thread runs on `device` inside a `with`; `replay()` repeats them on the tensors.
+    """Records the ops that this thread runs on `device` inside a `with`; `replay()` repeats them on these tensors.
 
     memory: a pool of buffers for the tensors that are allocated inside. Recordings that never run at the same time may
     share it: buffers grow in place, so that all recordings together take the memory of the largest.
@@ -61,7 +61,7 @@ class Recording(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def replay(self) -> Any:
-        """Run the ops again, in order, on the same tensors, and return the recorded result. Raises what the ops raise."""
+        """Run the ops again, in order, on the same tensors, and return the recorded result. Raises as the ops do."""
         assert self.replayable
         without_autocast(self._run)()
         return self.result
