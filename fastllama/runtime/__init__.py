@@ -1,1 +1,1 @@
-"""Requests in, tokens out: what is scheduled when, which KV pages it uses, and the engine that drives the model."""
+"""The serving runtime: the scheduler, the paged KV cache with its prefix cache, and the engine that runs the model."""

@@ -1,4 +1,4 @@
-"""Who may use an engine: the process that made it, and in there any threads in turns, or one owner alone."""
+"""Access control of an engine: the process that made it, and within it threads in turns or one exclusive owner."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from typing import NamedTuple
 
 class _Owner(NamedTuple):
     thread: threading.Thread
-    end: Callable[[], None]  # has the thread end, and so give the engine back
+    end: Callable[[], None]  # ends the thread, which then gives the engine back
 
 
 class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
-    """`with access:` around what uses an engine. A thread waits for its turn, and none has two before it gets one.
+    """A fair lock, `with access:`, for using an engine: a waiting thread gets it before another gets it twice.
 
-    So threads share an engine step by step, and each step advances the requests of all. Raises RuntimeError, and waits
-    for nothing: in a forked process, whose copies of pages and kernel threads are of no use; beside an owner; and
-    within a `with` of the same thread (a hook, a tokenizer, a logits processor in a step would change what runs).
+    So threads share an engine step by step, and each step advances the requests of all. Raises RuntimeError without
+    waiting: in a forked process, whose copies of pages and kernel threads are unusable; while another thread owns the
+    engine; and within a `with` of the same thread (a hook, tokenizer or logits processor must not change a running
+    step).
 
-    A subclass, so that the end of a `with` is the lock's own method, into which Ctrl-C cannot break.
+    A subclass of RLock, so that `with` ends in the lock's own method, which Ctrl-C cannot interrupt.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pid = os.getpid()
-        self._entrance = threading.Lock()  # of the one who waits: nobody overtakes
+        self._entrance = threading.Lock()  # held by the one waiting thread, so that none overtakes it
         self._owner: _Owner | None = None
 
     def __enter__(self) -> bool:  # type: ignore[override]
         self.check_process()
         self._check_outside()
         try:
-            self._check_owner()  # who has it for long, and so is not waited for
+            self._check_owner()  # holds it for long, so is not waited for
             with self._entrance:
                 self.acquire()
             self._check_owner()
@@ -46,12 +47,12 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
 
     @property
     def inside(self) -> bool:
-        """Whether this thread is within a `with`."""
+        """Whether this thread is inside a `with`."""
         return bool(self._is_owned())  # type: ignore[attr-defined]
 
     @property
     def forked(self) -> bool:
-        """Whether this process is not the one that made it."""
+        """Whether this is not the process that made the lock."""
         return os.getpid() != self._pid
 
     def check_process(self) -> None:
@@ -63,19 +64,19 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
             )
 
     def claim(self, thread: threading.Thread, end: Callable[[], None]) -> None:
-        """Let this thread in alone, until it gives up. end: called by `evict`, from any thread.
+        """Make a thread the exclusive owner, until it calls give_up. end: called by `evict`, from any thread.
 
-        Raises RuntimeError where another thread has claimed it.
+        Raises RuntimeError if another thread is the owner.
         """
         with self:
             self._owner = _Owner(thread, end)
 
     def give_up(self) -> None:
-        """Let everybody in again; said by the owner's thread."""
+        """Admit all threads again; called by the owner's thread."""
         self._owner = None
 
     def evict(self) -> None:
-        """Have the owner end, if there is one, and wait until it has. Raises RuntimeError within a `with`."""
+        """Make the owner end, if there is one, and wait for it. Raises RuntimeError inside a `with`."""
         self._check_outside()
         owner = self._owner
         if owner is not None and not self.forked:
@@ -84,11 +85,11 @@ class Access(RLock):  # type: ignore[misc]  # final to mypy, not to Python
 
     def _check_outside(self) -> None:
         if self.inside:
-            raise RuntimeError("this LLM runs a step, from which it is called; legal: calls between steps")
+            raise RuntimeError("this LLM was called from within one of its steps; legal: calls between steps")
 
     @property
     def claimed_by_another(self) -> bool:
-        """Whether it belongs to another thread alone."""
+        """Whether another thread is the exclusive owner."""
         owner = self._owner
         return owner is not None and owner.thread is not threading.current_thread()
 

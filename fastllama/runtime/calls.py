@@ -1,4 +1,4 @@
-"""Checks of arguments that several methods of LLM and AsyncEngine have."""
+"""Checks of arguments shared by methods of LLM and AsyncEngine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 def reject(unknown: Mapping[str, Any], owner: str, method: Callable[..., Any]) -> None:
-    """Raise TypeError if there are unknown options of a method."""
+    """Raise TypeError, with a hint, if there are unknown options of a method."""
     if unknown:
         legal = [name for name in inspect.signature(method).parameters if name not in ("self", "unknown")]
         reject_unknown(owner, unknown, legal, peer_hint)
 
 
 def checked(**how: Any) -> dict[str, Any]:
-    """How a prompt is to be read, whatever kind of prompt it is: `tags`, `add_special_tokens`, or both."""
+    """Checks encoding options that apply to any kind of prompt: `tags`, `add_special_tokens`, or both."""
     if "tags" in how:
         check_choice("tags", how["tags"], get_args(Tags))
     if "add_special_tokens" in how:
@@ -34,7 +34,7 @@ def checked(**how: Any) -> dict[str, Any]:
 
 
 def check_params(params: Any) -> None:
-    """Raise TypeError for what is neither SamplingParams nor None."""
+    """Raise TypeError unless params is SamplingParams or None."""
     if params is not None and not isinstance(params, SamplingParams):
         raise TypeError(f"params is {brief(params)}; legal: SamplingParams or None")
 
@@ -45,11 +45,11 @@ def check_started(generation: Any) -> None:
 
 
 def check_request_id(request_id: Any, unfinished: Container[str]) -> None:
-    """Raise TypeError or ValueError for what cannot name a request; None lets one be made."""
+    """Raise TypeError or ValueError for an illegal request id; None is legal."""
     if request_id is None:
         return
     if not isinstance(request_id, str):
-        raise TypeError(f"request_id is {brief(request_id)}; legal: a string, or None for one that is made")
+        raise TypeError(f"request_id is {brief(request_id)}; legal: a string, or None to have one made")
     if not request_id or request_id in unfinished:
         raise ValueError(f"request_id is {brief(request_id)}; legal: a text that no unfinished request has")
 
@@ -63,7 +63,7 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams], count: int
 
 @contextmanager
 def naming_prompt(number: int, count: int) -> Iterator[None]:
-    """What is raised within because a prompt, of several, cannot run says which one it is."""
+    """Appends the prompt's number to a TypeError or ValueError raised inside, if there are several prompts."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -73,7 +73,7 @@ def naming_prompt(number: int, count: int) -> Iterator[None]:
 
 
 def for_each_prompt(prepare: Callable[..., T], *given: Sequence[Any]) -> list[T]:
-    """prepare(*own) for what is given of each prompt; what is wrong with one of several says which one it is."""
+    """Returns prepare(*own) for each prompt's own arguments; an error names the prompt if there are several."""
     each = list(zip(*given, strict=True))
     prepared = []
     for number, own in enumerate(each):
@@ -83,7 +83,7 @@ def for_each_prompt(prepare: Callable[..., T], *given: Sequence[Any]) -> list[T]
 
 
 def starts_of_each(start: Any, count: int) -> list[Any]:
-    """Positions, one for all prompts or one for each; what each is, is checked with its prompt."""
+    """Returns start positions, one for all prompts or one for each; each is checked later with its prompt."""
     if hasattr(start, "tolist"):
         start = start.tolist()
     return _as_many("start", list(start), count) if isinstance(start, Sequence) else [start] * count

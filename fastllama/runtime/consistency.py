@@ -1,4 +1,4 @@
-"""Keeps requests, scheduler and pages consistent where an interrupt (Ctrl-C) or a bug breaks into a change of them."""
+"""Restores consistent bookkeeping after an interrupt (Ctrl-C) or a bug in the middle of a change."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from types import TracebackType
 
 
 class Consistency:
-    """Says after each change of the bookkeeping whether it is whole or torn.
+    """Records whether the bookkeeping of requests, scheduler and pages is consistent or torn.
 
         with consistency.change(start_anew):  # torn from here on ...
             with consistency.attempt(roll_back):
-                ...  # whatever this raises, `roll_back` makes the bookkeeping whole
+                ...  # whatever this raises, `roll_back` makes the bookkeeping consistent
             ...
-        # ... and whole again
+        # ... and consistent again
 
-    What leaves a change by an exception, but not through an attempt, leaves it torn: which pages belong to whom is
-    then unknown, and the next change starts anew first. Wherever an interrupt comes, here too, the bookkeeping is
-    whole or known to be torn: it is declared whole last.
-    start_anew: ends every request and empties the pool; is called again where it was interrupted itself.
-    roll_back: undoes what is in flight. Neither is kept: a method of who owns this would hold its owner, and with it
-    the model, until the garbage collector comes by.
+    An exception that leaves a change, but not through an attempt, leaves the bookkeeping torn: page ownership is then
+    unknown, and the next change first calls start_anew. An interrupt at any point, in this class too, leaves it
+    consistent or marked as torn, because the mark is cleared last.
+    start_anew: ends every request and empties the pool; is called again if it was interrupted itself.
+    roll_back: undoes the steps in flight. Neither callback is stored: a bound method would keep its owner, and so the
+    model, alive until the garbage collector runs.
     """
 
     def __init__(self) -> None:
         self.torn = False
-        self.cause = ""  # what broke into a change last
+        self.cause = ""  # the exception that interrupted the last change
 
     def mend(self, start_anew: Callable[[], None]) -> None:
-        """Start anew if the last change was broken into."""
+        """Call start_anew if the last change was interrupted."""
         if self.torn:
             start_anew()
             self.torn = False
 
     def change(self, start_anew: Callable[[], None]) -> _Change:
-        """Around a change of several parts, on whole ones."""
+        """Returns a context manager for a change in several parts; starts from consistent bookkeeping."""
         return _Change(self, start_anew)
 
     def attempt(self, roll_back: Callable[[], None]) -> _Attempt:
-        """Around a part of a change that may raise without harm to the bookkeeping: running the model, copying."""
+        """Returns a context manager for a part that may raise and can be rolled back (running the model, copying)."""
         return _Attempt(self, roll_back)
 
 

@@ -1,4 +1,4 @@
-"""The engine: schedule a step, launch it, launch the next ahead of its tokens, collect these."""
+"""The engine: schedule a step, launch it, launch the next one before its tokens are read, collect them."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ logger = logging.getLogger("fastllama")
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time, on the caller's thread; threads take turns (access.py).
+    """Runs requests in steps on the caller's thread; threads take turns (access.py).
 
-    Where a step raises, those requests end with "error" that it raises for, and the others go on (isolation.py). What
-    breaks into the bookkeeping instead (Ctrl-C, a bug) leaves unknown which pages belong to whom: the next call ends
-    every request with "abort" and starts with an empty pool (consistency.py).
-    speculation: what proposes draft tokens (see speculation.py): "prompt_lookup", or a smaller model of the same
-    vocabulary, on the same device; None for no drafts.
+    If a step raises, the requests responsible end with "error" and the others continue (isolation.py). An interrupt
+    (Ctrl-C) or bug in the bookkeeping leaves page ownership unknown: the next call ends every request with "abort" and
+    starts with an empty pool (consistency.py).
+    speculation: "prompt_lookup", or a smaller draft model of the same vocabulary on the same device; None for no draft
+    tokens (speculation.py).
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Engine:
         self._page_size = size = options.page_size
         num_pages = sizes.kv_cache_tokens // size
         scheduler = self._new_scheduler(num_pages, ceil_div(options.host_cache_tokens, size))
-        self._ahead: Launched | None = None  # the step after the last that was taken in, where it runs already
+        self._ahead: Launched | None = None  # the next step, if it was launched before the last one's tokens were read
         self._noted: set[tuple[type[Exception], str]] = set()
-        self._to_abort: deque[tuple[Generation, FinishReason]] = deque()  # asked for within a step
-        self.failures_in_a_row = 0  # steps of which nothing succeeded
-        self.device_error: Exception | None = None  # which the device will not recover from
+        self._to_abort: deque[tuple[Generation, FinishReason]] = deque()  # aborts requested during a step
+        self.failures_in_a_row = 0  # steps in which every request failed
+        self.device_error: Exception | None = None  # a permanent fault of the device
         self.access = Access()
         self._consistency = Consistency()
         eos = model.config.eos_token_ids
@@ -122,7 +122,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What decides which tokens run next."""
+        """The scheduler, which chooses the tokens of each step."""
         return self._requests.scheduler
 
     @property
@@ -137,16 +137,16 @@ class Engine:
 
     @property
     def replays(self) -> bool:
-        """Whether decode steps are captured and replayed where nothing asks for them as they are written."""
+        """Whether decode steps are captured and replayed, unless a request needs them eager."""
         return self._runner.replays
 
     @property
     def num_drafts(self) -> tuple[int, int]:
-        """Draft tokens verified, and those accepted, since the LLM was made."""
+        """Draft tokens verified, and draft tokens accepted, since the LLM was made."""
         return (0, 0) if self.speculation is None else (self.speculation.num_drafted, self.speculation.num_accepted)
 
     def warm_up(self) -> float:
-        """Compile and capture what is so at first use, in pages that no request holds. Returns the seconds it took."""
+        """Compile and capture everything used later, in pages that no request holds. Returns the seconds it took."""
         assert not self.has_work, "a page that a request may hold would be overwritten"
         if self.speculation is None:
             return warm_up(self._runner, self._sizes)
@@ -155,7 +155,7 @@ class Engine:
     def check_request(
         self, prompt_token_ids: abc.Sequence[int], params: SamplingParams, scoring: Scoring | None = None
     ) -> None:
-        """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
+        """Raises ValueError if the prompt can never run or has a token id out of range. Thread-safe."""
         self._requests.check(prompt_token_ids, params, scoring)
 
     def add_request(
@@ -171,9 +171,9 @@ class Engine:
     ) -> Generation:
         """Queue a prompt. Raises ValueError, and changes nothing, where check_request does.
 
-        arrival: when it came, by time.monotonic(); None is now. request_id: none of an unfinished request; None makes
-        one. continues_text: whether the answer goes on with the prompt's text; False makes it a text of its own, as
-        Tokenizer.decode gives it. scoring: the prompt is scored, and no token generated.
+        arrival: by time.monotonic(); None is now. request_id: unique among unfinished requests; None makes one.
+        continues_text: whether the answer continues the prompt's text; False decodes it as a text of its own, as
+        Tokenizer.decode does. scoring: scores the prompt instead of generating.
         """
         ids = tuple(prompt_token_ids)
         self._requests.check(ids, params, scoring)
@@ -184,7 +184,7 @@ class Engine:
                 return self._requests.add(ids, params, prompt, arrived, request_id, continues_text, scoring)
 
     def add(self, prepared: Prepared, *, arrival: float | None = None, request_id: str | None = None) -> Generation:
-        """Queue what PromptEncoder has prepared; see `add_request`."""
+        """Queue a prompt prepared by PromptEncoder; see `add_request`."""
         return self.add_request(
             prepared.token_ids,
             prepared.params,
@@ -198,27 +198,27 @@ class Engine:
     def fork(
         self, generation: Generation, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> Generation:
-        """A new request that goes on from where an unfinished one stands; see LLM.fork.
+        """Fork an unfinished request at its current token; see LLM.fork.
 
-        Raises ValueError, and changes nothing, if that has ended, is another engine's, or cannot go on with `params`.
+        Raises ValueError, and changes nothing, if it has ended, is another engine's, or cannot be forked with `params`.
         """
         params = generation.request.params if params is None else params
         with self.access:
-            self._consistency.mend(self._start_anew)  # which ends it where an interrupt has torn the engine
+            self._consistency.mend(self._start_anew)  # ends the request if an interrupt has torn the engine
             self._requests.check_fork(generation, params)
             self._requests.check_id(request_id)
             with self._consistency.change(self._start_anew):
                 return self._requests.fork(generation, params, request_id)
 
     def find(self, request_id: str) -> Generation | None:
-        """The unfinished request of this id, if there is one."""
+        """Returns the unfinished request of this id; None if there is none."""
         return self._requests.generations.get(request_id)
 
     def abort(self, generation: Generation, reason: FinishReason = "abort") -> None:
-        """End a request now; its pages return at once. Without effect on a finished one.
+        """End a request now and free its pages at once. No effect on a finished one.
 
-        Within a step, or beside an owner (a stream may be let go of anywhere), it is noted, and done at the end of the
-        next step.
+        Within a step, or while another thread owns the engine (a stream may be dropped anywhere), the abort is queued
+        for the end of the next step.
         """
         if self.access.inside or self.access.claimed_by_another:
             self._to_abort.append((generation, reason))
@@ -228,31 +228,30 @@ class Engine:
             self._settle()
 
     def step(self) -> list[Generation]:
-        """Advance every request that can run; returns those that gained a token or failed.
+        """Run one step: launch it, launch the next, append its tokens; returns requests that gained one or failed.
 
-        Where something raises, it is found out for which requests (see isolation.py). These end with "error" and have
-        the cause in their `error`; the others go on, and nothing is raised.
+        If the model raises, this does not: the requests responsible (isolation.py) end with "error" and have the
+        exception in their `error`; the others continue.
         """
         with self.access, self._consistency.change(self._start_anew):
-            launched = self._launched()
+            launched = self._next_launched()
             if launched is None:
                 return []
             self._launch_ahead(launched)
             touched = self._collect(launched)
-            while self._to_abort:
-                self._requests.abort(*self._to_abort.popleft())
+            self._abort_queued()
             self._settle()
             return touched
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values, on the host too; unfinished requests compute theirs anew, and go on."""
+        """Drop all cached keys and values, on the host too; unfinished requests recompute theirs and continue."""
         with self.access, self._consistency.change(self._start_anew):
             self._forget_prefixes()
 
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Give the model new weights; see LLM.update_weights."""
+        """Replace the model's weights; see LLM.update_weights."""
         if Engine.runs(self.model, besides=self):
-            raise RuntimeError("another LLM runs this model, and keeps what it computed; legal: one LLM of a model")
+            raise RuntimeError("another LLM runs this model, with cached keys and values; legal: one LLM of a model")
         with self.access, self._consistency.change(self._start_anew):
             self._forget_prefixes()
             captures_differ = True
@@ -267,8 +266,8 @@ class Engine:
         self._roll_back()
         self.pool.forget_prefixes()
 
-    def _launched(self) -> Launched | None:
-        """The step that runs already, or else the next, scheduled and launched; None if there is no work."""
+    def _next_launched(self) -> Launched | None:
+        """Returns the step launched ahead, or schedules and launches the next; None if there is no work."""
         launched, self._ahead = self._ahead, None
         if launched is None and (step := self._schedule()) is not None:
             with self._consistency.attempt(self._roll_back):
@@ -276,30 +275,30 @@ class Engine:
         return launched
 
     def _schedule(self) -> Step | None:
-        """The next step, with drafts where they pay, and with all that it wants of the host cache in its pages."""
+        """Returns the next step, with draft tokens where they pay and its host-cache pages copied in."""
         while (step := self.scheduler.schedule()) is not None:
             if self._transfer(step):
                 if self.speculation is None:
                     return step
-                extended = self._extended(step, self.speculation)
+                extended = self._with_drafts(step, self.speculation)
                 if extended is step or self._transfer(extended):
                     return extended
             self.scheduler.rollback()
         return None
 
-    def _extended(self, step: Step, speculation: Speculation) -> Step:
-        """The step with drafts, if it gets any. A fault in proposing them is no request's."""
+    def _with_drafts(self, step: Step, speculation: Speculation) -> Step:
+        """Returns the step, extended by draft tokens if there are any. A fault in drafting fails no request."""
         wanted, drafts = speculation.reserve(step, self.scheduler), None
         with self._consistency.attempt(self._roll_back):
             try:
                 speculation.follow(step)
-                drafts = speculation.guess(step) if wanted else None
+                drafts = speculation.draft(step) if wanted else None
             except Exception as error:
-                self._note(error, "no drafts in a step, for they cannot be made: %r")
+                self._note(error, "a step runs without draft tokens: drafting raised %r")
         return step if drafts is None else self.scheduler.extend(step, drafts)
 
     def _transfer(self, step: Step) -> bool:
-        """Copy the step's pages between device and host. False if that failed: the step cannot run then."""
+        """Copy the step's pages between device and host. Returns False if that failed, so that the step cannot run."""
         if not step.transfers:
             return True
         with self._consistency.attempt(self._roll_back):
@@ -307,13 +306,12 @@ class Engine:
         return self._runner.host is not None
 
     def _launch_ahead(self, launched: Launched) -> None:
-        """Schedule and launch the step after one that runs, if that can be done before what that draws is known.
+        """Schedule and launch the next step before this one's tokens are read, if it does not depend on them.
 
-        What is scheduled and then fails is left in flight, for `_settle`: scheduled anew, it says why, if it fails
-        again.
+        A step that fails here stays in flight for `_settle`; rescheduled, it reports its error if it fails again.
         """
         if not self._runner.runs_ahead or self.speculation is not None or not launched.may_be_followed:
-            return  # drafts follow the tokens; and where a device does not run by itself, nothing is gained
+            return  # drafts depend on the tokens; a device that is not asynchronous gains nothing
         self.scheduler.expect(launched.step)
         step = self.scheduler.schedule()
         if step is None or not self._transfer(step):
@@ -322,10 +320,10 @@ class Engine:
             try:
                 self._ahead = launch(self._runner, step, before=launched)
             except Exception as error:
-                self._note(error, "a step that was run ahead raised, and is run again in its turn: %r")
+                self._note(error, "a step launched ahead raised and is run again in order: %r")
 
     def _note(self, error: Exception, message: str) -> None:
-        """Log what no request is told of: the first of each kind as a warning, for each costs time."""
+        """Log an error that fails no request; the first of each kind as a warning, since each costs time."""
         level = logging.DEBUG if (type(error), message) in self._noted else logging.WARNING
         self._noted.add((type(error), message))
         logger.log(level, message, error, exc_info=error)
@@ -335,7 +333,7 @@ class Engine:
         self.failures_in_a_row += 1
         try:
             with self._consistency.attempt(self._roll_back):
-                draws = launched.read()
+                tokens = launched.read()
         except Exception:
             self.device_error = device_error(self.model.device)
             raise
@@ -343,13 +341,17 @@ class Engine:
             self.failures_in_a_row = 0
         else:
             self.device_error = device_error(self.model.device)
-        touched, gained = self._requests.take_in(launched, draws)
+        touched, gained = self._requests.take_in(launched, tokens)
         if self.speculation is not None:
             self.speculation.end(launched.step, gained)
         return touched
 
+    def _abort_queued(self) -> None:
+        while self._to_abort:
+            self._requests.abort(*self._to_abort.popleft())
+
     def _settle(self) -> None:
-        """Leave in flight only what runs ahead for a request: undo what failed to, commit what none waits for."""
+        """Leave in flight only a step launched ahead: roll back a failed one, commit one that no request needs."""
         if self._ahead is None:
             if self.scheduler.in_flight:
                 self.scheduler.rollback()

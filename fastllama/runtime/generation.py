@@ -1,4 +1,4 @@
-"""A request as its caller sees it: text, tokens and log-probabilities of each completion as they grow."""
+"""The caller's view of a request: the text, tokens and log-probabilities of each completion so far."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastllama.runtime.stop_strings import StopSearch, stop_strings
 
 
 class TextStream:
-    """The text of one sample. Whatever might begin a stop string is held back until it is certain that it does not.
+    """The text of one sample; holds back its end while that may be the start of a stop string.
 
-    prompt_ids: what the text goes on with; none for one of its own, which begins as Tokenizer.decode lets it begin.
-    A model may have more embeddings than its tokenizer has pieces; an id without a piece adds no text. One thread may
-    add tokens while another takes the text.
+    prompt_ids: the prompt that the text continues; () for a text of its own, decoded as by Tokenizer.decode.
+    A model may have more embeddings than its tokenizer has tokens; an id without a token adds no text. One thread may
+    push tokens while another takes the text.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class TextStream:
         self._num_taken = 0
 
     def fork(self, params: SamplingParams) -> TextStream:
-        """Another that goes on from here, all of its text still to be taken.
+        """Returns a copy that continues from here, with all of its text still to be taken.
 
-        The stop strings of `params` are sought in what follows and what is held back.
+        It searches for the stop strings of `params` in the text held back and all that follows.
         """
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.fork(skip_special_tokens=params.skip_special_tokens)
@@ -67,21 +67,21 @@ class TextStream:
         return "".join(self._released)
 
     def take(self) -> str:
-        """What was released since the last call."""
+        """Returns the text released since the last call."""
         new = self._released[self._num_taken :]
         self._num_taken += len(new)
         return "".join(new)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str | None:
-        """Add a token; the stop string that the text has now reached, cut off with all behind it, or None.
+        """Add a token; returns the stop string that it completes, which is cut off with all text after it, or None.
 
-        may_stop: False goes on behind the stop strings that this token completes.
+        may_stop: False ignores the stop strings that this token completes.
         """
         text = self._detokenizer.push(token_id) if token_id < self._num_pieces else ""
         return self._take_in(text + self._search.stops.marks.get(token_id, ""), may_stop)
 
     def close(self, *, may_stop: bool = True) -> str | None:
-        """No token follows: release what is held. The stop string that the last characters complete, or None."""
+        """End the text and release what is held back; returns the stop string that its end completes, or None."""
         stop = self._take_in(self._detokenizer.flush(), may_stop)
         self._released.append(self._search.held)
         self._search = StopSearch(self._search.stops)
@@ -96,7 +96,7 @@ class TextStream:
 
 
 def _spelled(tokenizer: Tokenizer | None, report: TokenLogprob) -> TokenLogprob:
-    """A report with its token's own text: "" for an id without a piece."""
+    """Returns the report with its token's text: "" for an id without a token."""
     if tokenizer is None:
         return report
     known = report.token_id < tokenizer.vocab_size
@@ -106,7 +106,7 @@ def _spelled(tokenizer: Tokenizer | None, report: TokenLogprob) -> TokenLogprob:
 
 @dataclass
 class Completion:
-    """One of a request's n samples so far; `stream` is None without a tokenizer."""
+    """One of a request's n samples so far. `stream` is None without a tokenizer."""
 
     seq: Sequence
     stream: TextStream | None
@@ -114,22 +114,22 @@ class Completion:
 
     @property
     def may_stop(self) -> bool:
-        """Whether its last token may end it: the first min_tokens may not."""
+        """Whether its last token may end it: one of the first min_tokens may not."""
         return len(self.seq.token_ids) - self.seq.num_prompt_tokens > self.seq.request.params.min_tokens
 
     def report(self, logprob: TokenLogprob) -> None:
-        """Add the log-probability of the token that the sequence has just gained."""
+        """Add the log-probability of the sequence's newest token."""
         self.logprobs.append(_spelled(self.stream.tokenizer if self.stream else None, logprob))
 
     def push(self, token_id: int, eos_token_ids: Collection[int]) -> tuple[FinishReason, str | int | None] | None:
-        """Add the text of the token that the sequence has just gained; why it ends there, and what stopped it."""
+        """Add the text of the sequence's newest token; returns (finish reason, stop reason) if it ends the sample."""
         params, stream, may_stop = self.seq.request.params, self.stream, self.may_stop
         ends = may_stop and token_id in params.stop_token_ids
         stop: str | int | None = token_id if ends else None
         ends = ends or (may_stop and not params.ignore_eos and token_id in eos_token_ids)
         full = len(self.seq.token_ids) >= self.seq.max_length
         if stream is not None:
-            # A stop token asked for by id is the caller's mark, not text.
+            # A stop token requested by id is a marker, not text.
             reached = stream.push(token_id, may_stop=may_stop) if stop is None else None
             if reached is None and (ends or full):
                 reached = stream.close(may_stop=may_stop)
@@ -140,7 +140,7 @@ class Completion:
         return ("length", None) if full else None
 
     def output(self) -> CompletionOutput:
-        """The completion as a value."""
+        """Returns the completion so far as a value."""
         seq = self.seq
         return CompletionOutput(
             index=seq.index,
@@ -154,9 +154,9 @@ class Completion:
 
 @dataclass(eq=False)
 class Generation:
-    """A request in the engine: hold on to it to follow or abort it.
+    """A request in the engine; keep it to follow or abort the request.
 
-    continues_text: the samples' texts go on with the prompt's; else each is one of its own, as an answer in a chat is.
+    continues_text: whether the samples' texts continue the prompt's; otherwise each is a text of its own, as in a chat.
     """
 
     request: Request
@@ -167,15 +167,15 @@ class Generation:
     continues_text: bool = True
     first_token_time: float | None = None
     finish_time: float | None = None
-    error: Exception | None = None  # what the request failed with, where the engine isolates failures
+    error: Exception | None = None  # the exception that the request failed with
 
     @property
     def finished(self) -> bool:
-        """Whether all its samples are, and the engine is through with them."""
+        """Whether all its samples have ended and the engine has dropped it."""
         return self.finish_time is not None
 
     def sample(self, seq: Sequence) -> Completion:
-        """The completion that a sequence grows."""
+        """Returns the completion of a sequence."""
         found = self.samples.get(seq.index)
         if found is None:
             request, tokenizer = self.request, self.tokenizer
@@ -185,7 +185,7 @@ class Generation:
         return found
 
     def fork(self, request: Request) -> Generation:
-        """The generation of `request`, forked from this one: a copy, but for its times."""
+        """Returns the generation of `request`, forked from this one: a copy, except for its times."""
         sample, (seq,) = self.sample(self.request.sequences[0]), request.sequences
         stream = sample.stream.fork(request.params) if sample.stream is not None else None
         samples = {seq.index: Completion(seq, stream, list(sample.logprobs))}
@@ -194,9 +194,9 @@ class Generation:
         )
 
     def abort(self, reason: FinishReason = "abort") -> None:
-        """End now: what has not finished does for this reason, and its text is all that is certain of it.
+        """End all unfinished samples now, for this reason; text held back is released.
 
-        A sequence that an interrupt kept from finishing, although it has all its tokens, ends by its "length".
+        A sequence that has all its tokens, but was kept from finishing by an interrupt, ends with "length".
         """
         for seq in self.request.sequences:
             if seq.status is not Status.FINISHED:
@@ -209,7 +209,7 @@ class Generation:
                 sample.stream.close(may_stop=sample.may_stop)
 
     def failure(self) -> RequestError | None:
-        """Why a finished request has not ended by itself, for whoever takes its text for all; None if it has."""
+        """Returns the error of a request that failed, was aborted or was not scored in time; None otherwise."""
         name, ends = f"request {self.request.request_id!r}", {seq.finish_reason for seq in self.request.sequences}
         if self.error is not None:
             failure = RequestError(f"{name} failed: {self.error!r}")
@@ -223,7 +223,7 @@ class Generation:
         return RequestError(f"{name} was aborted", reason="abort") if "abort" in ends else None
 
     def metrics(self) -> RequestMetrics:
-        """Timings and counts up to now."""
+        """Returns the timings and counts so far."""
         request = self.request
         return RequestMetrics(
             arrival_time=request.arrival,
@@ -238,17 +238,17 @@ class Generation:
         )
 
     def report_prompt(self, first: int, logprobs: Iterable[TokenLogprob]) -> None:
-        """Add log-probabilities of the prompt's tokens from position `first` on."""
+        """Add log-probabilities of the prompt's tokens, starting at position `first`."""
         self.prompt_logprobs.update(enumerate((_spelled(self.tokenizer, each) for each in logprobs), first))
 
     def all_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """One entry for each token of the prompt, None where it has not come; None where none were asked for."""
+        """Returns one entry per prompt token, None where not computed yet; None if none were requested."""
         if self.request.params.prompt_logprobs is None:
             return None
         return tuple(map(self.prompt_logprobs.get, range(len(self.request.prompt_token_ids))))
 
     def output(self) -> RequestOutput:
-        """The request as a value, finished or not."""
+        """Returns the request as a value, finished or not."""
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,
@@ -260,7 +260,7 @@ class Generation:
         )
 
     def score(self) -> ScoreOutput:
-        """The scores of a request whose prompt is scored, as a value; no log-probabilities where it failed."""
+        """Returns the scores of a request whose prompt is scored; without log-probabilities if it failed."""
         request, scoring = self.request, self.request.scoring
         assert scoring is not None, "a request that generates tokens"
         ids = (*request.prompt_token_ids, scoring.last_token_id)

@@ -1,4 +1,4 @@
-"""An LLM's engine, and requests that run on it to their ends, all in one continuous batch."""
+"""Runs a batch of requests on an LLM's engine until all have finished."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ T = TypeVar("T")
 
 
 class EngineHandle:
-    """Runs requests on the caller's thread, until it is closed: from then on nothing here keeps the engine alive."""
+    """Runs requests on the caller's thread. After close(), it keeps no reference to the engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises RuntimeError once this is closed."""
+        """The engine. Raises RuntimeError after close()."""
         if self._engine is None:
             raise RuntimeError("this LLM is closed; make a new one")
         return self._engine
 
     def close(self) -> None:
-        """Let go of the engine. May be called twice."""
+        """Drop the reference to the engine. May be called twice."""
         if self._engine is not None:
             self._engine.access.evict()
             self._engine = None
 
     def leave(self, generation: Generation) -> None:
-        """Abort a request that nobody reads any more, if it can still be."""
+        """Abort an unfinished request whose output is no longer read."""
         engine = self._engine
         if engine is not None and not generation.finished and not engine.access.forked:
             engine.abort(generation)
@@ -49,10 +49,10 @@ class EngineHandle:
         description: str,
         progress: bool | None,
     ) -> list[T]:
-        """What `output` makes of each request, in the order of the prompts. Where something raises, all are aborted.
+        """Run the prompts and return `output(generation)` of each, in order. If anything raises, all are aborted.
 
-        description, progress: of the bar. Raises RequestError where a request failed or was aborted, once all have
-        ended: its `outputs` are those of all.
+        description, progress: of the progress bar. Raises RequestError after all have ended if a request failed or was
+        aborted; its `outputs` contains the output of every request.
         """
         generations: list[Generation] = []
         try:
@@ -72,7 +72,7 @@ class EngineHandle:
         return outputs
 
     def _finish(self, generations: list[Generation], description: str, progress: bool | None) -> None:
-        """Run until these requests have finished."""
+        """Step the engine until these requests have finished."""
         shown = False if len(generations) < 2 else progress
         pending = OrderedDict.fromkeys(generations)
         with progress_bar(description, shown, total=len(generations), unit="prompt") as bar:
@@ -81,6 +81,6 @@ class EngineHandle:
                 for generation in self.engine.step():
                     if generation.finished:
                         pending.pop(generation, None)
-                while pending and (first := next(iter(pending))).finished:  # in a step of another thread
+                while pending and (first := next(iter(pending))).finished:  # in another thread's step
                     del pending[first]
                 bar.update(before - len(pending))

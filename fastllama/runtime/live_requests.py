@@ -1,4 +1,4 @@
-"""The requests that have not ended: how they come, gain tokens, and end."""
+"""The unfinished requests: adding, forking, collecting tokens, ending."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Gained = dict[Sequence, tuple[int, ...]]  # the tokens that a step added to each
 
 
 class LiveRequests:
-    """Requests that have not ended: the scheduler holds their sequences, a Generation their text and reports.
+    """The unfinished requests: the scheduler has their sequences, a Generation their text and reports.
 
-    A method that changes both leaves them torn where it is broken into: the caller notices that (consistency.py).
-    seed: of the seeds of requests that bring none. forget: what keeps something of sequences forgets these.
+    Methods that change both leave them inconsistent if interrupted; the engine detects that (consistency.py).
+    seed: seeds the random seeds of requests without one. forget: callbacks that drop the state of ended sequences.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LiveRequests:
     def check(
         self, prompt_token_ids: abc.Sequence[int], params: SamplingParams, scoring: Scoring | None = None
     ) -> None:
-        """Raises ValueError if the prompt can never run or holds an id out of range. Any thread may ask."""
+        """Raises ValueError if the prompt can never run or has a token id out of range. Thread-safe."""
         length, limit, vocab = len(prompt_token_ids), self.scheduler.max_model_len, self._config.vocab_size
         if scoring is None and length >= limit and self._config.longest_context is None:
             raise ValueError(
@@ -76,7 +76,7 @@ class LiveRequests:
             ends = ends_of(params, self._config.eos_token_ids) if params.min_tokens else ()
             if params.allowed <= banned | {*ends} | (words.single if words else set()):
                 raise ValueError(
-                    "allowed_token_ids holds no token that logit_bias, bad_words and min_tokens leave; legal: any other"
+                    "allowed_token_ids has only tokens that logit_bias, bad_words or min_tokens ban; legal: any other"
                 )
 
     def _bad_words(self, params: SamplingParams) -> BadWords | None:
@@ -86,7 +86,7 @@ class LiveRequests:
         return bad_words(self._tokenizer, tuple(params.bad_words))
 
     def check_fork(self, generation: Generation, params: SamplingParams) -> None:
-        """Raises ValueError if a request has ended, is another engine's, or cannot go on with `params`."""
+        """Raises ValueError if a request has ended, is another engine's, or cannot be forked with `params`."""
         origin = generation.request
         if origin.scoring is not None:
             raise ValueError(
@@ -110,7 +110,7 @@ class LiveRequests:
         continues_text: bool,
         scoring: Scoring | None,
     ) -> Generation:
-        """Queue a prompt that `check` passes, under an id that `check_id` passes; continues_text: see Generation."""
+        """Queue a prompt that passes `check`, under an id that passes `check_id`; continues_text: see Generation."""
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         request = Request(request_id or self._new_id(), ids, params, arrival, seed=seed, scoring=scoring)
         request.bad_words = self._bad_words(params)
@@ -120,7 +120,7 @@ class LiveRequests:
         return generation
 
     def fork(self, generation: Generation, params: SamplingParams, request_id: str | None) -> Generation:
-        """Add a request that goes on from where another stands, which `check_fork` passes, as `check_id` the id."""
+        """Add a fork of a request; `check_fork` and `check_id` have passed."""
         origin, now = generation.request, time.monotonic()
         seed = params.seed
         if seed is None:
@@ -132,29 +132,29 @@ class LiveRequests:
         return forked
 
     def check_id(self, request_id: str | None) -> None:
-        """Raises TypeError or ValueError for what cannot name a request. Any thread may ask."""
+        """Raises TypeError or ValueError for an illegal or used request id. Thread-safe."""
         check_request_id(request_id, self.generations)
 
     def _new_id(self) -> str:
         return next(number for number in self._numbers if number not in self.generations)
 
     def abort(self, generation: Generation, reason: FinishReason) -> None:
-        """End a request now; its pages return at once. Without effect on a finished one."""
+        """End a request now and free its pages at once. No effect on a finished one."""
         if self.generations.get(generation.request.request_id) is generation:
             self.scheduler.abort(generation.request, reason)
             generation.abort(reason)
             self._drop(generation)
 
     def start_anew(self, scheduler: Scheduler, cause: str) -> None:
-        """End every request with "abort", whatever state its sequences are in, and go on with another scheduler.
+        """End every request with "abort", whatever the state of its sequences, and use another scheduler from now on.
 
-        cause: what has broken into a change of the requests.
+        cause: the exception that interrupted a change.
         """
         for request_id, generation in list(self.generations.items()):
             try:
-                generation.error = generation.error or RequestError(f"a step was broken into: {cause}")
+                generation.error = generation.error or RequestError(f"a step was interrupted by {cause}")
                 generation.abort()
-            except Exception:  # a tokenizer's, which would raise at each call
+            except Exception:  # of a tokenizer, which would raise at each call
                 del self.generations[request_id]
                 raise
             self._drop(generation)
@@ -162,22 +162,22 @@ class LiveRequests:
         self.scheduler = scheduler
 
     def _drop(self, generation: Generation) -> None:
-        """A request has ended: nothing of it is kept."""
+        """Drop all references to a request that has ended."""
         for forget in self._forget:
             forget(generation.request.sequences)
-        self.generations.pop(generation.request.request_id, None)  # last: an interrupt must find it
+        self.generations.pop(generation.request.request_id, None)  # last: an interrupt must still find it
 
-    def take_in(self, launched: Launched, draws: list[SampledToken]) -> tuple[list[Generation], Gained]:
+    def take_in(self, launched: Launched, tokens: list[SampledToken]) -> tuple[list[Generation], Gained]:
         """Append the tokens of a step that has run; returns the generations that gained one or failed, and the tokens.
 
-        What raises for a request fails that one alone.
+        An exception for one request fails only that request.
         """
-        # Before the commit, which would offer their pages to other requests.
+        # Before the commit, which would publish their pages for other requests.
         touched = {request.request_id: self._fail(request, error) for request, error in launched.failures.items()}
-        draws = [drawn for drawn in draws if drawn.seq.status is not Status.FINISHED]  # ended, while it ran, or failed
-        for drawn in draws:
-            if not drawn.ahead and not drawn.finite:
-                self._spoil(drawn.seq)
+        tokens = [token for token in tokens if token.seq.status is not Status.FINISHED]  # ended meanwhile, or failed
+        for token in tokens:
+            if not token.ahead and not token.finite:
+                self._spoil(token.seq)
         for seq, first, logprobs in (report for part in launched.parts for report in part.prompt_logprobs):
             generation = self.generations.get(seq.request.request_id)
             if generation is None:
@@ -190,21 +190,21 @@ class LiveRequests:
             if chunk.samples or chunk.seq.request.scoring is None or chunk.seq.status is not Status.FINISHED:
                 continue
             generation = self.generations.get(chunk.seq.request.request_id)
-            if generation is not None:  # else it was ended while the step ran
+            if generation is not None:  # else it ended while the step ran
                 touched[generation.request.request_id] = generation
         now = time.monotonic()
         gained: Gained = {}
-        for drawn in draws:
-            generation = touched[drawn.seq.request.request_id] = self.generations[drawn.seq.request.request_id]
-            ended = drawn.ahead and drawn.seq.status is Status.FINISHED
-            unseen = drawn.ahead and generation.request.params.logits_processors
-            if drawn.ahead != gained.get(drawn.seq, ()) or ended or unseen or generation.error is not None:
-                continue  # sampled behind a refused draft, the end, or tokens that a processor has not seen; or failed
+        for token in tokens:
+            generation = touched[token.seq.request.request_id] = self.generations[token.seq.request.request_id]
+            ended = token.ahead and token.seq.status is Status.FINISHED
+            unseen = token.ahead and generation.request.params.logits_processors
+            if token.ahead != gained.get(token.seq, ()) or ended or unseen or generation.error is not None:
+                continue  # sampled after a rejected draft, the end, or tokens that a processor has not seen; or failed
             try:
-                self._accept(generation, drawn, now)
+                self._accept(generation, token, now)
             except Exception as error:
                 self._fail(generation.request, error)
-            gained[drawn.seq] = *drawn.ahead, drawn.token_id
+            gained[token.seq] = *token.ahead, token.token_id
         for generation in touched.values():
             if generation.request.finished:
                 generation.finish_time = now
@@ -212,37 +212,37 @@ class LiveRequests:
         return list(touched.values()), gained
 
     def _fail(self, request: Request, error: Exception) -> Generation:
-        """End a request that raised; what is held of its text stays so, for its tokenizer may be what raised."""
+        """End a request that raised; its held text is dropped, since its tokenizer may be what raised."""
         self.scheduler.abort(request, "error", repr(error))
         generation = self.generations[request.request_id]
         generation.error = error
         return generation
 
     def _spoil(self, seq: Sequence) -> None:
-        """End a sequence from whose logits nothing can be sampled."""
+        """End a sequence whose logits are not finite."""
         params, why = seq.request.params, "the model's logits are not finite numbers"
         if params.logits_processors:
-            why = "its logits, as the logits processors left them, are not finite numbers"
+            why = "the logits processors' results are not finite numbers"
         elif params.adjusts:
             why += ", or every token is banned"
         self.scheduler.finish(seq, "error", why)
 
-    def _accept(self, generation: Generation, drawn: SampledToken, now: float) -> None:
-        """Append a token to its sequence and finish that if it ends there."""
-        seq, token_id = drawn.seq, drawn.token_id
+    def _accept(self, generation: Generation, token: SampledToken, now: float) -> None:
+        """Append a token to its sequence, and finish the sequence if it ends there."""
+        seq, token_id = token.seq, token.token_id
         sample = generation.sample(seq)
-        if not drawn.finite:
+        if not token.finite:
             self._spoil(seq)
             if sample.stream is not None:
                 sample.stream.close()
             return
-        if drawn.ahead:
+        if token.ahead:
             self.scheduler.keep_draft(seq)
         if generation.first_token_time is None:
             generation.first_token_time = now
         self.scheduler.append(seq, token_id)
-        if drawn.logprob is not None:
-            sample.report(drawn.logprob)
+        if token.logprob is not None:
+            sample.report(token.logprob)
         ended = sample.push(token_id, self._config.eos_token_ids)
         if ended is not None:
             self.scheduler.finish(seq, *ended)

@@ -1,4 +1,4 @@
-"""The blocking face: a model by name, prompts in, texts out."""
+"""The blocking interface: load a model, complete prompts."""
 
 from __future__ import annotations
 
@@ -38,47 +38,49 @@ from fastllama.runtime.values import flag
 
 
 class LLM:
-    """A Llama with its tokenizer and runtime.
+    """A Llama model with its tokenizer and serving runtime.
 
-    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a LlamaForCausalLM, which
-    several LLMs may run: ours, or one of transformers, which goes on working on the same memory (from_transformers).
-    tokenizer: a path, a Tokenizer or one of transformers; by default the model's. Without one, only ids go in and out.
-    adapter: a PEFT LoRA folder or Hub id, merged into the weights while they load. A model that is itself such a folder
-    brings its base.
-    chat_format: "auto" is the checkpoint's own chat template, "llama2", "plain" (text, for base models), or a .jinja
-    file; `chat_format.description` says what was chosen.
+    model: "tiny" (bundled), a path (Hugging Face or Meta folder, llama2.c file), a Hub id, or a loaded model, which
+    several LLMs may share: a LlamaForCausalLM, or one of transformers, whose memory is shared with it
+    (from_transformers).
+    tokenizer: a path, a Tokenizer or one of transformers; default: the model's. Without one, only token ids are
+    accepted and returned.
+    adapter: a PEFT LoRA folder or Hub id, merged into the weights while loading. If the model is such a folder, its
+    base is loaded too.
+    chat_format: "auto" (the checkpoint's chat template), "llama2", "plain" (text, for base models), or a .jinja file;
+    `chat_format.description` describes the chosen one.
     dtype: "auto" (the checkpoint's), "bfloat16", "float16", "float32".
-    device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
-    quantization: "int4" rounds weights to 4 bits in groups of 128, "int8" to 8 bits with a scale for each row, "w8a8"
-    so too, and each token's activations before products with them: all but for embeddings and output head. "bf12" keeps
-    weights in bf16 in 12 bits, without loss (on a CPU). All in place if the model was given. None keeps them as they
-    are; "auto" is "bf12" where it makes decoding faster and the model is loaded here.
-    max_model_len: tokens of prompt and answer together; by default the model's context, less if the cache is smaller.
-    kv_cache_tokens: tokens of all running requests together; by default what fits in a share of the free memory.
-    host_cache_tokens: tokens that host memory keeps when that cache has no room for them, so that old conversations and
-    preempted requests come back as copies, not computed again; 0 for none.
-    kv_cache_dtype: "int8" and "fp8" keep keys and values in 8 bits, with a scale for each token and head: nearly twice
-    as many tokens as in 16 bits. "auto" keeps them as the model computes.
-    page_size: tokens of a KV page, 16 to 256. seed: of the seeds of requests that bring none; None takes one of the
-    system's, and each output says which was used.
-    max_num_seqs: sequences that run at once; by default as many as the cache should hold, up to 64 on a CPU and 256 on
-    a GPU. max_num_batched_tokens: tokens of one step, by default 512 up to 2048 on a CPU and 8192 on a GPU, by memory;
-    each running answer waits for that step. The logger "fastllama" tells at level INFO what was chosen.
-    speculation: guesses that are verified several at once: "prompt_lookup" takes them from the text itself, a draft
-    model (given as `model` is) writes them; None makes none. Answers stay as they are, seed by seed, but for rounding.
-    num_draft_tokens: guesses of a sequence in one step, 1 to 7.
-    deterministic: a request's logits, and so its tokens, are the same bit for bit, whatever else runs beside it, from
-    whichever pages, in whatever chunks. Prompts then take as long as decoding on a CPU (docs/design/numerics.md).
-    progress: bars on stderr; None shows them on a terminal only, and lines about kernels that are compiled anywhere.
+    device: "auto" (cuda if available), "cpu", "cuda", "cuda:1".
+    quantization: "int4" rounds weights to 4 bits in groups of 128; "int8" to 8 bits with a scale per row; "w8a8" also
+    quantizes the activations of each token before a matmul. Embeddings and output head stay. "bf12" stores bf16 weights
+    in 12 bits, losslessly. A given model is changed in place. None changes nothing; "auto" is "bf12" where it makes
+    decoding faster and the model is loaded here.
+    max_model_len: tokens of prompt and answer together; default: the model's context, or less if the cache is smaller.
+    kv_cache_tokens: tokens of all running requests together; default: what fits in a share of the free memory.
+    host_cache_tokens: tokens of evicted KV pages kept in host memory, so that old conversations and preempted requests
+    are copied back instead of recomputed; 0 for none.
+    kv_cache_dtype: "int8" and "fp8" store keys and values in 8 bits with a scale per token and head, for nearly twice
+    as many tokens as in 16 bits. "auto" uses the model's dtype.
+    page_size: tokens of a KV page, 16 to 256. seed: seeds the random seeds of requests without one; None takes it from
+    the system. Each output reports its seed.
+    max_num_seqs: most running sequences; default: as many as the cache should hold, up to 64 on a CPU and 256 on a GPU.
+    max_num_batched_tokens: tokens of one step, default 512 up to 2048 on a CPU and 8192 on a GPU, by memory; each
+    running answer waits for that step. The logger "fastllama" reports the choices at level INFO.
+    speculation: draft tokens, verified several at once: "prompt_lookup" copies them from the text, a draft model (given
+    like `model`) samples them; None uses none. For a given seed, answers are the same, except for rounding.
+    num_draft_tokens: draft tokens of a sequence in one step, 1 to 7.
+    deterministic: batch-invariant logits, and so tokens: bit-identical whatever other requests run, for any pages and
+    chunks. On a CPU, prompts then take as long as decoding (docs/design/numerics.md).
+    progress: progress bars on stderr; None shows them on a terminal only, and reports kernel compilation anywhere.
 
-    None is an option's default, but for model and quantization; a number may be NumPy's or a 0-d tensor.
+    None selects an option's default, except for model and quantization; numbers may be NumPy scalars or 0-d tensors.
 
-    Kernels compile while it is made, none under the first request; warm_up_seconds says how long that took.
-    Raises TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a
-    broken model.
+    Kernels are compiled in the constructor, not during the first request; warm_up_seconds is the time it took. Raises
+    TypeError for an unknown option, ValueError or FileNotFoundError for an illegal value, CheckpointError for a broken
+    model.
 
-    Threads may share an LLM: their requests run together, in one batch, as the steps that each thread makes advance
-    all. Beside an AsyncEngine, which has it alone, and in a forked process every call raises RuntimeError.
+    Threads may share an LLM: their requests run in one batch, and each thread's steps advance all of them. Every call
+    raises RuntimeError while an AsyncEngine owns the LLM, and in a forked process.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class LLM:
         dtype = "auto" if dtype is None else dtype
         device = "auto" if device is None else device
         chat_format = "auto" if chat_format is None else chat_format
-        # What needs no weights first: a wrong option or path should not cost the minute that they take.
+        # First what needs no weights: a wrong option or path should not cost the minute that loading takes.
         options = EngineOptions(
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache_tokens,
@@ -135,7 +137,7 @@ class LLM:
             progress=progress,
         )
         self.tokenizer, self.quantization = parts.tokenizer, parts.quantization
-        self.sampling_defaults = parts.sampling_defaults  # what generation_config.json sets
+        self.sampling_defaults = parts.sampling_defaults  # from generation_config.json
         with announcing(parts.model.device, progress):
             self._handle = EngineHandle(Engine(parts.model, parts.tokenizer, options, parts.speculation))
             self.warm_up_seconds = self.engine.warm_up()
@@ -143,7 +145,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine below. Raises RuntimeError once the LLM is closed."""
+        """The engine. Raises RuntimeError after close()."""
         return self._handle.engine
 
     @property
@@ -153,17 +155,17 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """Most tokens of a prompt and its answer together."""
         return self.engine.scheduler.max_model_len
 
     @property
     def default_params(self) -> SamplingParams:
-        """The parameters of requests that bring none: the checkpoint's sampling settings, else SamplingParams' own."""
+        """The sampling parameters of requests without any: the checkpoint's settings, else SamplingParams' defaults."""
         return SamplingParams(**self.sampling_defaults)
 
     @property
     def chat_format(self) -> ChatFormat:
-        """How conversations are asked, and what ends an answer. A guess is logged as a warning, once."""
+        """The chat format: how to encode conversations and end answers. If inferred, a warning is logged once."""
         return self.prompts.chat_format
 
     def generate(
@@ -175,13 +177,13 @@ class LLM:
         add_special_tokens: bool = True,
         **unknown: Any,
     ) -> list[RequestOutput]:
-        """Complete prompts, all in one continuous batch; outputs in the order of the prompts.
+        """Complete prompts in one continuous batch; returns outputs in the order of the prompts.
 
-        prompts: a text, texts, token ids, or lists, arrays or tensors of token ids. params: one for all, or one for
-        each prompt. tags: of prompts that are messages, as in `chat`. add_special_tokens: False for text that has its
-        own, as what apply_chat_template writes.
-        Raises before anything runs if a prompt is too long, holds an id out of range, or the counts differ. Raises
-        RequestError where a request failed or was aborted, once all have ended: its `outputs` are those of all.
+        prompts: a text, texts, token ids, or lists, arrays or tensors of token ids. params: one for all, or one per
+        prompt. tags: for prompts that are messages, as in `chat`. add_special_tokens: False for text that already has
+        them, such as the output of apply_chat_template.
+        Raises before anything runs if a prompt is too long, has a token id out of range, or the counts differ. Raises
+        RequestError after all have ended if a request failed or was aborted; its `outputs` has every request's output.
         """
         reject(unknown, "LLM.generate", LLM.generate)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
@@ -204,18 +206,18 @@ class LLM:
         progress: bool | None = None,
         **unknown: Any,
     ) -> list[ScoreOutput]:
-        """Log-probabilities of the prompts' own tokens, each given those before it; nothing is generated.
+        """Log-probabilities of the prompts' own tokens, each given those before it; generates nothing.
 
-        prompts, tags, add_special_tokens: as in `generate`; a prompt may have max_model_len + 1 tokens, of which the
-        last is scored and not fed.
-        start: position of the first token scored, one for all prompts or one for each: 1, the default, scores all but
-        the first, which has none before it. Pages of the tokens before `start` are reused, so that the prompt that the
-        choices of one question share is computed once.
-        top_logprobs: how many of the likeliest tokens to report beside each, 0 to 20. Ranks are always there.
+        prompts, tags, add_special_tokens: as in `generate`; a prompt may have max_model_len + 1 tokens, since the last
+        is scored and not fed.
+        start: position of the first scored token, one for all prompts or one per prompt; 1, the default, scores all but
+        the first. Cached pages before `start` are reused, so that a question shared by several choices is computed
+        once.
+        top_logprobs: how many of the likeliest tokens to report at each position, 0 to 20. Ranks are always reported.
         on_logits: called as on_logits(number, position, logits) for runs of scored tokens, with the logits [R, V] of
-        those of prompt `number` from `position` on, in the model's dtype, on its device; valid in the call alone, which
-        any thread that uses the LLM may make, and may come again for the same tokens.
-        progress: a bar; None is the LLM's own choice.
+        prompt `number` from `position` on, in the model's dtype, on its device. They are valid during the call only;
+        any thread that uses the LLM may make the call, and may repeat it for the same tokens.
+        progress: a progress bar; None is the LLM's setting.
         Raises what `generate` raises.
         """
         reject(unknown, "LLM.score", LLM.score)
@@ -240,11 +242,11 @@ class LLM:
     ) -> RequestOutput:
         """Answer a conversation in `chat_format`; messages: [{"role": "user", "content": ...}, ...].
 
-        The answer is a text of its own, as Tokenizer.decode gives it: without the space that its first token begins
-        with, for stop strings too.
-        tags: "escape" changes text in a content that would pose as another role, "refuse" raises ValueError.
-        continue_final_message: the last message is the assistant's, and the output what follows in it: with its space,
-        unless the message ends in blanks that the format leaves out, or is blank. See ChatFormat.encode. Raises what
+        The answer is decoded as a text of its own, as by Tokenizer.decode: without its first token's leading space, for
+        stop strings too.
+        tags: "escape" changes text that imitates another role, "refuse" raises ValueError.
+        continue_final_message: continues the last message, which is the assistant's; the output then keeps its leading
+        space, unless the message is blank or ends in blanks that the format drops. See ChatFormat.encode. Raises what
         `generate` raises.
         """
         reject(unknown, "LLM.chat", LLM.chat)
@@ -264,10 +266,10 @@ class LLM:
         add_special_tokens: bool = True,
         **unknown: Any,
     ) -> Iterator[str]:
-        """The completion of a prompt (a text, token ids, or the messages of a chat) in pieces, as they become certain.
+        """Complete a prompt (a text, token ids, or messages); returns an iterator over pieces of its text.
 
-        Closing the iterator aborts the request. Raises ValueError where params.n is not 1, and at the end RequestError
-        where the request did not end by itself.
+        Closing the iterator aborts the request. Raises ValueError if params.n is not 1; at the end, the iterator raises
+        RequestError if the request failed or was aborted.
         """
         reject(unknown, "LLM.stream", LLM.stream)
         return self.follow(self.start(prompt, params, tags=tags, add_special_tokens=add_special_tokens))
@@ -283,10 +285,10 @@ class LLM:
         continues_text: bool | None = None,
         **unknown: Any,
     ) -> Generation:
-        """Queue what `stream` would: `follow` runs it; its `output()` tells tokens, reason and timings at any time.
+        """Queue a prompt as `stream` does; `follow` runs it, and `output()` returns its state at any time.
 
-        request_id: names it for `abort` and in its output; None makes one. continues_text: whether the answer goes on
-        with the prompt's text, or is one of its own, as in `chat`; None is that for messages alone.
+        request_id: names it for `abort` and in its output; None makes one. continues_text: whether the answer continues
+        the prompt's text, or is a text of its own, as in `chat`; None is False for messages, True otherwise.
         """
         reject(unknown, "LLM.start", LLM.start)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
@@ -305,14 +307,14 @@ class LLM:
         request_id: str | None = None,
         **unknown: Any,
     ) -> Generation:
-        """A second request that goes on from where a started, unfinished one stands, sharing its pages until it writes.
+        """Fork a started, unfinished request at its current token; both share its pages until they write.
 
-        params: of the tokens from here on; None takes those of the first, seed included, which so give the same tokens.
-        Its output begins with what the first has generated: tokens, text and log-probabilities, which max_tokens,
-        penalties and `follow` count in. Stop strings are sought in text that was not released yet. All else is its own:
-        id, arrival, times, end. Where no seat is free, or the first waits or is reading its prompt, it is queued.
-        Raises TypeError for other things, ValueError if the first has ended, for n other than 1 of either, max_tokens
-        that are reached already, and log-probabilities that the first does not report.
+        params: for the tokens from here on; None uses those of the first, seed included, which gives the same tokens.
+        The fork's output includes what the first has generated: tokens, text and log-probabilities, which count for
+        max_tokens, penalties and `follow`. Stop strings are searched for in text not released yet. Id, arrival, times
+        and end are its own. If no seat is free, or the first is waiting or in its prompt, the fork is queued.
+        Raises TypeError for illegal arguments; ValueError if the first has ended, for n other than 1 of either, for
+        max_tokens already reached, and for log-probabilities that the first does not report.
         """
         reject(unknown, "LLM.fork", LLM.fork)
         check_started(generation)
@@ -320,7 +322,7 @@ class LLM:
         return self.engine.fork(generation, params, request_id=request_id)
 
     def abort(self, request: str | Generation) -> None:
-        """End a started request, by its id or itself: `follow` raises RequestError. No effect on one that ended."""
+        """End a started request, by its id or itself; `follow` raises RequestError. No effect on a finished one."""
         if not isinstance(request, (str, Generation)):
             raise TypeError(f"request is {brief(request)}; legal: a request's id, a string, or what LLM.start returns")
         generation = request if isinstance(request, Generation) else self.engine.find(request)
@@ -330,7 +332,7 @@ class LLM:
     def encode(
         self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True, **unknown: Any
     ) -> list[int]:
-        """The token ids of a prompt: a text, token ids (which stay as they are), or the messages of a chat.
+        """Returns the token ids of a prompt: a text, token ids (returned unchanged), or messages.
 
         Raises TypeError for anything else, ValueError for text or messages without a tokenizer.
         """
@@ -338,20 +340,20 @@ class LLM:
         return self.prompts.encode(prompt, **checked(tags=tags, add_special_tokens=add_special_tokens))
 
     def follow(self, generation: Generation) -> Iterator[str]:
-        """The text of a started request in pieces; closing the iterator aborts it.
+        """Returns an iterator over pieces of a started request's text; closing it aborts the request.
 
-        Raises RequestError behind the last piece where the request failed or was aborted: what came is not all then.
+        It raises RequestError after the last piece if the request failed or was aborted: the text is then incomplete.
         """
         check_started(generation)
         pieces = self._follow(generation)
-        next(pieces)  # into its try: closing an iterator that was never asked for a piece aborts the request too
+        next(pieces)  # enters its try: closing an iterator before its first piece aborts the request too
         return pieces
 
     def _follow(self, generation: Generation) -> Iterator[str]:
         try:
             yield ""
             while True:
-                finished = generation.finished  # before the text is taken: another thread may run the last step now
+                finished = generation.finished  # read before the text: another thread may run the last step now
                 streams = [sample.stream for sample in list(generation.samples.values())]
                 if piece := "".join(stream.take() for stream in streams if stream is not None):
                     yield piece
@@ -365,27 +367,27 @@ class LLM:
             self._handle.leave(generation)
 
     def reset_prefix_cache(self) -> None:
-        """Forget the keys and values of all prompts, on the host too: the next ones are computed anew.
+        """Drop the cached keys and values of all prompts, on the host too; later prompts are recomputed.
 
-        For weights that were changed in place. Unfinished requests stay, and compute theirs anew.
+        Call it after weights were changed in place. Unfinished requests stay, and recompute theirs.
         """
         self.engine.reset_prefix_cache()
 
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights, in place, as in a loop of reinforcement learning; what is cached of the old is forgotten.
+        """Replace weights in place, as in reinforcement learning, and drop everything cached under the old ones.
 
-        tensors: by the names of Hugging Face checkpoints, of any device and floating dtype: all of them, or some (of a
-        model quantized by AWQ or SmoothQuant all, since scales have moved between its weights). A dict is checked as a
-        whole before anything is written, an iterator tensor by tensor. Quantized layers are quantized anew; what shares
-        memory with a model of transformers changes there too. Captured steps stay, but for bf12, and unfinished
-        requests go on with the new weights.
-        Raises ValueError for names, shapes and dtypes that are not the model's (layers.update.update_weights),
-        RuntimeError where another LLM runs the model.
+        tensors: by the names of Hugging Face checkpoints, on any device, of any floating dtype: all of them, or some (a
+        model quantized by AWQ or SmoothQuant needs all, since scales have moved between its weights). A dict is checked
+        as a whole before anything is written, an iterator tensor by tensor. Quantized layers are quantized again; a
+        transformers model that shares the memory changes too. Captured steps are kept, except for bf12, and unfinished
+        requests continue with the new weights.
+        Raises ValueError for names, shapes and dtypes other than the model's (layers.update.update_weights),
+        RuntimeError if another LLM runs the model.
         """
         self.engine.update_weights(tensors)
 
     def close(self) -> None:
-        """Free the model and the KV cache. An AsyncEngine of this LLM is shut down first. May be called twice."""
+        """Free the model and the KV cache; shuts down an AsyncEngine of this LLM first. May be called twice."""
         self._handle.close()
 
     def __enter__(self) -> LLM:

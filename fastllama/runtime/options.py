@@ -1,4 +1,4 @@
-"""The runtime's options, checked as far as they can be without a model."""
+"""Options of the engine, checked as far as possible without a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from fastllama.errors import check_choice
 from fastllama.runtime.values import flag, integer
 
-KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages; None is the model's
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the pages; None is the model's dtype
 _LEAST = {
     "max_model_len": 2,  # a prompt of one token and its answer
     "kv_cache_tokens": 2,
@@ -23,14 +23,13 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of the runtime, checked as far as they can be without the model.
+    """Options of the engine, checked as far as possible without a model.
 
     None is an option's default, or chosen by memory.sizes. A number may be NumPy's or a 0-d tensor.
     kv_cache_tokens and host_cache_tokens are rounded up to whole pages. kv_cache_dtype: one of KV_DTYPES.
-    seed: of the draws of requests that bring none; None takes one of the system's.
-    deterministic: a request's logits do not depend on what else runs. num_draft_tokens: drafts behind a
-    sequence's last token in one step, if something proposes them: 7 at most, for attention is proven for 8 tokens of a
-    sequence at once.
+    seed: seeds the random seeds of requests without one; None takes it from the system.
+    deterministic: logits are batch-invariant. num_draft_tokens: draft tokens of a sequence in one step, if speculation
+    is on; at most 7, since attention is verified for up to 8 tokens of a sequence at once.
     """
 
     max_model_len: int | None = None

@@ -1,4 +1,4 @@
-"""What a request gives back: texts, tokens, log-probabilities and timings. Values only."""
+"""Results of a request: texts, tokens, log-probabilities and timings, as immutable values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 class TokenLogprob:
     """Natural-log probability of a token, as SamplingParams.logprobs defines it.
 
-    top: the likeliest (token id, log-probability) in its place, best first.
-    rank: 1 for the likeliest token, else one more than the number of likelier ones; None where it was not computed.
-    text: the token's own text, U+FFFD for each part of a character, special tokens spelled; None without a tokenizer.
+    top: the likeliest (token id, log-probability) at its position, best first.
+    rank: 1 for the likeliest token, else one more than the number of likelier ones; None if not computed.
+    text: the token's own text, U+FFFD for each part of a character, special tokens spelled out; None without a
+    tokenizer.
     """
 
     token_id: int
@@ -29,11 +30,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample of a prompt, finished when `finish_reason` is set.
+    """One sample of a prompt; finished when `finish_reason` is set.
 
-    text: without the stop string that ended it, unless include_stop_str_in_output.  stop_reason: that string, or the
-    stop token id, or what the error was.
-    logprobs: one entry per generated token; None where none were asked for.
+    text: without the stop string that ended it, unless include_stop_str_in_output. stop_reason: the stop string, the
+    stop token id, or the error.
+    logprobs: one entry per generated token; None if none were requested.
     """
 
     index: int
@@ -45,15 +46,15 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Log-probability of these tokens in a row, the sum of theirs; None where none were asked for."""
+        """Log-probability of the whole sequence of tokens, the sum of theirs; None if none were requested."""
         return None if self.logprobs is None else math.fsum(each.logprob for each in self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times in seconds on one monotonic clock, None until they come; token counts summed over the samples.
+    """Times in seconds on one monotonic clock, None until they occur; token counts summed over the samples.
 
-    first_scheduled_time: when its prompt was first given a place in a step: until then it was queued.
+    first_scheduled_time: when its prompt was first admitted to a step; before, it was queued.
     """
 
     arrival_time: float
@@ -63,17 +64,17 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
     num_generated_tokens: int = 0
-    num_draft_tokens: int = 0  # verified
-    num_accepted_tokens: int = 0  # of them: generated tokens beyond one for each step
+    num_draft_tokens: int = 0  # draft tokens verified
+    num_accepted_tokens: int = 0  # draft tokens accepted: generated tokens beyond one per step
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A request and its samples so far, in order of their index.
 
-    prompt: None where token ids were given.
-    prompt_logprobs: one entry per prompt token, None for the first; None where none were asked for.
-    seed: of its draws, the one that SamplingParams gave or that was chosen where it gave none.
+    prompt: None if token ids were given.
+    prompt_logprobs: one entry per prompt token, None for the first; None if none were requested.
+    seed: the one used for sampling, from SamplingParams or chosen.
     """
 
     request_id: str
@@ -86,7 +87,7 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether every sample is."""
+        """Whether every sample has finished."""
         return all(output.finish_reason is not None for output in self.outputs)
 
 
@@ -94,8 +95,9 @@ class RequestOutput:
 class ScoreOutput:
     """Log-probabilities of a prompt's own tokens, each given those before it.
 
-    prompt: None where token ids were given. start: position of the first token scored.
-    logprobs: one entry for each of prompt_token_ids[start:]; none where the request failed, and their figures are NaN.
+    prompt: None if token ids were given. start: position of the first scored token.
+    logprobs: one entry for each of prompt_token_ids[start:]; empty if the request failed, and the figures below are
+    NaN.
     metrics: its num_prompt_tokens counts the tokens fed, one less than prompt_token_ids has.
     """
 
@@ -108,12 +110,12 @@ class ScoreOutput:
 
     @property
     def cumulative_logprob(self) -> float:
-        """Natural log-probability of the scored tokens in a row, the sum of theirs."""
+        """Natural log-probability of all scored tokens together, the sum of theirs."""
         return math.fsum(each.logprob for each in self.logprobs) if self.logprobs else math.nan
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each scored token is the likeliest after those before it, or one of several that are as likely."""
+        """Whether each scored token is the likeliest after those before it, ties included."""
         return bool(self.logprobs) and all(each.rank == 1 for each in self.logprobs)
 
     @property
@@ -126,9 +128,9 @@ class ScoreOutput:
 class RequestDelta:
     """What a request gained since its last delta.
 
-    outputs: the samples that gained something, in order of their index: text, token_ids and logprobs hold the gain,
-    and the last that there is of a sample has its finish_reason and stop_reason.
-    prompt_logprobs: as in RequestOutput, in one delta, with the first token.
+    outputs: the samples that gained something, by index; text, token_ids and logprobs contain only what is new. The
+    last one of a sample has its finish_reason and stop_reason.
+    prompt_logprobs: as in RequestOutput, in the delta with the first token.
     metrics: of the whole request, in its last delta; None before.
     """
 
@@ -138,5 +140,5 @@ class RequestDelta:
 
     @property
     def finished(self) -> bool:
-        """Whether this is the last one."""
+        """Whether this is the last delta."""
         return self.metrics is not None

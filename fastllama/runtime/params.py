@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn and where they end."""
+"""The sampling and stopping parameters of a request."""
 
 from __future__ import annotations
 
@@ -43,35 +43,36 @@ _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling and stopping of one request. None is a field's default, but for max_tokens.
+    """The sampling and stopping parameters of one request. None selects a field's default, except for max_tokens.
 
-    n: samples of one prompt.
-    max_tokens: generated tokens of each sample; None is to the end of the context.
-    min_tokens: generated tokens before which neither EOS nor a stop token can be sampled, nor a stop string ends.
+    n: number of samples of the prompt.
+    max_tokens: most generated tokens of each sample; None generates to the end of the context.
+    min_tokens: before this many generated tokens, neither EOS nor a stop token is sampled, and no stop string ends a
+    sample.
     temperature: divides the logits; 0 takes the likeliest token.
-    top_k: how many of the likeliest tokens may be drawn; 0 and -1 are all.
-    top_p: probability mass of the likeliest tokens that may be drawn (nucleus sampling, Holtzman et al. 2020).
-    min_p: least probability, relative to the likeliest token's, that may be drawn (Nguyen et al. 2024).
+    top_k: samples only from this many likeliest tokens; 0 and -1 keep all.
+    top_p: samples only from the likeliest tokens of this probability mass (nucleus sampling, Holtzman et al. 2020).
+    min_p: least probability, relative to the likeliest token's, that can be sampled (Nguyen et al. 2024).
     repetition_penalty: divides positive, multiplies negative logits of seen tokens (Keskar et al. 2019); 1 is off.
     presence_penalty, frequency_penalty: subtracted from a generated token's logit once, or once per occurrence.
     logit_bias: token id -> number added to its logit; -inf bans the token.
-    allowed_token_ids: the only tokens that may be sampled; None is all.
-    bad_words: strings that are not generated as the tokens which they encode to, with and without a space in front.
+    allowed_token_ids: the only tokens that can be sampled; None allows all.
+    bad_words: strings whose token sequences are not generated, with and without a leading space.
     logits_processors: callables (generated token ids: list[int], logits: Tensor [V] fp32) -> Tensor [V], called in
-    turn for each token, a second time only where a step is run again for a neighbour's fault. They need each token on
-    the host before the next: such requests leave the captured step, do not run ahead, and get no drafts.
-    seed: makes the draws of this request reproducible: bit for bit in any company only with LLM(deterministic=True).
-    Two requests of one seed and one prompt draw the same. None: one that RequestOutput.seed reports.
+    order once per token, and again only where a step is rerun because another request failed. They need each token on
+    the host before the next step, so such requests use no CUDA graph, no step launched ahead and no draft tokens.
+    seed: makes the request's samples reproducible; bit-identical in any batch only with LLM(deterministic=True).
+    Requests of the same seed and prompt sample the same tokens. None: chosen, and reported by RequestOutput.seed.
     stop: strings that end a sample and are cut from its text, unless include_stop_str_in_output.
-    stop_token_ids: tokens that end a sample, as EOS does unless ignore_eos. They show no text.
+    stop_token_ids: tokens that end a sample, as EOS does unless ignore_eos. They are left out of the text.
     logprobs, prompt_logprobs: how many of the likeliest tokens to report beside the actual one; None reports nothing.
     Log-probabilities are the model's own, before temperature, penalties, biases and bans.
-    truncate_prompt_tokens: keeps so many tokens of the prompt's end; -1 as many as leave room in max_model_len for
-    max_tokens, or for one token where that is None. None keeps all.
+    truncate_prompt_tokens: keeps this many tokens of the prompt's end; -1 keeps as many as leave room in max_model_len
+    for max_tokens, or for one token where that is None. None keeps all.
 
-    A number may be NumPy's or a 0-d tensor, a sequence of token ids an array or a tensor. temperature, top_p and min_p
-    beyond fp32 are the nearest number that it holds; nothing else is rounded to another magnitude. Wrong types and
-    unknown names raise TypeError, illegal values ValueError.
+    Numbers may be NumPy scalars or 0-d tensors, and sequences of token ids arrays or tensors. temperature, top_p and
+    min_p are clamped to fp32's range; no other value is changed. Raises TypeError for wrong types and unknown names,
+    ValueError for illegal values.
     """
 
     n: int = 1
@@ -99,7 +100,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __new__(cls, *_: Any, **options: Any) -> SamplingParams:
-        """Refuses unknown names with a hint, where __init__ would have Python's bare TypeError."""
+        """Rejects unknown names with a hint; __init__ would raise Python's bare TypeError."""
         legal = cls.__dataclass_fields__
         if not options.keys() <= legal.keys():
             reject_unknown(cls.__name__, (name for name in options if name not in legal), legal, peer_hint)
@@ -126,7 +127,7 @@ class SamplingParams:
             raise ValueError("truncate_prompt_tokens is 0; legal: -1, or at least 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; legal: at most max_tokens, {brief(self.max_tokens)}")
-        # Own copies: a caller who later changes his list or dict must not change a running request.
+        # Copies, so that a caller's later change of a list or dict does not change a running request.
         put("stop", values.strings("stop", self.stop))
         put("bad_words", values.strings("bad_words", self.bad_words))
         put("stop_token_ids", values.token_ids("stop_token_ids", self.stop_token_ids))
@@ -140,10 +141,10 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """From named options as JSON writes them: null is a field's default, logit_bias may have keys such as "7".
+        """Makes parameters from JSON options: null selects a field's default, logit_bias may have keys such as "7".
 
-        logprobs may be true or false, as in OpenAI's chat API, with their number in top_logprobs.
-        An unknown name raises TypeError with its name here, if there is one, and the legal ones.
+        logprobs may be true or false, as in OpenAI's chat API, with their number in top_logprobs. An unknown name
+        raises TypeError, which names the equivalent here, if there is one, and the legal names.
         """
         if not isinstance(options, Mapping):
             raise TypeError(f"options is {brief(options)}; legal: a mapping of SamplingParams' fields to their values")
@@ -168,7 +169,7 @@ class SamplingParams:
 
     @functools.cached_property
     def in_fp32(self) -> tuple[float, float, float]:
-        """temperature, top_p and min_p as a device takes them: what is beyond fp32 is the nearest number within."""
+        """temperature, top_p and min_p as the device takes them, clamped to the range of fp32."""
         return within_fp32(self.temperature), within_fp32(self.top_p), within_fp32(self.min_p)
 
     @functools.cached_property
@@ -178,18 +179,18 @@ class SamplingParams:
 
     @functools.cached_property
     def largest_ids(self) -> dict[str, int]:
-        """Of each field that names token ids, if it names any, the largest."""
+        """The largest token id in each field that contains token ids; empty fields are left out."""
         return {name: max(ids) for name in _WITH_IDS if (ids := getattr(self, name))}
 
     def changed(self, **fields: Any) -> SamplingParams:
-        """A copy with other values in some fields, each as the constructor holds it: they are not checked.
+        """Returns a copy with other values in some fields, unchecked: each must be as the constructor stores it.
 
-        It shares the large fields, and what was computed of them.
+        The copy shares large fields and the values cached from them.
         """
         changed = copy.copy(self)
         held = vars(changed)
         for name in [name for name in held if name not in self.__dataclass_fields__]:
-            del held[name]  # what was computed of the old values
+            del held[name]  # cached from the old values
         if "allowed_token_ids" not in fields:
             held["allowed"] = self.allowed
         if fields.keys().isdisjoint(_WITH_IDS):
@@ -199,21 +200,21 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether draws depend on the tokens before them beyond the model's logits."""
+        """Whether the logits depend on earlier tokens through a penalty."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @functools.cached_property
     def adjusts(self) -> bool:
-        """Whether logits are changed by penalties, biases or bans before they are sampled from."""
+        """Whether penalties, biases or bans change the logits before sampling."""
         bans = self.allowed_token_ids is not None or self.min_tokens > 0 or bool(self.bad_words)
         return self.penalizes or bool(self.logit_bias) or bans
 
     @property
     def host_bound(self) -> bool:
-        """Whether sampling a token needs those before it on the host: logits processors and bad words read them."""
+        """Whether sampling needs the earlier tokens on the host: logits processors and bad words read them."""
         return bool(self.logits_processors or self.bad_words)
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         return self.temperature == 0

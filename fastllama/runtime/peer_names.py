@@ -1,4 +1,4 @@
-"""What options of vLLM, transformers, OpenAI's API and llama.cpp are called here; what to do where there is none."""
+"""Equivalents here of options of vLLM, transformers, OpenAI's API and llama.cpp, for error hints."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ _PLACES = {
     "LLM.start": {},
     "AsyncEngine.add_request": _ADD_REQUEST,
 }
-# Names of ours that no other program calls otherwise, so that they stand in none of those tables.
+# Our names that no other program uses for an option, so that they are in none of those tables.
 _OURS = {
     "LLM": "host_cache_tokens max_num_batched_tokens deterministic tokenizer",
     "SamplingParams": "top_k top_p min_p ignore_eos skip_special_tokens",
@@ -157,7 +157,7 @@ _SENTENCES = {
         "tensor_parallel_size pipeline_parallel_size data_parallel_size tp_size distributed_executor_backend "
         "tp dp_size num_shard sharded tensor_split main_gpu split_mode max_memory enable_expert_parallel"
     ),
-    "weights lie on one device as a whole; quantization makes them smaller": "cpu_offload_gb",
+    "all weights are on one device; quantization makes them smaller": "cpu_offload_gb",
     _ATTENTION: "attn_implementation attention_backend flash_attn use_flash_attention_2 offload_kqv",
     "keys and values are always cached": "use_cache",
     _GRAPHS: (
@@ -165,14 +165,14 @@ _SENTENCES = {
         "cuda_graph_max_bs enable_torch_compile"
     ),
     _PREFIXES: "enable_prefix_caching disable_radix_cache cache_prompt",
-    "long prompts are always read in chunks of max_num_batched_tokens": "enable_chunked_prefill",
-    "no code of a checkpoint is ever run": "trust_remote_code",
+    "long prompts are always computed in chunks of max_num_batched_tokens": "enable_chunked_prefill",
+    "no code from a checkpoint is ever run": "trust_remote_code",
     "an adapter is merged into the weights by LLM(adapter=...)": (
         "enable_lora lora_request adapter_id max_loras max_lora_rank lora"
     ),
-    'the logger "fastllama" says what is chosen': "disable_log_stats",
+    'the logger "fastllama" reports what is chosen': "disable_log_stats",
     "temperature=0 takes the likeliest token, above 0 samples": "do_sample",
-    "texts are made wherever there is a tokenizer": "detokenize",
+    "texts are decoded whenever there is a tokenizer": "detokenize",
     "special tokens are shown without spaces between, or not: skip_special_tokens": "spaces_between_special_tokens",
     "pass the ids in place of the text, as the prompt": "prompt_token_ids",
     "n samples are returned, and cumulative_logprob ranks them": "best_of",
@@ -224,14 +224,14 @@ _SENTENCES = {
     "a revision is part of the name of a model of the Hub: owner/name@revision": (
         "revision code_revision tokenizer_revision"
     ),
-    "files of the Hub lie where HF_HOME says": "download_dir cache_dir",
-    "HF_HUB_OFFLINE=1 keeps off the Hub": "local_files_only",
+    "Hub files are stored in the folder that HF_HOME names": "download_dir cache_dir",
+    "HF_HUB_OFFLINE=1 disables downloads from the Hub": "local_files_only",
     "HF_TOKEN, or the Hub's own login, is used": "hf_token use_auth_token",
-    "the format of a checkpoint is seen from its files": "load_format use_safetensors config_format",
-    "the checkpoint's generation_config.json gives LLM.default_params; a request brings SamplingParams": (
+    "the format of a checkpoint is detected from its files": "load_format use_safetensors config_format",
+    "the checkpoint's generation_config.json gives LLM.default_params; a request has SamplingParams": (
         "generation_config override_generation_config use_model_defaults"
     ),
-    "prompts are not padded: give the ids alone": "attention_mask pad_token_id padding",
+    "prompts are not padded: pass the ids alone": "attention_mask pad_token_id padding",
     "text from a chat template with more goes to LLM.generate with add_special_tokens=False": (
         "add_generation_prompt chat_template_kwargs tools tool_choice"
     ),
@@ -241,20 +241,20 @@ _ABSENT = {word: sentence for sentence, words in _SENTENCES.items() for word in 
 
 
 def names_here(word: str) -> list[str]:
-    """What an option of another program is called here, once for each place that has it."""
+    """Returns our names for another program's option, one for each API that has it."""
     return [names[word] for names in _PLACES.values() if word in names]
 
 
 def instead(word: str) -> str | None:
-    """A sentence about an option of another program that has no counterpart here; None for any other word."""
+    """Returns a sentence about another program's option that has no counterpart here; None for other words."""
     return _ABSENT.get(word)
 
 
 def peer_hint(word: str, legal: Collection[str]) -> str | None:
-    """What to say about an unknown option where `legal` are known, as `errors.reject_unknown` asks for it.
+    """Returns a hint for an unknown option where `legal` are known, as used by `errors.reject_unknown`.
 
-    The name that another program's option has here, a sentence where it has none, whose option it is, if it is one in
-    another place, or the most similar legal name.
+    The hint is our name of another program's option, a sentence if there is none, the API that has the option, or the
+    most similar legal name.
     """
     for ours in names_here(word):
         if ours in legal:

@@ -1,4 +1,4 @@
-"""What a prompt may be: text, token ids in any container, or the messages of a chat; and the token ids of it."""
+"""Converts prompts to token ids: text, token ids in any container, or the messages of a chat."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastllama.runtime.params import MAX_LOGPROBS, SamplingParams
 from fastllama.runtime.planning.sequence import Scoring
 from fastllama.runtime.values import integer
 
-# A text, token ids (a sequence, a NumPy array or a tensor of one dimension), {"prompt": text},
-# {"prompt_token_ids": ids}, or messages.
+# A text, token ids (a sequence, a NumPy array or a one-dimensional tensor), {"prompt": text}, {"prompt_token_ids":
+# ids}, or messages.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Any"
-_BYTES = (bytes, bytearray, memoryview)  # of a text or of numbers: nobody says
+_BYTES = (bytes, bytearray, memoryview)  # ambiguous: text or numbers
 _LEGAL = "a text, token ids, or the messages of a chat"
 
 
 class Prepared(NamedTuple):
-    """A prompt that is ready to be queued, and the parameters that it runs with; text: None where ids were given.
+    """An encoded prompt and its sampling parameters. text: None if token ids were given.
 
-    continues_text: whether the answer goes on with the prompt's text, or is a text of its own.
-    scoring: of a prompt that is scored, whose last token is there and not in token_ids.
+    continues_text: whether the answer continues the prompt's text, or is a text of its own.
+    scoring: set if the prompt is scored; its last token is in there, not in token_ids.
     """
 
     token_ids: tuple[int, ...]
@@ -37,9 +37,9 @@ class Prepared(NamedTuple):
 
 
 class PromptEncoder:
-    """Turns prompts into token ids, as a checkpoint's tokenizer and chat format do. Any thread may use it.
+    """Encodes prompts with a checkpoint's tokenizer and chat format. Thread-safe.
 
-    choice: of `chat_format`. name: what the user calls the model. max_model_len: tokens of prompt and answer.
+    choice: the `chat_format` option. name: the user's name for the model. max_model_len: tokens of prompt and answer.
     """
 
     def __init__(
@@ -57,24 +57,24 @@ class PromptEncoder:
 
     @property
     def chat_format(self) -> ChatFormat:
-        """How conversations are asked, and what ends an answer. A guess is logged as a warning, once."""
+        """The chat format: how to encode conversations and end answers. If inferred, a warning is logged once."""
         if self._chat_format is None:
             self._chat_format = chat_format(self.needed_tokenizer(), choice=self._choice, model=self._name)
         return self._chat_format
 
     def needed_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises ValueError where there is none."""
+        """Returns the tokenizer. Raises ValueError if there is none."""
         if self.tokenizer is None:
-            raise ValueError("tokenizer is None and there is none with the model; legal for text: tokenizer=PATH")
+            raise ValueError("tokenizer is None and the model has none; legal for text: tokenizer=PATH")
         return self.tokenizer
 
     def encode(self, prompt: Prompt, *, tags: Tags = "refuse", add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt.
+        """Returns the token ids of a prompt.
 
-        tags: of messages, what to do with text that would pose as another role; see ChatFormat.encode.
-        add_special_tokens: False takes a text as the output of a chat template: special pieces in it ("<s>") become
-        their ids, and none is put around it.
-        Raises TypeError for what is no prompt, ValueError for text or messages without a tokenizer.
+        tags: for messages, what to do with text that imitates another role; see ChatFormat.encode.
+        add_special_tokens: False takes a text as the output of a chat template: special tokens in it ("<s>") become
+        their ids, and none are added.
+        Raises TypeError for illegal prompts, ValueError for text or messages without a tokenizer.
         """
         prompt = _unwrapped(prompt)
         if isinstance(prompt, str):
@@ -92,10 +92,10 @@ class PromptEncoder:
         add_special_tokens: bool = True,
         continues_text: bool | None = None,
     ) -> Prepared:
-        """What `encode` gives, truncated as `params` ask; those of a chat end where its format's answers do.
+        """Encodes a prompt, truncated as `params` require, and adds the chat format's stop conditions for messages.
 
-        continues_text: None is False for messages, whose answer is a text of its own, and True for all else.
-        Raises what `encode` raises, and ValueError for a text that is too long to be worth reading.
+        continues_text: None is False for messages, whose answer is a text of its own, and True otherwise.
+        Raises what `encode` raises, and ValueError for a text too long to be tokenized.
         """
         self.check_length(prompt, params)
         ids, prompt = self.encode(prompt, tags=tags, add_special_tokens=add_special_tokens), _unwrapped(prompt)
@@ -116,9 +116,9 @@ class PromptEncoder:
         tags: Tags = "refuse",
         add_special_tokens: bool = True,
     ) -> Prepared:
-        """A prompt whose tokens are scored from position `start` on; see LLM.score.
+        """Prepares a prompt whose tokens are scored from position `start` on; see LLM.score.
 
-        Raises what `encode` raises, and ValueError for a `start` that leaves no token, or no token before.
+        Raises what `encode` raises, and ValueError if `start` leaves no token to score, or no token before it.
         """
         if on_logits is not None and not callable(on_logits):
             raise TypeError(f"on_logits is {brief(on_logits)}; legal: a callable, or None")
@@ -127,7 +127,9 @@ class PromptEncoder:
         if not all(map(_is_integer, ids)):
             raise TypeError(f"prompt is {brief(prompt)}; legal: a text, token ids, or the messages of a chat")
         if len(ids) < 2:
-            raise ValueError(f"the prompt has {counted(len(ids), 'token')}; legal: at least 2, for the first is given")
+            raise ValueError(
+                f"the prompt has {counted(len(ids), 'token')}; legal: at least 2, as the first is not scored"
+            )
         start = integer("start", start, 1, len(ids) - 1)
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=integer("top_logprobs", top_logprobs, 0, MAX_LOGPROBS), seed=0
@@ -136,7 +138,7 @@ class PromptEncoder:
         return Prepared(tuple(ids[:-1]), params, given if isinstance(given, str) else None, scoring=scoring)
 
     def check_length(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
-        """Raises ValueError for a text that cannot fit, however it is divided into tokens; reads none of it.
+        """Raises ValueError for a text that cannot fit in any tokenization, by its length alone.
 
         params: None for a prompt that is scored.
         """
@@ -156,17 +158,17 @@ class PromptEncoder:
         if not add_special_tokens:
             return tokenizer.encode_template(text)
         ids = tokenizer.encode(text)
-        if not ids and tokenizer.bos_token_id is not None:  # nothing to go on from, as in transformers' generate
+        if not ids and tokenizer.bos_token_id is not None:  # no token to start from; as in transformers' generate
             return [tokenizer.bos_token_id]
         return ids
 
     def _kept(self, params: SamplingParams) -> int | None:
-        """How many of a prompt's last tokens are kept; None for all."""
+        """Number of tokens that truncation keeps of a prompt's end; None keeps all."""
         kept = params.truncate_prompt_tokens
         return kept if kept != -1 else max(1, self._max_model_len - (params.max_tokens or 1))
 
     def ending_answers(self, params: SamplingParams, messages: Sequence[Message]) -> SamplingParams:
-        """Parameters that end the answer to messages where the chat format does, too."""
+        """Returns the parameters with the chat format's stop strings and tokens for an answer to these messages."""
         chat = self.chat_format
         ids = [] if params.ignore_eos else [i for i in chat.stop_token_ids if i not in self._config.eos_token_ids]
         stop, stop_token_ids = (*params.stop, *chat.stop_after(messages)), (*params.stop_token_ids, *ids)
@@ -174,22 +176,22 @@ class PromptEncoder:
 
 
 def continues_message(content: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether the text that answers these ids goes on with a last message of the assistant, whose content it is.
+    """Whether the text generated after these ids continues the last assistant message, whose content is given.
 
-    Not behind blanks at the end of it that the chat format has left out: the space that the answer begins with would
-    double them. Nor where the content is blank: nothing is continued then.
+    Not if the chat format has dropped blanks at its end, since the answer's leading space would double them; and not if
+    it is blank, since then nothing is continued.
     """
     blanks = content[len(content.rstrip()) :]
     return blanks != content and (not blanks or tokenizer.decode(token_ids).endswith(blanks))
 
 
 def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is messages."""
+    """Whether a prompt is a list of messages."""
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def length_of(prompt: Prompt) -> int:
-    """Characters of a text or of a chat's contents, or token ids; 0 where the prompt says none."""
+    """Length of a prompt: characters of a text or of a chat's contents, or token ids; 0 if unknown."""
     prompt = _unwrapped(prompt)
     if is_chat(prompt):
         return sum(len(str(message.get("content", ""))) for message in prompt if isinstance(message, Mapping))
@@ -197,7 +199,7 @@ def length_of(prompt: Prompt) -> int:
 
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """The prompts that one argument gives: one, or several in any iterable. Raises TypeError for anything else."""
+    """Returns the prompts in an argument: one, or several in any iterable. Raises TypeError for anything else."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if hasattr(prompts, "tolist") and not isinstance(prompts, _BYTES):  # an array or a tensor
@@ -212,18 +214,18 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 
 def token_ids(values: Any) -> list[int]:
-    """Token ids in any container, as Python's integers. Raises TypeError for what holds none."""
+    """Returns token ids in any container as Python integers. Raises TypeError for other values."""
     if hasattr(values, "tolist") and not isinstance(values, _BYTES):
         values = values.tolist()
     if isinstance(values, Iterable) and not isinstance(values, (str, *_BYTES, Mapping)):
         ids = list(values)
-        # What is no integer stays, for the check of the request to name its place.
+        # Non-integers stay, so that the check of the request can report their position.
         return list(map(operator.index, ids)) if all(map(_is_integer, ids)) else ids
     raise TypeError(f"prompt is {brief(values)}; legal: {_LEGAL}")
 
 
 def _unwrapped(prompt: Prompt) -> Prompt:
-    """The prompt in a mapping of one entry, as vLLM's TextPrompt and TokensPrompt are."""
+    """Returns the prompt in a mapping of one entry, as vLLM's TextPrompt and TokensPrompt are."""
     if not isinstance(prompt, Mapping):
         return prompt
     if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
@@ -238,7 +240,7 @@ def _unwrapped(prompt: Prompt) -> Prompt:
 
 
 def _is_integer(value: Any) -> bool:
-    """Whether a value is an integer, of Python, NumPy or a tensor without dimensions; True is none."""
+    """Whether a value is an integer of Python or NumPy, or a 0-d integer tensor; booleans are not."""
     if type(value) is int:
         return True
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0) > 0:

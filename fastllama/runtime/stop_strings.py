@@ -1,4 +1,4 @@
-"""Where a growing text reaches one of its stop strings, in time that does not depend on how many there are."""
+"""Incremental search for stop strings in generated text, in time independent of how many there are."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.params import SamplingParams
 
-_FIRST_MARK = 0x100000  # of a private plane of Unicode: stands for a special token where stop strings are sought
-_END = ""  # the key, in a node of a trie, of the string that ends there; all others are letters
-Trie = dict[str, Any]  # letter -> Trie
+_FIRST_MARK = 0x100000  # in a Unicode private-use plane: replaces a special token during the search
+_END = ""  # the key, in a trie node, of the string that ends there; all others are characters
+Trie = dict[str, Any]  # character -> Trie
 
 
 def trie_of(strings: Iterable[str]) -> Trie:
-    """The strings by their letters."""
+    """Builds a trie of the strings, keyed by character."""
     root: Trie = {}
     for string in strings:
         node = root
@@ -26,20 +26,20 @@ def trie_of(strings: Iterable[str]) -> Trie:
 
 
 class StopStrings:
-    """The stop strings of a request, as they are sought in its text.
+    """The stop strings of a request, prepared for the search.
 
-    A special token ends a text too where a stop string spells it ("<|im_end|>"), although it shows none: there it is
-    marked by one private character, which `shown` takes out again.
+    A special token stops a request whose stop string spells it ("<|im_end|>"), even though its text is hidden: the
+    search sees it as one private-use character, which `shown` removes again.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         special = sorted(tokenizer.special_ids) if params.stop and params.skip_special_tokens else []
         spelled = {i: tokenizer.token_bytes(i, skip_special_tokens=False).decode("utf-8", "replace") for i in special}
-        joined = "\n".join(params.stop)  # one quick look, for most special tokens are in none
+        joined = "\n".join(params.stop)  # one quick test: most special tokens occur in no stop string
         spelled = {i: text for i, text in spelled.items() if text and text in joined}
         spelled = {i: text for i, text in spelled.items() if any(text in stop for stop in params.stop)}
         self.marks = {i: chr(_FIRST_MARK + n) for n, i in enumerate(spelled)}  # by token id
-        self.given = {stop: stop for stop in params.stop}  # by how it is sought
+        self.given = {stop: stop for stop in params.stop}  # by the string that is searched for
         longest_first = sorted(spelled, key=lambda i: -len(spelled[i]))
         for stop in params.stop:
             marked = stop
@@ -50,7 +50,7 @@ class StopStrings:
         self._no_marks = dict.fromkeys(map(ord, self.marks.values()))
 
     def shown(self, text: str) -> str:
-        """The text without marks."""
+        """Returns the text without marks."""
         return text.translate(self._no_marks) if self.marks else text
 
 
@@ -58,7 +58,7 @@ _KNOWN: WeakKeyDictionary[Tokenizer, WeakValueDictionary[tuple[Any, ...], StopSt
 
 
 def stop_strings(tokenizer: Tokenizer, params: SamplingParams) -> StopStrings:
-    """The stop strings of a request, shared by all that have the same: of 2000 strings they take 8 MB."""
+    """Returns the stop strings of a request, shared by requests with the same ones: 2000 strings take 8 MB."""
     known = _KNOWN.setdefault(tokenizer, WeakValueDictionary())
     key = params.stop, params.skip_special_tokens
     found = known.get(key)
@@ -68,27 +68,27 @@ def stop_strings(tokenizer: Tokenizer, params: SamplingParams) -> StopStrings:
 
 
 class StopSearch:
-    """The search for stop strings in one text, of which it holds the end that may begin one.
+    """Searches one growing text for stop strings; holds back its end while that may be the start of one.
 
-    before: text ahead of all that is pushed, to be searched with the first of it.
+    before: text that precedes everything pushed, searched together with the first push.
     """
 
     def __init__(self, stops: StopStrings, before: str = "") -> None:
         self.stops = stops
         self._before = before
         self._held = ""
-        self._begun: list[tuple[int, Trie]] = []  # where in `_held` a stop string may begin, and how far it has come
+        self._begun: list[tuple[int, Trie]] = []  # start in `_held` of each candidate, and its trie node
 
     @property
     def held(self) -> str:
-        """The text that was not released."""
+        """The text held back so far."""
         return self.stops.shown(self._before + self._held)
 
     def push(self, text: str, *, may_stop: bool) -> tuple[str, str | None]:
-        """Add text: what is certain to come before any stop string, and the one that is reached first, as it was given.
+        """Adds text; returns the text now released and the completed stop string as the caller gave it, or None.
 
-        The first is the first to be complete, the longest of those: how the text is divided does not matter.
-        may_stop: False goes on behind those that this text completes.
+        The stop string completed first wins, the longest where several are; how the text is divided does not matter.
+        may_stop: False ignores stop strings that this text completes.
         """
         text, self._before = self._before + text, ""
         held = self._held + text

@@ -1,6 +1,6 @@
-"""Values that a caller gives, checked and as Python's own; a number may be NumPy's or a tensor without dimensions.
+"""Checks and conversions of argument values to Python types; numbers may be NumPy scalars or 0-d tensors.
 
-Each raises TypeError or ValueError in one sentence with the argument's name.
+Each function raises TypeError or ValueError in one sentence with the argument's name.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 LogitsProcessor = Callable[[list[int], "Tensor"], "Tensor"]
 INT64_LARGEST = 2**63 - 1
-_MOST_BITS = 10_000  # Python writes no more than 4300 digits, so that messages further on could not name the number
+_MOST_BITS = 10_000  # Python prints at most 4300 digits, so that later messages could not show the number
 
 
 class TokenBiases(dict[int, float]):
-    """Token id -> number, which nobody changes any more."""
+    """Token id -> number, immutable."""
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("logit_bias of SamplingParams does not change; make new ones with dataclasses.replace")
+        raise TypeError("logit_bias of SamplingParams is immutable; make a copy with dataclasses.replace")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
     def __reduce__(self) -> tuple[type[TokenBiases], tuple[dict[int, float]]]:
-        return TokenBiases, (dict(self),)  # to copy and pickle, which would set item by item
+        return TokenBiases, (dict(self),)  # copy and pickle would set item by item
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar, 0-d array or 0-d tensor as Python's own value; what is none of them as it is."""
+    """Returns a NumPy scalar, 0-d array or 0-d tensor as a Python value; other values unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An integer within the limits; True is none."""
+    """Returns an integer within the limits; booleans are illegal."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {brief(value)} of type {type(value).__name__}")
@@ -52,7 +52,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def real(name: str, value: Any, low: float, high: float | None = None) -> float:
-    """A finite number within the limits."""
+    """Returns a finite number within the limits."""
     value = plain(value)
     check_range(name, value, low, high)
     if abs(value) > sys.float_info.max:
@@ -61,13 +61,13 @@ def real(name: str, value: Any, low: float, high: float | None = None) -> float:
 
 
 def check_fp32(name: str, value: float, low: float = -FP32_LARGEST) -> None:
-    """Raise ValueError for a number that is beyond fp32, or below `low`."""
+    """Raise ValueError for a number outside the range of fp32, or below `low`."""
     if not low <= value <= FP32_LARGEST:
-        raise ValueError(f"{name} is {value!r}; legal: {low:.7g} to {FP32_LARGEST:.7g}, what fp32 holds")
+        raise ValueError(f"{name} is {value!r}; legal: {low:.7g} to {FP32_LARGEST:.7g}, the range of fp32")
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and no number."""
+    """Returns a boolean; numbers are illegal."""
     value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {brief(value)}")
@@ -75,7 +75,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def strings(name: str, given: Any) -> tuple[str, ...]:
-    """One string or several, none of them empty."""
+    """Returns one or more strings as a tuple; empty strings are illegal."""
     given = plain(given)
     each = (given,) if isinstance(given, str) else _elements(name, given, "a string or strings")
     for string in each:
@@ -87,14 +87,14 @@ def strings(name: str, given: Any) -> tuple[str, ...]:
 
 
 def processors(name: str, given: Any) -> tuple[LogitsProcessor, ...]:
-    """Callables that can take generated ids and logits."""
+    """Returns callables that accept generated ids and logits."""
     each = _elements(name, given, "a sequence of callables")
     for one in each:
         if not callable(one):
             raise TypeError(f"{name} must be a sequence of callables, got {brief(one)} of type {type(one).__name__}")
         try:
             signature = inspect.signature(one)
-        except (TypeError, ValueError):  # of what is not written in Python
+        except (TypeError, ValueError):  # not written in Python
             continue
         try:
             signature.bind([], None)
@@ -107,16 +107,16 @@ def processors(name: str, given: Any) -> tuple[LogitsProcessor, ...]:
 
 
 def token_ids(name: str, given: Any) -> tuple[int, ...]:
-    """Token ids in any container, as far as they can be checked without a vocabulary."""
+    """Returns token ids in any container as a tuple, checked as far as possible without a vocabulary."""
     ids = _elements(name, given, "token ids")
     as_they_are = {int}.issuperset(map(type, ids)) and min(ids, default=0) >= 0 and max(ids, default=0) <= INT64_LARGEST
-    if as_they_are:  # known in milliseconds for a whole vocabulary
+    if as_they_are:  # takes milliseconds for a whole vocabulary
         return ids
     return tuple(integer(f"a token id in {name}", i, 0, INT64_LARGEST) for i in ids)
 
 
 def token_biases(name: str, biases: Any) -> TokenBiases:
-    """Token id -> what fp32 holds, or -inf."""
+    """Returns a mapping of token ids to numbers in the range of fp32, or -inf."""
     if isinstance(biases, TokenBiases):
         return biases
     if not isinstance(biases, Mapping):
@@ -126,7 +126,7 @@ def token_biases(name: str, biases: Any) -> TokenBiases:
 
 
 def token_id_of_key(key: Any) -> Any:
-    """A key of a JSON object as the integer that it spells; any other as it is."""
+    """Returns a key of a JSON object as the integer that it spells; any other key unchanged."""
     return int(key) if isinstance(key, str) and re.fullmatch("-?[0-9]{1,19}", key) else key
 
 
@@ -142,7 +142,7 @@ def _bias(name: str, token_id: int, given: Any) -> float:
 
 
 def _elements(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    if hasattr(values, "tolist"):  # arrays and tensors, whose elements would come one by one from the device
+    if hasattr(values, "tolist"):  # arrays and tensors: element by element, the copies from the device would be slow
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be {what}, got {brief(values)} of type {type(values).__name__}")

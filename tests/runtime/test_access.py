@@ -33,7 +33,7 @@ from tests.runtime.test_generation import Pieces
 PIECES = 2048  # of the bundled tokenizer
 TEXTS = ["Once upon a time", "The dog", "A little girl", "Tom and Sue"]
 SHORT = SamplingParams(temperature=3.0, seed=5, max_tokens=12)
-WITHIN = "this LLM runs a step, from which it is called; legal: calls between steps"
+WITHIN = "this LLM was called from within one of its steps; legal: calls between steps"
 
 
 def _generate(llm: LLM, text: str) -> str:

@@ -228,9 +228,9 @@ def test_each_fork_of_many_is_the_request_it_left() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, r"n is 2; legal: 1"),
-    ({"max_tokens": 3}, r"max_tokens is 3, of which 3 are there; legal: at least 4"),
-    ({"logprobs": 0}, r"logprobs is 0, and the request to fork has none to share; legal: None"),
-    ({"prompt_logprobs": 5}, r"prompt_logprobs is 5, and the request to fork has none to share; legal: None"),
+    ({"max_tokens": 3}, r"max_tokens is 3, and 3 are already generated; legal: at least 4"),
+    ({"logprobs": 0}, r"logprobs is 0, but the request to fork reports none; legal: None"),
+    ({"prompt_logprobs": 5}, r"prompt_logprobs is 5, but the request to fork reports none; legal: None"),
     ({"stop_token_ids": [97]}, r"a token id in stop_token_ids is 97; legal: 0 to 96"),
     ({"stop": "x"}, r"stop is \('x',\); legal without a tokenizer: no strings, only token ids"),
     (

@@ -242,7 +242,7 @@ def test_numbers_of_numpy_and_torch_are_held_as_pythons(kind: Any) -> None:
         ({"max_model_len": 513}, "max_model_len is 513; legal: 1 to 512"),
         (
             {"max_model_len": 100, "kv_cache_tokens": 99},
-            "max_model_len is 100 and the KV cache holds 99 tokens; legal: ",
+            "max_model_len is 100 and the KV cache has 99 tokens; legal: ",
         ),
         ({"dtype": "float32"}, "dtype is 'float32' beside a loaded model, which has its own; legal: 'auto'"),
         ({"device": "cpu"}, "device is 'cpu' beside a loaded model, which has its own; legal: 'auto'"),
@@ -267,7 +267,7 @@ def test_what_does_not_fit_the_model(options: dict[str, Any], message: str) -> N
         ([], [SHORT], ValueError, "params has 1 entries for 0 prompts"),
         ([1], {"max_tokens": 3}, TypeError, r"params is {'max_tokens': 3}; legal: SamplingParams, or a list of one"),
         ([[1]], [None], TypeError, r"params is \[None\]; legal: "),
-        ("Hello", SHORT, ValueError, "tokenizer is None and there is none with the model; legal for text: tokenizer="),
+        ("Hello", SHORT, ValueError, "tokenizer is None and the model has none; legal for text: tokenizer="),
         ([[1], "Hello"], SHORT, ValueError, "tokenizer is None"),
     ],
 )
@@ -297,7 +297,7 @@ def test_what_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (16, 2048)
         assert (llm.engine.pool.num_pages * 64, llm.max_model_len) == (256, sizes.max_model_len)
     chosen = "max_model_len 200, KV cache 256 tokens (0.00 GB), max_num_seqs 16, max_num_batched_tokens 2048"
-    warning = "max_model_len is 200, not the model's 512: the KV cache holds no more"
+    warning = "max_model_len is 200, not the model's 512: the KV cache has no room for more"
     assert [record.getMessage() for record in caplog.records] == [chosen, warning]
     monkeypatch.setattr(memory, "available_bytes", lambda device: 8 * 2**20)
     with running(ours(), kv_cache_tokens=None, max_num_seqs=20) as llm:

@@ -211,7 +211,7 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
-        ([5], {}, ValueError, "the prompt has 1 token; legal: at least 2, for the first is given"),
+        ([5], {}, ValueError, "the prompt has 1 token; legal: at least 2, as the first is not scored"),
         ([], {}, ValueError, "the prompt has 0 tokens; legal: at least 2"),
         ([5, 6, 7], {"start": 0}, ValueError, "start is 0; legal: 1 to 2"),
         ([5, 6, 7], {"start": 3}, ValueError, "start is 3; legal: 1 to 2"),

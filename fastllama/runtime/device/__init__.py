@@ -1,1 +1,1 @@
-"""One step on the device: inputs, forward pass, sampling, CUDA graphs, memory."""
+"""Execution of steps on the device: inputs, forward pass, sampling, CUDA graphs, memory."""

@@ -1,8 +1,8 @@
-"""What requests add to their logits, and counts of their tokens, in tables that kernels.adjust_logits reads.
+"""Tables of logit biases and token counts of the running requests, read by kernels.adjust_logits.
 
-A sequence with biases, bans or penalties has a row of each table. What it has seen is counted once, token by token, so
-that a step's cost does not grow with its context. A token that was drawn on the device, and that the host does not know
-yet, is given to the kernel beside the counts, so that the next step need not wait for it.
+A sequence with biases, bans or penalties has a row in each table. Its tokens are counted once, as they come, so that a
+step's cost does not grow with the context. A token sampled on the device and not yet on the host is passed to the
+kernel beside the counts, so that the next step need not wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastllama.runtime.params import SamplingParams
 from fastllama.runtime.planning.inputs import SamplingRow
 from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence
 
-DTYPES = {  # of a row's arguments
+DTYPES = {  # of the per-row arguments
     "starts": torch.int64,
     "ends": torch.int64,
     "slots": torch.int64,
@@ -29,14 +29,14 @@ DTYPES = {  # of a row's arguments
     "presence_penalty": torch.float32,
     "frequency_penalty": torch.float32,
 }
-BYTES = 8  # of a row, for each token of the vocabulary
-NONE = -1  # the slot of a row that is left as it is
-IN_PROMPT, GENERATED = 1, 2  # what an occurrence adds to a count
+BYTES = 8  # of a row, per token of the vocabulary
+NONE = -1  # slot of a row without adjustments
+IN_PROMPT, GENERATED = 1, 2  # added to a count for each occurrence
 
 
 @dataclass
 class _Slot:
-    """A sequence's place in the tables, how many of its tokens are counted, and whether its ends are banned there."""
+    """A sequence's row in the tables, its number of counted tokens, and whether its end tokens are banned there."""
 
     index: int
     num_counted: int
@@ -44,10 +44,10 @@ class _Slot:
 
 
 class Adjustments:
-    """The tables, for so many sequences at once; the oldest that a step does not want give way, and are counted anew.
+    """The tables for num_slots sequences; rows of the oldest that a step does not use are evicted, and rebuilt later.
 
-    eos_token_ids: which min_tokens bans, beside a request's own. They take 8 bytes for each sequence and token of the
-    vocabulary, from the first request that wants them on.
+    eos_token_ids: banned by min_tokens, with a request's own stop tokens. Allocated at the first request that needs
+    them: 8 bytes per sequence and token of the vocabulary.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: abc.Sequence[int], device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Adjustments:
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Biases [S, V] fp32 and counts [S, V] int32, whose memory never changes."""
+        """Biases [S, V] fp32 and counts [S, V] int32, at fixed addresses."""
         if self._tables is None:
             self._tables = (
                 torch.zeros(self._shape, dtype=torch.float32, device=self._device),
@@ -68,28 +68,28 @@ class Adjustments:
         return self._tables
 
     def forget(self, sequences: abc.Iterable[Sequence]) -> None:
-        """Sequences that have ended leave their rows to others."""
+        """Release the rows of sequences that have ended."""
         for seq in sequences:
             slot = self._slots.pop(seq, None)
             if slot is not None:
                 self._free.append(slot.index)
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Release all rows."""
         self.forget(list(self._slots))
 
     @torch.inference_mode()
     def follow(self, samples: abc.Sequence[SamplingRow]) -> bool:
-        """Bring the rows of these sequences up to date with the tokens that the host knows. False if none has one."""
-        wanted: dict[Sequence, int] = {}  # drafts behind it
+        """Update the rows of these sequences with the tokens on the host. Returns False if none needs a row."""
+        wanted: dict[Sequence, int] = {}  # number of drafts after it
         for sample in samples:
             if sample.seq.request.params.adjusts:
                 wanted[sample.seq] = max(wanted.get(sample.seq, 0), len(sample.ahead))
         if not wanted:
             return False
         biases, counts = (table.view(-1) for table in self.tables)
-        counted: list[int] = []  # places in the table of counts
-        changed: dict[int, float] = {}  # places in that of biases
+        counted: list[int] = []  # indices into the table of counts
+        changed: dict[int, float] = {}  # index into the table of biases -> value
         try:
             for seq, num_drafts in wanted.items():
                 slot = self._slots.get(seq) or self._begin(seq, wanted)
@@ -100,13 +100,13 @@ class Adjustments:
             if changed:
                 values = on_device(list(changed.values()), torch.float32, self._device)
                 biases.scatter_(0, self._on_device(list(changed)), values)
-        except BaseException:  # Ctrl-C, or no memory: what is in the rows is unknown, and they are begun anew
+        except BaseException:  # Ctrl-C or out of memory: the rows are undefined, and rebuilt
             self.forget(wanted)
             raise
         return True
 
     def banned(self, sample: SamplingRow) -> abc.Collection[int]:
-        """Tokens that must not be sampled there and that no table bans, for the host or a draft decides on them."""
+        """Returns the tokens banned for this sample beyond the tables, because host tokens or drafts decide."""
         seq, params = sample.seq, sample.seq.request.params
         found: set[int] = set()
         words = seq.request.bad_words
@@ -122,7 +122,7 @@ class Adjustments:
     def arguments(
         self, samples: abc.Sequence[SamplingRow], unknown: abc.Mapping[Sequence, int]
     ) -> dict[str, list[Any]]:
-        """Arguments of kernels.adjust_logits for each row; unknown: where `tokens` has those that the host lacks."""
+        """Arguments of kernels.adjust_logits for each row; unknown: index in `tokens` of those not on the host."""
         params = [sample.seq.request.params for sample in samples]
         slots = [self._slots[s.seq].index if p.adjusts else NONE for s, p in zip(samples, params, strict=True)]
         starts = [unknown.get(sample.seq, 0) for sample in samples]
@@ -142,10 +142,9 @@ class Adjustments:
         ids: Tensor | None,
         unknown: abc.Mapping[Sequence, int],
     ) -> Tensor:
-        """The logits [R, V] of these samples, adjusted: fp32 (fp64 stays), in memory of its own.
+        """Returns the adjusted logits [R, V] of these samples as a new tensor: fp32 (fp64 stays).
 
-        ids: of the step, in which `unknown` are the tokens that the host does not know; none are where samples are
-        behind drafts.
+        ids: of the step, in which `unknown` are the tokens not on the host; there are none if samples follow drafts.
         """
         arguments = self.arguments(samples, unknown)
         if not unknown:
@@ -155,13 +154,13 @@ class Adjustments:
                 drafts.extend(sample.ahead)
                 arguments["ends"][row] = len(drafts)
             ids = self._on_device(drafts)
-        assert ids is not None, "tokens that nobody knows"
+        assert ids is not None, "unknown tokens without the step's ids"
         biases, counts = self.tables
         sent = {name: on_device(values, DTYPES[name], self._device) for name, values in arguments.items()}
         return kernels.adjust_logits(logits, ids, bias=biases, counts=counts, **sent)
 
     def _begin(self, seq: Sequence, wanted: abc.Container[Sequence]) -> _Slot:
-        """Give a sequence a row that says what its request asks for, and what its prompt holds."""
+        """Allocate a sequence's row and fill in its request's biases and its prompt's tokens."""
         if not self._free:
             self.forget([next(other for other in self._slots if other not in wanted)])
         params = seq.request.params
@@ -182,7 +181,7 @@ class Adjustments:
     def _catch_up(
         self, seq: Sequence, slot: _Slot, num_drafts: int, counted: list[int], changed: dict[int, float]
     ) -> None:
-        """Note what a sequence's row lacks."""
+        """Collect the updates that a sequence's row lacks."""
         params, first = seq.request.params, slot.index * self._shape[1]
         known = len(seq.token_ids) - (seq.token_ids[-1] == UNKNOWN)
         if params.penalizes:
@@ -199,12 +198,12 @@ class Adjustments:
 
 
 def ends_of(params: SamplingParams, eos_token_ids: abc.Iterable[int]) -> set[int]:
-    """The tokens that end a sample, which min_tokens bans."""
+    """Returns the tokens that end a sample, which min_tokens bans."""
     return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
 
 
 def _bias(request: Request, token_id: int) -> float:
-    """What a request adds to the logit of a token."""
+    """Returns the bias of a token in a request."""
     params, words = request.params, request.bad_words
     if (params.allowed is not None and token_id not in params.allowed) or (words and token_id in words.single):
         return -math.inf

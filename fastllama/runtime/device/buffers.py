@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fastllama.arithmetic import ceil_div
 
-ALIGNMENT = 16  # bytes, which Triton's widest accesses ask for
+ALIGNMENT = 16  # bytes, for Triton's widest accesses
 
 
-# NumPy takes a list in 1.4 us, torch.tensor in 3.9, and a decode step has a dozen.
+# NumPy converts a list in 1.4 us, torch.tensor in 3.9, and a decode step has a dozen.
 _IN_NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
 
 
 def on_device(values: abc.Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the values on the device; to a GPU they are copied asynchronously, from pinned memory."""
+    """Returns the values as a tensor on the device; copied to a GPU asynchronously, from pinned memory."""
     host = torch.from_numpy(np.array(values, _IN_NUMPY[dtype]))
     if device.type == "cpu":
         return host
@@ -30,10 +30,9 @@ def on_device(values: abc.Sequence[object], dtype: torch.dtype, device: torch.de
 class Buffers:
     """Tensors at fixed addresses, filled on the host and copied to the device together.
 
-    host, device: the same by name, zeros at first; on a CPU they share memory. On a GPU what is sent goes by pinned
-    memory, of which there are two: a step is prepared while the one before it runs. The one that is
-    filled again has been copied: an event says so, which is waited for only behind steps that were never read (after
-    Ctrl-C).
+    host, device: the same tensors by name, initially zero; on a CPU they share memory. On a GPU the copy goes through
+    one of two pinned buffers, since a step is prepared while the previous one runs. Before a buffer is refilled, an
+    event confirms that it was copied, which blocks only after steps that were never read (after Ctrl-C).
     """
 
     def __init__(self, wanted: Mapping[str, tuple[abc.Sequence[int], torch.dtype]], device: torch.device) -> None:
@@ -54,11 +53,11 @@ class Buffers:
         self.host = {name: tensor.numpy() for name, tensor in hosts.items()}
 
     def span(self, first: str, last: str) -> Tensor:
-        """The device's memory from the start of one part to the end of another: bytes."""
+        """Returns the device memory from the start of one tensor to the end of another, as bytes."""
         return self._device[self._places[first].start : self._places[last].stop]
 
     def send(self, before: str | None = None) -> None:
-        """Copy all parts to the device, or those before one of them, behind what runs there."""
+        """Copy all tensors to the device, or those before one of them, asynchronously."""
         end = None if before is None else self._places[before].start
         if self._pinned:
             self._pinned.reverse()

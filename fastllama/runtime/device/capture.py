@@ -1,4 +1,4 @@
-"""How a decode step is captured and run again: as a CUDA graph on a GPU, as a record of its ops on a CPU."""
+"""Capture and replay of decode steps: as a CUDA graph on a GPU, as a recording of ops on a CPU."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ T = TypeVar("T")
 
 
 class Capture(Protocol):
-    """How steps are captured on a kind of device. limit: graphs that are kept, of the shapes that were run last."""
+    """Captures steps on a kind of device. limit: most graphs kept; the least recently used is dropped."""
 
     limit: int
 
     def shape(self, num_seqs: int, num_pages: int) -> tuple[int, int]:
-        """Rows, and pages of each, of the graph for so many sequences, whose longest has so many pages."""
+        """Returns the rows and the pages per row of the graph for num_seqs sequences of at most num_pages pages."""
 
     def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], T] | None]:
-        """What `run` returns, computed now, and what computes and returns it again; None where nothing can.
+        """Returns the result of `run`, and a function that replays it and returns it again; None if it cannot.
 
-        Raises what `run` raises when it computes. That it cannot be captured is logged.
+        Raises what `run` raises. A failed capture is logged.
         """
 
 
 class RecordingCapture:
-    """On a CPU: rows as they are, and the power of two of pages."""
+    """Capture on a CPU: rows are exact, pages rounded up to a power of two."""
 
-    limit = 64  # of some hundred small Python objects each; all share the memory of the largest one's tensors
+    limit = 64  # of some hundred small Python objects each; all share the largest one's tensors
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -49,13 +49,13 @@ class RecordingCapture:
 
 
 class GraphCapture:
-    """On a GPU: rows of a bucket, all pages that a sequence may have.
+    """Capture on a GPU: rows rounded up to a bucket, with the most pages that a sequence may have.
 
-    Graphs share the memory of what is between inputs and logits: a pool, in which a smaller graph fits where a larger
-    one has been, and not the other way round. So warm-up captures the largest first.
+    Graphs share a memory pool for intermediates, in which a smaller graph reuses a larger one's memory, but not vice
+    versa. So warm-up captures the largest first.
     """
 
-    limit = 1024  # all that there are: 10 for 256 sequences, 20 with guesses, 70 for 4096
+    limit = 1024  # all that there are: 10 for 256 sequences, 20 with drafts, 70 for 4096
 
     def __init__(self, device: torch.device, max_pages: int) -> None:
         self._device, self._max_pages = device, max_pages
@@ -66,13 +66,13 @@ class GraphCapture:
 
     def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], T] | None]:
         with torch.cuda.device(self._device):
-            result = run()  # the step itself; besides, what compiles at a first call must not do so while capturing
+            result = run()  # the step itself; this also compiles, which must not happen during capture
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph, begun = torch.cuda.CUDAGraph(), False
             try:
-                # Errors of this thread alone: whatever else the process does on the GPU meanwhile is allowed. The
-                # stream in front is put back where the end of an invalid capture raises, which torch leaves undone.
+                # Only errors of this thread invalidate the capture; other threads may use the GPU. The stream context
+                # restores the current stream if the end of an invalid capture raises, which torch does not.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
                     torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
@@ -84,7 +84,7 @@ class GraphCapture:
                 if not isinstance(error, Exception):
                     raise
                 logger.warning(
-                    "decode steps run as they are written from now on, which takes longer, for one could not be "
+                    "decode steps run eagerly from now on, which is slower, because one could not be "
                     "captured as a CUDA graph: %r",
                     _cause(error),
                     exc_info=error,
@@ -94,16 +94,16 @@ class GraphCapture:
         def replay() -> T:
             with torch.cuda.device(self._device):
                 graph.replay()
-            return kept  # so that its memory, which the graph writes to, is given to nobody else
+            return kept  # keeps its memory, which the graph writes to, allocated
 
         return result, replay
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, begun: bool) -> None:
-    """Take back what torch leaves of a capture whose end has raised (CUDAGraph::capture_end of torch 2.11 and 2.13).
+    """Release what torch keeps of a capture whose end has raised (CUDAGraph::capture_end of torch 2.11 and 2.13).
 
-    The graph would hold the pool, and with it all memory in there, for ever. Torch 2.11 would also give from the pool
-    whatever is allocated later, and draw no random numbers on the device any more.
+    The graph would keep the pool and all its memory allocated. Torch 2.11 would also serve later allocations from the
+    pool, and break the device's random generator.
     """
     try:
         graph.pool()
@@ -120,14 +120,14 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, begun: bool) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was raised first: the end of a capture raises anew for what went wrong inside."""
+    """Returns the first exception of a chain: the end of a failed capture raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     return error
 
 
 def bucket(num_seqs: int) -> int:
-    """The power of two up to 64, beyond that the multiple of 64: products' kernels take so many rows in any case."""
+    """Rounds up to a power of two up to 64, to a multiple of 64 above: the matmul kernels' row tiles in any case."""
     return power_of_2(num_seqs) if num_seqs <= 64 else ceil_div(num_seqs, 64) * 64
 
 

@@ -1,11 +1,11 @@
-"""Decode steps, sampling included, captured once for each shape and replayed over the same buffers.
+"""Decode steps, sampling included, captured once per shape and replayed on the same buffers.
 
-On a GPU that is a CUDA graph: one launch for a step, where one by one the host would need longer for them than the
-device. Kernels read lengths and page tables from the device, so a graph serves every length; of batches there is one
-for each `bucket`, and the rows beyond a batch are padding, which no kernel writes for. On a CPU it is a record of what
-the ops ran (kernels/dispatch/recording.py), of exactly the sequences there are.
-A step's tokens are drawn to where the next step of the same shape reads its ids: while the same sequences go on,
-nothing is moved between two steps.
+On a GPU this is a CUDA graph: one launch per step, where single launches would take the host longer than the device.
+Kernels read lengths and page tables from the device, so one graph serves every length; there is one per `bucket` of
+batch sizes, and rows beyond the batch are padding, for which no kernel writes. On a CPU it is a recording of the ops
+(kernels/dispatch/recording.py) for the exact batch size.
+A step writes its sampled tokens where the next step of the same shape reads its ids: while the same sequences continue,
+nothing is copied between two steps.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class DecodeGraphs:
-    """Runs decode steps of a model: the first of each shape while it is captured, the others by replaying it.
+    """Runs decode steps of a model: captures the first of each shape, and replays it for the others.
 
-    Every step runs as it is written where the model has a forward of its own, a module has hooks, something between ops
-    computes that cannot be recorded, a step could not be captured, or FASTLLAMA_GRAPHS is 0. Other Python inside the
-    modules runs only while a step is captured, and parameters are those of that moment.
-    batch_of: BatchMeta, but for what is the same in every step.
+    Every step runs eagerly if the model has its own forward, a module has hooks, an op between the recorded ones cannot
+    be recorded, a capture has failed, or FASTLLAMA_GRAPHS is 0. Other Python in modules runs only during the
+    capture, and parameters are those of that moment.
+    batch_of: BatchMeta with the constant fields filled in.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class DecodeGraphs:
         self._model, self._kv, self._capture, self._batch_of = model, kv, capture, batch_of
         self._adjustments = adjustments
         self._modules = list(model.modules())
-        self._graphs: dict[tuple[int, int, int, bool], _Graph] = {}  # that was run last comes last
+        self._graphs: dict[tuple[int, int, int, bool], _Graph] = {}  # least recently used first
         self.replayable = env.GRAPHS.read() == "1" and type(model) is LlamaForCausalLM
 
     def clear(self) -> None:
-        """Forget all that was captured."""
+        """Drop all captured steps."""
         self._graphs.clear()
 
     def take(self, inputs: Inputs) -> bool:
-        """Whether `run` computes this step: nothing but decodes, with logits for each token and at most one draw."""
+        """Whether `run` can compute this step: only decodes, with logits and at most one sample for each token."""
         return (
             self.replayable
             and "forward" not in vars(self._model)
@@ -75,15 +75,15 @@ class DecodeGraphs:
     def run(
         self, inputs: Inputs, before: PendingTokens | None, *, adjusts: bool
     ) -> tuple[Tensor, SampleBuffers | None]:
-        """Logits [R, V] of a decode step, and what is drawn from them, row by row, as `samples` say.
+        """Returns the logits [R, V] of a decode step, and the tokens sampled in each row, as `samples` specify.
 
-        To be read before the next step. What no sample is drawn from has a token that means nothing. before: of the
-        step before, from which the tokens come that are UNKNOWN here. adjusts: whether any logits are adjusted; behind
-        drafts that is not part of the step, and nothing is drawn.
+        Valid until the next step. Rows without a sample have undefined tokens. before: tokens of the previous step, for
+        rows that are UNKNOWN here. adjusts: whether any logits are adjusted; with drafts, adjusting and sampling are
+        not part of the captured step, and None is returned.
         """
         drafted = any(sample.ahead for sample in inputs.samples)
-        logits, drawn = self._run(inputs, before, adjusts and not drafted)
-        return logits, None if adjusts and drafted else drawn
+        logits, sampled = self._run(inputs, before, adjusts and not drafted)
+        return logits, None if adjusts and drafted else sampled
 
     def _run(self, inputs: Inputs, before: PendingTokens | None, adjusts: bool) -> tuple[Tensor, SampleBuffers]:
         shape = *self._shape(inputs), adjusts
@@ -96,7 +96,7 @@ class DecodeGraphs:
             if replay is None:
                 self.replayable = False
                 self._graphs.clear()
-                return logits[: len(inputs.ids)], graph.drawn
+                return logits[: len(inputs.ids)], graph.sampled
             if len(self._graphs) == self._capture.limit:
                 del self._graphs[next(iter(self._graphs))]
             graph.replay, self._graphs[shape] = replay, graph
@@ -104,19 +104,19 @@ class DecodeGraphs:
             self._graphs[shape] = self._graphs.pop(shape)
             graph.load(inputs, before)
             logits = graph.replay()
-        return logits[: len(inputs.ids)], graph.drawn
+        return logits[: len(inputs.ids)], graph.sampled
 
 
 def _argument(name: str) -> str:
-    """The buffer of an argument of kernels.adjust_logits, beside those of the step."""
+    """Returns the buffer name of an argument of kernels.adjust_logits."""
     return f"adjust {name}"
 
 
 class _Graph:
-    """The step of one shape: its inputs' buffers, what computes it, and the tokens drawn.
+    """The captured step of one shape: its input buffers, its replay function, and the sampled tokens.
 
-    drawn: its tokens are the step's ids, until they are drawn over. replay: computes the loaded step and returns its
-    logits. adjustments: of the logits before tokens are drawn; None where no sequence asks for any.
+    sampled: its tokens are the step's ids, until sampling overwrites them. replay: computes the loaded step and returns
+    its logits. adjustments: applied before sampling; None if no sequence has any.
     """
 
     replay: Callable[[], Tensor]
@@ -137,21 +137,21 @@ class _Graph:
             "seq_lens": ((num_seqs,), narrow),
             "page_table": ((num_seqs, num_pages), narrow),
         }
-        draws: _Parts = {name: ((rows,), dtype) for name, dtype in DTYPES.items()}
+        sampling: _Parts = {name: ((rows,), dtype) for name, dtype in DTYPES.items()}
         self._adjustments = adjustments
         of_adjusting = {} if adjustments is None else ADJUSTMENTS
         adjusting: _Parts = {_argument(name): ((rows,), dtype) for name, dtype in of_adjusting.items()}
-        # Of ids of which the host does not know all: those it knows, which it does not, and their places before.
+        # For ids that are partly unknown to the host: the known ones, a mask, and rows in the previous step's tokens.
         passed_on: _Parts = {"known": ((rows,), wide), "unknown": ((rows,), torch.bool), "places": ((rows,), wide)}
-        drawn: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
-        self._buffers = Buffers(inputs | draws | adjusting | passed_on | drawn, device)
+        sampled: _Parts = {"tokens": ((rows,), wide), "logprobs": ((rows,), torch.float32)}
+        self._buffers = Buffers(inputs | sampling | adjusting | passed_on | sampled, device)
         given = self._buffers.device
-        self.drawn = SampleBuffers(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
+        self.sampled = SampleBuffers(self._buffers.span("tokens", "logprobs"), given["tokens"], given["logprobs"])
         self._passed_on = [given[name] for name in passed_on]
         self._taken = torch.empty_like(given["tokens"])
-        self._parameters = {name: given[name] for name in draws}
+        self._parameters = {name: given[name] for name in sampling}
         self._adjusting = {name: given[_argument(name)] for name in of_adjusting}
-        self._num_seqs = num_seqs  # that the buffers hold numbers of
+        self._num_seqs = num_seqs  # with data in the buffers
         self._batch = batch_of(
             **{name: given[name] for name in inputs},
             num_decodes=num_seqs,
@@ -161,8 +161,8 @@ class _Graph:
         )
 
     def step(self, model: LlamaForCausalLM, kv: KVCache) -> Callable[[], Tensor]:
-        """What computes the loaded step and returns its logits."""
-        tokens, logprobs = self.drawn.tokens, self.drawn.logprobs
+        """Returns a function that computes the loaded step and returns its logits."""
+        tokens, logprobs = self.sampled.tokens, self.sampled.logprobs
 
         def run() -> Tensor:
             logits = changed = model(tokens, self._batch, kv)
@@ -175,15 +175,15 @@ class _Graph:
         return run
 
     def load(self, inputs: Inputs, before: PendingTokens | None) -> None:
-        """Send a step's numbers to the device, and have the ids there that only the device knows."""
+        """Copy a step's inputs to the device, and place the ids that only the device has."""
         host, num_seqs, width = self._buffers.host, inputs.num_decodes, len(inputs.page_table[0])
         rows = len(inputs.ids)
         for name in ("positions", "slots"):
             host[name][:rows] = getattr(inputs, name)
         host["seq_lens"][:num_seqs] = inputs.seq_lens
         host["page_table"][:num_seqs, :width] = inputs.page_table
-        drawn = [sample.row for sample in inputs.samples]
-        where = slice(rows) if drawn == list(range(rows)) else drawn  # by places, 64 rows take 15 us longer
+        sampled = [sample.row for sample in inputs.samples]
+        where = slice(rows) if sampled == list(range(rows)) else sampled  # by a list of rows, 64 rows take 15 us longer
         for name, values in parameters(inputs.samples).items():
             host[name][where] = values
         if self._adjustments is not None:
@@ -198,10 +198,10 @@ class _Graph:
             host["tokens"][:rows] = inputs.ids
             self._buffers.send()
             return
-        assert before is not None, "a token that nobody draws"
+        assert before is not None, "an UNKNOWN token without a previous step"
         at, sequences = map(list, zip(*inputs.unknown, strict=True))
         places = before.rows_of(sequences)
-        if before.drawn is self.drawn and at == places == list(range(rows)):  # the same sequences once more
+        if before.sampled is self.sampled and at == places == list(range(rows)):  # the same sequences once more
             self._buffers.send(before="tokens")
             return
         host["known"][:rows] = inputs.ids
@@ -211,5 +211,5 @@ class _Graph:
         host["unknown"][at] = True
         self._buffers.send(before="tokens")
         known, unknown, place = (each[:rows] for each in self._passed_on)
-        torch.index_select(before.drawn.tokens, 0, place, out=self._taken[:rows])
-        torch.where(unknown, self._taken[:rows], known, out=self.drawn.tokens[:rows])
+        torch.index_select(before.sampled.tokens, 0, place, out=self._taken[:rows])
+        torch.where(unknown, self._taken[:rows], known, out=self.sampled.tokens[:rows])

@@ -1,4 +1,4 @@
-"""KV pages in host memory, to which pages of the device are evicted, and from which they come back."""
+"""KV pages in host memory: the second level of the prefix cache, for pages evicted from the device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger("fastllama")
 
 
 class HostCache:
-    """Pages for num_tokens tokens, in the layout of `kv` and of the same dtype; pinned where `kv` is on a GPU.
+    """Pages for num_tokens tokens, with the layout and dtype of `kv`; pinned if `kv` is on a GPU.
 
-    Raises ValueError, in terms of the option host_cache_tokens, where memory for them, or memory to pin, runs out.
+    Raises ValueError, naming the option host_cache_tokens, if there is too little memory, or memory to pin.
     """
 
     def __init__(self, kv: KVCache, config: LlamaConfig, num_tokens: int) -> None:
@@ -31,10 +31,10 @@ class HostCache:
             host = KVCache.allocate(
                 config, num_pages, page_size, pages.dtype, "cpu", pinned=pages.device.type == "cuda"
             )
-        except RuntimeError as error:  # what torch raises
+        except RuntimeError as error:  # torch's out-of-memory error
             fits = available_bytes(torch.device("cpu"))
             raise refusal("host_cache_tokens", num_tokens, size, fits) from error
-        # (device, host) of each layer's tensors. A page of one is contiguous: one copy, without memory in between.
+        # (device, host) of each layer's tensors. A page of each is contiguous: one copy, without a temporary.
         self._pairs = [
             pair
             for layers in zip(kv.layers, host.layers, strict=True)
@@ -44,7 +44,7 @@ class HostCache:
 
     @torch.inference_mode()
     def transfer(self, transfers: abc.Sequence[Transfer]) -> None:
-        """Copy pages in this order, behind what runs on the device; the host waits for none of it."""
+        """Copy pages in this order, asynchronously, after the work queued on the device."""
         first = self._num_device_pages
         for source, destination in transfers:
             for device, host in self._pairs:

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, from logits, without an fp32 copy of all of them."""
+"""Log-probabilities of tokens from logits, without an fp32 copy of all logits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastllama import kernels
 from fastllama.runtime.device.buffers import on_device
 from fastllama.runtime.outputs import TokenLogprob
 
-ROWS = 16  # reduced at once: what that takes besides the logits, 5 bytes for each, is little beside a step's logits
-SERIAL = 2**15  # numbers from which on torch's CPU ops take several threads, and wait for all of them at each op
+ROWS = 16  # reduced at once: the temporaries, 5 bytes per logit, stay small beside a step's logits
+SERIAL = 2**15  # elements from which torch's CPU ops use several threads, and synchronize them at each op
 
 
 @torch.inference_mode()
 def token_logprobs(
     logits: Tensor, rows: abc.Sequence[int], targets: abc.Sequence[int], tops: abc.Sequence[int]
 ) -> list[TokenLogprob]:
-    """For each of these rows of logits [R, V]: the log-probability and rank of its target, and its likeliest tokens.
+    """Returns for each of these rows of logits [R, V] the target's log-probability and rank, and the likeliest tokens.
 
-    tops: how many of those, V at most. A row's numbers are the same, bit for bit, whatever the other rows.
+    tops: how many likeliest tokens, at most V. A row's result is bit-identical whatever the other rows.
     """
     reports: list[TokenLogprob] = []
     size = ROWS if logits.device.type != "cpu" else max(min(ROWS, (SERIAL - 1) // logits.shape[1]), 1)
@@ -35,7 +35,7 @@ def token_logprobs(
 def _reports(logits: Tensor, targets: abc.Sequence[int], tops: abc.Sequence[int]) -> list[TokenLogprob]:
     num_rows, device = len(targets), logits.device
     none, off = (torch.zeros(num_rows, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
-    # What a greedy draw reports is -log(sum(exp(logits - largest))), which unlike torch.logsumexp adds in one order.
+    # As in greedy sampling: -log(sum(exp(logits - largest))), which sums in one order, unlike torch.logsumexp.
     likeliest, base = kernels.sample(logits, off, none, off + 1, off, none, none)
     largest = logits.gather(1, likeliest[:, None]).float()
 

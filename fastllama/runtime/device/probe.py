@@ -1,4 +1,4 @@
-"""Whether a device still works: some faults of a GPU stay until the process ends."""
+"""Detects permanent device errors: some GPU faults stay until the process ends."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def device_error(device: torch.device) -> Exception | None:
-    """What the device answers to the smallest piece of work, if that is an error; too little memory is none.
+    """Returns the error that a minimal operation raises on the device; None if it works or memory is short.
 
-    After an illegal access, a failed assertion in a kernel or a lost GPU every later call of the process raises.
+    After an illegal access, a failed assertion in a kernel or a lost GPU, every later call of the process raises.
     """
     if device.type != "cuda":
         return None

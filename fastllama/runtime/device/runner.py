@@ -1,4 +1,4 @@
-"""Runs a scheduler's step on the device: page copies, tensors of the batch, the forward pass."""
+"""Runs a scheduled step on the device: page copies, batch tensors, the forward pass."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ LEAST_ROWS = 16
 
 
 class Runner:
-    """A model, its KV cache and its captured decode steps.
+    """A model with its KV cache and its captured decode steps.
 
-    kv_dtype: of the pages. host_cache_tokens: of `host`, which is None for 0. max_num_tokens: of a step. max_model_len:
-    tokens of a sequence. deterministic: a token's logits are the same, bit for bit, whatever else is in the step.
-    adjustments: of the logits, which a draft model's runner shares.
-    max_num_seqs: as memory.sizes has it.
+    kv_dtype: of the pages. host_cache_tokens: size of `host`, which is None for 0. max_num_tokens: of a step.
+    max_model_len: tokens of a sequence. deterministic: batch-invariant logits. adjustments: of the logits, shared with
+    a draft model's runner. max_num_seqs: as in memory.sizes.
     """
 
     def __init__(
@@ -53,17 +52,17 @@ class Runner:
         max_num_seqs: int,
     ) -> None:
         self.model = model
-        # Whether the host may go on while a step runs.
+        # Whether the host prepares the next step while one runs.
         self.runs_ahead = env.AHEAD.read() == "1" and model.device.type == "cuda"
         self.page_size = page_size
         self.kv = KVCache.allocate(model.config, num_pages, page_size, kv_dtype, model.device)
         self.host = HostCache(self.kv, model.config, host_cache_tokens) if host_cache_tokens else None
         self._deterministic = deterministic
-        # Rows of logits at once: half of what memory.sizes plans, for those that tokens are sampled from are there too.
-        # Fewer than LEAST_ROWS read the head's weights too often for what they save (128256 logits in bf16: 4 MB).
+        # Rows of prompt logits per piece: half of what memory.sizes reserves, since the sampled rows' logits exist too.
+        # Fewer than LEAST_ROWS read the head's weights too often for the memory saved (128256 logits in bf16: 4 MB).
         self._logits_piece = max(max_num_seqs // 2, LEAST_ROWS)
         workspace = model.workspace(max_num_tokens)
-        # Its own: another runtime of the model may have another length, by which dynamic scalings differ.
+        # Not shared: with dynamic rope scaling it depends on the engine's max_model_len.
         self.cos_sin = model.rotary_cache(max_model_len)
         self._batch_of = partial(BatchMeta, workspace=workspace, cos_sin=self.cos_sin, deterministic=deterministic)
         self._capture: Capture = RecordingCapture(model.device)
@@ -74,17 +73,17 @@ class Runner:
 
     @property
     def replays(self) -> bool:
-        """Whether steps of decodes are replayed, hooks aside."""
+        """Whether decode steps are replayed, unless a module has hooks."""
         return self._graphs.replayable
 
     def drop_graphs(self) -> None:
-        """Capture decode steps anew, for what those captured read has moved."""
+        """Drop the captured decode steps, because tensors that they read have moved."""
         self._graphs.clear()
 
     def shape(self, num_seqs: int, num_queries: int) -> tuple[int, int]:
-        """What two steps of decodes have in common for which the same graph runs, if their pages are as many.
+        """Returns a key of decode steps that run the same graph, given the same number of pages.
 
-        num_queries: tokens of each of the sequences.
+        num_queries: tokens of each sequence.
         """
         if self._deterministic:
             num_seqs, num_queries = num_seqs * num_queries, 1  # see Inputs.of
@@ -94,14 +93,14 @@ class Runner:
     def run(self, step: Step, before: PendingTokens | None = None) -> StepLogits:
         """Compute the step; its keys and values are in the pages afterwards.
 
-        before: of the step before, from which the tokens come that are UNKNOWN here.
+        before: tokens of the previous step, for the rows that are UNKNOWN here.
         """
         self.copy(step)
         inputs = Inputs.of(step, self.page_size, apart=self._deterministic)
         adjustments = self.adjustments if self.adjustments.follow(inputs.samples) else None
         if self._graphs.take(inputs):
-            logits, drawn = self._graphs.run(inputs, before, adjusts=adjustments is not None)
-            return StepLogits(logits, inputs.samples, adjustments, drawn=drawn)
+            logits, sampled = self._graphs.run(inputs, before, adjusts=adjustments is not None)
+            return StepLogits(logits, inputs.samples, adjustments, sampled=sampled)
         ids, batch = self._batch(inputs, before)
         places = {seq: row for row, seq in inputs.unknown}
         if inputs.prompts:
@@ -111,10 +110,10 @@ class Runner:
         return replace(step_logits, adjustments=adjustments, ids=ids, unknown=places)
 
     def _in_pieces(self, inputs: Inputs, ids: Tensor, batch: BatchMeta) -> StepLogits:
-        """As `run`, of a step with prompt log-probabilities: the prompts' logits are computed a few rows at a time.
+        """As `run`, for a step with prompt log-probabilities: computes the prompts' logits a few rows at a time.
 
-        All at once, 8192 rows of 128256 logits in bf16 take 2.1 GB, and memory.sizes sets aside those of max_num_seqs
-        rows. A model with a forward of its own, or with a hook that sees whole logits, computes them all at once.
+        All at once, 8192 rows of 128256 logits in bf16 take 2.1 GB, and memory.sizes reserves max_num_seqs rows. A
+        model with its own forward, or with a hook that sees all logits, computes them at once.
         """
         model, device = self.model, self.model.device
         splits = model.splits
@@ -124,21 +123,21 @@ class Runner:
             chosen = rows[on_device(places, torch.int64, device)]
             return model.head(chosen, batch) if splits else chosen
 
-        drawn = sorted({sample.row for sample in inputs.samples})
-        place_of = {row: place for place, row in enumerate(drawn)}
+        sampled = sorted({sample.row for sample in inputs.samples})
+        place_of = {row: place for place, row in enumerate(sampled)}
         wanted = [row for _, shown, first in inputs.prompts for row in range(first, first + len(shown))]
         size = self._logits_piece
         return StepLogits(
-            logits_of(drawn),
+            logits_of(sampled),
             [sample._replace(row=place_of[sample.row]) for sample in inputs.samples],
             prompts=[(seq, shown) for seq, shown, _ in inputs.prompts],
             prompt_logits=(logits_of(wanted[first : first + size]) for first in range(0, len(wanted), size)),
         )
 
     def transfer(self, transfers: abc.Sequence[Transfer], pool: BlockPool) -> None:
-        """Copy pages between device and host. Where a copy fails, `host` is None from then on, and the pool has none.
+        """Copy pages between device and host. If a copy fails, the host cache is dropped: here and in the pool.
 
-        Nothing needs the host cache to get on, and whoever tries the same again may never.
+        The engine works without it, and a retry might fail for ever.
         """
         assert self.host is not None, "transfers without a host cache"
         try:
@@ -147,12 +146,12 @@ class Runner:
             pool.forget(transfers)
             if not isinstance(error, Exception):
                 raise
-            logger.warning("the host cache is given up, for a copy failed: %r", error)
+            logger.warning("the host cache is disabled, because a copy failed: %r", error)
             pool.drop_host()
             self.host = None
 
     def copy(self, step: Step) -> None:
-        """Copy pages as the step asks for, and run nothing else."""
+        """Copy the step's pages on the device, and run nothing else."""
         if step.copies:
             self.kv.copy_pages(step.copies)
 
@@ -160,7 +159,7 @@ class Runner:
         def tensor(values: abc.Sequence[object], dtype: torch.dtype) -> Tensor:
             return on_device(values, dtype, self.model.device)
 
-        # As wide as in a graph: on a GPU the page table's width decides how attention is launched.
+        # As wide as in a graph: on a GPU, the page table's width determines the launch of attention.
         width = self._capture.shape(1, len(inputs.page_table[0]))[1]
         batch = self._batch_of(
             positions=tensor(inputs.positions, torch.int64),
@@ -174,8 +173,8 @@ class Runner:
         )
         ids = tensor(inputs.ids, torch.int64)
         if inputs.unknown:
-            assert before is not None, "a token that nobody draws"
+            assert before is not None, "an UNKNOWN token without a previous step"
             at, sequences = zip(*inputs.unknown, strict=True)
             places = before.rows_of(sequences)
-            ids[tensor(at, torch.int64)] = before.drawn.tokens[tensor(places, torch.int64)]
+            ids[tensor(at, torch.int64)] = before.sampled.tokens[tensor(places, torch.int64)]
         return ids, batch

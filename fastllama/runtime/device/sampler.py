@@ -24,7 +24,7 @@ from fastllama.runtime.outputs import TokenLogprob
 from fastllama.runtime.planning.inputs import SamplingRow, parameters
 from fastllama.runtime.planning.sequence import Scoring, Sequence
 
-DTYPES = {  # of a draw's parameters
+DTYPES = {  # of the sampling parameters
     "temperature": torch.float32,
     "top_k": torch.int64,
     "top_p": torch.float32,
@@ -46,22 +46,21 @@ class SampleBuffers(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> SampleBuffers:
-        """Memory for so many rows."""
-        first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # of the log-probabilities
+        """Allocates buffers for so many rows."""
+        first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # offset of the log-probabilities
         memory = torch.empty(first + 4 * rows, dtype=torch.uint8, device=device)
         return cls(memory, memory[: 8 * rows].view(torch.int64), memory[first:].view(torch.float32))
 
 
 @dataclass(frozen=True)
 class StepLogits:
-    """Logits [R, V] of one step, until the next one runs, and whose they are: see Inputs.samples.
+    """Logits [R, V] of one step, valid until the next one runs, and their sequences: see Inputs.samples.
 
-    adjustments: what has the samples' biases and penalties; None where none has any. ids: of the step [T]; unknown:
-    where in them the last tokens are of sequences that the host does not know.
-    drawn: what kernels.sample gave for each row with the parameters of `samples`, adjustments included, where that was
-    part of the step.
+    adjustments: the samples' biases and penalties; None if none has any. ids: of the step [T]; unknown: their rows
+    whose tokens are not on the host yet.
+    sampled: the sampled tokens of each row, if sampling (adjustments included) was part of the captured step.
     prompts: (sequence, positions) whose logits are reported (Request.reported).
-    prompt_logits: of those rows, in pieces [P, V] that are computed one after another, as they are asked for.
+    prompt_logits: the logits of those rows, computed lazily in pieces [P, V].
     """
 
     logits: Tensor
@@ -69,16 +68,16 @@ class StepLogits:
     adjustments: Adjustments | None = None
     ids: Tensor | None = None
     unknown: abc.Mapping[Sequence, int] = field(default_factory=dict)
-    drawn: SampleBuffers | None = None
+    sampled: SampleBuffers | None = None
     prompts: abc.Sequence[tuple[Sequence, range]] = ()
     prompt_logits: abc.Iterable[Tensor] = ()
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token sampled for a sequence; `logprob` is None unless asked for; `finite`: whether its logits were numbers.
+    """A token sampled for a sequence. `logprob`: None unless requested; `finite`: whether its logits were finite.
 
-    ahead: the draft tokens that have to be accepted before it.
+    ahead: the draft tokens that must be accepted before it.
     """
 
     seq: Sequence
@@ -89,38 +88,38 @@ class SampledToken:
 
 
 class PendingTokens:
-    """Tokens of a step that are sampled on the device, and their asynchronous copy to the host.
+    """Tokens of a step that are being sampled on the device, and their asynchronous copy to the host.
 
-    drawn: their buffers, until the next step samples there. rows: in them, of each sampling row.
+    sampled: their buffers, valid until the next step samples into them. rows: of each sampling row in the buffers.
     """
 
     def __init__(
         self,
         samples: abc.Sequence[SamplingRow],
         rows: abc.Sequence[int],
-        drawn: SampleBuffers,
+        sampled: SampleBuffers,
         reports: abc.Sequence[TokenLogprob | None],
     ) -> None:
-        self.drawn = drawn
+        self.sampled = sampled
         self._samples, self._rows, self._reports = samples, rows, reports
-        self._num_rows = drawn.tokens.shape[0]
-        # Copied, for the next step may draw there before these are read.
+        self._num_rows = sampled.tokens.shape[0]
+        # Copied, since the next step may overwrite the buffers before these are read.
         self._arrived: torch.cuda.Event | None = None
-        if drawn.memory.device.type == "cuda":
-            self._numbers = torch.empty(drawn.memory.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
-            self._numbers.copy_(drawn.memory, non_blocking=True)
+        if sampled.memory.device.type == "cuda":
+            self._numbers = torch.empty(sampled.memory.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
+            self._numbers.copy_(sampled.memory, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(drawn.memory.device))
+            self._arrived.record(torch.cuda.current_stream(sampled.memory.device))
         else:
-            self._numbers = drawn.memory.clone()
+            self._numbers = sampled.memory.clone()
 
     def rows_of(self, sequences: abc.Sequence[Sequence]) -> list[int]:
-        """Where `drawn` holds the token of each sequence."""
+        """Returns the row of each sequence's token in `sampled`."""
         row_of = {sample.seq: row for sample, row in zip(self._samples, self._rows, strict=True)}
         return [row_of[seq] for seq in sequences]
 
     def read(self) -> list[SampledToken]:
-        """The tokens, when they are there. NaN says that a row's logits were no numbers."""
+        """Wait for the tokens and return them. A NaN log-probability marks a row whose logits were not finite."""
         if self._arrived is not None:
             self._arrived.synchronize()
         numbers, count = self._numbers.numpy(), self._num_rows
@@ -134,49 +133,49 @@ class PendingTokens:
 
 @torch.inference_mode()
 def start(step: StepLogits) -> PendingTokens:
-    """Sample one token for each sampling row of the step, on its device."""
+    """Sample one token for each sampling row of the step, on its device, without waiting."""
     samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
-    if step.drawn is not None:
+    if step.sampled is not None:
         host_bound = [sample for sample in samples if sample.seq.request.params.host_bound]
         if host_bound:
             again, at = _sampled(replace(step, samples=host_bound)), [sample.row for sample in host_bound]
             where = on_device(at, torch.int64, logits.device)
-            step.drawn.tokens.index_copy_(0, where, again.tokens)
-            step.drawn.logprobs.index_copy_(0, where, again.logprobs)
-        return PendingTokens(samples, rows, step.drawn, _reports(logits, rows, samples, step.drawn.tokens, rows))
+            step.sampled.tokens.index_copy_(0, where, again.tokens)
+            step.sampled.logprobs.index_copy_(0, where, again.logprobs)
+        return PendingTokens(samples, rows, step.sampled, _reports(logits, rows, samples, step.sampled.tokens, rows))
     places = range(len(samples))
     if not samples:
         return PendingTokens(samples, places, SampleBuffers.empty(0, torch.device("cpu")), [])
-    drawn = _sampled(step)
-    return PendingTokens(samples, places, drawn, _reports(logits, rows, samples, drawn.tokens, places))
+    sampled = _sampled(step)
+    return PendingTokens(samples, places, sampled, _reports(logits, rows, samples, sampled.tokens, places))
 
 
 def _sampled(step: StepLogits) -> SampleBuffers:
-    """A token for each of the step's samples."""
+    """Samples a token for each of the step's samples."""
     samples, logits = step.samples, step.logits
     rows = [sample.row for sample in samples]
     if rows != list(range(logits.shape[0])):
         logits = logits[on_device(rows, torch.int64, logits.device)]
-    drawn = SampleBuffers.empty(len(samples), logits.device)
+    sampled = SampleBuffers.empty(len(samples), logits.device)
     kernels.sample(
         _sampled_from(logits, step),
         **{name: on_device(values, DTYPES[name], logits.device) for name, values in parameters(samples).items()},
-        tokens=drawn.tokens,
-        logprobs=drawn.logprobs,
+        tokens=sampled.tokens,
+        logprobs=sampled.logprobs,
     )
-    return drawn
+    return sampled
 
 
-def draw(step: StepLogits) -> list[SampledToken]:
-    """The token sampled for each sampling row of the step."""
+def sample(step: StepLogits) -> list[SampledToken]:
+    """Sample one token for each sampling row of the step, and wait for them."""
     return start(step).read()
 
 
 @torch.inference_mode()
 def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLogprob]]]:
-    """(sequence, position of the first token reported, log-probabilities from there on) of each that wants them."""
-    rows: list[tuple[Scoring | None, int]] = []  # what asks, and the position of the token that the row predicts
+    """Returns (sequence, position of the first token reported, log-probabilities) for each that requests them."""
+    rows: list[tuple[Scoring | None, int]] = []  # the request's scoring, and the predicted position
     targets: list[int] = []
     tops: list[int] = []
     for seq, shown in step.prompts:
@@ -187,14 +186,14 @@ def prompt_logprobs(step: StepLogits) -> list[tuple[Sequence, int, list[TokenLog
     for logits in step.prompt_logits:
         part = slice(len(reports), len(reports) + logits.shape[0])
         reports.extend(token_logprobs(logits, range(logits.shape[0]), targets[part], tops[part]))
-        _show(logits, rows[part])  # last, for who sees them may change them
-        del logits  # or it would stay until the next has been computed
+        _show(logits, rows[part])  # last, since on_logits may change them
+        del logits  # frees them before the next piece is computed
     remaining = iter(reports)
     return [(seq, shown.start + 1, list(itertools.islice(remaining, len(shown)))) for seq, shown in step.prompts]
 
 
 def _show(logits: Tensor, rows: abc.Sequence[tuple[Scoring | None, int]]) -> None:
-    """Give each request the logits of its own rows that asked to see them."""
+    """Call on_logits of each scoring request with the logits of its own rows."""
     first = 0
     for scoring, group in itertools.groupby(rows, key=lambda row: row[0]):
         positions = [position for _, position in group]
@@ -205,7 +204,7 @@ def _show(logits: Tensor, rows: abc.Sequence[tuple[Scoring | None, int]]) -> Non
 
 
 def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
-    """The logits [R, V] of the samples with biases, penalties and bans, as the logits processors leave them."""
+    """Returns the logits [R, V] of the samples after biases, penalties, bans and logits processors."""
     samples, adjustments = step.samples, step.adjustments
     if adjustments is not None:
         logits = adjustments.adjusted(logits, samples, step.ids, step.unknown)
@@ -213,7 +212,8 @@ def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
         if bans:
             at, token_ids = (on_device(each, torch.int64, logits.device) for each in zip(*bans, strict=True))
             logits[at, token_ids] = -math.inf
-    # Nothing is drafted for them: such rows of a step with drafts count for nothing, and no processor is to see them.
+    # Requests with logits processors have no drafts: their filler rows in a step with drafts are unused, so no
+    # processor sees them.
     processed = [
         place for place, (seq, _, ahead) in enumerate(samples) if seq.request.params.logits_processors and not ahead
     ]
@@ -226,7 +226,7 @@ def _sampled_from(logits: Tensor, step: StepLogits) -> Tensor:
 
 @contextmanager
 def _of_the_request(what: str) -> Iterator[None]:
-    """What is raised within is the request's alone, SystemExit too; Ctrl-C is not."""
+    """Turns any exception raised inside, except Ctrl-C, into an Exception that fails only this request."""
     try:
         yield
     except BaseException as error:
@@ -236,7 +236,7 @@ def _of_the_request(what: str) -> Iterator[None]:
 
 
 def _processed(logits: Tensor, sample: SamplingRow) -> Tensor:
-    """A row of logits [V], as the request's processors leave it, one after another."""
+    """Returns a row of logits [V] after the request's processors, called in order."""
     seq, shape = sample.seq, logits.shape
     for processor in seq.request.params.logits_processors:
         with _of_the_request("a logits processor"):
@@ -255,7 +255,7 @@ def _reports(
     tokens: Tensor,
     places: abc.Sequence[int],
 ) -> list[TokenLogprob | None]:
-    """Log-probabilities under the model's own logits, for the sequences that want them.
+    """Log-probabilities under the model's own logits, for the sequences that request them.
 
     rows, places: of each sample, in logits and in tokens.
     """

@@ -1,16 +1,16 @@
-"""Steps that are run before any request comes, so that what compiles or is captured at first use is so already.
+"""Warm-up steps, run before any request, so that no request waits for compilation or graph capture.
 
-What a launch depends on, and so what these steps go through:
-- the rows that a step computes, rounded up to a power of two (products, rotation, silu * up), up to all tokens of the
+A launch depends on the following, which these steps cover:
+- the rows of a step, rounded up to a power of two (matmuls, rotary embedding, silu * up), up to all tokens of the
   largest step: prompts of 1, 2, 4, ... tokens in all;
-- the tokens of each decoding sequence, and for a graph its bucket of sequences: decodes of every shape that occurs, the
-  largest first, for the memory of its graph serves the smaller ones (capture.py);
-- the rows of logits, up to 64 and more than that, where torch multiplies and the norm in front is a kernel of its own:
-  these decodes too, which have logits of each token;
-- that some sequences decode and others read their prompts, which one step then does by two kernels: one step of both;
-- penalties, for which a decode step is captured apart, and which are adjusted outside of it where prompts are read.
-On a CPU rows decide nothing beyond one or more, and steps are captured by their number of pages, which takes as long as
-running them.
+- the tokens per decoding sequence, and for a graph its bucket of sequences: decodes of every shape, the largest first,
+  whose graph memory the smaller ones reuse (capture.py);
+- the rows of logits, up to 64 or more, where torch computes the matmul and the norm is a separate kernel: covered by
+  the same decodes, which have logits for each token;
+- decodes and prompts in one step, which run as two kernels: one mixed step;
+- penalties, for which decode steps are captured separately, and which prompt steps apply outside of a graph.
+On a CPU only one row or more matters, and steps are captured by their number of pages, which takes as long as running
+them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ PENALIZED = SamplingParams(max_tokens=1, seed=0, repetition_penalty=1.1)
 
 
 def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> float:
-    """Run all that a request may need. num_queries: tokens of a sequence in steps of decodes.
+    """Run every shape that a request may need. num_queries: tokens of a sequence in decode steps.
 
-    Whatever the pages hold is overwritten. Returns the seconds it took.
+    Overwrites the pages. Returns the seconds it took.
     """
     device, start = runner.model.device, time.perf_counter()
     longest = min(sizes.max_model_len, sizes.kv_cache_tokens)
     most = min(sizes.max_num_batched_tokens, longest * sizes.max_num_seqs)
 
     def run(chunks: list[Chunk], num_decodes: int = 0) -> None:
-        sampler.draw(runner.run(Step(tuple(chunks), num_decodes=num_decodes, copies=())))
+        sampler.sample(runner.run(Step(tuple(chunks), num_decodes=num_decodes, copies=())))
 
     def prompts(rows: int) -> None:
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
@@ -65,9 +65,9 @@ def warm_up(runner: Runner, sizes: Sizes, num_queries: Iterable[int] = (1,)) -> 
 
 
 def decodes(runner: Runner, max_num_seqs: int, most: int, num_queries: Iterable[int]) -> list[tuple[int, int]]:
-    """Sequences, and tokens of each, of the smallest step of every shape that is captured apart; most: tokens.
+    """Returns (sequences, tokens of each) of the smallest decode step of every captured shape; most: tokens of a step.
 
-    The shapes of most rows come first.
+    The shapes with most rows come first.
     """
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for length in num_queries:
@@ -77,7 +77,7 @@ def decodes(runner: Runner, max_num_seqs: int, most: int, num_queries: Iterable[
 
 
 def _chunks(runner: Runner, lengths: list[int], params: SamplingParams) -> list[Chunk]:
-    """Sequences of so many tokens, all in the same pages."""
+    """Returns chunks of sequences of these lengths, all in the same pages."""
     chunks = []
     for number, length in enumerate(lengths):
         request = Request("warm-up", (0,) * length, params, time.monotonic())

@@ -1,1 +1,1 @@
-"""Speculative decoding: what proposes draft tokens, and when that pays."""
+"""Speculative decoding: the drafters, and the decision when draft tokens pay."""

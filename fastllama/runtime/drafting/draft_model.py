@@ -1,4 +1,4 @@
-"""Drafts from a smaller model of the same vocabulary."""
+"""Draft tokens from a smaller model of the same vocabulary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastllama.runtime.planning.step import Chunk, Step
 
 
 class DraftModel:
-    """Proposes the tokens that a smaller model samples, with the parameters and random numbers that the large one uses.
+    """Proposes tokens sampled from a smaller model, with the large one's sampling parameters and random numbers.
 
-    It has as many pages, of the same size: where the large one has a token's keys and values, it has its own, in the
-    same page. So what is shared, copied or kept of pages is so of both, and nothing is kept book of but how many tokens
-    of a sequence it has computed. Where that is wrong, for a prefix came from the cache and was computed while drafts
-    did not pay, or came from the host, drafts are worse, and no answer is.
+    Its KV cache has as many pages of the same size, and a token has the same page in both models. So page tables,
+    sharing, copies and the prefix cache apply to both, and only the number of computed tokens of each sequence is
+    tracked here. Where that is wrong, because a cached prefix was computed while drafting was off or came from the host
+    cache, the drafts are worse, but no answer changes.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class DraftModel:
         sizes: Sizes,
         adjustments: Adjustments,
     ) -> None:
-        """Beside a large model, with its adjustments of logits.
+        """Makes a drafter beside a large model, whose logit adjustments it uses.
 
-        Raises ValueError for another vocabulary, another device, fewer tokens.
+        Raises ValueError for another vocabulary, another device or a shorter context.
         """
         if (model.config.vocab_size, model.device) != (large.config.vocab_size, large.device):
             raise ValueError(
@@ -60,16 +60,16 @@ class DraftModel:
             deterministic=False,
             adjustments=adjustments,
         )
-        self._held: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # tokens computed, and drafts behind them
+        self._held: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # tokens computed, drafts after them
 
     def warm_up(self) -> float:
-        """Compile and capture passes over prompts and over the last token or two of sequences."""
+        """Compile and capture prompt steps, and decode steps of one or two tokens."""
         return warm_up(self._runner, self._sizes, (1, 2))
 
     def follow(self, step: Step) -> None:
-        """Compute the step too, unless it only decodes: prompts are cheaper in one pass, before drafts are wanted.
+        """Compute the step's prompts too, so that drafting starts with their KV; decode-only steps just copy pages.
 
-        Not those that are scored, for which none are.
+        Skips scored prompts, which get no drafts.
         """
         chunks = tuple(chunk for chunk in step.chunks if chunk.seq.request.scoring is None)
         if all(chunk.length == 1 for chunk in chunks):
@@ -82,25 +82,25 @@ class DraftModel:
                 self._held[seq] = chunk.start + chunk.length, ()
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
-        """For each sequence `count` tokens, drawn one after another; none where one has but a single token."""
+        """Samples `count` tokens, one after another, for each sequence; none if any sequence has a single token."""
         if any(len(seq.token_ids) < 2 for seq in sequences):
             return [()] * len(sequences)
         for seq in sequences:
             self._catch_up(seq)
-        # The first pass takes two tokens: of the drafts of a step that accepted all, the last was not computed.
+        # The first pass takes two tokens: after a fully accepted step, the last draft has not been computed here.
         chunks = [Chunk(seq, len(seq.token_ids) - 2, 2, (seq,)) for seq in sequences]
         for number in range(count):
-            draws = sampler.draw(self._runner.run(Step(tuple(chunks), num_decodes=len(chunks), copies=())))
+            tokens = sampler.sample(self._runner.run(Step(tuple(chunks), num_decodes=len(chunks), copies=())))
             chunks = [
-                Chunk(drawn.seq, len(drawn.seq.token_ids) + number, 1, (drawn.seq,), (*drawn.ahead, drawn.token_id))
-                for drawn in draws
+                Chunk(token.seq, len(token.seq.token_ids) + number, 1, (token.seq,), (*token.ahead, token.token_id))
+                for token in tokens
             ]
         for chunk in chunks:
             self._held[chunk.seq] = len(chunk.seq.token_ids), chunk.drafts[:-1]
         return [chunk.drafts for chunk in chunks]
 
     def _catch_up(self, seq: Sequence) -> None:
-        """Compute what a sequence gained while there were no drafts, but for its last two tokens."""
+        """Compute what a sequence gained while drafting was off, except its last two tokens."""
         start, drafts = self._held.get(seq, (0, ()))
         for token_id, draft in zip(seq.token_ids[start:], drafts, strict=False):
             if token_id != draft:
@@ -113,6 +113,6 @@ class DraftModel:
             start += length
 
     def forget(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Drop what is kept of sequences that have ended."""
+        """Drop the state of sequences that have ended."""
         for seq in sequences:
             self._held.pop(seq, None)

@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last time that the newest tokens occurred together."""
+"""Draft tokens by prompt lookup: the continuation of the last earlier occurrence of the newest tokens."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections import abc
 from fastllama.runtime.planning.sequence import Request, Sequence
 from fastllama.runtime.planning.step import Step
 
-PROMPT_LOOKUP = "prompt_lookup"  # its name among options
-# Of the runs of tokens looked for: the longer says more of what follows, the shorter is found more often.
+PROMPT_LOOKUP = "prompt_lookup"  # its name among the options
+# Lengths of the n-grams looked up: a longer one predicts better, a shorter one is found more often.
 SIZES = (4, 2)
 
 
 class PromptLookup:
-    """Proposes for each sequence what followed the latest earlier occurrence of its last 4 tokens, or else of 2.
+    """Proposes for each sequence what followed the latest earlier occurrence of its last 4, or else 2, tokens.
 
-    Answers that repeat their prompt, as summaries, edits and code do, are drafted so for nothing but a lookup.
+    Answers that repeat their prompt (summaries, edits, source code) get drafts for the cost of a lookup.
     Source: Saxena, Prompt Lookup Decoding (2023), https://github.com/apoorvumang/prompt-lookup-decoding.
     """
 
     def __init__(self) -> None:
         self._indices: dict[Sequence, _Index] = {}
-        self._prompts: dict[Request, _Index] = {}  # that the samples of a request share
+        self._prompts: dict[Request, _Index] = {}  # shared by the samples of a request
 
     def warm_up(self) -> float:
-        """Nothing to do."""
+        """Does nothing; returns 0."""
         return 0.0
 
     def follow(self, step: Step) -> None:
-        """Nothing to do: what a sequence holds is read when drafts are wanted."""
+        """Does nothing: the tokens of a sequence are read in `propose`."""
 
     def propose(self, sequences: abc.Sequence[Sequence], count: int) -> list[tuple[int, ...]]:
-        """For each sequence `count` tokens that may come next, or none at all."""
+        """Returns `count` draft tokens for each sequence, or none."""
         return [self._index(seq).continuation(seq.token_ids, count) for seq in sequences]
 
     def forget(self, sequences: abc.Sequence[Sequence]) -> None:
@@ -52,26 +52,26 @@ class PromptLookup:
 
 
 class _Index:
-    """Where each run of SIZES tokens was last followed by another token, of one sequence that only grows.
+    """The last position after each n-gram of SIZES, in one sequence that only grows.
 
-    before: that of the tokens which it begins with, if there is one.
+    before: the index of the sequence's prompt, if there is one.
     """
 
     def __init__(self, before: _Index | None = None) -> None:
         self._before = before
-        self._behind: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in SIZES)  # run -> what follows it
-        self._num_seen: int = 0 if before is None else before._num_seen  # tokens that have followed a run
+        self._next: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in SIZES)  # n-gram -> position after it
+        self._num_seen: int = 0 if before is None else before._num_seen  # tokens indexed
 
     def follow(self, token_ids: abc.Sequence[int]) -> None:
-        """Take in the tokens that are new."""
+        """Index the new tokens."""
         for place in range(self._num_seen, len(token_ids)):
-            for size, behind in zip(SIZES, self._behind, strict=True):
+            for size, positions in zip(SIZES, self._next, strict=True):
                 if place >= size:
-                    behind[tuple(token_ids[place - size : place])] = place
+                    positions[tuple(token_ids[place - size : place])] = place
         self._num_seen = len(token_ids)
 
     def continuation(self, token_ids: list[int], count: int) -> tuple[int, ...]:
-        """What followed the tokens' end, where it occurred before; what would run past the end begins again."""
+        """Returns what followed an earlier occurrence of the tokens' end, repeated where it runs past the end."""
         self.follow(token_ids)
         for number, size in enumerate(SIZES):
             first = self._last(number, tuple(token_ids[-size:]))
@@ -81,6 +81,6 @@ class _Index:
         return ()
 
     def _last(self, number: int, run: tuple[int, ...]) -> int | None:
-        """What followed a run of the size of this number the last time."""
-        found = self._behind[number].get(run)
+        """Position after the last occurrence of an n-gram of size SIZES[number]; None if there is none."""
+        found = self._next[number].get(run)
         return self._before._last(number, run) if found is None and self._before is not None else found

@@ -1,1 +1,1 @@
-"""What the next step computes, and in which KV pages: plain Python, no torch."""
+"""Scheduling and KV page allocation: plain Python, no torch."""

@@ -1,4 +1,4 @@
-"""The pages of the KV cache: who owns them, and which full pages can be reused because they hold a known prefix."""
+"""The block pool of the paged KV cache: page reference counts, allocation, and the prefix cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from fastllama.errors import check_range
 
-ROOT = 0  # the prefix id of no tokens, until prefixes are forgotten
+ROOT = 0  # the prefix id of the empty prefix, until forget_prefixes
 
 
 class Prefix(NamedTuple):
-    """A cached prefix: its pages in order, and the id under which the page that follows it is published.
+    """A cached prefix: its pages in order, and the id under which the next page is published.
 
-    Ids from num_pages on are pages of the host cache.
+    Page ids from num_pages on are pages of the host cache.
     """
 
     page_ids: list[int]
@@ -22,7 +22,7 @@ class Prefix(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A page's content on its way from the source to the destination, one of which is a page of the host cache."""
+    """A pending page copy; either source or destination is a page of the host cache."""
 
     source: int
     destination: int
@@ -31,19 +31,20 @@ class Transfer(NamedTuple):
 class BlockPool:
     """Page ids 0 .. num_pages - 1, each in one of three states.
 
-    held: by one or more sequences, counted.
-    idle: by none, but its content is a cached prefix that can be taken up again.
-    free: by none, its content worthless. Allocation takes free pages first, then the least recently used idle one.
+    held: referenced by one or more sequences (counted).
+    idle: unreferenced, but its content is a cached prefix that can be reused.
+    free: unreferenced, without content. Allocation takes free pages first, then evicts the least recently used idle
+    page.
 
-    Where there is a host cache, an idle page that is allocated leaves its content to one of num_host_pages more, whose
-    ids follow and which nobody holds: they are idle or free. A matched prefix comes back from there into pages that are
-    acquired for it. The pool only notes these transfers: whoever runs the steps takes them and copies the pages in that
-    order, before anything else of a step, or says `forget`.
+    With a host cache, an evicted page's content moves to one of num_host_pages further pages, whose ids follow;
+    sequences never hold those: they are idle or free. A matched prefix is copied back into pages acquired for it. The
+    pool only records these transfers: the engine takes them and copies the pages in that order, before anything else of
+    a step, or calls `forget`.
 
     A cached page's key is (prefix id of the pages before it, its own token ids), compared by equality. A prefix id
-    names one sequence of tokens and is never given out again, so by induction equal keys mean equal tokens from the
-    start: no hash is trusted. Every method costs O(1) per page, a match or publication O(page_size). Ids below `root`
-    are of prefixes that `forget_prefixes` forgot.
+    names one sequence of tokens and is never reused, so by induction equal keys mean equal tokens from the start: no
+    hash is trusted. Every method costs O(1) per page, a match or publication O(page_size). Ids below `root` belong to
+    prefixes dropped by `forget_prefixes`.
     """
 
     def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
@@ -53,20 +54,20 @@ class BlockPool:
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.page_size = page_size
-        self.root = ROOT  # the prefix id of no tokens, under the present weights
-        self.num_queried_tokens = 0  # tokens of all sequences given pages
-        self.num_hit_tokens = 0  # those of them found in the cache
-        self.num_host_hit_tokens = 0  # those of them that came back from the host
-        self.num_evictions = 0  # idle pages whose content was given up, on the host where there is one
-        self.num_publications = 0  # pages whose content was new to the cache, or to its part on the device
+        self.root = ROOT  # the prefix id of the empty prefix, under the current weights
+        self.num_queried_tokens = 0  # tokens of all sequences that acquired pages
+        self.num_hit_tokens = 0  # those found in the cache
+        self.num_host_hit_tokens = 0  # those copied back from the host
+        self.num_evictions = 0  # idle pages whose content was dropped, from the host where there is a host cache
+        self.num_publications = 0  # pages whose content was new to the cache on the device
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack, so that low ids are used first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._cached: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # key -> page, prefix id including it
+        self._cached: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # key -> page, its prefix id
         num_places = num_pages + num_host_pages
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_places  # the inverse: page -> key
         self._host_free = list(range(num_places - 1, num_pages - 1, -1))
-        self._host_idle: OrderedDict[int, None] = OrderedDict()  # the first to be given up first
+        self._host_idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._transfers: list[Transfer] = []  # not yet taken
         self._prefix_ids = itertools.count(ROOT + 1)
 
@@ -76,15 +77,15 @@ class BlockPool:
         return len(self._free) + len(self._idle)
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that num_tokens fill, the last one perhaps in part."""
+        """Number of pages for num_tokens; the last one may be partly filled."""
         return -(-num_tokens // self.page_size)
 
     def is_shared(self, page_id: int) -> bool:
-        """Whether more than one sequence holds the page, so that none of them may write to it."""
+        """Whether several sequences hold the page, so that none of them may write to it."""
         return self._references[page_id] > 1
 
     def match_prefix(self, token_ids: abc.Sequence[int]) -> Prefix:
-        """The longest cached prefix, not yet taken. The last token is never part of it: its logits must be computed."""
+        """Finds the longest cached prefix, without the last token: its logits must be computed. Acquires nothing."""
         size = self.page_size
         page_ids: list[int] = []
         prefix_id = self.root
@@ -97,16 +98,16 @@ class BlockPool:
         return Prefix(page_ids, prefix_id)
 
     def is_cached(self, prefix_id: int, token_ids: tuple[int, ...]) -> bool:
-        """Whether a page of these tokens behind that prefix can be reused."""
+        """Whether the cache has a page of these tokens after that prefix."""
         return (prefix_id, token_ids) in self._cached
 
     def cost(self, num_tokens: int, prefix: Prefix) -> int:
-        """How many of the available pages `acquire` takes: all that num_tokens fill but those that someone holds."""
+        """Available pages that `acquire` would take: all for num_tokens except those that a sequence holds."""
         present = (page_id for page_id in prefix.page_ids if page_id < self.num_pages)
         return self.pages_for(num_tokens) - sum(self._references[page_id] > 0 for page_id in present)
 
     def acquire(self, num_tokens: int, prefix: Prefix) -> list[int] | None:
-        """Pages for num_tokens, first those of a matched prefix. None, and nothing changed, if there are too few."""
+        """Acquires pages for num_tokens, the matched prefix first. Returns None, and no page, if too few are left."""
         if self.cost(num_tokens, prefix) > self.num_available:
             return None
         cached = prefix.page_ids
@@ -117,13 +118,13 @@ class BlockPool:
         self.num_hit_tokens += len(cached) * self.page_size
         self.num_host_hit_tokens += len(away) * self.page_size
         self.share(present)
-        for host_id in away:  # before any page is allocated, which could give them up
+        for host_id in away:  # before any allocation, which could evict them
             del self._host_idle[host_id]
         page_ids = [self._bring_back(page_id) if page_id >= self.num_pages else page_id for page_id in cached]
         return page_ids + [self.allocate() for _ in range(fresh)]
 
     def allocate(self) -> int:
-        """One page, its content undefined, held once. The caller has seen that one is available."""
+        """Allocates one page with undefined content and one reference. The caller has checked that one is available."""
         assert self.num_available, "allocate() from an exhausted pool"
         if self._free:
             page_id = self._free.pop()
@@ -134,18 +135,18 @@ class BlockPool:
         return page_id
 
     def share(self, page_ids: abc.Sequence[int]) -> None:
-        """Hold pages once more: those of another sequence, or idle ones."""
+        """Add a reference to pages that another sequence holds, or that are idle."""
         for page_id in page_ids:
             if self._references[page_id] == 0:
                 del self._idle[page_id]
             self._references[page_id] += 1
 
     def free(self, page_ids: abc.Sequence[int]) -> None:
-        """Let go of a sequence's pages, in its order. Those that nobody else holds become idle if cached, else free."""
-        # Last page first, so that it is evicted first: a page is of no use once the ones before it are gone.
+        """Release a sequence's pages, given in order. Pages without references become idle if cached, else free."""
+        # The last page first, so that it is evicted first: a page is useless once the pages before it are evicted.
         for page_id in reversed(page_ids):
-            assert 0 <= page_id < self.num_pages, f"page {page_id} is not of this pool"
-            assert self._references[page_id] > 0, f"page {page_id} is freed but held by nobody"
+            assert 0 <= page_id < self.num_pages, f"page {page_id} is not in this pool"
+            assert self._references[page_id] > 0, f"page {page_id} is freed but has no references"
             self._references[page_id] -= 1
             if self._references[page_id] == 0:
                 if self._keys[page_id] is None:
@@ -154,14 +155,14 @@ class BlockPool:
                     self._idle[page_id] = None
 
     def publish(self, page_id: int, prefix_id: int, token_ids: tuple[int, ...]) -> int:
-        """Offer a held page, written with token_ids after the prefix, for reuse. Returns the id of the prefix with it.
+        """Publishes a held page, written with token_ids after the prefix. Returns the prefix id that includes it.
 
-        If the cache has a page of the same content, that one stays, and this one is free when its owner lets go. One on
-        the host gives way. A page after a prefix that was forgotten is not cached. A page that another of its holders
-        has offered already stays what it is, though the prefix has got another id since.
+        If a page of the same content is cached on the device, that one stays, and this one becomes free when it is
+        released. A copy on the host is replaced. A page after a forgotten prefix is not cached. A page that another
+        holder has published keeps its key, even if the prefix has got another id since.
         """
         assert len(token_ids) == self.page_size, f"a page of {self.page_size} is published with {len(token_ids)} tokens"
-        assert self._references[page_id] > 0, f"page {page_id} is published but held by nobody"
+        assert self._references[page_id] > 0, f"page {page_id} is published but has no references"
         if prefix_id < self.root:
             return prefix_id
         key = (prefix_id, token_ids)
@@ -181,12 +182,12 @@ class BlockPool:
         return found[1]
 
     def take_transfers(self) -> tuple[Transfer, ...]:
-        """What is to be copied between device and host, in this order, before pages given out since are touched."""
+        """Returns and clears the pending page copies, to be run in order, before pages allocated since are used."""
         transfers, self._transfers = tuple(self._transfers), []
         return transfers
 
     def forget(self, transfers: abc.Sequence[Transfer]) -> None:
-        """These were perhaps not copied: nobody is to find what their destinations should hold."""
+        """Drop the cache entries of these transfers' destinations: their copies may not have run."""
         for _, place in transfers:
             if self._keys[place] is None:
                 continue
@@ -195,13 +196,13 @@ class BlockPool:
                 del self._host_idle[place]
                 self._host_free.append(place)
             else:
-                assert self._references[place] > 0, f"page {place} came back for nobody"
+                assert self._references[place] > 0, f"page {place} was copied back but has no references"
 
     def forget_prefixes(self) -> None:
-        """Match nothing that is cached now ever again, on the device or the host: say so when the weights change.
+        """Drop every prefix that is cached now, on the device and the host; call it when the weights change.
 
-        Pages that sequences hold stay theirs, and so do the transfers into them that were not yet taken. What such a
-        sequence computes from then on depends on them, so it is not cached until it has been preempted.
+        Pages that sequences hold stay theirs, as do pending transfers into them. What such a sequence computes from
+        then on depends on old pages, so it is not cached until the sequence has been preempted.
         """
         self.root = next(self._prefix_ids)
         self._cached.clear()
@@ -212,7 +213,7 @@ class BlockPool:
         self._host_idle.clear()
 
     def drop_host(self) -> None:
-        """Forget all that the host cache holds, and do without one from now on."""
+        """Drop the content of the host cache, and use none from now on."""
         for place in self._host_idle:
             self._give_up(place)
         self._host_free.clear()
@@ -220,7 +221,7 @@ class BlockPool:
         self.num_host_pages = 0
 
     def _move_out(self, page_id: int) -> None:
-        """A page's content, to the host if there is a page for it, for which the least recently used may give way."""
+        """Move an evicted page's content to the host cache, which may evict its oldest page; drop it without one."""
         if self._host_free:
             host_id = self._host_free.pop()
         elif self._host_idle:
@@ -234,7 +235,7 @@ class BlockPool:
         self._transfers.append(Transfer(page_id, host_id))
 
     def _bring_back(self, host_id: int) -> int:
-        """A page, held once, for what a page of the host holds, which is free then."""
+        """Allocates a page for the content of a host page, which becomes free."""
         page_id = self.allocate()
         self._rename(host_id, page_id)
         self._host_free.append(host_id)
@@ -242,17 +243,17 @@ class BlockPool:
         return page_id
 
     def _rename(self, source: int, destination: int) -> None:
-        """The content of one page is found in another from now on."""
+        """Point the cache entry of one page to another."""
         key = self._keys[source]
-        assert key is not None, f"page {source} holds nothing that could move"
+        assert key is not None, f"page {source} has no cached content to move"
         assert self._keys[destination] is None, f"page {destination} would hold two contents"
         self._keys[source], self._keys[destination] = None, key
         self._cached[key] = (destination, self._cached[key][1])
 
     def _give_up(self, place: int) -> None:
-        """The content of a page is found no more."""
+        """Remove the cache entry of a page."""
         key = self._keys[place]
-        assert key is not None, f"page {place} holds nothing"
+        assert key is not None, f"page {place} has no cached content"
         del self._cached[key]
         self._keys[place] = None
         self.num_evictions += 1
@@ -260,12 +261,12 @@ class BlockPool:
     def check_invariants(self) -> None:
         """Assert that every page is in exactly one state and the cache is consistent. For tests: O(num_pages)."""
         held = [page_id for page_id, count in enumerate(self._references) if count > 0]
-        assert sorted([*held, *self._free, *self._idle]) == list(range(self.num_pages)), "a page is lost or twice"
+        assert sorted([*held, *self._free, *self._idle]) == list(range(self.num_pages)), "a page is lost or double"
         places = range(self.num_pages, self.num_pages + self.num_host_pages)
-        assert sorted([*self._host_free, *self._host_idle]) == list(places), "a page of the host is lost or twice"
+        assert sorted([*self._host_free, *self._host_idle]) == list(places), "a host page is lost or counted twice"
         assert all(prefix_id >= self.root for prefix_id, _ in self._cached), "a page of a forgotten prefix is cached"
         keyed = {page_id: key for page_id, key in enumerate(self._keys) if key is not None}
         assert {page_id: key for key, (page_id, _) in self._cached.items()} == keyed, "the cache and its inverse differ"
-        assert len(keyed) == len(self._cached), "two prefixes in one page"
+        assert len(keyed) == len(self._cached), "one page has two cache entries"
         assert all(page_id in keyed for page_id in (*self._idle, *self._host_idle)), "an idle page without content"
         assert not any(page_id in keyed for page_id in (*self._free, *self._host_free)), "a free page with content"

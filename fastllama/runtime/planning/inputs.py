@@ -1,4 +1,4 @@
-"""The inputs of a step's forward pass and sampling, as lists of numbers, made without torch."""
+"""Converts a step into the inputs of its forward pass and sampling, as lists of numbers, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps the keys of neighbouring
 
 
 class SamplingRow(NamedTuple):
-    """A row of the logits and the sequence whose next token is sampled from it, behind the draft tokens `ahead`."""
+    """A row of logits, the sequence whose next token is sampled from it, and the draft tokens `ahead` of that token."""
 
     seq: Sequence
     row: int
@@ -21,9 +21,9 @@ class SamplingRow(NamedTuple):
 
 
 def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | list[int]]:
-    """Sampling parameters of each row, by the names of kernels.sample's arguments.
+    """Returns the sampling parameters of each row, by the names of kernels.sample's arguments.
 
-    Token i of sample j of a request depends on its logits, its parameters, the key (seed, j) and the counter i alone.
+    Token i of sample j of a request depends only on its logits, its parameters, the key (seed, j) and the counter i.
     """
     params = [sample.seq.request.params for sample in samples]
     reals = [p.in_fp32 for p in params]
@@ -39,12 +39,12 @@ def parameters(samples: abc.Sequence[SamplingRow]) -> dict[str, list[float] | li
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Token ids of a step, its batch metadata under the names of layers.batch.BatchMeta, and its sampling rows.
+    """The token ids of a step, its batch metadata under the names of layers.batch.BatchMeta, and its sampling rows.
 
-    page_table: page ids of each sequence, as many as the longest has (filled up with 0).
+    page_table: page ids of each sequence, padded with 0 to the longest.
     samples: the rows to sample from; the n samples of one prompt share a row.
-    unknown: (row, sequence) of ids that are being drawn by the step before.
-    prompts: (sequence, positions, first row): those whose logits are reported (Request.reported), one row for each.
+    unknown: (row, sequence) of ids that the previous step is still sampling.
+    prompts: (sequence, positions, first row) where prompt logits are reported (Request.reported), one row per position.
     """
 
     ids: list[int]
@@ -62,9 +62,10 @@ class Inputs:
 
     @classmethod
     def of(cls, step: Step, page_size: int, *, apart: bool = False) -> Inputs:
-        """The inputs of a step whose sequences have pages for all of their tokens.
+        """Returns the inputs of a step whose sequences have pages for all of their tokens.
 
-        apart: each token is a sequence of its own, which ends with it, so that none is computed beside another.
+        apart: makes each token a sequence of its own, ending with it, so that no token shares a computation with
+        another.
         """
         width = max(len(chunk.seq.page_ids) for chunk in step.chunks)
         num_decodes = sum(chunk.length for chunk in step.chunks) if apart else step.num_decodes
@@ -111,7 +112,7 @@ class Inputs:
             self.prompts.append((seq, shown, len(rows)))
             rows.extend(range(first + shown.start - start, first + shown.stop - start))
         if chunk.samples:
-            unknown = max(start, held - 1)  # the first position that no token follows
+            unknown = max(start, held - 1)  # the first position without a next token
             if every_row:
                 rows.extend(range(first, first + unknown - start))
             for position in range(unknown, end):
@@ -120,7 +121,7 @@ class Inputs:
                 rows.append(first + position - start)
 
     def _add_decode(self, seq: Sequence, position: int, page_size: int) -> None:
-        """The last token of a sequence, which draws the next. 64 of them take 0.2 ms less than by `_add`."""
+        """Add a plain decode: one token, one sample. For 64 of them this is 0.2 ms faster than `_add`."""
         row, token_id = len(self.ids), seq.token_ids[position]
         if token_id == UNKNOWN:
             self.unknown.append((row, seq))

@@ -1,4 +1,4 @@
-"""Finds the requests for which a step fails, so that the others go on."""
+"""Isolates the requests for which a step fails, so that the others continue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def run_parts(step: Step, run: Callable[[Step], T]) -> tuple[list[T], dict[Request, Exception]]:
-    """Run a step, in parts where it raises; returns the results, and the requests that fail alone, with the cause.
+    """Runs a step, split where it raises; returns the results, and the requests that fail alone, with the exception.
 
-    A step that raises is run again in halves, down to single tokens of single sequences. So a fault is found that
-    follows a request, nobody fails for one that has passed, and what was too large for the memory is tried smaller. A
-    step of B sequences with T tokens takes at most 2 B + 2 log2(T) runs. Other exceptions than Exception pass.
+    A step that raises is rerun in halves, down to single tokens of single sequences. This finds a fault tied to one
+    request, fails no request that has passed, and retries in smaller pieces what ran out of memory. A step of B
+    sequences with T tokens takes at most 2 B + 2 log2(T) runs. Only Exception is caught.
     """
     results: list[T] = []
     failures: dict[Request, Exception] = {}
@@ -33,7 +33,7 @@ def run_parts(step: Step, run: Callable[[Step], T]) -> tuple[list[T], dict[Reque
         try:
             results.append(run(part))
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed run
+            traceback.clear_frames(error.__traceback__)  # their frames hold the failed run's tensors
             cause = error
         else:
             continue
@@ -53,10 +53,10 @@ def run_parts(step: Step, run: Callable[[Step], T]) -> tuple[list[T], dict[Reque
 
 
 def _part(step: Step, chunks: tuple[Chunk, ...]) -> Step:
-    """Some chunks of a step, and the copies that they need.
+    """Returns a step of these chunks, with the page copies that they need.
 
-    The page of a copy that is run again may have been written to meanwhile, but only at positions that the owner of
-    the destination writes after it.
+    A rerun copy may read a page that was written meanwhile, but only at positions that the destination's owner
+    overwrites.
     """
     page_ids = {page_id for chunk in chunks for page_id in chunk.seq.page_ids}
     copies = tuple(copy for copy in step.copies if copy[1] in page_ids)
@@ -64,7 +64,7 @@ def _part(step: Step, chunks: tuple[Chunk, ...]) -> Step:
 
 
 def _cut(chunk: Chunk) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """A chunk in two, the first of which draws nothing and must run before the second."""
+    """Splits a chunk in two; the first part has no samples and must run before the second."""
     half = chunk.length // 2
     first = Chunk(chunk.seq, chunk.start, half, ())
     return (first,), (Chunk(chunk.seq, chunk.start + half, chunk.length - half, chunk.samples),)

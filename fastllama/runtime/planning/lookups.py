@@ -1,4 +1,4 @@
-"""What waiting sequences find in the prefix cache, and when it is worth while to look again."""
+"""Prefix cache lookups of waiting sequences, and when to repeat them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from fastllama.runtime.planning.sequence import PageKey, Sequence, Status
 
 
 class _Found(NamedTuple):
-    """What the first sequence of the queue that waits for room asked for when it was last looked up."""
+    """The last lookup of the first waiting sequence that found no room."""
 
     seq_id: int
     num_tokens: int  # to compute
-    num_pages: int  # of those available
-    num_publications: int  # of the pool, by then
+    num_pages: int  # of the available pages
+    num_publications: int  # of the pool, at that time
 
 
 class Lookups:
-    """Looks sequences up in a pool's prefix cache, as they are admitted one after another.
+    """Looks waiting sequences up in the prefix cache as they are admitted.
 
-    A sequence that begins as the prompt of a running one does, behind what is cached, waits for the pages that they
-    have in common instead of computing them too. It is compared once with the one that it waits for.
+    A sequence whose prompt shares its next pages with a running one waits for those pages instead of computing them
+    too. The two prompts are compared once.
     """
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._coming: dict[PageKey, Sequence] = {}  # by the page that each publishes next
+        self._coming: dict[PageKey, Sequence] = {}  # by the key of the page that each publishes next
         self._last: _Found | None = None
 
     def begin(self, running: abc.Sequence[Sequence]) -> None:
-        """Note which pages these will publish next, of their prompts, that the cache does not have."""
+        """Note which prompt pages these sequences will publish next, where the cache does not have them."""
         self.end()
         for seq in running:
             self._note(seq)
 
     def end(self) -> None:
-        """No more are admitted to this step: nothing is kept of the running sequences, which may end."""
+        """End the admissions of a step: drop references to running sequences, which may end."""
         self._coming.clear()
 
     def admitted(self, seq: Sequence) -> None:
-        """A sequence that was looked up has its pages, and computes the next ones of its prompt."""
-        self._last, seq.awaits = None, None  # the idle pages that it took are held now, and cost nobody anything
+        """Note that a sequence was admitted: it has pages, and computes the next ones of its prompt."""
+        self._last, seq.awaits = None, None  # the idle pages that it took are held now, and need no further page
         self._note(seq)
 
     def waits(self, seq: Sequence) -> bool:
-        """Whether pages are still being computed for which it was found to wait."""
+        """Whether the sequence still waits for pages that another one is computing."""
         if seq.awaits is None:
             return False
         other, count = seq.awaits
@@ -56,10 +56,10 @@ class Lookups:
         return False
 
     def lacks_room(self, seq: Sequence, most: int | None) -> bool:
-        """Whether the last lookup tells, without another, that it finds no room: each step asks, perhaps twice.
+        """Whether the last lookup shows, without another, that there is no room; called up to twice a step.
 
-        most: tokens to compute that it may have. Until a sequence is admitted, only a page published since can spare it
-        one, and the tokens in it.
+        most: limit of tokens to compute. Until a sequence is admitted, only a page published since can save it a page,
+        and that page's tokens.
         """
         last = self._last
         if last is None or last.seq_id != seq.seq_id:
@@ -70,7 +70,7 @@ class Lookups:
         )
 
     def find(self, seq: Sequence) -> Prefix | None:
-        """The cached prefix that it can reuse; None where it waits for pages that are being computed."""
+        """Returns the cached prefix that it can reuse; None if it waits for pages that are being computed."""
         size, reusable = self._pool.page_size, seq.reusable
         prefix = self._pool.match_prefix(reusable)
         num_cached = len(prefix.page_ids) * size
@@ -84,9 +84,9 @@ class Lookups:
         return prefix
 
     def _common(self, reusable: abc.Sequence[int], other: Sequence, known: int) -> int:
-        """Pages of the other's prompt that these tokens begin with, and that leave one of them to compute.
+        """Number of pages that the other's prompt shares with these tokens, leaving at least one token to compute.
 
-        known: tokens that are the same.
+        known: tokens known to be equal.
         """
         size, prompt = self._pool.page_size, other.request.prompt_token_ids
         end = known + size

@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which sequences the next forward pass computes, and in which KV pages."""
+"""Continuous batching: chooses the tokens of each step's forward pass, and allocates their KV pages."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from fastllama.runtime.planning.sequence import UNKNOWN, Request, Sequence, Stat
 from fastllama.runtime.planning.step import Chunk, Step
 from fastllama.runtime.planning.waiting import WaitingQueue
 
-MOST_PASSED = 64  # sequences that wait for pages of others and are passed in one step
+MOST_PASSED = 64  # most sequences passed over in one step because they wait for another sequence's pages
 
 
 class Scheduler:
     """One step: `schedule()`, run it, `commit()` (or `rollback()` if it failed), `append()` or `finish()` each sample.
 
-    There are no phases: a decode is a chunk of one token. Every running decode gets its token; chunks of prompts
-    share what that leaves of max_num_batched_tokens; what then remains admits waiting requests in order of the queue.
-    An admitted sequence has pages for all its known tokens, so only a decode can lack one. Then the newest running
-    sequence gives up its pages and is recomputed later, through the prefix cache where they survive. Hence every
+    There are no separate prefill and decode phases: a decode is a chunk of one token. Every running decode gets its
+    token; prompt chunks share what is left of max_num_batched_tokens; the rest admits waiting requests in queue order.
+    An admitted sequence has pages for all its known tokens, so only a decode can run out of pages. It then preempts the
+    newest running sequence, which is recomputed later, through the prefix cache where its pages survive. So every
     running sequence is ahead of every waiting one, the oldest is never preempted, and each request ends.
     Chunked prefill: Agrawal et al. 2023 (arXiv 2308.16369); paging, preemption: Kwon et al. 2023 (arXiv 2309.06180).
 
-    Long prompts do not hold up short ones. The queue is one of arrival, but a prompt that has not begun lets later
-    ones pass until they have had half as many tokens as itself (waiting.py). So a flood of short prompts delays a long
-    one by half of its tokens and of those ahead of it. And beside prompts that are under way, up to half of a step
-    admits prompts that fit there whole.
+    Long prompts do not hold up short ones. The queue is first come, first served, but a waiting prompt lets later ones
+    pass until they have had half as many tokens as itself (waiting.py): a flood of short prompts delays a long one by
+    half its tokens and half of those ahead of it. While prompts are being computed, up to half of a step admits prompts
+    that fit into it whole.
 
-    Prompts that begin alike are computed once, though they come at once: a page of one that is being computed is waited
-    for by the others.
+    Prompts with a common prefix are computed once even if they arrive together: the others wait for the running one's
+    pages.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -51,8 +51,8 @@ class Scheduler:
         self._num_seats = 0  # taken by running sequences
         self._seq_ids = itertools.count()
         self._lookups = Lookups(pool)
-        self.in_flight: list[Step] = []  # not committed, in their order
-        self._num_expected = 0  # of those in flight
+        self.in_flight: list[Step] = []  # scheduled and not committed, in order
+        self._num_expected = 0  # steps in flight passed to `expect`
 
     @property
     def num_waiting(self) -> int:
@@ -67,7 +67,7 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError, and nothing changed, if it could never run."""
+        """Queue a request. Raises ValueError, and changes nothing, if it could never run."""
         assert not request.sequences, f"request {request.request_id!r} was added before"
         length, n = len(request.prompt_token_ids), request.params.n
         max_length = self.check(length, request.params, scores=request.scoring is not None)
@@ -76,10 +76,10 @@ class Scheduler:
         self._waiting.add(seq)
 
     def fork(self, seq: Sequence, request: Request) -> None:
-        """Add a request with the prompt of another, which goes on where that one's only sequence stands.
+        """Add a request that shares another's prompt and continues from the current end of that one's only sequence.
 
-        It runs beside it, in the same pages and of the same age, if that has all but its last token computed and a seat
-        is free. Else it waits as a prompt of all these tokens does, and finds in the prefix cache what is there.
+        It runs in the same pages, with the same age, if all but that sequence's last token is computed and a seat is
+        free. Otherwise it waits like a prompt of all these tokens, and reuses what the prefix cache has.
         """
         assert not request.sequences, f"request {request.request_id!r} was added before"
         assert seq.status is not Status.FINISHED, f"a fork of sequence {seq.seq_id}, which is FINISHED"
@@ -98,9 +98,9 @@ class Scheduler:
             self._waiting.add(child)
 
     def check(self, length: int, params: SamplingParams, *, scores: bool = False) -> int:
-        """The tokens that a prompt of `length` may grow to; ValueError if it could never run. Any thread may ask.
+        """Returns the tokens that a prompt of `length` may grow to; ValueError if it could never run. Thread-safe.
 
-        scores: none is generated, and one more than `length` are scored.
+        scores: generates nothing and scores one token more than `length`.
         """
         n, max_tokens = params.n, params.max_tokens
         if scores:
@@ -114,7 +114,7 @@ class Scheduler:
         if n > self.max_num_seqs:
             raise ValueError(f"n is {n}; legal: at most {self.max_num_seqs}, which is max_num_seqs")
         held = self.pool.num_pages * self.pool.page_size
-        # Without max_tokens to the end of the context, or of the pages there are.
+        # Without max_tokens, up to the end of the context or of the KV cache.
         wanted = max(held, length + 1) if max_tokens is None else length + max_tokens
         max_length = min(wanted, self.max_model_len)
         if max_length > held:
@@ -126,7 +126,7 @@ class Scheduler:
 
     def _check_scored(self, length: int) -> int:
         if length == 0:
-            raise ValueError("the prompt has 1 token; legal: at least 2, for the first is given")
+            raise ValueError("the prompt has 1 token; legal: at least 2, as the first is not scored")
         held = self.pool.num_pages * self.pool.page_size
         for limit, name in ((self.max_model_len, "max_model_len"), (held, "the size of the KV cache")):
             if length > limit:
@@ -136,17 +136,17 @@ class Scheduler:
         return length
 
     def schedule(self) -> Step | None:
-        """The next step, to be run and then committed or rolled back; None if there is no work."""
+        """Returns the next step, to be run and then committed or rolled back; None if there is no work."""
         assert len(self.in_flight) == self._num_expected, "schedule() before the last step was committed or expected"
         num_preemptions = self.num_preemptions
         single: list[tuple[Sequence, int]] = []
         longer: list[tuple[Sequence, int]] = []
         prefills: list[Sequence] = []
         copies: list[tuple[int, int]] = []
-        for seq in self._running:  # a preemption takes from its end: the present sequence, or one not yet looked at
+        for seq in self._running:  # preemption pops from the end: this sequence, or one not yet visited
             pending = len(seq.token_ids) - seq.num_computed
             if len(seq.token_ids) == seq.max_length and (pending == 0 or seq.token_ids[-1] == UNKNOWN):
-                continue  # it ends with what is in flight: its last score, or the token that is being drawn
+                continue  # ends with the step in flight: its last score, or a token being sampled
             if pending > 1:
                 prefills.append(seq)
             else:
@@ -154,7 +154,7 @@ class Scheduler:
                 if self._make_writable(seq, copies):
                     single.append((seq, 1))
         budget = self.max_num_batched_tokens - len(single)
-        # No admission beside a preemption: what was just taken from a sequence would go to it again.
+        # No admissions after a preemption: they would take the pages just freed.
         may_admit = self.num_preemptions == num_preemptions
         if may_admit and self._waiting:
             self._lookups.begin(self._running)
@@ -175,9 +175,9 @@ class Scheduler:
         return self.in_flight[-1]
 
     def expect(self, step: Step) -> None:
-        """Take it that the step in flight has run, and that each of its samples drew a token, as yet UNKNOWN.
+        """Assume that the step in flight has run and sampled a token, as yet UNKNOWN, for each of its samples.
 
-        So the next step can be scheduled while it runs. commit() and append() then tell what came.
+        So the next step can be scheduled while it runs. commit() and append() follow with the results.
         """
         self._check_in_flight(step, self.in_flight)
         self._num_expected = 1
@@ -189,9 +189,9 @@ class Scheduler:
                         seq.token_ids.append(UNKNOWN)
 
     def reserve(self, step: Step, count: int) -> bool:
-        """Pages for so many drafts after each chunk of a step of decodes; False, and nothing changed, without room.
+        """Reserve pages for `count` drafts after each chunk of a decode step; returns False, unchanged, without room.
 
-        There is room in the step, in the model's length, and in pages that nobody must give.
+        The drafts must fit into max_num_batched_tokens, max_model_len and the available pages: nothing is preempted.
         """
         self._check_in_flight(step, self.in_flight)
         assert step.num_decodes == len(step.chunks), "drafts in a step of prompts"
@@ -199,11 +199,11 @@ class Scheduler:
         longest = max(len(seq.token_ids) for seq in sequences) + count
         if len(sequences) * (1 + count) > self.max_num_batched_tokens or longest > self.max_model_len:
             return False
-        wanted: list[tuple[Sequence, int]] = []  # a page of its own in each place
+        wanted: list[tuple[Sequence, int]] = []  # pages to allocate: (sequence, index in its page table)
         for seq in sequences:
-            behind = range(seq.num_computed // self.pool.page_size + 1, self.pool.pages_for(len(seq.token_ids) + count))
+            later = range(seq.num_computed // self.pool.page_size + 1, self.pool.pages_for(len(seq.token_ids) + count))
             held = len(seq.page_ids)
-            wanted.extend((seq, i) for i in behind if i >= held or self.pool.is_shared(seq.page_ids[i]))
+            wanted.extend((seq, i) for i in later if i >= held or self.pool.is_shared(seq.page_ids[i]))
         if len(wanted) > self.pool.num_available:
             return False
         for seq, index in wanted:
@@ -213,7 +213,7 @@ class Scheduler:
         return True
 
     def extend(self, step: Step, drafts: abc.Sequence[tuple[int, ...]]) -> Step:
-        """The step with drafts after each of its decodes, as many as were reserved; its own transfers are done."""
+        """Returns the step with the reserved number of drafts after each decode; its own transfers are done."""
         self._check_in_flight(step, self.in_flight)
         self.in_flight[0] = Step(
             tuple(
@@ -227,9 +227,9 @@ class Scheduler:
         return self.in_flight[0]
 
     def commit(self, step: Step) -> None:
-        """The step has run: its tokens are computed, full pages reusable. Sequences finished meanwhile are skipped.
+        """Record that the step has run: advance its unfinished sequences and publish their full pages.
 
-        What is scored to its end finishes.
+        Sequences scored to their end finish here.
         """
         self._check_in_flight(step, self.in_flight[:1])
         del self.in_flight[0]
@@ -243,7 +243,7 @@ class Scheduler:
                         self.finish(seq, "length")
 
     def rollback(self) -> None:
-        """What is in flight failed: what it wrote and copied is unknown, so all running sequences are preempted."""
+        """Undo the steps in flight, which failed: their pages are undefined, so all running sequences are preempted."""
         self.in_flight.clear()
         self._num_expected = 0
         while self._running:
@@ -252,7 +252,7 @@ class Scheduler:
             seq.forget_unknown()
 
     def append(self, seq: Sequence, token_id: int) -> None:
-        """Give a sequence the token drawn for it; it is fed in the next step."""
+        """Append a sampled token to its sequence; the next step feeds it."""
         expected = seq.token_ids[-1] == UNKNOWN  # and perhaps preempted since
         assert seq.status is Status.RUNNING or expected, (
             f"a token for sequence {seq.seq_id}, which is {seq.status.name}"
@@ -263,12 +263,12 @@ class Scheduler:
         seq.token_ids.append(token_id)
 
     def keep_draft(self, seq: Sequence) -> None:
-        """The token just drawn was a draft: it is computed already, and what was drawn after it counts too."""
-        assert seq.num_computed == len(seq.token_ids) - 1, f"sequence {seq.seq_id} has no token to come"
+        """Accept the draft that was just sampled: its KV is computed, and the token sampled after it counts too."""
+        assert seq.num_computed == len(seq.token_ids) - 1, f"sequence {seq.seq_id} has no draft token to accept"
         self._advance(seq, len(seq.token_ids))
 
     def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """End a sequence, wherever it stands, and return its pages at once. Without effect on a finished one."""
+        """End a sequence in any state and free its pages at once. No effect on a finished one."""
         if seq.status is Status.RUNNING:
             self._running.remove(seq)
             self._release(seq)
@@ -281,14 +281,14 @@ class Scheduler:
         seq.status = Status.FINISHED  # last: what an interrupt leaves unfinished, Generation.abort finishes
 
     def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
-        """End all sequences of a request that have not finished, for one reason."""
+        """End all unfinished sequences of a request, for the same reason."""
         for seq in request.sequences:
             self.finish(seq, reason, stop_reason)
 
     def _make_writable(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
-        """Give a sequence a page of its own for its next position; False if it was itself preempted, as the newest."""
+        """Give a sequence a page of its own for its next position; False if it was preempted itself, as the newest."""
         page_ids, index = seq.page_ids, seq.num_computed // self.pool.page_size
-        # Asked anew after each preemption: it may free a page, or end the sharing that made one needed.
+        # Checked again after each preemption, which may free a page or end the sharing.
         while (fresh := index == len(page_ids)) or self.pool.is_shared(page_ids[index]):
             if self.pool.num_available == 0:
                 if self._preempt_newest() is seq:
@@ -312,10 +312,10 @@ class Scheduler:
         return seq
 
     def _admissions(self, most: int | None = None) -> Iterator[Sequence]:
-        """Admit waiting sequences one by one, each with its pages, until the next finds no seat or too few pages.
+        """Admit waiting sequences one by one, with pages, until the next lacks a seat or pages.
 
-        One whose next page a running sequence is computing waits for that page, and is passed by those behind it.
-        most: tokens to compute that all of them may have together; None for no limit.
+        One whose next page a running sequence is computing waits for it; later ones pass. most: tokens to compute for
+        all of them together; None for no limit.
         """
         lookups, size, num_passed = self._lookups, self.pool.page_size, 0
         for seq in self._waiting:
@@ -356,7 +356,7 @@ class Scheduler:
         return Chunk(seq, seq.num_computed, length, samples)
 
     def _split(self, seq: Sequence) -> tuple[Sequence, ...]:
-        """All n sequences of the request: the children share the first one's pages, and its age."""
+        """Returns all n sequences of the request: the children share the first one's pages and age."""
         request = seq.request
         seq.num_seats = 1
         for index in range(1, request.params.n):
@@ -366,16 +366,16 @@ class Scheduler:
         return tuple(request.sequences)
 
     def _join(self, child: Sequence, other: Sequence) -> None:
-        """A fork runs right behind one with the same pages, and holds them too.
+        """Insert a fork right after a sequence with the same pages, and share them.
 
-        So those who copy one page come one after another, and nobody in between can preempt the last who holds it,
-        take it, and have it written before it was copied.
+        So sequences that copy one page are adjacent, and none between them can preempt its last holder, take the page,
+        and have it written before it is copied.
         """
         self.pool.share(child.page_ids)
         self._running.insert(self._running.index(other) + 1, child)
 
     def _advance(self, seq: Sequence, num_computed: int) -> None:
-        """So many tokens are computed: offer the pages that they fill."""
+        """Set the number of computed tokens and publish the pages they fill."""
         seq.num_computed = num_computed
         while (seq.num_published + 1) * self.pool.page_size <= num_computed:
             self._publish_next(seq)

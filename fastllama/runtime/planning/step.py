@@ -1,4 +1,4 @@
-"""What one forward pass computes: chunks of sequences. Values, made by the scheduler."""
+"""The scheduler's output: the chunks of sequences that one forward pass computes, as immutable values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from fastllama.runtime.planning.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, start + length) of a sequence. `samples` draw their next token from the logits of its last row.
+    """Tokens [start, start + length) of a sequence. The next tokens of `samples` are sampled from its last row of
+    logits.
 
-    samples: () while a prompt is unfinished, then (seq,); all n sequences where a prompt with n > 1 ends.
-    drafts: tokens that may come after the sequence's own, of which the chunk's last ones are; each of their rows draws.
+    samples: () while a prompt is unfinished, then (seq,); all n sequences at the end of a prompt with n > 1.
+    drafts: draft tokens after the sequence's own tokens, at the end of the chunk; a token is sampled in each of their
+    rows.
     """
 
     seq: Sequence
@@ -25,10 +27,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: chunks, the decodes first (`num_decodes` of them), which are of one length: 1 but for drafts.
+    """One forward pass: its chunks, the `num_decodes` decodes first, which all have the same length: 1 plus drafts.
 
-    transfers: between device and host, executed once, in their order and first of all; see BlockPool.
-    copies: (source page, destination page), executed before the forward pass in any order, for no page is both.
+    transfers: page copies between device and host, executed once, in order, before anything else; see BlockPool.
+    copies: (source page, destination page), executed before the forward pass in any order: no page is in both roles.
     """
 
     chunks: tuple[Chunk, ...]

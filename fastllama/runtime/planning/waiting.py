@@ -1,4 +1,4 @@
-"""The queue of sequences that wait to be admitted: one of arrival, in which short prompts may pass long ones."""
+"""The queue of waiting sequences: first come, first served, except that short prompts may pass long ones."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 
 from fastllama.runtime.planning.sequence import Sequence
 
-LEAST_BLOCK = 64  # sequences: up to here one block is faster than several
+LEAST_BLOCK = 64  # sequences: below this, one block is faster than several
 
 
 class WaitingQueue:
-    """Sequences in the order in which they are to be admitted.
+    """Waiting sequences in order of admission.
 
-    A new one passes, from the back, all whose patience is at least its length, and the foremost of those passed pays:
-    its patience is less by that length. So it guards those behind it, which are delayed no more than itself.
+    A new sequence passes, from the back, all whose patience is at least its length; the patience of the foremost one
+    passed drops by that length. That one so protects the sequences after it, which are delayed no more than itself.
 
-    The queue is a list of blocks of about sqrt(n) sequences, each block with the least patience in it, so that nothing
-    takes more than O(sqrt(n)): of 10,000 long prompts, a short one passes whole blocks.
+    The queue is a list of blocks of about sqrt(n) sequences, each with its least patience, so that no operation costs
+    more than O(sqrt(n)): a short prompt passes 10,000 long ones by whole blocks.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class WaitingQueue:
         return len(self._block_of)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """From the first to be admitted to the last; the one at hand may be removed."""
+        """Iterate in order of admission; the current sequence may be removed."""
         for block in list(self._blocks):
             yield from list(block.sequences)
 
     @property
     def head(self) -> Sequence:
-        """The next to be admitted, of a queue that is not empty."""
+        """The next sequence to admit. The queue must not be empty."""
         return self._blocks[0].sequences[0]
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence behind all that wait, but for those that let it pass."""
+        """Queue a sequence last, or before those at the end that let it pass."""
         length, index = len(seq.token_ids), len(self._blocks)
         while index > 0 and length <= self._blocks[index - 1].least:
             index -= 1
@@ -48,23 +48,23 @@ class WaitingQueue:
         else:
             block = self._blocks[index - 1]
             place = len(block.sequences)
-            while length <= block.sequences[place - 1].patience:  # not of all, or the block would have been passed
+            while length <= block.sequences[place - 1].patience:  # some stop it, or the block would have been passed
                 place -= 1
-            behind = block.sequences[place:] or (self._blocks[index].sequences if index < len(self._blocks) else [])
-            passed = behind[0] if behind else None
+            following = block.sequences[place:] or (self._blocks[index].sequences if index < len(self._blocks) else [])
+            passed = following[0] if following else None
             self._insert(block, place, seq)
         if passed is not None:
             passed.patience -= length
             self._block_of[passed].note(passed)
 
     def put_first(self, seq: Sequence) -> None:
-        """Queue a sequence before all others."""
+        """Queue a preempted sequence before all others."""
         if not self._blocks:
             self._blocks.append(_Block([]))
         self._insert(self._blocks[0], 0, seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands."""
+        """Remove a sequence from any place in the queue."""
         block = self._block_of.pop(seq)
         block.sequences.remove(seq)
         if not block.sequences:
@@ -86,19 +86,19 @@ class WaitingQueue:
 
 
 class _Block:
-    """Neighbours in the queue, and the least patience of them."""
+    """Adjacent sequences of the queue, and the least of their patience."""
 
     __slots__ = ("least", "sequences")
-    least: float  # infinite of none
+    least: float  # infinite if empty
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
         self.look()
 
     def look(self) -> None:
-        """Find the least patience anew."""
+        """Recompute the least patience."""
         self.least = min((seq.patience for seq in self.sequences), default=math.inf)
 
     def note(self, seq: Sequence) -> None:
-        """One of the sequences is new, or has less patience than before."""
+        """Update the least patience for a sequence that is new or whose patience dropped."""
         self.least = min(self.least, seq.patience)

@@ -1,4 +1,4 @@
-"""The asyncio face: requests from any number of tasks, answered by one thread that owns the engine."""
+"""The asyncio interface: requests from any number of tasks, run by one thread that owns the engine."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from fastllama.runtime.serving.stream import RequestStream
 from fastllama.runtime.serving.worker import Worker
 from fastllama.runtime.values import flag, plain
 
-AT_ONCE = 8192  # characters or ids of a prompt that are tokenized and checked at once: 2 to 4 ms of the event loop
-_CENTURY = 3.2e9  # seconds: a deadline beyond it is as good as none
+AT_ONCE = 8192  # characters or ids of a prompt that the event loop tokenizes and checks itself: 2 to 4 ms
+_CENTURY = 3.2e9  # seconds: the longest deadline
 
 
 class AsyncEngine:
-    """Serves an LLM to asyncio: any task of any loop adds requests, one thread of its own runs them all together.
+    """Serves an LLM to asyncio: tasks of any event loop add requests, and one thread runs them in one batch.
 
-    llm: nobody else uses it until the engine is shut down, or nobody holds the engine or a stream of it any more; it
-    stays open. Closing it shuts the engine down.
-    max_queue_size: requests that may wait until they begin; those that come beside them are rejected.
+    llm: owned by the engine until its shutdown, or until the engine and its streams are garbage-collected; it stays
+    open. Closing it shuts the engine down.
+    max_queue_size: requests that may wait to be scheduled; further ones are rejected.
 
-    A request that raises ends by itself: the others go on, and its pages come back. Nobody who does not read slows
-    the others down: deltas that nobody has read are one. `async with` shuts down at its end.
-    Raises RuntimeError where another AsyncEngine has the LLM; in a forked process, each method does.
+    An exception fails only the request that raised it and frees its pages. A slow reader delays no other request: its
+    unread deltas are merged. `async with` shuts down at its end.
+    Raises RuntimeError if another AsyncEngine owns the LLM; in a forked process, each method does.
     """
 
     def __init__(self, llm: LLM, *, max_queue_size: int = 1024) -> None:
         check_range("max_queue_size", max_queue_size, 1)
         self._llm, self._access = llm, llm.engine.access
         self.worker = Worker(llm.engine, max_queue_size)
-        weakref.finalize(self, self.worker.end, "nobody holds the engine").atexit = False
+        weakref.finalize(self, self.worker.end, "the AsyncEngine was garbage-collected").atexit = False
 
     @property
     def max_queue_size(self) -> int:
-        """Requests that may wait until they begin."""
+        """Most requests that may wait to be scheduled."""
         return self.worker.max_queue_size
 
     def add_request(
@@ -65,13 +65,13 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a prompt: a text, token ids, or the messages of a chat.
 
-        deadline: seconds from now, after which what has not finished does with "deadline", between two steps; while the
-        prompt is still tokenized, its stream raises RequestError with that reason.
+        deadline: seconds from now, after which unfinished samples end with "deadline", between two steps; if the prompt
+        is still being tokenized, the stream raises RequestError with that reason.
         request_id: names it for `abort`; None makes one. tags, add_special_tokens, continues_text: as in LLM.chat,
         LLM.generate and LLM.start.
         Raises at once, and queues nothing: QueueFullError if max_queue_size requests wait, ValueError or TypeError for
-        what can never run, RuntimeError when the engine drains or was shut down. A prompt of more than 8192 characters
-        is tokenized elsewhere: what is wrong with it the stream raises, as RequestError.
+        what can never run, RuntimeError while the engine drains or after its shutdown. A prompt of more than 8192
+        characters is tokenized on another thread; its errors are raised by the stream, as RequestError.
         """
         reject(unknown, "AsyncEngine.add_request", AsyncEngine.add_request)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
@@ -83,12 +83,12 @@ class AsyncEngine:
         return self._queue(self._order(request_id, deadline), prompt, params, prepare)
 
     def check_room(self) -> None:
-        """Raise QueueFullError, counted among the rejected, where `add_request` would: before a prompt is prepared."""
+        """Raise QueueFullError, counted as rejected, if `add_request` would; call it before preparing a prompt."""
         self._access.check_process()
         self.worker.check_room()
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
-        """The whole answer to a prompt; arguments and errors are those of `add_request` and its stream."""
+        """Returns the whole output of a prompt. Arguments and errors are those of `add_request` and its stream."""
         stream = self.add_request(prompt, params, **options)
         async for _ in stream:
             pass
@@ -106,10 +106,9 @@ class AsyncEngine:
         add_special_tokens: bool = True,
         **unknown: Any,
     ) -> ScoreOutput:
-        """Log-probabilities of a prompt's own tokens from position `start` on; see LLM.score.
+        """Returns log-probabilities of a prompt's own tokens from position `start` on; see LLM.score.
 
-        The other arguments and the errors are those of `add_request` and its stream; what is not scored by its deadline
-        raises RequestError.
+        Other arguments and errors are those of `add_request` and its stream; missing the deadline raises RequestError.
         """
         reject(unknown, "AsyncEngine.score", AsyncEngine.score)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)
@@ -128,10 +127,10 @@ class AsyncEngine:
         deadline: float | None = None,
         request_id: str | None = None,
     ) -> RequestStream:
-        """A second request that goes on from where an unfinished one stands; see LLM.fork.
+        """Fork an unfinished request at its current token; see LLM.fork.
 
-        Its first delta holds what the other has generated. Raises what `add_request` does; what cannot be forked then,
-        its stream raises.
+        The first delta contains what the other has generated. Raises what `add_request` raises; if the request cannot
+        be forked, the stream raises.
         """
         self._access.check_process()
         if not isinstance(stream, RequestStream):
@@ -142,25 +141,25 @@ class AsyncEngine:
         return RequestStream(order, self._access, self._leave)
 
     def abort(self, request_id: str, why: str = "AsyncEngine.abort was called") -> None:
-        """End a request by its id: its stream raises RequestError with the reason "abort", whose text ends in `why`.
+        """End a request by its id; its stream raises RequestError with the reason "abort", whose text ends in `why`.
 
-        Without effect on a request that ended or never was.
+        No effect on a finished or unknown request.
         """
         self._access.check_process()
         self.worker.abort(request_id, why)
 
     def abort_all(self, why: str = "AsyncEngine.abort_all was called") -> None:
-        """End all requests that were added before, as `abort` does one."""
+        """End all requests added so far, as `abort` does."""
         self._access.check_process()
         self.worker.abort_all(why)
 
     async def reset_prefix_cache(self) -> None:
-        """Forget all keys and values, between two steps; see LLM.reset_prefix_cache."""
+        """Drop all cached keys and values between two steps; see LLM.reset_prefix_cache."""
         self._access.check_process()
         await asyncio.wrap_future(self.worker.call(lambda engine: engine.reset_prefix_cache()))
 
     async def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights, between two steps; see LLM.update_weights."""
+        """Replace weights between two steps; see LLM.update_weights."""
         self._access.check_process()
         await asyncio.wrap_future(self.worker.call(lambda engine: engine.update_weights(tensors)))
 
@@ -184,15 +183,15 @@ class AsyncEngine:
         await self.shutdown()
 
     def statistics(self) -> Snapshot:
-        """Counters and histograms up to now. Any thread may ask."""
+        """Returns counters and histograms so far. Thread-safe."""
         self._access.check_process()
         return self.worker.snapshot()
 
     def health(self) -> Health:
-        """Whether the thread lives, how long its step runs, how many failed in a row. Any thread may ask.
+        """Returns whether the thread lives, the age of its step, and the failed steps in a row. Thread-safe.
 
-        An engine that is beyond repair (`error`) has ended all requests with the cause, and refuses new ones: a device
-        that fails for good needs another process, anything else another LLM.
+        After a permanent fault (`error`), all requests have ended with the cause and new ones are refused: a device
+        fault needs a new process, any other a new LLM.
         """
         self._access.check_process()
         return self.worker.health()

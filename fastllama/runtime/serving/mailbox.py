@@ -13,7 +13,7 @@ from fastllama.runtime.outputs import CompletionOutput, FinishReason, RequestDel
 
 @dataclass
 class _Gain:
-    """Tokens and text of one sample that have not been read."""
+    """Unread tokens and text of one sample."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Mailbox:
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._metrics: RequestMetrics | None = None
         self._error: BaseException | None = None
-        self._over = False  # nothing follows what lies here
+        self._over = False  # nothing more will be put
         self._reader: asyncio.Future[None] | None = None
 
     def put(
@@ -44,7 +44,7 @@ class Mailbox:
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
         metrics: RequestMetrics | None = None,
     ) -> asyncio.Future[None] | None:
-        """Add to what lies here. The reader to wake, if one waits."""
+        """Add unread pieces; returns the waiting reader, to be woken, if there is one."""
         with self._lock:
             for piece in pieces:
                 gain = self._gains.setdefault(piece.index, _Gain())
@@ -61,15 +61,15 @@ class Mailbox:
             return self._take_reader()
 
     def end(self, error: BaseException | None = None) -> asyncio.Future[None] | None:
-        """Nothing follows, but for an error that is raised when all that lies here is read. The reader to wake."""
+        """Mark the end, with an error to raise once all is read; returns the waiting reader, if there is one."""
         with self._lock:
             self._error, self._over = error, True
             return self._take_reader()
 
     def take(self, reader: asyncio.Future[None]) -> RequestDelta | None:
-        """All that lies here; None if that is nothing yet, and then the reader is noted, to be woken.
+        """Returns all that is unread; if nothing is, registers the reader, to be woken, and returns None.
 
-        Raises RequestError where the request failed, StopAsyncIteration after its end.
+        Raises RequestError if the request failed, StopAsyncIteration after its end.
         """
         with self._lock:
             if self._gains or self._metrics is not None:
@@ -93,7 +93,7 @@ class Mailbox:
 
 
 def wake(readers: Iterable[asyncio.Future[None] | None]) -> None:
-    """Let readers look into their mailboxes again, with one call for each loop."""
+    """Wake readers, so that they check their mailboxes again, with one call per event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for reader in readers:
         if reader is not None:
@@ -101,7 +101,7 @@ def wake(readers: Iterable[asyncio.Future[None] | None]) -> None:
     for loop, futures in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, futures)
-        except RuntimeError:  # that loop is closed, and who waited in it has gone
+        except RuntimeError:  # that loop is closed, and its readers are gone
             continue
 
 

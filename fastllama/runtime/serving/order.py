@@ -1,4 +1,4 @@
-"""A request between its reader and the engine, and what of it the reader has been told."""
+"""A request of an AsyncEngine, and which of its output has been sent to its reader."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastllama.runtime.serving.statistics import Statistics
 
 
 @dataclass
-class _Told:
-    """What the reader of a request has been sent of one sample."""
+class _Sent:
+    """What has been sent to a request's reader of one sample."""
 
     num_tokens: int = 0
     num_logprobs: int = 0
@@ -29,8 +29,9 @@ class _Told:
 class Order:
     """One request of an AsyncEngine; all but its id and the mailbox belongs to the engine's thread.
 
-    deadline: by time.monotonic(). generation: None until the engine has it. begun: it has left the queue. failure: what
-    its reader gets if it was aborted. on_added: called when the engine has it, or when it has ended without.
+    deadline: by time.monotonic(). generation: None until the engine has the request. begun: it was scheduled. failure:
+    the error for its reader if it was aborted. on_added: called when the engine has the request, or it has ended
+    before.
     """
 
     request_id: str
@@ -42,13 +43,13 @@ class Order:
     ended: bool = False
     failure: RequestError | None = None
     on_added: list[Callable[[], None]] = field(default_factory=list)
-    _told: dict[int, _Told] = field(default_factory=dict)
+    _sent: dict[int, _Sent] = field(default_factory=dict)
 
-    def tell(self, statistics: Statistics) -> asyncio.Future[None] | None:
-        """Put what the request gained into the mailbox; the reader to wake."""
+    def publish(self, statistics: Statistics) -> asyncio.Future[None] | None:
+        """Put the request's new output into the mailbox; returns the waiting reader, to be woken."""
         generation = self.generation
         assert generation is not None
-        first = not self._told
+        first = not self._sent
         with statistics.lock:
             now = time.monotonic()
             found = [self._gain(generation, seq, now, statistics) for seq in generation.request.sequences]
@@ -61,7 +62,7 @@ class Order:
         )
 
     def end(self, error: BaseException | None) -> None:
-        """Nothing follows. Its reader is woken, and gets the error, or why it was aborted, behind what came."""
+        """End the stream: its reader gets the output so far, then the error or the reason of an abort."""
         failure = error or self.failure
         if failure is None and self.generation is not None:
             failure = self.generation.failure()
@@ -71,23 +72,23 @@ class Order:
     def _gain(
         self, generation: Generation, seq: Sequence, now: float, statistics: Statistics
     ) -> CompletionOutput | None:
-        """What one sample gained; None if that is nothing. How a request ended that raised, its error says."""
-        sample, told = generation.sample(seq), self._told.setdefault(seq.index, _Told())
-        token_ids = tuple(seq.token_ids[seq.num_prompt_tokens + told.num_tokens :])
-        logprobs = tuple(sample.logprobs[told.num_logprobs :])
+        """Returns the new output of one sample, or None. A failed request's end is sent as its error instead."""
+        sample, sent = generation.sample(seq), self._sent.setdefault(seq.index, _Sent())
+        token_ids = tuple(seq.token_ids[seq.num_prompt_tokens + sent.num_tokens :])
+        logprobs = tuple(sample.logprobs[sent.num_logprobs :])
         text = sample.stream.take() if sample.stream is not None else ""
-        ends = seq.finish_reason is not None and not told.finished
+        ends = seq.finish_reason is not None and not sent.finished
         if ends:
             statistics.num_finished[seq.finish_reason or "abort"] += 1
         if token_ids:
             statistics.num_generated_tokens += len(token_ids)
-            if told.num_tokens:
+            if sent.num_tokens:
                 count = len(token_ids)
-                statistics.inter_token_seconds.observe((now - told.time) / count, times=count)
-            told.time = now
-        told.num_tokens += len(token_ids)
-        told.num_logprobs += len(logprobs)
-        told.finished = told.finished or ends
+                statistics.inter_token_seconds.observe((now - sent.time) / count, times=count)
+            sent.time = now
+        sent.num_tokens += len(token_ids)
+        sent.num_logprobs += len(logprobs)
+        sent.finished = sent.finished or ends
         shows_end = ends and generation.error is None
         if not (token_ids or text or shows_end):
             return None

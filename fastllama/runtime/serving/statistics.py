@@ -1,4 +1,4 @@
-"""Counters and histograms of a runtime that serves, as plain values for whoever exports them."""
+"""Counters and histograms of a serving engine, as plain values to export."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from fastllama.runtime.outputs import FinishReason
 
-# Seconds. 1, 2.5, 5 to a decade, from a decode step of a small model to the longest answer.
+# Seconds: 1, 2.5, 5 per decade, from a decode step of a small model to the longest answer.
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
 
 @dataclass(frozen=True)
 class HistogramSnapshot:
-    """counts[i] values were at most bounds[i], and above the bound before it; the last count is of those above all.
+    """A histogram: counts[i] values lie in (bounds[i-1], bounds[i]]; the last count is of values above all bounds.
 
     total: the sum of all values, in seconds.
     """
@@ -27,24 +27,24 @@ class HistogramSnapshot:
 
     @property
     def count(self) -> int:
-        """How many values there were."""
+        """The number of values."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A runtime at one moment. Counters and histograms count from its start on.
+    """The state of an engine at one moment. Counters and histograms start with the engine.
 
-    num_queued: accepted requests that have not begun. num_running: sequences that hold pages.
-    num_accepted, num_rejected: requests; those are rejected that find the queue full.
-    num_failed: requests that raised. num_finished: samples, by their finish_reason.
-    num_prompt_tokens, num_cached_tokens: of requests that have begun; cached ones were found in the prefix cache.
-    num_host_hit_tokens: tokens that came back from the host cache, of prompts and of sequences computed again.
-    num_preemptions: how often a sequence gave up its pages to be computed again.
-    num_draft_tokens, num_accepted_tokens: guesses that were verified, and those that came true.
-    queue_seconds: from arrival until first_scheduled_time. first_token_seconds: from arrival to its first token.
-    inter_token_seconds: between tokens of one sample; those of one step count as evenly apart.
-    request_seconds: from arrival to its end, however it ends.
+    num_queued: accepted requests not yet scheduled. num_running: sequences that hold pages.
+    num_accepted, num_rejected: requests; rejected ones found the queue full.
+    num_failed: requests that raised. num_finished: samples by finish_reason.
+    num_prompt_tokens, num_cached_tokens: of scheduled requests; cached ones were found in the prefix cache.
+    num_host_hit_tokens: tokens copied back from the host cache, for prompts and recomputed sequences.
+    num_preemptions: how often a sequence was preempted, to be recomputed later.
+    num_draft_tokens, num_accepted_tokens: draft tokens verified, and draft tokens accepted.
+    queue_seconds: from arrival to first_scheduled_time. first_token_seconds: from arrival to the first token.
+    inter_token_seconds: between tokens of one sample; tokens of one step count as evenly spaced.
+    request_seconds: from arrival to the end, whatever its reason.
     """
 
     num_queued: int
@@ -70,11 +70,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How an engine's thread fares.
+    """Health of an engine's thread.
 
-    alive: whether the thread is. step_seconds: age of the step that runs; None between steps. failures_in_a_row: steps
-    up to now of which nothing succeeded. error: what it cannot recover from (a device that fails for good, bookkeeping
-    that fails each time), after which the thread has ended; None without.
+    alive: whether the thread runs. step_seconds: age of the current step; None between steps. failures_in_a_row: latest
+    steps in a row in which every request failed. error: a permanent fault (of the device, or bookkeeping that fails
+    every time), after which the thread has ended; None without.
     """
 
     alive: bool
@@ -84,25 +84,25 @@ class Health:
 
 
 class Histogram:
-    """Counts of values, in seconds, in buckets that never change."""
+    """Counts of values, in seconds, in fixed buckets."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS) + 1)
         self._total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value, as often as it occurred."""
+        """Count a value that occurred `times` times."""
         self._counts[bisect_left(BOUNDS, value)] += times
         self._total += value * times
 
     def snapshot(self) -> HistogramSnapshot:
-        """The counts so far."""
+        """Returns the counts so far."""
         return HistogramSnapshot(BOUNDS, tuple(self._counts), self._total)
 
 
 @dataclass
 class Statistics:
-    """What is counted; see Snapshot. Whoever reads or changes it holds `lock`."""
+    """The counters of a Snapshot, guarded by `lock`."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_accepted: int = 0
@@ -122,7 +122,7 @@ class Statistics:
     request_seconds: Histogram = field(default_factory=Histogram)
 
     def snapshot(self, *, num_queued: int, num_running: int, num_pages: int, num_available_pages: int) -> Snapshot:
-        """All of it as values that stay, beside what its owner knows."""
+        """Returns all counters as immutable values, with the given gauges."""
         return Snapshot(
             num_queued=num_queued,
             num_running=num_running,

@@ -1,4 +1,4 @@
-"""The deltas of one request, as its task reads them."""
+"""The stream of one request's deltas, read by an asyncio task."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastllama.runtime.serving.order import Order
 class RequestStream:
     """The deltas of one request, for one task: `async for delta in stream`.
 
-    To close it, to cancel the task that waits for its next delta, or to let go of it aborts the request. What came
-    while nobody read is one delta. It ends like this only where the request ended by itself or by its deadline; behind
-    the last delta of one that failed or was aborted it raises RequestError, with the cause.
-    Raises RuntimeError where a second task reads while one waits, and in a forked process.
+    Closing or dropping it, or cancelling the task that waits for its next delta, aborts the request. Unread output is
+    merged into one delta. Iteration ends normally if the request finished or reached its deadline; after the last delta
+    of a request that failed or was aborted it raises RequestError with the cause.
+    Raises RuntimeError if a second task reads while one waits, and in a forked process.
     """
 
     def __init__(self, order: Order, access: Access, leave: Callable[[Order], None]) -> None:
-        """leave: of who runs the request, and told that nobody reads any more; kept, and with it what it belongs to."""
+        """leave: called when the stream is no longer read; the stream keeps a reference to it and its owner."""
         self.order, self._access, self._leave = order, access, leave
         self._closed = self._reading = False
 
@@ -35,7 +35,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestDelta:
-        self._access.check_process()  # whose mailbox may be locked for good
+        self._access.check_process()  # of the fork, in which the mailbox may be locked for good
         if self._reading:
             raise RuntimeError("a task waits for this stream's next delta already; legal: one reader")
         self._reading = True
@@ -54,11 +54,11 @@ class RequestStream:
         raise StopAsyncIteration
 
     def output(self) -> RequestOutput:
-        """The whole request, once its last delta was read. Raises RuntimeError before."""
+        """Returns the whole request after its last delta was read. Raises RuntimeError before."""
         return self._ended().output()
 
     def score(self) -> ScoreOutput:
-        """The same of a prompt that was scored."""
+        """As `output`, for a prompt that was scored."""
         return self._ended().score()
 
     def _ended(self) -> Generation:
@@ -68,14 +68,14 @@ class RequestStream:
         return generation
 
     def close(self) -> None:
-        """Abort the request, if it has not ended; nothing more is read. May be called twice."""
+        """Abort the request, if it has not ended, and end the stream. May be called twice."""
         self._access.check_process()
         self._closed = True
         wake([self.order.mailbox.end()])
         self._leave(self.order)
 
     async def aclose(self) -> None:
-        """The same, for contextlib.aclosing."""
+        """As `close`, for contextlib.aclosing."""
         self.close()
 
     def __del__(self) -> None:

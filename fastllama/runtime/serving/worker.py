@@ -23,25 +23,25 @@ from fastllama.runtime.serving.mailbox import wake
 from fastllama.runtime.serving.order import Order
 from fastllama.runtime.serving.statistics import Health, Snapshot, Statistics
 
-BEYOND_REPAIR = 8  # faults of the bookkeeping in a row: the engine starts anew after each, which has not helped then
+BEYOND_REPAIR = 8  # faults of the bookkeeping in a row, each followed by a restart with an empty pool
 
 
 class Worker:
-    """Runs an engine, which it claims, on a thread of its own until it is ended. It does not know its AsyncEngine.
+    """Owns an engine and runs it on a thread of its own, until it is ended. Does not know its AsyncEngine.
 
-    max_queue_size: requests that may wait until they begin. engine: None when the thread has ended.
+    max_queue_size: requests that may wait to be scheduled. engine: None after the thread has ended.
     """
 
     def __init__(self, engine: Engine, max_queue_size: int) -> None:
         self.max_queue_size = max_queue_size
-        self.orders: dict[str, Order] = {}  # that have not ended, by their ids; changed under the lock
+        self.orders: dict[str, Order] = {}  # unfinished ones by id; changed under the lock
         self.engine: Engine | None = engine
-        # Each is called by the thread; None ends it. Its put may interrupt itself, as __del__ can.
+        # Each is called by the thread; None ends it. A SimpleQueue's put is reentrant, as a call from __del__ needs.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Of the orders and what is below, up to the ids. Garbage collection may call `end` within.
+        # Guards the orders and all below, up to the ids. Reentrant: garbage collection may call `end` inside.
         self._lock = threading.RLock()
-        self._refusal: str | None = None  # why no request is taken any more
-        self._stopped = False  # no command is obeyed that is put from now on
+        self._refusal: str | None = None  # why new requests are refused
+        self._stopped = False  # later commands are not executed
         self._num_queued = 0
         self._ids = map(str, itertools.count())
         self._statistics = Statistics()
@@ -63,30 +63,30 @@ class Worker:
             self._access.give_up()
             raise
 
-    # Any thread, from here on.
+    # Methods for any thread.
 
     def add(self, order: Order, given: Prepared | Callable[[], Prepared]) -> None:
-        """Queue a request, or what prepares it, which another thread then calls. Raises what AsyncEngine raises."""
+        """Queue a request, or a callable that prepares it on another thread. Raises what AsyncEngine raises."""
         self._accept(order)
         if isinstance(given, Prepared):
             self._commands.put(partial(self._add, order, given))
         else:
-            self._commands.put(self._expire)  # for the thread to know its deadline
+            self._commands.put(self._expire)  # so that the thread sees its deadline
             with suppress(RuntimeError):  # the thread has ended meanwhile, and with it the order
                 self._tokenizing.submit(self._prepare, order, given)
 
     def check_room(self) -> None:
-        """Raise QueueFullError, and count it, where as many requests wait as may."""
+        """Raise QueueFullError, and count it, if max_queue_size requests wait."""
         with self._statistics.lock:
             self._check_room()
 
     def fork(self, origin: Order, order: Order, params: SamplingParams | None) -> None:
-        """Queue a request that goes on from where another stands."""
+        """Queue a fork of a request."""
         self._accept(order)
         self._commands.put(partial(self._fork, origin, order, params))
 
     def new_id(self) -> str:
-        """An id that no unfinished request has."""
+        """Returns an id that no unfinished request has."""
         engine = self.engine
         return next(
             number
@@ -95,23 +95,23 @@ class Worker:
         )
 
     def leave(self, order: Order) -> None:
-        """Nobody reads a request any more. May be called from anything, __del__ too."""
+        """Abort a request whose stream is no longer read. May be called from anywhere, __del__ too."""
         if not order.ended:
             self._commands.put(partial(self._abort, order, "its stream was closed"))
 
     def abort(self, request_id: str, why: str) -> None:
-        """End a request, if there is one of this id."""
+        """End the request of this id, if there is one."""
         order = self.orders.get(request_id)
         if order is not None:
             self._commands.put(partial(self._abort, order, why))
 
     def abort_all(self, why: str) -> None:
-        """End all requests that were queued before."""
+        """End all requests queued so far."""
         with self._lock:
             self._commands.put(partial(self._abort_each, list(self.orders.values()), why))
 
     def call(self, function: Callable[[Engine], None]) -> concurrent.futures.Future[None]:
-        """Call something with the engine, between two steps; the future has what it raises."""
+        """Call a function with the engine between two steps; the future gets its exception, if any."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._lock:
             self._check_open()
@@ -180,19 +180,19 @@ class Worker:
             raise RuntimeError(f"this AsyncEngine {self._refusal}; make a new one")
 
     def _prepare(self, order: Order, prepare: Callable[[], Prepared]) -> None:
-        """On the tokenizer's thread."""
+        """Tokenize a prompt, on the tokenizer's thread."""
         try:
             self._commands.put(partial(self._add, order, prepare()))
         except BaseException as error:
             self._commands.put(partial(self._end, order, error))
 
-    # The engine's thread, from here on.
+    # Methods for the engine's thread.
 
     def _run(self, engine: Engine) -> None:
         try:
             while self._turn(engine):
                 pass
-        except BaseException as error:  # in what ends requests after a fault
+        except BaseException as error:  # while ending requests after a fault
             self._refuse_for(error)
             raise
         finally:
@@ -206,24 +206,24 @@ class Worker:
             while not self._commands.empty():
                 if (command := self._commands.get()) is not None:
                     command()
-            self._say_drained()
+            self._resolve_drains()
             self._access.give_up()
 
     def _refuse_for(self, error: BaseException) -> None:
-        """The engine is beyond repair."""
+        """Refuse new requests because of a permanent fault."""
         with self._lock:
-            self._broken, self._refusal = error, f"is beyond repair, for {error!r}"
+            self._broken, self._refusal = error, f"has failed permanently: {error!r}"
 
     def _turn(self, engine: Engine) -> bool:
-        """Do what was commanded, and one step. False if that was the last."""
+        """Execute pending commands and one step. Returns False if that was the last."""
         going = True
         try:
-            going = self._obey(engine)
+            going = self._run_commands(engine)
             self._expire()
             self._step_start = time.monotonic()
             if self._advance(engine):
                 self._num_faults = 0
-        except BaseException as error:  # in the bookkeeping: which requests it is about, nobody knows
+        except BaseException as error:  # of the bookkeeping: it may concern any request
             self._num_faults += 1
             if self._num_faults == BEYOND_REPAIR:
                 self._broken = error
@@ -236,16 +236,16 @@ class Worker:
             self._fail_all(engine, self._broken)
             return False
         if not self.orders:
-            self._say_drained()
+            self._resolve_drains()
         return going
 
-    def _say_drained(self) -> None:
+    def _resolve_drains(self) -> None:
         while self._drains:
             if (drained := self._drains.pop()).set_running_or_notify_cancel():
                 drained.set_result(None)
 
-    def _obey(self, engine: Engine) -> bool:
-        """Do what was commanded, and wait for it where there is nothing else to do. False if that is to end."""
+    def _run_commands(self, engine: Engine) -> bool:
+        """Execute pending commands; waits for one if the engine is idle. Returns False if the thread is to end."""
         idle = not engine.has_work and not (self._drains and not self.orders)
         while True:
             try:
@@ -258,7 +258,7 @@ class Worker:
             idle = False
 
     def _patience(self) -> float | None:
-        """Seconds until the first deadline of what is being tokenized; None where there is none."""
+        """Seconds until the earliest deadline of a request being tokenized; None without one."""
         deadlines = [order.deadline for order in list(self.orders.values()) if order.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
@@ -296,7 +296,7 @@ class Worker:
             order.on_added.pop(0)()
 
     def _call(self, function: Callable[[Engine], None], done: concurrent.futures.Future[None]) -> None:
-        if not done.set_running_or_notify_cancel():  # nobody waits for it any more
+        if not done.set_running_or_notify_cancel():  # its caller no longer waits
             return
         try:
             if self.engine is None:
@@ -314,7 +314,7 @@ class Worker:
             order.failure = RequestError(f"request {order.request_id!r} was aborted: {why}", reason=reason)
         if order.generation is not None and self.engine is not None:
             self.engine.abort(order.generation, reason)
-            wake([order.tell(self._statistics)])
+            wake([order.publish(self._statistics)])
         self._end(order)
 
     def _abort_each(self, orders: list[Order], why: str) -> None:
@@ -328,7 +328,7 @@ class Worker:
                 self._abort(order, "its deadline has passed", "deadline")
 
     def _advance(self, engine: Engine) -> bool:
-        """One step, and its tidings; whether it changed anything."""
+        """Run one step and send its output; returns whether it changed anything."""
         touched = engine.step()
         for order in self._by_generation.values():
             if not order.begun and order.generation is not None:
@@ -337,7 +337,7 @@ class Worker:
                     self._begin(order, request, request.first_scheduled)
         readers = []
         for order in [self._by_generation[each] for each in touched if each in self._by_generation]:
-            readers.append(order.tell(self._statistics))
+            readers.append(order.publish(self._statistics))
             if order.generation is not None and order.generation.finished:
                 self._end(order)
         with self._statistics.lock:
@@ -365,7 +365,7 @@ class Worker:
                 self._num_queued -= 1
 
     def _end(self, order: Order, error: BaseException | None = None) -> None:
-        """Forget a request; an error is what it failed with."""
+        """Drop a request; error: what it failed with."""
         if order.ended:
             return
         generation = order.generation
@@ -383,9 +383,9 @@ class Worker:
             order.on_added.pop(0)()
 
     def _fail_all(self, engine: Engine, error: BaseException) -> None:
-        """End every request with this cause."""
+        """End every request with this error."""
         for order in list(self.orders.values()):
             if order.generation is not None:
-                with suppress(Exception):  # the engine mends itself, and each of its requests may have a fault in this
+                with suppress(Exception):  # the engine restarts itself, and may raise for each request
                     engine.abort(order.generation)
             self._end(order, error)

@@ -163,7 +163,7 @@ def test_what_ends_a_process_ends_one_request() -> None:
     ("options", "message"),
     [
         ({"logit_bias": dict.fromkeys(range(VOCAB), float("-inf"))}, "not finite numbers, or every token is banned"),
-        ({"logits_processors": [lambda ids, logits: logits * float("nan")]}, "as the logits processors left them"),
+        ({"logits_processors": [lambda ids, logits: logits * float("nan")]}, "the logits processors' results"),
         ({}, "the model's logits are not finite numbers$"),
     ],
 )
@@ -185,7 +185,7 @@ def test_what_leaves_nothing_to_sample_is_named(options: dict[str, Any], message
     ],
 )
 def test_what_allows_nothing_is_refused(options: dict[str, Any]) -> None:
-    with running(ours(eos=(EOS,))) as llm, pytest.raises(ValueError, match=r"^allowed_token_ids holds no token that"):
+    with running(ours(eos=(EOS,))) as llm, pytest.raises(ValueError, match=r"^allowed_token_ids has only tokens that"):
         llm.generate([PROMPT], replace(HOT, **options))
 
 

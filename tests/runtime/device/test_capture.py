@@ -20,7 +20,7 @@ from tests.runtime.serving.test_async_engine import all_of, ids_of, run, serving
 
 PROMPTS = [[5, 3, 8], list(range(20)), [7] * 14]
 PARAMS = [SamplingParams(temperature=2.0, seed=i, max_tokens=length) for i, length in enumerate((30, 10, 20))]
-MESSAGE = "decode steps run as they are written from now on"
+MESSAGE = "decode steps run eagerly from now on"
 
 
 def answer(llm: LLM) -> list[tuple[int, ...]]:

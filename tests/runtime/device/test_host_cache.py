@@ -152,7 +152,7 @@ def test_requests_outlive_a_host_cache_that_fails(
         assert llm.engine._runner.host is None
         assert llm.engine.pool.num_host_pages == 0
     assert [record.getMessage() for record in caplog.records] == [
-        "the host cache is given up, for a copy failed: RuntimeError('no such memory')"
+        "the host cache is disabled, because a copy failed: RuntimeError('no such memory')"
     ]
 
 

@@ -50,7 +50,7 @@ class Recorder:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recorder]:
     """Warms a Recorder up."""
-    monkeypatch.setattr(module.sampler, "draw", lambda logits: None)
+    monkeypatch.setattr(module.sampler, "sample", lambda logits: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def run(sizes: Sizes, num_queries: tuple[int, ...] = (1,), **options: Any) -> Recorder:

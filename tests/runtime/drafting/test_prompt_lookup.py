@@ -43,7 +43,7 @@ def test_samples_share_the_index_of_their_prompt() -> None:
     drafter, samples = PromptLookup(), samples_of(list(range(500)), 8)
     drafter.propose(samples, 3)
     indices = {id(index): index for each in drafter._indices.values() for index in (each, each._before)}
-    assert sum(len(behind) for index in indices.values() if index for behind in index._behind) < 2 * 500
+    assert sum(len(positions) for index in indices.values() if index for positions in index._next) < 2 * 500
     drafter.forget(samples)
     assert not drafter._indices
     assert not drafter._prompts

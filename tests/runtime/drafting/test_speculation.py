@@ -223,7 +223,7 @@ def test_a_fault_in_guessing_is_no_requests(monkeypatch: pytest.MonkeyPatch, cap
             while llm.engine.has_work:
                 llm.engine.step()
         assert told([generation.output() for generation in generations]) == expected
-        assert "no drafts in a step" in caplog.text
+        assert "a step runs without draft tokens" in caplog.text
 
 
 @pytest.mark.usefixtures("always")

@@ -259,6 +259,6 @@ def test_a_stream_of_an_llm_says_why_it_is_not_all(monkeypatch: pytest.MonkeyPat
         with pytest.raises(RequestError, match=r"failed: RequestError\(.*AssertionError\('a bug'\)") as raised:
             rest.extend(first)
         assert raised.value.reason == "error"
-        assert "a step was broken into" in str(raised.value.__cause__)
+        assert "a step was interrupted by" in str(raised.value.__cause__)
         assert whole.startswith(head + "".join(rest))
         assert "".join(llm.stream(PROMPTS[1], HOT)) == whole

@@ -69,7 +69,7 @@ def test_an_error_of_the_device_ends_all_with_its_cause(monkeypatch: pytest.Monk
             await engine.shutdown()
             seen = engine.health()
             assert (seen.alive, seen.error) == (False, repr(gone))
-            with pytest.raises(RuntimeError, match=r"^this AsyncEngine (is beyond repair|was shut down)"):
+            with pytest.raises(RuntimeError, match=r"^this AsyncEngine (has failed permanently|was shut down)"):
                 engine.add_request(PROMPTS[0])
             monkeypatch.undo()
             model.always = False
@@ -91,7 +91,7 @@ def test_a_thread_that_ends_by_what_ends_requests_says_so(monkeypatch: pytest.Mo
             engine.worker.thread.join(60)
             seen = engine.health()
             assert (seen.alive, seen.error) == (False, "AssertionError('a bug')")
-            with pytest.raises(RuntimeError, match=r"^this AsyncEngine is beyond repair, for AssertionError"):
+            with pytest.raises(RuntimeError, match=r"^this AsyncEngine has failed permanently: AssertionError"):
                 engine.add_request(PROMPTS[0], HOT)
             monkeypatch.undo()
             await engine.shutdown()
@@ -115,7 +115,7 @@ def test_bookkeeping_that_fails_again_and_again_ends_the_engine(monkeypatch: pyt
                 engine.worker.thread.join(10)
             seen = engine.health()
             assert (seen.alive, seen.failures_in_a_row, seen.error) == (False, BEYOND_REPAIR, "AssertionError('a bug')")
-            with pytest.raises(RuntimeError, match=r"^this AsyncEngine is beyond repair, for AssertionError"):
+            with pytest.raises(RuntimeError, match=r"^this AsyncEngine has failed permanently: AssertionError"):
                 engine.add_request(PROMPTS[0], HOT)
             await engine.shutdown()
             assert tokens_of(llm.generate(PROMPTS[1], replace(HOT))[0]) == alone(PROMPTS[1])

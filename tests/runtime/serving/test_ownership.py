@@ -248,7 +248,7 @@ def test_an_engine_ends_from_within_its_step_only_in_a_sentence() -> None:
                     llm.close()
 
                 stream = engine.add_request(PROMPTS[0], replace(HOT, logits_processors=[closing]))
-                with pytest.raises(RequestError, match="this LLM runs a step, from which it is called"):
+                with pytest.raises(RequestError, match="this LLM was called from within one of its steps"):
                     await all_of(stream)
                 assert ids_of(await all_of(engine.add_request(PROMPTS[1], HOT))) == alone(PROMPTS[1])
 
