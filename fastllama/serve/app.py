@@ -1,4 +1,4 @@
-"""The ASGI application: which endpoint answers, who may ask, and every refusal in OpenAI's form."""
+"""The ASGI application: endpoints, access checks, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastllama.serve.service import Service
 
 logger = logging.getLogger("fastllama")
 
-KEYLESS = {"/health", "/ready", *page.FILES}  # probes have no key, and the page asks for one
+KEYLESS = {"/health", "/ready", *page.FILES}  # probes have no key, and the page asks the user for one
 EXPOSED = ("x-request-id", "retry-after", *(
     f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
 ))  # fmt: skip
@@ -45,10 +45,10 @@ _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 def create_app(
     service: Service, *, hosts: Collection[str] | None = None, cors_origins: Collection[str] = ()
 ) -> ASGIApp:
-    """All endpoints.
+    """Returns the ASGI application with all endpoints.
 
-    hosts: names that the Host header may give where there are no keys; None for any. cors_origins: whose pages may
-    ask, "*" for all.
+    hosts: legal names in the Host header if there are no keys; None for any. cors_origins: origins whose pages may send
+    requests, "*" for all.
     """
     app: ASGIApp = Guard(service, hosts)
     if cors_origins:
@@ -65,20 +65,20 @@ def create_app(
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, whose refusals are in OpenAI's form."""
+    """Starlette's CORS middleware, with refusals in OpenAI's form."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to a browser that asks whether it may ask."""
+        """Returns the response to a browser's preflight request."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        message = f"{bytes(response.body).decode()}; legal: what this server's --cors-origin names, by GET and POST"
+        message = f"{bytes(response.body).decode()}; legal: origins given by --cors-origin, methods GET and POST"
         headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         return Response(ApiError(400, "cors_refused", message).body, 400, headers, JSON)
 
 
 class Door:
-    """The outside of the application: an id for each request, its line in the log, and no exception ever."""
+    """The outermost layer: gives each request an id, records it, and catches disconnects."""
 
     def __init__(self, service: Service, app: ASGIApp) -> None:
         self._service, self._app = service, app
@@ -101,14 +101,14 @@ class Door:
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
             await send(message)
-            if is_gone:  # while this was sent, which the server keeps to itself
+            if is_gone:  # found while sending, which the server does not report
                 raise ClientGoneError
 
         try:
             await self._app(scope, heard, named)
         except ClientGoneError:
             exchange.client_left = True
-        except asyncio.CancelledError:  # the server ends, and what is left of its connections with it
+        except asyncio.CancelledError:  # the server shuts down and drops its open connections
             exchange.client_left = True
             raise
         finally:
@@ -116,7 +116,7 @@ class Door:
 
 
 class Guard:
-    """Who may ask: the Host header, then the key; then the endpoint. What is refused becomes a response."""
+    """Checks the Host header and the API key, then calls the endpoint; exceptions become error responses."""
 
     def __init__(self, service: Service, hosts: Collection[str] | None) -> None:
         self._service, self._hosts = service, hosts
@@ -124,7 +124,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["state"]["exchange"]
-        scope["app"] = self  # as Starlette's own: with it, its router raises what it refuses
+        scope["app"] = self  # as in Starlette: with it, the router raises 404 and 405
         try:
             self._check_host(scope)
             if scope["path"] not in KEYLESS and scope["method"] != "OPTIONS":
@@ -133,7 +133,7 @@ class Guard:
         except ClientGoneError:
             raise
         except Exception as error:
-            if exchange.status is not None:  # half a response, which nothing mends
+            if exchange.status is not None:  # part of a response was sent: too late for an error
                 logger.error(BUG, "".join(format_exception(error)))
                 raise
             refusal = self._refusal(scope, error)
@@ -141,7 +141,7 @@ class Guard:
             await respond(send, refusal.status, refusal.body, refusal.headers | _closing(scope))
 
     def _check_host(self, scope: Scope) -> None:
-        """Without keys, a page of another site that lets its name resolve to this machine could ask."""
+        """Reject foreign Host headers: without keys, a site could resolve its name to this machine (DNS rebinding)."""
         given = header_of(scope, b"host")
         if self._hosts is None or given is None:
             return
@@ -160,13 +160,13 @@ class Guard:
         if isinstance(error, HTTPException):
             there = ", ".join(f"{methods} {path}" for path, methods in ENDPOINTS.items())
             asked = f"{scope['method']} {scope['path']}"
-            return ApiError(404, "unknown_url", f"there is no {brief(asked)}; there are: {there}")
+            return ApiError(404, "unknown_url", f"there is no endpoint {brief(asked)}; legal: {there}")
         logger.error(BUG, "".join(format_exception(error)))
-        return ApiError(500, "internal_error", "a bug in fastllama: the server's log has its traceback")
+        return ApiError(500, "internal_error", "internal error, a bug in fastllama; the server's log has its traceback")
 
 
 def _closing(scope: Scope) -> dict[str, str]:
-    """Whether a refusal ends its connection: a client that waits to be told to go on may send its body or not."""
+    """Headers that close the connection if the client sent Expect: it may or may not send its body after a refusal."""
     return {"connection": "close"} if header_of(scope, b"expect") is not None else {}
 
 
@@ -186,7 +186,7 @@ ENDPOINTS = {
 
 
 def _route(path: str) -> str:
-    """Which endpoint a path is of, for logs and metrics."""
+    """Returns the route of a path, for logs and metrics."""
     if path in ROUTES:
         return path
     return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
@@ -218,7 +218,7 @@ def _router(service: Service) -> Router:
 
 
 class Reply(NamedTuple):
-    """A whole response."""
+    """A complete response."""
 
     body: bytes
     status: int = 200
@@ -227,7 +227,7 @@ class Reply(NamedTuple):
 
 
 class _Get:
-    """An endpoint that reads no body and waits for nothing."""
+    """An endpoint that reads no body and does not wait."""
 
     def __init__(self, endpoint: Callable[[Scope], Reply]) -> None:
         self._endpoint = endpoint
@@ -239,7 +239,7 @@ class _Get:
 
 
 class _InThread:
-    """An endpoint that makes one JSON of another, with the tokenizer."""
+    """An endpoint that converts one JSON to another with the tokenizer, on a thread."""
 
     def __init__(self, service: Service, function: Callable[[bytes, ServedModel], bytes]) -> None:
         self._service, self._function = service, function

@@ -1,4 +1,4 @@
-"""OpenAI's messages to the prompt of a chat: what a message may hold, who may speak when, and the token ids."""
+"""Encodes OpenAI's messages as a prompt: checks contents and the order of roles, returns token ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LEFT_EMPTY = (
     "parsed",
     "provider_specific_fields",
 )
-_TYPES = (None, "text", "message")  # what clients that send a type call a message
+_TYPES = (None, "text", "message")  # values of "type" that some clients send for a message
 _NO_TOOLS = "Llama 2 was not trained to call tools"
 _INDEX = re.compile(r"messages\[(\d{1,6})\]")
 
@@ -36,8 +36,8 @@ _INDEX = re.compile(r"messages\[(\d{1,6})\]")
 class ChatPrompt(NamedTuple):
     """The prompt of a conversation.
 
-    continues_text: the answer goes on with the last message, which is the assistant's. stop: texts of the chat format
-    that end it.
+    continues_text: whether the answer continues the last message, which is the assistant's. stop: stop strings of the
+    chat format.
     """
 
     token_ids: list[int]
@@ -47,7 +47,7 @@ class ChatPrompt(NamedTuple):
 
 @dataclass
 class ChatTurn:
-    """What one role says before another speaks; index: of the first of its messages."""
+    """Consecutive messages of one role; index: of the first of them."""
 
     index: int
     role: str
@@ -55,24 +55,24 @@ class ChatTurn:
 
     @property
     def content(self) -> str:
-        """Its messages, an empty line between each two."""
+        """Its messages, separated by blank lines."""
         return "\n\n".join(filter(None, self.contents))
 
 
 def encode_messages(messages: Sequence[ChatMessage], model: ServedModel) -> ChatPrompt:
-    """The prompt of a conversation.
+    """Encodes a conversation.
 
-    System messages come first, neighbours of one role are joined, and text that would pose as another role is escaped;
-    one user message that is a whole `[INST]` prompt is taken as one. A last message of the assistant is continued,
-    unless it is blank: then nothing was said. Raises ApiError for all that is wrong, and for contents that cannot fit
-    into the context before they are read.
+    System messages come first, consecutive messages of one role are joined, and text that imitates another role is
+    escaped; a single user message that is a whole `[INST]` prompt is encoded as such. A last message of the assistant
+    is continued, unless it is blank, which is dropped. Raises ApiError for illegal messages, and, before tokenizing,
+    for contents that cannot fit into the context.
     """
     turns = _turns(messages)
-    if len(turns) >= model.max_model_len:  # each is a token or more, whatever it says
+    if len(turns) >= model.max_model_len:  # a token or more each
         raise context_length_exceeded(model.max_model_len, f"messages takes {len(turns)} turns", "messages")
     check_fits("".join(turn.content for turn in turns), model, "messages")
     if len(turns) > 1 and turns[-1].role == "assistant" and not turns[-1].content.strip():
-        turns.pop()  # nothing to go on with: the answer begins here
+        turns.pop()  # nothing to continue
     continues = turns[-1].role == "assistant"
     chat: list[Message] = [{"role": turn.role, "content": turn.content} for turn in turns]
     ids = None
@@ -88,7 +88,7 @@ def encode_messages(messages: Sequence[ChatMessage], model: ServedModel) -> Chat
 
 
 def check_fits(text: str, model: ServedModel, where: str) -> None:
-    """ApiError for a text that is too long however it is divided into tokens; none of it is tokenized."""
+    """Raise ApiError for a text too long for the context in any tokenization, without tokenizing it."""
     least = model.tokenizer.least_length(text)
     if least >= model.max_model_len:
         has = f"{counted(len(text), 'character')}, which are {counted(least, 'token')} or more"
@@ -96,7 +96,7 @@ def check_fits(text: str, model: ServedModel, where: str) -> None:
 
 
 def check_length(num_tokens: int, model: ServedModel, where: str) -> None:
-    """ApiError for a prompt that leaves no room in the context; where: "messages", "prompt" or "prompt[3]"."""
+    """Raise ApiError for a prompt that leaves no room in the context; where: "messages", "prompt" or "prompt[3]"."""
     if num_tokens >= model.max_model_len:
         has = f"{where} has {counted(num_tokens, 'token')}"
         raise context_length_exceeded(model.max_model_len, has, where.split("[")[0])
@@ -113,7 +113,7 @@ def _turns(messages: Sequence[ChatMessage]) -> list[ChatTurn]:
             turns[-1].contents.append(content)
         elif turns and role == "system":
             raise invalid(
-                f"messages[{index}].role is {message.role!r} behind other roles; legal: system messages come first",
+                f"messages[{index}].role is {message.role!r} after other roles; legal: system messages come first",
                 f"messages[{index}].role",
             )
         else:
@@ -148,7 +148,7 @@ def _content(where: str, message: ChatMessage, role: str) -> str:
 
 
 def _text_of_part(param: str, part: Any) -> str:
-    legal = "legal: {'type': 'text', 'text': ...}, for this model reads text alone"
+    legal = "legal: {'type': 'text', 'text': ...}, as this model reads only text"
     if not isinstance(part, dict):
         raise invalid(f"{param} is {brief(part)}; {legal}", param, code="invalid_type")
     if part.get("type") != "text":
@@ -156,13 +156,13 @@ def _text_of_part(param: str, part: Any) -> str:
     if not isinstance(text := part.get("text"), str):
         raise invalid(f"{param} has text {brief(text)}; {legal}", param, code="invalid_type")
     for name, value in part.items():
-        if name not in ("type", "text", "cache_control") and value is not None:  # the latter changes no text
+        if name not in ("type", "text", "cache_control") and value is not None:  # cache_control changes no text
             raise invalid(f"{param} has a field {brief(name)}; {legal}", param, code="unknown_parameter")
     return text
 
 
 def _refused(error: Exception, turns: Sequence[ChatTurn]) -> ApiError:
-    """What the chat format said of turns, said of the messages that the client sent."""
+    """Returns the chat format's error about turns as an error about the client's messages."""
     text, param = str(error).replace(" or pass tags='escape'", ""), "messages"
     if (named := _INDEX.match(text)) and int(named[1]) < len(turns):
         param = f"messages[{turns[int(named[1])].index}]"

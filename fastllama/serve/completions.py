@@ -1,4 +1,4 @@
-"""The two endpoints that generate: a body in, and its answer out as it comes, or whole."""
+"""The two generating endpoints: read a body, run it, respond as a stream or as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastllama.serve.service import Service
 
 
 class Completions:
-    """An endpoint that generates; translate: chat_job or completion_job of translate.py."""
+    """A generating endpoint; translate: chat_job or completion_job of translate.py."""
 
     def __init__(self, service: Service, translate: Callable[..., Job]) -> None:
         self._service, self._translate = service, translate
@@ -67,7 +67,7 @@ class Completions:
         headers: dict[str, str],
         send: Send,
     ) -> None:
-        """Events, an error among them where it fails: a stream that just ends is taken for a whole answer."""
+        """Send deltas as events, and an error too: clients take a truncated stream for a whole answer."""
         async with EventStream.open(send, headers, self._service.limits.ping_seconds) as stream:
             if opening := answer.opening():
                 await stream.send(opening)
@@ -79,7 +79,7 @@ class Completions:
             except ClientGoneError:
                 raise
             except Exception as error:
-                told = self._service.told(error)
-                exchange.error = told.code
-                last = error_event(told)
+                failure = self._service.api_error(error)
+                exchange.error = failure.code
+                last = error_event(failure)
             await stream.end(last)

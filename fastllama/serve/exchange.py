@@ -1,4 +1,4 @@
-"""One HTTP request and what became of it: what its line in the access log says."""
+"""The state of one HTTP request, from which its access log entry is made."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from fastllama.serve.running import RunningJob
 
 @dataclass(eq=False)
 class Exchange:
-    """arrival: by time.monotonic(). status: None until the response begins. error: the code of what was refused or
-    failed. job, running: of a completion, once it is queued."""
+    """The state of one HTTP request.
+
+    arrival: by time.monotonic(). status: None until the response begins. error: the code of an error response. job,
+    running: of a completion, once it is queued.
+    """
 
     request_id: str
     route: str
@@ -28,7 +31,7 @@ class Exchange:
     running: RunningJob | None = None
 
     def record(self) -> AccessRecord:
-        """What is logged of it, once it is over."""
+        """Returns the access log entry, after the request has ended."""
         record = AccessRecord(
             id=self.request_id,
             route=self.route,
@@ -50,5 +53,5 @@ class Exchange:
         return record
 
     def _until(self, times: Iterable[float | None]) -> float | None:
-        """Seconds from the arrival to the first of these times; None where none has come."""
+        """Seconds from arrival to the earliest of these times; None if there is none."""
         return min((each - self.arrival for each in times if each is not None), default=None)

@@ -1,4 +1,4 @@
-"""A legal request: what the engine runs of it, and how the answer is to look."""
+"""A validated request: what the engine runs, and how to render the answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastllama.runtime.params import SamplingParams
 
 @dataclass(frozen=True)
 class PromptIds:
-    """One prompt of a request, as the engine takes it; text: of a completion's prompt, for `echo`."""
+    """One prompt of a request, as token ids; text: the prompt of a completion, for `echo`."""
 
     token_ids: tuple[int, ...]
     text: str = ""
@@ -18,15 +18,14 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class Job:
-    """What `translate` makes of a request, and `render` needs of it beside the deltas.
+    """A validated request, made by translate.py; render.py uses it with the deltas.
 
-    kind: which endpoint's. model: the name that responses give. prompts: each runs with the same params,
-    whose max_tokens is None where the answer may reach the end of the context.
-    stream, include_usage: as the client asks. continues_text: the answer's text goes on with the prompt's; else it is
-    one of its own, as the answer to a conversation is. echo: the prompt is shown before the answer. show_tokens: False
-    where max_tokens is 0: the one token that is drawn is not shown. logprobs: how many of the likeliest tokens are
-    reported beside each token; None for no report. user: a hash of who asks, for the access log; None where nobody is
-    named.
+    kind: the endpoint. model: the name in responses. prompts: each runs with the same params, whose max_tokens is None
+    if the answer may reach the end of the context.
+    stream, include_usage: as requested. continues_text: whether the answer's text continues the prompt's; False for a
+    text of its own, as in a conversation. echo: shows the prompt before the answer. show_tokens: False if max_tokens is
+    0, where the one token that is sampled is hidden. logprobs: how many of the likeliest tokens to report beside each
+    token; None for no report. user: a hash of the user that the client names, for the access log; None without.
     """
 
     kind: Literal["chat", "completion"]
@@ -43,5 +42,5 @@ class Job:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of all prompts together."""
+        """Number of tokens of all prompts together."""
         return sum(len(prompt.token_ids) for prompt in self.prompts)

@@ -1,9 +1,9 @@
-"""API keys, known by their SHA-256 alone, and what each of them may use.
+"""API keys, stored as SHA-256 only, and their limits.
 
-A request counts from before its body is read, and as one of max_concurrent until its prompts and n are known: from then
-on as prompts times n.
+A request counts from before its body is read, as one of max_concurrent until its prompts and n are known, then as
+prompts times n.
 
-One event loop uses all of this: nothing here is safe to call from several threads.
+Used by one event loop; not thread-safe.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ from fastllama.serve.errors import ApiError, invalid
 logger = logging.getLogger("fastllama")
 
 SINGLE = "env"  # the name of the key in FASTLLAMA_API_KEY
-LONGEST_WAIT = 120  # seconds of Retry-After: OpenAI's clients do not try again at all where it is more
+LONGEST_WAIT = 120  # seconds of Retry-After: OpenAI's clients do not retry at all above it
 _MINUTE = 60.0
-_MOST = 10**12  # legal for a limit: far above any machine, and exact in the arithmetic of a bucket
+_MOST = 10**12  # largest legal limit: far above any machine, and exact in a bucket's arithmetic
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What a key may use; None is no limit.
+    """Limits of a key; None is no limit.
 
-    tokens_per_minute: of prompts and answers together. max_concurrent: samples (of a request: prompts times n) that run
-    or wait at once.
-    max_tokens: generated tokens of each sample of a request.
+    tokens_per_minute: of prompts and answers together. max_concurrent: samples (prompts times n) that run or wait at
+    the same time. max_tokens: generated tokens of each sample of a request.
     """
 
     requests_per_minute: int | None = None
@@ -51,7 +50,7 @@ class KeyLimits:
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """A key as a file describes it; digest: the 32 bytes of its SHA-256."""
+    """A key as listed in the file; digest: the 32 bytes of its SHA-256."""
 
     name: str
     digest: bytes
@@ -63,9 +62,9 @@ _FIELDS = ("name", "sha256", *_LIMITS)
 
 
 class TokenBucket:
-    """An allowance that refills continuously, by per_minute a minute, up to per_minute.
+    """A rate limit that refills continuously, by per_minute a minute, up to per_minute.
 
-    Its level may fall below zero: a debt, which waiting pays. clock: seconds, monotonic.
+    Its level may fall below zero, a debt that refills first. clock: seconds, monotonic.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
@@ -74,28 +73,28 @@ class TokenBucket:
 
     @property
     def level(self) -> float:
-        """What may be spent now."""
+        """The amount available now."""
         now = self._clock()
         self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / _MINUTE)
         self._at = now
         return self._level
 
     def spend(self, amount: float) -> None:
-        """Take it out, even where it is not there."""
+        """Subtract an amount, even if it is not available."""
         self._level = self.level - amount
 
     def seconds_until(self, level: float) -> float:
-        """How long until the bucket holds so much, if nothing more is spent."""
+        """Seconds until the bucket reaches this level, if nothing more is spent."""
         return max(0.0, level - self.level) * _MINUTE / self.per_minute
 
     def resize(self, per_minute: int) -> None:
-        """Another allowance from now on. What is there stays, up to the new one."""
-        self._level = self.level  # what has come back came at the old rate
+        """Change the rate from now on. The level stays, capped at the new rate."""
+        self._level = self.level  # refilled so far at the old rate
         self.per_minute = per_minute
 
 
 class Key:
-    """Who asks, and what it has used. Without limits, and with an empty name, where the server has no keys."""
+    """An API key and its usage. Without limits, and with an empty name, if the server has no keys."""
 
     def __init__(self, name: str, digest: bytes, limits: KeyLimits, clock: Callable[[], float]) -> None:
         self.name, self.digest, self.limits = name, digest, limits
@@ -106,23 +105,23 @@ class Key:
 
     @property
     def max_tokens(self) -> int | None:
-        """Generated tokens of each sample of a request, at most; None for no limit."""
+        """Most generated tokens of each sample of a request; None for no limit."""
         return self.limits.max_tokens
 
     def change(self, digest: bytes, limits: KeyLimits) -> None:
-        """Another secret, other limits; what was used stays used."""
+        """Replace digest and limits; the usage is kept."""
         self.digest, self.limits = digest, limits
         self._requests = _bucket(self._requests, limits.requests_per_minute, self._clock)
         self._tokens = _bucket(self._tokens, limits.tokens_per_minute, self._clock)
 
     def admit(self) -> Ticket:
-        """Count one request, and one sample that runs. Raises ApiError 429, and counts nothing, at a limit.
+        """Count one request, and one running sample. Raises ApiError 429, and counts nothing, at a limit.
 
-        A request is admitted while a token is left, however many it will use: what it takes beyond is a debt.
+        A request is admitted while one token is left, however many it will use: the excess is a debt.
         """
         limits = self.limits
-        waits = {  # each limit that is reached -> seconds until it allows one more
-            f"{kind}_per_minute is {bucket.per_minute}, and they are used up": bucket.seconds_until(1)
+        waits = {  # limit that is reached -> seconds until it allows one more
+            f"{kind}_per_minute is {bucket.per_minute}, and used up": bucket.seconds_until(1)
             for kind, bucket in self._buckets()
             if bucket.level < 1
         }
@@ -136,8 +135,10 @@ class Key:
         return Ticket(self)
 
     def widen(self, before: int, now: int) -> None:
-        """A request that counted as so many samples counts as others. Raises ApiError, and changes nothing: 429 where
-        too many run beside it, 400 where they are too many alone."""
+        """Change the number of samples that a running request counts as, from `before` to `now`.
+
+        Raises ApiError, and changes nothing: 429 if too many others run, 400 if it has too many itself.
+        """
         most = self.limits.max_concurrent
         if most is not None and now > most:
             raise invalid(
@@ -157,7 +158,7 @@ class Key:
             self._tokens.spend(tokens)
 
     def headers(self) -> dict[str, str]:
-        """x-ratelimit-*, as OpenAI writes them, of the limits that there are; reset: until all of it is back."""
+        """Returns OpenAI's x-ratelimit-* headers of the existing limits; reset: seconds until the bucket is full."""
         found = {}
         for kind, bucket in self._buckets():
             found[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
@@ -166,7 +167,7 @@ class Key:
         return found
 
     def _buckets(self) -> list[tuple[str, TokenBucket]]:
-        """Those that there are, by what they hold."""
+        """Returns the existing buckets by the kind that they count."""
         both = (("requests", self._requests), ("tokens", self._tokens))
         return [(kind, bucket) for kind, bucket in both if bucket is not None]
 
@@ -185,26 +186,26 @@ class Ticket:
         self._key, self._num_samples = key, 1
 
     def widen(self, num_samples: int) -> None:
-        """It has so many samples, of all its prompts. Raises what Key.widen does, and then still counts as one."""
+        """Set its number of samples, of all prompts. Raises what Key.widen raises, and then still counts as one."""
         self._key.widen(self._num_samples, num_samples)
         self._num_samples = num_samples
 
     def charge(self, tokens: int) -> None:
-        """Count tokens of its prompt or its answer; also after it was closed."""
+        """Count tokens of its prompt or its answer, also after it was closed."""
         self._key.charge(tokens)
 
     def close(self) -> None:
-        """It runs no longer. May be called twice."""
+        """Stop counting it as running. May be called twice."""
         self._key.num_running -= self._num_samples
         self._num_samples = 0
 
     def headers(self) -> dict[str, str]:
-        """The x-ratelimit headers of its response; empty without such limits."""
+        """Returns the x-ratelimit headers of its response; empty without such limits."""
         return self._key.headers()
 
 
 class Keyring:
-    """The keys of a server. False where it has none: then everybody may do everything."""
+    """The API keys of a server. False if it has none: then every request is allowed."""
 
     def __init__(self, single: KeyEntry | None, file: Path | None, clock: Callable[[], float]) -> None:
         self._single, self._file, self._clock = single, file, clock
@@ -214,19 +215,19 @@ class Keyring:
 
     @classmethod
     def open(cls, single: str | None, file: Path | None, *, clock: Callable[[], float] = time.monotonic) -> Keyring:
-        """The keys of FASTLLAMA_API_KEY, which is named "env" and has no limits, and of a file of JSON lines.
+        """Reads the key of FASTLLAMA_API_KEY, named "env" and without limits, and a file of JSON lines.
 
-        Raises ValueError for a key that no header can carry, and for what is wrong in the file, by its line and field;
-        OSError where the file cannot be read.
+        Raises ValueError for a key that no header can carry, and for errors in the file, with line and field; OSError
+        if the file cannot be read.
         """
         return cls(None if single is None else KeyEntry(SINGLE, _digest(_checked(single)), KeyLimits()), file, clock)
 
     def reload(self) -> None:
-        """Read the file again. Keys whose name stays keep what they have used; a broken file changes nothing."""
+        """Read the file again. Keys of the same name keep their usage; an illegal file changes nothing."""
         try:
             entries = self._read()
         except (OSError, ValueError) as error:
-            logger.error("the API keys stay as they were: %s", error)
+            logger.error("the API keys are unchanged: %s", error)
             return
         self._take(entries)
         logger.info("%s read again: %s", self._file, counted(len(entries), "API key"))
@@ -235,20 +236,20 @@ class Keyring:
         return bool(self._keys)
 
     def find(self, authorization: str | None) -> Key:
-        """Whose key an Authorization header holds. Raises ApiError 401 where it is none of ours."""
+        """Returns the key in an Authorization header. Raises ApiError 401 if it is unknown."""
         if not self._keys:
             return self._anonymous
         scheme, _, secret = (authorization or "").strip().partition(" ")
         secret = secret.strip()
         if scheme.lower() != "bearer" or not secret:
-            message = "this server wants an API key, in the header 'Authorization: Bearer KEY'"
+            message = "this server requires an API key in the header 'Authorization: Bearer KEY'"
             raise _unauthorized("missing_api_key", message)
         digest, found = _digest(secret), None
-        for key in self._keys:  # all of them, so that the time says nothing about which was right
+        for key in self._keys:  # all of them, so that the time does not depend on which matches
             if hmac.compare_digest(key.digest, digest):
                 found = key
         if found is None:
-            raise _unauthorized("invalid_api_key", "the API key is none of this server's")
+            raise _unauthorized("invalid_api_key", "the API key is unknown to this server")
         return found
 
     def _read(self) -> list[KeyEntry]:
@@ -268,7 +269,7 @@ class Keyring:
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A random key of 256 bits, and its line for the file of keys. Raises ValueError for a name that is not legal."""
+    """Returns a random key of 256 bits, and its line for the file of keys. Raises ValueError for an illegal name."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"name is {brief(name)}; {_LEGAL['name']}")
     secret = f"fl-{secrets.token_urlsafe(32)}"
@@ -276,7 +277,7 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 def _bucket(bucket: TokenBucket | None, per_minute: int | None, clock: Callable[[], float]) -> TokenBucket | None:
-    """A bucket for this limit: the one there is, resized, or a full one."""
+    """Returns a bucket for this limit: the existing one, resized, or a full one; None without a limit."""
     if bucket is None or per_minute is None:
         return None if per_minute is None else TokenBucket(per_minute, clock)
     bucket.resize(per_minute)
@@ -284,7 +285,7 @@ def _bucket(bucket: TokenBucket | None, per_minute: int | None, clock: Callable[
 
 
 def _duration(seconds: float) -> str:
-    """Whole seconds in OpenAI's form, which is Go's: "1s", "6m0s", "1h0m0s"."""
+    """Formats whole seconds as OpenAI does, in Go's form: "1s", "6m0s", "1h0m0s"."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{seconds}s"
@@ -299,7 +300,7 @@ def _unauthorized(code: str, message: str) -> ApiError:
 
 
 def _checked(secret: str) -> str:
-    """A key from the environment. What is wrong is said without it: messages are logged."""
+    """Checks a key from the environment. Error messages do not contain it, because they are logged."""
     if not secret or any(not "!" <= each <= "~" for each in secret):
         wrong = "holds a blank or what is not ASCII" if secret.strip() else "is empty or blank"
         raise ValueError(f"FASTLLAMA_API_KEY {wrong}; legal: visible ASCII characters, as a header carries them")
@@ -313,11 +314,11 @@ _LEGAL = {
 
 
 def _parsed(file: Path, entries: list[KeyEntry]) -> list[KeyEntry]:
-    """These entries and those of a file, each with a name and a secret of its own. Raises ValueError."""
+    """Returns these entries and those of a file, with unique names and keys. Raises ValueError."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8: {error}") from None
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
     places = {entry.name: "FASTLLAMA_API_KEY" for entry in entries}
     digests = {entry.digest: entry.name for entry in entries}
     found = list(entries)
@@ -327,22 +328,20 @@ def _parsed(file: Path, entries: list[KeyEntry]) -> list[KeyEntry]:
         try:
             entry = _entry(line)
             if entry.name in places:
-                raise ValueError(f"name {entry.name!r} is that of {places[entry.name]}; legal: a name of its own")
+                raise ValueError(f"name {entry.name!r} is also that of {places[entry.name]}; legal: a unique name")
             if entry.digest in digests:
-                raise ValueError(f"sha256 is that of {digests[entry.digest]!r}; legal: a key of its own")
+                raise ValueError(f"sha256 is also that of {digests[entry.digest]!r}; legal: a unique key")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from None
         places[entry.name], digests[entry.digest] = f"line {number}", entry.name
         found.append(entry)
     if len(found) == len(entries):
-        raise ValueError(
-            f"{file} holds no key; legal: at least one line, as `fastllama serve --new-key NAME` writes it"
-        )
+        raise ValueError(f"{file} has no key; legal: at least one line, as `fastllama serve --new-key NAME` writes it")
     return found
 
 
 def _entry(line: str) -> KeyEntry:
-    """The key of one line. Raises ValueError, which names the field."""
+    """Parses the key in a line. Raises ValueError, which names the field."""
     values = json.loads(line, object_pairs_hook=_object)
     if not isinstance(values, dict):
         raise ValueError(f"the line is {brief(values)}; legal: a JSON object")
@@ -357,7 +356,7 @@ def _entry(line: str) -> KeyEntry:
             said = (
                 "is missing" if name not in values else f"is {brief(value)}" if name == "name" else "is something else"
             )
-            raise ValueError(f"{name} {said}; {_LEGAL[name]}")  # not what it is: it may be the key itself
+            raise ValueError(f"{name} {said}; {_LEGAL[name]}")  # sha256's value may be the key itself
     limits = KeyLimits(**{name: values.get(name) for name in _LIMITS})
     for name, value in asdict(limits).items():
         if value is not None and (type(value) is not int or not 1 <= value <= _MOST):
@@ -366,9 +365,9 @@ def _entry(line: str) -> KeyEntry:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are its own: of two limits, nobody knows which was meant."""
+    """Builds a JSON object; raises ValueError for duplicate fields, which would be ambiguous."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {brief(next(name for name in names if names.count(name) > 1))} stands twice")
+        raise ValueError(f"field {brief(next(name for name in names if names.count(name) > 1))} occurs twice")
     return values

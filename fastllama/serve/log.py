@@ -1,4 +1,4 @@
-"""The access log: one line of JSON for each request, without what was asked or answered."""
+"""The access log: one JSON line per request, without prompts and answers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastllama.errors import shown
 
 logger = logging.getLogger("fastllama")
 
-CLIENT_LEFT = 499  # nginx's status of a request whose client closed the connection before the answer ended
+CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection early
 
 
 @dataclass(kw_only=True)
 class AccessRecord:
-    """What the access log says of one request; None is written as null.
+    """The access log's entry for one request; None is written as null.
 
-    time: of its arrival, in Unix seconds. key: the name of its API key, empty without. model: which one answers.
-    user: a hash of whom the client names. status: of HTTP; 499 where the client left. reason: the finish reasons of
-    its samples, or the code of its error. queue_s, first_token_s, total_s: seconds from its arrival until it began,
-    until its first token, and until its end.
+    time: of arrival, in Unix seconds. key: name of the API key, empty without keys. model: the served model. user: a
+    hash of the user that the client names. status: of HTTP; 499 if the client disconnected. reason: the samples' finish
+    reasons, or the error code. queue_s, first_token_s, total_s: seconds from arrival until it was scheduled, until its
+    first token, and until its end.
     """
 
     time: float = field(default_factory=time.time)
@@ -47,9 +47,9 @@ _FIELDS = tuple(each.name for each in fields(AccessRecord))
 
 
 class AccessLog:
-    """Writes records to a text stream, each at once. A stream that fails costs lines, and no request.
+    """Writes records to a text stream, flushing each. If the stream fails, lines are lost, but no request.
 
-    A pipe whose reader is alive and does not read stops the event loop, as every print would.
+    A pipe whose reader is alive but does not read blocks the event loop, as any print would.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -57,21 +57,21 @@ class AccessLog:
         self._fails = False
 
     def write(self, record: AccessRecord) -> None:
-        """Write one line of ASCII. Raises nothing that the stream raises; the first failure in a row is logged."""
+        """Write one line of ASCII. Never raises an error of the stream; logs the first failure in a row."""
         line = json.dumps({name: _plain(name, getattr(record, name)) for name in _FIELDS}, separators=(",", ":"))
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self._fails:
-                logger.warning("lines of the access log are lost: %s", error)
+                logger.warning("cannot write to the access log, lines are lost: %s", error)
             self._fails = True
         else:
             self._fails = False
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A field as JSON holds it: names that clients choose are short, and show their control characters as escapes."""
+    """Returns a field's JSON value; strings chosen by clients are shortened, with control characters escaped."""
     if name == "time":
         return datetime.fromtimestamp(value, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens in the two shapes of OpenAI's API."""
+"""Renders log-probabilities of tokens in the two formats of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastllama.io.tokenizer import Tokenizer
 from fastllama.runtime.outputs import TokenLogprob
 from fastllama.serve import wire
 
-_LEAST = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's number for what is very unlikely
+_LEAST = -9999.0  # replaces minus infinity, which JSON lacks; OpenAI's value for very unlikely tokens
 
 
 def _token_bytes(tokenizer: Tokenizer, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
-    """Of a token, special ones spelled or none; none for an id without a piece: a model may have more embeddings."""
+    """Returns a token's bytes; empty for an id without a token, since a model may have more embeddings."""
     if token_id >= tokenizer.vocab_size:
         return b""
     return tokenizer.token_bytes(token_id, skip_special_tokens=skip_special_tokens)
@@ -24,9 +24,9 @@ def _text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class ShownBytes:
-    """The bytes that a text's tokens show, one after another.
+    """The visible bytes of a text's tokens, in order.
 
-    begun: a text stands before it; else the space is left out that its first token begins with, as in Tokenizer.decode.
+    begun: whether text precedes it; otherwise the first token's leading space is dropped, as in Tokenizer.decode.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, begun: bool, skip_special_tokens: bool) -> None:
@@ -34,7 +34,7 @@ class ShownBytes:
         self._drops_space = tokenizer.adds_leading_space and not begun
 
     def of(self, token_id: int, *, ends: bool = False) -> bytes | None:
-        """Those of the next token; None if it shows no text. ends: it is a stop token, which shows none."""
+        """Returns the bytes of the next token; None if it is invisible. ends: it is a stop token, so invisible."""
         data = b"" if ends else _token_bytes(self._tokenizer, token_id, skip_special_tokens=self._skip)
         if data and self._drops_space:
             self._drops_space = False
@@ -43,19 +43,19 @@ class ShownBytes:
 
 
 class ChatEntries:
-    """Turns an answer's reports, as they come, into the entries of a chat's logprobs.
+    """Turns reports of an answer, as they arrive, into the entries of a chat's logprobs.
 
-    Their bytes join to the answer, as it is before a stop string cuts it: of the space that the first token of a text
-    of its own begins with, it has none, and a token that shows no text keeps its name, but has no bytes.
+    Their bytes join to the answer before a stop string is cut: without the leading space of a text of its own, and
+    without bytes for invisible tokens, which keep their names.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, begun: bool = False, skip_special_tokens: bool = True) -> None:
-        """begun: the answer goes on with a text, and so keeps its space."""
+        """begun: whether the answer continues a text, and so keeps its leading space."""
         self._tokenizer = tokenizer
         self._shown = ShownBytes(tokenizer, begun=begun, skip_special_tokens=skip_special_tokens)
 
     def of(self, reports: Sequence[TokenLogprob], *, ended: bool = False) -> wire.ChatLogprobs:
-        """The entries of these tokens, which follow those of the call before; ended: the last is a stop token."""
+        """Returns the entries of the next tokens; ended: the last is a stop token."""
         entries = []
         for place, report in enumerate(reports, 1):
             tops = []
@@ -71,10 +71,10 @@ class ChatEntries:
 
 
 class LogprobsTable:
-    """Turns a text's reports, as they come, into the columns of a completion's logprobs.
+    """Turns reports of a text, as they arrive, into the columns of a completion's logprobs.
 
-    Offsets are where a token's text begins in the text that is shown: that of the character that its first byte is
-    part of, U+FFFD where the bytes are none. A token without text stands behind all before it.
+    An offset is the position in the visible text of the character that contains the token's first byte, U+FFFD for
+    invalid bytes. An invisible token's offset is the end of the text before it.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LogprobsTable:
         skip_special_tokens: bool = True,
         shows_top: bool = True,
     ) -> None:
-        """before: token ids in front of the first report's. offset: characters shown in front of its text.
+        """before: token ids before the first report's. offset: characters shown before its text.
 
         shows_top: False leaves the column of the likeliest tokens null.
         """
@@ -95,18 +95,19 @@ class LogprobsTable:
         self._shown = ShownBytes(tokenizer, begun=bool(end), skip_special_tokens=skip_special_tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(end)
-        # A prompt that ends inside a character has shown it, as U+FFFD: what it becomes begins before the answer.
+        # A prompt that ends inside a character has shown it as U+FFFD; the completed character begins before the
+        # answer.
         self._least, self._num_certain = offset, offset - self._num_pending
 
     @property
     def _num_pending(self) -> int:
-        """Characters whose bytes are not all there: one or none."""
+        """Characters with missing bytes: one or none."""
         return int(bool(self._decoder.getstate()[0]))
 
     def of(
         self, token_ids: Sequence[int], reports: Iterable[TokenLogprob | None], *, ended: bool = False
     ) -> wire.CompletionLogprobs:
-        """The columns of these tokens, which follow those of the call before; no report: null.
+        """Returns the columns of the next tokens; a missing report is null.
 
         ended: the last is a stop token.
         """
@@ -122,16 +123,16 @@ class LogprobsTable:
         return columns
 
     def _place(self, token_id: int, *, ends: bool) -> int:
-        """Where the next token's text begins."""
+        """Returns the offset of the next token's text."""
         data = self._shown.of(token_id, ends=ends) or b""
-        # It is the last of the characters up to its first byte, with which an earlier one may go on.
+        # The last character up to the token's first byte, which may continue an earlier one.
         self._num_certain += len(self._decoder.decode(data[:1]))
         place = self._num_certain + self._num_pending - len(data[:1])
         self._num_certain += len(self._decoder.decode(data[1:]))
         return max(place, self._least)
 
     def _top(self, report: TokenLogprob) -> dict[str, float]:
-        """By text, the better where two tokens share one; the actual token is always in it, as with OpenAI."""
+        """Likeliest tokens by text, the better one if two share a text; includes the actual token, as OpenAI does."""
         top: dict[str, float] = {}
         for token_id, logprob in (*report.top, (report.token_id, report.logprob)):
             top.setdefault(_text(self._tokenizer, token_id), max(logprob, _LEAST))
@@ -139,7 +140,7 @@ class LogprobsTable:
 
 
 def _end_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, skip_special_tokens: bool) -> bytes:
-    """What a prompt's last tokens show: four bytes, for no character has more, or all that there are."""
+    """Returns a prompt's last visible bytes: four or more, the most of a character, or all there are."""
     data = b""
     for token_id in reversed(token_ids):
         if len(data) >= 4:
@@ -149,7 +150,7 @@ def _end_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, skip_special_toke
 
 
 def joined(first: wire.CompletionLogprobs, second: wire.CompletionLogprobs) -> wire.CompletionLogprobs:
-    """The columns of a text and of what follows it."""
+    """Returns the columns of a text and of its continuation, joined."""
     return wire.CompletionLogprobs(
         tokens=first.tokens + second.tokens,
         token_logprobs=first.token_logprobs + second.token_logprobs,

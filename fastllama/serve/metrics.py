@@ -1,6 +1,6 @@
-"""Metrics for Prometheus, in vLLM's names with our prefix: the engine's counters, HTTP's, each key's, the canary's.
+"""Metrics for Prometheus, named like vLLM's with our prefix: of the engine, HTTP, the API keys and the canary.
 
-They are read when they are asked for, from one process; nothing is kept in files.
+They are collected on request, from one process; nothing is stored in files.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ ROUTES = frozenset(
         *page.FILES,
     }
 )
-_OTHER = "other"  # every other route: what clients make up must not become a label
+_OTHER = "other"  # all other routes: labels must not depend on the client
 
-# Name, how a Snapshot says it, and what it is.
+# Name, its value in a Snapshot, and its help text.
 _GAUGES: tuple[tuple[str, Callable[[Snapshot], float], str], ...] = (
     ("num_requests_running", lambda now: now.num_running, "Sequences that hold pages of the KV cache."),
-    ("num_requests_waiting", lambda now: now.num_queued, "Accepted requests that have not begun."),
+    ("num_requests_waiting", lambda now: now.num_queued, "Accepted requests that are not yet scheduled."),
     (
         "kv_cache_usage_perc",
         lambda now: 1 - now.num_available_pages / now.num_pages if now.num_pages else 0.0,
-        "KV cache in use; 1 is all of it. Pages that only the prefix cache holds are free.",
+        "Fraction of the KV cache in use. Pages held only by the prefix cache count as free.",
     ),
 )
 _COUNTERS: tuple[tuple[str, Callable[[Snapshot], float], str], ...] = (
     ("requests_accepted", lambda now: now.num_accepted, "Requests that were queued."),
     ("requests_rejected", lambda now: now.num_rejected, "Requests that found the queue full."),
     ("requests_failed", lambda now: now.num_failed, "Requests that ended with an error."),
-    ("prompt_tokens", lambda now: now.num_prompt_tokens, "Prompt tokens of requests that have begun."),
+    ("prompt_tokens", lambda now: now.num_prompt_tokens, "Prompt tokens of scheduled requests."),
     ("generation_tokens", lambda now: now.num_generated_tokens, "Generated tokens."),
-    ("prefix_cache_queries", lambda now: now.num_prompt_tokens, "Tokens that were looked for in the prefix cache."),
-    ("prefix_cache_hits", lambda now: now.num_cached_tokens, "Tokens that were found in the prefix cache."),
-    ("host_cache_hits", lambda now: now.num_host_hit_tokens, "Tokens whose keys and values came from the host cache."),
-    ("num_preemptions", lambda now: now.num_preemptions, "Sequences that gave up their pages, to be computed again."),
-    ("spec_decode_num_draft_tokens", lambda now: now.num_draft_tokens, "Draft tokens that were verified."),
-    ("spec_decode_num_accepted_tokens", lambda now: now.num_accepted_tokens, "Draft tokens that were accepted."),
+    ("prefix_cache_queries", lambda now: now.num_prompt_tokens, "Tokens looked up in the prefix cache."),
+    ("prefix_cache_hits", lambda now: now.num_cached_tokens, "Tokens found in the prefix cache."),
+    ("host_cache_hits", lambda now: now.num_host_hit_tokens, "Tokens copied back from the host cache."),
+    ("num_preemptions", lambda now: now.num_preemptions, "Sequences preempted, to be recomputed."),
+    ("spec_decode_num_draft_tokens", lambda now: now.num_draft_tokens, "Draft tokens verified."),
+    ("spec_decode_num_accepted_tokens", lambda now: now.num_accepted_tokens, "Draft tokens accepted."),
 )
 _HISTOGRAMS: tuple[tuple[str, Callable[[Snapshot], HistogramSnapshot], str], ...] = (
-    ("request_queue_time_seconds", lambda now: now.queue_seconds, "From a request's arrival until it begins."),
+    ("request_queue_time_seconds", lambda now: now.queue_seconds, "From a request's arrival until it is scheduled."),
     (
         "time_to_first_token_seconds",
         lambda now: now.first_token_seconds,
@@ -74,20 +74,20 @@ _HISTOGRAMS: tuple[tuple[str, Callable[[Snapshot], HistogramSnapshot], str], ...
     (
         "inter_token_latency_seconds",
         lambda now: now.inter_token_seconds,
-        "Between two tokens of a sample; those of one step count as evenly apart.",
+        "Between two tokens of a sample; those of one step count as evenly spaced.",
     ),
     ("e2e_request_latency_seconds", lambda now: now.request_seconds, "From a request's arrival to its end."),
 )
 
 
 class Metrics(Collector):
-    """What /metrics shows.
+    """The collector of /metrics.
 
-    snapshot: the engine's counters, None while the model is loaded: then only what is known without it is shown.
-    build: labels of build_info, read at each rendering, so that those of the model may come later.
-    phase: one of PHASES. healthy: whether /health answers 200. Each is shown where it is given.
+    snapshot: the engine's counters; None while the model is loaded, when the engine's metrics are left out.
+    build: labels of build_info, read at each rendering, so that the model's may be added later.
+    phase: one of PHASES. healthy: whether /health returns 200. Each is left out if not given.
 
-    Not safe to call from several threads.
+    Not thread-safe.
     """
 
     def __init__(
@@ -108,42 +108,42 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     def observe_http(self, route: str, status: int) -> None:
-        """Count a response; route: one of ROUTES, all else counts as "other". status: 499 where the client left."""
+        """Count a response; route: one of ROUTES, or counted as "other". status: 499 if the client disconnected."""
         self._http[route if route in ROUTES else _OTHER, status] += 1
 
     def count_tokens(self, key: str, prompt: int, generated: int) -> None:
-        """Count tokens of a key, by its name; empty where the server has no keys."""
+        """Count tokens of a key by its name, which is empty if the server has no keys."""
         self._tokens[key, "prompt"] += prompt
         self._tokens[key, "generated"] += generated
 
     def observe_canary(self, result: CanaryResult) -> None:
-        """Count what a canary request came to."""
+        """Count a canary request by its result."""
         self._canary[result] += 1
         if result != "skipped":
             self._last_canary = result
 
     def render(self) -> bytes:
-        """The text of /metrics, whose content type is CONTENT_TYPE."""
+        """Returns the text of /metrics, of content type CONTENT_TYPE."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client: the metrics as they are now."""
-        yield _gauge("build_info", "What runs; always 1.", [(dict(self._build), 1)])
+        """Yields the current metrics; called by prometheus_client."""
+        yield _gauge("build_info", "Version and model, as labels; always 1.", [(dict(self._build), 1)])
         if self._phase is not None:
             now = self._phase()
             phases = [({"phase": each}, float(each == now)) for each in PHASES]
             yield _gauge("phase", "1 for the phase that the service is in.", phases)
         if self._healthy is not None:
-            yield _gauge("healthy", "1 where /health answers 200.", [({}, float(self._healthy()))])
+            yield _gauge("healthy", "1 if /health returns 200.", [({}, float(self._healthy()))])
         responses = [({"route": route, "status": str(status)}, n) for (route, status), n in self._http.items()]
         yield _counter("http_requests", "HTTP responses; status 499: the client left.", responses)
         tokens = [({"key": key, "kind": kind}, n) for (key, kind), n in self._tokens.items()]
         yield _counter("tokens", "Tokens of prompts and answers by the name of the API key.", tokens)
         results = [({"result": each}, self._canary[each]) for each in get_args(CanaryResult)]
-        yield _counter("canary_requests", "Canary requests by what they came to.", results)
+        yield _counter("canary_requests", "Canary requests by result.", results)
         if self._last_canary is not None:
             agrees = float(self._last_canary == "agreed")
-            yield _gauge("canary_agreement", "1 where the last canary's answer agreed with the first.", [({}, agrees)])
+            yield _gauge("canary_agreement", "1 if the last canary's answer agreed with the first.", [({}, agrees)])
         snapshot = self._snapshot()
         if snapshot is not None:
             yield from _engine_metrics(snapshot)
@@ -175,7 +175,7 @@ def _counter(name: str, text: str, values: Sequence[tuple[dict[str, str], float]
 
 
 def _histogram(name: str, text: str, found: HistogramSnapshot) -> Metric:
-    """Prometheus' buckets are cumulative: each counts all values up to its bound, the last one all there are."""
+    """Returns a histogram with cumulative buckets: each counts all values up to its bound, the last one all values."""
     bounds = [*map(floatToGoString, found.bounds), "+Inf"]
     buckets = list(zip(bounds, map(float, accumulate(found.counts)), strict=True))
     return HistogramMetricFamily(PREFIX + name, text, buckets=buckets, sum_value=found.total)

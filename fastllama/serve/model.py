@@ -1,4 +1,4 @@
-"""What a request is judged by: facts of the model that is served, as plain values."""
+"""Facts of the served model that requests are checked against, as plain values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastllama.io.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model behind the endpoints.
+    """The served model.
 
-    names: under which it is served; responses name the first. any_name: whether requests may name any other, too.
-    max_model_len: tokens of prompt and answer together. max_n: samples of a request at most. created: Unix time.
-    fingerprint: `system_fingerprint`: the same where version, model, dtype, quantization and determinism are.
+    names: the names it is served under; responses use the first. any_name: whether requests may use any other name too.
+    max_model_len: tokens of prompt and answer together. max_n: most samples of a request. created: Unix time.
+    fingerprint: `system_fingerprint`; equal for equal version, model, dtype, quantization and determinism.
     notice: limits and licence of the model, Markdown.
     """
 

@@ -1,4 +1,4 @@
-"""What a server is started with, checked before a model is loaded."""
+"""Options of a server, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PORT = 8229
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Raises ValueError for what is not legal, OSError for files that cannot be read.
+    """Options of a server. Raises ValueError for illegal values, OSError for files that cannot be read.
 
-    names: under which the model is served, and no other; none: under its own, and any. drain_seconds: that running
-    requests get when the server is to end. cors_origins: of pages that may ask. canary_seconds: between two questions
-    of the canary, None for none. max_n: samples of a request. max_queue_size: requests that may wait. traits: what
-    changes answers beside model, dtype and quantization: part of the fingerprint.
+    names: the only names of the model; none: its own name, and any other. drain_seconds: grace for running requests at
+    shutdown. cors_origins: origins whose pages may send requests. canary_seconds: between two canary requests, None for
+    none. max_n: most samples of a request. max_queue_size: requests that may wait. traits: what changes answers besides
+    model, dtype and quantization; part of the fingerprint.
     """
 
     keyring: Keyring
@@ -67,7 +67,7 @@ class ServerOptions:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """What Host headers may name: on an address of this machine alone, without keys. None for anything."""
+        """Legal names in Host headers, for a loopback address without keys; None if any is legal."""
         if self.keyring or not is_loopback(self.host):
             return None
         given = self.host.lower()
@@ -77,9 +77,9 @@ class ServerOptions:
         assert self.ssl_certfile is not None
         for path in (self.ssl_certfile, self.ssl_keyfile):
             assert path is not None
-            path.open("rb").close()  # OpenSSL does not say which file is not there
+            path.open("rb").close()  # OpenSSL's error does not name the missing file
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
         except ssl.SSLError as error:
             where = f"--ssl-certfile {self.ssl_certfile} and --ssl-keyfile {self.ssl_keyfile}"
-            raise ValueError(f"{where} are no certificate with its key in PEM: {error.reason or error}") from None
+            raise ValueError(f"{where} are not a certificate with its key in PEM: {error.reason or error}") from None

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP/1.1 with limits: no client holds a connection, or memory, by sending or reading too slowly.
+"""uvicorn's HTTP/1.1 with limits, so that no client holds a connection or memory by sending or reading slowly.
 
-Requests that are sent while one is answered (pipelined) are not read: the connection closes behind the answer, and the
-client sends them again. So the loss of a connection is always seen by the request that it is about.
+Pipelined requests are not read: the connection closes after the current response, and the client resends them. So a
+lost connection is always noticed by the request that it concerns.
 
-Trailers and the wish for another protocol (Upgrade) are read and ignored, as RFC 9110 lets a server do (6.5.1, 7.8).
+Trailers and requests for another protocol (Upgrade) are read and ignored, as RFC 9110 allows (6.5.1, 7.8).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 
 _LINGER = "hh" if os.name == "nt" else "ii"  # C's struct linger: on, and for how many seconds
-PIECE = 4096  # bytes that the parser is given at a time, so that those between two of its calls can be counted
+PIECE = 4096  # bytes passed to the parser at a time, to count those between two of its callbacks
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. Config.limit_concurrency is how many there may be; those beyond it get a 503.
+    """One connection. Config.limit_concurrency is the most connections; further ones get a 503.
 
-    note: is given what is refused here and never reaches the application. A body that breaks off does: its request's
+    note: called with requests that are refused here, before the application. If a body breaks off, its request's
     receive() raises the ApiError.
 
-    header_bytes: of the headers of a request; and between two pieces of its body, or behind it, of chunk extensions
-    and trailers, in steps of PIECE.
+    header_bytes: of the headers of a request; also of chunk extensions and trailers between or after pieces of its
+    body, in steps of PIECE.
     header_seconds: from the first byte of a request to the last of its headers. idle_seconds: between requests, and
-    before the first. discard_seconds: for the rest of a body that was refused. stall_seconds: for the client to take
-    what was written. linger_seconds: after a refusal, for the client to read it and close.
+    before the first. discard_seconds: for the rest of a rejected body. stall_seconds: for the client to read what was
+    written. linger_seconds: after a refusal, for the client to read it and close.
     """
 
     header_bytes = 65536
@@ -63,16 +63,16 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._note = note
         self._most_connections, self.limit_concurrency = self.limit_concurrency, None
-        self._timer: asyncio.TimerHandle | None = None  # of what the connection waits for from its client
+        self._timer: asyncio.TimerHandle | None = None  # for what the client has to send next
         self._stall: asyncio.TimerHandle | None = None
         self._reads_headers = False  # other fields are trailers
         self._num_bytes = 0  # since the headers began or ended, or the last piece of a body
-        self._closes = False  # behind the body that is being read
-        self._is_deaf = False  # reads on, to see the connection end, and forgets what it reads
+        self._closes = False  # after the body being read
+        self._is_deaf = False  # discards all input, and only waits for the connection to end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=1, low=0)  # anything unsent is unread; with 0, TLS waits for ever
+        transport.set_write_buffer_limits(high=1, low=0)  # pause if anything is unsent; with 0, TLS hangs
         self._wait_for_request()
         if self._most_connections is not None and len(self.connections) > self._most_connections:
             self._refuse(unavailable("too_many_connections", "this server has no connection left", seconds=5))
@@ -84,8 +84,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if isinstance(self.cycle, _Cycle):
             self.cycle.transport = self.transport
             if self.cycle.refusal is not None:
-                self.cycle.refusal.__traceback__ = None  # whose frames hold the body
-        self.parser = self.headers = self.scope = None  # type: ignore[assignment]  # nothing waits for a collection
+                self.cycle.refusal.__traceback__ = None  # its frames hold the body
+        self.parser = self.headers = self.scope = None  # type: ignore[assignment]  # freed without garbage collection
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE):
@@ -108,7 +108,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(self._too_long())
 
     def _head_without_upgrade(self) -> bytes:
-        """The head that was read last, less the header behind which the parser takes no body."""
+        """Returns the last request head without the Upgrade header, after which the parser accepts no body."""
         first = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         fields = [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
         return b"\r\n".join([first, *fields, b"", b""])
@@ -151,7 +151,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         super().on_message_complete()
-        if self.cycle.response_complete:  # the rest of a body that was refused
+        if self.cycle.response_complete:  # the rest of a rejected body
             self.cycle.more_body = False
             if self._closes:
                 self.transport.close()
@@ -159,7 +159,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._wait_for_request()
 
     def close_behind_answer(self) -> None:
-        """Close once the body was read: closed with bytes unread, the connection is reset and the answer is lost."""
+        """Close after the body is read: if closed with unread bytes, the connection is reset and the answer lost."""
         if not (self.cycle.response_complete and self.cycle.more_body):
             self.transport.close()
         elif self._is_deaf:  # the body has broken off
@@ -169,9 +169,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # ours is not stopped by a blank line
+        self._unset_keepalive_if_required()  # our idle timer replaces uvicorn's, which a blank line would stop
         if self._is_deaf:
-            return  # the end has begun
+            return  # already closing
         if self.cycle.more_body:
             self._start_timer(self.discard_seconds, self.transport.close)
         else:
@@ -186,7 +186,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cancel_stall()
 
     def _reset(self) -> None:
-        """End the connection and forget what is unsent, which the kernel would keep for minutes."""
+        """Reset the connection and drop unsent data, which the kernel would keep for minutes."""
         if (connection := self.transport.get_extra_info("socket")) is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(_LINGER, 1, 0))
         self.transport.abort()
@@ -216,7 +216,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return ApiError(431, "headers_too_large", f"headers or trailers are longer than {self.header_bytes} bytes")
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what never becomes a request, or let the request end that is being read or answered; then close."""
+        """Answer with an error and close; a request being read or answered ends itself."""
         self._is_deaf = True
         cycle = self.cycle
         if cycle is not None and (cycle.more_body or not cycle.response_complete):
@@ -238,14 +238,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Close once the client has read the answer: closed with bytes unread, the connection would be reset."""
+        """Close after the client has read the answer: if closed with unread bytes, the connection would be reset."""
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._start_timer(self.linger_seconds, self.transport.close)
 
 
 class _Cycle(RequestResponseCycle):
-    """A request whose body may break off, and whose answer has a form that HTTP/1.0 knows."""
+    """A request whose body may break off, with responses that HTTP/1.0 can frame."""
 
     refusal: ApiError | None = None  # of the rest of the body
     is_unframed = False
@@ -260,11 +260,11 @@ class _Cycle(RequestResponseCycle):
         if self.scope["http_version"] == "1.0":
             while self.flow.write_paused and not self.disconnected:
                 await self.flow.drain()
-            self._unframe(message)  # from here on nothing else is sent before it
+            self._unframe(message)  # nothing may be sent between this and the message
         await super().send(message)
 
     def _unframe(self, message: ASGISendEvent) -> None:
-        """A body of unknown length ends with the connection; uvicorn sends one that is neither chunked nor too long."""
+        """End a body of unknown length by closing the connection, as HTTP/1.0 needs; uvicorn would send it unframed."""
         if message["type"] == "http.response.start":
             if all(name != b"content-length" for name, _ in message.get("headers", ())):
                 self.chunked_encoding = False
@@ -274,7 +274,7 @@ class _Cycle(RequestResponseCycle):
 
 
 class _AnswerTransport:
-    """What an answer is written to."""
+    """The transport of a response, which closes only after the request's body is read."""
 
     def __init__(self, protocol: LimitedProtocol) -> None:
         transport = protocol.transport
@@ -286,5 +286,5 @@ def _invalid(message: str) -> ApiError:
 
 
 def _raised_by_callback(error: httptools.HttpParserError) -> ApiError | None:
-    """A function, since a variable of the frame that its traceback knows would keep the connection's memory."""
+    """Returns the ApiError that a callback raised. A function: a local variable would keep the connection's memory."""
     return error.__context__ if isinstance(error.__context__, ApiError) else None

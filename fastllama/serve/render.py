@@ -1,4 +1,4 @@
-"""Deltas of a job to a response: server-sent events as they come, or one body at the end."""
+"""Renders the deltas of a job as a response: server-sent events, or one body at the end."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def answer_of(job: Job, model: ServedModel, request_id: str) -> Answer:
-    """The response to a job, to be filled; request_id: of the request, which the response's id ends with."""
+    """Returns an empty response to a job; request_id: of the request, part of the response's id."""
     return (_ChatAnswer if job.kind == "chat" else _CompletionAnswer)(job, model, request_id)
 
 
 def error_event(error: ApiError) -> bytes:
-    """What ends a stream that cannot go on: clients take one that is only cut for a whole answer."""
+    """Returns the event that ends a failed stream: clients take a truncated one for a whole answer."""
     return _event(error.body)
 
 
@@ -37,18 +37,18 @@ def _event(data: bytes) -> bytes:
 
 
 class Answer(ABC):
-    """A response in the making. Choices are numbered prompt by prompt: prompt index x n + sample.
+    """A response under construction. Choices are numbered prompt by prompt: prompt index x n + sample.
 
-    Counts are those up to now. num_cached_tokens: prompt tokens whose KV lay in the prefix cache; num_generated_tokens:
-    of all samples, shown or not.
+    Counts are totals so far. num_cached_tokens: prompt tokens found in the prefix cache; num_generated_tokens: of all
+    samples, shown or not.
     """
 
-    _response: ClassVar[type[wire.ChatCompletion | wire.TextCompletion]]  # that is not streamed
+    _response: ClassVar[type[wire.ChatCompletion | wire.TextCompletion]]  # not streamed
 
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         self._job, self._tokenizer = job, model.tokenizer
         kind, prefix = (wire.ChatChunk, "chatcmpl") if job.kind == "chat" else (wire.TextCompletion, "cmpl")
-        self._chunk: wire.ChatChunk | wire.TextCompletion = kind(  # all events are this one with other choices
+        self._chunk: wire.ChatChunk | wire.TextCompletion = kind(  # every event is this one with other choices
             id=f"{prefix}-{request_id}",
             created=int(time.time()),
             model=job.model,
@@ -62,18 +62,18 @@ class Answer(ABC):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
+        """Tokens of all prompts, each counted once."""
         return self._job.num_prompt_tokens
 
     def opening(self) -> bytes:
-        """Events that can be sent before there is a token."""
+        """Returns events to send before the first token."""
         return b""
 
     def take(self, prompt_index: int, delta: RequestDelta) -> bytes:
-        """Take in what a prompt's samples gained; where the job streams, the events that show it, else nothing.
+        """Add what a prompt's samples gained; returns the events for it if the job streams, else nothing.
 
-        Raises ApiError where the deadline cut a sample short. One that was aborted or failed is shown unfinished: its
-        error is what the engine raises next.
+        Raises ApiError if the deadline cut a sample short. An aborted or failed one is shown unfinished: the engine
+        raises its error next.
         """
         for output in delta.outputs:
             self.num_generated_tokens += len(output.token_ids)
@@ -89,14 +89,14 @@ class Answer(ABC):
         return b"".join(events)
 
     def closing(self) -> bytes:
-        """The last events of a stream: the usage where it was asked for, and [DONE]."""
+        """Returns the last events of a stream: the usage if requested, and [DONE]."""
         if not self._job.include_usage:
             return _DONE
         self._chunk.usage = self._usage()
         return self._event_of() + _DONE
 
     def body(self) -> bytes:
-        """The whole response, once every delta was taken in."""
+        """Returns the whole response, after the last delta."""
         response = self._response(
             id=self._chunk.id,
             created=self._chunk.created,
@@ -108,23 +108,23 @@ class Answer(ABC):
         return _encode(response)
 
     def _ended(self, output: CompletionOutput) -> CompletionOutput:
-        """How the end of a sample is shown."""
+        """Returns the output with the finish reason to show."""
         if output.finish_reason == "deadline":
             raise deadline_exceeded()
         return output if output.finish_reason in ("stop", "length") else replace(output, finish_reason=None)
 
     def _ended_by_token(self, output: CompletionOutput) -> bool:
-        """Whether the last token is one of `stop_token_ids`, which ends a text and is none of it."""
+        """Whether the last token is one of `stop_token_ids`, which ends the text and is not part of it."""
         ended = output.finish_reason == "stop" and len(output.token_ids) > 0
         return ended and output.token_ids[-1] in self._job.params.stop_token_ids
 
     @abstractmethod
     def _events(self, index: int, output: CompletionOutput) -> bytes:
-        """What shows that a choice gained this; nothing where no text is certain yet."""
+        """Returns the events for a choice's new output; nothing while no text is certain."""
 
     @abstractmethod
     def _choice(self, index: int, output: CompletionOutput) -> Any:
-        """A choice of the response."""
+        """Returns a choice of the response."""
 
     def _event_of(self, *choices: Any) -> bytes:
         self._chunk.choices = [*choices]
@@ -141,7 +141,7 @@ class Answer(ABC):
 
 
 def _whole(gains: Sequence[CompletionOutput]) -> CompletionOutput:
-    """All that a choice gained; finish_reason: how it ended."""
+    """Joins a choice's outputs; finish_reason: of the last one."""
     return replace(
         gains[-1],
         text="".join([gain.text for gain in gains]),
@@ -195,7 +195,7 @@ class _CompletionAnswer(Answer):
 
     def __init__(self, job: Job, model: ServedModel, request_id: str) -> None:
         super().__init__(job, model, request_id)
-        self._echoes = [job.echo] * self._num_choices  # whose prompt is still to be shown
+        self._echoes = [job.echo] * self._num_choices  # whether the prompt is still to be shown
         self._prompt_logprobs: dict[int, wire.CompletionLogprobs] = {}  # by prompt index
         self._tables: dict[int, LogprobsTable] = {}  # by choice
 
@@ -210,7 +210,7 @@ class _CompletionAnswer(Answer):
         output = super()._ended(output)
         if output.finish_reason is None or self._job.show_tokens:
             return output
-        return replace(output, finish_reason="length")  # also where the token that is not shown is EOS
+        return replace(output, finish_reason="length")  # also if the hidden token is EOS
 
     def _events(self, index: int, output: CompletionOutput) -> bytes:
         choice = self._choice(index, output)

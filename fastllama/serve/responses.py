@@ -1,4 +1,4 @@
-"""Bodies on their way in, answers on their way out, whole or as server-sent events; both end when the client leaves."""
+"""Reads request bodies and sends responses, whole or as server-sent events; both end when the client disconnects."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ JSON = "application/json"
 EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
-    "x-accel-buffering": "no",  # nginx would gather events
+    "x-accel-buffering": "no",  # or nginx would buffer events
 }
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:
-    """A header of the request, the first of this name; None without."""
+    """Returns the first request header of this name; None without."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value).decode("latin-1")
@@ -33,7 +33,7 @@ def header_of(scope: Scope, name: bytes) -> str | None:
 
 
 def check_json(scope: Scope, limits: ServiceLimits) -> None:
-    """Raise ApiError 415 for a body that is not declared as JSON, 413 for one declared longer than the limit."""
+    """Raise ApiError 415 if the body is not declared as JSON, 413 if its declared length exceeds the limit."""
     given = header_of(scope, b"content-type")
     if (given or "").partition(";")[0].strip().lower() != JSON:
         what = "no content-type" if given is None else f"content-type {brief(given)}"
@@ -47,9 +47,9 @@ def check_json(scope: Scope, limits: ServiceLimits) -> None:
 
 
 async def read_body(receive: Receive, service: Service) -> bytes:
-    """The whole body; of one that is cut short as the service closes, what has come.
+    """Returns the whole body; if the service closes meanwhile, what has arrived.
 
-    Raises ApiError 413 and 408 for one that is too long or too slow, 503 where too many come at once, ClientGoneError.
+    Raises ApiError 413 if it is too long, 408 if it is too slow, 503 if other uploads fill the memory; ClientGoneError.
     """
     body = bytearray()
     try:
@@ -59,7 +59,7 @@ async def read_body(receive: Receive, service: Service) -> bytes:
 
 
 async def _read_body(receive: Receive, service: Service, body: bytearray) -> bytes:
-    """Into `body`, whose bytes are counted as they come."""
+    """Read into `body`, counting bytes as they arrive."""
     limits, closing = service.limits, service.closing
     loop = asyncio.get_running_loop()
     end = loop.time() + limits.body_seconds
@@ -89,7 +89,7 @@ async def _read_body(receive: Receive, service: Service, body: bytearray) -> byt
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run this, which is cancelled as soon as the client leaves: ClientGoneError. What of a body is unread is lost."""
+    """Run a coroutine; cancel it with ClientGoneError if the client disconnects. Discards the unread body."""
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -109,23 +109,23 @@ async def _left(receive: Receive) -> None:
 
 
 async def respond(send: Send, status: int, body: bytes, headers: Mapping[str, str], content_type: str = JSON) -> None:
-    """Send a whole response, in pieces: how far a reader has come with what lies in TLS's buffer nobody can see."""
+    """Send a whole response in pieces, because progress inside TLS's buffer is invisible to the stall timeout."""
     fields = {"content-type": content_type, "content-length": str(len(body))} | dict(headers)
     await send({"type": "http.response.start", "status": status, "headers": encoded(fields)})
     for start in range(0, max(1, len(body)), PIECE):
         end = start + PIECE
         await send({"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)})
         if end < len(body):
-            await asyncio.sleep(0)  # in which a client that left is seen
+            await asyncio.sleep(0)  # lets a disconnect be noticed
 
 
 def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers as ASGI takes them."""
+    """Returns headers as ASGI expects them."""
     return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
 
 
 class EventStream:
-    """A response of server-sent events: one write for each `send`."""
+    """A response of server-sent events; each `send` is one write."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -133,7 +133,7 @@ class EventStream:
         self._last = self._clock()
 
     async def send(self, events: bytes) -> None:
-        """Events, each with its empty line."""
+        """Send events, each with its terminating blank line."""
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
         self._last = self._clock()
 
@@ -146,7 +146,7 @@ class EventStream:
     @classmethod
     @asynccontextmanager
     async def open(cls, send: Send, headers: Mapping[str, str], ping_seconds: float) -> AsyncIterator[EventStream]:
-        """Begins the response, and within sends a comment whenever nothing else was sent for so long."""
+        """Starts the response; sends a comment whenever nothing was sent for ping_seconds."""
         await send({"type": "http.response.start", "status": 200, "headers": encoded(EVENTS | dict(headers))})
         stream = cls(send)
         ping = asyncio.ensure_future(stream._ping(ping_seconds))
@@ -156,10 +156,10 @@ class EventStream:
             ping.cancel()
 
     async def end(self, events: bytes) -> None:
-        """The last events."""
+        """Send the last events and end the response."""
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
 
 def _too_large(limits: ServiceLimits) -> ApiError:
-    message = f"the body is longer than {limits.body_bytes} bytes, which is this server's --max-body-bytes"
+    message = f"the body is longer than {limits.body_bytes} bytes, this server's --max-body-bytes"
     return ApiError(413, "body_too_large", message)

@@ -1,4 +1,4 @@
-"""A job on its way through the engine: all its prompts or none, and what they gain as it comes."""
+"""A job's requests on the engine, started all or none, and their merged deltas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunningJob:
-    """The prompts of one job in the engine: all of them or none."""
+    """The requests of one job on the engine."""
 
     def __init__(self, streams: Sequence[RequestStream]) -> None:
         self._streams = streams
@@ -25,9 +25,10 @@ class RunningJob:
 
     @classmethod
     def begin(cls, engine: AsyncEngine, job: Job, seconds: float) -> RunningJob:
-        """Queue every prompt, each with these seconds to wait and run; on any thread.
+        """Queue every prompt with this many seconds to wait and run. Thread-safe.
 
-        Raises ApiError for more prompts than may ever wait, and what add_request raises.
+        Raises ApiError for more prompts than the queue can hold, and what add_request raises; then nothing stays
+        queued.
         """
         if len(job.prompts) > engine.max_queue_size:
             most = f"legal: at most {engine.max_queue_size}, this server's --max-queue-size"
@@ -44,36 +45,36 @@ class RunningJob:
         return cls(streams)
 
     def deltas(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-        """Each delta with the index of its prompt, as they come.
+        """Yields (prompt index, delta) as they arrive.
 
-        Raises what the stream of a prompt does, and what `cut` is given.
+        Raises what a prompt's stream raises, and the error passed to `cut`.
         """
         return self._of_one(self._streams[0]) if len(self._streams) == 1 else self._merged()
 
     def cut(self, failure: ApiError) -> None:
-        """End it with this, unless it has ended, without waiting for the engine: its step may hang."""
+        """End an unfinished job with this error, without waiting for the engine, whose step may hang."""
         generations = self._generations()
         if len(generations) < len(self._streams) or not all(each.finished for each in generations):
             self._failure = failure
             self.close()
 
     def close(self) -> None:
-        """Abort what has not ended. May be called twice."""
+        """Abort the unfinished requests. May be called twice."""
         for stream in self._streams:
             stream.close()
 
     def metrics(self) -> list[RequestMetrics]:
-        """Of each prompt that the engine has, up to now."""
+        """Returns the metrics so far of each prompt that the engine has."""
         return [generation.metrics() for generation in self._generations()]
 
     def finish_reasons(self) -> set[FinishReason]:
-        """Those of the samples that have ended."""
+        """Returns the finish reasons of the samples that have ended."""
         sequences = [seq for each in self._generations() for seq in each.request.sequences]
         return {seq.finish_reason for seq in sequences if seq.finish_reason is not None}
 
     @property
     def num_generated_tokens(self) -> int:
-        """Drawn up to now, read or not."""
+        """Tokens generated so far, read or not."""
         return sum(each.num_generated_tokens for each in self.metrics())
 
     def _generations(self) -> list[Generation]:
@@ -85,7 +86,7 @@ class RunningJob:
         self._check()
 
     async def _merged(self) -> AsyncGenerator[tuple[int, RequestDelta], None]:
-        """The deltas of all; while nobody reads, each stream gathers its own."""
+        """Merge the streams; unread deltas accumulate in each stream."""
         queue: asyncio.Queue[tuple[int, RequestDelta] | Exception | None] = asyncio.Queue(1)
 
         async def pump(index: int, stream: RequestStream) -> None:

@@ -1,4 +1,4 @@
-"""The process that serves: its sockets, the model that loads behind them, signals, and how all of it ends."""
+"""The server process: sockets, loading the model, signals, draining and exit status."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from fastllama.serve.sockets import bind, most_connections, url_of
 if TYPE_CHECKING:
     from fastllama.runtime.llm import LLM
 
-BROKEN = 70  # the exit status where the engine is beyond repair
-SWITCH_SECONDS = 0.0005  # of sys.setswitchinterval: how long the engine and the event loop wait for each other's GIL
-WATCH_SECONDS = 0.5  # between two looks at the engine
-END_SECONDS = 5  # for connections and the engine's thread to end; what has not by then ends with the process
+BROKEN = 70  # exit status after a permanent fault of the engine
+SWITCH_SECONDS = 0.0005  # for sys.setswitchinterval: how long the engine and the event loop wait for each other's GIL
+WATCH_SECONDS = 0.5  # between two checks of the engine
+END_SECONDS = 5  # for connections and the engine's thread to end before the process does
 
 
 def serve(options: ServerOptions, load: Callable[[], LLM], *, model: str, say: Callable[[str], None]) -> int:
-    """Serve a model until a signal or its engine's end; the exit status: 0, or BROKEN.
+    """Serve a model until a signal or a permanent fault of its engine; returns the exit status: 0, or BROKEN.
 
-    load: makes the LLM, on another thread, while the server answers already. model: what it is called, a path or a Hub
-    id. say: is given lines for who started it. To be called on the main thread: signals are handled there.
-    Raises ValueError where the sockets cannot be bound, and what `load` raises.
+    load: makes the LLM, on another thread, while the server already responds. model: its name, a path or a Hub id.
+    `say`: called with lines for the user. Call it on the main thread: it handles signals. Raises ValueError if the
+    sockets cannot be bound, and what `load` raises.
     """
     sockets = bind(options.host, options.port)
     interval = sys.getswitchinterval()
@@ -64,7 +64,7 @@ def serve(options: ServerOptions, load: Callable[[], LLM], *, model: str, say: C
 
 
 def served_model(llm: LLM, model: str, options: ServerOptions) -> ServedModel:
-    """The facts of a model by which requests are judged. Raises ValueError where it has no tokenizer."""
+    """Returns the facts of a model that requests are checked against. Raises ValueError if it has no tokenizer."""
     facts = (fastllama.__version__, model, str(llm.engine.model.dtype), llm.quantization, *options.traits)
     name = Path(model).resolve().name if Path(model).exists() else model
     return ServedModel(
@@ -83,9 +83,9 @@ def served_model(llm: LLM, model: str, options: ServerOptions) -> ServedModel:
 
 
 class ModelServer(uvicorn.Server):
-    """uvicorn with a model to load, a drain before its end, and an engine that is watched.
+    """A uvicorn server that loads a model, watches its engine, and drains before it ends.
 
-    status: of the process, once it has run. failure: what loading the model raised.
+    status: of the process, once it has run. failure: the exception that loading the model raised.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class ModelServer(uvicorn.Server):
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                "",  # known in the loop
+                "",  # set in the event loop
                 ws="none",
-                loop="asyncio",  # whose sends let the engine have the GIL; uvloop's keep it
+                loop="asyncio",  # its sends release the GIL to the engine; uvloop's keep it
                 lifespan="off",
                 log_config=None,
-                log_level="critical",  # the application says what is wrong with it
+                log_level="critical",  # the application logs its own errors
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
@@ -116,7 +116,7 @@ class ModelServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket] | None = None) -> None:
-        """Serve on these sockets until the end, which signals bring as well."""
+        """Serve on these sockets until the end, or a signal."""
         options = self._options
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[LLM] = self._loop.create_future()
@@ -134,7 +134,7 @@ class ModelServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Nothing: uvicorn's own handlers close the listening sockets at the first signal."""
+        """Does nothing: uvicorn's handlers would close the listening sockets at the first signal."""
         yield
 
     @contextmanager
@@ -145,7 +145,7 @@ class ModelServer(uvicorn.Server):
         }
         if hasattr(signal, "SIGHUP"):
             handlers[signal.SIGHUP] = self._on_hangup
-        if threading.current_thread() is not threading.main_thread():  # where Python handles none
+        if threading.current_thread() is not threading.main_thread():  # there, Python handles no signals
             handlers = {}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
@@ -155,7 +155,7 @@ class ModelServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first one drains, the second ends the process as if nobody had handled it."""
+        """The first signal drains; the second has its default effect."""
         if self._is_told_to_end:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -167,11 +167,11 @@ class ModelServer(uvicorn.Server):
 
     def _begin_end(self, name: str) -> None:
         if self._service.phase == "loading":
-            self._say(f"{name}: ends while the model is being loaded")
+            self._say(f"{name}: stopping while the model is loading")
             self.should_exit = True
         else:
             seconds = f"{self._options.drain_seconds:g} s"
-            self._say(f"{name}: no new requests; those that run get {seconds} to end; a second signal ends at once")
+            self._say(f"{name}: no new requests; running ones get {seconds} to finish; a second signal stops at once")
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
@@ -179,7 +179,7 @@ class ModelServer(uvicorn.Server):
         self.should_exit = True
 
     async def _live(self) -> None:
-        """From the model's loading to the end of its engine."""
+        """Wait for the model, then watch its engine until the end."""
         llm: LLM | None = None
         self._loader.start()
         try:
@@ -192,16 +192,16 @@ class ModelServer(uvicorn.Server):
             self.failure = error
         finally:
             self.should_exit = True
-        if not self._loaded.done():  # nothing can stop it
+        if not self._loaded.done():  # its thread cannot be stopped
             _exit_now(self.status)
 
     def _load_model(self) -> None:
-        """On the loader's thread, for which nothing waits, since nothing can stop it."""
+        """Load the model on a daemon thread, which cannot be stopped and is not waited for."""
         llm, error = None, None
         try:
             llm = self._load()
             gc.collect()
-            gc.freeze()  # it stays, and each look of the collector at its objects stops all threads
+            gc.freeze()  # the model stays, and each collection that scans its objects stops all threads
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the loop is closed
@@ -214,25 +214,25 @@ class ModelServer(uvicorn.Server):
             self._loaded.set_exception(error)
 
     async def _watch(self, llm: LLM) -> None:
-        """Serve the model, until its engine is beyond repair or the server ends."""
+        """Serve the model until its engine has a permanent fault or the server ends."""
         from fastllama.runtime.serving.async_engine import AsyncEngine
 
         model = served_model(llm, self._model, self._options)
         engine = AsyncEngine(llm, max_queue_size=self._options.max_queue_size)
         self._service.open(engine, model)
         self._say(_described(llm, model))
-        needed = "an API key is needed" if self._options.keyring else "no API key is needed"
+        needed = "an API key is required" if self._options.keyring else "no API key is required"
         self._say(f"ready on {self._url}; {needed}")
         while not self.should_exit:
             if self._service.is_beyond_repair:
                 self.status = BROKEN
-                self._say(f"the engine is beyond repair: {engine.health().error or 'its thread has ended'}")
+                self._say(f"the engine has a permanent fault: {engine.health().error or 'its thread has ended'}")
                 await self._service.go_down()
                 return
             await asyncio.sleep(WATCH_SECONDS)
         ended = asyncio.ensure_future(engine.shutdown())
         await asyncio.wait((ended,), timeout=END_SECONDS)
-        if not ended.done():  # a step that hangs
+        if not ended.done():  # a step hangs
             _exit_now(self.status)
 
 
@@ -248,7 +248,7 @@ def _described(llm: LLM, model: ServedModel) -> str:
 
 
 def _exit_now(status: int) -> NoReturn:
-    """End although a thread runs that nothing can stop: Python's own end would wait for the threads of a download."""
+    """Exit without waiting, as Python's own exit would, for threads that cannot be stopped (downloads)."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

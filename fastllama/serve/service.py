@@ -1,4 +1,4 @@
-"""What the endpoints share: the model that is served, how a request runs on its engine, and how all of it ends."""
+"""State shared by the endpoints: the served model, its engine, the running requests and their shutdown."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastllama")
 
 T = TypeVar("T")
-PROBES = ("/health", "/ready", "/metrics")  # asked for every few seconds: only what goes wrong is logged
-GRACE_SECONDS = 5.0  # beyond a request's deadline, which acts between steps, until it is ended during one
-NUM_THREADS = 4  # that translate: a long prompt is 70 ms for a context of 4096 tokens, in which short ones pass it
-HUNG_SECONDS = 1.0  # for what a step keeps from its end to be told so
-CUT_SECONDS = 5.0  # for what has ended to be told so: readers that stall get no longer
+PROBES = ("/health", "/ready", "/metrics")  # polled every few seconds: only failures are logged
+GRACE_SECONDS = 5.0  # after a request's deadline, which is checked between steps: then it is cut within a step
+NUM_THREADS = 4  # that translate: a prompt of 4096 tokens takes 70 ms, during which short ones pass it
+HUNG_SECONDS = 1.0  # for responses to requests that a hanging step keeps from ending
+CUT_SECONDS = 5.0  # for responses to requests that have ended: stalled readers get no longer
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What one request may take: seconds of running and waiting, seconds and bytes of its body.
+    """Limits of one request: seconds of waiting and running, seconds and bytes of its body.
 
-    all_bodies_bytes: of the bodies that are being read at a time. ping_seconds: a stream without an event for so long
-    is sent a comment, so that no proxy takes it for dead.
+    all_bodies_bytes: of all bodies being read. ping_seconds: a stream without an event for this long is sent a comment,
+    so that proxies do not close it.
     """
 
     request_seconds: float = 600.0
@@ -54,10 +54,10 @@ class ServiceLimits:
 
 
 class Service:
-    """One model, from before it is loaded until the process ends. The event loop's, but for what says otherwise.
+    """The service of one model, from before it is loaded until the process ends. Used on the event loop only.
 
-    keyring: who may ask. log: where a line is written for each request; None for nowhere. canary_seconds: between two
-    questions of the canary; None for none. closing: done once new requests are refused, for those that are uploaded.
+    keyring: the API keys. log: the access log; None for none. canary_seconds: between two canary requests; None for
+    none. closing: done once new requests are refused, to end uploads.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Service:
         self._model: ServedModel | None = None
         self._canary: Canary | None = None
         self._asking: asyncio.Task[None] | None = None
-        self.num_uploading_bytes = 0  # of bodies that are being read
+        self.num_uploading_bytes = 0  # of bodies being read
         self._num_running = 0
         self._jobs: dict[RunningJob, asyncio.TimerHandle] = {}  # each with its deadline
         self._idle: asyncio.Future[None] | None = None
@@ -86,7 +86,7 @@ class Service:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "fastllama-translate")
 
     def open(self, engine: AsyncEngine, model: ServedModel) -> None:
-        """The model is loaded."""
+        """Start serving: the model is loaded."""
         self._engine, self._model = engine, model
         self.build |= {"model": model.names[0], "fingerprint": model.fingerprint}
         if self._canary_seconds is not None:
@@ -97,30 +97,30 @@ class Service:
 
     @property
     def model(self) -> ServedModel:
-        """Raises ApiError 503 while it is being loaded."""
+        """The served model. Raises ApiError 503 while it is being loaded."""
         if self._model is None:
             raise self._refusal("loading")
         return self._model
 
     @property
     def engine(self) -> AsyncEngine:
-        """Raises ApiError 503 while the model is being loaded."""
+        """The engine. Raises ApiError 503 while the model is being loaded."""
         if self._engine is None:
             raise self._refusal("loading")
         return self._engine
 
     @property
     def is_beyond_repair(self) -> bool:
-        """Whether the engine, which is there, will never run anything again."""
+        """Whether the engine has a permanent fault."""
         health = None if self._engine is None else self._engine.health()
         return health is not None and (health.error is not None or not health.alive)
 
     def verdict(self) -> tuple[int, bytes]:
-        """Status and body of /health."""
+        """Returns the status and the body of /health."""
         return verdict(None if self._engine is None else self._engine.health(), self._canary)
 
     def note(self, exchange: Exchange) -> None:
-        """A request is over: count it, and write its line."""
+        """Record a request that has ended: metrics and access log."""
         record = exchange.record()
         self.metrics.observe_http(record.route, record.status)
         if exchange.running is not None:
@@ -129,24 +129,24 @@ class Service:
             self._log.write(record)
 
     def check_open(self) -> None:
-        """Raise ApiError 503 unless new requests are taken."""
+        """Raise ApiError 503 unless new requests are accepted."""
         if self.phase != "ready":
             raise self._refusal(self.phase)
 
     def check_room(self) -> None:
-        """Raise ApiError 503 unless new requests are taken, 429 where the queue is full: nothing is read in vain."""
+        """Raise ApiError 503 unless requests are accepted, 429 if the queue is full; call before reading a body."""
         self.check_open()
         try:
             self.engine.check_room()
         except (QueueFullError, RuntimeError) as error:
-            raise self.told(error) from None
+            raise self.api_error(error) from None
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Call it on another thread; what waits for one when its caller is cancelled is never called."""
+        """Call a function on another thread; if its caller is cancelled before the call begins, it never runs."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     async def start(self, job: Job) -> RunningJob:
-        """Queue its prompts; `end` is to be called. Raises what RunningJob.begin does, and then nothing was queued."""
+        """Queue a job's prompts; call `end` afterwards. If RunningJob.begin raises, raises that and queues nothing."""
         seconds = self.limits.request_seconds
         running = await self.in_thread(partial(RunningJob.begin, self.engine, job, seconds))
         if self._is_cut:  # meanwhile
@@ -157,14 +157,13 @@ class Service:
         return running
 
     def end(self, running: RunningJob) -> None:
-        """Nobody reads it any more: abort what has not ended."""
+        """End a job that is no longer read: abort its unfinished requests."""
         self._jobs.pop(running).cancel()
         running.close()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within is a request for which a drain waits. Raises ApiError, as `check_open`, and what is to be told of
-        exceptions within."""
+        """Counts a request, for which a drain waits. Raises ApiError, as `check_open` and for exceptions inside."""
         self.check_open()
         self._num_running += 1
         try:
@@ -172,14 +171,14 @@ class Service:
         except ClientGoneError:
             raise
         except Exception as error:
-            raise self.told(error) from error
+            raise self.api_error(error) from error
         finally:
             self._num_running -= 1
             if self._idle is not None and not self._num_running and not self._idle.done():
                 self._idle.set_result(None)
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new requests from now on, let the others end, and cut off what still runs after these seconds."""
+        """Refuse new requests, wait this long for running ones to end, then abort the rest."""
         if self.phase == "ready":
             self.phase = "draining"
         self._refuse_uploads()
@@ -192,13 +191,13 @@ class Service:
                 await self._all_end(HUNG_SECONDS)
 
     async def go_down(self) -> None:
-        """The engine is beyond repair: refuse everything, and let all that ran be told why it ended."""
+        """Refuse all requests after a permanent fault, and wait until running ones have got their errors."""
         self.phase = "down"
         self._refuse_uploads()
         await self._all_end(CUT_SECONDS)
 
     def close(self) -> None:
-        """Wait for no thread."""
+        """Stop the canary and the threads, without waiting for them."""
         if self._asking is not None:
             self._asking.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -208,14 +207,14 @@ class Service:
             self.closing.set_result(None)
 
     async def _all_end(self, seconds: float) -> bool:
-        """Whether everything that runs has ended within so long."""
+        """Wait this long for all running requests; returns whether they have ended."""
         if self._num_running:
             self._idle = asyncio.get_running_loop().create_future()
             await asyncio.wait((self._idle,), timeout=seconds)
         return not self._num_running
 
-    def told(self, error: Exception) -> ApiError:
-        """What a client is told of an exception that its request raised."""
+    def api_error(self, error: Exception) -> ApiError:
+        """Returns the API error for an exception that a request raised."""
         if isinstance(error, RequestError) and error.reason == "deadline":
             return deadline_exceeded()
         if isinstance(error, RequestError) and error.reason == "abort" and self._is_cut:
@@ -223,10 +222,10 @@ class Service:
         is_refused = isinstance(error, RuntimeError) and not isinstance(error, (RequestError, QueueFullError))
         if is_refused and self.is_beyond_repair:
             return self._refusal("down")
-        told = from_exception(error)
-        if told.status == 500:
+        failure = from_exception(error)
+        if failure.status == 500:
             logger.error("a request failed: %s", error if isinstance(error, RequestError) else _traceback(error))
-        return told
+        return failure
 
     def _snapshot(self) -> Snapshot | None:
         return None if self._engine is None else self._engine.statistics()
@@ -239,9 +238,9 @@ class Service:
             return unavailable("loading", "the model is being loaded; try again in a few seconds", seconds=5)
         if phase == "draining":
             return unavailable("shutting_down", "this server is shutting down; try again", seconds=1)
-        return unavailable("engine_down", "the engine has failed for good, and this server ends; try again", seconds=10)
+        return unavailable("engine_down", "the engine has failed, and this server shuts down; try again", seconds=10)
 
 
 def _traceback(error: Exception) -> str:
-    """Of what the engine has not logged; the command's log shows messages alone."""
+    """Formats an exception that the engine has not logged; the command's log shows messages only."""
     return "".join(format_exception(error))

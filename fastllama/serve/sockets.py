@@ -1,4 +1,4 @@
-"""Sockets of a server: bound before anything takes long, on addresses that only this machine reaches unless asked."""
+"""Listening sockets of a server, bound before the model is loaded; loopback by default."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import socket
 import sys
 from contextlib import suppress
 
-RESERVED = 128  # descriptors for what is no connection: files, libraries, connections that are about to be refused
-BACKLOG = 2048  # connections that wait to be accepted, which Linux cuts to net.core.somaxconn
+RESERVED = 128  # file descriptors for files, libraries, and connections about to be refused
+BACKLOG = 2048  # connections waiting to be accepted; Linux caps it at net.core.somaxconn
 
-# Bytes of a connection's send buffer in the kernel, which it doubles. Left alone it grows to 4 MB, of which a third has
-# to be read before a slow reader is seen to read at all.
+# Bytes of a connection's send buffer; the kernel doubles it. By default it grows to 4 MB, of which a third must be read
+# before a slow reader is noticed to read at all.
 SEND_BUFFER = 131072
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address."""
+    """Whether only programs on this machine can reach an address."""
     if host == "localhost":
         return True
     try:
@@ -28,9 +28,9 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of a host, all on one port; port 0: a free one. They listen: nobody else gets the port.
+    """Returns listening sockets for all addresses of a host, on one port; port 0 chooses a free one.
 
-    Raises ValueError where the host has no address here, or the port is taken or needs more rights.
+    Raises ValueError if the host has no address here, or the port is taken or privileged.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -54,13 +54,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def url_of(host: str, sockets: list[socket.socket], *, tls: bool) -> str:
-    """Where a server is reached."""
+    """Returns the server's URL."""
     name = f"[{host}]" if ":" in host else host
     return f"{'https' if tls else 'http'}://{name}:{sockets[0].getsockname()[1]}"
 
 
 def most_connections() -> int | None:
-    """How many connections there may be, once the limit of open files is as high as it may go; None for no limit."""
+    """Returns the most connections, after raising the limit of open files to its maximum; None for no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -77,13 +77,13 @@ def most_connections() -> int | None:
 def _bound(family: int, kind: int, protocol: int, address: tuple[object, ...]) -> socket.socket:
     found = socket.socket(family, kind, protocol)
     try:
-        if os.name == "posix":  # elsewhere it would share a port that is taken
+        if os.name == "posix":  # elsewhere it would share a port already taken
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         found.bind(address)
-        found.listen(BACKLOG)  # bound alone, a port can be had twice
+        found.listen(BACKLOG)  # bound but not listening, a port can be bound twice
     except BaseException:
         found.close()
         raise
@@ -94,7 +94,7 @@ def _why(error: OSError, host: str) -> str:
     if error.errno == errno.EADDRINUSE:
         return "another program has that port; legal for --port: a free one, or 0 to choose it"
     if error.errno == errno.EACCES:
-        return "that port needs more rights; legal for --port: 1024 to 65535, or 0 for a free one"
+        return "that port needs more privileges; legal for --port: 1024 to 65535, or 0 for a free one"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is no address of this machine"
+        return f"{host} is not an address of this machine"
     return error.strerror or str(error)

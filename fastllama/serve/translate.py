@@ -1,4 +1,4 @@
-"""A request's JSON to what the engine runs of it: which fields are legal, what they mean, what is refused."""
+"""Translates a request's JSON into a job: checks its fields, and makes prompts and sampling parameters."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from fastllama.serve.wire import (
 )
 
 MAX_PROMPTS = 128  # of one request
-MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # texts; characters of each, which take 300 bytes apiece while it is sought
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # stop strings; characters of each, which take 300 bytes apiece during the search
 MAX_TOKEN_RULES = 1024  # entries of logit_bias and of stop_token_ids
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
-# Passed on as they are, unless null
+# Passed on unchanged, unless null
 _SAMPLING = (
     "n",
     "min_tokens",
@@ -47,7 +47,7 @@ _SAMPLING = (
     "ignore_eos",
     "skip_special_tokens",
 )
-# What OpenAI does where the field is absent, and so does this server
+# OpenAI's behaviour without the field, which is this server's too
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -69,9 +69,9 @@ _INT64 = 2**63
 
 
 def chat_job(body: bytes, model: ServedModel, most_tokens: int | None = None) -> Job:
-    """POST /v1/chat/completions. most_tokens: generated tokens of a sample at most, whatever is asked for.
+    """POST /v1/chat/completions. most_tokens: limit of generated tokens per sample, whatever is requested.
 
-    Raises ApiError of 400 or 404, as the others of this file.
+    Raises ApiError 400 or 404, as all functions of this file.
     """
     request = decode(body, ChatRequest)
     _check_common(request, model)
@@ -128,7 +128,7 @@ def completion_job(body: bytes, model: ServedModel, most_tokens: int | None = No
 
 
 def tokenize(body: bytes, model: ServedModel) -> bytes:
-    """POST /tokenize: the answer's JSON."""
+    """POST /tokenize; returns the response's JSON."""
     request = decode(body, TokenizeRequest)
     _check_name(request.model, model)
     if (request.prompt is None) == (request.messages is None):
@@ -149,7 +149,7 @@ def tokenize(body: bytes, model: ServedModel) -> bytes:
 
 
 def detokenize(body: bytes, model: ServedModel) -> bytes:
-    """POST /detokenize: the answer's JSON, without the special tokens, as Tokenizer.decode gives the text."""
+    """POST /detokenize; returns the response's JSON. Special tokens are left out, as by Tokenizer.decode."""
     request = decode(body, DetokenizeRequest)
     _check_name(request.model, model)
     _check_ids("tokens", request.tokens, model.tokenizer.vocab_size)
@@ -164,7 +164,7 @@ def _check_name(name: str | None, model: ServedModel) -> None:
 
 
 def _check_common(request: CommonRequest, model: ServedModel) -> None:
-    """What both endpoints refuse beside the values of sampling."""
+    """Check fields of both endpoints, other than sampling parameters."""
     _check_name(request.model, model)
     for name in _UNSUPPORTED:
         if (value := getattr(request, name)) is not None:
@@ -196,10 +196,10 @@ def _check_tools(request: ChatRequest) -> None:
 
 
 def _asked_tokens(request: CommonRequest) -> int | None:
-    """max_tokens under either name."""
+    """Returns max_tokens, under either of its names."""
     old, new = request.max_tokens, request.max_completion_tokens
     for name in ("max_tokens", "max_completion_tokens"):
-        if (given := getattr(request, name)) is not None and given >= _INT64:  # what is less is clamped
+        if (given := getattr(request, name)) is not None and given >= _INT64:  # smaller ones are clamped
             raise invalid(f"{name} is {brief(given)}; legal: an integer of 64 bits", name)
     if old is not None and new is not None and old != new:
         said = f"max_tokens is {brief(old)} and max_completion_tokens {brief(new)}; legal: one of them, or both alike"
@@ -208,7 +208,7 @@ def _asked_tokens(request: CommonRequest) -> int | None:
 
 
 def _asked(request: CommonRequest) -> dict[str, Any]:
-    """What a job takes over from any request."""
+    """Returns the job's fields that every request has."""
     options, who = request.stream_options, request.safety_identifier or request.user
     return {
         "stream": bool(request.stream),
@@ -220,7 +220,7 @@ def _asked(request: CommonRequest) -> dict[str, Any]:
 def _sampling_params(
     request: CommonRequest, model: ServedModel, more: Mapping[str, Any], **names: str
 ) -> SamplingParams:
-    """Sampling parameters of a request; more: those of its endpoint. names: what its client calls ours."""
+    """Returns a request's sampling parameters; more: its endpoint's own. names: our name -> the client's."""
     if request.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     options = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
@@ -242,7 +242,7 @@ def _sampling_params(
 
 @contextmanager
 def _refused_by_name(names: Mapping[str, str]) -> Iterator[None]:
-    """Turns the errors of values, which begin with a field's name, into ApiErrors with the client's name for it."""
+    """Turns errors of values, which begin with a field's name, into ApiErrors with the client's name for it."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -284,7 +284,7 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 def _ending_answers(params: SamplingParams, stop: tuple[str, ...], model: ServedModel) -> SamplingParams:
-    """Parameters that end an answer where the chat format does, too; stop: its texts for this conversation."""
+    """Adds the chat format's stop conditions; stop: its stop strings for this conversation."""
     ends = model.chat_format.stop_token_ids
     ids = [] if params.ignore_eos else [i for i in ends if i not in model.eos_token_ids]
     return params.changed(stop=(*params.stop, *stop), stop_token_ids=(*params.stop_token_ids, *ids))
@@ -293,9 +293,9 @@ def _ending_answers(params: SamplingParams, stop: tuple[str, ...], model: Served
 def _clamped(
     params: SamplingParams, prompts: Sequence[PromptIds], model: ServedModel, most_tokens: int | None
 ) -> SamplingParams:
-    """With max_tokens as the context and the key allow; None where that is to the end of the context.
+    """Limits max_tokens by the context and the key; None means to the end of the context.
 
-    A number that reaches there would be refused where the KV cache holds less than the context; None is not.
+    A number that reaches there would be rejected if the KV cache is smaller than the context; None is not.
     """
     limits = [limit for limit in (params.max_tokens, most_tokens) if limit is not None]
     least = min(limits, default=None)
@@ -307,14 +307,14 @@ def _clamped(
 def _infilling(
     request: CompletionRequest, params: SamplingParams, model: ServedModel
 ) -> tuple[tuple[PromptIds, ...], SamplingParams]:
-    """The prompt that asks for what stands between prompt and suffix, and parameters that end with it."""
+    """Returns the infilling prompt for the text between prompt and suffix, and parameters that stop at its end."""
     prefix, suffix = "" if request.prompt is None else request.prompt, request.suffix or ""
     infilling = model.tokenizer.infilling
     if infilling is None:
         said = "suffix is given, and this model was not trained to infill; legal: null"
         raise invalid(said, "suffix", code="unsupported_parameter")
     if not isinstance(prefix, str) or request.echo:
-        said = "suffix is given beside echo, or a prompt that is not one text; legal: a text before, and no echo"
+        said = "suffix is given with echo, or with a prompt that is not one text; legal: a text as prompt, and no echo"
         raise invalid(said, "suffix", code="unsupported_value")
     check_fits(prefix + suffix, model, "prompt")
     ids = model.tokenizer.encode_infilling(prefix, suffix)
@@ -325,7 +325,7 @@ def _infilling(
 
 
 def _prompts(given: str | list[Any] | None, model: ServedModel, *, echo: bool) -> tuple[PromptIds, ...]:
-    """The prompts of a completion: a text, texts, token ids, or lists of token ids."""
+    """Returns the prompts of a completion: a text, texts, token ids, or lists of token ids."""
     if not isinstance(given, list) or not given or not isinstance(given[0], (str, list)):
         return (_prompt("prompt", given or "" if given != [] else given, model, echo),)
     if len(given) > MAX_PROMPTS:
@@ -357,7 +357,7 @@ def _prompt(where: str, given: Any, model: ServedModel, echo: bool) -> PromptIds
 
 def _check_ids(where: str, ids: Sequence[Any], vocab_size: int) -> None:
     if {int}.issuperset(map(type, ids)) and min(ids, default=0) >= 0 and max(ids, default=0) < vocab_size:
-        return  # known in a fraction of the time that one look at each takes
+        return  # many times faster than a check of each
     for index, value in enumerate(ids):
         if type(value) is not int or not 0 <= value < vocab_size:
             said = f"{where}[{index}] is {brief(value)}; legal: token ids, 0 to {vocab_size - 1}"

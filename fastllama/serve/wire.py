@@ -1,4 +1,4 @@
-"""The JSON of OpenAI's API as msgspec structs: what clients send, and what they are sent."""
+"""OpenAI's JSON formats as msgspec structs: requests and responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from msgspec import UNSET, Struct, UnsetType
 class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     """A message of a conversation.
 
-    content: a text, or parts such as {"type": "text", "text": ...}. The fields from refusal on stand empty in answers
-    of OpenAI's servers and others, and so come back in the next request; type: "text" or "message" of some clients.
+    content: a text, or parts such as {"type": "text", "text": ...}. The fields from refusal on are empty in responses
+    of OpenAI's and other servers, and so come back in the next request; type: "text" or "message" of some clients.
     """
 
     role: str
@@ -31,7 +31,7 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: token counts in a last chunk. include_obfuscation: against observers of lengths; adds nothing."""
+    """include_usage: token counts in a last chunk. include_obfuscation: padding against observers; ignored."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -45,10 +45,10 @@ class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class CommonRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields of both completion endpoints, null where absent. What is Any is legal as null or as its default."""
+    """The fields of both completion endpoints, null if absent. Fields of type Any may be null or their default."""
 
     model: str | None = None
-    # How long, how many and how drawn
+    # Length, number and sampling
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
@@ -61,7 +61,7 @@ class CommonRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Beyond OpenAI's
+    # Not in OpenAI's API
     min_tokens: int | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -69,20 +69,20 @@ class CommonRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    # Of these no text depends
+    # Without effect on the text
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    # Their defaults alone are legal
+    # Only their defaults are legal
     store: Any = None
     service_tier: Any = None
     modalities: Any = None
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
-    # Null alone is legal
+    # Only null is legal
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
@@ -114,7 +114,7 @@ class CompletionRequest(CommonRequest, kw_only=True, forbid_unknown_fields=True)
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /tokenize: a prompt or a conversation; add_special_tokens: BOS before a prompt, true where it is null."""
+    """POST /tokenize: a prompt or a conversation; add_special_tokens: BOS before a prompt, null is true."""
 
     model: str | None = None
     prompt: str | None = None
@@ -130,13 +130,13 @@ class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class PromptTokensDetails(Struct, kw_only=True):
-    """cached_tokens: prompt tokens whose KV lay in the prefix cache."""
+    """cached_tokens: prompt tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(Struct, kw_only=True):
-    """Token counts of a request, of all its prompts and samples together."""
+    """Token counts of a request, for all its prompts and samples."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -145,7 +145,7 @@ class Usage(Struct, kw_only=True):
 
 
 class TopLogprob(Struct, kw_only=True):
-    """One of the likeliest tokens in a place. bytes: of a part of a character, whose token shows U+FFFD, its own.
+    """One of the likeliest tokens at a position. bytes: also for a part of a character, whose token is shown as U+FFFD.
 
     logprob: finite, as in all these structs: msgspec writes infinity as null.
     """
@@ -156,13 +156,13 @@ class TopLogprob(Struct, kw_only=True):
 
 
 class ChatLogprob(TopLogprob, kw_only=True):
-    """A token of an answer, and the likeliest ones in its place."""
+    """A token of an answer, and the likeliest ones at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Struct, kw_only=True):
-    """Of a chat's choice: one entry for each token."""
+    """The logprobs of a chat's choice: one entry for each token."""
 
     content: list[ChatLogprob]
     refusal: None = None
@@ -186,7 +186,7 @@ class ChatChoice(Struct, kw_only=True):
 
 
 class ChatCompletion(Struct, kw_only=True, tag_field="object", tag="chat.completion"):
-    """The answer of a chat, not streamed. created: Unix time."""
+    """The response of a chat, not streamed. created: Unix time."""
 
     id: str
     created: int
@@ -197,14 +197,14 @@ class ChatCompletion(Struct, kw_only=True, tag_field="object", tag="chat.complet
 
 
 class ChatDelta(Struct, kw_only=True):
-    """What a choice of a chat gained."""
+    """The new part of a chat's choice."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
-    """A choice of a chunk; finish_reason: set in its last."""
+    """A choice of a chunk; finish_reason: set in its last one."""
 
     index: int
     delta: ChatDelta
@@ -213,7 +213,7 @@ class ChunkChoice(Struct, kw_only=True):
 
 
 class ChatChunk(Struct, kw_only=True, tag_field="object", tag="chat.completion.chunk"):
-    """An event of a chat's stream. usage: UNSET unless asked for; then None, and in the last chunk the counts."""
+    """An event of a chat's stream. usage: UNSET unless requested; then None, and the counts in the last chunk."""
 
     id: str
     created: int
@@ -224,9 +224,10 @@ class ChatChunk(Struct, kw_only=True, tag_field="object", tag="chat.completion.c
 
 
 class CompletionLogprobs(Struct, kw_only=True):
-    """Of a completion's choice, one entry for each token; None for the first of a prompt that is echoed.
+    """The logprobs of a completion's choice, one entry for each token; None for the first token of an echoed prompt.
 
-    top_logprobs: the likeliest tokens' texts and theirs. text_offset: characters of the text before the token.
+    top_logprobs: log-probabilities of the likeliest tokens by text. text_offset: characters of the text before the
+    token.
     """
 
     tokens: list[str]
@@ -236,7 +237,7 @@ class CompletionLogprobs(Struct, kw_only=True):
 
 
 class CompletionChoice(Struct, kw_only=True):
-    """One sample of one prompt, or in a stream what it gained. finish_reason: None in a stream until its last."""
+    """One sample of one prompt, or its new part in a stream. finish_reason: None in a stream until the last event."""
 
     index: int
     text: str
@@ -245,7 +246,7 @@ class CompletionChoice(Struct, kw_only=True):
 
 
 class TextCompletion(Struct, kw_only=True, tag_field="object", tag="text_completion"):
-    """The answer of a completion, and each event of its stream; usage: as in ChatChunk."""
+    """The response of a completion, and each event of its stream; usage: as in ChatChunk."""
 
     id: str
     created: int
@@ -256,7 +257,7 @@ class TextCompletion(Struct, kw_only=True, tag_field="object", tag="text_complet
 
 
 class ModelCard(Struct, kw_only=True, tag_field="object", tag="model"):
-    """A name that is served; max_model_len: tokens of prompt and answer together.
+    """A name of the served model; max_model_len: tokens of prompt and answer together.
 
     notice: limits and licence of the model, Markdown; not in lists.
     """
@@ -275,7 +276,7 @@ class ModelList(Struct, kw_only=True, tag_field="object", tag="list"):
 
 
 class TokenizeAnswer(Struct, kw_only=True):
-    """Of /tokenize; tokens: the token ids."""
+    """The response of /tokenize; tokens: the token ids."""
 
     count: int
     max_model_len: int
@@ -283,6 +284,6 @@ class TokenizeAnswer(Struct, kw_only=True):
 
 
 class DetokenizeAnswer(Struct, kw_only=True):
-    """Of /detokenize."""
+    """The response of /detokenize."""
 
     prompt: str

@@ -71,7 +71,7 @@ def test_a_file_that_is_no_certificate_is_named(command: Command, tmp_path: Path
     (tmp_path / "cert.pem").write_text("nothing")
     done = command("serve", "--ssl-certfile", tmp_path / "cert.pem", "--ssl-keyfile", tmp_path / "cert.pem")
     assert done.status == 2
-    assert "cert.pem are no certificate with its key in PEM" in done.err
+    assert "cert.pem are not a certificate with its key in PEM" in done.err
 
 
 def test_a_missing_package_names_its_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_the_start_says_what_is_served_where_and_to_whom(tmp_path: Path) -> None
     with live("--served-model-name", "llama", "--max-num-seqs", "3", "--max-model-len", "100") as server:
         assert "llama: 4.5 M parameters in bfloat16 on cpu; 100 tokens of context" in server.said
         assert "3 sequences at once" in server.said
-        assert re.search(r"ready on http://127\.0\.0\.1:\d+; no API key is needed", server.said)
+        assert re.search(r"ready on http://127\.0\.0\.1:\d+; no API key is required", server.said)
         assert server.get("/v1/models").json()["data"][0]["max_model_len"] == 100
         wrong = server.post("/v1/completions", {"model": "gpt-4", "prompt": "a"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
@@ -130,7 +130,7 @@ def test_other_machines_are_served_with_a_key_over_tls(tmp_path: Path) -> None:
     chain, key = certificate(tmp_path)
     options = ("--host", "0.0.0.0", "--ssl-certfile", str(chain), "--ssl-keyfile", str(key))
     with live(*options, env={"FASTLLAMA_API_KEY": "sesame"}) as server:
-        assert "an API key is needed" in server.said
+        assert "an API key is required" in server.said
         url = server.url.replace("0.0.0.0", "127.0.0.1")
         trusted = ssl.create_default_context(cafile=str(chain))
         with httpx.Client(base_url=url, verify=trusted, timeout=LIMIT, trust_env=False) as client:

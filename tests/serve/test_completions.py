@@ -170,7 +170,7 @@ def test_prompts_that_were_queued_before_a_refusal_are_ended_at_once() -> None:
 def test_a_deadline_that_passes_before_a_prompt_is_queued_is_one_too(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as served:
-            assert served.service.told(RequestError("planted", reason="deadline")).status == 504
+            assert served.service.api_error(RequestError("planted", reason="deadline")).status == 504
 
     run(test())
 

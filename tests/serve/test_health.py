@@ -113,7 +113,10 @@ def test_an_engine_that_is_idle_or_steps_is_healthy() -> None:
     ("health", "reason"),
     [
         (replace(WELL, alive=False), "the engine's thread has ended"),
-        (replace(WELL, alive=False, error="CUDA error:\nlaunch"), "the engine is beyond repair: CUDA error:\\nlaunch"),
+        (
+            replace(WELL, alive=False, error="CUDA error:\nlaunch"),
+            "the engine has a permanent fault: CUDA error:\\nlaunch",
+        ),
         (replace(WELL, step_seconds=STEP_LIMIT + 1), "a step has run for 121 s; legal: at most 120 s"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_pipe_whose_reader_left_costs_lines_and_no_request(caplog: pytest.LogC
     for _ in range(1000):
         log.write(WHOLE)
     (record,) = caplog.records
-    assert "lines of the access log are lost: [Errno 32]" in record.getMessage()
+    assert "cannot write to the access log, lines are lost: [Errno 32]" in record.getMessage()
     with pytest.raises(BrokenPipeError):
         stream.close()
 

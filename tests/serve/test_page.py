@@ -174,7 +174,7 @@ def test_every_colour_is_one_of_those_that_are_compared() -> None:
 def test_the_notice_is_in_view_without_a_key() -> None:
     assert notice_html(notice()) in HTML
     assert "<!--" not in HTML
-    for words in ("inaccurate", "English", "cannot be predicted", "safety testing", "toy", "cannot tell"):
+    for words in ("inaccurate", "English", "cannot be predicted", "safety testing", "toy", "does not know who trained"):
         assert words in notice()
     for address in ("license/", "use-policy/", "responsible-use-guide/"):
         assert f'href="https://ai.meta.com/llama/{address}"' in HTML

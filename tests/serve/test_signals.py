@@ -117,7 +117,7 @@ def test_an_engine_that_fails_for_good_ends_everything_with_its_cause_and_the_pr
         for error in (whole.answer.json()["error"], events(stream.answer)[-1]["error"]):
             assert (error["code"], "planted in the device" in error["message"]) == ("engine_error", True)
         assert server.wait() == 70
-        assert "the engine is beyond repair: RuntimeError('planted in the device')" in server.said
+        assert "the engine has a permanent fault: RuntimeError('planted in the device')" in server.said
 
 
 def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The page at GET /: a chat with the served model, in three files that no other origin is asked for.
+"""The chat page at GET /: three files, with no requests to other origins.
 
-index.html holds the notice, so that the limits and the licence of the model are in view without a key and without
-JavaScript. The page itself talks to /v1/models and /v1/chat/completions as any client does.
+index.html contains the notice, so that limits and licence of the model are visible without a key and without
+JavaScript. The page uses /v1/models and /v1/chat/completions like any client.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def _text(name: str) -> str:
 
 
 def notice() -> str:
-    """Limits and licence of the model, Markdown: notice.md, which who runs the server may replace."""
+    """Returns limits and licence of the model, Markdown: notice.md, which the operator may replace."""
     return _text("notice.md").strip()
 
 
 def notice_html(markdown: str) -> str:
-    """The notice as HTML: paragraphs, lists of lines that begin with "- ", links to https; all else is text."""
+    """Converts the notice to HTML: paragraphs, "- " lists and https links; anything else is escaped."""
     blocks = []
     for block in re.split(r"\n\s*\n", markdown.strip()):
         text = _LINK.sub(r'<a href="\2" target="_blank" rel="noopener noreferrer">\1</a>', html.escape(block))

@@ -314,7 +314,7 @@ function startPage() {
     try {
       for await (const step of answer({ ...asked, send: (messages) => send(messages, signal), signal })) {
         if (step.waiting) {
-          turn.facts = `The model is loading. Asking again in ${step.waiting} s.`;
+          turn.facts = `The model is loading. Trying again in ${step.waiting} s.`;
           showNotes(article, turn);
           began = performance.now() + step.waiting * 1000;
         } else if (step.start) {
