@@ -206,7 +206,7 @@ def _attend(
     lse_out: Tensor | None,
     work: int,
 ) -> None:
-    """Launch the kernel for all sequences, with as many queries each if cu_seqlens_q is None."""
+    """Launch the kernel for all sequences, with equally many queries each if cu_seqlens_q is None."""
     rows, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_seqs = page_table.shape[0]

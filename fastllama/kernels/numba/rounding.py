@@ -1,4 +1,4 @@
-"""Quantization of weights to 4 or 8 bits, and packing: as the reference bit for bit, in one pass over memory each."""
+"""Quantization of weights to 4 or 8 bits, and packing: bit-identical to the reference, in one pass over memory each."""
 
 from __future__ import annotations
 

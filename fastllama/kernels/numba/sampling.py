@@ -74,7 +74,7 @@ def choose(weights, top_k, top_p, min_p, number):
     keys = weights.view(np.int32)
     near = np.empty(len(weights), np.float32)
     floor = np.int64(0)
-    for by_mass in (False, True):  # top-k, then top-p of the rest: one loop, whose body is most of the machine code
+    for by_mass in (False, True):  # top-k, then top-p of what it keeps: one loop, whose body is most of the code
         if by_mass:
             total = 0
             for i in range(len(weights)):

@@ -45,7 +45,7 @@ class Payoff:
     STRETCH = 0.02  # seconds: some slices of a scheduler
     SHORT = 0.004  # seconds of a trial that is clearly lost
     PAUSES = 0.1, 2.0  # seconds between trials, at first and at most
-    WORSE = 1.5  # times the usual: then a trial is lost, and helpers that were kept are tried again
+    WORSE = 1.5  # times the usual: then a trial is lost, and if helpers were kept, a trial without them begins
     GAIN = 0.95  # of the time alone, at most, for helpers to be taken
     GAP = 200e-6  # seconds before a call that count as its own, at most: its threads slow down other work
     WEIGHT = 0.05  # of the last call in the usual time
