@@ -1,10 +1,9 @@
-"""`fastllama info`: what is installed, on what it runs, and what runs each op."""
+"""`fastllama info`: versions, devices, and the backend of each op."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +20,17 @@ PACKAGES = ("torch", "triton", "numba", "transformers", "safetensors", "sentence
 def add_command(commands: Any) -> None:
     """Define the subcommand."""
     parser = add(
-        commands, "info", "show versions, devices, and what runs each op and why", run, examples=("", "--json")
+        commands,
+        "info",
+        "show versions, devices, and the backend of each op and why it was chosen",
+        run,
+        examples=("", "--json"),
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known, and return the exit status."""
+    """Print the report, and return the exit status."""
     versions, devices = _versions(), _devices()
     variables = {variable.name: variable.read() for variable in env.VARIABLES}
     ops = {device["type"]: _ops(device["type"]) for device in devices}
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions() -> dict[str, str | None]:
-    """Version by package; None where it is not installed. Nothing is imported for it."""
+    """Version by package, from its metadata without an import; None where it is not installed."""
     versions: dict[str, str | None] = {"fastllama": fastllama.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -67,15 +70,17 @@ def _versions() -> dict[str, str | None]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """The CPU and every GPU that torch sees; memory_bytes is what it has, not what is free."""
+    """The CPU and every GPU that torch sees; memory_bytes is the total, not the free memory."""
     import torch
+
+    from fastllama.runtime.device.memory import physical_bytes
 
     cpu = {
         "type": "cpu",
         "name": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": physical_bytes(),
     }
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [cpu] + [
@@ -105,12 +110,12 @@ def _cpu_name() -> str:
 
 
 def _machine_code() -> str:
-    """Where CPU kernels are kept once they are compiled."""
+    """The folder that caches compiled CPU kernels, or why there is none."""
     why = why_unusable("numba")
     if why == NOT_INSTALLED:
         return "none, as numba is not installed"
     try:
-        from fastllama.kernels.numba import table  # noqa: F401  # all that is compiled, which may not be there
+        from fastllama.kernels.numba import table  # noqa: F401  # imports every compiled kernel, which may fail
         from fastllama.kernels.numba.cache import described
     except Exception as error:
         return f"none, as numba cannot be used: {why or summary(error)}"
@@ -118,7 +123,7 @@ def _machine_code() -> str:
 
 
 def _ops(kind: str) -> dict[str, dict[str, str]]:
-    """What runs each op for tensors on a kind of device, and why."""
+    """The backend of each op for tensors on a kind of device, and the reason."""
     from fastllama.kernels.dispatch.op import OPS
 
     table = {}

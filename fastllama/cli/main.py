@@ -1,4 +1,4 @@
-"""The entry of the command: its arguments, its exit statuses, and one line for every mistake of its user."""
+"""The command's entry point: its arguments, its exit statuses, and a one-line message for every user error."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastllama.errors import BackendError, ExtraRequiredError, why_unusable
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 STATUSES = f"""exit status:
   0 success, {verify.DISAGREEMENT} verify found a disagreement or a case of bench decode failed,
-  {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug of fastllama, or serve's engine is beyond repair,
-  {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output went away"""
-# What to try where memory does not suffice, for commands that lack --max-model-len or have something better.
-SMALLER = {"quantize": "fewer --samples or a smaller --context"}
+  {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug in fastllama, or serve's engine has failed for good,
+  {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output closed it"""
+# Advice after running out of memory, for commands that lack --max-model-len or have something better.
+SMALLER = {"quantize": "fewer --samples or a smaller --context", "verify": "--dtype bfloat16"}
 EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
@@ -34,17 +34,19 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (by default the process's own) and return its exit status."""
+    """Run the command with these arguments (default: the process's) and return its exit status."""
     with _standard_streams():
         return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
 
 
 def _run(argv: list[str]) -> int:
-    debug = "--debug" in argv  # by hand, so that it also covers what is wrong with the arguments
+    debug = "--debug" in argv  # read by hand, so that it also applies to errors in the arguments
     try:
         args = _parser().parse_args(argv)
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # an answer that the terminal cannot show is no reason to end it
+            sys.stdout.reconfigure(
+                errors="replace"
+            )  # a character that the terminal cannot show must not end the answer
         level = logging.INFO if debug else logging.ERROR if args.quiet else logging.WARNING
         with _log_to_stderr(level), _repaired_interpreter():
             status: int = args.run(args)
@@ -69,23 +71,23 @@ def _run(argv: list[str]) -> int:
 
 
 def _say(line: str) -> None:
-    """A line on standard error; where that cannot be written, the exit status is all there is."""
+    """Write a line to standard error; where that fails, only the exit status reports the error."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Within, streams that the process was started without (pythonw, a service, `2>&-`) are there, and empty.
+    """Open the null device for standard streams that the process was started without (pythonw, a service, `2>&-`).
 
-    print(file=None) would write to standard output what is meant for standard error, and the next file that is opened
-    would get the number of the stream that lacks, and all that C libraries write to it.
+    Else print(file=None) would write errors to standard output, and the next file opened would get the descriptor of
+    the missing stream, with everything that C libraries write to it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # becomes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
     names = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     with ExitStack() as opened:
         for name in names:
@@ -101,7 +103,7 @@ def _standard_streams() -> Iterator[None]:
 def _parser() -> Parser:
     parser = Parser(
         prog="fastllama",
-        description="Fast Llama inference. `fastllama COMMAND --help` says more.",
+        description="Fast Llama inference. `fastllama COMMAND --help` describes a command.",
         epilog=f"{EXAMPLES}\n\n{STATUSES}",
     )
     parser.add_argument("--version", action="version", version=f"fastllama {fastllama.__version__}")
@@ -112,7 +114,7 @@ def _parser() -> Parser:
 
 
 def _drop_output() -> None:
-    """Give up what can no longer be written: at exit it would be tried again, and fail with a traceback."""
+    """Discard output that can no longer be written: Python would retry at exit, and fail with a traceback."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -120,17 +122,19 @@ def _drop_output() -> None:
 
 
 def _users_mistake(error: Exception, command: str) -> str | None:
-    """What to tell the user, None where the fault is ours. Arguments are typed here, so a TypeError never is his."""
-    # torch has a class for memory of a GPU only; for a CPU's it has words.
+    """The message for the user's error; None for a bug of ours, as a TypeError always is: argparse types arguments."""
+    # torch has an exception class for GPU memory only; for CPU memory, the message has to be matched.
     words = "out of memory", "can't allocate memory", "Cannot allocate memory"
     exhausted = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     if exhausted or isinstance(error, MemoryError):
-        smaller = SMALLER.get(command, "--dtype bfloat16 or a smaller --max-model-len")
+        smaller = SMALLER.get(command, "--quantize int4 or a smaller --max-model-len")
         return f"out of memory: try {smaller}" + (f" ({error})" if str(error) else "")
     if isinstance(error, ImportError) and not isinstance(error, ExtraRequiredError):
         ours = (error.name or "").startswith("fastllama")
-        return None if ours else f"a package that is needed cannot be imported: {error}"
-    if isinstance(error, RuntimeError) and "driver" in str(error):  # torch's, of a GPU whose driver is too old or gone
+        return None if ours else f"a required package cannot be imported: {error}"
+    if isinstance(error, RuntimeError) and "driver" in str(
+        error
+    ):  # torch's, where the GPU driver is too old or missing
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -141,7 +145,7 @@ def _users_mistake(error: Exception, command: str) -> str | None:
 
 @contextmanager
 def _log_to_stderr(level: int) -> Iterator[None]:
-    """Show the library's own log, as `fastllama: warning: ...`, while the command runs."""
+    """Print the library's log to standard error, as `fastllama: warning: ...`, while the command runs."""
     logger = logging.getLogger("fastllama")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line())
@@ -156,7 +160,7 @@ def _log_to_stderr(level: int) -> Iterator[None]:
 
 
 def _repaired_interpreter() -> AbstractContextManager[None]:
-    """Where Triton kernels are interpreted, they round as on a GPU while the command runs: stock, bf16 is wrong."""
+    """Make interpreted Triton kernels round as on a GPU while the command runs: unpatched, bf16 is wrong."""
     if not env.triton_interpret() or why_unusable("triton"):
         return nullcontext()
     from fastllama.testing.interpreter import repaired

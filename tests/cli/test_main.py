@@ -110,13 +110,13 @@ def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixtu
         ),
         (
             ImportError("libomp.so.5: cannot open shared object file", name="torch._C"),
-            "a package that is needed cannot be imported: libomp.so.5",
+            "a required package cannot be imported: libomp.so.5",
         ),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), "a package that is needed cannot be imported"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "a required package cannot be imported"),
         (RuntimeError("The NVIDIA driver on your system is too old"), "The NVIDIA driver on your system is too old"),
-        (MemoryError(), "out of memory: try --dtype bfloat16 or a smaller --max-model-len\n"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --dtype"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try --dtype"),
+        (MemoryError(), "out of memory: try --quantize int4 or a smaller --max-model-len\n"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --quantize"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try --quantize"),
     ],
     ids=repr,
 )
