@@ -1,1 +1,1 @@
-"""The `fastllama` command: one file for each subcommand, and no heavy import before one of them runs."""
+"""The `fastllama` command: one file per subcommand; heavy packages are imported only when one runs."""

@@ -1,4 +1,4 @@
-"""`fastllama bench`: how fast it is, on this machine."""
+"""`fastllama bench`: measures throughput, latency, decode steps and single ops on this machine."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from fastllama.layers.quantization import NONE, WORDS
 FAILED = 1
 SHAPES = ("tiny", "1.1b", "7b", "13b", "70b")
 OP_SHAPES = ("toy", *SHAPES[1:])
-RUNTIME = """Throughput: prompts of 8 to 400 random tokens, all there at the start, each answered greedily with as many
-tokens, by the runtime and by transformers, where it is installed, on the same device: `generate` on one padded batch,
-and `generate_batch`, its continuous batching. They take turns, after one round that is not counted.
+RUNTIME = """Throughput: prompts of 8 to 400 random tokens, all submitted at the start, each answered greedily with
+--tokens tokens, by this runtime and, where it is installed, by transformers on the same device: `generate` on one
+padded batch, and `generate_batch`, its continuous batching. They take turns, after one uncounted warm-up round.
 Latency: requests that arrive at random (a Poisson process) at shares of that throughput: time to the first token, and
-from one token of a request to the next. A percentile needs so many samples that one lies above it (p99: 100); where
-there are fewer it is `-`. Tables go to standard output, progress to standard error."""
+between tokens of a request. A percentile is printed where at least one sample lies above it (p99 needs 100), else `-`.
+Tables go to standard output, progress to standard error."""
 
 
-DECODE = """Every quantization at every batch and context, through the engine, greedily. A context is made by a prompt
-of random ids, no two alike, and ends with the last step. Tokens of all sequences a second are over all steps that
-count; `of a copy` is the share of the roofline: the weights as they are kept, and the keys and values read, over the
-time, beside the bandwidth of a copy measured in the same run. On CUDA a trace tells the kernels of a step, and
-transformers' StaticCache with torch.compile is measured at the same shape in bf16, where it is installed. Random
-weights are bf16 too unless --dtype says otherwise. What does not fit in memory is named. The exit status is 1 if a case
-of ours fails."""
+DECODE = """Every quantization at every batch size and context length, through the engine, greedily. Each sequence has
+its own prompt of random ids; the last step reaches the context length. Tokens per second count all sequences and all
+measured steps. `of a copy` is the share of the roofline: bytes of the stored weights and of the keys and values read,
+per second, over the bandwidth of a copy measured in the same run. On CUDA a trace lists the kernels of a step, and
+transformers' StaticCache with torch.compile, where it is installed, is measured at the same shape in bf16. Random
+weights are bf16 too unless --dtype is given. Cases that do not fit in memory are listed. The exit status is 1 if one of
+our cases fails."""
 
 
-OPS = """Each op is first compared with an fp64 reference, on inputs of its own: what is wrong is named and not timed,
-and the exit status is 1. Then it takes turns with plain torch as Hugging Face writes the formula, eager and through
-torch.compile, and with torch's own fused op where there is one. On CUDA calls are captured in a graph that goes through
-more inputs than the L2 cache holds. `of a ceiling` is the least time that the bytes which must move and the operations
-take at the rates of a copy or read and of a product, measured in the same run, over our time. Inputs are bf16 unless
---dtype says otherwise."""
+OPS = """Each op is first compared with an fp64 reference on separate inputs: a wrong one is listed and not timed, and
+the exit status is 1. Then it is timed in turns with plain torch as Hugging Face writes the formula, eager and through
+torch.compile, and with torch's own fused op where there is one. On CUDA calls are captured in a graph that cycles
+through more inputs than the L2 cache holds. `of a ceiling` is the roofline time over our time: the bytes that must move
+and the operations, at the rates of a copy or read and of a matmul, measured in the same run. Inputs are bf16 unless
+--dtype is given."""
 
 
 def add_command(commands: Any) -> None:
-    """Define the subcommand and its own."""
+    """Define the subcommand and its own subcommands."""
     parser = add(
         commands,
         "bench",
@@ -68,7 +68,7 @@ def _add_runtime(commands: Any) -> None:
     parser = add(
         commands,
         "bench runtime",
-        "throughput and latency of the runtime, beside transformers",
+        "throughput and latency of the runtime, compared with transformers",
         run_runtime,
         details=RUNTIME,
         examples=(
@@ -83,15 +83,15 @@ def _add_runtime(commands: Any) -> None:
     add_quantize_option(parser)
     add_runtime_options(parser)
     number = parser.add_argument
-    number("--requests", type=int, default=32, metavar="N", help="prompts that are there at the start (default 32)")
-    number("--tokens", type=int, default=32, metavar="N", help="tokens of each answer (default 32)")
-    number("--rounds", type=int, default=3, metavar="N", help="rounds of the throughput (default 3)")
+    number("--requests", type=int, default=32, metavar="N", help="prompts submitted at the start (default 32)")
+    number("--tokens", type=int, default=32, metavar="N", help="tokens generated per prompt (default 32)")
+    number("--rounds", type=int, default=3, metavar="N", help="measured rounds of throughput (default 3)")
     number(
         "--peers",
         nargs="*",
         choices=("generate", "generate_batch"),
         default=["generate", "generate_batch"],
-        help="what of transformers to measure (default: both; none: --peers without a name)",
+        help="functions of transformers to measure (default: both; --peers without a name: none)",
     )
     number(
         "--loads",
@@ -99,15 +99,20 @@ def _add_runtime(commands: Any) -> None:
         type=float,
         default=[0.25, 0.5, 0.75],
         metavar="L",
-        help="shares of the throughput at which requests arrive (default 0.25 0.5 0.75)",
+        help="arrival rates, as shares of the measured throughput (default 0.25 0.5 0.75)",
     )
-    number("--arrivals", type=int, default=500, metavar="N", help="requests that arrive at each load (default 500)")
+    number("--arrivals", type=int, default=500, metavar="N", help="requests at each load (default 500)")
     _add_outputs(parser)
-    number("--plot", type=output_file, metavar="F", help="draw the latencies, as .png or .svg; needs the extra [bench]")
+    number(
+        "--plot",
+        type=output_file,
+        metavar="F",
+        help="plot the latencies to this .png or .svg file; needs the extra [bench]",
+    )
 
 
 def run_runtime(args: argparse.Namespace) -> int:
-    """Measure, print the tables, write the files that are asked for, and return the exit status."""
+    """Measure, print the tables, write the requested files, and return the exit status."""
     check_names(args)
     from fastllama.bench.plot import check_plot, plot
     from fastllama.bench.runtime import RuntimeOptions, measure, report
@@ -128,7 +133,7 @@ def run_runtime(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plot(args.plot)
         if not options.loads:
-            raise ValueError("loads is empty beside --plot; legal: at least one load to draw")
+            raise ValueError("loads is empty while --plot is given; legal: at least one load")
     record = measure(options, _progress(args))
     print(report(record))
     if args.output is not None:
@@ -142,7 +147,7 @@ def _add_decode(commands: Any) -> None:
     parser = add(
         commands,
         "bench decode",
-        "decode steps by batch and context, beside the roofline and transformers",
+        "decode steps by batch size and context length, compared with the roofline and transformers",
         run_decode,
         details=DECODE,
         examples=(
@@ -167,13 +172,13 @@ def _add_decode(commands: Any) -> None:
         nargs="+",
         choices=WORDS,
         default=[NONE],
-        help="how weights are kept, as for LLM (default none)",
+        help="quantizations of the weights, as for LLM (default none)",
     )
     several: dict[str, Any] = {"nargs": "+", "type": int, "default": [], "metavar": "N"}
-    number("--batch", help="sequences (default 1 8 32 128; on a CPU 1 8)", **several)
-    number("--context", help="tokens of each (default 512 4096; on a CPU 512)", **several)
-    number("--tokens", type=int, default=128, metavar="N", help="steps of each case that count (default 128)")
-    number("--no-peers", action="store_true", help="leave out transformers")
+    number("--batch", help="batch sizes, in sequences (default 1 8 32 128; on a CPU 1 8)", **several)
+    number("--context", help="context lengths, in tokens (default 512 4096; on a CPU 512)", **several)
+    number("--tokens", type=int, default=128, metavar="N", help="measured steps per case (default 128)")
+    number("--no-peers", action="store_true", help="do not measure transformers")
     add_runtime_options(parser, speculation=False)
     _add_outputs(parser)
 
@@ -204,7 +209,7 @@ def _add_ops(commands: Any) -> None:
     parser = add(
         commands,
         "bench ops",
-        "every op at the shapes of a Llama, judged, and timed beside torch",
+        "every op at the shapes of a Llama, checked, and timed against torch",
         run_ops,
         details=OPS,
         examples=(
@@ -214,12 +219,12 @@ def _add_ops(commands: Any) -> None:
         ),
     )
     option = parser.add_argument
-    option("--ops", nargs="+", default=[], metavar="OP", help="which (default: all that are for the device)")
-    option("--shape", choices=OP_SHAPES, help="sizes of the model (default: 7b on a GPU, 1.1b on a CPU)")
+    option("--ops", nargs="+", default=[], metavar="OP", help="ops to measure (default: all that the device has)")
+    option("--shape", choices=OP_SHAPES, help="model whose shapes are measured (default: 7b on a GPU, 1.1b on a CPU)")
     add_place_options(parser.add_argument_group("place"))
-    option("--most", type=int, metavar="N", help="shapes of each op, the most telling first (default: all, 2 on a CPU)")
-    option("--minutes", type=float, default=10.0, metavar="M", help="begin no shape after these (default 10)")
-    option("--no-peers", action="store_true", help="leave out torch")
+    option("--most", type=int, metavar="N", help="shapes per op, by importance (default: all; 2 on a CPU)")
+    option("--minutes", type=float, default=10.0, metavar="M", help="start no shape after M minutes (default 10)")
+    option("--no-peers", action="store_true", help="do not measure torch")
     _add_outputs(parser)
 
 
@@ -243,14 +248,16 @@ def run_ops(args: argparse.Namespace) -> int:
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=output_file, metavar="F", help="write conditions and every sample as JSON")
+    parser.add_argument(
+        "--output", type=output_file, metavar="F", help="write conditions and all samples to this file, as JSON"
+    )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def _measured(
     args: argparse.Namespace, measure: Callable[..., dict[str, Any]], report: Callable[[Any], str]
 ) -> dict[str, Any]:
-    """Measure, with the file written after each case, and print the tables. measure: takes progress and what keeps."""
+    """Measure, write the file after each case, and print the tables. measure: takes callbacks `say` and `keep`."""
 
     def keep(record: dict[str, Any]) -> None:
         if args.output is not None:

@@ -1,4 +1,4 @@
-"""`fastllama chat`: a conversation, whose history is kept and whose keys and values are computed once."""
+"""`fastllama chat`: a conversation that keeps its history; the prefix cache keeps its keys and values."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from fastllama.io.chat import Message
 
 COMMANDS = {"/help": "show this", "/reset": "forget the conversation", "/exit": "leave, as Ctrl-D does"}
-LINES = "a line that ends in a backslash goes on in the next"
-DETAILS = """One line is one message; a line that ends in a backslash goes on in the next. /reset forgets the
-conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer: what was written of it stays in the conversation. When the
-conversation outgrows the model's context, its oldest turns are dropped. The chat format is the checkpoint's own
-template; without one, Llama 2's for a model whose name holds chat or instruct, else plain text. Its tags ([INST],
-<|im_end|>...) are escaped wherever they occur in a text."""
+LINES = "a line that ends in a backslash continues on the next"
+DETAILS = """One line is one message; a line that ends in a backslash continues on the next. /reset clears the
+conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer: the part already printed stays in the conversation. When
+the conversation outgrows the model's context, its oldest turns are dropped. The chat format is the checkpoint's own
+template; without one, Llama 2's for a model whose name contains chat or instruct, else plain text. Its tags ([INST],
+<|im_end|>...) are escaped in every message."""
 
 
 def add_command(commands: Any) -> None:
@@ -59,11 +59,15 @@ def add_command(commands: Any) -> None:
     )
     system = parser.add_mutually_exclusive_group()
     system.add_argument(
-        "--system", type=argument, default="", metavar="TEXT", help="what the model is told before everything else"
+        "--system",
+        type=argument,
+        default="",
+        metavar="TEXT",
+        help="system message: instructions before the conversation",
     )
-    system.add_argument("--system-file", metavar="F", help="file that holds it, in UTF-8")
+    system.add_argument("--system-file", metavar="F", help="file with the system message, in UTF-8")
     add_chat_format_option(parser)
-    parser.add_argument("--quiet", action="store_true", help="print the answers alone")
+    parser.add_argument("--quiet", action="store_true", help="print the answers only, no notices or statistics")
     add_model_options(parser)
     add_quantize_option(parser)
     add_runtime_options(parser)
@@ -72,7 +76,7 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer messages until they end, and return the exit status."""
-    # What needs no model first: a wrong option should not cost the minute that loading takes.
+    # Checks that need no model come first: a wrong option should not cost the minute that loading takes.
     sampling_params(args)
     check_names(args)
     from fastllama.io.chat import check_chat_format
@@ -80,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
     check_chat_format(args.chat_format)
     system = _system(args)
     loaded = load(args)
-    # No seed of its own for each answer: the engine draws them from --seed, so that no two answers share one.
+    # Answers get no seed here: the engine derives one for each from --seed, so that no two share one.
     conversation = Conversation(loaded, sampling_params(args, loaded.llm.sampling_defaults, seed=None), system)
     if not args.quiet:
         _notice(loaded.describe() + describe_defaults(args, loaded.llm.sampling_defaults))
-        if not conversation.format.guessed:  # a guess is logged as a warning
+        if not conversation.format.guessed:  # the log has a warning about it already
             _notice(conversation.format.description)
-        _notice("/help says what you can do" if sys.stdin.isatty() else "reading messages from standard input")
+        _notice("/help lists the commands" if sys.stdin.isatty() else "reading messages from standard input")
     for message in _messages():
         if not message.strip():
             continue
@@ -104,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """Messages so far, and a model that answers the next."""
+    """The messages so far, and the model that answers the next."""
 
     def __init__(self, loaded: Loaded, params: SamplingParams, system: str) -> None:
-        """`params`: of each answer, which the chat format ends too. ValueError if it takes no system message."""
+        """params: of each answer; the format's stop texts are added. ValueError if it takes no system message."""
         self.loaded, self.format = loaded, loaded.llm.chat_format
         self.params = dataclasses.replace(
             params,
@@ -120,13 +124,13 @@ class Conversation:
             self.format.encode([*self._system, {"role": "user", "content": "Hi"}], tags="escape")
 
     def reset(self) -> None:
-        """Forget everything but the system's message."""
+        """Forget all messages but the system message."""
         self._turns.clear()
 
     def answer(self, text: str, write: Callable[[str], None]) -> str | None:
-        """Write the answer in pieces and return a line of statistics. Ctrl-C ends it with its next piece.
+        """Write the answer as it is generated and return a line of statistics. Ctrl-C ends it at the next piece.
 
-        A message that does not fit or that the chat format refuses (None), or that gets no answer, is dropped again.
+        Returns None, and drops the message, where it does not fit, the chat format rejects it, or no answer comes.
         """
         self._turns.append({"role": "user", "content": text})
         ids = self._fitting_ids()
@@ -154,13 +158,13 @@ class Conversation:
         return f"[{Timings.of(output).describe()}; finish: {reason}]"
 
     def _fitting_ids(self) -> list[int] | None:
-        """The conversation's ids, its oldest turns dropped until there is room for an answer; None if that fails."""
+        """The conversation's token ids; drops the oldest turns until an answer fits. None if that fails."""
         limit = self.loaded.llm.max_model_len
         room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         while True:
             try:
-                # Tags are escaped: a model may write some too, and must not make its own history illegal.
+                # Escaped, since a model may write tags too, and they would make its own history illegal.
                 ids = self.format.encode([*self._system, *self._turns], tags="escape")
             except ValueError as error:
                 _notice(f"the message is dropped: {error}")
@@ -179,7 +183,7 @@ class Conversation:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Within it, the first Ctrl-C is noted in the list that it gives, so that no step is torn; the second is raised."""
+    """The first Ctrl-C is noted in the yielded list, so that no step is interrupted midway; the second raises."""
     noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -195,7 +199,7 @@ def _interruptible() -> Iterator[list[int]]:
 
 
 def _system(args: argparse.Namespace) -> str:
-    """The system message. Raises ValueError for a file that is none, or is where the messages come from."""
+    """The system message. Raises ValueError for a bad file, or for standard input, which holds the messages."""
     if args.system_file is None:
         return str(args.system)
     if args.system_file == "-":
@@ -204,7 +208,7 @@ def _system(args: argparse.Namespace) -> str:
 
 
 def _messages() -> Iterator[str]:
-    """What the user writes: lines, joined where one ends in a backslash, of which two are one that stays."""
+    r"""The user's messages: lines, joined where one ends in a backslash; two backslashes stand for one."""
     begun: list[str] = []
     for line in _lines(begun):
         backslashes = len(line) - len(line.rstrip("\\"))
@@ -217,15 +221,15 @@ def _messages() -> Iterator[str]:
 
 
 def _lines(begun: list[str]) -> Iterator[str]:
-    """Line by line without their ends: with a prompt and a history on a terminal, as UTF-8 from elsewhere.
+    """Input lines without line ends: with a prompt and a history on a terminal, else decoded as UTF-8.
 
-    begun: the lines of an unfinished message, which Ctrl-C on a terminal forgets.
+    begun: the lines of an unfinished message; Ctrl-C on a terminal discards them.
     """
     if not sys.stdin.isatty():
         for number, data in enumerate(sys.stdin.buffer, 1):
             yield decode(data, f"line {number} of standard input").removesuffix("\n").removesuffix("\r")
         return
-    with suppress(ImportError):  # not everywhere; importing it gives input() its line editing
+    with suppress(ImportError):  # missing on Windows; importing it gives input() line editing
         importlib.import_module("readline")
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`fastllama eval`: benchmarks of lm-eval, on this runtime."""
+"""`fastllama eval`: runs lm-eval benchmarks on this runtime."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fastllama.cli.parser import add_command as add
 from fastllama.errors import ExtraRequiredError, check_range, why_unusable
 
 DETAILS = """Runs tasks of EleutherAI's lm-evaluation-harness (pip install 'fastllama[eval]') and prints its table: each
-metric with its standard error. A folder stands for all tasks and groups that its yaml files define, and nothing else
-is looked up; a name or pattern beside it that it defines picks those alone. Other names and patterns are lm-eval's own
-tasks, most of which download their data. Log-likelihoods are those of lm-eval's `hf` model; the choices of one question
-share the keys and values of its context."""
+metric with its standard error. A folder selects all tasks and groups that its yaml files define; a name or pattern
+given with it selects among those. Other names and patterns are lm-eval's own tasks, most of which download their data.
+Log-likelihoods are defined as in lm-eval's `hf` model; the choices of one question share the keys and values of its
+context through the prefix cache."""
 
 
 def add_command(commands: Any) -> None:
@@ -46,19 +46,27 @@ def add_command(commands: Any) -> None:
         ),
     )
     parser.add_argument(
-        "--tasks", required=True, metavar="T", help="folders of task files, names or patterns of tasks, with commas"
+        "--tasks", required=True, metavar="T", help="folders of task files, task names or patterns, separated by commas"
     )
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front (default: the task's number)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--apply-chat-template", action="store_true", help="ask in the tokenizer's chat template")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="ask only the first N questions of each task (default: all)"
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="format questions with the tokenizer's chat template"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--output", type=output_file, metavar="FILE", help="write that object into a file, too")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write that object to a file, too")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no statistics")
     add_model_options(parser)
     add_quantize_option(parser)
     add_runtime_options(parser, speculation=False)
     add_capacity_options(parser)
-    add_seed_option(parser.add_argument_group("sampling"), default=0, help="of tasks that sample (default 0)")
+    add_seed_option(
+        parser.add_argument_group("sampling"), default=0, help="random seed of tasks that sample (default 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     report = json.dumps({"model": loaded.name, **results}, default=str)
     print(report if args.json else table(results), flush=True)
     if args.output is not None:
-        write_record(args.output, json.loads(report))  # after the results are printed: a full disk loses none
+        write_record(args.output, json.loads(report))  # after printing, so that a full disk loses no results
     if not args.quiet:
         print(loaded.describe(), file=sys.stderr)
         cached = f"{model.num_cached_tokens:,} of them from the prefix cache"
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folders_and_names(given: str) -> tuple[list[Path], list[str]]:
-    """The parts of --tasks: folders, which exist and hold yaml files, and names."""
+    """Splits --tasks into folders, which must exist and hold yaml files, and names."""
     folders, names = [], []
     for word in filter(None, map(str.strip, given.split(","))):
         path = Path(word).expanduser()
@@ -110,5 +118,5 @@ def _folders_and_names(given: str) -> tuple[list[Path], list[str]]:
         else:
             folders.append(path)
     if not folders and not names:
-        raise ValueError(f"--tasks is {given!r}; legal: folders, names or patterns of tasks, with commas")
+        raise ValueError(f"--tasks is {given!r}; legal: folders, task names or patterns, separated by commas")
     return folders, names

@@ -1,4 +1,4 @@
-"""`fastllama generate`: one prompt, its completion as it comes."""
+"""`fastllama generate`: completes one prompt, printed token by token."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from fastllama.io.tokenizer import Tokenizer
 
 FILL = "<FILL_ME>"
-DETAILS = f"""Prints the prompt and, as it comes, what the model writes after it; statistics go to standard error.
-Without a prompt, what is piped or redirected to standard input is one; where there is nothing, as with an empty
-prompt, the model begins a text of its own. Of a file or standard input, the newline at the end is no part of the
-prompt. A prompt that holds {FILL} is filled there, by a model that knows how (Code Llama).
-With --n above 1, the samples are printed when all are finished."""
+DETAILS = f"""Prints the prompt and, as it is generated, its completion; statistics go to standard error.
+Without a prompt option, piped or redirected standard input is the prompt; where there is none, or the prompt is empty,
+the model begins a new text. The last newline of a file or of standard input is not part of the prompt. A prompt with
+{FILL} in it is infilled there, by a model trained for infilling (Code Llama).
+With --n above 1, samples are printed when all are finished."""
 
 
 def add_command(commands: Any) -> None:
@@ -56,19 +56,21 @@ def add_command(commands: Any) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "-p", "--prompt", type=argument, metavar="TEXT", help="text to complete, as it is; see --escape"
+        "-p", "--prompt", type=argument, metavar="TEXT", help="text to complete, taken literally; see --escape"
     )
-    source.add_argument("-f", "--prompt-file", metavar="F", help="file that holds it, in UTF-8")
-    source.add_argument("stdin", nargs="?", metavar="-", help="read it from standard input")
+    source.add_argument("-f", "--prompt-file", metavar="F", help="file with the prompt, in UTF-8")
+    source.add_argument("stdin", nargs="?", metavar="-", help="read the prompt from standard input")
     parser.add_argument(
-        "-e", "--escape", action="store_true", help=r"read \n, \t, \\, \uHHHH ... in the prompt as in --stop"
+        "-e", "--escape", action="store_true", help=r"interpret \n, \t, \\, \uHHHH ... in the prompt, as in --stop"
     )
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples to draw (default 1); -n is --max-tokens")
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="N", help="completions to sample (default 1); -n is --max-tokens"
+    )
     parser.add_argument(
         "--logprobs",
         type=int,
         metavar="N",
-        help="print each token's log-probability and the N likeliest in its place, as a table or in the JSON",
+        help="print each token's log-probability and those of the N likeliest tokens, as a table or in the JSON",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token_ids, finish_reason...")
     parser.add_argument("--quiet", action="store_true", help="print no statistics")
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for sample in output.outputs:
         if params.n > 1:
-            print(f"[{sample.index + 1}/{params.n}] {text.before}{sample.text}{text.behind}\n", flush=True)
+            print(f"[{sample.index + 1}/{params.n}] {text.before}{sample.text}{text.after}\n", flush=True)
         if sample.logprobs is not None:
             print(f"\n{_table(loaded.tokenizer, sample.logprobs)}", flush=True)
     if not args.quiet:
@@ -106,36 +108,40 @@ def run(args: argparse.Namespace) -> int:
         print(loaded.describe(), file=sys.stderr)
         said = f"{Timings.of(output).describe()}; finish: {reasons}; seed {params.seed}"
         print(said + describe_defaults(args, defaults), file=sys.stderr)
-        if prompt and loaded.tokenizer.chat_template is not None:  # llama.cpp's -p would ask in it
-            print("--prompt is continued as it stands; fastllama chat asks in the model's chat format", file=sys.stderr)
+        if prompt and loaded.tokenizer.chat_template is not None:  # llama.cpp's -p would apply it
+            print(
+                "--prompt is continued as plain text; fastllama chat applies the model's chat format", file=sys.stderr
+            )
     return 0
 
 
 @dataclass(frozen=True)
 class PromptText:
-    """What is around the answer, what the runtime is given for it, and the parameters that end the answer beside."""
+    """The prompt for the runtime, the text before and after its answer, and the stop parameters that infilling adds."""
 
     before: str
-    behind: str
+    after: str
     given: str | list[int]
     ends: dict[str, Any]
 
     @classmethod
     def of(cls, prompt: str, tokenizer: Tokenizer) -> PromptText:
-        """A prompt to be continued, or filled where it holds FILL. Raises ValueError where it holds that twice."""
-        before, *behind = prompt.split(FILL)
-        if not behind:
+        """A prompt to continue, or to infill where it holds FILL. Raises ValueError where it holds FILL twice."""
+        before, *after = prompt.split(FILL)
+        if not after:
             return cls(prompt, "", prompt, {})
-        if len(behind) > 1:
-            raise ValueError(f"the prompt holds {FILL} {len(behind)} times; legal: once")
-        ids = tokenizer.encode_infilling(before, behind[0])
+        if len(after) > 1:
+            raise ValueError(f"the prompt holds {FILL} {len(after)} times; legal: once")
+        ids = tokenizer.encode_infilling(before, after[0])
         assert tokenizer.infilling is not None
-        return cls(before, behind[0], ids, {"stop_token_ids": [tokenizer.infilling.end]})
+        return cls(before, after[0], ids, {"stop_token_ids": [tokenizer.infilling.end]})
 
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.stdin not in (None, "-"):
-        raise ValueError(f"unknown argument {args.stdin!r}; legal: '-' for standard input; a text goes behind --prompt")
+        raise ValueError(
+            f"unknown argument {args.stdin!r}; legal: '-' for standard input; a text is given as --prompt TEXT"
+        )
     path = args.stdin or args.prompt_file
     if path is not None:
         prompt = read_prompt(path, quiet=args.quiet)
@@ -149,17 +155,17 @@ def _stream(loaded: Loaded, text: PromptText, params: SamplingParams) -> Request
     print(text.before, end="", flush=True)
     for piece in loaded.llm.follow(generation):
         print(piece, end="", flush=True)
-    print(text.behind, flush=True)
+    print(text.after, flush=True)
     return generation.output()
 
 
 def _table(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> str:
-    """A row for each token: its piece, its probability and logarithm, and the likeliest in its place."""
+    """A row per token: its piece, log-probability and probability, and the likeliest tokens at its position."""
 
     def shown(token_id: int, logprob: float) -> str:
         return f"{_piece(tokenizer, token_id)} {100 * math.exp(logprob):.1f} %"
 
-    rows = [("token", "logprob", "probability", "likeliest in its place")]
+    rows = [("token", "logprob", "probability", "likeliest tokens here")]
     for each in logprobs:
         best = [shown(*one) for one in each.top]
         rows.append(
@@ -178,7 +184,7 @@ def _table(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> str:
 
 
 def _piece(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as a quoted text, that of a part of a character as its bytes."""
+    """A token as quoted text; a token that is part of a character as its bytes."""
     data = tokenizer.token_bytes(token_id, skip_special_tokens=False)
     try:
         return repr(data.decode())

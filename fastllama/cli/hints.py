@@ -1,6 +1,6 @@
-"""What options of other programs (llama.cpp, vLLM, transformers, Ollama) are called here.
+"""Our names for the options of other programs (llama.cpp, vLLM, transformers, Ollama).
 
-Those that are parameters in Python too stand in `runtime.peer_names`, where "--n-ctx" is "n_ctx".
+Options that are Python parameters too are listed in `runtime.peer_names`, where "--n-ctx" is "n_ctx".
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from fastllama.errors import nearest
 from fastllama.runtime.peer_names import instead, names_here
 
-ALIKE = 0.7  # of two names: --promt and --prompt are, --port and --prompt are not
+ALIKE = 0.7  # similarity above which a name is suggested: --promt suggests --prompt, --port does not
 
 _SAME = {
     "--prompt": ("--input", "--text", "--query"),
@@ -55,14 +55,14 @@ _ELSEWHERE = {
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is an option of another program: `-ngl` is none of ours with a value `gl`."""
+    """Whether a name is an option of another program: `-ngl` is not our `-n` with a value `gl`."""
     return any(name in theirs for theirs in _SAME.values())
 
 
 def hint(word: str, options: Collection[str]) -> str:
-    """What to say behind `unknown argument WORD`, given the options there are; "" where nothing is close.
+    """A suggestion to append to `unknown argument WORD`, from the existing options; "" where none is similar.
 
-    A name of one letter is like every other, so it is looked up and never compared.
+    A name of one letter is similar to every other, so it is looked up and never compared.
     """
     name = word.split("=")[0]
     if f"-{name}" in options:

@@ -1,4 +1,4 @@
-"""Options that several subcommands share: which model, on what, and how its tokens are drawn."""
+"""Options that several subcommands share: the model, its device and dtype, the runtime, and sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 MODELS = "a Hugging Face or Meta folder, a llama2.c file, or a Hub id, owner/name or owner/name@revision"
-# Of the options that are not given, where the checkpoint says nothing either.
+# Values of options that neither the command line nor the checkpoint specifies.
 SAMPLING = {
     "max_tokens": 256,
     "temperature": 0.8,
@@ -60,15 +60,20 @@ def add_model_option(group: argparse._ArgumentGroup) -> None:
 
 def add_tokenizer_option(group: argparse._ArgumentGroup) -> None:
     """--tokenizer."""
-    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the one with the model)")
+    group.add_argument("--tokenizer", metavar="T", help="tokenizer file or folder (default: the model's)")
 
 
 def add_place_options(group: argparse._ArgumentGroup) -> None:
     """--dtype, --device."""
     group.add_argument(
-        "--dtype", default="auto", metavar="D", help="float32, bfloat16, float16 (default: the checkpoint's own)"
+        "--dtype",
+        default="auto",
+        metavar="D",
+        help="compute dtype: float32, bfloat16, float16 (default: the checkpoint's)",
     )
-    group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
+    group.add_argument(
+        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)"
+    )
 
 
 def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +82,7 @@ def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
         "--chat-format",
         default="auto",
         metavar="C",
-        help="auto (the checkpoint's own template), llama2, plain, or a .jinja file",
+        help="auto (the checkpoint's template), llama2, plain, or a .jinja file (default auto)",
     )
 
 
@@ -87,68 +92,80 @@ def add_quantize_option(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=("auto", *WORDS),
         default="auto",
-        help="int4, int8: weights rounded to so many bits; w8a8: activations to 8 as well; bf12: bf16 in 12 bits "
-        "without loss (default: where that is faster)",
+        help="int4, int8: weights rounded to 4 or 8 bits; w8a8: weights and activations in 8 bits; bf12: bf16 weights "
+        "packed losslessly into 12 bits (default: bf12 where it is faster)",
     )
 
 
 def add_runtime_options(parser: argparse.ArgumentParser, *, speculation: bool = True) -> None:
-    """--kv-cache-dtype, --deterministic, and what guesses tokens, unless each step is to give one."""
+    """--kv-cache-dtype, --deterministic and, with `speculation`, the options of speculative decoding."""
     add = parser.add_argument_group("runtime").add_argument
     add(
         "--kv-cache-dtype",
         choices=("auto", "int8", "fp8"),
         default="auto",
-        help="int8, fp8: keys and values in 8 bits (default: as the model computes)",
+        help="dtype of the KV cache: int8, fp8 (default: the compute dtype)",
     )
-    add("--deterministic", action="store_true", help="the same bits, whatever else runs beside a request")
+    add("--deterministic", action="store_true", help="batch-invariant: other requests never change a result's bits")
     if speculation:
         add(
             "--speculation",
             metavar="S",
-            help="guess tokens, and verify several at once: 'prompt_lookup' guesses from the text, a model (given as "
-            "--model is) by itself (default: no guesses)",
+            help="speculative decoding: 'prompt_lookup' takes draft tokens from the text so far; a draft model (given "
+            "as for --model) generates them (default: off)",
         )
-        add("--num-draft-tokens", type=int, default=3, metavar="N", help="guesses at once, 1 to 7 (default 3)")
+        add("--num-draft-tokens", type=int, default=3, metavar="N", help="draft tokens per step, 1 to 7 (default 3)")
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of add_runtime_options and add_capacity_options, as LLM takes them."""
+    """The values of add_runtime_options and add_capacity_options, as keyword arguments of LLM."""
     names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
     sizes = ("max_model_len", "kv_cache_tokens", "host_cache_tokens", "max_num_seqs", "max_num_batched_tokens")
     return {name: getattr(args, name) for name in (*names, *sizes) if name in args}
 
 
 def quantization(args: argparse.Namespace) -> str | None:
-    """The option of add_quantize_option, as LLM takes it."""
+    """The value of add_quantize_option, as LLM's `quantization`."""
     return quantization_of(args.quantize)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are sampled, how many, and where they end; the context length, which bounds them too."""
+    """Sampling parameters, the number of tokens, stop texts, and the context length, which also bounds them."""
     group = parser.add_argument_group(
-        "sampling", "Defaults are the checkpoint's own (generation_config.json) where it has some, else these."
+        "sampling", "Defaults are the checkpoint's (generation_config.json) where it has any, else these."
     )
 
     def add(*names: str, kind: Any = float, **settings: Any) -> None:
         group.add_argument(*names, type=kind, **settings)
 
-    add("-n", "--max-tokens", kind=int, metavar="N", help="tokens to generate at most (default 256)")
-    add("--temperature", metavar="T", help="0 takes the likeliest token (default 0.8)")
+    add("-n", "--max-tokens", kind=int, metavar="N", help="maximum number of tokens to generate (default 256)")
+    add("--temperature", metavar="T", help="divides the logits; 0: greedy (default 0.8)")
     add("--top-k", kind=int, metavar="K", help="sample from the K likeliest tokens (default 0: all)")
-    add("--top-p", metavar="P", help="sample from this much probability (default 0.95; 1: all)")
-    add("--min-p", metavar="P", help="least share of the likeliest's probability (default 0)")
-    add("--repetition-penalty", metavar="R", help="divides the logits of tokens there are already (default 1: off)")
-    add("--presence-penalty", metavar="X", help="subtracted from the logits of generated tokens (default 0)")
-    add("--frequency-penalty", metavar="X", help="subtracted once for each time that one was generated (default 0)")
-    add_seed_option(group, default=0, help="same seed, same text (default 0)")
+    add(
+        "--top-p",
+        metavar="P",
+        help="sample from the likeliest tokens up to this total probability (default 0.95; 1: all)",
+    )
+    add(
+        "--min-p",
+        metavar="P",
+        help="drop tokens below this share of the likeliest token's probability (default 0: off)",
+    )
+    add(
+        "--repetition-penalty",
+        metavar="R",
+        help="divides positive logits of tokens in the prompt or answer (default 1: off)",
+    )
+    add("--presence-penalty", metavar="X", help="subtracted from the logit of each generated token (default 0)")
+    add("--frequency-penalty", metavar="X", help="subtracted once per occurrence of a generated token (default 0)")
+    add_seed_option(group, default=0, help="random seed; the same seed gives the same text (default 0)")
     add(
         "--stop",
         kind=argument,
         action="append",
         default=[],
         metavar="S",
-        help=r"end before this text, in which \n, \t, \r, \\, \xHH and \uHHHH are escapes; may be given several times",
+        help=r"stop before this text; escapes: \n, \t, \r, \\, \xHH, \uHHHH; may be repeated (default: none)",
     )
     add_length_option(group)
 
@@ -165,29 +182,29 @@ def add_length_option(group: argparse._ArgumentGroup) -> None:
         "--max-model-len",
         type=int,
         metavar="N",
-        help="tokens of prompt and answer together (default: the model's)",
+        help="context length: tokens of prompt and answer together (default: the model's)",
     )
 
 
 def add_capacity_options(parser: argparse.ArgumentParser) -> None:
-    """What bounds all requests together: --max-model-len, and the sizes of caches and steps."""
-    group = parser.add_argument_group("capacity", "Defaults are chosen by the memory that is free.")
+    """Limits over all requests: --max-model-len, and the sizes of caches, batches and steps."""
+    group = parser.add_argument_group("capacity", "Defaults depend on the free memory.")
     add_length_option(group)
 
     def add(name: str, help: str) -> None:
         group.add_argument(name, type=int, metavar="N", help=help)
 
-    add("--kv-cache-tokens", "tokens of all running requests together")
-    add("--host-cache-tokens", "tokens that host memory keeps beside (default 0)")
-    add("--max-num-seqs", "sequences that run at once")
-    add("--max-num-batched-tokens", "tokens of one step; each running answer waits for that step")
+    add("--kv-cache-tokens", "size of the KV cache, in tokens of all requests together")
+    add("--host-cache-tokens", "size of the second-level prefix cache in host memory, in tokens (default 0: off)")
+    add("--max-num-seqs", "maximum number of sequences in a batch")
+    add("--max-num-batched-tokens", "maximum number of tokens per step; a larger one delays running answers longer")
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None, **more: Any) -> SamplingParams:
-    """The sampling options, checked: what SamplingParams refuses is refused before a model is loaded.
+    """The sampling options as SamplingParams, which raises ValueError for a bad value before a model is loaded.
 
-    defaults: of the options that are not given, LLM.sampling_defaults; without them, and for the others, SAMPLING.
-    more: parameters that are no options, or are not as they were given.
+    defaults: LLM.sampling_defaults, for options not given; SAMPLING supplies those it lacks.
+    more: parameters without an option, or that replace an option's value.
     """
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     stop = [unescape(text, "--stop") for text in args.stop]
@@ -195,7 +212,7 @@ def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any] | None
 
 
 def describe_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
-    """What of the sampling is the checkpoint's: "; temperature 0.6, top-p 0.9: the model's", "" where nothing is."""
+    """The checkpoint's own sampling defaults: "; temperature 0.6, top-p 0.9: the model's"; "" where it has none."""
     own = {name: value for name, value in defaults.items() if getattr(args, name, None) is None}
     return f"; {', '.join(f'{_spelled(name)} {own[name]}' for name in own)}: the model's" if own else ""
 
@@ -205,9 +222,9 @@ def _spelled(name: str) -> str:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Raise for a dtype, device or model that is nothing on any machine: before torch is imported, which takes seconds.
+    """Raise for a dtype, device or model name that no machine accepts, before importing torch takes seconds.
 
-    A Hub id is not looked up here. Raises what LLM does.
+    A Hub id is not looked up here. Raises the errors of LLM.
     """
     check_choice("dtype", args.dtype, ("auto", *DTYPES))
     if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", args.device):
@@ -223,9 +240,9 @@ def check_names(args: argparse.Namespace) -> None:
 def open_parts(
     model: str, tokenizer: str | None, dtype: str, *, argument: str = "--model"
 ) -> tuple[Checkpoint, Tokenizer | None]:
-    """A model's checkpoint, whose weights stay in the files, and the tokenizer given, or its own where none is.
+    """A model's checkpoint, its weights not yet read, and the given tokenizer or else the model's.
 
-    argument: what messages call the model. Raises what LLM does.
+    argument: the option that error messages name. Raises the errors of LLM.
     """
     from fastllama.io.adapter import locate
     from fastllama.io.companions import find_tokenizer
@@ -241,7 +258,7 @@ def open_parts(
 
 
 def needed_tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
-    """The tokenizer. Raises ValueError where a model has none."""
+    """The tokenizer. Raises ValueError where it is None."""
     if tokenizer is None:
         raise ValueError(f"there is no tokenizer with {model}; give one with --tokenizer")
     return tokenizer
@@ -249,7 +266,7 @@ def needed_tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that can answer in text: its runtime, what runs its ops ("8 triton, 3 reference"), seconds it took."""
+    """A loaded model with a tokenizer; `backend` counts its ops' backends ("8 triton, 3 reference")."""
 
     name: str
     llm: LLM
@@ -267,7 +284,7 @@ class Loaded:
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """Load the model that the options name. Raises ValueError where it has no tokenizer, and what LLM raises."""
+    """Load the model that the options name. Raises ValueError where it has no tokenizer, and the errors of LLM."""
     check_names(args)
     from fastllama.kernels import backend_of
     from fastllama.runtime.llm import LLM
@@ -293,7 +310,7 @@ def load(args: argparse.Namespace) -> Loaded:
 
 @contextmanager
 def failure_in_words() -> Iterator[None]:
-    """Raises what the one request within failed with, not that it did; ValueError where it has no cause but a text."""
+    """Turn the failure of the one request within into its cause, or into a ValueError where it has only a message."""
     try:
         yield
     except RequestError as error:

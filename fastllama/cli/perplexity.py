@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 SAME = True  # --against without a value
 CONTEXT = 1024
-STEP_TOKENS = 2048  # that the KV cache holds beside one context: a step computes as many at once without losing speed
+STEP_TOKENS = 2048  # room in the KV cache beyond one context; steps of so many tokens run at full speed
 BUNDLED = "heldout_seed.txt"
-DETAILS = """Feeds the text in windows of --context tokens, each --stride tokens behind the one before, and scores every
-token but the first of a document once: exp of the mean negative log-likelihood per token. With a stride equal to the
-context windows do not overlap, so that the first tokens of each are predicted from few; a smaller stride costs more
-time and gives lower, more faithful figures. Compare perplexities of one tokenizer and one protocol only. The whole file
-is one document, begun with BOS where the tokenizer does; with --per-line each line that is not blank is one, between
-BOS and EOS. Newlines are universal: CR LF and CR are read as LF, and a line ends nowhere else. Without --file: stories
-that the bundled model has not seen, one a line.
-With --against, also what a quantized model lost: the difference of the negative log-likelihoods (dNLL), the KL
-divergence of its next-token distributions from the reference's, and the share of tokens for which both have the same
-likeliest one. Behind +- is the standard error, by document, or by window where there is one document; of differences it
-is paired, and far smaller than that of either perplexity. Both models are in memory at once."""
+DETAILS = """Feeds the text in windows of --context tokens, each --stride tokens after the one before, and scores every
+token of a document but its first once. The perplexity is exp of the mean negative log-likelihood per token. With a
+stride equal to the context, windows do not overlap and the first tokens of each have little context; a smaller stride
+takes longer and gives lower, more faithful figures. Compare perplexities of one tokenizer and one protocol only. The
+whole file is one document, begun with BOS where the tokenizer adds it; with --per-line each line that is not blank is a
+document, between BOS and EOS. Newlines are universal: CR LF and CR are read as LF, and a line ends nowhere else.
+Without --file: held-out stories that the bundled model has not seen, one per line.
+With --against, also reports the loss of a quantized model: the difference of the negative log-likelihoods (dNLL), the
+KL divergence of its next-token distributions from the reference's, and the share of tokens where both have the same
+likeliest token. +- gives the standard error, clustered by document, or by window where there is one document; for
+differences it is paired, and far smaller than that of either perplexity. Both models are in memory at once."""
 
 
 def add_command(commands: Any) -> None:
@@ -72,7 +72,7 @@ def add_command(commands: Any) -> None:
         "-f",
         "--file",
         metavar="TEXT",
-        help="file of the text, in UTF-8; - is standard input (default: held-out stories)",
+        help="text file, in UTF-8; - is standard input (default: held-out stories)",
     )
     group.add_argument(
         "--per-line", action="store_true", help="each line of the file is a document, between BOS and EOS"
@@ -82,20 +82,20 @@ def add_command(commands: Any) -> None:
         type=int,
         default=CONTEXT,
         metavar="N",
-        help=f"tokens fed at once, no more than the model takes (default {CONTEXT})",
+        help=f"window length in tokens, at most the model's context (default {CONTEXT})",
     )
     group.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="tokens from one window to the next, 1 to --context (default: half of it)",
+        help="tokens from one window's start to the next, 1 to --context (default: half of it)",
     )
     group.add_argument(
         "--against",
         nargs="?",
         const=SAME,
         metavar="M2",
-        help="compare with this model, as it is; without a value with the same one, not quantized",
+        help="compare with this model, as stored; without a value, with the same model not quantized (default: off)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="print one line, and no progress")
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured. limit: the longest context that the models take. against: the reference."""
+    """What to measure. limit: the longest context that the models take. against: the reference."""
 
     documents: list[list[int]]
     context: int
@@ -145,7 +145,7 @@ class Measurement:
 
     @classmethod
     def of(cls, args: argparse.Namespace, text: str) -> Measurement:
-        """All that can be checked without the weights is checked here."""
+        """From the arguments; checks everything that can be checked without the weights."""
         from fastllama.io.documents import text_documents
         from fastllama.io.load import resolve_device
         from fastllama.verify.perplexity import check_documents
@@ -178,28 +178,28 @@ class Measurement:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Raise for what is wrong whatever the model."""
+    """Raise for options that are wrong for every model."""
     check_range("--context", args.context, 1)
     if args.stride is not None:
         check_range("--stride", args.stride, 1, args.context)
 
 
 def _check_same(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raise where the same model, not quantized, is not to be had, or is what is measured."""
+    """Raise where the files hold no unquantized weights to compare with, or where those are what is measured."""
     claim = "--against compares with the same model, not quantized"
     if checkpoint.quantization is not None:
         raise ValueError(
-            f"{claim}, but the files of {args.model!r} hold {checkpoint.quantization} weights; legal: a model behind "
+            f"{claim}, but the files of {args.model!r} hold {checkpoint.quantization} weights; legal: a model after "
             "--against"
         )
     if args.quantize in ("auto", NONE) and args.kv_cache_dtype == "auto":
         raise ValueError(
-            f"{claim}, and so is this one; legal: with --quantize or --kv-cache-dtype, or a model behind --against"
+            f"{claim}, and so is this one; legal: with --quantize or --kv-cache-dtype, or a model after --against"
         )
 
 
 def _text(args: argparse.Namespace) -> tuple[str, str]:
-    """The text, less the newline that ends a document that is the whole file, and what it is called."""
+    """The text and its name; the last newline is dropped where the whole file is one document."""
     if args.file is None:
         bundled = importlib.resources.files("fastllama").joinpath("assets", "tiny", BUNDLED)
         return bundled.read_text(encoding="utf-8"), f"{BUNDLED}, stories that the bundled model has not seen"
@@ -208,7 +208,7 @@ def _text(args: argparse.Namespace) -> tuple[str, str]:
 
 @contextmanager
 def _opened(args: argparse.Namespace, job: Measurement, model: str, **kind: Any) -> Iterator[LLM]:
-    """A model with a KV cache of the job's size, so that there is room for a second one."""
+    """A model whose KV cache is as small as the job allows, so that a second model fits."""
     from fastllama.runtime.llm import LLM
 
     length = max(job.context, 2)
@@ -226,7 +226,7 @@ def _opened(args: argparse.Namespace, job: Measurement, model: str, **kind: Any)
 
 
 def _describe(name: str, llm: LLM, args: argparse.Namespace, kv_cache_dtype: str) -> str:
-    """A model and how it computes, in words."""
+    """A model's name, dtype, quantization and device, for the table."""
     built = llm.engine.model
     words = [str(built.dtype).removeprefix("torch.")]
     words += [f"weights in {llm.quantization}"] * (llm.quantization is not None)
@@ -236,7 +236,7 @@ def _describe(name: str, llm: LLM, args: argparse.Namespace, kv_cache_dtype: str
 
 
 def _conditions(args: argparse.Namespace, job: Measurement, model: str, reference: str, source: str) -> dict[str, Any]:
-    """What the JSON says beside the figures. against: None where nothing is compared."""
+    """The JSON's fields other than figures. against: None where nothing is compared."""
     return {
         "described": model,
         "against": reference or None,
@@ -256,7 +256,7 @@ def _table(
     reference: str,
     source: str,
 ) -> str:
-    """A line for each figure. asked: the context that was asked for."""
+    """A line per figure. asked: the value of --context, before the model's limit."""
     capped = "" if asked <= job.limit else f" (not {asked}: the model takes no more)"
     compared = "" if comparison is None else ", comparing included"
     rows = [

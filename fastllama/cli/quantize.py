@@ -1,4 +1,4 @@
-"""`fastllama quantize`: a model's weights in 4 or 8 bits, by what its layers are fed over a text, as a new folder."""
+"""`fastllama quantize`: quantizes a model to 4 or 8 bits with calibration data, and writes a new folder."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ SAMPLES, CONTEXT = 128, 2048
 PACKAGED = "calibration.txt"
 TEXT_OPTIONS = ("--calibration", "--per-line", "--samples", "--context")
 DETAILS = """Writes DST, a Hugging Face folder in the formats of compressed-tensors, which transformers and vLLM read
-too, and the tokenizer beside it. DST appears complete or not at all: signals, an error and a full disk leave it alone.
-gptq (any scheme), awq and awq+gptq (int4), smoothquant and smoothquant+gptq (w8a8) choose values by what each layer is
-fed over a text. rtn (any scheme) rounds to nearest, hqq (int4) fits zeros and scales to each weight: they read none.
-Give a text like those that the model is for. It is one document, begun with BOS where the tokenizer does and cut into
-windows of --context tokens; with --per-line each line that is not blank is one, between BOS and EOS. Of more than
---samples, so many are taken, evenly spaced. Without --calibration: the packaged stories, one a line.
-Weights stay in host memory; --device computes one block at a time. With --resume each finished block is kept in FOLDER
-until DST is written, and the same command goes on from there."""
+too, with the tokenizer. DST appears complete or not at all: a signal, an error or a full disk leaves no partial folder.
+gptq (any scheme), awq and awq+gptq (int4), smoothquant and smoothquant+gptq (w8a8) calibrate on each layer's inputs
+over a text. rtn (any scheme) rounds to nearest, hqq (int4) fits zeros and scales to each weight: they need no text.
+Give a text like those that the model will see. It is one document, begun with BOS where the tokenizer adds it and cut
+into windows of --context tokens; with --per-line each line that is not blank is a document, between BOS and EOS. Where
+there are more than --samples, that many are taken, evenly spaced. Default text: packaged stories, one per line.
+Weights stay in host memory; --device holds one block at a time. With --resume each finished block is kept in FOLDER
+until DST is written, and the same command resumes from there."""
 
 _LOG = logging.getLogger("fastllama")
 
@@ -68,35 +68,45 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("SRC", help=f"'tiny' (packaged), {MODELS}")
     path = os.path.expanduser  # where the shell has not, as in --resume=~/blocks
-    parser.add_argument("DST", type=path, help="folder to write: a new or an empty one")
+    parser.add_argument("DST", type=path, help="folder to write, new or empty")
     group = parser.add_argument_group("quantization")
     group.add_argument(
         "--scheme",
         choices=SCHEMES,
         default="int4",
-        help="int4, int8: weights in so many bits; w8a8: activations in 8 as well (default int4)",
+        help="int4, int8: weights in 4 or 8 bits; w8a8: weights and activations in 8 bits (default int4)",
     )
-    group.add_argument("--method", choices=tuple(METHODS), default="gptq", help="how values are found (default gptq)")
+    group.add_argument("--method", choices=tuple(METHODS), default="gptq", help="quantization method (default gptq)")
     group.add_argument(
         "--group-size",
         type=int,
         metavar="N",
-        help="columns that share a scale: 32, 64, 128 or -1, whole rows (default: 128 for int4, else -1)",
+        help="columns per scale: 32, 64, 128, or -1 for whole rows (default: 128 for int4, else -1)",
     )
     group.add_argument(
-        "--resume", type=path, metavar="FOLDER", help="keep finished blocks here, and go on from those that are"
+        "--resume",
+        type=path,
+        metavar="FOLDER",
+        help="keep finished blocks here, and resume from those found (default: off)",
     )
     text = parser.add_argument_group("calibration text")
     text.add_argument(
-        "--calibration", type=path, metavar="TEXT", help="file of the text, in UTF-8; - is standard input"
+        "--calibration",
+        type=path,
+        metavar="TEXT",
+        help="text file, in UTF-8; - is standard input (default: packaged stories)",
     )
-    text.add_argument("--per-line", action="store_true", help="each line of it is a document, between BOS and EOS")
-    text.add_argument("--samples", type=int, metavar="N", help=f"documents or windows at most (default {SAMPLES})")
+    text.add_argument(
+        "--per-line", action="store_true", help="each line of the file is a document, between BOS and EOS"
+    )
+    text.add_argument(
+        "--samples", type=int, metavar="N", help=f"maximum number of documents or windows (default {SAMPLES})"
+    )
     text.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help=f"tokens of a window, no more than the model takes (default {CONTEXT})",
+        help=f"window length in tokens, at most the model's context (default {CONTEXT})",
     )
     group = parser.add_argument_group("model")
     add_tokenizer_option(group)
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is quantized, by which documents, and where. tokenizer: the folder or file to copy, None without one."""
+    """What to quantize, on which documents and device. tokenizer: the folder or file to copy, None without one."""
 
     checkpoint: Checkpoint
     documents: list[list[int]]
@@ -133,7 +143,7 @@ class Quantization:
 
     @classmethod
     def of(cls, args: argparse.Namespace, text: str | None) -> Quantization:
-        """All that can be checked without the weights is checked here."""
+        """From the arguments; checks everything that can be checked without the weights."""
         from fastllama.io.documents import calibration_documents
         from fastllama.io.load import resolve_device
         from fastllama.io.save import Companions
@@ -164,7 +174,7 @@ class Quantization:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Raise for what is wrong whatever the model."""
+    """Raise for options that are wrong for every model."""
     check_method(args.scheme, args.method, args.group_size)
     if args.resume == "":
         raise ValueError("--resume is ''; legal: a folder")
@@ -178,7 +188,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    """Raise where DST cannot be written, or finished blocks cannot be kept or would lie in one of the models."""
+    """Raise where DST or the folder of finished blocks cannot be written, or the latter is inside a model's folder."""
     from fastllama.io.save import check_new_folder, check_writable
 
     check_new_folder(Path(args.DST), "DST")
@@ -192,7 +202,7 @@ def _check_places(args: argparse.Namespace) -> None:
 
 
 def _text(args: argparse.Namespace) -> tuple[str | None, str]:
-    """The text, None where none is read, and what it is called."""
+    """The text, None where the method reads none, and its name."""
     if args.method in WITHOUT_TEXT:
         return None, ""
     if args.calibration is not None:
@@ -204,7 +214,7 @@ def _text(args: argparse.Namespace) -> tuple[str | None, str]:
 
 @contextmanager
 def _naming_calibration(args: argparse.Namespace) -> Iterator[None]:
-    """Within, an error is one of the text, and names the option that gives it."""
+    """Make errors raised within name --calibration, the option that gives the text."""
     try:
         yield
     except OSError as error:
@@ -215,14 +225,14 @@ def _naming_calibration(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _warn(args: argparse.Namespace, job: Quantization) -> None:
-    """Say what of the text makes a worse model than need be."""
+    """Log where the calibration text will cost the model accuracy."""
     if not job.documents:
         return
     if args.calibration is None and args.SRC != "tiny":
         _LOG.warning("calibrated on the packaged stories; give a text like yours with --calibration")
     config, tokens = job.checkpoint.config, sum(map(len, job.documents))
     widest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    if tokens < widest:  # a Hessian of lower rank than it has columns: GPTQ fits the few rows at the cost of all others
+    if tokens < widest:  # the Hessian is rank-deficient: GPTQ overfits the few rows
         _LOG.warning(
             f"calibrated on {counted(tokens, 'token')}, fewer than the {widest} columns of the widest layer: rtn may "
             "lose less"
@@ -231,9 +241,9 @@ def _warn(args: argparse.Namespace, job: Quantization) -> None:
 
 @contextmanager
 def _orderly_end() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP exit by an exception, so that no temporary file stays; the status is 128 + signal.
+    """Turn SIGTERM and SIGHUP into SystemExit(128 + signal), so that temporary files are removed.
 
-    Not where the process has a handler of its own or ignores them, as under nohup, nor in a thread, which cannot.
+    Not where the process handles or ignores them already, as under nohup, nor outside the main thread.
     """
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks one
@@ -241,7 +251,7 @@ def _orderly_end() -> Iterator[None]:
 
     def end(number: int, _frame: object) -> None:
         for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # a second one would end the removal of what the first interrupted
+            signal.signal(each, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise SystemExit(128 + number)
 
     try:
@@ -254,7 +264,7 @@ def _orderly_end() -> Iterator[None]:
 
 
 def _write(args: argparse.Namespace, job: Quantization) -> float:
-    """Quantize and write; the seconds of quantizing."""
+    """Quantize and write; returns the seconds of quantizing."""
     from fastllama.io.finished_blocks import FinishedBlocks
     from fastllama.io.load import load_model
     from fastllama.io.save import save_model
@@ -285,13 +295,13 @@ def _write(args: argparse.Namespace, job: Quantization) -> float:
 
 
 def _table(args: argparse.Namespace, job: Quantization, sizes: str, source: str, seconds: float) -> str:
-    """A line for each fact. sizes: of the weight files. source: of the text."""
+    """The report, a line per fact. sizes: of the weight files. source: the text's name."""
     read = f"{source}: {counted(len(job.documents), 'document')}, {sum(map(len, job.documents)):,} tokens"
     rows = {
         "wrote": args.DST,
         "size": sizes,
         "quantized": f"{args.scheme} by {args.method} in {seconds:,.1f} s on {job.device}",
-        "text": read if job.documents else "none is read",
+        "text": read if job.documents else "none needed",
     }
     if job.tokenizer is not None:
         model = "./tiny" if args.DST == "tiny" else args.DST  # the bare word is the packaged model

@@ -1,4 +1,4 @@
-"""`fastllama serve`: the model behind OpenAI's HTTP API."""
+"""`fastllama serve`: serves a model over HTTP with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from fastllama.serve.options import ServerOptions
 
 PACKAGES = ("starlette", "uvicorn", "msgspec", "prometheus_client", "httptools")
-DETAILS = """Answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize and /detokenize as OpenAI's clients
-ask them, /health, /ready and /metrics, and shows a page to chat on at /. Only this machine reaches it, and needs no
-key; other machines do with --host 0.0.0.0 and keys, in FASTLLAMA_API_KEY or --api-keys. Standard output gets a line of
-JSON for each request, standard error all else. The first Ctrl-C or SIGTERM refuses new requests and lets the running
-ones end, the second ends at once; SIGHUP reads the keys again."""
+DETAILS = """Serves /v1/chat/completions, /v1/completions and /v1/models for OpenAI clients, /tokenize and /detokenize,
+/health, /ready and /metrics, and a chat page at /. By default it accepts local connections only, without a key; with
+--host 0.0.0.0 other machines connect with the keys in FASTLLAMA_API_KEY or --api-keys. Standard output gets one line of
+JSON per request, standard error everything else. The first Ctrl-C or SIGTERM refuses new requests and lets running ones
+finish, the second ends at once; SIGHUP reloads the keys."""
 
 
 def add_command(commands: Any) -> None:
@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
     parser = add(
         commands,
         "serve",
-        "serve a model over HTTP, as OpenAI's API",
+        "serve a model over HTTP with OpenAI's API",
         run,
         details=DETAILS,
         examples=(
@@ -56,8 +56,8 @@ def add_command(commands: Any) -> None:
     add_quantize_option(parser)
     add_runtime_options(parser)
     add_capacity_options(parser)
-    seeds = parser.add_argument_group("sampling", "Requests say how tokens are sampled.")
-    add_seed_option(seeds, default=None, help="of the seeds of requests that bring none (default: by chance)")
+    seeds = parser.add_argument_group("sampling", "Sampling parameters come with each request.")
+    add_seed_option(seeds, default=None, help="seed for requests that specify none (default: random)")
 
 
 def _add_http_options(group: argparse._ArgumentGroup) -> None:
@@ -71,26 +71,34 @@ def _add_http_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of the model; others are refused (default: its own, and any is answered)",
+        help="model names to accept; others are refused (default: report the model's name, accept any)",
     )
-    add("--max-n", int, 16, "N", "samples of one request at most (default 16)")
-    add("--max-queue-size", int, 1024, "N", "requests that may wait; more get status 429 (default 1024)")
-    add("--request-timeout", float, 600.0, "S", "seconds that a request may wait and run (default 600)")
-    add("--drain-timeout", float, 25.0, "S", "seconds that running requests get at the end (default 25)")
-    add("--max-body-bytes", int, 4 << 20, "N", "bytes of a request's body (default 4194304)")
-    add("--canary", float, None, "S", "ask the model itself every S seconds; a wrong answer is /health 503")
+    add("--max-n", int, 16, "N", "maximum number of samples per request (default 16)")
+    add(
+        "--max-queue-size",
+        int,
+        1024,
+        "N",
+        "maximum number of waiting requests; further ones get status 429 (default 1024)",
+    )
+    add("--request-timeout", float, 600.0, "S", "seconds that a request may take, waiting and running (default 600)")
+    add("--drain-timeout", float, 25.0, "S", "seconds for running requests to finish at shutdown (default 25)")
+    add("--max-body-bytes", int, 4 << 20, "N", "maximum size of a request's body, in bytes (default 4194304)")
+    add("--canary", float, None, "S", "test the model every S seconds; /health is 503 on a wrong answer (default: off)")
     group.add_argument(
         "--cors-origin",
         action="append",
         default=[],
         metavar="O",
-        help="whose pages may ask, as https://example.org, or '*' for all; may be given several times (default: none)",
+        help="allowed CORS origin, as https://example.org, or '*' for any; may be given several times (default: none)",
     )
 
 
 def _add_key_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--api-keys", type=Path, metavar="F", help="file of keys and their limits, JSON lines")
-    group.add_argument("--new-key", metavar="NAME", help="print a line for that file, the key on standard error; end")
+    group.add_argument("--api-keys", type=Path, metavar="F", help="file of API keys and their limits, as JSON lines")
+    group.add_argument(
+        "--new-key", metavar="NAME", help="print a new line for that file, its key to standard error, and exit"
+    )
     group.add_argument("--ssl-certfile", type=Path, metavar="F", help="certificate chain, PEM")
     group.add_argument("--ssl-keyfile", type=Path, metavar="F", help="its private key, PEM")
 
@@ -135,7 +143,7 @@ def _options(args: argparse.Namespace) -> ServerOptions:
 
 
 def _new_key(name: str) -> int:
-    """The line can be appended to the file as it is; the key stands nowhere else."""
+    """Print a line to append to the file of keys. The key itself is shown only here: the file holds its hash."""
     from fastllama.serve.keys import new_key
 
     key, line = new_key(name)
@@ -145,5 +153,5 @@ def _new_key(name: str) -> int:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError, ValueError):  # whoever read it has gone, and the server goes on
+    with suppress(OSError, ValueError):  # standard error was closed; the server continues
         print(f"fastllama: {line}", file=sys.stderr, flush=True)

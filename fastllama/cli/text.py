@@ -16,16 +16,16 @@ from threading import Timer
 
 from fastllama.errors import brief
 
-PATIENCE = 1.0  # seconds that reading standard input takes without a word
+PATIENCE = 1.0  # seconds of waiting for standard input before a message
 SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _ESCAPE = re.compile(r"""\\([ntr\\'"])|((?:\\x[0-9a-fA-F]{2})+)|((?:\\u[0-9a-fA-F]{4})+)""")
 
 
 def read_prompt(path: str, *, quiet: bool = False) -> str:
-    """The text of a file, of standard input where path is "-", less a byte order mark and the newline that ends it.
+    """The text of a file, or of standard input for "-", without byte order mark and last newline.
 
-    quiet: say nothing of standard input that lets one wait. Raises ValueError if it is empty or no UTF-8, OSError if
-    it cannot be read.
+    quiet: print no message while waiting for standard input. Raises ValueError if the text is empty or not UTF-8,
+    OSError if it cannot be read.
     """
     source = "standard input" if path == "-" else path
     if path == "-":
@@ -39,13 +39,13 @@ def read_prompt(path: str, *, quiet: bool = False) -> str:
 
 
 def read_input(*, quiet: bool = False) -> str:
-    """What is piped or redirected to standard input, as `read_prompt` gives it; "" where nothing is.
+    """Piped or redirected standard input, read as by `read_prompt`; "" where there is none.
 
-    A terminal is not read, nor a device as /dev/null.
+    Neither a terminal nor a device such as /dev/null is read.
     """
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except io.UnsupportedOperation:  # a program has put a stream of its own there
+    except io.UnsupportedOperation:  # sys.stdin was replaced by a stream without a descriptor
         mode = stat.S_IFREG
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return ""
@@ -55,10 +55,10 @@ def read_input(*, quiet: bool = False) -> str:
 
 
 def read_document(path: str, *, per_line: bool) -> tuple[str, str]:
-    """A text to measure or learn by, from a file or, where path is "-", standard input; and what it is called.
+    """A text for evaluation or calibration, from a file or, for "-", standard input; and its name.
 
-    Less the newline that ends it, unless per_line. Raises ValueError if it is empty or no UTF-8, OSError if it cannot
-    be read.
+    The last newline is dropped unless per_line. Raises ValueError if the text is empty or not UTF-8, OSError if it
+    cannot be read.
     """
     source = "standard input" if path == "-" else path
     text = decode(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), source)
@@ -70,9 +70,9 @@ def read_document(path: str, *, per_line: bool) -> tuple[str, str]:
 
 
 def decode(data: bytes, source: str) -> str:
-    """UTF-8 to text, without a byte order mark, which Windows writes in front.
+    """Decode UTF-8, without the byte order mark that Windows programs write.
 
-    Raises ValueError naming the source, the offending byte and where it is.
+    Raises ValueError with the source, the invalid byte and its offset.
     """
     try:
         return data.removeprefix(BOM_UTF8).decode()
@@ -82,10 +82,10 @@ def decode(data: bytes, source: str) -> str:
 
 
 def unescape(text: str, name: str) -> str:
-    r"""A text in which \n, \t, \r, \\, \', \", \xHH (a byte of UTF-8) and \uHHHH stand for what they mean.
+    r"""Replace the escapes \n, \t, \r, \\, \', \", \xHH (a byte of UTF-8) and \uHHHH.
 
-    Every other backslash is itself, as in llama.cpp. Raises ValueError naming the argument for \x or \u that are no
-    character.
+    Every other backslash stays, as in llama.cpp. Raises ValueError with the argument's name where \x or \u do not
+    encode a character.
     """
 
     def character(found: re.Match[str]) -> str:
@@ -96,15 +96,15 @@ def unescape(text: str, name: str) -> str:
             return SIMPLE[simple] if simple else bytes.fromhex(units.replace("\\u", "")).decode("utf-16-be")
         except UnicodeDecodeError:
             what = r"UTF-8; legal: as \xc3\xa9 or \u00e9" if octets else r"UTF-16; legal: as \u00e9 or \ud83d\ude00"
-            raise ValueError(f"{name} holds {found[0]}, which is no {what}") from None
+            raise ValueError(f"{name} holds {found[0]}, which is not {what}") from None
 
     return _ESCAPE.sub(character, text)
 
 
 def argument(value: str) -> str:
-    """The type of an option that takes text, which may begin with a dash: `--prompt -hello` is `--prompt=-hello`.
+    """The argparse type of text options; the text may begin with a dash: `--prompt -hello` is `--prompt=-hello`.
 
-    Read as UTF-8 whatever the locale, as files are. Raises ArgumentTypeError for what is none.
+    Read as UTF-8 whatever the locale, as files are. Raises ArgumentTypeError for invalid UTF-8.
     """
     try:
         return os.fsencode(value).decode()
@@ -116,7 +116,7 @@ def argument(value: str) -> str:
 
 @contextmanager
 def _announced(quiet: bool) -> Iterator[None]:
-    """Within, a line on stderr tells what is waited for, where that takes long."""
+    """Print a line to standard error where reading standard input takes longer than PATIENCE."""
     line = "fastllama: reading the prompt from standard input"
     timer = Timer(PATIENCE, print, (line,), {"file": sys.stderr, "flush": True})
     timer.daemon = True

@@ -1,4 +1,4 @@
-"""How long a request took, and how fast that was."""
+"""Durations and token rates of a request."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastllama.runtime.outputs import RequestOutput
 class Timings:
     """Counts of tokens, seconds, tokens per second (None where nothing was timed).
 
-    prompt_s runs until the first token is there. The rate of the prompt leaves out what the prefix cache held; the rate
-    of the answer leaves out each sample's first token, which came with the prompt. Of the answer's tokens, the accepted
-    ones came true of those that were drafted.
+    prompt_s ends with the first token. The prompt's rate leaves out tokens found in the prefix cache; the answer's rate
+    leaves out each sample's first token, which the prompt's last step produces. drafted_tokens counts the draft tokens
+    of speculative decoding, accepted_tokens those of them that became part of the answer.
     """
 
     prompt_tokens: int
@@ -30,7 +30,7 @@ class Timings:
 
     @classmethod
     def of(cls, output: RequestOutput) -> Timings:
-        """The timings of a request that has ended."""
+        """The timings of a finished request."""
         metrics = output.metrics
         assert metrics.finish_time is not None
         first = metrics.first_token_time or metrics.finish_time

@@ -1,4 +1,4 @@
-"""`fastllama verify`: are the numbers right, on this device and for this model?"""
+"""`fastllama verify`: checks ops, layers, logits and tokens of a model on this device against fp64 references."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastllama.cli.parser import add_command as add
 
 DISAGREEMENT = 1
 DETAILS = """Compares with explicit formulas in fp64: every op on a few shapes; then, on a held-out text and through the
-whole runtime, the hidden states after each layer, the logits, and 32 greedy tokens, of steps as they are written and
-again of replayed ones; and the weights with the checkpoint. An error may be at most twice that of plain torch in the
-same dtype, measured in the same run, and one rounding. Greedy tokens must be the reference's in float32; in 16 bits
-they may differ where its logits tie within that bound. Errors are relative to the largest value of a row. Memory
-beyond the model's stays at one matrix in fp64; a 7B model takes minutes on a CPU. With --against transformers, layers,
-logits and tokens are compared with the transformers library instead, which reads the checkpoint by itself, so that a
-configuration read wrongly is found, in float32 most finely. Its errors count beside ours, so that these bounds are more
-than twice as wide, and it holds a second copy of the model in memory. The exit status is 1 if anything disagrees."""
+whole runtime, the hidden states after each layer, the logits, and 32 greedy tokens, once in eager steps and once in
+replayed ones; and the weights with the checkpoint. The bound of an error is twice the error of plain torch in the same
+dtype, measured in the same run, plus one rounding. Greedy tokens must equal the reference's in float32; in 16 bits they
+may differ where its logits tie within that bound. Errors are relative to the largest value of a row. Extra memory is
+one matrix in fp64; a 7B model takes minutes on a CPU. With --against transformers, layers, logits and tokens are
+compared with the transformers library instead, which reads the checkpoint itself, so that a misread configuration is
+found, most precisely in float32. Its own errors add to ours: bounds are more than twice as wide, and it holds a second
+copy of the model in memory. The exit status is 1 if anything disagrees."""
 
 
 def add_command(commands: Any) -> None:
@@ -40,10 +40,10 @@ def add_command(commands: Any) -> None:
         "--against",
         choices=("formulas", "transformers"),
         default="formulas",
-        help="what layers, logits and tokens are compared with (default: formulas)",
+        help="reference for layers, logits and tokens (default: formulas)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--quiet", action="store_true", help="print one line: what agrees, or what does not")
+    parser.add_argument("--quiet", action="store_true", help="print one line: the counts, or the disagreements")
     add_model_options(parser, adapter=False)
 
 

@@ -171,7 +171,7 @@ def test_decode_steps(command: Command, tmp_path: Path) -> None:
         assert case["of_read"] == pytest.approx(case["of_copy"] * copy / found["ceilings"]["read_bytes_per_second"])
         assert re.search(rf"^fastllama +{case['quantization']} +{case['batch']} +80 ", done.out, re.MULTILINE)
         assert f"batch {case['batch']}, context 80: {case['tokens_per_second']:.2f} tokens/s\n" in done.err
-    assert "transformers StaticCache, compiled: measured on CUDA alone" in done.out
+    assert "transformers StaticCache, compiled: measured on CUDA only" in done.out
     assert done.out.startswith("tiny, 4.5 M parameters, random weights, bfloat16 on cpu: 12 steps each; ")
 
 

@@ -288,7 +288,7 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt(type_in: Talk, asked: list[Generation],
     assert prompted == ["> "] * 4
     assert len(asked) == 2
     assert "(Ctrl-D or /exit leaves)" in done.err
-    assert "/help says what you can do" in done.err
+    assert "/help lists the commands" in done.err
 
 
 def test_ctrl_c_forgets_the_lines_of_an_unfinished_message(

@@ -87,8 +87,8 @@ def test_the_checkpoints_template_is_used_and_said(
     ("template", "name", "options", "said"),
     [
         (LLAMA2, "model", (), "chat format: Llama 2's, which the chat template of"),
-        (ZEPHYR, "model", ("--chat-format", "llama2"), "chat format: Llama 2's, as asked"),
-        (ZEPHYR, "model", ("--chat-format", "plain"), "chat format: plain text, as asked"),
+        (ZEPHYR, "model", ("--chat-format", "llama2"), "chat format: Llama 2's, as requested"),
+        (ZEPHYR, "model", ("--chat-format", "plain"), "chat format: plain text, as requested"),
         (None, "llama-2-7b", (), "fastllama: warning: the checkpoint has no chat template, and its name is not a chat"),
         (None, "a-chat-b", (), "fastllama: warning: the checkpoint has no chat template, and its name is a chat"),
     ],
@@ -167,7 +167,7 @@ def test_a_message_that_the_template_refuses_is_dropped(
     ("template", "said"),
     [
         ("{% for %}", "the chat template is broken at line 1: Expected an expression"),
-        ("{{ messages[0].content.__class__ }}", "the attribute '__class__' of a str is not for templates"),
+        ("{{ messages[0].content.__class__ }}", "the attribute '__class__' of a str is forbidden in templates"),
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "loops or grows beyond reason",

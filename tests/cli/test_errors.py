@@ -168,7 +168,7 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "a model to measure": ("bench runtime --model tiyn", b"", "did you mean 'tiny'?"),
     "a device to measure": ("bench runtime --device cuda:9", b"", "device is 'cuda:9'"),
     "plot of what kind": ("bench runtime --plot {folder}/a.gif", b"", "legal: a file that ends in .png or .svg"),
-    "plot of nothing": ("bench runtime --loads --plot {folder}/a.png", b"", "loads is empty beside --plot"),
+    "plot of nothing": ("bench runtime --loads --plot {folder}/a.png", b"", "loads is empty while --plot is given"),
     "output where": ("bench runtime --output {folder}/b/c.json", b"", "/b' to write 'c.json' into"),
     "shape": ("bench decode --shape 8b", b"", "argument --shape: invalid choice: '8b'"),
     "shape and model": ("bench decode --shape 7b --model tiny", b"", "--model: not allowed with argument --shape"),

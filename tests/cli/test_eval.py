@@ -55,7 +55,7 @@ def tasks(tmp_path: Path) -> Path:
     ("args", "said"),
     [
         ([], "the following arguments are required: --tasks"),
-        (["--tasks", " ,"], "--tasks is ' ,'; legal: folders, names or patterns of tasks, with commas"),
+        (["--tasks", " ,"], "--tasks is ' ,'; legal: folders, task names or patterns, separated by commas"),
         (["--tasks", "hellaswag,./nowhere"], "--tasks ./nowhere: there is no such folder"),
         (["--tasks", "nowhere/tasks"], "--tasks nowhere/tasks: there is no such folder"),
         (["--tasks", "hellaswag", "--limit", "0"], "--limit is 0; legal: at least 1"),
@@ -121,7 +121,7 @@ def test_a_task_that_cannot_be_loaded_is_one_line_before_the_model(command: Comm
     assert f"--tasks {tasks} holds no task" in command("eval", "--tasks", tasks).err
     assert "no-model" in command("eval", "--tasks", "x", *no_model).err, "a model's name is checked first of all"
     assert (
-        "--tasks helaswag is no task of lm-eval (did you mean 'hellaswag'?)"
+        "--tasks helaswag is not a task of lm-eval (did you mean 'hellaswag'?)"
         in command("eval", "--tasks", "helaswag").err
     )
 

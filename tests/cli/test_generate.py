@@ -269,7 +269,7 @@ def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monk
 
 
 def test_who_prompts_a_chat_model_is_told_of_its_chat_format(command: Command) -> None:
-    words = "--prompt is continued as it stands; fastllama chat asks in the model's chat format\n"
+    words = "--prompt is continued as plain text; fastllama chat applies the model's chat format\n"
     assert words in command("generate", "-p", "Once", "-n", 1).err  # the bundled model has a chat template
     for args in (("-n", 1), ("-p", "Once", "-n", 1, "--quiet")):
         assert words not in command("generate", *args).err

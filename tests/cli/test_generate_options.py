@@ -85,7 +85,7 @@ def test_log_probabilities_are_those_of_the_runtime(command: Command, model: str
 def test_each_sample_has_a_table_of_its_own(command: Command, model: str) -> None:
     done = command("generate", "--model", model, "-p", PROMPT, "-n", "2", "--n", "2", "--logprobs", "1", "--quiet")
     first, second = done.out.split("[2/2]")
-    assert all(part.count("likeliest in its place") == 1 and part.count("%") == 4 for part in (first, second))
+    assert all(part.count("likeliest tokens here") == 1 and part.count("%") == 4 for part in (first, second))
 
 
 def test_a_prompt_with_a_gap_is_filled_there(command: Command, code_llama: str) -> None:

@@ -47,9 +47,8 @@ def test_a_text_may_begin_with_dashes(command: str, option: str, name: str, text
 
 
 def test_a_text_that_is_left_out_is_no_option_taken_for_one() -> None:
-    assert "expected a value, not the option --quiet; a text that begins so is given as --prompt=--quiet" in refusal(
-        "generate", "--prompt", "--quiet"
-    )
+    expected = "expected a value, not the option --quiet; a text that begins like this is given as --prompt=--quiet"
+    assert expected in refusal("generate", "--prompt", "--quiet")
     assert parse("generate", "--prompt=--quiet").prompt == "--quiet"
 
 
@@ -94,9 +93,9 @@ def test_the_short_options_are_those_of_llama_cpp() -> None:
         ("bench runtime --request-rate 8", "did you mean --loads?"),
         (
             "--prompt x",
-            "options come behind one of generate, chat, serve, info, quantize, verify, perplexity, eval, bench",
+            "options follow one of generate, chat, serve, info, quantize, verify, perplexity, eval, bench",
         ),
-        ("bench --shape tiny decode", "options come behind one of runtime, decode, ops"),
+        ("bench --shape tiny decode", "options follow one of runtime, decode, ops"),
     ],
 )
 def test_an_option_of_another_program_is_told_its_name_here(words: str, says: str) -> None:

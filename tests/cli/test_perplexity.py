@@ -198,7 +198,7 @@ def test_a_quantized_folder_has_no_unquantized_self(
     assert (done.status, done.out) == (2, "")
     assert done.err == (
         "fastllama: error: --against compares with the same model, not quantized, but the files of "
-        f"'{tmp_path / 'int4'}' hold int4 weights; legal: a model behind --against\n"
+        f"'{tmp_path / 'int4'}' hold int4 weights; legal: a model after --against\n"
     )
 
 

@@ -39,7 +39,7 @@ def test_escapes_mean_what_they_mean_elsewhere_and_other_backslashes_themselves(
 
 @pytest.mark.parametrize("written", [r"\xe9", r"\xc3a", "\\ud83d", "\\ude00x"])
 def test_an_escape_that_is_no_character_is_refused(written: str) -> None:
-    with pytest.raises(ValueError, match=r"--stop holds \\[xu][0-9a-f]+, which is no UTF-"):
+    with pytest.raises(ValueError, match=r"--stop holds \\[xu][0-9a-f]+, which is not UTF-"):
         text.unescape(f"ab{written}", "--stop")
 
 
