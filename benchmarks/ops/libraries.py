@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.ops import attention_libraries as attention
 from fastllama.bench.ops.formulas import Function
-from fastllama.bench.ops.matmuls import codes_of, group_of, prepared
+from fastllama.bench.ops.matmuls import group_of, prepared, values_of
 from fastllama.bench.ops.peers import Peers, torch_peers
 from fastllama.catalogue.maker import EPS, Arguments
 
@@ -122,7 +122,7 @@ def gemlite(module: Any) -> Function:
     """GemLite on the same quantized weights (4 bits: zero point 8). It tunes in the judged call, before timing."""
 
     def prepare(t: Arguments) -> Any:
-        codes, dtype = codes_of(t), module.TORCH_TO_DTYPE[t["x"].dtype]
+        codes, dtype = values_of(t), module.TORCH_TO_DTYPE[t["x"].dtype]
         bits, zero = (4, 8) if codes.dtype == torch.uint8 else (8, None)
         layer = module.GemLiteLinearTriton(
             W_nbits=bits,

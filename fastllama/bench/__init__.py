@@ -1,1 +1,1 @@
-"""What `fastllama bench` measures on the user's own machine."""
+"""The measurements of `fastllama bench`."""

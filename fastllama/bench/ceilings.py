@@ -1,4 +1,4 @@
-"""What the device reaches, which figures are shares of: a copy, a read, a product."""
+"""The device's measured ceilings: rates of a copy, a read and a matmul."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fastllama.bench import timing
 from fastllama.kernels.launch.device import device_info
 
 COPY = {"cuda": 1 << 29, "cpu": 1 << 27}  # bf16 numbers, 1 GiB and 256 MiB: more than the caches hold
-SIZE = {"cuda": 8192, "cpu": 2048}  # of a product's matrices
+SIZE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matmul's matrices
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOY_COPY, TOY_SIZE = 1 << 15, 64
-COLUMNS = 8192  # of the matrix that a read multiplies by a vector
+COLUMNS = 8192  # of the matrix of the matrix-vector read
 ROUNDS = 10
 
 
 def bandwidths(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """Bytes a second of a large copy, read and written, and of a large read; and every sample in seconds.
+    """Bytes per second of a large copy, reads plus writes, and of a large read; and every sample in seconds.
 
-    A decode step reads and hardly writes. The read is torch's sum of the numbers, or their product as a matrix by a
-    vector: whichever is faster, since either could be held up by more than memory.
+    A decode step reads and hardly writes. The read is the faster of torch's sum and its matrix-vector matmul, since
+    either may be limited by more than memory.
     Returns {"copy_bytes_per_second": float, "read_bytes_per_second": float, "seconds": {"copy" | "sum" | "mv": [...]}}.
     """
     count = TOY_COPY if toy else COPY[device.type]
@@ -44,7 +44,7 @@ def bandwidths(device: torch.device, toy: bool = False) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device, toy: bool = False, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """`bandwidths`, and operations a second in a large product: "bf16_flops_per_second", or of another dtype."""
+    """`bandwidths`, and operations per second of a large matmul: "bf16_flops_per_second", or of another dtype."""
     size = TOY_SIZE if toy else SIZE[device.type]
     found = bandwidths(device, toy)
     a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
@@ -56,7 +56,7 @@ def ceilings(device: torch.device, toy: bool = False, dtype: torch.dtype = torch
 
 
 def shares(bytes_per_second: float, reached: dict[str, Any]) -> dict[str, float]:
-    """What a rate is of each ceiling of `bandwidths`: of a read, as a decode step is one, and of a copy."""
+    """A rate as a share of the ceilings of `bandwidths`, read and copy; a decode step is mostly reads."""
     return {f"of_{name}": bytes_per_second / reached[f"{name}_bytes_per_second"] for name in ("read", "copy")}
 
 

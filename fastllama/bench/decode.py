@@ -1,4 +1,4 @@
-"""Decode steps of the runtime: how fast, beside the bytes that they read and beside transformers."""
+"""Measures decode steps of the runtime, compared with the bytes that they read and with transformers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from fastllama.runtime.options import KV_DTYPES
 from fastllama.runtime.params import SamplingParams
 
 OURS = "fastllama"
-UNCOUNTED = 4  # steps at the start: torch.compile records its graphs in the third
-TRACED = 3  # at the end, on a GPU
+UNCOUNTED = 4  # warm-up steps: torch.compile records its graphs in the third
+TRACED = 3  # traced steps at the end, on a GPU
 PAGE = 64
-DEFAULTS = {"cpu": ((1, 8), (512,)), "cuda": ((1, 8, 32, 128), (512, 4096))}  # batches and contexts
+DEFAULTS = {"cpu": ((1, 8), (512,)), "cuda": ((1, 8, 32, 128), (512, 4096))}  # batch sizes and context lengths
 
 Record = dict[str, Any]
 Step = Callable[[], object]
@@ -42,13 +42,12 @@ Contender = tuple[str, str, Callable[[], Any], Callable[[Any, int, int], Record]
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """What is measured: every quantization at every batch and context. Raises ValueError for what cannot be.
+    """Options: every quantization is measured at every batch size and context. Raises ValueError for illegal ones.
 
-    model: one of models.SHAPES, of random weights, unless it is `checkpoint`: then what LLM takes. None is a shape that
-    the machine can hold: 7b on a GPU if that does, on a CPU the largest that takes some minutes. quantization: of
-    quantization.WORDS. kv_cache_dtype, deterministic: LLM's, of ours. batch: sequences. context: tokens of each at the
-    end; both by default those of DEFAULTS. tokens: steps that count. peers: whether transformers' are measured, which
-    needs CUDA.
+    model: one of models.SHAPES, with random weights; with `checkpoint`, a model as for LLM. None is a shape that fits
+    the machine: 7b on a GPU if possible, on a CPU the largest that takes some minutes. quantization: of
+    quantization.WORDS. kv_cache_dtype, deterministic: as for LLM. batch: sequences. context: tokens of each at the end;
+    both default to DEFAULTS. tokens: measured steps. peers: whether to measure transformers, which needs CUDA.
     """
 
     model: str | None = None
@@ -77,13 +76,13 @@ class DecodeOptions:
 
     @property
     def steps(self) -> int:
-        """Of one case, those that do not count included."""
+        """Steps of one case, warm-up and traced ones included."""
         return UNCOUNTED + self.tokens + TRACED
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """The options, none left open, and what they mean here."""
+    """The resolved options, with the device, dtype and configuration."""
 
     options: DecodeOptions
     config: LlamaConfig
@@ -92,14 +91,14 @@ class _Bench:
 
     @classmethod
     def of(cls, options: DecodeOptions, say: Callable[[str], None]) -> _Bench:
-        """Resolved, and said what it will take. Raises ValueError for what this machine or checkpoint cannot do."""
+        """Resolve the options and report the expected cost. ValueError where machine or checkpoint cannot run them."""
         device = resolve_device(options.device)
         batch, context = DEFAULTS[device.type]
         if options.checkpoint:
             assert options.model is not None
             checkpoint, _ = open_model(options.model)
             config, limit = checkpoint.config, checkpoint.config.longest_context
-            if (kept := checkpoint.quantization) is not None:  # "none" keeps the weights as they are
+            if (kept := checkpoint.quantization) is not None:  # "none" leaves the weights unchanged
                 found = dict.fromkeys(kept if kind == NONE else kind for kind in options.quantization)
                 options = replace(options, quantization=tuple(found))
                 for kind in found:
@@ -122,17 +121,17 @@ class _Bench:
         return bench
 
     def at(self, shape: str) -> _Bench:
-        """The same of random weights of another shape."""
+        """The same with random weights of another shape."""
         config = models.shape(shape, max(self.options.context))
         return replace(self, options=replace(self.options, model=shape), config=config)
 
     def work(self) -> Work:
-        """What all cases of ours will take."""
+        """The estimated work of all our cases."""
         said = self.options
         return Work.of(self.config, self.dtype, self.kv_dtype, said.quantization, said.batch, said.context, said.steps)
 
     def build(self, kind: str) -> LlamaForCausalLM:
-        """The model, its weights kept as `kind` says. Raises MemoryError where they do not fit."""
+        """The model with weights in quantization `kind`. Raises MemoryError where they do not fit."""
         torch.manual_seed(0)
         if not self.options.checkpoint:
             return models.random_model(self.config, kind, self.dtype, self.device)
@@ -141,23 +140,23 @@ class _Bench:
         return load_model(self.options.model, progress=False, **takes)
 
     def prompts(self, batch: int, context: int) -> list[list[int]]:
-        """Random ids, so that no sequence shares a page with another; so many that the steps end at `context`."""
+        """Random ids, so that sequences share no pages, of a length at which the last step reaches `context`."""
         length, generator = context - self.options.steps - 1, random.Random(0)
         return [[generator.randrange(3, self.config.vocab_size) for _ in range(length)] for _ in range(batch)]
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of our pages."""
+        """The dtype of our KV pages."""
         return KV_DTYPES[self.options.kv_cache_dtype] or self.dtype
 
     def kv_bytes(self, batch: int, context: int, dtype: torch.dtype) -> float:
-        """Bytes of keys and values, in a dtype, that a timed step reads, on average."""
+        """Average bytes of keys and values, in a dtype, that a timed step reads."""
         before = context - self.options.steps - 1 + UNCOUNTED
-        keys = before + (self.options.tokens + 1) / 2  # the k-th step reads its own token's, too: before + k
+        keys = before + (self.options.tokens + 1) / 2  # the k-th step reads its own token, too: before + k
         return batch * keys * KVCache.bytes_per_token(self.config, dtype)
 
     def ours(self, model: LlamaForCausalLM, batch: int, context: int) -> Record:
-        """A case of ours: through the engine, in no more pages than the sequences fill."""
+        """Measure one of our cases: through the engine, with just enough pages for the sequences."""
         kept = batch * ceil_div(context, PAGE) * PAGE
         models.check_memory("keys and values", kept * KVCache.bytes_per_token(self.config, self.kv_dtype), self.device)
         prompts = self.prompts(batch, context)
@@ -170,10 +169,10 @@ class _Bench:
             deterministic=self.options.deterministic,
             page_size=PAGE,
             max_num_seqs=batch,
-            max_num_batched_tokens=max(2048, batch * PAGE),  # what is in no full page of the prompts, in one step
+            max_num_batched_tokens=max(2048, batch * PAGE),  # the prompts' partial last pages fit in one step
             progress=False,
         ) as llm:
-            # First the prompts alone, whose full pages stay cached: then all sequences begin in the same step.
+            # Prompts run first, so that their full pages are cached and all sequences then start in the same step.
             llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
             params = SamplingParams(temperature=0, max_tokens=1 + self.options.steps, ignore_eos=True)
             for prompt in prompts:
@@ -193,13 +192,13 @@ class _Bench:
         return static_cache.load(self.config, self.device)
 
     def their_weights(self) -> LlamaForCausalLM:
-        """Tensors as large as transformers', without memory."""
+        """A model of transformers' size on meta, to count bytes."""
         return LlamaForCausalLM(self.config, static_cache.DTYPE, "meta")
 
     def theirs(self, model: Any, batch: int, context: int) -> Record:
-        """A case of transformers'."""
+        """Measure one of transformers' cases."""
         forward = static_cache.compiled(model)
-        models.release(self.device)  # what it had compiled for the last case held that one's graphs
+        models.release(self.device)  # functions compiled for the last case held its graphs
         kept = batch * context * KVCache.bytes_per_token(self.config, static_cache.DTYPE)
         models.check_memory("keys and values", kept, self.device)
         step = static_cache.decoder(model, forward, self.prompts(batch, context), context)
@@ -207,7 +206,7 @@ class _Bench:
         return self.timed(step, models.read_bytes(self.their_weights()), kv_bytes, batch)
 
     def timed(self, step: Step, weight_bytes: int, kv_bytes: float, batch: int) -> Record:
-        """Seconds of the steps that count, and what is shared by all contenders of a case."""
+        """Times of the measured steps, and figures common to all contenders."""
         for _ in range(UNCOUNTED):
             step()
         seconds = []
@@ -227,11 +226,11 @@ class _Bench:
 
 
 def measure(options: DecodeOptions, say: Callable[[str], None], keep: Callable[[Record], None]) -> Record:
-    """Take all measurements; what to write as JSON, and what `decode_report.report` tells.
+    """Run all cases; returns the record for JSON and for `decode_report.report`.
 
-    say: called with a line at each step. keep: called with the record so far after each case. What does not fit in
-    memory is named in "skipped", and what a case raised in its "failed".
-    Raises what LLM raises, ValueError where a context is longer than the checkpoint's.
+    `say`: called with a progress line. `keep`: called with the partial record after each case. Cases that do not fit in
+    memory are listed in "skipped"; a case's exception is in its "failed".
+    Raises the errors of LLM, ValueError where a context is longer than the checkpoint's.
     """
     bench = _Bench.of(options, say)
     options, device = bench.options, bench.device
@@ -272,7 +271,7 @@ def measure(options: DecodeOptions, say: Callable[[str], None], keep: Callable[[
                 record["skipped"].append(f"{said}: {_reason(failure)}")
                 keep(record)
                 continue
-            except Exception as failure:  # of one case, of which the others may know nothing
+            except Exception as failure:  # a failing case must not end the others
                 figures = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
             finally:
                 models.release(device)
@@ -286,11 +285,11 @@ def measure(options: DecodeOptions, say: Callable[[str], None], keep: Callable[[
 
 
 def _contenders(bench: _Bench, record: Record) -> Iterator[Contender]:
-    """Name, how the weights are kept, what makes the model, and what measures a case with it."""
+    """Yields name, quantization, a function that builds the model, and one that measures a case with it."""
     for kind in bench.options.quantization:
         yield OURS, kind, partial(bench.build, kind), bench.ours
     if bench.options.peers:
-        why = peers.missing() or ("measured on CUDA alone" if bench.device.type != "cuda" else None)
+        why = peers.missing() or ("measured on CUDA only" if bench.device.type != "cuda" else None)
         if why:
             record["absent"][static_cache.NAME] = why
         else:

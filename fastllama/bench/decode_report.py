@@ -1,4 +1,4 @@
-"""A record of decode steps as text. Free of torch, as the report of a run is that embeds it."""
+"""Formats a record of decode steps as text. Does not import torch, so that reports can be made without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastllama import env
 from fastllama.bench.text import milliseconds, table
 from fastllama.errors import counted
 
-SHOWN = 12  # kernels of a step; the record holds all
+SHOWN = 12  # kernels listed per step; the record has all
 SPENT = ("us_per_step", "end_to_end_us_per_step")
 Record = dict[str, Any]
 HEADER = (
@@ -29,12 +29,12 @@ HEADER = (
 
 
 def rate(figures: Record) -> str:
-    """How fast a case was."""
+    """A case's tokens per second, as text."""
     return f"{figures['tokens_per_second']:.2f} tokens/s"
 
 
 def rows(record: Record) -> Iterator[tuple[str, ...]]:
-    """A row of cells below HEADER for each case that did not fail."""
+    """A table row under HEADER for each successful case."""
     for case in record["cases"]:
         if "failed" not in case:
             yield (
@@ -50,14 +50,14 @@ def rows(record: Record) -> Iterator[tuple[str, ...]]:
 
 
 def failures(record: Record) -> list[str]:
-    """What was not measured, and why: a line each."""
+    """Cases that were not measured, with the reason, a line each."""
     failed = [f"{_label(case)}: failed: {case['failed']}" for case in record["cases"] if "failed" in case]
     skipped = [f"skipped: {text}" for text in record.get("skipped", ())]
     return [*failed, *skipped, *(f"{name}: {why}" for name, why in record.get("absent", {}).items())]
 
 
 def report(record: Record) -> str:
-    """The tables of a record: every case, what was not measured, and on a GPU the kernels of each case's step."""
+    """The tables of a record: every case, cases not measured, and on a GPU the kernels of each case's step."""
     said = record["conditions"]
     copy, read = (record["ceilings"][f"{name}_bytes_per_second"] / 1e9 for name in ("copy", "read"))
     weights = "" if said["checkpoint"] else ", random weights"
@@ -72,14 +72,14 @@ def report(record: Record) -> str:
 
 
 def _moved(record: Record) -> str:
-    """The switches of the environment that were not at their defaults."""
+    """The environment variables that were not at their defaults."""
     found = record["environment"]["switches"]
     moved = [each.name for each in env.VARIABLES if found.get(each.name, each.default) != each.default]
     return "".join(f", {name}={found[name]}" for name in moved)
 
 
 def _launches(case: Record) -> str:
-    """The kernels that take the most of a step, and the rest together."""
+    """The kernels that take most of a step, and the others combined."""
     found = case["launches"]
     cells: list[tuple[str, ...]] = [("kernel", "a step", "us each", "us a step", "end to end")]
     for row in found[:SHOWN]:

@@ -1,4 +1,4 @@
-"""The conditions of a measurement, to be kept with its figures."""
+"""The conditions of a measurement, stored with its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastllama import env
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Day (UTC), versions, source, switches, processor, load, threads and device.
+    """Day (UTC), versions, commit, environment variables, processor, load, threads and device.
 
     device: None is the first GPU, or the CPU of a machine without one.
     """
@@ -27,7 +27,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "fastllama": fastllama.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with the build, which its package's metadata leave out: 2.11.0+cu130
+        "torch": str(torch.__version__),  # with the build, which the package metadata lack: 2.11.0+cu130
     }
     found["switches"] = {each.name: each.read() for each in env.VARIABLES if each is not env.XDG_CACHE_HOME}
     for package in ("triton", "transformers", "numpy"):
@@ -45,7 +45,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def gpu(index: int = 0) -> dict[str, Any] | None:
-    """What a GPU is, and how warm and fast it runs now; None where there is none."""
+    """A GPU's properties, and its current temperature and clocks; None where there is none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
@@ -65,16 +65,16 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
 
 
 def _commit() -> str | None:
-    """The commit of the sources, with a mark where they differ from it; None outside their repository."""
+    """The commit of the sources, marked if they are modified; None outside their repository."""
     root = Path(__file__).parents[2]
-    # Where it is installed, the folder above may lie in a repository of something else.
+    # An installed package's parent folder may belong to another repository.
     if _output("git", "-C", str(root), "rev-parse", "--show-toplevel") != str(root.resolve()):
         return None
     return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command or it fails."""
+    """A command's output; None where it is missing or fails."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

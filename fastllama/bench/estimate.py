@@ -1,4 +1,4 @@
-"""What a benchmark of decode steps will take, said before its first weight is made, and the shape that fits."""
+"""Estimates memory and time of a benchmark of decode steps before it starts, and chooses a shape that fits."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastllama.layers.model import LlamaForCausalLM
 from fastllama.layers.packing import PACKED
 from fastllama.runtime.device.memory import available_bytes
 
-PATIENCE = 600.0  # seconds that a benchmark may take whose shape nobody chose
+PATIENCE = 600.0  # most seconds of a benchmark with a default shape
 SHARE = 0.8  # of the free memory, for weights, keys and values: activations and the system need the rest
-DRAWN = 1e8  # random weights that are made in a second
-EFFICIENCY = 0.5  # of a large matmul's rate, that prompts reach
+DRAWN = 1e8  # random weights generated per second
+EFFICIENCY = 0.5  # of a large matmul's rate, reached by prompts
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a CPU reaches in a moment's measurement, in a dtype: operations of a matmul, bytes of a copy, a second."""
+    """A CPU's quickly measured rates in a dtype: operations of a matmul and bytes of a copy, per second."""
 
     flops: float
     bytes: float
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Rates:
-        """Takes half a second and 50 MB."""
+        """Measure; takes half a second and 50 MB."""
         a, b = torch.ones(256, 2048, dtype=dtype, device="cpu"), torch.ones(2048, 2048, dtype=dtype, device="cpu")
         source = torch.zeros(24_000_000, dtype=torch.int8, device="cpu")
         target = torch.empty_like(source)
@@ -43,7 +43,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """All cases together. weight_bytes, kv_bytes: of the largest; the others are sums: operations, bytes, weights."""
+    """The work of all cases. weight_bytes, kv_bytes: of the largest case; the others are sums over all cases."""
 
     weight_bytes: float
     kv_bytes: float
@@ -64,7 +64,7 @@ class Work:
         context: Sequence[int],
         steps: int,
     ) -> Work:
-        """steps: of one case. Prompts are those tokens of a context that are there before its steps."""
+        """steps: per case. A context's other tokens are its prompt."""
         model = LlamaForCausalLM(replace(config, num_hidden_layers=1), dtype, "meta")
         layers = config.num_hidden_layers * sum(weight.numel() for weight in model.layers.parameters())
         head = model.lm_head.weight.numel()
@@ -73,7 +73,7 @@ class Work:
         of_kv = KVCache.bytes_per_token(config, kv_dtype)
         tokens = [(rows, length - steps - 1, length) for rows, length in product(batch, context)]
         width = config.num_attention_heads * config.head_dim
-        scores = 4 * config.num_hidden_layers * width  # operations of a token's attention to another
+        scores = 4 * config.num_hidden_layers * width  # operations per pair of tokens in attention
         prompts = sum(rows * length for rows, length, _ in tokens)
         flops = sum(rows * (length + steps) * (2 * (layers + head) + scores * length / 2) for rows, length, _ in tokens)
         moved = sum(steps * (sum(each) / len(each) + rows * length * of_kv) for rows, _, length in tokens)
@@ -88,24 +88,24 @@ class Work:
         )
 
     def seconds(self, rates: Rates) -> float:
-        """About how long it takes on a CPU."""
+        """Estimated seconds on a CPU."""
         return self.flops / (EFFICIENCY * rates.flops) + self.moved_bytes / rates.bytes + self.made / DRAWN
 
     def fits(self, device: torch.device) -> bool:
-        """Whether the largest case fits in the memory that is free."""
+        """Whether the largest case fits in the free memory."""
         return self.weight_bytes + self.kv_bytes <= SHARE * available_bytes(device)
 
     def describe(self, rates: Rates | None) -> str:
-        """One line; with a time where the rates are known."""
+        """One line; with a time estimate where the rates are known."""
         memory = f"weights {_size(self.weight_bytes)}, keys and values up to {_size(self.kv_bytes)}"
         amount = f"{self.prompt_tokens:,} tokens of prompts, {counted(self.steps, 'step')}"
         return f"{memory}; {amount}" + ("" if rates is None else f": about {_duration(self.seconds(rates))}")
 
 
 def largest_shape(device: torch.device, work_of: Callable[[str], Work], rates: Rates | None) -> str:
-    """The largest of models.SHAPES whose cases fit in memory; on a CPU, in no more time than PATIENCE by these rates.
+    """The largest of models.SHAPES whose cases fit in memory and, on a CPU, take at most PATIENCE by these rates.
 
-    Without rates, as on a GPU, 7b at most. Where none fits, the smallest. work_of: all cases of a shape.
+    Without rates, as on a GPU, 7b at most. Where none fits, the smallest. work_of: the work of all cases of a shape.
     """
     smallest, *names = models.SHAPES
     for name in reversed(names[: None if rates else names.index("7b") + 1]):

@@ -1,4 +1,4 @@
-"""Files that results are written to: checked before the minutes that a measurement takes, replaced as a whole."""
+"""Result files: checked before a measurement of minutes starts, replaced atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def output_file(value: str) -> Path:
-    """The type of an option that names a file to write, which need not exist. Leaves nothing behind.
+    """The argparse type of an output file, which need not exist. Creates no file.
 
     Raises ArgumentTypeError where it cannot be written.
     """
@@ -32,9 +32,9 @@ def output_file(value: str) -> Path:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a result with its conditions as JSON: whole, or as it was before where the process is ended meanwhile.
+    """Write a result with its conditions as JSON, atomically: an interrupted process leaves the previous file.
 
-    A device or a pipe, such as /dev/stdout, is written to.
+    Devices and pipes, such as /dev/stdout, are written directly.
     """
     text = json.dumps(record, indent=1) + "\n"
     if _is_special(path):
@@ -43,7 +43,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         return
     part = _part(path)
     part.write_text(text, encoding="utf-8")
-    part.replace(path.resolve())  # of a link, what it leads to
+    part.replace(path.resolve())  # a link's target
 
 
 def _is_special(path: Path) -> bool:

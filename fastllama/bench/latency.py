@@ -1,4 +1,4 @@
-"""Requests that arrive when they like: how long each waits for its first token, and from one token to the next."""
+"""Measures time to first token and inter-token latency of requests with random arrivals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastllama.runtime.serving.async_engine import AsyncEngine
 
 
 async def arrivals(llm: LLM, prompts: Prompts, tokens: int, rate: float, generator: random.Random) -> dict[str, Any]:
-    """Seconds to first tokens, and between tokens, where so many requests a second arrive by a Poisson process.
+    """Seconds to first tokens, and between tokens, of Poisson arrivals at `rate` requests per second.
 
-    Each client is a task of one AsyncEngine. Tokens that come in one delta count as evenly apart since the last, those
-    that come with the first one as at once: a request has one gap fewer than tokens.
+    Each client is a task of one AsyncEngine. Tokens of one delta count as evenly spaced since the last delta, those of
+    the first delta as simultaneous: a request has one gap fewer than tokens.
     """
     first: list[float] = []
     between: list[float] = []

@@ -1,4 +1,4 @@
-"""Llamas of random weights, as large as a published one, and the bytes that a decode step reads of them."""
+"""Llamas with random weights in published sizes, and the bytes that a decode step reads of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastllama.layers.quantization import quantization_of
 from fastllama.runtime.device.memory import available_bytes
 
 SHAPES = {"tiny": None, "1.1b": "tinyllama-1.1b", "7b": "llama-2-7b", "13b": "llama-2-13b", "70b": "llama-2-70b"}
-FEW = 64  # entries of the vocabulary of a model that is made for its layer
+FEW = 64  # vocabulary entries of a model made for its layer only
 
 
 def shape(name: str, positions: int) -> LlamaConfig:
-    """The configuration of one of SHAPES ("tiny" is that of the packaged model), in bfloat16, for so many positions."""
+    """The configuration of one of SHAPES ("tiny" is the packaged model's), in bfloat16, with this many positions."""
     preset = SHAPES[name]
     if preset is None:
         config = LlamaConfig.from_hf(json.loads((resolve_model("tiny") / "config.json").read_text(encoding="utf-8")))
@@ -32,11 +32,10 @@ def shape(name: str, positions: int) -> LlamaConfig:
 
 @torch.no_grad()
 def random_model(config: LlamaConfig, kind: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """A model whose weights are normal, of the deviation 1/sqrt(columns), which keeps activations in scale.
+    """A model with normal weights of standard deviation 1/sqrt(columns), which keeps activations in scale.
 
-    kind: one of quantization.WORDS: each layer is made, and packed, before the next is, so that what fits when it is
-    packed can be made. Drawn by torch's generator of the device. Raises MemoryError where the layers
-    do not fit.
+    kind: one of quantization.WORDS; each layer is packed before the next one is made, so that only the packed model
+    has to fit. Uses torch's default generator of the device. Raises MemoryError where the layers do not fit.
     """
     model = _packed(replace(config, num_hidden_layers=1), kind, dtype, device)
     others = config.num_hidden_layers - 1
@@ -61,7 +60,7 @@ def _packed(config: LlamaConfig, kind: str, dtype: torch.dtype, device: torch.de
 
 
 def kept_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights as they are kept, scales included."""
+    """Bytes of a module's stored weights, scales included."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -71,14 +70,14 @@ def read_bytes(model: LlamaForCausalLM) -> int:
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:
-    """Raises MemoryError, in words, where so many bytes cannot be had."""
+    """Raise MemoryError, with both sizes, where `needed` bytes are not free."""
     free = available_bytes(device)
     if needed > free:
         raise MemoryError(f"{what} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of what is no longer referred to."""
+    """Free the memory of unreachable objects, and the device's cached blocks."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What transformers makes of the same prompts, with the same weights on the same device."""
+"""Runs transformers on the same prompts, with the same weights on the same device."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastllama.arithmetic import ceil_div
 from fastllama.bench.workload import SEQUENCES, Prompts
 from fastllama.errors import NOT_INSTALLED, counted, why_unusable
 
-OLDER_PAGE = 32  # tokens of a block before it could be configured
-STEP = 2048  # tokens of a step; for its default of 8192 it makes a mask of as many rows, however few come
+OLDER_PAGE = 32  # tokens per block in versions where it is not configurable
+STEP = 2048  # tokens per step; its default of 8192 makes a mask of as many rows at every step
 
-# transformers 5.17 then takes a CPU's memory for 0 bytes; 5.23 answers without.
-WITHOUT_PSUTIL = "; psutil is not installed, by which it counts a CPU's memory: pip install psutil"
+# Without psutil, transformers 5.17 assumes 0 bytes of CPU memory; 5.23 works.
+WITHOUT_PSUTIL = "; psutil, by which it measures a CPU's memory, is not installed: pip install psutil"
 
 
 def missing(path: Path | None = None) -> str | None:
-    """Why transformers cannot run beside us; None where it can. path: of the model that it is to load."""
+    """Why transformers cannot be measured; None where it can. path: of the model to load."""
     why = why_unusable("transformers")
     if why:
         return f"{why}: pip install 'fastllama[hf]'" if why == NOT_INSTALLED else f"cannot be imported: {why}"
     if path is not None and not (path / "config.json").is_file():
-        return "reads Hugging Face folders alone"
+        return "reads Hugging Face folders only"
     return None
 
 
 def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' model, its weights as they are in the checkpoint, in a dtype; its bar, which pipes get, is off."""
+    """transformers' model in a dtype, with the checkpoint's quantization. Hides its progress bar."""
     import transformers
     from transformers.utils import logging
 
@@ -46,7 +46,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def generate(model: Any, prompts: Prompts, tokens: int) -> Prompts:
-    """What transformers does with one batch, padded on the left."""
+    """transformers' `generate` on one batch, padded on the left."""
     longest = max(map(len, prompts))
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -58,9 +58,9 @@ def generate(model: Any, prompts: Prompts, tokens: int) -> Prompts:
 
 
 def generate_batch(model: Any, prompts: Prompts, tokens: int) -> Prompts:
-    """What transformers does by continuous batching, in a cache as large as this asks for.
+    """transformers' continuous batching, with a cache sized for these prompts.
 
-    Raises RuntimeError where prompts got no answer: its thread logs what it raised, and tells nobody else.
+    Raises RuntimeError where prompts got no answer: its thread logs exceptions, but does not propagate them.
     """
     config, more = _greedy(model, tokens), {}
     if "continuous_batching_config" in inspect.signature(model.generate_batch).parameters:
@@ -71,7 +71,7 @@ def generate_batch(model: Any, prompts: Prompts, tokens: int) -> Prompts:
     by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in found.values()}
     missed = sum(tuple(prompt) not in by_prompt for prompt in prompts)
     if missed:
-        said = f"{missed} of {counted(len(prompts), 'prompt')} got no answer; the log of transformers tells why"
+        said = f"{missed} of {counted(len(prompts), 'prompt')} got no answer; see the log of transformers"
         raise RuntimeError(said + (WITHOUT_PSUTIL if why_unusable("psutil") else ""))
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
@@ -82,12 +82,12 @@ PEERS: dict[str, Callable[[Any, Prompts, int], Prompts]] = {"generate": generate
 def _greedy(model: Any, tokens: int) -> Any:
     import transformers
 
-    nothing = model.config.vocab_size  # ends an answer
+    nothing = model.config.vocab_size  # an id that never occurs, so that no answer ends early
     return transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=nothing, pad_token_id=0)
 
 
 def _continuous_batching_config(prompts: Prompts, tokens: int) -> Any:
-    """Sizes for prompts and answers."""
+    """The configuration, with sizes for these prompts and answers."""
     import transformers
 
     config: Any = transformers.ContinuousBatchingConfig(max_batch_tokens=STEP)
@@ -97,9 +97,9 @@ def _continuous_batching_config(prompts: Prompts, tokens: int) -> Any:
 
 
 def _num_blocks(prompts: Prompts, tokens: int, page: int) -> int:
-    """Blocks of so many tokens that hold as many sequences as run at once, and the fifth that its scheduler spares.
+    """Blocks for all concurrent sequences, plus the fifth that its scheduler keeps free.
 
-    By default it takes most of the memory, whose pages the system then hands out, one by one, at each call.
+    By default it allocates most of the memory, and page faults then slow down each call.
     """
     pages = sorted(ceil_div(len(prompt) + tokens, page) for prompt in prompts)[-SEQUENCES:]
     return ceil_div(5 * sum(pages), 4)

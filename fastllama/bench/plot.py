@@ -1,4 +1,4 @@
-"""The latencies as a picture."""
+"""Plots latencies by load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PANELS = (("first", "Time to the first token"), ("inter", "Time from one token t
 
 
 def check_plot(path: Path) -> None:
-    """Raises ExtraRequiredError where matplotlib cannot be used, ValueError where a picture cannot be so named."""
+    """Raise ExtraRequiredError where matplotlib is missing, ValueError for an unsupported file name."""
     if path.suffix not in KINDS:
         raise ValueError(f"plot is {str(path)!r}; legal: a file that ends in {' or '.join(KINDS)}")
     if why_unusable("matplotlib"):
@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(path: Path, record: dict[str, Any]) -> None:
-    """Both latencies of a record of `runtime.measure` by load, a line for each percentile that the samples can tell."""
+    """Plot both latencies of a record of `runtime.measure` by load, a line per percentile that the samples support."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -1,4 +1,4 @@
-"""Throughput and latency of the runtime, beside transformers on the same weights."""
+"""Measures throughput and latency of the runtime, compared with transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """What is measured. Raises ValueError for what cannot be.
+    """Options. Raises ValueError for illegal ones.
 
-    requests: prompts of the throughput, all there at the start. tokens: of each answer. rounds: of the throughput,
-    after one that is not counted. peers: names of `peers.PEERS`. loads: shares of the throughput at which requests
-    arrive. arrivals: requests of each load. The others are LLM's.
+    requests: prompts of the throughput measurement, all submitted at the start. tokens: per answer. rounds: measured
+    rounds of throughput, after one for warm-up. peers: names of `peers.PEERS`. loads: arrival rates, as shares of the
+    throughput. arrivals: requests per load. The others are arguments of LLM.
     """
 
     model: str = "tiny"
@@ -54,7 +54,7 @@ class RuntimeOptions:
 
     def __post_init__(self) -> None:
         check_range("requests", self.requests, 1)
-        check_range("tokens", self.tokens, 2)  # one gap between them
+        check_range("tokens", self.tokens, 2)  # for at least one gap
         check_range("rounds", self.rounds, 1)
         check_range("arrivals", self.arrivals, 1)
         for name in self.peers:
@@ -64,9 +64,9 @@ class RuntimeOptions:
 
 
 def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
-    """Take all measurements; what to write as JSON, and what `report` tells. say: called with a line at each step.
+    """Measure; returns the record for JSON and for `report`. `say`: called with a progress line.
 
-    Raises what LLM raises, ValueError where answers of so many tokens do not fit the model's context.
+    Raises the errors of LLM, ValueError where answers of this many tokens do not fit the model's context.
     """
     generator, path = random.Random(0), resolve_model(options.model)
     context = open_model(path)[0].config.context_length
@@ -83,7 +83,7 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
         speculation=options.speculation,
         num_draft_tokens=options.num_draft_tokens,
         max_model_len=length,
-        kv_cache_tokens=sequences * ceil_div(length, PAGE) * PAGE,  # and no more: peers need memory beside it
+        kv_cache_tokens=sequences * ceil_div(length, PAGE) * PAGE,  # no more than needed: peers need memory, too
         page_size=PAGE,
         max_num_seqs=sequences,
         progress=False,
@@ -96,7 +96,7 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
             say("loading transformers")
             try:
                 theirs = peers.load(path, model.dtype, model.device)
-            except Exception as failure:  # for lack of memory, or of a checkpoint that it can read
+            except Exception as failure:  # out of memory, or a checkpoint that it cannot read
                 absent = dict.fromkeys(absent, f"{type(failure).__name__}: {failure}"[:500])
             else:
                 contenders |= {f"transformers {name}": partial(peers.PEERS[name], theirs) for name in options.peers}
@@ -127,7 +127,7 @@ def measure(options: RuntimeOptions, say: Callable[[str], None]) -> Record:
 
 
 def report(record: Record) -> str:
-    """The tables of a record: conditions, throughput beside the peers, percentiles of both latencies."""
+    """The tables of a record: conditions, throughput of ours and the peers, percentiles of both latencies."""
     said = record["conditions"]
     weights = f", weights in {said['quantization']}" if said["quantization"] else ""
     if said["kv_cache_dtype"] != "auto":

@@ -1,4 +1,4 @@
-"""How transformers decodes fastest: StaticCache and torch.compile, whose steps are CUDA graphs."""
+"""transformers' fastest decoding: StaticCache and torch.compile, whose steps are CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastllama.layers.config import LlamaConfig
 
 NAME = "transformers StaticCache, compiled"
 DTYPE = torch.bfloat16
-PREFILLED = 4096  # tokens of a forward pass over prompts, so that its activations fit beside the cache
+PREFILLED = 4096  # tokens per prefill pass, to bound its activations
 
 
 def load(config: LlamaConfig, device: torch.device) -> Any:
-    """transformers' model of the same shape, random weights in DTYPE."""
+    """transformers' model of the same shape, with random weights in DTYPE."""
     import transformers
 
     with torch.device(device):
@@ -26,12 +26,12 @@ def load(config: LlamaConfig, device: torch.device) -> Any:
 
 
 def compiled(model: Any) -> Callable[..., Any]:
-    """Its forward pass as transformers' documentation compiles it; what was compiled for other shapes is forgotten."""
+    """Its forward pass, compiled as in transformers' documentation; earlier compilations are dropped."""
     torch.compiler.reset()
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
     def call(*args: Any, **options: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
+        torch.compiler.cudagraph_mark_step_begin()  # allows the previous results to be overwritten
         return forward(*args, **options)
 
     return call
@@ -39,9 +39,9 @@ def compiled(model: Any) -> Callable[..., Any]:
 
 @torch.no_grad()
 def decoder(model: Any, forward: Callable[..., Any], prompts: list[list[int]], context: int) -> Callable[[], object]:
-    """A step that decodes the next token of every prompt, greedily, and reads it on the host.
+    """A step that decodes the next token of every prompt greedily, and copies it to the host.
 
-    forward: of the model, compiled or not. The prompts, all of one length, are computed here, not compiled.
+    forward: of the model, compiled or not. The prompts, all of one length, are prefilled here, uncompiled.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Prompts that are all there at the start: how many requests a second are answered."""
+"""Measures throughput: requests per second, with all prompts submitted at the start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Contender = Callable[[Prompts, int], Prompts]
 
 
 def ours(llm: LLM, prompts: Prompts, tokens: int) -> Prompts:
-    """What the runtime answers, greedily."""
+    """The runtime's greedy answers."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
 
@@ -24,10 +24,10 @@ def ours(llm: LLM, prompts: Prompts, tokens: int) -> Prompts:
 def throughput(
     contenders: dict[str, Contender], prompts: Prompts, tokens: int, rounds: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Of each contender every round's seconds, requests a second, and how many answers are not those of the first.
+    """For each contender, every round's seconds, requests per second, and the number of answers unlike the first's.
 
-    They take turns, after one round that is not counted. Of one that raises, what it raised, in "failed"; the first,
-    which is ours, must not.
+    They take turns, after an uncounted warm-up round. A contender's exception is in "failed"; the first contender,
+    ours, must not raise.
     """
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contenders}
     expected: Prompts = []

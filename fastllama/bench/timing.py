@@ -1,6 +1,6 @@
-"""How calls are timed: what is compared takes turns, nothing is found in the cache, and every sample is kept.
+"""Timing of calls: contenders take turns, the L2 cache is cold, and every sample is kept.
 
-A sampler is a function that runs something once and returns seconds for each call of it.
+A sampler is a function that runs its work once and returns seconds per call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Generation = dict[str, float]  # seconds: "prefill" until the first token, "deco
 
 
 def wall(call: Call, calls: int = 1) -> Sampler:
-    """Wall-clock time on the host: of the work itself on a CPU, of nothing but the launch on a GPU."""
+    """Wall-clock time on the host: of the work on a CPU, of the launch only on a GPU."""
 
     def sample() -> float:
         start = time.perf_counter()
@@ -31,7 +31,7 @@ def wall(call: Call, calls: int = 1) -> Sampler:
 
 
 def rotating(function: Callable[[Any], Any], sets: Sequence[Any]) -> Call:
-    """A call that takes the next of several inputs each time."""
+    """A call that cycles through several inputs."""
     number = 0
 
     def call() -> None:
@@ -43,12 +43,12 @@ def rotating(function: Callable[[Any], Any], sets: Sequence[Any]) -> Call:
 
 
 def queued(work: Call, before: Call = lambda: None) -> Sampler:
-    """Time on the GPU between two events around `work`, all of which the host has queued before the GPU begins it.
+    """GPU time between events before and after `work`, all of it queued before the GPU begins.
 
-    The GPU sleeps meanwhile: a call of five launches would else be measured with the host's gaps between them, and a
-    graph with what is left of its launch. Where it woke too early the sample is taken again with twice the sleep, which
-    the next ones begin with, up to LONGEST_SLEEP: a call that waits for the GPU itself can never be queued.
-    before: what precedes the sleep.
+    The GPU sleeps while the host queues: otherwise a call of five launches would include the host's gaps between them,
+    and a graph part of its launch. Where the sleep was too short, the sample is repeated with twice the sleep, kept for
+    later samples, up to LONGEST_SLEEP: a call that synchronizes can never be queued.
+    before: called before the sleep.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = SHORTEST_SLEEP
@@ -71,24 +71,24 @@ def queued(work: Call, before: Call = lambda: None) -> Sampler:
 
 
 def events(call: Call, scratch: torch.Tensor) -> Sampler:
-    """Time on the GPU of one eager call behind a cold L2 cache, `queued`.
+    """GPU time of one eager call with a cold L2 cache, `queued`.
 
-    `scratch`, larger than the cache, is read before. Written, its lines would go back to memory while the call is
-    timed: 50 MB take as long as the call itself may.
+    `scratch`, larger than the cache, is read before. If it were written, its lines would be written back during the
+    call: 50 MB take as long as the call itself may.
     """
     seen = scratch.new_empty(())
     return queued(call, before=lambda: torch.amax(scratch, dim=0, out=seen))
 
 
 def graph(call: Call, calls: int) -> Sampler:
-    """Time on the GPU for each of `calls` calls captured in one CUDA graph and replayed, `queued`: no host in between.
+    """GPU time per call of `calls` calls captured in one CUDA graph and replayed, `queued`: without host time.
 
-    Cold where `call` rotates through more than the L2 cache holds. All calls are made once before, so that what a peer
-    prepares at its first call of each set of inputs is not captured. Raises RuntimeError where capture fails.
+    The cache is cold where `call` rotates through more than it holds. All calls run once before, so that a peer's
+    preparation at the first call of each set of inputs is not captured. Raises RuntimeError where capture fails.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture wants its stream warm
+    with torch.cuda.stream(stream):  # capture needs a warm-up on its stream
         for _ in range(calls):
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -101,9 +101,9 @@ def graph(call: Call, calls: int) -> Sampler:
 
 
 def in_turns(samplers: Mapping[str, Sampler], rounds: int, seconds: float = float("inf")) -> dict[str, list[float]]:
-    """Samples of each, one a round after a round of warm-up, so that a machine whose speed drifts hurts all alike.
+    """Samples of each, one per round after a warm-up round, so that a drifting clock affects all alike.
 
-    At least one round, and no new one after `seconds`.
+    At least one round; none starts after `seconds`.
     """
     taken: dict[str, list[float]] = {name: [] for name in samplers}
     start = time.monotonic()
@@ -118,6 +118,6 @@ def in_turns(samplers: Mapping[str, Sampler], rounds: int, seconds: float = floa
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """The tenth, the median and the ninetieth percentile."""
+    """The 10th percentile, the median and the 90th percentile."""
     tenths = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
     return {"p10": tenths[0], "median": statistics.median(seconds), "p90": tenths[8]}

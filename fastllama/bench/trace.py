@@ -1,4 +1,4 @@
-"""What a GPU runs in a step, from a trace: each kernel by name, how often, and how long."""
+"""Traces a step on a GPU: each kernel's name, count and duration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Span = tuple[str, float, float]  # name, begin and end in microseconds
 
 
 def launches(step: Callable[[], object], steps: int) -> list[dict[str, Any]]:
-    """`summed` over so many steps on a GPU, kernels inside CUDA graphs included."""
+    """`summed` over `steps` traced steps on a GPU, kernels inside CUDA graphs included."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as traced:
         for _ in range(steps):
@@ -25,12 +25,12 @@ def launches(step: Callable[[], object], steps: int) -> list[dict[str, Any]]:
 
 
 def summed(launched: Iterable[Span], steps: int) -> list[dict[str, Any]]:
-    """Launches by name: the one that takes the most of a step, end to end, first.
+    """Launches by name, by descending end-to-end time per step.
 
-    Of each: name, per_step (how many), us (the median duration of one), us_per_step (the durations of all of them) and
-    end_to_end_us_per_step. A kernel under programmatic dependent launch begins while the one before it runs, so that
-    durations overlap and add up to more than the step. From the end before it to its own end each moment counts once:
-    these add up to the trace, what stood idle before a launch included.
+    Each has name, per_step (count), us (median duration of one), us_per_step (sum of durations) and
+    end_to_end_us_per_step. A kernel under programmatic dependent launch begins before the previous one ends, so that
+    durations overlap and add up to more than the step. End-to-end time is counted from the end of the previous kernel
+    to its own end: these times add up to the trace, idle time before a launch included.
     """
     durations: dict[str, list[float]] = {}
     advanced: dict[str, float] = {}

@@ -1,1 +1,1 @@
-"""The legal calls of every op, small and in the sizes of a Llama: what tests, `verify` and benchmarks call ops with."""
+"""Legal calls of every op, small ones and those of a Llama, for tests, `verify` and benchmarks."""

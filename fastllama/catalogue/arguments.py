@@ -1,4 +1,4 @@
-"""The arguments of an op: which are outputs, their order, and how a call is written."""
+"""The arguments of an op: outputs, order, and how a call is written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SCRATCH = "workspace"
 
 
 def outputs(op: str) -> tuple[str, ...]:
-    """The names of an op's outputs, which its public function allocates where they are not given."""
+    """The names of an op's output arguments, which its public function allocates unless they are given."""
     names = [name for name in OPS[op].names if name != SCRATCH]
     return tuple(names[len(names) - OPS[op].num_outputs :])
 
 
 def results(op: str, call: Arguments, returned: Any) -> tuple[Tensor, ...]:
-    """What a call gave: the tensors that it returned, or those that it updated where it returns nothing."""
+    """A call's results: the returned tensors, or those updated in place where it returns nothing."""
     if returned is not None:
         return returned if isinstance(returned, tuple) else (returned,)
     schema = getattr(torch.ops.fastllama, op).default._schema
@@ -36,12 +36,12 @@ def inputs(op: str, call: Arguments) -> Arguments:
 
 
 def positional(op: str, call: Arguments) -> tuple[Any, ...]:
-    """The arguments as the op itself and its launchers take them; None where the call has no such name."""
+    """The arguments in the order of the op and its launchers; None for those that the call lacks."""
     return tuple(call.get(name) for name in OPS[op].names)
 
 
 def in_order(op: str, call: Arguments) -> Arguments:
-    """The call in the order of the op's arguments. Raises ValueError where one lacks or is not the op's."""
+    """The call in the order of the op's arguments. Raises ValueError for missing or unknown arguments."""
     optional = outputs(op)[1:]  # the log-sum-exp of attention
     names = [name for name in OPS[op].names if name in call or name not in optional]
     if set(names) != set(call):
@@ -50,7 +50,7 @@ def in_order(op: str, call: Arguments) -> Arguments:
 
 
 def as_written(op: str, call: Arguments) -> tuple[tuple[Any, ...], Arguments]:
-    """What one passes to the public function by place and by name: nothing that is its default anyway."""
+    """Positional and keyword arguments for the public function, without those equal to the defaults."""
     parameters = inspect.signature(getattr(kernels, op)).parameters
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     named = {

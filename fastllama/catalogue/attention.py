@@ -1,4 +1,4 @@
-"""Calls of attention: packed prompts, and prompts and decodes over a paged cache."""
+"""Calls of attention: packed prompts, and prefill and decode over a paged cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attention_varlen(
     *,
     causal: bool = True,
 ) -> Arguments:
-    """queries, keys: of each sequence."""
+    """queries, keys: numbers per sequence."""
     k, v = (m.normal(sum(keys), kv_heads, head_dim) for _ in "kv")
     q = m.normal(sum(queries), heads, head_dim)
     bounds = {"cu_seqlens_q": _bounds(m, queries), "cu_seqlens_k": _bounds(m, keys)}
@@ -43,9 +43,9 @@ def attention_prefill(
     causal: bool = True,
     **cache: Any,
 ) -> Arguments:
-    """lengths: tokens of each sequence in the cache, of which the last are its queries.
+    """lengths: cached tokens of each sequence; the last ones are its queries.
 
-    held: what `paged` made, where it is there already. cache: its options.
+    held: an existing result of `paged`. cache: options of `paged`.
     """
     q = m.normal(sum(queries), heads, head_dim)
     held = held or paged(m, lengths, kv_heads, head_dim, **cache)
@@ -64,7 +64,7 @@ def attention_decode(
     causal: bool = True,
     **cache: Any,
 ) -> Arguments:
-    """queries: of each sequence, its last tokens. held, cache: as of `attention_prefill`."""
+    """queries: per sequence, its last tokens. held, cache: as for `attention_prefill`."""
     q = m.normal(queries * len(lengths), heads, head_dim)
     call = {"q": q, **(held or paged(m, lengths, kv_heads, head_dim, **cache)), **_result(m, q, causal)}
     return call | {"workspace": m.workspace(attention_workspace, q, call["k_pages"], call["page_table"])}
@@ -81,10 +81,10 @@ def paged(
     width: int | None = None,
     pages_dtype: torch.dtype | None = None,
 ) -> Arguments:
-    """Pages in any order, the table and the lengths. Slots of no token hold NaN, as uninitialised memory may.
+    """Pages in random order, page table and sequence lengths. Unused slots hold NaN, as uninitialised memory may.
 
-    page: tokens of one. pages: how many there are; width: of the table; as many as are needed where None. pages_dtype:
-    of quantized pages, which have scales.
+    page: page size in tokens. pages: number of pages; width: of the table; as needed where None. pages_dtype: of
+    quantized pages, which have scales.
     """
     counts = [-(-length // page) for length in lengths]
     shape = (sum(counts) if pages is None else pages, kv_heads, page, head_dim)
@@ -117,7 +117,7 @@ def paged(
 def _write(
     held: Sequence[Tensor], scales: Sequence[Tensor | None], at: tuple[Any, ...], values: Sequence[Tensor]
 ) -> None:
-    """Keys and values at some slots, rounded to 8 bits where there are scales."""
+    """Write keys and values to slots, rounded to 8 bits where there are scales."""
     for pages, its_scales, each in zip(held, scales, values, strict=True):
         if its_scales is None:
             pages[at] = each

@@ -1,4 +1,4 @@
-"""Every op as a Llama calls it: inputs, the bytes that must move and the arithmetic; the most telling calls first."""
+"""Every op as a Llama calls it, with the bytes that must move and the operations; important calls first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURED = tuple(op for op, entry in CATALOGUE.items() if entry.only is None)
 
 @dataclass(frozen=True)
 class LlamaCall:
-    """One op at one shape. rows, context, pages_dtype: as of `Shape`."""
+    """One op at one shape. rows, context, pages_dtype: as in `Shape`."""
 
     op: str
     sizes: LlamaSizes
@@ -29,18 +29,18 @@ class LlamaCall:
 
     @property
     def label(self) -> str:
-        """The shape in words."""
+        """The shape as text."""
         context = f", {self.context} tokens of context" if self.context else ""
         pages = "" if self.pages_dtype is None else f", {str(self.pages_dtype).removeprefix('torch.')} pages"
         return f"{self.sizes.name}, {self.rows} rows{context}{pages}"
 
     @property
     def shape(self) -> Shape:
-        """What it is besides its op, its sizes and its dtype."""
+        """The shape, without op, sizes and dtype."""
         return Shape(self.rows, self.context, self.pages_dtype)
 
     def make(self, device: torch.device, seed: int, rows: int | None = None) -> Arguments:
-        """Fresh random inputs, and poisoned outputs; `rows` in place of the call's own."""
+        """New random inputs, and poisoned outputs; `rows` overrides the call's own."""
         shape = self.shape if rows is None else self.shape._replace(rows=rows)
         return in_order(self.op, CATALOGUE[self.op].llama(Maker.seeded(self.dtype, device, seed), self.sizes, shape))
 
@@ -50,12 +50,12 @@ class LlamaCall:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the op's products; 0 where its arithmetic is beside the point."""
+        """Floating-point operations of the op's matmuls; 0 where the op is bound by memory."""
         return CATALOGUE[self.op].flops(self.sizes, self.shape)
 
     @property
     def kv_bytes(self) -> int:
-        """Of the keys and values of all sequences, which alone can be more than a GPU holds; 0 where there are none."""
+        """Bytes of the keys and values of all sequences, which may exceed a GPU's memory; 0 where there are none."""
         if not self.context:
             return 0
         values = self.rows * -(-self.context // PAGE) * PAGE * self.sizes.kv_heads
@@ -66,7 +66,7 @@ class LlamaCall:
 def llama_calls(
     dtype: torch.dtype, ops: Sequence[str] = MEASURED, models: Sequence[LlamaSizes] = LLAMA_2
 ) -> Iterator[LlamaCall]:
-    """The calls of Llama 2, the most valuable first: large before small shapes, 7B before 70B and 13B."""
+    """The calls of Llama 2, by importance: large before small shapes, 7B before 70B and 13B."""
     most = max(len(CATALOGUE[op].shapes) for op in ops)
     for rank in range(most + len(models)):
         for place, sizes in enumerate(models):
@@ -77,7 +77,7 @@ def llama_calls(
 
 
 def toy_calls(dtype: torch.dtype, ops: Sequence[str] = MEASURED) -> Iterator[LlamaCall]:
-    """One small call of each op, and one with quantized pages where it has such, to walk the plan."""
+    """One small call of each op, and one with quantized pages where supported, for trial runs."""
     for op in ops:
         shapes = CATALOGUE[op].shapes
         context = 2 * PAGE if shapes[0].context else 0

@@ -1,4 +1,4 @@
-"""Tensors for the calls of ops: random inputs, and outputs that are poisoned until they are written."""
+"""Tensors for the calls of ops: random inputs, and poisoned outputs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Arguments = dict[str, Any]  # of an op by name, outputs and scratch memory among them; no optional output
+Arguments = dict[str, Any]  # of an op by name, with outputs and scratch memory, without optional outputs
 CPU = torch.device("cpu")
 
 EPS = 1e-5
-DRAWN = 1 << 26  # numbers that are drawn at once: 256 MiB in fp32
+DRAWN = 1 << 26  # random numbers generated at a time: 256 MiB in fp32
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Where tensors lie, and in which dtype those are that an op takes in several.
+    """Makes a call's tensors on a device, in a dtype where the op accepts several.
 
-    On the meta device nothing is drawn. generator: torch's default where None. draws: the dtype of random numbers
-    before they are rounded. scratch: whether a call brings the workspace that it needs.
+    On the meta device tensors have no values. generator: torch's default where None. `draws`: the dtype of random
+    numbers before rounding. scratch: whether a call includes its workspace.
     """
 
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class Maker:
 
     @classmethod
     def seeded(cls, dtype: torch.dtype, device: torch.device, seed: int) -> Maker:
-        """One of a benchmark: the same numbers for a seed, and all memory that a call needs."""
+        """A maker for benchmarks: deterministic by seed, and with each call's workspace."""
         return cls(dtype, device, torch.Generator(device).manual_seed(seed), scratch=True)
 
     @property
@@ -42,7 +42,7 @@ class Maker:
         return self.device.type == "meta"
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal values, rounded; drawn some rows at a time: all at once would take three times the memory."""
+        """Standard normal values, rounded; made some rows at a time: all at once would take three times the memory."""
         made = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         if made.numel() and not self.is_meta:
             for rows in made.split(max(DRAWN * shape[0] // made.numel(), 1)):
@@ -56,23 +56,23 @@ class Maker:
         return torch.full(shape, poison, dtype=dtype, device=self.device)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Each from low to high - 1."""
+        """Random integers from low to high - 1."""
         if self.is_meta:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.randint(low, high, shape, dtype=dtype, generator=self.generator, device=self.device)
 
     def some_of(self, end: int, count: int) -> Tensor:
-        """`count` int64 below `end`, no two alike as long as there are enough."""
+        """`count` random int64 below `end`, distinct if count <= end."""
         if self.is_meta:
             return torch.empty(count, dtype=torch.int64, device=self.device)
         order = torch.randperm(max(end, count), generator=self.generator, dtype=torch.int64, device=self.device)
         return order[:count] % max(end, 1)
 
     def tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """Values that are given."""
+        """The given values as a tensor."""
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def workspace(self, allocate: Callable[..., Tensor], *args: Any) -> Tensor | None:
-        """Scratch memory that `allocate(*args)` makes; None where there is no need, or it is not wanted."""
+        """Scratch memory of `allocate(*args)`; None where it is not needed or not requested."""
         made = allocate(*args) if self.scratch else None
         return made if made is not None and made.numel() else None

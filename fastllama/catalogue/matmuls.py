@@ -1,7 +1,7 @@
-"""Calls of matmuls: every kind of weight, alone and with what a block of Llama has before and behind it.
+"""Calls of matmuls: every kind of weight, alone and with the prologues and epilogues of a Llama block.
 
-form: what else a product does, words of FORMS: adds a bias, normalises x before, gates the result as silu(gate) * up,
-adds a residual.
+form: fused operations, words of FORMS: adds a bias, normalises x first, gates the result as silu(gate) * up, adds a
+residual.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fastllama.kernels import (
 from fastllama.kernels.reference import int4, int8
 
 FORMS = ("", "bias", "norm", "norm, gated", "residual")
-OUTLIERS = 97  # one of so many columns of a weight in 12 bits has no code
+OUTLIERS = 97  # one of this many columns of a 12-bit weight is an outlier, stored in full
 
 
 def matmul(
     m: Maker, rows: int, features: int, size: int, *, form: str = "", weight: Arguments | None = None
 ) -> Arguments:
-    """weight: what `matmul_weight` made, where it is there already; likewise below."""
-    around = _around(m, rows, features, size, form)
-    call = (weight or matmul_weight(m, features, size)) | around
+    """weight: an existing result of `matmul_weight`; likewise below."""
+    operands = _operands(m, rows, features, size, form)
+    call = (weight or matmul_weight(m, features, size)) | operands
     return call | {"workspace": m.workspace(matmul_workspace, rows, call["weight"])}
 
 
@@ -43,12 +43,12 @@ def matmul_weight(m: Maker, features: int, size: int) -> Arguments:
 def matmul_bf12(
     m: Maker, rows: int, features: int, size: int, *, form: str = "", weight: Arguments | None = None
 ) -> Arguments:
-    around = _around(m, rows, features, size, form)
-    return (weight or bf12_weight(bf12_values(m, features, size))) | around
+    operands = _operands(m, rows, features, size, form)
+    return (weight or bf12_weight(bf12_values(m, features, size))) | operands
 
 
 def bf12_values(m: Maker, features: int, size: int) -> Tensor:
-    """bf16, with outliers in every row: sums of all are alike."""
+    """bf16 values with outliers in every row, so that all results have one scale."""
     values = (m.normal(features, size) / math.sqrt(size)).bfloat16()
     values[:, ::OUTLIERS] *= 256
     return values
@@ -69,9 +69,9 @@ def matmul_int4(
     form: str = "",
     weight: Arguments | None = None,
 ) -> Arguments:
-    """group: columns that share a scale, all where they are fewer. zeros: their dtype; symmetric where None."""
-    around = _around(m, rows, features, size, form)
-    call = (weight or int4_weight(m, features, size, group, zeros)) | around
+    """group: columns per scale, at most all columns. zeros: their dtype; symmetric where None."""
+    operands = _operands(m, rows, features, size, form)
+    call = (weight or int4_weight(m, features, size, group, zeros)) | operands
     return call | {"workspace": m.workspace(matmul_int4_workspace, call["x"], call["packed"], call["scales"])}
 
 
@@ -85,7 +85,7 @@ def int4_weight(
     integers: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Arguments:
-    """integers: [features, size] uint8, 0 to 15, and scales, where they are given."""
+    """integers: [features, size] uint8, 0 to 15; random, like scales, where None."""
     if m.is_meta:
         packed = m.fresh(*int4.packed_shape(features, size), dtype=torch.int32)
     else:
@@ -95,12 +95,12 @@ def int4_weight(
 
 
 def int4_zeros(m: Maker, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 to 15, one for each scale."""
+    """Zero points from 0 to 15, one per scale."""
     return (m.normal(*scales.shape).abs().clamp(max=1) * 15).to(dtype)
 
 
 def groups_of(features: int, size: int, group: int) -> tuple[int, int]:
-    """The shape of the scales of a weight whose columns come in groups of so many."""
+    """The shape of a weight's scales, with this many columns per group."""
     return features, max(size // group, 1)
 
 
@@ -114,16 +114,16 @@ def matmul_int8(
     form: str = "",
     weight: Arguments | None = None,
 ) -> Arguments:
-    """group: as of 4 bits."""
-    around = _around(m, rows, features, size, form)
-    call = (weight or int8_weight(m, features, size, group)) | around
+    """group: as for `matmul_int4`."""
+    operands = _operands(m, rows, features, size, form)
+    call = (weight or int8_weight(m, features, size, group)) | operands
     return call | {"workspace": m.workspace(matmul_int8_workspace, call["x"], call["packed"], call["scales"])}
 
 
 def int8_weight(
     m: Maker, features: int, size: int, group: int, *, integers: Tensor | None = None, scales: Tensor | None = None
 ) -> Arguments:
-    """integers: [features, size] int8, and scales, where they are given."""
+    """integers: [features, size] int8; random, like scales, where None."""
     packed = _packed_int8(m, features, size, integers)
     scales = m.normal(*groups_of(features, size, group)) / (128 * math.sqrt(size)) if scales is None else scales
     return {"packed": packed, "scales": scales}
@@ -139,7 +139,7 @@ def matmul_w8a8(
     x: Tensor | None = None,
     integers: Tensor | None = None,
 ) -> Arguments:
-    """form: "" or "bias". x: [rows, size] of -127 to 127 and integers: [features, size], int8, where they are given."""
+    """form: "" or "bias". x: [rows, size], -127 to 127, and integers: [features, size], int8; random where None."""
     x = m.integers(-127, 128, rows, size, dtype=torch.int8) if x is None else x
     x_scales = (m.normal(rows).abs().float() + 1) / 64
     scales = m.normal(features) / (64 * math.sqrt(size))
@@ -161,8 +161,8 @@ def _packed_int8(m: Maker, features: int, size: int, integers: Tensor | None) ->
     return pack_int8(m.integers(-128, 128, features, size, dtype=torch.int8) if integers is None else integers)
 
 
-def _around(m: Maker, rows: int, features: int, size: int, form: str) -> Arguments:
-    """x, what a product takes of the ops before and behind it, and its result."""
+def _operands(m: Maker, rows: int, features: int, size: int, form: str) -> Arguments:
+    """x, the arguments of the fused prologue and epilogue, and the result."""
     words = form.split(", ")
     columns = features // 2 if "gated" in words else features
     return {

@@ -1,4 +1,4 @@
-"""Calls of the rotary embedding, and of the write of keys and values into pages, alone and together."""
+"""Calls of the rotary embedding and of the KV write into pages, alone and fused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastllama.kernels import cos_sin_cache
 
 POSITIONS = 4096
 PAGE = 64  # tokens
-HELD = 7  # what a page holds before anything is written; exact in every dtype
+HELD = 7  # initial content of a page; exact in every dtype
 
 
 def rope(
@@ -25,9 +25,9 @@ def rope(
     interleaved: bool = False,
     fused: bool = False,
 ) -> Arguments:
-    """rotated: dimensions of a head, all where None. angles: the dtype of their cosines and sines.
+    """rotated: rotated dimensions of a head, all where None. angles: the dtype of cosines and sines.
 
-    fused: in place in one projection of queries, keys and values.
+    fused: in place in a fused projection of queries, keys and values.
     """
     if fused:
         qkv = m.normal(rows, heads + 2 * kv_heads, head_dim)
@@ -54,7 +54,7 @@ def rope_and_write_kv(
     padding: int | None = None,
     pages_dtype: torch.dtype | None = None,
 ) -> Arguments:
-    """page, pages, padding, pages_dtype: as of `write_kv`."""
+    """page, pages, padding, pages_dtype: as for `write_kv`."""
     return {
         "qkv": m.normal(rows, (heads + 2 * kv_heads) * head_dim),
         **_turns(m, rows, positions, head_dim),
@@ -76,9 +76,9 @@ def write_kv(
     pages_dtype: torch.dtype | None = None,
     scale: float | None = None,
 ) -> Arguments:
-    """pages: how many there are, enough for the rows where None. padding: every so-manieth row has no slot.
+    """pages: number of pages, enough for the rows where None. padding: every padding-th row has no slot.
 
-    pages_dtype: of quantized pages. scale: of all that those hold, where it is not computed.
+    pages_dtype: of quantized pages. scale: one fixed scale for their values, instead of computed ones.
     """
     call = {
         "k": m.normal(rows, kv_heads, head_dim),

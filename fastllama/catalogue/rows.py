@@ -1,4 +1,4 @@
-"""Calls of the ops that treat each row by itself: norms, SwiGLU, rounding to 8 bits, embedding, merged attention."""
+"""Calls of row-wise ops: norms, SwiGLU, rounding to 8 bits, embedding, merging of attention states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastllama.catalogue.maker import EPS, Arguments, Maker
 
 
 def rms_norm(m: Maker, rows: int, size: int, *, weight_dtype: torch.dtype | None = None) -> Arguments:
-    """The weight in the dtype of x where None is given."""
+    """weight_dtype: that of x where None."""
     return {
         "x": m.normal(rows, size),
         "weight": m.normal(size, dtype=weight_dtype),
@@ -31,7 +31,7 @@ def add_rms_norm(m: Maker, rows: int, size: int, *, weight_dtype: torch.dtype | 
 
 
 def silu_mul(m: Maker, rows: int, size: int, *, apart: bool = False) -> Arguments:
-    """size: of the result; the projection has twice as many columns. apart: gate and up are tensors of their own."""
+    """size: of the result; the projection has twice as many columns. apart: gate and up are separate tensors."""
     gate_up = m.normal(rows, size if apart else 2 * size)
     return {"gate_up": gate_up, "up": m.normal(rows, size) if apart else None, "out": m.fresh(rows, size)}
 
@@ -66,9 +66,9 @@ def embedding(m: Maker, rows: int, vocab: int, size: int) -> Arguments:
 def merge_state(
     m: Maker, rows: int, heads: int, head_dim: int, *, unseen: bool = False, base2: bool = False
 ) -> Arguments:
-    """Log-sum-exps near each other, so that neither side's share is 0.
+    """Log-sum-exps near each other, so that neither side's weight is 0.
 
-    unseen: they are further apart, and some queries saw keys on one side alone, or on none, which -inf and +inf say.
+    unseen: they are further apart, and some queries have keys on one side only, or on none: -inf and +inf.
     """
     call: Arguments = {}
     for place, side in enumerate("ab"):

@@ -25,7 +25,7 @@ def sample(
     filters: Sequence[Filters] = TOP_K_AND_TOP_P,
     integers: torch.dtype = torch.int32,
 ) -> Arguments:
-    """filters: of the first rows, and of those after them again. integers: the dtype of top_k."""
+    """filters: of the rows, repeated cyclically. integers: the dtype of top_k."""
     logits = 2 * m.normal(rows, vocab)
     temperature, top_k, top_p, min_p = zip(*islice(cycle(filters), rows), strict=True) if rows else ((),) * 4
     return {
@@ -51,9 +51,9 @@ def adjust_logits(
     slots: Sequence[int] | None = None,
     num_slots: int | None = None,
 ) -> Arguments:
-    """recent: tokens of each row that are in no count. slots: of the rows, each its own where None; a negative one of a
-    row that asks for nothing. num_slots: rows of the tables, as many as rows where None. A third of all tokens count as
-    seen, in the prompt or up to three times.
+    """recent: tokens of each row that are not yet counted. slots: of the rows, distinct where None; negative for a row
+    without adjustments. num_slots: rows of the tables, as many as rows where None. A third of all tokens count as seen,
+    in the prompt or up to three times.
     """
     num_slots = rows if num_slots is None else num_slots
     repetition, presence, frequency = zip(*islice(cycle(PENALTIES), rows), strict=True) if rows else ((),) * 3

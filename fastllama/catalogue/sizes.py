@@ -1,4 +1,4 @@
-"""The sizes of a Llama that decide the shapes of its ops."""
+"""The sizes of a Llama that determine the shapes of its ops."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LlamaSizes:
 
     @property
     def attention(self) -> tuple[int, int, int]:
-        """Query heads, key heads and the dimension of each."""
+        """Numbers of query and key heads, and the head dimension."""
         return self.heads, self.kv_heads, self.head_dim
 
     @property
@@ -65,14 +65,14 @@ class LlamaSizes:
 
     @property
     def down(self) -> tuple[int, int]:
-        """Features and columns of the projection behind them."""
+        """Features and columns of the down projection."""
         return self.hidden, self.intermediate
 
 
 def config_of(name: str) -> LlamaConfig:
-    """The whole configuration behind `LlamaSizes.of(name)`."""
+    """The complete configuration of `LlamaSizes.of(name)`."""
     return TOY_CONFIG if name == "toy" else LlamaConfig.preset(name)
 
 
 TOY = LlamaSizes.of("toy")
-LLAMA_2 = tuple(LlamaSizes.of(f"llama-2-{size}") for size in ("7b", "70b", "13b"))  # the most telling first
+LLAMA_2 = tuple(LlamaSizes.of(f"llama-2-{size}") for size in ("7b", "70b", "13b"))  # by importance

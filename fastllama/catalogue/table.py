@@ -1,6 +1,6 @@
-"""Every op: a small call, the call that a Llama makes, the shapes that are measured, the bytes and the operations.
+"""The table of ops: a small call, a Llama's call, the measured shapes, the bytes and the operations.
 
-Bytes count each input read once and each output written once: time at the device's copy bandwidth is the floor.
+Bytes count each input read once and each output written once: at the device's copy bandwidth they give the floor.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.catalogue.rotary import PAGE
 from fastllama.catalogue.sizes import LlamaSizes
 
-# Of small calls: tokens, query heads, key heads, head dimension, pages, page size. Unlike, lest torch.compile takes one
-# for another.
+# Of small calls: tokens, query heads, key heads, head dimension, pages, page size. All different, so that torch.compile
+# does not unify symbolic sizes.
 T, HQ, HKV, D, P, SMALL_PAGE = 3, 6, 2, 8, 5, 7
 POSITIONS, FEATURES, VOCAB = 16, 6, 9  # of small calls
 SMALL_PAGES: dict[str, Any] = {"page": SMALL_PAGE, "pages": P, "width": 2}
 SMALL_LENGTHS, SMALL_QUERIES = (6, 3, 0), (2, 1, 0)  # the last sequence is padding
 SMALL_FILTERS = ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.0), (0.5, 2, 1.0, 0.1))
-FORM = "bias, norm, residual"  # of small products
+FORM = "bias, norm, residual"  # of small matmuls
 
 
 class Shape(NamedTuple):
     """One call of a Llama. rows: tokens, or sequences where the op has a row for each (sample, attention_decode).
 
-    context: tokens that a sequence of attention_decode sees, 0 elsewhere. pages_dtype: of quantized pages.
+    context: sequence length of attention_decode, 0 elsewhere. pages_dtype: of quantized pages.
     """
 
     rows: int
@@ -41,11 +41,11 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """What the catalogue knows of an op.
+    """The catalogue's entry of an op.
 
-    small: one call with all tensors that the op can take, in unlike sizes. llama: the call of a Llama's layer, or of
-    the largest of its layers' products. shapes: those that are measured, the most telling first. flops: floating-point
-    operations; 0 where arithmetic is beside the point. only: the type of device that the op is for, any where None.
+    small: one call with all tensors that the op accepts, in distinct sizes. llama: the call of a Llama's layer; for
+    matmuls, of its largest weight. shapes: measured shapes, by importance. flops: floating-point operations; 0 where
+    the op is bound by memory. only: the device type that the op is restricted to; any where None.
     """
 
     small: Callable[[Maker], Arguments]
@@ -57,12 +57,12 @@ class CatalogueEntry:
 
 
 def small_call(op: str) -> Arguments:
-    """Every argument by name but an optional log-sum-exp, in fp32 on the CPU."""
+    """Every argument by name except an optional log-sum-exp, in fp32 on the CPU."""
     return in_order(op, CATALOGUE[op].small(Maker(torch.float32)))
 
 
 def _all_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
-    """Every tensor once but scratch memory, and of the cos/sin cache only the rows that are read."""
+    """Every tensor once, without scratch memory; of the cos/sin cache only the rows read."""
     tensors = {name: value.nbytes for name, value in call.items() if isinstance(value, Tensor) and name != SCRATCH}
     if "cos_sin" in tensors:
         tensors["cos_sin"] = shape.rows * sizes.head_dim * call["cos_sin"].element_size()
@@ -70,18 +70,18 @@ def _all_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
 
 
 def _page_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
-    """Of the pages only the slots that are written."""
+    """As `_all_bytes`, but of the pages only the written slots."""
     pages = sum(call[name].nbytes for name in ("k_pages", "v_pages"))
     slots = shape.rows / call["k_pages"].shape[0] / PAGE
     return _all_bytes(sizes, shape, call) - pages + round(pages * slots)
 
 
 def _row_bytes(sizes: LlamaSizes, shape: Shape, call: Arguments) -> int:
-    """Of the table only the rows that are read."""
+    """As `_all_bytes`, but of the table only the rows read."""
     return int(call["ids"].nbytes + 2 * call["out"].nbytes)
 
 
-def _product_flops(sizes: LlamaSizes, shape: Shape) -> int:
+def _matmul_flops(sizes: LlamaSizes, shape: Shape) -> int:
     features, size = sizes.gate_up
     return 2 * shape.rows * features * size
 
@@ -120,7 +120,7 @@ DECODES = (
 
 
 def _small_bf12(m: Maker) -> Arguments:
-    """Rows unlike the 3 numbers of an outlier, and two outliers."""
+    """A number of rows other than the 3 numbers of an outlier, and two outliers."""
     values = m.normal(FEATURES, 64).bfloat16()
     values[2, 7], values[5, 63] = 2.0**40, 2.0**-40
     return matmuls.matmul_bf12(m, 4, FEATURES, 64, form=FORM, weight=matmuls.bf12_weight(values))
@@ -141,7 +141,7 @@ def _decode(m: Maker, sizes: LlamaSizes, shape: Shape) -> Arguments:
     return attention.attention_decode(m, lengths, *sizes.attention, width=width, pages_dtype=shape.pages_dtype)
 
 
-# The most telling of a Llama's speed first.
+# By importance for a Llama's speed.
 CATALOGUE: dict[str, CatalogueEntry] = {
     "add_rms_norm": CatalogueEntry(
         lambda m: rows.add_rms_norm(m, T, D),
@@ -215,7 +215,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _all_bytes,
         _causal_flops,
     ),
-    "attention_prefill": CatalogueEntry(  # a prompt with nothing before it: the same work as attention_varlen
+    "attention_prefill": CatalogueEntry(  # a prompt without cached prefix: the same work as attention_varlen
         lambda m: attention.attention_prefill(m, SMALL_LENGTHS, SMALL_QUERIES, HQ, HKV, D, **SMALL_PAGES),
         lambda m, sizes, shape: attention.attention_prefill(m, [shape.rows], [shape.rows], *sizes.attention),
         PROMPTS,
@@ -227,21 +227,21 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         lambda m, sizes, shape: matmuls.matmul(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
-        _product_flops,
+        _matmul_flops,
     ),
     "matmul_int4": CatalogueEntry(
         lambda m: matmuls.matmul_int4(m, T, FEATURES, 160, group=32, zeros=m.dtype, form=FORM),
         lambda m, sizes, shape: matmuls.matmul_int4(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
-        _product_flops,
+        _matmul_flops,
     ),
     "matmul_int8": CatalogueEntry(
         lambda m: matmuls.matmul_int8(m, T, FEATURES, 160, group=32, form=FORM),
         lambda m, sizes, shape: matmuls.matmul_int8(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
-        _product_flops,
+        _matmul_flops,
     ),
     "quantize_rows": CatalogueEntry(
         lambda m: rows.quantize_rows(m, T, D),
@@ -272,7 +272,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         lambda m, sizes, shape: matmuls.matmul_w8a8(m, shape.rows, *sizes.gate_up),
         (*PRODUCTS, Shape(8192)),
         _all_bytes,
-        _product_flops,
+        _matmul_flops,
     ),
     "embedding": CatalogueEntry(
         lambda m: rows.embedding(m, T, FEATURES, D),
@@ -280,12 +280,12 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         _of_rows(64, 1024),
         _row_bytes,
     ),
-    "matmul_bf12": CatalogueEntry(  # in which LLM keeps weights on CPUs alone
+    "matmul_bf12": CatalogueEntry(  # LLM uses it on CPUs only
         _small_bf12,
         lambda m, sizes, shape: matmuls.matmul_bf12(m, shape.rows, *sizes.gate_up),
         PRODUCTS,
         _all_bytes,
-        _product_flops,
+        _matmul_flops,
         only="cpu",
     ),
 }

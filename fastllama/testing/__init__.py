@@ -1,1 +1,1 @@
-"""What proves Triton kernels without a GPU, ours or anyone's: docs/kernels/testing.md shows how another project uses it."""
+"""Tests Triton kernels without a GPU; docs/kernels/testing.md shows how to use it in another project."""

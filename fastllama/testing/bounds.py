@@ -1,4 +1,4 @@
-"""The honest bound: as exact as plain torch in the same dtype, twice over, and never a loose absolute number.
+"""The error bound of tests: twice the error of plain torch in the same dtype, instead of a fixed tolerance.
 
 error(x) = max over rows (vectors along the last dimension) of max |x - exact| / max |exact|, exact computed in fp64.
 An implementation passes if error(ours) <= 2 * error(plain torch in the same dtype) + one rounding of it (eps / 2).
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """The largest relative error of any row; inf where one is NaN and the other is not. Equal infinities are equal.
+    """The largest relative error of any row; inf where only one is NaN. Equal infinities have error 0.
 
     found, exact: one shape, [..., N].
     """
@@ -29,14 +29,14 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def bound(theirs: float, dtype: torch.dtype) -> float:
-    """The error that is legal where plain torch's is `theirs` in a dtype: twice that, and one rounding."""
+    """The legal error, given plain torch's error `theirs` in a dtype: twice that, plus one rounding."""
     return 2 * theirs + torch.finfo(dtype).eps / 2
 
 
 def assert_honest(found: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Raise AssertionError unless `found` is as near to `exact` as the bound asks.
+    """Raise AssertionError unless the error of `found` is within the bound.
 
-    found: [..., N], ours. plain: what plain torch gives in that dtype. exact: fp64, from the same inputs.
+    found: [..., N], the result under test. plain: plain torch's in that dtype. exact: fp64, from the same inputs.
     """
     if found.dtype != plain.dtype:
         raise AssertionError(f"the result has dtype {found.dtype}, plain torch's {plain.dtype}")
@@ -52,5 +52,5 @@ def assert_honest(found: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """Raise AssertionError unless both are the same bit for bit, dtype included; NaN equals NaN."""
+    """Raise AssertionError unless both are bit-identical, dtype included; NaN equals NaN."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

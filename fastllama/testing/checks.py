@@ -1,4 +1,4 @@
-"""What a GPU does not tell: checks of every memory access while Triton kernels run in the interpreter.
+"""Checks every memory access of Triton kernels in the interpreter, for faults that a GPU does not report.
 
 with checks() as report:
     my_launcher(x, out)
@@ -27,7 +27,7 @@ ORDERS = ("forward", "reverse", "shuffle")
 
 
 class _Memory:
-    """Stands in for the C module that does every load, store and atomic of the interpreter."""
+    """Replaces the C module that performs the interpreter's loads, stores and atomics."""
 
     def __init__(self, stock: Any, monitor: Monitor) -> None:
         self._stock, self._monitor = stock, monitor
@@ -88,7 +88,7 @@ class _CheckedExecutor(RepairedExecutor):
 
 
 def _sanitizer(monitor: Monitor, overflow: bool) -> Callable[..., None]:
-    """In place of the one that a GPU runs with TRITON_DEBUG=1."""
+    """Replaces the overflow sanitizer that a GPU runs with TRITON_DEBUG=1."""
 
     def check(semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
         if overflow:
@@ -107,14 +107,14 @@ def checks(
     allow_races: Iterable[str] = (),
     memory: Iterable[torch.Tensor] = (),
 ) -> Iterator[CheckedRun]:
-    """Run the kernels launched inside the block repaired and checked; the first fault raises CheckError.
+    """Run kernels launched inside the block in the repaired interpreter, checked; the first fault raises CheckError.
 
-    Always: every access inside its own argument and between its elements, and aligned to its size; tl.device_assert.
-    races: two programs of a launch touch an address and one writes, or one store writes an address twice, unequally.
-    overflow: integer + - * of under 64 bits that leaves its type (tl.add(..., sanitize_overflow=False) may).
+    Always: each access lies on elements of its own argument and is aligned to its size; tl.device_assert holds.
+    races: two programs of a launch access an address and one writes, or one store writes two values to an address.
+    overflow: integer + - * of under 64 bits overflows its type (except tl.add(..., sanitize_overflow=False)).
     order: of the programs, "forward", "reverse" or "shuffle" by `seed`.
-    allow_races: parameters whose accesses are ordered by means this does not see (a ticket, a lock).
-    memory: tensors that kernels reach through addresses they load.
+    allow_races: parameters whose accesses are ordered in ways that are not recognised (a ticket, a lock).
+    memory: tensors that kernels access through loaded addresses.
     """
     check_choice("order", order, ORDERS)
     monitor = Monitor(order, seed, races, allow_races, memory)
@@ -144,9 +144,9 @@ def checks(
 
 
 def same_in_any_order(run: Callable[[], Any], *, seeds: Iterable[int] = (0, 1)) -> Any:
-    """run() with its programs forward, in reverse and shuffled: returns what it returns, a tensor or several.
+    """Call run() with its programs forward, in reverse and shuffled; returns its result, a tensor or several.
 
-    `run` allocates its outputs itself. Raises CheckError when two results differ in a bit.
+    `run` allocates its outputs itself. Raises CheckError unless all results are bit-identical.
     """
     expected = None
     for order, seed in [("forward", 0), ("reverse", 0), *(("shuffle", seed) for seed in seeds)]:

@@ -1,7 +1,7 @@
-"""What a kernel's launches take of GPUs that need not be here: registers, spills, shared memory, instructions.
+"""Compiles a kernel's launches for GPUs that need not be present: registers, spills, shared memory, instructions.
 
-`python -m fastllama.testing.compile_report module:function` reports on the launches that a function without arguments
-makes (docs/kernels/testing.md).
+`python -m fastllama.testing.compile_report module:function` reports on the launches of a function without arguments
+(docs/kernels/testing.md).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fastllama.testing.resources import KernelReport, compile_launch
 from fastllama.testing.targets import TARGETS, target
 
 CACHE = Path("build", "compile_reports")
-REPORT, CODE = ".json", ".code.gz"  # of one launch, in that folder
+REPORT, CODE = ".json", ".code.gz"  # file suffixes per launch, in that folder
 
 
 def compile_report(
     function: Callable[[], Any], targets: Iterable[str] = tuple(TARGETS), cache: Path | None = CACHE
 ) -> list[KernelReport]:
-    """Reports on every launch that `function` makes (see recorder.record), equal launches once, for each target.
+    """Reports on every distinct launch of `function` (see recorder.record), for each target.
 
-    cache: a folder where reports are kept by the content of what they depend on; None keeps nothing.
+    cache: a folder of reports, keyed by a hash of everything they depend on; None caches nothing.
     Raises ValueError for an unknown target, and where `function` launches nothing.
     """
     reports: dict[tuple[str, str], KernelReport] = {}
@@ -50,7 +50,7 @@ def compile_report(
 
 
 def machine_code_of(launch: Launch, cache: Path | None = CACHE) -> str:
-    """A launch's machine code as text, from the folder of kept reports where it has been compiled before."""
+    """A launch's machine code as text, from the cache where it has been compiled before."""
     path = None if cache is None else cache / _key(launch)
     if path is not None and path.with_suffix(CODE).exists():
         return gzip.decompress(path.with_suffix(CODE).read_bytes()).decode()
@@ -70,7 +70,7 @@ def _per_byte(report: KernelReport) -> str:
     return "-" if found is None else f"{found:.2f}"
 
 
-# Counts are those of the hot loop, or of the whole program where there is no loop.
+# Counts are per iteration of the hot loop, or of the whole program without a loop.
 COLUMNS: dict[str, Callable[[KernelReport], str]] = {
     "target": lambda report: report.target,
     "warps": lambda report: str(report.num_warps),
@@ -89,12 +89,12 @@ COLUMNS: dict[str, Callable[[KernelReport], str]] = {
 
 
 def cells(report: KernelReport) -> list[str]:
-    """A report as the row of a table under COLUMNS; dashes where it is an error."""
+    """A report as a table row under COLUMNS; dashes for an error."""
     return [report.target, *("-" if report.error else text(report) for text in list(COLUMNS.values())[1:])]
 
 
 def table(reports: Sequence[KernelReport]) -> str:
-    """Plain text: for each launch its rows, and below them what is wrong."""
+    """Plain text: the rows of each launch, and its problems below them."""
     lines = []
     for launch in dict.fromkeys(report.launch for report in reports):
         own = [report for report in reports if report.launch == launch]
@@ -109,15 +109,17 @@ def table(reports: Sequence[KernelReport]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status, 1 where there is any problem."""
+    """The command; returns the exit status, 1 if there is any problem."""
     parser = argparse.ArgumentParser(
         prog="python -m fastllama.testing.compile_report",
-        description="Compile what a function launches for GPUs that need not be here, and report what it takes.",
+        description="Compile a function's launches for GPUs that need not be present, and report their resources.",
     )
-    parser.add_argument("function", metavar="module:function", help="without arguments; tensors may be on `meta`")
+    parser.add_argument(
+        "function", metavar="module:function", help="a function without arguments; its tensors may be on `meta`"
+    )
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of kept reports; default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of cached reports (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         reports = compile_report(_function(options.function), options.targets.split(","), options.cache)
@@ -141,14 +143,14 @@ def _function(name: str) -> Callable[[], Any]:
 
 
 def _report(launch: Launch, path: Path | None) -> KernelReport:
-    """From the file at `path` where it exists, else made and written there."""
+    """The report at `path` where it exists, else a new one, which is written there."""
     if path is not None and path.with_suffix(REPORT).exists():
         return KernelReport.from_json(json.loads(path.with_suffix(REPORT).read_text(encoding="utf-8")))
     return _compile(launch, path)[0]
 
 
 def _compile(launch: Launch, path: Path | None) -> tuple[KernelReport, str]:
-    """Compile; the report and the code are written beside `path`."""
+    """Compile; the report and the machine code are written next to `path`."""
     try:
         report, text = compile_launch(launch)
     except triton_api.ToolMissingError as error:
@@ -162,21 +164,21 @@ def _compile(launch: Launch, path: Path | None) -> tuple[KernelReport, str]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Processes share the folder: one sees the whole file of another, or none."""
+    """Write atomically, since processes share the folder."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)
 
 
 def _key(launch: Launch) -> str:
-    """Of all that a report follows from: the source, its specialisation, the options, Triton, and what reads it."""
+    """A hash of everything a report depends on: source, specialisation, options, Triton, and the parser."""
     parts = (launch.source.hash(), sorted(map(str, launch.options.items())), launch.target, str(launch), _reader())
     return hashlib.sha256(repr((*parts, triton_api.compiler_state())).encode()).hexdigest()
 
 
 @functools.cache
 def _reader() -> str:
-    """The content of the files that read machine code."""
+    """The content of the files that parse machine code."""
     names = ("machine_code.py", "resources.py", "targets.py", "triton_api.py")
     return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()
 

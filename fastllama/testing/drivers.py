@@ -1,4 +1,4 @@
-"""What Triton asks of a GPU's driver, answered without one: to find what it would launch, and to launch nothing."""
+"""Triton drivers without a GPU: they record launches instead of executing them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRIVERS = itertools.count()
 
 
 class FakeDriver:
-    """Says what the GPU is. Raises RuntimeError for every other question."""
+    """Reports the target GPU's properties. Raises RuntimeError for every other request."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -35,11 +35,11 @@ class FakeDriver:
         }
 
     def get_current_target(self) -> Any:
-        """What is compiled for."""
+        """The compile target."""
         return self._target.triton
 
     def get_current_device(self) -> str:
-        """Triton keeps what it knows of a kernel by this: a name of its own leaves that of real devices alone."""
+        """The key of Triton's caches per kernel; a distinct name leaves those of real devices untouched."""
         return self._name
 
     def get_current_stream(self, device: Any = None) -> int:
@@ -47,18 +47,18 @@ class FakeDriver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where launch code makes its tensors."""
+        """The device of tensors that launchers allocate."""
         return torch.device("cpu")
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"launch code asks the driver for {name!r}, and there is no GPU")
+        raise RuntimeError(f"the launcher needs {name!r} of the driver, and there is no GPU")
 
 
 class DryDriver(FakeDriver):
-    """Also loads compiled kernels, and calls `launch` where a GPU would run one.
+    """Also loads compiled kernels, and calls `launch` instead of running them.
 
-    launch: takes the programs on three axes, the stream, the machine code, four things of Triton's own, and then the
-    kernel's arguments in order.
+    launch: called with the grid's three sizes, the stream, the machine code, four internal values of Triton, and then
+    the kernel's arguments in order.
     """
 
     def __init__(self, target: Target, launch: Callable[..., None]) -> None:
@@ -72,16 +72,13 @@ class DryDriver(FakeDriver):
         return name, binary, 0, 0, 1024  # module, function, registers, spills, threads at most
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches a kernel."""
+        """The launch function of a kernel."""
         return self._launch
 
 
 @dataclass(frozen=True)
 class DryLaunch:
-    """One launch as the GPU would get it: the machine code, the programs on each axis, the arguments in order.
-
-    Tensors among the arguments are addresses.
-    """
+    """One launch as a GPU would receive it: machine code, grid, arguments in order, tensors as addresses."""
 
     binary: bytes
     grid: tuple[int, ...]
@@ -90,7 +87,7 @@ class DryLaunch:
 
 @contextmanager
 def active(fake: FakeDriver) -> Iterator[None]:
-    """Inside, Triton asks this driver."""
+    """Makes this Triton's active driver inside the block."""
     before = driver._active
     driver.set_active(fake)
     try:
@@ -101,10 +98,10 @@ def active(fake: FakeDriver) -> Iterator[None]:
 
 @contextmanager
 def dry_run(target: Target) -> Iterator[list[DryLaunch]]:
-    """Inside, kernels are compiled for a target, and launches are appended to the list instead of reaching a GPU.
+    """Inside the block, kernels are compiled for a target, and launches are appended to the list, not executed.
 
-    Unlike with `record`, all of Triton's host code runs, so it can be timed, and code that launches compiled kernels
-    itself can be compared with what Triton does. Tensors are on the CPU.
+    Unlike with `record`, all of Triton's host side runs, so that it can be timed, and custom launchers of compiled
+    kernels can be compared with Triton's. Tensors are on the CPU.
     """
     launches: list[DryLaunch] = []
 

@@ -1,4 +1,4 @@
-"""bf16 and fp8 in NumPy, which has neither: bits to float32 and back, rounded once to nearest even."""
+"""bf16 and fp8 for NumPy: bits to float32 and back, rounded once to nearest even."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _values(dtype: torch.dtype) -> Array:
 
 
 _FP8_VALUES = {name: _values(dtype) for name, dtype in FP8.items()}
-# The finite values that are not negative: in every format they are the first codes, in rising order.
+# The finite values that are not negative: in every format they have the lowest bit patterns, in rising order.
 _FP8_FINITE = {name: values[: int(np.argmin(np.isfinite(values)))] for name, values in _FP8_VALUES.items()}
 
 
@@ -54,7 +54,7 @@ def _fp8(values: Array, name: str) -> Array:
     code = np.searchsorted(middles, size, side="left")
     tie = size == middles[np.minimum(code, len(middles) - 1)]
     code += tie & (code % 2 == 1)
-    unsigned_zero = name.endswith(("b8", "b16"))  # there the sign bit alone is the only NaN
+    unsigned_zero = name.endswith(("b8", "b16"))  # in these formats the sign bit alone is the only NaN
     negative = np.signbit(values) & ((code > 0) | (not unsigned_zero))
     nan = 0x80 if unsigned_zero else 0x7F
     return np.where(np.isnan(values), nan, code + 0x80 * negative).astype(np.uint8)

@@ -1,16 +1,16 @@
-"""Edge cases for kernels: extreme values, tensors with guard bands, and the judgement of results against fp64.
+"""Edge cases for kernels: extreme values, tensors with guard bands, and the comparison of results with fp64.
 
 The rule. The oracle is a reference in fp64 on the same inputs; `plain` are results of the reference in the call's own
-dtype (more than one where a kernel may round between the ops it is made of). For each element:
+dtype (several where a kernel may round between the ops that it fuses). For each element:
 
-- the kind (finite, +inf, -inf, NaN) is the oracle's, or that of a plain result. They differ where fp32 overflows or
-  underflows on the way, and then neither is wrong: 1e30 squared is infinite, so RMSNorm of it in fp32 is 0.
-- beyond the largest number of the dtype (65504 in fp16), or within its error of it, finite and infinite are one.
-- a finite element is off by no more than `bounds.bound` allows: twice the plain results' error and one rounding,
-  relative to the row's largest finite exact element; and by `spread`, how far the oracle itself moves where inputs
-  move by a rounding, 8 times. Without that, sums that cancel (1e4 - 1e4 + 1) are judged by luck.
+- the kind (finite, +inf, -inf, NaN) must be the oracle's, or that of a plain result. They differ where fp32 overflows
+  or underflows in between, and then both are legal: 1e30 squared is infinite, so RMSNorm of it in fp32 is 0.
+- beyond the largest number of the dtype (65504 in fp16), or within the error of it, finite and infinite are equal.
+- a finite element's error is at most `bounds.bound`, twice the plain results' error plus one rounding, relative to the
+  row's largest finite exact element, plus 8 times `spread`, the change of the oracle where inputs change by one
+  rounding. Without that, sums that cancel (1e4 - 1e4 + 1) would fail at random.
 
-And a call writes nothing but its outputs, and changes no input.
+A call must also write nothing but its outputs, and change no input.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Wrong(AssertionError):
-    """A result that the rule does not allow."""
+    """A result that violates the rule."""
 
 
 @dataclass
 class Extremes:
-    """Draws tensors, each row in a mood of its own: normal, zeros, denormal, huge, with outliers, with infinities...
+    """Makes random tensors, each row of one kind: normal, zeros, denormal, huge, with outliers, with infinities...
 
-    calm: the share of rows that are normal.
+    calm: the share of normal rows.
     """
 
     rng: random.Random
@@ -56,7 +56,7 @@ class Extremes:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def tensor(self, dtype: torch.dtype, *shape: int, not_finite: bool = True) -> Tensor:
-        """not_finite: whether there may be infinities and NaN."""
+        """A random tensor. not_finite: whether it may contain infinities and NaN."""
         made = self.normal(*shape)
         flat = made.view(math.prod(shape[:-1]), shape[-1]) if shape else made.view(1, 1)
         for row in flat:
@@ -67,7 +67,7 @@ class Extremes:
         return torch.where(finite, made.clamp(-largest, largest), made).to(dtype)
 
     def _strain(self, row: Tensor, dtype: torch.dtype, not_finite: bool) -> None:
-        """Put a row of fp64 into a mood, in place."""
+        """Turn a row of fp64 into one of a random kind, in place."""
         limits = torch.finfo(dtype)
         denormal = limits.smallest_normal * limits.eps
         signs = row.sign()
@@ -80,7 +80,7 @@ class Extremes:
             row.mul_(limits.smallest_normal * self.rng.choice((1, 1e3)))
         elif mood == "huge":
             row.copy_(signs * limits.max * (1 - row.abs().clamp(max=8) / 16))
-        elif mood == "root":  # squares that are about to overflow
+        elif mood == "root":  # squares near overflow
             row.mul_(limits.max**0.5 * self.rng.choice((0.1, 1, 3)))
         elif mood == "outliers":
             row[:: self.rng.choice((2, 7, 33))] *= self.rng.choice((1e2, 1e4))
@@ -96,15 +96,15 @@ class Extremes:
 
 @dataclass
 class Guarded:
-    """Memory of a call's tensors, in buffers of noise: says what was written that must not be."""
+    """Places a call's tensors in buffers of noise, and detects illegal writes."""
 
     rng: random.Random
     _held: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
     def place(self, name: str, value: Tensor, lead: int = 1, *, strided: bool = False) -> Tensor:
-        """A copy of a tensor within noise; with `strided` there is some between its rows, too.
+        """A copy of a tensor inside noise; with `strided`, there is noise between its rows, too.
 
-        lead: the first dimensions, which are its rows.
+        lead: the number of leading dimensions that index rows.
         """
         lead = min(lead, value.dim())
         rows, size = math.prod(value.shape[:lead]), math.prod(value.shape[lead:])
@@ -139,11 +139,11 @@ class Guarded:
                     _bytes_of(tensor, legal).fill_(True)
             if (changed & ~legal).any():
                 at = int((changed & ~legal).nonzero()[0])
-                raise Wrong(f"memory in or around {name} was written, at byte {at} of {raw.numel()}")
+                raise Wrong(f"memory in or next to {name} was written, at byte {at} of {raw.numel()}")
 
 
 def _bytes_of(tensor: Tensor, raw: Tensor) -> Tensor:
-    """The bytes of a tensor's elements, as elements of `raw`, which has one for each byte of its storage."""
+    """The bytes of a tensor's elements, as a view of `raw`, the bytes of its storage."""
     size = tensor.itemsize
     strides = (*(stride * size for stride in tensor.stride()), 1)
     return raw.as_strided((*tensor.shape, size), strides, tensor.storage_offset() * size)
@@ -157,14 +157,14 @@ def kinds(x: Tensor) -> Tensor:
 
 
 def double(value: Any) -> Any:
-    """Floating tensors in fp64, all else, codes in fp8 among it, as it is; tensors are copied."""
+    """Copies floating tensors to fp64, other tensors, fp8 included, in their dtype; other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     return value.double() if value.dtype in _NARROW else value.clone()
 
 
 def jostled(value: Any, eps: float, generator: torch.Generator) -> Any:
-    """A floating tensor in fp64, each element moved by up to eps of it."""
+    """A floating tensor in fp64, each element changed by a relative error of up to eps."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64:
         return value.clone() if isinstance(value, Tensor) else value
     noise = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -173,7 +173,7 @@ def jostled(value: Any, eps: float, generator: torch.Generator) -> Any:
 
 
 def spread_of(exact: Tensor, again: Sequence[Tensor]) -> Tensor:
-    """How far results of moved inputs are from the exact one, in each row; infinite where the kind changes."""
+    """The largest difference, per row, of results for changed inputs from the exact one; inf where the kind changes."""
     widest = torch.zeros_like(exact)
     for other in again:
         apart = (other - exact).abs()
@@ -193,10 +193,10 @@ def judge(
     nan_for_inf: bool = False,
     free: Tensor | None = None,
 ) -> None:
-    """Raise Wrong unless `found` is as the rule above says. All of one shape; exact in fp64.
+    """Raise Wrong unless `found` satisfies the rule above. All of one shape; exact in fp64.
 
-    slack: an error that is legal besides. nan_for_inf: NaN may stand where an infinity is legal. free: elements that
-    may be anything, as sums overflow in one order and not in another.
+    slack: a further legal error. nan_for_inf: NaN is legal where an infinity is. free: elements of any value, such as
+    sums that overflow in one order only.
     """
     if not exact.numel():
         return
@@ -234,7 +234,7 @@ def judge(
         )
     apart = (ours - exact).abs()
     both = finite & (kind == 0) & ~loose
-    for each in plain:  # where fp32 overflows on the way, the kind is all
+    for each in plain:  # where fp32 overflows in between, only the kind is compared
         both &= each.isfinite()
     wrong = both & ~(apart <= legal) & ~edge
     if wrong.any():

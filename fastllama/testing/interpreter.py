@@ -1,7 +1,7 @@
 """Repairs of Triton's NumPy interpreter: exact bf16 and fp8, NumPy 2.4 and newer, fast calls of jit functions.
 
-Without them bf16 is wrong wherever it is more than loaded, stored or compared for equality: casts truncate, + - * and
-dot work on bit patterns (docs/kernels/testing.md lists what is repaired).
+Without them bf16 is wrong unless it is only loaded, stored or compared for equality: casts truncate, and + - * and dot
+work on bit patterns (docs/kernels/testing.md lists the repairs).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _format(handle_or_type: Any) -> str:
 
 
 def _values(handle: Any) -> Array:
-    """A handle's numbers, in float32 where NumPy lacks the format."""
+    """A handle's values, in float32 where NumPy lacks the format."""
     data: Array = handle.data
     return floats.widen(data, _format(handle)) if _format(handle) in floats.NAMES else data
 
@@ -42,14 +42,14 @@ def _bf16(values: Array) -> Any:
 
 
 class RepairedBuilder(interpreter.InterpreterBuilder):
-    """What each operation of the interpreter does, where the stock one is wrong: once rounded, as on a GPU."""
+    """The interpreter's operations that are wrong in the stock builder, rounded once, as on a GPU."""
 
     def binary_op(self, lhs: Any, rhs: Any, op: Callable[..., Array]) -> Any:
         if _format(lhs) == "bf16" and op not in _BITWISE:
             result = op(_values(lhs), _values(rhs))
             return _Handle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
         handle = super().binary_op(lhs, rhs, op)
-        # A comparison that keeps the operands' type cannot be broadcast or serve as a mask.
+        # A comparison with the operands' type could be neither broadcast nor used as a mask.
         return _Handle(handle.data, tl.int1) if handle.data.dtype == np.bool_ else handle
 
     def ternary_op(self, lhs: Any, rhs: Any, other: Any, op: Callable[..., Array]) -> Any:
@@ -57,7 +57,7 @@ class RepairedBuilder(interpreter.InterpreterBuilder):
             return _bf16(op(_values(lhs), _values(rhs), _values(other)))
         return super().ternary_op(lhs, rhs, other, op)
 
-    # NumPy's exp and log in fp32 are off by up to three units, and not by the same on every processor.
+    # NumPy's exp and log in fp32 have errors of up to three ulps, which depend on the processor.
     def unary_op(self, arg: Any, op: Callable[..., Array]) -> Any:
         if _format(arg) == "bf16":
             return _bf16(op(_values(arg)))
@@ -65,7 +65,7 @@ class RepairedBuilder(interpreter.InterpreterBuilder):
             return _Handle(op(arg.data.astype(np.float64)).astype(np.float32), arg.dtype.scalar)
         return super().unary_op(arg, op)
 
-    # Without propagate_nan, the operand that is a number wins.
+    # Without propagate_nan, the operand that is not NaN is returned.
     def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, np.fmin)
 
@@ -114,7 +114,7 @@ class RepairedBuilder(interpreter.InterpreterBuilder):
 
 
 class _InlineAssembly:
-    """The compiler's call object: it hands out one result after another."""
+    """Replaces the compiler's call object: returns one result after another."""
 
     def __init__(self, results: list[Any]) -> None:
         self.get_result = results.__getitem__
@@ -145,7 +145,7 @@ class _Reduce(_InFloat32, interpreter.ReduceOps):
     def apply_impl(self, tensors: tuple[Any, ...]) -> Any:
         if self.combine_fn is not tl.standard._xor_combine:
             return super().apply_impl(tensors)
-        # tl.sort is made of these, and stock combines element by element (50 us each).
+        # tl.sort uses these, and the stock interpreter combines element by element (50 us each).
         data = tensors[0].handle.data
         found = np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(found, tensors[0].dtype)
@@ -156,7 +156,7 @@ class _Scan(_InFloat32, interpreter.ScanOps):
 
 
 class RepairedExecutor(interpreter.GridExecutor):
-    """One launch: a GPU raises no floating-point warnings, masked-off lanes overflow and divide by zero freely."""
+    """One launch, without floating-point warnings: masked-off lanes may overflow and divide by zero, as on a GPU."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         with np.errstate(all="ignore"):
@@ -164,7 +164,7 @@ class RepairedExecutor(interpreter.GridExecutor):
 
 
 class _PatchOnce:
-    """Triton patches triton.language again in every call of a jit function (0.15 ms): once a launch is enough."""
+    """Patches triton.language once per launch; Triton does so in every call of a jit function (0.15 ms)."""
 
     def __init__(self) -> None:
         self._stock = interpreter._patch_lang
@@ -172,7 +172,7 @@ class _PatchOnce:
         self._patched: set[frozenset[int]] = set()
 
     def executor(self, cls: type) -> Callable[..., Any]:
-        """The executor class that starts each launch with nothing patched."""
+        """An executor class that resets the state before each launch."""
 
         def start(*args: Any, **kwargs: Any) -> Any:
             self._patched.clear()
@@ -191,18 +191,18 @@ class _PatchOnce:
         return self._stock(fn)
 
     def restore(self) -> None:
-        """Nothing was patched."""
+        """Mark triton.language as not patched."""
 
 
 def _patch_tensor(stock: Callable[..., None], tensor: Any, scope: Any) -> None:
     stock(tensor, scope)
-    # NumPy 2.4 refuses int() of an array with a dimension, which Triton before 3.7 needs for range(n).
+    # NumPy 2.4 rejects int() of an array with dimensions, which Triton before 3.7 needs for range(n).
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 @contextmanager
 def repaired() -> Iterator[None]:
-    """Repair the interpreter inside the block; nested blocks are one. Not for threads: Triton's own is not either.
+    """Repair the interpreter inside the block; blocks may be nested. Not thread-safe, as Triton's own is not.
 
     Raises RuntimeError when TRITON_INTERPRET is not set, or the repairs do not fit this Triton's interpreter.
     """
@@ -226,7 +226,7 @@ def repaired() -> Iterator[None]:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(interpreter, name, value))
         stack.enter_context(swapped(builder, RepairedBuilder))
-        # Stock asks whether each addition overflows and then ignores the answer.
+        # The stock interpreter checks each addition for overflow and ignores the result.
         quick = replace(builder.options, sanitize_overflow=False)
         stack.enter_context(mock.patch.object(builder, "options", quick))
         selftest.check_repairs()
@@ -235,7 +235,7 @@ def repaired() -> Iterator[None]:
 
 @contextmanager
 def swapped(instance: Any, cls: type) -> Iterator[None]:
-    """Give an object another class inside the block: kernels hold the one builder, so it cannot be replaced."""
+    """Change an object's class inside the block: kernels keep a reference to the builder, so it cannot be replaced."""
     before = instance.__class__
     instance.__class__ = cls
     try:

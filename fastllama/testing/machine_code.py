@@ -1,4 +1,4 @@
-"""Reads machine code as its disassembler prints it (NVIDIA's SASS, AMD's GCN): what it holds, and its loops."""
+"""Parses disassembled machine code (NVIDIA's SASS, AMD's GCN): instructions and loops."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, and what a report counts it as."""
+    """One instruction, classified for reports."""
 
     name: str
     access: str = ""  # of global memory: "load", "store" or "atomic"
-    bits: int = 0  # moved by one thread; 0 where the instruction does not say (a bulk copy by a TMA unit)
+    bits: int = 0  # moved by one thread; 0 where the instruction does not encode it (a bulk copy by TMA)
     is_async: bool = False  # from global memory straight into shared memory
     matrix: str = ""  # the kind of tensor-core instruction: "HMMA", "HGMMA", "MFMA", ...
     jumps_to: str = ""
@@ -23,7 +23,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Mix:
-    """Counts over a stretch of code: global accesses by width ("128", "async 128", "bulk"), tensor-core by kind."""
+    """Counts over a range of code: global accesses by width ("128", "async 128", "bulk"), tensor-core by kind."""
 
     instructions: int
     loads: dict[str, int]
@@ -36,11 +36,11 @@ class Mix:
 
     @property
     def instructions_per_byte(self) -> float | None:
-        """Issued for each byte that a thread moves; None where it moves none, or an unknown number."""
+        """Instructions per byte that a thread moves; None where it moves none, or an unknown number."""
         return self.instructions / self.bytes_moved if self.bytes_moved else None
 
     def narrower_than(self, bits: int) -> dict[str, int]:
-        """The loads and stores of fewer than `bits`, as "load 16" -> count."""
+        """Loads and stores of fewer than `bits`, as "load 16" -> count."""
         accesses = [("load", self.loads), ("store", self.stores)]
         return {
             f"{kind} {width}": count
@@ -52,7 +52,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions, and where each label stands among them."""
+    """A kernel's instructions, and the position of each label."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
@@ -77,9 +77,9 @@ def mix(instructions: Iterable[Instruction]) -> Mix:
 
 
 def loops(code: Code) -> list[list[Instruction]]:
-    """The bodies of the natural loops; those with one head are one loop. Bodies of outer loops hold the inner ones.
+    """The bodies of the natural loops, merged by head. Bodies of outer loops include the inner ones.
 
-    A backward jump alone is no loop: compilers move rare paths behind the code, and these jump back too. A loop's head
+    Not every backward jump is a loop: compilers move cold paths to the end, and these jump back too. A loop's head
     dominates the jump to it.
     """
     starts, successors = _blocks(code)
@@ -107,14 +107,14 @@ def loops(code: Code) -> list[list[Instruction]]:
 
 
 def memory_loops(code: Code) -> list[list[Instruction]]:
-    """The loops that touch global memory and hold no other that does: waiting for a barrier is a loop of its own."""
+    """The innermost loops that access global memory; loops that wait for a barrier do not count."""
     bodies = [body for body in loops(code) if any(each.access for each in body)]
     members = [{id(each) for each in body} for body in bodies]
     return [body for body, own in zip(bodies, members, strict=True) if not any(other < own for other in members)]
 
 
 def _blocks(code: Code) -> tuple[list[int], list[list[int]]]:
-    """Basic blocks: where each starts, and the blocks that control may go to from it."""
+    """Basic blocks: the start of each, and its successors."""
     count = len(code.instructions)
     targets = {code.labels[each.jumps_to] for each in code.instructions if each.jumps_to in code.labels}
     behind = {i + 1 for i, each in enumerate(code.instructions) if each.jumps_to or not each.falls_through}
@@ -133,7 +133,7 @@ def _blocks(code: Code) -> tuple[list[int], list[list[int]]]:
 
 
 def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
-    """For each block that block 0 reaches, the blocks on every way to it, itself among them."""
+    """The dominators of each block that is reachable from block 0, itself included."""
     order, seen, todo = [], {0}, [0]
     while todo:
         block = todo.pop()
@@ -152,7 +152,7 @@ def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
                 if each == 0:
                     continue
                 before = len(dominators[each])
-                # The meet over all predecessors, taken one edge at a time: it only ever shrinks.
+                # Intersect over predecessors, one edge at a time: sets only shrink.
                 dominators[each] &= dominators[block] | {each}
                 changed |= len(dominators[each]) != before
     return dominators
@@ -188,7 +188,7 @@ def sass(text: str) -> Code:
             labels[found[1]] = len(instructions)
         elif (found := _SASS.match(line)) and found[2] != "NOP":
             instructions.append(_sass_instruction(bool(found[1]), found[2], found[3]))
-    # What follows the code is a jump to itself, which nothing reaches.
+    # An unreachable jump to itself follows the last instruction.
     if instructions and labels.get(instructions[-1].jumps_to) == len(instructions) - 1:
         instructions.pop()
     return Code(tuple(instructions), labels)
@@ -199,7 +199,7 @@ def _sass_instruction(predicated: bool, name: str, operands: str) -> Instruction
     access = _SASS_ACCESSES.get(base, "")
     is_jump = base in ("BRA", "BRX", "JMP")
     jump = _SASS_JUMP.search(operands) if is_jump else None
-    # A jump whose condition is an operand reads `BRA.U UP0, ...`.
+    # A jump with its condition as an operand: `BRA.U UP0, ...`.
     always = not predicated and (base in ("EXIT", "RET", "BRX") or (is_jump and operands.startswith("`")))
     return Instruction(
         name=name,
@@ -254,6 +254,6 @@ def _gcn_instruction(name: str, operands: str) -> Instruction:
 
 
 def _gcn_bits(width: str) -> int:
-    """Of `dwordx4`, `ushort`, `sbyte`, `short_d16_hi`."""
+    """Bits of `dwordx4`, `ushort`, `sbyte`, `short_d16_hi`."""
     word = width.split("_")[0]
     return _GCN_BITS[word if word in _GCN_BITS else word[1:]]

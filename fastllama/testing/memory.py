@@ -1,4 +1,4 @@
-"""Which addresses belong to an argument of a kernel: its elements, and nothing between them."""
+"""The addresses that belong to a kernel's argument: those of its elements, without the gaps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.testing.floats import Array
 
 @dataclass(frozen=True)
 class Region:
-    """The memory of one tensor: addresses [low, high), where steps (stride, count) lead to runs of `run` bytes."""
+    """The memory of one tensor: addresses [low, high); steps (stride, count) lead to runs of `run` bytes."""
 
     name: str
     tensor: torch.Tensor
@@ -23,7 +23,7 @@ class Region:
     run: int
 
     def misses(self, addresses: Array, size: int) -> Array:
-        """Where an access of `size` bytes is not inside one run of elements. addresses: uint64."""
+        """A mask of accesses of `size` bytes that are not inside one run of elements. addresses: uint64."""
         offset = addresses.astype(np.int64) - self.low
         outside = (offset < 0) | (offset + size > self.high - self.low)
         for stride, count in self.steps:
@@ -37,7 +37,7 @@ class Region:
         return max(self.low - address, address - self.high, 0)
 
     def where(self, address: int, size: int) -> str:
-        """The position of a wrong access, in words."""
+        """The position of an illegal access, as text."""
         if address < self.low:
             return f"{self.low - address} B before its start"
         if address + size > self.high:
@@ -51,9 +51,9 @@ class Region:
 
 
 def region(name: str, pointer: Any) -> Region:
-    """The memory behind a tensor or a triton.reinterpret of one.
+    """The memory of a tensor or of a triton.reinterpret of one.
 
-    Overlapping strides (unfold, as_strided) are known by their extent alone.
+    For overlapping strides (unfold, as_strided) only the extent is checked.
     """
     tensor = getattr(pointer, "base", pointer)
     low, size = tensor.data_ptr(), tensor.element_size()

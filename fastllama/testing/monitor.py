@@ -1,4 +1,4 @@
-"""What `checks` watches: the launch that runs, its arguments, every access of every program."""
+"""The state of `checks`: the running launch, its arguments, every access of every program."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fastllama.testing.floats import Array
 from fastllama.testing.memory import Region, pointers, region
 from fastllama.testing.races import Log
 
-# A pointer carries the number of its argument above the 47 bits of a user's address, through all arithmetic: so what
-# leaves one argument is found even where it lands in another.
+# A pointer carries the number of its argument above the 47 bits of a user-space address, through all arithmetic, so
+# that an access that leaves its argument is found even inside another one.
 TAG = 48
 _ADDRESS = np.uint64((1 << TAG) - 1)
 
 
 class CheckError(AssertionError):
-    """A kernel did what no GPU promises to survive, or to repeat; the message names argument, program and line."""
+    """An access that is illegal or not deterministic on a GPU; the message names argument, program and line."""
 
 
 @dataclass
 class CheckedLaunch:
-    """One launch: bytes by argument, each access counted as often as it is made, masked-off lanes not at all."""
+    """One launch: bytes by argument; repeated accesses count each time, masked-off lanes do not."""
 
     kernel: str
     grid: tuple[int, int, int] = (0, 0, 0)
@@ -41,7 +41,7 @@ class CheckedLaunch:
 
 @dataclass
 class CheckedRun:
-    """What ran under `checks`, in order."""
+    """The launches under `checks`, in order."""
 
     launches: list[CheckedLaunch] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class CheckedRun:
 
 
 class Monitor:
-    """The state of the checks: see `checks` for what the options mean."""
+    """The state of the checks; see `checks` for the options."""
 
     def __init__(
         self, order: str, seed: int, races: bool, allow_races: Iterable[str], memory: Iterable[torch.Tensor]
@@ -77,7 +77,7 @@ class Monitor:
         self._log = Log()
 
     def permute(self, grid: tuple[int, int, int]) -> None:
-        """The grid is known: choose the order of the programs."""
+        """Choose the order of the programs of a grid."""
         self._launch.grid = grid
         numbers = np.arange(grid[0] * grid[1] * grid[2])
         if self._order == "shuffle":
@@ -85,7 +85,7 @@ class Monitor:
         self._programs = iter(numbers[::-1] if self._order == "reverse" else numbers)
 
     def next_program(self) -> tuple[int, int, int]:
-        """The program that runs next."""
+        """Advance to the next program, and return its index."""
         self._program = int(next(self._programs))
         return self._index(self._program)
 
@@ -94,7 +94,7 @@ class Monitor:
         return program // (y * z), program // z % y, program % z
 
     def access(self, kind: str, tagged: Array, mask: Any, size: int, value: Array | None = None) -> Array:
-        """Check one instruction: "load", "store" or "atomic" of `size` bytes a lane. Returns the plain addresses."""
+        """Check one "load", "store" or "atomic" of `size` bytes per lane. Returns the addresses without tags."""
         tagged = np.asarray(tagged)
         active = np.broadcast_to(np.asarray(mask, dtype=bool), tagged.shape)
         lanes = tagged[active]
@@ -123,7 +123,7 @@ class Monitor:
             if wrong.any():
                 self._fail_at(f"{kind} out of bounds of {own}", own, addresses, size, wrong)
             return
-        lost = np.ones(addresses.size, dtype=bool)  # the pointer was itself loaded, or comes from nowhere
+        lost = np.ones(addresses.size, dtype=bool)  # the pointer was itself loaded, or derives from no argument
         for each in self._regions:
             found = lost & ~each.misses(addresses, size)
             if found.any():
@@ -161,7 +161,7 @@ class Monitor:
             self.fail(f"{kind} overflow in {operation}: {int(wrong.sum())} of {wrong.size} lanes, the first is {first}")
 
     def finish(self) -> None:
-        """The launch is over: look for races."""
+        """End the launch: check for races."""
         race = self._log.race()
         if race is None:
             return
@@ -172,7 +172,7 @@ class Monitor:
         raise CheckError(f"race in {self._launch.kernel}: {what} {name}; programs {one} and {other}")
 
     def fail(self, what: str) -> NoReturn:
-        """Raise CheckError for the program that runs."""
+        """Raise CheckError for the running program."""
         raise CheckError(f"{what}; program {self._index(self._program)} of {self._launch.kernel}, {_line()}")
 
 
@@ -180,7 +180,7 @@ _NOT_KERNELS = tuple(f"{Path(path).parent}{os.sep}" for path in (triton.__file__
 
 
 def _line() -> str:
-    """The kernel's line that is running."""
+    """The running line of the kernel."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_KERNELS):
         frame = frame.f_back

@@ -1,9 +1,9 @@
-"""Planted faults: edits of a source file that must turn tests red, and a runner that says which survive.
+"""Mutation tests: edits of source files that must make tests fail, and a runner that reports the survivors.
 
     python -m fastllama.testing.mutants tests/kernels/triton/mutants.py [-k WORD] [-m EXPRESSION] [--shard K/N]
 
 The table is a Python file that defines MUTANTS, a sequence of Mutant; paths are relative to the working directory. The
-edits are made in a copy of it, so the working tree stays as it is.
+edits are made in a copy of it, so the working tree is unchanged.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "venv
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old`, which stands exactly once in the file `path`, becomes `new`.
+    """One fault: `old`, which occurs exactly once in the file `path`, becomes `new`.
 
-    tests: pytest's arguments, of tests that pass without the fault; at least one must fail with it.
+    tests: pytest's arguments for tests that pass without the fault; at least one must fail with it.
     interpreter: whether they run with TRITON_INTERPRET=1.
     """
 
@@ -46,7 +46,7 @@ class Mutant:
     interpreter: bool = True
 
     def edited(self, root: Path) -> str:
-        """The file's text with the fault. Raises ValueError unless `old` stands in it exactly once."""
+        """The file's text with the fault. Raises ValueError unless `old` occurs in it exactly once."""
         text = (root / self.path).read_text(encoding="utf-8")
         count = text.count(self.old)
         if count != 1 or self.old == self.new:
@@ -56,10 +56,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "killed", "survived", "untested" where none of its tests is among those chosen by
-    markers, or "broken" where they could not run.
+    """The outcome of a mutant: "killed", "survived", "untested" where markers select none of its tests, or "broken"
+    where they could not run.
 
-    failure: pytest's line on the first test that failed, and why: a kernel that does not build proves nothing.
+    failure: pytest's line on the first failed test and its reason: a kernel that does not build proves nothing.
     """
 
     mutant: Mutant
@@ -75,9 +75,9 @@ class Verdict:
 def run(mutants: Sequence[Mutant], root: Path, jobs: int = 1, markers: str = "") -> Iterator[Verdict]:
     """Plant each mutant in a copy of `root` and run its tests.
 
-    markers: an expression as pytest's -m takes; of each mutant's tests only those that it chooses are run.
-    Raises ValueError where a mutant does not fit its file, RuntimeError where tests do not pass without any fault,
-    or there are none.
+    markers: an expression for pytest's -m, which selects among each mutant's tests.
+    Raises ValueError where a mutant does not match its file, RuntimeError where tests fail without any fault, or there
+    are none.
     """
     for mutant in mutants:
         mutant.edited(root)
@@ -117,16 +117,16 @@ def _copy(root: Path) -> Iterator[Path]:
 
 
 def _pytest(root: Path, tests: Sequence[str], interpreter: bool, markers: str = "") -> tuple[int, str]:
-    """pytest's exit status and output; 1 where it does not end."""
+    """pytest's exit status and output; 1 after a timeout."""
     if markers and "-m" in tests:
         own = tests.index("-m") + 1
         tests = [*tests[:own], f"({tests[own]}) and ({markers})", *tests[own + 1 :]]
     elif markers:
         tests = ["-m", markers, *tests]
-    # What the caller's shell adds to its own runs of pytest is not for these.
+    # PYTEST_ADDOPTS of the caller's shell must not apply here.
     variables = ["-u", "PYTEST_ADDOPTS", *(["TRITON_INTERPRET=1"] if interpreter else ["-u", "TRITON_INTERPRET"])]
-    # Without bytecode: an edit of the same length in the same second would be taken for the file it was.
-    # Columns for the reason of a failure, which pytest cuts at the terminal's width.
+    # No bytecode: an edit of equal length in the same second would not invalidate it.
+    # COLUMNS: pytest cuts the reason of a failure at the terminal's width.
     python = ["env", *variables, "PYTHONDONTWRITEBYTECODE=1", "COLUMNS=240", sys.executable, "-m", "pytest"]
     command = [*python, "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     try:
@@ -142,29 +142,33 @@ def _first_failure(output: str) -> str:
 
 
 def written(page: str, verdicts: Iterable[Verdict]) -> str:
-    """A page with a table in place of what stands between its marks: by file, how many were killed, and which not."""
+    """A page with the table between its marks replaced: by file, the number of mutants killed, and the survivors."""
     rows: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         rows.setdefault(verdict.mutant.path, []).append(verdict)
     lines = ["| file | mutants | killed | not killed |", "|---|---|---|---|"]
     for path, own in rows.items():
         left = [verdict.mutant.name for verdict in own if verdict.outcome != "killed"]
-        name = "/".join(Path(path).parts[-2:])  # with its folder: kernels of several have one name
+        name = "/".join(Path(path).parts[-2:])  # with its folder: several folders have files of one name
         lines.append(f"| `{name}` | {len(own)} | {len(own) - len(left)} | {', '.join(left) or '-'} |")
     before, rest = page.split(MARKS[0])
     return "\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + rest.split(MARKS[1])[1]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for every mutant; 1 where one is not killed."""
+    """Print a line for every mutant; returns 1 if one is not killed."""
     parser = argparse.ArgumentParser(prog="python -m fastllama.testing.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("table", type=Path, help="a Python file that defines MUTANTS")
-    parser.add_argument("-k", dest="word", default="", help="only mutants with this word in their name or path")
-    parser.add_argument("-m", dest="markers", default="", help="run only tests that this expression of pytest chooses")
-    parser.add_argument("--shard", type=Shard.parse, default=Shard(), help="K/N: the K-th of N parts of the table")
-    parser.add_argument("--markdown", type=Path, help="a page between whose marks the outcomes are written, as a table")
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
+    parser.add_argument("-k", dest="word", default="", help="only mutants with this text in their name or path")
+    parser.add_argument("-m", dest="markers", default="", help="run only tests that this pytest expression selects")
+    parser.add_argument(
+        "--shard", type=Shard.parse, default=Shard(), help="K/N: the K-th of N parts of the table (default: all)"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, help="Markdown page to write the table of outcomes to, between its marks"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default 1)")
     options = parser.parse_args(arguments)
     table: Sequence[Mutant] = runpy.run_path(str(options.table))["MUTANTS"]
     named = [mutant for mutant in table if options.word in f"{mutant.path}: {mutant.name}"]

@@ -1,8 +1,8 @@
-"""Finds offsets of pointers that a kernel computes in 32 bits though they may not fit, in its Triton IR.
+"""Finds pointer offsets in a kernel's Triton IR that are computed in 32 bits and may overflow.
 
-An integer argument below 2^31 is an i32, and so is a constexpr stride: `head * HEAD_STRIDE` wraps where heads lie 2^30
-elements apart, though each number is legal. No test with small tensors sees that, and one with large tensors sees the
-strides it has. This reads the intermediate representation instead, in which all helpers are inlined: about 20 ms a
+An integer argument below 2^31 is an i32, and so is a constexpr stride: `head * HEAD_STRIDE` overflows where heads are
+2^30 elements apart, though each number is legal. Tests with small tensors cannot find that, tests with large ones only
+for their strides. This reads the intermediate representation instead, with all helpers inlined: about 20 ms per
 kernel, without a GPU.
 """
 
@@ -21,7 +21,7 @@ Bounds = tuple[int, int]
 
 @dataclass(frozen=True)
 class Narrow:
-    """An operation of at most 32 bits that an offset is made of, and that may leave its type."""
+    """An operation of at most 32 bits that an offset depends on, and that may overflow."""
 
     kernel: str
     line: str  # "prefill.py:93"
@@ -37,17 +37,17 @@ class Narrow:
 
 
 def narrow_offsets(text: str, grid: Sequence[int] = LIMITS) -> list[Narrow]:
-    """The products, shifts and sums of a kernel's Triton IR that may leave their 32 bits and reach a pointer's offset.
+    """The multiplications, shifts and sums of a kernel's Triton IR that may overflow 32 bits and reach an offset.
 
-    grid: programs on each axis, at most. Ranges are those of all launches of the compiled kernel: an integer argument
-    is a size or a stride, so from 0 to 2^31 - 1; a loaded value is any of its type, a program any of its axis, a
-    constant what it is. So compile with constexpr strides near 2^30, and sizes of 2^17, for these to count as what a
-    caller may choose.
+    grid: maximum number of programs per axis. Ranges cover all launches of the compiled kernel: an integer argument is
+    a size or a stride, so from 0 to 2^31 - 1; a loaded value has its type's range, a program index its axis's, a
+    constant its value. So compile with constexpr strides near 2^30, and sizes of 2^17, to cover those that callers may
+    choose.
 
-    A product is reported if its range is not inside its type, whether that comes of an unbounded operand or of a large
-    constant. A sum is reported if both ranges are bounded and one holds a product: an unbounded number plus a few is a
-    row or a column, of which a tensor has fewer than 2^31. A product is bounded, and not reported, where a remainder, a
-    minimum, a loop's end or the grid bounds its operands: the column of a tile (`program_id(1) * BLOCK`).
+    A multiplication is reported if its range exceeds its type, be it for an unbounded operand or a large constant. A
+    sum is reported if both ranges are bounded and one depends on a multiplication: an unbounded number plus a small one
+    is a row or a column, of which a tensor has fewer than 2^31. A multiplication is bounded, and not reported, where a
+    remainder, a minimum, a loop's end or the grid bounds its operands: a tile's column (`program_id(1) * BLOCK`).
     """
     read = Reader(text)
     ranges = _Ranges(read.values, grid)
@@ -71,12 +71,12 @@ _REPORTED = {"arith.muli": "product", "arith.shli": "shift", "arith.addi": "sum"
 
 
 class _Ranges:
-    """The least and the largest number that each value can be, were nothing to wrap."""
+    """The range of each value, computed without overflow."""
 
     def __init__(self, values: list[Value], grid: Sequence[int]) -> None:
         self._grid = (*grid, *LIMITS[len(grid) :])
         self._of: list[Bounds | None] = [None] * len(values)
-        self._products = [False] * len(values)  # whether a value holds a product or a shift
+        self._products = [False] * len(values)  # whether a value depends on a multiplication or shift
         turn, changed = 0, True
         while changed:
             changed, turn = False, turn + 1
@@ -84,7 +84,7 @@ class _Ranges:
                 changed |= self._update(value, widen=turn > 3)
 
     def exact(self, value: Value) -> Bounds | None:
-        """The range of what may be reported and leaves its type."""
+        """The range of a reportable value that exceeds its type, else None."""
         if value.kind not in _REPORTED or not 1 < value.width <= 32:
             return None
         left, right = (self._bounds(each) for each in value.operands)
@@ -98,7 +98,7 @@ class _Ranges:
         return exact
 
     def describe(self, value: Value) -> str:
-        """A number, or a name with its range."""
+        """A constant, or a name with its range."""
         low, high = self._bounds(value)
         if low == high:
             return str(low)
@@ -115,7 +115,7 @@ class _Ranges:
         return self._of[value.number] or _full(value.width)
 
     def _update(self, value: Value, widen: bool) -> bool:
-        """Whether it grew."""
+        """Update a value's range; returns whether it grew."""
         before = self._of[value.number], self._products[value.number]
         self._products[value.number] = value.kind in ("arith.muli", "arith.shli") or any(
             self._products[each.number] for each in value.sources
@@ -133,7 +133,7 @@ class _Ranges:
         return before != (self._of[value.number], self._products[value.number])
 
     def _transfer(self, value: Value) -> Bounds | None:
-        """None until something is known of an operand."""
+        """A value's range from its operands'; None while theirs are unknown."""
         full, kind, text = _full(value.width), value.kind, value.text
         if kind == "arith.constant":
             found = re.match(r"\s*(?:dense<)?(-?\d+|true|false)>?( :|$)", text)
@@ -165,7 +165,9 @@ class _Ranges:
             return narrow if given and _inside(narrow, full) else full
         if kind == "arith.select":
             return _hull(bounds[1:])
-        if kind in ("tt.reduce", "tt.scan") and len(operands) == 2:  # of one tensor: it, and what combines two numbers
+        if (
+            kind in ("tt.reduce", "tt.scan") and len(operands) == 2
+        ):  # of one tensor: it, and the result of the combine region
             combined = value.operands[1].kind
             if combined == "arith.addi":
                 return min(bounds[0][0], 0) * _MOST, max(bounds[0][1], 0) * _MOST
@@ -176,7 +178,7 @@ class _Ranges:
 
 
 _MOST = 1 << 20  # elements of a tensor: Triton's TRITON_MAX_TENSOR_NUMEL
-# What moves numbers and makes none.
+# Operations that only move values.
 _SAME = {
     f"tt.{name}"
     for name in ("splat", "unsplat", "expand_dims", "broadcast", "reshape", "trans", "cat", "join", "split")
@@ -192,7 +194,7 @@ def _inside(inner: Bounds, outer: Bounds) -> bool:
 
 
 def _bounded(bounds: Bounds, width: int) -> bool:
-    """By something else than its type."""
+    """Whether a range is smaller than its type's."""
     return bounds[0] > _full(width)[0] and bounds[1] < _full(width)[1]
 
 
@@ -201,7 +203,7 @@ def _hull(bounds: Sequence[Bounds]) -> Bounds:
 
 
 def _corners(operation: Callable[[int, int], int]) -> Callable[[Bounds, Bounds, int], Bounds]:
-    """Of an operation that is monotonic in each operand."""
+    """Bounds of an operation that is monotonic in each operand."""
 
     def bounds(left: Bounds, right: Bounds, width: int) -> Bounds:
         found = [operation(a, b) for a in left for b in right]

@@ -1,4 +1,4 @@
-"""Memory whose contents turn a wrong read, or a forgotten write, red."""
+"""Poisoned memory, so that an illegal read or a missing write makes a test fail."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside the block, uninitialised memory (torch.empty and its kin) is NaN, or the largest integer.
+    """Inside the block, uninitialised memory (torch.empty and similar) is NaN, or the largest integer.
 
-    By torch's deterministic mode, so that torch.compile and every allocator keep to it; ops that have no deterministic
+    Uses torch's deterministic mode, which torch.compile and every allocator follow; ops without a deterministic
     implementation warn.
     """
     flags: Any = torch.utils.deterministic  # its one attribute is hidden from type checkers
@@ -32,8 +32,8 @@ def poisoned() -> Iterator[None]:
 def noise_(x: Tensor) -> Tensor:
     """Fill with huge finite noise of either sign (integers: of the whole range), and return x.
 
-    What is meant to be masked must not leave a trace of it; NaN would, even where it is multiplied by 0. Written into
-    what lies past the end: unused slots of a page, rows of padding.
+    For memory past the end, which kernels mask: unused slots of a page, padding rows. NaN would be wrong there, as it
+    survives a multiplication by 0.
     """
     if not x.is_floating_point():
         limits = torch.iinfo(x.dtype)
@@ -59,4 +59,4 @@ def surrounded(x: Tensor, margin: int = 64) -> Iterator[Tensor]:
     before[..., margin : margin + x.shape[-1]] = inner
     harmed = int((before.view(torch.uint8) != buffer.view(torch.uint8)).any(-1).sum())
     if harmed:
-        raise AssertionError(f"memory around a tensor of shape {list(x.shape)} was written, in {harmed} of its rows")
+        raise AssertionError(f"memory next to a tensor of shape {list(x.shape)} was written, in {harmed} of its rows")

@@ -1,4 +1,4 @@
-"""A mini-PTX: runs the straight-line 32-bit assembly of tl.inline_asm_elementwise on NumPy arrays."""
+"""A small PTX interpreter for tl.inline_asm_elementwise: straight-line 32-bit assembly on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _shift_right_signed(a: Array, by: Array) -> Array:
 
 
 def _prmt(a: Array, b: Array, selector: Array) -> Array:
-    """Each byte of the result is one of the eight of (b, a), or its sign spread over a byte."""
+    """Each byte of the result is one of the eight bytes of (b, a), or its replicated sign bit."""
     both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     result = np.zeros_like(a)
     for i in range(4):
@@ -72,7 +72,7 @@ _ARITHMETIC: dict[str, Callable[..., Array]] = {
 
 
 def _halves(kind: str, operation: str, operands: list[Array]) -> Array:
-    """An operation on two 16-bit floats a register, each result rounded once."""
+    """An operation on two 16-bit floats per register, each result rounded once."""
     result = np.zeros_like(operands[0])
     for shift in (0, 16):
         bits = [((operand >> U32(shift)) & U32(0xFFFF)).astype(np.uint16) for operand in operands]
@@ -110,7 +110,7 @@ def _instruction(opcode: str, operands: list[Array]) -> Array:
 def run(asm: str, num_outputs: int, inputs: Sequence[Array]) -> list[Array]:
     """The registers $0 .. $num_outputs-1 after `asm`; inputs: uint32 arrays of one shape, the registers after them.
 
-    Raises NotImplementedError for an instruction it does not know, ValueError for a register that was never written.
+    Raises NotImplementedError for an unknown instruction, ValueError for a register that was never written.
     """
     shape = np.broadcast_shapes(*(each.shape for each in inputs))
     registers = {f"${num_outputs + i}": np.broadcast_to(each, shape).astype(U32) for i, each in enumerate(inputs)}
@@ -157,7 +157,7 @@ def elementwise(
 
 
 def _pack(groups: Array) -> list[Array]:
-    """[n, pack] elements as registers of 32 bits, [n] each."""
+    """[n, pack] elements as 32-bit registers, [n] each."""
     bits = groups.view(f"u{groups.itemsize}")
     words = np.ascontiguousarray(bits).view(U32) if bits[0].nbytes >= 4 else bits.astype(U32)
     return [words[:, i] for i in range(words.shape[1])]

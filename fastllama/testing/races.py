@@ -1,8 +1,8 @@
-"""Races between the programs of one launch: what two of them touch and one writes, in an order that no GPU promises.
+"""Detects races between programs of one launch: two access an address, one writes, and a GPU does not order them.
 
-A program may read what another has stored before it updated a counter, once it has updated the same counter itself: so
-the last of several programs can add what all of them left. One that reads without being the last shows as a race,
-with whatever is stored after its turn.
+A program may read another's stores that precede an atomic update of a counter, after updating the same counter itself:
+so the last of several programs can reduce the results of all. A program that reads without being the last is a race
+with later stores.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastllama.testing.floats import Array
 
 @dataclass
 class Log:
-    """Who touched what in one launch: per kind of access, (program, size, unique addresses) of every program.
+    """The accesses of one launch: per kind, (program, size, unique addresses) of every program.
 
-    counted: by the address of a counter, each program that updated it, and how many stores there were by then.
+    counted: by address of a counter, each program that updated it, and the number of stores before that.
     handed: by program, (program, number of stores) of those that updated a counter before it.
     """
 
@@ -38,13 +38,13 @@ class Log:
         self.accesses[kind].append((program, size, addresses))
 
     def _handed_to(self, program: int, size: int) -> Array:
-        """The addresses, of stores of `size` bytes, that others left for a program."""
+        """The addresses of other programs' stores of `size` bytes that a program may read."""
         stores, ends = self.accesses["store"], self.handed[program]
         found = [each for i, (other, width, each) in enumerate(stores) if i < ends.get(other, 0) and width == size]
         return np.concatenate([*found, np.empty(0, np.uint64)])
 
     def race(self) -> tuple[str, int, int, int] | None:
-        """What is wrong, the address and the two programs; None when every order of the programs gives the same."""
+        """The kind of race, the address and the two programs; None if the order of the programs does not matter."""
         stored, storers = self._cells("store")
         atomic, updaters = self._cells("atomic")
         loaded, loaders = self._cells("load")
@@ -64,7 +64,7 @@ class Log:
         )
 
     def _cells(self, kind: str) -> tuple[Array, Array]:
-        """Addresses in steps of the narrowest access of the launch, and the program of each."""
+        """Addresses in units of the launch's narrowest access, and the program of each."""
         entries = self.accesses[kind]
         cell = min((size for each in self.accesses.values() for _, size, _ in each), default=1)
         addresses = [_split(each, size, cell) for _, size, each in entries]
@@ -86,8 +86,8 @@ def _sorted(addresses: Array, programs: Array) -> tuple[Array, Array]:
 def _meeting(
     what: str, addresses: Array, programs: Array, others: Array, other_programs: Array
 ) -> tuple[str, int, int, int] | None:
-    """The first of `others` that a different program has at one of the sorted `addresses`."""
-    for side in ("left", "right"):  # where several programs share an address, one of its two ends is another program
+    """The first of `others` at one of the sorted `addresses` of a different program."""
+    for side in ("left", "right"):  # among several programs at an address, the first or the last is another one
         at = np.searchsorted(addresses, others, side=side) - (side == "right")
         at = np.clip(at, 0, max(addresses.size - 1, 0))
         clash = (addresses[at] == others) & (programs[at] != other_programs) if addresses.size else np.zeros(0, bool)

@@ -1,7 +1,7 @@
-"""Records what real launch code would compile and launch on a GPU that need not be here.
+"""Records the kernels that launchers would compile and launch on a GPU that need not be present.
 
-The launch code itself decides the specialisation: which pointers and integers are multiples of 16, which arguments are
-constants, the warps and the stages. Nothing is compiled and nothing runs.
+The launchers themselves determine the specialisation: which pointers and integers are multiples of 16, which arguments
+are constants, the warps and the stages. Nothing is compiled and nothing runs.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from fastllama.testing.triton_api import quiet
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a jit function: what is compiled for it, and with what options."""
+    """One launch of a jit function: its source with specialisation, and the compile options."""
 
     kernel: str
     target: Target
     source: Any  # triton's ASTSource
-    options: Mapping[str, Any]  # as triton.compile takes them: num_warps, num_stages, ...
+    options: Mapping[str, Any]  # of triton.compile: num_warps, num_stages, ...
 
     def __str__(self) -> str:
         """The kernel with its specialised arguments: `add(x_ptr: *bf16 % 16, n: i32, BLOCK=64)`.
 
-        Of tuples only the elements' types are shown.
+        For tuples, only the elements' types are shown.
         """
         constants = {path[0]: value for path, value in self.source.constants.items() if len(path) == 1}
         hinted = {path[0] for path, hints in self.source.attrs.items() if ["tt.divisibility", 16] in hints}
@@ -51,15 +51,15 @@ class Launch:
 
 @contextmanager
 def record(target: Target) -> Iterator[list[Launch]]:
-    """Inside, a launch of a jit function is appended to the list, and returns None, instead of running.
+    """Inside the block, a launch of a jit function is appended to the list, and returns None, instead of running.
 
-    Tensors may be on the CPU, on the meta device or fake: read are the dtype, the address modulo 16 (of a tensor
-    without memory: its offset in its storage) and, for AMD, whether the storage is under 2 GiB. A kernel under
+    Tensors may be on the CPU, on the meta device or fake: only the dtype, the address modulo 16 (for a tensor without
+    memory, its offset in its storage) and, for AMD, whether the storage is under 2 GiB, are read. A kernel under
     `triton.autotune` is recorded once for each configuration that its pruning keeps.
     Raises RuntimeError where TRITON_INTERPRET is set: an interpreted kernel cannot be compiled.
     """
     if env.triton_interpret():
-        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted here; record launches without it")
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted; record launches without it")
     launches: list[Launch] = []
     stock_run = JITFunction.run
 
@@ -67,7 +67,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
         del warmup
         args = tuple(_addressed(value) for value in args)
         kwargs = {name: _addressed(value) for name, value in kwargs.items()}
-        self.device_caches[driver.active.get_current_device()]  # makes self.compile, which the next line replaces
+        self.device_caches[driver.active.get_current_device()]  # creates self.compile, which the next line replaces
         with mock.patch.object(self, "compile", _capture):
             try:
                 stock_run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -75,7 +75,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
                 launches.append(Launch(self.__name__, target, captured.source, captured.options))
 
     def run_every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.nargs = dict(zip(self.arg_names, args, strict=False))  # what pruning reads
+        self.nargs = dict(zip(self.arg_names, args, strict=False))  # read by pruning
         for config in self.prune_configs(kwargs):
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
@@ -89,7 +89,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
 
 
 class _CapturedError(Exception):
-    """Leaves Triton's launch code where it would start to compile."""
+    """Leaves Triton's launcher where it would start to compile."""
 
     def __init__(self, source: Any, options: Mapping[str, Any]) -> None:
         self.source, self.options = source, dict(options)
@@ -111,10 +111,10 @@ class _Addressed:
         return self._offset
 
     def ptr_range(self) -> int:
-        """Triton's AMD backend asks this for whether 32 bits can address the whole storage."""
+        """Triton's AMD backend uses this to check whether 32 bits can address the whole storage."""
         return self._bytes
 
 
 def _addressed(value: Any) -> Any:
-    """Fake tensors refuse to tell an address."""
+    """Wrap tensors without memory: fake tensors raise on data_ptr()."""
     return _Addressed(value) if isinstance(value, FakeTensor) else value

@@ -1,4 +1,4 @@
-"""Compiles one recorded launch and reads from its machine code what it takes of the GPU."""
+"""Compiles one recorded launch and reads its resource usage from the machine code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastllama.testing.machine_code import Mix
 from fastllama.testing.recorder import Launch
 from fastllama.testing.targets import Occupancy, Target, occupancy
 
-NARROW = 32  # bits: what a thread must move at least for a warp to use whole 128-byte lines
+NARROW = 32  # bits per thread at least, for a warp to use whole 128-byte lines
 
 _NONE: Mapping[str, int] = {}
 _NO_OCCUPANCY = Occupancy(0, 0, "")
@@ -20,7 +20,7 @@ _NO_CODE = Mix(0, {}, {}, 0, {}, 0)
 
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-# Performance warnings are called "info", with a number: (C7512) says that wgmma instructions were serialised.
+# Performance warnings are called "info", with a number: (C7512) is for serialised wgmma instructions.
 _WARNING = re.compile(r"^ptxas.*(?:warning|\(C7\d+\)).*$", re.MULTILINE)
 
 
@@ -30,7 +30,7 @@ class KernelReport:
 
     launch: str
     target: str
-    error: str = ""  # why there is nothing below: it does not compile, or a tool is missing
+    error: str = ""  # why the fields below are empty: a compile error, or a missing tool
     num_warps: int = 0
     num_stages: int = 0
     registers: int = 0
@@ -46,11 +46,11 @@ class KernelReport:
 
     @property
     def hot(self) -> Mix:
-        """Where the time goes: the longest of the loops, or the whole program where there is none."""
+        """The hot loop: the longest of the loops, or the whole program where there is none."""
         return max(self.loops, key=lambda loop: loop.instructions, default=self.program)
 
     def narrow(self, bits: int = NARROW) -> dict[str, int]:
-        """Loads and stores of fewer than `bits` a thread in the loops, or in the program where there is none.
+        """Loads and stores of fewer than `bits` per thread in the loops, or in the program where there is none.
 
         "load 16" -> count.
         """
@@ -61,9 +61,9 @@ class KernelReport:
         return found
 
     def problems(self, narrowest: int = NARROW, besides: Mapping[str, int] = _NONE) -> list[str]:
-        """What is wrong, one sentence each.
+        """The problems, one sentence each.
 
-        narrowest: the bits that a repeated global access must have at least. besides: how many may be narrower
+        narrowest: the minimum bits of a global access in a loop. besides: allowed numbers of narrower ones
         ({"load 16": 1}).
         """
         if self.error:
@@ -82,12 +82,12 @@ class KernelReport:
         return [*(sentence for sentence, is_wrong in found.items() if is_wrong), *self.warnings]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, from which `from_json` makes the same report."""
+        """Plain values, the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> KernelReport:
-        """The report that `to_json` wrote."""
+        """The inverse of `to_json`."""
         rebuilt = {
             "occupancy": Occupancy(**values["occupancy"]),
             "program": Mix(**values["program"]),
@@ -100,7 +100,7 @@ class KernelReport:
 def compile_launch(launch: Launch) -> tuple[KernelReport, str]:
     """The report on a recorded launch, and its machine code as text.
 
-    Where the kernel does not compile, a report with the compiler's error, and no code.
+    Where the kernel does not compile, a report with the compiler's error, and empty text.
 
     Raises triton_api.ToolMissingError where this installation of Triton cannot compile for the target.
     """
@@ -109,7 +109,7 @@ def compile_launch(launch: Launch) -> tuple[KernelReport, str]:
         compiled = triton_api.compile_source(launch.source, target.triton, launch.options)
     except triton_api.ToolMissingError:
         raise
-    except Exception as error:  # a compiler raises anything, from its own errors to a failed assertion
+    except Exception as error:  # a compiler can raise anything, from its own errors to a failed assertion
         return KernelReport(str(launch), target.name, error=f"does not compile: {triton_api.reason(error)}"), ""
     report = KernelReport(
         str(launch),
@@ -167,7 +167,7 @@ def _with_occupancy(report: KernelReport, target: Target) -> KernelReport:
 
 
 def _only(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
-    """The groups of the one match: a kernel is one function, and so the compiler speaks once."""
+    """The groups of the only match: a kernel is one function, so the compiler reports once."""
     found = list(pattern.finditer(text))
     assert len(found) == 1, f"{pattern.pattern} occurs {len(found)} times in the compiler's output"
     return found[0].groups()

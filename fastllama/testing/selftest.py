@@ -1,4 +1,4 @@
-"""A kernel that needs every repair of the interpreter: run once a process, so that a Triton they do not fit is loud."""
+"""A kernel that needs every repair of the interpreter, run once per process to detect an unsupported Triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _plus(a, b):
     return a + b
 
 
-# One program owns everything: row i of out is the result that _expected calls by the i-th name.
+# A single program: row i of out is the result with the i-th name in _expected.
 @triton.jit
 def _kernel(out_ptr, x_ptr, y_ptr, n, N: tl.constexpr):
     row = tl.arange(0, N)
@@ -28,7 +28,7 @@ def _kernel(out_ptr, x_ptr, y_ptr, n, N: tl.constexpr):
     loops = 0
     for i in range(n):
         loops = _plus(loops, i)
-    small = (grid % 7).to(tl.bfloat16)  # every sum of products is exact in any order
+    small = (grid % 7).to(tl.bfloat16)  # every dot product is exact in any order
     tl.store(out_ptr + row, z.to(tl.float32))
     tl.store(out_ptr + 1 * N + row, ((x + z) * x - z * 1.5).to(tl.float32))
     tl.store(out_ptr + 2 * N + row, -x / z)  # fp32: Triton's rule for a division of two bf16
@@ -66,7 +66,7 @@ def _expected(x: Tensor, y: Tensor, n: int) -> dict[str, Tensor]:
 
 @functools.cache
 def check_repairs() -> None:
-    """Raise RuntimeError, naming what is wrong, unless the repaired interpreter gives torch's bits."""
+    """Raise RuntimeError, naming the wrong operations, unless the repaired interpreter equals torch bit for bit."""
     x, fractions = (torch.arange(*span, dtype=torch.bfloat16, device="cpu") for span in ((-8, 8), (N,)))
     x += fractions / 32
     y = torch.linspace(-5, 7, N, dtype=torch.float32, device="cpu")

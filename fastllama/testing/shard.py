@@ -1,4 +1,4 @@
-"""A part of a long run: every N-th of what is counted, or what a hash of its name puts there."""
+"""Divides a long run into parts, by position or by a hash of names."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """The `part`-th of `count` parts, the first being 1. All of them together are everything, once."""
+    """The `part`-th of `count` parts, from 1. The parts are disjoint and complete."""
 
     part: int = 1
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From "3/12". Raises argparse.ArgumentTypeError, whose message argparse shows."""
+        """Parse "3/12". Raises argparse.ArgumentTypeError, whose message argparse shows."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise argparse.ArgumentTypeError(f"shard is {text!r}; legal: K/N with K from 1 to N, such as 3/12")
         return cls(int(found[1]), int(found[2]))
 
     def holds(self, name: str) -> bool:
-        """Whether that name is in this part: by a hash, so that a new test moves no other to another part."""
+        """Whether a name is in this part: by a hash, so that a new test moves no other."""
         return zlib.crc32(name.encode()) % self.count == self.part - 1
 
     def of(self, things: Sequence[T]) -> list[T]:
-        """Those of a table that are in this part, by position, so that neighbours of one file are spread."""
+        """The items in this part: by position, so that neighbours of one file are spread."""
         return list(things[self.part - 1 :: self.count])

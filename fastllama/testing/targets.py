@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, none of which need be here: limits per multiprocessor, and occupancy.
+"""The GPU targets of compiled kernels, which need not be present: limits per multiprocessor, and occupancy.
 
 Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -13,12 +13,12 @@ from triton.backends.compiler import GPUTarget
 from fastllama.errors import check_choice
 
 _KIB = 1024
-_SCHEDULERS = 4  # in a multiprocessor (NVIDIA) and in a compute unit (AMD) alike
+_SCHEDULERS = 4  # per multiprocessor (NVIDIA) or compute unit (AMD)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One GPU architecture and the size of its usual product. `arch` is Triton's own spelling; memory is in bytes."""
+    """One GPU architecture, with the size of a common model. `arch` is Triton's spelling; memory is in bytes."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -35,7 +35,7 @@ class Target:
 
     @property
     def triton(self) -> Any:
-        """As Triton's compiler takes it."""
+        """The GPUTarget of Triton's compiler."""
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
@@ -84,14 +84,14 @@ TARGETS = {
 
 
 def target(name: str) -> Target:
-    """The target of that name. Raises ValueError naming the legal ones."""
+    """The target of that name. Raises ValueError with the legal names."""
     check_choice("target", name, TARGETS)
     return TARGETS[name]
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How many blocks of a kernel are resident on one multiprocessor at once, and what allows no more."""
+    """The number of a kernel's blocks resident on one multiprocessor, and the limiting resource."""
 
     blocks: int
     percent: int  # of the warps that the multiprocessor can hold
@@ -99,9 +99,9 @@ class Occupancy:
 
 
 def occupancy(target: Target, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> Occupancy:
-    """Of blocks of `warps` warps: registers of one thread (handed out in eights), bytes of shared memory, columns."""
+    """For blocks of `warps` warps: registers per thread (allocated in eights), bytes of shared memory, columns."""
     per_warp = max(-(-registers // 8), 1) * 8 * target.warp_size
-    # A compute unit has 16 barriers, one for each block that needs one: a block of one warp needs none.
+    # A compute unit has 16 barriers, one per block; a block of one warp needs none.
     blocks = target.max_warps if target.backend == "hip" and warps == 1 else target.max_blocks
     limits = {
         "warps": target.max_warps // warps,

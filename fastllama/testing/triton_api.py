@@ -1,4 +1,4 @@
-"""The one place that knows how Triton versions (3.6 to the newest) differ."""
+"""All differences between Triton versions (3.6 to the newest)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "reason",
 ]
 
-# What the repairs and checks of the interpreter replace or call, and no version promises.
+# Private names that the repairs and checks of the interpreter replace or call.
 _INTERPRETER = {
     interpreter: "_interpreter _implicit_cvt _patch_lang _patch_lang_tensor _get_np_dtype _ir interpreter_builder "
     "GridExecutor InterpreterBuilder InterpreterError ReduceOps ScanOps TensorHandle",
@@ -47,7 +47,7 @@ _INTERPRETER = {
 
 
 def check_version() -> None:
-    """Raise RuntimeError unless this Triton's interpreter has what the repairs and checks replace."""
+    """Raise RuntimeError unless this Triton's interpreter has the names that the repairs and checks replace."""
     missing = [
         f"{owner.__name__}.{name}"
         for owner, names in _INTERPRETER.items()
@@ -59,28 +59,28 @@ def check_version() -> None:
 
 
 class ToolMissingError(RuntimeError):
-    """This installation of Triton lacks a program that the task needs; the message names it and where it was sought."""
+    """This installation of Triton lacks a required program; the message names it and the searched place."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What an ahead-of-time compile gives: every stage's text by Triton's name for it, and what ptxas said."""
+    """The result of an ahead-of-time compile: every stage's text by Triton's name for it, and the log of ptxas."""
 
     asm: dict[str, Any]
-    num_warps: int  # more than were asked for where a kernel is split between specialised warps
+    num_warps: int  # more than requested where a kernel is warp-specialised
     shared: int  # bytes
     tensor_memory: int  # columns of Blackwell's memory for tensor cores
     ptxas_log: str  # empty on AMD
 
 
 def compile_source(source: Any, target: Any, options: Mapping[str, Any]) -> Compiled:
-    """Compile a triton ASTSource for a GPUTarget that need not be here. Raises what the compiler raises.
+    """Compile a triton ASTSource for a GPUTarget that need not be present. Raises the compiler's errors.
 
-    Nothing is read from Triton's own cache or left in it: ptxas speaks only where it runs.
+    Triton's own cache is neither read nor written: ptxas logs only when it runs.
     """
     if target.backend == "cuda":
         if not hasattr(knobs.nvidia, "dump_ptxas_log"):
-            raise ToolMissingError(f"Triton {triton.__version__} does not tell what ptxas says; 3.5 and newer do")
+            raise ToolMissingError(f"Triton {triton.__version__} does not return the log of ptxas; 3.5 and newer do")
         _check_ptxas(target.arch)
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(), quiet():
@@ -93,28 +93,28 @@ def compile_source(source: Any, target: Any, options: Mapping[str, Any]) -> Comp
             dict(compiled.asm),
             metadata.num_warps,
             metadata.shared,
-            getattr(metadata, "tmem_size", 0),  # NVIDIA's alone
+            getattr(metadata, "tmem_size", 0),  # NVIDIA only
             said.getvalue(),
         )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notice of Triton 3.9 that 3.10 will compile `a * b + c` to two roundings unless told."""
+    """Hide Triton 3.9's notice that 3.10 will by default compile `a * b + c` to two roundings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         yield
 
 
 def compiler_state() -> str:
-    """What else decides the code, beside the source: the version, and the variables that Triton's own cache minds."""
+    """Inputs of a compile besides the source: the version, and the variables in the keys of Triton's cache."""
     return f"{triton.__version__} {sorted(get_cache_invalidating_env_vars().items())}"
 
 
 def disassemble(cubin: bytes) -> str:
     """NVIDIA machine code as text. Raises ToolMissingError where there is no nvdisasm.
 
-    Without its analysis of where indirect jumps go, which nothing here reads: a quarter of its 0.25 s.
+    Without its analysis of indirect jumps, which is not needed here: a quarter of its 0.25 s.
     """
     program = _found(lambda: knobs.nvidia.nvdisasm)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,19 +124,19 @@ def disassemble(cubin: bytes) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a compile error says, in one line: the useful part is in its cause, and the source it quotes is not."""
+    """A compile error in one line: the message of its cause, without the quoted source."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[-300:]}" if lines else type(error).__name__
 
 
 def _check_ptxas(arch: int | str) -> None:
-    """Triton 3.6 brought a second ptxas for Blackwell, which 3.9 uses for Hopper too."""
+    """Check the ptxas for a target: Triton 3.6 added a second one for Blackwell, which 3.9 uses for Hopper too."""
     parameters = inspect.signature(nvidia.get_ptxas).parameters
     _found(lambda: nvidia.get_ptxas(arch) if parameters else nvidia.get_ptxas())
 
 
 def _found(look: Callable[[], Any]) -> str:
-    """The path of a program that Triton looks for itself: its environment variables, then its own folder."""
+    """The path of a program by Triton's own search: its environment variables, then its folder."""
     try:
         return str(look().path)
     except RuntimeError as error:

@@ -1,7 +1,6 @@
-"""Reads Triton IR, the first form of a compiled kernel: its values, what each is made of, and pointers' offsets.
+"""Parses Triton IR, the first stage of a compiled kernel: its values, their operands, and pointer offsets.
 
-The text is what `str(module)` prints, with locations; all helpers are inlined in it. About 20 ms a kernel, without a
-GPU.
+The text is that of `str(module)`, with locations and all helpers inlined. About 20 ms per kernel, without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fastllama.testing.triton_api import quiet
 
 
 def triton_ir(launch: Launch) -> str:
-    """The Triton IR of a recorded launch, inlined and simplified, as every later stage of the compiler gets it."""
+    """The Triton IR of a recorded launch, inlined and simplified, as input to the compiler's later stages."""
     target = launch.target.triton
     backend = make_backend(target)
     options = backend.parse_options({**launch.options, **launch.source.parse_options()})
@@ -36,14 +35,16 @@ def triton_ir(launch: Launch) -> str:
         return str(stages["ttir"](module, dict(options.__dict__)))
 
 
-_OPAQUE = re.compile(r"tt\.(load|atomic_\w+|descriptor_\w+)|arith\.cmp[if]|tt\.call")  # a new number, or none at all
-# What takes offsets: the operands from so many on.
+_OPAQUE = re.compile(
+    r"tt\.(load|atomic_\w+|descriptor_\w+)|arith\.cmp[if]|tt\.call"
+)  # values unrelated to their operands
+# Operations with offsets: the index of the first offset operand.
 _ROOTS = {"tt.addptr": 1, "tt.advance": 1, "tt.make_tensor_ptr": 1, "tt.make_tensor_descriptor": 1}
 
 
 @dataclass(eq=False)
 class Value:
-    """An SSA value: what computes it, of what, and the bits of its elements (0 where they are not integers)."""
+    """An SSA value: its operation, operands, and the bits of its elements (0 where they are not integers)."""
 
     number: int
     name: str
@@ -55,7 +56,7 @@ class Value:
 
     @property
     def sources(self) -> list[Value]:
-        """The operands whose error becomes its own."""
+        """The operands from which an overflow propagates."""
         if _OPAQUE.fullmatch(self.kind):
             return []
         return self.operands[1:] if self.kind == "arith.select" else self.operands
@@ -63,12 +64,12 @@ class Value:
 
 @dataclass
 class _Region:
-    """A pair of braces: its names, its blocks and the branches to them, and the operation that it belongs to."""
+    """A region in braces: its names, its blocks and the branches to them, and its owning operation."""
 
     kind: str = ""
     names: dict[str, list[Value]] = field(default_factory=dict)
-    owner: list[Value] = field(default_factory=list)  # what a yield or a return ends in
-    passed: list[Value] = field(default_factory=list)  # of a while: what its condition passes on
+    owner: list[Value] = field(default_factory=list)  # results of its yield or return
+    passed: list[Value] = field(default_factory=list)  # of a while: the operands of its condition
     blocks: dict[str, list[Value]] = field(default_factory=dict)
     branches: list[tuple[str, list[Value]]] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ _BRANCH = re.compile(r"(\^bb\d+)(?:\(([^:)]*))?")
 
 
 class Reader:
-    """Reads the text of one function: its values in the order in which they are defined, and the offsets among them."""
+    """Parses one function: its values in order of definition, and the offsets among them."""
 
     def __init__(self, text: str) -> None:
         self.values: list[Value] = []
@@ -100,7 +101,7 @@ class Reader:
                 self._line(line[: suffix.start()].strip() if suffix else line.strip(), suffix[1] if suffix else "")
 
     def place(self, location: str) -> tuple[str, str]:
-        """The file and line of a location, and what stands there: the innermost outside Triton's own library."""
+        """The file and line of a location, and the source line: the innermost frame outside Triton's own library."""
         found = [(path, int(number)) for path, number in self._frames(location)]
         own = [each for each in found if not Path(each[0]).is_relative_to(Path(triton.__file__).parent)] or found
         if not own:
@@ -114,7 +115,7 @@ class Reader:
         if found := _FILE.match(location):
             yield found[1], found[2]
             return
-        for alias in re.findall(r"#loc\d*", location):  # a name of another; a callee at its caller
+        for alias in re.findall(r"#loc\d*", location):  # an alias; a callee at its caller
             yield from self._frames(alias)
 
     def _line(self, line: str, location: str) -> None:
@@ -153,7 +154,7 @@ class Reader:
                 value = region.passed[at]
             else:
                 value = self._value(name, "phi", [], kind, line, "")
-                if region.kind.startswith("tt."):  # a reduction's: of one of its operands
+                if region.kind.startswith("tt."):  # a reduction's: from one of its operands
                     operands = region.owner[0].operands if region.owner else []
                     value.operands += [each for each in operands if each.width == value.width]
             region.names[name] = [value]
@@ -239,6 +240,6 @@ class Reader:
 
 
 def _types(rest: str) -> str:
-    """The result's type, at the end of an operation's line."""
+    """The result's type, from the end of an operation's line."""
     text = rest.rstrip(" {")
     return re.split(r" -> | to |, (?=[!a-z])|: ", text)[-1] if ":" in text else ""

@@ -1,4 +1,4 @@
-"""Reports anyone can run on their device: parity of ops, layers, logits and tokens, and what quantization costs."""
+"""Reports for the user's device: parity of ops, layers, logits and tokens, and the loss of quantization."""
 
 from fastllama.io.documents import text_documents
 from fastllama.verify.check import check

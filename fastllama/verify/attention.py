@@ -1,4 +1,4 @@
-"""Cases of attention: packed, and over pages of values or of 8 bits, with and without the log-sum-exp."""
+"""Cases of attention: packed, and over unquantized or 8-bit pages, with and without the log-sum-exp."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.verify import oracle
 from fastllama.verify.case import FormulaCase, Results, given
 
-# Of all keys and of all values, in place of a tensor each.
+# One scale for all keys and one for all values, instead of tensors of scales.
 ONE_SCALE: Arguments = {"k_scales": None, "v_scales": None, "k_scale": 0.02, "v_scale": 1.5}
 
 
 def one_row(results: Results) -> Results:
-    """The log-sum-exps as one row: a single one may be near 0, and its error is that of the scores it sums."""
+    """The log-sum-exps as one row: a single one may be near 0, but its error is relative to the scores."""
     out, *sums = results
     return (out, *(lse.flatten() for lse in sums))
 
@@ -89,7 +89,7 @@ def _paged(
     v_scale: float | None = None,
     causal: bool = True,
 ) -> Results:
-    """Attention of a sequence's rows of q, as many for each where no bounds are given, over its seq_lens[b] tokens."""
+    """Attention of each sequence's rows of q, equally many without cu_seqlens_q, over its seq_lens[b] tokens."""
     count = len(seq_lens)
     starts = range(0, len(q) + 1, len(q) // count) if cu_seqlens_q is None else cu_seqlens_q.tolist()
     held = [

@@ -1,4 +1,4 @@
-"""A call of an op, and the formula that says what must come out."""
+"""A call of an op, and the formula for its expected outputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastllama.catalogue.arguments import inputs
 from fastllama.catalogue.maker import Arguments
 
 Results = tuple[Tensor, ...]
-DEFAULTS = ("scale", "base2")  # left to the public function, whose defaults are judged so
+DEFAULTS = ("scale", "base2")  # not passed, so that the public function's defaults are tested
 
 
 @dataclass(frozen=True)
 class FormulaCase:
     """One call of a public op: kernels.<op>(**given, **options).
 
-    formula: the outputs from what is given and known by name, computed in the dtype of `given`. options: what the op is
-    asked besides. known: what the formula takes besides (the values that a packed weight was made of). written: what
-    the op writes in place, further outputs behind those it returns. view: what is compared, where that is not the
-    outputs themselves. A formula may hold no other tensor, for these are moved with the case.
+    formula: computes the outputs from `given` and `known`, by name, in the dtype of `given`. options: further arguments
+    of the op. known: further arguments of the formula (the values that were packed into a weight). written: arguments
+    that the op updates in place, compared after its returned outputs. view: maps outputs to the compared values. A
+    formula may close over no other tensor, since the case's tensors are moved between devices.
     """
 
     op: str
@@ -36,11 +36,11 @@ class FormulaCase:
     known: dict[str, Tensor] = field(default_factory=dict)
 
     def expected(self) -> Results:
-        """What the formula gives, as it is compared."""
+        """The formula's outputs, mapped by `view`."""
         return self.view(self.formula(**self.given, **self.known))
 
     def to(self, target: torch.device | torch.dtype) -> FormulaCase:
-        """The case on another device, or with what is given and floating (not `known`) in another dtype."""
+        """The case on another device, or with the floating tensors of `given` (not `known`) in another dtype."""
 
         def moved(value: Any) -> Any:
             if not isinstance(value, Tensor) or (isinstance(target, torch.dtype) and not value.is_floating_point()):
@@ -54,5 +54,5 @@ class FormulaCase:
 
 
 def given(op: str, call: Arguments) -> Arguments:
-    """What a case gives the op of a call in the catalogue: its inputs."""
+    """The inputs of a catalogue call."""
     return {name: value for name, value in inputs(op, call).items() if name not in DEFAULTS}

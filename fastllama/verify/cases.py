@@ -1,4 +1,4 @@
-"""The cases of every op: calls of the catalogue at odd and at usual sizes, and the formula for each."""
+"""The cases of every op: catalogue calls at odd and at usual sizes, each with its formula."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _write_kv(m: Maker) -> Iterator[FormulaCase]:
 
 
 def _written(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> Results:
-    """The pages with k and v at the slots that there are."""
+    """The pages after k and v are written to their slots; negative slots are skipped."""
     k_pages, v_pages = k_pages.clone(), v_pages.clone()
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -143,7 +143,7 @@ def _sample(m: Maker) -> Iterator[FormulaCase]:
         return tokens, values.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     def view(results: Results) -> Results:
-        """How far each token missed, in place of the tokens."""
+        """Replaces the tokens by their distance from the right ones, see `sampling.miss`."""
         tokens, logprobs = results
         drawn = zip(tokens.tolist(), torch.tensor(logits, dtype=torch.float64, device="cpu"), draws, strict=True)
         missed = [miss(*row) for row in drawn]
@@ -153,7 +153,7 @@ def _sample(m: Maker) -> Iterator[FormulaCase]:
 
 
 def _adjust_logits(m: Maker) -> Iterator[FormulaCase]:
-    """Rows with two recent tokens each, that ask for nothing, and that share the tables of others."""
+    """Rows with two recent tokens each, rows without adjustments, and rows that share tables."""
 
     def formula(
         logits: Tensor,
@@ -186,7 +186,7 @@ def _adjust_logits(m: Maker) -> Iterator[FormulaCase]:
 
 
 def _merge_state(m: Maker) -> Iterator[FormulaCase]:
-    """Queries that saw keys on both sides, on either, and on none."""
+    """Queries that attended to keys on both sides, on one side, and on none."""
 
     def formula(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool) -> Results:
         unit = math.log(2) if base2 else 1.0

@@ -1,4 +1,4 @@
-"""The whole check: weights, ops, layers, logits, tokens."""
+"""The complete parity check: weights, ops, layers, logits, tokens."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def check(
     against: str = "formulas",
     progress: bool | None = None,
 ) -> Report:
-    """Compare every op, layer, logit and token of a model on a device with explicit formulas in fp64.
+    """Compare every op, layer, logit and token of a model on a device with explicit fp64 formulas.
 
     model, tokenizer, dtype, device, progress: as for LLM. A bound is twice the error of plain torch in the same dtype,
-    measured in the same run, and one rounding. Memory beyond the model: one weight matrix in fp64 and the activations
-    of 128 tokens. A model whose weights are quantized is judged by what these stand for.
+    measured in the same run, plus one rounding. Extra memory: one weight matrix in fp64 and the activations of 128
+    tokens. A model with quantized weights is compared with its dequantized weights.
     against: "transformers" compares layers, logits and tokens with the transformers library in the same dtype, which
-    also finds what we misread in config.json: the formulas read it as the layers do. The bounds are more
-    than twice as wide, as both round; memory holds a second copy of the model.
-    Raises what LLM raises, and ValueError for a model that rounds what it multiplies, too (w8a8), or that transformers
+    also finds misreadings of config.json, which the formulas share with the layers. The bounds are more than twice as
+    wide, as both round; memory holds a second copy of the model.
+    Raises the errors of LLM, and ValueError for a model that rounds activations, too (w8a8), or that transformers
     cannot open; ExtraRequiredError where transformers is missing.
     """
     start = time.perf_counter()
@@ -75,9 +75,9 @@ def check(
 
 
 def _check_kinds(model: str | Path, kinds: Iterable[str | None]) -> None:
-    """Raises ValueError where activations are rounded: there the error of honest arithmetic has no small bound."""
+    """Raise ValueError where activations are rounded: the error of a correct implementation has no small bound then."""
     if "w8a8" in kinds:
         raise ValueError(
-            f"model is {str(model)!r}, which has layers in w8a8: these round their input to 8 bits, and the formulas "
-            "that judge it do not; legal: weights in int4 or int8, or not quantized"
+            f"model is {str(model)!r}, which has layers in w8a8: these round their input to 8 bits, and the reference "
+            "formulas do not; legal: weights in int4 or int8, or not quantized"
         )

@@ -1,4 +1,4 @@
-"""What quantization costs: the next-token distributions of a model beside those of a reference, token by token."""
+"""The loss of quantization: compares a model's next-token distributions with a reference's, token by token."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from fastllama.verify.perplexity import (
     score,
 )
 
-KEPT_BYTES = 256 * 1024**2  # of the reference's logits, unless one window has more: 4096 tokens of 128256 in fp16: 1 GB
-CHUNK_BYTES = 16 * 1024**2  # of logits in fp32 that are compared at once
+KEPT_BYTES = (
+    256 * 1024**2
+)  # of the reference's logits; one window may exceed it: 4096 tokens of 128256 in fp16 are 1 GB
+CHUNK_BYTES = 16 * 1024**2  # of fp32 logits compared at a time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside a reference on the same tokens; each difference has its paired standard error.
+    """A model compared with a reference on the same tokens; each difference has its paired standard error.
 
-    nll_difference: of the model less that of the reference, in nats per token. kl: KL(reference || model) of the
+    nll_difference: the model's minus the reference's, in nats per token. kl: KL(reference || model) of the
     next-token distributions over the whole vocabulary, in nats per token, computed in fp32, whose rounding is about
     1e-7. top1: share of tokens for which both have the same likeliest next token.
     """
@@ -56,13 +58,13 @@ def compare(
     stride: int,
     progress: bool | None = None,
 ) -> Comparison:
-    """Perplexity of both models on documents, KL divergence from the reference and agreement of likeliest tokens.
+    """Perplexity of both models on documents, KL divergence from the reference, and top-1 agreement.
 
     documents, context, stride, progress: as for `perplexity`. Perplexities of a quantized model and its original often
-    differ by less than their standard errors; the paired figures say whether anything changed.
-    Memory beyond the models: the reference's logits of a few windows, in its dtype and on its device, at most
-    KEPT_BYTES or those of one window.
-    Raises what `perplexity` raises, and ValueError before anything runs where the vocabularies differ.
+    differ by less than their standard errors; the paired differences show whether anything changed.
+    Extra memory: the reference's logits of a few windows, in its dtype and on its device, at most KEPT_BYTES or those
+    of one window.
+    Raises the errors of `perplexity`, and ValueError before anything runs where the vocabularies differ.
     """
     windows = checked_windows(llm, documents, context, stride)
     checked_windows(reference, documents, context, stride)
@@ -81,7 +83,7 @@ def compare(
                 seconds[side] += took
             divergences += [float(rows.sum()) for rows in pairs.kl]
             agreements += [float(rows.sum()) for rows in pairs.top1]
-            del pairs, see  # or the next batch's logits would come beside this one's
+            del pairs, see  # free this batch's logits before the next batch's are computed
             bar.update(sum(window.num_scored for window in batch))
     differences = [ours - theirs for theirs, ours in zip(*losses, strict=True)]
     return Comparison(
@@ -94,7 +96,7 @@ def compare(
 
 
 def check_same_vocabulary(llm: LLM, reference: LLM, documents: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError where the models have vocabularies of unlike sizes, or read a document's ids differently."""
+    """Raise ValueError where vocabulary sizes differ, or tokens of the documents stand for different text."""
     ours, theirs = llm.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
         raise ValueError(f"reference has a vocabulary of {theirs} tokens and llm of {ours}; legal: the same tokens")
@@ -114,9 +116,9 @@ def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes | None:
 
 
 class LogitPairs:
-    """The logits of a batch of windows, the reference's kept until the model's come, which are reduced at once.
+    """Compares the logits of a batch of windows: stores the reference's, and reduces the model's as they arrive.
 
-    kl, top1: of each window, fp32 [its scored tokens]. What is seen twice, after a preemption, is written twice.
+    kl, top1: of each window, fp32 [its scored tokens]. Tokens recomputed after a preemption are written twice.
     """
 
     def __init__(self, batch: Sequence[Window]) -> None:
@@ -128,13 +130,13 @@ class LogitPairs:
         )
 
     def keep(self, number: int, position: int, logits: Tensor) -> None:
-        """The reference's, as LLM.score's on_logits."""
+        """Callback for LLM.score's on_logits, of the reference."""
         if number not in self._kept:
             self._kept[number] = logits.new_empty(self._batch[number].num_scored, logits.shape[1])
         self._kept[number][self._rows(number, position, len(logits))] = logits
 
     def compare(self, number: int, position: int, logits: Tensor) -> None:
-        """The model's, as LLM.score's on_logits."""
+        """Callback for LLM.score's on_logits, of the model."""
         rows = self._rows(number, position, len(logits))
         kept, size = self._kept[number][rows], max(CHUNK_BYTES // (4 * logits.shape[1]), 1)
         found = [
@@ -152,11 +154,11 @@ class LogitPairs:
 
 @torch.inference_mode()
 def divergence_and_agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(reference || logits) in nats, fp32 [R], and whether their largest entries are at the same place, bool [R].
+    """KL(reference || logits) in nats, fp32 [R], and whether their largest entries have the same index, bool [R].
 
     logits, reference: [R, V] of any floating dtype.
     """
     ours, theirs = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     shares = theirs.exp()
-    kl = torch.where(shares > 0, shares * (theirs - ours), 0).sum(-1)  # 0 log 0 = 0: of a logit of -inf, too
+    kl = torch.where(shares > 0, shares * (theirs - ours), 0).sum(-1)  # 0 log 0 = 0, also for logits of -inf
     return kl, logits.argmax(-1) == reference.argmax(-1)

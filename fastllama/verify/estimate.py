@@ -11,18 +11,18 @@ from fastllama.arithmetic import exp
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tokens. standard_error: None where there is one cluster only, which says nothing about others."""
+    """A mean over tokens. standard_error: None where there is only one cluster, which gives no variance."""
 
     value: float
     standard_error: float | None
 
     @classmethod
     def ratio(cls, totals: Sequence[float], counts: Sequence[int]) -> Estimate:
-        """The mean over tokens of what sums to totals[i] over the counts[i] tokens of cluster i.
+        """The mean per token, given the sum totals[i] over the counts[i] tokens of each cluster i.
 
-        Tokens of one document depend on each other, so that the clusters are what varies independently: the standard
-        error is that of a ratio estimator of clusters of unlike sizes, sqrt(m / (m - 1) sum((total - mean count)^2)) /
-        sum(counts) for m clusters. Of the per-token difference of two models it is the paired standard error.
+        Tokens of one document depend on each other, so clusters are the independent units: the standard error is that
+        of a ratio estimator over clusters of different sizes, sqrt(m / (m - 1) sum((total - mean count)^2)) /
+        sum(counts) for m clusters. For per-token differences of two models it is the paired standard error.
         Sources: Cochran, Sampling Techniques, 1977, chapter 6; Miller, Adding Error Bars to Evals, arXiv:2411.00640.
         """
         count, clusters = sum(counts), len(counts)
@@ -39,7 +39,7 @@ class Estimate:
         return Estimate(value, None if self.standard_error is None else value * self.standard_error)
 
     def as_json(self) -> dict[str, float | None]:
-        """value and standard_error, None for a number that JSON does not have."""
+        """value and standard_error, None for a number that JSON cannot represent."""
         return {name: _finite(number) for name, number in vars(self).items()}
 
 

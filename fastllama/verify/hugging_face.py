@@ -1,4 +1,4 @@
-"""The same checkpoint in transformers: another reader of its configuration, and another implementation."""
+"""The same checkpoint in transformers, as a reference that reads the configuration independently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastllama.io.formats.base import Checkpoint
 from fastllama.io.formats.llama2c import Llama2cCheckpoint
 from fastllama.io.formats.meta import MetaCheckpoint
 
-# transformers opens the first two not at all, and keeps an adapter beside the weights, where ours is merged.
+# transformers cannot open the first two, and does not merge adapters into the weights, as we do.
 _REFUSED = {
     MetaCheckpoint: "a checkpoint in Meta's format",
     Llama2cCheckpoint: "a llama2.c file",
@@ -31,7 +31,7 @@ class TransformersReference:
     """transformers' model of a Hugging Face folder, in `dtype` on `device`; a second copy of the weights in memory.
 
     model: the user's name of the checkpoint, for messages. Raises ExtraRequiredError without transformers, and
-    ValueError for an adapter, another format than Hugging Face's, or what transformers does not load, with its reason.
+    ValueError for an adapter, another format than Hugging Face's, or a failure of transformers, with its reason.
     """
 
     def __init__(self, model: str | Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,8 +69,8 @@ class TransformersReference:
     def forward(self, ids: Tensor, length: int) -> list[Tensor]:
         """The residual stream [T, hidden_size] after each layer, then the logits [T, vocab_size], of ids [T].
 
-        length: tokens that it is to read, at least T: dynamic RoPE scaling goes by their number, ours by max_model_len.
-        The ids added behind are masked by causality.
+        length: number of tokens to feed, at least T: dynamic RoPE scaling depends on it, ours on max_model_len. Ids
+        appended for it are masked by causality.
         """
         seen: list[Tensor] = []
 
@@ -90,13 +90,16 @@ class TransformersReference:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars, log and warnings: the report says what matters of them."""
+    """Hide transformers' progress bars, log and warnings; the report covers what matters."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():  # bars of compressed-tensors have no switch
+        with (
+            redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):  # progress bars of compressed-tensors cannot be disabled
             warnings.simplefilter("ignore")
             yield
     finally:

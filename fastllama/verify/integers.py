@@ -1,4 +1,4 @@
-"""Cases of rows rounded to 8 bits, and of products of such rows by such weights."""
+"""Cases of activations rounded to 8 bits, and of their matmuls with 8-bit weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _rounded(x: Tensor) -> Results:
 
 
 def _values(results: Results) -> Results:
-    """What integers and scales stand for, and whatever else there is."""
+    """Dequantized integers and scales, followed by further outputs."""
     integers, scales, *others = results
     return integers * scales[..., None], *others
 

@@ -1,4 +1,4 @@
-"""Cases of matmuls: every kind of weight, alone and with what a block of Llama has before and behind it."""
+"""Cases of matmuls: every kind of weight, alone and with the prologues and epilogues of a Llama block."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastllama.catalogue.maker import Arguments, Maker
 from fastllama.verify import oracle
 from fastllama.verify.case import FormulaCase, Results, given
 
-# tokens, columns, features, columns of a group: few rows and many, half tiles and whole ones
+# tokens, columns, features, group size: few and many rows, partial and whole tiles
 SHAPES = ((1, 4096, 96, 128), (5, 256, 256, 32), (33, 1024, 130, 1024), (70, 192, 66, 64))
 
 
 class JudgedWeight(NamedTuple):
-    """One weight as an op takes it, and what it stands for in the dtype of x: `plain(x, **packed, **known)`."""
+    """One packed weight for an op, and its values in the dtype of x: `plain(x, **packed, **known)`."""
 
     call: Callable[..., Arguments]
     label: str
     packed: Arguments
     plain: Callable[..., Tensor]
-    known: dict[str, Tensor] = {}  # noqa: RUF012 - nobody writes to it
+    known: dict[str, Tensor] = {}  # noqa: RUF012 - never mutated
 
 
 def matmuls(m: Maker) -> Iterator[FormulaCase]:
@@ -105,5 +105,5 @@ def _matmul_int8(m: Maker, inner: int, outer: int, group: int) -> Iterator[Judge
 
 
 def _signs(m: Maker, outer: int, inner: int, group: int) -> Tensor:
-    """Scales of one size, so that no group hides another's error."""
+    """Scales of one magnitude, so that no group hides another's error."""
     return m.normal(*calls.groups_of(outer, inner, group)).sign()

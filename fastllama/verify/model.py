@@ -1,4 +1,4 @@
-"""Layer by layer, then logits, then tokens: the whole runtime on a held-out text, against a dense reference."""
+"""Compares layers, logits and tokens of the whole runtime on a held-out text with a dense reference."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fastllama.verify import oracle
 from fastllama.verify.hugging_face import TransformersReference
 from fastllama.verify.report import Row, bound_of, error_of
 
-NUM_TOKENS = 128  # of text and answer together: two pages of the KV cache, so that both are crossed
+NUM_TOKENS = 128  # of text and answer together: two pages of the KV cache, so that a page boundary is crossed
 NUM_GREEDY = 32
-CHUNK = 40  # prompt tokens of one step: the text takes three, at bounds that no page shares
+CHUNK = 40  # prompt tokens per step: the text takes three, whose bounds are not page bounds
 
 
 def lengths(config: LlamaConfig) -> tuple[int, int]:
-    """Tokens of text and of greedy answer, fewer where the model takes fewer."""
+    """Numbers of tokens of the text and of the greedy answer, fewer for a model with a shorter context."""
     longest = config.longest_context
     total = NUM_TOKENS if longest is None else min(NUM_TOKENS, longest)
     answer = min(NUM_GREEDY, total // 4)
@@ -40,7 +40,7 @@ def lengths(config: LlamaConfig) -> tuple[int, int]:
 class Run:
     """What the runtime computed for ids [T]: the residual stream [T, H] after each layer, logits [T, V], T in order.
 
-    answer: the tokens it drew from the last logits; trouble: why it drew no more of them, where it should have.
+    answer: the tokens sampled from the last logits; trouble: why there are fewer than requested.
     """
 
     ids: Tensor
@@ -66,10 +66,10 @@ def weight_row(llm: LLM, checkpoint: Checkpoint) -> Row:
 def rows(llm: LLM, theirs: TransformersReference | None = None, *, progress: bool | None = None) -> Iterator[Row]:
     """A row for each layer, one for the logits, two for the greedy tokens. progress: a bar; None: on a terminal.
 
-    theirs: what they are compared with in place of the oracle.
+    theirs: the reference instead of the oracle.
 
-    Layers and logits are seen by hooks, with which each step runs as it is written. So the second row is for the tokens
-    without hooks, whose steps are replayed where they can be captured: on a GPU as CUDA graphs, the draw inside.
+    Layers and logits are recorded by hooks, with which every step runs eagerly. So the second row is for the tokens
+    without hooks, whose steps are replayed where they can be captured: on a GPU as CUDA graphs that include sampling.
     """
     dtype = llm.engine.model.dtype
     count, num_answer = lengths(llm.config)
@@ -86,18 +86,17 @@ def rows(llm: LLM, theirs: TransformersReference | None = None, *, progress: boo
         yield Row("logits", "logits", counted(run.logits.shape[0], "token"), error_of(run.logits, reference), bound)
         ties = 0.0 if dtype == torch.float32 else 2 * bound
         yield _token_row(run, reference, ties)
-        way = "by replayed steps" if llm.engine.replays else "by steps as written"
+        way = "by replayed steps" if llm.engine.replays else "by eager steps"
         yield _again_row(run, replayed, reference, ties, way)
 
 
 def _references(llm: LLM, ids: Tensor, theirs: TransformersReference | None) -> Iterator[tuple[Tensor, float]]:
-    """What each layer's output, then the logits of ids [T] are compared with, and the bound of the difference.
+    """The reference for each layer's output, then for the logits of ids [T], each with the bound of the difference.
 
-    Ours may be off the oracle by twice the error of plain torch and one rounding. transformers may be as well, so that
-    two such errors lie between it and ours, and it rounds the rotary frequencies in another order, up to an ulp away,
-    which position 127 multiplies: as far as plain torch moves with that ulp comes on top. The bound goes by plain torch
-    all the same: with a config that we misread, transformers would be far off our oracle, and a bound that went by it
-    would widen.
+    Ours may differ from the oracle by twice the error of plain torch plus one rounding. So may transformers, so the two
+    may differ by twice that. It also rounds the rotary frequencies in another order, up to an ulp away, which position
+    127 multiplies: the change of plain torch by that ulp is added. The bound is based on plain torch even then: with a
+    misread config, transformers would be far off our oracle, and a bound based on it would widen.
     """
     weights, dtype = dict(hf_tensors(llm.engine.model)), llm.engine.model.dtype
 
@@ -114,9 +113,9 @@ def _references(llm: LLM, ids: Tensor, theirs: TransformersReference | None) -> 
 
 
 def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
-    """How far the reference rates our tokens below its own choice after the same text.
+    """The logit gap between the reference's choice and our tokens after the same text.
 
-    In fp32 each must be its choice. In 16 bits, logits that may each be off by their bound leave ties up to twice it.
+    In fp32 each must be its choice. In 16 bits, each logit may be off by its bound, so ties extend to twice the bound.
     """
     case = counted(len(run.answer), "greedy token")
     if run.trouble is not None:
@@ -134,9 +133,9 @@ def _token_row(run: Run, logits: Tensor, bound: float) -> Row:
 
 
 def _again_row(run: Run, again: CompletionOutput, logits: Tensor, bound: float, way: str) -> Row:
-    """How far the reference rates the first token below its own choice that is not what the hooked run drew.
+    """The reference's logit gap at the first token that differs from the hooked run's.
 
-    Up to there the texts are one, and so are the reference's logits; behind it nothing is known.
+    Up to there the texts are equal, and so are the reference's logits; after it they are not known.
     """
     case = f"{len(again.token_ids)} greedy tokens {way}"
     if run.trouble is not None or len(again.token_ids) < len(run.answer):
@@ -160,7 +159,7 @@ def _text_ids(llm: LLM, count: int) -> list[int]:
 
 
 def _answer(llm: LLM, ids: list[int], params: SamplingParams) -> CompletionOutput:
-    """The sample that continues these ids, as far as it came where it failed."""
+    """The completion of these ids; a partial one where it failed."""
     try:
         (output,) = llm.generate(ids, params)
     except RequestError as error:
@@ -169,7 +168,7 @@ def _answer(llm: LLM, ids: list[int], params: SamplingParams) -> CompletionOutpu
 
 
 def _observe(llm: LLM, ids: list[int], num_answer: int) -> Run:
-    """Complete ids greedily through the engine, and write down what passes by on the way."""
+    """Complete ids greedily through the engine, and record hidden states and logits by hooks."""
     model = llm.engine.model
     streams: list[list[Tensor]] = [[] for _ in model.layers]
     logits: list[Tensor] = []

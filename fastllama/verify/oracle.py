@@ -1,8 +1,8 @@
-"""Llama in explicit formulas over plain torch: dense, without pages, sharing no code with what it judges.
+"""A reference Llama in explicit formulas of plain torch: dense, unpaged, independent of the implementation under test.
 
-Every function computes in the dtype of its tensors. In fp64 it is the oracle. In the model's own dtype it is what plain
-torch makes of the same formulas (norms, rotation and softmax in at least fp32, each result rounded once): the yardstick
-of how much error is honest.
+Every function computes in the dtype of its tensors. In fp64 it is the oracle. In the model's own dtype it is plain
+torch with the same formulas (norms, rotation and softmax in at least fp32, each result rounded once), which calibrates
+the error bounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastllama.layers.config import LlamaConfig, RopeScaling
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp64 if it is fp64, else in fp32."""
+    """x itself if it is fp64, else in fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
     """softmax(scale * q k^T) v of one sequence, and the log-sum-exp of the scores.
 
     q: [Lq, Hq, D], k, v: [Lk, Hkv, D] -> [Lq, Hq, D], [Lq, Hq]. Causal: query i sees the keys up to i + Lk - Lq; one
-    that sees none gives 0 and -inf. The softmax is rounded to v's dtype before it meets v, as it is on tensor cores.
+    without keys gives 0 and -inf. The softmax is rounded to v's dtype before the matmul with v, as on tensor cores.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, Lk, D]
@@ -66,16 +66,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
         seen = keys <= queries[:, None] + len_k - len_q
         scores = scores.masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # NaN: -inf - -inf, a query that sees no key
+    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # NaN: -inf - -inf, a query without keys
     return (weights.to(v.dtype) @ v).transpose(0, 1), lse.transpose(0, 1)
 
 
 def angles(config: LlamaConfig, positions: Tensor, max_model_len: int, *, next_frequencies: bool = False) -> Tensor:
     """[T, head_dim / 2] radians in fp64, position times frequency.
 
-    The frequencies and this product are fp32 by definition, as Meta and Hugging Face compute them: a model was trained
-    with these angles, and more exact ones would be others (6e-5 apart at position 1000). next_frequencies: each larger
-    by an fp32 ulp, as another order of the same operations may round it.
+    Frequencies and angles are fp32 by definition, as computed by Meta and Hugging Face: models are trained with these
+    angles, and more exact ones differ (by 6e-5 at position 1000). next_frequencies: each larger by an fp32 ulp, as
+    another order of the same operations may round it.
     Sources: RoFormer (Su et al., 2021); linear: Chen et al., 2023; dynamic NTK: bloc97, 2023; llama3: its model card;
     YaRN: Peng et al., 2023.
     """
@@ -101,7 +101,7 @@ def angles(config: LlamaConfig, positions: Tensor, max_model_len: int, *, next_f
 
 
 def stretched(scaling: RopeScaling, theta: float, dim: int) -> Tensor:
-    """YaRN's share [dim / 2] of each frequency that is divided by the factor, after the authors' code.
+    """YaRN's ramp [dim / 2]: the share of each frequency that is divided by the factor, as its authors implement it.
 
     Frequency i turns L theta^(-2i/dim) / tau times in the trained length L, so it is beta times at
     i = dim log(L / (tau beta)) / (2 log theta).
@@ -117,7 +117,7 @@ def stretched(scaling: RopeScaling, theta: float, dim: int) -> Tensor:
 
 
 def magnitude(config: LlamaConfig) -> float:
-    """The length of a rotation's cosine and sine: 1, but YaRN's 0.1 ln(factor) + 1 unless the checkpoint gives it."""
+    """The scale of cosines and sines: 1; for YaRN 0.1 ln(factor) + 1 unless the checkpoint specifies it."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -137,8 +137,8 @@ def forward(
 ) -> Iterator[Tensor]:
     """The residual stream [T, hidden_size] after each layer, then the logits [T, vocab_size], of one sequence ids [T].
 
-    weights: by Hugging Face name. They are cast to `dtype` one matrix at a time and let go again, so that memory
-    stays bounded by the largest of them, whatever the size of the model. next_frequencies: as for `angles`.
+    weights: by Hugging Face name. They are cast to `dtype` one matrix at a time and freed again, so that extra memory
+    is bounded by the largest of them. next_frequencies: as for `angles`.
     """
 
     def weight(name: str) -> Tensor:

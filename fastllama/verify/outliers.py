@@ -1,4 +1,4 @@
-"""Plants outlier channels, which large language models have and small ones do not, without changing the function."""
+"""Adds outlier channels, as in large language models, to a small model without changing its function."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LARGEST = 2**16  # factor, so that nothing overflows
 
 @torch.inference_mode()
 def plant_outliers(model: LlamaForCausalLM, *, channels: int = 4, factor: float = 32.0, seed: int = 0) -> None:
-    """Multiply a few input channels of each block's linear layers, and divide the weights' columns for them, in place.
+    """Scale up a few input channels of each block's linear layers, and scale down the weights' columns, in place.
 
-    channels: how many of each norm, and of up, in every block, chosen by seed. factor: what they are multiplied by, a
-    power of two of 2 to 65536, so that nothing is rounded: the logits stay as they are, bit for bit.
+    channels: number per norm, and of up, in every block, chosen by seed. factor: a power of two from 2 to 65536, so
+    that nothing is rounded: the logits stay bit-identical.
 
-    Layers are then fed a few channels of 32 times the others' size, as those of models of billions of parameters are
-    (Dettmers et al., LLM.int8(), arXiv:2208.07339), so that what AWQ and SmoothQuant do about them can be measured on a
-    small model. A model of `from_transformers` shares its memory: plant in a copy.
-    Raises ValueError for channels, factor, the dtype, and layers that are packed.
+    Layers then get a few input channels 32 times as large as the others, as in models of billions of parameters
+    (Dettmers et al., LLM.int8(), arXiv:2208.07339), so that AWQ and SmoothQuant, which address them, can be measured on
+    a small model. A model of `from_transformers` shares its memory: use a copy.
+    Raises ValueError for channels, factor, the dtype, and packed layers.
     """
     channels = integer("channels", channels, 1, min(model.config.hidden_size, model.config.intermediate_size))
     check_range("factor", factor, 2, LARGEST)

@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, through the whole runtime."""
+"""Perplexity of a model on a text, computed by the runtime."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastllama.runtime.llm import LLM
 from fastllama.runtime.values import integer
 from fastllama.verify.estimate import Estimate
 
-STEPS_OF_A_BATCH = 4  # windows that are queued at once: enough that the engine's steps are full, with a live bar
+STEPS_OF_A_BATCH = 4  # steps' worth of windows queued at once: keeps steps full, and the progress bar moving
 
 OnLogits = Callable[[int, int, Tensor], None]
 
 
 class Window(NamedTuple):
-    """Tokens of a document that are read together: document[begin : end], of which those from `first` on are scored.
+    """A window of a document: document[begin : end], of which tokens from `first` on are scored.
 
-    The last is scored and not fed.
+    The last token is scored but not fed.
     """
 
     document: int
@@ -34,16 +34,16 @@ class Window(NamedTuple):
 
     @property
     def num_scored(self) -> int:
-        """Tokens that this window scores."""
+        """Number of tokens that this window scores."""
         return self.end - self.first
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text.
+    """The perplexity of a model on a text, and its conditions.
 
-    tokens: that were scored. nll: negative log-likelihood in nats per token, standard error by document, or by window
-    where there is one document. seconds: of scoring, in a comparison with keeping or comparing the logits.
+    tokens: number scored. nll: negative log-likelihood in nats per token, standard error by document, or by window
+    where there is one document. seconds: of scoring; in a comparison, including storing or comparing the logits.
     """
 
     documents: int
@@ -66,7 +66,7 @@ class Perplexity:
 
     @property
     def tokens_per_second(self) -> float:
-        """Scored tokens; with a stride below the context more are fed."""
+        """Scored tokens per second; with a stride below the context more tokens are fed."""
         return self.tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
@@ -82,15 +82,15 @@ class Perplexity:
 def windows_of(length: int, context: int, stride: int, document: int = 0) -> Iterator[Window]:
     """The windows that score each of a document's tokens but the first exactly once.
 
-    Window k feeds `context` tokens from k * stride on and scores, of the tokens that it predicts, those that none
-    before it has scored: the first window `context`, each further one `stride`. With stride == context windows are
-    disjoint, each fed from the last token on that the one before has scored; with a smaller stride they slide, and each
-    token but those of the first window is predicted from more than context - stride. Press et al., Shortformer,
-    arXiv:2012.15832, describe both ("nonoverlapping" and "sliding window").
+    Window k feeds `context` tokens from k * stride on and scores the predicted tokens that no earlier window has
+    scored: the first window `context`, each further one `stride`. With stride == context windows are disjoint, each
+    fed from the last token that the previous one scored; with a smaller stride they slide, and each token after the
+    first window is predicted from more than context - stride tokens. Press et al., Shortformer, arXiv:2012.15832,
+    describe both ("nonoverlapping" and "sliding window").
 
-    Hugging Face's guide (transformers, "Perplexity of fixed-length models") looks for targets among the fed tokens, so
-    that the token behind a window's last is not predicted: there the first window scores context - 1 tokens, a token of
-    the others sees one less, and disjoint windows leave the first token of each out of the mean. llama.cpp's perplexity
+    Hugging Face's guide (transformers, "Perplexity of fixed-length models") takes targets from the fed tokens only, so
+    that the token after a window's last is not predicted: its first window scores context - 1 tokens, tokens of later
+    ones have one token less of context, and disjoint windows leave out the first token of each. llama.cpp's perplexity
     scores the second half of each of its disjoint windows.
     """
     begin, first = 0, 1
@@ -101,18 +101,18 @@ def windows_of(length: int, context: int, stride: int, document: int = 0) -> Ite
 
 
 def check_documents(documents: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError where there is no document, or no token to score in one."""
+    """Raise ValueError where there is no document, or a document has no token to score."""
     if not documents:
         raise ValueError("documents is empty; legal: at least one document")
     for number, ids in enumerate(documents):
         if len(ids) < 2:
             raise ValueError(
-                f"document {number} has {counted(len(ids), 'token')}; legal: at least 2, for the first is not scored"
+                f"document {number} has {counted(len(ids), 'token')}; legal: at least 2, as the first is not scored"
             )
 
 
 def checked_windows(llm: LLM, documents: Sequence[Sequence[int]], context: int, stride: int) -> list[Window]:
-    """All windows of all documents. Raises ValueError for what `perplexity` refuses."""
+    """All windows of all documents. Raises the ValueErrors of `perplexity`."""
     context = integer("context", context, 1, llm.max_model_len)
     stride = integer("stride", stride, 1, context)
     check_documents(documents)
@@ -121,7 +121,7 @@ def checked_windows(llm: LLM, documents: Sequence[Sequence[int]], context: int, 
 
 
 def batches_of(windows: Sequence[Window], max_fed: int, max_scored: int | None = None) -> Iterator[list[Window]]:
-    """The windows in batches that feed and score at most so many tokens, each one window at least."""
+    """Group windows into batches that feed and score at most this many tokens, at least one window each."""
     batch: list[Window] = []
     fed = scored = 0
     for window in windows:
@@ -136,14 +136,14 @@ def batches_of(windows: Sequence[Window], max_fed: int, max_scored: int | None =
 
 
 def max_fed(llm: LLM) -> int:
-    """Tokens of a batch."""
+    """Maximum number of fed tokens per batch."""
     return STEPS_OF_A_BATCH * llm.engine.scheduler.max_num_batched_tokens
 
 
 def score(
     llm: LLM, documents: Sequence[Sequence[int]], batch: Sequence[Window], on_logits: OnLogits | None = None
 ) -> tuple[list[float], float]:
-    """The summed negative log-likelihood of each window, and the seconds that took. on_logits: as for LLM.score."""
+    """The summed negative log-likelihood of each window, and the seconds taken. on_logits: as for LLM.score."""
     start = time.perf_counter()
     prompts = [documents[window.document][window.begin : window.end] for window in batch]
     outputs = llm.score(prompts, [window.first - window.begin for window in batch], on_logits=on_logits, progress=False)
@@ -151,7 +151,7 @@ def score(
 
 
 def mean_by_cluster(windows: Sequence[Window], totals: Sequence[float]) -> Estimate:
-    """The mean per token of what sums to totals[i] over window i, clustered by document where there are two or more."""
+    """The mean per token, given the sum totals[i] over window i; clustered by document if there are several."""
     by_document = len({window.document for window in windows}) > 1
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
@@ -165,12 +165,12 @@ def mean_by_cluster(windows: Sequence[Window], totals: Sequence[float]) -> Estim
 def perplexity(
     llm: LLM, documents: Sequence[Sequence[int]], *, context: int, stride: int, progress: bool | None = None
 ) -> Perplexity:
-    """The perplexity of a model on documents of token ids (`text_documents`), in its own quantization and KV cache.
+    """The perplexity of a model on documents of token ids (`text_documents`), with its quantization and KV cache.
 
-    context: tokens that are fed at once, at most max_model_len. stride: tokens that each window but the first scores, 1
-    to context; see `windows_of`. Each document's first token is given, not scored. progress: a bar; None shows it on a
-    terminal only.
-    Raises ValueError before anything runs for a document of fewer than 2 tokens, and what LLM.score raises.
+    context: window length in tokens, at most max_model_len. stride: tokens that each window but the first scores, 1 to
+    context; see `windows_of`. Each document's first token is not scored. progress: a bar; None shows it on a terminal
+    only.
+    Raises ValueError before anything runs for a document of fewer than 2 tokens, and the errors of LLM.score.
     """
     windows = checked_windows(llm, documents, context, stride)
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""What a parity check found: one row for each claim, with its error, its bound and the verdict."""
+"""The result of a parity check: one row per claim, with its error, its bound and the verdict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastllama.errors import counted
 
 FORMULAS = "formulas in fp64"
-COARSE = "small misreadings of the configuration hide within the rounding of {}: --dtype float32 compares more finely"
+COARSE = "small misreadings of the configuration are below the rounding of {}: --dtype float32 detects more"
 Kind = Literal["op", "weights", "layer", "logits", "tokens"]
 
 
@@ -20,7 +20,7 @@ Kind = Literal["op", "weights", "layer", "logits", "tokens"]
 class Row:
     """One claim. error, bound: relative to the largest value of the row of the tensor where they occur.
 
-    backend: what runs the op; empty for what is no op.
+    backend: of the op; empty for other claims.
     """
 
     kind: Kind
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def strain(self) -> float:
-        """The error as a share of the bound: what the worst of several cases is the worst by."""
+        """The error as a share of the bound, by which the worst case is chosen."""
         if not self.ok:
             return math.inf
         return self.error / self.bound if self.bound else 0.0
@@ -45,10 +45,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one check, and the conditions they hold under. seconds: what the check took, loading included.
+    """All rows of one check, and its conditions. seconds: duration, loading included.
 
-    reference: what layers, logits and tokens were compared with, FORMULAS or transformers and its version; ops are
-    always compared with formulas.
+    reference: of layers, logits and tokens: FORMULAS, or transformers and its version; ops are always compared with
+    formulas.
     """
 
     model: str
@@ -60,16 +60,16 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is."""
+        """Whether every row is ok."""
         return all(row.ok for row in self.rows)
 
     @property
     def _against(self) -> str:
-        """The reference where it is another than the formulas."""
+        """ ", against REFERENCE" unless it is the formulas."""
         return "" if self.reference == FORMULAS else f", against {self.reference}"
 
     def summary(self) -> str:
-        """One line: what agrees, or what does not."""
+        """One line: the counts, or the disagreements."""
         conditions = f"{self.dtype}, {self.device}"
         failed = [f"{row.name} ({row.case})" for row in self.rows if not row.ok]
         if failed:
@@ -84,7 +84,7 @@ class Report:
     def table(self) -> str:
         """Every row, aligned, with a line on the conditions above and the summary below.
 
-        In 16 bits against transformers, one more line: what these may hide.
+        In 16 bits against transformers, one more line on what the rounding may hide.
         """
         cells = [("what", "runs on", "worst case", "error", "bound", "verdict")]
         for row in self.rows:
@@ -97,7 +97,7 @@ class Report:
         return "\n".join([head, "", *map(str.rstrip, lines), "", self.summary(), *notes])
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values; an error that is no number is null."""
+        """The report as JSON values; an error that is not a number is null."""
         conditions = {name: getattr(self, name) for name in ("model", "dtype", "device", "reference", "seconds")}
         rows = [
             {
@@ -117,8 +117,8 @@ class Report:
 def error_of(found: Tensor, exact: Tensor) -> float:
     """The largest |found - exact| of any row, relative to the largest |exact| of that row; inf where one is NaN.
 
-    A row is a vector along the last dimension (a token's hidden state): the few values of a Llama that are a thousand
-    times the others must not hide errors in the tokens that lack them. Equal infinities differ by nothing.
+    A row is a vector along the last dimension (a token's hidden state): a Llama's few values a thousand times larger
+    than the others must not hide errors in the tokens that lack them. Equal infinities have error 0.
     """
     if exact.numel() == 0:
         return 0.0
@@ -129,6 +129,6 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 
 
 def bound_of(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """Twice the error of plain torch in the same dtype, and one rounding of `dtype`; 0 where plain torch is exact."""
+    """Twice the error of plain torch in the same dtype, plus one rounding of `dtype`; 0 where plain torch is exact."""
     error = error_of(plain, exact)
     return 2 * error + torch.finfo(dtype).eps if error else 0.0

@@ -1,4 +1,4 @@
-"""Drawing one token in explicit formulas, row by row, on plain integers and sorted probabilities."""
+"""A reference of sampling one token in explicit formulas, row by row, with Python integers and sorted probabilities."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def uniform(seed: int, offset: int) -> float:
 
 
 def candidates(logits: Tensor, draw: Draw) -> Tensor:
-    """Probabilities [V] of the tokens that may be drawn, 0 for the others: temperature, top-k, top-p, min-p in turn."""
+    """Probabilities [V] after temperature, top-k, top-p and min-p, in this order; 0 for filtered tokens."""
     probs = (logits / draw.temperature).softmax(-1)
     if 0 < draw.top_k < probs.shape[0]:
         probs = probs.where(probs >= probs.sort(descending=True).values[draw.top_k - 1], 0)
@@ -53,7 +53,7 @@ def candidates(logits: Tensor, draw: Draw) -> Tensor:
 
 
 def take(logits: Tensor, draw: Draw) -> int:
-    """The token: the first likeliest at temperature 0, else the first at which the summed mass passes the number."""
+    """The first likeliest token at temperature 0, else the first whose cumulative mass passes the random number."""
     if draw.temperature == 0:
         return int(logits.argmax())
     mass = candidates(logits, draw).cumsum(0)
@@ -61,9 +61,9 @@ def take(logits: Tensor, draw: Draw) -> int:
 
 
 def miss(token: int, logits: Tensor, draw: Draw) -> float:
-    """How far from `token`'s share of the mass the number fell, from 0 (right) to 1; logits [V] in fp64.
+    """The distance of the random number from `token`'s interval of the mass, from 0 (right) to 1; logits [V] in fp64.
 
-    A token drawn across a boundary, by rounding, misses by about that rounding; one that may not be drawn, by 1.
+    A token across a boundary, due to rounding, misses by about that rounding; a filtered token, by 1.
     """
     if draw.temperature == 0:
         return float(token != take(logits, draw))

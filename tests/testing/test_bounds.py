@@ -1,4 +1,4 @@
-"""The honest bound: what passes, what does not, and by how much."""
+"""The error bound: what passes, what fails, and by how much."""
 
 from __future__ import annotations
 

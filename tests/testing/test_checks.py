@@ -1,4 +1,4 @@
-"""Each planted fault of a toy kernel is found and named; a kernel without one passes, and its bytes are counted."""
+"""Each fault planted in a toy kernel is found and named; a kernel without one passes, and its bytes are counted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestBounds:
         assert (report.bytes_loaded, report.bytes_stored) == (100, 100)
 
     def test_a_read_past_the_end(self) -> None:
-        """Found although the next argument lies right behind in the same allocation."""
+        """Found although the next argument follows in the same allocation."""
         both = torch.randn(40)
         message = (
             r"^load out of bounds of x_ptr \(float32 \[20\]\): 3 of 4 lanes, the first 4 B past its end; "
@@ -142,7 +142,7 @@ class TestBounds:
             count_kernel[(1,)](count, 8, KIND=kind)
 
     def test_a_loaded_address(self) -> None:
-        """In memory that was declared it is checked; elsewhere it is a fault."""
+        """Within declared memory it is checked; elsewhere it is a fault."""
         x, out = torch.randn(8), torch.empty(8)
         table = torch.tensor([x.data_ptr()])
         with checks(memory=[x]) as report:

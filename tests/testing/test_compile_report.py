@@ -1,4 +1,4 @@
-"""Compile reports of small kernels whose one property is known: each is reported, on every target."""
+"""Compile reports of small kernels with one known property each: it is reported, on every target."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report(function: toys.Launcher, target: str) -> KernelReport:
 
 
 def kept(folder: Path) -> int:
-    """How many launches are in a folder of kept reports."""
+    """How many launches are in a cache of reports."""
     reports, code = ({path.name.split(".")[0] for path in folder.glob(f"*{end}")} for end in (REPORT, CODE))
     assert reports == code
     return len(reports)
@@ -78,7 +78,7 @@ def test_a_kernel_that_spills(target: str) -> None:
 
 @each_target
 def test_narrow_loads_in_a_loop(target: str) -> None:
-    """The store behind the loop is narrow too, and costs nothing."""
+    """The store after the loop is narrow too, and costs nothing."""
     found = report(toys.narrow, target)
     assert set(found.narrow()) == {"load 16"}
     (problem,) = found.problems()
@@ -136,7 +136,7 @@ def test_one_function_may_launch_several_kernels() -> None:
 
 
 def test_without_the_tools_of_nvidia(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What can be compiled is; the rest says what is missing, and is not kept as if it were a report."""
+    """What can be compiled is; the rest reports what is missing, and is not cached as a report."""
 
     def none_here(*arch: int) -> None:
         raise RuntimeError("Cannot find ptxas")
@@ -201,7 +201,7 @@ class TestCommand:
         assert rows[0].index("4x128") == heads.index("loads")
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """The status says that there is a problem."""
+        """The exit status is 1 where there is a problem."""
         assert main(["tests.testing.toys:narrow", "--targets", "sm_80", "--json", "--cache", str(KEPT)]) == 1
         (found,) = json.loads(capsys.readouterr().out)
         assert found["problems"] == report(toys.narrow, "sm_80").problems()

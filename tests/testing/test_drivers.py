@@ -1,4 +1,4 @@
-"""Drivers of GPUs that need not be here."""
+"""Fake drivers: launches for GPUs that are not installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_a_gpu_would_get() -> None:
     assert odd == DryLaunch(odd.binary, (2, 1, 3), (out.data_ptr(), x.data_ptr(), 63, 1024))
     assert misaligned.grid == (48, 1, 1)
     assert all(launch.binary.startswith(b"\x7fELF") for launch in launches)
-    assert len({launch.binary for launch in launches}) == 3  # each specialised otherwise
+    assert len({launch.binary for launch in launches}) == 3  # each specialised differently
     assert out.eq(0).all()
 
 
@@ -38,5 +38,5 @@ def test_the_driver_before_is_back_after_an_error() -> None:
 
 
 def test_other_questions_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"^launch code asks the driver for 'get_benchmarker', and there is no GPU$"):
+    with pytest.raises(RuntimeError, match=r"^the launcher needs 'get_benchmarker' of the driver, and there is no"):
         FakeDriver(SM_90).get_benchmarker()

@@ -69,7 +69,7 @@ def rounded(value: Fraction, mantissa: int) -> Fraction:
 
 
 def triples(mantissa: int) -> Iterator[tuple[float, float, float]]:
-    """Products near a middle between two results, with a last bit far below that decides, and random ones."""
+    """Operands of a * b + c near a tie between two results, decided by a bit far below, and random ones."""
     ulp, random = 2.0 ** (1 - mantissa), np.random.default_rng(0)
     for sign in (1.0, -1.0):
         for tiny in (2.0**-20, 2.0**-40, 2.0**-60):

@@ -1,4 +1,4 @@
-"""The repaired interpreter computes what torch does, bit for bit, and leaves nothing behind."""
+"""The repaired interpreter computes what torch does, bit for bit, and its patches are undone."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def fma_kernel(out_ptr, x_ptr, y_ptr, z_ptr, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_fma_rounds_once(dtype: torch.dtype) -> None:
-    """(1 + e)^2 - (1 + 2e) is e^2, and 0 where the product is rounded first."""
+    """(1 + e)^2 - (1 + 2e) is e^2, and 0 where the square is rounded first."""
     eps = torch.finfo(dtype).eps
     x = torch.full((N,), 1 + eps, dtype=dtype)
     z = torch.full((N,), -(1 + 2 * eps), dtype=dtype)

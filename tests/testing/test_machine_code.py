@@ -114,8 +114,8 @@ def test_two_ways_back_are_one_loop() -> None:
     assert names(code) == [["LDG.E", "BRA", "FADD", "BRA"]]
 
 
-def test_code_moved_behind_the_end_is_no_loop() -> None:
-    """It jumps backward, but to where control comes without it too."""
+def test_code_moved_past_the_end_is_no_loop() -> None:
+    """It jumps backward, but to an instruction that is also reached without it."""
     code = nvidia(
         *("@P0 BRA `(.L_x_1)", "FADD R4, R4, R5", ".L_x_0:", "STG.E [R2.64], R4", "EXIT"),
         *(".L_x_1:", "LDG.E R4, [R2.64]", "BRA `(.L_x_0)"),
@@ -123,8 +123,8 @@ def test_code_moved_behind_the_end_is_no_loop() -> None:
     assert loops(code) == []
 
 
-def test_a_loop_that_waits_inside_belongs_to_the_loop_around_it() -> None:
-    """As ptxas writes the wait for a barrier on Hopper and Blackwell: behind the code, a loop of its own."""
+def test_a_loop_that_waits_belongs_to_the_loop_that_encloses_it() -> None:
+    """As ptxas compiles the wait for a barrier on Hopper and Blackwell: a separate loop after the code."""
     code = nvidia(
         *(".L_x_0:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR16], R22", "@!P4 BRA `(.L_x_9)", ".L_x_8:"),
         *("LDG.E.128 R4, [R2.64]", "@P1 BRA `(.L_x_0)", "EXIT"),

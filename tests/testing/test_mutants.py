@@ -42,7 +42,7 @@ def mutant(old: str, new: str, tests: str = "test_toy.py::test_double", interpre
 
 
 def test_verdicts(project: Path) -> None:
-    """The second edit is as long as the first, and made in the same second: bytecode must not be taken for it."""
+    """The second edit is as long as the first, and made in the same second: stale bytecode must not be used."""
     planted = [
         mutant("return 1", "return 2"),
         mutant("2 * x", "2 + x", "test_toy.py"),
@@ -66,7 +66,7 @@ def test_verdicts(project: Path) -> None:
     ],
 )
 def test_tests_that_do_not_pass_without_a_fault_prove_nothing(project: Path, tests: str, message: str) -> None:
-    """Also those that are not there."""
+    """Also tests that do not exist."""
     with pytest.raises(RuntimeError, match=rf"(?s)^pytest {tests} does not pass without any mutant:\n.*{message}"):
         list(mutants.run([mutant("2 * x", "2 + x", tests, interpreter=False)], project))
 

@@ -1,4 +1,4 @@
-"""Offsets in 32 bits: each way to a wrong one is found in a small kernel, and none in one that is right."""
+"""32-bit offsets: each kind of overflow is found in a small kernel, and none in a correct one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that shows what was not written and what should not have been read."""
+"""Poisoned memory shows what was not written and what should not have been read."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_what_surrounds_a_tensor_is_noise() -> None:
         inner.zero_()
 
 
-def test_what_is_written_around_a_tensor_is_found() -> None:
-    message = r"^memory around a tensor of shape \[2, 5\] was written, in 1 of its rows$"
+def test_a_write_beside_a_tensor_is_found() -> None:
+    message = r"^memory next to a tensor of shape \[2, 5\] was written, in 1 of its rows$"
     with pytest.raises(AssertionError, match=message), surrounded(torch.randn(2, 5), margin=4) as inner:
         inner.as_strided((1,), (1,), 4 + 5).zero_()
 

@@ -65,7 +65,7 @@ def test_an_unknown_instruction_is_refused(asm: str) -> None:
         ptx.run(asm, 1, words(1))
 
 
-def test_a_register_that_nobody_wrote_is_refused() -> None:
+def test_a_register_that_was_never_written_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^PTX register 'r9' is read before it is written$"):
         ptx.run("mov.b32 $0, r9;", 1, words(1))
 

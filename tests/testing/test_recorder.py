@@ -1,4 +1,4 @@
-"""Recording: what real launch code would compile, with nothing compiled and no GPU."""
+"""Recording: what launchers would compile, with nothing compiled and no GPU."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_launch_code_may_ask_the_driver() -> None:
         found.append((driver.active.get_current_target().arch, properties["multiprocessor_count"]))
         driver.active.get_benchmarker()
 
-    with pytest.raises(RuntimeError, match=r"asks the driver for 'get_benchmarker', and there is no GPU"):
+    with pytest.raises(RuntimeError, match=r"needs 'get_benchmarker' of the driver, and there is no GPU"):
         recorded(ask)
     assert found == [(90, 132)]
 
@@ -105,8 +105,8 @@ def test_every_configuration_of_an_autotuned_kernel() -> None:
     assert [launch.options["num_warps"] for launch in found] == [2, 4]
 
 
-def test_nothing_is_left_behind() -> None:
-    """Not even where the launch code fails."""
+def test_everything_is_put_back() -> None:
+    """Even where the launcher raises."""
     run, active, compiler = copy_kernel.run, driver._active, triton.compile
     known = {device: dict(kernels) for device, (kernels, *_) in copy_kernel.device_caches.items()}
     x = torch.empty(64)

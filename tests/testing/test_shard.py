@@ -1,4 +1,4 @@
-"""Parts of a long run: together they are everything, once."""
+"""Shards of a long run: together they run every test exactly once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_together_they_are_everything_once(count: int) -> None:
 
 
 def test_a_name_stays_in_its_part() -> None:
-    """In another process too, as a failure must be repeated."""
+    """In another process too, so that a failure can be reproduced."""
     assert [name for name in "abcdefgh" if Shard(1, 3).holds(name)] == ["a", "c", "d", "e", "h"]
 
 

@@ -43,7 +43,7 @@ def spilling() -> None:
     spilling_kernel[(1,)](out_ptr=row, x_ptr=row, BLOCK=32768, num_warps=1)
 
 
-# Nothing says that rows start at a multiple of 16 bytes.
+# Nothing guarantees that rows start at a multiple of 16 bytes.
 @triton.jit
 def row_sum_kernel(out_ptr, x_ptr, row_stride, n, BLOCK: tl.constexpr):
     row = tl.program_id(0)

@@ -203,7 +203,7 @@ def test_the_report_says_where_nothing_is_replayed(path: Path, monkeypatch: pyte
     monkeypatch.setenv("FASTLLAMA_GRAPHS", "0")
     report = check(path)
     assert report.ok
-    assert report.rows[-1].case == "32 greedy tokens by steps as written"
+    assert report.rows[-1].case == "32 greedy tokens by eager steps"
 
 
 def answer_row(logits: list[list[float]], answer: tuple[int, ...], bound: float) -> Row:

@@ -101,8 +101,7 @@ def test_the_table_says_what_16_bits_hide_from_transformers() -> None:
     *_, summary, last = found.table().splitlines()
     assert summary == found.summary() == found.as_json()["summary"]
     assert last == (
-        "small misreadings of the configuration hide within the rounding of float16: --dtype float32 compares more "
-        "finely"
+        "small misreadings of the configuration are below the rounding of float16: --dtype float32 detects more"
     )
     assert replace(found, dtype="float32").table().endswith(replace(found, dtype="float32").summary())
 

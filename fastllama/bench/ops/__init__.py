@@ -1,1 +1,1 @@
-"""What `fastllama bench ops` measures: every op at the shapes of a Llama beside torch, judged and then timed."""
+"""The measurements of `fastllama bench ops`: every op at the shapes of a Llama against torch, checked, then timed."""

@@ -1,4 +1,4 @@
-"""What else computes attention: torch's own ops, fused and compiled."""
+"""Peers of attention: torch's own ops, fused and compiled."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def sdpa_prefill(t: Arguments) -> Tensor:
 
 
 def sdpa_decode(t: Arguments) -> Tensor:
-    """Over pages that are gathered first: torch has no paged attention. Every page is full here."""
+    """Gathers the pages first: torch has no paged attention. Every page is full here."""
     length = t["page_table"].shape[1] * t["k_pages"].shape[2]
     k, v = (_gathered(t, name, length) for name in "kv")
     return _attend(t["q"][:, None], k, v, causal=False)[:, 0]
 
 
 def compiled_flex(backend: str) -> Attend:
-    """Causal flex_attention of [length, heads, D], compiled by a backend for each shape that it meets.
+    """Causal flex_attention of [length, heads, D], compiled by a backend for each shape.
 
-    An error where it cannot be compiled: uncompiled it holds all scores. The mask of a length is made at its first
-    call, as it would be once for all layers: not timed.
+    Raises where it cannot be compiled: uncompiled it materializes all scores. The mask of a length is made at its first
+    call, and not timed, as a model would make it once for all layers.
     """
     alone = compiled(flex_attention, backend, fullgraph=True)
     masks: dict[int, Any] = {}
@@ -75,7 +75,7 @@ def flex_prefill(attend: Attend) -> Function:
 
 
 def _gathered(t: Arguments, name: str, length: int) -> Tensor:
-    """Keys or values [batch, length, heads, D] out of pages [P, heads, page, D], dequantized."""
+    """Dequantized keys or values [batch, length, heads, D], gathered from pages [P, heads, page, D]."""
     held = t[f"{name}_pages"][t["page_table"]]
     if t[f"{name}_scales"] is not None:
         held = (held * t[f"{name}_scales"][t["page_table"]][..., None]).to(t["q"].dtype)

@@ -1,4 +1,4 @@
-"""One op at one shape: ours and its peers, judged, then timed in turns; every sample is kept."""
+"""One op at one shape: ours and its peers are checked, then timed in turns; every sample is kept."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fastllama.kernels.launch.device import device_info
 
 T = TypeVar("T")
 ROUNDS = 30
-SECONDS = 3.0  # of samples for one way of timing; reached by the slowest shapes alone
+SECONDS = 3.0  # of samples per way of timing; only the slowest shapes reach it
 GRAPH_CALLS = 20
-CALLS_UNTIL_COLD = 64  # most input sets to rotate through: small ones never leave the L2 cache in a decode step either
+CALLS_UNTIL_COLD = 64  # maximum number of input sets: small ones stay in the L2 cache in a decode step, too
 
 
 def implementations(op: str, device: torch.device) -> list[Implementation]:
-    """Everything that runs an op: the Triton kernel first wherever it can, on a CPU in the interpreter."""
+    """All implementations of an op: the Triton kernel first where it can run, on a CPU in the interpreter."""
     found = OPS[op].implementations(device.type)
     if device.type == "cpu" and env.triton_interpret() and OPS[op].has_triton:
         found.insert(0, Implementation("triton", OPS[op].launcher("cpu"), "TRITON_INTERPRET=1"))
@@ -38,31 +38,31 @@ def implementations(op: str, device: torch.device) -> list[Implementation]:
 
 
 def implementation(op: str, device: torch.device) -> Implementation:
-    """What is measured: the Triton kernel wherever it runs, else what a user would get."""
+    """The measured implementation: the Triton kernel where it can run, else the default."""
     return implementations(op, device)[0]
 
 
 def interpreted(wanted: bool) -> AbstractContextManager[None]:
-    """Where Triton kernels are to run in its interpreter, one that is right in bf16 as well."""
+    """Patch Triton's interpreter for correct bf16, where kernels run in it."""
     if not wanted:
         return nullcontext()
-    from fastllama.testing.interpreter import repaired  # loads Triton's interpreter, which a GPU has no use for
+    from fastllama.testing.interpreter import repaired  # imports Triton's interpreter, which a GPU does not need
 
     return repaired()
 
 
 @contextmanager
 def running(op: str, device: torch.device) -> Iterator[Function]:
-    """The public op on that implementation."""
+    """The public op with that implementation."""
     public: Callable[..., Any] = getattr(kernels, op)
     with OPS[op].bound_to(device, implementation(op, device).run):
         yield lambda inputs: public(**inputs)
 
 
 def alone(op: str, device: torch.device) -> Function:
-    """Ours, its launches not overlapping: a graph of equal ones in a row would else be faster than its kernels are.
+    """Our op without overlapping launches, which make a graph of equal launches faster than its kernels.
 
-    Planned anew at each call, which a graph does not see.
+    The launch is prepared at each call, which does not affect a graph.
     """
     run, public = implementation(op, device).run, getattr(kernels, op)
 
@@ -74,16 +74,16 @@ def alone(op: str, device: torch.device) -> Function:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether launches on a device can begin while the one before ends."""
-    from fastllama.kernels.triton import overlap  # where a kernel runs, Triton is installed
+    """Whether launches on a device can begin before the previous one has ended."""
+    from fastllama.kernels.triton import overlap  # Triton is installed where kernels run
 
     return overlap.overlaps(device)
 
 
 def measure(case: LlamaCall, device: torch.device, peers: Peers, rounds: int = ROUNDS) -> dict[str, Any]:
-    """The figures of one call beside its peers, as JSON values. What a contender fails at is in place of its samples.
+    """The figures of one call and its peers, as JSON values. A failed contender has an error instead of samples.
 
-    Raises MemoryError, before it takes any, where two sets of its keys and values do not fit in memory.
+    Raises MemoryError, before allocating, where two sets of its keys and values do not fit in memory.
     """
     check_memory("keys and values, twice,", 2 * case.kv_bytes, device)
     sets = input_sets(case, device)
@@ -114,7 +114,7 @@ def measure(case: LlamaCall, device: torch.device, peers: Peers, rounds: int = R
 def timed(
     contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, rounds: int, captured: bool
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Samples and quantiles by contender and way of timing, or what failed. captured: whether a graph can hold ours."""
+    """Samples and quantiles by contender and way of timing, or the failure. captured: whether ours can be captured."""
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in contenders}
     for way, samplers in _samplers(contenders, sets, device, captured).items():
         for name, failure in samplers.items():
@@ -127,7 +127,7 @@ def timed(
 
 
 def input_sets(case: LlamaCall, device: torch.device) -> list[Arguments]:
-    """Arguments that together are four times the L2 cache, at least two."""
+    """At least two sets of arguments, together four times the L2 cache."""
     first = case.make(device, seed=1)
     wanted = 4 * device_info(device).l2_cache // max(case.bytes(first), 1) + 1
     return [first, *(case.make(device, seed) for seed in range(2, 1 + min(max(wanted, 2), CALLS_UNTIL_COLD)))]
@@ -136,7 +136,7 @@ def input_sets(case: LlamaCall, device: torch.device) -> list[Arguments]:
 def _ready(
     case: LlamaCall, device: torch.device, offered: Peers
 ) -> tuple[dict[str, Function], dict[str, dict[str, Any]]]:
-    """Those that load, run and are right; and of all, error, bound and seconds until judged, or what failed."""
+    """Contenders that load, run and are correct; and every one's error, bound and seconds until checked, or failure."""
     ready: dict[str, Function] = {}
     verdicts: dict[str, dict[str, Any]] = {}
     for name, load in offered.items():
@@ -158,7 +158,7 @@ def _ready(
 def _samplers(
     contenders: Mapping[str, Callable[[T], Any]], sets: Sequence[T], device: torch.device, captured: bool
 ) -> dict[str, dict[str, timing.Sampler | str]]:
-    """By way of timing and contender; a text where that way fails. captured: whether ours can be."""
+    """Samplers by way of timing and contender; a text where that way fails. captured: whether ours can be captured."""
     calls = {name: timing.rotating(function, sets) for name, function in contenders.items()}
     if device.type == "cpu":
         return {"eager": {name: timing.wall(call) for name, call in calls.items()}}

@@ -1,4 +1,4 @@
-"""torch.compile for contenders: each compiled for itself, by any torch from 2.7 on."""
+"""torch.compile for contenders: each compiled independently, with any torch from 2.7 on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 
 def compiled(function: Callable[..., Any], backend: str, fullgraph: bool = False) -> Callable[..., Any]:
-    """`function` compiled for each shape that it meets.
+    """`function` compiled for each shape.
 
-    It gets a code object of its own. By that object torch counts recompilations, eight at most: the ninth shape that
-    an op is measured at would fail, or without `fullgraph` run uncompiled and be timed so. Later torches have
-    `isolate_recompiles` for this; 2.11 has not.
+    It gets a new code object, by which torch counts recompilations, eight at most: the ninth shape of an op would fail,
+    or without `fullgraph` be timed uncompiled. Later torches have `isolate_recompiles` for this; 2.11 does not.
     """
     assert isinstance(function, FunctionType)
     own = FunctionType(

@@ -1,4 +1,4 @@
-"""The ops in plain torch, written as Hugging Face writes them: what `torch eager` and `torch.compile` run."""
+"""The ops in plain torch, written as in Hugging Face's models, for `torch eager` and `torch.compile`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _add_rms_norm(t: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned by angles [T, 1, D / 2] in fp32."""
+    """x [T, heads, D] rotated by angles [T, 1, D / 2] in fp32."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -78,7 +78,7 @@ def _sample(t: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _adjust_logits(t: Arguments) -> Tensor:
-    """Dense in the vocabulary, of rows that all have a table and as many recent tokens."""
+    """Dense over the vocabulary, for rows that all have a table and equally many recent tokens."""
     x, counts = t["logits"] + t["bias"][t["slots"]], t["counts"][t["slots"]]
     recent = t["tokens"].view(x.shape[0], -1)
     counts = counts.scatter_add(1, recent, torch.full_like(recent, 2, dtype=counts.dtype))

@@ -1,4 +1,4 @@
-"""Whether what is timed is right: its error against the fp64 reference beside what plain torch's own error allows."""
+"""Checks results before they are timed: the error against the fp64 reference, bounded by plain torch's own error."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastllama.runtime.device.memory import available_bytes
 from fastllama.testing import bounds
 from fastllama.testing.bounds import error
 
-JUDGED_PROMPT = 2048  # tokens: their scores in fp64 are 1 GiB of a 7B, and 64 times as much of eight times the prompt
-JUDGE_BYTES = 40  # of memory for each byte of the call, at most: fp64 is four times bf16, and formulas have temporaries
+JUDGED_PROMPT = 2048  # tokens: their scores in fp64 take 1 GiB for a 7B, and 64 times that for eight times the prompt
+JUDGE_BYTES = 40  # most memory per byte of the call: fp64 is four times bf16, and formulas have temporaries
 
 
 def judged(case: LlamaCall, function: Function, device: torch.device) -> tuple[float, float]:
-    """The error of function(call) against the fp64 reference, and what plain torch's own error allows.
+    """The error of function(call) against the fp64 reference, and its bound by plain torch's own error.
 
     As in docs/design/numerics.md: relative to the largest value of a row, and at most twice plain torch's.
     """
     rows = min(case.rows, JUDGED_PROMPT) if case.op in ("attention_varlen", "attention_prefill") else case.rows
-    if case.kv_bytes:  # before a byte of them is asked for
+    if case.kv_bytes:  # before anything is allocated
         rows = min(rows, max(available_bytes(device) * rows // (JUDGE_BYTES * case.kv_bytes), 1))
     call = case.make(device, seed=0, rows=rows)
     share = available_bytes(device) / (JUDGE_BYTES * max(case.bytes(call), 1))  # 0 bytes of no rows
@@ -37,7 +37,7 @@ def judged(case: LlamaCall, function: Function, device: torch.device) -> tuple[f
 
 
 def copied(inputs: Arguments, dtype: torch.dtype | None = None) -> Arguments:
-    """Arguments of their own memory, floating tensors in another dtype if one is given."""
+    """Arguments copied to new memory, floating tensors in another dtype if one is given."""
 
     def own(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -48,7 +48,7 @@ def copied(inputs: Arguments, dtype: torch.dtype | None = None) -> Arguments:
 
 
 def written(inputs: Arguments, results: Any) -> list[Tensor]:
-    """What an op gave: the tensors it returned, if any, codes as what they stand for, and the pages it wrote."""
+    """An op's results: the returned tensors, dequantized, and the pages that it wrote."""
     returned = list(results) if isinstance(results, tuple) else [] if results is None else [results]
     if returned and returned[0].dtype == torch.int8:
         codes, scales = returned
@@ -64,7 +64,7 @@ def _plain(op: str, inputs: Arguments) -> list[Tensor]:
 
 
 def judge(op: str, function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
-    """The error of function(inputs) and its bound, as in docs/design/numerics.md: that of the worst of its results."""
+    """The error of function(inputs) and its bound, of its worst result, as in docs/design/numerics.md."""
     if op == "sample":
         return _judge_sample(function, inputs)
     exact = _plain(op, copied(inputs, torch.float64))
@@ -76,9 +76,9 @@ def judge(op: str, function: Callable[[Arguments], Any], inputs: Arguments) -> t
 
 
 def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
-    """The mass of the rows whose token the filters exclude, and the error of the log-probabilities.
+    """The error of the log-probabilities, and its bound; infinite where too many tokens are excluded by the filters.
 
-    Which of the legal tokens is drawn is not compared: peers draw other random numbers.
+    The choice among legal tokens is not compared: peers use other random numbers.
     """
     tokens, logprobs = function(copied(inputs))
     values = inputs["logits"].double()
@@ -86,7 +86,7 @@ def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tu
     scaled = (values / inputs["temperature"][:, None]).softmax(-1)
     legal = reference.sampling.filter_probs(scaled, *(inputs[name] for name in ("top_k", "top_p", "min_p")))
     illegal = (legal.gather(1, tokens[:, None]) == 0).double().mean()
-    if illegal > 0.02:  # a row may end beside the filter's edge by rounding, a fiftieth of them not
+    if illegal > 0.02:  # a row may cross a filter's edge by rounding, but not a fiftieth of all rows
         return float(illegal), 0.02
     if logprobs is None:
         return 0.0, 0.0
@@ -96,5 +96,5 @@ def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tu
 
 
 def bound(plain: Tensor, exact: Tensor) -> float:
-    """The error that plain torch's own result allows."""
+    """The legal error, from that of plain torch."""
     return bounds.bound(error(plain, exact), plain.dtype)

@@ -1,7 +1,7 @@
-"""What of torch itself computes an op: its formula, eager and compiled, and torch's own fused op where there is one.
+"""An op's peers in torch: its formula, eager and compiled, and torch's own fused op where there is one.
 
-A peer takes the arguments of the public op and returns what it returns; it may overwrite its inputs where that is all
-it offers. Every peer passes the judge before it is timed.
+A peer has the arguments and results of the public op; it may overwrite its inputs where torch's op does. Every peer is
+checked before it is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FUSED: dict[str, tuple[str, Function]] = {
 
 
 def torch_peers(op: str, device: torch.device, backend: str = "inductor") -> Peers:
-    """What to face at an op on a device. backend: of torch.compile."""
+    """The peers of an op on a device. backend: of torch.compile."""
     found: Peers = {}
     if op in EAGER:
         found["torch eager"] = lambda: EAGER[op]
@@ -40,4 +40,4 @@ def torch_peers(op: str, device: torch.device, backend: str = "inductor") -> Pee
     if op in attention.FLEX:
         gathered, flex = attention.FLEX[op]
         found["flex_attention" + gathered] = lambda: flex(attention.compiled_flex(backend))
-    return found | matmuls.torch_products(op, device, backend)
+    return found | matmuls.torch_matmuls(op, device, backend)

@@ -1,4 +1,4 @@
-"""A record of ops as text. Free of torch, as the report of a run is that embeds it."""
+"""Formats a record of ops as text. Does not import torch, so that reports can be made without it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 from fastllama.bench.text import table
 
 OURS = "fastllama"
-ALONE = "fastllama, no overlap"  # its launches wait for each other, as those of peers do
+ALONE = "fastllama, no overlap"  # launches wait for each other, like those of peers
 FORMULAS = ("torch eager", "torch.compile")
 HEADER = ("op", "shape", "us", "of a ceiling", *FORMULAS, "torch's own", "error", "bound")
 Record = dict[str, Any]
 
 
 def floor(case: Record, ceilings: Record) -> float:
-    """The seconds below which no implementation can be."""
+    """The roofline time in seconds."""
     bytes_floor = case["bytes"] / max(ceilings["copy_bytes_per_second"], ceilings["read_bytes_per_second"])
     return float(max(bytes_floor, case["flops"] / _flops_per_second(ceilings)))
 
 
 def _flops_per_second(ceilings: Record) -> float:
-    """Of a product in the dtype that was measured."""
+    """Of a matmul in the measured dtype."""
     (rate,) = (rate for name, rate in ceilings.items() if name.endswith("_flops_per_second"))
     return float(rate)
 
 
 def median(contender: Record, way: str) -> float | None:
-    """Seconds of a call; None where it failed."""
+    """Median seconds per call; None where it failed."""
     taken = contender.get(way, {})
     return taken.get("median") if isinstance(taken, dict) else None
 
 
 def line(case: Record) -> str:
-    """How fast a call was, and its fastest peer."""
+    """A call's time, and that of its fastest peer."""
     own, way = case["contenders"][OURS], _way(case)
     seconds = median(own, way)
     said = f"failed: {own['failed']}" if seconds is None else f"{1e6 * seconds:.1f} us"
@@ -43,7 +43,7 @@ def line(case: Record) -> str:
 
 
 def rows(record: Record) -> Iterator[tuple[str, ...]]:
-    """A row of cells below HEADER for each call that is timed."""
+    """A table row under HEADER for each timed call."""
     for case in record["cases"]:
         own, way = case["contenders"][OURS], _way(case)
         seconds = median(own, way)
@@ -68,7 +68,7 @@ def rows(record: Record) -> Iterator[tuple[str, ...]]:
 
 
 def failures(record: Record) -> list[str]:
-    """What was not measured, and why: a line each."""
+    """Calls that were not measured, with the reason, a line each."""
     failed = [
         f"{case['op']}, {case['label']}: {name} failed: {each['failed']}"
         for case in record["cases"]
@@ -79,18 +79,18 @@ def failures(record: Record) -> list[str]:
 
 
 def report(record: Record) -> str:
-    """The table of a record, the conditions above it and what was not measured below."""
+    """The table of a record, with the conditions above and calls not measured below."""
     said, reached = record["conditions"], record["ceilings"]
     copy, read = (reached[f"{name}_bytes_per_second"] / 1e9 for name in ("copy", "read"))
     heading = (
         f"{said['dtype']} on {record['environment']['device']}: a copy moves {copy:.1f} GB/s, a read {read:.1f}, "
-        f"a product makes {_flops_per_second(reached) / 1e12:.3g} TFLOP/s; medians in us"
+        f"a matmul {_flops_per_second(reached) / 1e12:.3g} TFLOP/s; medians in us"
     )
     return "\n\n".join([heading, "\n".join([table([HEADER, *rows(record)]), *failures(record)])])
 
 
 def _way(case: Record) -> str:
-    """In a CUDA graph, where ours was timed so."""
+    """The way of timing: in a CUDA graph, if ours was timed so."""
     return "eager" if median(case["contenders"][OURS], "graph") is None else "graph"
 
 

@@ -1,4 +1,4 @@
-"""Every op at the shapes of a Llama beside torch: the calls in the order of their worth, as far as the time allows."""
+"""Measures every op at the shapes of a Llama against torch, by importance, within a time limit."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from fastllama.io.load import resolve_device, resolve_dtype
 
 SHAPES = {"toy": "toy", **{name: preset for name, preset in models.SHAPES.items() if preset is not None}}
 USUAL = {"cuda": "7b", "cpu": "1.1b"}  # shape
-MOST = {"cuda": None, "cpu": 2}  # calls of each op
+MOST = {"cuda": None, "cpu": 2}  # calls per op
 
 
 @dataclass(frozen=True)
 class OpsOptions:
-    """What is measured. Raises ValueError for what cannot be.
+    """Options. Raises ValueError for illegal ones.
 
-    ops: all that are for the device where there are none. shape: one of SHAPES; USUAL where None. most: calls of each
-    op, the most telling first; MOST where None. minutes: after which no call is begun. peers: whether torch's are
-    measured.
+    ops: if empty, all of the device. shape: one of SHAPES; USUAL where None. most: calls per op, by importance; MOST
+    where None. minutes: no call starts after them. peers: whether to measure torch.
     """
 
     ops: tuple[str, ...] = ()
@@ -55,7 +54,7 @@ class OpsOptions:
 
 
 def calls(options: OpsOptions, device: torch.device) -> Iterator[LlamaCall]:
-    """What is measured on a device, in order. Raises ValueError for an op that is not for it."""
+    """The calls to measure on a device, in order. Raises ValueError for an op that the device lacks."""
     able = [op for op, entry in CATALOGUE.items() if entry.only in (None, device.type)]
     for op in options.ops:
         check_choice(f"op on {device.type}", op, able)
@@ -72,9 +71,9 @@ def calls(options: OpsOptions, device: torch.device) -> Iterator[LlamaCall]:
 def measure(
     options: OpsOptions, say: Callable[[str], None], keep: Callable[[Record], None] = lambda record: None
 ) -> Record:
-    """The record of all calls: conditions, ceilings, and of each call every contender's samples.
+    """Measure all calls; returns the record: conditions, ceilings, and every contender's samples for each call.
 
-    say: takes a line as each call ends. keep: takes the record then.
+    `say`: called with a line after each call. `keep`: called with the partial record then.
     """
     start, longest = time.monotonic(), 0.0
     device = resolve_device(options.device)
@@ -99,7 +98,7 @@ def measure(
         except (MemoryError, torch.OutOfMemoryError):
             record["skipped"].append(f"{call.op}, {call.label}: does not fit in memory")
             continue
-        except Exception as failure:  # of one op, of which the others may know nothing
+        except Exception as failure:  # a failing op must not end the others
             case = _failed(call, failure)
         finally:
             models.release(device)
@@ -108,12 +107,12 @@ def measure(
         record["environment"]["gpu_after"] = gpu(device.index or 0) if device.type == "cuda" else None
         keep(record)
         say(line(case))
-    keep(record)  # what was skipped, too
+    keep(record)  # includes skipped calls
     return record
 
 
 def failed(record: Record) -> bool:
-    """Whether one of ours is wrong, or does not run."""
+    """Whether one of our ops is wrong, or does not run."""
     return any("failed" in case["contenders"][OURS] for case in record["cases"])
 
 

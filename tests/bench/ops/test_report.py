@@ -65,7 +65,7 @@ def test_a_row_has_our_time_its_share_and_each_peer() -> None:
         "2.0e-03",
     ]
     assert line(found) == "rms_norm, llama-2-7b, 8192 rows: 2.0 us; F.rms_norm 3.0 us"
-    assert "a copy moves 2000.0 GB/s, a read 4000.0, a product makes 800 TFLOP/s" in text
+    assert "a copy moves 2000.0 GB/s, a read 4000.0, a matmul 800 TFLOP/s" in text
 
 
 def test_ours_without_a_graph_is_beside_peers_without_one() -> None:
