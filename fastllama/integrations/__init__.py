@@ -1,1 +1,1 @@
-"""Adapters that run this project's ops inside other inference stacks, one folder for each."""
+"""Adapters that run fastllama's ops inside other inference stacks, one folder per stack."""

@@ -1,4 +1,4 @@
-"""What adapters of other libraries' functions share: the refusal of arguments that nothing here implements."""
+"""Shared by the adapters of other libraries' functions: refuses arguments that are not implemented here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def refuse_arguments(function: str, **arguments: tuple[Any, ...]) -> None:
-    """NotImplementedError for the first argument whose value is not one of those that mean "off".
+    """Raise NotImplementedError for the first argument whose value does not mean "off".
 
-    arguments: by name, what was given and then the values that mean "off", the library's own default first. Tensors
-    are never off, and never read.
+    arguments: by name, the given value and then the values that mean "off", the library's default first. A tensor is
+    never off, and never read.
     """
     for name, (given, *off) in arguments.items():
         if isinstance(given, Tensor):

@@ -1,4 +1,4 @@
-"""What lm-eval asks of a model, as prompts to score and sampling parameters of this runtime. Free of lm-eval itself."""
+"""Converts lm-eval's requests to scored prompts and sampling parameters. Does not import lm-eval."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from fastllama.errors import brief, counted
 from fastllama.runtime.params import SamplingParams
 
-# The names of max_tokens in tasks, in lm-eval's order of precedence.
+# Synonyms of max_tokens in tasks, in lm-eval's order of precedence.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """Token ids [T], of which those from position `start` on are scored, as LLM.score takes them."""
+    """Token ids [T], scored from position `start` on, for LLM.score."""
 
     token_ids: list[int]
     start: int
@@ -24,7 +24,7 @@ class ScoredPrompt:
 def scored_pair(context: Sequence[int], continuation: Sequence[int], max_length: int) -> ScoredPrompt:
     """A context and the continuation to score, as one prompt of max_length + 1 tokens at most, cut on the left.
 
-    The last token is scored and not fed, so that the model sees max_length tokens, as in lm-eval's own `hf` model.
+    The last token is scored but not fed, so that the model's input has max_length tokens, as in lm-eval's `hf` model.
     Raises ValueError for a continuation of no tokens, or of more than max_length.
     """
     if not 1 <= len(continuation) <= max_length:
@@ -36,11 +36,10 @@ def scored_pair(context: Sequence[int], continuation: Sequence[int], max_length:
 
 
 def rolling_windows(token_ids: Sequence[int], prefix: int, max_length: int) -> list[ScoredPrompt]:
-    """A text of any length as prompts that score each of its tokens once; none for a text without tokens.
+    """Split a text of any length into prompts that score each of its tokens once; none for a text without tokens.
 
     The first window scores all its tokens after `prefix`; each later one scores up to max_length more, and the last is
-    filled up with tokens that were scored before, as its context. These are the windows of lm-eval
-    (get_rolling_token_windows with context_len=1).
+    filled up with already scored tokens as context. Source: lm-eval's get_rolling_token_windows with context_len=1.
     """
     windows = []
     for begin in range(0, len(token_ids), max_length):
@@ -55,10 +54,10 @@ def generation_params(
 ) -> SamplingParams:
     """A task's generation_kwargs as sampling parameters.
 
-    The names are lm-eval's (until, max_gen_toks and its synonyms, do_sample) and SamplingParams' own. As in lm-eval,
-    tokens are the likeliest unless a temperature above 0 is given without do_sample=False.
-    id_of: the id of a text that is one special token, else None: such a text has no letters in an answer, so that it
-    ends one as a stop token.
+    Names are lm-eval's (until, max_gen_toks and its synonyms, do_sample) and those of SamplingParams. As in lm-eval,
+    decoding is greedy unless a temperature above 0 is given without do_sample=False.
+    id_of: the id of a text that is one special token, else None: such a text never appears in an answer, so it becomes
+    a stop token id.
     Raises TypeError for an unknown name, ValueError for an illegal value.
     """
     left = {name: value for name, value in options.items() if value is not None}
@@ -80,7 +79,7 @@ def generation_params(
 
 
 def stop_strings(until: str | Sequence[str]) -> list[str]:
-    """The texts of `until`, one or several; an empty one ends nothing."""
+    """The texts of `until`, one or several; empty texts are dropped."""
     if isinstance(until, str):
         until = [until]
     if not isinstance(until, Sequence) or not all(isinstance(text, str) for text in until):
@@ -89,7 +88,7 @@ def stop_strings(until: str | Sequence[str]) -> list[str]:
 
 
 def fitting_context(token_ids: Sequence[int], max_tokens: int, max_length: int) -> list[int]:
-    """The last tokens of a context that leave room for max_tokens. Raises ValueError where none does."""
+    """A context cut on the left to leave room for max_tokens. Raises ValueError where there is none."""
     if max_tokens >= max_length:
         raise ValueError(
             f"max_gen_toks is {max_tokens}; legal: less than max_length, {max_length} tokens of prompt and answer"

@@ -161,7 +161,7 @@ def test_what_does_not_suit_us_is_left_alone_from_the_beginning(name: str) -> No
     before = type(model.model.layers[0]), model.config._attn_implementation
     with torch.inference_mode():
         expected = model(IDS).logits
-        with pytest.raises(ValueError, match=r"strict: patched \d of \d layers; left as they are: model.layers.1 \("):
+        with pytest.raises(ValueError, match=r"strict: patched \d of \d layers; not patched: model.layers.1 \("):
             fastllama.patch(model, strict=True)
         assert (type(model.model.layers[0]), model.config._attn_implementation) == before
         with pytest.warns(UserWarning, match=ON_TRANSFORMERS[name][1]):
@@ -278,7 +278,7 @@ def test_unpatch_gives_the_model_back() -> None:
 def test_a_second_patch_takes_in_what_is_fit_by_now() -> None:
     model = llama()
     handle = model.model.layers[0].self_attn.register_forward_hook(lambda module, given, found: None)
-    with pytest.warns(UserWarning, match=r"patched \d of \d layers; left as they are: model.layers.0 \(.* a hook\)"):
+    with pytest.warns(UserWarning, match=r"patched \d of \d layers; not patched: model.layers.0 \(.* a hook\)"):
         assert fastllama.patch(model).patched == SIZES["num_hidden_layers"] - 1
     handle.remove()
     report = fastllama.patch(model)

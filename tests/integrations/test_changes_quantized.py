@@ -158,7 +158,7 @@ def test_a_change_that_does_not_suit_us(name: str, used: bool) -> None:
     with pytest.warns(UserWarning, match=f"run transformers' own code: .*{reason}"):
         found = logits(patched)
     assert_close(found, logits(plain))
-    with pytest.warns(UserWarning, match=rf"left as they are: model.layers.1 \(.*{reason}"):
+    with pytest.warns(UserWarning, match=rf"not patched: model.layers.1 \(.*{reason}"):
         assert fastllama.patch(plain).left.keys() == {"model.layers.1"}
 
 

@@ -59,12 +59,12 @@ def share(model: Any, place: str, other: str) -> None:
 
 # What is done to a model of float32, and what the message holds then.
 LESS_SEEN: dict[str, tuple[Changes, str]] = {
-    "frequencies written in place": (slower, r"rotary_emb turns otherwise than config's rope says"),
+    "frequencies written in place": (slower, r"rotary_emb has other frequencies than config specifies"),
     "frequencies replaced": (
         lambda m: m.model.rotary_emb.register_buffer("inv_freq", m.model.rotary_emb.inv_freq / 4, persistent=False),
-        r"rotary_emb turns otherwise than config's rope says",
+        r"rotary_emb has other frequencies than config specifies",
     ),
-    "attention function": (set_attention, r"model.layers.0 .*its attention function 'scaled' is none of transformers'"),
+    "attention function": (set_attention, r"model.layers.0 .*its attention function 'scaled' is not transformers'"),
     "__call__": (
         lambda m: setattr(m, "__class__", Called),
         r"the model \(it is a tests.*Called with a __call__ of its own\)",
@@ -83,7 +83,7 @@ LESS_SEEN: dict[str, tuple[Changes, str]] = {
     ),
     "no output head": (lambda m: delattr(m, "lm_head"), r"lm_head \(it is missing\)"),
     "no linear layer": (lambda m: delattr(layer(m).self_attn, "o_proj"), r"layers.1 \(there is no o_proj\)"),
-    "no weight": (lambda m: delattr(m.lm_head, "weight"), r"lm_head \(weight is not there: another library keeps it"),
+    "no weight": (lambda m: delattr(m.lm_head, "weight"), r"lm_head \(weight is missing: another library stores it"),
 }
 
 
@@ -131,7 +131,7 @@ def test_an_attention_of_transformers_that_was_replaced(monkeypatch: pytest.Monk
     model = llama()
     model.set_attn_implementation("eager")
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", scaled_attention)
-    with pytest.raises(ValueError, match="attention function 'eager' is none of transformers' own"):
+    with pytest.raises(ValueError, match="attention function 'eager' is not transformers' own"):
         fastllama.from_transformers(model)
 
 
@@ -172,7 +172,7 @@ def opened_by_transformers(folder: Path) -> Any:
 def test_layers_that_another_library_quantized(tmp_path: Path) -> None:
     model = opened_by_transformers(tmp_path)
     assert not hasattr(model.model.layers[0].self_attn.q_proj, "weight")
-    message = "q_proj's weight is not there: another library keeps it in a form of its own"
+    message = "q_proj's weight is missing: another library stores it in its own form"
     for call in (fastllama.from_transformers, LLM):
         with pytest.raises(ValueError, match=message):
             call(model)

@@ -93,7 +93,7 @@ WEIGHTS_ALONE: dict[str, tuple[Changes, str]] = {
     ),
     "offloaded": (lambda m: layer(m).mlp.to("meta"), r"model.layers.1 \(gate_proj's weight is on the meta device"),
     "offloaded head": (lambda m: m.lm_head.to("meta"), r"lm_head \(weight is on the meta device"),
-    "in shared memory": (lambda m: m.share_memory(), r"in memory that processes share"),
+    "in shared memory": (lambda m: m.share_memory(), r"in memory shared between processes"),
     "activation": (lambda m: setattr(layer(m).mlp, "act_fn", nn.GELU()), r"activation is a torch.nn.*GELU"),
     "attention": (
         lambda m: setattr(layer(m), "self_attn", OwnAttention(m.config, 1)),
@@ -127,7 +127,7 @@ WEIGHTS_ALONE: dict[str, tuple[Changes, str]] = {
         r"lm_head.weight has shape \[100, ",
     ),
     "fewer layers": (lambda m: m.model.layers.__delitem__(0), r"has \d layers?, and config.num_hidden_layers is"),
-    "another rope than it was made with": (set_rope, r"rotary_emb turns otherwise than config's rope says"),
+    "another rope than it was made with": (set_rope, r"rotary_emb has other frequencies than config specifies"),
     "an unknown rope": (longrope, r"rope_type is 'longrope'; legal values: 'default'"),
     "an end token beyond the vocabulary": (
         lambda m: setattr(m.generation_config, "eos_token_id", [2, 97]),
@@ -160,7 +160,7 @@ def test_more_than_weights(name: str) -> None:
 
 def test_hooks_of_all_modules() -> None:
     model = llama()
-    with nn.modules.module.register_module_forward_hook(hook), pytest.raises(ValueError, match="hooks of all modules"):
+    with nn.modules.module.register_module_forward_hook(hook), pytest.raises(ValueError, match="global module hooks"):
         fastllama.from_transformers(model)
     assert fastllama.from_transformers(model).dtype == torch.float32
 
@@ -172,7 +172,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: LlamaForSequenceClassification(llama().config),
         rf"LlamaForSequenceClassification; {LEGAL}$",
     ),
-    "PEFT": (lambda: adapted(llama()), rf"PeftModel; {LEGAL}; of a PEFT model what merge_and_unload\(\) returns$"),
+    "PEFT": (lambda: adapted(llama()), rf"PeftModel; {LEGAL}; for a PEFT model, the result of merge_and_unload\(\)$"),
     "a layer": (lambda: nn.Linear(2, 2), rf"model is a torch.nn.modules.linear.Linear; {LEGAL}$"),
     "ours": (lambda: fastllama.from_transformers(llama()), rf"model is a fastllama.*LlamaForCausalLM; {LEGAL}$"),
     "a path": (lambda: "tiny", rf"model is a builtins.str; {LEGAL}$"),

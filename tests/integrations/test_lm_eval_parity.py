@@ -328,7 +328,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Except
 
 
 def test_options_beside_an_llm_are_refused(ours: FastLlamaLM) -> None:
-    with pytest.raises(ValueError, match=r"dtype beside an LLM that is given; legal: LLM\(dtype=...\)"):
+    with pytest.raises(ValueError, match=r"dtype given with an LLM; legal: LLM\(dtype=...\)"):
         FastLlamaLM(ours.llm, dtype="float32")
     with pytest.raises(ValueError, match="max_length is 2000; legal: 2 to max_model_len, 1024"):
         FastLlamaLM(ours.llm, max_length=2000)

@@ -272,7 +272,7 @@ def test_training_gives_the_gradients_of_transformers() -> None:
 def test_gradients_of_a_model_in_eval_mode_are_right_and_said_to_be_slow() -> None:
     stock, patched = pair()
     stock(IDS).logits.sum().backward()
-    with pytest.warns(UserWarning, match="gradients are wanted: call the model under torch.inference_mode"):
+    with pytest.warns(UserWarning, match="gradients are required: call the model under torch.inference_mode"):
         patched(IDS).logits.sum().backward()
     assert_close(patched.model.layers[0].mlp.up_proj.weight.grad, stock.model.layers[0].mlp.up_proj.weight.grad)
 
@@ -295,9 +295,7 @@ def test_an_attention_function_of_others_stays() -> None:
     stock = llama()
     stock.set_attn_implementation("scaled")
     model = copy.deepcopy(stock)
-    with pytest.raises(
-        ValueError, match=r"strict: patched 0 of .*attention function 'scaled' is none of transformers'"
-    ):
+    with pytest.raises(ValueError, match=r"strict: patched 0 of .*attention function 'scaled' is not transformers'"):
         fastllama.patch(model, strict=True)
     with pytest.warns(UserWarning, match="patched 0 of"):
         assert fastllama.patch(model).norms > 0

@@ -155,7 +155,7 @@ def test_modules_not_to_be_converted(folder: Path) -> None:
     assert not [name for name in quantized(model) if "k_proj" in name or ".0." in name]
     name = "model.layers.1.self_attn.k_proj.weight"
     assert torch.equal(model.get_parameter(name), load_file(folder / "model.safetensors")[name])
-    with pytest.raises(ValueError, match="modules_to_not_convert has 'kproj', which is no module of a Llama"):
+    with pytest.raises(ValueError, match="modules_to_not_convert has 'kproj', which is not a module of a Llama"):
         opened(folder, "int4", 32, ["kproj"])
     with pytest.raises(ValueError, match="in which no layer is left to convert"):
         opened(folder, "int4", 32, ["model"])
@@ -176,7 +176,7 @@ def test_a_layer_takes_the_largest_group_that_divides_its_columns(group_size: in
         (("int5",), ValueError, "scheme is 'int5' .*; legal values: 'int4', 'int8', 'w8a8'"),
         (("int4", 16), ValueError, "group_size is 16; legal values: 32, 64, 128"),
         (("int4", True), ValueError, "group_size is True; legal values"),
-        (("int8", 64), ValueError, "group_size is 64 for scheme 'int8', which has one scale a row; legal: leave it"),
+        (("int8", 64), ValueError, "group_size is 64 for scheme 'int8', which has one scale per row; legal: leave it"),
         (("int4", 64, "lm_head"), TypeError, "modules_to_not_convert is 'lm_head'; legal: a list of names"),
         (("int4", 64, 3), TypeError, "modules_to_not_convert is 3; legal: a list of names"),
     ],

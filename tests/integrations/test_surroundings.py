@@ -182,7 +182,7 @@ def test_a_function_that_is_replaced_for_all_models(name: str, when: str, monkey
         assert fastllama.patch(patched).patched == 0
     with torch.no_grad():
         if error is not None and when == "after":
-            with pytest.raises(error, match=r"the masks of a patched model do not suit: fastllama.unpatch\(model\)"):
+            with pytest.raises(error, match=r"not accept the masks of a patched model: fastllama.unpatch\(model\)"):
                 patched(IDS)
             fastllama.unpatch(patched)
         assert_close(patched(IDS).logits, stock(IDS).logits)
@@ -234,7 +234,7 @@ def test_a_model_with_an_attention_of_its_own_keeps_its_masks() -> None:
 def test_one_that_comes_later_is_refused_a_mask_that_it_cannot_read() -> None:
     _, patched = pair()
     patched.model.layers[1].self_attn.__class__ = Loud
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"self_attn is a .*Loud, which the masks .* do not suit"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"self_attn is a .*Loud, which does not accept the masks"):
         patched(IDS, attention_mask=LEFT)
 
 
@@ -249,7 +249,7 @@ def test_weights_that_were_made_in_inference_mode() -> None:
 
 def test_weights_that_processes_share_stay_shared() -> None:
     model = llama().share_memory()
-    with pytest.warns(UserWarning, match="q_proj's weight is in memory that processes share"):
+    with pytest.warns(UserWarning, match="q_proj's weight is in memory shared between processes"):
         assert fastllama.patch(model).patched == 0
     assert all(parameter.is_shared() for parameter in model.parameters())
 

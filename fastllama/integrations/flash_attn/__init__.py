@@ -1,4 +1,4 @@
-"""flash-attn's functions, signature by signature, on this project's ops: a stack changes its import and runs."""
+"""flash-attn's functions, with its signatures, on fastllama's ops: only the import changes."""
 
 from fastllama.integrations.flash_attn import bert_padding
 from fastllama.integrations.flash_attn.attention import flash_attn_func, flash_attn_varlen_func

@@ -59,15 +59,15 @@ def flash_attn_func(
     return_lse: bool = False,
     return_softmax_lse: bool = False,
 ) -> Result:
-    """Attention of sequences that are all as long: softmax(softmax_scale * q k^T) v.
+    """Attention of sequences of equal length: softmax(softmax_scale * q k^T) v.
 
     q: [B, Sq, Hq, D], k, v: [B, Sk, Hkv, D], one floating dtype, Hq a multiple of Hkv. softmax_scale: defaults to
     1 / sqrt(D). causal: bottom-right aligned, query i sees keys up to i + Sk - Sq. out: like q; allocated when None.
     Returns out; with return_lse or return_softmax_lse (out, lse [B, Hq, Sq] fp32), natural; with return_attn_probs
     (out, lse, an empty tensor), as flash-attn without dropout. A row without keys gives 0 and the log-sum-exp +inf.
-    Hints how to compute it have no effect: deterministic, num_splits, pack_gqa, sm_margin.
-    Raises NotImplementedError for an argument that asks for what no op here computes, RuntimeError for tensors that
-    require grad under grad mode, ValueError for a shape or device, TypeError for a dtype; nothing is written then.
+    Performance hints have no effect: deterministic, num_splits, pack_gqa, sm_margin.
+    Raises NotImplementedError for an unsupported argument, RuntimeError for tensors that require grad under grad mode,
+    ValueError for a shape or device, TypeError for a dtype; nothing is written then.
     Source: flash-attn 2.8.3, `flash_attn_interface.py`; keyword arguments also of FlashAttention 3 and its CuTe form.
     """
     causal = flag("causal", causal)
@@ -145,18 +145,18 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     return_softmax_lse: bool = False,
 ) -> Result:
-    """Attention of sequences of any lengths, packed one after another; keys packed too, or in pages.
+    """Attention of packed sequences of any lengths; keys and values are packed too, or in pages.
 
-    q: [total_q, Hq, D], cu_seqlens_q: [B + 1], the row bounds of each sequence from 0; rows past the last bound give 0.
+    q: [total_q, Hq, D], cu_seqlens_q: [B + 1], cumulative row bounds, from 0; rows past the last bound give 0.
     k, v: [total_k, Hkv, D] with cu_seqlens_k [B + 1]; or pages [P, page_size, Hkv, D] of any page size, with
-    block_table (page_table) [B, pages], pages of each sequence in order. All integers int32 or int64.
-    seqused_k: [B], keys of each sequence that are used, its first; of pages, their number, instead of cu_seqlens_k.
-    seqused_q: [B], queries of each sequence that are used, its first; the others give 0.
+    block_table (page_table) [B, pages], each sequence's pages in order. All integer tensors int32 or int64.
+    seqused_k: [B], number of leading keys of each sequence that are used; with pages, its length, instead of
+    cu_seqlens_k. seqused_q: [B], number of leading queries of each sequence that are used; the others give 0.
     Where cu_seqlens_q or cu_seqlens_k is None, q or k and v are [B, S, H, D].
-    causal: bottom-right aligned. Returns out like q, and log-sum-exps as `flash_attn_func` does: [Hq, total_q], or
+    causal: bottom-right aligned. Returns out like q, and log-sum-exps as `flash_attn_func`: [Hq, total_q], or
     [B, Hq, Sq] without cu_seqlens_q. max_seqlen_q, max_seqlen_k, scheduler_metadata, fa_version have no effect, as the
-    hints of `flash_attn_func`. Bounds that do not ascend within their rows and lengths that pages have no room for
-    give NaN: they are on the device, where they are not read.
+    hints of `flash_attn_func`. Bounds that do not ascend within their rows, and lengths beyond a sequence's pages,
+    give NaN: they are on the device, and not read on the host.
     Everything else, errors and source: as `flash_attn_func`.
     """
     name = "flash_attn_varlen_func"
@@ -206,10 +206,10 @@ def flash_attn_varlen_func(
         check_shape("v", v, k.shape)
         bounds_k = _bounds("cu_seqlens_k", cu_seqlens_k, k)
         check_shape("cu_seqlens_k", bounds_k, (num_seqs + 1,))
-        if seqused_k is not None:  # the other keys are a sequence of their own, without queries
+        if seqused_k is not None:  # unused keys form an extra sequence without queries
             bounds, bounds_k = bounds.repeat_interleave(2)[1:], _used(bounds_k, seqused_k)
             seqused_q = None if seqused_q is None else _and_none(seqused_q)
-        if seqused_q is not None:  # the other queries are one without keys
+        if seqused_q is not None:  # unused queries form an extra sequence without keys
             bounds, bounds_k = _used(bounds, seqused_q), bounds_k.repeat_interleave(2)[1:]
         attention_varlen(
             rows, as_rows(k), as_rows(v), bounds, bounds_k, scale=scale, causal=causal, out=to, lse_out=lse
@@ -228,7 +228,7 @@ def flash_attn_varlen_func(
 
 
 def _bounds(name: str, bounds: Tensor | None, x: Tensor) -> Tensor:
-    """Row bounds [B + 1]: those given, or of x [B, S, H, D]."""
+    """Row bounds [B + 1]: the given ones, or those of x [B, S, H, D]."""
     if bounds is None:
         return even_bounds(x.shape[0], x.shape[1], x.device)
     if bounds.shape == (0,):
@@ -238,7 +238,7 @@ def _bounds(name: str, bounds: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _lengths(seqused_k: Tensor | None, cu_seqlens_k: Tensor | None, num_seqs: int, q: Tensor) -> Tensor:
-    """Keys of each sequence in pages."""
+    """The number of keys of each sequence in pages."""
     if seqused_k is not None:
         return seqused_k.contiguous()
     if cu_seqlens_k is None:
@@ -248,9 +248,9 @@ def _lengths(seqused_k: Tensor | None, cu_seqlens_k: Tensor | None, num_seqs: in
 
 
 def _used(bounds: Tensor, used: Tensor) -> Tensor:
-    """Bounds of twice as many sequences: the rows of each that are used, then the others.
+    """Bounds of twice as many sequences: the used rows of each, then its unused rows.
 
-    int64 where either is: a number past int32 stays one that the op finds.
+    int64 where either is, so that a value beyond int32 stays illegal for the op to find.
     """
     bounds = bounds.to(torch.promote_types(bounds.dtype, used.dtype))
     starts = bounds[:-1]
@@ -258,5 +258,5 @@ def _used(bounds: Tensor, used: Tensor) -> Tensor:
 
 
 def _and_none(counts: Tensor) -> Tensor:
-    """Counts of twice as many sequences: behind each one without any."""
+    """Counts of twice as many sequences: each followed by an empty one."""
     return torch.stack((counts, torch.zeros_like(counts)), 1).flatten()

@@ -1,4 +1,4 @@
-"""From padded batches to packed sequences, and back. Gradients flow through."""
+"""Converts padded batches to packed sequences, and back. Differentiable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastllama.integrations.flash_attn.conventions import check_tensors
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """The rows of a padded batch that its masks select, one after another.
+    """Pack the rows of a padded batch that its masks select.
 
     hidden_states: [B, S, ...]. attention_mask: [B, S] bool or integers, 1 for tokens. unused_mask: [B, S], 1 for rows
-    that are kept but not used.
+    that are kept but unused.
     Returns (rows [total, ...], indices [total] int64 into the flattened batch, cu_seqlens [B + 1] int32, the longest
-    sequence as an int, seqused [B] int32: tokens of attention_mask alone). How many rows there are and the longest
-    sequence are read from the device, which the other functions here never do.
+    sequence as an int, seqused [B] int32: tokens of attention_mask alone). The number of rows and the longest sequence
+    are read from the device, unlike in the other functions here.
     Raises ValueError for a shape. Source: flash-attn 2.8.3, `bert_padding.py`.
     """
     check_tensors({"hidden_states": hidden_states, "attention_mask": attention_mask}, unused_mask=unused_mask)

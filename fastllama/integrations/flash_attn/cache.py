@@ -1,4 +1,4 @@
-"""Where tokens lie in a cache of flash-attn's shape: new ones that are appended, and those that are seen."""
+"""Addresses tokens in a cache of flash-attn's shape, for appending new ones and for attention."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastllama.kernels import write_kv
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows of new queries or keys. owner: [T] int64, the sequence of each. offset: [T], its place among that
-    sequence's, or 0 for one of each. counts: of each sequence, one number or [B]. used: [T], False for rows past the
-    last sequence, or None. length: the rows of each, where all have as many.
+    """Rows of new queries or keys. owner: [T] int64, the sequence of each. offset: [T], its index among that
+    sequence's rows, or 0 for one row each. counts: rows per sequence, one number or [B]. used: [T], False for rows past
+    the last sequence, or None. length: rows per sequence, where all are equal.
     """
 
     owner: Tensor
@@ -38,7 +38,7 @@ class Tokens:
         return cls(owner, token - bounds[owner], bounds.diff(), token < bounds[-1], None)
 
     def positions(self, start: Tensor, advancing: bool = True) -> Tensor:
-        """[T]: `start` [B] of each one's sequence, and on by one from token to token, or not."""
+        """[T]: `start` [B] of each row's sequence, plus the row's offset if `advancing`."""
         if isinstance(self.offset, int):
             return start
         return start[self.owner] + self.offset if advancing else start[self.owner]
@@ -46,7 +46,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values [P, page_size, Hkv, D] with a table [B, n] of each sequence's pages; a row is a page, too."""
+    """Keys and values [P, page_size, Hkv, D] with a page table [B, n]; a contiguous cache row counts as a page."""
 
     k: Tensor
     v: Tensor
@@ -54,11 +54,11 @@ class Cache:
 
     @property
     def room(self) -> int:
-        """Tokens that a sequence's pages hold."""
+        """Capacity of a sequence's pages, in tokens."""
         return int(self.table.shape[1] * self.k.shape[1])
 
     def append(self, k: Tensor, v: Tensor, tokens: Tokens, lens: Tensor) -> None:
-        """Write k, v [T, Hkv, D] behind the first `lens` [B] tokens of their sequences, where there is room."""
+        """Write k, v [T, Hkv, D] after the first `lens` [B] tokens of their sequences, where there is room."""
         slots = self._slots(tokens.owner, tokens.positions(lens), self.k.shape[1])
         if tokens.used is not None:
             slots = slots.where(tokens.used, -1)
@@ -69,9 +69,9 @@ class Cache:
         return self.k.transpose(1, 2), self.v.transpose(1, 2), self.table
 
     def without_first(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`pages` that begin behind the first `hidden` [B] tokens of each sequence: pages of one token each.
+        """`pages` that skip the first `hidden` [B] tokens of each sequence: pages of one token each.
 
-        Longer ones could begin at any token, too, but the last would reach past the memory.
+        Longer pages could begin at any token, too, but the last one would reach past the end of the memory.
         """
         pitch = token_pitch(self.k)
         owner = torch.arange(hidden.shape[0], dtype=torch.int64, device=hidden.device)[:, None]
@@ -85,7 +85,7 @@ class Cache:
         return x.as_strided((tokens, num_heads, 1, head_dim), (x.stride(1), x.stride(2), x.stride(1), x.stride(3)))
 
     def _slots(self, owner: Tensor, positions: Tensor, pitch: int) -> Tensor:
-        """Where tokens lie that are `positions` into their sequences, page * pitch + offset; -1 where there is no room.
+        """Slots of tokens at `positions` in their sequences, page * pitch + offset; -1 where there is no room.
 
         owner: the sequence of each; broadcasts against positions.
         """
@@ -99,10 +99,10 @@ class Cache:
 
 
 def token_pitch(x: Tensor) -> int:
-    """How many tokens apart the pages of [P, page_size, Hkv, D] begin; 0 where that is no whole number."""
+    """The distance between pages of [P, page_size, Hkv, D], in tokens; 0 where it is not a whole number."""
     if x.shape[0] == 1:
         return int(x.shape[1])
     between_pages, between_tokens = x.stride()[:2]
     if not between_tokens or between_pages % between_tokens:
         return 0
-    return between_pages // between_tokens  # not divmod, which torch.compile has not for sizes that it does not know
+    return between_pages // between_tokens  # not divmod, which torch.compile lacks for symbolic sizes

@@ -1,4 +1,4 @@
-"""What all of flash-attn's functions share: what they refuse, how they take rows and bounds, and their log-sum-exps."""
+"""Shared by flash-attn's functions: refused arguments, checks, row layouts, bounds, and log-sum-exps."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def refuse(
     attention_chunk: int | None = 0,
     **absent: Any,
 ) -> None:
-    """NotImplementedError for the first argument that asks for what no op here computes; `absent`: unless None."""
+    """Raise NotImplementedError for the first unsupported argument; those in `absent` must be None."""
     if not isinstance(window_size, (tuple, list, type(None))):
         raise TypeError(f"window_size is {brief(window_size)}; legal: a pair, (-1, -1)")
     window = tuple(-1 if side is None else side for side in window_size or (-1, -1))
-    windows = [(-1, -1), (-1, 0)] if causal else [(-1, -1)]  # nothing to the right is what causal means
+    windows = [(-1, -1), (-1, 0)] if causal else [(-1, -1)]  # causal means nothing to the right
     refuse_arguments(
         function,
         dropout_p=(dropout_p, 0.0),
@@ -48,7 +48,7 @@ def refuse(
 
 
 def check_tensors(required: Mapping[str, Any], **optional: Any) -> None:
-    """TypeError for the first argument that is no strided tensor; None is legal for `optional`."""
+    """Raise TypeError for the first argument that is not a strided tensor; None is legal for `optional`."""
     for name, x in {**required, **optional}.items():
         if isinstance(x, Tensor):
             if x.layout is not torch.strided:
@@ -59,7 +59,7 @@ def check_tensors(required: Mapping[str, Any], **optional: Any) -> None:
 
 
 def check_inputs(function: str, required: Mapping[str, Any], **optional: Any) -> None:
-    """`check_tensors`, and RuntimeError for the first through which autograd would go back."""
+    """`check_tensors`, and RuntimeError for the first tensor that needs a backward."""
     check_tensors(required, **optional)
     if torch.is_grad_enabled():
         for name, tensor in {**required, **optional}.items():
@@ -71,20 +71,20 @@ def check_inputs(function: str, required: Mapping[str, Any], **optional: Any) ->
 
 
 def flag(name: str, value: Any) -> bool:
-    """TypeError unless a value is True or False, NumPy's too."""
+    """The value as bool. Raises TypeError unless it is True or False, of Python or NumPy."""
     if isinstance(value, Tensor) or value not in (True, False):
         raise TypeError(f"{name} is {brief(value)} of type {type(value).__name__}; legal: True or False")
     return bool(value)
 
 
 def any_flag(**flags: Any) -> bool:
-    """Whether one of them is set; None is not."""
+    """Whether any flag is set; None counts as not set."""
     given = [flag(name, False if value is None else value) for name, value in flags.items()]
     return any(given)
 
 
 def scale_of(softmax_scale: float | None, q: Tensor) -> float:
-    """softmax_scale as the ops take it: q's default for None."""
+    """softmax_scale, or for None the default 1 / sqrt(D) of q."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(q.shape[-1] or 1)
     if isinstance(softmax_scale, (float, torch.SymFloat)):
@@ -98,7 +98,7 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
 
 
 def with_their_names(call: Callable[..., None], *args: Any) -> None:
-    """`call(*args)`, an op's, whose errors name flash-attn's arguments where the op has other names for them."""
+    """Call an op so that its errors name flash-attn's arguments instead of the op's."""
     if is_compiling():
         call(*args)
         return
@@ -112,7 +112,7 @@ def with_their_names(call: Callable[..., None], *args: Any) -> None:
 
 
 def check_integers(name: str, x: Tensor | None, shape: Sequence[int | str], q: Tensor) -> None:
-    """None, or int32 or int64 on q's device, any strides."""
+    """Raise unless x is None, or int32 or int64 on q's device, with any strides."""
     if x is not None:
         check_shape(name, x, shape)
         check_dtype(name, x, INTEGERS)
@@ -120,7 +120,7 @@ def check_integers(name: str, x: Tensor | None, shape: Sequence[int | str], q: T
 
 
 def check_pages(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
-    """Keys and values alike, [P, page_size, Hkv, D] in q's dtype, any strides but the last."""
+    """Raise unless keys and values have one shape [P, page_size, Hkv, D] and q's dtype; any strides but the last."""
     if 0 in k.shape:
         raise ValueError(f"{k_name} has shape {list(k.shape)}; legal: each dimension at least 1")
     check_heads(k_name, k, q)
@@ -130,7 +130,7 @@ def check_pages(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> No
 
 
 def check_heads(name: str, keys: Tensor, q: Tensor) -> None:
-    """ValueError unless keys [..., Hkv, D] have q's head dimension, and heads that divide q's."""
+    """Raise ValueError unless keys [..., Hkv, D] have q's head dimension, and Hkv divides q's heads."""
     num_heads, head_dim = q.shape[-2:]
     if not (num_heads and head_dim):
         raise ValueError(f"q has shape {list(q.shape)}; legal: at least one head of at least one number")
@@ -142,17 +142,17 @@ def check_heads(name: str, keys: Tensor, q: Tensor) -> None:
 
 
 def one_of(first: str, a: Tensor | None, second: str, b: Tensor | None) -> Tensor | None:
-    """An argument that FlashAttention 2 and 3 name differently. ValueError where both names are given."""
+    """An argument with different names in FlashAttention 2 and 3. ValueError where both are given."""
     if a is not None and b is not None:
         raise ValueError(f"{first} and {second} are both given; legal: one of them, they are two names of one argument")
     return b if a is None else a
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., S, H, D] as [T, H, D] whose heads lie within a token, copied where they do not.
+    """[..., S, H, D] as [T, H, D] in token-major order, copied where it is head-major.
 
-    The distance between heads is a constant of the Triton kernels: head-major keys of a growing length would be
-    compiled anew for each.
+    The stride between heads is a compile-time constant of the Triton kernels: head-major keys would cause a compile for
+    each length.
     """
     if x.stride(-1) != 1 or (x.shape[-3] > 1 and x.stride(-2) > x.stride(-3)):
         x = x.contiguous()
@@ -160,7 +160,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def result_rows(out: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, which is like q [..., H, D] and allocated where `out` is None, and its memory as [T, H, D]."""
+    """The result [..., H, D], allocated like q where `out` is None, and its memory as [T, H, D]."""
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         return out, out.flatten(0, -3)
@@ -172,12 +172,12 @@ def result_rows(out: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def even_bounds(num_seqs: int, length: int, device: torch.device) -> Tensor:
-    """[B + 1] int32: bounds of sequences that are all as long."""
+    """[B + 1] int32: bounds of sequences of equal length."""
     return torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * length
 
 
 def lse_rows(q: Tensor, num_seqs: int | None = None) -> Tensor:
-    """Memory for the log-sum-exps of q's rows [T, H], such that `softmax_lse` copies as little as it can."""
+    """Memory for the log-sum-exps of q's rows [T, H], laid out so that `softmax_lse` rarely copies."""
     rows, num_heads, _ = q.shape
     dtype = wide_dtype(q)
     if rows == num_seqs:
@@ -188,7 +188,7 @@ def lse_rows(q: Tensor, num_seqs: int | None = None) -> Tensor:
 def delivered(
     out: Tensor, lse: Tensor | None, num_seqs: int | None, length: int, return_attn_probs: bool = False
 ) -> Result:
-    """What a function returns: out, with log-sum-exps where an op wrote some, and flash-attn's empty probabilities."""
+    """A function's result: out, with log-sum-exps where the op wrote them, and flash-attn's empty probabilities."""
     if lse is None:
         return out
     lse = softmax_lse(lse, num_seqs, length)
@@ -196,11 +196,11 @@ def delivered(
 
 
 def softmax_lse(lse: Tensor, num_seqs: int | None, length: int) -> Tensor:
-    """[T, H] of an op in flash-attn's shape: [H, T], or [B, H, S] of `num_seqs` sequences that are all as long.
+    """An op's log-sum-exps [T, H] in flash-attn's shape: [H, T], or [B, H, S] of `num_seqs` sequences of equal length.
 
-    +inf for rows without keys, as FlashAttention 2 has it where the ops say -inf.
+    +inf for rows without keys, as in FlashAttention 2; the ops give -inf.
     """
     lse = lse.T
     if num_seqs is not None:
-        lse = lse.unflatten(1, (num_seqs, length)).transpose(0, 1).contiguous()  # a copy where both are more than 1
+        lse = lse.unflatten(1, (num_seqs, length)).transpose(0, 1).contiguous()  # copies where both are above 1
     return lse.masked_fill_(lse == -math.inf, math.inf)

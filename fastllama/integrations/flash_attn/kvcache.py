@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: rotate and append new keys and values, then attend to the cache, rows of it or pages."""
+"""flash_attn_with_kvcache: rotates and appends new keys and values, then attends to the cache, contiguous or paged."""
 
 from __future__ import annotations
 
@@ -74,22 +74,21 @@ def flash_attn_with_kvcache(
 
     q: [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q [B + 1]. k_cache, v_cache: [Bc, S, Hkv, D], row b (or
     cache_batch_idx[b]) of sequence b; or pages [P, page_size, Hkv, D] of any page size with block_table (page_table)
-    [B, pages]. Any strides but the last. cache_seqlens: an int or [B], tokens that the cache holds; None: all. All
+    [B, pages]. Any strides but the last. cache_seqlens: an int or [B], tokens in the cache; None: all. All
     integer tensors int32 or int64.
     k, v: [B, Sn, Hkv, D], or [total_new, Hkv, D] with cu_seqlens_k_new [B + 1]: written at cache_seqlens, in place,
-    before attention; a token that its row or pages have no room for is not written.
+    before attention; a token beyond its row or pages is not written.
     rotary_cos, rotary_sin: [max, R / 2] in q's dtype or fp32, for k and q: k's token i at position
-    cache_seqlens + i (rotary_seqlens + i), as q's where causal, and all of q at cache_seqlens where not. The position
-    counts tokens of the cache, the hidden ones too. rotary_interleaved: pairs (x_2i, x_2i+1), else (x_i, x_{i+R/2}).
-    cache_leftpad: [B], how many tokens at the beginning of each sequence are not seen.
+    cache_seqlens + i (rotary_seqlens + i), and so q's token i if causal; otherwise all of q at cache_seqlens. Positions
+    count all cached tokens, hidden ones too. rotary_interleaved: pairs (x_2i, x_2i+1), else (x_i, x_{i+R/2}).
+    cache_leftpad: [B], number of hidden tokens at the beginning of each sequence.
     causal: bottom-right aligned, the last query sees all keys. out: like q; allocated when None.
     Returns out, or with return_softmax_lse or return_lse (out, lse [B, Hq, Sq], or [Hq, total_q], fp32), natural. A row
-    without keys gives 0 and the log-sum-exp +inf. A sequence longer than its room gives NaN, and so does one of a
+    without keys gives 0 and the log-sum-exp +inf. A sequence longer than its row or pages gives NaN, and so does a
     negative length in a tensor, whose new tokens are not written.
     Hints have no effect: num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin, fa_version.
-    Raises NotImplementedError for an argument that asks for what no op here computes, RuntimeError for tensors that
-    require grad under grad mode, ValueError for a shape, stride or device, TypeError for a dtype; nothing is written
-    then, k and v neither.
+    Raises NotImplementedError for an unsupported argument, RuntimeError for tensors that require grad under grad mode,
+    ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then, nor appended.
     Source: flash-attn 2.8.3, `flash_attn_interface.py` and `csrc`; keyword arguments also of FlashAttention 3.
     """
     name = "flash_attn_with_kvcache"
@@ -138,7 +137,7 @@ def flash_attn_with_kvcache(
     lens = _lengths(cache_seqlens, cache.room, num_seqs, q.device)
     appended = None
     if k is not None and v is not None:
-        # A negative length stays one when new tokens are counted in.
+        # A negative length must stay negative when new tokens are added.
         lens = lens if isinstance(cache_seqlens, int) else lens.where(lens >= 0, -(2**30))
         new, k, v = Tokens.of(k, cu_seqlens_k_new), as_rows(k), as_rows(v)
         if rotary_cos is not None and rotary_sin is not None:
@@ -165,8 +164,8 @@ def flash_attn_with_kvcache(
         bounds = even_bounds(num_seqs, q.shape[1], q.device) if cu_seqlens_q is None else cu_seqlens_q.contiguous()
         args = (rows, *pages, lens, bounds, None, None, None, None, scale, causal, False, to, lse)
     if appended is not None:
-        if not is_compiling():  # which judges all calls before one runs
-            # Memory that is shared takes 40 us more to find; an `out` of our own shares none.
+        if not is_compiling():  # tracing evaluates the checks ahead of any call
+            # The check for overlapping memory takes 40 us; an `out` allocated here overlaps nothing.
             with_their_names(attention.check if is_ours else attention.check_all, args)
         cache.append(*appended)
     with_their_names(attention, *args)
@@ -174,14 +173,14 @@ def flash_attn_with_kvcache(
 
 
 def _rows(cache_batch_idx: Tensor | None, num_seqs: int, device: torch.device) -> Tensor:
-    """[B, 1]: the row of the cache that each sequence has, as a table of its only page."""
+    """[B, 1]: each sequence's row of the cache, as a page table with one page."""
     if cache_batch_idx is not None:
         return cache_batch_idx[:, None]
     return torch.arange(num_seqs, dtype=torch.int32, device=device)[:, None]
 
 
 def _lengths(cache_seqlens: int | Tensor | None, room: int, num_seqs: int, device: torch.device) -> Tensor:
-    """[B]: tokens that the cache holds of each sequence."""
+    """[B]: tokens of each sequence in the cache."""
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens.contiguous()
     length = room if cache_seqlens is None else cache_seqlens
@@ -189,9 +188,9 @@ def _lengths(cache_seqlens: int | Tensor | None, room: int, num_seqs: int, devic
 
 
 def _few(q: Tensor, k_cache: Tensor) -> bool:
-    """Whether a program of attention_decode holds all queries of a sequence that read one key head.
+    """Whether one program of attention_decode can hold all queries of a sequence that share a key head.
 
-    64 rows of 128 numbers are 64 registers a thread, what prefill_heuristic (kernels/launch/heuristics.py) allows.
+    64 rows of 128 numbers are 64 registers per thread, the limit of prefill_heuristic (kernels/launch/heuristics.py).
     """
     _, len_q, num_heads, head_dim = q.shape
     return len_q * (num_heads // k_cache.shape[2]) * head_dim <= 64 * 128

@@ -1,4 +1,4 @@
-"""What flash_attn_with_kvcache demands: all of it is checked before new keys and values are appended."""
+"""Argument checks of flash_attn_with_kvcache, all before new keys and values are appended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = 2**31 - 1  # tokens: lengths are int32
 
 
 def check_queries(q: Tensor, cu_seqlens_q: Tensor | None, out: Tensor | None) -> int:
-    """The number of sequences."""
+    """Check queries; returns the number of sequences."""
     check_dtype("q", q, FLOATS)
     if out is not None:
         check_tensor("out", out, q.shape, (q.dtype,))
@@ -38,7 +38,7 @@ def check_cache(
     cache_leftpad: Tensor | None,
     table: Tensor | None,
 ) -> None:
-    """Keys and values, and which of them each sequence has."""
+    """Check cached keys and values, and the rows or pages of each sequence."""
     check_shape("k_cache", k_cache, ("Bc", "S", "Hkv", "D") if table is None else ("P", "page_size", "Hkv", "D"))
     check_pages(q, "k_cache", k_cache, "v_cache", v_cache)
     for name, each in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
@@ -74,7 +74,7 @@ def check_new(
     cache_seqlens: int | Tensor | None,
     cu_seqlens_k_new: Tensor | None,
 ) -> None:
-    """Keys and values that are appended."""
+    """Check keys and values to append."""
     if k is None or v is None:
         if k is not None or v is not None:
             raise ValueError(
@@ -105,7 +105,7 @@ def check_rotary(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
 ) -> None:
-    """Angles and where they begin."""
+    """Check the rotary angles and their start positions."""
     check_integers("rotary_seqlens", rotary_seqlens, (num_seqs,), q)
     if rotary_cos is None or rotary_sin is None:
         if rotary_cos is not None or rotary_sin is not None:
@@ -127,7 +127,7 @@ def check_rotary(
 
 
 def _check_bounds(name: str, bounds: Tensor, q: Tensor) -> int:
-    """The number of sequences."""
+    """Check row bounds; returns the number of sequences."""
     check_integers(name, bounds, ("B + 1",), q)
     if bounds.shape[0] < 2:
         raise ValueError(f"{name} has shape {list(bounds.shape)}; legal: [B + 1], of one sequence or more")

@@ -1,4 +1,4 @@
-"""flash-attn's functions for queries, keys and values in one tensor: views of it, given to the others."""
+"""flash-attn's functions for queries, keys and values in one tensor, passed as views to the other functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flash_attn_qkvpacked_func(
 ) -> Result:
     """`flash_attn_func` of qkv [B, S, 3, H, D]; others: its keyword arguments.
 
-    With num_heads_q of [B, S, num_heads_q + 2 Hkv, D], as FlashAttention 3: queries, then keys, then values.
+    With num_heads_q, qkv is [B, S, num_heads_q + 2 Hkv, D], as in FlashAttention 3: queries, then keys, then values.
     """
     check_tensors({"qkv": qkv})
     if num_heads_q is None or qkv.dim() == 5:
@@ -41,8 +41,8 @@ def flash_attn_qkvpacked_func(
         num_kv_heads, odd = divmod(qkv.shape[2] - num_heads_q, 2)
         if odd or num_kv_heads < 1 or num_heads_q < 1:
             raise ValueError(
-                f"num_heads_q is {num_heads_q}; legal: what leaves as many heads of keys as of values of qkv's "
-                f"{qkv.shape[2]}"
+                f"num_heads_q is {num_heads_q}; legal: a number that leaves equally many heads of keys and values of "
+                f"qkv's {qkv.shape[2]}"
             )
         q, k, v = qkv.split((num_heads_q, num_kv_heads, num_kv_heads), dim=2)
     return flash_attn_func(

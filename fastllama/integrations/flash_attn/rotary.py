@@ -1,4 +1,4 @@
-"""The rotation within flash_attn_with_kvcache: cosines and sines apart, and positions of queries and of keys."""
+"""The rotary embedding in flash_attn_with_kvcache: separate cosines and sines, separate positions of q and k."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def rotate(
 def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:
     """[max_position, R], cosines and then sines, as `rope` reads them.
 
-    Where they are the halves of one tensor, as stacks keep them that have angles in this form, that is read where it
-    lies. Others are copied at each call, in one kernel: for Llama 2's 4096 positions in bf16 it reads 1 MB and writes 1
-    MB. A copy is not kept, as what writes through `.data`, NumPy, DLPack or a kernel of its own leaves no sign of it.
+    Where they are the two halves of one tensor, as many stacks store them, that tensor is returned without a copy.
+    Others are copied at each call, in one kernel: for Llama 2's 4096 positions in bf16 it reads and writes 1 MB each.
+    The copy is not cached, as writes through `.data`, NumPy, DLPack or a custom kernel cannot be detected.
     """
     half = cos.shape[1]
     if (

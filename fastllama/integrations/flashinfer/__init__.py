@@ -1,7 +1,7 @@
-"""FlashInfer's functions on our ops: `from fastllama.integrations import flashinfer` instead of `import flashinfer`.
+"""FlashInfer's functions on fastllama's ops: `from fastllama.integrations import flashinfer` is the only change.
 
-Modules and names are FlashInfer's (0.6 and 0.7), and so are signatures and conventions. What is not implemented here
-raises NotImplementedError that names the argument, and only where that is not at its default.
+Modules, names, signatures and conventions are those of FlashInfer 0.6 and 0.7. An argument that is not implemented
+raises NotImplementedError, with its name, unless it has its default value.
 """
 
 from fastllama.integrations.flashinfer.activation import silu_and_mul
@@ -46,7 +46,7 @@ from fastllama.integrations.flashinfer.sampling import (
     top_p_sampling_from_probs,
 )
 
-__version__ = "0.7.2"  # of FlashInfer, whose signatures these are: programs compare it
+__version__ = "0.7.2"  # the FlashInfer version of these signatures: programs compare it
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",

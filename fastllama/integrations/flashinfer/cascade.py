@@ -1,4 +1,4 @@
-"""FlashInfer's `cascade`: attention over parts of the keys, merged. All log-sum-exps are to base 2."""
+"""FlashInfer's `cascade`: merges attention over disjoint parts of the keys. All log-sum-exps are to base 2."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastllama.kernels.reference.numerics import wide_dtype
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, of that over some of them (v_a, s_a) and over the others.
+    """Merge attention over some keys (v_a, s_a) with attention over the others (v_b, s_b).
 
-    v_a, v_b: [T, H, D]. s_a, s_b: [T, H], log-sum-exps to base 2. Returns both merged: see `kernels.merge_state`.
+    v_a, v_b: [T, H, D]. s_a, s_b: [T, H], log-sum-exps to base 2. Returns (v, s): see `kernels.merge_state`.
     """
     check_tensors(v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
     return kernels.merge_state(v_a, s_a.to(wide_dtype(v_a)), v_b, s_b.to(wide_dtype(v_a)), base2=True)
@@ -42,10 +42,10 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
 
 
 def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, of that over each of N parts: v [T, N, H, D], s [T, N, H]; returns [T, H, D], [T, H].
+    """Merge attention over N parts of the keys: v [T, N, H, D], s [T, N, H]; returns [T, H, D], [T, H].
 
-    In torch, in fp32, also under autocast, rounded once. A part whose log-sum-exp is -inf or +inf saw no key, and is
-    not looked at.
+    In torch, in fp32, also under autocast, rounded once. A part whose log-sum-exp is -inf or +inf had no keys, and is
+    ignored.
     """
     check_tensors(v=v, s=s)
     check_shape("v", v, ("T", "N", "H", "D"))

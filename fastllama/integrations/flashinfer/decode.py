@@ -28,18 +28,17 @@ __all__ = [
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
-    """Attention of each sequence's last token, or last few, over keys and values in pages.
+    """Attention of each sequence's last token or tokens over keys and values in pages.
 
-    `plan` once for a step, `run` once for each layer. float_workspace_buffer: memory for the parts of long sequences,
-    used where it is large enough for the plan (`workspace_size` says), and not to be shared by runs that overlap;
-    where it is not, the op allocates its own. Nothing else is allocated by `run` but the results that it is not given.
+    Call `plan` once per step, `run` once per layer. float_workspace_buffer: scratch memory for split-KV, used where it
+    is large enough for the plan (see `workspace_size`), and not to be shared by overlapping runs; otherwise the op
+    allocates its own. Apart from that, `run` allocates only results that are not given.
 
-    use_cuda_graph: plans are copied into the three paged_kv_*_buffer tensors and a dense page table beside them,
-    which has as many entries as the buffer of indices: one row for each sequence, so that the longest may have
-    len(indices) // batch size pages (batch size times longest sequence is how the buffer is to be made). `run` reads
-    only these, and a captured graph replays the plan that was made last. A plan of another batch size, with more
-    pages, or with a longer sequence, raises ValueError.
-    use_tensor_cores and backend are hints, and decide nothing.
+    use_cuda_graph: plans are copied into the three paged_kv_*_buffer tensors and a dense page table with as many
+    entries as the indices buffer: one row per sequence, so that the longest may have len(indices) // batch size pages
+    (make the buffer batch size times longest sequence). `run` reads only these, so a captured graph replays with the
+    latest plan. A plan with another batch size, more pages, or a longer sequence raises ValueError.
+    use_tensor_cores and backend have no effect.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
 
     @property
     def use_tensor_cores(self) -> bool:
-        """The constructor's argument."""
+        """The argument of the constructor."""
         return self._use_tensor_cores
 
     def plan(
@@ -101,15 +100,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         window_right: int = 0,
         is_causal: bool | None = None,
     ) -> None:
-        """Say which pages each sequence has: indices[indptr[b] : indptr[b + 1]], the last of them partly filled.
+        """Set the pages of each sequence: indices[indptr[b] : indptr[b + 1]], the last of them partly filled.
 
         indptr: [B + 1], indices: [at least indptr[-1]], last_page_len: [B], each int32 or int64, on the host or the
         device; the bounds, and with pages of more than one token last_page_len, are read on the host. A sequence
-        without pages is padding. q_len_per_req: the newest tokens of each sequence that `run` is given, causal among
-        each other. sm_scale: defaults to 1 / sqrt(D). q_data_type, kv_data_type: what `run` will get; `data_type`
-        stands for those that are None. is_causal: None, or what q_len_per_req says. seq_lens and block_tables say
-        again what the pages say, and are not read.
-        Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
+        without pages is padding. q_len_per_req: queries per sequence in `run`, its newest tokens, causal among each
+        other. sm_scale: defaults to 1 / sqrt(D). q_data_type, kv_data_type: dtypes of `run`'s tensors; `data_type`
+        is the default of both. is_causal: None, or consistent with q_len_per_req. seq_lens and block_tables repeat
+        the pages, and are not read.
+        Raises ValueError or NotImplementedError, naming the argument; the previous plan stays valid then.
         """
         check_integer("q_len_per_req", q_len_per_req, 1)
         refuse_arguments("plan", window_right=(window_right, 0), is_causal=(is_causal, None, q_len_per_req > 1))
@@ -166,7 +165,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         indptr_host: Tensor | None = None,
         sm_scale: float | None = None,
     ) -> tuple[list[int], Planned, int]:
-        """The bounds and the sizes of a plan, and how many numbers of fp32 a run of it needs. Changes nothing."""
+        """The bounds and sizes of a plan, and the fp32 elements of scratch memory that it needs. Changes nothing."""
         check_tensors(indptr=indptr, indices=indices)
         check_shape("indices", indices, ("pages",))
         check_dtype("indices", indices, INTEGERS)
@@ -201,10 +200,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         skip_softmax_threshold_scale_factor: float | None = None,
         kv_cache_sf: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of q [B * Q, Hq, D] over the planned pages of a cache; reads nothing on the host.
+        """Attention of q [B * Q, Hq, D] over the planned pages of a cache; no device-to-host copy.
 
-        Q, the queries of each sequence, is what q has rows for. Where that is more than the plan's q_len_per_req, the
-        op allocates scratch memory of its own. q_len_per_req: None, or Q.
+        Q, the queries per sequence, follows from q's rows. Where it is above the plan's q_len_per_req, the op allocates
+        its own scratch memory. q_len_per_req: None, or Q.
         paged_kv_cache: (keys, values), each [P, page_size, Hkv, D] (NHD) or [P, Hkv, page_size, D] (HND), or one
         tensor [P, 2, ...]. out: like q, lse: [B * Q, Hq] fp32, any strides; both written where given.
         Returns out, and with return_lse the log-sum-exps, to base 2. q_scale, k_scale, v_scale: numbers.
@@ -246,7 +245,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         return delivered(found, lse, return_lse)
 
     def _queries_of(self, q: Tensor, planned: Planned) -> int:
-        """How many of each sequence there are in q; planned or not, as in FlashInfer."""
+        """Queries per sequence in q, which may differ from the plan, as in FlashInfer."""
         assert self._seq_lens is not None
         batch_size = self._seq_lens.shape[0]
         queries = max(q.shape[0] // batch_size, 1) if batch_size else self._q_len_per_req
@@ -271,7 +270,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`run` with a softmax scale of its own, which stays (FlashInfer's older name)."""
+        """`run` with another softmax scale, which later runs keep (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
         self._set_scale("forward", sm_scale)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
@@ -320,7 +319,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
     ) -> tuple[int, int]:
-        """Bytes of the two workspace buffers that such a plan can use: of the second, none."""
+        """Bytes that such a plan uses of the two workspace buffers; 0 of the second."""
         sizes, dtypes = (num_qo_heads, num_kv_heads, head_dim, page_size), (q_data_type, kv_data_type, None, data_type)
         return 4 * self._checked(indptr, indices, sizes, dtypes, q_len_per_req)[-1], 0
 
@@ -372,10 +371,10 @@ def fast_decode_plan(
     q_len_per_req: int = 1,
     global_override_indptr_cpu: Tensor | None = None,
 ) -> None:
-    """`plan` of a wrapper, of bounds that are on the host already: global_override_indptr_cpu, equal to indptr.
+    """`plan` of a wrapper with bounds already on the host: global_override_indptr_cpu, equal to indptr.
 
-    With pages of one token nothing is copied to the host then. SGLang puts `partial(fast_decode_plan, wrapper)` in
-    place of `wrapper.begin_forward`.
+    With pages of one token, nothing is copied to the host then. SGLang replaces `wrapper.begin_forward` by
+    `partial(fast_decode_plan, wrapper)`.
     """
     self._plan_pages(
         indptr,

@@ -1,4 +1,4 @@
-"""FlashInfer's layouts, dtypes and scales, as the ops take them."""
+"""Converts FlashInfer's layouts, dtypes and scales to those of the ops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Dtype = str | torch.dtype | None
 
 
 def check_layout(kv_layout: str) -> None:
-    """ValueError unless it is NHD (tokens before heads) or HND."""
+    """Raise ValueError unless it is NHD (tokens before heads) or HND."""
     check_choice("kv_layout", kv_layout, ("NHD", "HND"))
 
 
@@ -25,7 +25,7 @@ def as_pages(paged_kv_cache: Cache, kv_layout: str) -> tuple[Tensor, Tensor]:
     """Keys and values as views [P, Hkv, page_size, D].
 
     paged_kv_cache: a pair of [P, page_size, Hkv, D] (NHD) or [P, Hkv, page_size, D] (HND), or one tensor
-    [P, 2, ...] of both. Without the dimension page_size, pages are of one token.
+    [P, 2, ...] of both. Without the dimension page_size, a page has one token.
     """
     if isinstance(paged_kv_cache, Tensor):
         if paged_kv_cache.dim() not in (4, 5) or paged_kv_cache.shape[1] != 2:
@@ -50,14 +50,14 @@ def _pages(name: str, x: Tensor, kv_layout: str) -> Tensor:
 
 
 def as_tokens(name: str, x: Tensor, kv_layout: str) -> Tensor:
-    """Keys or values outside of pages as [T, Hkv, D], a view."""
+    """Unpaged keys or values as a view [T, Hkv, D]."""
     check_tensors(**{name: x})
     check_shape(name, x, ("T", "Hkv", "D") if kv_layout == "NHD" else ("Hkv", "T", "D"))
     return x if kv_layout == "NHD" else x.transpose(0, 1)
 
 
 def dtype_of(name: str, given: Any, legal: Sequence[torch.dtype] = ()) -> torch.dtype:
-    """A dtype, which may be given by its name in torch. ValueError for none, TypeError for one that is not legal."""
+    """A dtype, given as such or by its name in torch. ValueError for another value, TypeError for an illegal dtype."""
     found = getattr(torch, given, None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name} is {given!r}; legal: a dtype of torch, or its name")
@@ -69,7 +69,7 @@ def dtype_of(name: str, given: Any, legal: Sequence[torch.dtype] = ()) -> torch.
 def softmax_scale(
     function: str, sm_scale: float | None, head_dim: int, q_scale: float | None, k_scale: float | None = None
 ) -> float:
-    """What the products of queries and keys are multiplied by: 1 / sqrt(D) where sm_scale is None, and the scales."""
+    """The factor of q k^T: sm_scale, by default 1 / sqrt(D), times the given scales of q and k."""
     scale = head_dim**-0.5 if sm_scale is None else number(function, "sm_scale", sm_scale)
     for name, given in (("q_scale", q_scale), ("k_scale", k_scale)):
         if given is not None:
@@ -78,7 +78,7 @@ def softmax_scale(
 
 
 def page_scales(function: str, k_scale: float | None, v_scale: float | None, pages: Tensor) -> list[float | None]:
-    """The op's k_scale and v_scale: 1 where none is given for codes, which need one."""
+    """The op's k_scale and v_scale; default 1 for 8-bit pages, which need a scale."""
     missing = 1.0 if pages.dtype in CODES else None
     given = (("k_scale", k_scale), ("v_scale", v_scale))
     return [missing if scale is None else number(function, name, scale) for name, scale in given]

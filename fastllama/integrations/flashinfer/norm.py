@@ -1,9 +1,9 @@
-"""FlashInfer's norms: rmsnorm, and fused_add_rmsnorm in place in both of its tensors.
+"""FlashInfer's norms: rmsnorm, and fused_add_rmsnorm, which updates both of its tensors in place.
 
-Both round once more than FlashInfer's, which multiply by the weight before they round: the ops round x / rms(x) to x's
-dtype first, as Hugging Face's LlamaRMSNorm does, and fused_add_rmsnorm normalises the sum as it is stored. With u, half
-the dtype's eps, the result is within 2 u of the exact norm (4 u after an addition), where FlashInfer's is within u: in
-bfloat16 0.8 % (1.6 %) of each element instead of 0.4 %. In fp32 both are exact to fp32's rounding.
+Both round once more than FlashInfer's, which multiply by the weight before rounding: the ops round x / rms(x) to x's
+dtype first, as Hugging Face's LlamaRMSNorm, and fused_add_rmsnorm normalises the rounded sum. With u, half the dtype's
+eps, the result is within 2 u of the exact norm (4 u after an addition), FlashInfer's within u: in bfloat16 0.8 %
+(1.6 %) of each element instead of 0.4 %. In fp32 both are exact to fp32's rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rmsnorm(
 
     input: [N, H] or [N, heads, H], bfloat16, float16 or fp32, last dimension contiguous. weight: [H], input's dtype or
     fp32. out: like input, may be input itself; allocated when None. enable_pdl: unused.
-    Allocates nothing where out is given and rows lie at one stride; rows of a slice [N, heads, H] are copied.
+    Allocates nothing where out is given and rows have one stride; rows of a slice [N, heads, H] are copied.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
     """
     check_tensors(input=input, weight=weight)
@@ -63,7 +63,7 @@ def fused_add_rmsnorm(
 
 
 def _at_one_stride(x: Tensor) -> bool:
-    """Whether x is, without a copy, a matrix of rows."""
+    """Whether x can be viewed as a matrix of rows."""
     if x.dim() == 2 or 0 in x.shape or 1 in x.shape[:2]:
         return True
     return x.stride(0) == x.shape[1] * x.stride(1)

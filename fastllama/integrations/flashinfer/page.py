@@ -1,4 +1,4 @@
-"""FlashInfer's `page`: sequences' lengths, the places of new tokens, and appending their keys and values."""
+"""FlashInfer's `page`: sequence lengths, positions of new tokens, and appending their keys and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.kernels.dispatch.checks import CODES, FLOATS
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
-    """Tokens of each sequence, [B]: full pages before the last, and what the last holds."""
+    """Length of each sequence, [B]: its full pages, plus the tokens in the last page."""
     check_tensors(kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len)
     check_shape("kv_indptr", kv_indptr, ("B + 1",))
     check_shape("kv_last_page_len", kv_last_page_len, (max(kv_indptr.shape[0] - 1, 0),))
@@ -28,7 +28,7 @@ def get_batch_indices_positions(
     batch_indices: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For each of `nnz` new tokens its sequence and its position there: the last of a sequence stands at its end.
+    """Sequence and position of each of `nnz` new tokens, which are the last ones of their sequences.
 
     append_indptr: [B + 1], bounds of each sequence's new tokens. seq_lens: [B], tokens of each, new ones included.
     batch_indices, positions: [nnz] int32, written where they are given. Returns both; a token of no sequence has the
@@ -45,7 +45,7 @@ def get_batch_indices_positions(
             check_dtype(name, given, (torch.int32,))
     device = append_indptr.device
     ends, rows = append_indptr[1:], torch.arange(nnz, dtype=append_indptr.dtype, device=device)
-    owner = torch.searchsorted(ends, rows, right=True)  # the first sequence that ends behind the row
+    owner = torch.searchsorted(ends, rows, right=True)  # the first sequence that ends after the row
     if not seq_lens.shape[0]:
         found, places = torch.full_like(owner, -1), torch.zeros_like(owner)
     else:
@@ -71,12 +71,12 @@ def append_paged_kv_cache(
     kv_last_page_len: Tensor,
     kv_layout: str = "NHD",
 ) -> None:
-    """Write new keys and values, [T, Hkv, D], to where `get_batch_indices_positions` says that they belong.
+    """Write new keys and values [T, Hkv, D] at the positions of `get_batch_indices_positions`.
 
-    The pages of each sequence, kv_indices[kv_indptr[b] : kv_indptr[b + 1]], have room for them already. A token of no
-    sequence (index -1), and one behind its sequence's pages, is not written. kv_last_page_len is not read: positions
-    say the same. Keys are of the cache's dtype: for a cache of float8_e4m3fn any floating dtype, rounded as they are
-    (scale 1); for one of int8 int8 alone, since only its owner knows a scale (-128 becomes -127).
+    The pages of each sequence, kv_indices[kv_indptr[b] : kv_indptr[b + 1]], must already include room for them. A token
+    of no sequence (index -1), or beyond its sequence's pages, is not written. kv_last_page_len is not read: positions
+    imply it. Keys have the cache's dtype; for a cache of float8_e4m3fn any floating dtype, rounded with scale 1; for an
+    int8 cache int8 only, as the scale is unknown (-128 becomes -127).
     Slots are computed on the cache's device, without a copy to the host.
     """
     check_tensors(append_key=append_key, append_value=append_value)
@@ -94,15 +94,15 @@ def append_paged_kv_cache(
     check_shape("kv_indices", kv_indices, ("pages",))
     slots = _slots(batch_indices, positions, kv_indices, kv_indptr, k_pages)
     scale = 1.0 if dtype in CODES else None
-    if append_key.dtype in CODES:  # which are numbers of bfloat16
+    if append_key.dtype in CODES:  # rounded from bfloat16
         append_key, append_value = append_key.bfloat16(), append_value.bfloat16()
     kernels.write_kv(append_key, append_value, slots, k_pages, v_pages, k_scale=scale, v_scale=scale)
 
 
 def _slots(batch_indices: Tensor, positions: Tensor, indices: Tensor, indptr: Tensor, k_pages: Tensor) -> Tensor:
-    """page * page_size + offset of each token, [T] int64; -1 for one that has no place.
+    """page * page_size + offset of each token, [T] int64; -1 for a token without a slot.
 
-    Numbers are compared before they are added or multiplied, since a huge one would wrap into another's page.
+    Values are compared before they are added or multiplied, since a huge one would overflow into another page.
     """
     (num_pages, _, page_size, _), device = k_pages.shape, k_pages.device
     batch_indices, positions, indices, indptr = (

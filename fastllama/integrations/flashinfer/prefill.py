@@ -1,4 +1,4 @@
-"""FlashInfer's `prefill`: attention of many tokens, of one sequence or a batch, in pages or packed."""
+"""FlashInfer's `prefill`: attention of many tokens of one sequence or a batch, with paged or packed keys."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = [
 
 
 class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
-    """Attention of each sequence's newest tokens, any number of each, over keys and values in pages.
+    """Attention of each sequence's newest tokens, any number per sequence, over keys and values in pages.
 
-    `plan` once for a step, `run` once for each layer. use_cuda_graph: as `BatchDecodeWithPagedKVCacheWrapper`, with
+    Call `plan` once per step, `run` once per layer. use_cuda_graph: as `BatchDecodeWithPagedKVCacheWrapper`, with
     qo_indptr_buf for the queries' bounds; a later plan may have fewer rows than the first, not more.
-    float_workspace_buffer says which device this is; its memory is not used. backend is a hint, and decides nothing.
+    float_workspace_buffer specifies the device; its memory is not used. backend has no effect.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         disable_split_kv: bool = False,
         uniform_q_len: int | None = None,
     ) -> None:
-        """Say which rows of q and which pages each sequence has: see `BatchDecodeWithPagedKVCacheWrapper.plan`.
+        """Set the rows of q and the pages of each sequence: see `BatchDecodeWithPagedKVCacheWrapper.plan`.
 
         qo_indptr: [B + 1], int32 or int64, on the host or the device, read on the host: row bounds of each sequence's
-        queries, which are its last tokens. causal: a query sees the keys up to its own; all, where False.
-        Raises ValueError or NotImplementedError, naming the argument; the plan before stands then.
+        queries, which are its last tokens. causal: a query sees the keys up to its own; if False, all keys.
+        Raises ValueError or NotImplementedError, naming the argument; the previous plan stays valid then.
         """
         rows, bounds, planned = self._checked(
             "plan",
@@ -198,7 +198,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         use_fp16_softmax: bool | None = None,
         uses_spcompress: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of q [qo_indptr[-1], Hq, D] over the planned pages of a cache; reads nothing on the host.
+        """Attention of q [qo_indptr[-1], Hq, D] over the planned pages of a cache; no device-to-host copy.
 
         lse_base: "log2" or "ln". lse_layout: "NH", log-sum-exps as [T, Hq], or "HN", as [Hq, T]; a given `lse` has
         that shape, and any strides. Everything else: as `BatchDecodeWithPagedKVCacheWrapper.run`.
@@ -256,7 +256,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`run` with a mask and a softmax scale of its own, which stay (FlashInfer's older name)."""
+        """`run` with another mask and softmax scale, which later runs keep (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
         self._set_scale("forward", sm_scale)
         self._causal = causal
@@ -320,7 +320,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         disable_split_kv: bool = False,
         uniform_q_len: int | None = None,
     ) -> tuple[int, int]:
-        """Bytes of the two workspace buffers that such a plan can use: none. Refuses what `plan` refuses."""
+        """Bytes that such a plan uses of the two workspace buffers: (0, 0). Raises the errors of `plan`."""
         self._checked(
             "workspace_size",
             (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),

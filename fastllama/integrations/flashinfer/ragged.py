@@ -1,4 +1,4 @@
-"""The ragged half of FlashInfer's `prefill`: attention of a batch whose keys and values are packed, without pages."""
+"""The ragged half of FlashInfer's `prefill`: attention of a batch with packed keys and values, without pages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastllama.integrations.flashinfer.wrappers import Wrapper, delivered, lse_v
 class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
     """Attention of packed sequences over packed keys and values.
 
-    `plan` once for a step, `run` once for each layer. use_cuda_graph: bounds are copied into qo_indptr_buf and
+    Call `plan` once per step, `run` once per layer. use_cuda_graph: bounds are copied into qo_indptr_buf and
     kv_indptr_buf, [batch size + 1]; a later plan may have fewer rows than the first, not more.
-    float_workspace_buffer says which device this is; its memory is not used. backend is a hint, and decides nothing.
+    float_workspace_buffer specifies the device; its memory is not used. backend has no effect.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         o_indptr: Tensor | None = None,
         uniform_q_len: int | None = None,
     ) -> None:
-        """Say which rows of q, and of k and v, each sequence has.
+        """Set the rows of q, and of k and v, of each sequence.
 
         qo_indptr, kv_indptr: [B + 1], int32 or int64, on the host or the device, read on the host; from 0. causal:
         the last query of a sequence sees all its keys. Everything else: as `BatchPrefillWithPagedKVCacheWrapper.plan`.
@@ -145,8 +145,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q [qo_indptr[-1], Hq, D] over k and v [kv_indptr[-1], Hkv, D] (HND: [Hkv, kv_indptr[-1], D]).
 
-        Reads nothing on the host. q_scale and k_scale are numbers that scores are multiplied by. out, lse, return_lse,
-        lse_base, lse_layout: as `BatchPrefillWithPagedKVCacheWrapper.run`.
+        No device-to-host copy. q_scale and k_scale are factors of the scores. out, lse, return_lse, lse_base,
+        lse_layout: as `BatchPrefillWithPagedKVCacheWrapper.run`.
         """
         planned = self._plan_of_run()
         refuse_arguments(
@@ -195,7 +195,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`run` with a mask and a softmax scale of its own, which stay (FlashInfer's older name)."""
+        """`run` with another mask and softmax scale, which later runs keep (FlashInfer's older name)."""
         refuse_positions("forward", pos_encoding_mode, window_left, logits_soft_cap)
         self._set_scale("forward", sm_scale)
         self._causal = causal

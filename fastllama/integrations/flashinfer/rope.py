@@ -1,8 +1,8 @@
-"""FlashInfer's rotary embeddings: from a base frequency, by Llama 3.1's scaling, or from a cos/sin cache.
+"""FlashInfer's rotary embeddings: from a base frequency, with Llama 3.1's scaling, or from a cos/sin cache.
 
-Positions lie on the device, where no cache of a known length covers them all: the angles of the tokens at hand are
-computed there, [T, R] fp32, without waiting for the device. Frequencies are computed in fp64 and rounded to fp32, and
-an angle is their fp32 product with the position, as the op's own cache has it.
+Positions are on the device, so the length of a cos/sin cache for them is unknown: the angles of the given tokens are
+computed there, [T, R] fp32, without synchronization. Frequencies are computed in fp64 and rounded to fp32; an angle is
+frequency times position in fp32, as in the op's own cache.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys of B ragged segments. Returns new (q, k).
 
-    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. indptr: [B + 1] int32 or int64, where
-    each segment begins, and the end of the last: tokens past it are left as they are. offsets: [B], the position of
-    each segment's first token.
-    rotary_dim: how many of the D dimensions are rotated, the first; None for all. interleave: pairs (x_2i, x_2i+1),
-    otherwise (x_i, x_{i + rotary_dim/2}). Frequencies: rope_theta^(-2i / rotary_dim) / rope_scale.
+    q: [T, Hq, D], k: [T, Hkv, D], one floating dtype, last dimension contiguous. indptr: [B + 1] int32 or int64, the
+    bounds of the segments: tokens past the last one are unchanged. offsets: [B], the position of each segment's first
+    token.
+    rotary_dim: number of leading dimensions of D to rotate; None for all. interleave: pairs (x_2i, x_2i+1), otherwise
+    (x_i, x_{i + rotary_dim/2}). Frequencies: rope_theta^(-2i / rotary_dim) / rope_scale.
     Raises ValueError for a shape, stride, device or number, TypeError for a dtype; nothing is written then.
     """
     inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta)
@@ -51,7 +51,7 @@ def apply_rope_inplace(
     rope_scale: float = 1,
     rope_theta: float = 1e4,
 ) -> None:
-    """`apply_rope` into q and k themselves, which may be slices of one tensor."""
+    """`apply_rope` in place; q and k may be slices of one tensor."""
     inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta)
     _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave, in_place=True)
 
@@ -65,7 +65,7 @@ def apply_rope_pos_ids(
     rope_scale: float = 1,
     rope_theta: float = 1e4,
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rope` of tokens whose positions are given. pos_ids: [T] int32 or int64."""
+    """`apply_rope` with the position of each token. pos_ids: [T] int32 or int64."""
     return _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta), interleave)
 
 
@@ -78,7 +78,7 @@ def apply_rope_pos_ids_inplace(
     rope_scale: float = 1,
     rope_theta: float = 1e4,
 ) -> None:
-    """`apply_rope_pos_ids` into q and k themselves."""
+    """`apply_rope_pos_ids` in place."""
     _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta), interleave, in_place=True)
 
 
@@ -97,8 +97,8 @@ def apply_llama31_rope(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rope` with Llama 3.1's frequencies.
 
-    A frequency that turns less than low_freq_factor times in old_context_len tokens is divided by rope_scale, one that
-    turns more than high_freq_factor times stays, and those between are interpolated.
+    Frequencies with fewer than low_freq_factor turns in old_context_len tokens are divided by rope_scale, those with
+    more than high_freq_factor turns stay, and those between are interpolated.
     """
     scaling = (low_freq_factor, high_freq_factor, old_context_len)
     inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
@@ -118,7 +118,7 @@ def apply_llama31_rope_inplace(
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
 ) -> None:
-    """`apply_llama31_rope` into q and k themselves."""
+    """`apply_llama31_rope` in place."""
     scaling = (low_freq_factor, high_freq_factor, old_context_len)
     inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
     _rotate(q, k, _positions(q, indptr, offsets), inv_freq, interleave, in_place=True)
@@ -136,7 +136,7 @@ def apply_llama31_rope_pos_ids(
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
 ) -> tuple[Tensor, Tensor]:
-    """`apply_llama31_rope` of tokens whose positions are given. pos_ids: [T] int32 or int64."""
+    """`apply_llama31_rope` with the position of each token. pos_ids: [T] int32 or int64."""
     scaling = (low_freq_factor, high_freq_factor, old_context_len)
     return _rotate(q, k, pos_ids, _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling), interleave)
 
@@ -153,7 +153,7 @@ def apply_llama31_rope_pos_ids_inplace(
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
 ) -> None:
-    """`apply_llama31_rope_pos_ids` into q and k themselves."""
+    """`apply_llama31_rope_pos_ids` in place."""
     scaling = (low_freq_factor, high_freq_factor, old_context_len)
     inv_freq = _frequencies(q, rotary_dim, rope_scale, rope_theta, scaling)
     _rotate(q, k, pos_ids, inv_freq, interleave, in_place=True)
@@ -162,10 +162,10 @@ def apply_llama31_rope_pos_ids_inplace(
 def apply_rope_with_cos_sin_cache(
     positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by a cache of cosines and sines. Returns new (query, key), in the shapes of the old.
+    """Rotate queries and keys with a cache of cosines and sines. Returns new (query, key) of the same shapes.
 
-    positions: [T] int32 or int64, each below max_position; another one gives NaN. query: [T, Hq * head_size], key:
-    [T, Hkv * head_size], or with the heads apart, one floating dtype, last dimension contiguous. cos_sin_cache:
+    positions: [T] int32 or int64, each below max_position; others give NaN. query: [T, Hq * head_size], key:
+    [T, Hkv * head_size], or [T, heads, head_size], one floating dtype, last dimension contiguous. cos_sin_cache:
     [max_position, R] fp32, R/2 cosines, then R/2 sines; R is even and at most head_size. is_neox: pairs
     (x_i, x_{i + R/2}), otherwise (x_2i, x_2i+1).
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.
@@ -179,7 +179,7 @@ def apply_rope_with_cos_sin_cache(
 def apply_rope_with_cos_sin_cache_inplace(
     positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool = True
 ) -> None:
-    """`apply_rope_with_cos_sin_cache` into query and key, which may be slices of one tensor. Allocates nothing."""
+    """`apply_rope_with_cos_sin_cache` in place; query and key may be slices of one tensor. Allocates nothing."""
     _rotate_by_cache(positions, query, key, head_size, cos_sin_cache, is_neox, query, key)
 
 
@@ -208,7 +208,7 @@ def _rotate_by_cache(
 
 
 def _heads(name: str, x: Tensor, head_size: int) -> Tensor:
-    """[T, heads, head_size], a view."""
+    """A view [T, heads, head_size]."""
     if x.dim() == 3 and x.shape[2] == head_size:
         return x
     if head_size < 1 or x.dim() != 2 or x.shape[1] % head_size:
@@ -231,7 +231,7 @@ def _rotate(
 
 
 def _positions(q: Tensor, indptr: Tensor, offsets: Tensor) -> Tensor:
-    """[T] int64: of each token by its segment; 0, which turns nothing, past the last."""
+    """[T] int64: the position of each token in its segment; 0, no rotation, past the last segment."""
     check_tensors(indptr=indptr, offsets=offsets)
     check_shape("offsets", offsets, ("B",))
     if not offsets.shape[0]:
@@ -242,7 +242,7 @@ def _positions(q: Tensor, indptr: Tensor, offsets: Tensor) -> Tensor:
         check_device(name, tensor, "q", q)
     indptr = indptr.long().contiguous()
     tokens = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)
-    segments = torch.searchsorted(indptr[:-1], tokens, right=True) - 1  # of equal starts, the one that holds tokens
+    segments = torch.searchsorted(indptr[:-1], tokens, right=True) - 1  # equal starts: the non-empty segment
     positions = tokens - indptr[segments] + offsets[segments]
     return torch.where(tokens < indptr[-1], positions, 0)
 

@@ -1,24 +1,24 @@
-"""FlashInfer's sampling: softmax, tokens from probabilities or logits, and the filters alone.
+"""FlashInfer's sampling: softmax, sampling from probabilities or logits, and the filters alone.
 
-Tokens are drawn by this library's `sample`: equal seeds and offsets give equal tokens, which are other tokens than
-FlashInfer's, whose random numbers come from another stream. The filters keep what FlashInfer's keep, ties at a
+Tokens are sampled by this library's `sample`: equal seeds and offsets give equal tokens, but other tokens than
+FlashInfer's, whose random numbers come from another stream. The filters keep the same tokens as FlashInfer's, ties at a
 threshold included; only its top_k_top_p functions keep exactly k, for one top_k of 256 or less and a V of 65536 or
-more. Probabilities go through a logarithm in fp32, so that those within 1e-6 of each other may count as a tie. Two
-things differ: a row counts as normalised whatever its sum (there, what it lacks goes to its last token), and a row with
-a NaN is not valid.
+more. Probabilities are converted to logarithms in fp32, so that those within 1e-6 of each other may count as a tie. Two
+things differ: a row counts as normalised whatever its sum (FlashInfer assigns the rest to the last token), and a row
+with a NaN is not valid.
 
-Arguments that all functions share:
-indices: [B] int32 or int64, the row of each output, whose dtype the output gets; for one that is no row the token is 0
-and not valid. None: int32, one output for each row.
-top_k, top_p, min_p: a number, or a tensor [rows] with one for each row of probabilities. A top_k of -1, or of V and
-more, keeps all, and so does 0 in a tensor. top_p and min_p: 0 to 1.
-seed, offset: both integers of 64 bits, or both int64 or uint64 tensors [1] or [B]. The number of an output depends on
-its place in the batch too, so that outputs of equal seeds are independent. Where either is None, both come from
-`generator`, or torch's own for the device, which then advances (a CUDA graph draws anew at each replay).
-check_nan: raise ValueError for a NaN, which waits for the device; nothing else here does.
-deterministic, is_deterministic: unused, all of this is deterministic.
-return_valid: also return bool [B], whether a row had a token to draw. Where it had none, as one of zeros, or one with a
-NaN, the token is 0.
+Shared arguments:
+indices: [B] int32 or int64, the row of each output, which gets their dtype; for an index out of range the token is 0
+and not valid. None: int32, one output per row.
+top_k, top_p, min_p: a number, or a tensor [rows]. A top_k of -1, of V or more, and 0 in a tensor keep all. top_p and
+min_p: 0 to 1.
+seed, offset: both 64-bit integers, or both int64 or uint64 tensors [1] or [B]. The random number of an output depends
+on its index in the batch too, so that outputs of equal seeds are independent. Where either is None, both come from
+`generator`, or torch's default of the device, which then advances (a CUDA graph samples anew at each replay).
+check_nan: raise ValueError for a NaN; only this synchronizes with the device.
+deterministic, is_deterministic: unused, everything is deterministic.
+return_valid: also return bool [B], whether a row had a token to sample. For rows of zeros, or with a NaN, it is False
+and the token is 0.
 All raise ValueError for a shape, device or number, TypeError for a dtype, before a generator advances.
 """
 
@@ -35,15 +35,15 @@ from fastllama.kernels.reference.sampling import filter_probs
 
 _ORDERS = ("top_k_first", "joint")
 _SIGNED, _WORD = 1 << 63, 1 << 64
-# Odd factors, so that places in a batch, and offsets that differ above their low 32 bits, have keys of their own.
+# Odd factors, so that batch indices, and offsets that differ above their low 32 bits, get distinct keys.
 _PLACE_KEY, _OFFSET_KEY = 0x9E3779B97F4A7C15 - _WORD, 0xD1342543DE82EF95 - _WORD
 
 
 def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pdl: bool | None = None) -> Tensor:
     """softmax(logits / temperature) over the last dimension, fp32.
 
-    logits: [B, V], any floating dtype. temperature: a number, [B] in any floating dtype, or None for 1; 0 makes all
-    tokens alike, as in FlashInfer. enable_pdl: unused.
+    logits: [B, V], any floating dtype. temperature: a number, [B] in any floating dtype, or None for 1; 0 gives a
+    uniform distribution, as in FlashInfer. enable_pdl: unused.
     """
     _check_rows("logits", logits, False)
     scores = logits.float()
@@ -83,7 +83,7 @@ def sampling_from_probs(
     offset: int | Tensor | None = None,
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sample a token for each row of probabilities. probs: [rows, V], any floating dtype; of 0 or less, never drawn."""
+    """Sample a token for each row. probs: [rows, V], any floating dtype; tokens of 0 or less are never sampled."""
     _check_rows("probs", probs, check_nan)
     drawn = _sample(_logits(probs), indices, generator, seed, offset)
     return drawn if return_valid else drawn[0]
@@ -100,7 +100,7 @@ def top_p_sampling_from_probs(
     offset: int | Tensor | None = None,
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sample among the tokens of which all likelier ones together have less than top_p."""
+    """Sample among the tokens whose likelier tokens have less than top_p in total."""
     _check_rows("probs", probs, check_nan)
     drawn = _sample(_logits(probs), indices, generator, seed, offset, top_p=_fractions("top_p", top_p, probs))
     return drawn if return_valid else drawn[0]
@@ -117,7 +117,7 @@ def top_k_sampling_from_probs(
     offset: int | Tensor | None = None,
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sample among the tokens that have fewer than top_k likelier ones."""
+    """Sample among the tokens with fewer than top_k likelier tokens."""
     _check_rows("probs", probs, check_nan)
     drawn = _sample(_logits(probs), indices, generator, seed, offset, top_k=_counts(top_k, probs, "probs"))
     return drawn if return_valid else drawn[0]
@@ -177,15 +177,15 @@ def top_k_top_p_sampling_from_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample among the tokens that both filters keep.
 
-    filter_apply_order: "top_k_first" renormalises what top_k keeps before top_p looks at it; "joint" asks both of the
-    probabilities as they are, so that top_p keeps no more.
+    filter_apply_order: "top_k_first" renormalises the tokens that top_k keeps before top_p is applied; "joint" applies
+    both to the given probabilities, so that top_p keeps no more.
     """
     _check_rows("probs", probs, check_nan)
     check_choice("filter_apply_order", filter_apply_order, _ORDERS)
     counts, fractions = _counts(top_k, probs, "probs"), _fractions("top_p", top_p, probs)
     if filter_apply_order == "joint":
-        # The op filters by top-k first. What top-p keeps are the likeliest, which top-k counts alike with and without
-        # the others.
+        # The op filters by top-k first. top-p keeps the likeliest tokens, whose top-k ranks do not depend on the
+        # others.
         scores = _logits(_nucleus(probs.float(), fractions))
         drawn = _sample(scores, indices, generator, seed, offset, top_k=counts)
     else:
@@ -194,13 +194,13 @@ def top_k_top_p_sampling_from_probs(
 
 
 def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
-    """Probabilities with all that top_p does not keep set to 0, and rows that sum to 1 (of zeros: zeros). fp32."""
+    """Probabilities outside top_p set to 0, rows renormalised (rows of zeros stay zeros). fp32."""
     _check_rows("probs", probs, False)
     return _renormalised(_nucleus(probs.float(), _fractions("top_p", top_p, probs)))
 
 
 def top_k_renorm_probs(probs: Tensor, top_k: Tensor | int, is_deterministic: bool = False) -> Tensor:
-    """Probabilities with all that top_k does not keep set to 0, and rows that sum to 1 (of zeros: zeros), as probs."""
+    """Probabilities outside top_k set to 0, rows renormalised (rows of zeros stay zeros), in the dtype of probs."""
     _check_rows("probs", probs, False)
     counts, off = _counts(top_k, probs, "probs"), _filled(0.0, probs)
     return _renormalised(filter_probs(probs.float(), counts, off + 1, off)).to(probs.dtype)
@@ -210,7 +210,7 @@ top_p_renorm_prob, top_k_renorm_prob = top_p_renorm_probs, top_k_renorm_probs
 
 
 def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
-    """Logits with all that have top_k larger ones or more set to -inf, in their dtype."""
+    """Logits outside top_k set to -inf, in their dtype."""
     _check_rows("logits", logits, False)
     counts, vocab = _counts(top_k, logits, "logits"), logits.shape[1]
     last = torch.where((counts > 0) & (counts < vocab), counts, vocab) - 1
@@ -259,12 +259,12 @@ def _counts(top_k: Tensor | int, rows: Tensor, rows_name: str) -> Tensor:
 
 
 def _logits(probs: Tensor) -> Tensor:
-    """Of which softmax is probs: -inf for what is never drawn."""
+    """Logits whose softmax is probs; -inf for tokens that are never sampled."""
     return probs.float().clamp(min=0).log()
 
 
 def _nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
-    """probs with all that top_p does not keep set to 0."""
+    """probs with tokens outside top_p set to 0."""
     off = torch.zeros_like(top_p)
     return filter_probs(probs, off, top_p, off)
 
@@ -284,7 +284,7 @@ def _sample(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B] in the dtype of indices, and whether there was one. The filters: one for each row of logits."""
+    """Tokens [B] in the dtype of indices, and their validity [B]. The filters have one value per row of logits."""
     off = _filled(0.0, logits)
     top_k = off.int() if top_k is None else top_k.contiguous()
     top_p = off + 1 if top_p is None else top_p.contiguous()
@@ -311,7 +311,7 @@ def _sample(
 def _random_numbers(
     rows: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Key and counter of each row, int64, as `sample` takes them."""
+    """Key and counter of each row for `sample`, int64."""
     if seed is None or offset is None:
         if generator is not None and generator.device.type != rows.device.type:
             raise ValueError(f"generator is on {generator.device}, probs on {rows.device}; legal: one device for all")
@@ -329,7 +329,7 @@ def _seen(value: int | Tensor) -> str:
 
 
 def _words(name: str, value: int | Tensor, rows: Tensor) -> Tensor:
-    """64 bits as signed integers, [1] or one for each row."""
+    """64-bit values as signed integers, [1] or one per row."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}; legal: an integer or a tensor")

@@ -1,4 +1,4 @@
-"""Attention of one sequence: FlashInfer's functions that need no plan. They are public in `decode` and `prefill`."""
+"""FlashInfer's attention functions of one sequence, without a plan. They are public in `decode` and `prefill`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def single_decode_with_kv_cache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one query, [Hq, D], over k and v: [T, Hkv, D] (NHD) or [Hkv, T, D] (HND), in q's dtype or 8 bits.
 
-    Returns [Hq, D], and with return_lse the log-sum-exps to base 2, [Hq]. The keys are read in place, as pages of one
-    token, so that a long sequence is split over the device.
+    Returns [Hq, D], and with return_lse the log-sum-exps to base 2, [Hq]. Keys are read in place, as pages of one
+    token, so that the op can split a long sequence over the device.
     """
     name = "single_decode_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)
@@ -98,7 +98,7 @@ def single_prefill_with_kv_cache(
     """Attention of one sequence's queries, [Tq, Hq, D], over k and v: [Tk, Hkv, D] (NHD) or [Hkv, Tk, D] (HND).
 
     causal: the last query sees all keys. One dtype for all. Returns [Tq, Hq, D], and with return_lse the log-sum-exps
-    to base 2, [Tq, Hq]. Keys of 8 bits and a v_scale are for caches in pages.
+    to base 2, [Tq, Hq]. 8-bit keys and v_scale are supported with paged caches only.
     """
     name = "single_prefill_with_kv_cache"
     refuse_positions(name, pos_encoding_mode, window_left, logits_soft_cap)

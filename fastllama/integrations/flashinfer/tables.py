@@ -1,7 +1,7 @@
-"""FlashInfer's page tables, indices and bounds of each sequence (CSR), as the dense tables that the ops take.
+"""Converts FlashInfer's page tables, indices and bounds of each sequence (CSR), to the dense tables of the ops.
 
-A dense row is as long as the longest sequence's: 4 bytes a page and sequence, which at one token a page is 100 MB for
-256 sequences of 100,000 tokens. `python -m benchmarks.plan_cost` measures what filling it takes.
+A dense row is as long as the longest sequence's: 4 bytes per page and sequence, which at one token per page is 100 MB
+for 256 sequences of 100,000 tokens. `python -m benchmarks.plan_cost` measures the time to fill it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fastllama.errors import check_dtype, check_shape
 from fastllama.integrations.flashinfer.checks import check_integer, check_tensors
 from fastllama.kernels.dispatch.checks import INTEGERS
 
-_ROUND = 64  # tokens: a table's width changes once in so many steps, and with it what the op knows of its calls
+_ROUND = 64  # tokens: a table's width, which the op's launch cache depends on, changes once in so many steps
 _MEASURED = 2**17  # tokens of the sequence whose scratch memory is measured
 
 
 def bounds_of(name: str, indptr: Tensor, rows: int | None = None, *, host: Tensor | None = None) -> list[int]:
-    """Row bounds of sequences, read on the host. ValueError unless they ascend, from 0 or more to at most `rows`.
+    """Row bounds of sequences, copied to the host. ValueError unless they ascend, from 0 or more to at most `rows`.
 
-    host: the same numbers where they are on the host already, so that nothing is copied.
+    host: the same numbers already on the host, to save the copy.
     """
     check_shape(name, indptr, ("B + 1",))
     check_dtype(name, indptr, INTEGERS)
@@ -46,15 +46,15 @@ def bounds_of(name: str, indptr: Tensor, rows: int | None = None, *, host: Tenso
 
 
 def check_from_zero(name: str, bounds: list[int]) -> None:
-    """ValueError unless bounds of the op's own rows begin at the first."""
+    """Raise ValueError unless the bounds begin at 0."""
     if bounds[0]:
         raise ValueError(f"{name} begins at {bounds[0]}; legal: 0")
 
 
 def check_pages(bounds: list[int], last_page_len: Tensor, page_size: int, name: str) -> None:
-    """ValueError unless there is a legal length of the last page for each sequence that has one.
+    """Raise ValueError unless each sequence with pages has a legal length of its last page.
 
-    At one token a page there is one legal length, and nothing is read.
+    With one token per page there is one legal length, and nothing is read.
     """
     check_integer("page_size", page_size, 1)
     check_shape(name, last_page_len, (len(bounds) - 1,))
@@ -67,7 +67,7 @@ def check_pages(bounds: list[int], last_page_len: Tensor, page_size: int, name: 
 
 
 def longest_of(bounds: list[int]) -> int:
-    """Pages of the longest sequence."""
+    """Number of pages of the longest sequence."""
     return max((b - a for a, b in pairwise(bounds)), default=0)
 
 
@@ -80,8 +80,8 @@ def table_width(longest: int, page_size: int) -> int:
 def fill_page_table(table: Tensor, bounds: list[int], indices: Tensor) -> None:
     """Copy each sequence's pages, indices[bounds[b] : bounds[b + 1]], into its row of `table` [B, longest or more].
 
-    All rows in one call, which a GPU runs in a few launches, and nothing but views is made for it: a gather would need
-    the places of all pages, and took seven times as long on a CPU. The rest of a row is neither written nor read.
+    All rows in one call of views, which a GPU runs in a few launches: a gather would need the indices of all pages, and
+    took seven times as long on a CPU. The rest of a row is neither written nor read.
     """
     counts = [b - a for a, b in pairwise(bounds)]
     if not any(counts):
@@ -92,7 +92,7 @@ def fill_page_table(table: Tensor, bounds: list[int], indices: Tensor) -> None:
 
 
 def lengths_of(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
-    """Tokens of each sequence; those that have no page have none, whatever last_page_len says. Reads nothing."""
+    """Length of each sequence; 0 without pages, whatever its last_page_len. No device-to-host copy."""
     pages = indptr[1:] - indptr[:-1]
     if page_size == 1:
         return pages
@@ -111,9 +111,9 @@ def scratch_elements(
     kv_dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Numbers of fp32 that `attention_decode` needs for such a table, at most.
+    """An upper bound of the fp32 elements of scratch memory that `attention_decode` needs for such a table.
 
-    Measured of one sequence of at most 131,072 tokens, whose scratch memory is allocated for it, and multiplied.
+    Measured by allocating the scratch memory of one sequence of at most 131,072 tokens, and multiplied.
     """
     pages = max(min(width, _MEASURED // page_size), 1)
     one = torch.zeros(1, dtype=torch.float32, device=device)
@@ -124,8 +124,8 @@ def scratch_elements(
 
 
 def scratch_in(buffer: Tensor, elements: int) -> Tensor | None:
-    """The start of a workspace as the op takes it; None where that is too small, none is needed, or `run` may not write
-    there: a tensor that was made in inference mode.
+    """The start of a workspace, for the op; None where it is too small, not needed, or may not be written by `run`, as
+    a tensor made in inference mode.
     """
     size = 4 * elements
     if not 0 < size <= buffer.numel() * buffer.element_size() or buffer.data_ptr() % 16 or buffer.is_inference():

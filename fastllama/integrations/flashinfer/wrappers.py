@@ -1,4 +1,4 @@
-"""What FlashInfer's wrappers have in common: buffers, plans, and the checks before a call."""
+"""Shared by FlashInfer's wrappers: buffers, plans, and checks before a call."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastllama.kernels.reference.numerics import wide_dtype
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of the tensors that `run` will be given. Numbers of the host."""
+    """The shapes, dtypes and scale of `run`'s tensors by the plan, as host values."""
 
-    rows: int | str  # of q; a string where `run` counts them
+    rows: int | str  # of q; a string where `run` determines them
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -30,7 +30,7 @@ class Planned:
     kv_dtype: torch.dtype
 
     def check(self, q: Tensor, k: Tensor) -> None:
-        """ValueError for another shape of q, TypeError for another dtype of q or the keys."""
+        """Raise ValueError where q's shape differs from the plan, TypeError where q's or the keys' dtype does."""
         check_tensors(q=q)
         check_shape("q", q, (self.rows, self.num_q_heads, self.head_dim))
         for name, tensor, kind, dtype in (("q", q, "q", self.q_dtype), ("k", k, "kv", self.kv_dtype)):
@@ -52,9 +52,9 @@ def planned_of(
     head_dim_vo: int | None = None,
     codes: Sequence[torch.dtype] = CODES,
 ) -> Planned:
-    """The plan of a call whose numbers are legal. The result has the queries' dtype: another one is refused.
+    """A plan from checked arguments. The result's dtype is that of the queries: another o_data_type is refused.
 
-    codes: dtypes that keys may have, beside that of the queries.
+    `codes`: dtypes that keys may have besides that of the queries.
     """
     for name, size in (("num_qo_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
         check_integer(name, size, 1)
@@ -70,11 +70,11 @@ def planned_of(
 
 
 class Wrapper:
-    """Buffers and plan of a batch of sequences.
+    """The buffers and the plan of a batch of sequences.
 
-    float_workspace_buffer says on which device all is, and gives `attention_decode` its scratch memory. Attributes of
-    FlashInfer's names, which callers read and assign, are there: `_int_workspace_buffer` is empty and not used,
-    `_backend` is a name and decides nothing.
+    float_workspace_buffer specifies the device, and provides the scratch memory of `attention_decode`. FlashInfer's
+    attributes that callers read and assign exist: `_int_workspace_buffer` is empty and unused, `_backend` is a name
+    without effect.
     """
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str, use_cuda_graph: bool, backend: str) -> None:
@@ -96,16 +96,16 @@ class Wrapper:
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
-        """Whether plans are copied into the buffers that the constructor was given."""
+        """Whether plans are copied into the constructor's buffers."""
         return self._use_cuda_graph
 
     @property
     def resolved_backend(self) -> str:
-        """What runs, whatever `backend` asked for."""
+        """The backend that runs, whatever `backend` was given."""
         return "fastllama"
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
-        """Take scratch memory from another buffer, from the next plan on."""
+        """Use another buffer for scratch memory, from the next plan on."""
         check_tensors(float_workspace_buffer=float_workspace_buffer, int_workspace_buffer=int_workspace_buffer)
         if float_workspace_buffer.device != self.device:
             raise ValueError(f"float_workspace_buffer is on {float_workspace_buffer.device}; legal: {self.device}")
@@ -115,27 +115,27 @@ class Wrapper:
         """Does nothing: the ops take caches of any strides."""
 
     def end_forward(self) -> None:
-        """Does nothing, as FlashInfer's."""
+        """Does nothing, as in FlashInfer."""
 
     def _check_plan(self, **given: Any) -> None:
-        """Check the tensors of a plan: integers, on the host or on a device of the wrapper's type."""
+        """Check a plan's tensors: integers, on the host or on a device of the wrapper's type."""
         check_indices(**given)
         for name, tensor in given.items():
             if tensor.device.type not in ("cpu", self.device.type):
                 raise ValueError(f"{name} is on {tensor.device}; legal: cpu, or the workspace's {self.device}")
 
     def _set_scale(self, function: str, sm_scale: float | None) -> None:
-        """Keep the softmax scale of `forward`; None for the default."""
+        """Store the softmax scale of `forward`; None for the default."""
         self._sm_scale = None if sm_scale is None else number(function, "sm_scale", sm_scale)
 
     def _check_rows(self, rows: int) -> None:
-        """ValueError where a plan of CUDA-graph mode has more queries than the first one had."""
+        """Raise ValueError where a plan in CUDA-graph mode has more queries than the first one."""
         most = self._max_total_num_rows
         if self._use_cuda_graph and most is not None and rows > most:
             raise ValueError(f"qo_indptr has {rows} rows; legal in CUDA-graph mode: the first plan's {most}, or fewer")
 
     def _placed(self, buffer: Tensor | None, given: Tensor, non_blocking: bool) -> Tensor:
-        """Bounds on the device: copied into their buffer in CUDA-graph mode, which may be one of inference mode."""
+        """Bounds on the device, in CUDA-graph mode copied into their buffer, which may be an inference tensor."""
         if self._use_cuda_graph:
             assert buffer is not None
             with torch.inference_mode():
@@ -152,9 +152,9 @@ class Wrapper:
         return self._planned
 
     def _fix_batch_size(self, **buffers: tuple[Tensor | None, int]) -> None:
-        """Check the buffers of CUDA-graph mode: of so many more numbers than sequences; any, where < 0.
+        """Check the buffers of CUDA-graph mode: each with this many more elements than sequences; any number if < 0.
 
-        The first one says how many sequences there are.
+        The first one determines the number of sequences.
         """
         batch_size: int | None = None
         for name, (buffer, more) in buffers.items():
@@ -174,16 +174,15 @@ class Wrapper:
         if self._use_cuda_graph and batch_size != self._fixed_batch_size:
             raise ValueError(
                 f"{name} has {batch_size} sequences; legal in CUDA-graph mode: the {self._fixed_batch_size} of the "
-                "buffers that the constructor was given"
+                "constructor's buffers"
             )
 
 
 class PagedWrapper(Wrapper):
-    """A wrapper of keys and values in pages.
+    """A wrapper for paged keys and values.
 
-    In CUDA-graph mode a dense page table of the buffers' size stands beside them: each sequence may have as many pages
-    as the buffer of indices has room for, divided by the batch size, which is the longest sequence where that buffer
-    was made as batch size times longest sequence.
+    In CUDA-graph mode there is a dense page table with as many entries as the indices buffer: each sequence may have
+    len(indices) // batch size pages, so make that buffer batch size times longest sequence.
     """
 
     def _paged_buffers(self, indptr: Tensor | None, indices: Tensor | None, last_page_len: Tensor | None) -> None:
@@ -200,7 +199,7 @@ class PagedWrapper(Wrapper):
                 self._seq_lens = _zeros((batch_size,), self.device)
 
     def _check_room(self, name: str, bounds: list[int]) -> None:
-        """ValueError where a plan does not fit into the fixed buffers."""
+        """Raise ValueError where a plan does not fit into the fixed buffers."""
         if not self._use_cuda_graph:
             return
         assert self._page_table is not None
@@ -223,10 +222,10 @@ class PagedWrapper(Wrapper):
         bounds: list[int],
         non_blocking: bool,
     ) -> None:
-        """Copy a checked plan to the device, into the fixed buffers if there are any, and fill the page table.
+        """Copy a checked plan to the device, into fixed buffers in CUDA-graph mode, and fill the page table.
 
-        What is made here is made outside of inference mode, so that a later plan may write there, and what is written
-        is written inside of it, since the fixed buffers may have been made there.
+        New tensors are made outside inference mode, so that a later plan may write to them; writes happen inside it,
+        since the fixed buffers may be inference tensors.
         """
         with torch.inference_mode(False):
             at, last = (x.to(self.device, non_blocking=non_blocking) for x in (indptr, last_page_len))
@@ -263,10 +262,10 @@ class PagedWrapper(Wrapper):
         return indptr, indices, last_page_len
 
     def _table_of_run(self, planned: Planned, k_pages: Tensor) -> Tensor:
-        """The page table. ValueError where the cache is not of the planned sizes.
+        """The page table. ValueError where the cache does not match the plan.
 
-        In CUDA-graph mode a table that is wider than the cache has pages is cut to them: no sequence has more, and the
-        kernel's grid is as wide as the table.
+        In CUDA-graph mode a table wider than the cache's number of pages is cut to it: no sequence has more, and the
+        kernel's grid depends on the table's width.
         """
         check_shape("k_pages", k_pages, ("P", planned.num_kv_heads, self._page_size, planned.head_dim))
         assert self._page_table is not None
@@ -278,7 +277,7 @@ class PagedWrapper(Wrapper):
 
 
 def refuse_positions(function: str, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None) -> None:
-    """NotImplementedError for what changes the scores: positions in them, a window, a soft cap."""
+    """Raise NotImplementedError for position encodings, windows and soft caps of the scores."""
     refuse_arguments(
         function,
         pos_encoding_mode=(pos_encoding_mode, "NONE"),
@@ -290,7 +289,7 @@ def refuse_positions(function: str, pos_encoding_mode: str, window_left: int, lo
 def lse_views(
     q: Tensor, lse: Tensor | None, return_lse: bool, lse_base: str, lse_layout: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The log-sum-exps as the op writes them, [T, Hq], and as `run` returns them: so too, or [Hq, T] where HN."""
+    """The log-sum-exps as the op writes them, [T, Hq], and as `run` returns them: the same, or [Hq, T] for HN."""
     check_choice("lse_base", lse_base, ("log2", "ln"))
     check_choice("lse_layout", lse_layout, ("NH", "HN"))
     if lse_layout == "NH":
@@ -303,7 +302,7 @@ def lse_views(
 def delivered(
     found: Tensor | tuple[Tensor, Tensor], lse: Tensor | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What the op returned, with the log-sum-exps as they were asked for, or without them."""
+    """The op's result, with the log-sum-exps in the requested form, or without them."""
     if isinstance(found, Tensor):
         return found
     out, written = found

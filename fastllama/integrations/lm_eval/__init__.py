@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on this project's runtime: importing it adds "fastllama" to lm-eval's models."""
+"""EleutherAI's lm-evaluation-harness on fastllama's runtime: importing it adds "fastllama" to lm-eval's models."""
 
 from fastllama.errors import ExtraRequiredError, why_unusable
 

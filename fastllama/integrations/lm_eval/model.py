@@ -1,4 +1,4 @@
-"""`FastLlamaLM`: an LLM as a model of lm-eval, where it is registered as "fastllama"."""
+"""`FastLlamaLM`: an LLM as a model of lm-eval, registered as "fastllama"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lm_eval.models  # noqa: F401  (fills the registry: a model registered before that would stay the only one)
+import lm_eval.models  # noqa: F401  (fills the registry: a model registered earlier would stay the only one)
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -32,28 +32,28 @@ from fastllama.runtime.outputs import ScoreOutput
 from fastllama.runtime.params import SamplingParams
 
 _LOG = logging.getLogger("fastllama")
-_AT_ONCE = 1024  # requests between two writes to lm-eval's cache of answers; the runtime batches those together
+_AT_ONCE = 1024  # requests per batch to the runtime, after which lm-eval's cache of answers is written
 
 Item = TypeVar("Item")
 
 
 @register_model("fastllama")
 class FastLlamaLM(TemplateLM):
-    """A Llama that lm-eval measures: log-likelihoods by LLM.score, texts by the runtime's continuous batching.
+    """A Llama for lm-eval: log-likelihoods by LLM.score, texts by the runtime's continuous batching.
 
-    pretrained: an LLM, or its `model`: "tiny", a path, a Hub id or a loaded model. model: another name of it.
-    max_length: tokens that the model sees at most; by default LLM.max_model_len. Contexts are cut to it on the left.
+    pretrained: an LLM, or the `model` argument of one: "tiny", a path, a Hub id or a loaded model. model: an alias.
+    max_length: maximum number of tokens of the model's input; default LLM.max_model_len. Contexts are cut on the left.
     add_bos_token: whether texts begin with BOS; None is the tokenizer's own rule, as in lm-eval's `hf`. A text that
-    spells it already gets no second one.
-    prefix_token_id: what an empty context and a rolling text begin with; by default BOS, or EOS without one.
+    begins with BOS gets no second one.
+    prefix_token_id: first token of an empty context and of a rolling text; default BOS, or EOS without one.
     batch_size, max_batch_size: accepted and unused: the runtime chooses its batches.
-    options: the other arguments of LLM, such as dtype, quantization, kv_cache_dtype, max_model_len, device, adapter.
+    options: other arguments of LLM, such as dtype, quantization, kv_cache_dtype, max_model_len, device, adapter.
 
-    Texts are encoded as transformers does, so that special tokens spelled in them become ids. Sampling settings of
-    generation_config.json are left out: a task's generation_kwargs say all.
-    num_prompt_tokens, num_cached_tokens: of all requests so far, and how many of them the prefix cache had.
+    Texts are encoded as by transformers, so that special tokens in them become ids. Sampling settings of
+    generation_config.json are ignored: a task's generation_kwargs are complete.
+    num_prompt_tokens, num_cached_tokens: prompt tokens of all requests so far, and those found in the prefix cache.
 
-    Raises what LLM raises; ValueError for a model without a tokenizer, and for options beside an LLM that is given.
+    Raises the errors of LLM; ValueError for a model without a tokenizer, and for options given with an LLM.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class FastLlamaLM(TemplateLM):
             raise ValueError(f"pretrained is {brief(pretrained)} and model {brief(model)}; legal: one of the two names")
         if "chat_format" in options:
             raise ValueError(
-                f"chat_format is {brief(options['chat_format'])}; legal: none, as lm-eval asks in the tokenizer's own "
+                f"chat_format is {brief(options['chat_format'])}; legal: none, as lm-eval uses the tokenizer's own "
                 "chat template, or without one"
             )
         if isinstance(given, LLM) and options:
-            raise ValueError(f"{', '.join(options)} beside an LLM that is given; legal: LLM({next(iter(options))}=...)")
+            raise ValueError(f"{', '.join(options)} given with an LLM; legal: LLM({next(iter(options))}=...)")
         self.llm = given if isinstance(given, LLM) else LLM(given, **{"max_model_len": max_length, **options})
         self.max_length = self.llm.max_model_len if max_length is None else max_length
         if not 1 < self.max_length <= self.llm.max_model_len:
@@ -100,17 +100,17 @@ class FastLlamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that an empty context and a rolling text begin with."""
+        """The first token of an empty context and of a rolling text."""
         return self._prefix
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens of an answer where the task says no number."""
+        """Default maximum of an answer's tokens, where the task specifies none."""
         return 256
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The model's device."""
         return self.llm.engine.model.device
 
     @property
@@ -119,7 +119,7 @@ class FastLlamaLM(TemplateLM):
         return str(self.tokenizer.path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results."""
+        """Entries that lm-eval writes with the results."""
         model = self.llm.engine.model
         return {
             "model_num_parameters": model.num_parameters,
@@ -131,7 +131,7 @@ class FastLlamaLM(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text; add_special_tokens: whether BOS is put before it, None is the rule of add_bos_token."""
+        """Token ids of a text; add_special_tokens: whether it begins with BOS, None is the rule of add_bos_token."""
         ids = self.tokenizer.encode_template(string)
         if add_special_tokens is None:
             return ids if string.startswith(self._prefix_piece) else [*self._begins, *ids]
@@ -142,10 +142,10 @@ class FastLlamaLM(TemplateLM):
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's chat template writes it, or with its last message to be continued.
+        """A conversation rendered by the tokenizer's chat template, or with its last message to be continued.
 
-        Where the template refuses it, without its system message, as lm-eval's `hf` does.
-        Raises ValueError without a template, or where it refuses the rest too, CheckpointError for a broken one.
+        Where the template rejects it, retries without the system message, as lm-eval's `hf` does.
+        Raises ValueError without a template, or where it rejects that too, CheckpointError for a broken one.
         """
         messages: Any = [dict(message) for message in chat_history]
         write = self._template.render if add_generation_prompt else self._template.render_continued
@@ -155,13 +155,13 @@ class FastLlamaLM(TemplateLM):
             others = [message for message in messages if message["role"] != "system"]
             if len(others) == len(messages):
                 raise
-            _LOG.warning("%s; asked again without the system message", error)
+            _LOG.warning("%s; retried without the system message", error)
             return write(others)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers to contexts, each with its generation_kwargs, in their order.
+        """The answers to contexts, each with its generation_kwargs, in order.
 
-        Raises ValueError or TypeError, with the task and document, for what cannot be generated.
+        Raises ValueError or TypeError, with the task and document, for an illegal request.
         """
         asked = []
         for request in requests:
@@ -183,7 +183,7 @@ class FastLlamaLM(TemplateLM):
         return fitting_context(ids, params.max_tokens, self.max_length), params
 
     def _answers(self, questions: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[str]:
-        """Answers as texts of their own, without the space that the first token begins with, for stop strings too."""
+        """Answers as separate texts, without the first token's leading space, also for stop strings."""
         started = []
         try:
             for ids, params in questions:
@@ -193,10 +193,10 @@ class FastLlamaLM(TemplateLM):
                 self._count(generation.output().metrics)
         finally:
             for generation in started:
-                self.llm.abort(generation)  # where one failed, the others; no effect on those that ended
+                self.llm.abort(generation)  # after a failure, abort the others; finished ones are unaffected
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, and whether greedy decoding gives it.
+        """Log-likelihood of each continuation after its context, and whether greedy decoding produces it.
 
         Raises ValueError, with the task and document, for a continuation without tokens or longer than max_length.
         """
@@ -204,7 +204,7 @@ class FastLlamaLM(TemplateLM):
         return self._loglikelihood_tokens(asked, disable_tqdm)
 
     def _context_and_continuation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both; in place of an empty context the prefix, of which a continuation has no second one."""
+        """Token ids of both; an empty context is replaced by the prefix, which the continuation does not repeat."""
         if context:
             return self._encode_pair(context, continuation)
         ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -233,7 +233,7 @@ class FastLlamaLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, of any length, after the prefix token, which it never begins with twice."""
+        """The log-likelihood of each text, of any length, after a single prefix token."""
         texts = [rolling_windows(self._rolling_ids(*each.args), self._prefix, self.max_length) for each in requests]
         outputs = self._score([window for windows in texts for window in windows])
         totals = []
@@ -270,13 +270,13 @@ class FastLlamaLM(TemplateLM):
     def _template(self) -> ChatTemplate:
         source = self.tokenizer.chat_template
         if source is None:
-            raise ValueError("apply_chat_template is asked for; legal: only with a tokenizer that has a chat template")
+            raise ValueError("apply_chat_template is set; legal: only with a tokenizer that has a chat template")
         return ChatTemplate(self.tokenizer, source, str(self.tokenizer.path.parent))
 
 
 @contextmanager
 def _naming(request: Any) -> Iterator[None]:
-    """Put the task and document of a request, where it has them, in front of what is wrong with it."""
+    """Prefix errors raised within with the request's task and document, where it has them."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name or folder, checked before a model is loaded, and one run of them."""
+"""Loads tasks of lm-eval by name or folder, before a model is loaded, and runs them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tqdm import tqdm
 from fastllama.errors import nearest, summary
 from fastllama.integrations.lm_eval.model import FastLlamaLM
 
-# Of lm-eval's results: all but the texts about the machine.
+# The parts of lm-eval's results that are kept: all but descriptions of the machine.
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples", "config")
 
 
 def load_tasks(folders: Sequence[Path], names: Sequence[str]) -> list[Any]:
-    """The tasks and groups of these folders, and those of names or patterns such as "mmlu_*", with their data.
+    """Load tasks and groups, with their data, from folders and by names or patterns such as "mmlu_*".
 
-    A name or pattern that a folder defines picks those, and the folder's others are left out; any other is lm-eval's
-    own. A task or group that is a member of a group comes with that group only.
+    A name or pattern defined in a folder selects among the folder's tasks; any other is lm-eval's own. A task or group
+    that is a member of a loaded group is loaded with that group only.
     Raises ValueError for a folder without tasks, an unknown name, a task that cannot be loaded, and groups that share
     a task, which lm-eval cannot run together.
     """
@@ -43,28 +43,28 @@ def load_tasks(folders: Sequence[Path], names: Sequence[str]) -> list[Any]:
         if not found:
             alike = nearest(name, manager.all_tasks)
             meant = f" (did you mean {alike!r}?)" if alike else ""
-            raise ValueError(f"--tasks {name} is no task of lm-eval{meant}; legal: `lm-eval ls tasks` lists them")
+            raise ValueError(f"--tasks {name} is not a task of lm-eval{meant}; legal: `lm-eval ls tasks` lists them")
         wanted += found
     return _load(manager, list(dict.fromkeys(wanted)))
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
-    """Groups and tasks by name, without those that are members of another one's group."""
+    """Groups and tasks by name, without members of another loaded group."""
     loaded: dict[str, Any] = {}
-    holder: dict[str, str] = {}  # of a member, the group that it comes with
+    holder: dict[str, str] = {}  # member -> its group
     groups = [name for name in names if name in manager.all_groups]
     for name in [*groups, *(name for name in names if name not in groups)]:
         if name in holder:
             continue
         try:
             each = manager.load([name])
-        except Exception as error:  # whatever a task's file, its code or its data set can raise
+        except Exception as error:  # a task's file, code or data set can raise anything
             raise ValueError(f"--tasks: lm-eval cannot load {name}: {summary(error)}") from error
         if name not in each["groups"]:
             loaded |= {task: value for task, value in each["tasks"].items() if task not in holder}
             continue
         for member in (*each["tasks"], *(group for group in each["groups"] if group != name)):
-            loaded.pop(member, None)  # a group inside this one, which came first
+            loaded.pop(member, None)  # a nested group that was loaded earlier
             if holder.get(member, name) not in (name, *each["groups"]):
                 raise ValueError(
                     f"--tasks: {member} is in the groups {holder[member]} and {name}; legal: one of them, by name"
@@ -77,7 +77,7 @@ def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
 def evaluate(
     model: FastLlamaLM, tasks: Sequence[Any], *, num_fewshot: int | None, limit: int | None, apply_chat_template: bool
 ) -> dict[str, Any]:
-    """What lm-eval measures of a model on loaded tasks, as its results say it: metrics by task, versions, settings."""
+    """Run lm-eval on loaded tasks; returns its results: metrics by task, versions, settings."""
     with _replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None):  # git complains outside a repository
         found = lm_eval.evaluator.simple_evaluate(
             model,
@@ -92,14 +92,14 @@ def evaluate(
 
 
 def table(results: dict[str, Any]) -> str:
-    """lm-eval's tables of results, of tasks and of groups: each metric with its standard error."""
+    """lm-eval's result tables of tasks and of groups: each metric with its standard error."""
     columns = ["results", *(["groups"] if results.get("groups") else [])]
     return "\n".join(make_table(results, column).rstrip() for column in columns)
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Show no progress bar within: lm-eval's and those of data sets, of which some cannot be switched off."""
+    """Hide progress bars of lm-eval and of data sets, some of which have no option for it."""
     show = tqdm.__init__
 
     def hide(bar: Any, *args: Any, **options: Any) -> None:
@@ -111,7 +111,7 @@ def no_bars() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    before = getattr(owner, name, None)  # of another version of lm-eval, which may lack it
+    before = getattr(owner, name, None)  # missing in some versions of lm-eval
     setattr(owner, name, function)
     try:
         yield

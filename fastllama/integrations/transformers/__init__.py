@@ -1,6 +1,6 @@
-"""transformers' models on this project's ops.
+"""transformers' models on fastllama's ops.
 
-`patch` for a Llama that stands, FastLlamaConfig for one to be quantized, `register` for the attention of any model.
+`patch` for a loaded Llama, FastLlamaConfig to quantize one while loading, `register` for the attention of any model.
 """
 
 from fastllama.errors import ExtraRequiredError, why_unusable

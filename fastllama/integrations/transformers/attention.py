@@ -1,7 +1,7 @@
-"""Attention of a patched model: whatever keys and values a cache hands out, read as pages of one token each.
+"""Attention of a patched model: reads the keys and values of any cache as pages of one token each.
 
-A page of one token may lie anywhere, so padding, holes and the layouts of other caches are all a page table's matter.
-It costs 4 bytes a key, beside 512 of a key and value of 128 numbers in 16 bits.
+With one-token pages, a page table can express padding, gaps and the layouts of other caches. It costs 4 bytes per
+token, compared with 512 for a key and value of 128 numbers in 16 bits.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fastllama.integrations.transformers.shared import PageTable
 
 
 def pages_of(buffer: Tensor) -> Tensor:
-    """A contiguous [B, L, Hkv, D] as pages of a token: [B * L, Hkv, 1, D]."""
+    """A contiguous [B, L, Hkv, D] as one-token pages: [B * L, Hkv, 1, D]."""
     return buffer.view(-1, 1, *buffer.shape[2:]).transpose(1, 2)
 
 
 def as_pages(k: Tensor, v: Tensor, settled: bool) -> tuple[Tensor, Tensor, int]:
-    """Keys and values [B, Hkv, L, D] as pages of a token, and the pages from a sequence's first to the next one's.
+    """Keys and values [B, Hkv, L, D] as one-token pages, and the number of pages between sequences.
 
-    settled: the strides are the same at every call, as a static cache's are. Other keys are copied to [B, L, Hkv, D]
-    where they are laid out otherwise: Triton compiles the stride between heads into a kernel, and would do so anew at
-    each token.
+    settled: the strides are the same at every call, as a static cache's. Otherwise keys are copied to [B, L, Hkv, D]
+    unless they have that layout: the stride between heads is a compile-time constant of the Triton kernels, which would
+    be recompiled at each token.
     """
     batch, heads, length, head_dim = k.shape
     step = k.stride(2)
@@ -42,18 +42,18 @@ def as_pages(k: Tensor, v: Tensor, settled: bool) -> tuple[Tensor, Tensor, int]:
 
 
 def is_settled(cache: Cache | None, index: int) -> bool:
-    """Whether a cache's layer hands out keys with the same strides at every token."""
+    """Whether a cache's layer returns keys with the same strides at every token."""
     layers = getattr(cache, "layers", ())
     return index < len(layers) and getattr(layers[index], "is_compileable", False)
 
 
 def causal(module: Any, asked: bool | None) -> bool:
-    """Whether an attention is causal: what a call asks for, else what its module says."""
+    """Whether attention is causal: the call's argument, else the module's attribute."""
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float, workspace: Tensor | None = None) -> Tensor:
-    """q [B * S, Hq, D], k, v in pages -> [B * S, Hq, D], causal: a sequence's queries are its last tokens."""
+    """Causal attention: q [B * S, Hq, D], k, v in pages -> [B * S, Hq, D]. Queries are a sequence's last tokens."""
     out = torch.empty_like(q)
     pages = k, v, table.pages, table.lengths
     if q.shape[0] == table.lengths.shape[0]:
@@ -64,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: PageTable, scale: float, work
 
 
 def attend_by_sdpa(module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same by torch under any mask [B, 1, S, L], of keys and values [B, Hkv, L, D]."""
+    """Attention by torch's SDPA with any mask [B, 1, S, L], keys and values [B, Hkv, L, D]."""
     batch, _, _, head_dim = keys.shape
     query = q.view(batch, -1, *q.shape[1:]).transpose(1, 2)
     out, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=module.scaling)
@@ -82,10 +82,10 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function "fastllama", for layers that run its own code.
+    """transformers' attention function "fastllama", for layers that run transformers' code.
 
     query: [B, Hq, S, D], key, value: [B, Hkv, L, D]. attention_mask: a key list, or None for causal attention to all
-    keys; any other is SDPA's, as are gradients, dropout and tensors that are none of torch's own.
+    keys; SDPA handles other masks, gradients, dropout and tensor subclasses.
     Returns [B, S, Hq, D].
     """
     batch, heads, queries, head_dim = query.shape

@@ -1,8 +1,8 @@
-"""The KV cache of a patched model: a DynamicCache's layers, kept [B, capacity, Hkv, D] and grown by doubling.
+"""The KV cache of a patched model: layers of a DynamicCache, stored [B, capacity, Hkv, D] and grown by doubling.
 
-transformers' own DynamicLayer concatenates [B, Hkv, L, D] at each token: it copies all keys and values every time, and
-the stride between heads, which Triton compiles into the attention kernels, is another one each time. Here that stride
-is D for ever, a token is written in place, and capacity doubles.
+transformers' DynamicLayer concatenates [B, Hkv, L, D] at each token: it copies all keys and values, and changes the
+stride between heads, a compile-time constant of the Triton attention kernels. Here that stride is always D, a token is
+written in place, and capacity doubles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from fastllama.arithmetic import power_of_2
 
 SMALLEST = 256  # tokens of a sequence
-_UPDATES = DynamicLayer.update, Cache.update  # which some libraries replace, to see or to change what is cached
+_UPDATES = DynamicLayer.update, Cache.update  # some libraries replace them, to observe or change the cached values
 
 
 class _Growing:
@@ -28,7 +28,7 @@ class _Growing:
         self.length = 0
 
     def reserve(self, like: Tensor, shape: tuple[int, int, int], tokens: int) -> Tensor:
-        """The buffer, with room for so many more tokens; shape: B, Hkv, D; like: a tensor of its dtype and device."""
+        """The buffer, with room for `tokens` more; shape: B, Hkv, D; like: a tensor of its dtype and device."""
         batch, heads, head_dim = shape
         needed = self.length + tokens
         old = self.buffer
@@ -43,15 +43,15 @@ class _Growing:
             if old is not None:
                 self.buffer[:, : self.length] = old[:, : self.length]
         elif old.is_inference() and not torch.is_inference_mode_enabled():
-            self.buffer = old.clone()  # torch writes to no tensor of inference mode outside of it
+            self.buffer = old.clone()  # inference tensors cannot be written outside inference mode
         assert self.buffer is not None
         return self.buffer
 
     def append(self, new: Tensor) -> Tensor:
-        """Write new [B, Hkv, S, D] behind what is there; returns `view`. The result has the wider of two dtypes."""
+        """Append new [B, Hkv, S, D]; returns `view`, in the wider of the two dtypes."""
         view = self.view
         if view is not None and (view.dtype != new.dtype or (torch.is_grad_enabled() and new.requires_grad)):
-            view = self.view = torch.cat((view, new), -2)  # not in place: a backward may want the old ones
+            view = self.view = torch.cat((view, new), -2)  # not in place: a backward may need the old ones
             return view
         batch, heads, tokens, head_dim = new.shape
         buffer = self.reserve(new, (batch, heads, head_dim), tokens)
@@ -67,9 +67,9 @@ class _Growing:
 
     @view.setter
     def view(self, value: Tensor | None) -> None:
-        """Take a tensor [B, Hkv, L, D] for what is kept: by its length where it is the begin of `view`, else a copy."""
+        """Replace the content by [B, Hkv, L, D]: only the length changes if it is a prefix of `view`, else a copy."""
         view = self.view
-        if value is None or value.dim() != 4:  # transformers begins with a tensor of no dimensions worth the name
+        if value is None or value.dim() != 4:  # transformers initializes with an empty one-dimensional tensor
             self.buffer, self.length = None, 0
         elif view is not None and _begins(value, view):
             self.length = value.shape[2]
@@ -79,15 +79,15 @@ class _Growing:
 
 
 def _begins(value: Tensor, view: Tensor) -> bool:
-    """Whether a tensor is the first tokens of every sequence and head of a view."""
+    """Whether a tensor is a prefix, in tokens, of a view."""
     same = value.data_ptr() == view.data_ptr() and value.stride() == view.stride() and value.dtype == view.dtype
     return same and (value.shape[:2], value.shape[3]) == (view.shape[:2], view.shape[3])
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer that writes in place. What sets or slices `keys` and `values` does as it does on a stock one.
+    """A DynamicLayer that writes in place. Assigning or slicing `keys` and `values` works as on a stock one.
 
-    `keys` and `values` are views: after a crop, what is written next shows in those taken before.
+    `keys` and `values` are views: after a crop, later writes show in views taken before.
     """
 
     def __init__(self, **unused: Any) -> None:
@@ -98,11 +98,11 @@ class GrowingLayer(DynamicLayer):
     values = property(lambda self: self._values.view, lambda self, value: setattr(self._values, "view", value))
 
     def __copy__(self) -> GrowingLayer:
-        """Of its own, as two that write to one buffer would overwrite each other's tokens."""
+        """A copy with its own buffers: two layers that share one would overwrite each other's tokens."""
         return copy.deepcopy(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is allocated before the first token."""
+        """Does nothing: memory is allocated with the first token."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -117,7 +117,7 @@ class GrowingLayer(DynamicLayer):
         return self._keys.length
 
     def reserve(self, like: Tensor, shape: tuple[int, int, int], tokens: int) -> tuple[Tensor, Tensor]:
-        """Buffers [B, capacity, Hkv, D] of keys and values, with room for so many more tokens.
+        """Buffers [B, capacity, Hkv, D] of keys and values, with room for `tokens` more.
 
         shape: B, Hkv and D; like: a tensor of their dtype and device.
         """
@@ -126,7 +126,7 @@ class GrowingLayer(DynamicLayer):
         return self._keys.reserve(like, shape, tokens), self._values.reserve(like, shape, tokens)
 
     def written(self, tokens: int) -> None:
-        """So many tokens were written into the buffers of `reserve`."""
+        """Advance the length by `tokens` written into the buffers of `reserve`."""
         self._keys.length += tokens
         self._values.length += tokens
 
@@ -136,10 +136,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def own_layer(cache: Cache | None, index: int, dtype: torch.dtype) -> GrowingLayer | None:
-    """The layer of a cache, if it is one of ours and takes a dtype; an empty layer of a DynamicCache becomes one.
+    """The layer of a cache, if it is a GrowingLayer that accepts the dtype; an empty DynamicCache layer becomes one.
 
-    Other caches (static, quantized, offloaded, or filled by something else) stay what they are, and one whose `update`
-    was replaced is asked for it.
+    Other caches (static, quantized, offloaded, or already filled) are unchanged, and so is one whose `update` was
+    replaced.
     """
     if type(cache) is not DynamicCache or cache.offloading or "update" in cache.__dict__:
         return None

@@ -1,7 +1,7 @@
-"""`attn_implementation="fastllama_flash"`: transformers' flash-attention path on the functions of our `flash_attn`.
+"""`attn_implementation="fastllama_flash"`: transformers' flash-attention path on our `flash_attn` functions.
 
-transformers unpads, packs and batches for flash-attention by itself, for every model that has it, and takes only its
-functions from outside: from `_lazy_imports`, by the name of the implementation.
+transformers itself unpads, packs and batches for flash-attention, for every model that supports it, and gets only the
+functions from `_lazy_imports`, by the name of the implementation.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from fastllama.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 NAME = "fastllama_flash"
-# By its version number `generate_batch` knows, on a GPU, that a flash-attention reads a page table.
+# `generate_batch` uses page tables on a GPU for flash-attention names with a version number.
 NAMES = (NAME, f"{NAME}_2")
-_PAGED = "paged|"  # what transformers before 5.23 puts in front of a name within generate_batch
+_PAGED = "paged|"  # prefix of a name within generate_batch, in transformers before 5.23
 _SEAMS = ("_lazy_imports", "_loaded_implementation")  # of transformers 5; 4.57 keeps one implementation for all models
 
-_known: set[type[nn.Module]] = set()  # attentions of models that have flash-attention
+_known: set[type[nn.Module]] = set()  # attention classes of models with flash-attention
 
 
 def register() -> None:
-    """Let transformers models run on our attention, `attn_implementation="fastllama_flash"`, without a patch.
+    """Register our attention for unpatched transformers models, as `attn_implementation="fastllama_flash"`.
 
     For any model that has flash-attention in transformers and no window, soft cap or sinks, in `forward`, `generate`
-    and `generate_batch`; of floating dtypes, on any device, without gradients.
-    "fastllama_flash_2" is the same under a name for which `generate_batch` reads keys through a page table on a GPU,
-    where for the other it gathers them at each token. Calling it again changes nothing.
-    Raises ImportError for a transformers without the private names that this hangs on, as all before 5.0.
+    and `generate_batch`; floating dtypes, any device, no gradients.
+    "fastllama_flash_2" is the same under a name for which `generate_batch` reads keys through a page table on a GPU;
+    for the other it gathers them at each token. Calling it again has no effect.
+    Raises ImportError for a transformers without the required private names, as all before 5.0.
     """
     missing = [name for name in _SEAMS if not hasattr(flash_utils, name)]
     if missing or not callable(flash_utils._lazy_imports):
@@ -57,9 +57,9 @@ def register() -> None:
 
 
 def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own, for a module of a model that has flash-attention. Raises ValueError for another one.
+    """transformers' flash-attention, for modules of models that support it. Raises ValueError for others.
 
-    transformers asks so of its own names alone, and one more would run without, say, T5's position biases.
+    transformers checks this for its own names only; with ours, T5 would run without its position biases.
     """
     if type(module) not in _known:
         _check_model(type(module))
@@ -82,7 +82,7 @@ def _check_model(attention_class: type[nn.Module]) -> None:
 
 
 def _with_ours(lazy_imports: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """`_lazy_imports` that answers for our names, too."""
+    """Wrap `_lazy_imports` to return our functions for our names."""
 
     @wraps(lazy_imports)
     def imports(implementation: str | None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""Several linear layers as one of ours: their weights lie one after another in memory, which one tensor spans.
+"""Fuses several linear layers into one of ours: their weights are adjacent in memory, spanned by one tensor.
 
-The fused matrix is no copy beside the parameters: what trains, loads or saves one finds it where transformers put it,
-and what is written to it is in the matrix.
+The fused matrix shares memory with the parameters: training, loading and saving use transformers' parameters, and
+writes to them change the matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastllama.layers.quantized import LINEARS, QuantizedLinear
 Given = Tensor | None
 Matmul = Callable[[Tensor, Given, Given, float, Given, bool], Tensor]  # of x, workspace, norm, eps, residual, gated
 Tensors = Sequence[Tensor]
-# Fused tensors by their address, while a layer holds one: so long no other memory can have it.
+# Fused tensors by address, while a layer keeps one alive, so that no other memory can have the address.
 _WHOLE: dict[int, list[ReferenceType[Tensor]]] = {}
 
 _LIBRARY = torch.library.Library("fastllama_transformers", "DEF")  # kept alive: its ops die with it
@@ -39,9 +39,9 @@ _LIBRARY.define(
 
 
 def fuse(linears: Sequence[nn.Module]) -> LinearBase | None:
-    """One layer over the memory of several, whose tensors are moved together where they are apart; also of a single.
+    """One layer over the memory of one or several, whose tensors are moved next to each other where needed.
 
-    linears: nn.Linear or `linears.HF_LINEARS`, without `trouble`. Their tensors stay theirs, and share memory with the
+    linears: nn.Linear or `linears.HF_LINEARS`, without `trouble`. They keep their tensors, which share memory with the
     layer's. None where they are not `alike`.
     """
     if not alike(linears):
@@ -60,7 +60,7 @@ def fuse(linears: Sequence[nn.Module]) -> LinearBase | None:
 
 
 def alike(linears: Sequence[nn.Module]) -> bool:
-    """Whether several linear layers can be one: of one kind, and quantized ones of whole tiles of rows."""
+    """Whether several linear layers can be fused: of one kind, quantized ones with a multiple of a tile's rows."""
     first, *others = map(_form, linears)
     if any(form != first for form in others):
         return False
@@ -76,13 +76,13 @@ def _form(linear: Any) -> tuple[Any, ...]:
 
 
 def joined(linears: Sequence[nn.Module]) -> LinearBase:
-    """What `fuse` makes of several; where they are not alike, a layer that runs one after another."""
+    """The result of `fuse`; for layers that are not alike, one that runs them in turn."""
     layer = fuse(linears)
     return Apart([joined([linear]) for linear in linears]) if layer is None else layer
 
 
 class Apart(LinearBase):
-    """Several linear layers by x, their features one after another; nothing is added to these."""
+    """Runs several linear layers on x and concatenates their features; without a residual."""
 
     def __init__(self, parts: Sequence[LinearBase]) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ def _any(
 def in_graph(
     linears: Sequence[Any], x: Tensor, workspace: Given, norm: Given, eps: float, residual: Given, gated: bool
 ) -> Tensor:
-    """The matmul of layers that are `joined`, in torch.compile's graph.
+    """The matmul of several layers in torch.compile's graph.
 
-    There an op takes the tensors as they are at each call, which CUDA graphs then take for static inputs, and joins
-    them itself.
+    An op receives the separate tensors at each call, so that CUDA graphs treat them as static inputs, and fuses them
+    itself.
     """
     first = linears[0]
     quantized = isinstance(first, QuantizedLinear)
@@ -183,13 +183,13 @@ for _name, _function in (("fused_matmul", _matmul), ("fused_quantized", _quantiz
 
 
 def _rows(tensors: Tensors) -> Tensor:
-    """All their rows: a copy where a parameter was moved or replaced since the graph was compiled."""
+    """The fused tensor; a copy where a parameter was moved or replaced since the graph was compiled."""
     whole = spanning(tensors)
     return _concatenated(tensors) if whole is None else whole
 
 
 def _concatenated(tensors: Tensors) -> Tensor:
-    with no_autocast():  # where torch.cat of fp16 raises
+    with no_autocast():  # under autocast, torch.cat of fp16 raises
         return torch.cat([*tensors])
 
 
@@ -198,7 +198,7 @@ def _parameter(tensors: Tensors) -> nn.Parameter:
 
 
 def _adjoined(tensors: Tensors, make: Callable[[Tensor], Any] = Tensor.detach) -> Any:
-    """A tensor of all their rows that is none of another layer's: what converts one layer leaves the other as it is."""
+    """A new tensor object over all rows, made adjacent if needed: converting one layer must not affect another."""
     with torch.inference_mode(tensors[0].is_inference()), torch.no_grad():
         if len(tensors) == 1:
             return make(tensors[0].detach())
@@ -206,8 +206,8 @@ def _adjoined(tensors: Tensors, make: Callable[[Tensor], Any] = Tensor.detach) -
         if whole is None:
             whole = _concatenated([part.detach() for part in tensors])
             for part, piece in zip(tensors, whole.split([len(part) for part in tensors]), strict=True):
-                # A storage of its own over the same memory: libraries that save weights take two tensors of one
-                # storage for two names of one, and drop the second.
+                # A separate storage over the same memory: libraries that save weights take two tensors with one
+                # storage for aliases, and drop the second.
                 part.data = from_dlpack(piece)
         made = make(whole.detach())
     _remember(made)
@@ -226,7 +226,7 @@ def _remember(whole: Tensor) -> None:
 
 
 def spanning(tensors: Tensors) -> Tensor | None:
-    """A tensor of `fuse`, if the tensors are its rows in their order; else None."""
+    """The fused tensor whose rows are exactly these tensors, in order; else None."""
     for known in [*_WHOLE.get(tensors[0].data_ptr(), ())]:
         whole = known()
         if whole is not None and _spans(whole, tensors):

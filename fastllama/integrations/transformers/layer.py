@@ -1,4 +1,4 @@
-"""LlamaDecoderLayer as six ops, under the name of what it replaces."""
+"""LlamaDecoderLayer as six ops, named like the stock class it replaces."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, key_list)
 
 _STOCK = modeling_llama.LlamaDecoderLayer
-_POSITIONAL = [*inspect.signature(_STOCK.forward).parameters][2:]  # behind hidden_states
-# transformers 4.57 tells a cache where to write; 5 asks the cache.
+_POSITIONAL = [*inspect.signature(_STOCK.forward).parameters][2:]  # after hidden_states
+# transformers 4.57 passes the cache a position to write to; version 5 asks the cache.
 _CACHE_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
 class LlamaDecoderLayer(_STOCK):
-    """A decoder layer on our ops; on transformers' own code where `_runs` says so."""
+    """A decoder layer on our ops; on transformers' own code where `_runs` returns False."""
 
     _fastllama: Reading
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """hidden_states [B, S, H] -> [B, S, H]; other arguments by position or name, as the stock layer takes them."""
+        """hidden_states [B, S, H] -> [B, S, H]; other arguments by position or name, as in the stock layer."""
         if type(self) is not LlamaDecoderLayer or not self._runs(hidden_states, kwargs):
             return _STOCK.forward(self, hidden_states, *args, **kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError(
-                "output_attentions is True, but a patched model has no attention weights to give: "
+                "output_attentions is True, but a patched model has no attention weights to return: "
                 "fastllama.unpatch(model), then model.set_attn_implementation('eager')"
             )
         given = kwargs | dict(zip(_POSITIONAL, args, strict=False)) if args else kwargs
@@ -111,17 +111,17 @@ class LlamaDecoderLayer(_STOCK):
         return attend(q, k_pages, v_pages, table, scale, shared.attention_workspace(q, k_pages, table))
 
     def _runs(self, x: Tensor, given: dict[str, Any]) -> bool:
-        """Whether this call is one for our ops; a warning says why not, where the caller might not know.
+        """Whether this call can run on our ops; otherwise warns with the reason, where it may be unexpected.
 
-        Raises RuntimeError where transformers' code could not run either, for what our mask is to another attention.
+        Raises RuntimeError where transformers' code cannot run either, as its attention does not accept our mask.
         """
         if self.training or type(x) is not Tensor or not causal(self._modules["self_attn"], given.get("is_causal")):
             return False
         reason = None
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            reason = "gradients are wanted: call the model under torch.inference_mode()"
+            reason = "gradients are required: call the model under torch.inference_mode()"
         elif torch.is_autocast_enabled(x.device.type):
-            reason = "autocast is on: load the model in the dtype that it is to compute in"
+            reason = "autocast is on: load the model in its compute dtype"
         elif is_compiling() or not self._fastllama.holds(self):
             reason = self._changed()
         if reason is None and not is_compiling() and x.dtype != self._fastllama.dtype:
@@ -131,13 +131,15 @@ class LlamaDecoderLayer(_STOCK):
         return reason is None
 
     def _changed(self) -> str | None:
-        """Read the layer anew, or say why not."""
+        """Read the layer again; returns the reason where that is impossible."""
         reason = trouble(self)
         config = getattr(self.self_attn, "config", None)
         if config is not None and config._attn_implementation != NAME:
             reason = f"attention was set to {config._attn_implementation!r}"
         elif not is_stock(self.self_attn, "LlamaAttention"):
-            raise RuntimeError(f"{reason}, which the masks of a patched model do not suit: fastllama.unpatch(model)")
+            raise RuntimeError(
+                f"{reason}, which does not accept the masks of a patched model: fastllama.unpatch(model)"
+            )
         if not is_compiling():
             if reason is None:
                 self._fastllama.read(self)
@@ -146,6 +148,6 @@ class LlamaDecoderLayer(_STOCK):
         return reason
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What moves or converts weights: the old ones are not kept until the next call."""
+        """Called to move or convert weights; releases the old fused ones at once, not at the next call."""
         self._fastllama.forget()
         return super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""Quantized linear layers in a transformers model: called as nn.Linear is, each with a matmul op of its own."""
+"""Quantized linear layers for a transformers model: called like nn.Linear, one matmul op each."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastllama.layers.quantized import Int4Linear, Int8Linear, QuantizedLinear, 
 
 
 class _HfLinear(QuantizedLinear):
-    """A layer with nothing before and behind it."""
+    """A quantized layer without fused prologue or epilogue."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features], both in a dtype that the scales have, or beside scales in fp32.
+        """x [..., in_features] -> [..., out_features], both in the scales' dtype, or any if the scales are fp32.
 
         Raises RuntimeError where x requires grad: the ops have no backward.
         """
@@ -33,7 +33,7 @@ class HfInt8Linear(_HfLinear, Int8Linear):
 
 
 class HfW8A8Linear(_HfLinear, W8A8Linear):
-    """8 bits, and each row of x rounded to 8 bits at each call: W8A8."""
+    """8-bit weights, and rows of x rounded to 8 bits at each call: W8A8."""
 
 
 HF_LINEARS: dict[str, type[_HfLinear]] = {each.kind: each for each in (HfInt4Linear, HfInt8Linear, HfW8A8Linear)}

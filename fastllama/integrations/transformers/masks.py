@@ -1,8 +1,8 @@
-"""The attention mask of a patched model: which cached tokens each sequence attends to, as a list made once a forward.
+"""The attention mask of a patched model: a list of the cached tokens of each sequence, made once per forward.
 
-transformers asks a mask function for one tensor that every layer then gets. A stock one is [B, 1, S, L] booleans; ours
-is a page table: for each sequence its number of keys and their slots in the cache, in order. Padding in front, and gaps
-among the cached tokens, are slots that are not listed, so the paged attention kernels need no mask at all.
+transformers calls a mask function for one tensor that every layer then gets. A stock mask is [B, 1, S, L] booleans;
+ours is a page table: for each sequence its number of keys and their slots in the cache, in order. Left padding and gaps
+among the cached tokens are slots that are not listed, so the paged attention kernels need no mask at all.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from fastllama.arithmetic import ceil_div
 
-STEP = 256  # slots are listed in multiples of so many, so that a decode step's tensors keep their shapes for as long
+STEP = 256  # a list's length is a multiple of this, so that the shapes of decode steps rarely change
 
 
 def width_of(num_keys: int) -> int:
-    """Columns of a list of so many slots."""
+    """Columns of a list of `num_keys` slots."""
     return ceil_div(num_keys, STEP) * STEP
 
 
 def is_key_list(mask: Tensor | None) -> bool:
-    """Whether a layer's mask is one of ours; else it is None or of the caller: booleans, or numbers to be added."""
+    """Whether a layer's mask is a key list; else it is None, or a boolean or additive mask of the caller."""
     if mask is None or mask.dtype != torch.int32 or mask.dim() != 4:
         return False
     return mask.shape[2] == 1 and mask.shape[3] % STEP == 1
 
 
 def keys_of(mask: Tensor) -> int | None:
-    """How many keys a key list was made for; None where a compiled graph has made it."""
+    """The number of keys that a key list was made for; None where a compiled graph made it."""
     return getattr(mask, "_fastllama_keys", None)
 
 
 def as_booleans(mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """What a key list, or None, says as SDPA takes it: [B, 1, S, L]."""
+    """A key list, or None, as a boolean mask for SDPA: [B, 1, S, L]."""
     if mask is None:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
         return seen.expand(batch, 1, queries, keys)
     lengths, slots = mask[:, 0, 0, :1], mask[:, 0, 0, 1:].long()
     places = torch.arange(slots.shape[1], dtype=torch.int64, device=device).expand_as(slots)
-    # Of each slot its place in the list; what is not listed is behind every query's last key.
+    # The index of each slot in the list; slots not listed get one after every query's last key.
     listed = torch.where(places < lengths, slots, keys)
     place_of = torch.full((batch, keys + 1), 1 << 30, dtype=torch.int64, device=device)
     place_of = place_of.scatter_(1, listed, places)[:, :keys]
@@ -63,15 +63,15 @@ def key_list(
     cache_position: Tensor | None = None,
     **others: Any,
 ) -> Tensor | None:
-    """The mask function that transformers calls once a forward; attention_mask: [B, up to L] booleans, of padding.
+    """The mask function that transformers calls once per forward; attention_mask: [B, up to L] booleans, of padding.
 
-    Returns [B, 1, 1, 1 + W] int32, first the number of a sequence's keys and then their slots, W being L in steps of
-    256; or None, where every token attends to all before it; or what SDPA takes, [B, 1, S, L] booleans, for what a list
-    cannot say: several sequences packed into one row, padding behind or between the new tokens (attention aligns the
-    last query with the last key); and where layers run transformers' code, with gradients or under autocast.
-    4-D, because transformers hands such a mask on as it is. Where several new tokens come with a mask it waits for the
-    device once, to look at the padding; a decode step never waits.
-    transformers 5 gives q_length and q_offset, 4.57 cache_position.
+    Returns [B, 1, 1, 1 + W] int32, the number of a sequence's keys and then their slots, W being L rounded up to a
+    multiple of 256; or None, where every token attends to all before it; or SDPA's mask, [B, 1, S, L] booleans, where a
+    list cannot express it: several sequences packed into one row, padding after or between the new tokens (attention
+    aligns the last query with the last key); and where layers run transformers' code, with gradients or under autocast.
+    4-D, because transformers passes such a mask through unchanged. With several new tokens and a mask it synchronizes
+    with the device once, to read the padding; a decode step never does.
+    transformers 5 passes q_length and q_offset, 4.57 cache_position.
     """
     if cache_position is not None:
         q_length = cache_position.shape[0]
@@ -93,7 +93,7 @@ def key_list(
     if listed:
         return _listed(attention_mask, batch_size, kv_length, q_offset, q_length, device)
     others |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
-    # None would say neither whether a cache is longer than what it holds, nor that attention is not causal.
+    # None could express neither a cache longer than its content, nor attention that is not causal.
     others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(batch_size=batch_size, kv_length=kv_length, **others)
 
@@ -103,22 +103,22 @@ def _by_transformers(device: torch.device | None) -> bool:
 
 
 def _as_long(mask: Tensor, num_keys: int) -> Tensor:
-    """[B, L], where slots that nothing is said of are padding."""
+    """The mask extended to [B, L]; slots that it does not cover are padding."""
     missing = num_keys - mask.shape[-1]
     return torch.nn.functional.pad(mask, (0, missing)) if missing > 0 else mask[:, :num_keys]
 
 
 def _facts(mask: Tensor, q_offset: int | Tensor, q_length: int) -> tuple[bool, bool]:
-    """Whether anything is padding, and whether a new token is, behind one that is not: read from the device.
+    """Whether there is padding, and whether any follows a new token that is not padding: read from the device.
 
-    In torch.compile's graph, which cannot wait for it, both.
+    Both are assumed true in torch.compile's graph, which cannot synchronize.
     """
     if is_compiling():
         return True, True
     slot = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)
     new = (slot >= q_offset) & (slot < q_offset + q_length)
-    behind = (mask.cumsum(1) > 0) & ~mask & new
-    padding, ragged = torch.stack(((~mask).any(), behind.any())).tolist()
+    trailing = (mask.cumsum(1) > 0) & ~mask & new
+    padding, ragged = torch.stack(((~mask).any(), trailing.any())).tolist()
     return padding, ragged
 
 
@@ -137,7 +137,7 @@ def _listed(
     counts = kept.cumsum(1)
     width = width_of(num_keys)
     table = torch.zeros(batch, width + 2, dtype=torch.int32, device=device)
-    # A slot's place is how many are kept up to it; those that are not kept go to a last column, which is cut off.
+    # A slot's index is the number of kept slots up to it; others go to an extra last column, which is cut off.
     places = torch.where(kept, counts, width + 1)
     table.scatter_(1, places, slot.to(torch.int32).expand(batch, num_keys))
     table[:, 0] = counts[:, -1]

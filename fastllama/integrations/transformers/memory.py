@@ -1,4 +1,4 @@
-"""`from_transformers`: a transformers Llama as ours, over the same memory."""
+"""`from_transformers`: wraps a transformers Llama as our model, over the same memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from fastllama.layers.rope import attention_factor, inverse_frequencies
 from fastllama.layers.weights import misshapen, slots
 from fastllama.quant.weight import QuantizedWeight
 
-# Our layer, and those of a decoder layer that it is made of.
+# Our layers, and the linear layers of a transformers decoder layer that each fuses.
 _LINEARS: dict[str, tuple[str, Sequence[str]]] = {
     "self_attn.qkv_proj": ("self_attn", QKV),
     "self_attn.o_proj": ("self_attn", ("o_proj",)),
@@ -52,23 +52,23 @@ _LINEARS: dict[str, tuple[str, Sequence[str]]] = {
 
 
 def from_transformers(model: nn.Module, tokenizer: Any = None) -> LlamaForCausalLM:
-    """A transformers Llama as a model for `LLM`, over the same memory: weights are there once.
+    """A transformers Llama as a model for `LLM`, sharing the memory of the weights.
 
     model: a transformers LlamaForCausalLM in float32, bfloat16 or float16, patched or not, quantized with
-    FastLlamaConfig or not. It goes on working, and may be patched later: q, k and v (and gate, up) move next to each
-    other in memory, one after another. Quantized ones that are no multiple of 64 rows are copied instead, as only whole
-    tiles of rows can be one.
-    What is written to its weights in place ours has too, and the other way round (LLM.update_weights; call
-    LLM.reset_prefix_cache after writing). Weights that are moved or replaced (`.to()`, `.half()`) are no longer shared.
-    Quantizing ours leaves the other as it is. Either may be deleted.
-    tokenizer: the model's, of transformers or as load_tokenizer takes it. Where ours would give other ids, a warning
-    says so, and only token ids go in and out.
-    The end-of-text tokens, and LLM's sampling settings, are those of model.generation_config.
-    Raises TypeError for anything but a LlamaForCausalLM, ValueError where its weights alone would not give its logits
+    FastLlamaConfig or not. It stays usable, and may be patched later: q, k and v (and gate, up) are moved next to each
+    other in memory, one layer at a time. Quantized ones without a multiple of 64 rows are copied instead, as only whole
+    tiles of rows can be fused.
+    In-place writes to its weights change ours too, and vice versa (LLM.update_weights; call LLM.reset_prefix_cache
+    after writing). Weights that are moved or replaced (`.to()`, `.half()`) are no longer shared.
+    Quantizing ours does not change the other. Either may be deleted.
+    tokenizer: the model's, of transformers or an argument of load_tokenizer. Where ours would produce other ids, a
+    warning is logged, and only token ids are accepted and returned.
+    End-of-text tokens and LLM's sampling settings are those of model.generation_config.
+    Raises TypeError for anything but a LlamaForCausalLM, ValueError where its logits depend on more than its weights
     (LoRA, hooks, offloaded weights, another activation, several devices), and changes nothing then.
     """
     if not isinstance(model, modeling_llama.LlamaForCausalLM):
-        of_peft = "; of a PEFT model what merge_and_unload() returns" if hasattr(model, "merge_and_unload") else ""
+        of_peft = "; for a PEFT model, the result of merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise TypeError(f"model is {kind_of(model)}; legal: a transformers LlamaForCausalLM{of_peft}")
     given: Any = model
     _check(given)
@@ -79,22 +79,20 @@ def from_transformers(model: nn.Module, tokenizer: Any = None) -> LlamaForCausal
     ours.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     name = getattr(given, "name_or_path", None) or None
     ours.name_or_path = name
-    source = generation or _as_json(
-        "config", given.config
-    )  # as generation_config.json, where there is none config.json
+    source = generation or _as_json("config", given.config)  # as for files: generation_config.json, else config.json
     ours.sampling_settings = sampling_settings(source, f"{name or type(model).__name__}: generation_config")
     _share(given, ours)
     return ours.eval()
 
 
 def _check(model: Any) -> None:
-    """Raise ValueError where the model's logits are not those of its weights alone, or these cannot be shared."""
+    """Raise ValueError where the model's logits depend on more than its weights, or these cannot be shared."""
     left: dict[str, list[str]] = {}  # reason -> modules
     for name, reason in _troubles(model):
         left.setdefault(reason, []).append(name)
     if left:
         parts = (f"{_first(names)} ({reason})" for reason, names in left.items())
-        raise ValueError(f"model has what fastllama would pass over: {'; '.join(parts)}")
+        raise ValueError(f"model has parts that fastllama would ignore: {'; '.join(parts)}")
 
 
 def _first(names: Sequence[str]) -> str:
@@ -102,7 +100,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _troubles(model: Any) -> Iterator[tuple[str, str]]:
-    """Modules by name, and why each cannot be part of a model of ours."""
+    """Names of modules that cannot be converted, each with the reason."""
     body: Any = getattr(model, "model", None)
     head, kind = getattr(model, "lm_head", None), type(model)
     if not is_own(kind.forward, modeling_llama.__name__):
@@ -141,7 +139,7 @@ def _troubles(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _used_twice(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Weights that are another's too: fused ones are moved or copied, and only one of the two would follow."""
+    """Weights shared by two modules: fused ones are moved or copied, and only one of the two would follow."""
     seen: dict[tuple[torch.device, int], str] = {}
     for name, tensor in chain(model.named_parameters(remove_duplicate=False), _packed(model)):
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta or not tensor.numel():
@@ -167,7 +165,7 @@ def _described(module: Any) -> str:
 
 
 def _layer_trouble(layer: Any, first: Tensor) -> str | None:
-    """Why a decoder layer that can be patched cannot be one of ours. first: what dtype and device must be those of."""
+    """Why a patchable decoder layer cannot be converted. first: a weight with the required dtype and device."""
     attention = layer.self_attn
     if reason := foreign_attention(attention.config):
         return reason
@@ -185,7 +183,7 @@ def _layer_trouble(layer: Any, first: Tensor) -> str | None:
 
 
 def _as_json(name: str, config: Any) -> dict[str, Any]:
-    """What a configuration of transformers writes to its file. Raises TypeError for a setting that no file can hold."""
+    """A transformers configuration as its JSON file. Raises TypeError for a setting that JSON cannot represent."""
     if config is None:
         return {}
     if isinstance(ends := getattr(config, "eos_token_id", None), Tensor):
@@ -204,7 +202,7 @@ def _as_json(name: str, config: Any) -> dict[str, Any]:
 
 
 def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration of what the model is: transformers may have been told otherwise since it was made."""
+    """The configuration of the model's actual modules; model.config may have been changed since it was made."""
     config = LlamaConfig.from_hf(_as_json("config", model.config))
     body = model.model
     if len(body.layers) != config.num_hidden_layers:
@@ -219,9 +217,7 @@ def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
         mlp_bias=_has_biases(body.layers, "mlp", (*GATE_UP, "down_proj")),
     )
     if not _turns_as(config, body.rotary_emb):
-        raise ValueError(
-            "model.model.rotary_emb turns otherwise than config's rope says; legal: as it was made from it"
-        )
+        raise ValueError("model.model.rotary_emb has other frequencies than config specifies; legal: those of config")
     ends = generation.get("eos_token_id")
     if ends is None:
         return config
@@ -235,11 +231,11 @@ def _config(model: Any, generation: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _turns_as(config: LlamaConfig, rotary: Any) -> bool:
-    """Whether a rotary embedding of transformers has the frequencies of a configuration, 1e-5 of each at most off.
+    """Whether a rotary embedding of transformers has a configuration's frequencies, within a relative 1e-5.
 
-    A model cast to 16 bits has them rounded to these, by mistake: ours are exact.
+    A model cast to 16 bits has wrongly rounded ones, which are accepted: ours are exact.
     """
-    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"  # follows what it last saw
+    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"  # depends on its last input
     found = (rotary.original_inv_freq if dynamic else rotary.inv_freq).detach().float().cpu()
     expected = inverse_frequencies(config, config.max_position_embeddings)
     if found.shape != expected.shape:
@@ -254,7 +250,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _has_biases(layers: nn.ModuleList, owner: str, names: Sequence[str]) -> bool:
-    """Whether linear layers have biases: all, or none."""
+    """Whether the linear layers have biases. Raises ValueError where only some have."""
     with_bias = {
         f"model.layers.{index}.{owner}.{name}": getattr(getattr(layer, owner), name).bias is not None
         for index, layer in enumerate(layers)
@@ -278,7 +274,7 @@ def _check_shapes(model: Any, ours: LlamaForCausalLM) -> None:
 
 
 def _share(model: Any, ours: LlamaForCausalLM) -> None:
-    """Put layers over the model's memory into ours, which has none."""
+    """Give our model, which is on meta, layers over the other model's memory."""
     body = model.model
     ours.embed_tokens.weight = _shared(body.embed_tokens.weight)
     for layer, block in zip(body.layers, ours.layers, strict=True):
@@ -292,7 +288,7 @@ def _share(model: Any, ours: LlamaForCausalLM) -> None:
 
 
 def _linear(linears: Sequence[Any]) -> LinearBase:
-    """One layer of several: over their memory, or where quantized ones end within a tile of rows a copy."""
+    """Fuse linear layers: over their memory, or a copy where quantized ones end within a tile of rows."""
     layer = fuse(linears)
     if layer is not None:
         return layer

@@ -1,4 +1,4 @@
-"""LlamaRMSNorm as one op, under the name of what it replaces."""
+"""LlamaRMSNorm as one op, named like the stock class it replaces."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers.models.llama import modeling_llama
 from fastllama import kernels
 
 _STOCK = modeling_llama.LlamaRMSNorm
-_FORWARD = _STOCK.forward  # which other libraries replace, for all models of a process
+_FORWARD = _STOCK.forward  # other libraries replace it for all models of a process
 
 
 class LlamaRMSNorm(_STOCK):
-    """A norm on our op, where no layer of ours has it inside its matmul."""
+    """A norm on our op, where it is not fused into a matmul."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""

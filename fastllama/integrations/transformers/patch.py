@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: one model's layers, norms and attention by our ops, and back."""
+"""`patch` and `unpatch`: switch one model's layers, norms and attention to our ops, and back."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ from fastllama.integrations.transformers.trouble import (
     trouble,
 )
 
-OLDEST, NEWEST = "4.57.6", "5.24.0"  # of transformers, tested with what lies between
+OLDEST, NEWEST = "4.57.6", "5.24.0"  # tested versions of transformers, from and to
 
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` did: how many decoder layers run on our ops, of how many, and why the others do not."""
+    """The result of `patch`: the number of decoder layers on our ops, of all, and why the others are not."""
 
     patched: int
     layers: int
-    norms: int  # that stand alone: in no patched layer
+    norms: int  # patched norms outside patched layers
     left: dict[str, str] = field(default_factory=dict)  # module's name -> reason
 
     def __str__(self) -> str:
-        """`patched 29 of 32 layers; left as they are: model.layers.3 and 2 more (q_proj is a ...)`."""
+        """`patched 29 of 32 layers; not patched: model.layers.3 and 2 more (q_proj is a ...)`."""
         text = f"patched {self.patched} of {self.layers} layers"
         for reason in dict.fromkeys(self.left.values()):
             first, *others = (name for name, why in self.left.items() if why == reason)
-            text += f"; left as they are: {first}{f' and {len(others)} more' if others else ''} ({reason})"
+            text += f"; not patched: {first}{f' and {len(others)} more' if others else ''} ({reason})"
         return text
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
-    """Run a transformers Llama on fastllama's ops, in place, until `unpatch`; this model alone, no other.
+    """Run a transformers Llama on fastllama's ops, in place, until `unpatch`; other models are unaffected.
 
-    model: what holds a transformers LlamaModel (LlamaForCausalLM, LlamaForSequenceClassification, a PEFT model), in
-    float32, bfloat16 or float16. A decoder layer becomes six launches: four matmuls with norm, SwiGLU and residual
-    inside, rotary embedding with the KV write, attention. Weights keep their names and are shared: q, k, v (and gate,
-    up) move next to each other in memory, one layer at a time.
-    Linear layers that FastLlamaConfig quantized run on the ops of their kind.
-    A layer that is not what it should be (LoRA, quantized by others, offloaded, hooked, another activation) keeps
-    transformers' code, and a warning names it. Training, autocast and gradients run transformers' code too. What
-    changes later is noticed at the next call.
-    strict: raise ValueError, and change nothing, where a layer would be left as it is.
-    Returns a PatchReport: print it. Patching again takes in layers that were left and are fit by now.
+    model: contains a transformers LlamaModel (LlamaForCausalLM, LlamaForSequenceClassification, a PEFT model), in
+    float32, bfloat16 or float16. A decoder layer becomes six launches: four matmuls fused with norm, SwiGLU and
+    residual, rotary embedding with the KV write, attention. Weights keep their names and are shared: q, k, v (and gate,
+    up) are moved next to each other in memory, one layer at a time.
+    Linear layers quantized by FastLlamaConfig run on the ops of their kind.
+    Unsupported layers (LoRA, other quantizations, offloaded, hooked, another activation) keep transformers' code, and a
+    warning names them. Training, autocast and gradients run transformers' code too. Later changes are noticed at the
+    next call.
+    strict: raise ValueError, and change nothing, where a layer cannot be patched.
+    Returns a PatchReport: print it. Patching again includes layers that have become supported.
     Raises TypeError for a model without a LlamaModel, ValueError where config.output_attentions is set.
     Supported: transformers 4.57.6 to 5.24.0; another version is tried, with a warning.
     """
@@ -107,7 +107,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give a model back to transformers' code: the classes, and the attention that it had. Weights stay where they are.
+    """Restore transformers' classes and the previous attention of a model. Weights stay in place.
 
     Raises TypeError for a model without a LlamaModel; one that is not patched stays as it is.
     """
@@ -128,13 +128,13 @@ def _bodies(model: nn.Module) -> list[tuple[str, Any]]:
     if not bodies:
         raise TypeError(
             f"model is {kind_of(model)}; legal: a transformers model of "
-            "model_type llama, or one that holds a transformers LlamaModel"
+            "model_type llama, or one that contains a transformers LlamaModel"
         )
     return bodies
 
 
 def _unsuited(layers: Mapping[str, Any]) -> str | None:
-    """Why none of a body's layers can be patched: they all get one mask, and ours suits no other attention."""
+    """Why none of a body's layers can be patched: all get one mask, and other attention does not accept ours."""
     for name, layer in layers.items():
         attention: Any = getattr(layer, "self_attn", None)
         if not is_stock(attention, "LlamaAttention"):
@@ -145,7 +145,7 @@ def _unsuited(layers: Mapping[str, Any]) -> str | None:
 
 
 def unfit(layer: nn.Module) -> str | None:
-    """Why a layer cannot be patched; None where it can be, or is."""
+    """Why a layer cannot be patched; None where it can be, or already is."""
     if type(layer) is not LlamaDecoderLayer and not is_stock(layer, "LlamaDecoderLayer"):
         return f"it is {foreign(layer)}"
     reason = overridden(layer)
@@ -158,7 +158,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _take_attention(model: nn.Module, body: Any) -> None:
-    """Our attention and mask for a body; its config becomes its own, as models may share one."""
+    """Select our attention and mask for a body; its config is copied, as models may share one."""
     if "_fastllama_attention" not in body.__dict__:
         shared, own = body.config, copy.deepcopy(body.config)
         for module in model.modules():
@@ -169,9 +169,9 @@ def _take_attention(model: nn.Module, body: Any) -> None:
 
 
 def _give_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a module's class, and what the module itself keeps of the old one's forward.
+    """Change a module's class, and references to the old class's forward in the module itself.
 
-    accelerate keeps it behind its hook, and transformers 4.57 leaves it there after collecting hidden states.
+    accelerate stores one with its hook, and transformers 4.57 leaves one after collecting hidden states.
     """
     old = type(module)
     if old is kind:

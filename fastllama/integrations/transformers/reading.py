@@ -1,4 +1,4 @@
-"""What was read of a decoder layer, its fused linear layers before all, and how a change of the layer is noticed."""
+"""Caches a decoder layer's fused linear layers, and detects changes of the layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastllama.layers.linear import LinearBase
 
 _CHILDREN = itemgetter("self_attn", "mlp", *NORMS)
 _OF_ATTENTION, _OF_MLP = itemgetter(*QKV, "o_proj"), itemgetter(*GATE_UP, "down_proj", "act_fn")
-_CHOSEN = "_attn_implementation_internal"  # what config._attn_implementation reads, by way of 2 us
-_OVERRIDES = "forward", "_hf_hook", "bias"  # the last where a quantized layer has no parameter of that name
-# Whose forward other libraries replace for all models of a process.
+_CHOSEN = "_attn_implementation_internal"  # the attribute of the property config._attn_implementation, which takes 2 us
+_OVERRIDES = "forward", "_hf_hook", "bias"  # "bias": where a quantized layer has no parameter of that name
+# Classes whose forward other libraries replace for all models of a process.
 _ATTENTION, _MLP, _NORM = modeling_llama.LlamaAttention, modeling_llama.LlamaMLP, modeling_llama.LlamaRMSNorm
 
 
 def linears_of(layer: Any) -> list[list[nn.Module]]:
-    """The linear layers of each of a decoder layer's four matmuls, in their order."""
+    """The linear layers of each of a decoder layer's four matmuls, in order."""
     attention, mlp = layer._modules["self_attn"]._modules, layer._modules["mlp"]._modules
     qkv, gate_up = [attention[name] for name in QKV], [mlp[name] for name in GATE_UP]
     return [qkv, [attention["o_proj"]], gate_up, [mlp["down_proj"]]]
@@ -45,17 +45,17 @@ class Reading:
         return Reading, ()
 
     def forget(self) -> None:
-        """Nothing is read, and no memory held."""
+        """Drop everything read, and release its memory."""
         self.matmuls: tuple[Matmul, ...] = ()
         self.dtype: torch.dtype | None = None
         self.linears: tuple[LinearBase, ...] = ()
         self._known: tuple[Any, ...] | None = None
-        self._room = -1, 0  # rows, and numbers of scratch memory for them
+        self._room = -1, 0  # rows, and elements of scratch memory for them
 
     def holds(self, layer: Any) -> bool:
-        """Whether the layer is as it was read: modules, their classes, attributes and hooks, and its weights.
+        """Whether the layer is unchanged since `read`: modules, their classes, attributes and hooks, and weights.
 
-        Of weights it looks at the memory too. At every call, so in few steps of Python: 2 us.
+        Weights are compared by address too. Runs at every call, so it takes few Python operations: 2 us.
         """
         known = self._known
         if known is None:
@@ -78,7 +78,7 @@ class Reading:
             return False
 
     def read(self, layer: Any) -> None:
-        """Fuse the weights of a layer that has no `trouble`: they are moved next to each other where they are apart."""
+        """Fuse the weights of a layer without `trouble`, moving them next to each other where needed."""
         attention, mlp = layer.self_attn, layer.mlp
         linears = linears_of(layer)
         self.linears = (*map(joined, linears),)
@@ -86,7 +86,7 @@ class Reading:
         self.dtype = layer.input_layernorm.weight.dtype
         structure: Any = _CHILDREN(layer._modules), _OF_ATTENTION(attention._modules), _OF_MLP(mlp._modules)
         modules = [*chain(*structure)]
-        attributes = [module.__dict__ for module in modules]  # a forward of its own is one more
+        attributes = [module.__dict__ for module in modules]  # an instance's own forward adds one
         norms = [layer._modules[name] for name in NORMS]
         owned = [module._parameters.values() for module in (*chain(*linears), *norms)]
         owned += [linear._buffers.values() for linear in chain(*linears) if linear._buffers]
@@ -109,7 +109,7 @@ class Reading:
         )
 
     def _no_hooks(self, modules: Sequence[nn.Module]) -> bool:
-        """Asked where a hook was registered since, on any module of the process."""
+        """Whether these modules have no hooks; checked after a hook was registered on any module of the process."""
         next_hook = RemovableHandle.next_id
         if global_hooks() or any(map(hooked, modules)):
             return False
@@ -117,8 +117,8 @@ class Reading:
         return True
 
     def room(self, num_rows: int) -> int:
-        """Numbers of scratch memory for the layer's matmuls of so many rows, one at a time."""
-        if self._room[0] != num_rows:  # asked anew only where the batch changes: it takes 30 us
+        """Elements of scratch memory for any one of the layer's matmuls of num_rows rows."""
+        if self._room[0] != num_rows:  # recomputed only when the batch changes: it takes 30 us
             assert self.dtype is not None
             needed = [linear.workspace(num_rows, self.dtype).numel() for linear in self.linears]
             self._room = num_rows, max(needed)

@@ -1,4 +1,4 @@
-"""What a decoder layer must be to run on our ops: transformers' own modules, plain weights or our quantized ones."""
+"""Checks whether a decoder layer can run on our ops: stock modules, plain weights or our quantized ones."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from transformers.models.llama import modeling_llama
 from fastllama.integrations.transformers.linears import HF_LINEARS
 from fastllama.integrations.transformers.norm import LlamaRMSNorm
 
-NAME = "fastllama"  # of our attention and our masks in transformers' registries
+NAME = "fastllama"  # of our attention and masks in transformers' registries
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int8)  # that codes are packed in
+INTEGERS = (torch.int32, torch.int8)  # dtypes of packed values
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 _QUANTIZED = (*HF_LINEARS.values(),)
 _MODELING = modeling_llama.__name__
-# Hooks of transformers' own, by which it collects hidden states: they do nothing to what a module computes.
+# transformers' own hooks that collect hidden states; they do not change a module's result.
 _COLLECTS = ("transformers.utils.output_capturing", "transformers.utils.generic")
-_GRADIENTS = "transformers.modeling_utils"  # whose hook on embeddings asks for gradients, and stays there afterwards
-# What torch's decorators make of a function: none changes what it computes.
+_GRADIENTS = "transformers.modeling_utils"  # its hook on embeddings enables gradients, and stays there afterwards
+# Wrappers made by torch's decorators, none of which changes a function's result.
 _OF_TORCH = ("torch.utils._contextlib", "torch._dynamo.eval_frame")
 
 
 def trouble(layer: Any) -> str | None:
-    """Why a LlamaDecoderLayer cannot run on our ops, in a few words; None where it can.
+    """Why a LlamaDecoderLayer cannot run on our ops, as a short phrase; None where it can.
 
-    What torch.compile traces of this becomes guards: a compiled layer is compiled anew when an answer changes.
+    torch.compile turns these checks into guards: a compiled layer is recompiled when a result changes.
     """
     attention, mlp = layer.self_attn, layer.mlp
     for name, kind in (("self_attn", "LlamaAttention"), ("mlp", "LlamaMLP")):
@@ -68,20 +68,20 @@ def trouble(layer: Any) -> str | None:
         if reason := hooked(module):
             return f"a {type(module).__name__} in it has {reason}"
     if global_hooks():
-        return "there are hooks of all modules"
+        return "there are global module hooks"
     return moved(layer)
 
 
 def is_stock(module: Any, name: str) -> bool:
-    """Whether a module is of transformers' own class of that name, and the class's forward is transformers' own."""
+    """Whether a module is of transformers' class of that name, with the class's original forward."""
     kind = type(module)
     return kind.__name__ == name and kind.__module__ == _MODELING and is_own(kind.forward, _MODELING)
 
 
 def is_own(function: Any, module: str = "transformers.") -> bool:
-    """Whether a function is of a module whose name begins so, under no decorators but transformers' and torch's.
+    """Whether a function is from a module with this prefix, under no decorators but transformers' and torch's.
 
-    What functools.wraps makes has the names of what it wraps: where the code comes from its globals tell.
+    functools.wraps copies the names of the wrapped function, so the origin is taken from the function's globals.
     """
     inner = getattr(function, "__wrapped__", None)
     while inner is not None:
@@ -92,27 +92,27 @@ def is_own(function: Any, module: str = "transformers.") -> bool:
 
 
 def _home(function: Any) -> str:
-    """The module that a function was written in; empty for what is no function of Python."""
+    """The module that a function was defined in; empty unless it is a Python function."""
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 def foreign_attention(config: Any) -> str | None:
-    """Why the attention function of a layer's configuration is not one whose place ours can take."""
+    """Why our attention cannot replace the attention function of a layer's configuration."""
     name = config._attn_implementation
-    if name == NAME or "/" in (name or ""):  # the latter are kernels of the hub, that transformers registers
+    if name == NAME or "/" in (name or ""):  # names with a slash are Hub kernels that transformers registers
         return None
     eager = name in (None, "eager")
     function = modeling_llama.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS.get(name, None)
-    return None if is_own(function) else f"its attention function {name!r} is none of transformers' own"
+    return None if is_own(function) else f"its attention function {name!r} is not transformers' own"
 
 
 def global_hooks() -> bool:
-    """Whether there are hooks that every call of a module runs."""
+    """Whether there are hooks that run at the call of every module."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def hooked(module: nn.Module) -> str | None:
-    """What would be passed over where a module's weights are used and the module is not called; None if nothing."""
+    """A hook or forward that would be skipped if the module is not called but its weights are used; None if none."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for hook in hooks.values():
             if not collects(hook) and _home(hook) != _GRADIENTS:
@@ -121,7 +121,7 @@ def hooked(module: nn.Module) -> str | None:
 
 
 def moved(module: nn.Module) -> str | None:
-    """A hook of accelerate that does more than to move what a module is called with to the module's device."""
+    """A hook of accelerate that does more than move a module's arguments to its device; None if none."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None or (type(hook).__name__ == "AlignDevicesHook" and not hook.offload):
         return None
@@ -129,11 +129,11 @@ def moved(module: nn.Module) -> str | None:
 
 
 def overridden(module: Any) -> str | None:
-    """A forward that stands between a module and its class's; None where there is none, but for accelerate's."""
+    """A forward on the instance that overrides the class's, other than accelerate's; None if none."""
     if getattr(module, "_hf_hook", None) is not None:
         return None
     forward, stock = module.forward, type(module).forward
-    if is_compiling():  # Dynamo guards what code a method has, and knows no method's function
+    if is_compiling():  # Dynamo guards a method's code object, and does not support reading its function
         own = getattr(forward, "__code__", None) is not stock.__code__
     else:
         own = getattr(forward, "__func__", None) is not stock
@@ -141,7 +141,7 @@ def overridden(module: Any) -> str | None:
 
 
 def collects(function: Any) -> bool:
-    """Whether a hook or forward is transformers' own, by which it collects hidden states or attention weights."""
+    """Whether a hook or forward is transformers' own collector of hidden states or attention weights."""
     return _home(function) in _COLLECTS
 
 
@@ -166,7 +166,7 @@ def _linear_trouble(name: str, linear: Any, first: Tensor) -> str | None:
 
 
 def _quantized_trouble(linear: Any, first: Tensor) -> str | None:
-    """Of the tensors that stand for its weight."""
+    """Why the tensors of a quantized weight cannot be used; None where they can."""
     floats = torch.float32, first.dtype
     for name, dtypes in (("packed", INTEGERS), ("scales", floats), ("zeros", (torch.uint8, *floats))):
         tensor = getattr(linear, name)
@@ -176,9 +176,9 @@ def _quantized_trouble(linear: Any, first: Tensor) -> str | None:
 
 
 def weight_trouble(weight: Any, first: Any, name: str = "weight") -> str | None:
-    """first: what dtype and device must be those of."""
+    """Why a weight cannot be used; None where it can. first: a weight with the required dtype and device."""
     if weight is None:
-        return f"{name} is not there: another library keeps it in a form of its own"
+        return f"{name} is missing: another library stores it in its own form"
     if type(weight) is nn.Parameter and weight.device.type != "meta" and weight.dtype not in DTYPES:
         return f"{name} is {weight.dtype}"
     return _tensor_trouble(name, weight, (nn.Parameter,), (first.dtype,), first)
@@ -191,20 +191,20 @@ def _tensor_trouble(
         return f"{name} is {kind_of(tensor)}"
     if tensor.device.type == "meta":
         return f"{name} is on the meta device: offloaded, or not loaded yet"
-    if not is_compiling() and tensor.device.type == "cpu" and tensor.is_shared():  # every tensor of a GPU is
-        return f"{name} is in memory that processes share, of which a fused weight would be a copy"
+    if not is_compiling() and tensor.device.type == "cpu" and tensor.is_shared():  # true for every GPU tensor
+        return f"{name} is in memory shared between processes, and a fused weight would be a copy"
     if tensor.dtype not in dtypes or tensor.device != first.device:
         return f"{name} is {tensor.dtype} on {tensor.device}, beside {first.dtype} on {first.device}"
     return None if tensor.is_contiguous() else f"{name} is not contiguous"
 
 
 def foreign(module: Any) -> str:
-    """What a module is that is not transformers' own, or whose class has been given another forward."""
+    """Describes a module that is not a stock one, or whose class's forward was replaced."""
     kind = type(module)
     replaced = kind.__module__ == _MODELING and not is_own(kind.forward, _MODELING)
     return f"{kind_of(module)}{' whose forward was replaced' if replaced else ''}"
 
 
 def kind_of(value: Any) -> str:
-    """A value's class in a sentence: "a torch.nn.modules.linear.Linear"."""
+    """A value's class with its article: "a torch.nn.modules.linear.Linear"."""
     return f"a {type(value).__module__}.{type(value).__qualname__}"

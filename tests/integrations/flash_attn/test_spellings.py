@@ -23,7 +23,7 @@ def test_of_three_packed_tensors_the_number_of_heads_says_nothing() -> None:
 
 @pytest.mark.parametrize("heads", [0, 3, 8, 9])
 def test_heads_that_leave_no_keys_for_values_are_refused(heads: int) -> None:
-    with pytest.raises(ValueError, match=rf"^num_heads_q is {heads}; legal: what leaves .* qkv's 8$"):
+    with pytest.raises(ValueError, match=rf"^num_heads_q is {heads}; legal: a number that leaves .* qkv's 8$"):
         flash_attn_qkvpacked_func(numbers(2, 3, 8, 16), num_heads_q=heads)
 
 
