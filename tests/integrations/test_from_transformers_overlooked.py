@@ -156,7 +156,7 @@ def test_dynamic_frequencies_may_have_followed_a_long_text() -> None:
     assert not torch.equal(model.model.rotary_emb.inv_freq, before)
     fastllama.from_transformers(model)
     model.model.rotary_emb.original_inv_freq = before * 0.999
-    with pytest.raises(ValueError, match="rotary_emb turns otherwise"):
+    with pytest.raises(ValueError, match="rotary_emb has other frequencies"):
         fastllama.from_transformers(model)
 
 
