@@ -137,7 +137,7 @@ def test_a_forward_compiles_with_inductor(kind: str) -> None:
 def test_gradients_are_refused_as_by_the_layers_alone() -> None:
     _, patched = pair()
     with (
-        pytest.warns(UserWarning, match="gradients are wanted"),
+        pytest.warns(UserWarning, match="gradients are required"),
         pytest.raises(RuntimeError, match="requires grad"),
     ):
         patched(IDS)

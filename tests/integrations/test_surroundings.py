@@ -113,7 +113,7 @@ def test_a_call_out_of_the_ordinary(call: str) -> None:
 def test_a_gradient_goes_through_layers_called_by_hand() -> None:
     stock, patched = pair()
     by_hand(stock).sum().backward()
-    with pytest.warns(UserWarning, match="gradients are wanted"):
+    with pytest.warns(UserWarning, match="gradients are required"):
         by_hand(patched).sum().backward()
     ours, theirs = (model.model.layers[0].self_attn.v_proj.weight.grad for model in (patched, stock))
     assert_close(ours, theirs)
