@@ -1,4 +1,4 @@
-"""What every test of a kernel gets: one thread, Triton's kernels checked."""
+"""Fixtures of every kernel test: one thread, and Triton's kernels checked in the interpreter."""
 
 from __future__ import annotations
 

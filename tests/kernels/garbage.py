@@ -19,7 +19,7 @@ INDEXED = [op for op in OPS if INDICES & set(OPS[op].names)]
 
 
 def garbage_calls(op: str, count: int = 12) -> Iterator[Arguments]:
-    """Of an op, without outputs, on the CPU, the same each time. No two tokens go to one slot: either may be last."""
+    """Calls of an op, without outputs, on the CPU, the same each time. Slots are distinct: writes have no order."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         call = inputs(op, small_call(op))

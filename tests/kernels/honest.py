@@ -1,4 +1,4 @@
-"""What a test of an op needs: the honest bound (fastllama/testing/bounds.py), and public ops on one implementation."""
+"""Helpers for tests of ops: the error bound (fastllama/testing/bounds.py), and public ops on one backend."""
 
 from __future__ import annotations
 

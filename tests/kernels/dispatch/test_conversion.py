@@ -1,4 +1,4 @@
-"""Changes of a weight's form go through the dispatch: whatever backend is asked for, one that there is runs."""
+"""Conversions of weights (quantize, pack, unpack): any requested backend falls back to one that exists."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_there_are_those_that_the_public_functions_call() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_any_backend_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, conversion: Conversion, backend: str) -> None:
-    """They have no Triton kernel: asking for one must not name that of an op, and changes no bit."""
+    """Conversions have no Triton kernel: requesting it names no op's kernel, and changes no bit."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("FASTLLAMA_BACKEND", backend)
     args = given(conversion.name)
@@ -100,7 +100,7 @@ def test_what_unpack_bf12_is_given_is_checked() -> None:
             kernels.unpack_bf12(*args)
 
 
-# What they make, or whether it is legal, hangs on numbers: is a weight finite, is a code one of 16, what is an outlier?
+# Their results or errors depend on values: is a weight finite, is a quantized value below 16, what is an outlier?
 READING = {"quantize_int4", "quantize_int8", "pack_int4", "pack_int8", "pack_bf12", "unpack_bf12"}
 
 
@@ -109,7 +109,7 @@ def changed(args: tuple[Any, ...], change: Callable[[torch.Tensor], torch.Tensor
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_fake_tensors_give_fake_results_or_say_that_numbers_are_asked_for(conversion: Conversion) -> None:
+def test_fake_tensors_give_fake_results_or_report_that_values_are_needed(conversion: Conversion) -> None:
     expected = flat(conversion(*given(conversion.name)))
     mode = FakeTensorMode()
     args = changed(given(conversion.name), mode.from_tensor)

@@ -38,7 +38,7 @@ LLAMA = LlamaSizes("small", hidden=256, intermediate=96, heads=4, kv_heads=2, he
 CONVERSIONS = [
     value for module in (bf12, int4, int8) for value in vars(module).values() if isinstance(value, Conversion)
 ]
-# In the interpreter a call takes 0.1 s: one of each of what goes wrong in ways of its own.
+# In the interpreter a call takes 0.1 s: one setting for each way to go wrong.
 TELLING = ("default dtype bf16", "default device meta", "autocast bf16", "matmul precision medium")
 
 
@@ -58,7 +58,7 @@ def calls(op: str) -> Iterator[tuple[str, Arguments]]:
 
 
 def bits(value: Any) -> Any:
-    """What two results have in common when they are the same: a tensor's bits, dtype, shape and device."""
+    """What is compared between two results: a tensor's bits, dtype, shape and device."""
     if isinstance(value, Tensor):
         assert value.device == CPU, "a result on another device"
         data = value.detach().contiguous().view(-1).view(torch.uint8) if value.numel() else value.new_empty(0).byte()
@@ -71,7 +71,7 @@ def copied(call: Arguments) -> Arguments:
 
 
 def changes(run: Callable[[], Any], settings: dict[str, Any]) -> list[str]:
-    """The settings under which `run` gives other bits, or raises."""
+    """The settings under which `run` gives different bits, or raises."""
     expected, before, found = bits(run()), default_settings(), []
     for name, setting in settings.items():
         try:
@@ -86,7 +86,7 @@ def changes(run: Callable[[], Any], settings: dict[str, Any]) -> list[str]:
 
 
 def op_changes(op: str, call: Arguments, settings: dict[str, Any]) -> list[str]:
-    """Of the op's public function, which allocates its results; with what it updates in place."""
+    """Settings that change the op's public function: its results, and the inputs that it updates in place."""
     given = inputs(op, call)
 
     def run() -> Any:
@@ -129,12 +129,12 @@ def test_no_setting_changes_a_bit_of_a_triton_kernel(op: str, name: str, force: 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_no_setting_changes_a_bit_of_a_vendors_matmul(biased: bool) -> None:
-    """Which runs between Triton kernels, on a GPU alone."""
+    """It runs between Triton kernels, on a GPU alone."""
     x, weight = torch.randn(70, 256), torch.randn(192, 256)
     bias = torch.randn(192) if biased else None
 
     def run() -> Tensor:
-        with no_autocast():  # as the op around it has it
+        with no_autocast():  # as within the op
             VendorMatmul(x, weight, bias, out).launch()
         return out
 
@@ -180,7 +180,7 @@ def test_no_setting_changes_a_bit_of_the_cos_sin_cache(dtype: torch.dtype) -> No
 
 
 def workspaces() -> dict[str, Callable[[], Tensor]]:
-    """What each function makes that allocates scratch memory; in the interpreter it has elements."""
+    """The scratch memory that each function allocates; in the interpreter it has elements."""
     x, weight = torch.randn(4, 256), torch.randn(96, 256)
     codes, scales = kernels.quantize_int8(weight, 128)
     packed, packed_int4 = kernels.pack_int8(codes), kernels.pack_int4((codes + 128).byte() // 16)

@@ -1,4 +1,4 @@
-"""Autocast and the precision of matmuls: off within, and put back behind it, by several threads and a fork too."""
+"""Autocast and reduced matmul precision are off within an op and restored after, in threads and forks too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ has_backends = pytest.mark.skipif(not isolation._BACKENDS, reason="torch 2.9 bro
 
 
 def precisions() -> tuple[str, ...]:
-    """As they are, by default or not."""
+    """The current settings, defaults or not."""
     places = (
         [(backend, op) for backend in ("mkldnn", "cuda") for op in ("all", "matmul")] if isolation._BACKENDS else []
     )
@@ -99,7 +99,7 @@ def run_together(*tasks: Callable[[], None]) -> None:
 
 
 def test_the_last_thread_out_puts_back() -> None:
-    """One that came later stays in full precision when the first has left."""
+    """A thread that entered later stays in full precision when the first has left."""
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
     expected = X @ WEIGHT.T
 
@@ -111,7 +111,7 @@ def test_the_last_thread_out_puts_back() -> None:
 
     def second() -> None:
         assert first_is_in.wait(60)
-        with full_precision("cpu"):  # what it reads is full already, by the first one's doing
+        with full_precision("cpu"):  # full already, set by the first thread
             second_is_in.set()
             assert first_is_out.wait(60)
             assert torch.equal(X @ WEIGHT.T, expected)
@@ -135,7 +135,7 @@ def test_threads_that_come_and_go() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_has_what_its_parent_had_set() -> None:
-    """Though the thread that would put it back is not there."""
+    """Though the thread that would restore it does not exist in the child."""
     inside, forked = threading.Event(), threading.Event()
 
     def stay() -> None:

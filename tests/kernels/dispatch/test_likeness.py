@@ -1,4 +1,4 @@
-"""Calls like an earlier one: recognised by all that their legality hangs on, and run without another check."""
+"""A call like an earlier one is recognised by all that decides its legality, and runs without another check."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_only_so_many_are_remembered() -> None:
 
 @pytest.mark.parametrize("eps", [torch.zeros(()), torch.tensor([1e-5]), "1e-5", None, [1e-5]], ids=str)
 def test_what_is_no_number_is_refused_also_where_a_call_with_its_value_is_known(eps: Any) -> None:
-    """A tensor's value could change, and a launch have kept it."""
+    """A tensor's value could change after a launch has stored it."""
     for known in (0.0, 1e-5):
         kernels.rms_norm(x(), WEIGHT, known)
     with pytest.raises(TypeError, match=r"^eps is .* of type \w+; legal: a number|^unhashable"):

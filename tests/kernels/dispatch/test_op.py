@@ -1,4 +1,4 @@
-"""The mechanism: which implementation runs and why, what is refused, and what is registered."""
+"""The dispatch: which implementation runs and why, what is refused, and what is registered."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FLOAT_INPUTS = [
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
-    """No choice from before, and none that stays."""
+    """Clears the ops' choices of backend before and after a test."""
     force("auto")
     monkeypatch.delenv("FASTLLAMA_BACKEND")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **installed: bool) -> None:
-    """As if a package were installed, or were not."""
+    """Pretends that a package is installed, or is not."""
     find = importlib.util.find_spec
 
     def found(name: str, package: str | None = None) -> ModuleSpec | None:

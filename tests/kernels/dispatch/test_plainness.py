@@ -1,4 +1,4 @@
-"""Every op with tensors that are more than memory, and under torch's modes: what torch would do, or one sentence."""
+"""Every op with tensor subclasses and under torch's modes: what torch would do, or a clear error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(op: str, call: dict[str, Any]) -> tuple[Tensor, ...]:
 
 @pytest.fixture(autouse=True)
 def _known() -> None:
-    """Each op has seen the call with plain tensors before: what is not plain must not be taken for it."""
+    """Each op has run the call with plain tensors before: a subclass must not be mistaken for them."""
     for op in OPS:
         run(op, small_call(op))
 
@@ -161,7 +161,7 @@ def test_what_is_not_strided_is_an_error(op: str, name: str) -> None:
 
 @every_float
 def test_a_lazy_negative_is_the_negative_or_an_error(op: str, name: str) -> None:
-    """An error where it would have to be written, which torch's own fallback does not do."""
+    """An error where it is an output: torch's own fallback would not write it."""
     torch.manual_seed(0)
     call = small_call(op)
     call[name].neg_()
@@ -180,7 +180,7 @@ def test_a_lazy_negative_is_the_negative_or_an_error(op: str, name: str) -> None
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @every_float
 def test_no_transform_is_passed_by(op: str, name: str) -> None:
-    """Derivatives that an op does not have, a batch that it does not know, writes that would not be seen."""
+    """Derivatives that an op does not have, vmap's hidden batch dimension, writes that functionalization would miss."""
     call = small_call(op)
     given = call[name]
 
@@ -216,7 +216,7 @@ def test_what_autograd_saved_is_not_overwritten_unseen(op: str) -> None:
 
 @every_op
 def test_inference_tensors_are_not_written_outside_of_inference_mode(op: str) -> None:
-    """As torch's own out= says; before anything is written."""
+    """As torch's own out= requires; raised before anything is written."""
     with torch.inference_mode():
         call = small_call(op)
         kept = {name: call[name].clone() for name in {*outputs(op)} & {*call}}
@@ -226,7 +226,7 @@ def test_inference_tensors_are_not_written_outside_of_inference_mode(op: str) ->
         torch.testing.assert_close(call[name], value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_dtensor_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtensor_reports_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 

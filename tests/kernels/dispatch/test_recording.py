@@ -1,4 +1,4 @@
-"""Recordings: what runs again, what makes one unfit, and that nothing of it stays behind."""
+"""Recordings of ops: what a replay runs, what makes a recording unusable, and that no mode stays set."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_an_interrupt_on_the_way_out_is_mended_too(monkeypatch: pytest.MonkeyPat
 
 
 def test_recording_does_not_import_torchs_compiler() -> None:
-    """It takes 0.9 s, and every process that writes a token records a step."""
+    """The import takes 0.9 s, and every process that generates a token records a step."""
     code = """
 import sys
 import torch

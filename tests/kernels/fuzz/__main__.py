@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def backends(op: str) -> list[str]:
-    """Those that run it here: Triton's kernels in the interpreter alone."""
+    """The backends that run it here: Triton's kernels in the interpreter alone."""
     if env.triton_interpret():
         return ["triton"] if OPS[op].has_triton else []
     return backends_of(op)

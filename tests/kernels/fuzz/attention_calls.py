@@ -13,7 +13,7 @@ from fastllama.kernels import cos_sin_cache
 from tests.kernels.fuzz.calls import Arguments, CallMaker
 
 SCALES = (None, None, None, 1e-30, 1.0, 0.0, -1.0, 1e30, math.inf, math.nan)
-WHOLE_SCALES = (0.37, 1, 2.0**-20, 100.0, None)  # of all keys or values: the last not of codes
+WHOLE_SCALES = (0.37, 1, 2.0**-20, 100.0, None)  # of all keys or values: None not for quantized pages
 POSITIONS = 64
 
 
@@ -79,7 +79,7 @@ def _heads(m: CallMaker) -> tuple[int, int, int]:
 
 
 def _finite(m: CallMaker, name: str, *shape: int) -> Tensor:
-    """Values: one that is not finite may reach queries that it is hidden from, as 0 times it is NaN."""
+    """Finite values: 0 times an infinity is NaN, which reaches queries that it is masked from."""
     return m.place(name, m.values.tensor(m.dtype, *shape, not_finite=False), 1)
 
 

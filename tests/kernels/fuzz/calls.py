@@ -23,7 +23,7 @@ Arguments = dict[str, Any]
 
 @dataclass
 class CallMaker:
-    """What a call is drawn from. small: for the interpreter, which is slow."""
+    """Random source of a call's sizes and tensors. small: sizes for the interpreter, which is slow."""
 
     rng: random.Random
     small: bool = False
@@ -56,7 +56,7 @@ class CallMaker:
         return self.one_of((rows,), (rows,), (1, rows), (2, rows), (rows, 0, 2), ()) if self.chance(0.4) else (rows,)
 
     def place(self, name: str, value: Tensor, lead: int | None = None) -> Tensor:
-        """lead: all dimensions but the last where None."""
+        """lead: how many leading dimensions; all but the last where None."""
         lead = max(value.dim() - 1, 0) if lead is None else lead
         if name == "packed":  # 16 bytes at a time are read of it
             return self.memory.place(name, value, value.dim())
@@ -157,7 +157,7 @@ def merge_state(m: CallMaker) -> Arguments:
 
 
 def around(m: CallMaker, features: int, size: int, *more: int) -> Arguments:
-    """x, and what is before and behind a matmul."""
+    """x, and the options of a matmul's prologue and epilogue."""
     form = m.one_of("", "", "gated", "residual")
     gated = form == "gated" and features % 2 == 0
     leading = m.leading(*more)
@@ -184,7 +184,7 @@ def matmul(m: CallMaker) -> Arguments:
 
 
 def _grouped(m: CallMaker) -> tuple[int, int]:
-    """Columns, and groups of them."""
+    """A number of columns, and of groups of them."""
     group = m.one_of(32, 64, 128, 0)
     if m.small:
         group = m.one_of(32, 64, 0)

@@ -1,4 +1,4 @@
-"""Errors and kinds that are legal besides those of the rule: where fp32 overflows, underflows or cancels on the way."""
+"""Errors that are legal beyond the rule: where fp32 overflows, underflows or cancels in an intermediate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def least_weights(given: Arguments) -> float:
 
 
 def _held(given: Arguments, side: str) -> Tensor:
-    """Keys or values as they are held, and times their scales where that is more; 0 for what is not finite."""
+    """Keys or values as stored, or times their scales where that is larger; 0 for what is not finite."""
     held, scales = (
         given.get(side, given.get(f"{side}_pages")).double().nan_to_num(0.0, 0.0, 0.0),
         given.get(f"{side}_scales"),
@@ -69,8 +69,8 @@ def scores_overflow(given: Arguments) -> Tensor:
 def sums_overflow(op: str, given: Arguments, shape: torch.Size) -> Tensor | None:
     """Where the magnitudes that a matmul adds reach the largest fp32: what it gives then depends on their order.
 
-    Codes are added before their scales multiply, so x alone may overflow; and where a scale, or a weight, is not finite
-    in fp32, code 0 is NaN in the reference and nothing in such a sum.
+    Quantized values are summed before their scales multiply, so x alone may overflow; where a scale or a weight is not
+    finite in fp32, the value 0 is NaN in the reference and adds nothing to such a sum.
     """
     if op.startswith("attention"):
         return scores_overflow(given)
@@ -107,7 +107,7 @@ def fixed_point(op: str, given: Arguments) -> Tensor:
     made = unit * size + 2.0**-121  # the units times a scale may be denormal, and sums have 27 bits
     if not made.numel():
         return torch.zeros(())
-    if op == "matmul_int4":  # codes less 8, and zeros less 8 by sums of x: these cancel
+    if op == "matmul_int4":  # values less 8, and zeros less 8 by sums of x: these cancel
         x, weight = magnitudes(op, given)
         made = made + 4 * FP32 * (x @ weight.T)
     return made.amax(-1, keepdim=True) * (math.inf if given["gated"] else 1.0)  # it is multiplied by the other half

@@ -1,10 +1,10 @@
 """One case of an op: made from its number, run on a backend, judged by the rule of fastllama/testing/fuzz.py.
 
 Where the rule is another one:
-- codes and their scales are judged as codes times scales, which may be a step off: ties go either way.
-- a drawn token is judged by its share of the mass: the number of the row must fall into it, as of verify.sampling.
-- products by 4 and 8 bits may be off by a unit of the fixed point of their x, and give NaN in place of an infinity, as
-  bf12 may: their docstrings say so.
+- quantized values and scales are judged dequantized, and may be a step off: ties go either way.
+- a sampled token is judged by its share of the mass: the row's random number must fall into it, as in verify.sampling.
+- matmuls of 4-bit and 8-bit weights may be off by a unit of the fixed point of their x, and give NaN in place of an
+  infinity, as bf12 may: their docstrings state it.
 - write_kv under scales that are given, powers of two, gives what its reference gives in fp32, bit for bit.
 - adjust_logits gives what its reference gives in fp32, bit for bit.
 - matmuls may round between the ops they are made of, or multiply by the norm's factor last: both count as plain.
@@ -40,7 +40,7 @@ from tests.kernels.honest import assert_equal, implementation, on_cpu
 ALL_CALLS = {**CALLS, **ATTENTION_CALLS}
 TRIALS = 2  # oracles of moved inputs
 CODES = {"out": "scales_out", "k_pages": "k_scales", "v_pages": "v_scales"}
-STEPS = {torch.int8: 1.01, torch.float8_e4m3fn: 33.0}  # of a scale, between neighbouring codes at most
+STEPS = {torch.int8: 1.01, torch.float8_e4m3fn: 33.0}  # of a scale, between neighbouring values at most
 ROUNDS_BETWEEN = ("bias", "norm", "gated", "residual")
 
 
@@ -53,20 +53,20 @@ class Case:
     small: bool = False
 
     def make(self) -> tuple[CallMaker, Arguments]:
-        """Fresh memory each time, of the same contents."""
+        """The call's tensors: fresh memory each time, with the same contents."""
         rng = random.Random(zlib.crc32(f"{self.op} {self.number} {self.small}".encode()))
         maker = CallMaker(rng, self.small)
         return maker, ALL_CALLS[self.op](maker)
 
     @property
     def command(self) -> str:
-        """What runs it again."""
+        """The command that runs the case again."""
         small = " --small" if self.small else ""
         return f"python -m tests.kernels.fuzz --op {self.op} --case {self.number}{small}"
 
 
 def backends_of(op: str) -> list[str]:
-    """Those that compute it on CPU tensors."""
+    """Backends that compute it on CPU tensors."""
     return on_cpu(op)
 
 
@@ -91,7 +91,7 @@ def inputs(op: str, call: Arguments) -> Arguments:
 
 @contextmanager
 def bound(backend: str) -> Iterator[None]:
-    """Within, a backend runs every op that it has."""
+    """Within, one backend runs every op that it implements."""
     cpu = torch.device("cpu")
     with ExitStack() as stack:
         for name, op in OPS.items():
@@ -125,7 +125,7 @@ def trial(case: Case, backends: list[str]) -> dict[str, str]:
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    """The tensors that a backend wrote. Raises Wrong where it wrote elsewhere, or said something."""
+    """The tensors that a backend wrote. Raises Wrong where it wrote elsewhere, printed or warned."""
     maker, call = case.make()
     said = io.StringIO()
     with bound(backend), warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(said):
@@ -133,7 +133,7 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
         OPS[case.op](*positional(case.op, call))
     heard = [str(each.message) for each in caught if backend != "triton" and "deterministic" not in str(each.message)]
     if heard or said.getvalue():
-        raise Wrong(f"the call said {heard or said.getvalue()}")
+        raise Wrong(f"the call printed or warned: {heard or said.getvalue()}")
     maker.memory.check(list(written(case.op, call).values()))
     return written(case.op, call)
 
@@ -246,9 +246,9 @@ def _judge_codes(
     plain: list[tuple[Tensor, Tensor]],
     roundings: tuple[float, float],
 ) -> None:
-    """Codes times scales; where the scale is not finite codes must be 0, unless the oracle's is finite.
+    """Dequantized values; where the scale is not finite `codes` must be 0, unless the oracle's is finite.
 
-    roundings: steps, and absolute errors, by which numbers may be apart before they become codes.
+    roundings: steps, and absolute errors, by which numbers may differ before they are quantized.
     """
     step = STEPS[codes.dtype] + roundings[0]
     finite = exact_scales.isfinite() & scales.isfinite()
@@ -265,7 +265,7 @@ def _judge_codes(
         )
     spoilt = ~scales.isfinite()
     if codes.double()[spoilt].any():
-        raise Wrong(f"{name} has codes that are not 0 where the scale is not finite")
+        raise Wrong(f"{name} has quantized values that are not 0 where the scale is not finite")
 
 
 def _dtype_of(given: Arguments) -> torch.dtype:

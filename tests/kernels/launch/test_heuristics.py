@@ -1,4 +1,4 @@
-"""The heuristics of launch configurations: legal for every shape, from numbers alone."""
+"""Heuristics of launch configurations: legal for every shape and device, without a GPU."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_decode(device: Device, queries: int, head_dim: int, itemsize: int) -> N
 
 
 @given(devices, sizes, sizes, itemsizes, st.sampled_from([4, 8]))
-def test_codes(device: Device, features: int, size: int, itemsize: int, bits: int) -> None:
+def test_quantized_weights(device: Device, features: int, size: int, itemsize: int, bits: int) -> None:
     kind = tuning.FAMILIES[f"int{bits}"]
     found = kind.heuristic(device, features=features, size=size, itemsize=itemsize)
     launch = cast(heuristics.QuantizedMatmulLaunch, found)
@@ -119,8 +119,8 @@ def test_codes(device: Device, features: int, size: int, itemsize: int, bits: in
 
 
 @pytest.mark.parametrize(("features", "size", "splits"), [(*SMALL.down, 8), (*SMALL.qkv, 4), (*LARGE.gate_up, 1)])
-def test_codes_of_llama_2(features: int, size: int, splits: int) -> None:
-    """A program has twice as many rows of the weight where codes have 8 bits."""
+def test_quantized_weights_of_llama_2(features: int, size: int, splits: int) -> None:
+    """In 8 bits a program has twice as many rows of the weight as in 4."""
     shape = {"features": features, "size": size, "itemsize": 2}
     assert heuristics.int4_heuristic(H200, **shape) == heuristics.QuantizedMatmulLaunch(splits, 3, 4)
     more = 1 if splits == 1 else 2 * splits
@@ -143,7 +143,7 @@ def test_attention_of_llama_2() -> None:
 
 @pytest.mark.parametrize("name", ["norm", "sample", "prefill", "decode", "int4", "int8"])
 def test_what_sums_does_not_know_the_batch(name: str) -> None:
-    """Another number of threads is another order of summation: a request's numbers would depend on its company."""
+    """Another number of threads is another order of summation: results would not be batch-invariant."""
     assert "rows" not in tuning.FAMILIES[name].shape
 
 

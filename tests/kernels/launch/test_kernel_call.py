@@ -1,4 +1,4 @@
-"""Launches repeated without planning: the kernels, the numbers and the addresses that planning would give."""
+"""Repeated launches skip planning, with the kernels, numbers and addresses that planning would give."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TRITON_OPS = [name for name, op in OPS.items() if op.has_triton]
 
 @pytest.fixture
 def launches() -> Iterator[list[DryLaunch]]:
-    """All that reaches the driver of a GPU that need not be here."""
+    """All launches that reach a fake driver."""
     with dry_run(TARGETS["sm_90"]) as noted:
         yield noted
 
 
 def call(op: str) -> dict[str, Any]:
-    """Every argument by name, tensors fresh; of products in bf16, in which one kernel does all."""
+    """Every argument by name, tensors fresh; matmuls in bf16, where one kernel does all."""
     given = small_call(op)
     if "gated" in given:
         given = {name: value.bfloat16() if is_float(value) else value for name, value in given.items()}
@@ -57,7 +57,7 @@ def launched(launches: list[DryLaunch], op: str, run: Function, given: dict[str,
 
 
 def misaligned(value: Tensor) -> Tensor:
-    """Equal, at an address that is a multiple of 4, as 8-bit codes must be, and none of 16."""
+    """An equal tensor at an address that is a multiple of 4, as packed 8-bit weights must be, and not of 16."""
     skipped = max(4 // value.itemsize, 1)
     moved = torch.empty(value.numel() + skipped, dtype=value.dtype)[skipped:].view(value.shape)
     return moved.copy_(value)
@@ -125,7 +125,7 @@ def test_the_public_op_plans_once(op: str, launches: list[DryLaunch], monkeypatc
 
 @pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
 def test_a_part_of_a_batch_is_repeated_wherever_it_begins(op: str, launches: list[DryLaunch]) -> None:
-    """The tables of prompts begin where those of decodes end: one kernel, as these are read one number at a time."""
+    """Tables of prompts begin where those of decodes end: one kernel, as these are read one number at a time."""
     plan = OPS[op].launcher("cuda")
     moved = {name: misaligned(value) for name, value in call(op).items() if name in ("page_table", "seq_lens")}
     for first, second in ((moved, {}), ({}, moved)):
@@ -161,12 +161,12 @@ def _fill_kernel(out_ptr, part_ptr, VALUE: tl.constexpr):
 
 @launcher
 def _fill(out: Tensor, hidden: list[Tensor], workspace: Tensor) -> list[KernelCall]:
-    """What is hidden is no argument of the op itself, and may be in the workspace or not."""
+    """Hidden arguments are not the op's own, and may be in the workspace or not."""
     return [KernelCall(_fill_kernel, (1,), out_ptr=out, part_ptr=hidden[0], VALUE=1)]
 
 
 def test_memory_that_is_not_the_ops_is_never_repeated(launches: list[DryLaunch]) -> None:
-    """It may be gone."""
+    """It may have been freed."""
     out, memory = torch.empty(8), torch.empty(3, 16)
     for inside in (memory[1], memory[1, 4:]):
         assert _fill(out, [inside], memory[1]) is not None
@@ -176,7 +176,7 @@ def test_memory_that_is_not_the_ops_is_never_repeated(launches: list[DryLaunch])
 
 
 def test_a_part_whose_address_is_aligned_by_chance_is_never_repeated(launches: list[DryLaunch]) -> None:
-    """It would not be, in a workspace that is."""
+    """In another workspace it would not be aligned."""
     out, memory = torch.empty(8), torch.empty(16)
     assert _fill(out, [memory[4:]], memory) is not None
     assert _fill(out, [memory[4:]], memory[2:]) is None

@@ -32,7 +32,7 @@ def content(**changes: Any) -> dict[str, Any]:
 
 
 def one(part: str, **changes: Any) -> dict[str, Any]:
-    """That file with changes in a part of its one entry."""
+    """That file with changes in a part of its only entry."""
     found = content()
     entry = found["launches"][0]
     if part == "entry":
@@ -159,7 +159,7 @@ class TestLookup:
         assert found() == 4
         put(tuning.user_folder(H200), 2)
         assert found() == 2
-        put(tuning.user_folder(H200), 2, size=8192)  # says nothing about 4096
+        put(tuning.user_folder(H200), 2, size=8192)  # has no entry for 4096
         assert found() == 4
 
     def test_another_device_is_left_alone(self) -> None:
@@ -193,7 +193,7 @@ class TestLookup:
 
 
 class TestWarmUp:
-    """Every launch that will be asked for has been asked for."""
+    """Warm-up requests every launch that serving will."""
 
     @pytest.mark.parametrize(("kind", "expected"), [("cuda", [1, 2, 4, 8, 16, 20]), ("cpu", [1, 2])])
     def test_the_rows_it_runs(self, monkeypatch: pytest.MonkeyPatch, kind: str, expected: list[int]) -> None:
@@ -236,7 +236,7 @@ class TestCacheFolder:
 
 
 class TestDevice:
-    """Facts of the driver, asked once."""
+    """Properties that the driver reports, queried once."""
 
     def test_a_cpu_is_answered_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device_info.cache_clear()

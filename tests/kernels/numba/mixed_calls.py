@@ -1,6 +1,6 @@
-"""Calls of every op, small and large, in a process of their own: `python -m tests.kernels.numba.mixed_calls SCENARIO`.
+"""Calls of every op, small and large, in a separate process: `python -m tests.kernels.numba.mixed_calls SCENARIO`.
 
-A scenario prints nothing where all is as it should be. The parent of this process has the clock.
+A scenario prints nothing if it passes. The parent process enforces the time limit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastllama.catalogue.table import CATALOGUE, Shape, small_call
 
 SIZES = LlamaSizes("some", hidden=256, intermediate=352, heads=4, kv_heads=2, head_dim=64, vocab=2000)
 MANY = 200  # rows: helpers wake for them
-# Of so many rows, products of these are torch's.
+# At so many rows, these matmuls are torch's.
 PROMPTS = {f"{op}, {MANY}" for op in ("matmul", "matmul_bf12")}
 CONVERSIONS = ("quantize_int4", "quantize_int8", "pack_int4", "pack_int8", "pack_bf12")
 CHILD_SECONDS = 40
@@ -34,7 +34,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def calls() -> dict[str, Call]:
-    """By name: every op's small call, its calls as a Llama makes them, and the changes of a weight's form."""
+    """By name: every op's small call, its calls in a Llama, and the conversions of weights."""
     torch.manual_seed(0)
     made = {f"{op}, small": (op, small_call(op)) for op in CATALOGUE}
     for rows in (1, 4, MANY):
@@ -53,14 +53,14 @@ def calls() -> dict[str, Call]:
 
 
 def by_numba(found: dict[str, Call], conversions: bool = False) -> dict[str, Call]:
-    """Those of the calls that run on Numba alone; with changes of a weight's form, which torch checks, if asked for."""
+    """The calls that run on Numba alone; with conversions, whose arguments torch checks, on request."""
     ours = {name for name, each in kernels.backend_of("cpu").items() if each.backend == "numba"}
     ours |= set(CONVERSIONS) if conversions else set()
     return {name: call for name, call in found.items() if name.split(",")[0] in ours and name not in PROMPTS}
 
 
 def bits(values: Iterable[Any]) -> str:
-    """A hash over tensors; of the rest nothing. No op of torch's runs for it."""
+    """A hash over the tensors of a result, computed without torch's ops."""
     digest = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
@@ -71,12 +71,12 @@ def bits(values: Iterable[Any]) -> str:
 
 
 def results(found: dict[str, Call]) -> dict[str, str]:
-    """The bits of all that each call writes and returns; `found` stays as it is."""
+    """Hashes of all that each call writes and returns; `found` is not changed."""
     return run(copy.deepcopy(found))
 
 
 def run(found: dict[str, Call], note: Callable[[str], None] = lambda name: None) -> dict[str, str]:
-    """The same, for calls that may be used up."""
+    """The same, for calls whose tensors may be overwritten."""
     hashes = {}
     for name, (function, args, named) in found.items():
         note(name)
@@ -112,7 +112,7 @@ def fork(work: Callable[[Callable[[str], None]], None], where: str) -> None:
 
 
 def forked() -> None:
-    """What a parent ran on several threads runs in its child: all of it on one, these kernels on several again."""
+    """A child runs what its parent ran on two threads: everything on one, then Numba's kernels on two."""
     found = calls()
     torch.set_num_threads(1)
     alone = results(found)
@@ -186,7 +186,7 @@ def forked_amid_compilation() -> None:
 
 
 def at_once() -> None:
-    """Four Python threads in all ops, each beginning elsewhere."""
+    """Four Python threads run all ops, each starting at another one."""
     torch.set_num_threads(2)
     found = by_numba(calls(), conversions=True)
     alone, names, failures = results(found), list(found), []

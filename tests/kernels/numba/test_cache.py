@@ -1,4 +1,4 @@
-"""Machine code on disk: never old, never another kernel's, and never needed."""
+"""The cache of compiled kernels on disk: never stale, never another kernel's, and never required."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def start(*dtypes: str, package: Path = ROOT, **variables: str | None) -> subpro
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[str], int, str]:
-    """The results, how many functions were compiled, and what was said."""
+    """The results, how many functions were compiled, and stderr."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     *results, compiled = out.split()
@@ -66,7 +66,7 @@ def files(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.MachineCodeFolder:
-    """This process's machine code goes to a folder of the test."""
+    """This process's cache is in a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = cache.MachineCodeFolder()
     monkeypatch.setattr(cache, "FOLDER", made)
@@ -219,7 +219,7 @@ def test_a_folder_in_a_files_place_is_no_cache(folder: cache.MachineCodeFolder) 
 def test_where_nothing_can_be_written_kernels_run(
     folder: cache.MachineCodeFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:
-    """A file system that is read-only, or full: with a line in the log for all kernels, and nothing left behind."""
+    """A file system that is read-only, or full: one log line for all kernels, and no partial files."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -259,7 +259,7 @@ def test_a_user_unknown_to_the_system_has_a_folder_that_cannot_be(monkeypatch: p
 def test_sources_that_changed_since_they_were_imported_are_not_kept(
     folder: cache.MachineCodeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Machine code of the old ones would be taken for that of the new."""
+    """Kernels compiled from old sources would be loaded for the new."""
     monkeypatch.setattr(folder, "state", "older")
     run_anew()
     assert not folder.path.exists()
@@ -277,7 +277,7 @@ def test_without_sources_nothing_is_kept(folder: cache.MachineCodeFolder, monkey
 
 
 def test_functions_of_other_sources_are_not_kept(folder: cache.MachineCodeFolder) -> None:
-    """A change of theirs would not change the state."""
+    """A change of those sources would not change the cache key."""
 
     def closure() -> Any:
         return SIZE

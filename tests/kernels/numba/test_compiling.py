@@ -1,4 +1,4 @@
-"""Compilation that takes long is said on stderr, and nothing else is."""
+"""Compilation that takes long is reported on stderr; nothing else is."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown[3].endswith("\n")
 
 
-def test_what_is_soon_done_is_not_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_compilation_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "PATIENCE", 60.0)
     with compiling.announced():
         compile_one()
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_compiled_elsewhere_is_not_said(
+def test_what_is_compiled_elsewhere_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiling, "PATIENCE", 0.0)

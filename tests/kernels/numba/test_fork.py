@@ -1,6 +1,6 @@
-"""All ops in forked children, among Python threads and on any number of torch's: the same bits, and nothing hangs.
+"""All ops in forked children, Python threads and any number of torch's threads: bit-identical, without a hang.
 
-Once a child died at its first op of two rows, and without a system libgomp two threads ended the process: Numba's own
+A child died at its first op of two rows, and without a system libgomp two threads ended the process: Numba's own
 parallel regions enter OpenMP, or its workqueue, even for serial work.
 """
 

@@ -1,4 +1,4 @@
-"""When helpers are used: while they pay, which is measured, on a machine that changes."""
+"""Helper threads are used while they are measured to be faster, on a machine whose load changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Machine:
         self.payoff, self.now = payoff, 0.0
 
     def run(self, seconds: float, alone: float, together: float, call: str = "call") -> float:
-        """Make calls for so long; the share of the time that they ran together."""
+        """Make calls for so long; the share of the time that they ran with helpers."""
         start, shared = self.now, 0.0
         while self.now - start < seconds:
             is_shared = self.payoff.together

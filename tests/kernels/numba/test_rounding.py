@@ -1,4 +1,4 @@
-"""Rounding and packing in Numba: bit for bit what the reference gives."""
+"""Quantizing and packing in Numba: bit for bit what the reference gives."""
 
 from __future__ import annotations
 

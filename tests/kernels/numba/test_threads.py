@@ -1,4 +1,4 @@
-"""Kernels on several threads: each iteration once, the same bits as alone, nothing left behind by what goes wrong."""
+"""Kernels on several threads: each iteration once, bit-identical to one thread, and usable after a failure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def count_kernel(region, *args):
 
 @jit
 def waiting_kernel(region, *args):
-    """The first iteration waits for all others; numbers[0] stays 0 where they do not come."""
+    """The first iteration waits for all others; numbers[0] stays 0 if they do not run."""
     numbers_ptr, size, turns = args
     numbers = array(numbers_ptr, (size,), np.int64(0))
     first, last = enter(region, args)
@@ -84,7 +84,7 @@ def waiting_kernel(region, *args):
 
 @jit
 def failing_kernel(region, *args):
-    """Raises in a helper, or in the caller; whoever is not meant does the iterations."""
+    """Raises in a helper, or in the caller; the other thread does the iterations."""
     numbers_ptr, size, in_helper = args
     numbers = array(numbers_ptr, (size,), np.int64(0))
     first, last = enter(region, args)
@@ -94,7 +94,7 @@ def failing_kernel(region, *args):
                 raise ValueError("an iteration failed")
             turns = 0
             while in_helper and i == 0 and _get(region[0], FAILED) == 0 and turns < 1 << 24:
-                turns += 1  # lest the caller does all before a helper comes
+                turns += 1  # or the caller could do all before a helper wakes
             numbers[i] = 1
         first, last = proceed(region)
     return leave(region)
@@ -102,7 +102,7 @@ def failing_kernel(region, *args):
 
 @jit
 def lagging_kernel(region, *args):
-    """A helper takes long for an iteration, and the caller is sure to leave it one."""
+    """A helper takes long for an iteration, and the caller leaves it one."""
     numbers_ptr, size = args
     numbers = array(numbers_ptr, (size,), np.int64(0))
     first, last = enter(region, args)
@@ -140,7 +140,7 @@ def proceed_once(region):
 
 
 def test_a_helper_takes_pieces_of_its_region_only() -> None:
-    """It may still be in the kernel of the one before, with the arguments of that: its writes would go anywhere."""
+    """It may still hold the arguments of the region before: its writes would go anywhere."""
     state = np.zeros(threads.WORDS, np.int64)
     state[[_LEFT, _COUNT, _GRAIN, threads.PIECES]] = (7 << 32) + 3, 3, 1, 3
     assert proceed_once((state.ctypes.data, 0, 1, -1 - 6)) == (0, 0)
@@ -175,7 +175,7 @@ def test_a_thread_that_is_held_up_holds_up_its_piece_alone(shared: None) -> None
     pytest.fail("the first iteration held up the others")
 
 
-def test_nobody_waits_for_a_helper_to_begin(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_caller_waits_for_a_helper_to_begin(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads.Team, "_wake", lambda self, helpers: None)
     numbers = torch.zeros(9, dtype=torch.int64)
     threads.launch(count_kernel, 9, MANY, numbers.data_ptr(), 9)
@@ -183,7 +183,7 @@ def test_nobody_waits_for_a_helper_to_begin(shared: None, monkeypatch: pytest.Mo
 
 
 def products(rows: int) -> dict[str, Callable[[], Any]]:
-    """Products of every format, 130 features by 256 columns."""
+    """Matmuls of every weight format, 130 features by 256 columns."""
     x, weight = torch.randn(rows, 256).bfloat16(), torch.randn(130, 256).bfloat16()
     packed, outliers, exponent = kernels.pack_bf12(weight)
     codes4, scales4, _ = kernels.quantize_int4(weight, 64)
@@ -282,7 +282,7 @@ def test_a_kernel_that_fails_leaves_the_next_alone(shared: None, in_helper: bool
 
 
 def test_an_interrupt_waits_for_the_helpers(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they write to must not be freed under them."""
+    """Memory that helpers write to must not be freed before they end."""
     sleep, interrupts = threads.time.sleep, iter([KeyboardInterrupt()])
 
     def nap(seconds: float) -> None:
@@ -306,7 +306,7 @@ def test_an_interrupt_waits_for_the_helpers(shared: None, monkeypatch: pytest.Mo
 
 
 def test_arrays_are_refused(shared: None) -> None:
-    """Whoever leaves the kernel last would free one, and a helper may leave after the caller."""
+    """The last thread to leave the kernel would free an array, and that may be a helper."""
     with pytest.raises(TypingError, match=r"argument of type array.*legal: numbers, addresses"):
         threads.launch(idle_kernel, 3, MANY, np.zeros(3, np.int64))
 

@@ -1,4 +1,4 @@
-"""adjust_logits against plain Python, and what a request may ask of it at its ends."""
+"""adjust_logits against plain Python, and at the extremes of what a request may specify."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORD = 1 << 32
 
 
 def call(logits: Tensor, *, num_slots: int | None = None, **given: Any) -> dict[str, Any]:
-    """Rows that ask for nothing but what is given; each has its own row of the tables, and no recent tokens."""
+    """Rows with the given options alone; each has its own row of the tables, and no recent tokens."""
     rows, vocab = logits.shape
     num_slots = rows if num_slots is None else num_slots
     column = {name: torch.full((rows,), off) for name, off in zip(PENALTIES, (1.0, 0.0, 0.0), strict=True)}
@@ -48,7 +48,7 @@ def recents(*rows: list[int]) -> dict[str, Tensor]:
 
 
 def mixed(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
-    """All at once: every third row asks for nothing, others share tables, and have up to three recent tokens."""
+    """A mixed batch: every third row has no options, others share tables, and have up to three recent tokens."""
     slots = torch.arange(rows) // 2
     slots[2::3] = -1
     counts = torch.randint(0, 8, (rows, vocab), dtype=torch.int32) * (torch.rand(rows, vocab) < 0.4).int()
@@ -133,7 +133,7 @@ def test_what_is_off_changes_no_bit(backend: str) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_has_the_same_logit_whether_it_is_recent_or_counted(backend: str, dtype: torch.dtype) -> None:
-    """At the ends of tiles, twice, before and among others: a step ahead samples what a step behind does."""
+    """At the ends of tiles, twice, before and among others: overlapped steps sample what sequential steps do."""
     vocab = 9000
     given = mixed(4, vocab, dtype) | {"slots": torch.arange(4)}
     rows = [[0, 4095, 4096, 8191], [8999], [], [511, 512, 511, 8192, 511, 4095, 5, 7]]
@@ -160,7 +160,7 @@ def test_recent_ids_outside_of_the_vocabulary_are_left_out(backend: str) -> None
 
 @everywhere
 def test_a_row_that_asks_for_nothing_passes_bit_for_bit(backend: str) -> None:
-    """Whatever it holds, and whatever its penalties and tokens are."""
+    """Whatever its logits, penalties and tokens are."""
     logits = torch.tensor([[math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45]])
     given = call(logits, slots=torch.tensor([-5]), num_slots=0) | recents([1, 2])
     given |= {name: torch.tensor([math.nan]) for name in PENALTIES}
@@ -230,7 +230,7 @@ def test_a_slot_past_the_tables_makes_its_row_nan(backend: str) -> None:
 
 @everywhere
 def test_recent_tokens_past_the_end_are_not_read(backend: str) -> None:
-    """What is before and behind them in memory is legal for others."""
+    """Ids before and after them in memory are other rows'."""
     given = call(torch.zeros(3, 10), presence_penalty=torch.ones(3))
     around = torch.full((9,), 5)
     given |= {"tokens": around[3:6], "starts": torch.tensor([-3, 2, 1]), "ends": torch.tensor([0, 9, 1 << 40])}

@@ -27,7 +27,7 @@ PAGES = [(5, "HND"), (16, "NHD"), (64, "HND")]
 
 
 def lengths_for(page_size: int) -> list[int]:
-    """One token, around the edge of a page, several pages and a rest, and padding."""
+    """One token, either side of a page's edge, several pages and a rest, and padding."""
     return [1, page_size - 1, page_size, page_size + 1, 255, 0]
 
 
@@ -75,7 +75,7 @@ class Packed:
     lengths: list[int]
 
     def parts(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Per sequence its rows of q and of each of k, v."""
+        """For each sequence its rows of q, k and v."""
         return list(zip(self.q.split(self.queries), *(tensor.split(self.lengths) for tensor in tensors), strict=True))
 
     def plain(self, causal: bool = True) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ def packed(
 
 @dataclass
 class Paged:
-    """Keys and values in shuffled pages; what no sequence owns, in its pages and outside, is poison."""
+    """Keys and values in shuffled pages; slots that no sequence owns are poison."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -207,7 +207,7 @@ def test_decode(backend: str, dtype: torch.dtype, heads: str, page_size: int, or
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", backends("attention_prefill"))
 def test_prefill(backend: str, dtype: torch.dtype, heads: str, page_size: int, order: str) -> None:
-    """Whole prompts, chunks behind a cached prefix, single tokens, padding, and rows of no sequence at the end."""
+    """Whole prompts, chunks after a cached prefix, single tokens, padding, and rows of no sequence at the end."""
     lengths = lengths_for(page_size)
     queries = [1, page_size - 1, 2, page_size, 9, 0]
     batch = packed(queries, lengths, heads, dtype)

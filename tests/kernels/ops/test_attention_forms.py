@@ -41,7 +41,7 @@ over_pages = pytest.mark.parametrize(
 
 
 def batch_of(op: str, dtype: torch.dtype = torch.float32, heads: str = "GQA 4", head_dim: int = 16) -> Packed:
-    """Three queries each where they must be alike, several tokens behind some, more queries than tokens, padding."""
+    """Three queries each where counts must be equal, cached tokens before some, more queries than tokens, padding."""
     lengths = [5, 40, 2, 0]
     queries = [3] * 4 if op == "attention_decode" else [5, 17, 3, 1]
     return packed(queries, lengths, heads, dtype, head_dim)
@@ -77,7 +77,7 @@ def test_one_query_sees_the_same_with_and_without_a_mask(op: str, backend: str) 
 
 
 def assert_scaled_honest(found: tuple[Tensor, ...], batch: Packed, held: Packed, causal: bool) -> None:
-    """batch: of the values that are meant, in fp64; held: as pages hold them, in the queries' dtype."""
+    """batch: the true values, in fp64; held: as stored in pages, in the queries' dtype."""
     parts = [torch_own(q, k, v, causal) for q, k, v in held.parts(held.k, held.v)]
     plain = [torch.cat(each) for each in zip(*parts, strict=True)]
     for ours, theirs, exact in zip(found, plain, batch.exact(causal), strict=True):
@@ -116,7 +116,7 @@ def test_a_scale_of_one_side_alone(op: str, backend: str, name: str, place: int)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("code", list(LARGEST_CODE), ids=str)
 @over_pages
-def test_one_scale_of_all_codes(op: str, backend: str, code: torch.dtype, dtype: torch.dtype) -> None:
+def test_one_scale_of_all_quantized_pages(op: str, backend: str, code: torch.dtype, dtype: torch.dtype) -> None:
     """Without a tensor of scales; the scales differ."""
     drawn = batch_of(op, dtype)
     codes = [(25 * x.double()).clamp(-127, 127).round().to(code) for x in (drawn.k, drawn.v)]
@@ -199,7 +199,7 @@ def test_whole_numbers_in_64_bits_are_those_in_32(op: str, backend: str) -> None
 
 
 def spoiled(name: str, values: Tensor, wrong: int) -> Tensor:
-    """The length or the first page of the first sequence, or the end of the last: no other bound gives that away."""
+    """Corrupts the first sequence's length or first page, or the end of the last: no other bound reveals it."""
     values = values.long()
     values[(0, 0) if name == "page_table" else -1 if name.startswith("cu_") else 0] += wrong
     return values

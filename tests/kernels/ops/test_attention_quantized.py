@@ -1,4 +1,4 @@
-"""Attention over pages of int8 and float8_e4m3fn: exact but for the codes, which the bounds here do not forgive."""
+"""Attention over pages of int8 and float8_e4m3fn, against fp64 attention of the dequantized values."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ every_backend = pytest.mark.parametrize(
 
 @dataclass
 class Quantized:
-    """A batch whose keys and values are codes in pages; scales of what no sequence owns are NaN."""
+    """A batch whose keys and values are in quantized pages; scales of unowned slots are NaN."""
 
-    batch: Packed  # of the values that the codes stand for, in fp64
+    batch: Packed  # of the dequantized values, in fp64
     dtype: torch.dtype
     tables: tuple[Tensor, ...]  # k_pages, v_pages, page_table, seq_lens
     scales: dict[str, Tensor]
@@ -124,7 +124,7 @@ def test_a_scale_that_is_nan_reaches_its_sequence_alone(op: str, backend: str) -
 @pytest.mark.parametrize("backend", backends("attention_decode"))
 @every_code
 def test_what_is_written_is_read(backend: str, code: torch.dtype) -> None:
-    """A token written by rope_and_write_kv, without rotation: off by half a step of the codes at most."""
+    """A token written by rope_and_write_kv, without rotation: off by half a quantization step at most."""
     heads, head_dim = 4, 32
     qkv, cos_sin = torch.randn(1, 3 * heads * head_dim), torch.tensor([[1.0, 0.0]])
     place = torch.zeros(1, dtype=torch.int64)
@@ -176,7 +176,7 @@ def test_scales_and_pages_that_do_not_fit(
 
 
 def test_the_oracle_is_in_fp64() -> None:
-    """Else its own rounding would be taken for a kernel's."""
+    """Otherwise its own rounding would count as the kernel's."""
     given = quantized(packed([1], [40], "MHA"), torch.int8, 16)
     q, *rest = given.arguments("attention_decode")
     out, lse = reference.attention_decode(q.double(), *rest, *given.scales.values(), None, None, 0.25)

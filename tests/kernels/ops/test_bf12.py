@@ -1,4 +1,4 @@
-"""bf16 weights in 12 bits: every bit comes back, and products are as honest as those of the weight itself."""
+"""bf16 weights packed in 12 bits: lossless, and matmuls as exact as with the plain weight."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_matmul_bf12(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("backend", on_cpu("matmul_bf12"))
 def test_sizes_of_x_do_not_matter(backend: str, rows: int, power: int) -> None:
-    """Decoded weights are as small as 2^-126 before they are scaled: a product may neither underflow nor overflow."""
+    """Decoded weights are as small as 2^-126 before scaling: weight times x may neither underflow nor overflow."""
     weight, x = (torch.randn(5, 64) / 64).bfloat16(), (torch.randn(rows, 64) * 2.0**power).bfloat16()
     found = public("matmul_bf12", backend)(x, *kernels.pack_bf12(weight))
     assert_honest(found, F.linear(x, weight), F.linear(x.double(), weight.double()))
@@ -150,7 +150,7 @@ def test_nan_stays_in_its_row(backend: str, rows: int) -> None:
 
 
 def test_it_runs_on_numba_here() -> None:
-    """Else the tests above would prove the reference by itself."""
+    """Otherwise the tests above would compare the reference with itself."""
     assert OPS["matmul_bf12"].implementation("cpu").backend == "numba"
 
 
@@ -184,7 +184,7 @@ def test_a_size_that_is_no_multiple() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("backend", on_cpu("matmul_bf12"))
 def test_outliers_of_no_place(backend: str, rows: int, outlier: tuple[int, int]) -> None:
-    """A column that x has not makes its feature NaN, a row that the weight has not nothing; no memory is touched."""
+    """A column past x makes its feature NaN, a row past the weight is ignored; no memory is touched."""
     x, weight = torch.ones(rows, 64), torch.ones(3, 64).bfloat16()
     codes, outliers, exponent = kernels.pack_bf12(weight)
     bits = torch.tensor([[*outlier, torch.tensor(7.0).view(torch.int32).item()]], dtype=torch.int32)

@@ -24,7 +24,7 @@ WITH_LSE = [op for op in OPS if op.startswith("attention")]
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> None:
-    """A function that many tests compile is one function to torch, with a limit of graphs."""
+    """Resets torch.compile: one function compiled by many tests would reach the limit of graphs."""
     torch.compiler.reset()
 
 

@@ -1,4 +1,4 @@
-"""A wrong tensor is one sentence with its name, what it is and what is legal, before anything is written."""
+"""A wrong tensor raises one sentence with its name, its value and what is legal, before anything is written."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_dtype(op: str, name: str) -> None:
     )
 
 
-ANY_DTYPE = {("embedding", "weight"), ("matmul_w8a8", "out")}  # what others are compared with
+ANY_DTYPE = {("embedding", "weight"), ("matmul_w8a8", "out")}  # the tensor that sets the dtype of the others
 
 
 def names_of_one_dtype() -> list[tuple[str, str]]:

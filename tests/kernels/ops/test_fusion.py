@@ -1,4 +1,4 @@
-"""What products have around the weight: a norm in front, silu * up or a sum behind; of every format, everywhere."""
+"""Fused matmuls of every weight format and backend: norm prologue, SwiGLU and residual epilogues."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastllama.kernels.dispatch.op import OPS
 from tests.kernels.honest import DTYPES, assert_equal, assert_honest, backends, double, on_cpu, public
 
 FORMS = ("norm", "residual", "gated", "norm, gated", "norm, residual")
-# rows, K, N: the kernel's smallest and a larger tile, and torch's product; N of half tiles and whole ones
+# rows, K, N: the kernel's smallest and a larger tile, and torch's matmul; N of half tiles and whole ones
 SHAPES = [(1, 512, 90), (3, 192, 256), (17, 128, 130), (65, 64, 70)]
 
 
 def weight_of(op: str, features: int, size: int) -> tuple[tuple[Any, ...], Tensor]:
-    """What an op takes of a random weight, and the weight [N, K] in fp64."""
+    """An op's arguments for a random weight, and the weight [N, K] in fp64."""
     weight = torch.randn(features, size) / math.sqrt(size)
     if op == "matmul":
         return (weight,), weight.double()
@@ -35,7 +35,7 @@ def weight_of(op: str, features: int, size: int) -> tuple[tuple[Any, ...], Tenso
 
 
 def around(form: str, x: Tensor, features: int) -> dict[str, Any]:
-    """The options of a form; a norm's weight is in x's dtype or in fp32."""
+    """The options of a fused form; a norm's weight is in x's dtype or in fp32."""
     given: dict[str, Any] = {"gated": "gated" in form}
     if "norm" in form:
         norm = torch.rand(x.shape[-1])
@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_it_is_the_composition(op: str, backend: str, form: str, dtype: torch.dtype) -> None:
-    """Of products that are honest for themselves."""
+    """Of matmuls whose own errors are tested elsewhere."""
     for rows, size, features in SHAPES:
         x = torch.randn(rows, size).to(dtype)
         given, weight = weight_of(op, features, size)
@@ -132,8 +132,8 @@ def test_what_is_not_legal(op: str, backend: str) -> None:
     assert (out == 3.0).all()
 
 
-def test_every_product_takes_them() -> None:
-    """But the one of codes by codes, whose x is rounded already."""
+def test_every_matmul_takes_them() -> None:
+    """Except matmul_w8a8, whose x is quantized already."""
     names = {"norm", "eps", "residual", "gated"}
     taking = {op.name for op in OPS.values() if names <= set(op.names)}
     assert taking == {name for name in OPS if name.startswith("matmul")} - {"matmul_w8a8"}

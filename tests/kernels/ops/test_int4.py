@@ -1,4 +1,4 @@
-"""4-bit weights: the documented layout, the nearest codes, and products as honest as those of the weight itself."""
+"""4-bit weights: the documented layout, the nearest values, and matmuls as exact as with the dequantized weight."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ every_cpu = pytest.mark.parametrize("backend", on_cpu("matmul_int4"))
 
 @dataclass(frozen=True)
 class Weight:
-    """Random codes, scales of either sign, and zeros or None, of a weight [features, size]."""
+    """Random quantized values, scales of either sign, and zeros or None, of a weight [features, size]."""
 
     codes: Tensor
     scales: Tensor
@@ -70,7 +70,7 @@ class Weight:
 
 
 def check(backend: str, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """The product is honest: beside plain torch's with the weight in x's dtype."""
+    """The error is at most about that of plain torch with the weight in x's dtype."""
     found = public("matmul_int4", backend)(x, *weight.packed, bias)
     exact = weight.exact()
     plain = F.linear(x, exact.to(x.dtype), bias)
@@ -80,7 +80,7 @@ def check(backend: str, x: Tensor, weight: Weight, bias: Tensor | None = None) -
 
 @pytest.mark.parametrize("shape", [(64, 128), (130, 300), (1, 1)], ids=str)
 def test_the_layout_is_the_documented_one(shape: tuple[int, int]) -> None:
-    """Every code is where the formula of kernels/reference/int4.py says, and 8 wherever no code is."""
+    """Every value is where the formula of kernels/reference/int4.py puts it; padding is 8."""
     codes = torch.randint(16, shape, dtype=torch.uint8)
     packed = kernels.pack_int4(codes)
     tall, broad = -(-shape[0] // 64), -(-shape[1] // 128)
@@ -118,7 +118,7 @@ def test_no_code_is_nearer(dtype: torch.dtype, group: int, symmetric: bool) -> N
     misses = (every - weight.double()).abs()
     assert_equal(misses.gather(0, codes.long()[None])[0], misses.amin(0))
     values, steps = weight.unflatten(1, (-1, group)), scales.abs()[:, :, None]
-    if symmetric:  # the largest magnitude is code 0
+    if symmetric:  # the largest magnitude is 0
         at = values.abs().argmax(2, keepdim=True)
         assert (codes.unflatten(1, (-1, group)).gather(2, at) == 0).all()
     else:
@@ -129,7 +129,7 @@ def test_no_code_is_nearer(dtype: torch.dtype, group: int, symmetric: bool) -> N
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups_of_one_value(symmetric: bool) -> None:
-    """Zeros stay zeros, with a code of their own; others, of either sign, come back but for the scale's rounding."""
+    """Zeros stay zeros, with their own value; others, of either sign, come back but for the scale's rounding."""
     weight = torch.tensor([0.0, 3.0, -3.0]).repeat_interleave(32)[None]
     codes, scales, zeros = kernels.quantize_int4(weight, 32, symmetric=symmetric)
     torch.testing.assert_close(kernels.dequantize_int4(codes, scales, zeros), weight, rtol=1e-6, atol=0)
@@ -182,7 +182,7 @@ def test_zeros_between_codes(backend: str, rows: int, scales: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @triton_too
 def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> None:
-    """One column of x at a time, of which each product is a code less 8: an integer, in any dtype."""
+    """One column of x at a time: each result is a quantized value less 8, an integer in any dtype."""
     codes = torch.randint(16, (64, 256), dtype=torch.uint8)  # with no period that a layout could have
     scales = torch.ones(64, 256 // group, dtype=dtype)
     for some in torch.arange(256).split(64):
@@ -195,7 +195,7 @@ def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @triton_too
 def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int) -> None:
-    """4096 equal products: a 16-bit accumulator stops growing long before the end."""
+    """4096 equal terms: a 16-bit accumulator stops growing long before the end."""
     codes, scales = torch.full((3, 4096), 12, dtype=torch.uint8), torch.full((3, 32), 1 / 16, dtype=dtype)
     found = public("matmul_int4", backend)(torch.ones(rows, 4096, dtype=dtype), kernels.pack_int4(codes), scales)
     assert_equal(found, torch.full((rows, 3), 1024.0, dtype=dtype))
@@ -204,7 +204,7 @@ def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @every_cpu
 def test_outliers_are_heard_of_by_their_neighbours_alone(backend: str, dtype: torch.dtype) -> None:
-    """An outlier that is multiplied by zero takes 2^-15 of its power of two from the 7 columns beside it, at most."""
+    """An outlier times zero costs the 7 columns beside it 2^-15 of its power of two at most."""
     x, codes = torch.randn(200, 128).to(dtype), torch.full((64, 128), 8, dtype=torch.uint8)
     x[:, 69] = 1000
     codes[torch.arange(64), 64 + torch.arange(64)] = 9  # a feature is one column of the last 64
@@ -223,7 +223,7 @@ def test_outliers_are_heard_of_by_their_neighbours_alone(backend: str, dtype: to
 @pytest.mark.parametrize("code", [0, 7, 15])
 @every_cpu
 def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
-    """The largest numbers of 16 bits, all of one sign, times the largest codes."""
+    """The largest 16-bit floats, all of one sign, times the largest quantized values."""
     codes, scales = torch.full((64, 4096), code, dtype=torch.uint8), torch.full((64, 4096 // group), 2.0**-12)
     packed = kernels.pack_int4(codes)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -247,7 +247,7 @@ def test_a_row_is_the_same_beside_others(backend: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("rows", [1, 6, 70])
 @triton_too
 def test_nothing_past_the_end_is_read_or_written(backend: str, rows: int, zeros: torch.dtype | None) -> None:
-    """Slices of wider buffers: huge values beside x, scales, zeros and bias, other codes behind the tiles."""
+    """Slices of wider buffers: huge values beside x, scales, zeros and bias, other weights after the tiles."""
     weight, bias = Weight.of(70, 96, 32, torch.bfloat16, zeros), torch.randn(70).bfloat16()
     packed, scales, kept = weight.packed
     x = torch.randn(rows, 96).bfloat16()

@@ -1,4 +1,4 @@
-"""8-bit weights: the documented layout, the nearest codes, and products as honest as those of the weight itself."""
+"""8-bit weights: the documented layout, the nearest values, and matmuls as exact as with the dequantized weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.mark.parametrize("shape", [(64, 128), (130, 300), (1, 1)], ids=str)
 def test_the_layout_is_the_documented_one(shape: tuple[int, int]) -> None:
-    """Every code is where the formula of kernels/reference/int8.py says, and 0 wherever no code is."""
+    """Every value is where the formula of kernels/reference/int8.py puts it; padding is 0."""
     codes = torch.randint(-128, 128, shape, dtype=torch.int8)
     packed = kernels.pack_int8(codes)
     tall, broad = -(-shape[0] // 64), -(-shape[1] // 128)
@@ -56,7 +56,7 @@ def test_no_code_is_nearer(dtype: torch.dtype, group: int) -> None:
     misses = (every - weight.double()).abs()
     assert_equal(misses.gather(0, codes.long()[None] + 128)[0], misses.amin(0))
     values = weight.unflatten(1, (-1, group))
-    at = values.abs().argmax(2, keepdim=True)  # the largest magnitude is code 127, with its sign
+    at = values.abs().argmax(2, keepdim=True)  # the largest magnitude is 127, with its sign
     assert_equal(codes.unflatten(1, (-1, group)).gather(2, at), (127 * values.gather(2, at).sign()).to(torch.int8))
 
 
@@ -106,7 +106,7 @@ def product(backend: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Weight:
-    """Random codes, and scales of either sign, of a weight [features, size]."""
+    """Random quantized values, and scales of either sign, of a weight [features, size]."""
 
     codes: Tensor
     scales: Tensor
@@ -129,7 +129,7 @@ class Weight:
 
 
 def check(backend: str, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """The product is honest: beside plain torch's with the weight in x's dtype."""
+    """The error is at most about that of plain torch with the weight in x's dtype."""
     found = product(backend)(x, *weight.packed, bias)
     exact = weight.exact()
     plain = F.linear(x, exact.to(x.dtype), bias)
@@ -176,10 +176,10 @@ def test_scales_in_fp32_are_not_rounded(backend: str, rows: int) -> None:
 @dtypes
 @triton_too
 def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> None:
-    """One column of x at a time, of which each product is a code: an integer of 8 bits, in any dtype."""
+    """One column of x at a time: each result is a quantized value, an 8-bit integer in any dtype."""
     codes = torch.randint(-128, 128, (64, 256), dtype=torch.int8)  # with no period that a layout could have
     scales = torch.ones(64, 256 // group, dtype=dtype)
-    for rows in (16 if dtype == torch.float32 else 64, 256):  # by codes, and by the weight
+    for rows in (16 if dtype == torch.float32 else 64, 256):  # by quantized values, and by the dequantized weight
         for some in torch.arange(256).split(rows):
             found = product(backend)(F.one_hot(some, 256).to(dtype), kernels.pack_int8(codes), scales)
             assert_equal(found, codes.to(dtype).T[some])
@@ -189,7 +189,7 @@ def test_every_code_is_exact(backend: str, dtype: torch.dtype, group: int) -> No
 @pytest.mark.parametrize("code", [-128, 127])
 @pytest.mark.parametrize("backend", on_cpu("matmul_int8"))
 def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
-    """The largest numbers of 16 bits, all of one sign, times the largest codes."""
+    """The largest 16-bit floats, all of one sign, times the largest quantized values."""
     codes, scales = torch.full((64, 4096), code, dtype=torch.int8), torch.full((64, 4096 // group), 2.0**-12)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         largest = 2 - torch.finfo(dtype).eps
@@ -204,7 +204,7 @@ def test_no_sum_overflows(backend: str, code: int, group: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @triton_too
 def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int) -> None:
-    """4096 equal products: a 16-bit accumulator stops growing long before the end."""
+    """4096 equal terms: a 16-bit accumulator stops growing long before the end."""
     codes, scales = torch.full((3, 4096), 64, dtype=torch.int8), torch.full((3, 32), 1 / 256, dtype=dtype)
     found = product(backend)(torch.ones(rows, 4096, dtype=dtype), kernels.pack_int8(codes), scales)
     assert_equal(found, torch.full((rows, 3), 1024.0, dtype=dtype))
@@ -213,7 +213,7 @@ def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int)
 @pytest.mark.parametrize("rows", [1, 6, 70])
 @triton_too
 def test_nothing_past_the_end_is_read_or_written(backend: str, rows: int) -> None:
-    """Slices of wider buffers: huge values beside x, scales and bias, other codes behind the tiles."""
+    """Slices of wider buffers: huge values beside x, scales and bias, other weights after the tiles."""
     weight, bias = Weight.of(70, 96, 32, torch.bfloat16), torch.randn(70).bfloat16()
     packed, scales = weight.packed
     x = torch.randn(rows, 96).bfloat16()

@@ -1,4 +1,4 @@
-"""`deterministic` products: each row is what it is alone, bit for bit, with what is around the weight."""
+"""`deterministic` matmuls are batch-invariant, with every fused prologue and epilogue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_on_a_cpu(op: str, form: str, dtype: torch.dtype, backend: str, force: C
 @pytest.mark.parametrize("form", ["", "norm, residual", "norm, gated"])
 @pytest.mark.parametrize("op", ["matmul", "matmul_int4", "matmul_int8"])
 def test_on_triton(op: str, form: str, force: Callable[[str], None]) -> None:
-    """Of more rows than the kernels take."""
+    """With more rows than the kernels take."""
     force("triton")
     product, x = getattr(kernels, op), torch.randn(70, 128).bfloat16()
     weight, exact = weight_of(op, 128, 128)

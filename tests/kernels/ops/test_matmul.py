@@ -50,7 +50,7 @@ def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", backends("matmul"))
 def test_long_sums_are_kept_in_fp32(backend: str, dtype: torch.dtype, rows: int) -> None:
-    """4096 equal products: a 16-bit accumulator stops growing long before the end."""
+    """4096 equal terms: a 16-bit accumulator stops growing long before the end."""
     x, weight = torch.ones(rows, 4096, dtype=dtype), torch.full((3, 4096), 0.25, dtype=dtype)
     assert_equal(public("matmul", backend)(x, weight), torch.full((rows, 3), 1024.0, dtype=dtype))
 

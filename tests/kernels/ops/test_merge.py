@@ -35,7 +35,7 @@ def sides(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> State:
 
 
 def special(dtype: torch.dtype = torch.float32) -> State:
-    """Every pair of special log-sum-exps; the values of a side without keys are noise, which nothing may look at."""
+    """Every pair of special log-sum-exps; the values of a side without keys are noise, which must not be read."""
     a_lse, b_lse = torch.tensor([*product(SPECIAL, SPECIAL)]).view(len(SPECIAL), -1, 2).unbind(-1)
     a, _, b, _ = sides((*a_lse.shape, 24), dtype)
     a[a_lse.isinf()], b[b_lse.isinf()] = math.nan, INF
@@ -43,7 +43,7 @@ def special(dtype: torch.dtype = torch.float32) -> State:
 
 
 def seen(lse: Tensor) -> Tensor:
-    """+inf, which says what -inf says, as that."""
+    """Log-sum-exps with +inf, which counts as no keys, replaced by -inf."""
     return lse.masked_fill(lse == INF, -INF)
 
 
@@ -71,7 +71,7 @@ def plain(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, base2: bool = Fals
 
 
 def assert_bits(found: Tensor, expected: Tensor) -> None:
-    """As assert_equal, with 0 and -0 told apart."""
+    """As assert_equal, but 0 and -0 differ."""
     assert_equal(found, expected)
     assert_equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
 

@@ -1,4 +1,4 @@
-"""Outputs that share memory with what an op reads or writes: right where that is allowed, refused everywhere else."""
+"""Outputs that overlap an op's inputs or other outputs: right where that is allowed, refused everywhere else."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_columns_of_one_buffer_share_no_memory() -> None:
 
 
 @torch.inference_mode()
-def test_an_output_that_is_an_input_is_still_told_from_the_others() -> None:
-    """A call like an earlier one that was in place: what is written has two names there."""
+def test_an_output_that_is_an_input_stays_distinct_from_the_others() -> None:
+    """A call like an earlier in-place one: the tensor that is written has two names there."""
     buffer = torch.randn(3, 64)
     x, weight = buffer[:2], torch.ones(64)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""rms_norm_int8, add_rms_norm_int8 and silu_mul_int8 are quantize_rows of the ops they end, bit for bit."""
+"""rms_norm_int8, add_rms_norm_int8 and silu_mul_int8 are the plain op and quantize_rows, bit for bit."""
 
 from __future__ import annotations
 

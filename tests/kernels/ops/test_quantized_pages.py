@@ -1,4 +1,4 @@
-"""rope_and_write_kv into int8 and float8_e4m3fn pages: codes nearest to exact quotients, one scale a token and head."""
+"""rope_and_write_kv into int8 and float8_e4m3fn pages: quotients rounded to nearest, one scale per token and head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pages_and_scales(num_kv_heads: int, head_dim: int, code: torch.dtype) -> lis
 
 
 def legal_codes(code: torch.dtype) -> Tensor:
-    """The values of all codes in use, ascending, in fp64."""
+    """All values of the pages' dtype in use, ascending, in fp64."""
     if code == torch.int8:
         return torch.arange(-127, 128).double()
     values = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(code).double()
@@ -39,7 +39,7 @@ def legal_codes(code: torch.dtype) -> Tensor:
 
 
 def write_values(backend: str, values: Tensor, code: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes [heads, D] and scales [heads] of values [heads, D], which v's heads are; everything else is zero."""
+    """Quantized values [heads, D] and scales [heads] of the given heads of v; everything else is zero."""
     heads, head_dim = values.shape
     qkv = torch.cat((torch.zeros(1 + heads, head_dim, dtype=values.dtype), values)).flatten()[None]
     held = pages_and_scales(heads, head_dim, code)
@@ -56,7 +56,7 @@ def write_values(backend: str, values: Tensor, code: torch.dtype) -> tuple[Tenso
 def test_codes_are_the_nearest(
     backend: str, code: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool
 ) -> None:
-    """By the exact rotation in fp64; a truncated code would be off by up to a whole step."""
+    """Against the exact rotation in fp64; truncation would be off by up to a whole step."""
     tokens, _, num_kv_heads, head_dim, _ = shape
     q, k, cos_sin, positions = queries_and_keys(shape, dtype)
     v = torch.randn(k.shape).to(dtype)
@@ -92,7 +92,7 @@ def test_codes_are_the_nearest(
 @every_code
 @every_backend
 def test_ties_go_to_the_even_code(backend: str, code: torch.dtype) -> None:
-    """Every code, and the middles between them, which fp32 holds exactly, at scale 1: as torch rounds, bit for bit."""
+    """Every value, and the middles between them, exact in fp32, at scale 1: as torch rounds, bit for bit."""
     values = legal_codes(code)
     numbers = torch.cat((values, (values[1:] + values[:-1]) / 2)).float()
     heads = torch.nn.functional.pad(numbers, (0, -numbers.numel() % 15)).view(-1, 15)

@@ -31,7 +31,7 @@ def rotated_half(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 
 def rotated_complex(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Meta's rotation: neighbours are complex numbers, turned by a product with cos + i sin."""
+    """Meta's rotation: neighbours are complex numbers, multiplied by cos + i sin."""
     size = cos_sin.shape[1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide[..., :size].unflatten(-1, (-1, 2)).contiguous())
@@ -52,7 +52,7 @@ def queries_and_keys(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor
 
 
 def test_the_cache_is_cosines_then_sines_of_fp32_angles() -> None:
-    """The angles are the fp32 products that models were trained with; their cosines are as exact as fp32 can be."""
+    """Angles are position times frequency in fp32, as in training; their cosines are as exact as fp32 can be."""
     inv_freq = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
     angles = torch.arange(5000).float()[:, None] * inv_freq
     cos_sin = cos_sin_cache(inv_freq, 5000)
@@ -86,7 +86,7 @@ def test_rope(backend: str, dtype: torch.dtype, shape: tuple[int, ...], interlea
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", backends("rope"))
 def test_angles_in_16_bits_are_widened_as_they_are_read(backend: str, dtype: torch.dtype, interleaved: bool) -> None:
-    """As flash-attn keeps them: the same bits as of fp32 angles of these values. No position gives NaN there too."""
+    """As flash-attn keeps them: bit-identical to fp32 angles of these values. Illegal positions give NaN."""
     q, k, cos_sin, positions = queries_and_keys((3, 8, 2, 10, 6), dtype)
     rounded = cos_sin.to(dtype)
     run = public("rope", backend)

@@ -51,7 +51,7 @@ def uniform(seed: int, offset: int) -> float:
 
 
 def survivors(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
-    """The tokens that all filters keep, with their share of what is left."""
+    """The tokens that all filters keep, with their shares of the remaining mass."""
     top = max(logits)
     probs = {i: math.exp((logit - top) / temperature) for i, logit in enumerate(logits)}
     if 0 < top_k < len(probs):
@@ -92,15 +92,15 @@ def test_philox(seed: int) -> None:
     assert_equal(found, torch.tensor([uniform(seed, offset) for offset in offsets]))
 
 
-def test_the_largest_draw_is_below_one() -> None:
+def test_the_largest_random_number_is_below_one() -> None:
     assert philox(torch.tensor([0]), torch.tensor([FOLDED_LARGE])).item() == 1 - 2**-24
 
 
 @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.24, 1), (0.25, 3), (0.74, 3), (0.75, 4), (1 - 2**-24, 4)])
-def test_a_draw_at_the_edge_of_a_token_is_the_next_ones(
+def test_a_number_at_the_edge_of_a_token_samples_the_next_one(
     monkeypatch: pytest.MonkeyPatch, draw: float, token: int
 ) -> None:
-    """Shares 0, 1/4, 0, 1/2, 1/4, 0: a token without a share is never drawn, not even by 0 or by the largest draw."""
+    """Shares 0, 1/4, 0, 1/2, 1/4, 0: a token without a share is never sampled, not even by 0 or the largest number."""
     monkeypatch.setattr(sampling, "philox", lambda seed, offset: torch.full(seed.shape, draw))
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, math.log(2), 0.0, -math.inf]], dtype=torch.float64)
     tokens, _ = sampling.sample(logits, *rows(1))
@@ -120,7 +120,7 @@ def test_greedy_takes_the_first_largest(backend: str, dtype: torch.dtype) -> Non
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logprobs_are_those_of_the_logits_as_given(backend: str, dtype: torch.dtype) -> None:
-    """Before temperature and filters, in fp32, whatever was drawn; beside log_softmax in fp32."""
+    """Before temperature and filters, in fp32, whichever token was sampled; against log_softmax in fp32."""
     logits = (5 * torch.randn(20, 300)).to(dtype)
     parameters = rows(20, temperature=[0.0, 0.5] * 10, top_k=7, top_p=0.8, min_p=0.01, offset=list(range(20)))
     tokens, logprobs = public("sample", backend)(logits, *parameters)
@@ -168,8 +168,8 @@ def test_filters_at_their_thresholds(
 @on_the_cpu
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_the_draw_is_the_inverse_of_the_filtered_distribution(backend: str, temperature: float, ties: bool) -> None:
-    """Every combination of filters: the first token, in vocabulary order, whose cumulative share exceeds the draw."""
+def test_sampling_inverts_the_filtered_distribution(backend: str, temperature: float, ties: bool) -> None:
+    """Every combination of filters: the first token in vocabulary order whose cumulative share exceeds the number."""
     vocab = 23
     combinations = [(k, p, m) for k in (0, 1, 5, 22, 23, 99) for p in (0.0, 0.3, 0.9, 1.0) for m in (0.0, 0.05, 0.4)]
     logits = 2 * torch.randn(len(combinations), vocab, dtype=torch.float64)
@@ -196,8 +196,8 @@ def test_the_draw_is_the_inverse_of_the_filtered_distribution(backend: str, temp
 @pytest.mark.parametrize(
     "filters", [{}, {"temperature": 0.8}, {"temperature": 3.0, "top_k": 6}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
 )
-def test_draws_follow_the_distribution(backend: str, filters: dict[str, Any], varied: str) -> None:
-    """Pearson's chi-square of 20000 draws, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
+def test_samples_follow_the_distribution(backend: str, filters: dict[str, Any], varied: str) -> None:
+    """Pearson's chi-square of 20000 samples, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
     count, logits = 20000, torch.tensor([2.0, -1.0, 0.5, 0.5, 1.5, 0.0, -3.0, 1.0])
     parameters = rows(count, **filters, **{varied: list(range(count))})
     tokens, _ = public("sample", backend)(logits.expand(count, 8), *parameters)
@@ -217,7 +217,7 @@ def test_draws_follow_the_distribution(backend: str, filters: dict[str, Any], va
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [3, 0.01, 40])
 def test_every_filter_on_a_large_vocabulary(backend: str, spread: float, dtype: torch.dtype) -> None:
-    """The number falls into the share of the token drawn, but for the rounding of weights in fp32."""
+    """The number falls into the share of the sampled token, but for the rounding of weights in fp32."""
     filters = [(1, 1.0, 0.0), (50, 1.0, 0.0), (8000, 1.0, 0.0), (0, 0.1, 0.0), (0, 0.9, 0.0), (0, 0.9999, 0.0)]
     filters += [(50, 0.7, 0.0), (8000, 0.95, 0.0), (8000, 0.2, 0.1), (0, 1.0, 0.3), (0, 1.0, 1.0), (0, 1.0, 0.0)]
     logits = (spread * torch.randn(len(filters), 9001)).to(dtype)
@@ -272,7 +272,7 @@ def test_a_row_that_is_no_distribution_gives_token_0_and_nan(backend: str, filte
 
 
 @on_every_backend
-def test_a_draw_does_not_depend_on_the_batch(backend: str) -> None:
+def test_a_sample_does_not_depend_on_the_batch(backend: str) -> None:
     """Alone, reversed or among others of every kind, a row gives the same token and the same logprob, bit for bit."""
     logits = torch.randn(12, 500).to(torch.bfloat16)
     parameters = rows(
@@ -298,7 +298,7 @@ def test_a_draw_does_not_depend_on_the_batch(backend: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-30, 0.7, 1e30])
 def test_extreme_logits(backend: str, temperature: float) -> None:
-    """Logits far apart leave one token; tokens at -inf are never drawn, at any temperature."""
+    """Logits far apart leave one token; tokens at -inf are never sampled, at any temperature."""
     far = torch.tensor([[-1e30, 1e30, 0.0, -1e30]])
     masked = torch.tensor([[-math.inf, -math.inf, 3.0, -math.inf], [-math.inf, 0.0, 0.0, -math.inf]])
     for offset in range(8):
@@ -354,7 +354,7 @@ def test_strided_logits_and_given_outputs(backend: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.5}], ids=str)
 def test_an_infinite_temperature_leaves_out_what_is_masked(backend: str, filters: dict[str, Any]) -> None:
-    """All other tokens are alike, so each filter keeps them: 200 draws find each of the three."""
+    """All other tokens are equal, so each filter keeps them: 200 samples find each of the three."""
     logits = torch.tensor([0.0, -math.inf, 5.0, -math.inf, -5.0, -math.inf]).expand(200, 6).contiguous()
     tokens, _ = public("sample", backend)(logits, *rows(200, temperature=math.inf, offset=list(range(200)), **filters))
     assert set(tokens.tolist()) == {0, 2, 4}

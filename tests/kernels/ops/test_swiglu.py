@@ -36,8 +36,8 @@ def test_silu_mul(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", backends("silu_mul"))
-def test_the_product_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
-    """Within half a unit in the last place and fp32's own errors; rounding silu as well as the product needs more."""
+def test_silu_times_up_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    """Within half a unit in the last place and fp32's own errors; rounding silu before it is multiplied exceeds it."""
     gate_up = torch.randn(50, 128).to(dtype)
     found, exact = public("silu_mul", backend)(gate_up), reference.silu_mul(gate_up.double())
     unit = torch.finfo(dtype).eps * 2 ** exact.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
@@ -98,7 +98,7 @@ def test_in_place_over_either_half_of_the_projection(backend: str, rows: int, ha
 
 
 def test_the_next_row_of_the_gate_is_not_its_other_half() -> None:
-    """Where up is a tensor of its own, what lies behind a row of the gate is one that is yet to be read."""
+    """Where up is a separate tensor, the memory after a row of the gate is the next row, not yet read."""
     buffer, up = torch.randn(6, 10), torch.randn(5, 10)
     before = buffer.clone()
     for out in (buffer[1:], buffer.flatten()[5:55].view(5, 10)):

@@ -1,4 +1,4 @@
-"""What tensors of indices and lengths may hold by mistake: defined results, nobody else's memory, on every backend."""
+"""Illegal indices and lengths give defined results and touch no other memory, on every backend."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_id_outside_of_the_table_gives_nan(op: str, backend: str, wrong: int)
 @everywhere("rope")
 @pytest.mark.parametrize("wrong", [*WRONG, 16, 1 << 40])
 def test_a_position_outside_of_the_cache_turns_by_nan(op: str, backend: str, wrong: int) -> None:
-    """What is not turned passes."""
+    """Dimensions that are not rotated pass."""
     q, k, cache = torch.randn(3, 4, 12), torch.randn(3, 2, 12), torch.randn(16, 8)
     run = public(op, backend)
     found = run(q, k, cache, torch.tensor([5, wrong, 15]))
@@ -86,7 +86,7 @@ def test_wrong_positions_and_slots_reach_no_other_token(
 
 
 def paged(op: str, pages_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Two sequences of 9 and 5 tokens; behind each one's pages in the table are ids that do not exist."""
+    """Two sequences of 9 and 5 tokens; the table's entries after their pages are ids that do not exist."""
     torch.manual_seed(0)
     queries = SEEN_BY[op]
     pages = [torch.randn(PAGES, KV_HEADS, PAGE, DIM) for _ in "kv"]
@@ -98,7 +98,7 @@ def paged(op: str, pages_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             call[f"{side}_scales"] = torch.rand(PAGES, KV_HEADS, PAGE)
     for name, value in call.items():
         if name != "q":
-            value[0] = math.nan if value.is_floating_point() else 99  # of somebody else
+            value[0] = math.nan if value.is_floating_point() else 99  # of another sequence
     table = int32([3, 1, 4, PAGES], [5, 2, INT32.max, -1])
     call |= {"page_table": table, "seq_lens": int32(9, 5)}
     if op == "attention_prefill":
@@ -112,7 +112,7 @@ def paged(op: str, pages_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 def test_a_length_that_the_table_has_no_room_for_gives_nan(
     op: str, backend: str, length: int, pages_dtype: torch.dtype
 ) -> None:
-    """And not the keys of the sequence whose row follows in the page table."""
+    """And does not read the next sequence's row of the page table."""
     call = paged(op, pages_dtype)
     right, sums = public(op, backend)(**call, return_lse=True)
     call["seq_lens"][0] = length
@@ -180,7 +180,7 @@ def test_bounds_that_do_not_ascend_within_the_rows_give_nan(op: str, backend: st
 
 @everywhere("attention_varlen")
 def test_more_bounds_than_are_read_at_once(op: str, backend: str) -> None:
-    """Some sequences without rows among them, and a wrong bound far behind."""
+    """Some sequences have no rows, and the wrong bound comes late."""
     num_seqs = 150
     rows = torch.arange(num_seqs) % 3 % 2  # 0, 1, 0, 0, 1, 0, ...
     bounds = torch.cat((torch.zeros(1), rows.cumsum(0))).int()
@@ -254,7 +254,7 @@ def test_on_the_host_they_are_errors_where_that_is_asked_for(
 def test_a_page_that_does_not_exist_is_an_error_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]
 ) -> None:
-    """Among those that a length reaches: what stands behind them in the table may be anything."""
+    """Among the pages that a length reaches: entries after them may be anything."""
     monkeypatch.setenv("FASTLLAMA_CHECK", "1")
     force("auto")
     call = paged("attention_decode")

@@ -1,4 +1,4 @@
-"""8-bit codes on both sides: rows rounded to the nearest codes, and sums that are exact whatever the order."""
+"""int8 rows times int8 weights: rows rounded to the nearest value, and sums that are exact in any order."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ rounded = pytest.mark.parametrize("backend", backends("quantize_rows"))
 
 
 def drawn(rows: int, features: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Any codes of x and the weight, with scales of either sign for the latter."""
+    """Random int8 values of x and the weight, with scales of either sign for the weight."""
     x, codes = (torch.randint(-128, 128, (count, size), dtype=torch.int8) for count in (rows, features))
     scales = (0.25 + torch.rand(features)) * torch.randn(features).sign() / (64 * math.sqrt(size))
     return x, torch.rand(rows) / 64, codes, scales.to(dtype)
 
 
 def check(backend: str, x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Honest beside the product of what the codes stand for, in plain torch."""
+    """The error is at most about that of plain torch on the dequantized values."""
     found = public("matmul_w8a8", backend)(x, x_scales, kernels.pack_int8(codes), scales, bias)
     left, right = x * x_scales[:, None], codes * scales.float()[:, None]
     plain = F.linear(left.to(scales.dtype), right.to(scales.dtype), bias)
@@ -63,7 +63,7 @@ def check(backend: str, x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tens
 @dtypes
 @rounded
 def test_no_code_is_nearer(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Under the scale, which is that of the largest magnitude; a code may be half a step off, and fp32's rounding."""
+    """Under the scale of the largest magnitude: off by half a step at most, and fp32's rounding."""
     x = (torch.randn(shape) * torch.rand(*shape[:-1], 1)).to(dtype)
     codes, scales = public("quantize_rows", backend)(x)
     assert (codes.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, shape[:-1])
@@ -105,7 +105,7 @@ def test_matmul_w8a8(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
 
 @multiplied
 def test_scales_and_bias_in_fp32(backend: str) -> None:
-    """They are not rounded to out's dtype, which is not theirs."""
+    """They are not rounded to out's dtype."""
     x, x_scales, codes, scales = drawn(20, 70, 200, torch.float32)
     bias, out = torch.randn(70), torch.empty(20, 70, dtype=torch.bfloat16)
     given = (x, x_scales, kernels.pack_int8(codes), scales, bias)
@@ -116,7 +116,7 @@ def test_scales_and_bias_in_fp32(backend: str) -> None:
 @pytest.mark.parametrize("size", [28672, MOST_COLUMNS])
 @multiplied
 def test_the_longest_sums_are_exact(backend: str, size: int) -> None:
-    """The largest products there are: fp32 would round their sums, and up to 131071 of them int32 does not overflow."""
+    """The largest terms that exist: fp32 would round their sums, and up to 131071 of them int32 does not overflow."""
     x, codes = torch.full((2, size), -128, dtype=torch.int8), torch.full((3, size), -128, dtype=torch.int8)
     x[1, 0], codes[2, -1] = 127, 127
     found = public("matmul_w8a8", backend)(x, torch.full((2,), 2.0**-14), kernels.pack_int8(codes), torch.ones(3))
@@ -137,7 +137,7 @@ def test_a_row_is_the_same_whatever_the_others(backend: str) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 200), st.integers(0, 2**32))
 def test_any_shape(rows: int, features: int, size: int, seed: int) -> None:
-    """The CPU's product is the reference's, of which sums are exact in fp64."""
+    """The CPU's matmul is the reference's, whose sums are exact in fp64."""
     torch.manual_seed(seed)
     x, x_scales, codes, scales = drawn(rows, features, size, torch.float32)
     x_scales, scales = torch.ones_like(x_scales), torch.ones_like(scales)
@@ -148,7 +148,7 @@ def test_any_shape(rows: int, features: int, size: int, seed: int) -> None:
 
 @given(devices, sizes, sizes, sizes)
 def test_any_launch(device: Device, rows: int, features: int, size: int) -> None:
-    """Splits of four tiles of K at least, and no more tiles on their way than fit."""
+    """Splits have four tiles of K at least, and no more tiles are in flight than fit."""
     launch = heuristics.w8a8_heuristic(device, rows=rows, features=features, size=size)
     assert_legal(device, launch)
     assert launch.splits == 1 or size // launch.splits >= 512
@@ -158,7 +158,7 @@ def test_any_launch(device: Device, rows: int, features: int, size: int) -> None
 @pytest.mark.parametrize("rows", [3, 70])
 @multiplied
 def test_nothing_past_the_end_is_read_or_written(backend: str, rows: int) -> None:
-    """Slices of wider buffers: other codes beside x and behind the tiles, huge values beside scales and bias."""
+    """Slices of wider buffers: other values beside x and after the tiles, huge values beside scales and bias."""
     x, x_scales, codes, scales = drawn(rows, 70, 96, torch.bfloat16)
     packed, bias = kernels.pack_int8(codes), torch.randn(70).bfloat16()
     wide_x = torch.randint(-128, 128, (rows + 2, 160), dtype=torch.int8)

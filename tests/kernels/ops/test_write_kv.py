@@ -1,4 +1,4 @@
-"""write_kv: keys and values from tensors of their own into pages, as they are or as codes."""
+"""write_kv: keys and values from separate tensors into pages, plain or quantized."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keys_and_values(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor,
 
 
 def some_slots(tokens: int) -> Tensor:
-    """No two alike, out of order; of the second token and on, every third is padding, and the last one lies behind."""
+    """Distinct slots, out of order; from the second token on every third is padding, and the last is past the end."""
     slots = torch.randperm(PAGES * PAGE_SIZE)[:tokens]
     slots[1::3] = -1
     slots[4::3] = PAGES * PAGE_SIZE
@@ -39,7 +39,7 @@ def some_slots(tokens: int) -> Tensor:
 
 
 def written(pages: Tensor, slots: Tensor) -> Tensor:
-    """What pages hold at the slots that there are, [T', Hkv, ...]."""
+    """The pages' contents at the legal slots, [T', Hkv, ...]."""
     kept = slots[(slots >= 0) & (slots < PAGES * PAGE_SIZE)]
     return pages.transpose(1, 2).flatten(0, 1)[kept]
 
@@ -94,7 +94,7 @@ def test_strides_of_all_kinds_and_int32_slots(backend: str) -> None:
 def test_computed_scales_and_codes_are_those_of_rope_and_write_kv(
     backend: str, dtype: torch.dtype, code: torch.dtype
 ) -> None:
-    """With no dimension to turn, for keys and values alike, and whatever is not finite."""
+    """With no dimension rotated, for keys and values alike, finite or not."""
     k, v = keys_and_values((9, 2, 16), dtype)
     k[2, 1, 3], v[5, 0, 0], v[7] = math.inf, math.nan, 0.0
     slots, none = some_slots(9), torch.zeros(9, dtype=torch.int64)
@@ -113,7 +113,7 @@ def test_computed_scales_and_codes_are_those_of_rope_and_write_kv(
 def test_codes_under_given_scales_are_quotients_rounded_to_nearest(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...], code: torch.dtype
 ) -> None:
-    """Divided in fp32, as NumPy divides; a product with the reciprocal would differ in one of 50 codes' last places."""
+    """Divided in fp32, as NumPy divides; multiplying by the reciprocal changes the last place of one value in 50."""
     tokens, heads, head_dim = shape
     k, v = keys_and_values(shape, dtype)
     slots, pages = some_slots(tokens), held(heads, head_dim, code)
@@ -131,7 +131,7 @@ def test_codes_under_given_scales_are_quotients_rounded_to_nearest(
 @every_code
 @every_backend
 def test_ties_under_a_given_scale_go_to_the_even_code(backend: str, code: torch.dtype) -> None:
-    """Every code and the middles between them, at a scale of 2, which divides exactly."""
+    """Every value and the middles between them, at a scale of 2, which divides exactly."""
     values = legal_codes(code)
     numbers = torch.cat((values, (values[1:] + values[:-1]) / 2)).float()
     x = torch.nn.functional.pad(numbers, (0, -numbers.numel() % 16)).view(1, -1, 16)
@@ -145,7 +145,7 @@ def test_ties_under_a_given_scale_go_to_the_even_code(backend: str, code: torch.
 @every_code
 @every_backend
 def test_what_a_given_scale_does_not_reach(backend: str, code: torch.dtype) -> None:
-    """The largest code, for infinities and quotients that overflow too; NaN is fp8's, and 0 in int8, which has none."""
+    """Becomes the largest value, as do infinities and overflowing quotients; NaN stays NaN in fp8, and is 0 in int8."""
     largest = LARGEST_CODE[code]
     x = torch.tensor([largest + 0.49, -largest - 1e3, 3e38, math.inf, -math.inf, math.nan, -0.0, 1e-45, 1.0])
     pages = held(1, 9, code)

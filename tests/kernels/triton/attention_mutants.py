@@ -259,8 +259,8 @@ QUANTIZED_MUTANTS = [
         "tl.load(ptrs)",
         f"{VALUES}[attention_decode-triton-torch.int8-torch.bfloat16-64-NHD-MHA]",
     ),
-    mutant("codes without a sign", "attention/flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
-    mutant("codes without their bias", "attention/flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
+    mutant("fp8 without a sign", "attention/flash", "(codes & 0x80).to(tl.uint16) << 8 | ", "", EVERY_CODE),
+    mutant("fp8 without its bias", "attention/flash", "bitcast=True) * 256.0", "bitcast=True) * 128.0", EVERY_CODE),
     *(
         mutant(f"scales of {side}' first head in {op}", f"attention/{op}", place, f"0 * {place}", EXACT[op])
         for side in ("keys", "values")

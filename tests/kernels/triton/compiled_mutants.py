@@ -1,4 +1,4 @@
-"""Faults that only compiled code shows: launches that do not wait, fences, kernels compiled for one batch."""
+"""Faults that only compiled kernels show: launches that do not wait, fences, kernels compiled for one batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLACES = f"{KEYS}::test_where_a_batchs_whole_numbers_lie_decides_nothing"
 
 
 def fault(name: str, file: str, old: str, new: str, test: str) -> Mutant:
-    """That a test of the compile tier finds."""
+    """A fault that a test of the compile tier finds."""
     return Mutant(name, f"{KERNELS}/{file}.py", old, new, (test,), interpreter=False)
 
 
@@ -35,7 +35,7 @@ COMPILED_MUTANTS = [
         f"{WAITS}[sampling-sm_90]",
     ),
     fault(
-        "a wait behind the length",
+        "a wait after the length",
         "attention/decode",
         f"    follow(PDL)\n{SEQUENCE}{LENGTH}",
         f"{SEQUENCE}{LENGTH}    follow(PDL)\n",
@@ -119,7 +119,7 @@ COMPILED_MUTANTS = [
         f"{OFFSETS}::test_no_small_call[merge_state]",
     ),
     fault(
-        "32-bit rows of codes",
+        "32-bit rows of quantized values",
         "rows/quantize_rows",
         "tl.program_id(0).to(tl.int64) * ROWS",
         "tl.program_id(0) * ROWS",

@@ -19,12 +19,12 @@ SHORT = f"{OWN}a_workspace_that_is_too_small_is_refused_before_anything_is_writt
 
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the codes that are loaded."""
+    """A fault in loading packed values."""
     return mutant(name, "matmul/load_int4", old, new, *tests)
 
 
 def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the kernels of codes."""
+    """A fault in the kernels that all quantized weights share."""
     return mutant(name, "matmul/quantized", old, new, *tests)
 
 
@@ -36,7 +36,7 @@ INT4_MUTANTS = [
     fault("words of another half", "start // 64 * 512", "start // 128 * 512", EXACT),
     fault("the first words of a half", "packed_ptr += start % 64 // 16", "packed_ptr += 0", EXACT),
     fault("rows of tiles interleaved", "trans(0, 6, 1, 3, 5, 2, 4)", "trans(6, 0, 1, 3, 5, 2, 4)", EXACT),
-    fault("codes off by one", "136.0 if", "135.0 if", EXACT),
+    fault("values off by one", "136.0 if", "135.0 if", EXACT),
     fault("tiles past the last", "lane // 128 * STEP, (N - 1) // 64", "lane // 128 * STEP, N", SHAPES),
     fault("every tile the first", "tile + lane // 128 * STEP", "tile + lane // 256 * STEP", SHAPES),
     fault("up from the gate's next tile", "lane // 128 * STEP", "lane // 128", FORMS),
@@ -63,7 +63,7 @@ INT4_MUTANTS = [
     shared("zero of 8 twice", "group) - 8.0) * sums", "group)) * sums", SHAPES),
     shared("sums of one block", "tl.dot(ones, tl.trans(x), sums,", "tl.dot(ones, tl.trans(x), sums * 0.0,", SHAPES),
     shared(
-        "zeros cut to codes",
+        "zeros truncated to integers",
         "(zeros_ptr, feature, zeros_row_stride, group)",
         "(zeros_ptr, feature, zeros_row_stride, group).to(tl.int32)",
         BETWEEN,

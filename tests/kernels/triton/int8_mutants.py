@@ -1,4 +1,4 @@
-"""Faults planted in products with 8-bit weights; a part of the table in mutants.py."""
+"""Faults planted in matmuls with 8-bit weights; a part of the table in mutants.py."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FAR = f"{OWN}rows_past_two_to_the_31_words"
 
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the codes that are loaded."""
+    """A fault in loading packed values."""
     return mutant(f"bytes: {name}", "matmul/load_int8", old, new, *tests)
 
 
 def shared(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the kernels of codes, where these have 8 bits."""
+    """A fault in the kernels that all quantized weights share, where values have 8 bits."""
     return mutant(f"8 bits: {name}", "matmul/quantized", old, new, *tests)
 
 
@@ -30,7 +30,7 @@ INT8_MUTANTS = [
     fault("quarters of another place", "start // 32 * 512", "start // 64 * 512", EXACT),
     fault("every tile the first", "tile + lane // 128 * STEP", "tile + lane // 256 * STEP", SPLITS),
     fault("tiles past the last", "lane // 128 * STEP, (N - 1) // 64", "lane // 128 * STEP, N", SHAPES),
-    fault("unsigned codes", ".to(tl.int8, bitcast=True).to(tl.float32)", ".to(tl.float32)", EXACT),
+    fault("unsigned values", ".to(tl.int8, bitcast=True).to(tl.float32)", ".to(tl.float32)", EXACT),
     fault(
         "bf16 from the lower half", ">> 16).to(tl.uint16).to(tl.bfloat16", ">> 15).to(tl.uint16).to(tl.bfloat16", EXACT
     ),
@@ -44,7 +44,7 @@ INT8_MUTANTS = [
         EXACT,
     ),
     fault("neighbours swapped", "(tl.join(low, high) *", "(tl.join(high, low) *", EXACT),
-    fault("codes off by one", "OFFSET: tl.constexpr = 128 / UNIT", "OFFSET: tl.constexpr = 127 / UNIT", EXACT),
+    fault("values off by one", "OFFSET: tl.constexpr = 128 / UNIT", "OFFSET: tl.constexpr = 127 / UNIT", EXACT),
     fault("twice the code", "1 / SMALLEST / UNIT", "2 / SMALLEST / UNIT", EXACT),
     fault("registers swapped", "trans(0, 5, 1, 3, 4, 7, 2, 6)", "trans(0, 5, 1, 3, 7, 4, 2, 6)", EXACT),
     fault("rows of a pair interleaved", "trans(0, 5, 1, 3, 4, 7, 2, 6)", "trans(0, 1, 5, 3, 4, 7, 2, 6)", EXACT),
@@ -62,7 +62,7 @@ INT8_MUTANTS = [
         EXACT,
     ),
     shared(
-        "x's order for codes of 4 bits",
+        "x's order for 4-bit weights",
         "k if BITS == 4 else order(k)",
         "order(k)",
         "ops/test_int4.py::test_every_code_is_exact",

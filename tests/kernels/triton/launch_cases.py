@@ -1,4 +1,4 @@
-"""The shipped launches as cases of tests, and which of them only repeat others.
+"""The shipped launches as test cases, and which of them only repeat others.
 
 Compiling all of them for five targets takes two cores five minutes. The quick round compiles each kernel for each
 target in each form: dtypes, optional arguments, switches, and the smallest and largest tile of rows.
@@ -35,7 +35,7 @@ CASES = [
 
 
 def form(launch: Launch) -> Hashable:
-    """The kernel, the dtypes of its pointers, the arguments that it does without, and its switches."""
+    """The kernel, the dtypes of its pointers, its absent arguments, and its switches."""
     names, source = launch.source.fn.arg_names, launch.source
     constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
     switches = sorted((name, str(value)) for name, value in constants.items() if isinstance(value, bool | None))

@@ -59,7 +59,7 @@ class Shipped:
 
 @contextmanager
 def on(name: str) -> Iterator[Target]:
-    """Inside, launchers choose their configurations for a target's usual GPU, and take nobody's own tuned ones."""
+    """Within, launchers choose configurations for a target's usual GPU, and ignore the user's tuned ones."""
     gpu = target(name)
     facts = Device(GPUS[name], name, gpu.multiprocessors, gpu.warp_size, gpu.shared_per_block, l2_cache=32 << 20)
     tuning._launch.cache_clear()
@@ -183,12 +183,12 @@ def attention() -> Iterator[Shipped]:
 
 QKV, GATE_UP, DOWN = ("7B qkv", *SMALL.qkv), ("7B gate_up", *SMALL.gate_up), ("7B down", *SMALL.down)
 LARGEST = ("70B gate_up", *LARGE.gate_up)
-# What a block calls: products with what it has before and behind them.
+# A block's matmuls, with their fused prologues and epilogues.
 BLOCK = (*QKV, "norm"), (*DOWN, "residual"), (*GATE_UP, "norm, gated"), (*LARGEST, "norm, gated")
 
 
 def matmul() -> Iterator[Shipped]:
-    """A 7B's products and a 70B's largest, alone and as its block calls them, at the fewest and most rows."""
+    """A 7B's matmuls and a 70B's largest, plain and fused as in a block, at the fewest and most rows."""
     for count in (1, 32, 64):
         for name, *sizes, form in ((*QKV, ""), *BLOCK):
             title = f"matmul {name} bf16, {count} rows{form and ', ' + form}"
@@ -244,7 +244,7 @@ def int4() -> Iterator[Shipped]:
 
 
 def int8() -> Iterator[Shipped]:
-    """As of 4 bits."""
+    """The same shapes as in 4 bits."""
     kinds = [(*weight, 128, BF16, count) for weight in (DOWN, QKV, LARGEST) for count in (16, 64, 1024)]
     kinds += [(*DOWN, 128, FP16, 16), (*DOWN, 128, FP16, 1024), (*DOWN, 128, BF16, 32), (*DOWN, 128, FP32, 16)]
     kinds += [(*DOWN, group, BF16, count) for group in (64, 32, 11008) for count in (16, 64)]
@@ -266,7 +266,7 @@ def int8() -> Iterator[Shipped]:
 
 
 def w8a8() -> Iterator[Shipped]:
-    """Rows in 8 bits and products of them, by all tiles of rows. A weight's scales have 16 bits; some loops unroll."""
+    """Quantized rows and their matmuls, with all tiles of rows. A weight's scales have 16 bits; some loops unroll."""
     once, many = {"store 32": 1}, STEPS["prefill"]
     for sizes in MODELS:
         name = f"add_rms_norm_int8 {sizes.short} bf16"

@@ -1,4 +1,4 @@
-"""Faults planted in the dense product and the embedding."""
+"""Faults planted in the dense matmul, its epilogue and the embedding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTSIDE = "triton/rows/test_embedding.py::test_an_id_outside_the_table_gives_nan
 
 
 def around(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In what surrounds a product."""
+    """A fault in the prologue or epilogue of a matmul."""
     return mutant(name, "matmul/epilogue", old, new, *tests)
 
 

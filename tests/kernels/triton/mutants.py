@@ -142,7 +142,7 @@ WRITE_KV_MUTANTS = [
         FAR,
     ),
     mutant(
-        "a product with the reciprocal",
+        "multiplied by the reciprocal",
         "rows/quantize",
         "tl.div_rn(x, tl.full(x.shape, scale, tl.float32))",
         "x * (1.0 / scale)",
@@ -166,11 +166,9 @@ WRITE_KV_MUTANTS = [
     ),
 ]
 QUANTIZE_MUTANTS = [
-    mutant(
-        "codes truncated", "rows/quantize", "(x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)", "x.to(tl.int8)", CODES
-    ),
+    mutant("truncated", "rows/quantize", "(x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)", "x.to(tl.int8)", CODES),
     mutant("ties upwards", "rows/quantize", "((magnitude >> 20) & 1)", "1", EVEN),
-    mutant("no small codes", "rows/quantize", "tl.where(magnitude < (121 << 23), small, normal)", "normal", EVEN),
+    mutant("no small values", "rows/quantize", "tl.where(magnitude < (121 << 23), small, normal)", "normal", EVEN),
     mutant("sign lost", "rows/quantize", " | ((bits >> 24) & 0x80)", "", EVEN),
     mutant(
         "half a head's maximum",

@@ -164,7 +164,7 @@ SAMPLING_MUTANTS = [
     ),
     mutant("past the largest", "sampling/draw", "passed = x < peak", "passed = x <= peak", GREEDY),
     mutant(
-        "NaN drawn from",
+        "NaN sampled from",
         "sampling/draw",
         "tl.where(total == total, tl.minimum(token, VOCAB - 1), 0)",
         "tl.minimum(token, VOCAB - 1)",

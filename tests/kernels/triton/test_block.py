@@ -1,4 +1,4 @@
-"""A block of Llama on Triton: the launches of a decode step, and what they compute together."""
+"""A decode step of a Llama block on Triton: its launches, and its result against the reference."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def step(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
 def test_a_decode_step_is_six_launches_a_layer(
     model: LlamaForCausalLM, kind: str, checked: CheckedRun, force: Callable[[str], None]
 ) -> None:
-    """And one that combines, where keys are split. The residual stream is the reference's, but for rounding."""
+    """One more reduces the splits of keys. The residual stream is the reference's, but for rounding."""
     if kind != "bf16":
         packing.quantize(model, kind, progress=False)
     hidden, found = torch.randn(3, 64).to(BF16), {}

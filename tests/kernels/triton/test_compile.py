@@ -1,4 +1,4 @@
-"""Every shipped launch, compiled for every target: nothing spills, all fits, and accesses that repeat are wide."""
+"""Every shipped launch, compiled for every target: nothing spills, all fits, and accesses in loops are wide."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_quick_round_has_each_kernel_in_each_form(name: str) -> None:
 
 
 def test_each_op_with_a_kernel_is_launched() -> None:
-    """But for one whose kernel is that of another, without the residual."""
+    """Except one whose kernel is another op's, without the residual."""
     launched = {shipped.name.split()[0] for shipped in ALL}
     assert launched == {op for op in OPS if OPS[op].has_triton} - {"rms_norm_int8"}, (
         "give it a generator in launches.py"
@@ -67,7 +67,7 @@ def test_each_launch_has_its_own_name() -> None:
 
 
 def test_each_packaged_configuration_belongs_to_a_target() -> None:
-    """A GPU's tuned configurations are shipped ones, and so these tests must see them."""
+    """A GPU's tuned configurations are shipped, so these tests must compile them."""
     packaged = {folder.name for folder in tuning.PACKAGED.glob("*") if folder.is_dir()}
     assert packaged <= set(GPUS.values())
     assert set(GPUS) == set(TARGETS)

@@ -1,6 +1,6 @@
 """Each tensor of each op with one dimension spread over more than 2^31 elements gives what it gives in one piece.
 
-The interpreter's checks find the sum or product in 32 bits that wraps, wherever it is; test_offsets.py finds it for
+The interpreter's checks find any 32-bit addition or multiplication that wraps; test_offsets.py finds it for
 numbers that nothing here has. Uninitialised memory takes none until it is touched: of 4 GiB each case touches a page.
 """
 
@@ -81,7 +81,7 @@ def test_a_tensor_past_two_to_the_31_elements(op: str, name: str, dim: int, monk
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["q", "out"])
 def test_heads_past_two_to_the_31_elements_of_a_decode_in_splits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kernels: parts, which lie together, and their sum."""
+    """Two kernels: the splits, whose results are contiguous, and their reduction."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     tokens, page = 1100, 64
     pages = [torch.randn(-(-tokens // page), 1, page, 16).half() for _ in "kv"]
@@ -104,7 +104,7 @@ def test_heads_past_two_to_the_31_elements_of_a_decode_in_splits(name: str, monk
     ],
 )
 def test_scales_of_rows_that_lie_apart_are_refused(op: str, name: str) -> None:
-    """Kernels count scales by rows: those of tokens in two groups, with a gap between these, would be others'."""
+    """Kernels count scales by rows: with a gap between two groups of tokens they would read the wrong ones."""
     rows = given(op)[name].shape[0]
     call = {
         key: torch.stack([value, value])

@@ -80,7 +80,7 @@ def test_rows_at_two_strides_are_refused_before_anything_is_written(op: str, nam
 @pytest.mark.parametrize("form", ["norm", "residual", "norm, gated"])
 @pytest.mark.parametrize("op", [op for op, table in KERNELS.items() if table.fuses])
 def test_what_is_fused_is_the_same_for_all_few_rows(op: str, form: str, name: str) -> None:
-    """A norm in front that is composed is rounded: a row's bits would depend on how many the others are."""
+    """A norm that is not fused is rounded: a row's bits would depend on how many the others are."""
     fuses, few_rows = KERNELS[op].fuses, KERNELS[op].few_rows
     assert fuses is not None
     assert few_rows is not None
@@ -231,11 +231,11 @@ def test_pages_far_apart() -> None:
 
 
 class TestSeveralGpus:
-    """Triton launches on the current GPU, so that of the tensors is made current: where there are others at all."""
+    """Triton launches on the current GPU, so the tensors' GPU is made current where there are several."""
 
     @pytest.fixture(autouse=True)
     def _cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two GPUs that need not be here, the first of them current, and a launcher that notes which one is."""
+        """Two fake GPUs, the first of them current, and a launcher that notes which one is."""
         self.current, self.launched, self.switched, self.asked = 0, [], [], 0
 
         def current_device() -> int:

@@ -1,7 +1,7 @@
-"""No kernel computes in 32 bits an offset that may not fit: strides that a caller chooses may be 2^30, and rows many.
+"""No kernel computes in 32 bits an offset that may overflow: strides may be 2^30, and rows many.
 
 Every launch is compiled with strides of heads, pages and slots near 2^30 (from 2^31 on Triton widens them itself), and
-the products of weights besides with 2^17 features and columns.
+the matmuls besides with weights of 2^17 features and columns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BOUNDED = {("attention_prefill_kernel", "first_row")}
 def far(call: Arguments) -> Arguments:
     """The call with each tensor of three or more dimensions spread out, by strides of which no two are alike.
 
-    A compiler that sees two equal products keeps one, and with it one place in the source.
+    A compiler merges two equal multiplications, and keeps one place in the source.
     """
     strides = (FAR + 64 * k for k in itertools.count(1))
     return {
@@ -110,7 +110,7 @@ def test_not_where_part_of_a_head_is_rotated() -> None:
     assert narrow(launching("rope", in_order("rope", call))) == []
 
 
-# More rows than a few are torch's product with the weight dequantized, and of 8 bits on both sides another tile.
+# Many rows take torch's matmul with the dequantized weight, and matmul_w8a8 another tile.
 PRODUCTS = [
     (matmuls.matmul, {"form": "norm, gated"}, 16),
     (matmuls.matmul, {"form": "residual"}, 16),

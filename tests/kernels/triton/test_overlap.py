@@ -1,4 +1,4 @@
-"""Launches that begin while the one before ends: where they may, that each waits, and what a counted sum fences."""
+"""Programmatic dependent launch: where launches overlap, that each waits, and the fences of split-K counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.kernels.triton.launches import SHIPPED, Shipped, on
 
 KEPT = Path(__file__).parents[3] / CACHE
 META = torch.device("meta")
-# Not of a decode step: of prompts, which take a hundred times what an overlap gains, and of attention in two parts.
+# Not in a decode step: kernels of prompts, which take 100 times what an overlap gains, and of split attention.
 IN_TURN = {"attention_prefill_kernel", "dequantize_kernel", "merge_state_kernel"}
 
 
@@ -66,7 +66,7 @@ def variants(name: str, family: str) -> Iterator[tuple[str, Launch]]:
 @pytest.mark.compile
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_kernel_of_a_step_overlaps_where_it_can(name: str) -> None:
-    """A single one between them that is launched in the usual way would wait for all, and all for it."""
+    """A single one that is launched in the usual way would wait for all before it, and all after for it."""
     for shipped in (shipped for family in SHIPPED.values() for shipped in family):
         for launch in recorded(name, shipped):
             early = name in ("sm_90", "sm_100") and launch.kernel not in IN_TURN
@@ -78,7 +78,7 @@ def test_each_kernel_of_a_step_overlaps_where_it_can(name: str) -> None:
 @pytest.mark.parametrize("name", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("family", SHIPPED)
 def test_a_launch_waits_for_the_one_before_ahead_of_every_access(family: str, name: str) -> None:
-    """On every path: none to an access or an end goes around it. The next launch is let go before."""
+    """On every path to an access or an exit. The next launch is released before."""
     for shipped, launch in variants(name, family):
         code = compiled(launch)
         ahead = ahead_of("ACQBULK", code)
@@ -105,7 +105,7 @@ def test_weights_are_asked_for_before_the_wait(family: str, name: str) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("family", ["matmul", "int4", "int8"])
 def test_a_sum_over_splits_takes_one_fence(family: str) -> None:
-    """In front of the count. The count of the next launch is set behind all loads, by an atomic that orders nothing."""
+    """Before the count. The next launch's count is reset after all loads, by a relaxed atomic."""
     shipped = next(each for each in SHIPPED[family] if "down" in each.name and "residual" in each.name)
     (launch,) = recorded("sm_90", shipped)
     instructions = compiled(launch).instructions

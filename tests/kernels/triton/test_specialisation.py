@@ -1,4 +1,4 @@
-"""One compiled kernel serves every number of rows, sequences and pages: what these decide is no part of its key.
+"""One compiled kernel serves every number of rows, sequences and pages: these are no part of its cache key.
 
 Triton compiles a kernel for each value of a constexpr, and for whether an integer is 1 or a pointer or an integer is a
 multiple of 16. A request that asks for a variant which warm-up did not would wait about a second for a compiler.
@@ -31,7 +31,7 @@ WIDTHS = (1, 2, 3, 16, 17, 64, 80, 160, 1170)  # pages of 7 tokens: of one split
 
 
 def sized(op: str, rows: int, width: int = 2) -> dict[str, Any]:
-    """A call of so many rows or sequences, and tables of `width` pages; products in bf16, where one kernel does all."""
+    """A call of so many rows or sequences, and tables of `width` pages; matmuls in bf16, where one kernel does all."""
     given = small_call(op)
     for name, value in given.items():
         if not isinstance(value, Tensor):
@@ -61,7 +61,7 @@ def launched(op: str, given: dict[str, Any], target: str = "sm_90") -> list[Laun
 
 
 def chosen(launch: Launch) -> Hashable:
-    """What launch code says a kernel is compiled for."""
+    """The constants that a launcher compiles a kernel for."""
     params, constants = launch.source.fn.params, launch.source.constants
     values = sorted((path, repr(value)) for path, value in constants.items() if params[path[0]].is_constexpr)
     return launch.kernel, *values, *sorted((name, repr(value)) for name, value in launch.options.items())
@@ -91,7 +91,7 @@ def test_rows_decide_nothing_within_a_bucket(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in TRITON_OPS if "page_table" in OPS[op].names])
 def test_neither_does_the_width_of_a_table(op: str) -> None:
-    """But that keys are split at all: parts are in fp32."""
+    """Except whether keys are split at all: partial results are in fp32."""
     keys = {
         (len(launches), *((chosen(launch), found(launch)) for launch in launches))
         for width in WIDTHS
@@ -130,7 +130,7 @@ TILED = [
 
 @pytest.mark.parametrize(("family", "few", "many"), TILED, ids=[few for _, few, _ in TILED])
 def test_what_rows_still_decide_changes_no_arithmetic(family: str, few: str, many: str) -> None:
-    """The tile of a program: compilers contract the same products and sums, so that a row keeps its bits.
+    """The tile of a program: compilers contract the same multiplications and additions, so that a row keeps its bits.
 
     Strides are specialised on as well, by what an address is a multiple of; a model has one of each.
     """

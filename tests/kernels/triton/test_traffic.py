@@ -1,4 +1,4 @@
-"""Each element is read once and written once: the interpreter counts the bytes of the floor in docs/measured/gpu.md."""
+"""Each element is read once and written once: the interpreter counts the least traffic of docs/measured/gpu.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults planted where kernels meet ids, positions, slots, lengths, pages and bounds that are not legal."""
+"""Faults planted in the kernels' handling of illegal ids, positions, slots, lengths, pages and bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults planted in products of 8-bit codes and the rounding of rows; a part of the table in mutants.py."""
+"""Faults planted in int8 matmuls and the quantizing of rows; a part of the table in mutants.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKSPACE = f"{OWN}a_workspace_holds_anything_before_and_is_all_that_is_used"
 
 
 def fault(name: str, old: str, new: str, *tests: str) -> Mutant:
-    """In the product."""
+    """A fault in the matmul."""
     return mutant(name, "matmul/w8a8", old, new, *tests)
 
 
@@ -66,7 +66,7 @@ W8A8_MUTANTS = [
         ROUNDED,
     ),
     mutant(
-        "rows: codes at x's stride",
+        "rows: quantized at x's stride",
         "rows/quantize_rows",
         "out_ptr + row * out_row_stride",
         "out_ptr + row * BLOCK",
@@ -81,7 +81,7 @@ W8A8_MUTANTS = [
         f"{OWN}rounded_rows_past_two_to_the_31_elements",
     ),
     mutant(
-        "rows: cut to codes",
+        "rows: truncated",
         "rows/quantize",
         "x * inverse, 0.0), tl.int8)",
         "x * inverse * 0.99, 0.0), tl.int8)",
@@ -89,7 +89,7 @@ W8A8_MUTANTS = [
     ),
     mutant("norm: one scale", "rows/norm", "scales_out_ptr + row,", "scales_out_ptr + row * 0,", NORM),
     mutant(
-        "norm: codes of what is not rounded",
+        "norm: quantized before it is rounded",
         "rows/norm",
         "mask, result.to(tl.float32), 0.0)",
         "mask, normed * weight, 0.0)",

@@ -1,4 +1,4 @@
-"""What only the Triton attention kernels have: splits and their sum, blocks of queries, tiles that cross pages."""
+"""What only the Triton attention kernels have: splits of the keys, blocks of queries, tiles that cross pages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_splits_around_their_edges(queries: int, heads: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_splits_of_scaled_pages_and_log_sum_exps_in_any_strides(causal: bool) -> None:
-    """The scale of values multiplies the sum of the splits, once; without a mask drafts see what follows them."""
+    """The scale of values multiplies the reduced splits, once; without a mask draft tokens see those after them."""
     batch = packed([2] * 3, [SPLIT + 1, 2 * SPLIT, 3], "MHA")
     scaled = Packed(batch.q, batch.k * 0.5, batch.v * 4.0, batch.queries, batch.lengths)
     buffer = torch.full((3, 7), 7.0)
@@ -135,7 +135,7 @@ def test_scale_is_not_taken_twice() -> None:
 
 
 def test_a_workspace_holds_anything_before() -> None:
-    """Also the parts of a larger call."""
+    """Also the splits of a larger call."""
     batch = packed([2] * 3, [2 * SPLIT + 5, 9, SPLIT + 1], "GQA 4", BF16)
     args = (batch.q, *tables(batch, 64))
     expected = decode(*args, return_lse=True)
@@ -167,7 +167,7 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written() -
 
 
 def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as the kernel wants it, and none where there is no kernel."""
+    """As large as the kernel needs, and none without a kernel."""
     batch = packed([1], [SPLIT + 1], "GQA 4")
     q, k_pages, _, table, _ = (batch.q, *tables(batch, 64))
     assert kernels.attention_workspace(q, k_pages, table).numel() == 0
@@ -178,7 +178,7 @@ def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_e4m3_as_newer_gpus_convert_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as by shifts, and NaN where the code is."""
+    """Bit-identical to conversion by shifts, and NaN stays NaN."""
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[~codes.float().isnan()].view(1, 1, 1, -1)
     scales, one = torch.full((1, 1, 1), 0.37), torch.ones(1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Attention's kernels in the forms that Llama 2 does not call them in, compiled ahead of time: none spills, all fit."""
+"""Attention kernels in forms that Llama 2 does not use, compiled ahead of time: none spills, all fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("op", CALLS)
-def test_without_a_mask_with_whole_numbers_in_64_bits_and_one_scale_of_all_codes(op: str, target: str) -> None:
+def test_without_a_mask_with_64_bit_indices_and_one_scale_of_all_quantized_pages(op: str, target: str) -> None:
     """And with log-sum-exps as flash-attn has them, [Hq, T]."""
     call = CALLS[op]()
     call |= {name: value.long() for name, value in call.items() if getattr(value, "dtype", None) == torch.int32}

@@ -36,4 +36,4 @@ def test_every_split_of_a_long_context_counts(checked: CheckedRun) -> None:
     table = torch.where(near.page_table < half, near.page_table, near.page_table + FAR)
     found = public("attention_decode", "triton")(batch.q, *pools, table, near.seq_lens, return_lse=True)
     assert_both_honest(found, batch)
-    assert checked.launches[0].grid[2] > LENGTH // split  # one split is behind the last: it has no keys
+    assert checked.launches[0].grid[2] > LENGTH // split  # one split is past the last: it has no keys

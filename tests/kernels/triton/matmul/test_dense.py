@@ -1,4 +1,4 @@
-"""What only the Triton product has: splits of the columns, tiles that the rows do not fill, torch's beyond them."""
+"""What only the Triton matmul has: split-K, tiles that the rows do not fill, and torch's matmul for more rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_workspace_is_all_that_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.interpreter
 def test_the_public_function_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as the kernel wants it for the most rows it takes, and none where there is no kernel or no split."""
+    """As large as the kernel needs for its most rows, and none without a kernel or a split."""
     launching(monkeypatch, splits=2)
     weight = torch.randn(20, 256)
     assert kernels.matmul_workspace(3, weight).numel() == 0

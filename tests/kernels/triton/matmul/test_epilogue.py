@@ -1,4 +1,4 @@
-"""What surrounds a product in Triton: sums over splits by the last program that comes, and a norm's factor."""
+"""Prologue and epilogue of a Triton matmul: splits reduced by the last program to finish, and a norm's factor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def case(rows: int, size: int, features: int, form: str) -> tuple[tuple[Tensor, 
     "order", [pytest.param(order, marks=interpreter(order=order)) for order in ("forward", "reverse", "shuffle")]
 )
 def test_whichever_program_comes_last(monkeypatch: pytest.MonkeyPatch, order: str, form: str) -> None:
-    """The parts are added in one order, and the counts are zero again."""
+    """The splits are reduced in one order, and the counts are zero again."""
     launching(monkeypatch, splits=4)
     x, weight = torch.ones(19, 128).to(BF16), torch.zeros(40, 128).to(BF16)
     weight[:, ::32] = torch.tensor([2.0**24, 1, 1, -(2.0**24)])  # in this order alone 0, as a 1 is lost in 2^24
@@ -63,7 +63,7 @@ def test_any_form_in_splits(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
 
 @interpreter
 def test_a_program_that_does_not_wait_for_the_others_is_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a count was not zero at the start."""
+    """As if a count was not zero at the start."""
     launching(monkeypatch, splits=4)
     given, _ = case(3, 256, 20, "")
     workspace = torch.zeros(module.workspace_size(3, given[1]))
@@ -93,7 +93,7 @@ def test_the_factor_of_a_row_is_the_same_in_any_batch(monkeypatch: pytest.Monkey
 
 @interpreter
 def test_all_of_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, checked: CheckedRun) -> None:
-    """That reads x, the weight and the rest once, whatever the number of splits but for their parts."""
+    """It reads x, the weight and the rest once, whatever the number of splits, besides their partial sums."""
     for splits in (1, 4):
         launching(monkeypatch, splits=splits, features=32)
         given, options = case(5, 256, 64, "norm, gated")
@@ -110,7 +110,7 @@ def test_all_of_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, checked: Check
 
 @interpreter
 def test_what_a_kernel_does_not_take_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch, checked: CheckedRun) -> None:
-    """A norm in fp16 or fp32; silu * up of halves that are not whole tiles of 4-bit codes."""
+    """A norm in fp16 or fp32; silu * up of halves that are not whole tiles of 4-bit weights."""
     launching(monkeypatch)
     (x, weight), options = case(2, 64, 24, "norm")
     for dtype in (torch.float16, torch.float32):

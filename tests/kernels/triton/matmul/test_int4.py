@@ -1,4 +1,4 @@
-"""matmul_int4's own ways in Triton: splits of K, sums that no other row can change, scratch memory, what it reads."""
+"""matmul_int4 in Triton: split-K, batch invariance, scratch memory, and the bytes that it reads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _bound(bind: Callable[..., None]) -> None:
 def test_splits(
     launch: Callable[[int], None], checked: CheckedRun, size: int, group: int, zeros: torch.dtype | None, splits: int
 ) -> None:
-    """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
+    """Of five tiles, the last not whole: as many programs as there are splits, none of them empty."""
     launch(splits)
     weight = Weight.of(70, size, group, torch.float16, zeros)
     check("triton", torch.randn(3, size).half(), weight, torch.randn(70).half())
@@ -76,7 +76,7 @@ def elements(rows: int, itemsize: int) -> int:
 
 
 def elements_of_all(rows: int, itemsize: int) -> int:
-    """Of one that serves fewer rows, too."""
+    """Elements of a workspace that serves fewer rows, too."""
     return max(elements(few, itemsize) for few in (min(rows, 16 if itemsize == 4 else 64), rows))
 
 

@@ -1,4 +1,4 @@
-"""matmul_int8's own ways in Triton, beside matmul_int4's: splits of K, sums no other row can change, what it reads."""
+"""matmul_int8 in Triton, where it differs from matmul_int4: split-K, batch invariance, and the bytes that it reads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _bound(bind: Callable[..., None]) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize(("size", "group"), [(640, 128), (608, 32), (400, 400), (576, 64)])
 def test_splits(launch: Callable[[int], None], checked: CheckedRun, size: int, group: int, splits: int) -> None:
-    """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
+    """Of five tiles, the last not whole: as many programs as there are splits, none of them empty."""
     launch(splits)
     check(ASSEMBLY, torch.randn(3, size).half(), Weight.of(130, size, group, torch.float16), torch.randn(130).half())
     tiles = -(-size // 128)
@@ -58,7 +58,7 @@ def test_splits(launch: Callable[[int], None], checked: CheckedRun, size: int, g
 def test_a_row_is_the_same_whatever_the_others(
     launch: Callable[[int], None], splits: int, dtype: torch.dtype, arch: str
 ) -> None:
-    """Bit for bit, in any place, among as many rows as are multiplied by codes."""
+    """Bit for bit, in any place, among as many rows as the kernel multiplies by packed values."""
     launch(splits)
     most = 16 if dtype == torch.float32 else 64
     weight, x = Weight.of(70, 608, 32, dtype), torch.randn(most, 608).to(dtype)

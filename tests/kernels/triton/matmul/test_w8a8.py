@@ -1,4 +1,4 @@
-"""matmul_w8a8's own ways in Triton: splits of K, tiles in any order, scratch memory, what it reads."""
+"""matmul_w8a8 in Triton: split-K, tiles in any order, scratch memory, and the bytes that it reads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _bound(bind: Callable[..., None]) -> None:
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 def test_splits(launch: Choose, checked: CheckedRun, splits: int, columns: int) -> None:
-    """Of five tiles, the last not whole: as many programs as there are parts, of which no one is empty."""
+    """Of five tiles, the last not whole: as many programs as there are splits, none of them empty."""
     launch(16, columns, splits)
     check("triton", *drawn(19, 130, 600, torch.float16), torch.randn(130).half())
     per_split = -(-5 // splits)
@@ -65,7 +65,7 @@ def test_launches_change_no_bit(launch: Choose) -> None:
 
 @pytest.mark.usefixtures("_bound")
 def test_every_tile_has_a_program(launch: Choose) -> None:
-    """Of rows more than follow each other, the last group not whole."""
+    """With more tiles of rows than a group has, the last group not whole."""
     launch()
     check("triton", *drawn(16 * 19, 300, 64, torch.bfloat16), None)
 

@@ -1,4 +1,4 @@
-"""What only the Triton embedding does."""
+"""The Triton embedding: ids outside the table, and rows of several programs."""
 
 from __future__ import annotations
 

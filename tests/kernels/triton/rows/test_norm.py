@@ -1,4 +1,4 @@
-"""The RMSNorm kernel: what is its launcher's alone. Its values are tested in tests/kernels/ops/test_norm.py."""
+"""The launcher of the RMSNorm kernel. The kernel's values are tested in tests/kernels/ops/test_norm.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @dtypes
 @pytest.mark.parametrize("shape", [(33, 64), (100, 17), (5, 1024), (2, 16384), (1, 20000)], ids=str)
 def test_several_rows_of_one_program(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """A program owns 8 rows of 64, one of 1024 and more; the last program's rows are not all there."""
+    """A program owns 8 rows of 64, one of 1024 and more; the last program's rows do not all exist."""
     x, residual, weight = inputs(shape, dtype)
     normed, total = public("add_rms_norm", "triton")(x, residual, weight, EPS)
     assert_equal(total, x + residual)

@@ -1,4 +1,4 @@
-"""The sampling kernels: what is theirs alone. Their draws are tested in tests/kernels/ops/test_sampling.py."""
+"""Workspaces, sums and offsets of the sampling kernels; their tokens are in tests/kernels/ops/test_sampling.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch, bind: Callable[..., None]) -> None:
 class TestOrder:
     @pytest.fixture(autouse=True)
     def checked(self) -> None:
-        """`same_in_any_order` brings its own checks, and those of every test would be in its way."""
+        """No checks here: `same_in_any_order` has its own, and two would conflict."""
 
     @pytest.mark.interpreter
     def test_no_order_of_programs_changes_a_bit(self) -> None:
@@ -105,8 +105,8 @@ def test_what_the_kernel_does_not_take() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.exhaustive  # 200 numbers where others try those at the edges
-def test_draws_follow_the_distribution() -> None:
-    """Pearson's chi-square of 200 draws, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
+def test_samples_follow_the_distribution() -> None:
+    """Pearson's chi-square of 200 samples, below its quantile of 0.9999 (Wilson and Hilferty, 1931)."""
     count, logits = 200, torch.tensor([2.0, -1.0, 0.5, 0.5, 1.5, 0.0, -3.0, 1.0])
     parameters = rows(count, temperature=1.4, top_k=7, top_p=0.9, offset=list(range(count)))
     tokens, _ = kernels.sample(logits.expand(count, 8), *parameters)
@@ -120,7 +120,7 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.interpreter
 def test_the_largest_vocabulary_keeps_its_sums() -> None:
-    """A flat row of 262144 tokens weighs 2^62 units; the number falls into the share of the token drawn."""
+    """A flat row of 262144 tokens weighs 2^62 units; the number falls into the share of the sampled token."""
     vocab = 1 << 18
     parameters = rows(2, top_k=[0, vocab - 1], top_p=[1.0, 0.5], offset=[5, 9])
     tokens, logprobs = kernels.sample(torch.zeros(1, vocab).expand(2, vocab), *parameters)
@@ -130,7 +130,7 @@ def test_the_largest_vocabulary_keeps_its_sums() -> None:
 
 
 def draw_always(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
-    """Every row draws this number."""
+    """Every row's random number is this one."""
     monkeypatch.setattr(tl, "rand", lambda seed, offset: tl.full([], number, tl.float32))
 
 
@@ -145,7 +145,7 @@ def draw_always(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
     ],
 )
 def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vocab: int, step: float) -> None:
-    """In ascending order the first one kept, which the number 0 draws: every threshold, to the token.
+    """In ascending order the first one kept, which the number 0 samples: every threshold, to the token.
 
     But not below 2^-44 of the largest, where a token has no mass.
     """
@@ -164,7 +164,7 @@ def test_the_least_likely_token_that_is_kept(monkeypatch: pytest.MonkeyPatch, vo
 @pytest.mark.interpreter
 @pytest.mark.parametrize("number", [0.0, 0.25, 0.5 - 2**-25, 0.5, 0.5 + 2**-9, (9 - 2**-24) / 11, 1 - 2**-24])
 def test_a_number_at_the_edge_of_a_token_is_the_next_ones(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
-    """Half of four programs' tokens have no share, and are not drawn by 0 nor by the largest number.
+    """Half of four programs' tokens have no share, and are sampled neither by 0 nor by the largest number.
 
     (9 - 2^-24) / 11 times 11 is below 9, and 9 when it is rounded to fp32.
     """
@@ -187,7 +187,7 @@ def reserved(rows: int, stride: int, columns: int, dtype: torch.dtype) -> Tensor
 
 @pytest.mark.interpreter
 def test_rows_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the logits by their stride, and those of the candidates in the workspace by their room."""
+    """Rows of logits by their stride, and rows of candidates in the workspace by their size."""
     logits, parameters = torch.randn(5, 9), rows(5, top_k=[0, 3, 3, 3, 3], temperature=[1.0, 1.0, 1.0, 1.0, 0.5])
     expected = kernels.sample(logits, *parameters)
     far = reserved(5, (1 << 29) + 16, 9, torch.float16).copy_(logits)

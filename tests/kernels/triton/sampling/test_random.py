@@ -1,4 +1,4 @@
-"""A kernel's tl.rand draws the numbers that the reference's sampling draws, so that both pick the same tokens."""
+"""tl.rand in a kernel gives the random numbers of the reference, so that both sample the same tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_kernel(out_ptr, seed_ptr, offset_ptr):
 
 
 @pytest.mark.interpreter
-def test_tl_rand_draws_what_the_reference_draws() -> None:
+def test_tl_rand_gives_the_numbers_of_the_reference() -> None:
     extremes = [0, 1, -1, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63)]
     offsets = [0, 1, 1000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32]
     seeds = torch.cat((torch.tensor(extremes), torch.randint(-(1 << 62), 1 << 62, (40,))))
