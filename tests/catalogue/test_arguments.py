@@ -1,4 +1,4 @@
-"""Arguments of an op: which are outputs, in what order the op takes them, and how a call is written."""
+"""Arguments of an op: its outputs, the order in which the op takes them, and how a call is written."""
 
 from __future__ import annotations
 

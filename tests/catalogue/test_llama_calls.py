@@ -1,4 +1,4 @@
-"""What a Llama calls: all ops, legal inputs, and bytes and operations counted by hand."""
+"""The catalogue's calls of a Llama: all ops, legal inputs, and bytes and operations counted by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_most_valuable_comes_first() -> None:
 
 
 @pytest.mark.parametrize("op", ["matmul", "matmul_int4", "matmul_int8", "matmul_w8a8"])
-def test_products_are_measured_from_one_row_to_a_prompt(op: str) -> None:
+def test_matmuls_are_measured_from_one_row_to_a_prompt(op: str) -> None:
     rows = [case.rows for case in llama_calls(BF16, (op,)) if case.sizes.name == "llama-2-7b"]
     assert rows[:4] == [1, 64, 16, 1024]
     assert {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024} <= set(rows)
@@ -59,7 +59,7 @@ BYTES = {
     "attention_varlen": 5 * (2 * 4 + 2 * 2) * 16 * 2 + 2 * 2 * 4,
     "attention_prefill": 5 * 2 * 4 * 16 * 2 + 2 * 64 * 2 * 16 * 2 + 4 + 4 + 8,
     "matmul": (5 * 64 + 192 * 64 + 5 * 192) * 2,
-    "matmul_int4": 5 * 64 * 2 + 192 * 128 // 2 + 192 * 2 + 5 * 192 * 2,  # codes are padded to 128 columns
+    "matmul_int4": 5 * 64 * 2 + 192 * 128 // 2 + 192 * 2 + 5 * 192 * 2,  # values are padded to 128 columns
     "matmul_int8": 5 * 64 * 2 + 192 * 128 + 192 * 2 + 5 * 192 * 2,
     "quantize_rows": 5 * (64 * 2 + 64 + 4),
     "rms_norm_int8": 5 * (64 * 2 + 64 + 4) + 64 * 2,
@@ -102,7 +102,7 @@ def test_inputs_are_legal_and_every_output_is_written(op: str) -> None:
                 assert result.isfinite().all()
             else:
                 some = result < torch.iinfo(result.dtype).max
-                assert (some.any(-1) if result.dtype == torch.int8 else some).all()  # the largest is a code too
+                assert (some.any(-1) if result.dtype == torch.int8 else some).all()  # 127 is a value too
 
 
 def test_seeds_make_other_inputs_and_the_same_again() -> None:

@@ -1,4 +1,4 @@
-"""Tensors of calls: drawn piece by piece, the same for a seed, poisoned where an op is to write."""
+"""Tensors of calls: generated piece by piece, the same for each seed, outputs poisoned."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastllama.catalogue import maker
 from fastllama.catalogue.maker import Maker
 
 
-def test_numbers_are_drawn_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No piece is larger than it may be, and all are other numbers."""
+def test_numbers_are_generated_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No piece is larger than the limit, and no two pieces repeat the same numbers."""
     monkeypatch.setattr(maker, "DRAWN", 40)
     drawn: list[int] = []
     right = torch.randn

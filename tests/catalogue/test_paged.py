@@ -1,4 +1,4 @@
-"""Paged caches: each token at its slot, and NaN in the slots of none."""
+"""Paged caches: each token at its slot, and NaN in unused slots."""
 
 from __future__ import annotations
 

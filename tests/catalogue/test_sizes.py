@@ -1,4 +1,4 @@
-"""Sizes: those of the presets, and of a toy whose sizes are unlike."""
+"""Matmul shapes of the presets, and of a toy model whose sizes all differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastllama.layers.config import PRESETS
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "toy"])
-def test_products_are_those_of_the_configuration(name: str) -> None:
+def test_matmuls_are_those_of_the_configuration(name: str) -> None:
     sizes, config = LlamaSizes.of(name), config_of(name)
     assert sizes.qkv == (config.qkv_size, config.hidden_size)
     assert sizes.gate_up == (2 * config.intermediate_size, config.hidden_size)

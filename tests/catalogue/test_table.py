@@ -1,4 +1,4 @@
-"""The table: small calls whose sizes are not taken for each other, and entries that know all that is asked of them."""
+"""The catalogue's table: small calls whose sizes all differ, and the shapes of every entry."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_small_call_has_every_tensor_but_the_log_sum_exp_and_the_scales_of_pag
 
 
 def test_a_small_weight_in_12_bits_has_two_outliers() -> None:
-    """As many as there are features could be taken for these."""
+    """As many outliers as features could be mistaken for the features."""
     call = small_call("matmul_bf12")
     weight = kernels.unpack_bf12(call["codes"], call["outliers"], call["exponent"])
     assert call["outliers"][:, :2].tolist() == [[2, 7], [5, 63]]
@@ -48,8 +48,8 @@ def test_outputs_are_poisoned(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_small_calls_are_drawn_anew(op: str) -> None:
-    """By torch's own generator, so that a test that seeds it gets the same ones again."""
+def test_small_calls_are_generated_anew(op: str) -> None:
+    """By torch's default generator, so that a test that seeds it gets the same calls again."""
     first, second = small_call(op), small_call(op)
     torch.manual_seed(0)
     third = small_call(op)

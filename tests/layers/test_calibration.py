@@ -1,4 +1,4 @@
-"""What linear layers are fed over a text: beside transformers in fp64, document by document, in any batching."""
+"""Inputs of linear layers over a text: against transformers in fp64, document by document, in any batching."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def documents() -> list[list[int]]:
 
 
 def fed_by_transformers(model: Any, texts: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
-    """Of each layer of the model what our linear layers read, and as "after" what it gives, all in fp64: [T, ...]."""
+    """For each layer of the model the inputs of its linear layers, and as "after" its output, all in fp64: [T, ...]."""
     exact = copy.deepcopy(model).double()
     found: list[dict[str, list[Tensor]]] = []
     for layer in exact.model.layers:
@@ -63,7 +63,7 @@ def watchers(block: LlamaBlock, num_rows: int) -> dict[str, Activations]:
 
 
 def run(model: LlamaForCausalLM, texts: Any = None) -> tuple[list[dict[str, Activations]], Tensor]:
-    """What each block is fed, and the stream behind the last."""
+    """The inputs of each block, and the residual stream after the last."""
     walk, found = Calibration(model, documents() if texts is None else texts, CPU), []
     for block in model.layers:
         assert isinstance(block, LlamaBlock)
@@ -73,7 +73,7 @@ def run(model: LlamaForCausalLM, texts: Any = None) -> tuple[list[dict[str, Acti
 
 
 def run_without_watching(model: LlamaForCausalLM, texts: Any) -> list[Tensor]:
-    """The streams of batches behind the last block."""
+    """The residual streams of batches after the last block."""
     walk = Calibration(model, texts, CPU)
     for block in model.layers:
         assert isinstance(block, LlamaBlock)
@@ -145,7 +145,7 @@ def test_it_computes_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
 
 
 def test_rows_are_those_of_documents_in_their_order() -> None:
-    """So a document alone gives the same rows as among others."""
+    """A document alone gives the same rows as among others."""
     model = ours("GQA", torch.float32)
     found, _ = run(model)
     start = 0

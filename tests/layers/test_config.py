@@ -333,7 +333,7 @@ def test_a_dtype_may_have_torchs_names(written: str, expected: str | None, caplo
 
 
 @pytest.mark.parametrize("written", ["bf16", "double", "int8", {"": "float32"}, 16])
-def test_another_dtype_is_said_and_the_weights_own_taken(written: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_dtype_is_logged_and_the_weights_own_used(written: object, caplog: pytest.LogCaptureFixture) -> None:
     assert LlamaConfig.from_hf(HF | {"dtype": written}).dtype is None
     assert caplog.messages == [
         f"dtype is {written!r}, and not used; legal: bfloat16, float16, float32; by default the weights' own"
@@ -350,7 +350,7 @@ def test_another_dtype_is_said_and_the_weights_own_taken(written: object, caplog
         ("layer_types", ["full_attention", "full_attention"], False),
     ],
 )
-def test_attention_of_other_architectures_is_said_not_to_be_used(
+def test_attention_of_other_architectures_is_logged_as_unused(
     key: str, value: object, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     LlamaConfig.from_hf(HF | {key: value})

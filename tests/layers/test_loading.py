@@ -1,4 +1,4 @@
-"""The name table and the copy along it, with every way a tensor can be wrong."""
+"""Loading by the table of names, with every way a tensor can be wrong."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_a_tensor_that_comes_twice_must_be_the_same(dtype: torch.dtype) -> None:
         load_weights(fresh(GQA, dtype), [*tensors.items(), (Q, 2 * tensors[Q])])
 
 
-def test_names_with_a_prefix_of_their_own_are_told() -> None:
+def test_names_with_a_prefix_of_their_own_are_reported() -> None:
     tensors = {f"module.{name}": tensor for name, tensor in random_tensors(GQA).items()}
     message = r"is missing, and so are 20 others; names here begin otherwise: module\.model\.embed_tokens\.weight$"
     with pytest.raises(CheckpointError, match=message):
@@ -281,7 +281,7 @@ def test_a_head_that_is_not_tied_must_be_there() -> None:
         load_weights(fresh(GQA), tensors.items())
 
 
-def test_a_shape_is_told_with_the_sizes_that_give_it() -> None:
+def test_a_wrong_shape_is_reported_with_the_sizes_that_give_it() -> None:
     tensors = random_tensors(GQA) | {EMBEDDING: torch.zeros(16, 12)}
     message = r"has shape \[16, 12\], expected \[11, 12\] by the configuration \(vocab_size, hidden_size\)$"
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""Weights packed as they come, and quantized ones taken as they are: the layers, their memory, and what is refused."""
+"""Weights packed while loading, and quantized ones loaded as they are: layers, memory, and what is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tensors_of(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict[
 
 
 def quantized(config: LlamaConfig, kind: str, group_size: int = 128) -> dict[str, Tensor | QuantizedWeight]:
-    """The same with each linear layer but the head quantized."""
+    """The tensors with each linear layer but the head quantized."""
     return {
         name: round_to_nearest(tensor, kind, group_size) if name.endswith("_proj.weight") else tensor
         for name, tensor in tensors_of(config).items()
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused(name: str, change: object, message: str) -
         loaded(SMALL, tensors)
 
 
-def test_a_quantized_part_behind_a_plain_one_is_refused() -> None:
+def test_a_quantized_part_after_a_plain_one_is_refused() -> None:
     tensors = quantized(SMALL, "int4")
     tensors[Q] = tensors_of(SMALL)[Q]
     with pytest.raises(CheckpointError, match=r"k_proj\.weight is int4 .* and what it is fused or tied with is not"):
@@ -262,7 +262,7 @@ def test_a_head_may_be_quantized_where_it_is_not_tied() -> None:
         loaded(tied, tensors)
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_are_distinguished() -> None:
     model = loaded(SMALL, quantized(SMALL, "w8a8"))
     with pytest.raises(ValueError, match="quantization is 'int4' for weights in w8a8; legal: 'auto', None or 'w8a8'"):
         packing.resolve(model, "int4", kept=packing.kind_of(model))

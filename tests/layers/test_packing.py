@@ -18,7 +18,7 @@ SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hid
 
 
 def model(tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """Its down projections have 96 columns, which is no multiple of 64."""
+    """A model whose down projections have 96 columns, not a multiple of 64."""
     config = LlamaConfig(
         **SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, eos_token_ids=()
     )

@@ -1,4 +1,4 @@
-"""A model in 4 or 8 bits: what is rounded and what is not, and the numbers that its codes stand for."""
+"""A model in 4 or 8 bits: which layers are quantized, and that it computes with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = {
     "int4": 8,
     "int8": 254,
     "w8a8": 254,
-}  # of codes, in the largest magnitude: half a step is the most that rounding moves
+}  # quantization steps in the largest magnitude: rounding moves a weight by half a step at most
 kinds = pytest.mark.parametrize("kind", LINEARS)
 
 
@@ -47,7 +47,7 @@ def logprobs(built: LlamaForCausalLM) -> list[Tensor]:
 
 @kinds
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_product_but_the_head_is_rounded(tied: bool, kind: str) -> None:
+def test_every_linear_layer_but_the_head_is_quantized(tied: bool, kind: str) -> None:
     rounded = model(tied)
     before, count = {name: tensor.clone() for name, tensor in hf_tensors(rounded)}, rounded.num_parameters
     packing.quantize(rounded, kind, progress=False)
@@ -66,7 +66,7 @@ def test_every_product_but_the_head_is_rounded(tied: bool, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_it_computes_with_the_weights_that_its_codes_stand_for(kind: str) -> None:
+def test_it_computes_with_the_dequantized_weights(kind: str) -> None:
     rounded, plain = model(), model()
     packing.quantize(rounded, kind, progress=False)
     load_weights(plain, [(name, tensor.clone()) for name, tensor in hf_tensors(rounded)])
@@ -76,7 +76,7 @@ def test_it_computes_with_the_weights_that_its_codes_stand_for(kind: str) -> Non
 
 
 @kinds
-def test_the_llm_rounds_and_says_so(kind: str) -> None:
+def test_the_llm_quantizes_and_reports_its_kind(kind: str) -> None:
     with LLM(model(), quantization=kind, max_model_len=64, kv_cache_tokens=64, progress=False) as llm:
         assert llm.quantization == kind
         assert any(type(module) is LINEARS[kind] for module in llm.engine.model.modules())
@@ -101,7 +101,7 @@ def test_an_llm_that_is_not_asked_does_not_round() -> None:
 
 @pytest.mark.parametrize(("kind", "cost"), [("int4", 0.3), ("int8", 0.005), ("w8a8", 0.02)])
 def test_the_bundled_model_still_tells_a_story(kind: str, cost: float) -> None:
-    """Rounded it knows nearly as well what comes next: its own story costs it little more a token."""
+    """Quantized it predicts nearly as well: the loss of its own story grows little."""
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
     with LLM("tiny", dtype="float32", quantization=None, kv_cache_tokens=256, progress=False) as llm:
         prompt = "Once upon a time"

@@ -1,4 +1,4 @@
-"""A model quantized in place, block by block: what becomes of it, what stays, what is refused, and how to go on."""
+"""A model quantized in place, block by block: which layers change, how much they lose, and what is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def quantized(
 
 
 class Kept(dict[str, Mapping[str, Tensor]]):
-    """Blocks as they are finished, in memory."""
+    """Finished blocks, kept in memory."""
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         assert key not in self, "nothing is computed twice"
@@ -136,7 +136,7 @@ def test_any_shape_loses_little(config: LlamaConfig, method: str, scheme: str) -
 @dtypes
 @pytest.mark.parametrize("scheme", KINDS)
 def test_rtn_gives_what_packing_gives(config: LlamaConfig, scheme: str, dtype: torch.dtype) -> None:
-    """Bit for bit: it goes by way of fp32."""
+    """Bit for bit: both go through fp32."""
     expected = random_model(config, dtype)
     packing.quantize(expected, scheme, progress=False)
     assert_same(quantized("rtn", scheme, config, dtype, documents=()), expected)
@@ -150,7 +150,7 @@ def test_the_same_gives_the_same(method: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("of", [tuple, torch.tensor, lambda ids: torch.tensor(ids).numpy()])
 def test_token_ids_may_come_in_any_sequence(of: Any) -> None:
-    """And have the same key."""
+    """With the same key of finished blocks."""
     kept, ids = Kept(), texts(20, 20)
     expected = quantized("gptq", "int4", documents=ids, finished=kept)
     for documents in (of(ids), [*map(of, ids)]):
@@ -272,7 +272,7 @@ def test_packed_layers_are_refused(method: str) -> None:
 
 
 def test_infinite_activations_are_refused() -> None:
-    """Of float16, by a block that is not the first: those before it are quantized, it and those behind it are not."""
+    """Of float16, by a block that is not the first: those before it are quantized, it and those after are not."""
     model = random_model(replace(GQA, num_hidden_layers=3), torch.float16)
     model.layers[1].get_parameter(f"{GATE_UP}.weight").mul_(1000)
     kept, before = Kept(), [tensor.clone() for tensor in model.layers[1].parameters()]

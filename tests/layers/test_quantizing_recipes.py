@@ -1,4 +1,4 @@
-"""One block as each method quantizes it: beside the same steps, one by one, on what its layers are fed."""
+"""One block quantized by each method, against the same steps one by one on its layers' inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 class AllRows(Activations):
-    """What a layer is fed, and all of its rows beside those that are sampled."""
+    """A layer's inputs: all rows, besides those that are sampled."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, TOKENS, CPU, hessian=True)
@@ -135,7 +135,7 @@ def test_a_block_is_what_its_steps_give_one_by_one(
 
 
 def test_blocks_of_another_version_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may compute them otherwise."""
+    """It may compute blocks differently."""
     kept = Kept()
     for version in ("1.0", "1.0", "1.1"):
         monkeypatch.setattr(quantizing, "__version__", version)
@@ -156,7 +156,7 @@ def test_a_weight_that_is_not_finite_is_named(method: str, scheme: str, name: st
 
 @pytest.mark.parametrize(("method", "scheme"), READ)
 def test_the_first_layer_that_an_infinity_reaches_is_named(method: str, scheme: str) -> None:
-    """All behind it are fed infinity or NaN, too."""
+    """All layers after it get infinity or NaN, too."""
     model = random_model().half()
     model.layers[1].self_attn.qkv_proj.weight[-model.config.kv_size :] = 3e4
     with pytest.raises(ValueError, match=rf"^layers\.1\.{OUT} is fed infinity or NaN by the calibration text"):

@@ -1,4 +1,4 @@
-"""A model quantized in place: how an interrupted run goes on, what memory it takes, and its progress."""
+"""Quantizing a model: resuming an interrupted run, memory, and progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.rounds import exhaustive
 )
 @pytest.mark.parametrize("config", [SHAPES["biases"], exhaustive(SHAPES["tied"])])
 def test_what_is_finished_is_taken_and_the_rest_computed(method: str, scheme: str, config: LlamaConfig) -> None:
-    """Whichever blocks are lost: the same bits."""
+    """Bit-identical, whichever blocks are lost."""
     config = replace(config, num_hidden_layers=3)
     expected, kept = quantized(method, scheme, config, torch.bfloat16), Kept()
     assert_same(quantized(method, scheme, config, torch.bfloat16, finished=kept), expected)
@@ -165,7 +165,7 @@ def test_memory_of_gptq_is_one_block_in_fp32_its_hessians_and_two_more_of_the_la
 
 
 def test_progress_counts_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, though a finished block's come at once."""
+    """All layers, though those of a finished block are counted at once."""
     shown: list[tuple[Any, ...]] = []
 
     class Bar:

@@ -1,4 +1,4 @@
-"""Scales between a layer's input and its weight: blocks compute what they did before."""
+"""Scales moved between a layer's input and its weight leave a block's output unchanged."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def block_of(built: LlamaForCausalLM) -> LlamaBlock:
 
 
 def output(built: LlamaForCausalLM) -> Tensor:
-    """The residual stream behind the block, in fp64 and by explicit formulas."""
+    """The residual stream after the block, in fp64 and by explicit formulas."""
     weights = {name: tensor.double() for name, tensor in hf_tensors(built)}
     return next(oracle.forward(built.config, weights, IDS, torch.float64, len(IDS)))
 
 
 def scales_for(config: LlamaConfig, name: str, spread: float = 1.0) -> Tensor:
-    """Random ones, from about 1 / 50 to 50."""
+    """Random scales, from about 1 / 50 to 50."""
     sizes = {QKV: config.hidden_size, OUT: config.q_size, GATE_UP: config.hidden_size, DOWN: config.intermediate_size}
     return tied(config, name, (torch.randn(sizes[name]) * 2 * spread).exp(), "amax")
 

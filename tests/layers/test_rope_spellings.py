@@ -1,4 +1,4 @@
-"""A config.json that tells its rope in several places: read as transformers 5 reads it, or refused by name."""
+"""A config.json that specifies its rope in several places: read as transformers 5 does, or refused by name."""
 
 from __future__ import annotations
 

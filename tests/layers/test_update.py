@@ -1,4 +1,4 @@
-"""A model with other weights is the model that they would have made, and stays where it was in memory."""
+"""A model updated with new weights equals one loaded from them, and stays where it was in memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(tied: bool = False, bias: bool = True) -> LlamaConfig:
 
 
 def weights(seed: int, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Hugging Face tensors of a model, of another scale for each seed, so that all codes and exponents differ."""
+    """Hugging Face tensors of a model, with another scale for each seed, so that all packed values differ."""
     torch.manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in hf_tensors(LlamaForCausalLM(config(tied), device="meta"))}
     return {name: (torch.randn(shape) * 2.0 ** (seed - 4)).to(dtype) for name, shape in shapes.items()}
@@ -117,7 +117,7 @@ def test_every_tensor_keeps_its_memory(kind: str | None) -> None:
     assert addresses(model) == before
 
 
-def test_a_lossless_model_tells_when_buffers_were_replaced() -> None:
+def test_a_lossless_model_reports_when_buffers_were_replaced() -> None:
     old = weights(4)
     model = loaded(old, "bf12")
     layer = model.layers[1].self_attn.qkv_proj
@@ -149,7 +149,7 @@ def test_tensors_come_in_any_float_dtype_and_strides(kind: str | None, source: t
 
 
 def test_parameters_can_be_trained_and_updated_again() -> None:
-    """Neither inference tensors nor a graph are left behind, whatever mode the caller is in."""
+    """An update leaves neither inference tensors nor a graph, whatever mode the caller is in."""
     model = loaded(weights(1))
     for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad(), torch.autocast("cpu")):
         with mode:
@@ -240,7 +240,7 @@ def with_value(value: float) -> Tensor:
 
 
 class Sharded(Tensor):
-    """As DTensor, of which a copy would be only a part."""
+    """Like DTensor, of which a copy would be only a shard."""
 
 
 WRONG = [
@@ -295,7 +295,7 @@ def test_a_name_that_comes_twice_is_refused() -> None:
     assert_same(model, loaded(weights(1)))
 
 
-def test_what_says_nothing_new_is_passed_over() -> None:
+def test_redundant_tensors_are_passed_over() -> None:
     model = LlamaForCausalLM(config(bias=False))
     old = {name: tensor for name, tensor in weights(1).items() if not name.endswith("bias")}
     load_weights(model, old.items())
