@@ -1,4 +1,4 @@
-"""What every test gets: its tier, the same random numbers each time, and outputs poisoned until they are written."""
+"""Fixtures of every test: its tier, the same random numbers each time, and uninitialised memory poisoned."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _has_gpu() -> bool:
 
 
 def _belongs_here(item: pytest.Item) -> bool:
-    """Triton decides when a kernel is defined whether to interpret it: a process holds one of these tiers, not two."""
+    """Triton decides when a kernel is defined whether to interpret it: a process runs one of these tiers."""
     if item.get_closest_marker("gpu"):
         return _has_gpu() and not env.triton_interpret()
     if item.get_closest_marker("fakegpu"):
@@ -48,7 +48,7 @@ def _belongs_here(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what another tier or shard runs. Not skip: where nothing is left, the run must fail (exit status 5)."""
+    """Deselect tests of other tiers and shards. Not skip: a run without tests must fail (exit status 5)."""
     shard = config.getoption("shard")
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
@@ -61,19 +61,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A small part of few tests may hold none."""
+    """A small shard of few tests may be empty."""
     if session.config.getoption("shard").count > 1 and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: tests that collect garbage need not look through it, for 0.3 s each time."""
+    """Freeze the objects alive by now, so that tests that collect garbage need not scan them, 0.3 s each time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_report_header() -> str:
-    """Say which tiers this process can run, so that a deselected test explains itself."""
+    """Report which tiers this process can run, which explains deselected tests."""
     return f"tiers: reference, {'interpreter' if env.triton_interpret() else 'compile, gpu where there is one'}"
 
 
@@ -90,7 +90,7 @@ def bind() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`force(backend)`: FASTLLAMA_BACKEND says so, and no op remembers what it chose before, until the test ends."""
+    """`force(backend)`: sets FASTLLAMA_BACKEND and clears every op's earlier choice, until the test ends."""
     from fastllama.kernels.dispatch.op import OPS
 
     def force(backend: str) -> None:

@@ -1,6 +1,6 @@
-"""The two rounds: `make test` runs the quick one, `make test-all` also what is marked `exhaustive`.
+"""The two rounds of tests: `make test` runs the quick one, `make test-all` also tests marked `exhaustive`.
 
-`@pytest.mark.exhaustive`: the test, or with `pytest.param(..., marks=...)` the case, repeats what another has shown:
+`@pytest.mark.exhaustive`: the test, or with `pytest.param(..., marks=...)` the case, repeats another:
 the same kernel and code path, with other numbers.
 `@pytest.mark.in_turn("heads", "page_size")`: of a grid in the interpreter, the named parameters take turns. In the
 quick round each of their values occurs, and each combination of the others, but not each of one with each of the other:
@@ -24,7 +24,7 @@ def exhaustive(*values: Any, id: str | None = None) -> Any:
 def repeats(item: pytest.Item) -> bool:
     """Whether a case of a grid is left to the full round, by its test's `in_turn`.
 
-    The k-th case of the quick round has the k-th value of each parameter, counted round and round. All this is of the
+    The k-th case of the quick round has the k-th value of each parameter, counted cyclically. All this is of the
     interpreter, where a case takes 0.1 to 1 s; compiled for the CPU it takes milliseconds.
     """
     marker = item.get_closest_marker("in_turn")

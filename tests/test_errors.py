@@ -1,4 +1,4 @@
-"""Messages: names from files in one line that a terminal can show, unknown options with what helps."""
+"""Error messages: names from files shown in one printable line, unknown options with the nearest legal one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optional packages that are there and do not work: what they would do is done otherwise, or one line says why not."""
+"""Installed optional packages that fail to import: a fallback runs, or one line states the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress bars: shown on a terminal or when asked, silent where there is no standard error at all."""
+"""Progress bars: shown on a terminal or on request, silent without a standard error."""
 
 from __future__ import annotations
 

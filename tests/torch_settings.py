@@ -1,4 +1,4 @@
-"""Settings of torch that hold for a process or a thread, and must change no bit of ours; each is put back behind it."""
+"""Settings of torch for a process or a thread, which must change no bit of a result; each is restored after its use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def deterministic(mode: bool) -> Iterator[None]:
 
 
 def default_settings() -> tuple[Any, ...]:
-    """What all of them are, to see that they are put back."""
+    """The values of all settings, to check that they are restored."""
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # it contradicts a backend's

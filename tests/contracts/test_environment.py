@@ -1,4 +1,4 @@
-"""Contract: fastllama/env.py alone reads the environment, and docs/reference/env.md is what it writes."""
+"""Contract: fastllama/env.py alone reads the environment, and docs/reference/env.md is generated from it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_page_is_what_env_writes() -> None:
     assert (ROOT / "docs" / "reference" / "env.md").read_text(encoding="utf-8") == env.markdown(), "run `make docs`"
 
 
-def test_a_variable_is_set_within_and_as_before_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_set_within_and_restored_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLLAMA_PDL", raising=False)
     with env.PDL.set_to("0"):
         assert env.PDL.read() == "0"

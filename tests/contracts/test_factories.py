@@ -1,4 +1,4 @@
-"""Contract: whoever makes a tensor names its dtype and device: torch's defaults belong to the process, and may change.
+"""Contract: every call that creates a tensor names its dtype and device, as torch's defaults may change.
 
 Under `torch.set_default_dtype(torch.bfloat16)` scratch memory without a dtype was half as long as its kernel took it to
 be, which corrupted the heap; under `torch.set_default_device("meta")` it had address 0.

@@ -1,4 +1,4 @@
-"""Contract: files stay short, folders say what they promise, comments carry no banners and no promises."""
+"""Contract: files stay short, folders state what they promise, comments carry no banners and no to-dos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fastllama", "tests", "benchmarks", "tools")
 LIMIT = 400
-# path -> why this one file is better whole than split
+# path -> why this file is better left whole
 LONGER_FOR_A_REASON: dict[str, str] = {}
 # "# -----", "# === Title ===", "#####"
 BANNER = re.compile(r"#\s*([-=*#~_+])\1{2,}|##")
@@ -36,7 +36,7 @@ def test_no_file_is_too_long() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in sources() if path.name == "__init__.py"], ids=name)
-def test_a_folder_says_what_it_promises(path: Path) -> None:
+def test_a_folder_states_what_it_promises(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring, f"{name(path)} starts with no docstring"
     sentence = docstring.split("\n\n")[0]
@@ -48,7 +48,7 @@ def test_every_package_folder_has_its_init() -> None:
     assert {name(folder) for folder in folders if not (folder / "__init__.py").is_file()} == set()
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_states_what_it_is() -> None:
     silent = [name(path) for path in sources() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert silent == []
 

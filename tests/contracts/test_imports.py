@@ -1,4 +1,4 @@
-"""Contract: imports go one way through the rooms of docs/design/architecture.md; light imports stay light."""
+"""Contract: imports follow the order of packages in docs/design/architecture.md; light imports stay light."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.rooms import Room, imported, module_name, rooms
 
 PACKAGE = Path(__file__).parents[2] / "fastllama"
 
-# Each room with the rooms it may import. Who wants one more should ask whether the code stands in the right room.
+# Each package with the packages it may import. Before adding one, check whether the code is in the right package.
 BASE = {"errors", "env", "arithmetic"}
 SHOWS = BASE | {"progress"}
 MAY_IMPORT = {
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "cli": BASE
     | {"kernels", "layers", "io", "runtime", "catalogue", "integrations", "serve", "verify", "bench", "testing"},
 }
-# The same within kernels: what computes an op does not know the ops.
+# The same within kernels: implementations do not import the ops.
 KERNELS_MAY_IMPORT = {
     "reference": set(),
     "dispatch": set(),
@@ -89,7 +89,7 @@ def sources() -> list[Path]:
 def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
     room = module_name(path).split(".")[1]
     assert room in MAY_IMPORT, f"{room} is a new room: add it to MAY_IMPORT and to docs/design/architecture.md"
-    # what stands in the root itself (fastllama.LLM) is for users: inside, it would be a way around the order
+    # names of the root itself (fastllama.LLM) are for users: importing them inside would bypass the order
     wrong = rooms_of(imported(path)) - MAY_IMPORT[room] - {room, "__version__"}
     assert not wrong, f"{module_name(path)} imports {sorted(wrong)}"
 
@@ -108,7 +108,7 @@ def test_nothing_in_a_room_imports_what_imports_it(room: Room) -> None:
 
 @pytest.mark.parametrize(("room", "others"), [("formats", ("packed",)), ("packed", ())], ids=["formats", "packed"])
 def test_a_checkpoint_format_knows_only_the_formats(room: str, others: tuple[str, ...]) -> None:
-    """What picks a format imports them all, so that none may import it back; packed weights know no checkpoint."""
+    """What picks a format imports all formats, so none may import it; packed weights import no checkpoint."""
     found = set().union(*map(imported, (PACKAGE / "io" / room).glob("*.py")))
     legal = tuple(f"fastllama.io.{each}" for each in (room, *others))
     wrong = {each for each in found if each.startswith("fastllama.io.") and not each.startswith(legal)}
@@ -116,14 +116,14 @@ def test_a_checkpoint_format_knows_only_the_formats(room: str, others: tuple[str
 
 
 def test_what_the_runtime_calls_of_the_integrations_does_not_know_the_runtime() -> None:
-    """It takes over a model of transformers by way of `fastllama.from_transformers`, where no import shows."""
+    """They take over a model of transformers through `fastllama.from_transformers`, without an import."""
     found = set().union(*map(imported, (PACKAGE / "integrations" / "transformers").glob("*.py")))
     assert "runtime" not in rooms_of(found)
 
 
 @pytest.mark.parametrize("adapter", ["flash_attn", "flashinfer"])
 def test_an_adapter_of_functions_knows_the_ops_alone(adapter: str) -> None:
-    """It stands for a library of functions on tensors, in programs that may have neither our models nor our files."""
+    """It replaces a library of functions on tensors, in programs that use neither our models nor our files."""
     folder = PACKAGE / "integrations" / adapter
     files = sorted(folder.rglob("*.py"))
     assert files
@@ -155,7 +155,7 @@ def test_the_reference_knows_neither_triton_nor_the_kernels(path: Path) -> None:
     assert "triton" not in packages(modules)
     kernels = {module for module in modules if module.startswith("fastllama.kernels.")}
     wrong = {module for module in kernels if not module.startswith("fastllama.kernels.reference")}
-    assert not wrong, f"an oracle that shares code with what it judges proves nothing: {sorted(wrong)}"
+    assert not wrong, f"an oracle that imports what it judges proves nothing: {sorted(wrong)}"
 
 
 @pytest.mark.parametrize("package", HOMES)

@@ -1,4 +1,4 @@
-"""Contract: a name that shows in a trace, a traceback or an import is that of one thing."""
+"""Contract: names of kernels and classes are unique, as traces, tracebacks and imports show them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(fastllama.__file__).parent
 
 
 def defined(folder: Path, kind: type[ast.AST]) -> Iterator[tuple[str, str]]:
-    """Names that the modules below a folder define at their top, and where."""
+    """Top-level names of the modules below a folder, and where they are defined."""
     for path in sorted(folder.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, kind):
@@ -23,7 +23,7 @@ def defined(folder: Path, kind: type[ast.AST]) -> Iterator[tuple[str, str]]:
 
 
 def several(names: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
-    """Those that are defined in more than one place."""
+    """Names that are defined in more than one place."""
     places = defaultdict(list)
     for name, place in names:
         places[name].append(place)
@@ -33,7 +33,7 @@ def several(names: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("compiler", ["triton", "numba"])
 def test_a_kernel_is_the_only_one_of_its_name(compiler: str) -> None:
-    """A trace adds up what is called alike."""
+    """A trace adds up kernels of the same name."""
     functions = defined(PACKAGE / "kernels" / compiler, ast.FunctionDef)
     assert several((name, place) for name, place in functions if name.endswith("_kernel")) == {}
 

@@ -22,7 +22,7 @@ from fastllama.kernels.ops.compiled import numba_kernels, triton_kernels
 
 OPS_FOLDER = Path(kernels.__file__).parent / "ops"
 TESTS = Path(__file__).parents[1] / "kernels"
-# Public functions that are no ops, and why.
+# Public functions that are not ops, and why.
 HELPERS = {
     "attention_workspace": "allocates scratch memory for attention_decode",
     "backend_of": "returns the implementation of each op",

@@ -67,7 +67,7 @@ def test_it_declares_what_it_needs(metadata: email.message.Message) -> None:
 def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    # `python -m` looks in the working directory first: this package is the one that runs.
+    # `python -m` looks in the working directory first, so the installed package runs.
     command = [
         sys.executable,
         "-m",

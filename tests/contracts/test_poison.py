@@ -1,4 +1,4 @@
-"""Contract: in every test, memory that nobody has written yet is poison."""
+"""Contract: in every test, uninitialised memory is poisoned."""
 
 from __future__ import annotations
 

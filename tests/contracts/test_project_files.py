@@ -31,7 +31,7 @@ def read(path: Path) -> Any:
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """What a page has people run: in backticks, in indented blocks, and as a form's placeholder; without comments."""
+    """Commands of a page: in backticks, in indented blocks, and as a form's placeholder; without comments."""
     text = path.read_text(encoding="utf-8")
     found = re.findall(r"`([^`\n]+)`", text)
     found += re.findall(r"^(?:.*(?:placeholder|run|entry): | {4,})(.+)$", text, re.MULTILINE)
@@ -45,7 +45,7 @@ def targets() -> set[str]:
 
 
 def problem(words: list[str]) -> str | None:
-    """What a command names that is not there."""
+    """The file, target or option of a command that does not exist."""
     if words[0] == "fastllama":
         known: dict[str, set[str]] = {"fastllama": {"--version"}}
         for parser, _ in _commands(_parser()):
@@ -134,5 +134,5 @@ def test_ruff_is_pinned_once() -> None:
 
 @pytest.mark.parametrize("path", [ROOT / "pyproject.toml", *PAGES], ids=lambda path: path.name)
 def test_no_address_is_invented(path: Path) -> None:
-    """Where this repository is hosted, and who answers mail, is not known here."""
+    """This repository has no public host or mail address yet, so any address would be invented."""
     assert re.findall(r"https?://\S+|[\w.]+@[\w-]+\.\w+", path.read_text(encoding="utf-8")) == []
