@@ -1,4 +1,4 @@
-"""What every test on a device gets: torch as users run it, and its failure said at once."""
+"""Fixtures of every device test: torch as users run it, and failures printed at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 class _AtOnce:
-    """Prints a failure where it happens, not at the end, which a run that is cut short does not reach."""
+    """Prints a failure when it happens: a run that is cut short never reaches the summary."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -27,5 +27,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_users_run_it(_poison_and_seed: None) -> None:
-    """Torch's deterministic mode changes its own kernels and warns of others; here outputs are poisoned one by one."""
+    """Deterministic mode off: it changes torch's kernels and warns of others. Outputs are poisoned singly."""
     torch.use_deterministic_algorithms(False)

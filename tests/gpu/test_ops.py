@@ -1,4 +1,4 @@
-"""Every op on the device: right at odd and at Llama's shapes, fit for a CUDA graph, and silent towards the host."""
+"""Every op on the device: right at odd and at Llama's shapes, capturable in a CUDA graph, never synchronising."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(op: str, inputs: Arguments) -> list[torch.Tensor]:
 
 @triton_ops
 def test_captured_and_replayed_with_new_inputs(op: str) -> None:
-    """A graph reads what its inputs hold when it is replayed, and gives what an eager call gives, bit for bit."""
+    """A replayed graph reads its inputs' current values, and gives what an eager call gives, bit for bit."""
     inputs = case(op).make(DEVICE, seed=0)
     run(op, copied(inputs))  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -94,7 +94,7 @@ def test_captured_and_replayed_with_new_inputs(op: str) -> None:
 
 @triton_ops
 def test_nothing_waits_and_nothing_is_allocated(op: str) -> None:
-    """With its outputs given an op neither synchronises with the host nor asks for memory."""
+    """With given outputs an op neither synchronises with the host nor allocates memory."""
     inputs = case(op).make(DEVICE, seed=0)
     with running(op, DEVICE) as function:
         function(inputs)  # compiles
@@ -108,10 +108,10 @@ def test_nothing_waits_and_nothing_is_allocated(op: str) -> None:
     assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
 
 
-# rope_and_write_kv's rows are in the pages, at slots of their own; a prompt's see those before them.
+# rope_and_write_kv writes its rows into pages, at their own slots; a prompt's rows see those before them.
 @pytest.mark.parametrize("op", sorted({*TRITON} - {"rope_and_write_kv", "attention_varlen", "attention_prefill"}))
 def test_a_row_alone_is_the_row_in_a_batch(op: str) -> None:
-    """Bit for bit, whatever else is in the batch; of products, in as many rows as the kernel takes."""
+    """Bit for bit, whatever else is in the batch; matmuls up to the most rows that the kernel takes."""
     rows = 61 if op in ("matmul", "matmul_int4", "matmul_int8") else 300
     many = case(op, rows=rows).make(DEVICE, seed=0)
     whole = run(op, copied(many))
@@ -126,7 +126,7 @@ def test_a_row_alone_is_the_row_in_a_batch(op: str) -> None:
 
 @triton_ops
 def test_a_call_like_an_earlier_one_gives_what_it_gives_alone(op: str) -> None:
-    """Bit for bit: its launches are the earlier one's with other addresses."""
+    """Bit for bit: its launches are those of the earlier call with other addresses."""
     first, second = (case(op).make(DEVICE, seed) for seed in (0, 1))
     expected = run(op, copied(second))
     with running(op, DEVICE) as function:
@@ -137,7 +137,7 @@ def test_a_call_like_an_earlier_one_gives_what_it_gives_alone(op: str) -> None:
 
 @triton_ops
 def test_a_launch_goes_to_the_current_stream(op: str) -> None:
-    """There it waits its turn: behind it, the inputs get their values only after 10 ms or so."""
+    """The stream is busy for 10 ms or so before the inputs get their values; another stream would read old ones."""
     values, inputs = (case(op).make(DEVICE, seed) for seed in (0, 1))
     expected = run(op, copied(values))
     torch.cuda.synchronize()

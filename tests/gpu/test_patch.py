@@ -1,4 +1,4 @@
-"""fastllama.patch on the device: the numbers and tokens of transformers, and a decode step that waits for nothing."""
+"""fastllama.patch on the device: the numbers and tokens of transformers, and a decode step that never synchronises."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_as_exact_as_transformers(prompt: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Of a prompt, and of a token behind it."""
+    """Of a prompt, and of the token after it."""
     stock, patched = pair(dtype)
     rows = prompt["attention_mask"].bool()
     one = prompt["input_ids"][:, :1]
@@ -72,7 +72,7 @@ def test_logits_are_as_exact_as_transformers(prompt: dict[str, Tensor], dtype: t
 
 
 def decoded(model: Any, prompt: dict[str, Tensor], cache: Any, forward: Callable[..., Any]) -> Tensor:
-    """Greedy tokens by hand, which the fake GPU can end: `generate` asks the device. forward: of all but the prompt."""
+    """Greedy tokens in a loop of our own, as `generate` reads the device. forward: runs all but the prompt."""
     ids, found, begin = prompt["input_ids"], [], 0
     whole = torch.nn.functional.pad(prompt["attention_mask"], (0, LONGEST - ids.shape[1]), value=1)
     positions = (whole.cumsum(1) - 1).clamp(min=0)
@@ -89,10 +89,10 @@ def decoded(model: Any, prompt: dict[str, Tensor], cache: Any, forward: Callable
     return torch.cat(found, 1)
 
 
-@pytest.mark.filterwarnings("ignore")  # inductor has much to say
+@pytest.mark.filterwarnings("ignore")  # inductor warns of much
 @pytest.mark.parametrize("kind", ["default", "offloaded", "static", "static, compiled"])
 def test_tokens_are_those_of_transformers(prompt: dict[str, Tensor], kind: str) -> None:
-    """Compiled, a step is a CUDA graph, whose static inputs the parameters are."""
+    """Compiled, a step is a CUDA graph with the parameters as static inputs."""
     models = pair(torch.float32)
     found = []
     for model in models:
@@ -104,7 +104,7 @@ def test_tokens_are_those_of_transformers(prompt: dict[str, Tensor], kind: str) 
     assert torch.equal(*found)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", says its first use
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", warns its first use
 def test_a_decode_step_waits_for_nothing(prompt: dict[str, Tensor]) -> None:
     _, patched = pair(torch.bfloat16)
     cache = getattr(patched(**prompt, use_cache=True), CACHE)

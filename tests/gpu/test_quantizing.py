@@ -1,4 +1,4 @@
-"""Quantizing on the device: what the CPU makes of a model, but for another rounding of what layers are fed."""
+"""Quantizing on the device gives the CPU's model, but for another rounding of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = replace(GQA, hidden_size=256, intermediate_size=512, head_dim=64)
 READ, UNSEEN = texts(*[128] * 16, 1, 65), texts(*[64] * 4, seed=5)
-AGREEING = {"rtn": 0.999, "hqq": 0.99, "gptq": 0.8}  # the share of values; scales of AWQ may fall on another exponent
+AGREEING = {"rtn": 0.999, "hqq": 0.99, "gptq": 0.8}  # share of equal values; AWQ may choose other exponents
 recipes = pytest.mark.parametrize(("method", "scheme"), RECIPES)
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -60,7 +60,7 @@ def test_it_is_as_good_as_on_a_cpu(method: str, scheme: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize(("method", "scheme"), [("rtn", "int4"), ("awq+gptq", "int4"), ("smoothquant+gptq", "w8a8")])
 def test_a_model_stays_where_it_is(method: str, scheme: str) -> None:
-    """Its blocks go to the named device and come back: the same bits as of a model that was there."""
+    """Its blocks go to the named device and come back, bit-identical to a model that was there."""
     model = plain(torch.bfloat16)
     for home, away in ((CPU, DEVICE), (DEVICE, CPU)):
         found = quantized(model, home, scheme, method, device=away)

@@ -1,4 +1,4 @@
-"""The runtime on the device: its graphs give what the modules give, and a step waits for the device once."""
+"""The runtime on the device: its graphs give what the modules give, and a step synchronises once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model(kind: str) -> LlamaForCausalLM:
 
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Those of every draw."""
+    """The logits of every call of the sampler."""
     found, start = [], sampler.start
 
     def spying(step: StepLogits) -> sampler.PendingTokens:
@@ -64,7 +64,7 @@ PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": 
 
 
 def generate(model: LlamaForCausalLM, *, penalized: bool = False, **options: Any) -> list[tuple[int, ...]]:
-    """Requests that end one after another; penalized: every second of them is."""
+    """Answers to requests that end one after another; penalized: every second request has penalties."""
     more: list[dict[str, Any]] = [{}, PENALTIES if penalized else {}]
     params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8 + 6 * i, **more[i % 2]) for i in range(len(PROMPTS))]
     with LLM(model, kv_cache_tokens=4096, max_model_len=1024, progress=False, **options) as llm:
@@ -74,7 +74,7 @@ def generate(model: LlamaForCausalLM, *, penalized: bool = False, **options: Any
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("kind", ["none", "int4", "int8", "w8a8"])
 def test_graphs_give_what_the_modules_give(model: LlamaForCausalLM, logits: list[Tensor], deterministic: bool) -> None:
-    """Bit for bit: rows of padding change nothing."""
+    """Bit for bit: padding rows change nothing."""
     replayed = generate(model, deterministic=deterministic)
     of_graphs = logits[-STEPS:]
     handle = model.layers[0].register_forward_hook(lambda *args: None)
@@ -89,7 +89,7 @@ def test_graphs_give_what_the_modules_give(model: LlamaForCausalLM, logits: list
 @pytest.mark.parametrize("kind", ["none"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_pages_come_back_from_the_host_as_they_were(model: LlamaForCausalLM, kv_cache_dtype: str) -> None:
-    """Preempted requests give the tokens that they give where nobody is."""
+    """Preempted requests give the tokens that they give without preemption."""
     sizes: dict[str, Any] = {"max_model_len": 384, "deterministic": True, "progress": False}
     prompts = [[seed] * length for seed, length in enumerate((60, 130, 190, 100, 70, 220))]
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=100)
@@ -104,7 +104,7 @@ def test_pages_come_back_from_the_host_as_they_were(model: LlamaForCausalLM, kv_
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps of decodes that raise where launching one waits for the device or asks it for memory; how many there were.
+    """Makes decode steps raise where a launch synchronises or allocates; counts the steps.
 
     From the numbers on the host to the tokens on their way back: all that the engine does for a step but to read them.
     Penalties may ask for memory: a token that has become known is sent to their tables, beside the step's numbers.
@@ -129,7 +129,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", says its first use
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "a prototype feature", warns its first use
 @pytest.mark.parametrize("penalized", [False, True])
 @pytest.mark.parametrize("kind", ["none"])
 def test_a_replayed_step_waits_for_nothing(
@@ -150,7 +150,7 @@ def test_a_replayed_step_waits_for_nothing(
 def test_a_switch_changes_no_answer(
     model: LlamaForCausalLM, switch: str, penalized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens go from step to step on the device, in one batch and from batch to batch; or by the host."""
+    """Tokens go from step to step on the device, within a batch and from batch to batch, or through the host."""
     expected = generate(model, penalized=penalized, deterministic=True)
     monkeypatch.setenv(switch, "0")
     assert generate(model, penalized=penalized, deterministic=True) == expected
@@ -190,7 +190,7 @@ def test_after_a_capture_that_fails_all_goes_on(
 def test_another_thread_may_use_the_device_while_a_step_is_captured(
     model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It allocates, waits and frees all the time."""
+    """The other thread allocates, synchronises and frees all the time."""
     ended = threading.Event()
 
     def work() -> None:
@@ -213,7 +213,7 @@ def test_another_thread_may_use_the_device_while_a_step_is_captured(
 
 
 def test_what_was_sent_is_not_overwritten_before_it_is_copied() -> None:
-    """Three times behind a busy device, by two pinned buffers."""
+    """Three copies queued after a busy kernel, from two pinned buffers."""
     buffers, found = Buffers({"a": ((1 << 16,), torch.int64)}, torch.device("cuda")), []
     torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
     for number in range(3):
@@ -225,10 +225,10 @@ def test_what_was_sent_is_not_overwritten_before_it_is_copied() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none"])
-def test_the_host_cache_takes_what_it_says(model: LlamaForCausalLM) -> None:
+def test_the_host_cache_takes_the_memory_that_it_reports(model: LlamaForCausalLM) -> None:
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     kv = KVCache.allocate(CONFIG, 3, 64, torch.bfloat16, "cuda")
-    host = HostCache(kv, CONFIG, 20_000)  # more than any test before has given back
+    host = HostCache(kv, CONFIG, 20_000)  # more than any test before has freed
     taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
     assert taken == KVCache.pinned_bytes(CONFIG, 20_032, torch.bfloat16)
     del host
@@ -236,8 +236,8 @@ def test_the_host_cache_takes_what_it_says(model: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("kind", ["none"])
 @pytest.mark.parametrize("own", [False, True])
-def test_guesses_change_no_answer(model: LlamaForCausalLM, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the text, and the model's own as its draft, verified wherever there are any."""
+def test_draft_tokens_change_no_answer(model: LlamaForCausalLM, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft tokens of the text, and of the model as its own draft model."""
     expected = generate(model, deterministic=True)
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     speculation = copy.deepcopy(model) if own else "prompt_lookup"

@@ -1,4 +1,4 @@
-"""Ids, positions, slots, lengths, pages and bounds that are not legal, on the device: what the reference says."""
+"""Illegal ids, positions, slots, lengths, pages and bounds give the reference's results on the device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DEVICE = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("op", INDEXED)
-def test_garbage_gives_what_the_reference_says(op: str) -> None:
-    """Results and pages alike; a wrong access would end the process, or write where these are compared."""
+def test_illegal_indices_give_what_the_reference_gives(op: str) -> None:
+    """Results and pages are compared; an illegal access would end the process, or change one of these."""
     for call in garbage_calls(op):
         there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.items()}
         expected, found = public(op, "reference")(**call), getattr(kernels, op)(**there)

@@ -1,4 +1,4 @@
-"""After an LLM is made, no request compiles a kernel or captures a graph: either would stop all requests that run."""
+"""After an LLM is made, no request compiles a kernel or captures a graph: either stalls all running requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture
 def late(force: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every kernel that is compiled and every capture from now on, as a process that has launched nothing has them."""
+    """Records every kernel compiled and every graph captured from now on, as in a fresh process."""
     force("auto")
     for found in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
         for kernel in vars(importlib.import_module(found.name)).values():
@@ -57,7 +57,7 @@ def late(force: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def params(drawn: random.Random, number: int, max_tokens: int) -> SamplingParams:
-    """Greedy and sampled, some with what the host must add: penalties, log-probabilities."""
+    """Greedy and sampled, some with penalties, some with log-probabilities."""
     return SamplingParams(
         temperature=drawn.choice((0.0, 0.8)),
         seed=number,
