@@ -102,11 +102,11 @@ def _read(folder: Path, theirs: Any) -> _Reading:
         if found != expected:
             return _Reading(ours, f"its {name} is {brief(expected)}, ours {brief(found)}")
     remarks = []
-    behind_control_pieces = [_around(piece) for piece in CONTROL_PIECES]
+    after_control_pieces = [_in_words(piece) for piece in CONTROL_PIECES]
     for text, ids, expected_ids in _encoded(ours, theirs):
         if ids != expected_ids:
             seen = f"of the text {brief(text)} it makes {brief(expected_ids)}, ours {brief(ids)}"
-            if text not in behind_control_pieces or _special(ours, ids) != _special(ours, expected_ids):
+            if text not in after_control_pieces or _special(ours, ids) != _special(ours, expected_ids):
                 return _Reading(ours, seen)
             remarks.append(f"text after a control piece is encoded differently: {seen}")
     cleaned = []
@@ -141,7 +141,7 @@ def _encoded(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], lis
     unasked = {*INFILLING_PIECES, getattr(theirs, "fill_token", None), *(() if ours.chat_template else CONTROL_PIECES)}
     pieces = {*ours.special_pieces(), *getattr(theirs, "added_tokens_encoder", ())}
     added = [piece for piece in sorted(pieces) if piece not in unasked][:_MOST_ADDED]
-    for text in (*_TEXTS, *map(_around, added)):
+    for text in (*_TEXTS, *map(_in_words, added)):
         yield text, ours.encode_template(text), _ids(theirs(text, add_special_tokens=False))
 
 
@@ -157,7 +157,7 @@ def _uncleaned(theirs: Any, ids: list[int]) -> str:
     return str(theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _around(piece: str) -> str:
+def _in_words(piece: str) -> str:
     """A text with an added piece, between words and within one."""
     return f"a {piece} b{piece}c\n"
 
