@@ -67,7 +67,7 @@ def test_public_functions_and_ops_are_the_same() -> None:
 
 
 def test_a_compilers_table_has_exactly_the_ops_that_use_it() -> None:
-    """A kernel without an op would be unused; an op without its kernel would fail at its first call."""
+    """A kernel without an op is unused; an op without its kernel fails at its first call."""
     modules = [importlib.import_module(f"fastllama.kernels.ops.{path.stem}") for path in OPS_FOLDER.glob("*.py")]
     bound = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Backends)}
     assert set(OPS) <= set(bound)

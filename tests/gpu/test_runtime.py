@@ -106,8 +106,8 @@ def test_pages_come_back_from_the_host_as_they_were(model: LlamaForCausalLM, kv_
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes decode steps raise where a launch synchronises or allocates; counts the steps.
 
-    From the numbers on the host to the tokens on their way back: all that the engine does for a step but to read them.
-    Penalties may ask for memory: a token that has become known is sent to their tables, beside the step's numbers.
+    A launch is all that the engine does for a step, from the batch on the host to the copy of its tokens back.
+    Penalties may allocate: a token that has become known is sent to their tables, besides the step's batch.
     """
     steps, compute = [0], execution._compute
 
@@ -135,9 +135,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_replayed_step_waits_for_nothing(
     model: LlamaForCausalLM, penalized: bool, replays: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those of the same sequences, and those after one has ended, whose ids come from other places and another graph.
+    """Steps of the same sequences, and steps after one has ended, which take another graph and other rows' ids.
 
-    What a step raises that runs ahead is swallowed, logged, and the step run again: so each is asked for by its number.
+    An error in a step that runs ahead is logged and the step run again, so the test counts replayed steps.
     """
     generate(model, penalized=penalized)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -1,4 +1,4 @@
-"""Calls whose tensors of indices hold numbers of all kinds, most of them not legal."""
+"""Calls with random index tensors, most of whose values are illegal."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def assert_fed(found: list[dict[str, Activations]], exact: list[dict[str, Tensor
 def test_layers_are_fed_what_those_of_transformers_are(
     shape: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms applied, of documents by themselves, one of which is longer than what is read at once."""
+    """Inputs after the norms, of separate documents, one of them longer than what is read at once."""
     monkeypatch.setattr(calibration, "BATCH_TOKENS", tokens)
     found, after = run(ours(shape, torch.float32))
     exact = expected(shape)
@@ -195,7 +195,7 @@ def test_layers_that_are_not_watched_run_all_the_same() -> None:
 
 
 def test_memory_is_one_stream_and_what_a_block_makes_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are 36 batches more, what is held grows by the stream of these, and by 1 % for their positions."""
+    """With 36 more batches, memory grows by their residual stream, and by 1 % for their positions."""
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 64)
     model, most = ours("GQA", torch.float32), []
     for count in (4, 40):

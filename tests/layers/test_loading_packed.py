@@ -24,7 +24,7 @@ from fastllama.quant.rounding import round_to_nearest
 from fastllama.quant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
-# Keys have 32 rows, half a tile of 64; queries and gates fill tiles, or do not.
+# Keys have 32 rows, half a tile of 64; queries and gates fill whole tiles, or not.
 SMALL = LlamaConfig(48, 128, 192, 2, 4, 1, 32)
 SHAPES = {
     "half tiles": SMALL,
@@ -191,7 +191,7 @@ def test_a_bias_may_come_before_and_after_its_weight() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_no_scale_is_rounded_by_a_dtype(dtype: torch.dtype, stored: torch.dtype) -> None:
-    """By that of the model, and by casts of the module: those of the model's dtype stay, all others are fp32."""
+    """Neither by the model's dtype nor by casts: scales of the model's dtype stay, all others are fp32."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(SMALL).items()}
     weight = round_to_nearest(tensors_of(SMALL)[K], "int4")
     weight = replace(weight, scales=(weight.scales * 1.2345e-5).to(stored))  # fp16 would round these

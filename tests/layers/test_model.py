@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": {"kv_heads": 4, "attention_bias": True, "mlp_bias": True},
     "wide heads": {"kv_heads": 8, "head_dim": 12},
 }
-# Of each step, how many new tokens which sequence gets: single tokens at a start and in a middle, whole prompts, chunks
+# For each step, how many new tokens each sequence gets: single tokens at a start and in a middle, whole prompts, chunks
 # of prompts before and after others, in one batch and alone.
 STEPS: Sequence[Mapping[int, int]] = (
     {0: 1, 3: 1},
@@ -131,7 +131,7 @@ def paged_logits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits(shape: str, dtype: torch.dtype, page_size: int) -> None:
-    """Against transformers in fp64 with the same rounded weights, beside transformers in the same dtype."""
+    """Against transformers in fp64 with the same rounded weights; bounded by transformers' error in the same dtype."""
     plain = copy.deepcopy(theirs(shape)).to(dtype)
     exact = transformers_logits(copy.deepcopy(plain).double())
     model = ours(shape, dtype)
@@ -142,7 +142,7 @@ def test_logits(shape: str, dtype: torch.dtype, page_size: int) -> None:
 
 
 def test_logits_of_wanted_rows_only() -> None:
-    """The last token of each chunk gives what it gives among all."""
+    """The last token of each chunk gives the logits that it gives among all rows."""
     model = ours("GQA", torch.float32)
     everything = paged_logits(model, model.config, torch.float32, 5)
     last = paged_logits(model, model.config, torch.float32, 5, only_last=True)

@@ -84,14 +84,14 @@ class Kept(dict[str, Mapping[str, Tensor]]):
 
 
 def logits(model: LlamaForCausalLM, ids: Sequence[int]) -> Tensor:
-    """By the explicit formulas, in fp64, of the weights that quantized values stand for."""
+    """Logits by explicit formulas, in fp64, of the dequantized weights."""
     weights = {name: tensor.double() for name, tensor in hf_tensors(model)}
     *_, found = oracle.forward(model.config, weights, torch.tensor(ids), torch.float64, len(ids))
     return found
 
 
 def divergence(model: LlamaForCausalLM, exact: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> float:
-    """The mean KL divergence of a model's tokens from those of the exact one."""
+    """The mean KL divergence of a model's next-token distributions from the exact model's."""
     found = torch.cat([logits(model, ids) for ids in documents]).log_softmax(-1)
     wanted = torch.cat([logits(exact, ids) for ids in documents]).log_softmax(-1)
     return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
@@ -125,7 +125,7 @@ def test_linear_layers_of_blocks_are_quantized_and_nothing_else(method: str, sch
 @shapes
 @recipes
 def test_any_shape_loses_little(config: LlamaConfig, method: str, scheme: str) -> None:
-    """Of half a step in 8 (int4) or 127 the divergence is 0.4 and 0.003 at most here, and it is never 0."""
+    """For half a step in 8 (int4) or 127 (int8) the divergence is at most 0.4 and 0.003 here, and never 0."""
     model = quantized(method, scheme, config)
     lost = divergence(model, random_model(config), DOCUMENTS)
     assert 0 < lost < (0.8 if scheme == "int4" else 0.006)
@@ -160,7 +160,7 @@ def test_token_ids_may_come_in_any_sequence(of: Any) -> None:
 
 @pytest.mark.parametrize(("method", "scheme"), [each for each in RECIPES if "gptq" in each[0]])
 def test_what_is_read_counts(method: str, scheme: str) -> None:
-    """Of a text that was not read, too: GPTQ keeps the divergence below 0.6 of that of rounding to nearest."""
+    """On unseen text, too: GPTQ keeps the divergence below 0.6 of that of rounding to nearest."""
     options: dict[str, Any] = {"documents": texts(*[64] * 12, seed=2), "config": replace(GQA, intermediate_size=96)}
     exact = random_model(options["config"])
     unseen = texts(*[64] * 4, seed=3)
@@ -174,9 +174,9 @@ def test_what_is_read_counts(method: str, scheme: str) -> None:
 
 @pytest.mark.parametrize(("method", "scheme"), [each for each in RECIPES if each[0] not in ("rtn", "hqq")])
 def test_planted_outliers_cost_little(method: str, scheme: str) -> None:
-    """4 channels of each norm, and of up, are 32 times the others: what scales inputs loses less than it would.
+    """4 channels of each norm, and of up, are 32 times the others; the divergence is below 0.7 of rtn's.
 
-    In int8 rows are whole, and as coarse as the columns of these channels are small.
+    In int8 a scale covers a whole row, so the smaller columns of these channels are rounded more coarsely.
     """
     options: dict[str, Any] = {"documents": texts(*[64] * 6, seed=2), "progress": False}
     exact, rounded, found = (random_model() for _ in range(3))
@@ -213,7 +213,7 @@ def test_group_sizes(method: str, scheme: str, group_size: int | None, expected:
     ("method", "scheme"), [("rtn", "int8"), ("hqq", "int4"), ("awq+gptq", "int4"), ("smoothquant+gptq", "w8a8")]
 )
 def test_a_model_of_transformers_goes_on_as_it_was(method: str, scheme: str) -> None:
-    """It shares its memory with ours, whose blocks are replaced and not written to."""
+    """It shares memory with our model, whose blocks are replaced, not overwritten."""
     from fastllama import from_transformers
     from tests.io.checkpoints import random_llama
 

@@ -73,7 +73,7 @@ def fed(model: LlamaForCausalLM, block: LlamaBlock) -> dict[str, AllRows]:
 
 
 def of_heads(name: str, channels: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Of o_proj, query heads that share a key-value head have one number for each channel of it."""
+    """In o_proj, query heads that share a key-value head have one scale for each of its channels."""
     if name != OUT:
         return channels
     share = BLOCK.num_attention_heads // BLOCK.num_key_value_heads
@@ -108,7 +108,7 @@ def rounded_by_hand(
 def test_a_block_is_what_its_steps_give_one_by_one(
     method: str, scheme: str, group_size: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scales of all layers by the block as it was, then inputs divided by what columns were multiplied by; then values.
+    """Scales of all layers from the original block, then inputs divided by the columns' factors, then quantized values.
 
     Of 115 rows 24 are sampled, and each layer has channels that are largest in none of these.
     """

@@ -138,7 +138,7 @@ def test_only_gptq_takes_hessians_and_none_outlives_its_layer(monkeypatch: pytes
 
 @pytest.mark.parametrize(("method", "scheme"), [("rtn", "int8"), ("hqq", "int4"), ("awq+gptq", "int4")])
 def test_memory_does_not_grow_with_the_number_of_blocks(method: str, scheme: str) -> None:
-    """But by what they are packed into: the model's own blocks go as their places are taken."""
+    """Except by the packed blocks: the model's own blocks are freed as they are replaced."""
     most, held, config = [], [], replace(GQA, hidden_size=128, intermediate_size=128)
     for count in (2, 4):
         model = random_model(replace(config, num_hidden_layers=count), torch.bfloat16)
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(method: str, scheme: str
 
 
 def test_memory_of_gptq_is_one_block_in_fp32_its_hessians_and_two_more_of_the_largest() -> None:
-    """And two of the largest weight, as which inputs of the kernels count, too, and all that is smaller."""
+    """And two copies of the largest weight, which also bound the kernels' inputs and all that is smaller."""
     config = replace(GQA, intermediate_size=512)
     model = random_model(config, torch.bfloat16)
     numbers = sum(parameter.numel() for parameter in model.layers[0].parameters())

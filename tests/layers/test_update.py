@@ -53,7 +53,7 @@ def loaded(tensors: dict[str, Tensor], kind: str | None = None, tied: bool = Fal
 
 
 def state(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """All that a model holds: parameters, buffers, and exponents as tensors."""
+    """A model's state: parameters, buffers, and exponents as tensors."""
     exponents = {
         f"{name}.exponent": torch.tensor(each.exponent)
         for name, each in model.named_modules()
@@ -83,7 +83,7 @@ def test_an_updated_model_is_the_one_that_its_weights_would_make(kind: str | Non
 @every_kind
 @pytest.mark.parametrize("at_once", [False, True])
 def test_some_tensors_in_any_order_leave_the_others_as_they_were(kind: str | None, at_once: bool) -> None:
-    """Each projection of a fused layer can come alone, although its rows share tiles and outliers with others."""
+    """A projection of a fused layer can be updated alone, although its rows share tiles and outliers with others."""
     old, new = weights(1), weights(2)
     model = loaded(old, kind)
     some = {name: new[name] for name in reversed([*new]) if "q_proj" in name or "up_proj" in name or name == NORM}
@@ -164,7 +164,7 @@ def test_parameters_can_be_trained_and_updated_again() -> None:
 
 
 def test_an_iterator_is_asked_in_the_callers_mode() -> None:
-    """What a generator makes and keeps is its own: no inference tensor that autograd refuses later."""
+    """A generator may keep its tensors: they must not be inference tensors, which autograd refuses later."""
     made = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -178,7 +178,7 @@ def test_an_iterator_is_asked_in_the_callers_mode() -> None:
 
 
 def test_an_iterators_tensors_are_let_go_one_by_one() -> None:
-    """Of a 70B, all would not fit beside the model."""
+    """All tensors of a 70B would not fit in memory besides the model."""
     kept: list[weakref.ref[Tensor]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,7 @@ class TestBounds:
         assert (buffer[20:] == 0).all()
 
     def test_rows_of_a_wider_buffer(self) -> None:
-        """What lies between the rows of a view belongs to others."""
+        """Memory between the rows of a view is not the argument's."""
         buffer = torch.randn(3, 10)
         message = (
             r"of x_ptr \(float32 \[3, 6\], strides \[10, 1\]\): 2 of 8 lanes, the first at byte 24, between its el"

@@ -89,7 +89,7 @@ def test_narrow_loads_in_a_loop(target: str) -> None:
 
 @each_target
 def test_more_shared_memory_than_there_is(target: str) -> None:
-    """Six stages of two tiles of 32 KiB, less the stage in registers: the compiler takes it, a launch would not."""
+    """Six stages of two tiles of 32 KiB, less the stage in registers: the compiler accepts it, a launch would fail."""
     found = report(toys.over_the_limit, target)
     assert found.shared_bytes >= 5 * 2 * 32 * 1024
     assert found.problems() == [

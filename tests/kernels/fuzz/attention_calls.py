@@ -138,7 +138,7 @@ def _paged(m: CallMaker, lengths: list[int], kv_heads: int, size: int) -> Argume
     }
     for side in "kv":
         scales = None
-        if codes is None:  # what lies in slots of no token is NaN
+        if codes is None:  # unused slots hold NaN
             held = m.values.tensor(m.dtype, *shape, not_finite=side == "k").masked_fill(~kept[..., None], math.nan)
         else:
             held = (40 * m.values.normal(*shape)).round().clamp(-127, 127).to(codes)

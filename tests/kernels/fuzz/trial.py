@@ -315,7 +315,7 @@ def _judge_sample(given: Arguments, found: dict[str, Tensor]) -> None:
 
 
 def _rounded(values: Tensor) -> list[Tensor]:
-    """Logits, and those of weights that are rounded, which makes ties: to fp32, and to 20 bits below the largest."""
+    """Logits, plain and with weights rounded to fp32 or to 20 bits below the largest, which makes ties."""
     weights = values.nan_to_num(-math.inf).exp()  # -inf at an infinite temperature
     return [values, weights.float().double().log(), (weights * 2**20).round().div(2**20).log()]
 

@@ -132,7 +132,7 @@ def forked() -> None:
 
 
 def forked_amid() -> None:
-    """Children of a parent whose other threads are in the middle of kernels."""
+    """Children forked while the parent's other threads are in the middle of kernels."""
     torch.set_num_threads(2)
     found = by_numba(calls())
     alone, is_over = results(found), threading.Event()
@@ -156,7 +156,7 @@ def forked_amid() -> None:
 
 
 def forked_amid_compilation() -> None:
-    """A child of a parent whose other thread compiles, which the child has to do as well; needs an empty cache."""
+    """A child forked while another thread compiles, which the child has to do as well; needs an empty cache."""
     from numba.core import event
 
     begun = threading.Event()

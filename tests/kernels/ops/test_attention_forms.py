@@ -133,7 +133,7 @@ def test_one_scale_of_all_quantized_pages(op: str, backend: str, code: torch.dty
 
 @over_pages
 def test_the_result_is_rounded_after_its_scale(op: str, backend: str) -> None:
-    """Once: fp16 has no number between 2**-24 and 2**-23, the means of these values; times 2**10 it has."""
+    """Once: these means are between 2**-24 and 2**-23, where fp16 has no number; times 2**10 it has."""
     batch = packed([1, 1], [2, 4], "MHA", torch.float16)
     batch.q.zero_()
     batch.v.fill_(2.0**-24)[::2] = 2.0**-23
@@ -145,7 +145,7 @@ def test_the_result_is_rounded_after_its_scale(op: str, backend: str) -> None:
 @pytest.mark.parametrize("base2", [False, True])
 @everywhere
 def test_log_sum_exps_into_a_transposed_view(op: str, backend: str, base2: bool) -> None:
-    """[Hq, T] in memory, which flash-attn has; what lies beside is left alone. Given, it is returned unasked."""
+    """[Hq, T] in memory, as in flash-attn; memory beside it is not written. A given `lse_out` is always returned."""
     batch = batch_of(op)
     args = op_arguments(op, batch, paged(batch, 16))
     run = public(op, backend)
@@ -208,7 +208,7 @@ def spoiled(name: str, values: Tensor, wrong: int) -> Tensor:
 @pytest.mark.parametrize(("wrong", "page_size"), [(1 << 32, 16), (1 << 32, 64), (-(1 << 32), 16)])
 @everywhere
 def test_a_number_past_32_bits_is_not_its_low_half(op: str, backend: str, wrong: int, page_size: int) -> None:
-    """2**32 + 5 is no length of 5 tokens. Of large pages a tile reads one, of small ones as many as it has tokens."""
+    """2**32 + 5 is no length of 5 tokens. A tile reads one large page, or as many small ones as it has tokens."""
     batch = packed([1, 1] if op == "attention_decode" else [2, 5], [5, 9], "MHA")
     call = named(op, batch, page_size)
     right, sums = public(op, backend)(batch.q, **call, return_lse=True)

@@ -87,7 +87,7 @@ def test_of_the_values_that_codes_stand_for(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
 def test_scales_of_any_size(op: str, backend: str, dtype: torch.dtype) -> None:
-    """Values of 1e-6 beside others of 1e3, alone and in one sequence: weights times scales would underflow in fp16."""
+    """Values of 1e-6 and of 1e3, in separate sequences and in one: weights times scales would underflow in fp16."""
     queries = [1, 1, 1]
     batch = packed(queries, [40, 40, 600], "GQA 4", dtype, head_dim=32)
     batch.v[:40] *= 1e-4

@@ -72,7 +72,7 @@ def test_compiled_is_eager(op: str, allocate: bool) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_graph_serves_all_sizes_of_a_batch(op: str) -> None:
-    """No check asks for the value of a size that may change from one step to the next."""
+    """No check reads the value of a size that may change from one step to the next, which would recompile."""
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

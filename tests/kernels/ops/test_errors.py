@@ -108,7 +108,7 @@ def test_stride(op: str, name: str) -> None:
 
 @every_tensor
 def test_device(op: str, name: str) -> None:
-    """One tensor elsewhere: the first is named beside it."""
+    """One tensor on another device: the message names it and the first tensor."""
     given = small_call(op)
     first, *others = (key for key, value in given.items() if isinstance(value, Tensor))
     seen, told = (others[0], "cpu, {} on meta") if name == first else (name, "meta, {} on cpu")

@@ -107,7 +107,7 @@ def test_log_sum_exps_to_base_2_are_the_same_in_another_unit(backend: str) -> No
     run, (a, a_lse, b, b_lse) = public("merge_state", backend), sides((6, 5, 24))
     out, lse = run(a, a_lse / math.log(2), b, b_lse / math.log(2), base2=True)
     expected, expected_lse = run(a, a_lse, b, b_lse)
-    # log-sum-exps up to 16 in base 2, and sums of values of which each weighs up to 1
+    # log-sum-exps up to 16 in base 2, and sums of values that weigh up to 1 each
     torch.testing.assert_close(lse * math.log(2), expected_lse, rtol=0, atol=2**-19)
     torch.testing.assert_close(out, expected, rtol=0, atol=2**-18)
     assert not torch.allclose(run(a, a_lse / math.log(2), b, b_lse / math.log(2))[0], expected, rtol=0, atol=0.01)

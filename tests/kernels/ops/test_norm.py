@@ -108,7 +108,7 @@ def test_the_normalised_value_is_rounded_before_the_weight(backend: str, op: str
 
 @pytest.mark.parametrize("backend", backends("add_rms_norm"))
 def test_strided_rows_and_outputs(backend: str) -> None:
-    """Slices of wider buffers are read and written where they lie, and their neighbours left alone."""
+    """Slices of wider buffers are read and written in place, and their neighbours are not written."""
     x, residual, weight = inputs((6, 48), torch.bfloat16)
     wide = [torch.full((6, width), 7.0, dtype=x.dtype) for width in (60, 70, 80, 100)]
     for buffer, values in zip(wide, (x, residual), strict=False):

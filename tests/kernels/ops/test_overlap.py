@@ -45,7 +45,7 @@ def over(call: dict[str, Any], name: str, other: str, shift: int) -> dict[str, A
 
 @pytest.mark.parametrize(("op", "name", "other"), PAIRS)
 def test_memory_of_another_tensor_is_refused_before_anything_is_written(op: str, name: str, other: str) -> None:
-    """Also where a call alike was right; and columns of one buffer, which lie among each other, are not."""
+    """Also after a legal call of the same shapes. Interleaved columns of one buffer are accepted."""
     run = getattr(kernels, op)
     run(**small_call(op))
     allowed = OPS[op]._aliasing._in_place.get(name, {}).get(other, 0)
@@ -110,11 +110,11 @@ def test_an_output_that_holds_elements_twice_is_refused(op: str, name: str) -> N
 
 @torch.inference_mode()
 def test_columns_of_one_buffer_share_no_memory() -> None:
-    """Packed projections, both halves of a cache, rows in turn: each is asked NumPy once."""
+    """Packed projections, both halves of a cache, alternating rows: NumPy decides once for each layout."""
     buffer = torch.randn(5, 96)
     q, k = buffer[:, :64].view(5, 4, 16), buffer[:, 64:].view(5, 4, 8)[:, :2, :]
     assert q.shape[1] == 4
-    pool = torch.zeros(6, 2, 2, 4, 16)  # keys and values of a page beside each other
+    pool = torch.zeros(6, 2, 2, 4, 16)  # keys and values of a page are adjacent
     qkv, cache = torch.randn(3, 8 * 16), torch.randn(16, 16)
     places = torch.arange(3)
     apart = [torch.zeros(6, 2, 4, 16) for _ in "kv"]

@@ -60,7 +60,7 @@ def test_silu_mul_int8(backend: str, dtype: torch.dtype, shape: tuple[int, ...])
 
 @pytest.mark.parametrize("backend", backends("rms_norm_int8"))
 def test_rows_of_wider_buffers(backend: str) -> None:
-    """Slices: what lies beside them is neither read nor written, and given outputs are returned."""
+    """Slices: memory beside them is neither read nor written, and given outputs are returned."""
     wide, total = noise_(torch.empty(6, 100).bfloat16()), noise_(torch.empty(6, 90).bfloat16())
     wide[1:-1, 8:78], total[1:-1, 8:78] = torch.randn(4, 70).bfloat16(), torch.randn(4, 70).bfloat16()
     weight, before = torch.randn(70).bfloat16(), total.clone()

@@ -165,7 +165,7 @@ def test_what_is_not_rotated_passes_through_whatever_it_is(backend: str, interle
 
 
 def pages_of(order: str, num_pages: int, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Pages [P, H, page_size, D]: HND lies so in memory, NHD as [P, page_size, H, D]."""
+    """Pages [P, H, page_size, D]: HND has this order in memory, NHD [P, page_size, H, D]."""
     if order == "HND":
         return torch.full((num_pages, heads, page_size, head_dim), UNTOUCHED, dtype=dtype)
     return torch.full((num_pages, page_size, heads, head_dim), UNTOUCHED, dtype=dtype).transpose(1, 2)
@@ -220,7 +220,7 @@ def test_the_oracle_of_rope_and_write_kv_is_fp64_throughout(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", backends("rope_and_write_kv"))
 def test_rope_and_write_kv_in_place_with_int32_indices(backend: str) -> None:
-    """q rotated where it lies in the projection's output, the projection itself a slice of a wider buffer."""
+    """q is rotated in place in the projection's output, which is a slice of a wider buffer."""
     q, k, cos_sin, positions = queries_and_keys(SHAPES[1], torch.float16)
     qkv = torch.cat((q, k, k), 1).flatten(1)
     pages = [pages_of("HND", 2, 2, 4, 16, torch.float16) for _ in range(4)]

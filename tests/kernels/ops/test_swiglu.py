@@ -69,7 +69,7 @@ def test_strided_rows_and_output(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_gate_up_and_out_have_strides_of_their_own(backend: str) -> None:
-    """Rows of the gate are not where those of up are, nor those of out; what lies between is left alone."""
+    """Rows of gate, up and out have different strides; memory between them is not written."""
     gate_up = torch.randn(6, 20).to(torch.bfloat16)
     gates, ups, buffer = (torch.full((6, width), 7.0, dtype=torch.bfloat16) for width in (50, 13, 30))
     gate, up, out = gates[:, 7:17], ups[:, 2:12], buffer[:, 5:15]

@@ -145,7 +145,7 @@ def sample() -> Iterator[Shipped]:
 
 
 def adjust() -> Iterator[Shipped]:
-    """A row's programs do not depend on the number of rows. Slots, bounds, recent ids and penalties are loads each."""
+    """A row's programs do not depend on the number of rows. Slots, bounds, ids and penalties are single loads."""
     for vocab, dtype in ((SMALL.vocab, FP32), (SMALL.vocab, BF16), (128256, BF16)):
         call = launching(sampling.adjust_logits, dtype, 64, vocab)
         yield Shipped(f"adjust_logits V={vocab} {SHORT[dtype]}", call, besides={"load 64": 4, "load 32": 3})
@@ -206,7 +206,7 @@ def embedding() -> Iterator[Shipped]:
 
 
 def merge() -> Iterator[Shipped]:
-    """A token's programs do not depend on the number of tokens. Of log-sum-exps a thread reads those of its heads."""
+    """A token's programs do not depend on the number of tokens. A thread reads the log-sum-exps of its heads."""
     kinds = ((SMALL, BF16, False), (LARGE, BF16, False), (SMALL, FP16, False), (SMALL, FP32, False))
     for sizes, dtype, base2 in (*kinds, (SMALL, BF16, True)):
         call = launching(rows.merge_state, dtype, 64, sizes.heads, sizes.head_dim, base2=base2)
@@ -216,7 +216,7 @@ def merge() -> Iterator[Shipped]:
 
 
 def int4() -> Iterator[Shipped]:
-    """Fused projections of 7B and 70B; 16 rows stand for fewer. Scales and zeros are of one group, 16 and 8 bits."""
+    """Fused projections of 7B and 70B; 16 rows stand for fewer. A group has a 16-bit scale and an 8-bit zero."""
     kinds = [(*weight, 128, BF16, None, count) for weight in (DOWN, QKV, LARGEST) for count in (16, 64, 1024)]
     kinds += [(*DOWN, 128, FP16, None, 16), (*DOWN, 128, BF16, None, 32), (*DOWN, 11008, BF16, None, 16)]
     kinds += [(*DOWN, group, BF16, None, count) for group in (64, 32) for count in (16, 64)]

@@ -19,7 +19,7 @@ from fastllama.kernels.dispatch.op import OPS
 from tests.kernels.honest import assert_equal, public
 
 MOST = 1 << 31  # elements that 32 bits can count
-# What goes with values in 16 bits stays in 32: a sum, a scale, an angle, a parameter of sampling; all but logits.
+# Arguments that stay in fp32 with 16-bit values: sums, scales, angles, sampling parameters; all but logits.
 WIDE = ("scales", "lse", "cos_sin", "temperature", "top_p", "min_p", "logprobs")
 
 
@@ -47,7 +47,7 @@ def spread(value: Tensor, dim: int) -> Tensor:
 
 
 def results(op: str, far: str = "", dim: int = 0) -> list[Tensor]:
-    """All tensors after a call, of which `far` is spread: outputs, and inputs that stay as they are."""
+    """All tensors after a call in which `far` is spread: outputs, and inputs that must not change."""
     call = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given(op).items()}
     if far:
         call[far] = spread(call[far], dim)
@@ -58,7 +58,7 @@ def results(op: str, far: str = "", dim: int = 0) -> list[Tensor]:
 
 
 near = functools.cache(results)
-# Every tensor of every op in every dimension but the last, which is contiguous, and those of weights packed in tiles.
+# Every tensor in every dimension but the last, which is contiguous, and but those of weights packed in tiles.
 CASES = [
     (op, name, dim)
     for op in OPS

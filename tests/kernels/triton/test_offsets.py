@@ -41,7 +41,7 @@ BOUNDED = {("attention_prefill_kernel", "first_row")}
 
 
 def far(call: Arguments) -> Arguments:
-    """The call with each tensor of three or more dimensions spread out, by strides of which no two are alike.
+    """The call with each tensor of three or more dimensions spread out, by strides that all differ.
 
     A compiler merges two equal multiplications, and keeps one place in the source.
     """
@@ -57,7 +57,7 @@ def far(call: Arguments) -> Arguments:
 
 
 def narrow(launch: Callable[[], Any]) -> list[str]:
-    """Of all launches of a call. Axis 0 counts rows, of any number; chunks, heads and splits are the call's."""
+    """Offsets that may overflow in a call's launches. Axis 0 counts rows, of any number; other axes are the call's."""
     grids: list[tuple[int, ...]] = []
     stock = KernelCall.launch
 
@@ -91,7 +91,7 @@ def test_no_shipped_launch(shipped: Shipped, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def forms() -> Iterator[Any]:
-    """Of each op a call with all tensors that it can take, on pages of 7 tokens, and what else is another program."""
+    """For each op a call with all optional tensors, on pages of 7 tokens, and calls that compile another program."""
     for op in OPS_IN_TRITON:
         yield pytest.param(op, {}, id=op)
     for op in ("rope", "rope_and_write_kv"):

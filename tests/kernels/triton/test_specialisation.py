@@ -48,7 +48,7 @@ def sized(op: str, rows: int, width: int = 2) -> dict[str, Any]:
 
 
 def shifted(value: Any) -> Any:
-    """Whole numbers for each row or sequence at an address that is no multiple of 16, as those of a part may be."""
+    """Integers of rows or sequences at an address that is not a multiple of 16, as in a slice of a batch."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64) or value.dim() > 2:
         return value
     return torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
@@ -68,7 +68,7 @@ def chosen(launch: Launch) -> Hashable:
 
 
 def found(launch: Launch) -> Hashable:
-    """What Triton makes a part of the key besides: types, multiples of 16, integers that are 1."""
+    """The rest of Triton's key: types, multiples of 16, integers that are 1."""
     params, source = launch.source.fn.params, launch.source
     types = [kind for kind, param in zip(source.signature.values(), params, strict=True) if not param.is_constexpr]
     ones = sorted((path, repr(value)) for path, value in source.constants.items() if not params[path[0]].is_constexpr)
@@ -77,7 +77,7 @@ def found(launch: Launch) -> Hashable:
 
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_rows_decide_nothing_within_a_bucket(op: str) -> None:
-    """And beyond it tiles and warps alone: a row's kernel differs by these, or is the one that it has in any batch."""
+    """Beyond it rows decide tiles and warps alone: a row's kernel differs by these, or not at all."""
     kinds, buckets = defaultdict(set), defaultdict(set)
     for rows in ROWS:
         launches = launched(op, sized(op, rows))
@@ -103,7 +103,7 @@ def test_neither_does_the_width_of_a_table(op: str) -> None:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_where_a_batchs_whole_numbers_lie_decides_nothing(op: str, target: str) -> None:
-    """Those of prompts begin where those of decodes end. Packed weights and counts are tables of their own."""
+    """Integers of prompts begin where those of decodes end. Packed weights and counts are separate tables."""
     given = sized(op, 3)
     moved = {
         name: shifted(value) if name != "counts" and "packed" not in name else value for name, value in given.items()

@@ -39,7 +39,7 @@ def test_silu_mul_reads_two_and_writes_one(checked: CheckedRun) -> None:
 
 @pytest.mark.interpreter
 def test_adjusting_logits_reads_three_and_writes_one(checked: CheckedRun) -> None:
-    """Two tiles of a row and part of a third; the tables of a row that asks for nothing are not read."""
+    """Two tiles of a row and part of a third; the tables of a row without options are not read."""
     vocab = 1100
     call = inputs("adjust_logits", adjust_logits(Maker(torch.bfloat16), ROWS, vocab, slots=(1, -1, 0)))
     public("adjust_logits", "triton")(**call)

@@ -39,13 +39,13 @@ def edges(of: set[int]) -> list[int]:
 
 
 def around(of: set[int]) -> st.SearchStrategy[int]:
-    """An edge, none, one, or anything up to a few tiles."""
+    """A length at an edge, 0, 1, or anything up to a few tiles."""
     return st.one_of(st.sampled_from([*edges(of), 0, 1]), st.integers(0, 100))
 
 
 @st.composite
 def batches(draw: st.DrawFn, op: str) -> Packed:
-    """Two or three sequences, whose keys lie token by token or head by head. When decoding, one of about a split."""
+    """Two or three sequences, with keys in the order of tokens or of heads. When decoding, one of about a split."""
     count, kv_heads = draw(st.integers(2, 3)), draw(st.integers(1, 2))
     lengths = draw(st.lists(around(KEYS), min_size=count, max_size=count))
     if op == "attention_decode":
@@ -70,7 +70,7 @@ def largest(x: Tensor) -> float:
 
 
 def assert_near(found: tuple[Tensor, Tensor], batch: Packed, causal: bool) -> None:
-    """Within what fp32 may lose in any order of sums, and two roundings to the dtype: of the weights, of the output.
+    """Errors are at most fp32's in any order of summation, and two roundings to the dtype: of weights and output.
 
     A score is off by D + 4 roundings of the largest it can be; a weight by that, twice; a sum by one for each term. No
     bound of a plain implementation's: on one short row that may be exact by luck.

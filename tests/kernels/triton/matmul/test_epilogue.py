@@ -51,7 +51,7 @@ def test_whichever_program_comes_last(monkeypatch: pytest.MonkeyPatch, order: st
 @interpreter
 @pytest.mark.parametrize("form", FORMS)
 def test_any_form_in_splits(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """Each with its share of the columns, of rows whose squares are unlike."""
+    """Each split sums the squares of its columns, for rows that differ by 10^4 in magnitude."""
     launching(monkeypatch, splits=4)
     x = (torch.randn(19, 300) * torch.logspace(-2, 2, 19)[:, None]).to(BF16)
     weight, bias = (torch.randn(44, 300) / 20).to(BF16), torch.randn(44).to(BF16)
@@ -78,7 +78,7 @@ def test_a_program_that_does_not_wait_for_the_others_is_a_race(monkeypatch: pyte
 @pytest.mark.parametrize("op", ["matmul", "matmul_int4"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_factor_of_a_row_is_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch, op: str, gated: bool) -> None:
-    """Bit for bit, in any place. Each feature is one column of x, so that no sum but that of squares can differ."""
+    """Bit for bit, in any place. Each feature is one column of x, so that only the sum of squares can differ."""
     launching(monkeypatch, splits=2, size=32)
     x, norm = torch.randn(64, 192).to(BF16), torch.rand(192)
     codes = torch.full((128, 192), 8, dtype=torch.uint8)
