@@ -22,6 +22,6 @@ def test_a_ceiling_is_the_work_over_the_median_of_its_samples() -> None:
     assert found["bf16_flops_per_second"] == pytest.approx(operations / statistics.median(products))
 
 
-def test_a_share_says_of_which_ceiling() -> None:
+def test_a_share_names_its_ceiling() -> None:
     reached = {"copy_bytes_per_second": 2e12, "read_bytes_per_second": 4e12}
     assert ceilings.shares(1e12, reached) == {"of_read": 0.25, "of_copy": 0.5}

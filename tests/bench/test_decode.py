@@ -1,4 +1,4 @@
-"""Decode steps: that all sequences advance in each, that keys and values are as long as they are said to be."""
+"""Decode steps: all sequences advance in each, and the KV cache has the lengths that the record states."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def measure(options: decode.DecodeOptions) -> tuple[dict[str, Any], list[int]]:
 
 
 def test_the_keys_that_are_read_are_those_that_are_counted(bind: Callable[..., None]) -> None:
-    """Of every call of attention in a step that counts, the lengths; once for each layer."""
+    """The lengths of every attention call in a measured step; once for each layer."""
     op = OPS["attention_decode"]
     right = op.implementation("cpu").run
     lengths: list[list[int]] = []
@@ -45,7 +45,7 @@ def test_the_keys_that_are_read_are_those_that_are_counted(bind: Callable[..., N
     assert "failed" not in case, case
     assert kept == [1, 1]
     steps = [each for each in lengths[::5] if len(each) == 3][-TINY.tokens :]
-    assert steps == [[length] * 3 for length in range(88, 93)]  # 96, less the traced 3 and the token drawn last
+    assert steps == [[length] * 3 for length in range(88, 93)]  # 96, less the traced 3 and the token sampled last
     values = 5 * 2 * 2 * 64  # layers, keys and values, heads, of 64 numbers
     assert case["kv_bytes"] == 2 * values * sum(map(sum, steps)) / len(steps)
 
@@ -103,7 +103,7 @@ def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPat
     }
 
 
-def test_the_kernels_of_a_step_are_told_with_the_rest_in_one_line() -> None:
+def test_the_kernels_of_a_step_are_listed_with_the_rest_in_one_line() -> None:
     launches = [
         {
             "name": f"kernel_{i}",
@@ -134,7 +134,7 @@ def test_a_switch_that_was_moved_stands_in_the_heading(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("free", "skipped"), [(9_000_000, [1, 1, 1]), (900_000, [1, 1])])
 def test_what_is_skipped_is_kept_at_once(free: int, skipped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case or a model: a run that is ended in the next has written it."""
+    """After each case and each model: a run that is ended in the next one has written it."""
     monkeypatch.setattr(decode.models, "available_bytes", lambda device: free)
     kept: list[int] = []
     options = replace(TINY, batch=(400, 1), peers=False)

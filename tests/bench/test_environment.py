@@ -1,4 +1,4 @@
-"""The conditions of a measurement: where the sources' commit is known, and where it must not be guessed."""
+"""The conditions of a measurement: the sources' commit is recorded where it is known, and left out elsewhere."""
 
 from __future__ import annotations
 

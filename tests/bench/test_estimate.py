@@ -1,4 +1,4 @@
-"""What a benchmark will take: its sizes beside those of models that are made, and the shape that a machine gets."""
+"""The estimate of a benchmark's cost: sizes match the models that are made, and a machine gets a shape that fits."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_the_shape_is_the_largest_that_fits_and_takes_some_minutes(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "shown"),
     [(0.2, "1 second"), (40, "40 seconds"), (120, "2 minutes"), (3600, "60 minutes"), (9000, "2 hours")],
 )
-def test_a_time_is_said_in_a_fitting_unit(seconds: float, said: str) -> None:
-    assert estimate._duration(seconds) == said
+def test_a_time_has_a_fitting_unit(seconds: float, shown: str) -> None:
+    assert estimate._duration(seconds) == shown

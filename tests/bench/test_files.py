@@ -1,4 +1,4 @@
-"""Files that results go to: what cannot be written is refused at once, and what is written is whole."""
+"""Result files: a path that cannot be written is refused at once, and a file is never half written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastllama.bench import files
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads it must not meet half of it: its writer may be ended at any moment."""
+    """A reader must not meet half a file: its writer may be ended at any moment."""
     path = tmp_path / "record.json"
     files.write_record(path, {"cases": [1]})
 

@@ -1,4 +1,4 @@
-"""Poisson arrivals: every request and every token is timed, and they come at the rate that was asked for."""
+"""Poisson arrivals: every request and every token is timed, and requests arrive at the given rate."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ def test_tokens_that_come_together_are_as_many_samples(monkeypatch: pytest.Monke
     gaps = sorted(run["inter_token_seconds"])
     assert len(gaps) == 2 * 5
     assert gaps[:2] == [0, 0]  # the second token of each came with the first
-    assert sum(gaps) >= 2 * 2.9 * 0.03  # and the last three pauses behind it, the one without a token included
+    assert sum(gaps) >= 2 * 2.9 * 0.03  # and the last three pauses, the one without a token included
     assert min(gaps[2:]) >= 0.009

@@ -1,4 +1,4 @@
-"""Models of random weights: their shapes, their bytes, and that they compute."""
+"""Models of random weights: their shapes, their bytes, and that they run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYER = 256 * (256 + 2 * 128) + 256 * 256 + 256 * 2 * 768 + 768 * 256 + 2 * 256 
 
 
 @pytest.mark.parametrize(("name", "billions"), [("1.1b", 1.1), ("7b", 6.74), ("13b", 13.02), ("70b", 68.98)])
-def test_shapes_have_as_many_parameters_as_their_names_say(name: str, billions: float) -> None:
+def test_shapes_have_as_many_parameters_as_their_names_promise(name: str, billions: float) -> None:
     config = models.shape(name, 64)
     assert (config.max_position_embeddings, config.dtype) == (64, "bfloat16")
     assert LlamaForCausalLM(config, torch.bfloat16, "meta").num_parameters / 1e9 == pytest.approx(billions, rel=5e-3)
@@ -38,7 +38,7 @@ def test_the_bytes_that_a_step_reads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "int4"])
-def test_every_layer_is_drawn_and_kept_as_it_should_be(kind: str) -> None:
+def test_every_layer_is_generated_and_stored_as_it_should_be(kind: str) -> None:
     torch.manual_seed(0)
     model = models.random_model(TINY, kind, torch.float32, CPU)
     assert model.config == TINY
@@ -55,7 +55,7 @@ def test_every_layer_is_drawn_and_kept_as_it_should_be(kind: str) -> None:
     assert found.outputs[0].finish_reason == "length"
 
 
-def test_what_cannot_be_had_is_said_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_missing_is_reported_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "available_bytes", lambda device: 3 * 10**9)
     models.check_memory("the weights", 3 * 10**9, CPU)
     with pytest.raises(MemoryError, match=r"^the weights take 3\.5 GB, and 3\.0 GB are free$"):

@@ -1,4 +1,4 @@
-"""transformers' continuous batching: a cache for the prompts, by each version's parameters, and no silence."""
+"""transformers' continuous batching: a cache for the prompts, by each version's parameters, and reported failures."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_no_more_sequences_than_run_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_prompts_without_an_answer_are_a_failure(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which names psutil where that is not installed: it is the likeliest reason on a CPU."""
+    """The error names psutil where that is not installed: the likeliest reason on a CPU."""
     monkeypatch.setattr(peers, "why_unusable", lambda name: None if installed else "not installed")
     with pytest.raises(RuntimeError, match="2 of 3 prompts got no answer") as failure:
         peers.generate_batch(Older(1), PROMPTS, 30)

@@ -1,4 +1,4 @@
-"""The picture of the latencies: what is drawn in it, and that its absence is known before a measurement."""
+"""The plot of the latencies: what it shows, and that a missing matplotlib is reported before the measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def record(samples: int) -> dict[str, Any]:
     return {
         "environment": {"device": "cpu"},
         "conditions": {"model": "tiny", "dtype": "float32"},
-        "arrivals": [run(0.75, 0.002), run(0.25, 0.001)],  # drawn in order of load
+        "arrivals": [run(0.75, 0.002), run(0.25, 0.001)],  # plotted in order of load
     }
 
 
@@ -48,11 +48,11 @@ def test_it_shows_percentiles_counts_and_conditions(tmp_path: Path) -> None:
     assert {"(1000 samples at each point)", "(50 samples at each point)"} <= set(shown)
     assert {"49.5", "99"} <= set(shown)  # the medians of both loads
     assert shown.count("p50") == shown.count("p90") == 2
-    assert shown.count("p99") == 1  # 50 samples tell none
+    assert shown.count("p99") == 1  # 50 samples have no p99
     assert shown.index("(25%)") < shown.index("(75%)")
 
 
-def test_what_cannot_be_drawn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_plotted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_plot(Path("a.png"))
     check_plot(Path("a.svg"))
     with pytest.raises(ValueError, match=re.escape("'a.pdf'; legal: a file that ends in .png or .svg")):

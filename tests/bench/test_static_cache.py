@@ -1,4 +1,4 @@
-"""transformers' StaticCache, driven as it is measured: the tokens are those of its generate."""
+"""transformers' StaticCache, driven as it is measured, gives the tokens of its `generate`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_the_tokens_are_those_of_generate(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(found[:, :, 0].T, expected)
 
 
-def test_where_the_cache_does_not_count_positions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers 4 wants it: each token's place, over the chunks of the prompts and the steps behind them."""
+def test_positions_are_passed_where_the_cache_does_not_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 wants each token's position, over the chunks of the prompts and the steps after them."""
     told: list[list[int]] = []
 
     class Model:

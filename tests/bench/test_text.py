@@ -1,4 +1,4 @@
-"""Figures as text: which percentiles samples can tell, and columns that stand in line."""
+"""Figures as text: the percentiles that a number of samples supports, and aligned columns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def test_percentiles() -> None:
     assert text.percentiles([float(i) for i in range(101)]) == pytest.approx([50, 90, 99])
 
 
-@pytest.mark.parametrize(("count", "told"), [(1, 0), (2, 1), (9, 1), (10, 2), (99, 2), (100, 3)])
-def test_a_percentile_that_no_sample_lies_above_is_not_told(count: int, told: int) -> None:
+@pytest.mark.parametrize(("count", "reported"), [(1, 0), (2, 1), (9, 1), (10, 2), (99, 2), (100, 3)])
+def test_a_percentile_that_no_sample_lies_above_is_not_reported(count: int, reported: int) -> None:
     found = text.percentiles([0.25] * count)
-    assert found == [0.25] * told + [None] * (3 - told)
-    assert text.milliseconds([0.25] * count) == ["250.00"] * told + ["-"] * (3 - told)
+    assert found == [0.25] * reported + [None] * (3 - reported)
+    assert text.milliseconds([0.25] * count) == ["250.00"] * reported + ["-"] * (3 - reported)
 
 
 def test_a_table_has_its_names_on_the_left_and_figures_on_the_right() -> None:

@@ -56,7 +56,7 @@ def test_rotation_meets_every_set_in_turn() -> None:
 
 
 def test_every_set_is_met_before_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or what a peer prepares for a set at its first call would be replayed, and timed, with the call."""
+    """Otherwise what a peer prepares at its first call would be replayed, and timed, with the call."""
     seen: list[str] = []
     cuda = MagicMock()
     cuda.graph.return_value.__enter__.side_effect = lambda: seen.append("captured")
@@ -131,7 +131,7 @@ def test_a_call_that_waits_for_the_device_is_timed_all_the_same(device: Device) 
 
 
 def test_the_cache_is_emptied_by_reading(device: Device) -> None:
-    """What is written would go back to memory while the call is timed."""
+    """Dirty cache lines would be written back to memory while the call is timed."""
     scratch = torch.arange(100, dtype=torch.int8)
     version = scratch._version
     assert timing.events(lambda: device.launch(3e-6), scratch)() == pytest.approx(3e-6)
@@ -139,7 +139,7 @@ def test_the_cache_is_emptied_by_reading(device: Device) -> None:
 
 
 def test_a_replayed_graph_is_timed_by_the_call(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
-    """Without what is left of its launch, which takes the host 60 us."""
+    """Less the rest of its launch, which takes the host 60 us."""
     cuda = MagicMock(Event=device.Event, _sleep=device._sleep)
     cuda.CUDAGraph.return_value.replay = lambda: device.launch(40e-6, host=60e-6)
     monkeypatch.setattr(timing.torch, "cuda", cuda)

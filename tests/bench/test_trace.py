@@ -1,4 +1,4 @@
-"""What a trace tells of a step."""
+"""The trace of a step: launches summed by name, end-to-end time, and idle gaps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_launches_are_summed_by_name_the_longest_first() -> None:
 
 
 def test_end_to_end_each_moment_counts_once() -> None:
-    """Kernels that begin while the one before runs, and one that begins late: together what the trace took."""
+    """Overlapping kernels and one that begins late: together the duration of the trace."""
     launched = [("norm", 100.0, 104.0), ("matmul", 101.0, 110.0), ("rope", 113.0, 115.0)]
     found = trace.summed(reversed(launched), 1)  # as they come
     assert [(row["name"], row["us"], row["end_to_end_us_per_step"]) for row in found] == [
@@ -35,7 +35,7 @@ def test_end_to_end_each_moment_counts_once() -> None:
 
 
 def test_what_the_host_does_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The profiler's events of both are told apart; each step runs inside it, and the device is waited for."""
+    """Events of host and device are separated; each step runs inside the profiler, and the device is synchronized."""
     order: list[str] = []
 
     def event(name: str, kind: str, start: float, end: float) -> Any:

@@ -1,4 +1,4 @@
-"""Prompts of all lengths, and the same for the same seed."""
+"""The workload's prompts have all lengths, and are the same for the same seed."""
 
 from __future__ import annotations
 

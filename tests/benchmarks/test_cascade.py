@@ -1,4 +1,4 @@
-"""Cascade attention beside plain: bytes as counted by hand, both right, and what a run keeps."""
+"""Cascade attention beside plain attention: bytes as counted by hand, both right, and the record of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that scoring choices computes: all of them, or each context once but for a page."""
+"""The tokens that scoring choices computes: all of them, or each context once except for its last page."""
 
 from __future__ import annotations
 

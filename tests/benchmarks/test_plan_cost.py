@@ -1,4 +1,4 @@
-"""The cost of a plan: tables of the sizes that were asked for, every round timed beside a copy of the indices."""
+"""The cost of a plan: tables of the requested sizes, every round timed beside a copy of the indices."""
 
 from __future__ import annotations
 

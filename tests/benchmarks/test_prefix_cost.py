@@ -1,4 +1,4 @@
-"""The prefix cache's cost: every lookup and every page is timed, and prompts that share something are no sample."""
+"""The prefix cache's cost: every lookup and every page is timed, and prompts that share a prefix are not counted."""
 
 from __future__ import annotations
 

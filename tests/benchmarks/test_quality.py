@@ -1,4 +1,4 @@
-"""What quantization costs: the table has a row for each case, and what is measured is the text that was given."""
+"""What quantization costs in quality: a row for each case, measured on the given text."""
 
 from __future__ import annotations
 

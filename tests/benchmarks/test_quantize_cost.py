@@ -1,4 +1,4 @@
-"""What quantizing takes: operations counted by hand, seconds of every part of a method, a projection named as one."""
+"""What quantizing takes: operations counted by hand, seconds of every part of a method, projections marked as such."""
 
 from __future__ import annotations
 

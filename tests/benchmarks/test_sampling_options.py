@@ -1,4 +1,4 @@
-"""The benchmark of sampling options: a step decodes all sequences, the first of which ask for the option."""
+"""The benchmark of sampling options: a step decodes all sequences, the first of which use the option."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("option", ["none", *OPTIONS])
-def test_the_first_sequences_ask_and_all_decode(model: LlamaForCausalLM, option: str) -> None:
+def test_the_first_sequences_use_the_option_and_all_decode(model: LlamaForCausalLM, option: str) -> None:
     with subject.decoding(model, batch=3, context=20, contender=(option, 2)) as llm:
         generations = list(llm.engine._requests.generations.values())
         asked = [OPTIONS[option]] * 2 + [{}] if option in OPTIONS else [{}] * 3

@@ -1,4 +1,4 @@
-"""What the serving benchmark reports is what its processes did; and both of them do what they are asked."""
+"""The serving benchmark reports what its processes did, and client and server do what its options request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sample(seconds: float = 2.0, cpu_seconds: float = 0.5, tokens: int = 100) ->
     )
 
 
-def test_a_sample_tells_first_tokens_from_the_gaps_behind_them() -> None:
+def test_a_sample_separates_first_tokens_from_the_gaps_after_them() -> None:
     assert (sample().first, sample().gaps) == ([0.25, 0.75], [0.25, 0.5])
     assert (sample().tokens_per_second, sample().cpu_per_token) == (50, 0.005)
 

@@ -1,4 +1,4 @@
-"""Clients of every kind leave nothing behind in a server; and what a server does wrong, the soak finds."""
+"""The serving soak: clients of every kind leave no request or page in a server, and planted faults are found."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nothing_of_some_hundred_clients_remains() -> None:
 
 
 def done(**changes: object) -> Soak:
-    """What a soak finds of a server without a fault, but for these."""
+    """The soak's findings on a server without a fault, except for these changes."""
     outcomes = [Outcome("read_stream", "200", 0.1), Outcome("read_whole", "429", 0.1)]
     quiet = Soak(outcomes, dict.fromkeys(("start", "middle", "end"), QUIET), [0.01] * 100, [0.01 * SLOWDOWN] * 100)
     return replace(quiet, **changes)  # type: ignore[arg-type]
@@ -69,13 +69,13 @@ def at_the_end(**changes: object) -> dict[str, State]:
         ({"exit_status": 70}, "status 70"),
     ],
 )
-def test_each_fault_is_said(changes: dict[str, object], fault: str) -> None:
+def test_each_fault_is_reported(changes: dict[str, object], fault: str) -> None:
     assert done().faults() == []
     (found,) = done(**changes).faults()
     assert fault in found
 
 
-def test_the_exit_status_says_whether_anything_is_wrong(
+def test_the_exit_status_shows_whether_anything_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for status in (0, 1):
@@ -91,7 +91,7 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def met_by(behaviour: Behaviour, answer: Answer) -> Outcome:
-    """What a client of this kind finds of a server that answers so."""
+    """The outcome for a client of this kind when the server answers so."""
 
     async def ask() -> Outcome:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
@@ -102,13 +102,13 @@ def met_by(behaviour: Behaviour, answer: Answer) -> Outcome:
     return asyncio.run(ask())
 
 
-def saying(answer: bytes) -> Answer:
-    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+def answering(answer: bytes) -> Answer:
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(answer)
         writer.close()
 
-    return say
+    return answer_once
 
 
 def whole(status: str, body: bytes, headers: str = "") -> bytes:
@@ -141,7 +141,7 @@ FAILED = b'{"error": {"message": "no"}}'
     ],
 )
 def test_a_right_answer_is_none_of_the_faults(behaviour: Behaviour, answer: bytes, ending: str) -> None:
-    outcome = met_by(behaviour, saying(answer))
+    outcome = met_by(behaviour, answering(answer))
     assert (outcome.ending, outcome.fault) == (ending, None)
 
 
@@ -166,7 +166,7 @@ def test_a_right_answer_is_none_of_the_faults(behaviour: Behaviour, answer: byte
     ],
 )
 def test_a_wrong_answer_is_a_fault(behaviour: Behaviour, answer: bytes, fault: str) -> None:
-    outcome = met_by(behaviour, saying(answer))
+    outcome = met_by(behaviour, answering(answer))
     assert outcome.ending == "fault"
     assert outcome.fault is not None
     assert fault in outcome.fault

@@ -1,4 +1,4 @@
-"""Requests of every kind leave nothing behind, in every configuration; and what would be left, the soak finds."""
+"""The soak: requests of every kind leave nothing in memory, in every configuration, and planted leaks are found."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_order_that_its_worker_keeps_is_found(monkeypatch: pytest.MonkeyPatch
     assert {"Order", "Mailbox", "Generation"} <= soak.soak("plain", 60)[-1].left.keys()
 
 
-def test_faults_are_growth_behind_the_middle_and_whatever_is_left() -> None:
+def test_faults_are_growth_after_the_middle_and_whatever_is_left() -> None:
     def count(requests: int, megabytes: float, **left: int) -> Count:
         return Count(requests, megabytes, {"Request": 0} | left, {"orders": 0})
 
@@ -70,7 +70,7 @@ def test_faults_are_growth_behind_the_middle_and_whatever_is_left() -> None:
     ]
 
 
-def test_all_options_are_drawn_and_a_tenth_fails() -> None:
+def test_all_options_are_chosen_and_a_tenth_fails() -> None:
     rng = random.Random(0)
     drawn = [draw(rng, model_fails=True) for _ in range(2000)]
     for options in OPTIONS:
@@ -84,7 +84,7 @@ def test_all_options_are_drawn_and_a_tenth_fails() -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_exit_status_says_whether_anything_is_left(
+def test_the_exit_status_shows_whether_anything_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: bool
 ) -> None:
     counts = [Count(number, 100.0, {"Request": kept}, {"orders": 0}) for number in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""The benchmark of guesses: steps have the tokens that they are said to have, and guesses come true as often."""
+"""The benchmark of speculation: steps have the stated number of tokens, and drafts are accepted at the given rate."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_a_step_has_its_tokens_and_gives_the_right_ones(
     assert found["tokens"] == 6 * (length if right else 1)
 
 
-def test_guesses_are_right_with_their_probability() -> None:
-    (guesses,) = speculation.Scripted(0.8).propose([None], 1000)  # type: ignore[list-item]
-    assert 0.75 < guesses.count(speculation.RIGHT) / 1000 < 0.85
+def test_drafts_are_right_with_their_probability() -> None:
+    (proposed,) = speculation.Scripted(0.8).propose([None], 1000)  # type: ignore[list-item]
+    assert 0.75 < proposed.count(speculation.RIGHT) / 1000 < 0.85
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *given: str) -> list[dict[str, object]]:
@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *given: str) -> list[dict
     return samples
 
 
-def test_answers_with_and_without_guesses(
+def test_answers_with_and_without_drafts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run(monkeypatch, tmp_path / "found.json", "--tokens", "24")

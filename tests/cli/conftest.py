@@ -17,7 +17,7 @@ from tests.cli.models import write_model
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left behind."""
+    """The exit status, output and errors of a command."""
 
     status: int
     out: str
@@ -40,7 +40,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         status = main([str(arg) for arg in args])
         out, err = capsys.readouterr()
-        # Which command is the first that compiles a kernel, and says so, depends on what ran before.
+        # Which command first compiles a kernel, and prints so, depends on what ran before.
         return Done(status, out, re.sub(r"fastllama: compil(ing|ed) .*\n", "", err))
 
     return run

@@ -1,4 +1,4 @@
-"""A small random model with a tokenizer of its own, written as a Hugging Face folder: what the commands are run on."""
+"""A small random model with a tokenizer of its own, in a Hugging Face folder: the subject of the command tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from fastllama import LlamaConfig, LlamaForCausalLM, save_model
 
 # These models are too small for two threads, and the tests may run in several processes. Numba's pool is as large as
-# this says when it is first imported, whatever share of it is used, and its idle threads spin.
+# this is set to at import, whatever share of it is used, and its idle threads spin.
 torch.set_num_threads(1)
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 

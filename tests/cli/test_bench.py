@@ -1,4 +1,4 @@
-"""fastllama bench: what it prints and writes, and what it says of peers that are not there."""
+"""fastllama bench: what it prints and writes, and how it reports peers that are not installed."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     assert done.err.count("\n") == 1
 
 
-def test_codes_are_measured_where_they_are_asked_for(
+def test_quantized_weights_are_measured_where_the_options_ask(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, output = write_model(tmp_path / "model", tokenizer=False), tmp_path / "found.json"
     rest = (*SMALL[:6], "--loads", "--peers", "--quiet", "--quantize", "int8", "--output", output)
-    told: list[dict[str, object]] = []
+    passed: list[dict[str, object]] = []
 
     def watched(*args: object, **options: object) -> LLM:
-        told.append(options)
+        passed.append(options)
         return LLM(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runtime, "LLM", watched)
@@ -122,7 +122,7 @@ def test_codes_are_measured_where_they_are_asked_for(
     assert (conditions["quantization"], conditions["kv_cache_dtype"]) == ("int8", "int8")
     assert (conditions["deterministic"], conditions["num_draft_tokens"]) == (True, 2)
     names = ("kv_cache_dtype", "deterministic", "speculation", "num_draft_tokens")
-    assert [[options[name] for name in names] for options in told] == [["int8", True, str(folder), 2]]
+    assert [[options[name] for name in names] for options in passed] == [["int8", True, str(folder), 2]]
 
 
 TINY = (
@@ -213,7 +213,7 @@ class Enough(ValueError):
 
 
 @pytest.mark.parametrize("options", [[], ["--batch", "100000"], ["--shape", "7b"], ["--model", "tiny"]])
-def test_what_it_will_take_is_said_before_anything_is_made(
+def test_the_estimate_is_printed_before_anything_is_made(
     command: Command, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     def end(*args: object) -> None:

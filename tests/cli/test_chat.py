@@ -1,4 +1,4 @@
-"""fastllama chat: what the model is asked, turn by turn, and what becomes of interruptions."""
+"""fastllama chat: the prompt of each turn, and what an interruption leaves of a conversation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
 
 @pytest.fixture
 def talk(command: Command, model: str) -> Talk:
-    """Messages through a pipe in Llama 2's format, 8 tokens an answer unless `options` say otherwise."""
+    """Messages through a pipe in Llama 2's format, 8 tokens an answer unless `options` set another number."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> Done:
         stdin = "".join(f"{line}\n" for line in lines).encode()
@@ -167,7 +167,7 @@ def test_a_system_message_may_be_a_file(talk: Talk, asked: list[Generation], mod
         (("--chat-format", "no.jinja"), "chat_format is 'no.jinja': there is no such file"),
     ],
 )
-def test_wrong_options_are_said_before_a_model_is_loaded(
+def test_wrong_options_are_refused_before_a_model_is_loaded(
     talk: Talk, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.setattr(chat, "load", lambda args: pytest.fail("loaded"))
@@ -185,7 +185,7 @@ def test_closed_standard_input_holds_no_message(
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_tags_are_escaped_in_what_either_side_says(
+def test_tags_are_escaped_in_questions_and_answers(
     talk: Talk, asked: list[Generation], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that writes a tag must not end the conversation."""
@@ -254,7 +254,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def prompted() -> list[str]:
-    """What the command wrote where it waits for a line."""
+    """What the command writes when it waits for a line."""
     return []
 
 
@@ -314,7 +314,7 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, at_step: int, times: int = 
     monkeypatch.setattr(Runner, "run", interrupted)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+def test_ctrl_c_stops_the_answer_and_keeps_its_text(
     type_in: Talk, asked: list[Generation], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press_ctrl_c(monkeypatch, at_step=6)
@@ -373,7 +373,7 @@ def test_ctrl_c_while_reading_a_pipe_ends_the_program(
     assert command("chat", "--model", model).status == 130
 
 
-def test_drafts_are_told_of(talk: Talk, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_drafts_are_reported(talk: Talk, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     greedy = ("--temperature", "0")
     done = talk("tell me", options=(*greedy, "--speculation", model, "--kv-cache-dtype", "int8", "--deterministic"))

@@ -1,4 +1,4 @@
-"""fastllama chat in the format that a checkpoint says: what it is asked, what is said of it, what ends an answer."""
+"""fastllama chat in the checkpoint's own format: the prompt, the line about the format, the end of an answer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def prompts(requests: list[Generation]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("template", [ZEPHYR, CHATML, VICUNA, ALPACA, MISTRAL], ids=lambda text: text[:9])
-def test_the_checkpoints_template_is_used_and_said(
+def test_the_checkpoints_template_is_used_and_reported(
     command: Command, folder: Folder, requests: list[Generation], template: str
 ) -> None:
     model = folder(template)
@@ -93,7 +93,7 @@ def test_the_checkpoints_template_is_used_and_said(
         (None, "a-chat-b", (), "fastllama: warning: the checkpoint has no chat template, and its name is a chat"),
     ],
 )
-def test_what_is_chosen_is_said_once_and_not_in_quiet(
+def test_the_chosen_format_is_printed_once_and_not_in_quiet(
     command: Command, folder: Folder, template: str | None, name: str, options: tuple[str, ...], said: str
 ) -> None:
     model = folder(template, name)
@@ -184,7 +184,7 @@ def test_a_broken_template_is_one_line(command: Command, folder: Folder, templat
     assert said in done.err
 
 
-def test_a_system_message_that_the_template_does_not_take_is_said_at_once(command: Command, folder: Folder) -> None:
+def test_a_system_message_that_the_template_does_not_take_is_refused_at_once(command: Command, folder: Folder) -> None:
     done = talk(command, folder(MISTRAL), "a", options=("--system", "b", "--quiet"))
     assert done.status == 2
     assert "the chat template refuses it: After the optional system message" in done.err
@@ -193,5 +193,5 @@ def test_a_system_message_that_the_template_does_not_take_is_said_at_once(comman
     assert "messages[0] has role 'system', and the chat template of" in done.err
 
 
-def test_help_says_how_to_write_several_lines(command: Command, folder: Folder) -> None:
+def test_help_explains_how_to_write_several_lines(command: Command, folder: Folder) -> None:
     assert chat.LINES in talk(command, folder(ZEPHYR), "/help").err

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: nothing on standard output, one line on standard error, exit status 2."""
+"""Every mistake of a user: nothing on standard output, one line on standard error, exit status 2."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "give one with --tokenizer"),
 }
 
-# arguments, standard input, what the line says; {model} and {folder} are filled in
+# arguments, standard input, part of the line; {model} and {folder} are filled in
 ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     "unknown option": (
         "generate --tempreature 1",
@@ -154,10 +154,10 @@ ARGUMENTS: dict[str, tuple[str, bytes, str]] = {
     ),
     "benchmark missing": ("bench", b"", "the following arguments are required: WHAT (see fastllama bench --help)"),
     "benchmark unknown": ("bench rutime", b"", "invalid choice: 'rutime'"),
-    "guesses": ("generate --model {model} --num-draft-tokens 8", b"", "num_draft_tokens is 8; legal: 1 to 7"),
-    "who guesses": ("chat --model {model} --speculation promt_lookup", b"", "promt_lookup"),
+    "drafts": ("generate --model {model} --num-draft-tokens 8", b"", "num_draft_tokens is 8; legal: 1 to 7"),
+    "who drafts": ("chat --model {model} --speculation promt_lookup", b"", "promt_lookup"),
     "keys and values": ("generate --kv-cache-dtype int4", b"", "argument --kv-cache-dtype: invalid choice: 'int4'"),
-    "guesses of a decode": ("bench decode --speculation tiny", b"", "unknown argument '--speculation'"),
+    "drafts of a decode": ("bench decode --speculation tiny", b"", "unknown argument '--speculation'"),
     "requests": ("bench runtime --requests 0", b"", "requests is 0; legal: at least 1"),
     "tokens": ("bench runtime --tokens 1", b"", "tokens is 1; legal: at least 2"),
     "tokens beyond": ("bench runtime --model {model} --tokens 250", b"", "tokens is 250; legal: 2 to 248"),

@@ -1,4 +1,4 @@
-"""fastllama eval: what it refuses before lm-eval or a model is loaded, and, where lm-eval is there, what it prints."""
+"""fastllama eval: refusals before lm-eval or a model is loaded, and its output where lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_members_of_groups_are_loaded_once_and_names_pick_from_a_folder(tasks: P
     assert names() == ["first_end", "second_end"]
     (tasks / "a.yaml").write_text(GROUP.format(name="part", members="first_end"))
     assert names() == ["part", "second_end"]
-    for whole in ("before", "whole"):  # each way around in the alphabet, in which lm-eval lists groups
+    for whole in ("before", "whole"):  # both orders in the alphabet, in which lm-eval lists groups
         (tasks / "b.yaml").write_text(GROUP.format(name=whole, members="part"))
         assert names() == [whole, "second_end"], "a group inside another one comes with that"
     assert names("first_end") == ["first_end"]

@@ -1,4 +1,4 @@
-"""fastllama generate: the same text as LLM gives, where and when it is expected."""
+"""fastllama generate: the text that LLM gives, where and when it is expected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT = "once upon a time"
 
 
 def expected(model: str, prompt: str, **params: object) -> RequestOutput:
-    """What LLM answers with the command's defaults, but for `params`."""
+    """LLM's answer with the command's defaults, except for `params`."""
     defaults = {"max_tokens": 24, "temperature": 0.8, "top_p": 0.95, "seed": 0}
     with LLM(model) as llm:
         return llm.generate(prompt, SamplingParams(**(defaults | params)))[0]
@@ -235,7 +235,7 @@ def test_rounded_weights(command: Command, kind: str) -> None:
     assert command(*story, "--quantize", "int3").status == 2
 
 
-def test_guesses_are_counted_and_change_nothing(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_counted_and_change_nothing(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     story = ("generate", "--model", model, "--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0")
     told = ("--speculation", model, "--num-draft-tokens", "3")
@@ -249,7 +249,7 @@ def test_guesses_are_counted_and_change_nothing(command: Command, model: str, mo
     assert re.search(rf" tokens/s; drafted {drafted}, accepted {accepted}; finish: length; ", done.err)
 
 
-def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_the_runtime(command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, object]] = []
     made = LLM.__init__
 
@@ -268,7 +268,7 @@ def test_the_runtime_is_told_what_it_is_to_do(command: Command, model: str, monk
     ]
 
 
-def test_who_prompts_a_chat_model_is_told_of_its_chat_format(command: Command) -> None:
+def test_a_plain_prompt_to_a_chat_model_logs_its_chat_format(command: Command) -> None:
     words = "--prompt is continued as plain text; fastllama chat applies the model's chat format\n"
     assert words in command("generate", "-p", "Once", "-n", 1).err  # the bundled model has a chat template
     for args in (("-n", 1), ("-p", "Once", "-n", 1, "--quiet")):

@@ -1,4 +1,4 @@
-"""Options of other programs that are parameters in Python too: one table for both."""
+"""Options of other programs that are parameters in Python too are explained from one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastllama info: what it says is what is there."""
+"""fastllama info reports what is installed, and which implementation runs each op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastllama import kernels
 from tests.cli.conftest import Command
 
 
-def test_json_says_what_runs_each_op_and_why(command: Command) -> None:
+def test_json_states_what_runs_each_op_and_why(command: Command) -> None:
     done = command("info", "--json")
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)
@@ -40,7 +40,7 @@ def test_json_says_what_runs_each_op_and_why(command: Command) -> None:
         assert table == expected
 
 
-def test_the_text_says_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_states_the_same(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version
 
     def without_transformers(name: str) -> str:

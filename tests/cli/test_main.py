@@ -1,4 +1,4 @@
-"""The entry: help, exit statuses, what happens to exceptions, signals and readers that go away."""
+"""The entry point: help, exit statuses, exceptions, signals, and readers that go away."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_bug_is_shown_in_full(command: Command, monkeypatch: pytest.MonkeyPatc
 def test_without_a_console_the_status_is_the_same_and_nothing_goes_astray(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException | None
 ) -> None:
-    """As under pythonw, in a service or behind `2>&-`: Python's stream is None there."""
+    """Python's stream is None under pythonw, in a service or after `2>&-`."""
     if error is not None:
         fails_with(error, monkeypatch)
     usual = main.main(["info"]), *capsys.readouterr()
@@ -235,7 +235,7 @@ def test_an_answer_that_the_terminal_cannot_show_is_shown_in_part(
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(model: str) -> None:
-    """What `fastllama generate | head -c 4` does."""
+    """The case of `fastllama generate | head -c 4`."""
     with start("generate", "--model", model, "--prompt", "once", "--max-tokens", "200") as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == "o"

@@ -1,4 +1,4 @@
-"""The arguments as people type them: texts that begin with a dash, short options, other programs' names for ours."""
+"""Command-line arguments as people type them: texts that begin with a dash, short options, other programs' names."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_short_options_are_those_of_llama_cpp() -> None:
         ("bench --shape tiny decode", "options follow one of runtime, decode, ops"),
     ],
 )
-def test_an_option_of_another_program_is_told_its_name_here(words: str, says: str) -> None:
+def test_an_option_of_another_program_is_answered_with_its_name_here(words: str, says: str) -> None:
     assert f"; {says} (see " in refusal(*words.split())
 
 

@@ -1,4 +1,4 @@
-"""fastllama perplexity: what it measures and prints, and one line for every mistake, before weights are read."""
+"""fastllama perplexity: its figures and output, and one line for every mistake, before weights are read."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_model_without_a_tokenizer_is_refused(command: Command, tmp_path: Path
 def test_a_tokenizer_that_reads_the_text_otherwise_is_refused(
     command: Command, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one without BOS leaves a text of one token nothing to score."""
+    """A tokenizer without BOS leaves a text of one token nothing to score."""
     monkeypatch.delattr(LLM, "__init__")  # no weights are read for it
     other = write_model(tmp_path / "other")
     (other / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))

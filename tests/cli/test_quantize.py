@@ -1,4 +1,4 @@
-"""fastllama quantize: what the library gives, written complete or not at all; an interrupted run goes on."""
+"""fastllama quantize: the library's result, written whole or not at all; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def fail_at(moment: Moment, error: BaseException, monkeypatch: pytest.MonkeyPatc
 )
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)
 @pytest.mark.parametrize("empty", [False, exhaustive(True)], ids=["new", "empty"])
-def test_whatever_ends_it_leaves_dst_as_it_was_and_it_goes_on_to_the_same_bits(
+def test_whatever_ends_it_leaves_dst_as_it_was_and_it_resumes_bit_for_bit(
     empty: bool,
     moment: Moment,
     error: BaseException,
@@ -320,7 +320,7 @@ def test_without_resume_nothing_is_kept_and_with_it_only_what_others_left(
     assert [path.name for path in blocks.iterdir()] == ["notes"]
 
 
-def test_quiet_does_not_say_what_was_finished(
+def test_quiet_does_not_report_what_was_finished(
     command: Command, model: str, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("quantize", model, out, "--calibration", text, *FEW, "--resume", text.with_name("blocks"), "--quiet")

@@ -1,4 +1,4 @@
-"""fastllama quantize: each option reaches what it is for, and what is printed can be run."""
+"""fastllama quantize: each option reaches the library, and the printed commands can be run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What the library's quantize is called with; nothing is quantized."""
+    """The arguments of the library's quantize; nothing is quantized."""
     seen: list[Call] = []
     monkeypatch.setattr("fastllama.layers.quantizing.quantize", lambda *args, **named: seen.append((args, named)))
     return seen

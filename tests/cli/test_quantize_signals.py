@@ -1,4 +1,4 @@
-"""fastllama quantize, ended by a signal: nothing stays beside DST, and finished blocks are gone on from."""
+"""fastllama quantize, ended by a signal: no file stays beside DST, and a new run resumes from finished blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cli.test_main import ROOT
 from tests.rounds import exhaustive
 
 ENDING = [signal.SIGTERM, signal.SIGHUP]
-# Runs the command, which says when it has come to a call of a function, and hangs in it.
+# Runs the command, which prints when it has come to a call of a function, and hangs in it.
 HANGS = """
 import importlib, sys, time
 from fastllama.cli.main import main

@@ -1,4 +1,4 @@
-"""`fastllama serve`: what it refuses before a model is loaded, its keys, and that it loads what `generate` does."""
+"""`fastllama serve`: refusals before a model is loaded, keys, and the loading options shared with `generate`."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_is_broken_is_the_same_line_as_for_generate(command: C
     assert expected.status == 2
 
 
-def test_the_start_says_what_is_served_where_and_to_whom(tmp_path: Path) -> None:
+def test_the_start_logs_what_is_served_where_and_to_whom(tmp_path: Path) -> None:
     with live("--served-model-name", "llama", "--max-num-seqs", "3", "--max-model-len", "100") as server:
         assert "llama: 4.5 M parameters in bfloat16 on cpu; 100 tokens of context" in server.said
         assert "3 sequences at once" in server.said
@@ -141,7 +141,7 @@ def test_other_machines_are_served_with_a_key_over_tls(tmp_path: Path) -> None:
         assert "sesame" not in server.said + server.logged
 
 
-def test_no_option_is_shown_whose_meaning_is_not_said() -> None:
-    """Each has a help text."""
+def test_every_option_that_is_shown_has_a_help_text() -> None:
+    """argparse.SUPPRESS, which hides an option, counts as one."""
     actions = _parser()._subparsers._group_actions[0].choices["serve"]._actions  # type: ignore[union-attr, index]
     assert [action.option_strings for action in actions if not action.help] == []

@@ -49,13 +49,13 @@ def test_a_text_whose_backslashes_are_doubled_is_itself(given: str) -> None:
 
 
 @given(st.text(), st.booleans())
-def test_a_byte_order_mark_in_front_is_dropped_and_no_other(given: str, marked: bool) -> None:
+def test_a_leading_byte_order_mark_is_dropped_and_no_other(given: str, marked: bool) -> None:
     assert text.decode(given.encode("utf-8-sig" if marked else "utf-8"), "f") == given.removeprefix(
         "" if marked else "\ufeff"
     )
 
 
-def test_what_is_no_utf_8_behind_a_mark_is_counted_from_the_start() -> None:
+def test_invalid_utf_8_after_a_mark_is_counted_from_the_start() -> None:
     with pytest.raises(ValueError, match="f is not UTF-8: byte 0xff at offset 4"):
         text.decode(b"\xef\xbb\xbfa\xff", "f")
 
@@ -80,7 +80,7 @@ def test_pipes_files_and_sockets_are_read_and_devices_are_not(tmp_path: Path) ->
         here.sendall(b"by socket")
         here.shutdown(socket.SHUT_WR)
         assert read_input(stdin=there) == "'by socket'"
-    primary, secondary = os.openpty()  # nobody types there: reading it would not end
+    primary, secondary = os.openpty()  # no terminal input there: reading it would not end
     try:
         assert read_input(stdin=secondary) == "''"
     finally:
@@ -89,7 +89,7 @@ def test_pipes_files_and_sockets_are_read_and_devices_are_not(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("quiet", "shown"), [(False, True), (True, False)])
-def test_who_waits_for_a_prompt_is_told_so(
+def test_waiting_for_a_prompt_on_a_terminal_is_announced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool, shown: bool
 ) -> None:
     reader, writer = os.pipe()

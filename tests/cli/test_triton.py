@@ -1,4 +1,4 @@
-"""The whole product on the Triton kernels, forced as a user forces them, in the interpreter."""
+"""The commands on the Triton kernels, chosen as a user chooses them, in the interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.models import write_model
 from tests.rounds import exhaustive
 
 TRITON_OPS = {name for name, op in OPS.items() if op.has_triton}
-# What a model's steps in fp32 call: sums and silu * up are parts of products, the latter not of codes.
+# The ops of a step in fp32; residual sums and SwiGLU are fused with matmuls, SwiGLU with unquantized ones alone.
 USED = {"embedding", "rms_norm", "matmul", "rope_and_write_kv", "attention_prefill", "attention_decode", "sample"}
 STORY = ("generate", "--prompt", "Once upon a time", "--dtype", "float32", "--temperature", "0", "--json")
 

@@ -1,4 +1,4 @@
-"""fastllama verify: what it prints, and that it can fail."""
+"""fastllama verify: its output, and that it fails on wrong weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_quiet_is_one_line(command: Command, model: str) -> None:
     )
 
 
-def test_the_table_and_the_json_say_the_same(command: Command, model: str) -> None:
+def test_the_table_and_the_json_agree(command: Command, model: str) -> None:
     done = command("verify", "--model", model, "--dtype", "bfloat16", "--json")
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)
@@ -75,7 +75,7 @@ def test_the_bundled_model_agrees_with_transformers(command: Command) -> None:
     assert f"with {found['reference']}: 5 layers, logits and 32 greedy tokens" in found["summary"]
 
 
-def test_without_transformers_the_command_says_what_brings_it(
+def test_without_transformers_the_command_names_the_package_to_install(
     command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)

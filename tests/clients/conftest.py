@@ -39,7 +39,7 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes]) -> None:
-    """Until /ready says 200."""
+    """Waits until /ready answers 200."""
     end = time.monotonic() + START_SECONDS
     while True:
         assert server.poll() is None, f"the server ended with status {server.returncode} before it was ready"
@@ -53,7 +53,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`fastllama serve` with the bundled model in fp32, its draws the same each time; the base URL of its API."""
+    """`fastllama serve` with the bundled model in fp32 and a fixed seed; the base URL of its API."""
     assert _is_free(PORT), f"port {PORT} is taken: these tests need it, for the examples of the documentation name it"
     command = [sys.executable, "-m", "fastllama", "serve", "--dtype", "float32", "--seed", "1", "--port", str(PORT)]
     without_keys = {name: value for name, value in os.environ.items() if not name.startswith("FASTLLAMA_")}
@@ -92,5 +92,5 @@ def client(server: str, tmp_path: Path) -> Client:
 
 
 def last_json(output: str) -> Any:
-    """What a script printed in its last line."""
+    """The JSON of a script's last line."""
     return json.loads(output.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""lm-eval's local-completions hears the log-probabilities that the library itself computes."""
+"""lm-eval's local-completions gets the log-probabilities that the library itself computes."""
 
 from __future__ import annotations
 

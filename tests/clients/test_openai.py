@@ -1,4 +1,4 @@
-"""OpenAI's own package of today: streams beside whole answers, fields, errors."""
+"""OpenAI's own current package: streams beside whole answers, fields, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.clients.conftest import HERE, Client, last_json
 NUM_STREAMS = 48
 
 
-def test_48_streams_at_once_say_what_whole_answers_say(client: Client) -> None:
+def test_48_streams_at_once_match_whole_answers(client: Client) -> None:
     got = last_json(client("now", HERE / "scripts" / "openai_streams.py"))
     for name in ("whole_chats", "whole_completions"):
         assert len(set(got[name])) > 8, "the answers are too much alike for mixed-up streams to show"
@@ -56,7 +56,7 @@ def test_an_echo_of_several_prompts_is_numbered_prompt_by_prompt(fields: Any) ->
         assert logprobs["token_logprobs"][0] is None
         assert all(logprob <= 0 for logprob in logprobs["token_logprobs"][1:])
         assert {len(column) for column in logprobs.values()} == {len(logprobs["tokens"])}
-        assert logprobs["text_offset"][-2] == len(prompt)  # two tokens were drawn
+        assert logprobs["text_offset"][-2] == len(prompt)  # two tokens were sampled
         for token, offset in list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[2:]:
             assert text[offset:].startswith(token)
     assert fields["usage"]["completion_tokens"] == 8

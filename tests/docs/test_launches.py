@@ -11,7 +11,7 @@ from fastllama.kernels.launch.tuning import FAMILIES
 PAGE = Path(__file__).parents[2] / "docs" / "kernels" / "launches.md"
 
 
-def test_its_table_is_that_of_the_code() -> None:
+def test_its_table_is_that_of_the_heuristics() -> None:
     rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     found = {family.strip("|` "): (shape, launch.strip("| ")) for family, _, shape, launch in rows}
     expected = {

@@ -1,4 +1,4 @@
-"""Pages: links lead somewhere, tables are whole, each page is on the site and each image is used."""
+"""Documentation pages: links resolve, tables are whole, each page is on the site and each image is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each program of examples/ runs as it stands, and prints what it promises."""
+"""Each program of examples/ runs as it stands, and prints what its docstring promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of small weights with two groups of scales, for the tests of quantized peers."""
+"""Small matmuls with a 4-bit weight of two groups of scales, for the tests of quantized peers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ GROUPED = dataclasses.replace(TOY, name="grouped", hidden=256)  # two groups of 
 
 
 class StandIn(Protocol):
-    """For a library that needs a GPU. packed: weights that it was given so far."""
+    """Stands for a library that needs a GPU. packed: the weights given to it so far."""
 
     packed: int
 
 
-def product(group: int = 128, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, int] = (192, 256)) -> Arguments:
-    """x of three rows and a weight of 4 bits of this shape, all random."""
+def matmul_arguments(
+    group: int = 128, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, int] = (192, 256)
+) -> Arguments:
+    """Three random rows x and a random 4-bit weight of this shape."""
     codes = torch.randint(16, shape, dtype=torch.uint8)
     scales = torch.randn(shape[0], shape[1] // group).to(dtype)
     return {"x": torch.randn(3, shape[1]).to(dtype), "packed": kernels.pack_int4(codes), "scales": scales}
 
 
 def assert_prepared_once(run: Function, library: StandIn) -> None:
-    """That a weight is prepared at its first product only, and never taken for another."""
-    sets = [product(), product()]
+    """Assert that a weight is prepared at its first matmul only, and never mistaken for another."""
+    sets = [matmul_arguments(), matmul_arguments()]
     first = [run(inputs) for inputs in sets]
     again = [run(inputs) for inputs in sets]
     assert library.packed == 2
@@ -38,5 +40,5 @@ def assert_prepared_once(run: Function, library: StandIn) -> None:
     assert all(map(torch.equal, first, again))
     del sets, first, again
     for number in range(3, 8):  # memory that was given back would soon be another weight's
-        run(product())
+        run(matmul_arguments())
         assert library.packed == number

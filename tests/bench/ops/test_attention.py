@@ -1,4 +1,4 @@
-"""flex_attention as a peer: what it computes, and that it is never timed uncompiled."""
+"""flex_attention as a peer computes the op, and is never timed uncompiled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_flex_attention_as_it_is_timed_is_right() -> None:
-    """By inductor, as on a GPU: the judge's tests only walk it."""
+    """Inductor compiles it, as on a GPU: the judge's tests only run it eagerly."""
     (case,) = toy_calls(torch.float32, ("attention_varlen",))
     _, flex = FLEX["attention_varlen"]
     with torch.inference_mode():
@@ -23,7 +23,7 @@ def test_flex_attention_as_it_is_timed_is_right() -> None:
 
 
 def test_flex_attention_that_is_not_compiled_is_an_error() -> None:
-    """It would hold all scores, and be timed so."""
+    """Eager flex_attention would hold all scores, and be timed so."""
     attend = compiled_flex("eager")
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
         attend(*torch.randn(3, 3, 2, 16))

@@ -21,7 +21,7 @@ CPU, L2 = torch.device("cpu"), device_info(torch.device("cpu")).l2_cache
 
 
 def test_without_overlap_is_so_for_that_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is the op, planned as if it had never been called."""
+    """The planned call runs the op as if it had never been called."""
     case = LlamaCall("rms_norm", TOY, 3, 0, torch.float32)
     inputs = case.make(CPU, seed=0)
     seen: list[str] = []

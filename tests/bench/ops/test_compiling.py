@@ -1,4 +1,4 @@
-"""Compiled contenders: every one is compiled, however many shapes others have met, and by torches of all ages."""
+"""Every compiled contender is compiled, however many shapes others had before it, under old and new torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge passes what is right and no other: what is wrong is never timed."""
+"""The judge accepts right results only: a contender that computes something wrong is never timed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastllama.catalogue.maker import Arguments
 from fastllama.catalogue.sizes import TOY
 
 CPU = torch.device("cpu")
-ROUNDED = ("quantize_rows", "rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8")  # to codes
-EXACT = ("matmul_w8a8", "F.linear, unquantized", torch.float32)  # sums of codes are: those of fp32 are not near enough
+ROUNDED = ("quantize_rows", "rms_norm_int8", "add_rms_norm_int8", "silu_mul_int8")  # to int8
+EXACT = ("matmul_w8a8", "F.linear, unquantized", torch.float32)  # sums of int8 are exact: fp32's are not near enough
 PEERS = [
     (op, name, dtype)
     for op in MEASURED
@@ -30,7 +30,7 @@ PEERS = [
 
 
 def verdict(op: str, function: Callable[[Arguments], Any], dtype: torch.dtype = torch.float32) -> bool:
-    """Of every toy case of an op: one, or one of each kind of pages. All are right, or all are wrong."""
+    """The judge's verdict on every toy case of an op, one per kind of pages: all right, or all wrong."""
     with torch.inference_mode():
         verdicts = [judged(case, function, CPU) for case in toy_calls(dtype, (op,))]
     (right,) = {error <= bound for error, bound in verdicts}
@@ -59,7 +59,7 @@ def test_a_result_that_is_a_percent_off_is_wrong(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ROUNDED)
-def test_codes_that_are_one_off_are_wrong(op: str) -> None:
+def test_quantized_values_that_are_one_off_are_wrong(op: str) -> None:
     def off(inputs: Arguments) -> Any:
         codes, scales = getattr(kernels, op)(**inputs)
         return codes.sub_(codes.sign()), scales
@@ -121,7 +121,7 @@ class Roomy:
 
 
 def judged_rows(monkeypatch: pytest.MonkeyPatch, case: LlamaCall, free: int) -> list[int]:
-    """Of every set of inputs that judging makes on a GPU of so many free bytes, the rows."""
+    """The rows of every set of inputs that judging makes on a GPU with so many free bytes."""
     made: list[int] = []
     right = LlamaCall.make
 
@@ -150,6 +150,6 @@ def test_no_more_rows_are_judged_than_there_is_memory_for(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("op", [op for op in MEASURED if op != "sample"])
 def test_no_rows_can_be_judged(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some ops move no byte then, by which memory was divided."""
+    """Some ops then move no byte, and the memory was divided by that."""
     case = LlamaCall(op, TOY, 0, 70 if op == "attention_decode" else 0, torch.float32)
     judged_rows(monkeypatch, case, 1 << 30)

@@ -1,4 +1,4 @@
-"""What torch's own quantized products are handed: on a CPU, and a stand-in for the one that needs a GPU."""
+"""The arguments of torch's own quantized matmuls: on a CPU, and on a stand-in for the one that needs a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastllama.bench.ops import judge, matmuls
 from fastllama.bench.ops.formulas import Function
 from fastllama.bench.ops.peers import torch_peers
 from fastllama.catalogue.llama_calls import LlamaCall
-from tests.bench.ops.grouped import GROUPED, assert_prepared_once, product
+from tests.bench.ops.grouped import GROUPED, assert_prepared_once, matmul_arguments
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -57,7 +57,7 @@ def test_torchs_own_are_offered(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["matmul_bf12", "matmul_int4", "matmul_int8"])
-def test_the_unquantized_product_is_that_of_all_groups(op: str) -> None:
+def test_the_unquantized_matmul_is_that_of_all_groups(op: str) -> None:
     check(op, matmuls.linear())
 
 
@@ -68,7 +68,7 @@ def test_int_mm_as_it_is_timed_is_right() -> None:
         check("matmul_w8a8", matmuls.int_mm("inductor"))
 
 
-def test_tinygemm_is_given_our_codes_and_scales() -> None:
+def test_tinygemm_gets_our_quantized_values_and_scales() -> None:
     check("matmul_int4", matmuls.tinygemm(Aten()))
 
 
@@ -88,7 +88,7 @@ def test_a_weight_is_prepared_once_and_never_taken_for_another() -> None:
 )
 def test_tinygemm_refuses_what_it_cannot_take(options: dict[str, Any], said: str) -> None:
     with pytest.raises(NotImplementedError, match=said):
-        matmuls.tinygemm(Aten())(product(**options))
+        matmuls.tinygemm(Aten())(matmul_arguments(**options))
 
 
 def test_int8pack_refuses_groups() -> None:

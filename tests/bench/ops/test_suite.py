@@ -1,4 +1,4 @@
-"""The suite of ops: what is measured on which device, in what order, and what becomes of what fails."""
+"""The suite of ops: what it measures on which device, in what order, and how it records a failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_all_that_are_for_a_device_are_measured_there() -> None:
     assert len(on_cuda) == sum(len(CATALOGUE[op].shapes) for op in CATALOGUE if op != "matmul_bf12")
 
 
-def test_a_cpu_is_asked_for_the_most_telling_alone() -> None:
+def test_a_cpu_measures_the_most_informative_cases_only() -> None:
     found = list(calls(OpsOptions(ops=("silu_mul", "attention_decode")), CPU))
     assert [(call.op, call.rows, call.sizes.name) for call in found] == [
         ("silu_mul", 8192, "tinyllama-1.1b"),

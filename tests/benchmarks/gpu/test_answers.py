@@ -1,4 +1,4 @@
-"""The tokens that are carried to a GPU: what a CPU gives now, and what a difference there means."""
+"""The reference tokens that a GPU run is compared with: a CPU reproduces them, and differences must be near ties."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_a_token_turns_only_at_a_tie(kind: str, changed: Callable[..., dict[str,
 
 
 def test_the_first_difference_of_an_answer_counts(changed: Callable[..., dict[str, Any]]) -> None:
-    """Behind it all tokens may differ."""
+    """After the first difference all tokens may differ."""
     found = changed("sampled", (0, 3), (0, 4), gap=0.3)
     assert [(each["prompt"], each["token"]) for each in found["differences"]] == [(0, 3)]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_margin_is_how_far_another_draw_was(top_p: float) -> None:
-    """Probabilities moved by less than half of it, each way and anyhow, give the same token; by some more, another."""
+def test_a_margin_is_the_distance_to_another_token(top_p: float) -> None:
+    """Probabilities that move by less than half of the margin give the same token; by some more, another."""
     generator, rows = torch.Generator().manual_seed(0), 40
     logits = torch.randn(1, 12, generator=generator).double().expand(rows, -1)
     common = {

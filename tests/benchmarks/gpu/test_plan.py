@@ -1,4 +1,4 @@
-"""The stages of `make gpu`: their order, their limits, and that each command is one that can be run."""
+"""The stages of `make gpu`: their order, their limits, and that each command can be run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stages(request: pytest.FixtureRequest) -> list[Stage]:
 
 
 def test_the_most_valuable_comes_first(stages: list[Stage]) -> None:
-    """What is wrong, before how fast it is, before how fast others are."""
+    """Correctness first, then our speed, then the peers'."""
     names = [stage.name for stage in stages]
     assert names[:4] == ["facts", "cache", "parity", "tokens, as it is"]
     wanted = ["parity", "tokens, no graphs", "ceilings", "decode at 512", "block", "tests of runtime", "ops", "tuning"]

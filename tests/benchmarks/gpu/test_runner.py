@@ -1,4 +1,4 @@
-"""Stages as processes: their limits, what of them is kept, and that a failure shows at once."""
+"""Stages run as processes: their limits hold, their output is kept, and a failure shows at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ended(out: Path, name: str) -> dict[str, Any]:
 
 def test_outcomes(tmp_path: Path) -> None:
     stages = [
-        stage("good", "print('said')"),
+        stage("good", "print('fine')"),
         stage("bad", "print('why'); raise SystemExit(3)"),
         stage("untested", "raise SystemExit(5)"),
         stage("lacking", "", needs=("no_such_package",)),
@@ -46,14 +46,14 @@ def test_outcomes(tmp_path: Path) -> None:
 
 def test_a_failure_shows_its_last_lines_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runner.run([stage("bad", "raise ValueError('the reason')")], tmp_path, 1.0, {})
-    said = capsys.readouterr().out
-    assert said.startswith("bad: failed in 0 s\n")
-    assert "ValueError: the reason" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("bad: failed in 0 s\n")
+    assert "ValueError: the reason" in printed
     assert "ValueError: the reason" in (tmp_path / runner.LOG).read_text()
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """And what it has written by then is kept."""
+    """Its output until then is kept."""
     beats = tmp_path / "beats"
     child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.1)"
     source = (
@@ -98,7 +98,7 @@ def test_a_run_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--minutes", "3"], "--minutes is 3; legal: 4 to 60"),
         (["--stages", "facts", "lunch"], "--stages are ['lunch']; legal: facts, "),
@@ -106,12 +106,16 @@ def test_a_run_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_options_that_are_not_legal(
-    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path), *options])
     with pytest.raises(SystemExit):
         command.main()
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_gpu_only_the_walk_is_offered(
@@ -134,7 +138,7 @@ def test_lines_are_read_up_to_where_a_run_was_cut(tmp_path: Path) -> None:
 
 
 def test_what_a_stage_has_written_is_there_while_it_runs(tmp_path: Path) -> None:
-    """A run that is lost with its machine leaves that, and what each stage before it said."""
+    """A run that is lost with its machine leaves that, and the output of each stage before it."""
     seen: list[list[str]] = []
     source = f"""
 import sys
@@ -150,7 +154,7 @@ assert found["record"] == {{"cases": [1]}}
     assert [line["record"] for line in results.read(tmp_path)["running"] if "record" in line] == [{"cases": [1]}]
 
 
-def test_a_verdict_stands_behind_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_follows_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(stages: Any, out: Path, *args: Any, after: Any) -> bool:
         results.append(out / results.FILE, stage="verify", outcome="passed", seconds=1)
         after()
@@ -171,16 +175,16 @@ from pathlib import Path
 def test_bad(): assert 1 == 2, 'the reason'
 
 def test_later():
-    said = []
-    while not any('AssertionError: the reason' in line for line in said):
+    lines = []
+    while not any('AssertionError: the reason' in line for line in lines):
         time.sleep(0.1)
-        said = Path(__file__).with_name('log').read_text().splitlines()
-    assert 'call of test_failing.py::test_bad failed:' in said
+        lines = Path(__file__).with_name('log').read_text().splitlines()
+    assert 'call of test_failing.py::test_bad failed:' in lines
 """
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")])
-def test_a_failed_test_is_said_before_the_run_ends(tmp_path: Path, workers: tuple[str, ...]) -> None:
+def test_a_failed_test_is_reported_before_the_run_ends(tmp_path: Path, workers: tuple[str, ...]) -> None:
     """tests/gpu's conftest: pytest alone prints tracebacks at the end, which a stage cut short does not reach."""
     source = (runner.ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
     own = "@pytest.fixture(autouse=True)\ndef _poison_and_seed() -> None: ...\n"

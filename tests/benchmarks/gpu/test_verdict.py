@@ -1,4 +1,4 @@
-"""What a run says at its end: what is wrong before what is slow, and nothing that was not reached passed over."""
+"""The verdict of a GPU run: errors before slow cases, and every stage that was not reached is listed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CEILINGS = {"copy_bytes_per_second": 3e12, "read_bytes_per_second": 4e12, "bf16_
 
 
 def decode(kind: str, share: float) -> dict[str, Any]:
-    """A stage's line: a case of ours at a share of the bandwidth, whose products take half a millisecond."""
+    """A stage's line: a case of ours at a share of the bandwidth, whose matmuls take half a millisecond."""
     case = {
         "name": "fastllama",
         "quantization": kind,
@@ -48,7 +48,7 @@ def written(folder: Path, **stages: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def test_a_run_that_reached_nothing_says_so(tmp_path: Path) -> None:
+def test_a_run_that_reached_nothing_reports_it(tmp_path: Path) -> None:
     text = verdict.markdown(tmp_path)
     assert "Ops: not reached." in text
     assert "Tokens: not reached." in text
@@ -81,7 +81,7 @@ def test_goals_are_sorted_by_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_an_op_is_measured_without_overlap(tmp_path: Path) -> None:
-    """Where that is known: a chain of equal launches, which overlap, is faster than the kernel."""
+    """The time without overlap counts where it was measured: overlapping launches look faster than one kernel."""
     times = {"fastllama, no overlap": 20.0, "F.linear, unquantized": 50.0}
     found = results.read(written(tmp_path, ceilings=[CEILINGS], ops=[op("matmul_int4", 1, 10.0, **times)]))
     goal = next(goal for goal in goals.GOALS if goal.name.startswith("4-bit matmul"))

@@ -1,4 +1,4 @@
-"""What the attention of libraries that this machine cannot run is handed."""
+"""The arguments that peers' attention gets, from libraries that this machine cannot run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def toy(op: str, pages_dtype: torch.dtype | None = None) -> LlamaCall:
 
 
 class XFormers:
-    """As much of xformers.ops.fmha as the peer calls, of the shapes that its attn_bias.py and triton_splitk.py say.
+    """The part of xformers.ops.fmha that the peer calls, with the shapes of its attn_bias.py and triton_splitk.py.
 
-    The library itself needs a GPU. Nothing here shows that its kernel takes the call: the judge says so there.
+    The library itself needs a GPU. That its kernel takes the call is the judge's to show, there.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def test_xformers_is_planned_once_for_a_page_table() -> None:
     assert module.plans == 2
 
 
-def test_xformers_refuses_pages_of_codes() -> None:
+def test_xformers_refuses_quantized_pages() -> None:
     case = toy("attention_decode", torch.int8)
     with pytest.raises(NotImplementedError, match="int8 pages"):
         xformers_decode(XFormers())(case.make(CPU, seed=0))

@@ -1,4 +1,4 @@
-"""The benchmark of a block's decode step, walked in the interpreter: what it launches, moves, judges and writes."""
+"""The benchmark of a block's decode step, run in the interpreter: its launches, bytes, judgements and record."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_shape_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch, 
 def test_a_kind_that_cannot_be_made_leaves_the_others(
     failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What breaks is a failure, what does not fit is named."""
+    """A contender that raises is recorded as a failure, one that does not fit is named."""
     right = block.copies
 
     def copies(config: Any, kind: str, *args: Any) -> Any:

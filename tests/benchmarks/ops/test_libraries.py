@@ -1,4 +1,4 @@
-"""The libraries that are peers: named where they are absent, offered on a GPU, and what gemlite is handed there."""
+"""The libraries that are peers: named where they are absent, offered on a GPU; the arguments that gemlite gets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_an_installed_library_is_a_peer_on_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 class Gemlite:
-    """As much of gemlite.core as the peer calls, of 0.6: the library itself needs a GPU to be imported."""
+    """The part of gemlite.core (0.6) that the peer calls: importing the library needs a GPU."""
 
     def __init__(self) -> None:
         self.TORCH_TO_DTYPE = {torch.float16: "fp16", BF16: "bf16", torch.float32: "fp32"}
@@ -60,14 +60,14 @@ class Gemlite:
         return SimpleNamespace(pack=pack)
 
 
-def test_gemlite_is_offered_where_it_takes_our_codes() -> None:
+def test_gemlite_is_offered_where_it_takes_our_packed_values() -> None:
     (library,) = [library for library in LIBRARIES if library.distribution == "gemlite"]
     assert library.make == {"matmul_int4": ("core", gemlite), "matmul_int8": ("core", gemlite)}
 
 
 @pytest.mark.parametrize("op", ["matmul_int4", "matmul_int8"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_gemlite_is_given_our_codes_and_scales(op: str, dtype: torch.dtype) -> None:
+def test_gemlite_gets_our_packed_values_and_scales(op: str, dtype: torch.dtype) -> None:
     error, bound = judged(LlamaCall(op, GROUPED, 5, 0, dtype), gemlite(Gemlite()), CPU)
     assert error <= bound
 

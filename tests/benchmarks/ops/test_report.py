@@ -105,7 +105,7 @@ def test_ours_stands_beside_the_fastest_peer(written: Callable[..., str]) -> Non
 
 
 def test_peers_face_ours_without_overlap(written: Callable[..., str]) -> None:
-    """Twice as fast where equal launches overlap, which the peer's cannot: no gain of the kernel's."""
+    """Twice as fast where equal launches overlap, which the peer's cannot: the kernel itself gains nothing."""
     contenders = {"fastllama": contender(20e-6), "fastllama, no overlap": contender(40e-6), "eager": contender(50e-6)}
     case = {"op": "rope", "label": "7b", "backend": "triton", "bytes": 0, "flops": 0, "contenders": contenders}
     text = written(ops=[{"case": case}])
@@ -122,7 +122,7 @@ def test_conditions_and_absences_are_named(written: Callable[..., str]) -> None:
     assert "| rms_norm | 9.9 | 12.3 |" in text
 
 
-def test_blocks_are_told_with_what_failed(written: Callable[..., str]) -> None:
+def test_blocks_are_reported_with_what_failed(written: Callable[..., str]) -> None:
     text = written()
     assert f"| {BLOCK['label']} | fastllama | 100.0 | 92 % | 87 % | 6 |  |" in text
     assert f"| {BLOCK['label']} | torch |  |  |  | 2 | a / b |" in text
@@ -130,7 +130,7 @@ def test_blocks_are_told_with_what_failed(written: Callable[..., str]) -> None:
     assert "block: skipped, no time" in written(block=[{"outcome": "skipped", "why": "no time"}])
 
 
-def test_decode_steps_are_told_with_what_was_not_measured(written: Callable[..., str]) -> None:
+def test_decode_steps_are_reported_with_what_was_not_measured(written: Callable[..., str]) -> None:
     text = written()
     assert "| fastllama | int4 | 8 | 512 | 1600.00 | 5.00 | - | - | 5.6 | 26 % | 28 % |" in text
     assert "skipped: fastllama, none: a / b" in text
@@ -142,7 +142,7 @@ def test_decode_steps_are_told_with_what_was_not_measured(written: Callable[...,
     assert "1600.00" not in broken
 
 
-def test_failures_are_told(written: Callable[..., str]) -> None:
+def test_failures_are_reported(written: Callable[..., str]) -> None:
     text = written()
     assert "| liger-kernel |  |  |  | ImportError: a / b |" in text
     assert "| fastllama |  |  |  | wrong: error 1, bound 0 |" in text

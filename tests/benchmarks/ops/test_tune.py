@@ -1,4 +1,4 @@
-"""Tuning: legal candidates, the winner by all its shapes, files that the next process reads."""
+"""Tuning: legal candidates, a winner over all its shapes, and files that the next process reads."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_heuristic_that_cannot_run_is_no_tie() -> None:
 
 @pytest.fixture
 def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels that only ask for their launch: two warps take half the time of others."""
+    """Kernels that only request their launch: two warps take half the time of others."""
 
     def timed(case: LlamaCall, device: torch.device, launches: list[Any], rounds: int) -> list[float]:
         return [1e-6 if launch.num_warps == 2 else 2e-6 for launch in launches]
@@ -115,7 +115,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fake")
 class TestTune:
-    """From cases to a file."""
+    """Tunes cases and writes the winners to a file."""
 
     @staticmethod
     def tune(deadline: float = float("inf"), most: int = 99) -> list[tuned.TunedLaunch]:
@@ -158,7 +158,7 @@ def test_a_launch_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_case_whose_workspace_alone_asks_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4-bit products of many rows are torch's: no launch of ours would change them."""
+    """4-bit matmuls of many rows run in torch: no launch of ours would change them."""
 
     class Case:
         op = "matmul_int4"

@@ -1,4 +1,4 @@
-"""lm-eval's local-completions on the task stories: accuracy, and what it heard of each end of a sentence.
+"""lm-eval's local-completions on the task stories: accuracy, and the log-probability of each sentence's end.
 
 Arguments: URL of the completions endpoint, folder of the tokenizer, folder of the task.
 """

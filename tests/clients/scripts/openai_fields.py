@@ -1,4 +1,4 @@
-"""openai 3.x: what its types read of the answers, and what it raises of the errors."""
+"""openai 3.x: the fields that its types read from answers, and the exceptions that it raises for errors."""
 
 import json
 
