@@ -1,4 +1,4 @@
-"""What every test of a stack gets: that stack's own warnings are no errors, and nothing compiled is left behind."""
+"""Fixtures for every test of a stack: that stack's own warnings are no errors, and compiled functions are dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_OTHERS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a whole run, to which other folders belong too."""
+    """Only for files below this folder: a whole run has others."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             for text in OF_OTHERS:

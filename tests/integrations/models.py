@@ -1,4 +1,4 @@
-"""Small random Llamas of transformers, stock beside patched, and what the versions of transformers call things."""
+"""Small random Llamas of transformers, stock beside patched, and names that its versions spell otherwise."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def pair(dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Any, Any]:
 
 
 def on_our_ops(model: Any) -> bool:
-    """Whether a forward runs every layer on our ops: transformers' own code calls torch for each linear layer."""
+    """Whether a forward runs every layer on our ops: transformers' forward calls torch for each linear layer."""
     with torch.inference_mode(), mock.patch.object(functional, "linear", wraps=functional.linear) as linear:
         model(IDS)
     return linear.call_count == 1  # the output head

@@ -1,4 +1,4 @@
-"""Models of quantized linear layers, patched and as transformers runs them, and what is asked of them."""
+"""Models of quantized linear layers, patched and as transformers runs them, and helpers that compare them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pair(kind: str = "int4", dtype: torch.dtype = torch.float32, sizes: Any = TI
 
 
 def dequantized(model: Any) -> Any:
-    """A model with what its quantized weights stand for, in fp32."""
+    """A model with its dequantized weights, in fp32."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         for owner in (layer.self_attn, layer.mlp):
@@ -83,7 +83,7 @@ def logits(model: Any, **given: Any) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each op of a matmul, and torch's for linear layers, is called."""
+    """The number of calls of each matmul op, and of torch's linear."""
     found: Counter[str] = Counter()
     names = [name for name in vars(kernels) if name.startswith("matmul") and not name.endswith("workspace")]
 
@@ -99,7 +99,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """What each decoder layer multiplies by, as it was read."""
+    """The weight of each decoder layer, as it was read."""
     return [layer._fastllama.linears for layer in model.model.layers]
 
 

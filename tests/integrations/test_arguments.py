@@ -1,4 +1,4 @@
-"""The refusal of arguments that an adapter's function does not implement."""
+"""Arguments that an adapter's function does not implement are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The growing KV cache: as transformers' own under everything that generate does to it, and one shape for Triton."""
+"""The growing KV cache matches transformers' own under everything that generate does, and has one shape for Triton."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens(count: int, batch: int) -> Any:
 
 
 def write(layer: GrowingLayer, keys: Any, values: Any) -> None:
-    """As a patched layer does, into the pages themselves."""
+    """Appends as a patched layer does, into the pages themselves."""
     batch, heads, count, head_dim = keys.shape
     past = layer.get_seq_length()
     for buffer, new in zip(layer.reserve(keys, (batch, heads, head_dim), count), (keys, values), strict=True):
@@ -123,7 +123,7 @@ def test_an_empty_dynamic_cache_gets_our_layers(made: str) -> None:
 
 def test_a_cache_of_another_kind_stays_what_it_is() -> None:
     class Compressing(DynamicLayer):
-        """As a quantized cache: what comes out is not what went in."""
+        """Like a quantized cache, it returns other values than were stored."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -152,7 +152,7 @@ def test_a_filled_cache_is_not_taken_over() -> None:
 
 @pytest.mark.parametrize("place", ["cache", "layer", "class"])
 def test_an_update_that_was_replaced_is_called(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what compresses caches, or records them."""
+    """Libraries that compress or record caches do so."""
     _, patched = pair()
     cache, calls = DynamicCache(config=patched.config), []
     owner: Any = {"cache": cache, "layer": cache.layers[0], "class": DynamicLayer}[place]
@@ -170,7 +170,7 @@ def test_an_update_that_was_replaced_is_called(place: str, monkeypatch: pytest.M
 
 
 def test_gradients_go_through_the_cache() -> None:
-    """A cache of a patched model, gone on with by layers that train: none of what they keep is written over."""
+    """A patched model's cache continued by layers that train: none of their saved tensors is overwritten."""
     found = []
     for layer in (GrowingLayer(), DynamicLayer()):
         torch.manual_seed(0)

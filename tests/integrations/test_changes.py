@@ -1,4 +1,4 @@
-"""A patched model that is changed: right at the next call, on our ops or on transformers', and never stale."""
+"""A patched model that is changed is right at the next call, on our ops or on transformers', and never stale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Change = Callable[[Any], object]  # of a layer
 
 
 class Doubled(nn.Module):
-    """Around a weight or a linear layer."""
+    """Wraps a weight or a linear layer."""
 
     def __init__(self, linear: nn.Linear | None = None) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Doubled(nn.Module):
 
 
 class TwiceLinear(nn.Linear):
-    """A class that another library may put in an instance's place."""
+    """A class that another library may put in place of an instance's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -50,7 +50,7 @@ def set_forward(module: Any) -> None:
 
 
 def new_heads(layer: Any) -> None:
-    """Half of the query heads, sliced in place: the memory begins where it began."""
+    """Half of the query heads, sliced in place, at the same address."""
     attention = layer.self_attn
     half = attention.q_proj.weight.shape[0] // 2
     attention.q_proj.weight.data = attention.q_proj.weight.data[:half]
@@ -91,7 +91,7 @@ ON_TRANSFORMERS: dict[str, tuple[Change, str]] = {
         lambda layer: layer.mlp.register_forward_hook(lambda module, given, found: 2 * found),
         "LlamaMLP in it has a hook",
     ),
-    "a hook in front": (
+    "a pre-hook": (
         lambda layer: layer.self_attn.o_proj.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
         "Linear in it has a hook",
     ),

@@ -1,4 +1,4 @@
-"""A patched model whose linear layers are quantized, and changed: right at the next call, as in test_changes.py."""
+"""A patched model of quantized linear layers that is changed is right at the next call, as in test_changes.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.rounds import exhaustive
 
 
 class TwiceInt4Linear(HfInt4Linear):
-    """Another library's."""
+    """A linear layer of another library."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return 2 * super().forward(x)
@@ -61,7 +61,7 @@ CHANGES: dict[str, Change] = {
 
 
 def assign_groups(linear: Any) -> None:
-    """Where a group of 32 columns was, 64: as many codes, half as many scales."""
+    """Groups of 64 columns in place of 32: as many packed values, half as many scales."""
     linear.scales = linear.scales[:, ::2].contiguous()
 
 

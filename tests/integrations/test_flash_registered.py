@@ -41,7 +41,7 @@ def on_ours(stock: Any, name: str = NAME) -> Any:
 
 @contextmanager
 def counted(*ops: str) -> Iterator[dict[str, int]]:
-    """How often each op ran."""
+    """The number of calls of each op."""
     calls = dict.fromkeys(ops, 0)
     device = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_one_graph_holds_a_forward() -> None:
 
 @torch.inference_mode()
 def test_other_implementations_of_the_process_stay_their_own() -> None:
-    """Interleaved with ours, and with a name that nobody knows."""
+    """A copy that asks for flash_attention_2, which is not installed, fails as ever, between two calls of ours."""
     stock = llama()
     ours, expected = on_ours(stock), stock(IDS).logits
     for _ in range(2):

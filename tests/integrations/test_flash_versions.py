@@ -1,4 +1,4 @@
-"""Versions of transformers in which nothing can be registered as a flash-attention."""
+"""Versions of transformers that cannot register a flash-attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = re.escape(transformers.__version__)
 
 @pytest.mark.skipif(not BEFORE_5, reason="later versions keep flash-attentions by name")
 def test_transformers_4_is_refused_before_anything_is_registered() -> None:
-    """One flash-attention for all models of a process, and masks by its name: padding in GPT-2 was wrong."""
+    """They have one flash-attention for all models of a process, and masks by its name: padding in GPT-2 was wrong."""
     with pytest.raises(ImportError, match=rf"transformers {VERSION} has no .*\._loaded_implementation, .*legal: 5\.17"):
         register()
     assert "fastllama_flash" not in AttentionInterface().valid_keys()

@@ -27,7 +27,7 @@ FUSED = [("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "u
 
 
 def greedy(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
-    """What transformers generates."""
+    """The tokens that transformers generates."""
     ids = torch.tensor([prompt])
     out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, **options)
     found: list[int] = out[0, len(prompt) :].tolist()
@@ -47,7 +47,7 @@ def answers(llm: LLM, params: SamplingParams = GREEDY) -> list[list[int]]:
 
 
 def log_probs(llm: LLM, prompt: Sequence[int]) -> Tensor:
-    """Of the prompt's own tokens but the first."""
+    """Log-probabilities of the prompt's tokens except the first."""
     (output,) = llm.generate([list(prompt)], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
     assert output.prompt_logprobs is not None
     return torch.tensor([entry.logprob for entry in output.prompt_logprobs if entry is not None])
@@ -75,7 +75,7 @@ def nbytes(*models: Any) -> int:
 
 
 def assert_shared(ours: fastllama.LlamaForCausalLM, theirs: Any) -> None:
-    """Each of our parameters lies where one of theirs does, and all in all there is no more memory than theirs."""
+    """Each of our parameters shares memory with one of theirs, and all together take no more than theirs."""
     storages = {parameter.untyped_storage().data_ptr() for parameter in theirs.parameters()}
     for name, parameter in ours.named_parameters():
         assert parameter.untyped_storage().data_ptr() in storages, name
@@ -228,7 +228,7 @@ def test_twice_is_the_same_memory() -> None:
 @pytest.mark.parametrize("sizes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
 def test_tied_is_what_the_model_is(sizes: dict[str, Any]) -> None:
     theirs = llama(**sizes)
-    theirs.config.tie_word_embeddings = not theirs.config.tie_word_embeddings  # what no weight says
+    theirs.config.tie_word_embeddings = not theirs.config.tie_word_embeddings  # no weight shows this
     ours = fastllama.from_transformers(theirs)
     assert ours.config.tie_word_embeddings is bool(sizes)
     assert (ours.lm_head.weight is ours.embed_tokens.weight) is bool(sizes)
@@ -257,7 +257,7 @@ def test_each_norm_has_its_own_epsilon() -> None:
 
 
 def test_what_transformers_collected_before_is_no_hook_of_others() -> None:
-    """4.57 leaves a forward of its own behind in each layer, and 5 hooks."""
+    """transformers 4.57 leaves an instance forward in each layer, and 5 hooks."""
     theirs = llama()
     with torch.inference_mode():
         theirs(IDS, output_hidden_states=True, output_attentions=True)

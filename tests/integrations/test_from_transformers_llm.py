@@ -1,4 +1,4 @@
-"""LLM(model of transformers): its arguments, sampling settings, tokenizer and name are what they are of a folder."""
+"""LLM(transformers model) takes arguments, sampling settings, tokenizer and name as from a folder."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_without_a_generation_config_the_configuration_counts(caplog: pytest.Log
     assert "generation_config sets num_beams: without counterpart here" in caplog.text
 
 
-def test_settings_that_are_illegal_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_that_are_illegal_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     ours = fastllama.from_transformers(llama())
     ours.sampling_settings, ours.name_or_path = {"top_p": 3.0, "top_k": 5}, "hub/name"
     with caplog.at_level(logging.WARNING), running(ours) as llm:
@@ -122,7 +122,7 @@ def test_settings_that_are_illegal_are_told(caplog: pytest.LogCaptureFixture) ->
     assert "hub/name: top_p is 3.0" in caplog.text
 
 
-def test_stop_strings_without_a_tokenizer_are_left_out_and_told(
+def test_stop_strings_without_a_tokenizer_are_left_out_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = llama()
@@ -197,7 +197,7 @@ def test_what_a_loaded_model_has_is_not_given(options: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(("name", "words"), [("org/Llama-2-7b-chat", "Llama 2's"), ("org/Llama-2-7b", "plain text")])
-def test_the_name_tells_the_chat_format_where_no_template_does(name: str, words: str) -> None:
+def test_the_name_selects_the_chat_format_where_there_is_no_template(name: str, words: str) -> None:
     tokenizer = opened("llama2_json_of_its_own")
     theirs = llama(vocab_size=len(tokenizer))
     theirs.name_or_path = name
@@ -206,7 +206,7 @@ def test_the_name_tells_the_chat_format_where_no_template_does(name: str, words:
 
 
 def test_a_name_is_no_path_to_a_model() -> None:
-    """What transformers made from a configuration alone has an empty one."""
+    """A model made from a configuration alone has an empty name."""
     theirs = llama()
     assert theirs.name_or_path == ""
     assert fastllama.from_transformers(theirs).name_or_path is None

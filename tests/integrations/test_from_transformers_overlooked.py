@@ -1,4 +1,4 @@
-"""fastllama.from_transformers refuses what is seen less easily: it leaves classes and names as they were."""
+"""fastllama.from_transformers refuses inconspicuous changes too: those that keep the names of classes and functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(model: Any) -> list[Any]:
 
 
 class Called(modeling_llama.LlamaForCausalLM):
-    """Another model whose logits are not those of its weights."""
+    """A class that overrides `__call__`, so that its logits are not those of its weights."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)
@@ -39,7 +39,7 @@ class Called(modeling_llama.LlamaForCausalLM):
 
 
 def scaled_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """An attention function of somebody's own."""
+    """A user's own attention function."""
     return sdpa_attention_forward(module, *args, **kwargs | {"scaling": 0.01})
 
 

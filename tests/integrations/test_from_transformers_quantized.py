@@ -1,4 +1,4 @@
-"""fastllama.from_transformers of a model that FastLlamaConfig quantized: the packed weights are there once."""
+"""fastllama.from_transformers of a model that FastLlamaConfig quantized: the packed weights are in memory once."""
 
 from __future__ import annotations
 

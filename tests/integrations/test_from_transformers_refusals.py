@@ -1,4 +1,4 @@
-"""fastllama.from_transformers refuses what is more or other than a Llama's weights, by name, and changes nothing."""
+"""fastllama.from_transformers refuses whatever differs from a plain Llama, by name, and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Changes = Callable[[Any], Any]
 
 
 class OwnAttention(modeling_llama.LlamaAttention):
-    """What another library puts in place of transformers' own."""
+    """A replacement by another library."""
 
 
 class Doubled(modeling_llama.LlamaForCausalLM):

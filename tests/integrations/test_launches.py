@@ -1,4 +1,4 @@
-"""On a GPU a patched model's decode steps launch what is compiled: a token never compiles a kernel of its own."""
+"""On a GPU a patched model's decode steps reuse compiled kernels: no token compiles one of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST = 256 - STEPS // 2  # so that on the way the cache doubles and lists of ke
 
 
 def launches_of(run: Callable[[], object]) -> list[Launch]:
-    """What kernels are compiled for while something runs; nothing is computed."""
+    """The kernels that are compiled while something runs; nothing is computed."""
     with ExitStack() as stack:
         target = stack.enter_context(on("sm_90"))
         for op in OPS.values():
@@ -38,7 +38,7 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
 
 
 def kernels_of(model: Any, steps: int, **kwargs: Any) -> dict[str, set[str]]:
-    """What each kernel is compiled for while `generate` takes so many tokens."""
+    """The specializations that each kernel is compiled for while `generate` takes so many tokens."""
     ids = torch.randint(3, 97, (2, FIRST))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0

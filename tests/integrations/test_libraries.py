@@ -150,7 +150,7 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.filterwarnings("ignore")  # what FSDP says of one process
+@pytest.mark.filterwarnings("ignore")  # FSDP's warning about one process
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sharded_weights_are_gathered_anew(when: str) -> None:
     stock, patched = llama(), llama()

@@ -92,7 +92,7 @@ def theirs() -> HFLM:
 
 @pytest.fixture(scope="session")
 def theirs_without_bos() -> HFLM:
-    """What a rolling text is compared with: where the tokenizer adds BOS, hf puts a second one behind the prefix."""
+    """The reference for rolling texts: where the tokenizer adds BOS, hf puts a second one after the prefix."""
     return hugging_face(add_bos_token=False)
 
 
@@ -127,7 +127,7 @@ def check_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What nested lists and tuples hold."""
+    """The leaves of nested lists and tuples."""
     if isinstance(value, (list, tuple)):
         for each in value:
             yield from leaves(each)
@@ -182,7 +182,7 @@ def test_rolling_log_likelihoods_are_those_of_hf(
     assert ours.loglikelihood_rolling(asked("loglikelihood_rolling", (f"<s>{STORIES[0]}",))) == pytest.approx(found[:1])
 
 
-def test_bos_is_left_out_of_contexts_where_add_bos_token_says_so(theirs_without_bos: HFLM, ours: FastLlamaLM) -> None:
+def test_bos_is_left_out_of_contexts_by_add_bos_token(theirs_without_bos: HFLM, ours: FastLlamaLM) -> None:
     without = FastLlamaLM(ours.llm, add_bos_token=False)
     found, expected = (
         model.loglikelihood(asked("loglikelihood", ("Tom was", " tired."), ("", "He")))
@@ -285,7 +285,7 @@ def test_a_system_message_that_the_template_refuses_is_left_out_as_by_hf(
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
         ("loglikelihood", ("Once", LONG), "a continuation has 2[0-9]* tokens; legal: 1 to 1024"),
         ("loglikelihood", ("", ""), "a continuation has 0 tokens; legal: 1 to 1024"),
@@ -293,11 +293,11 @@ def test_a_system_message_that_the_template_refuses_is_left_out_as_by_hf(
     ],
     ids=["long", "empty", "answer"],
 )
-def test_a_refused_question_is_named(ours: FastLlamaLM, kind: Any, arguments: tuple[Any, ...], said: str) -> None:
+def test_a_refused_question_is_named(ours: FastLlamaLM, kind: Any, arguments: tuple[Any, ...], message: str) -> None:
     question = Instance(kind, {}, arguments, 0, metadata=("story_end", 7, 1))
-    with pytest.raises(ValueError, match=f"^task story_end, document 7: {said}"):
+    with pytest.raises(ValueError, match=f"^task story_end, document 7: {message}"):
         getattr(ours, kind)([*asked(kind, ("Once", " upon" if kind == "loglikelihood" else {})), question])
-    with pytest.raises(ValueError, match=f"^{said}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         getattr(ours, kind)(asked(kind, arguments))
 
 
@@ -313,7 +313,7 @@ def test_where_one_answer_fails_the_others_are_ended(ours: FastLlamaLM, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({}, ValueError, "pretrained is None and model None; legal: one of the two names"),
         ({"pretrained": "tiny", "model": "tiny"}, ValueError, "legal: one of the two names"),
@@ -322,8 +322,8 @@ def test_where_one_answer_fails_the_others_are_ended(ours: FastLlamaLM, monkeypa
     ],
     ids=["none", "both", "chat format", "unknown"],
 )
-def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         FastLlamaLM(**options)
 
 

@@ -1,4 +1,4 @@
-"""What lm-eval asks, as scored prompts and sampling parameters; lm-eval itself need not be installed."""
+"""lm-eval's requests become scored prompts and sampling parameters; lm-eval itself need not be installed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_stop_string_that_is_a_special_token_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"length_penalty": 2}, TypeError, "unknown option 'length_penalty'"),
         ({"num_beams": 4}, ValueError, "num_beams of a task's generation_kwargs is 4; legal: 1"),
@@ -122,8 +122,10 @@ def test_a_stop_string_that_is_a_special_token_is_one() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_a_task_may_not_ask_is_refused_by_name(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_what_a_task_may_not_ask_is_refused_by_name(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         params(**options)
     assert params(num_beams=1).max_tokens == 256
 

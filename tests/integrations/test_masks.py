@@ -17,7 +17,7 @@ CALLED_BY_POSITION = "cache_position" in inspect.signature(sdpa_mask).parameters
 
 
 def both(mask: Tensor | None, past: int, new: int, keys: int, batch: int, static: bool) -> tuple[Tensor | None, Tensor]:
-    """What our function and transformers' own make of a call."""
+    """The masks that our function and transformers' own make of a call."""
     call = {"batch_size": batch, "kv_length": keys, "attention_mask": mask, "mask_function": causal_mask_function}
     if CALLED_BY_POSITION:
         call["cache_position"] = torch.arange(past, past + new)
@@ -28,7 +28,7 @@ def both(mask: Tensor | None, past: int, new: int, keys: int, batch: int, static
 
 
 def meant(found: Tensor | None, new: int, keys: int, batch: int) -> Tensor:
-    """[B, 1, S, L]: what paged attention over a key list looks at, by its definition."""
+    """[B, 1, S, L]: the keys that paged attention over a key list sees, by its definition."""
     if found is None:
         return torch.ones(new, keys, dtype=torch.bool).tril(keys - new).expand(batch, 1, new, keys)
     if not is_key_list(found):
@@ -60,7 +60,7 @@ def test_any_mask(data: st.DataObject) -> None:
     if found is None or is_key_list(found):
         assert torch.equal(as_booleans(found, batch, new, keys, torch.device("cpu")), seen)
     expected = expected.expand(batch, 1, new, keys)
-    # rows of padding in front of a sequence attend to nothing, or to anything: nobody reads them
+    # rows of padding before a sequence may attend to anything or nothing: they are unused
     rows = expected.any(-1)
     assert torch.equal(seen[rows], expected[rows])
 
@@ -87,7 +87,7 @@ def test_padding_is_listed_where_the_new_tokens_are_a_sequences_last(
 
 
 def test_nothing_but_causal_is_no_mask() -> None:
-    if not CALLED_BY_POSITION:  # before 5 there is no telling a static cache without waiting for the device
+    if not CALLED_BY_POSITION:  # before 5 a static cache cannot be recognized without waiting for the device
         assert both(None, 3, 2, 5, 2, static=False)[0] is None
     assert both(torch.ones(2, 5, dtype=torch.bool), 0, 5, 5, 2, static=False)[0] is None or CALLED_BY_POSITION
 
@@ -97,7 +97,7 @@ def test_a_list_keeps_its_shape_for_256_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["gradients", "another function"])
-def test_what_a_list_cannot_say_is_left_to_sdpa(name: str) -> None:
+def test_masks_that_a_list_cannot_express_are_left_to_sdpa(name: str) -> None:
     call = {"batch_size": 1, "kv_length": 3, "attention_mask": None, "mask_function": causal_mask_function}
     call |= {"cache_position": torch.arange(3)} if CALLED_BY_POSITION else {"q_length": 3, "q_offset": 0}
     if name == "another function":

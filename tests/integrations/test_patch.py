@@ -1,4 +1,4 @@
-"""fastllama.patch: a transformers Llama gives the same numbers and tokens on our ops, in whatever way it is called."""
+"""fastllama.patch: a transformers Llama gives the same numbers and tokens on our ops, however it is called."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_quantized_linear_layers_are_ours_too(kind: str) -> None:
 def test_hidden_states_are_collected() -> None:
     stock, patched = pair()
     with torch.inference_mode():
-        for _ in range(2):  # what transformers leaves behind in the first must not send the second to its own layers
+        for _ in range(2):  # what transformers leaves set by the first must not send the second to its own layers
             expected = stock(IDS, output_hidden_states=True).hidden_states
             found = patched(IDS, output_hidden_states=True).hidden_states
             assert len(found) == len(expected) == stock.config.num_hidden_layers + 1
@@ -269,7 +269,7 @@ def test_training_gives_the_gradients_of_transformers() -> None:
         assert_close(ours.grad, theirs.grad)
 
 
-def test_gradients_of_a_model_in_eval_mode_are_right_and_said_to_be_slow() -> None:
+def test_gradients_of_a_model_in_eval_mode_are_right_and_warned_of() -> None:
     stock, patched = pair()
     stock(IDS).logits.sum().backward()
     with pytest.warns(UserWarning, match="gradients are required: call the model under torch.inference_mode"):
@@ -286,7 +286,7 @@ def test_attention_weights_are_refused() -> None:
 
 
 def scaled_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """An attention function of somebody's own."""
+    """A user's own attention function."""
     return sdpa_attention_forward(module, *args, **kwargs | {"scaling": 0.01})
 
 

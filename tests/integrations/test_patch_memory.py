@@ -1,4 +1,4 @@
-"""One layer over the memory of several linear layers of a transformers model: whose it is, and when there is none."""
+"""A fused layer over the memory of a transformers model's linear layers: who owns it, and when there is none."""
 
 from __future__ import annotations
 

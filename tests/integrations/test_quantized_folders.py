@@ -1,4 +1,4 @@
-"""Folders that save_model wrote of quantized models, opened by transformers, which has no part of fastllama in it."""
+"""Folders of quantized models from save_model open in transformers, without any fastllama."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_a_dictionary_is_as_good(folder: Path) -> None:
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Code in a process of its own."""
+    """Python source, run in a process of its own."""
     given = os.environ | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=given)
 
@@ -241,7 +241,7 @@ def rewritten(folder: Path, settings: Mapping[str, Any], without: str | None = N
 
 
 def test_weights_and_biases_that_the_files_lack_are_initialised(tmp_path: Path) -> None:
-    """As transformers does it, not left as memory happens to be."""
+    """Initialized as transformers does it, not left uninitialized."""
     expected = logits(opened(saved(tmp_path / "whole"), "int8"))
     folder = rewritten(saved(tmp_path / "bias"), {"attention_bias": True})
     model, report = opened(folder, "int8", output_loading_info=True)
@@ -336,7 +336,7 @@ def test_peft_names_the_layers_that_it_cannot_adapt(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_modules_that_the_class_keeps_in_fp32_are_not_converted(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Its code asks for the dtype of their weights: here of T5's wo."""
+    """T5's forward reads the dtype of its weights: here of wo."""
     sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 128, "num_layers": 1, "num_heads": 4, "d_kv": 16}
     kind = transformers.T5ForConditionalGeneration
     kind(transformers.T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path)

@@ -145,7 +145,7 @@ def test_load_model_and_llm_have_the_same_values(name: str, root: Path) -> None:
 
 
 def test_each_model_describes_itself(root: Path, tmp_path: Path) -> None:
-    """A config object that two models share says what the user gave it; each model's own says what that model is."""
+    """A config object that two models share keeps the user's values; each model's own config describes that model."""
     config = fastllama.FastLlamaConfig("int4")
     before = config.to_dict()
     llama(intermediate_size=128).save_pretrained(tmp_path / "whole rows")  # of down_proj; others have groups of 32

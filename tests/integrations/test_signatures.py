@@ -1,7 +1,7 @@
-"""The drop-in adapters have the signatures of flash-attn and FlashInfer, and what becomes of each argument is written.
+"""The drop-in adapters have the signatures of flash-attn and FlashInfer, and treat each argument as documented.
 
-`signatures/*.json` is what those packages' sources say (`tools/signatures.py`), `signatures/treatment.py` what becomes
-of each argument here, `signatures/calls.py` a small call of each function.
+`signatures/*.json` is read from those packages' sources (`tools/signatures.py`), `signatures/treatment.py` lists how
+each argument is treated here, `signatures/calls.py` has a small call of each function.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def under_autocast(model: Any) -> Tensor:
 
 
 def in_training_mode(model: Any) -> Tensor:
-    """With dropout, which without gradients is drawn all the same."""
+    """With dropout, which samples its mask without gradients too."""
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def in_training_mode(model: Any) -> Tensor:
 
 
 def by_hand(model: Any) -> Tensor:
-    """Layers without the model around them, which makes the mask, called by position as far as that goes."""
+    """Layers without the model, which makes the mask; called with positional arguments as far as possible."""
     x = model.model.embed_tokens(IDS)
     positions = torch.arange(9)[None]
     angles = model.model.rotary_emb(x, positions)
@@ -150,7 +150,7 @@ def test_a_mask_of_the_callers_is_never_taken_for_ours() -> None:
 
 
 def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What another library puts in a function's place."""
+    """A replacement function by another library."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         found = function(*args, **kwargs)
@@ -210,7 +210,7 @@ def test_a_hook_of_all_modules() -> None:
 
 
 class Loud(modeling_llama.LlamaAttention):
-    """An attention of its own, which adds what mask it gets."""
+    """A user's own attention, which adds the mask that it gets."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         mask = inspect.signature(super().forward).bind(hidden_states, *args, **kwargs).arguments.get("attention_mask")
@@ -254,7 +254,7 @@ def test_weights_that_processes_share_stay_shared() -> None:
     assert all(parameter.is_shared() for parameter in model.parameters())
 
 
-def test_old_weights_are_not_kept_behind_new_ones() -> None:
+def test_old_weights_are_not_kept_beside_new_ones() -> None:
     _, patched = pair()
     with torch.no_grad():
         patched(IDS)

@@ -1,4 +1,4 @@
-"""Small checkpoints in every format, written from public descriptions of the formats and from no code under test."""
+"""Small checkpoints in every format, written from the formats' public descriptions, not by the functions under test."""
 
 from __future__ import annotations
 

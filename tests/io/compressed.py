@@ -1,4 +1,4 @@
-"""Folders that the package compressed-tensors itself has quantized and described, and what it makes of them."""
+"""Folders that the package compressed-tensors itself has quantized and described, and its decompressed weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
 
 
 def weights(bits: int = 4, group_size: int | None = 32, symmetric: bool = True, strategy: str = "") -> dict[str, Any]:
-    """Arguments for weights; a group size of None is a scale for each row, or what the strategy says."""
+    """Arguments for weights; a group size of None: one scale per row, or by the strategy."""
     strategy = strategy or ("channel" if group_size is None else "group")
     sizes = {"group_size": group_size} if strategy == "group" else {}
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy} | sizes

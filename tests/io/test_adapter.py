@@ -116,7 +116,7 @@ def test_a_tied_model_whose_embedding_and_head_were_trained_as_one_stays_tied(tm
     assert same(load_model(base, adapter=adapter, progress=False), both)
 
 
-def test_target_modules_say_which_factors_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_target_modules_select_which_factors_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = base_in(tmp_path / "base")
     adapter = trained(random_llama(), tmp_path / "adapter", target_modules=LINEAR)
     edit_config(adapter, target_modules=["q_proj", "up_proj"], r=4)

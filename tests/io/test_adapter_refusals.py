@@ -1,4 +1,4 @@
-"""What of an adapter would be left out, guessed or not fit its base is refused, by the name of the file and the key."""
+"""An adapter that does not fit its base, or would be merged in part, is refused by the file's name and the key."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_lora_on_one_matrix_of_a_tied_model_is_refused(tmp_path: Path, module: s
         load_model(base, adapter=adapter, progress=False)
 
 
-def test_where_no_adapter_is_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_missing_adapter_is_reported(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"adapter is '\./nowhere', but no such"):
         load_model(base, adapter="./nowhere", progress=False)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is a safetensors file; give"):

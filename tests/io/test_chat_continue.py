@@ -1,4 +1,4 @@
-"""A last message of the assistant that goes on: its ids beside transformers', and what it may not hold."""
+"""A last message of the assistant that is continued: its ids are transformers', and some contents are refused."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class TestTemplates:
             "{{ 'asks' if add_generation_prompt else 'goes on' }}{% for m in messages %}{{ m.content }}{% endfor %}",
         ],
     )
-    def test_what_a_template_writes_behind_the_content_or_for_a_question_is_left_out(self, template: str) -> None:
+    def test_what_a_template_writes_after_the_content_or_for_a_question_is_left_out(self, template: str) -> None:
         messages = conversation(["q2z", "Yo"])
         assert continued(of(template), messages) == theirs(template, "bytes", messages)
 
@@ -162,7 +162,7 @@ class TestTemplates:
 
 @pytest.mark.parametrize("choice", ["llama2", "plain", "auto"])
 @pytest.mark.parametrize("roles", [["user"], ["system", "user"], ["user", "assistant", "user"]])
-def test_a_last_message_of_somebody_else_is_refused(choice: str, roles: list[str]) -> None:
+def test_a_last_message_of_another_role_is_refused(choice: str, roles: list[str]) -> None:
     chosen = chat_format(samples.tokenizer(samples.CHATML, "bytes"), choice=choice)
     messages: list[Any] = [{"role": role, "content": "a"} for role in roles]
     with pytest.raises(

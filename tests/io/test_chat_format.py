@@ -1,4 +1,4 @@
-"""Which chat format is chosen, by what a checkpoint says, by its name and by request; and plain text."""
+"""The chat format is chosen by the checkpoint's template, by its name or by request; plain text is the fallback."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class TestPlainText:
 
 
 class TestARequestedFormat:
-    def test_is_said(self, bare: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    def test_is_logged(self, bare: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
         assert chat_format(bare, choice="plain", model="x-chat").description == "chat format: plain text, as requested"
         assert chat_format(bare, choice="llama2", model="x").description == "chat format: Llama 2's, as requested"
         assert caplog.records == []
@@ -198,7 +198,7 @@ class TestARequestedFormat:
             chat_format(bare, choice=str(file))
 
     @pytest.mark.parametrize(
-        ("choice", "error", "said"),
+        ("choice", "error", "words"),
         [
             (
                 "lama2",
@@ -209,16 +209,16 @@ class TestARequestedFormat:
             ("no/such.jinja", FileNotFoundError, r"^chat_format is 'no/such.jinja': there is no such file$"),
         ],
     )
-    def test_others_are_refused(self, bare: Tokenizer, choice: str, error: type[Exception], said: str) -> None:
-        with pytest.raises(error, match=said):
+    def test_others_are_refused(self, bare: Tokenizer, choice: str, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
             chat_format(bare, choice=choice)
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=words):
             check_chat_format(choice)
 
 
 @pytest.mark.parametrize("choice", ["llama2", "plain", "auto"])
 @pytest.mark.parametrize(
-    ("messages", "error", "said"),
+    ("messages", "error", "words"),
     [
         ("Hi", TypeError, "^messages is 'Hi'; legal: a list of mappings of 'role' and 'content'$"),
         ({"role": "user", "content": "a"}, TypeError, "^messages is {.*}; legal: a list"),
@@ -234,10 +234,10 @@ class TestARequestedFormat:
         ),
     ],
 )
-def test_messages_of_other_types_are_refused_in_every_format(choice: str, messages, error, said: str) -> None:
+def test_messages_of_other_types_are_refused_in_every_format(choice: str, messages, error, words: str) -> None:
     chosen = chat_format(templates.tokenizer(templates.CHATML, "bytes"), choice=choice)
     assert chosen.name == {"auto": "template"}.get(choice, choice)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=words):
         chosen.encode(messages)
     with pytest.raises(ValueError, match=r"^tags is 'pass'; legal values: 'refuse', 'escape'"):
         chosen.encode([{"role": "user", "content": "a"}], tags="pass")

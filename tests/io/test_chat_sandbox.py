@@ -1,4 +1,4 @@
-"""Chat templates that are broken or hostile: what they may not do, what they may spend, and what is said."""
+"""Chat templates that are broken or hostile: operations that are refused, limits that hold, and one-line errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GROWING = (
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{% for %}", r"is broken at line 1: "),
         ("a\n\n{{ messages[0].content }", r"is broken at line 3: "),
@@ -110,10 +110,10 @@ GROWING = (
         *((template, "beyond reason") for template in GROWING),
     ],
 )
-def test_a_template_that_is_broken_or_hostile_is_one_line(template: str, said: str) -> None:
+def test_a_template_that_is_broken_or_hostile_is_one_line(template: str, message: str) -> None:
     start = time.perf_counter()
     tokenizer = samples.tokenizer(template, "bytes")
-    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         chat_format(tokenizer)
     assert re.fullmatch(r"\S*/tokenizer_config.json: the chat template [^\n]+", str(caught.value))
     assert caught.value.__cause__ is None
@@ -121,7 +121,7 @@ def test_a_template_that_is_broken_or_hostile_is_one_line(template: str, said: s
     assert time.perf_counter() - start < 20
 
 
-def test_what_a_template_says_in_refusing_is_told_without_control_characters() -> None:
+def test_a_templates_own_refusal_is_shown_without_control_characters() -> None:
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('no\\n \x1b[31mway') }}{% endif %}{{ messages }}"
     with pytest.raises(
         ValueError, match=r"tokenizer_config.json: the chat template refuses it: no \[31mway$"
@@ -130,7 +130,7 @@ def test_what_a_template_says_in_refusing_is_told_without_control_characters() -
     assert not isinstance(caught.value, CheckpointError)
 
 
-def test_undefined_names_that_are_printed_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_undefined_names_that_are_printed_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     of("{{ messages[0].content }}{{ system_prompt }}{{ messages[0].name }}{{ 'x' if false }}")
     (record,) = caplog.records
     assert record.levelname == "WARNING"

@@ -44,11 +44,11 @@ def of(template: str, kind: str) -> ChatFormat:
 
 class TestLlama2:
     @pytest.mark.parametrize("before", ["<s>", "", " <s> ", "\n<s>\n"])
-    @pytest.mark.parametrize("behind", ["", "\n "])
+    @pytest.mark.parametrize("after", ["", "\n "])
     def test_ids_of_a_service_pages_example_are_those_of_its_messages(
-        self, llama2: ChatFormat, before: str, behind: str
+        self, llama2: ChatFormat, before: str, after: str
     ) -> None:
-        text = before + SERVICE_PAGE.removeprefix("<s>") + behind
+        text = before + SERVICE_PAGE.removeprefix("<s>") + after
         assert llama2.encode_whole(text) == llama2.encode(conversation([QUESTION], SYSTEM))
 
     @pytest.mark.parametrize("between", ["</s><s>", "</s>\n<s> ", "</s> <s>"])

@@ -1,4 +1,4 @@
-"""compressed-tensors, read: what the package itself has compressed, value by value, and the same from any layout."""
+"""compressed-tensors files are read value by value as the package itself compressed them, from any layout."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_no_scale_is_rounded_whatever_the_dtype(tmp_path: Path, stored: torch.dt
     assert torch.equal(found.double(), scales.double())
 
 
-def test_the_dtype_is_that_of_what_is_not_quantized_where_the_file_does_not_say(tmp_path: Path) -> None:
+def test_the_dtype_is_that_of_unquantized_tensors_where_the_file_has_none(tmp_path: Path) -> None:
     scheme = group(weights(8, None), format="int-quantized")
     compressed.write(random_llama(dtype=torch.bfloat16), tmp_path / "model", scheme, scale_dtype=torch.float16)
     file = tmp_path / "model" / "config.json"
@@ -267,7 +267,7 @@ def test_a_tied_head_that_is_not_in_the_file_is_the_embedding_although_a_target_
     assert open_checkpoint(tmp_path / "model").quantization is None
 
 
-def test_scales_of_a_kv_cache_are_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scales_of_a_kv_cache_are_logged_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compressed.write(random_llama(), tmp_path / "model", group(weights(4, 32)))
     compressed.edit_config(tmp_path / "model", kv_cache_scheme={"num_bits": 8, "type": "float", "dynamic": False})
 

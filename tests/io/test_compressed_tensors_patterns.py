@@ -1,4 +1,4 @@
-"""Patterns among the targets of compressed-tensors: those that are usual, and those that might take years to match."""
+"""Patterns among the targets of compressed-tensors: usual ones match, those that might run for years are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors, refused: what asks for something else than integers with scales, and files that are damaged."""
+"""compressed-tensors is refused where it holds other than integers with scales, or a damaged file."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "columns ordered before rounding": changed(f"{WEIGHTS}.actorder", "static"),
     "an observer": changed(f"{WEIGHTS}.observer", "mse"),
     "sparse in name alone": changed("sparsity_config", {"format": "dense"}),
-    "sparse in name alone, as llm-compressor says it": changed(
+    "sparse in name alone, as llm-compressor writes it": changed(
         "sparsity_config",
         {"format": "dense", "global_sparsity": 0.14, "ignore": [], "sparsity_structure": "unstructured", "targets": []},
     ),

@@ -59,8 +59,8 @@ def rename(path: Path, name: str | None, before: str = "quantization_config") ->
     file.write_text(json.dumps(content if name is None else content | {name: quantization}))
 
 
-def test_files_that_the_configuration_says_nothing_of_are_named_by_their_first_tensor(tmp_path: Path) -> None:
-    """Where files are too small for what is declared, which alone would say nothing of the cause."""
+def test_files_that_the_configuration_does_not_cover_are_named_by_their_first_tensor(tmp_path: Path) -> None:
+    """The files are too small for what is declared, which alone would not name the cause."""
     path = write(tmp_path / "model", "words", **LARGE)
     rename(path, None)
     checkpoint = open_checkpoint(path)

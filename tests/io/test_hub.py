@@ -1,4 +1,4 @@
-"""Names become paths: local ones without any network, Hub ids with one clear sentence for each way they fail."""
+"""Model names become paths: local ones without network, Hub ids with one clear sentence for each way they fail."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_existing_path_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./model", "../model", "~/model", "models/llama/7b", "stories.bin", "folder/", "a\\b"]
 )
-def test_a_path_that_does_not_exist_is_told_from_a_hub_id(
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,9 +135,9 @@ def test_bin_is_fetched_only_without_safetensors(
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    """The exception as huggingface_hub raises it, around a response of requests or httpx (0.x or 1.x and later)."""
+    """The exception as huggingface_hub raises it, with a response of requests or httpx (0.x or 1.x and later)."""
     response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
-    return kind(f"{status} said the server\nRequest ID: 1", response=response)
+    return kind(f"{status} from the server\nRequest ID: 1", response=response)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHT
             REPO,
             f"{REPO} is not complete in the local cache and the Hugging Face Hub cannot be reached; go online once",
         ),
-        (http_error(errors.HfHubHTTPError, 503), REPO, f"{REPO} cannot be fetched: 503 said the server"),
+        (http_error(errors.HfHubHTTPError, 503), REPO, f"{REPO} cannot be fetched: 503 from the server"),
         (OSError(28, "No space left on device"), REPO, f"{REPO} cannot be fetched: /"),
         (RuntimeError(), REPO, f"{REPO} cannot be fetched: RuntimeError"),
     ],
@@ -194,7 +194,7 @@ def test_offline_is_known_without_a_network(tmp_path: Path, monkeypatch: pytest.
         resolve_model(REPO)
 
 
-def test_offline_by_choice_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_by_choice_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError) as raised:
@@ -287,7 +287,7 @@ def test_what_is_no_model_is_refused_with_what_is_legal(name: str) -> None:
         resolve_model(name, argument="adapter")
 
 
-def test_a_revision_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_revision_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*arguments: Any, **options: Any) -> str:
         raise http_error(errors.RevisionNotFoundError, 404)
 
@@ -298,7 +298,7 @@ def test_a_revision_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
         resolve_model(f"{REPO}@v9")
 
 
-def test_a_repository_without_weights_that_are_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_readable_weights_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").touch()
     patch_download(monkeypatch, lambda *arguments, **options: str(tmp_path))
     with pytest.raises(

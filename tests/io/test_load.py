@@ -37,7 +37,7 @@ FORMATS: dict[str, Callable[[object, Path], Path]] = {
     "llama2c v0": lambda model, path: write_llama2c(model, path, version=0),
     "llama2c v1": lambda model, path: write_llama2c(model, path, version=1),
 }
-# formats that can say that head and embedding are one
+# formats that can store that head and embedding are one
 TIED = ["safetensors", "safetensors shards", "bin", "bin shards", "llama2c v0", "llama2c v1"]
 
 
@@ -121,7 +121,7 @@ class Terminal(io.StringIO):
     ],
     ids=["pipe", "terminal", "forbidden", "asked"],
 )
-def test_the_bar_shows_itself_on_a_terminal_unless_told(
+def test_the_bar_shows_itself_on_a_terminal_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool | None, stderr: io.StringIO, shown: bool
 ) -> None:
     monkeypatch.setattr("sys.stderr", stderr)
@@ -184,7 +184,7 @@ MEASURE = """
     def memory(key):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-    load_model(sys.argv[1])  # code and thread pools are in memory from here on
+    load_model(sys.argv[1])  # imports and thread pools are in memory from here on
     for path in sys.argv[2:]:
         before = memory("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
@@ -228,7 +228,7 @@ def test_devices(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [{"num_hidden_layers": 10_000}, {"vocab_size": 2**31 - 1}])
-def test_sizes_that_the_files_cannot_hold_are_told_before_memory_is_asked_for(
+def test_sizes_that_the_files_cannot_hold_are_refused_before_memory_is_allocated(
     tmp_path: Path, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random_llama().save_pretrained(tmp_path)

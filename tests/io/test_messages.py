@@ -1,4 +1,4 @@
-"""Malformed model folders and files x what is said: the guilty file, what it is, what to do; no words of a library."""
+"""Errors for malformed model folders and files: each names the file, its fault and the remedy, in our own words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.io.checkpoints import hf_state, random_llama
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"6" * 64 + b"\nsize 499723\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>Log in</title></html>"
 WEIGHTS = "model.safetensors"
-# What torch, safetensors, json and Python say of these files, and what no message may repeat.
+# Words of torch, safetensors, json and Python about these files, which no message may repeat.
 LIBRARY_WORDS = re.compile(
     r"mmap|weights_only|allowlist|add_safe_globals|miniz|PytorchStreamReader|unpickler|header too large|HeaderToo|"
     r"Metadata|NoneType|unpack_from|Expecting|codec|Errno|Traceback|please|\x1b",
@@ -48,7 +48,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, original: Any) -> Path:
 
 
 def only(*names: str) -> Spoil:
-    """Leaves config.json, and writes these files as noise or as what their suffix says."""
+    """Leaves config.json, and writes these files as noise or as their suffix claims."""
 
     def spoil(folder: Path) -> None:
         (folder / WEIGHTS).unlink()
@@ -272,8 +272,8 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-def said(path: Path) -> str:
-    """What loading the path says; that it is one line in our words."""
+def refusal(path: Path) -> str:
+    """The error of loading the path, which must be one line in our words."""
     with pytest.raises((CheckpointError, FileNotFoundError)) as raised:
         load_model(path, progress=False)
     line = str(raised.value)
@@ -286,11 +286,11 @@ def said(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_malformed_folder_is_told_in_one_line(good: Path, tmp_path: Path, name: str) -> None:
+def test_a_malformed_folder_is_reported_in_one_line(good: Path, tmp_path: Path, name: str) -> None:
     spoil, expected = FOLDERS[name]
     folder = Path(shutil.copytree(good, tmp_path / "model"))
     spoil(folder)
-    line = said(folder)
+    line = refusal(folder)
     assert re.search(expected, line), line
 
 
@@ -307,13 +307,13 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_malformed_file_is_told_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_malformed_file_is_reported_in_one_line(tmp_path: Path, name: str) -> None:
     file, data, expected = FILES[name]
     (tmp_path / file).write_bytes(data)
-    assert re.search(expected, said(tmp_path / file))
+    assert re.search(expected, refusal(tmp_path / file))
 
 
-def test_what_may_not_be_read_is_told(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_read_is_reported(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder and a file; the user of the tests may be root, who may read everything, so that it is planted."""
     folder = Path(shutil.copytree(good, tmp_path / "model"))
     is_file, real_open = Path.is_file, Path.open
@@ -327,10 +327,10 @@ def test_what_may_not_be_read_is_told(good: Path, tmp_path: Path, monkeypatch: p
         return call
 
     monkeypatch.setattr(Path, "is_file", refuse(folder / "config.json", is_file))
-    assert "config.json may not be read by this user; change its permissions" in said(folder)
+    assert "config.json may not be read by this user; change its permissions" in refusal(folder)
     monkeypatch.setattr(Path, "is_file", is_file)
     monkeypatch.setattr(Path, "open", refuse(folder / "config.json", real_open))
-    assert "config.json is a file that this user may not read; change its permissions" in said(folder)
+    assert "config.json is a file that this user may not read; change its permissions" in refusal(folder)
 
 
 def trained(state: dict[str, Any]) -> dict[str, object]:

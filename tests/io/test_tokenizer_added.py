@@ -1,4 +1,4 @@
-"""Added tokens: how they are found in a text and numbered, and which of their descriptions are refused."""
+"""Added tokens: how they are found in a text and numbered, and which descriptions are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_ids_of_the_files_are_kept_across_a_gap(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_an_id_that_another_piece_has_is_not_taken_and_said(tmp_path, caplog):
+def test_an_id_that_another_piece_has_is_not_taken_and_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(folder(tmp_path, added_tokens__json={"<a>": 300}))
     assert tokenizer.encode("<a>", bos=False) == [2048]
@@ -76,7 +76,7 @@ def test_an_id_that_another_piece_has_is_not_taken_and_said(tmp_path, caplog):
     assert "added token '<a>' has the id 300 in the files" in record.getMessage()
 
 
-def test_a_config_without_add_bos_token_is_said(tmp_path, caplog):
+def test_a_config_without_add_bos_token_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(folder(tmp_path, tokenizer_config__json={"tokenizer_class": "LlamaTokenizer"}))
     assert tokenizer.encode("a") == tokenizer.encode("a", bos=False)
@@ -136,7 +136,7 @@ class TestChatTemplate:
     def test_the_default_one_of_several(self, tmp_path, several):
         assert load_tokenizer(folder(tmp_path, tokenizer_config__json={"chat_template": several})).chat_template == "d"
 
-    def test_several_without_a_default_are_said(self, tmp_path, caplog):
+    def test_several_without_a_default_are_reported(self, tmp_path, caplog):
         folder(tmp_path, tokenizer_config__json={"chat_template": {"tool": "t"}, "add_bos_token": True})
         assert load_tokenizer(tmp_path).chat_template is None
         assert "has the chat templates tool, none of them 'default'" in caplog.text
@@ -148,7 +148,7 @@ class TestChatTemplate:
 
 
 def refusal(path: Path) -> list[str]:
-    """What is said where the tokenizer is refused; any other error fails the test."""
+    """The error where the tokenizer is refused; any other error fails the test."""
     try:
         load_tokenizer(path).encode_template("a <x> b")
     except CheckpointError as error:
@@ -170,12 +170,12 @@ DESCRIBED += [("special_tokens_map.json", key) for key in ["bos_token", "pad_tok
 @pytest.mark.parametrize(("file", "key"), DESCRIBED)
 def test_a_value_of_the_wrong_kind_names_file_and_key(tmp_path, file, key):
     folder(tmp_path)
-    said = []
+    refusals = []
     for value in [*KINDS, "\ud800"]:
         (tmp_path / file).write_text(json.dumps({key: value}))
-        said += refusal(tmp_path)
-    assert len(said) >= 8
-    for line in said:
+        refusals += refusal(tmp_path)
+    assert len(refusals) >= 8
+    for line in refusals:
         assert re.search(rf"{re.escape(file)}: {re.escape(key)}|{re.escape(file)} holds a lone", line), line
 
 
@@ -192,13 +192,13 @@ def test_a_file_that_is_no_object_is_named(tmp_path, file, content):
 def test_a_tokenizer_json_of_wrong_kinds_is_refused_by_name(tmp_path):
     path = samples.write_json(samples.model_bytes("tiny"), tmp_path, "metaspace")
     spec = json.loads(path.read_text())
-    said = []
+    refusals = []
     for key in spec:
         for value in [*KINDS, None, "text"]:
             path.write_text(json.dumps({**spec, key: value}))
-            said += refusal(path)
-    assert len(said) > 80
-    assert all(line.startswith(str(path)) and "\n" not in line for line in said)
+            refusals += refusal(path)
+    assert len(refusals) > 80
+    assert all(line.startswith(str(path)) and "\n" not in line for line in refusals)
 
 
 def test_a_post_processor_that_loses_the_text_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""as_tokenizer compares: what a tokenizer of transformers became in memory, and what its files do not tell of it."""
+"""as_tokenizer compares a transformers tokenizer with its files, and reports changes made in memory."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_kind_of_folder_that_transformers_opens_and_writes(kind: str, capl
 
 
 class BehindControl(Changed):
-    """Puts a space between a control piece and the text behind it, or spells the piece."""
+    """Puts a space between a control piece and the text after it, or spells the piece."""
 
     chat_template = "x"
 
@@ -119,7 +119,7 @@ class BehindControl(Changed):
         return super().__call__(text, **options)
 
 
-def test_text_behind_a_control_piece_may_differ_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_text_after_a_control_piece_may_differ_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     theirs = BehindControl(with_a_template(), ("</s>", "<s>"))
     ours = as_tokenizer(theirs)
     assert ours is not None
@@ -131,7 +131,7 @@ def test_text_behind_a_control_piece_may_differ_and_is_told(caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("pieces", [("</s>", "<|new|>"), ("<|new|>", "<unk>")], ids=str)
-def test_text_behind_another_added_piece_may_not_differ(
+def test_text_after_another_added_piece_may_not_differ(
     pieces: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = BehindControl(with_a_token(), pieces)
@@ -155,7 +155,7 @@ def test_a_slow_legacy_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Named(Changed):
-    """What names special tokens or ids that its files do not."""
+    """A tokenizer that names special tokens or ids that its files do not."""
 
     def __init__(self, inner: Any, **named: Any) -> None:
         super().__init__(inner)
@@ -198,7 +198,7 @@ def test_decodings_are_compared_too(kind: str, letter: str, caplog: pytest.LogCa
 
 
 class Cleaning(Changed):
-    """Cleans decoded text, as transformers before 5 does where the files say so."""
+    """Cleans decoded text, as transformers before 5 does where the files request it."""
 
     def __init__(self, inner: Any, *, says_so: bool = True, changes: str = "") -> None:
         super().__init__(inner)
@@ -209,7 +209,7 @@ class Cleaning(Changed):
         return text if clean_up_tokenization_spaces is False else text.replace(" ,", ",").replace(" .", ".")
 
 
-def test_cleaning_up_spaces_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_cleaning_up_spaces_alone_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert as_tokenizer(Cleaning(opened("smollm2"))) is not None
     (record,) = [record for record in caplog.records if record.name == "fastllama"]
     assert record.getMessage().startswith(

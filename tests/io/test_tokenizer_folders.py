@@ -1,4 +1,4 @@
-"""Whole folders against transformers on the same files: ids, text, streamed text, special tokens, chat template."""
+"""Whole tokenizer folders match transformers: ids, text, streamed text, special tokens, chat template."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def theirs(name: str) -> Any:
 AROUND = ["{}", "a{}b", " {} ", "a {} b", "a  {}  b", "{0}{0}", "{0} {0}", "\n{}\n", "_{}", "{}é"]
 
 
-def test_added_tokens_between_all_that_may_be_around_them(name):
+def test_added_tokens_between_all_possible_neighbours(name):
     texts = [around.format(tag) for tag in [*TAGS, *CONTROL] for around in AROUND]
     expected = theirs(name)(texts, add_special_tokens=False).input_ids
     assert [ours(name).encode_template(text) for text in texts] == expected

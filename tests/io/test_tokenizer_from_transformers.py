@@ -131,14 +131,14 @@ def test_one_text_that_differs_is_enough_and_is_named(text: str, caplog: pytest.
 
 
 class Framed(Changed):
-    """What puts a token behind each text, which its files do not say."""
+    """Puts a token after each text, which its files do not describe."""
 
     def __call__(self, text: str, **options: Any) -> Any:
         ids = super().__call__(text, **options)["input_ids"]
         return {"input_ids": ids if options.get("add_special_tokens") is False else [*ids, 2]}
 
 
-def test_what_is_put_around_a_text_is_compared_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_added_before_and_after_a_text_is_compared_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert as_tokenizer(Framed(opened("smollm2"))) is None
     assert "of the text '' it makes [2], ours []" in caplog.text
@@ -150,7 +150,7 @@ def test_added_tokens_are_compared_too(caplog: pytest.LogCaptureFixture) -> None
     assert "of the text 'a <|im_end|> b<|im_end|>c\\n' it makes [" in caplog.text
 
 
-def test_files_that_are_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_read_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     theirs = opened("smollm2")
     theirs.eos_token = None
     theirs.name_or_path = "org/name"
@@ -163,7 +163,7 @@ def test_files_that_are_not_read_are_told(caplog: pytest.LogCaptureFixture) -> N
 
 
 class Bare:
-    """What writes no tokenizer file of a Llama."""
+    """A tokenizer that writes no tokenizer file of a Llama."""
 
     def save_pretrained(self, folder: str) -> None:
         Path(folder, "vocab.txt").write_text("[UNK]\n")
@@ -178,7 +178,7 @@ def test_a_foreign_tokenizer_is_not_used(caplog: pytest.LogCaptureFixture) -> No
     assert "tokenizer Bare is not used, only token ids go in and out: no tokenizer in its files" in caplog.text
 
 
-def test_a_missing_package_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: Path) -> Tokenizer:
         raise ExtraRequiredError(f"reading {path}", "no_such_package", "hf")
 

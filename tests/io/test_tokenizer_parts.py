@@ -1,4 +1,4 @@
-"""Long texts, which SentencePiece is given in parts, so that it keeps the GIL for a short time only."""
+"""Long texts are given to SentencePiece in parts, so that it keeps the GIL for a short time only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastllama.io.tokenizer import SentencePieceTokenizer, load_tokenizer, sente
 from tests.io import tokenizer_folders as folders
 
 LINES = ["the dog and the cat", "the  dog   and    the cat", "if a:\n    the dog\n        and the cat"] * 20
-# What is in a piece, then: spaces behind letters, runs of spaces, or neither.
+# Pieces then hold spaces after letters, runs of spaces, or neither.
 TRAINED = {
     "across": {"split_by_whitespace": False, "remove_extra_whitespaces": False},
     "runs": {"allow_whitespace_only_pieces": True, "remove_extra_whitespaces": False},

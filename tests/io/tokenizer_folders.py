@@ -129,7 +129,7 @@ def bos_and_eos(path: Path) -> None:
 
 
 @_kind
-def nothing_said_of_bos(path: Path) -> None:
+def no_add_bos_token(path: Path) -> None:
     _sentencepiece(path, LLAMA)
 
 
@@ -170,7 +170,7 @@ def chatml_slow(path: Path) -> None:
 
 @_kind
 def chatml_slow_legacy(path: Path) -> None:
-    """The files of transformers 4: what is special is said in special_tokens_map.json alone."""
+    """The files of transformers 4: only special_tokens_map.json lists the special tokens."""
     numbers = {"[PAD]": _size(), "<|im_end|>": _size() + 1, "<|im_start|>": _size() + 2}
     named: dict[str, Any] = {
         "eos_token": token("<|im_end|>", lstrip=True),

@@ -22,5 +22,5 @@ def correlated(rows: int, columns: int, tokens: int, seed: int) -> tuple[Tensor,
 
 
 def output_error(found: Tensor, weight: Tensor, inputs: Tensor) -> float:
-    """The root of the summed squares of what outputs of inputs [T, K] lose, in fp64."""
+    """The root of the summed squared errors of outputs for inputs [T, K], in fp64."""
     return (inputs.double() @ (found.double() - weight.double()).T).norm().item()

@@ -1,4 +1,4 @@
-"""What tensors take while something runs."""
+"""Measures the memory that tensors take while something runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over what a layer is fed: the same however it is batched."""
+"""Sums over a layer's inputs are the same however the sample is batched."""
 
 from __future__ import annotations
 

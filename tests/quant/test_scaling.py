@@ -55,7 +55,7 @@ def loss(method: str, weight: Tensor, rows: Tensor, scales: Tensor | None = None
 
 
 def unit(method: str, rows: Tensor, scales: Tensor) -> Tensor:
-    """What is to be 1: of AWQ the geometric middle, of SmoothQuant by how much the largest input shrinks."""
+    """The quantity that is normalized to 1: AWQ's geometric middle, SmoothQuant's shrinking of the largest input."""
     if method == "awq":
         return (scales.amax() * scales.amin()).sqrt()
     fed = rows.abs().amax(0)

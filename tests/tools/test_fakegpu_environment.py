@@ -1,4 +1,4 @@
-"""How commands are started over the fake GPU, which need not have been set up."""
+"""The environment in which commands start over the fake GPU, which need not have been set up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of the documentation: each is what its data says today, and stands on a page; figures are medians."""
+"""The plots of the documentation match their data, stand on a page, and show medians."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def named(picture: Picture) -> str:
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=named)
-def test_a_committed_picture_is_what_make_plots_draws(picture: Picture) -> None:
-    """What it says, in any matplotlib; and its pixels, in the one that drew it."""
+def test_a_committed_plot_is_what_make_plots_writes(picture: Picture) -> None:
+    """Its texts are equal in any matplotlib, its pixels in the one that rendered it."""
     fresh, committed = Image.open(io.BytesIO(picture.png())), Image.open(IMAGES / picture.name)
-    assert fresh.text["Drawn"] == committed.text["Drawn"], "its data or code has changed: make plots"
+    assert fresh.text["Drawn"] == committed.text["Drawn"], "its data or script has changed: make plots"
     if committed.text["Matplotlib"] == matplotlib.__version__:
         assert fresh.size == committed.size
         new, old = (np.asarray(each.convert("RGB"), dtype=int) for each in (fresh, committed))
@@ -58,7 +58,7 @@ def test_no_text_is_cut_off(picture: Picture) -> None:
     assert [text for text, box in boxes.items() if box.x0 < 0 or box.x1 > width or box.y0 < 0 or box.y1 > height] == []
 
 
-def test_every_image_is_drawn_here_and_shown_on_a_page_by_what_it_finds() -> None:
+def test_every_image_is_plotted_here_and_shown_on_a_page_by_its_finding() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     shown: dict[Path, list[str]] = {}
     for page in pages:
@@ -77,7 +77,7 @@ def test_results_that_are_read_exist() -> None:
 
 
 @pytest.mark.parametrize("change", ["bar", "text", "tick", "point"])
-def test_the_digest_tells_figures_apart(change: str) -> None:
+def test_the_digest_distinguishes_figures(change: str) -> None:
     def figure(change: str) -> Figure:
         figure = Figure()
         axes = figure.subplots()
@@ -121,7 +121,7 @@ def test_a_gain_is_of_medians_beside_the_same_neighbours() -> None:
     assert thread_gains(record) == {"fastllama": {0: 2, 1: 0.75}}
 
 
-def test_a_record_without_a_day_says_so() -> None:
+def test_a_record_without_a_day_states_it() -> None:
     assert day({"environment": {"date": "2026-11-30"}}) == "2026-11-30"
     assert day({"environment": {}}) == "date not recorded"
 

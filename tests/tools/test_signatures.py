@@ -1,4 +1,4 @@
-"""What is read of a module's source, and that what is committed is what the tool writes."""
+"""tools.signatures: what it reads of a module's source, and that the committed files are what it writes."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_no_two_stories_are_alike(stories):
     assert len({told.text for told in stories}) == len(stories)
 
 
-def test_every_trained_plot_is_told_about_equally_often(stories):
+def test_every_trained_plot_occurs_equally_often(stories):
     counts = Counter(told.plot for told in stories)
     assert set(counts) == {plot.__name__ for plot in TRAINED}
     assert min(counts.values()) > len(stories) / len(TRAINED) / 2
@@ -227,7 +227,7 @@ def test_muon_remembers_its_gradients():
 
 @pytest.fixture
 def in_fp64():
-    """Products differ in their last bits by where operands lie, which sixty steps of training in fp32 make large."""
+    """Matmuls differ in their last bits by their operands' alignment, which sixty steps of fp32 training amplify."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_config_is_refused(toy_tokenizer, tmp_path):
         train(replace(short, seed=1), build_model(short), packer, tmp_path, lambda line: None)
 
 
-def test_the_card_tells_both_stages(tmp_path):
+def test_the_card_describes_both_stages(tmp_path):
     logs = ([(20, 81920, 5.0), (2200, 9011200, 0.35)], [(20, 81920, 0.5), (400, 1638400, 0.32)])
     texts = {"heldout_seed.txt": 1.5, "heldout_branch.txt": 900.0}
     first = Figures(texts, Answers(29, 100, ()), 120, 200)

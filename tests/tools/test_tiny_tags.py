@@ -1,4 +1,4 @@
-"""The bundled model writes no chat tags: texts and chats that begin with what its grammar never says."""
+"""The bundled model writes no chat tags, whatever texts and chats outside its grammar it continues."""
 
 from __future__ import annotations
 

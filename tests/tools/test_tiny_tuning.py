@@ -1,4 +1,4 @@
-"""The documents of the second stage: what is given and what is learned, and how rows of them are packed."""
+"""The documents of the second stage: which tokens are given and which are learned, and how rows of them are packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model beside a reference: each figure by its formula in fp64, whatever the batches, pieces and preemptions."""
+"""A model beside a reference: each figure by its formula in fp64, whatever the batches, chunks and preemptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases anywhere but on the CPU: what a formula is given moves with its case, and it meets no tensor of the host."""
+"""Cases on another device than the CPU: a formula's inputs move with the case, and no host tensor is mixed in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEXING = (Tensor.__getitem__, Tensor.__setitem__)  # takes indices of the host
 
 
 class Device(TorchFunctionMode):
-    """Tells the memory of a device, which some tensors are said to be in, from the host's; `mixed`: what took both.
+    """Tracks which tensors are on a pretended device, and which on the host; `mixed`: calls that took both.
 
     What is computed of a device's tensors is there too, and so is what is made or moved where a device is named.
     """

@@ -1,4 +1,4 @@
-"""verify against transformers: what we read rightly agrees, and what we misread is found, though our formulas agree."""
+"""verify against transformers: right models agree, and a misread checkpoint fails, though our formulas agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer by layer, logits, tokens and weights: right models pass, and each kind of wrong one fails where it is wrong."""
+"""Layer by layer, logits, tokens and weights: right models pass, and each kind of wrong one fails at its fault."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_wrong_logits_alone_are_named(path: Path, bind: Callable[..., None]) -> 
     assert failed(check(path)) == ["logits"]
 
 
-def test_a_wrong_draw_fails_the_tokens_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_sample_fails_the_tokens_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second likeliest token, once."""
     start, calls = sampler.start, 0
 
@@ -181,7 +181,7 @@ def test_weights_that_are_not_the_checkpoints_are_found(path: Path, name: str, m
 def test_a_graph_that_computes_something_else_fails_the_replayed_tokens_alone(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a draw in it: one that takes the least likely token, in the fifth step that is replayed."""
+    """Its sampling takes the least likely token, in the fifth step that is replayed."""
     run, replays = DecodeGraphs.run, 0
 
     @torch.inference_mode()
@@ -199,7 +199,7 @@ def test_a_graph_that_computes_something_else_fails_the_replayed_tokens_alone(
     assert report.rows[-1].case == "32 greedy tokens by replayed steps, others from token 6 on"
 
 
-def test_the_report_says_where_nothing_is_replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_states_where_nothing_is_replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLLAMA_GRAPHS", "0")
     report = check(path)
     assert report.ok

@@ -33,7 +33,7 @@ CASES: dict[torch.dtype, list[FormulaCase]] = {dtype: list(all_cases(dtype)) for
 
 
 def test_every_op_is_checked_and_named_once() -> None:
-    """An op without a case would be one that the summary counts on and nobody looked at."""
+    """An op without a case would be counted in the summary, and never checked."""
     rows = list(ops.rows(torch.float32, CPU))
     assert sorted(row.name for row in rows) == sorted(OPS)
     assert all(row.backend == OPS[row.name].implementation("cpu").backend for row in rows)

@@ -1,4 +1,4 @@
-"""The oracle against what others made of the same formulas: transformers, torch, and loops over single numbers."""
+"""The oracle against other implementations of the same formulas: transformers, torch, and loops over single numbers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_dynamic_rope_grows_its_base_beyond_the_trained_length() -> None:
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
 
 
-def test_angles_are_fp32_products_and_exact_from_there() -> None:
+def test_angles_are_multiplied_in_fp32_and_exact_from_there() -> None:
     config = LlamaConfig.preset("llama-2-7b")
     found = oracle.angles(config, torch.tensor([0, 1, 1000]), 4096)
     frequency = 1.0 / 10000.0 ** (torch.arange(0, 128, 2).float() / 128)
@@ -102,7 +102,7 @@ def test_a_low_dtype_is_rounded_in_every_step() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("len_q", "len_k"), [(4, 4), (3, 7), (5, 2), (1, 1)])
-def test_attention_is_the_sum_it_says(len_q: int, len_k: int, causal: bool) -> None:
+def test_attention_is_its_formula(len_q: int, len_k: int, causal: bool) -> None:
     q, k, v = (torch.randn(length, heads, 6).double() for length, heads in ((len_q, 4), (len_k, 2), (len_k, 2)))
     out, lse = oracle.attention(q, k, v, 0.3, causal)
     for i in range(len_q):
@@ -121,7 +121,7 @@ def test_attention_is_the_sum_it_says(len_q: int, len_k: int, causal: bool) -> N
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotated", [8, 4])
-def test_rotation_is_a_product_of_complex_numbers(rotated: int, interleaved: bool) -> None:
+def test_rotation_is_a_complex_multiplication(rotated: int, interleaved: bool) -> None:
     x, turns = torch.randn(5, 3, 8).double(), torch.randn(5, rotated // 2).double()
     found = oracle.rotate(x, turns.cos(), turns.sin(), interleaved)
     half = rotated // 2

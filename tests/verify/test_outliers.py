@@ -47,7 +47,7 @@ def fed(model: LlamaForCausalLM) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_the_same_bit_for_bit(shape: str, dtype: torch.dtype) -> None:
-    """A power of two times a float is exact, and so are all sums of the same products: no bound is needed."""
+    """A power of two times a float is exact, and so are all sums of the same terms: no bound is needed."""
     model = ours(shape, dtype)
     plain, changed = (
         paged_logits(each, each.config, dtype, page_size=16) for each in (model, planted(model, channels=2))

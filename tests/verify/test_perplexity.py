@@ -1,4 +1,4 @@
-"""Perplexity: what is scored is each token once, from the tokens that the protocol says, as a dense model scores it."""
+"""Perplexity scores each token once, from the context that the protocol prescribes, as a dense model scores it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_prompts_are_scored_from_the_quantized_cache(kind: str) -> None:
         unquantized = torch.tensor([each.logprob for each in llm.score(whole, len(first))[0].logprobs])
     # A key whose sum was rounded otherwise may take the neighbouring value of 8 bits, seldom; most tokens see none.
     assert (scored - decoded).abs().median() < 1e-4
-    assert (scored - unquantized).abs().median() > 1e-3, "or the comparison says nothing"
+    assert (scored - unquantized).abs().median() > 1e-3, "or the comparison shows nothing"
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_clusters() -> None:
@@ -122,7 +122,7 @@ def test_the_standard_error_is_that_of_a_ratio_of_clusters() -> None:
     # Clusters of one token each: the textbook's standard error of a mean.
     singles = Estimate.ratio(totals.tolist(), [1] * 30)
     assert singles.standard_error == pytest.approx(totals.std(ddof=1) / 30**0.5)
-    # And the spread of the estimate over texts drawn with replacement (a bootstrap), within 1 / sqrt(2 m).
+    # And the spread of the estimate over texts sampled with replacement (a bootstrap), within 1 / sqrt(2 m).
     drawn = generator.integers(0, 30, (4000, 30))
     spread = (totals[drawn].sum(1) / counts[drawn].sum(1)).std()
     assert found.standard_error == pytest.approx(spread, rel=0.15)

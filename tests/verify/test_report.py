@@ -1,4 +1,4 @@
-"""Errors, bounds and verdicts; what a report says of them."""
+"""Errors, bounds and verdicts, and the report that states them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_report_in_which_all_agree() -> None:
     ]
 
 
-def test_a_report_says_what_was_compared_with_another_reference() -> None:
+def test_a_report_states_what_was_compared_with_another_reference() -> None:
     """Ops never are."""
     found = report(*ROWS, reference="transformers 5.23.0")
     assert found.summary() == (
@@ -95,7 +95,7 @@ def test_a_report_says_what_was_compared_with_another_reference() -> None:
     assert failed.summary() == "parity: FAILED in layer 1 (9 tokens), against transformers 5.23.0 (float16, cuda:0)"
 
 
-def test_the_table_says_what_16_bits_hide_from_transformers() -> None:
+def test_the_table_states_what_16_bits_hide_from_transformers() -> None:
     """In the table alone; the formulas are given the configuration, and float32 compares most finely already."""
     found = report(*ROWS, reference="transformers 5.23.0")
     *_, summary, last = found.table().splitlines()

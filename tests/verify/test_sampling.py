@@ -1,4 +1,4 @@
-"""The sampling oracle: known random numbers, and draws that follow the distribution."""
+"""The sampling oracle: known random numbers, and samples that follow the distribution."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_numbers_are_those_of_the_op() -> None:
     ],
     ids=str,
 )
-def test_what_may_be_drawn(change: dict[str, float], kept: set[int]) -> None:
+def test_what_may_be_sampled(change: dict[str, float], kept: set[int]) -> None:
     found = candidates(LOGITS, replace(PLAIN, **change))
     assert {token for token, probability in enumerate(found.tolist()) if probability > 0} == kept
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Of 2000 draws, each token's share within four standard deviations."""
+def test_samples_follow_the_distribution() -> None:
+    """Of 2000 samples, each token's share is within four standard deviations."""
     count = Counter(take(LOGITS, replace(PLAIN, offset=offset)) for offset in range(2000))
     for token, probability in enumerate(LOGITS.exp().tolist()):
         spread = (probability * (1 - probability) / 2000) ** 0.5
@@ -58,7 +58,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_only_the_token_drawn_misses_by_nothing(seed: int) -> None:
+def test_only_the_sampled_token_misses_by_nothing(seed: int) -> None:
     draw = replace(PLAIN, seed=seed, top_k=3)
     right = take(LOGITS, draw)
     misses = [miss(token, LOGITS, draw) for token in range(4)]

@@ -21,7 +21,7 @@ HINTS = {"num_splits": 3, "pack_gqa": True, "sm_margin": 1}
 class Call:
     """arguments: by name, in the order of the signature. lse: by which argument it is asked for, if it is.
 
-    out, expected_lse: what must come, fp64, +inf marks rows without keys; rows whose `out` is NaN say nothing.
+    out, expected_lse: expected, fp64; +inf marks rows without keys, and rows whose `out` is NaN are not compared.
     cache: k_cache and v_cache as they must be afterwards.
     """
 
@@ -33,7 +33,7 @@ class Call:
 
 
 class Maker:
-    """Draws numbers and tensors of one call."""
+    """Generates the random numbers and tensors of one call."""
 
     def __init__(self, seed: int, lse: tuple[str, ...]) -> None:
         self.random = Random(seed)
@@ -67,7 +67,7 @@ class Maker:
         return [self.random.randint(0, most) for _ in range(num_seqs)]
 
     def common(self, q: Tensor) -> dict[str, Any]:
-        """Arguments that all functions have."""
+        """Arguments of all functions."""
         given: dict[str, Any] = {"softmax_scale": self.scale, "causal": self.causal}
         given |= {name: value for name, value in HINTS.items() if self.chance(0.2)}
         given |= {"window_size": self.random.choice(((-1, -1), [-1, -1], (None, None)))} if self.chance() else {}

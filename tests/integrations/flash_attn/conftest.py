@@ -1,4 +1,4 @@
-"""What every test of flash-attn's functions gets: one of the libraries that have them."""
+"""Parametrizes every test of flash-attn's functions over the libraries that have them."""
 
 from tests.integrations.flash_attn.libraries import library
 

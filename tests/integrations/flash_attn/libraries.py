@@ -1,4 +1,4 @@
-"""What the behaviour tests run on: our functions, and on a GPU flash-attn itself, whose place they take."""
+"""The subjects of the behaviour tests: our functions, and on a GPU flash-attn itself, which they replace."""
 
 from __future__ import annotations
 

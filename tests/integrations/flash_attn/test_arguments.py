@@ -1,4 +1,4 @@
-"""What is not a tensor, a number or a flag that flash-attn's functions take: named as they name it, nothing written."""
+"""Wrong arguments of flash-attn's functions raise an error by flash-attn's name for them, and nothing is written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_causal_is_a_bool(name: str, value: object) -> None:
 
 
 def results(name: str, argument: str, values: tuple[Any, ...]) -> list[Tensor]:
-    """What one call gives for each value of an argument."""
+    """Results of one call for each value of an argument."""
     given = FUNCTIONS[name]()
     copies = [{key: x.clone() for key, x in given.items()} for _ in values]
     return [getattr(flash_attn, name)(**copy, **{argument: value}) for copy, value in zip(copies, values, strict=True)]
@@ -97,7 +97,7 @@ def test_a_rotations_flag_is_a_bool() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_a_cache_of_codes_is_refused_by_its_name(dtype: torch.dtype) -> None:
+def test_a_quantized_cache_is_refused_by_its_name(dtype: torch.dtype) -> None:
     cache = torch.zeros(3, 8, 2, 16).to(dtype)
     match = f"^k_cache has dtype {dtype}; legal: torch.float32$"
     refused("flash_attn_with_kvcache", {"k_cache": cache, "v_cache": cache.clone()}, TypeError, match)
@@ -117,7 +117,7 @@ def test_a_cache_of_codes_is_refused_by_its_name(dtype: torch.dtype) -> None:
         ({"cu_seqlens_k": torch.ones(3)}, TypeError, "^cu_seqlens_k has dtype torch.float32; legal: torch.int32"),
     ],
 )
-def test_what_is_wrong_with_pages_is_said_in_flash_attns_names(
+def test_wrong_pages_are_refused_in_flash_attns_names(
     given: dict[str, Any], error: type[Exception], match: str
 ) -> None:
     refused("flash_attn_varlen_func", {**paged(), **given}, error, match)
@@ -137,7 +137,7 @@ def test_one_length_for_all_is_a_whole_number(value: object, error: type[Excepti
 
 
 def with_room(len_q: int) -> dict[str, Any]:
-    """A call whose cache has room for its result, and whose queries have room behind them."""
+    """A call whose cache has room for its result, and whose query tensor is longer than its rows."""
     given = {name: torch.randn(3, 64, 4, 16) for name in ("k_cache", "v_cache")}
     given |= {name: torch.randn(2, 3, 4, 16) for name in ("k", "v")}
     return {**given, "q": torch.randn(3, len_q, 4, 16)[:2], "cache_seqlens": torch.tensor([3, 1])}

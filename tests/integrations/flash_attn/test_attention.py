@@ -1,4 +1,4 @@
-"""flash_attn_func, flash_attn_varlen_func and the packed forms: flash-attn's shapes, masks and log-sum-exps."""
+"""flash_attn_func, flash_attn_varlen_func and the packed forms have flash-attn's shapes, masks and log-sum-exps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rows_without_keys_are_zero_and_their_log_sum_exp_infinite(library: Libr
     q, k = library.randn(1, 3, 2, 16), library.randn(1, 1, 2, 16)
     out, lse, _ = library.functions.flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
     assert not out[:, :2].any()
-    assert (lse[..., :2] == math.inf).all(), "FlashAttention 2's mark, where our ops and FlashAttention 3 say -inf"
+    assert (lse[..., :2] == math.inf).all(), "FlashAttention 2's mark, where our ops and FlashAttention 3 return -inf"
     assert lse[..., 2].isfinite().all()
 
 
@@ -89,7 +89,7 @@ def test_one_tensor_of_queries_keys_and_values_gives_what_three_give(library: Li
 
 
 def test_unused_queries_and_keys_are_as_if_they_were_not_there() -> None:
-    """FlashAttention 3's seqused: the first of each sequence; what lies behind them may be anything, NaN too."""
+    """FlashAttention 3's seqused: the first rows of each sequence; the rows after them may be anything, NaN too."""
     bounds_q, bounds_k = torch.tensor([0, 3, 4, 9]), torch.tensor([0, 5, 7, 12])
     used_q, used_k = torch.tensor([2, 1, 3]), torch.tensor([4, 0, 5])
     q, k, v = torch.randn(9, 4, 16), torch.randn(12, 2, 16), torch.randn(12, 2, 16)

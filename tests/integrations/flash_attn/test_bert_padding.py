@@ -1,4 +1,4 @@
-"""unpad_input and pad_input: rows that a mask keeps, and back."""
+"""unpad_input gathers the rows that a mask keeps, and pad_input puts them back."""
 
 from __future__ import annotations
 

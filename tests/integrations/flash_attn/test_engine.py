@@ -1,4 +1,4 @@
-"""The steps of an engine that is written for flash-attn: nano-vllm's calls, on pages of 256 tokens."""
+"""The steps of an engine written for flash-attn: nano-vllm's calls, on pages of 256 tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: what it appends, rotates, hides and sees, as flash-attn does."""
+"""flash_attn_with_kvcache appends, rotates, masks and reads keys as flash-attn does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that are not legal: which argument the error names, and that nothing was written, new keys neither."""
+"""Illegal calls raise an error that names the argument, and write nothing, new keys included."""
 
 from __future__ import annotations
 

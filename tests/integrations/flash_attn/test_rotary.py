@@ -1,4 +1,4 @@
-"""Angles of flash_attn_with_kvcache: read as they are at each call, whoever wrote them."""
+"""Rotary tables of flash_attn_with_kvcache are read anew at each call, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
 
 
 def key_written(cos: Tensor, sin: Tensor, k: Tensor, **flags: bool) -> Tensor:
-    """[H, D]: what a cache holds of the new key k [1, 1, H, D], behind three others."""
+    """[H, D]: the cached value of the new key k [1, 1, H, D] at position 3."""
     cache = torch.zeros(1, 5, 2, 16), torch.zeros(1, 5, 2, 16)
     flash_attn_with_kvcache(torch.randn(1, 1, 2, 16), *cache, k, k, cos, sin, cache_seqlens=3, **flags)
     return cache[0][0, 3]

@@ -1,4 +1,4 @@
-"""Pages and lengths in tensors that flash_attn_with_kvcache must not follow, and tensors of any strides."""
+"""Pages and lengths out of range are never followed by flash_attn_with_kvcache, and tensors of any strides are read."""
 
 from __future__ import annotations
 

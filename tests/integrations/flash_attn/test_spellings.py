@@ -1,4 +1,4 @@
-"""What FlashAttention 3 and older stacks spell otherwise: queries packed beside fewer keys, rows by their indices."""
+"""Other spellings in FlashAttention 3 and older stacks: queries packed beside fewer keys, rows by their indices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_queries_may_be_packed_beside_fewer_keys_and_values() -> None:
     torch.testing.assert_close(packed, flash_attn_func(q, k, v, causal=True), rtol=0, atol=0)
 
 
-def test_of_three_packed_tensors_the_number_of_heads_says_nothing() -> None:
+def test_of_three_packed_tensors_the_number_of_heads_is_not_used() -> None:
     qkv = numbers(2, 3, 3, 4, 16)
     torch.testing.assert_close(flash_attn_qkvpacked_func(qkv, num_heads_q=4), flash_attn_qkvpacked_func(qkv))
 

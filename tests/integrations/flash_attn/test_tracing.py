@@ -1,4 +1,4 @@
-"""No function reads a tensor back to the host: they compile in one graph, and are recorded and captured."""
+"""No function reads a tensor back to the host: all compile in one graph, and are recorded and captured."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ calls = pytest.mark.parametrize("call", CALLS, ids=[call.__name__ for call in CA
 
 
 def run_without_numbers(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """What comes of tensors that hold nothing: whoever asks one for a number, or how many are not zero, raises."""
+    """Results on tensors without data: reading a number from one, or how many are not zero, raises."""
     with FakeTensorMode() as mode:
         return function(**{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
 
@@ -144,7 +144,7 @@ def test_random_calls_read_nothing_back(function: Callable[..., Any], make: Call
 
 @pytest.mark.parametrize("call", [varlen, paged, decoding], ids=["varlen", "paged", "decoding"])
 def test_a_recording_runs_again_on_what_its_tensors_hold_then(call: Callable[[], tuple[Any, ...]]) -> None:
-    """Where nothing but ops runs; `seqused`, rows of a cache and lengths from bounds take a few numbers of torch's."""
+    """The graph then holds only ops; `seqused`, rows of a cache and lengths from bounds take a few torch calls."""
     function, arguments = call()
     for name in ("seqused_q", "seqused_k"):
         arguments.pop(name, None)

@@ -1,4 +1,4 @@
-"""Random sequences with keys and values in pages, FlashInfer's words for them, and explicit attention in fp64."""
+"""Random sequences with keys and values in pages, FlashInfer's arguments for them, and explicit attention in fp64."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Batch:
     def expected(
         self, q: Tensor, counts: Sequence[int], scale: float | None = None, causal: bool = True, v_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """What attention of these queries gives, and its log-sum-exps to base 2."""
+        """Attention of these queries, and its log-sum-exps to base 2."""
         scale = self.head_dim**-0.5 if scale is None else scale
         found = [attend(*each, scale, causal) for each in zip(q.split(list(counts)), self.k, self.v, strict=True)]
         if not found:

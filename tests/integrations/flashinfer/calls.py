@@ -1,4 +1,4 @@
-"""What the tests of FlashInfer's replacement share: how many random calls, and that none of them waits for a device."""
+"""Helpers for the tests of FlashInfer's replacement: the number of random calls, and a check for host reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.rounds import exhaustive
 
-# Of a fuzz: some every day, and in the full round as many as its claim says.
+# Random calls of a fuzz test: some every day, and in the full round as many as its claim states.
 CALLS = pytest.mark.parametrize("calls", [200, exhaustive(2000)])
 
 _READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique_dim", "_unique2"}

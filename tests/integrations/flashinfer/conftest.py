@@ -13,7 +13,7 @@ from fastllama.integrations import flashinfer
 
 @dataclass(frozen=True)
 class Library:
-    """What a test of behaviour calls. ours: whether it is the replacement."""
+    """The subject of a behaviour test. ours: whether it is the replacement."""
 
     module: Any
     device: torch.device
@@ -28,7 +28,7 @@ class Library:
     ]
 )
 def library(request: pytest.FixtureRequest, _poison_and_seed: None) -> Library:
-    """The same tests hold for both: that is what makes one replace the other."""
+    """The same tests hold for both, so one can replace the other."""
     ours, device = request.param
     if device == "cuda":
         torch.use_deterministic_algorithms(False)  # under which torch's own cumsum warns there

@@ -13,7 +13,7 @@ from fastllama.integrations import flashinfer
 from tests.integrations.flashinfer.calls import CALLS, NoHostRead, half_unit
 from tests.integrations.flashinfer.conftest import Library
 
-FP32 = 1e-6  # relative, of exp, a division and two products in fp32
+FP32 = 1e-6  # relative, of exp, a division and two multiplications in fp32
 
 
 def exact(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def assert_rounded_once(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_silu_and_mul_is_the_exact_product_rounded_once(library: Library, dtype: torch.dtype) -> None:
+def test_silu_and_mul_is_exact_and_rounded_once(library: Library, dtype: torch.dtype) -> None:
     x = torch.randn(5, 64, dtype=dtype, device=library.device)
     out = torch.empty(5, 32, dtype=dtype, device=library.device)
     assert_rounded_once(library.module.silu_and_mul(x), exact(x))
@@ -36,7 +36,7 @@ def test_silu_and_mul_is_the_exact_product_rounded_once(library: Library, dtype:
 
 
 @CALLS
-def test_random_legal_calls_are_the_exact_product_rounded_once(calls: int) -> None:
+def test_random_legal_calls_are_exact_and_rounded_once(calls: int) -> None:
     rng = random.Random(3)
     for _ in range(calls):
         dtype, size = rng.choice((torch.bfloat16, torch.float16, torch.float32)), rng.randint(1, 40)
@@ -49,7 +49,7 @@ def test_random_legal_calls_are_the_exact_product_rounded_once(calls: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
         ((torch.ones(3, 5),), ValueError, r"input has shape \[3, 5\]; legal: \[..., 2I\]"),
         ((torch.ones(()),), ValueError, r"input has shape \[\]; legal"),
@@ -60,9 +60,9 @@ def test_random_legal_calls_are_the_exact_product_rounded_once(calls: int) -> No
     ],
 )
 def test_what_is_illegal_is_refused_by_name_and_nothing_is_written(
-    arguments: tuple[Any, ...], error: type[Exception], said: str
+    arguments: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         flashinfer.silu_and_mul(*arguments)
     assert all(bool((each == 1).all()) for each in arguments)
 

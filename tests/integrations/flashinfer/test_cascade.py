@@ -1,4 +1,4 @@
-"""FlashInfer's merges: attention over parts of the keys is attention over all of them."""
+"""FlashInfer's merges: attention over parts of the keys, merged, is attention over all of them."""
 
 from __future__ import annotations
 

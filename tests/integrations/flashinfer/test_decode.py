@@ -1,4 +1,4 @@
-"""FlashInfer's decode wrappers and single_decode_with_kv_cache: the newest tokens over keys and values in pages."""
+"""FlashInfer's decode wrappers and single_decode_with_kv_cache: attention of the newest tokens over paged keys."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_sequence_needs_no_plan(library: Library) -> None:
 
 
 def test_optional_arguments_of_plan_are_positional_too() -> None:
-    """FlashInfer's older way; data_type stands for the dtypes that are None."""
+    """FlashInfer's older interface: data_type sets the dtypes that are None."""
     batch = Batch([4])
     q, decode = batch.queries([1]), wrapper()
     decode.plan(*csr(batch), *batch.sizes, "NONE", -1, 0.0, None, None, None, "float64", 0.5)
@@ -145,7 +145,7 @@ def test_a_page_past_int32_gives_nan(wrong: int, graph: torch.dtype | None) -> N
     check((out[1:], lse[1:]), (expected[0][1:], expected[1][1:]))
 
 
-def test_bounds_may_begin_behind_the_first_page() -> None:
+def test_bounds_may_begin_after_the_first_page() -> None:
     batch = Batch([4, 9, 2])
     q, decode = batch.queries([1, 1]), wrapper()
     decode.plan(batch.indptr[1:], batch.indices, batch.last_page_len[1:], *batch.sizes, q_data_type="float64")

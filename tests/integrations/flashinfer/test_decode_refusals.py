@@ -1,4 +1,4 @@
-"""What FlashInfer's decode wrapper refuses, and that what it refuses changes nothing."""
+"""FlashInfer's decode wrapper refuses illegal plans and runs, and they change nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEGAL: dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "p
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"indptr": bounds([2, 1, 1])}, ValueError, r"last_page_len has shape \[2\]; legal: \[3\]"),
         ({"indptr": bounds([2, 9])}, ValueError, r"indptr is \[0, 2, 11\], ending at 11; legal: .* to at most 4"),
@@ -64,7 +64,7 @@ LEGAL: dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "p
 )
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_after_an_illegal_plan_the_one_before_stands(
-    changed: Any, error: type[Exception], said: str, graph: bool
+    changed: Any, error: type[Exception], message: str, graph: bool
 ) -> None:
     batch = Batch([7, 5])
     buffers = [torch.zeros(size, dtype=torch.int32) for size in (3, 8, 2)] if graph else []
@@ -73,13 +73,13 @@ def test_after_an_illegal_plan_the_one_before_stands(
     other = Batch([3, 9])  # of as many pages, which the illegal plan would have written
     given = dict(zip(GIVEN, csr(other), strict=True))
     plan = partial(fast_decode_plan, decode) if "global_override_indptr_cpu" in changed else decode.plan
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         plan(**{**given, **LEGAL, **changed})
     check(decode.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"q": torch.zeros(3, 4, 8, dtype=torch.float64)}, ValueError, r"q has shape .*; legal: \[2 \* Q, 4, 8\]"),
         (
@@ -107,14 +107,14 @@ def test_after_an_illegal_plan_the_one_before_stands(
         ({"lse": torch.zeros(2, 3, dtype=torch.float64)}, ValueError, "lse_out has shape"),
     ],
 )
-def test_an_illegal_run_writes_nothing(changed: Any, error: type[Exception], said: str) -> None:
+def test_an_illegal_run_writes_nothing(changed: Any, error: type[Exception], message: str) -> None:
     batch, decode = Batch([7, 5]), wrapper()
     decode.plan(*csr(batch), **LEGAL)
     out, lse = torch.full((2, 4, 8), 7.0, dtype=torch.float64), torch.full((2, 4), 7.0, dtype=torch.float64)
     given = {"q": batch.queries([1, 1]), "paged_kv_cache": batch.cache, "out": out, "lse": lse}
     given |= {name: value for name, value in changed.items() if name != "args"}
     q, cache = given.pop("q"), given.pop("paged_kv_cache")
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         decode.run(q, cache, *(["one more"] if "args" in changed else []), **given)
     assert (out == 7).all()
     assert (lse == 7).all()
@@ -136,8 +136,8 @@ def test_a_wrapper_is_not_made_of_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"), [({"page_size": 0}, "page_size is 0"), ({"num_kv_heads": 3}, "num_kv_heads is 3")]
+    ("changed", "message"), [({"page_size": 0}, "page_size is 0"), ({"num_kv_heads": 3}, "num_kv_heads is 3")]
 )
-def test_a_workspace_is_measured_of_legal_sizes(changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_workspace_is_measured_of_legal_sizes(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         wrapper().workspace_size(*csr(Batch([7, 5])), **{**LEGAL, **changed})

@@ -1,4 +1,4 @@
-"""FlashInfer's wrappers in CUDA-graph mode: what was recorded once runs the plan that was made last.
+"""FlashInfer's wrappers in CUDA-graph mode: a recorded run follows the latest plan.
 
 A recording of our ops (kernels/dispatch/recording.py) stands for the graph: it holds the tensors of its calls, and
 calls nothing of the wrapper again.
@@ -128,23 +128,23 @@ def test_indices_may_be_the_buffer_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "said"),
+    ("lengths", "message"),
     [
         ([4, 4, 4], "indptr has 3 sequences; legal in CUDA-graph mode: the 2 of the buffers"),
         ([25, 1], "indptr has 8 pages; legal in CUDA-graph mode: the 7 of the buffer, or fewer"),
         ([16, 1], "indptr has a sequence of 4 pages; legal in CUDA-graph mode: at most 3"),
     ],
 )
-def test_a_plan_does_not_grow_fixed_buffers(lengths: list[int], said: str) -> None:
-    """And writes nothing: the plan before stands."""
+def test_a_plan_does_not_grow_fixed_buffers(lengths: list[int], message: str) -> None:
+    """The plan before stays in force."""
     batch, longer = Batch([12, 5]), Batch(lengths)
     decode, prefill, q = decode_wrapper(2, 7), prefill_wrapper(2, 7), batch.queries([1, 1])
     decode.plan(*csr(batch), *batch.sizes, **DTYPES)
     prefill.plan(bounds([1, 1]), *csr(batch), *batch.sizes, **DTYPES)
-    with pytest.raises(ValueError, match=f"^{said}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         decode.plan(*csr(longer), *longer.sizes, **DTYPES)
-    said = said.replace("indptr", "qo_indptr" if len(lengths) > 2 else "paged_kv_indptr")
-    with pytest.raises(ValueError, match=f"^{said}"):
+    message = message.replace("indptr", "qo_indptr" if len(lengths) > 2 else "paged_kv_indptr")
+    with pytest.raises(ValueError, match=f"^{message}"):
         prefill.plan(bounds([1] * len(lengths)), *csr(longer), *longer.sizes, **DTYPES)
     for wrapper in (decode, prefill):
         check(wrapper.run_return_lse(q, batch.cache), batch.expected(q, [1, 1]))
@@ -213,7 +213,7 @@ def test_a_ragged_plan_of_fewer_keys_is_run_with_as_many() -> None:
 @pytest.mark.parametrize("kind", ["decode", "paged", "ragged"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_plan_made_in_inference_mode_is_followed_by_one_outside_of_it(kind: str, graph: bool) -> None:
-    """And the wrapper too, with its buffers, may be made there."""
+    """Under inference mode the wrapper and its buffers may be made, too."""
     batch, counts = Batch([7, 5]), [1, 1]
     other, q = Batch([6, 8]), batch.queries([1, 1])
     held = [(torch.cat(x.k), torch.cat(x.v)) if kind == "ragged" else x.cache for x in (batch, other)]
@@ -246,7 +246,7 @@ def test_a_plan_made_in_inference_mode_is_followed_by_one_outside_of_it(kind: st
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "said"),
+    ("given", "error", "message"),
     [
         (torch.zeros(3), TypeError, "has dtype torch.float32; legal: torch.int32, torch.int64"),
         (torch.zeros((), dtype=torch.int32), ValueError, "has shape"),
@@ -256,13 +256,13 @@ def test_a_plan_made_in_inference_mode_is_followed_by_one_outside_of_it(kind: st
 )
 @pytest.mark.parametrize("name", ["indptr", "indices", "last_page_len"])
 def test_fixed_buffers_are_integers_where_the_workspace_is(
-    name: str, given: Any, error: type[Exception], said: str
+    name: str, given: Any, error: type[Exception], message: str
 ) -> None:
     buffers: dict[str, Any] = {"indptr": buffer(4), "indices": buffer(9), "last_page_len": buffer(3)}
     if name == "indptr" and isinstance(given, Tensor) and given.dim():
         given = torch.cat((given, given[:1]))
     buffers = {f"paged_kv_{each}_buffer": value for each, value in (buffers | {name: given}).items()}
-    with pytest.raises(error, match=f"^paged_kv_{name}_buffer {said}"):
+    with pytest.raises(error, match=f"^paged_kv_{name}_buffer {message}"):
         BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True, **buffers)
 
 

@@ -1,4 +1,4 @@
-"""What is no tensor is refused by its name, in every function of FlashInfer's that takes one."""
+"""An argument that is no tensor is refused by its name, in every function of FlashInfer's that takes one."""
 
 from __future__ import annotations
 

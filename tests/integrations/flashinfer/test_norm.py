@@ -1,4 +1,4 @@
-"""FlashInfer's norms on our ops: near the exact norm by a bound that is derived, in place, strided, refused by name."""
+"""FlashInfer's norms on our ops: within a derived bound of the exact norm, in place, strided, refused by name."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ ILLEGAL: list[tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]] 
 ]
 
 
-@pytest.mark.parametrize(("function", "arguments", "error", "said"), ILLEGAL)
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), ILLEGAL)
 def test_what_is_illegal_is_refused_by_name_and_nothing_is_written(
-    function: Callable[..., Any], arguments: tuple[Any, ...], error: type[Exception], said: str
+    function: Callable[..., Any], arguments: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     before = [each.clone() for each in tensors]
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         function(*arguments)
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor, old)

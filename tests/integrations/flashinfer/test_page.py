@@ -1,4 +1,4 @@
-"""FlashInfer's page helpers: lengths, places of new tokens, and what is appended where."""
+"""FlashInfer's page helpers: lengths, positions of new tokens, and the slots that are written."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_keys_and_values_are_appended_to_their_pages(library: Library, layout: s
 
 
 def test_tokens_without_a_page_are_not_written() -> None:
-    """Of no sequence, before the first position, and behind the sequence's pages, where another's begin."""
+    """Tokens of no sequence, before the first position, and past the sequence's pages, where another's begin."""
     batch = Batch([4, 4])
     before = [x.clone() for x in batch.cache]
     k, v = batch.normal(4, 2, 8), batch.normal(4, 2, 8)
     of, positions = torch.tensor([-1, 2, 0, 0], device="cpu"), torch.tensor([0, 0, -1, 4], device="cpu")
     append_paged_kv_cache(k, v, of, positions, batch.cache, batch.indices, batch.indptr, batch.last_page_len)
-    for indices in (batch.indices[:1], batch.indices[:0]):  # fewer than the bounds say
+    for indices in (batch.indices[:1], batch.indices[:0]):  # fewer than the bounds cover
         csr = indices, batch.indptr, batch.last_page_len
         append_paged_kv_cache(k, v, torch.ones_like(of), torch.arange(4, device="cpu"), batch.cache, *csr)
     assert all(torch.equal(a, b) for a, b in zip(batch.cache, before, strict=True))
@@ -154,7 +154,7 @@ def test_any_legal_append_writes_its_slots_and_no_other(calls: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"kv_layout": "HDN"}, ValueError, "kv_layout is 'HDN'"),
         ({"positions": torch.zeros(2, dtype=torch.int32)}, ValueError, r"positions has shape \[2\]; legal: \[3\]"),
@@ -181,7 +181,7 @@ def test_any_legal_append_writes_its_slots_and_no_other(calls: int) -> None:
         ],
     ],
 )
-def test_an_illegal_append_writes_nothing(changed: dict[str, object], error: type[Exception], said: str) -> None:
+def test_an_illegal_append_writes_nothing(changed: dict[str, object], error: type[Exception], message: str) -> None:
     batch = Batch([3])
     before = [x.clone() for x in batch.cache]
     of, positions = get_batch_indices_positions(bounds([3]), bounds([3])[1:], 3)
@@ -195,7 +195,7 @@ def test_an_illegal_append_writes_nothing(changed: dict[str, object], error: typ
         "kv_indptr": batch.indptr,
         "kv_last_page_len": batch.last_page_len,
     }
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         append_paged_kv_cache(**{**given, **changed})  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(batch.cache, before, strict=True))
 

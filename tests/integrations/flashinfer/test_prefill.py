@@ -1,4 +1,4 @@
-"""FlashInfer's prefill wrappers and single_prefill_with_kv_cache: many tokens over pages, or packed keys and values."""
+"""FlashInfer's prefill wrappers and single_prefill_with_kv_cache: many tokens over pages or packed keys."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_any_legal_plan_and_run_over_pages_is_attention(calls: int) -> None:
     random = Random(5)
     kept = {layout: BatchPrefillWithPagedKVCacheWrapper(workspace(), layout) for layout in ("NHD", "HND")}
     for _ in range(calls):
-        batch, counts, dtype = drawn(random)
-        causal, sm_scale, scales = drawn_options(random, "q_scale", "k_scale", "v_scale")
+        batch, counts, dtype = random_batch(random)
+        causal, sm_scale, scales = random_options(random, "q_scale", "k_scale", "v_scale")
         q, prefill = batch.queries(counts), kept[batch.layout]
         prefill.plan(
             bounds(counts, random.choice([torch.int32, torch.int64])), *csr(batch), *batch.sizes, causal=causal,
@@ -139,8 +139,8 @@ def test_any_legal_plan_and_run_over_packed_keys_is_attention(calls: int) -> Non
     random = Random(6)
     kept = {layout: BatchPrefillWithRaggedKVCacheWrapper(workspace(), layout) for layout in ("NHD", "HND")}
     for _ in range(calls):
-        batch, counts, dtype = drawn(random)
-        causal, sm_scale, scales = drawn_options(random, "q_scale", "k_scale")
+        batch, counts, dtype = random_batch(random)
+        causal, sm_scale, scales = random_options(random, "q_scale", "k_scale")
         q, prefill = batch.queries(counts), kept[batch.layout]
         index = random.choice([torch.int32, torch.int64])
         prefill.plan(
@@ -157,8 +157,8 @@ def test_any_legal_plan_and_run_over_packed_keys_is_attention(calls: int) -> Non
 def test_any_single_prefill_is_attention(calls: int) -> None:
     random = Random(7)
     for _ in range(calls):
-        batch, _, _ = drawn(random, sequences=1)
-        causal, sm_scale, scales = drawn_options(random, "k_scale")
+        batch, _, _ = random_batch(random, sequences=1)
+        causal, sm_scale, scales = random_options(random, "k_scale")
         q = batch.queries([random.randrange(6)])
         k, v = (packed(tokens, batch.layout, q) for tokens in (batch.k, batch.v))
         with NoHostRead():
@@ -168,7 +168,7 @@ def test_any_single_prefill_is_attention(calls: int) -> None:
         check(found, batch.expected(q, [q.shape[0]], scale_of(batch, sm_scale, scales), causal))
 
 
-def drawn(random: Random, sequences: int | None = None) -> tuple[Batch, list[int], torch.dtype]:
+def random_batch(random: Random, sequences: int | None = None) -> tuple[Batch, list[int], torch.dtype]:
     kv_heads, dtype = random.randrange(1, 3), random.choice([torch.float64, torch.float32])
     count = random.randrange(1, 5) if sequences is None else sequences
     batch = Batch(
@@ -186,7 +186,7 @@ def drawn(random: Random, sequences: int | None = None) -> tuple[Batch, list[int
     return batch, [random.choice([0, 1, random.randrange(6)]) for _ in batch.lengths], dtype
 
 
-def drawn_options(random: Random, *names: str) -> tuple[bool, float | None, dict[str, float | None]]:
+def random_options(random: Random, *names: str) -> tuple[bool, float | None, dict[str, float | None]]:
     scales = {name: random.choice([None, 1, 0.5, random.random() + 0.1]) for name in names}
     return random.random() < 0.5, random.choice([None, 0.0, 0.7]), scales
 
@@ -245,34 +245,34 @@ RAGGED: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "error", "said"), PLAN + PAGED)
-def test_after_an_illegal_plan_of_pages_the_one_before_stands(changed: Any, error: Any, said: str) -> None:
+@pytest.mark.parametrize(("changed", "error", "message"), PLAN + PAGED)
+def test_after_an_illegal_plan_of_pages_the_one_before_stands(changed: Any, error: Any, message: str) -> None:
     batch, counts = Batch([7, 5]), [1, 2]
     q, prefill = batch.queries(counts), BatchPrefillWithPagedKVCacheWrapper(workspace())
     sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim_qk": 8, "page_size": 4, "q_data_type": "float64"}
     names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
     given = dict(zip(names, (bounds(counts), *csr(batch)), strict=True))
     prefill.plan(**given, **sizes)  # type: ignore[arg-type]
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         prefill.plan(**{**given, **sizes, **changed})
     check(prefill.run_return_lse(q, batch.cache), batch.expected(q, counts, causal=False))
 
 
-@pytest.mark.parametrize(("changed", "error", "said"), PLAN + RAGGED)
-def test_after_an_illegal_plan_of_packed_keys_the_one_before_stands(changed: Any, error: Any, said: str) -> None:
+@pytest.mark.parametrize(("changed", "error", "message"), PLAN + RAGGED)
+def test_after_an_illegal_plan_of_packed_keys_the_one_before_stands(changed: Any, error: Any, message: str) -> None:
     batch, counts = Batch([7, 5]), [1, 2]
     q, prefill = batch.queries(counts), BatchPrefillWithRaggedKVCacheWrapper(workspace())
     sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim_qk": 8, "q_data_type": "float64"}
     given = {"qo_indptr": bounds(counts), "kv_indptr": bounds(batch.lengths)}
     prefill.plan(**given, **sizes)  # type: ignore[arg-type]
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         prefill.plan(**{**given, **sizes, **changed})
     found = prefill.run_return_lse(q, torch.cat(batch.k), torch.cat(batch.v))
     check(found, batch.expected(q, counts, causal=False))
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"v_scale": 2.0}, NotImplementedError, "v_scale"),
         ({"o_scale": 2.0}, NotImplementedError, "o_scale"),
@@ -281,7 +281,7 @@ def test_after_an_illegal_plan_of_packed_keys_the_one_before_stands(changed: Any
         ({"out": torch.zeros(3, 4, 7, dtype=torch.float64)}, ValueError, "out has shape"),
     ],
 )
-def test_an_illegal_run_writes_nothing(changed: Any, error: Any, said: str) -> None:
+def test_an_illegal_run_writes_nothing(changed: Any, error: Any, message: str) -> None:
     batch, counts = Batch([7, 5]), [1, 2]
     q, k, v = batch.queries(counts), torch.cat(batch.k), torch.cat(batch.v)
     paged, ragged = BatchPrefillWithPagedKVCacheWrapper(workspace()), BatchPrefillWithRaggedKVCacheWrapper(workspace())
@@ -291,10 +291,10 @@ def test_an_illegal_run_writes_nothing(changed: Any, error: Any, said: str) -> N
     paged.plan(bounds(counts), *csr(batch), *batch.sizes, q_data_type="float64")
     ragged.plan(bounds(counts), bounds(batch.lengths), *batch.sizes[:3], q_data_type="float64")
     out = torch.full_like(q, 7.0)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         ragged.run(q, k, v, **{"out": out, **changed})
     if "k_scale" in changed or "out" in changed or "kv_cache_sf" in changed:
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             paged.run(q, batch.cache, **{"out": out, **changed})
     with pytest.raises(ValueError, match=r"k has shape \[11, 2, 8\]; legal: \[12, 2, 8\]"):
         ragged.run(q, k[1:], v[1:], out=out)

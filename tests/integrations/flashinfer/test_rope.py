@@ -123,7 +123,7 @@ def test_a_position_that_the_cache_lacks_gives_nan() -> None:
 
 
 def random_call(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...], int | None, bool]:
-    """q, k, positions, the arguments that say so by segments, rotary_dim and interleave."""
+    """q, k, positions, the same positions as segment arguments, rotary_dim and interleave."""
     size, dtype = 2 * rng.randint(1, 12), rng.choice((torch.bfloat16, torch.float16, torch.float32))
     integers = rng.choice((torch.int32, torch.int64))
     lengths = [rng.choice((0, 1, rng.randint(0, 4))) for _ in range(rng.randint(1, 4))]
@@ -239,12 +239,12 @@ ILLEGAL: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]]
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "options", "error", "said"), ILLEGAL)
+@pytest.mark.parametrize(("name", "arguments", "options", "error", "message"), ILLEGAL)
 def test_what_is_illegal_is_refused_by_name_and_nothing_is_written(
-    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], said: str
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     before = Q.clone(), K.clone()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         getattr(flashinfer, name)(*arguments, **options)
     assert torch.equal(Q, before[0])
     assert torch.equal(K, before[1])

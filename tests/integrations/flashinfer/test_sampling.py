@@ -1,4 +1,4 @@
-"""FlashInfer's sampling on our op: what is kept, how often it is drawn, and which random numbers draw it."""
+"""FlashInfer's sampling on our op: the tokens that filters keep, their frequencies, and the random numbers used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integrations.flashinfer.calls import NoHostRead
 from tests.integrations.flashinfer.conftest import Library
 from tests.integrations.flashinfer.weights import filtered
 
-# Ties, and a token that is never drawn. No filter below cuts within a hundredth of a sum.
+# Ties, and a token of weight 0. No filter below cuts within a hundredth of a sum.
 WEIGHTS = [3, 9, 0, 9, 1, 5, 5, 8]
 DRAWS = 20_000
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -35,40 +35,38 @@ def probs_of(weights: list[float], device: torch.device) -> Tensor:
     return (row / row.sum()).float().to(device)
 
 
-def assert_drawn_from(tokens: Tensor, weights: Tensor) -> None:
+def assert_sampled_from(tokens: Tensor, weights: Tensor) -> None:
     """Pearson's chi-square, ten standard deviations wide: a probability of 0.2 that is 0.02 off is found."""
     counts = torch.bincount(tokens.long().cpu(), minlength=len(weights)).double()
     expected = counts.sum() * weights / weights.sum()
-    drawn = weights > 0
-    assert counts[~drawn].sum() == 0
-    freedom = int(drawn.sum()) - 1
-    statistic = float(((counts - expected).square() / expected)[drawn].sum())
+    possible = weights > 0
+    assert counts[~possible].sum() == 0
+    freedom = int(possible.sum()) - 1
+    statistic = float(((counts - expected).square() / expected)[possible].sum())
     assert statistic <= freedom + 10 * math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize(("name", "filters"), CASES)
-def test_tokens_are_drawn_as_often_as_the_filtered_probabilities_say(
-    library: Library, name: str, filters: dict[str, Any]
-) -> None:
-    """All of one seed, one row drawn often: the places of a batch are independent."""
+def test_tokens_are_sampled_by_the_filtered_probabilities(library: Library, name: str, filters: dict[str, Any]) -> None:
+    """One row sampled many times with one seed: the places of a batch are independent."""
     probs = probs_of(WEIGHTS, library.device)
     rows = torch.zeros(DRAWS, dtype=torch.int64, device=library.device)
     exact = filtered(torch.tensor(WEIGHTS, dtype=torch.float64), **filters)
     draw = getattr(library.module.sampling, f"{name}_from_probs")
-    assert_drawn_from(draw(probs, **filters, indices=rows, seed=11, offset=0), exact)
+    assert_sampled_from(draw(probs, **filters, indices=rows, seed=11, offset=0), exact)
     if name in ("sampling", "top_k_top_p_sampling"):
         draw = getattr(library.module.sampling, f"{name}_from_logits")
-        assert_drawn_from(draw(probs.log() + 3, **filters, indices=rows, seed=12, offset=0), exact)
+        assert_sampled_from(draw(probs.log() + 3, **filters, indices=rows, seed=12, offset=0), exact)
 
 
 @pytest.mark.parametrize("varied", ["seed", "offset", "both"])
-def test_consecutive_seeds_and_offsets_are_independent_draws(library: Library, varied: str) -> None:
+def test_consecutive_seeds_and_offsets_are_independent(library: Library, varied: str) -> None:
     probs = probs_of(WEIGHTS, library.device).expand(DRAWS, -1).contiguous()
     steps = torch.arange(DRAWS, dtype=torch.int64, device=library.device)
     seed = steps if varied != "offset" else torch.full_like(steps, 7)
     offset = steps if varied != "seed" else torch.zeros_like(steps)
     tokens = library.module.sampling_from_probs(probs, seed=seed, offset=offset)
-    assert_drawn_from(tokens, torch.tensor(WEIGHTS, dtype=torch.float64))
+    assert_sampled_from(tokens, torch.tensor(WEIGHTS, dtype=torch.float64))
 
 
 def test_equal_seeds_give_equal_tokens_however_they_are_given(library: Library) -> None:
@@ -100,7 +98,7 @@ def test_a_generator_gives_the_same_tokens_from_the_same_state_and_advances(libr
     assert not torch.equal(drawn[0][0], drawn[0][1])
 
 
-def test_without_one_torchs_own_generator_is_drawn_from(library: Library) -> None:
+def test_without_one_torchs_own_generator_is_used(library: Library) -> None:
     logits = torch.zeros(64, 100, device=library.device)
     torch.manual_seed(4)
     tokens = library.module.sampling_from_logits(logits)
@@ -127,7 +125,7 @@ def test_indices_name_the_rows_and_their_parameters(library: Library, dtype: tor
     assert set(tokens[:200].tolist()) == {0, 1, 2, 3}
 
 
-def test_a_row_without_a_token_to_draw_gives_0_and_is_not_valid(library: Library) -> None:
+def test_a_row_without_a_token_to_sample_gives_0_and_is_not_valid(library: Library) -> None:
     probs = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], device=library.device)
     samplers: list[tuple[str, tuple[Any, ...]]] = [
         ("sampling", ()),
@@ -145,7 +143,7 @@ def test_a_row_without_a_token_to_draw_gives_0_and_is_not_valid(library: Library
         assert valid.dtype == torch.bool
 
 
-def test_a_row_with_a_nan_is_not_valid_and_negative_ones_are_never_drawn() -> None:
+def test_a_row_with_a_nan_is_not_valid_and_negative_ones_are_never_sampled() -> None:
     probs = torch.tensor([[0.5, math.nan, 0.5], [-3.0, 1.0, -math.inf], [math.inf, 1.0, 0.0]])
     tokens, valid = flashinfer.sampling_from_probs(probs, return_valid=True)
     assert tokens.tolist() == [0, 1, 0]

@@ -27,7 +27,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def random_filter(rng: random.Random, name: str, rows: int) -> tuple[Any, list[Any]]:
-    """An argument, and what it says for each row."""
+    """An argument, and its value for each row."""
     numbers = [rng.choice((1, rng.randint(1, 14), -1)) if name == "top_k" else rng.choice((1.0, rng.random()))] * rows
     if rng.random() < 0.5:
         return numbers[0] if rows else 1, numbers
@@ -39,7 +39,7 @@ def random_filter(rng: random.Random, name: str, rows: int) -> tuple[Any, list[A
 
 
 def random_source(rng: random.Random, batch: int) -> dict[str, Any]:
-    """Of random numbers: what gives the same each time that it is made."""
+    """Arguments that fix the random numbers: the same each time that they are made."""
     if rng.random() < 0.3:
         return {"generator": torch.Generator().manual_seed(rng.randint(0, 9)), "seed": rng.choice((None, 3))}
     if rng.random() < 0.5:
@@ -51,8 +51,8 @@ def random_source(rng: random.Random, batch: int) -> dict[str, Any]:
     }
 
 
-def said(value: Any) -> Any:
-    """How the formula takes a filter: what keeps all is None."""
+def effective(value: Any) -> Any:
+    """The filter as the formula takes it: None where it keeps all."""
     return None if isinstance(value, int) and value < 1 else value
 
 
@@ -64,13 +64,13 @@ def random_weights(rng: random.Random) -> Tensor:
 
 @pytest.mark.parametrize("name", FILTERS)
 @CALLS
-def test_random_legal_calls_draw_what_the_filters_keep(calls: int, name: str) -> None:
+def test_random_legal_calls_sample_what_the_filters_keep(calls: int, name: str) -> None:
     rng = random.Random(name)
     while calls:
         weights = random_weights(rng)
         rows, order = len(weights), rng.choice(("top_k_first", "joint"))
         filters = {each: random_filter(rng, each, rows) for each in FILTERS[name]}
-        of_row = [{each: said(values[row]) for each, (_, values) in filters.items()} for row in range(rows)]
+        of_row = [{each: effective(values[row]) for each, (_, values) in filters.items()} for row in range(rows)]
         if any(is_close_call(weights[row], order, **of_row[row]) for row in range(rows)):
             continue
         calls -= 1
@@ -82,15 +82,15 @@ def test_random_legal_calls_draw_what_the_filters_keep(calls: int, name: str) ->
         options |= {"indices": indices, "deterministic": rng.random() < 0.5, "check_nan": rng.random() < 0.5}
         options |= {"filter_apply_order": order} if len(filters) == 2 else {}
         options |= {"return_valid": True} if name.endswith("probs") else {}
-        state, drawn = rng.getstate(), []
+        state, results = rng.getstate(), []
         for _ in range(2):
             rng.setstate(state)
             source = random_source(rng, rows if indices is None else len(indices))
-            drawn.append(
+            results.append(
                 getattr(flashinfer, name)(given.to(rng.choice((torch.float32, torch.float64))), **options, **source)
             )
-        torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=0)
-        tokens, valid = drawn[0] if name.endswith("probs") else (drawn[0], None)
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        tokens, valid = results[0] if name.endswith("probs") else (results[0], None)
         assert tokens.dtype == (torch.int32 if indices is None else indices.dtype)
         places = range(rows) if indices is None else indices.tolist()
         for place, (row, token) in enumerate(zip(places, tokens.tolist(), strict=True)):
@@ -106,7 +106,7 @@ def test_random_legal_calls_renormalise_what_the_filter_keeps(calls: int, name: 
     while calls:
         weights, dtype = random_weights(rng), rng.choice(FLOATS[:3])
         argument, values = random_filter(rng, name, len(weights))
-        of_row = [{name: said(value)} for value in values]
+        of_row = [{name: effective(value)} for value in values]
         if any(is_close_call(row, **filters) for row, filters in zip(weights, of_row, strict=True)):
             continue
         calls -= 1
@@ -127,7 +127,7 @@ def test_random_legal_calls_mask_what_top_k_does_not_keep(calls: int) -> None:
         found = flashinfer.top_k_mask_logits(weights.to(dtype), argument)
         assert found.dtype == dtype
         for row, given, value in zip(found, weights, values, strict=True):
-            kept = filtered(given, top_k=said(value)) > 0
+            kept = filtered(given, top_k=effective(value)) > 0
             assert row.tolist() == given.masked_fill(~kept, -math.inf).tolist()
 
 
@@ -193,12 +193,12 @@ ILLEGAL: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]]
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "options", "error", "said"), ILLEGAL)
+@pytest.mark.parametrize(("name", "arguments", "options", "error", "message"), ILLEGAL)
 def test_what_is_illegal_is_refused_by_name_before_the_generator_advances(
-    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], said: str
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     state = torch.get_rng_state()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         getattr(flashinfer, name)(*arguments, **options)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -219,7 +219,7 @@ def test_they_compile_whole_and_read_nothing_on_the_host(name: str) -> None:
     torch.testing.assert_close(compiled(rows, **options), function(rows, **options), rtol=0, atol=0)
 
 
-def test_compiled_draws_from_torchs_generator_differ_from_call_to_call() -> None:
+def test_compiled_samples_from_torchs_generator_differ_from_call_to_call() -> None:
     compiled = torch.compile(flashinfer.sampling_from_logits, fullgraph=True, backend="aot_eager")
     logits = torch.zeros(40, 100)
     assert not torch.equal(compiled(logits), compiled(logits))

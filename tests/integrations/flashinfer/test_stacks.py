@@ -1,4 +1,4 @@
-"""How mini-sglang and SGLang call FlashInfer, written anew: the same calls on our ops give explicit attention."""
+"""mini-sglang's and SGLang's calls of FlashInfer, written anew, give explicit attention on our ops."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Layer:
             self.graphs[size] = graph
 
     def step(self, new: list[int], before: list[int], graph: bool) -> tuple[Tensor, list[Tensor]]:
-        """New tokens of each request behind those before: the layer's result, and the explicit one."""
+        """Appends new tokens to each request: the layer's result, and the explicit one."""
         rows, after = sum(new), [a + b for a, b in zip(new, before, strict=True)]
         qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * DIM, dtype=FLOAT)
         plain = qkv.clone()

@@ -1,4 +1,4 @@
-"""What a filter keeps, by its definition: token by token, in fp64."""
+"""The tokens that a filter keeps, by its definition: token by token, in fp64."""
 
 from __future__ import annotations
 

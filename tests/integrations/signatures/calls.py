@@ -15,7 +15,7 @@ from tests.integrations.signatures.treatment import integers
 
 @dataclass(frozen=True)
 class Call:
-    """Calls `run`; what it gives, or of a function that works in place (`written`), what becomes of copies of these."""
+    """Calls `run`; returns its result, or of an in-place function (`written`) copies of these after the call."""
 
     run: Callable[..., Any]
     arguments: Mapping[str, Any]
@@ -171,7 +171,7 @@ def stages(wrapper: type, plan: dict[str, Any], run: dict[str, Any]) -> dict[str
         def call(args: tuple[Any, ...] = (), **given: Any) -> Any:
             one = wrapper(workspace)
             one.plan(**plan)
-            tensors = [given.pop(each) for each in run if args]  # in front of further arguments by position
+            tensors = [given.pop(each) for each in run if args]  # before further positional arguments
             return getattr(one, name)(*tensors, *args, **given)
 
         return Call(call, arguments)

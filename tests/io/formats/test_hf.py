@@ -129,7 +129,7 @@ def test_rope_scaling_is_read_as_transformers_5_writes_it(tmp_path: Path) -> Non
     assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 2.0))
 
 
-def test_generation_stops_where_generation_config_says(single: Path, copy: Callable[[Path], Path]) -> None:
+def test_generation_stops_by_generation_config(single: Path, copy: Callable[[Path], Path]) -> None:
     path = copy(single)
     (path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     assert open_checkpoint(path).config.eos_token_ids == (2, 9)

@@ -1,4 +1,4 @@
-"""Facts that a Hugging Face folder tells twice, and wrong ones: read as transformers 5 reads them, or named."""
+"""Facts that a Hugging Face folder states twice, and wrong ones: read as by transformers 5, or refused by name."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ NAMES: dict[str, tuple[bool, Callable[[State], State]]] = {
     "tied, as lm_head": (True, renamed(lambda name: HEAD if name == EMBEDDING else name)),
     "tied, as model.lm_head": (True, renamed(lambda name: f"model.{HEAD}" if name == EMBEDDING else name)),
     "tied, as both": (True, lambda state: state | {HEAD: state[EMBEDDING].clone()}),
-    "tied, as both, one as bf16 says it": (
+    "tied, as both, one rounded to bf16": (
         True,
         lambda state: {name: tensor.bfloat16() for name, tensor in state.items()} | {HEAD: state[EMBEDDING].bfloat16()},
     ),
-    "said to be tied, and is not": (True, lambda state: state | {HEAD: state[EMBEDDING] + 1}),
+    "declared tied, and is not": (True, lambda state: state | {HEAD: state[EMBEDDING] + 1}),
     "a value head": (False, lambda state: state | {"v_head.summary.weight": torch.ones(1, 64)}),
     "rotary tables": (False, lambda state: state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}),
 }
@@ -120,8 +120,8 @@ def test_rows_of_the_embedding_that_are_not_the_vocabulary_are_both_named(
     path = write(tmp_path / "model", config, state | {EMBEDDING: torch.ones(rows, 64)})
     with pytest.raises(CheckpointError) as raised:
         load_model(path)
-    said = f"{EMBEDDING} has shape [{rows}, 64], expected [40, 64] by the configuration (vocab_size, hidden_size)"
-    assert said in str(raised.value)
+    message = f"{EMBEDDING} has shape [{rows}, 64], expected [40, 64] by the configuration (vocab_size, hidden_size)"
+    assert message in str(raised.value)
 
 
 def test_a_buffer_does_not_give_the_dtype(tmp_path: Path, states: Any) -> None:
@@ -221,7 +221,7 @@ def test_a_wrong_value_among_rope_settings_is_named(
 
 
 def refusal(path: Path) -> str | None:
-    """What is said where a folder is opened, None where nothing is."""
+    """The error where a folder is opened, None where there is none."""
     try:
         open_checkpoint(path)
     except CheckpointError as error:

@@ -203,7 +203,7 @@ def test_a_wrong_value_in_params_json_is_named(tmp_path: Path, key: str, value: 
 
 
 def refusal(path: Path) -> str | None:
-    """What is said where a folder is opened, None where nothing is."""
+    """The error where a folder is opened, None where there is none."""
     try:
         open_checkpoint(path)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""what_is: files written by the tools that write them are told by their first bytes, whatever they are called."""
+"""what_is recognises files by their first bytes, whatever their names."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path: Path, name: str) -> None:
     assert bool(found) == bool(expected)
 
 
-def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+def test_what_is_no_file_is_reported(tmp_path: Path) -> None:
     assert what_is(tmp_path) == "a folder"
     assert what_is(tmp_path / "nowhere") is None
     (tmp_path / "link").symlink_to("../blobs/abc")

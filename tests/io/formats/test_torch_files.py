@@ -1,4 +1,4 @@
-"""Files of torch.save that are damaged, compressed, or pickled in another way: read rightly, or told what they are."""
+"""Files of torch.save that are damaged, compressed, or pickled in another way are read rightly, or refused by kind."""
 
 from __future__ import annotations
 

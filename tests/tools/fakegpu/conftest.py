@@ -1,4 +1,4 @@
-"""Programs on the fake GPU, each in a process of its own: what it printed, and what it asked of the GPU."""
+"""Programs on the fake GPU, each in a process of its own: their output, and their calls to the GPU."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_unsafe_calls(program: Program, unsafe: str, mode: str, own_thread: bool
 
 
 def test_a_thread_may_relax_its_own_mode(program: Program) -> None:
-    """As torch's allocator does around cudaMalloc; the mode before comes back."""
+    """torch's allocator switches the mode for cudaMalloc; the mode before is restored."""
     found, log = program(
         CUDA
         + """

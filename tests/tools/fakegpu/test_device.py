@@ -122,7 +122,7 @@ except RuntimeError as error:
     ],
 )
 def test_limits_of_a_launch(program: Program, kernels: str, launch: str, why: str) -> None:
-    """What a program would be told only when it waits, or never, it is told at once."""
+    """Errors that a GPU reports at the next synchronization, or never, are reported at once."""
     source = """
 import ctypes
 cuda = ctypes.CDLL("libcudart.so.13")
@@ -139,7 +139,7 @@ def allow(shared): assert cuda.cuFuncSetAttribute(function, 8, shared) == 0
 
 
 def test_more_registers_than_a_block_may_take(program: Program, kernels: str) -> None:
-    """A cubin says what a thread of its kernel takes; ptxas is told of a block's threads, and here they are more."""
+    """A cubin holds the registers per thread; ptxas was given a block's threads, and this launch has more."""
     source = """
 import ctypes
 compiled = row_kernel.warmup(x, x, 64, BLOCK=64, num_warps=1, grid=(1,))
@@ -180,7 +180,7 @@ except RuntimeError as error:
 
 
 def test_torch_refuses_what_a_capture_forbids(program: Program) -> None:
-    """torch reads `.item()` while it captures: refused, and the error says why."""
+    """torch reads `.item()` while it captures: refused, and the error gives the reason."""
     source = """
 import torch
 x = torch.ones(3, device="cuda")

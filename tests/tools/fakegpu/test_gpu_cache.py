@@ -1,4 +1,4 @@
-"""An archive of compiled kernels: what it holds is found at another place, and what it does not is compiled there."""
+"""An archive of compiled kernels is found at another place, and kernels missing from it are compiled there."""
 
 from __future__ import annotations
 

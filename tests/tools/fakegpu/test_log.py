@@ -1,4 +1,4 @@
-"""What a log holds is read and counted; violations by what they say."""
+"""The fake GPU's log is read and counted; violations are grouped by their text."""
 
 from __future__ import annotations
 
