@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="evaluation text: a file in UTF-8, a document a line")
     parser.add_argument("--calibration", type=Path, help="calibration text: a file in UTF-8, a document a line")
     parser.add_argument("--output", type=output_file, help="where to write conditions and figures as JSON")
-    parser.add_argument("--plot", type=output_file, help="where to draw KL divergences, as .png or .svg")
+    parser.add_argument("--plot", type=output_file, help="where to plot KL divergences, as .png or .svg")
     options = parser.parse_args()
     if options.plot:
         check_plot(options.plot)

@@ -26,7 +26,7 @@ class Narrow:
     kernel: str
     line: str  # "prefill.py:93"
     code: str  # that line of the source
-    operation: str  # "product", "shift" or "sum"
+    operation: str  # `product`, `shift` or `sum`
     operands: tuple[str, ...]  # names and ranges: "head (0 to 31)"
     range: Bounds  # of the exact result
 

@@ -1,4 +1,4 @@
-"""What docs/use shows can be typed: Python blocks run and print what stands below them, commands have these options.
+"""What README.md and docs/use show can be typed: Python blocks run and print the text below them, options exist.
 
 A comment before a block changes what is done with it:
     <!-- given: llm -->      runs with that name bound, or in a folder with that file
@@ -41,7 +41,7 @@ USE = ROOT / "docs" / "use"
 BLOCK = re.compile(
     r"(?:<!-- (given|needs): ([^>]*?) -->\n)?^```(\w*)\n(.*?)^```$(?:\n```text\n(.*?)^```$)?", re.M | re.S
 )
-# Pages whose programs other tests run, with more than is asked here.
+# Pages whose programs other tests run, and check more closely.
 ELSEWHERE = {"transformers.md": "tests/integrations/test_transformers_page.py"}
 ELSEWHERE |= {"parameters.md": "tests/runtime/test_parameters_page.py"}
 SHELL = ("bash", "console", "")
@@ -71,7 +71,7 @@ def blocks(text: str, page: str) -> Iterator[Block]:
         yield Block(page, line, rule or "", tuple(re.split(", *", words or "")), language, code, printed)
 
 
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(USE.glob("*.md"))}
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(USE.glob("*.md"))]}
 ALL = [block for name, text in PAGES.items() for block in blocks(text, name)]
 PYTHON = [block for block in ALL if block.language == "python"]
 RUN = [block for block in PYTHON if block.rule != "needs" and block.page not in ELSEWHERE]
@@ -88,7 +88,7 @@ def test_every_block_is_found() -> None:
 
 def compiled(block: Block) -> CodeType:
     source = "\n" * (block.line - 1) + block.code
-    return compile(source, str(USE / block.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    return compile(source, block.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 @pytest.mark.filterwarnings("default")  # those of other packages
@@ -166,6 +166,13 @@ def imported(module: str, name: str | None) -> Any:
         return UNKNOWN
     except ImportError:
         return None
+    if (
+        name
+        and not hasattr(found, name)
+        and hasattr(found, "__path__")
+        and importlib.util.find_spec(f"{module}.{name}")
+    ):
+        return importlib.import_module(f"{module}.{name}")
     return getattr(found, name, None) if name else sys.modules[top]
 
 
@@ -246,7 +253,7 @@ def kept_bytes(name: str, of_weight: float) -> float:
     return (config.num_parameters - tables) * of_weight + tables * 2
 
 
-def test_weights_take_what_the_laptop_page_says() -> None:
+def test_weights_take_what_the_laptop_page_states() -> None:
     rows = cells("| `--quantize`")
     assert [row[0] for row in rows] == ["int4", "int8", "bf12", "none"]
     for kind, of_weight, *sized, _ in rows:
@@ -255,7 +262,7 @@ def test_weights_take_what_the_laptop_page_says() -> None:
         assert sized == [f"{kept_bytes(name, exact) / 1e9:.1f} GB" for name in ("7b", "13b")]
 
 
-def test_the_context_is_what_the_laptop_page_says() -> None:
+def test_the_context_is_what_the_laptop_page_states() -> None:
     config = shape("7b", 4096)
     for free, *lengths in cells("| free after loading"):
         for kv_dtype, length in zip((torch.bfloat16, torch.int8), lengths, strict=True):

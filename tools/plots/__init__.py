@@ -1,1 +1,1 @@
-"""Every picture of the documentation, drawn from committed results and the package's own imports: `make plots`."""
+"""Draws every picture of the documentation from committed results and the package's own imports: `make plots`."""

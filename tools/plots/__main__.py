@@ -1,4 +1,4 @@
-"""Draw every picture of docs/images again, or print the figures that the README quotes.
+"""Redraw every picture of docs/images, or print the figures that the README quotes.
 
 python -m tools.plots [figures]
 """

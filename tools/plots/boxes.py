@@ -1,4 +1,4 @@
-"""Boxes and arrows, by which the pictures of the architecture are drawn: one unit is one point on paper."""
+"""Boxes and arrows for the pictures of the architecture; one unit is one point on paper."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def draw_box(axes: Axes, box: Box) -> None:
 
 
 def frame(axes: Axes, corner: tuple[float, float], width: float, height: float, title: str) -> None:
-    """A dashed frame around boxes that belong together; its title is at the upper right."""
+    """A dashed frame that encloses boxes that belong together; its title is at the upper right."""
     axes.add_patch(Rectangle(corner, width, height, fc="none", ec=style.FAINT, lw=0.9, ls=(0, (4, 3))))
     place = corner[0] + width - 8, corner[1] + height - 6
     axes.text(*place, title, size=9, ha="right", va="top", color=style.FAINT, weight="bold")

@@ -1,4 +1,4 @@
-"""The pictures of docs/images, and the committed results that each is drawn from."""
+"""The pictures of docs/images, and the committed results that each shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGES = ROOT / "docs" / "images"
 
 
 class Picture(NamedTuple):
-    """A picture: its name below docs/images, how it is drawn, and from which records below benchmarks/results."""
+    """A picture: its name below docs/images, its drawing function, and its records below benchmarks/results."""
 
     name: str
     draw: Callable[..., Figure]

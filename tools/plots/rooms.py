@@ -73,7 +73,7 @@ def draw() -> Figure:
     frame(axes, (446, bottom - 10), 198, top - bottom + 30, "inside kernels/")
     _draw(axes, kernels, KERNELS, top)
     note = (
-        "An arrow: imports. Drawn from the\nsources; an arrow that a longer path\nimplies is left out (cli to errors)."
+        "An arrow: imports, read from the\nsources; an arrow that a longer path\nimplies is left out (cli to errors)."
     )
     axes.text(450, bottom - 24, note, size=9, va="top", color=style.FAINT, linespacing=1.35)
     return figure

@@ -1,4 +1,4 @@
-"""How every picture looks, and how it becomes a file whose bytes depend on what is drawn alone."""
+"""How every picture looks, and how it becomes a file whose bytes depend on its content alone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 WIDTH, DPI = 9.0, 200  # 1800 pixels, shown at 900
-# Okabe and Ito's colours, which the colour-blind tell apart. Peers are grey: the eye finds our bars first.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Peers are grey: the eye finds our bars first.
 OURS, SECOND, THIRD = "#0072b2", "#d55e00", "#009e73"
 PEER, OTHER_PEER = "#8c8c8c", "#c4c4c4"
 INK, FAINT, LINE, GROUND = "#1f2328", "#59636e", "#d0d7de", "#ffffff"
 OURS_PALE, SECOND_PALE, THIRD_PALE, GREY_PALE = "#e3f0f8", "#fbe9dd", "#dff3ec", "#f3f4f6"
 
-PLATE: dict[str, Any] = {"facecolor": GROUND, "edgecolor": "none", "pad": 0.8}  # behind a text that crosses a line
+PLATE: dict[str, Any] = {"facecolor": GROUND, "edgecolor": "none", "pad": 0.8}  # under a text that crosses a line
 
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
@@ -74,7 +74,7 @@ def new(height: float, title: str, conditions: str = "") -> Figure:
 
 
 def drawn(figure: Figure) -> str:
-    """A digest of what a figure says: its texts, and its lines, bars and points in data coordinates.
+    """A digest of a figure: its texts, and its lines, bars and points in data coordinates.
 
     Unlike pixels it is the same in every matplotlib. Ticks that a locator chooses by the layout are left out.
     """

@@ -1,4 +1,4 @@
-"""What the drop-in adapters do with each argument of the functions that they stand for, and what they lack."""
+"""How the drop-in adapters treat each argument of the functions that they replace, and which functions they lack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["taken", "ignored", "refused"]
 class Treatment:
     """Arguments by name, or by "function.name" or "module.name" where these treat a name unlike the others.
 
-    taken: does what it says there.
+    taken: has the same effect.
     ignored: changes nothing of the result: a value to try, and why that is right.
     refused: raises NotImplementedError by its name: a value that is refused. What means "off" is legal.
     absent: functions, classes and methods that there is nothing for, by the reason.
@@ -30,14 +30,14 @@ class Treatment:
         return {"taken": set(self.taken.split()), "ignored": set(self.ignored), "refused": set(self.refused)}
 
     def of(self, module: str, function: str, argument: str) -> tuple[Kind, str]:
-        """What becomes of an argument, and the key that says so. Raises KeyError where not exactly one does."""
+        """The treatment of an argument, and its key. Raises KeyError where not exactly one key matches."""
         for key in (f"{function}.{argument}", f"{module.split('.')[-1]}.{argument}", argument):
             found: list[Kind] = [kind for kind, names in self.keys().items() if key in names]
             if len(found) == 1:
                 return found[0], key
             if found:
                 raise KeyError(f"{key} is {' and '.join(found)}")
-        raise KeyError(f"{function} has an argument {argument}, and nothing says what becomes of it")
+        raise KeyError(f"{function} has an argument {argument} without a treatment")
 
     def why_absent(self, name: str) -> str | None:
         """The reason why a function, class or method is not there; None if it is, or should be."""
@@ -46,7 +46,7 @@ class Treatment:
         return found[0] if found else None
 
 
-SIZES = "the workspace is of the sizes alone"
+SIZES = "the workspace depends on sizes alone"
 SPLITS = "the ops choose how the work is split"
 VECTOR = torch.ones(2, dtype=torch.float32)
 
@@ -64,15 +64,15 @@ FLASH_ATTN = Treatment(
         hidden_states attention_mask indices batch seqlen unused_mask
     """,
     ignored={
-        "deterministic": (True, "nothing here adds in an order that varies"),
-        "max_seqlen": (3, "the bounds say it"),
-        "max_seqlen_q": (3, "the bounds say it"),
-        "max_seqlen_k": (3, "the bounds say it"),
+        "deterministic": (True, "the order of summation is fixed"),
+        "max_seqlen": (3, "it follows from the indptr (cu_seqlens)"),
+        "max_seqlen_q": (3, "it follows from the indptr (cu_seqlens)"),
+        "max_seqlen_k": (3, "it follows from the indptr (cu_seqlens)"),
         "num_splits": (2, SPLITS),
         "pack_gqa": (True, SPLITS),
         "sm_margin": (4, SPLITS),
         "scheduler_metadata": (VECTOR, SPLITS),
-        "fa_version": (3, "there is one"),
+        "fa_version": (3, "one implementation runs"),
     },
     refused={
         "dropout_p": 0.1,
@@ -91,7 +91,7 @@ FLASH_ATTN = Treatment(
     },
     absent={
         "helpers of its own": "maybe_contiguous round_multiple",
-        "for training, which nothing here serves": "index_put_first_axis index_first_axis_residual",
+        "for training; these ops are for inference": "index_put_first_axis index_first_axis_residual",
         "merges partial results of its own kernels; kernels.merge_state merges ours": "flash_attn_combine",
         "plans launches of its own kernels": "get_scheduler_metadata",
         "masks that pack several sequences into a row": "unpad_input_for_concatenated_sequences",
@@ -117,7 +117,7 @@ FLASHINFER = Treatment(
         "enable_pdl": (True, "launches overlap where a kernel can"),
         "deterministic": (False, "sampling is deterministic"),
         "is_deterministic": (True, "renormalising is deterministic"),
-        "append_paged_kv_cache.kv_last_page_len": (integers(2, 1), "positions say it"),
+        "append_paged_kv_cache.kv_last_page_len": (integers(2, 1), "it follows from the positions"),
         "backend": ("fa2", "one implementation runs"),
         "use_tensor_cores": (True, "the ops choose their kernel"),
         "BatchDecodeWithPagedKVCacheWrapper.workspace_size.pos_encoding_mode": ("ROPE_LLAMA", SIZES),
@@ -131,17 +131,17 @@ FLASHINFER = Treatment(
         "use_fp16_softmax": (True, "sums are fp32"),
         "int_workspace_buffer": (VECTOR, "no op needs it"),
         "variant": ("shared", "caches of any strides are taken"),
-        "decode.rope_scale": (2.0, "of a rotation inside attention, which is refused"),
-        "decode.rope_theta": (1e6, "of a rotation inside attention, which is refused"),
-        "prefill.rope_scale": (2.0, "of a rotation inside attention, which is refused"),
-        "prefill.rope_theta": (1e6, "of a rotation inside attention, which is refused"),
-        "decode.seq_lens": (integers(3, 2), "the pages say it"),
-        "prefill.seq_lens": (integers(3, 2), "the pages say it"),
-        "seq_lens_q": (integers(2, 1), "the bounds say it"),
-        "block_tables": (integers(4, 1, 0, 0).view(2, 2), "the pages say it"),
-        "max_token_per_sequence": (2, "the bounds say it"),
-        "max_sequence_kv": (3, "the bounds say it"),
-        "uniform_q_len": (2, "the bounds say it"),
+        "decode.rope_scale": (2.0, "apply to rotation inside attention, which is refused"),
+        "decode.rope_theta": (1e6, "apply to rotation inside attention, which is refused"),
+        "prefill.rope_scale": (2.0, "apply to rotation inside attention, which is refused"),
+        "prefill.rope_theta": (1e6, "apply to rotation inside attention, which is refused"),
+        "decode.seq_lens": (integers(3, 2), "it follows from the page indptr and indices"),
+        "prefill.seq_lens": (integers(3, 2), "it follows from the page indptr and indices"),
+        "seq_lens_q": (integers(2, 1), "it follows from the indptr (cu_seqlens)"),
+        "block_tables": (integers(4, 1, 0, 0).view(2, 2), "it follows from the page indptr and indices"),
+        "max_token_per_sequence": (2, "it follows from the indptr (cu_seqlens)"),
+        "max_sequence_kv": (3, "it follows from the indptr (cu_seqlens)"),
+        "uniform_q_len": (2, "it follows from the indptr (cu_seqlens)"),
         "fixed_split_size": (4, SPLITS),
         "disable_split_kv": (True, SPLITS),
     },
