@@ -53,7 +53,7 @@ def test_odd_shapes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @triton_ops
 def test_llamas_shapes(op: str, dtype: torch.dtype) -> None:
-    """Those of the benchmarks: 1 to 8192 rows of every Llama 2, so every launch that the heuristics choose for them."""
+    """The benchmarks' shapes: 1 to 8192 rows of every Llama 2, so every launch that the heuristics choose for them."""
     for each in llama_calls(dtype, (op,)):
         with running(op, DEVICE) as function:
             error, bound = judged(each, function, DEVICE)

@@ -56,7 +56,7 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_as_exact_as_transformers(prompt: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Of a prompt, and of the token after it."""
+    """Logits of a prompt, and of the token after it."""
     stock, patched = pair(dtype)
     rows = prompt["attention_mask"].bool()
     one = prompt["input_ids"][:, :1]

@@ -141,7 +141,7 @@ def test_a_replayed_step_waits_for_nothing(
     """
     generate(model, penalized=penalized)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert replays[0] == STEPS - 1  # but for that of the prompts
+    assert replays[0] == STEPS - 1  # the prompts' step is not replayed
 
 
 @pytest.mark.parametrize("kind", ["none"])
@@ -167,7 +167,7 @@ def test_after_a_capture_that_fails_all_goes_on(
     def waiting(mlp: LlamaMLP, hidden: Tensor, *args: Any) -> Tensor:
         if hidden.shape[0] == 4 and torch.cuda.is_current_stream_capturing():
             failed.append(torch.empty(1 << 26, dtype=torch.uint8, device="cuda").shape)  # 64 MiB of the graphs' pool
-            torch.cuda.synchronize()  # which no graph may hold
+            torch.cuda.synchronize()  # not allowed in a capture
         return forward(mlp, hidden, *args)
 
     torch.cuda.empty_cache()

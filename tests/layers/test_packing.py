@@ -85,7 +85,7 @@ def test_the_runtime_generates_the_same() -> None:
 
 
 def test_auto_packs_what_pays_and_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not packing.pays(model())  # it fits into the caches
+    assert not packing.pays(model())  # its weights fit into the CPU's caches
     monkeypatch.setattr(packing, "CACHED", 0)
     monkeypatch.setattr(packing, "runs_natively", lambda dtype: False)
     assert packing.pays(model())

@@ -62,7 +62,7 @@ def test_frequencies(rope: dict[str, Any], head_dim: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama 3.1", "yarn"])
 def test_the_corners_of_blends_are_all_met(name: str) -> None:
-    """Kept, blended and stretched frequencies: the test above covers all three."""
+    """The test above covers all three: kept, blended and stretched frequencies."""
     _, scaled = both(ROPES[name])
     _, plain = both(ROPES["default"] | {"rope_theta": ROPES[name]["rope_theta"]})
     ratio, factor = inverse_frequencies(plain, TRAINED) / inverse_frequencies(scaled, TRAINED), ROPES[name]["factor"]
@@ -73,7 +73,7 @@ def test_the_corners_of_blends_are_all_met(name: str) -> None:
 
 @pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED, TRAINED + 1, 1000])
 def test_dynamic_frequencies_follow_the_longest_sequence_to_come(length: int) -> None:
-    """Ours for a context of `length` are theirs at a sequence of that length; within the trained context, the plain."""
+    """Ours for a context of `length` are transformers' at that sequence length; unscaled within the trained context."""
     theirs, ours = both(ROPES["dynamic"])
     rotary = LlamaRotaryEmbedding(theirs)
     rotary(torch.zeros(1), torch.arange(length)[None])
@@ -91,7 +91,7 @@ def test_yarn_scales_cosines_and_sines(rope: str) -> None:
     assert attention_factor(ours) == pytest.approx(rotary.attention_scaling, rel=1e-15)
     cos, sin = rotary(torch.zeros(1), torch.arange(TRAINED)[None])
     expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), -1)
-    # An angle of up to 128 radians is 4 eps off in relation, so 2^-15 in all.
+    # An angle of up to 128 radians has a relative error of 4 eps, so 2^-15 in all.
     torch.testing.assert_close(rotary_cache(ours, TRAINED, "cpu"), expected, rtol=0, atol=2**-14)
 
 

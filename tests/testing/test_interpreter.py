@@ -246,7 +246,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", REDUCTIONS)
 def test_reductions_and_scans(op: str, dtype: torch.dtype) -> None:
-    """Of small integers, so that every order of summation is exact."""
+    """Inputs are small integers, so that every order of summation is exact."""
     x = torch.stack([torch.randperm(N) for _ in range(4)]).sub(N // 2).clamp(-6, 6).float()
     x = (x + torch.arange(N) / 64 if op in ("sort", "max", "argmax") else x).to(dtype)
     out = torch.empty_like(REDUCTIONS[op](x.double()), dtype=torch.float32)

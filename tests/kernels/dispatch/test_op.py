@@ -77,7 +77,7 @@ def test_what_runs(
     chosen = OPS[op].implementation(device)
     assert (chosen.backend, chosen.reason) == (backend, reason)
     assert callable(chosen.run)
-    if (device, variable) != ("cpu", "triton"):  # where ops that have a Triton kernel raise: this is no interpreter
+    if (device, variable) != ("cpu", "triton"):  # there ops with a Triton kernel raise: it is not interpreted
         assert kernels.backend_of(device)[op] == chosen
 
 

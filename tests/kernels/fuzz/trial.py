@@ -188,7 +188,7 @@ def _judge(
     if op == "sample":
         _judge_sample(given, found)
         return
-    if op == "adjust_logits":  # fp32 by definition, the order of its roundings and where it ends included
+    if op == "adjust_logits":  # defined in fp32: the order of its roundings and its largest values included
         assert_equal(found["out"], reference.adjust_logits(**given))
         return
     slack: Tensor | float = 0.0

@@ -90,7 +90,7 @@ def test_an_address_that_is_not_aligned_is_planned(op: str, launches: list[DryLa
 
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_the_environment_does_not_choose_the_rounding(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `a * b + c`, for which Triton has a variable, and a default that 3.10 changes."""
+    """The rounding of `a * b + c`, for which Triton has a variable, and a default that 3.10 changes."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     with record(TARGETS["sm_90"]) as recorded:
         OPS[op].launcher("cuda")(*positional(op, call(op)))

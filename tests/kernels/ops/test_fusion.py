@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_it_is_the_composition(op: str, backend: str, form: str, dtype: torch.dtype) -> None:
-    """Of matmuls whose own errors are tested elsewhere."""
+    """The composition of torch's ops and the plain matmul, whose own errors are tested elsewhere."""
     for rows, size, features in SHAPES:
         x = torch.randn(rows, size).to(dtype)
         given, weight = weight_of(op, features, size)

@@ -133,7 +133,7 @@ def test_far_apart_far_from_zero_and_without_keys(backend: str, dtype: torch.dty
     state = special(dtype)
     out, lse = public("merge_state", backend)(*state, base2=base2)
     exact, exact_lse = reference.merge_state(*double(*state), base2)
-    finite = [side.nan_to_num(0.0, 0.0) for side in state[::2]]  # what plain torch can bear on a side without keys
+    finite = [side.nan_to_num(0.0, 0.0) for side in state[::2]]  # plain torch cannot take others without keys
     assert_honest(out, plain(finite[0], state[1], finite[1], state[3], base2)[0], exact)
     # the roundings of a total of 1 to 2, of its logarithm and of the sum
     torch.testing.assert_close(lse.double(), exact_lse, rtol=2**-23, atol=2**-22)
@@ -250,7 +250,7 @@ def test_any_strides(backend: str) -> None:
 
 @everywhere
 def test_log_sum_exps_of_heads_by_tokens(backend: str) -> None:
-    """As flash-attn returns them, each in strides of its own; in place too, and not over the rows of another."""
+    """As flash-attn returns them, each with its own strides; in place too, but not over the rows of another."""
     run = public("merge_state", backend)
     a, a_lse, b, b_lse = sides((6, 5, 24))
     expected = run(a, a_lse, b, b_lse)

@@ -101,7 +101,7 @@ def test_angles_in_16_bits_are_widened_as_they_are_read(backend: str, dtype: tor
 
 @pytest.mark.parametrize("op", ["rope", "rope_and_write_kv"])
 def test_angles_in_another_16_bits_than_the_queries_are_refused(op: str) -> None:
-    """And of fp32 queries in any."""
+    """And angles in 16 bits with fp32 queries."""
     for dtype, angles in ((torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
         q, k, cos_sin, positions = queries_and_keys((3, 8, 2, 16, 16), dtype)
         legal = "torch.float32" + (", torch.float16" if dtype == torch.float16 else "")

@@ -139,7 +139,7 @@ EXACT = [
     ([0.125, 0.5, 0.25, 0.125], 2, 1.0, 0.0, [1, 2]),
     ([0.125, 0.5, 0.25, 0.125], 3, 1.0, 0.0, [0, 1, 2, 3]),  # a tie for the third place
     ([0.25, 0.25, 0.25, 0.25], 1, 1.0, 0.0, [0, 1, 2, 3]),
-    ([0.5, 0.25, 0.125, 0.125], 9, 1.0, 0.0, [0, 1, 2, 3]),  # more than there are
+    ([0.5, 0.25, 0.125, 0.125], 9, 1.0, 0.0, [0, 1, 2, 3]),  # more than the vocabulary
     ([0.5, 0.25, 0.125, 0.125], 0, 0.5, 0.0, [0]),  # reached exactly
     ([0.5, 0.25, 0.125, 0.125], 0, 0.50001, 0.0, [0, 1]),
     ([0.5, 0.25, 0.125, 0.125], 0, 0.75, 0.0, [0, 1]),
@@ -248,7 +248,7 @@ def test_ties_of_the_largest_are_kept_together(backend: str, filters: dict[str, 
 
 @on_every_backend
 def test_a_number_is_that_of_the_rows_seed_and_offset(backend: str) -> None:
-    """By all 64 bits of the seed, and the low 32 of the offset."""
+    """It depends on all 64 bits of the seed, and the low 32 of the offset."""
     vocab, offsets = 300, [*OFFSETS, 1 << 32, (1 << 32) + 7, -1]
     parameters = rows(len(SEEDS), seed=SEEDS, offset=offsets)
     tokens, _ = public("sample", backend)(torch.zeros(len(SEEDS), vocab), *parameters)

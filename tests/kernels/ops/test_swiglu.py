@@ -88,7 +88,7 @@ def test_gate_up_and_out_have_strides_of_their_own(backend: str) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("backend", backends("silu_mul"))
 def test_in_place_over_either_half_of_the_projection(backend: str, rows: int, half: int) -> None:
-    """Of one tensor, of both its halves as two, and of two tensors of their own."""
+    """Given as one tensor, as its two halves, and as two separate tensors."""
     run, gate_up = public("silu_mul", backend), torch.randn(rows, 140)
     expected = run(gate_up)
     for given in ((gate_up.clone(),), gate_up.clone().chunk(2, dim=-1), [x.clone() for x in gate_up.chunk(2, dim=-1)]):
