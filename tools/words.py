@@ -55,7 +55,7 @@ FINE = [
 # Not read: stories and their prompts, in which people tell and draw, and the tests of this file.
 SKIPPED = ("fastllama/assets/", "tools/tiny_model/", "benchmarks/gpu/answers.py", "tests/tools/test_words.py")
 
-WORDS = {word: re.compile(rf"(?<![\w-]){word}(?![\w-])", re.IGNORECASE) for word in GLOSSARY}
+WORDS = {word: re.compile(rf"(?<![\w-])(?:{word})(?![\w-])", re.IGNORECASE) for word in GLOSSARY}
 EXCEPT = re.compile("|".join(FINE), re.IGNORECASE)
 NAMES = re.compile(r"``?[^`]*``?|\]\([^)]*\)|https?://\S+|\{[^{}]*\}")
 
@@ -75,7 +75,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return _pages(text)
-    return _python(text, docstrings_only=path.name.startswith("test_"))
+    return _python(text, docstrings_only=path.is_relative_to(ROOT / "tests"))
 
 
 def _pages(text: str) -> Iterator[tuple[int, str]]:
@@ -88,7 +88,7 @@ def _pages(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _python(text: str, docstrings_only: bool) -> Iterator[tuple[int, str]]:
-    """Comments, and strings of three words or more: docstrings, messages, option help. A test's strings are data."""
+    """Comments, and strings of three words or more: docstrings, messages, option help. In tests/ strings are data."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

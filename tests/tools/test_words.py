@@ -12,6 +12,7 @@ from tools import words
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> list[tuple[int, str]]:
     monkeypatch.setattr(words, "ROOT", tmp_path)
     path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return sorted((hit.line, hit.text) for hit in words.hits(path))
 
@@ -24,7 +25,7 @@ def test_docstrings_comments_and_messages_are_prose(tmp_path: Path, monkeypatch:
 
 def test_strings_of_a_test_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = '"""Kept for nobody."""\nx = "what the file says"\n'
-    assert found(tmp_path, monkeypatch, "test_a.py", text) == [(1, "Kept for nobody.")]
+    assert found(tmp_path, monkeypatch, "tests/a.py", text) == [(1, "Kept for nobody.")]
 
 
 def test_names_in_backticks_and_code_blocks_are_not_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
