@@ -78,7 +78,7 @@ def test_the_site_has_each_page_once() -> None:
 
 
 def test_each_image_is_used() -> None:
-    """That each one used exists is a matter of links."""
+    """Missing images are found with the links."""
     used = {(page.parent / link).resolve() for page in PAGES for link in links(page) if link.endswith(IMAGES)}
     there = {path for path in DOCS.rglob("*") if path.suffix in IMAGES}
     assert {name(path) for path in there - used} == set()

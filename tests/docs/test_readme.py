@@ -1,9 +1,10 @@
-"""The README's figures are those of the committed results, and its tree is the repository's."""
+"""Figures of README.md and docs/use/laptop.md are those of the committed results; the README's tree is true."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import median
 
 import fastllama
 from tools.plots.records import DECODE, day, figures, load, machine
@@ -38,6 +39,17 @@ def test_figures_are_those_of_the_committed_results() -> None:
     assert f"{machine(record)}, {day(record)}" in PROSE
     busy = [found[f"busy_{family}_{end}"] for family in ("fastllama", "llama_cpp") for end in ("least", "most")]
     assert "at {:.2f} to {:.2f} times the speed of one, llama.cpp at {:.2f} to {:.2f}".format(*busy) in PROSE
+
+
+def test_the_share_of_the_bandwidth_on_a_laptop_is_that_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "use" / "laptop.md").read_text(encoding="utf-8")
+    record, found = load(DECODE), figures()
+    bandwidth = median(record["read_bytes_per_second"])
+    for name, size in record["bytes_per_token"].items():
+        rate = found[f"decode_tokens_per_s_{name.replace(' ', '_')}"]
+        kind = name.removeprefix("fastllama").strip() or "bf16"
+        assert f"| {kind} | {size / 1e9:.2f} GB | {rate:.1f} | {rate * size / bandwidth:.2f} |" in page
+    assert f"read {bandwidth / 1e9:.1f} GB/s" in " ".join(page.split())
 
 
 def test_first_screen_shows_the_plot_the_demonstration_and_the_state_on_a_gpu() -> None:
