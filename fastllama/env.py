@@ -73,7 +73,7 @@ PDL = Variable(
     "FASTLLAMA_PDL",
     "1",
     "`1`: programmatic dependent launch: a kernel may start before the previous one has ended (NVIDIA, from sm_90 on). "
-    "`0`: off. Read when an op's launch is first prepared for given shapes; later calls with those shapes reuse it.",
+    "`0`: off. Read when an op is first called with new shapes, strides or dtypes; later such calls reuse it.",
     _SWITCH,
 )
 AHEAD = Variable(
@@ -119,7 +119,7 @@ def triton_interpret() -> bool:
 
 
 def cache_dir() -> Path:
-    """The cache folder, by the XDG rule; it need not exist, and does not for a user without a home."""
+    """The cache folder, by the XDG rule; it need not exist, and cannot for a user without a home."""
     folder = Path(XDG_CACHE_HOME.read())
     if not folder.is_absolute():
         try:

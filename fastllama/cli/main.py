@@ -21,7 +21,12 @@ STATUSES = f"""exit status:
   {USER_ERROR} a wrong argument, file or checkpoint, {BUG} a bug in fastllama, or serve's engine has failed for good,
   {INTERRUPTED} interrupted by Ctrl-C, {BROKEN_PIPE} the reader of the output closed it"""
 # Advice after running out of memory, for commands that lack --max-model-len or have something better.
-SMALLER = {"quantize": "fewer --samples or a smaller --context", "verify": "--dtype bfloat16"}
+SMALLER = {
+    "quantize": "fewer --samples or a smaller --context",
+    "verify": "--dtype bfloat16",
+    "perplexity": "--quantize int4 or a smaller --context",
+    "bench": "--dtype bfloat16 or a smaller model",
+}
 EXAMPLES = """examples:
   fastllama generate --prompt "Once upon a time"
   fastllama chat --model meta-llama/Llama-2-7b-chat-hf
@@ -44,9 +49,8 @@ def _run(argv: list[str]) -> int:
     try:
         args = _parser().parse_args(argv)
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(
-                errors="replace"
-            )  # a character that the terminal cannot show must not end the answer
+            # A character that the terminal cannot show must not end the answer.
+            sys.stdout.reconfigure(errors="replace")
         level = logging.INFO if debug else logging.ERROR if args.quiet else logging.WARNING
         with _log_to_stderr(level), _repaired_interpreter():
             status: int = args.run(args)
@@ -132,9 +136,8 @@ def _users_mistake(error: Exception, command: str) -> str | None:
     if isinstance(error, ImportError) and not isinstance(error, ExtraRequiredError):
         ours = (error.name or "").startswith("fastllama")
         return None if ours else f"a required package cannot be imported: {error}"
-    if isinstance(error, RuntimeError) and "driver" in str(
-        error
-    ):  # torch's, where the GPU driver is too old or missing
+    # torch's error where the GPU driver is too old or missing.
+    if isinstance(error, RuntimeError) and "driver" in str(error):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

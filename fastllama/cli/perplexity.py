@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SAME = True  # --against without a value
 CONTEXT = 1024
-STEP_TOKENS = 2048  # room in the KV cache beyond one context; steps of so many tokens run at full speed
+STEP_TOKENS = 2048  # room in the KV cache beyond one context; steps of this many tokens run at full speed
 BUNDLED = "heldout_seed.txt"
 DETAILS = """Feeds the text in windows of --context tokens, each --stride tokens after the one before, and scores every
 token of a document but its first once. The perplexity is exp of the mean negative log-likelihood per token. With a
@@ -185,7 +185,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _check_same(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raise where the files hold no unquantized weights to compare with, or where those are what is measured."""
+    """Raise where the files hold no unquantized weights to compare with, or the measured model is not quantized."""
     claim = "--against compares with the same model, not quantized"
     if checkpoint.quantization is not None:
         raise ValueError(

@@ -57,7 +57,7 @@ def add_command(commands: Any) -> None:
     add_runtime_options(parser)
     add_capacity_options(parser)
     seeds = parser.add_argument_group("sampling", "Sampling parameters come with each request.")
-    add_seed_option(seeds, default=None, help="seed for requests that specify none (default: random)")
+    add_seed_option(seeds, default=None, help="seed of the seeds of requests that specify none (default: random)")
 
 
 def _add_http_options(group: argparse._ArgumentGroup) -> None:

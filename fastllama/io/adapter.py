@@ -46,9 +46,7 @@ class _Change:
 
     replacement: Tensor | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)  # "A" [rank, in], "B" [out, rank]
-    keys: dict[str, str] = field(
-        default_factory=dict
-    )  # tensor names of "A", "B" and the replacement "W" in the adapter's file
+    keys: dict[str, str] = field(default_factory=dict)  # names in the adapter's file of "A", "B", the replacement "W"
 
     @property
     def names(self) -> str:
@@ -282,7 +280,7 @@ class AdaptedCheckpoint(Checkpoint):
                 )
         replaced = [f".{_module(name)}." for name, change in self._changes.items() if change.replacement is not None]
         for ending in self._settings.saved_modules:
-            # a module itself (lm_head), or what is below it (mlp)
+            # a module (lm_head), or the modules inside it (mlp)
             if not any(f"{ending}." in module for module in replaced):
                 raise CheckpointError(
                     f"{self._file} holds no weight of {shown(ending)}, one of modules_to_save; {AGAIN}"

@@ -126,7 +126,7 @@ class ScoreOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestDelta:
-    """What a request gained since its last delta.
+    """The new output of a request since its last delta.
 
     outputs: the samples that gained something, by index; text, token_ids and logprobs contain only what is new. The
     last one of a sample has its finish_reason and stop_reason.

@@ -302,7 +302,7 @@ def _unauthorized(code: str, message: str) -> ApiError:
 def _checked(secret: str) -> str:
     """Checks a key from the environment. Error messages do not contain it, because they are logged."""
     if not secret or any(not "!" <= each <= "~" for each in secret):
-        wrong = "holds a blank or what is not ASCII" if secret.strip() else "is empty or blank"
+        wrong = "holds a blank or a character that is not visible ASCII" if secret.strip() else "is empty or blank"
         raise ValueError(f"FASTLLAMA_API_KEY {wrong}; legal: visible ASCII characters, as a header carries them")
     return secret
 

@@ -23,9 +23,8 @@ from fastllama.verify.perplexity import (
     score,
 )
 
-KEPT_BYTES = (
-    256 * 1024**2
-)  # of the reference's logits; one window may exceed it: 4096 tokens of 128256 in fp16 are 1 GB
+# Of the reference's logits. One window may exceed it: 4096 tokens of 128256 in fp16 are 1 GB.
+KEPT_BYTES = 256 * 1024**2
 CHUNK_BYTES = 16 * 1024**2  # of fp32 logits compared at a time
 
 

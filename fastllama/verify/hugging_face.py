@@ -96,10 +96,8 @@ def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with (
-            redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):  # progress bars of compressed-tensors cannot be disabled
+        # stderr too: progress bars of compressed-tensors cannot be disabled.
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

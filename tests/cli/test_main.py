@@ -95,6 +95,19 @@ def test_every_example_is_one_that_parses(name: str, capsys: pytest.CaptureFixtu
         assert main._parser().parse_args(words[1:]).command == name.split()[0]
 
 
+@pytest.mark.parametrize("name", [*(each for each in COMMANDS if each not in ("info", "bench")), *NESTED, "bench ops"])
+def test_advice_after_running_out_of_memory_names_options_of_the_command(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = main._users_mistake(MemoryError(), name.split()[0])
+    options = [word for word in (advice or "").split() if word.startswith("--")]
+    with pytest.raises(SystemExit):
+        main.main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert options
+    assert all(option in text for option in options)
+
+
 @pytest.mark.parametrize(
     ("error", "says"),
     [

@@ -207,7 +207,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: (keys, values), each [P, page_size, Hkv, D] (NHD) or [P, Hkv, page_size, D] (HND), or one
         tensor [P, 2, ...]. out: like q, lse: [B * Q, Hq] fp32, any strides; both written where given.
         Returns out, and with return_lse the log-sum-exps, to base 2. q_scale, k_scale, v_scale: numbers.
-        Raises RuntimeError before the first plan, ValueError and TypeError for what is not as planned.
+        Raises RuntimeError before the first plan, ValueError and TypeError for tensors that do not match the plan.
         """
         planned = self._plan_of_run()
         refuse_arguments(

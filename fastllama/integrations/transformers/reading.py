@@ -33,7 +33,7 @@ def linears_of(layer: Any) -> list[list[nn.Module]]:
 
 
 class Reading:
-    """The matmuls of a layer, and what they were read from: a copy, and what is unpickled, has nothing read.
+    """The fused matmuls of a layer, and the state of the layer that they were read from. Copies begin empty.
 
     linears, matmuls: of q, k and v, of o, of gate and up, and of down. dtype: that of the residual stream.
     """

@@ -73,8 +73,8 @@ class ChatFormat:
     def encode_whole(self, text: str, *, tags: Tags = "refuse") -> list[int] | None:
         """Token ids of a text that is already a whole prompt in Llama 2's format; None where it is not.
 
-        Its form: any number of finished turns "[INST] ... [/INST] ... </s><s>", then "<s>[INST] ... [/INST]", where the
-        first "<s>" and blanks at both ends are optional. The ids are those of `encode` for the same conversation: the
+        Its form: any number of finished turns "<s>[INST] ... [/INST] ... </s>", then "<s>[INST] ... [/INST]", where
+        each "<s>" and blanks at both ends are optional. The ids are those of `encode` for the same conversation: the
         first BOS is added here, "</s>" and "<s>" between turns become ids, everything else is encoded literally,
         "<<SYS>>" included. None for any text where the format is a template that does not write "[INST]".
         tags: how to treat special pieces inside a turn, as in `encode`; ValueError for the first if "refuse".

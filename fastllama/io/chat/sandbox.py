@@ -116,9 +116,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # jinja2 wraps str.format
         if owner is __self:  # inserted by BudgetedNodes
             return super().call(__context, __obj, *args, **kwargs)
-        named = [
-            value for name, value in kwargs.items() if not name.startswith("_")
-        ]  # names with an underscore are jinja2's
+        # Names that begin with an underscore are jinja2's.
+        named = [value for name, value in kwargs.items() if not name.startswith("_")]
         given = [*([owner] if isinstance(owner, (str, int)) else []), *args, *named]
         __self.spend(_cost(getattr(__obj, "__name__", ""), given))
         return __self.made(super().call(__context, __obj, *args, **kwargs))

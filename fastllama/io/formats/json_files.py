@@ -13,7 +13,7 @@ AGAIN = "download or copy it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or CheckpointError with the place of a syntax error.
+    """The JSON object in a file. Raises FileNotFoundError, or CheckpointError with the place where it is invalid.
 
     A key that occurs twice with different values is refused; transformers takes the last.
     """

@@ -50,7 +50,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises CheckpointError where it is invalid, truncated, or empty."""
+    """An open safetensors file. Raises CheckpointError where it is invalid, truncated, or has no tensors."""
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError):

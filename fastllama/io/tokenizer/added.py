@@ -20,7 +20,7 @@ class AddedPiece(NamedTuple):
         token_id: the id in the files, None where they specify none.
         lstrip, rstrip: the token absorbs the white space on its left, on its right.
         single_word: the token is not matched inside words.
-        normalized: the text is searched for it after normalization, and after those that are not normalized.
+        normalized: the token is matched in the normalized text, after the tokens that are not normalized.
         special: decoding may skip it.
     """
 

@@ -13,11 +13,8 @@ from fastllama.io.tokenizer.settings import TokenizerSettings
 
 SPACE = "▁"  # U+2581: how SentencePiece writes a space in its pieces
 _INFILLING = ("PRE", "SUF", "MID", "EOT")
-CONTROL_PIECES = (
-    "<s>",
-    "</s>",
-    "<unk>",
-)  # of a SentencePiece vocabulary: encoded as plain text where a text contains them
+# Of a SentencePiece vocabulary; encoded as plain text where a text contains them.
+CONTROL_PIECES = ("<s>", "</s>", "<unk>")
 INFILLING_PIECES = tuple(f"{SPACE}<{name}>" for name in _INFILLING)
 # The position after "<" where a text contains an infilling piece (a space or the start, then "<PRE>").
 _INSIDE_INFILLING_TAG = re.compile(rf"(?:(?<=\A<)|(?<=[ {SPACE}]<))(?=(?:{'|'.join(_INFILLING)})>)")

@@ -18,9 +18,8 @@ from fastllama.io.tokenizer.base import ANCHOR, CONTROL_PIECES, INFILLING_PIECES
 from fastllama.io.tokenizer.settings import CONFIG, TokenizerSettings, read_settings
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_WORD_END = re.compile(
-    r"(?<=\w) "
-)  # not after a blank or a character that normalizes to one, which would split a run of blanks
+# Not after a blank, or a character that normalizes to one: that would split a run of blanks.
+_WORD_END = re.compile(r"(?<=\w) ")
 _ACROSS_WORDS = re.compile(f"[^{SPACE}]{SPACE}")
 _AT_ONCE = 4096  # characters, for which SentencePiece holds the GIL for some 2 ms
 _LOG = logging.getLogger("fastllama")

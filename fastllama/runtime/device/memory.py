@@ -80,7 +80,8 @@ def windows_memory() -> tuple[int, int]:
 def container_bytes(root: Path = Path("/")) -> Iterator[int]:
     """Yields the memory that each Linux control group of this process, and so its container, still allows.
 
-    root: the root of proc and sys. Inactive file cache counts as free, as in MemAvailable.
+    root: the root of proc and sys. Inactive file cache counts as free; active file cache does not, unlike in
+    MemAvailable.
     Source: Linux kernel documentation, admin-guide: cgroup-v1/memory and cgroup-v2.
     """
     membership = root / "proc/self/cgroup"
@@ -105,13 +106,13 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
 
 
 def warn_of_weights(checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device) -> None:
-    """Logs a warning where the weights of a model will not fit: a system that swaps may still load them.
+    """Logs a warning if the weights of a model exceed the free memory. No error: with swap they may still load.
 
-    quantization: as for LLM. Linux ends the process that exhausts memory, without a word: this is the one there is.
+    quantization: as for LLM. Linux kills a process that exhausts memory, with no message: this warning is the only one.
     """
     config, kept = checkpoint.config, checkpoint.quantization
     built = LlamaForCausalLM(config, dtype, "meta")
-    kind = packing.resolve(built, quantization, device=device, kept=kept) or kept
+    kind = kept or packing.resolve(built, quantization, device=device)  # "auto" packs only what is not quantized
     needed, free = packing.expected_bytes(config, dtype, kind), available_bytes(device)
     if needed <= free:
         return
@@ -204,7 +205,7 @@ def sizes(
     length = config.context_length if max_model_len is None else max_model_len
     of_kv = KVCache.bytes_per_token(config, kv_dtype) + more_per_token
     left = max(available - tokens * of_token - seqs * of_seq, 0)
-    _check("max_num_seqs", max_num_seqs, of_seq + of_token, available)  # a token or more each
+    _check("max_num_seqs", max_num_seqs, of_seq + of_token, available)  # a step has a token or more of each
     _check("max_num_batched_tokens", max_num_batched_tokens, of_token, available - seqs * of_seq)
     _check("kv_cache_tokens", kv_cache_tokens, of_kv, left)
     held = kv_cache_tokens
@@ -262,7 +263,7 @@ def choose(
 
 
 def host_bytes(config: LlamaConfig, num_tokens: int, page_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Host memory, in bytes, of a host cache of so many tokens: pinned if the model is on a GPU."""
+    """Host memory, in bytes, of a host cache of num_tokens tokens: pinned if the model is on a GPU."""
     num_tokens = ceil_div(num_tokens, page_size) * page_size
     if device.type == "cuda" and num_tokens:
         return KVCache.pinned_bytes(config, num_tokens, dtype)

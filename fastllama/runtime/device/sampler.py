@@ -46,7 +46,7 @@ class SampleBuffers(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> SampleBuffers:
-        """Allocates buffers for so many rows."""
+        """Allocates buffers for `rows` rows."""
         first = ceil_div(8 * rows, ALIGNMENT) * ALIGNMENT  # offset of the log-probabilities
         memory = torch.empty(first + 4 * rows, dtype=torch.uint8, device=device)
         return cls(memory, memory[: 8 * rows].view(torch.int64), memory[first:].view(torch.float32))

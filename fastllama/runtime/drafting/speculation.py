@@ -27,10 +27,10 @@ PERIOD = 64  # steps of one kind after which the other is retried
 
 
 class Drafter(Protocol):
-    """Interface of what proposes draft tokens."""
+    """The interface of a drafter, which proposes draft tokens."""
 
     def warm_up(self) -> float:
-        """Compile and capture what is used later. Returns the seconds it took."""
+        """Compile kernels and capture steps before the first request. Returns the seconds it took."""
 
     def follow(self, step: Step) -> None:
         """Observe a step that the model is about to compute."""

@@ -261,9 +261,11 @@ class BlockPool:
     def check_invariants(self) -> None:
         """Assert that every page is in exactly one state and the cache is consistent. For tests: O(num_pages)."""
         held = [page_id for page_id, count in enumerate(self._references) if count > 0]
-        assert sorted([*held, *self._free, *self._idle]) == list(range(self.num_pages)), "a page is lost or double"
+        assert sorted([*held, *self._free, *self._idle]) == list(range(self.num_pages)), (
+            "a page is missing or duplicated"
+        )
         places = range(self.num_pages, self.num_pages + self.num_host_pages)
-        assert sorted([*self._host_free, *self._host_idle]) == list(places), "a host page is lost or counted twice"
+        assert sorted([*self._host_free, *self._host_idle]) == list(places), "a host page is missing or duplicated"
         assert all(prefix_id >= self.root for prefix_id, _ in self._cached), "a page of a forgotten prefix is cached"
         keyed = {page_id: key for page_id, key in enumerate(self._keys) if key is not None}
         assert {page_id: key for key, (page_id, _) in self._cached.items()} == keyed, "the cache and its inverse differ"

@@ -78,8 +78,8 @@ class Scheduler:
     def fork(self, seq: Sequence, request: Request) -> None:
         """Add a request that shares another's prompt and continues from the current end of that one's only sequence.
 
-        It runs in the same pages, with the same age, if all but that sequence's last token is computed and a seat is
-        free. Otherwise it waits like a prompt of all these tokens, and reuses what the prefix cache has.
+        The new sequence runs in the same pages, with the same age, if all tokens of `seq` but the last are computed and
+        a seat is free. Otherwise it waits like a prompt of all these tokens, and reuses pages of the prefix cache.
         """
         assert not request.sequences, f"request {request.request_id!r} was added before"
         assert seq.status is not Status.FINISHED, f"a fork of sequence {seq.seq_id}, which is FINISHED"
@@ -314,7 +314,7 @@ class Scheduler:
     def _admissions(self, most: int | None = None) -> Iterator[Sequence]:
         """Admit waiting sequences one by one, with pages, until the next lacks a seat or pages.
 
-        One whose next page a running sequence is computing waits for it; later ones pass. most: tokens to compute for
+        A sequence whose next page a running one is computing waits for it; later ones pass. most: tokens to compute for
         all of them together; None for no limit.
         """
         lookups, size, num_passed = self._lookups, self.pool.page_size, 0

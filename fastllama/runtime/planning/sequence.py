@@ -102,7 +102,7 @@ class Sequence:
     page_ids: list[int] = field(default_factory=list)
     num_published: int = 0  # leading pages in the prefix cache
     prefix_id: int = ROOT  # the prefix cache's id of those pages
-    awaits: tuple[Sequence, int] | None = None  # (sequence, pages): waits until that one has published so many
+    awaits: tuple[Sequence, int] | None = None  # (sequence, pages): waits until that sequence has published so many
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

@@ -14,7 +14,7 @@ class WaitingQueue:
     """Waiting sequences in order of admission.
 
     A new sequence passes, from the back, all whose patience is at least its length; the patience of the foremost one
-    passed drops by that length. That one so protects the sequences after it, which are delayed no more than itself.
+    passed drops by that length. So it protects the sequences after it, which are delayed no more than itself.
 
     The queue is a list of blocks of about sqrt(n) sequences, each with its least patience, so that no operation costs
     more than O(sqrt(n)): a short prompt passes 10,000 long ones by whole blocks.

@@ -70,8 +70,8 @@ class AsyncEngine:
         request_id: names it for `abort`; None makes one. tags, add_special_tokens, continues_text: as in LLM.chat,
         LLM.generate and LLM.start.
         Raises at once, and queues nothing: QueueFullError if max_queue_size requests wait, ValueError or TypeError for
-        what can never run, RuntimeError while the engine drains or after its shutdown. A prompt of more than 8192
-        characters is tokenized on another thread; its errors are raised by the stream, as RequestError.
+        a request that can never run, RuntimeError while the engine drains or after its shutdown. A prompt of more than
+        8192 characters is tokenized on another thread; its errors are raised by the stream, as RequestError.
         """
         reject(unknown, "AsyncEngine.add_request", AsyncEngine.add_request)
         how = checked(tags=tags, add_special_tokens=add_special_tokens)

@@ -17,7 +17,7 @@ from fastllama.runtime.serving.statistics import Statistics
 
 @dataclass
 class _Sent:
-    """What has been sent to a request's reader of one sample."""
+    """The part of one sample that has been sent to the request's reader."""
 
     num_tokens: int = 0
     num_logprobs: int = 0

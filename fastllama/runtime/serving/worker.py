@@ -23,7 +23,7 @@ from fastllama.runtime.serving.mailbox import wake
 from fastllama.runtime.serving.order import Order
 from fastllama.runtime.serving.statistics import Health, Snapshot, Statistics
 
-BEYOND_REPAIR = 8  # faults of the bookkeeping in a row, each followed by a restart with an empty pool
+BEYOND_REPAIR = 8  # faults of the bookkeeping in a row after which the engine ends; it restarts after each earlier one
 
 
 class Worker:
