@@ -1,4 +1,4 @@
-"""What tests of several files of this room are given."""
+"""Fixtures of several files of the runtime's tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastllama.runtime.device.runner import Runner
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that runs by itself, as it seems."""
+    """Pretends that a device runs by itself, so that steps are launched ahead."""
     init = Runner.__init__
 
     def initialise(self: Runner, *args: Any, **options: Any) -> None:

@@ -78,7 +78,7 @@ def ours(
     eos: tuple[int, ...] = (),
     kind: type[LlamaForCausalLM] = LlamaForCausalLM,
 ) -> LlamaForCausalLM:
-    """The same model as ours. In fp64 rounding, which may differ from batch to batch, is too small to change a draw."""
+    """The same model as ours. In fp64 rounding, which may vary with the batch, is too small to change a sample."""
     model = theirs(shape, vocab_size)
     config = replace(LlamaConfig.from_hf(model.config.to_dict()), eos_token_ids=eos)
     built = kind(config, dtype)
@@ -87,7 +87,7 @@ def ours(
 
 
 class Scripted(LlamaForCausalLM):
-    """A model that wants script[p] at position p, whatever came before; BROKEN stands for logits that are NaN."""
+    """A model whose likeliest token at position p is script[p], whatever came before; BROKEN stands for NaN logits."""
 
     script: list[int]
     BROKEN = -1

@@ -1,4 +1,4 @@
-"""Who may use an LLM: threads share it, step by step; nobody within a step; two of one model leave each other alone."""
+"""Threads share an LLM step by step, no call enters a step that runs, and two LLMs of one model do not interfere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _fork(llm: LLM, text: str) -> str:
 
 
 def _abort(llm: LLM, text: str) -> str:
-    """What came before is the start of the whole: all that can be said, and nothing of it shows in other answers."""
+    """Its tokens so far are a beginning of the whole answer: no more is known, and other answers do not show it."""
     started = llm.start(text, replace(SHORT, max_tokens=200), request_id=f"{text} {threading.get_ident()}")
     llm.engine.step()
     llm.abort(started.request.request_id)
@@ -73,7 +73,7 @@ JOBS: tuple[Callable[[LLM, str], str], ...] = (_generate, _chat, _stream, _fork,
 
 
 def wrong_answers_of_threads() -> list[str]:
-    """What four threads get from one LLM in rounds of every job, where it differs from what each gets alone."""
+    """Differences between the answers that four threads get from one LLM in rounds of every job, and those alone."""
     wrong: list[str] = []
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -196,7 +196,7 @@ def test_an_interrupt_at_any_moment_leaves_the_lock_free(access: Access) -> None
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("num_before", [0, 1])
 def test_an_interrupt_while_it_waits_leaves_the_lock_free(num_before: int, access: Access) -> None:
-    """As the first who waits, and as one behind the first."""
+    """As the first that waits, and as the second."""
     main = threading.main_thread().ident
     assert main == threading.get_ident()
     others = [threading.Thread(target=enter, args=(access,)) for _ in range(num_before)]
@@ -360,7 +360,7 @@ def test_two_llms_of_one_model_leave_each_other_alone(scaling: RopeScaling | Non
         assert [each.result() for each in found] == [right[length] for _, length in pairs * 4]
 
 
-def test_nobody_changes_the_weights_of_a_model_that_another_llm_runs() -> None:
+def test_the_weights_of_a_model_that_another_llm_runs_cannot_be_changed() -> None:
     model = ours(dtype=torch.float32)
     with running(model) as first:
         before = tokens_of(first.generate(PROMPTS[0], HOT)[0])

@@ -1,4 +1,4 @@
-"""Steps launched before the one before them is read: the same answers, and the host never waits in between."""
+"""Steps launched before the one before them is read give the same answers, and the host never waits in between."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIXED = [
     SamplingParams(temperature=3.0, seed=4, max_tokens=1, prompt_logprobs=1),
     SamplingParams(temperature=4.0, seed=7, max_tokens=NEW_TOKENS, stop_token_ids=range(3, 20), n=2),
 ]
-AROUND: dict[str, dict[str, Any]] = {
+LIMITS: dict[str, dict[str, Any]] = {
     "one batch": {},
     "chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 20},
     "few pages": {"kv_cache_tokens": 112, "max_model_len": 96},
@@ -61,7 +61,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def told(outputs: list[RequestOutput]) -> list[Any]:
+def contents(outputs: list[RequestOutput]) -> list[Any]:
     return [
         [(o.token_ids, o.text, o.finish_reason, [(p.token_id, pytest.approx(p.logprob)) for p in o.logprobs or ()])
          for o in output.outputs]
@@ -72,7 +72,7 @@ def told(outputs: list[RequestOutput]) -> list[Any]:
 def test_the_next_step_is_launched_before_one_is_read(ahead: None, events: list[str]) -> None:
     with running(ours()) as llm:
         llm.generate([PROMPTS[1]], GREEDY)
-    # The last token of an answer is known to be that: nothing is launched behind it.
+    # The last token of an answer is known to be that: nothing is launched after it.
     assert events == ["launch"] + ["launch", "read"] * (NEW_TOKENS - 1) + ["read"]
 
 
@@ -95,33 +95,33 @@ def test_on_a_cpu_each_is_read_at_once(events: list[str]) -> None:
 
 
 @pytest.mark.parametrize("params", [GREEDY, HOT, MIXED], ids=["greedy", "hot", "mixed"])
-@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("limits", LIMITS)
 def test_answers_are_the_same(
-    around: str, params: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    limits: str, params: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    with running(ours(), **AROUND[around]) as llm:
-        expected = told(llm.generate(PROMPTS, params))
+    with running(ours(), **LIMITS[limits]) as llm:
+        expected = contents(llm.generate(PROMPTS, params))
     request.getfixturevalue("ahead")
     seen = request.getfixturevalue("events")
-    with running(ours(), **AROUND[around]) as llm:
-        assert told(llm.generate(PROMPTS, params)) == expected
-        if "pages" in around and params is not MIXED:
+    with running(ours(), **LIMITS[limits]) as llm:
+        assert contents(llm.generate(PROMPTS, params)) == expected
+        if "pages" in limits and params is not MIXED:
             assert llm.engine.scheduler.num_preemptions > 0
         assert ("launch", "launch") in pairwise(seen)
 
 
 @pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.4, "frequency_penalty": 0.7, "logit_bias": {5: 4.0}}])
 def test_graphs_of_a_gpu_pass_tokens_on(ahead: None, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one graph's memory to its own next run, and to that of another batch; some may be penalized."""
+    """Tokens go from one graph's memory to its own next run, and to that of another batch; some may be penalized."""
     each = [{}, more]
     params = [SamplingParams(temperature=2.0, seed=i, max_tokens=3 + 4 * i, **each[i % 2]) for i in range(len(PROMPTS))]
     with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
         llm.engine._runner.runs_ahead = False
-        expected = told(llm.generate(PROMPTS, params))
+        expected = contents(llm.generate(PROMPTS, params))
     stand_in = StandIn()
     stand_in.install(monkeypatch)
     with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
-        assert told(llm.generate(PROMPTS, params)) == expected
+        assert contents(llm.generate(PROMPTS, params)) == expected
     assert stand_in.replays > 10
 
 
@@ -135,17 +135,17 @@ def run_and_look(llm: LLM, generations: list[Generation]) -> None:
 
 
 @pytest.mark.parametrize("step", range(1, 12, 3))
-def test_what_is_aborted_meanwhile_disturbs_nobody(ahead: None, step: int) -> None:
+def test_what_is_aborted_meanwhile_disturbs_no_other(ahead: None, step: int) -> None:
     with running(ours()) as llm:
         llm.engine._runner.runs_ahead = False
-        expected = told(llm.generate(PROMPTS, HOT))
+        expected = contents(llm.generate(PROMPTS, HOT))
     with running(ours(), kv_cache_tokens=160, max_model_len=96) as llm:
         generations = [llm.engine.add_request(prompt, HOT) for prompt in PROMPTS]
         for _ in range(step):
             llm.engine.step()
         llm.engine.abort(generations[1])
         run_and_look(llm, generations)
-        found = told([generation.output() for generation in generations])
+        found = contents([generation.output() for generation in generations])
         assert [found[i] for i in (0, 2, 3, 4)] == [expected[i] for i in (0, 2, 3, 4)]
         for sample, whole in zip(found[1], expected[1], strict=False):
             assert sample[0] == whole[0][: len(sample[0])]
@@ -177,28 +177,28 @@ class Failing(LlamaForCausalLM):
 def test_a_fault_ahead_is_met_again_when_its_turn_comes(ahead: None, call: int) -> None:
     with running(ours()) as llm:
         llm.engine._runner.runs_ahead = False
-        expected = told(llm.generate(PROMPTS, GREEDY))
+        expected = contents(llm.generate(PROMPTS, GREEDY))
     model = ours(kind=Failing)
     assert isinstance(model, Failing)
     with running(model) as llm:
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
-        model.calls, model.failures = 0, frozenset({call})  # once: nobody ever hears of it
+        model.calls, model.failures = 0, frozenset({call})  # once: no request notices
         while llm.engine.has_work:
             llm.engine.step()
-        assert told([generation.output() for generation in generations]) == expected
+        assert contents([generation.output() for generation in generations]) == expected
         generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         model.calls, model.failures = 0, frozenset(range(call, call + 2))  # ahead, and then by itself
         while llm.engine.has_work:
             llm.engine.step()
-        assert told([generation.output() for generation in generations]) == expected
+        assert contents([generation.output() for generation in generations]) == expected
 
 
 def test_what_steps_ahead_raise_is_logged_once_of_each_kind(
     ahead: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a warning: each takes the time of a step, and nobody hears of it otherwise."""
+    """As a warning: each takes the time of a step, and leaves no other trace."""
     with running(ours()) as llm:
-        expected = told(llm.generate(PROMPTS, GREEDY))
+        expected = contents(llm.generate(PROMPTS, GREEDY))
     kinds, launch = iter([ValueError, MemoryError] + [ValueError] * NEW_TOKENS), engine_module.launch
 
     def failing(*args: Any, before: Launched | None = None, **options: Any) -> Launched:
@@ -208,8 +208,8 @@ def test_what_steps_ahead_raise_is_logged_once_of_each_kind(
 
     monkeypatch.setattr(engine_module, "launch", failing)
     with caplog.at_level(logging.DEBUG, "fastllama"), running(ours()) as llm:
-        assert told(llm.generate(PROMPTS, GREEDY)) == expected
-    levels = [record.levelno for record in caplog.records if "run ahead" in record.getMessage()]
+        assert contents(llm.generate(PROMPTS, GREEDY)) == expected
+    levels = [record.levelno for record in caplog.records if "launched ahead" in record.getMessage()]
     assert levels[:2] == [logging.WARNING] * 2
     assert set(levels[2:]) == {logging.DEBUG}
 
@@ -243,8 +243,8 @@ def test_an_interrupt_anywhere_leaves_a_whole_engine(ahead: None, line: int) -> 
                 assert sample.finish_reason == ("length" if len(sample.token_ids) == NEW_TOKENS else "abort")
 
 
-def test_nothing_is_launched_that_nobody_waits_for(ahead: None, events: list[str]) -> None:
-    """A stop that nobody could foresee leaves one step behind, of which nothing is kept."""
+def test_nothing_is_launched_without_use(ahead: None, events: list[str]) -> None:
+    """An unforeseen stop leaves one step in flight, of which nothing is kept."""
     with running(ours()) as llm:
         whole = llm.generate([PROMPTS[1]], GREEDY)[0].outputs[0].token_ids
         events.clear()

@@ -1,4 +1,4 @@
-"""Bad words as token sequences: each spelling once, inside a text, and what they ban behind which tokens."""
+"""Bad words as token sequences: each spelling once, inside a text, and the bans that follow which tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_token_is_banned_where_it_completes_a_sequence(sequences: list[list[in
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-prepend", "tiny-metaspace", "llama2"])
 @pytest.mark.parametrize("word", ["the", " the", "once upon", "don't", "\n", "☺", "  ", " "])
-def test_a_word_is_banned_with_and_without_a_space_in_front(kind: str, word: str) -> None:
+def test_a_word_is_banned_with_and_without_a_leading_space(kind: str, word: str) -> None:
     known = tokenizer(kind)
     before = known.encode("end", bos=False)
     texts = [known.decode([*before, *ids]).removeprefix("end") for ids in token_sequences(known, [word])]

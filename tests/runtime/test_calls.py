@@ -41,7 +41,7 @@ from tests.runtime.test_llm import SHORT, talking
         (lambda llm: llm.encode("x", add_special_tokens=None), "add_special_tokens must be True or False, got None"),
     ],
 )
-def test_a_call_with_something_else_says_what_is_legal(call: Callable[[Any], Any], message: str) -> None:
+def test_a_call_with_something_else_states_what_is_legal(call: Callable[[Any], Any], message: str) -> None:
     with talking() as llm, pytest.raises(TypeError) as raised:
         call(llm)
     assert str(raised.value).startswith(message)

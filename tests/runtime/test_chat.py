@@ -1,4 +1,4 @@
-"""LLM.chat: the checkpoint's own chat format, where its answers end, and what is said where there is none."""
+"""LLM.chat uses the checkpoint's own chat format, ends answers where it does, and logs where there is none."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_answer_ends_where_the_template_ends_it_although_the_configuration_na
         assert llm.chat(MESSAGES, replace(forced, ignore_eos=True)).outputs[0].token_ids == ((IM_END,) * 5)
 
 
-def test_a_checkpoint_without_a_template_is_asked_in_plain_text_and_that_is_said_once(
+def test_a_checkpoint_without_a_template_is_asked_in_plain_text_and_that_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(make(tmp_path / "base", added=False)) as llm, caplog.at_level(logging.WARNING, "fastllama"):
@@ -242,26 +242,26 @@ def test_blanks_that_a_template_keeps_are_gone_on_with(tmp_path: Path) -> None:
     with LLM("tiny", chat_format=str(tmp_path / "own.jinja"), kv_cache_tokens=1024, progress=False) as llm:
         assert llm.tokenizer is not None
         script = [*llm.tokenizer.encode("tall", bos=False), llm.tokenizer.eos_token_id]
-        params = SamplingParams(temperature=0, logits_processors=[saying(script)])
+        params = SamplingParams(temperature=0, logits_processors=[scripting(script)])
         output = llm.chat(begun, params, continue_final_message=True)
         assert llm.tokenizer.decode(output.prompt_token_ids).endswith("In a ")
-        assert output.outputs[0].text == " tall", "which is what the model has said"
+        assert output.outputs[0].text == " tall", "the model's own text"
 
 
 @pytest.mark.parametrize("way", ["chat", "generate"])
 def test_a_message_alone_in_plain_text_is_answered_beyond_a_line_that_begins_with_user(way: str) -> None:
-    """It is the prompt as it stands: nobody has said that turns begin so."""
+    """The prompt is used as it stands: no format marks turns by that line."""
     with LLM("tiny", chat_format="plain", kv_cache_tokens=1024, progress=False) as llm:
         assert llm.tokenizer is not None
         script = [*llm.tokenizer.encode("\nUser: Bye", bos=False), llm.tokenizer.eos_token_id]
-        params = SamplingParams(temperature=0, max_tokens=20, logits_processors=[saying(script)])
+        params = SamplingParams(temperature=0, max_tokens=20, logits_processors=[scripting(script)])
         for messages, text in ((STORY, "\nUser: Bye"), ([{"role": "system", "content": "Be brief."}, *STORY], "")):
             output = llm.chat(messages, params) if way == "chat" else llm.generate([messages], params)[0]
             assert output.outputs[0].text == text
 
 
-def saying(script: Sequence[int]) -> Callable[[list[int], Tensor], Tensor]:
-    """A logits processor that lets these tokens alone be drawn, one after another."""
+def scripting(script: Sequence[int]) -> Callable[[list[int], Tensor], Tensor]:
+    """A logits processor under which exactly these tokens are sampled, one after another."""
 
     def forced(token_ids: list[int], logits: Tensor) -> Tensor:
         only = torch.full_like(logits, -math.inf)

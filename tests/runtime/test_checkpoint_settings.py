@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says to LLM besides its weights: sampling settings, and tokenizers that fit it or not."""
+"""LLM reads sampling settings from a checkpoint's folder, and refuses a tokenizer that does not fit it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_settings_hold_where_a_request_brings_no_parameters_and_only_there(folde
         assert len(own.outputs[0].token_ids) == 7
 
 
-def test_settings_are_said(folder, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_are_logged(folder, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastllama"), opened(folder(**CHAT)):
         pass
     assert "generation_config.json: temperature=0.6, top_p=0.9, unless a request has its own" in caplog.text
@@ -109,8 +109,8 @@ def test_what_has_no_counterpart_here_is_named(
 ) -> None:
     path = folder(**settings)
     read_sampling_settings(path)
-    said = [f"{path / 'generation_config.json'} sets {names}: no counterpart here, ignored"]
-    assert caplog.messages == (said if names else [])
+    expected = [f"{path / 'generation_config.json'} sets {names}: no counterpart here, ignored"]
+    assert caplog.messages == (expected if names else [])
 
 
 def test_settings_of_config_json_count_where_there_is_no_generation_config(folder) -> None:

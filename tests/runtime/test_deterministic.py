@@ -1,4 +1,4 @@
-"""With `deterministic`, a request's logits are the same bit for bit, whatever else runs and however it is computed."""
+"""With `deterministic`, a request's logits are bit-identical, whatever else runs and however it is computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     alone: bool = False,
     **options: Any,
 ) -> Logits:
-    """The logits from which each token was drawn, by the request's seed and the token's position."""
+    """The logits of each sampled token, by the request's seed and the token's position."""
     found: Logits = {}
     start = sampler.start
 
@@ -83,7 +83,7 @@ def test_on_a_cpu(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_else_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or there would be nothing to show."""
+    """Without `deterministic` the logits differ, so that this test can fail."""
     model = build("fp32")
     alone, together = run(model, monkeypatch, alone=True), run(model, monkeypatch)
     assert not all(torch.equal(together[place], alone[place]) for place in alone)
@@ -91,7 +91,7 @@ def test_else_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.interpreter
 def test_on_triton(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
-    """More tokens than the kernels of products take at once, by codes and, in the output head, by a weight in bf16."""
+    """More tokens than one matmul kernel takes, by quantized weights and, in the output head, by a weight in bf16."""
     from fastllama.testing.interpreter import repaired
 
     model, prompts = build("int4"), [prompt_of(33), prompt_of(34)]

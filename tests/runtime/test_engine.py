@@ -1,4 +1,4 @@
-"""The engine among failures: what breaks one request or one step leaves the others, their tokens, the pages whole."""
+"""The engine under failures: an error in one request or step leaves others, their tokens and the pages whole."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_broken_logits_of_a_prompt_end_all_its_samples() -> None:
     assert tokens_of(other) == alone(PROMPTS[2])
 
 
-def test_pages_behind_broken_logits_are_not_offered_to_others() -> None:
+def test_pages_of_broken_logits_are_not_offered_to_others() -> None:
     model = flaky()
     model.broken = (31,)  # the token that fills the second page of sixteen
     with running(model) as llm:
@@ -228,7 +228,7 @@ def test_an_interrupt_anywhere_leaves_a_whole_engine(line: int, each_alone: list
         assert tokens_of(llm.generate(PROMPTS[0], HOT)[0]) == each_alone[0]
 
 
-def test_an_interrupt_behind_the_last_token_leaves_an_answer_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_after_the_last_token_leaves_an_answer_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sequence has all its tokens and was not finished yet; another, which has not, ends by the interrupt."""
     with running(ours()) as llm:
         first, other = llm.engine.add_request(PROMPTS[0], HOT), llm.engine.add_request(PROMPTS[1], LONGER)
@@ -306,11 +306,11 @@ def test_the_next_turn_of_a_conversation_finds_the_last_answer() -> None:
         answer = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))[0].outputs[0].token_ids
         turn = [*PROMPTS[1], *answer, 9, 8, 7]
         output = llm.generate(turn, HOT)[0]
-    # The last token of the answer was drawn but never fed: 49 of 50 tokens are computed, 48 fill pages.
+    # The last token of the answer was sampled but never fed: 49 of 50 tokens are computed, 48 fill pages.
     assert (output.metrics.num_cached_tokens, tokens_of(output)) == (48, alone(turn))
 
 
-def test_a_step_tells_who_gained_a_token() -> None:
+def test_a_step_returns_the_requests_that_gained_a_token() -> None:
     with running(ours(), max_num_seqs=3, max_num_batched_tokens=21) as llm:
         short, long = (llm.engine.add_request(prompt, HOT) for prompt in (PROMPTS[0], PROMPTS[2]))
         assert llm.engine.step() == [short], "the long prompt is not through"
@@ -321,7 +321,7 @@ def test_a_step_tells_who_gained_a_token() -> None:
         assert not llm.engine.has_work
 
 
-def test_a_long_prompt_of_a_model_with_dynamic_rope_is_told_what_to_raise() -> None:
+def test_a_long_prompt_of_a_model_with_dynamic_rope_names_the_option_to_raise() -> None:
     """Its default context is the trained one, in which the scaling does nothing."""
     model = ours()
     model.config = replace(model.config, rope_scaling=RopeScaling("dynamic", 2.0))
@@ -367,7 +367,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(prompt: list[Any], params: d
         assert not llm.engine.has_work, "the good prompt before it is not queued either"
 
 
-def test_an_id_that_is_taken_is_refused_and_disturbs_nobody() -> None:
+def test_an_id_that_is_taken_is_refused_and_disturbs_no_request() -> None:
     with running(ours()) as llm:
         first = llm.engine.add_request(PROMPTS[0], HOT, request_id="mine")
         with pytest.raises(ValueError, match=r"^request_id is 'mine'; legal: a text that no unfinished request has$"):
@@ -380,7 +380,7 @@ def test_an_id_that_is_taken_is_refused_and_disturbs_nobody() -> None:
         assert [tokens_of(each.output()) for each in (first, again)] == [alone(PROMPTS[0]), alone(PROMPTS[1])]
 
 
-def test_new_weights_that_are_refused_disturb_nobody() -> None:
+def test_new_weights_that_are_refused_disturb_no_request() -> None:
     model = ours()
     with running(model) as llm, running(model):
         first = llm.engine.add_request(PROMPTS[0], HOT)

@@ -92,7 +92,7 @@ def model(kind: type[LlamaForCausalLM]) -> LlamaForCausalLM:
 
 
 def numbers(reports: tuple[TokenLogprob | None, ...] | None) -> list[float]:
-    """All that log-probabilities say, in one list; None is -1."""
+    """All values of log-probabilities, in one list; None is -1."""
     every = [(-1.0,) if r is None else (r.token_id, r.logprob, *chain(*r.top)) for r in (None, *(reports or ()))]
     return list(chain(*every))
 
@@ -166,7 +166,7 @@ def test_every_output_is_the_one_its_request_gets_alone(
 
 
 def test_the_requests_alone_are_worth_comparing() -> None:
-    """Their tokens vary, or equality would show little."""
+    """The tokens vary, or equality would show little."""
     with running(model(LlamaForCausalLM)) as llm:
         params = SamplingParams(temperature=4.0, seed=1, n=3, max_tokens=20, ignore_eos=True)
         outputs = llm.generate([story[:length] for story in STORIES for length in (1, 30, 50)], params)

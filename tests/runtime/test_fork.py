@@ -1,4 +1,4 @@
-"""Forks: they begin with what was generated, go on as their parameters say, and never disturb the request they left."""
+"""Forks begin with the generated tokens, go on by their own parameters, and never disturb the original request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastllama.runtime.generation import Generation, TextStream
 from fastllama.runtime.planning.sequence import Status
 from tests.runtime.models import ours, prompt_of, running
 from tests.runtime.test_engine import HOT, alone, finish, num_held, tokens_of
-from tests.runtime.test_generation import FILLER, Pieces, saying
+from tests.runtime.test_generation import FILLER, Pieces, spelling
 
 PROMPT = prompt_of(20, seed=2)
 OTHER = replace(HOT, seed=4)
@@ -60,12 +60,12 @@ def test_another_seed_goes_its_own_way_and_leaves_the_first_on_its(sizes: dict[s
         assert ids_of(again) == ids_of(first)
         assert ids_of(fork)[:num_steps] == shared
         assert ids_of(fork)[num_steps:] != ids_of(first)[num_steps:]
-        # Draws hang on seed, place and logits alone.
-        assert [ids_of(fork)] == drawn(shared)
+        # Samples depend on seed, position and logits alone.
+        assert [ids_of(fork)] == sampled_after(shared)
 
 
-def drawn(shared: Sequence[int]) -> list[tuple[int, ...]]:
-    """What seed 4 draws after these tokens, which a logits processor makes it draw first."""
+def sampled_after(shared: Sequence[int]) -> list[tuple[int, ...]]:
+    """The tokens of seed 4 after these, which a logits processor forces first."""
 
     def forced(token_ids: list[int], logits: Tensor) -> Tensor:
         if len(token_ids) < len(shared):
@@ -75,7 +75,7 @@ def drawn(shared: Sequence[int]) -> list[tuple[int, ...]]:
     return alone(PROMPT, replace(OTHER, logits_processors=(forced,)))
 
 
-def test_pages_are_shared_until_somebody_writes() -> None:
+def test_pages_are_shared_until_one_is_written() -> None:
     with running(ours()) as llm:
         first = llm.engine.add_request(PROMPT, HOT)
         steps(llm.engine, 3)
@@ -115,7 +115,7 @@ def test_without_a_seat_it_waits_and_finds_the_full_pages() -> None:
 
 @pytest.mark.parametrize("budget", [6, 7, 19])
 def test_of_a_prompt_that_is_being_read(budget: int) -> None:
-    """In the midst of it, and with one token left."""
+    """Forked in the middle of its prompt, and with one token of it left."""
     with running(ours(), max_num_seqs=6, max_num_batched_tokens=budget) as llm:
         first = llm.engine.add_request(PROMPT, HOT)
         llm.engine.step()
@@ -161,7 +161,7 @@ def test_reports_and_penalties_know_what_was_shared() -> None:
         assert (times.first_scheduled_time or 0) <= (times.first_token_time or 0)
 
 
-def test_a_fork_without_a_seed_draws_its_own() -> None:
+def test_a_fork_without_a_seed_gets_its_own() -> None:
     with running(ours()) as llm:
         first = llm.engine.add_request(PROMPT, HOT)
         steps(llm.engine, 2)
@@ -177,9 +177,9 @@ def text_of(generation: Generation) -> str:
 
 
 def test_texts_go_on_by_themselves() -> None:
-    """With half a character and what may begin a stop string in flight."""
+    """Half a character and the possible beginning of a stop string are held back at the fork."""
     params = SamplingParams(temperature=0, stop="lo!", max_tokens=6)
-    with saying(["Hel", b"\xe2", b"\x98\xba", "l", "o", "!", "?"]) as (llm, answer):
+    with spelling(["Hel", b"\xe2", b"\x98\xba", "l", "o", "!", "?"]) as (llm, answer):
         first = llm.start([1], params)
         steps(llm.engine, 2)
         fork = llm.fork(first, replace(params, max_tokens=7, stop=("\u263a",)))

@@ -1,4 +1,4 @@
-"""The text of a sample as it grows: stop strings however tokens divide it, what is held back and released, the ends."""
+"""The text of a sample as it grows: stop strings across tokens, what is held back and released, the ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pieces(Tokenizer):
 
 
 def stopped(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """What is left of a text, and the stop string that ends it: the first to be complete, the longest of those."""
+    """The text before the stop string that ends it: the first to be complete, the longest of those."""
     for end in range(len(text) + 1):
         reached = [stop for stop in stops if text[:end].endswith(stop)]
         if reached:
@@ -203,7 +203,7 @@ def test_a_broken_character_can_complete_a_stop_string() -> None:
 
 
 @contextmanager
-def saying(pieces: Sequence[str | bytes | int], **options: Any) -> Iterator[tuple[LLM, list[int]]]:
+def spelling(pieces: Sequence[str | bytes | int], **options: Any) -> Iterator[tuple[LLM, list[int]]]:
     """An LLM that answers BOS with these pieces (or ids), then full stops; and the ids of the answer."""
     spelled = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
     vocabulary = list(dict.fromkeys(piece for piece in spelled if isinstance(piece, bytes)))
@@ -276,7 +276,7 @@ ENDS: dict[str, tuple[list[str | bytes | int], dict[str, Any], tuple[str, int, s
     "the first to be complete": (["a", "b", "c", "d"], {"stop": ["abcd", "bc"]}, ("a", 3, "stop", "bc")),
     "the same in one token": (["abcd"], {"stop": ["abcd", "bc"]}, ("a", 1, "stop", "bc")),
     "the longest of two": (["abc", "d"], {"stop": ["c", "bc", "x"]}, ("a", 1, "stop", "bc")),
-    "text behind the stop": (["one\n\nQ: two"], {"stop": ["Q:", "\n\n"]}, ("one", 1, "stop", "\n\n")),
+    "text after the stop": (["one\n\nQ: two"], {"stop": ["Q:", "\n\n"]}, ("one", 1, "stop", "\n\n")),
     "broken characters": (
         [b"\xf0\x9f", b"\x98", b"\x80", b"\xe2\x98"],
         {"max_tokens": 4},
@@ -289,7 +289,7 @@ ENDS: dict[str, tuple[list[str | bytes | int], dict[str, Any], tuple[str, int, s
 @pytest.mark.parametrize("case", ENDS)
 def test_ends(case: str) -> None:
     pieces, options, (text, count, finish_reason, stop_reason) = ENDS[case]
-    with saying(pieces) as (llm, answer):
+    with spelling(pieces) as (llm, answer):
         params = SamplingParams(temperature=0, logprobs=0, **({"max_tokens": 9} | options))
         output = llm.generate([1], params)[0].outputs[0]
         streamed = list(llm.stream([1], params))
@@ -303,7 +303,7 @@ def test_ends(case: str) -> None:
 
 def test_broken_logits_end_it_with_what_came_before() -> None:
     params = SamplingParams(temperature=0, logprobs=0, stop="worn")
-    with saying(["Hello", " wor", Scripted.BROKEN]) as (llm, answer):
+    with spelling(["Hello", " wor", Scripted.BROKEN]) as (llm, answer):
         with pytest.raises(RequestError, match="the model's logits are not finite numbers") as failure:
             llm.generate([1], params)
         streamed: list[str] = []
@@ -318,7 +318,7 @@ def test_broken_logits_end_it_with_what_came_before() -> None:
 
 
 def test_the_context_is_full() -> None:
-    with saying(["a"], max_model_len=21) as (llm, _):
+    with spelling(["a"], max_model_len=21) as (llm, _):
         output, longest = llm.generate([[1], [1] * 20], SamplingParams(temperature=0, max_tokens=99, stop="..!"))
     assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (20, "length")
     assert output.outputs[0].text == "a" + 19 * "."
@@ -326,12 +326,12 @@ def test_the_context_is_full() -> None:
 
 
 def test_pieces_come_as_soon_as_they_are_certain() -> None:
-    with saying(["ab", "c", "x", "a", EOS]) as (llm, _):
+    with spelling(["ab", "c", "x", "a", EOS]) as (llm, _):
         assert list(llm.stream([1], SamplingParams(temperature=0, stop="cd"))) == ["ab", "cx", "a"]
 
 
 def test_an_abort_releases_what_was_held() -> None:
-    with saying(["Hel", "lo", "."]) as (llm, _):
+    with spelling(["Hel", "lo", "."]) as (llm, _):
         generation = llm.start([1], SamplingParams(temperature=0, stop="Hello!"))
         for _ in range(2):
             llm.engine.step()
@@ -342,13 +342,13 @@ def test_an_abort_releases_what_was_held() -> None:
 
 
 def test_a_prompt_may_hold_ids_without_a_piece() -> None:
-    with saying(["a", "b", EOS]) as (llm, _):
+    with spelling(["a", "b", EOS]) as (llm, _):
         output = llm.generate([1, VOCAB - 1], SamplingParams(temperature=0))[0].outputs[0]
     assert (output.text, output.finish_reason) == ("b", "stop")
 
 
 def test_a_generation_can_be_read_at_any_time() -> None:
-    with saying(["ab", "c", "x", EOS]) as (llm, answer):
+    with spelling(["ab", "c", "x", EOS]) as (llm, answer):
         generation = llm.start([1], SamplingParams(temperature=0, stop="cd", prompt_logprobs=0))
         before = generation.output()
         assert (before.outputs[0].text, before.outputs[0].token_ids, before.finished) == ("", (), False)

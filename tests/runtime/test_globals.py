@@ -1,4 +1,4 @@
-"""An LLM that is made and run under a setting of torch answers as without, to the last bit of its log-probabilities.
+"""An LLM that is made and run under a setting of torch answers as without it, to the last bit of its log-probabilities.
 
 Loading, quantization, a batch of prompts of one and of many tokens, samples and greedy answers, penalties, speculation.
 """

@@ -75,7 +75,7 @@ def test_in_a_batch(shape: str, batch: str) -> None:
 )
 @pytest.mark.parametrize("shape", ["mha", "gqa tied"])
 def test_many_requests_as_by_their_continuous_batching(shape: str) -> None:
-    """Both with few seats, few pages and chunked prompts."""
+    """Both run with few seats, few pages and chunked prompts."""
     prompts = [prompt_of(length, seed=7) for length in (3, 70, 16, 41, 1, 90, 33, 7, 64, 22, 15, 50)]
     model = theirs(shape)
     for prompt in prompts:
@@ -85,7 +85,7 @@ def test_many_requests_as_by_their_continuous_batching(shape: str) -> None:
         generation_config=transformers.GenerationConfig(
             max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=VOCAB, pad_token_id=0
         ),
-        # Unless told, it takes most of the memory for its pages, of 256 tokens, and a minute to touch them.
+        # By default it takes most of the memory for its pages, of 256 tokens, and a minute to touch them.
         continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=24),
     )
     reference = {tuple(output.prompt_ids): tuple(output.generated_tokens) for output in found.values()}

@@ -1,4 +1,4 @@
-"""LLM: what it accepts, in which order it answers, and one clear sentence for each mistake."""
+"""LLM: its arguments, the order of its answers, and one clear sentence for each mistake."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_closing_frees_all_at_once(speculation: str | None) -> None:
         gc.enable()
 
 
-def test_a_closed_llm_says_so() -> None:
+def test_a_closed_llm_raises() -> None:
     with talking() as llm:
         stream = llm.stream("Hello", SHORT)
         next(stream)
@@ -208,7 +208,7 @@ def test_a_closed_llm_says_so() -> None:
         ({"model": torch.nn.Linear(1, 1)}, TypeError, "model is a Linear; legal: 'tiny', a path"),
     ],
 )
-def test_mistakes_are_told_before_weights_are_read(
+def test_mistakes_are_reported_before_weights_are_read(
     options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastllama.io.load.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
@@ -289,7 +289,7 @@ def test_a_stream_is_of_one_sample_and_of_text() -> None:
         llm.stream([1, 2])
 
 
-def test_what_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_chosen_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """2 layers, 2 heads of 16 in fp64: 1 KiB for a token's keys and values."""
     caplog.set_level(logging.INFO, "fastllama")
     with running(ours(), kv_cache_tokens=200, max_model_len=None, page_size=64) as llm:
@@ -331,8 +331,8 @@ def test_a_file_of_weights_brings_the_tokenizer_beside_it(tmp_path: Path) -> Non
         assert llm.generate("Hello", SHORT)[0].prompt_token_ids == tuple(samples.tokenizer("tiny").encode("Hello"))
 
 
-def test_scripted_answers_are_what_the_tests_say() -> None:
-    """The models that the tests of text stand on say their script, whatever the prompt."""
+def test_scripted_answers_are_their_scripts() -> None:
+    """The scripted models of the text tests write their script, whatever the prompt."""
     model = ours(kind=Scripted)
     assert isinstance(model, Scripted)
     model.script = [0, 9, 8, 7, 6]
@@ -341,16 +341,16 @@ def test_scripted_answers_are_what_the_tests_say() -> None:
         assert llm.generate([5, 5], SHORT)[0].outputs[0].token_ids == (8, 7, 6)
 
 
-def test_without_progress_compilation_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = []
+def test_without_progress_compilation_is_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
 
     @contextmanager
     def announced(device: torch.device) -> Iterator[None]:
-        said.append(device.type)
+        devices.append(device.type)
         yield
 
     monkeypatch.setattr("fastllama.runtime.parts.compiling_announced", announced)
     for progress in (False, None):
         with running(ours(), progress=progress):
             pass
-    assert said == ["cpu", "cpu"], "for packing, and for the warm-up"
+    assert devices == ["cpu", "cpu"], "for packing, and for the warm-up"

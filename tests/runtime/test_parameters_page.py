@@ -26,7 +26,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize(("theirs", "ours"), NAMED)
-def test_a_name_of_the_page_is_what_the_error_says(theirs: str, ours: str) -> None:
+def test_a_name_of_the_page_is_that_of_the_error(theirs: str, ours: str) -> None:
     name = ours.strip("`")
     if not name:
         assert instead(theirs) is not None
@@ -35,7 +35,7 @@ def test_a_name_of_the_page_is_what_the_error_says(theirs: str, ours: str) -> No
         assert theirs in OURS or name in names_here(theirs)
 
 
-def test_what_the_page_says_is_not_there_has_a_sentence() -> None:
+def test_what_the_page_lists_as_missing_has_a_sentence() -> None:
     section = PAGE.split("## What is not there")[1].split("```")[0]
     words = {
         word

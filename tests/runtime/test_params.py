@@ -1,4 +1,4 @@
-"""SamplingParams: what is legal, what is refused and how the refusal reads; the values are the object's own."""
+"""SamplingParams: legal values, refusals and their wording, and copies that callers cannot change."""
 
 from __future__ import annotations
 
@@ -360,7 +360,7 @@ NUMBERS += ("prompt_logprobs", "repetition_penalty", "presence_penalty", "freque
     options=st.dictionaries(st.sampled_from(NUMBERS), st.sampled_from(EDGES), max_size=3), bias=st.sampled_from(EDGES)
 )
 def test_what_is_accepted_is_what_the_device_can_hold(options: dict[str, Any], bias: Any) -> None:
-    """Or it is refused with its name, before numbers meet a type that has no room for them."""
+    """Other values are refused by name, before numbers meet a type that has no room for them."""
     refusal = ""
     try:
         params = SamplingParams(**options, logit_bias={5: bias}, stop_token_ids=[5])

@@ -1,4 +1,4 @@
-"""SamplingParams.from_dict: what JSON brings, OpenAI's way of asking for log-probabilities, and what is refused."""
+"""SamplingParams.from_dict: values as JSON has them, OpenAI's fields for log-probabilities, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about options of other programs: their names here, or what to do without; never a name that misleads."""
+"""Hints for options of other programs: their names here, or what to do without, and never a misleading name."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_no_word_has_two_sentences() -> None:
 @pytest.mark.parametrize(
     "name", [*OF_LLM, *OF_PARAMS, "add_special_tokens", "messages", "tags", "request_id", "deadline"]
 )
-def test_a_name_of_ours_in_a_wrong_place_says_whose_it_is(name: str) -> None:
-    said = peer_hint(name, ["zzz"])
-    assert said is not None
-    for each in said.removeprefix("it is ").removesuffix(".").split(" or "):
+def test_a_name_of_ours_in_a_wrong_place_is_hinted_at_its_owner(name: str) -> None:
+    hint = peer_hint(name, ["zzz"])
+    assert hint is not None
+    for each in hint.removeprefix("it is ").removesuffix(".").split(" or "):
         own, place = each.split(" of ")
         assert own == repr(name)
         assert name in legal_in(place)
 
 
 @pytest.mark.parametrize(
-    ("word", "legal", "said"),
+    ("word", "legal", "hint"),
     [
         ("gpu_memory_utilization", OF_LLM, "did you mean 'kv_cache_tokens'?"),
         ("tensor_parallel_size", OF_LLM, "fastllama runs on one device."),
@@ -125,15 +125,15 @@ def test_a_name_of_ours_in_a_wrong_place_says_whose_it_is(name: str) -> None:
         ("zzz", OF_PARAMS, None),
     ],
 )
-def test_a_hint_is_the_name_here_or_what_to_do_without(word: str, legal: list[str], said: str | None) -> None:
-    assert peer_hint(word, legal) == said
+def test_a_hint_is_the_name_here_or_what_to_do_without(word: str, legal: list[str], hint: str | None) -> None:
+    assert peer_hint(word, legal) == hint
 
 
 def test_constructor_and_dict_give_the_hint_and_the_legal_options() -> None:
-    said = r"^SamplingParams got an unknown option 'max_new_tokens'; did you mean 'max_tokens'\? Legal options: n, max_"
-    with pytest.raises(TypeError, match=said):
+    hint = r"^SamplingParams got an unknown option 'max_new_tokens'; did you mean 'max_tokens'\? Legal options: n, max_"
+    with pytest.raises(TypeError, match=hint):
         SamplingParams(max_new_tokens=5)
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=hint):
         SamplingParams.from_dict({"temperature": 0, "max_new_tokens": 5})
     with pytest.raises(TypeError, match=r"^SamplingParams got an unknown option 'zzz'; legal options: n, max_tokens, "):
         SamplingParams(zzz=5)

@@ -1,4 +1,4 @@
-"""Prompts in every container: what they become, what is refused and in which words, and what is cut off."""
+"""Prompts in every container: their token ids, refusals and their wording, and truncation."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_the_length_of_a_prompt_is_known_before_it_is_read(prompt: Any, length: 
     assert length_of(prompt) == length
 
 
-def test_the_answer_to_a_chat_ends_where_its_format_says() -> None:
+def test_the_answer_to_a_chat_ends_by_its_format() -> None:
     messages: Any = [{"role": "user", "content": "Hi"}]
     prepared = encoder().prepare(messages, GREEDY)
     assert prepared.params == encoder().ending_answers(GREEDY, messages)

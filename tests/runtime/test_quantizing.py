@@ -43,7 +43,7 @@ def test_a_model_is_refused_for_as_long_as_any_llm_runs_it(method: str) -> None:
 
 
 def test_a_copy_of_a_model_that_an_llm_runs_is_run_by_none() -> None:
-    """And may be quantized, while the LLM goes on with the same weights."""
+    """The copy may be quantized, while the LLM goes on with the same weights."""
     model = ours(dtype=torch.float32)
     with running(model, quantization=None) as llm:
         expected = llm.generate(prompt_of(5), GREEDY)[0].outputs[0].token_ids

@@ -1,4 +1,4 @@
-"""Scores of given tokens: those of the whole sequence's logits, whatever the start, the company, the cache."""
+"""Scores of given tokens are those of the whole sequence's logits, whatever the start, the batch and the cache."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Around(LlamaForCausalLM):
     ids=["one batch", "chunks", "few pages", "host cache", "speculation"],
 )
 @pytest.mark.usefixtures("ahead")
-def test_company_and_cache_change_no_bit(sizes: dict[str, Any], kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_and_cache_change_no_bit(sizes: dict[str, Any], kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With deterministic=True: alone, beside others that generate, and again with all of it cached."""
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     options = {"deterministic": True, "kv_cache_dtype": kv, **sizes}
@@ -126,7 +126,7 @@ def test_company_and_cache_change_no_bit(sizes: dict[str, Any], kv: str, monkeyp
 
 
 def test_choices_of_one_question_share_its_pages() -> None:
-    """They come at once: the first computes the context, and the others what is theirs, from their page's start on."""
+    """All come at once: the first computes the context, the others their own tokens, from their page's start on."""
     model = ours(kind=Around)
     assert isinstance(model, Around)
     with running(model) as llm:
@@ -150,7 +150,7 @@ def test_as_many_tokens_as_the_context_holds_and_one() -> None:
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_logits_are_shown_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of each prompt alone, of its scored tokens alone, and never of more rows than a piece has."""
+    """Logits are those of each prompt's scored tokens alone, in pieces of at most so many rows."""
     in_pieces_of(size, monkeypatch)
     seen: list[dict[int, Tensor]] = [{}, {}]
 
@@ -194,7 +194,7 @@ def test_logits_that_are_no_numbers_fail_the_request_alone() -> None:
         assert llm.score([5] * 30)[0].is_greedy, "no page that the broken logits came with is reused"
 
 
-def test_an_interrupt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_request_or_page(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(ours(), max_num_batched_tokens=20, max_num_seqs=3) as llm:
         steps = iter(range(100))
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_scored_is_refused(
         llm.score([prompt] if isinstance(prompt, list) else prompt, **options)
 
 
-def test_what_is_wrong_with_one_of_several_says_which() -> None:
+def test_what_is_wrong_with_one_of_several_names_it() -> None:
     with running(ours(), max_num_seqs=4) as llm:
         with pytest.raises(ValueError, match=r"^the prompt has 1 token; .*\(prompt 1 of 2\)$"):
             llm.score([[5, 6], [7]])
@@ -295,7 +295,7 @@ def test_positions_come_in_any_container() -> None:
         assert llm.score([]) == []
 
 
-def test_a_text_is_scored_behind_its_bos() -> None:
+def test_a_text_is_scored_after_its_bos() -> None:
     with LLM("tiny", dtype="float32", kv_cache_tokens=2048, progress=False) as llm:
         (output,) = llm.score("Once upon a time")
         assert output.prompt == "Once upon a time"
@@ -307,8 +307,8 @@ def test_a_text_is_scored_behind_its_bos() -> None:
             llm.score("x" * 100_000)
 
 
-def test_scores_draw_no_seed() -> None:
-    """What is generated after them is what it would have been, and the seed that it reports gives it again."""
+def test_scores_take_no_seed() -> None:
+    """Later requests generate what they would have, and the reported seed reproduces it."""
     params = SamplingParams(max_tokens=8, temperature=3.0)
     found = []
     for scores in (False, True):
@@ -339,7 +339,7 @@ def test_nothing_is_kept_of_what_was_scored() -> None:
 
 
 def test_no_token_is_sampled_for_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are logits computed but for those that are reported."""
+    """Logits are computed for the reported positions only."""
     rows: list[int] = []
 
     def note(self: StepLogits, init: Any = StepLogits.__init__, **fields: Any) -> None:

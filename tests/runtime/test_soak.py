@@ -1,4 +1,4 @@
-"""A long run of mixed requests over few pages: every output is the one its request gets alone, and all comes back.
+"""A long run of mixed requests over few pages: every output is the one its request gets alone, and all pages return.
 
 300 requests by default; `pytest --soak 5000 tests/runtime/test_soak.py` takes as many as one likes.
 """
@@ -138,7 +138,7 @@ async def add(engine: AsyncEngine, order: Order) -> RequestStream:
 async def forked(
     engine: AsyncEngine, stream: RequestStream, forks: Counter[str]
 ) -> tuple[dict[int, CompletionOutput], dict[int, CompletionOutput] | None]:
-    """What a request and its fork get, which is None where the request had ended before."""
+    """The answers of a request and its fork; None where the request had ended before."""
     first = await anext(stream)
     while True:
         try:
@@ -158,7 +158,7 @@ async def forked(
 
 
 async def live(engine: AsyncEngine, order: Order, forks: Counter[str]) -> dict[int, CompletionOutput] | None:
-    """What a client that has this fate gets; None where it left."""
+    """The answer of a client with this fate; None where it left."""
     stream = await add(engine, order)
     if order.fate == "cancel":
         reader = asyncio.ensure_future(all_of(stream))
@@ -202,19 +202,19 @@ async def soak(llm: LLM, wanted: list[Order]) -> list[dict[int, CompletionOutput
     assert counted.num_failed == fates["cursed"] + forks["refused"]
     assert forks["asked"] == fates["fork"] > forks["refused"], "every request ended before its fork"
     assert (counted.num_queued, counted.num_running) == (0, 0)
-    assert min(counted.num_preemptions, counted.num_cached_tokens, counted.num_rejected) > 20, "a breeze"
+    assert min(counted.num_preemptions, counted.num_cached_tokens, counted.num_rejected) > 20, "too few events"
     if llm.engine.speculation is not None:
-        assert counted.num_accepted_tokens > 200, "hardly a guess came true"
+        assert counted.num_accepted_tokens > 200, "hardly a draft was accepted"
     assert counted.num_host_hit_tokens > 20
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return found
 
 
-@pytest.mark.parametrize("drafts", [False, True], ids=["no guesses", "guesses"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["no drafts", "drafts"])
 def test_every_survivor_gets_what_it_gets_alone(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drafts: bool
 ) -> None:
-    """With guesses of a model of the same weights, which come true but where a request draws last, and without."""
+    """With drafts of a model of the same weights, accepted except at a request's last token, and without."""
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     wanted = orders(request.config.getoption("--soak"))
     model = ours(eos=(EOS,), kind=Trying, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The search for stop strings: it finds what a plain search finds, in time that does not depend on their number."""
+"""The search for stop strings finds what a plain search finds, in time that does not depend on their number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastllama import SamplingParams
 from fastllama.runtime.generation import TextStream
 from fastllama.runtime.stop_strings import StopSearch, StopStrings, stop_strings
-from tests.runtime.test_generation import Pieces, saying
+from tests.runtime.test_generation import Pieces, spelling
 
 
 @given(
@@ -21,7 +21,7 @@ from tests.runtime.test_generation import Pieces, saying
     early=st.integers(0, 20),
 )
 def test_the_first_string_that_is_complete_late_enough_is_found(strings: list[str], text: str, early: int) -> None:
-    """Letter by letter; what is released before is all that cannot become part of one."""
+    """Letter by letter; all text is released that cannot become part of a stop string."""
     search, released = StopSearch(StopStrings(Pieces([]), SamplingParams(stop=strings))), ""
     for end in range(1, len(text) + 1):
         certain, stop = search.push(text[end - 1], may_stop=end > early)
@@ -58,7 +58,7 @@ def test_ten_thousand_stop_strings_take_no_longer_than_four() -> None:
 
 
 def test_samples_of_a_request_share_the_stop_strings() -> None:
-    with saying(["a", "b"]) as (llm, _):
+    with spelling(["a", "b"]) as (llm, _):
         generation = llm.engine.add_request([1], SamplingParams(stop=["stop", "end"], n=3))
         while not generation.finished:
             llm.engine.step()

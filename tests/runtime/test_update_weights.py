@@ -1,4 +1,4 @@
-"""Weights that change under a running LLM: what was cached is forgotten, and answers are those of the new ones."""
+"""Weights that change under a running LLM: cached keys and values are forgotten, and answers are the new weights'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application in the test's own loop: the bundled model behind it, a gate before its steps, and clients."""
+"""The application in the test's own loop, over the bundled model: a gate before its steps, and clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what comes some time; the test's own limit ends it."""
+    """Wait until a condition holds; the test's own limit ends it."""
     while not condition():
         await asyncio.sleep(0.005)
 
@@ -51,7 +51,7 @@ class Gate:
         self.open()
 
     def open(self, steps: float = math.inf) -> None:
-        """For so many steps; those behind them wait."""
+        """Opens the gate for so many steps; the steps after them wait."""
         self._num_free = steps
         self._open.set()
 
@@ -135,7 +135,7 @@ async def serving(
 
 
 def keyring_of(folder: Path, **limits: int) -> tuple[Keyring, dict[str, str]]:
-    """A ring of one key, "alice", on a clock that stands still: nothing is refilled; and the header that shows it."""
+    """A ring of one key, "alice", on a clock that does not advance, so nothing is refilled; and the key's header."""
     key, line = new_key("alice")
     path = folder / "keys.jsonl"
     path.write_text(json.dumps(json.loads(line) | limits) + "\n", encoding="utf-8")
@@ -144,7 +144,7 @@ def keyring_of(folder: Path, **limits: int) -> tuple[Keyring, dict[str, str]]:
 
 @dataclass
 class Caller:
-    """One ASGI request whose client sends, reads and leaves when the test says so."""
+    """One ASGI request whose client sends, reads and leaves at the test's command."""
 
     app: Any
     path: str

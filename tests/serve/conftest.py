@@ -1,4 +1,4 @@
-"""The facts that requests are judged by: the bundled model's, with one chat format or another."""
+"""The model facts that requests are checked against: the bundled model's, with one chat format or another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on a thread of its own, behind whose protocol a small application answers, and clients on raw sockets."""
+"""A server on a thread of its own, whose protocol hands requests to a small application, and clients on raw sockets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Body:
 
 
 class Application:
-    """Answers /ok at once, /wait when it may, and everything that reads a body with its length; counts who left.
+    """Answers /ok at once, /wait on a signal, and requests that read a body with its length; counts clients that left.
 
     /stream has two pieces and no length. headers, body: of the request that came last; body stands for what a frame of
     the application holds while it reads.

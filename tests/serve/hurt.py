@@ -1,4 +1,4 @@
-"""`fastllama serve` with something wrong: `python -m tests.serve.hurt FAULT=SECONDS ... serve OPTIONS`.
+"""`fastllama serve` with a planted fault: `python -m tests.serve.hurt FAULT=SECONDS ... serve OPTIONS`.
 
 step: each step takes so much longer. load: so does loading the model. On SIGUSR1 the
 device fails for good.
@@ -20,7 +20,7 @@ from fastllama.runtime.llm import LLM
 
 
 def in_an_executor(seconds: float) -> None:
-    """As a download from the Hub runs, for which Python's end waits."""
+    """A thread like a Hub download's, for which Python's exit waits."""
     ThreadPoolExecutor(1).submit(time.sleep, seconds).result()
 
 

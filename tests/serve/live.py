@@ -45,29 +45,29 @@ class LiveServer:
             # A background job's child would ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        self.said, self.logged = "", ""
-        self._readers = [threading.Thread(target=self._read, args=(name,)) for name in ("said", "logged")]
+        self.printed, self.logged = "", ""
+        self._readers = [threading.Thread(target=self._read, args=(name,)) for name in ("printed", "logged")]
         for reader in self._readers:
             reader.start()
 
     def _read(self, name: str) -> None:
-        stream = self.process.stderr if name == "said" else self.process.stdout
+        stream = self.process.stderr if name == "printed" else self.process.stdout
         assert stream is not None
         for line in stream:
             setattr(self, name, getattr(self, name) + line)
 
     def until_bound(self) -> None:
-        wait_for(lambda: "is bound" in self.said or self.process.poll() is not None)
-        assert self.process.poll() is None, self.said
+        wait_for(lambda: "is bound" in self.printed or self.process.poll() is not None)
+        assert self.process.poll() is None, self.printed
 
     def until_ready(self) -> None:
-        wait_for(lambda: "ready on" in self.said or self.process.poll() is not None)
-        assert self.process.poll() is None, self.said
+        wait_for(lambda: "ready on" in self.printed or self.process.poll() is not None)
+        assert self.process.poll() is None, self.printed
 
     @property
     def url(self) -> str:
-        found = re.search(r"https?://\S+:\d+", self.said)
-        assert found is not None, self.said
+        found = re.search(r"https?://\S+:\d+", self.printed)
+        assert found is not None, self.printed
         return found[0]
 
     def client(self) -> httpx.Client:
@@ -106,7 +106,7 @@ class LiveServer:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """The exit status, once the process has ended and all it said was read."""
+        """The exit status, once the process has ended and all its output was read."""
         status = self.process.wait(LIMIT)
         for reader in self._readers:
             reader.join(LIMIT)

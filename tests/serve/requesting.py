@@ -1,4 +1,4 @@
-"""Requests written as keyword arguments, and the jobs or refusals that they become."""
+"""Requests written as keyword arguments, and the jobs or refusals that they are translated to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application: which endpoint answers, who may ask, in what order a request is refused, and in which form."""
+"""The application: endpoints, access, and the order and form of refusals."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 def test_both_completions_answer_what_the_llm_does(llm: LLM) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=8)
     (text,) = llm.generate("Once upon a time", greedy)
-    said = llm.chat([{"role": "user", "content": "Once upon a time"}], greedy)
+    expected = llm.chat([{"role": "user", "content": "Once upon a time"}], greedy)
 
     async def test() -> None:
         async with serving(llm) as served:
             completion = await served.post("/v1/completions", COMPLETION)
             assert completion.json()["choices"][0]["text"] == text.outputs[0].text
             chat = await served.post("/v1/chat/completions", CHAT)
-            assert chat.json()["choices"][0]["message"]["content"] == said.outputs[0].text
+            assert chat.json()["choices"][0]["message"]["content"] == expected.outputs[0].text
             assert chat.json()["id"] == f"chatcmpl-{chat.headers['x-request-id']}"
 
     run(test())
@@ -88,7 +88,7 @@ def test_models_are_listed_and_found_by_names_with_slashes(llm: LLM) -> None:
     run(test())
 
 
-def test_what_is_not_there_is_told_what_is(llm: LLM) -> None:
+def test_an_unknown_path_is_answered_with_the_endpoints(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as served:
             for method, path in [
@@ -160,7 +160,7 @@ def test_with_keys_any_host_is_right(llm: LLM, tmp_path: Path) -> None:
     run(test())
 
 
-def test_everything_but_probes_and_page_needs_a_key_and_says_so_before_it_reads_a_body(
+def test_everything_but_probes_and_page_needs_a_key_and_refuses_before_it_reads_a_body(
     llm: LLM, tmp_path: Path
 ) -> None:
     ring, header = keyring_of(tmp_path)
@@ -181,7 +181,7 @@ def test_everything_but_probes_and_page_needs_a_key_and_says_so_before_it_reads_
     run(test())
 
 
-def test_a_keys_limits_hold_and_are_told(llm: LLM, tmp_path: Path) -> None:
+def test_a_keys_limits_hold_and_are_reported(llm: LLM, tmp_path: Path) -> None:
     ring, header = keyring_of(tmp_path, requests_per_minute=2, tokens_per_minute=1000, max_tokens=3)
 
     async def test() -> None:
@@ -204,7 +204,7 @@ def test_a_keys_limits_hold_and_are_told(llm: LLM, tmp_path: Path) -> None:
     run(test())
 
 
-def test_while_the_model_loads_probes_answer_and_requests_are_told_to_wait() -> None:
+def test_while_the_model_loads_probes_answer_and_requests_get_a_retry_time() -> None:
     async def test() -> None:
         ring = Keyring.open(None, None)
         app = create_app(Service(ring), hosts=ServerOptions(ring).hosts)
@@ -309,7 +309,9 @@ def test_requests_are_logged_and_counted_but_probes_that_go_well(llm: LLM) -> No
     run(test())
 
 
-def test_a_prompt_that_takes_long_to_translate_holds_up_nobody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_takes_long_to_translate_delays_no_other_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The event loop answers while a thread works."""
     original = translate.tokenize
     loops: list[Any] = []

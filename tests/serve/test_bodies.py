@@ -1,4 +1,4 @@
-"""Bodies that no client should send: each becomes a job, or one line that says what is wrong with it."""
+"""Bodies that no client should send: each becomes a job, or one line that names its fault."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FULL = {
 }
 quick = settings(deadline=None, max_examples=300)
 
-# Values near to what is legal, so that the checks behind the types are reached too.
+# Values near to legal ones, so that the checks after the types are reached too.
 near = st.sampled_from(
     [
         *(
@@ -88,7 +88,7 @@ anything = st.recursive(
 
 
 def outcome(endpoint, body: bytes, model) -> Job | ApiError | bytes:
-    """What becomes of a body; anything but a job, an answer and a short refusal fails the test."""
+    """The outcome of a body; anything but a job, an answer and a short refusal fails the test."""
     try:
         result = endpoint(body, model)
     except ApiError as error:

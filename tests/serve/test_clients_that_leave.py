@@ -22,13 +22,13 @@ def server() -> Iterator[LiveServer]:
     with live("--max-num-seqs", "4", faults="step=0.005") as server:
         server.post(COMPLETIONS, COMPLETION)
         yield server
-        assert "Traceback" not in server.said
-        assert "rror" not in server.said
+        assert "Traceback" not in server.printed
+        assert "rror" not in server.printed
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(server: LiveServer) -> Iterator[None]:
-    """Behind each test the server holds what it held before."""
+    """After each test the server holds what it held before."""
     wait_for(server.is_idle)
     before = server.num_descriptors()
     yield
@@ -79,7 +79,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: LiveServer, reset: boo
 
 
 def test_half_a_connection_counts_as_none(server: LiveServer) -> None:
-    """Who shuts down its side of a connection gets no answer: nobody can tell it from one who left."""
+    """A client that shuts down its side of a connection gets no answer: it looks like one that left."""
     with server.connect(COMPLETIONS, ENDLESS) as client:
         wait_for(lambda: server.metric("num_requests_running") == 1)
         client.shutdown(socket.SHUT_WR)

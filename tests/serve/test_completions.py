@@ -37,7 +37,7 @@ def text_of(events: list[Any]) -> str:
     return "".join(each["choices"][0]["text"] for each in events if isinstance(each, dict) and each.get("choices"))
 
 
-def test_a_stream_says_what_the_whole_answer_says_and_no_proxy_keeps_it(llm: LLM) -> None:
+def test_a_stream_has_the_text_of_the_whole_answer_and_no_proxy_keeps_it(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as served:
             whole = (await served.post(COMPLETIONS, COMPLETION)).json()["choices"][0]
@@ -75,7 +75,7 @@ def test_a_step_is_one_write_however_many_samples_it_has(llm: LLM) -> None:
             caller = Caller(served.app, COMPLETIONS, body)
             await caller.start()
             writes = [each for each in caller.sent[1:-1] if each["body"]]
-            assert len(writes) <= 8 + 1  # steps, and one for what ends behind them
+            assert len(writes) <= 8 + 1  # steps, and one for the end after them
             assert len(events_of(caller)) > 16
 
     run(test())
@@ -144,7 +144,7 @@ def test_where_the_queue_is_full_a_body_is_not_even_read(llm: LLM) -> None:
 
 
 def test_prompts_that_were_queued_before_a_refusal_are_ended_at_once() -> None:
-    """Not when their streams are collected: a traceback may hold them."""
+    """They do not wait for their streams to be collected: a traceback may hold them."""
     closed: list[int] = []
 
     class Stream:
@@ -176,7 +176,7 @@ def test_a_deadline_that_passes_before_a_prompt_is_queued_is_one_too(llm: LLM) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_runs_too_long_is_told_so(llm: LLM, stream: bool) -> None:
+def test_a_request_that_runs_too_long_gets_an_error(llm: LLM, stream: bool) -> None:
     async def test() -> None:
         async with serving(llm, limits=ServiceLimits(request_seconds=0.2)) as served:
             served.gate.close()
@@ -197,7 +197,9 @@ def test_a_request_that_runs_too_long_is_told_so(llm: LLM, stream: bool) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_fails_is_told_so_and_logged(llm: LLM, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_that_fails_gets_an_error_and_is_logged(
+    llm: LLM, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test() -> None:
         async with serving(llm) as served:
             served.gate.close()
@@ -221,7 +223,7 @@ def test_a_request_that_fails_is_told_so_and_logged(llm: LLM, stream: bool, capl
 
 
 async def left(served: Served, caller: Caller, task: asyncio.Task[None]) -> None:
-    """Its client leaves, and everything it held comes back."""
+    """A client leaves, and all that its request held is freed."""
     caller.leave()
     await task
     served.gate.open()

@@ -1,4 +1,4 @@
-"""Answers to conversations over HTTP: where their texts begin and end, and that their tokens' bytes are these texts."""
+"""Answers to conversations over HTTP: where their texts begin and end, and that logprobs' bytes spell these texts."""
 
 from __future__ import annotations
 

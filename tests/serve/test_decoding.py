@@ -1,4 +1,4 @@
-"""Bytes to a request: what is no request is refused with a code, and with the field as OpenAI writes it."""
+"""Bytes to a request: a malformed body is refused with an error code, and with the field as OpenAI writes it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_request_is_read_with_null_for_what_is_absent():
         f'{{{MESSAGES}, "temperature": Infinity}}',
         f'{{{MESSAGES}, "n": 1.}}',
         f'{{{MESSAGES}, "user": "\\ud800"}}',
-        f'{{{MESSAGES}, "user": "\\ud800 and more behind it"}}',
+        f'{{{MESSAGES}, "user": "\\ud800 and more after it"}}',
         f'{{{MESSAGES}, "user": "\ud800"}}',
         f'{{{MESSAGES}, "user": "a\nb"}}',
         f"\ufeff{{{MESSAGES}}}",
@@ -107,7 +107,7 @@ def test_brackets_are_counted_as_a_parser_does(value, piece):
     assert str(error).startswith(f"the body has {number_of(value)} arrays and objects")
 
 
-def test_a_body_that_is_empty_is_told_so():
+def test_an_empty_body_is_refused_as_empty():
     assert "empty" in str(refused(b""))
 
 
@@ -185,7 +185,7 @@ def test_of_a_name_that_comes_twice_the_last_value_counts():
 
 
 def test_integers_of_a_thousand_digits_are_read():
-    """Whether they are legal is for their field to say."""
+    """Their range is checked with the field."""
     assert decode(b'{"max_tokens": ' + b"9" * 1000 + b"}", CompletionRequest).max_tokens == int("9" * 1000)
 
 

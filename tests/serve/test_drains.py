@@ -1,4 +1,4 @@
-"""The end of a service: a drain, an engine beyond repair, and the canary that is asked until then."""
+"""The end of a service: a drain, an engine beyond repair, and the canary that runs until then."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_drain_refuses_what_is_new_and_waits_for_what_runs(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_a_drain_cuts_is_told_so(llm: LLM, stream: bool) -> None:
+def test_what_a_drain_cuts_gets_an_error(llm: LLM, stream: bool) -> None:
     async def test() -> None:
         async with serving(llm) as served:
             caller = Caller(served.app, COMPLETIONS, ENDLESS | {"stream": stream})

@@ -1,4 +1,4 @@
-"""Errors of the API: the JSON that OpenAI's clients read, and what exceptions of the runtime become."""
+"""Errors of the API: the JSON that OpenAI's clients read, and the error of each exception of the runtime."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_context_that_is_exceeded_begins_with_openai_s_words_and_gives_both_nu
     assert "5000" in str(error)
 
 
-def test_what_may_succeed_later_says_when():
+def test_what_may_succeed_later_has_a_retry_time():
     assert unavailable("loading", "still loading", seconds=5).headers == {"retry-after": "5"}
     full = from_exception(QueueFullError("100 requests wait"))
     assert (full.status, full.code, full.headers["retry-after"]) == (429, "queue_full", "1")
@@ -72,7 +72,7 @@ def test_what_may_succeed_later_says_when():
 @pytest.mark.parametrize(
     "error", [deadline_exceeded(), from_exception(RuntimeError("NaN"))], ids=["deadline", "engine"]
 )
-def test_what_would_fail_again_tells_clients_not_to_retry(error):
+def test_what_would_fail_again_asks_clients_not_to_retry(error):
     assert error.status >= 500
     assert error.headers["x-should-retry"] == "false"
 

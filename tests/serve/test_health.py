@@ -1,4 +1,4 @@
-"""Health: what turns it and what does not, and a canary that knows a broken engine from a busy one."""
+"""Health: what changes it and what does not, and a canary that distinguishes a broken engine from a busy one."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_rounding_may_choose_the_runner_up_of_a_near_tie(
     logprobs: tuple[float, ...], found: int, result: CanaryResult
 ) -> None:
     first = [answer(7), answer(8, logprobs=logprobs), answer(9, 10)]
-    other = [answer(7), answer(found), answer(60, 70)]  # behind a near tie, all may differ
+    other = [answer(7), answer(found), answer(60, 70)]  # after a near tie, all may differ
     assert ask(first, other)[2] == ["agreed", result]
 
 
@@ -207,7 +207,7 @@ def test_a_request_that_raises_is_a_fault(caplog: pytest.LogCaptureFixture) -> N
     ],
     ids=["idle", "one step all the time", "others get tokens", "a step of a long prompt"],
 )
-def test_no_answer_is_a_fault_where_nobody_gets_one(
+def test_no_answer_is_a_fault_where_no_request_gets_one(
     state: dict[str, Any], result: CanaryResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health_module, "ANSWER_LIMIT", 0.01)
@@ -247,7 +247,7 @@ def test_too_short_a_period_is_refused() -> None:
         Canary(cast(AsyncEngine, FakeEngine([])), [1], 0, lambda result: None)
 
 
-def test_the_bundled_model_agrees_with_itself_in_company_and_in_fp16_but_not_with_other_weights() -> None:
+def test_the_bundled_model_agrees_with_itself_in_any_batch_and_in_fp16_but_not_with_other_weights() -> None:
     """The first answer is fp32's: what differs in bf16 and fp16 is what NEAR_TIE is for."""
     results: list[CanaryResult] = []
 

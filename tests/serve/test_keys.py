@@ -1,4 +1,4 @@
-"""Keys: who is let in, what a file of keys may say, and limits on a clock that the tests turn."""
+"""API keys: who is let in, legal files of keys, and limits on a clock that the tests turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRETS = {"alice": "secret-of-alice", "bob": "secret-of-bob"}
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -78,7 +78,7 @@ def test_a_key_is_known_by_its_hash_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic c2VjcmV0", "secret-of-alice"])
-def test_who_brings_no_key_is_told_how(header: str | None, tmp_path: Path) -> None:
+def test_a_request_without_a_key_learns_how_to_send_one(header: str | None, tmp_path: Path) -> None:
     ring = Keyring.open(None, written(tmp_path, line("alice")))
     with pytest.raises(ApiError, match="Authorization: Bearer KEY") as raised:
         ring.find(header)
@@ -195,7 +195,7 @@ def test_requests_refill_continuously(tmp_path: Path) -> None:
     assert key.headers()["x-ratelimit-reset-requests"] == "0s"
 
 
-def test_tokens_may_be_overdrawn_and_waiting_pays(tmp_path: Path) -> None:
+def test_tokens_may_be_overspent_and_waiting_pays(tmp_path: Path) -> None:
     clock = Clock()
     key = limited(tmp_path, clock, tokens_per_minute=60)
     assert key.headers().keys() == {f"x-ratelimit-{part}-tokens" for part in ("limit", "remaining", "reset")}
@@ -316,7 +316,7 @@ def test_a_broken_file_keeps_the_old_keys(text: str | None, tmp_path: Path, capl
     tokens=st.integers(1, 10**6),
     events=st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10**5)), max_size=30),
 )
-def test_limits_hold_and_to_wait_as_told_is_enough(
+def test_limits_hold_and_the_reported_wait_is_enough(
     requests: int, tokens: int, events: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     clock = Clock()

@@ -1,4 +1,4 @@
-"""Log-probabilities in both shapes: what is spelled, what is finite, and where tokens begin in the text."""
+"""Log-probabilities in both shapes: the spelling of tokens, finite values, and where tokens begin in the text."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_the_space_that_a_chat_s_text_begins_without_is_none_of_its_first_token_
     first, second = ChatEntries(TOKENIZER).of([report, report]).content
     assert (first.token, first.bytes) == ("a", list(b"a"))
     assert (second.token, second.bytes) == (" a", list(b" a"))
-    assert [top.token for top in first.top_logprobs] == [" a"], "what was drawn, as it is spelled"
+    assert [top.token for top in first.top_logprobs] == [" a"], "the sampled token, as it is spelled"
     assert ChatEntries(TOKENIZER, begun=True).of([report]).content[0].token == " a"
     assert ChatEntries(load_tokenizer(folder("llama3"))).of(reports(220)).content[0].token == " "
     _, first = ChatEntries(TOKENIZER).of(reports(2, letter)).content
-    assert (first.token, first.bytes) == ("a", list(b"a")), "behind what shows no text"
+    assert (first.token, first.bytes) == ("a", list(b"a")), "after a token without text"
 
 
 def test_a_chat_lists_the_likeliest_tokens_best_first() -> None:
@@ -90,7 +90,7 @@ def test_without_a_number_of_likeliest_tokens_their_column_is_null() -> None:
 
 
 def shown(token_ids: list[int]) -> bytes:
-    """What tokens show, less the space in front."""
+    """The text of tokens, without the leading space."""
     return b"".join(TOKENIZER.token_bytes(i) for i in token_ids if i != BEYOND).removeprefix(b" ")
 
 

@@ -1,4 +1,4 @@
-"""What /metrics shows: each number of a Snapshot under vLLM's name, labels of closed sets, histograms that add up."""
+"""/metrics shows each number of a Snapshot under vLLM's name, labels of closed sets, and histograms that add up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def snapshot() -> Snapshot:
 
 
 def families(metrics: Metrics) -> Mapping[str, Metric]:
-    """What a scraper reads, by its name."""
+    """The samples that a scraper reads, by name."""
     return {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
 
 

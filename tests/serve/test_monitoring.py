@@ -101,7 +101,7 @@ def test_the_board_names_only_variables_that_it_defines() -> None:
     assert "id" not in BOARD, "an import gives one"
 
 
-def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
+def test_every_alert_states_how_bad_it_is_and_what_to_do() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule["labels"]["severity"] in ("critical", "warning")

@@ -1,4 +1,4 @@
-"""The page's files: what they are and load, the policy they are served with, their colours, the notice in them."""
+"""The page's files: their types and what they load, their content policy, their colours, and the notice in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SVG = "http://www.w3.org/2000/svg"  # a name, which no browser fetches
 
 
 class Tags(HTMLParser):
-    """Tags of a document with their attributes and the tags around them; fails where one is not closed."""
+    """Tags of a document with their attributes and enclosing tags; fails where one is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
-        assert len(names) == len(set(names)), f"<{tag}> says something twice"
+        assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
         self.found.append((tag, dict(attrs), tuple(self.open)))
         if tag not in VOID:
             self.open.append(tag)
@@ -85,7 +85,7 @@ def test_the_policy_lets_a_page_load_its_own_files_and_nothing_else() -> None:
     assert HEADERS["cache-control"] == "no-cache"
 
 
-def test_each_file_says_what_it_is() -> None:
+def test_each_file_has_its_type() -> None:
     kinds = {path: kind for path, (_, kind) in FILES.items()}
     assert kinds == {
         "/": "text/html; charset=utf-8",
@@ -108,7 +108,7 @@ def test_every_field_has_a_label() -> None:
     assert fields == {a["for"] for tag, a, _ in PAGE.found if tag == "label"}
 
 
-def test_what_the_model_says_is_never_taken_for_html_or_code() -> None:
+def test_a_models_text_is_never_taken_for_html_or_code() -> None:
     assert re.findall(r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function|srcdoc)\b", JS) == []
 
 
@@ -135,7 +135,7 @@ SURFACES = {  # a colour of text -> what it stands on
 
 
 def contrast(one: str, other: str) -> float:
-    """Of WCAG 2, 1 to 21."""
+    """The contrast of WCAG 2, from 1 to 21."""
 
     def luminance(colour: str) -> float:
         channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]

@@ -1,4 +1,4 @@
-"""The page in a headless Chromium, before a server that answers as the test says."""
+"""The page in a headless Chromium, before a server whose answers the test chooses."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def press(tab: Chromium, key: str, modifiers: int = 0) -> None:
         tab.call("Input.dispatchKeyEvent", type=kind, **details)
 
 
-def say(tab: Chromium, text: str) -> None:
+def submit(tab: Chromium, text: str) -> None:
     tab.evaluate("document.getElementById('prompt').focus()")
     tab.call("Input.insertText", text=text)
     press(tab, "Enter")
@@ -177,7 +177,7 @@ def test_a_conversation_outlives_a_reload_until_it_is_forgotten(tab: Chromium, s
     tab.evaluate("document.getElementById('forget').click()")
     assert turns(tab) == []
     assert tab.evaluate("document.querySelectorAll('article').length") == 0
-    say(tab, "New")
+    submit(tab, "New")
     answered(tab)
     first, second, third = (headers["x-session-id"] for headers in site.headers)
     assert first == second != third
@@ -215,7 +215,7 @@ def test_escape_stops_an_answer_and_its_text_stays(tab: Chromium, site: Site) ->
         assert "stopped" in state["text"]
         assert "It begins" in state["text"]
         assert not tab.evaluate("document.getElementById('send').hidden")
-        assert site.left.wait(60), "the server was not told"
+        assert site.left.wait(60), "the server did not notice"
         assert turns(tab)[1] == ["assistant", "It begins"]
     finally:
         site.left.set()
@@ -256,7 +256,7 @@ def test_the_last_answer_can_be_had_again(tab: Chromium, site: Site) -> None:
     site.reply = lambda handler, body: handler.refuse(429, "queue_full", "it is busy", **{"retry-after": "7"})
     tab.open(f"{site.url}/?prompt=One")
     assert "It is busy. Try again in 7 s." in answered(tab)["failure"]
-    say(tab, "Two")
+    submit(tab, "Two")
     answered(tab, 2)
     site.reply = lambda handler, body: handler.stream("Fine.")
     shown = "[...document.querySelectorAll('.failure button')].filter((button) => button.checkVisibility())"
@@ -286,7 +286,7 @@ def test_an_answer_that_was_left_is_shown_as_broken(tab: Chromium, site: Site) -
         site.left.set()
 
 
-def test_a_reader_is_told_when_the_oldest_messages_are_dropped(tab: Chromium, site: Site) -> None:
+def test_a_notice_shows_when_the_oldest_messages_are_dropped(tab: Chromium, site: Site) -> None:
     def short(handler: Handler, body: dict[str, Any]) -> None:
         if len(body["messages"]) > 1:
             handler.refuse(400, "context_length_exceeded", "too long")
@@ -296,9 +296,9 @@ def test_a_reader_is_told_when_the_oldest_messages_are_dropped(tab: Chromium, si
     site.reply = short
     tab.open(f"{site.url}/?prompt=One")
     answered(tab)
-    say(tab, "Two")
+    submit(tab, "Two")
     assert "no longer sees the oldest messages" in answered(tab, 2)["text"]
-    say(tab, "Three")
+    submit(tab, "Three")
     answered(tab, 3)
     sent = [[message["content"] for message in body["messages"]] for body in site.asked]
     assert sent == [["One"], ["One", "Fine.", "Two"], ["Two"], ["Two", "Fine.", "Three"], ["Three"]]
@@ -313,11 +313,11 @@ def test_an_answer_cut_by_a_full_context_makes_room_for_the_next(
     site.reply = lambda handler, body: handler.stream("Fine.", reason="length")  # of 3 tokens
     tab.open(site.url)
     set_field(tab, "length", longest)
-    say(tab, "One")
+    submit(tab, "One")
     assert "oldest" not in answered(tab)["text"], "there is only one question"
-    say(tab, "Two")
+    submit(tab, "Two")
     assert ("no longer sees the oldest messages" in answered(tab, 2)["text"]) == (not longest)
-    say(tab, "Three")
+    submit(tab, "Three")
     answered(tab, 3)
     assert [message["content"] for message in site.asked[2]["messages"]] == third
 

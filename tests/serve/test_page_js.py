@@ -1,4 +1,4 @@
-"""The functions of page.js that know no page, under node: events, turns, code, the way of an answer."""
+"""The functions of page.js that need no page, under node: events, turns, fenced text, the path of an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ console.log(JSON.stringify(result));
 
 
 def under_node(script: str, given: Any = None) -> Any:
-    """What a script returns, in which `page` is the module page.js and `given` a value."""
+    """The result of a script, in which `page` is the module page.js and `given` a value."""
     values = {"source": base64.b64encode(FILES["/page.js"][0]).decode(), "given": given}
     command = ["node", "--input-type=module", "-e", RUN % script]
     done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, timeout=120, check=False)
@@ -110,7 +110,7 @@ def test_old_turns_are_dropped_a_question_with_its_answer_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "shown"),
     [
         ({"usage": {"completion_tokens": 41}, "reason": "stop", "first": 0.5, "last": 2.5},
          "41 tokens · 20.0 tokens/s · first after 0.50 s"),
@@ -119,8 +119,8 @@ def test_old_turns_are_dropped_a_question_with_its_answer_at_a_time() -> None:
         ({"usage": None, "reason": "content_filter", "first": 0, "last": 0}, "ended by content_filter"),
     ],
 )  # fmt: skip
-def test_the_speed_is_that_of_the_tokens_after_the_first(end: dict[str, Any], said: str) -> None:
-    assert under_node("return page.facts(given)", end) == said
+def test_the_speed_is_that_of_the_tokens_after_the_first(end: dict[str, Any], shown: str) -> None:
+    assert under_node("return page.facts(given)", end) == shown
 
 
 ANSWER = """
@@ -197,7 +197,7 @@ def test_a_server_that_loads_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "shown"),
     [
         (refused(503, "shutting_down", "the server is stopping.", "5"), "the server is stopping"),
         (
@@ -209,12 +209,12 @@ def test_a_server_that_loads_is_asked_again() -> None:
     ],
     ids=["shutting down", "key", "busy", "proxy"],
 )
-def test_what_is_refused_says_what_to_do(reply: dict[str, Any], said: str) -> None:
+def test_a_refusal_explains_what_to_do(reply: dict[str, Any], shown: str) -> None:
     found = asked(reply)
-    assert (found["failure"], found["steps"]) == ({"message": said, "status": reply["status"]}, [])
+    assert (found["failure"], found["steps"]) == ({"message": shown, "status": reply["status"]}, [])
 
 
-def test_a_server_that_is_away_is_said_to_be() -> None:
+def test_a_server_that_is_away_is_reported() -> None:
     assert asked()["failure"]["message"] == "the server cannot be reached"
 
 

@@ -1,4 +1,4 @@
-"""Prompts of completions, and token counts: what a prompt may be, echo, infilling, /tokenize and /detokenize."""
+"""Prompts of completions, and token counts: legal prompts, echo, infilling, /tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_prompt_is_bos_alone(prompt, llama2):
 
 
 class BareTokenizer:
-    """A tokenizer that puts nothing around a text."""
+    """A tokenizer that adds no token to a text."""
 
     least_length = staticmethod(lambda text: 0)
 
@@ -101,7 +101,7 @@ def test_echo_shows_the_prompt(llama2):
     assert complete(llama2, logprobs=3).params.prompt_logprobs is None
 
 
-def test_of_an_echo_alone_one_token_is_drawn_and_not_shown(llama2):
+def test_of_an_echo_alone_one_token_is_sampled_and_not_shown(llama2):
     job = complete(llama2, echo=True, max_tokens=0)
     assert (job.show_tokens, job.params.max_tokens) == (False, 1)
     assert complete(llama2, echo=True, max_tokens=1).show_tokens

@@ -1,4 +1,4 @@
-"""The limits of a connection, on real sockets: what is too long, too slow, too much, or no HTTP at all."""
+"""The limits of a connection, on real sockets: requests that are too long, too slow, too many, or no HTTP at all."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_the_rest_of_a_refused_body_has_a_limit_of_time() -> None:
         assert read_all(client).endswith(b"refused")
 
 
-def test_a_body_that_breaks_off_is_told_to_whoever_reads_it() -> None:
+def test_a_body_that_breaks_off_raises_for_its_reader() -> None:
     post = b"POST /ok HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
     with running(linger_seconds=1000) as server, server.connect(post) as client:
         answer = read_all(client)
@@ -210,7 +210,7 @@ def test_one_connection_more_than_there_may_be_is_refused() -> None:
         second.close()
 
 
-def test_the_end_of_a_connection_is_seen_behind_requests_that_were_sent_ahead() -> None:
+def test_the_end_of_a_connection_is_seen_after_requests_that_were_sent_ahead() -> None:
     with running() as server:
         client = server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 3)
         wait_for(lambda: server.application.num_waiting == 1)
@@ -250,7 +250,7 @@ def test_the_rest_of_a_refused_body_does_not_count_as_headers() -> None:
             assert answered(client).startswith(b"HTTP/1.1 200")
 
 
-def test_what_waits_behind_a_request_does_not_end_it() -> None:
+def test_what_waits_after_a_request_does_not_end_it() -> None:
     with running() as server, server.connect(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n") as client:
         wait_for(lambda: server.application.num_waiting == 1)
         client.sendall(b"\r\n" * 50_000)
@@ -281,7 +281,7 @@ def test_an_answer_to_http_1_0_ends_with_its_connection() -> None:
         assert read_until(client, b"0\r\n\r\n").endswith(b"\r\n\r\n5\r\none, \r\n3\r\ntwo\r\n0\r\n\r\n")
 
 
-def test_what_never_becomes_a_request_is_noted_under_the_id_that_it_was_told() -> None:
+def test_what_never_becomes_a_request_is_noted_under_the_id_of_its_answer() -> None:
     with running(most=1, header_seconds=1) as server:
         answers = []
         for data in (b"hello\r\n\r\n", b"GET /ok HTTP/1.1\r\nHost: a\r\nx: " + b"a" * 70000 + b"\r\n\r\n", b"GET"):

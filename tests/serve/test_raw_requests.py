@@ -23,8 +23,8 @@ def server() -> Iterator[LiveServer]:
         yield server
         assert server.post("/v1/completions", COMPLETION).status_code == 200
         wait_for(server.is_idle)
-        assert "Traceback" not in server.said
-        assert server.said.count("\n") == 3  # of the start
+        assert "Traceback" not in server.printed
+        assert server.printed.count("\n") == 3  # of the start
 
 
 def ask(server: LiveServer, data: bytes) -> tuple[int, bytes, bytes]:
@@ -147,7 +147,7 @@ def test_a_body_that_breaks_off_is_logged_and_counted_as_it_was_answered(server:
         (head % b"/v1/completions" + b"5\r\nhello\r\nzz\r\n", "/v1/completions"),
         (b"hello\r\n\r\n", "other"),
     ):
-        before = number_behind(counted % route, server.get("/metrics").text)
+        before = number_after(counted % route, server.get("/metrics").text)
         answer = ask(server, data)
         check(answer)
         assert answer[0] == 400
@@ -156,9 +156,9 @@ def test_a_body_that_breaks_off_is_logged_and_counted_as_it_was_answered(server:
         wait_for(lambda given=given: given in server.logged)  # type: ignore[misc]
         (line,) = (json.loads(line) for line in server.logged.splitlines() if given in line)
         assert (line["route"], line["status"], line["reason"]) == (route, 400, "invalid_http")
-        assert number_behind(counted % route, server.get("/metrics").text) == before + 1
+        assert number_after(counted % route, server.get("/metrics").text) == before + 1
 
 
-def number_behind(name: str, text: str) -> float:
-    """Of a metric that may not be there yet."""
+def number_after(name: str, text: str) -> float:
+    """The value of a metric, which may not be there yet."""
     return float((text.partition(name)[2] or "0").split("\n")[0])

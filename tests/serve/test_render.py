@@ -1,4 +1,4 @@
-"""Deltas become the chunks and bodies that OpenAI's clients read; their types are those of its own SDK."""
+"""Deltas become the chunks and bodies that OpenAI's clients read, parsed by the types of its own SDK."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def completion(*prompts: PromptIds, n: int = 1, **fields: Any) -> Job:
 
 
 def report(token_id: int) -> TokenLogprob:
-    """That a token was the likeliest but one."""
+    """Log-probabilities of a token that was the likeliest but one."""
     return TokenLogprob(token_id, -1.5, ((5, -0.5), (token_id, -1.5)), 2)
 
 
@@ -73,7 +73,7 @@ def deltas(
     prompt_logprobs: bool = False,
     continues_text: bool = True,
 ) -> Iterator[RequestDelta]:
-    """What an engine says of a sample of these tokens, one by one."""
+    """The deltas of an engine for a sample of these tokens, one by one."""
     detokenizer = IncrementalDetokenizer(TOKENIZER, prompt.token_ids if continues_text else ())
     for position, token_id in enumerate(token_ids):
         is_last = position == len(token_ids) - 1
@@ -255,7 +255,7 @@ def test_echo_shows_the_prompt_once_for_each_choice_streaming_or_not() -> None:
         Completion.model_validate({**chunk, "choices": []}, strict=True)  # the SDK's choice wants a reason in each
 
 
-def test_echo_with_logprobs_reports_the_prompt_in_front_streaming_or_not() -> None:
+def test_echo_with_logprobs_reports_the_prompt_first_streaming_or_not() -> None:
     gains = list(deltas(A_CAFE, logprobs=True, prompt_logprobs=True))
     whole = body(completion(echo=True, logprobs=2), iter(gains))["choices"][0]["logprobs"]
     assert whole["tokens"][:3] == ["<s>", " Once", " upon"]
@@ -284,7 +284,7 @@ def test_offsets_count_special_tokens_where_they_are_shown() -> None:
     assert got["text_offset"][:2] == [0, len("</s>")]
 
 
-def test_max_tokens_0_with_echo_is_the_prompt_alone_although_a_token_was_drawn() -> None:
+def test_max_tokens_0_with_echo_is_the_prompt_alone_although_a_token_was_sampled() -> None:
     for ends in ("stop", "length"):
         made = answer(completion(echo=True, show_tokens=False, logprobs=0))
         for delta in deltas(A_CAFE[:1], ends=ends, logprobs=True, prompt_logprobs=True):

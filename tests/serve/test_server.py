@@ -1,4 +1,4 @@
-"""The server around the application: its load, what it says, and the facts of the model that it serves."""
+"""The server that runs the application: its load, its printed lines, and the facts of the model that it serves."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def options(**given: object) -> ServerOptions:
 
 
 def test_a_load_that_fails_ends_the_server_with_what_it_raised() -> None:
-    said: list[str] = []
+    lines: list[str] = []
     intervals: list[float] = []
     before = sys.getswitchinterval()
 
     def load() -> LLM:
         intervals.append(sys.getswitchinterval())
-        url = said[0].split(" is bound")[0]
+        url = lines[0].split(" is bound")[0]
         assert httpx.get(f"{url}/ready", trust_env=False, timeout=60).json()["error"]["code"] == "loading"
         raise ValueError("planted in the load")
 
     with pytest.raises(ValueError, match="planted in the load"):
-        serve(options(), load, model="tiny", say=said.append)
-    assert len(said) == 1
+        serve(options(), load, model="tiny", say=lines.append)
+    assert len(lines) == 1
     assert intervals == pytest.approx([SWITCH_SECONDS])
     assert sys.getswitchinterval() == pytest.approx(before)
 
@@ -46,7 +46,7 @@ def test_a_model_is_named_as_it_was_asked_for_and_known_by_what_changes_its_answ
         assert (by_name.names, by_name.any_name, by_name.max_n) == (("tiny",), True, 2)
         given = served_model(llm, "tiny", options(names=("a", "b")))
         assert (given.names, given.any_name, given.max_n) == (("a", "b"), False, 3)
-        assert served_model(llm, str(TINY.parent), options()).names == ("assets",)  # a path says where files lie
+        assert served_model(llm, str(TINY.parent), options()).names == ("assets",)  # a path shows where files lie
         assert served_model(llm, "owner/name", options()).names == ("owner/name",)
         assert by_name.max_model_len == llm.max_model_len
         assert by_name.fingerprint == given.fingerprint
@@ -60,7 +60,7 @@ def test_a_model_without_a_tokenizer_is_not_served() -> None:
             served_model(llm, "tiny", options())
 
 
-def test_limits_are_what_the_options_say() -> None:
+def test_limits_are_those_of_the_options() -> None:
     limits = ServiceLimits(request_seconds=1, body_bytes=2)
     assert options(limits=limits).limits is limits
     assert options().hosts == {"localhost", "127.0.0.1", "[::1]"}

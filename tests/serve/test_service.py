@@ -1,4 +1,4 @@
-"""What a service does beyond a request: a step that hangs, and the collector's part in a model that stays."""
+"""A service beyond single requests: a hanging step ends its requests, and a served model is kept from the collector."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.serve.asgi import COMPLETION, COMPLETIONS, ENDLESS, STREAM, Caller, e
 BODIES = [ENDLESS, ENDLESS | STREAM, ENDLESS | {"prompt": ["a", "b", "c"]} | STREAM]
 
 
-def told(caller: Caller) -> tuple[int | None, str]:
+def error_of(caller: Caller) -> tuple[int | None, str]:
     """The status, and the code of the error that a response is or ends with."""
     is_stream = caller.answer_headers["content-type"].startswith("text/event-stream")
     return caller.status, (events_of(caller)[-1] if is_stream else caller.answer)["error"]["code"]
@@ -41,7 +41,7 @@ def test_a_deadline_ends_a_request_even_while_a_step_hangs(
             served.gate.close()
             caller = Caller(served.app, COMPLETIONS, body)
             await caller.start()
-            assert told(caller) == (200 if "stream" in body else 504, "deadline_exceeded")
+            assert error_of(caller) == (200 if "stream" in body else 504, "deadline_exceeded")
             assert ended(caller)
             assert b"[DONE]" not in caller.read
             assert served.logged()[-1]["reason"] == "deadline_exceeded"
@@ -64,7 +64,7 @@ def test_a_drain_ends_a_request_even_while_a_step_hangs(
             await served.service.drain(0)
             await task
             status = 200 if "stream" in body else 503
-            assert told(caller) == (status, "shutting_down")
+            assert error_of(caller) == (status, "shutting_down")
             assert ended(caller)
             assert (served.logged()[-1]["status"], served.logged()[-1]["reason"]) == (status, "shutting_down")
 
@@ -126,12 +126,12 @@ def test_a_request_that_has_ended_is_kept_by_nothing(llm: LLM, monkeypatch: pyte
 def test_a_model_that_is_served_is_nothing_that_the_collector_looks_at() -> None:
     frozen: list[int] = []
 
-    def say(line: str) -> None:
+    def noting(line: str) -> None:
         if line.startswith("ready on"):
             frozen.append(gc.get_freeze_count())
             signal.raise_signal(signal.SIGTERM)
 
     load = partial(LLM, "tiny", kv_cache_tokens=1024)
-    assert serve(ServerOptions(Keyring.open(None, None), port=0), load, model="tiny", say=say) == 0
+    assert serve(ServerOptions(Keyring.open(None, None), port=0), load, model="tiny", say=noting) == 0
     assert frozen[0] > 10_000
     assert gc.get_freeze_count() == 0

@@ -1,4 +1,4 @@
-"""Readers that stall until their connection is dropped: no answer that nobody took is logged as one."""
+"""Readers that stall until their connection is dropped: an answer that was never read is not logged as one."""
 
 from __future__ import annotations
 

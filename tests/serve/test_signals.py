@@ -19,7 +19,7 @@ COMPLETIONS = "/v1/completions"
 
 
 class Asking:
-    """A request on a thread of its own, and what it got."""
+    """A request on a thread of its own, and its answer."""
 
     def __init__(self, server: LiveServer, body: Any) -> None:
         self.response: httpx.Response | None = None
@@ -60,25 +60,25 @@ def test_the_first_signal_drains_while_the_socket_listens(number: int) -> None:
         assert whole.answer.json()["usage"]["completion_tokens"] == 300
         assert events(stream.answer)[-1] == "[DONE]"
         assert server.wait() == 0
-        assert signal.Signals(number).name in server.said
-        assert "Traceback" not in server.said
+        assert signal.Signals(number).name in server.printed
+        assert "Traceback" not in server.printed
 
 
-def test_what_runs_longer_than_the_drain_is_told_so() -> None:
+def test_what_runs_longer_than_the_drain_gets_an_error() -> None:
     with live("--drain-timeout", "0.2", faults="step=0.02") as server:
         whole, stream = running(server, ENDLESS, ENDLESS | {"stream": True})
         server.signal(signal.SIGTERM)
         assert (whole.answer.status_code, whole.answer.json()["error"]["code"]) == (503, "shutting_down")
         assert events(stream.answer)[-1]["error"]["code"] == "shutting_down"
         assert server.wait() == 0
-        assert "Traceback" not in server.said
+        assert "Traceback" not in server.printed
 
 
 def test_the_second_signal_ends_at_once() -> None:
     with live(faults="step=0.1") as server, server.connect(COMPLETIONS, ENDLESS):
         wait_for(lambda: server.metric("num_requests_running") == 1)
         server.signal(signal.SIGTERM)
-        wait_for(lambda: "SIGTERM" in server.said)
+        wait_for(lambda: "SIGTERM" in server.printed)
         server.signal(signal.SIGTERM)
         assert server.wait() == -signal.SIGTERM
 
@@ -117,7 +117,7 @@ def test_an_engine_that_fails_for_good_ends_everything_with_its_cause_and_the_pr
         for error in (whole.answer.json()["error"], events(stream.answer)[-1]["error"]):
             assert (error["code"], "planted in the device" in error["message"]) == ("engine_error", True)
         assert server.wait() == 70
-        assert "the engine has a permanent fault: RuntimeError('planted in the device')" in server.said
+        assert "the engine has a permanent fault: RuntimeError('planted in the device')" in server.printed
 
 
 def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:
@@ -134,6 +134,6 @@ def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:
         server.signal(signal.SIGHUP)
         wait_for(lambda: status(second) == 200)
         assert status(first) == 401
-        assert first not in server.said + server.logged
+        assert first not in server.printed + server.logged
         server.signal(signal.SIGTERM)
         assert server.wait() == 0

@@ -1,4 +1,4 @@
-"""Sockets: which addresses only this machine reaches, what binding says, how many connections there may be."""
+"""Sockets: which addresses only this machine reaches, errors of binding, and the number of connections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_host_of_several_addresses_has_one_port(sockets: list[socket.socket]) 
     assert url_of("::1", sockets, tls=True) == f"https://[::1]:{port}"
 
 
-def test_a_port_that_is_taken_is_said_with_its_address_and_leaves_no_socket(sockets: list[socket.socket]) -> None:
+def test_a_port_that_is_taken_is_reported_with_its_address_and_leaves_no_socket(sockets: list[socket.socket]) -> None:
     sockets += bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]
     with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port} cannot be served: another program has that port"):
@@ -64,7 +64,7 @@ def test_a_port_that_another_program_may_have_too_is_had_by_who_listens(sockets:
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a" * 70])
-def test_a_host_that_is_not_this_machine_is_said(host: str) -> None:
+def test_a_host_that_is_not_this_machine_is_reported(host: str) -> None:
     with pytest.raises(ValueError, match="address"):
         bind(host, 0)
 

@@ -1,4 +1,4 @@
-"""What lies between and behind the pieces of a body, on real sockets: ignored, bounded, and never a second answer."""
+"""Bytes between and after the chunks of a body, on real sockets: ignored, bounded, and never a second answer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_is_no_body_has_the_limit_of_headers(start: bytes, unit: bytes) -> 
 
 
 @endless
-def test_behind_an_answer_nothing_more_is_said(start: bytes, unit: bytes) -> None:
+def test_after_an_answer_nothing_more_is_sent(start: bytes, unit: bytes) -> None:
     with running(discard_seconds=1000) as server, server.connect(HEAD % b"/refuse" + start) as client:
         assert answered(client).endswith(b"refused")
         with suppress(OSError):

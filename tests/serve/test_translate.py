@@ -26,7 +26,7 @@ def test_a_chat_without_options_is_openai_s_defaults(llama2):
     assert [list(prompt.token_ids) for prompt in job.prompts] == [llama2.chat_format.encode(HI)]
 
 
-def test_a_completion_without_options_draws_sixteen_tokens(llama2):
+def test_a_completion_without_options_has_sixteen_tokens(llama2):
     job = complete(llama2)
     assert (job.kind, job.echo, job.show_tokens, job.params.max_tokens) == ("completion", False, True, 16)
     assert [(list(each.token_ids), each.text) for each in job.prompts] == [(llama2.tokenizer.encode("Hi"), "Hi")]

@@ -56,7 +56,7 @@ def test_a_body_that_looks_like_a_request_is_a_body(framed: bytes, at_once: bool
 
 
 @framed
-def test_requests_behind_an_upgrade_are_pipelined_ones(framed: bytes) -> None:
+def test_requests_after_an_upgrade_are_pipelined_ones(framed: bytes) -> None:
     with running() as server, server.connect(framed % (b"/wait", 3, b"abc") + GET) as client:
         wait_for(lambda: server.application.num_waiting == 1)
         server.application.may_end = True

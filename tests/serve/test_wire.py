@@ -1,4 +1,4 @@
-"""What is sent as JSON: fields that are left out where there is nothing to say."""
+"""JSON bodies leave out fields without a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bans, least lengths and logits processors by what they do to answers, and the tables that hold adjustments."""
+"""Bans, least lengths and logits processors, by their effect on answers, and the tables that hold adjustments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastllama.runtime.drafting.speculation import Pace
 from fastllama.runtime.planning.inputs import SamplingRow
 from fastllama.runtime.planning.sequence import UNKNOWN, Request
 from fastllama.runtime.planning.sequence import Sequence as Tokens
-from tests.runtime.device.test_sampler import Fixed, check_logprobs, draws
+from tests.runtime.device.test_sampler import Fixed, check_logprobs, sampled
 from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running, theirs
 
 EOS = 11
@@ -66,8 +66,8 @@ def test_no_sample_ends_before_its_least_length(options: dict[str, Any]) -> None
     assert ends(min_tokens=4, ignore_eos=True)[:4] == [EOS] * 4, "then EOS is a token like others"
 
 
-def test_the_least_length_is_the_same_behind_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one step stand before and behind the least length."""
+def test_the_least_length_is_the_same_after_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step holds rows before and past the least length."""
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
     loop = dict.fromkeys((7, 12), 30.0) | {EOS: 28.0}
     for min_tokens in range(3, 12):
@@ -305,11 +305,11 @@ def test_a_token_that_the_host_does_not_know_counts_too() -> None:
     assert torch.equal(adjusted(tables, logits, unknown), expected)
 
 
-def test_nobody_pays_for_tables_that_nobody_asks_for() -> None:
+def test_tables_cost_nothing_until_a_request_needs_them() -> None:
     tables = Adjustments(2, VOCAB, (EOS,), torch.device("cpu"))
     assert not tables.follow([SamplingRow(sequence([5], [], SamplingParams()), 0)])
     assert tables._tables is None
 
 
 def test_a_fixed_bias_bans() -> None:
-    assert set(draws({5: 9.0, 6: 1.0}, temperature=0, max_tokens=3, logit_bias={5: float("-inf")})) == {6}
+    assert set(sampled({5: 9.0, 6: 1.0}, temperature=0, max_tokens=3, logit_bias={5: float("-inf")})) == {6}

@@ -1,4 +1,4 @@
-"""A step that cannot be captured costs nobody anything but time, and says so once."""
+"""A step that cannot be captured runs eagerly, every request is answered, and one warning is logged."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_graphs_can_be_switched_off(
     install: Callable[[], StandIn] | None, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For LLMs made from now on."""
+    """The variable counts when an LLM is made."""
     calls: list[object] = []
     if install is not None:
         install().install(monkeypatch)

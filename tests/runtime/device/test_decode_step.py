@@ -1,6 +1,6 @@
-"""A replayed decode step allocates nothing, copies nothing and reads nothing back but, once, its tokens.
+"""A replayed decode step allocates nothing, copies nothing and reads nothing back except, once, its tokens.
 
-What counts is the runtime's own work: an op's implementation on a CPU may allocate inside, and is not looked into.
+Only the runtime's own work counts: an op's implementation on a CPU may allocate inside, and is not watched.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LENGTHS = [40, 20, 33]
 
 @dataclass
 class Seen:
-    """What ran outside of ops' implementations, by name, and how many of those there were."""
+    """The calls outside of ops' implementations, by name, and the number of implementations that ran."""
 
     allocations: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Seen:
 
 
 class Watch(TorchDispatchMode):
-    """Adds to `seen` what allocates or copies inside a `with`, and what is read to the host; over_ops() goes around."""
+    """Records allocations, copies and reads to the host inside a `with`; over_ops() leaves out implementations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,10 +67,10 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def over_ops(self) -> Iterator[None]:
-        """Within, every op that is bound or recorded tells when its implementation runs."""
+        """Counts inside a `with` the runs of every bound or recorded op's implementation."""
 
-        def telling(run: Callable[..., Any]) -> Callable[..., None]:
-            def tell(*args: Any) -> None:
+        def counting(run: Callable[..., Any]) -> Callable[..., None]:
+            def counted(*args: Any) -> None:
                 self.seen.num_ops += 1
                 self.inside += 1
                 try:
@@ -78,17 +78,17 @@ class Watch(TorchDispatchMode):
                 finally:
                     self.inside -= 1
 
-            return tell
+            return counted
 
         with ExitStack() as stack:
             for op in OPS.values():
-                with suppress(BackendError):  # an op that cannot run here says so when it is called
-                    stack.enter_context(op.bound_to(CPU, telling(op.bound(CPU))))
+                with suppress(BackendError):  # an op that cannot run here raises when it is called
+                    stack.enter_context(op.bound_to(CPU, counting(op.bound(CPU))))
             yield
 
 
 class Methods(TorchFunctionMode):
-    """Adds to what a Watch has seen the functions that read a tensor or make one of the host's numbers."""
+    """Records in a Watch's `seen` the functions that read a tensor or make one of the host's numbers."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def answer(llm: LLM) -> list[tuple[int, ...]]:
 
 
 def seen_of(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    """What each call of a method did while requests were answered whose decode steps had all been captured before."""
+    """The records of each call of a method while requests are answered by decode steps that were captured before."""
     watch, found, call, from_numpy = Watch(), [], getattr(owner, name), torch.from_numpy
 
     def watching(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def seen_of(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> list[See
 def test_a_replayed_step_allocates_copies_and_reads_nothing(
     runs_ahead: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Ahead, too, where ids are what the step before draws: for the same sequences, and where one has ended."""
+    """Steps launched ahead too, whose ids the step before samples: for the same sequences, and where one has ended."""
     if runs_ahead:
         request.getfixturevalue("ahead")
     found = seen_of(DecodeGraphs, "run", monkeypatch)

@@ -1,4 +1,4 @@
-"""Recorded decode steps: the same logits bit for bit, the modules run once for each shape, and no step a wrong one."""
+"""Recorded decode steps give the same logits bit for bit, run modules once per shape, and never replay a wrong step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Counting:
 
 
 class StandIn:
-    """What torch.cuda gives for a GPU's graphs, on a CPU: nothing is computed while it captures."""
+    """Stands for torch.cuda's graphs on a CPU: nothing is computed while it captures."""
 
     def __init__(self, failing: int | None = None) -> None:
         """failing: the number of the capture that cannot be ended."""
@@ -146,7 +146,7 @@ class Noting(Recording):
 
 
 def test_a_gpus_graphs_are_of_padded_batches_and_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as written: by products that add in one order whatever the number of rows."""
+    """Bit-identical to eager steps: matmuls reduce in one order whatever the number of rows."""
     stand_in = StandIn()
     with running(ours("biases", dtype=torch.float32), deterministic=True) as llm:
         llm.engine.model.layers[0].register_forward_hook(nothing)
@@ -196,7 +196,7 @@ def test_buckets(num_seqs: int, rows: int) -> None:
 
 
 def test_a_row_that_a_batch_leaves_is_padding_again() -> None:
-    """Nobody's slot is written to, and of nobody is anything read."""
+    """No owned slot is written to, and none is read."""
     graph = graphs._Graph(4, 2, 1, torch.device("cpu"), BatchMeta, None)
 
     def load(num_seqs: int) -> BatchMeta:
@@ -266,7 +266,7 @@ def test_a_hook_sees_every_step_whenever_it_comes(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_module_that_computes_is_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its part would be missing from a replay."""
+    """A patched forward that computes would be missing from a replay."""
     model, forward = ours(), LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, *args: forward(mlp, *args) * 1.5)
     counting = Counting(monkeypatch, model)
@@ -293,7 +293,7 @@ def test_a_model_with_its_own_forward_is_run_each_time() -> None:
 
 
 def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is run again in parts, and no replay ends where it did."""
+    """The step is run again in halves, and no replay ends where it did."""
     forward, runs, fails = LlamaMLP.forward, [0], len(ours().layers) + 2  # in the first decode
 
     def failing(mlp: LlamaMLP, *args: Any) -> Tensor:
@@ -353,7 +353,7 @@ def held(llm: LLM) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recordings_take_the_memory_of_the_largest_whatever_the_order(dtype: torch.dtype) -> None:
-    """And each computes what it computed before a larger one was made: in place, the shared memory has moved."""
+    """Each still computes its own result after a larger one was made: in place, the shared memory has moved."""
     taken, answers = [], []
     for sizes in (list(range(1, 17)), list(range(16, 0, -1)), [7, 16, 2, 11, 1, 16]):
         with running(ours(dtype=dtype)) as llm:
@@ -372,7 +372,7 @@ def test_recordings_take_the_memory_of_the_largest_whatever_the_order(dtype: tor
     assert most <= taken[0] <= 1.1 * most, "what 16 sequences alone take"
 
 
-def test_modules_are_what_the_layers_say() -> None:
+def test_modules_are_those_of_the_layers() -> None:
     """The hooks looked for are those of nn.Module: a new kind there would have to be looked for too."""
     kinds = {name for name in vars(nn.Module()) if "forward" in name and name.endswith("hooks")}
     assert kinds == {"_forward_hooks", "_forward_pre_hooks"}

@@ -1,4 +1,4 @@
-"""Keys and values that moved to the host: they come back as they were, spare work, and are never trusted uncopied."""
+"""Keys and values moved to the host come back unchanged, spare work, and are never used where a copy failed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = ours(dtype=torch.float32).config
 
 
 def bits(kv: KVCache, page_id: int) -> list[bytes]:
-    """What a page holds, in all layers."""
+    """The contents of a page, in all layers."""
     return [tensor[page_id].view(torch.uint8).numpy().tobytes() for layer in kv.layers for tensor in layer.tensors()]
 
 
@@ -50,7 +50,7 @@ def test_pages_travel_in_order_and_whole(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Gives how many tokens went through models since it was last asked."""
+    """Returns a function: the number of tokens that models computed since its last call."""
     counts, run = [], Runner.run
 
     def counting(self: Runner, step: Step, *before: Any) -> StepLogits:
@@ -121,7 +121,7 @@ def test_what_comes_back_is_what_the_host_holds() -> None:
 
 
 class Failure:
-    """Makes `HostCache.transfer` raise at some of its calls, when nobody knows what the destinations hold."""
+    """Makes `HostCache.transfer` raise at some of its calls, which leaves the destinations undefined."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException, calls: Sequence[int]) -> None:
         self.num_calls, transfer = 0, HostCache.transfer
@@ -213,7 +213,7 @@ def test_an_engine_that_starts_anew_trusts_neither_tier() -> None:
         assert llm.engine.pool.num_host_pages == before.num_host_pages == 25
 
 
-def test_its_size_is_told_and_must_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_its_size_is_logged_and_must_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def made(**options: Any) -> list[str]:
         with caplog.at_level(logging.INFO, "fastllama"), running(ours(), **options):
             return [record.getMessage() for record in caplog.records if "host cache" in record.getMessage()]
@@ -238,7 +238,7 @@ def test_its_size_is_told_and_must_fit(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_pinned_pages_are_one_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which torch takes the next power of two, as the check and the log say."""
+    """torch pins the next power of two, which the check and the log state."""
     empty, blocks = torch.empty, []
 
     def pinning(size: Any, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:

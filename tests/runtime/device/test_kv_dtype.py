@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: nearly the logits of those in full, and everything else as it is."""
+"""An 8-bit KV cache gives nearly the logits of a full one, and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)]
 
 
 def logprobs(llm: LLM, prompt: list[int]) -> torch.Tensor:
-    """Of each token of a prompt but the first."""
+    """Log-probabilities of each token of a prompt except the first."""
     (output,) = llm.generate(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
     assert output.prompt_logprobs is not None
     return torch.tensor([each.logprob for each in output.prompt_logprobs[1:] if each is not None])
@@ -22,7 +22,7 @@ def logprobs(llm: LLM, prompt: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_logits_are_nearly_those_of_full_pages(kind: str, dtype: torch.dtype) -> None:
-    """And not quite: pages that nobody reads would hide. int8 rounds finer than fp8, to 8 bits in place of 4."""
+    """Not 0, which pages that are never read would give. int8 rounds finer than fp8, to 8 bits in place of 4."""
     model = ours("mha", dtype=torch.float32)
     prompt = prompt_of(200)
     with running(model) as llm:
@@ -46,8 +46,8 @@ def test_logits_are_nearly_those_of_full_pages(kind: str, dtype: torch.dtype) ->
         {"kv_cache_tokens": 112, "host_cache_tokens": 300},
     ],
 )
-def test_a_request_gets_the_same_in_any_company(kind: str, dtype: torch.dtype, options: dict[str, int]) -> None:
-    """Through copies of shared pages, chunks and preemption: in fp64 rounding is too small to change a code."""
+def test_a_request_gets_the_same_tokens_in_any_batch(kind: str, dtype: torch.dtype, options: dict[str, int]) -> None:
+    """Through copies of shared pages, chunks and preemption: fp64 rounds too finely to change a quantized value."""
     params = SamplingParams(temperature=2.0, n=2, seed=3, max_tokens=12)
     sizes = {"max_model_len": 112} if "kv_cache_tokens" in options else {}
     with running(ours(), kv_cache_dtype=kind) as llm:

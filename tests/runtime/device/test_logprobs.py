@@ -1,4 +1,4 @@
-"""Log-probabilities: right, the same in any company, and without more logits at once than were planned."""
+"""Log-probabilities are right, the same in any batch, and never need more logits at once than planned."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_equal_tokens_share_the_better_rank() -> None:
     assert [report.rank for report in reports] == [2, 1, 2, 4]
 
 
-def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
+def test_a_row_is_bit_identical_alone_and_among_others() -> None:
     logits = torch.randn(35, 5000, generator=torch.Generator().manual_seed(1)).mul(3).bfloat16()
     targets, tops = list(range(35)), [5] * 35
     together = token_logprobs(logits, range(len(targets)), targets, tops)
@@ -77,7 +77,7 @@ def in_pieces_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_prompts_have_the_same_bits_whatever_the_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_bit_identical_whatever_the_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scored()
     assert [len(output.prompt_logprobs or ()) for output in expected] == [50, 1, 33]
     in_pieces_of(size, monkeypatch)
@@ -110,7 +110,7 @@ def test_prompts_never_have_more_logits_at_once_than_half_of_what_is_planned(mon
 
 
 def test_nothing_else_of_the_logits_size_is_made_to_reduce_them() -> None:
-    """Of samples' logits, too, there may be some for each of hundreds of sequences and their drafts."""
+    """Logits of samples count too: there may be some for each of hundreds of sequences and their drafts."""
     logits = torch.randn(200, VOCAB).bfloat16()
     with Largest() as largest:
         token_logprobs(logits, range(200), [1] * 200, [2] * 200)
@@ -152,9 +152,9 @@ def test_what_changes_whole_logits_counts_for_prompts_too(
     plain = ours()
     plain.norm.weight.mul_(2)  # with these weights, logits twice as large
     with running(model) as changed, running(plain) as expected:
-        assert told(changed) == pytest.approx(told(expected), rel=1e-5)
+        assert values_of(changed) == pytest.approx(values_of(expected), rel=1e-5)
 
 
-def told(llm: LLM) -> list[float]:
+def values_of(llm: LLM) -> list[float]:
     reports = [report for output in llm.generate(PROMPTS, SCORED) for report in output.prompt_logprobs or ()]
     return [value for report in reports if report for value in (report.logprob, *(top for _, top in report.top))]

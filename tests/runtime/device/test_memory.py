@@ -1,4 +1,4 @@
-"""How much memory is free, in a container as well, and what is chosen for it."""
+"""How much memory is free, in a container as well, and the sizes that are chosen for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GROUPS = {
 
 
 def limited(root: Path, version: str, folders: dict[str, tuple[str, int, int]]) -> list[int]:
-    """What container_bytes finds where control groups have a limit, a usage and an idle file cache."""
+    """container_bytes where control groups have a limit, a usage and an idle file cache."""
     membership, mount, limit, used, cache = GROUPS[version]
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(membership + "\n")
@@ -48,7 +48,7 @@ def limited(root: Path, version: str, folders: dict[str, tuple[str, int, int]]) 
 
 
 @pytest.mark.parametrize("version", GROUPS)
-def test_a_group_and_those_around_it_count(version: str, tmp_path: Path) -> None:
+def test_a_group_and_those_that_enclose_it_count(version: str, tmp_path: Path) -> None:
     assert limited(tmp_path, version, {"a/b": ("1000", 400, 50), "a": ("900", 500, 0)}) == [650, 400]
 
 
@@ -71,7 +71,7 @@ def test_the_smallest_is_what_is_available(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("free", "quantization", "says"),
+    ("free", "quantization", "warning"),
     [
         (
             1_000_000,
@@ -85,14 +85,14 @@ def test_the_smallest_is_what_is_available(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_weights_that_do_not_fit_are_announced_before_they_load(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int, quantization: str, says: str | None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int, quantization: str, warning: str | None
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: free)
     checkpoint, dtype = open_model("tiny", dtype="float32")
     memory.warn_of_weights(checkpoint, dtype, quantization, torch.device("cpu"))
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == (says is not None)
-    assert all(re.match(says or "", message) for message in messages)
+    assert len(messages) == (warning is not None)
+    assert all(re.match(warning or "", message) for message in messages)
 
 
 def test_an_llm_announces_them(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,7 +115,7 @@ def test_what_weights_will_take_is_what_they_take(kind: str) -> None:
 
 
 def test_windows_reports_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no os.sysconf there; the sizes stand at bytes 8 and 16 of MEMORYSTATUSEX."""
+    """Windows has no os.sysconf; the sizes stand at bytes 8 and 16 of MEMORYSTATUSEX."""
 
     def fill(buffer: Any) -> int:
         assert len(buffer) == int.from_bytes(buffer.raw[:4], "little") == 64
@@ -205,7 +205,7 @@ def test_a_step_that_is_given_takes_from_the_cache() -> None:
     left = 66 * GB - 8192 * 4 * 82432 - 103 * 32000 * 6
     assert given.kv_cache_bytes == pytest.approx(0.85 * left, rel=2e-3)
     half = chosen(LLAMA2_7B, gigabytes=66, device="cuda", kv_dtype=torch.int8)
-    assert half.kv_cache_tokens == pytest.approx(105792 * 2 * 128 / 132, rel=2e-3), "a scale beside each 128 codes"
+    assert half.kv_cache_tokens == pytest.approx(105792 * 2 * 128 / 132, rel=2e-3), "a scale beside each 128 values"
 
 
 def test_a_sequence_that_could_never_fit_is_refused() -> None:
@@ -218,7 +218,7 @@ def test_a_sequence_that_could_never_fit_is_refused() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"])
 def test_what_is_given_fits_or_is_refused(name: str, device: str) -> None:
-    """The refusal says what fits, and that does."""
+    """The refusal states a size that fits, and that size does."""
     for value in (10**7, 10**12, 10**30, 10**400):
         with pytest.raises(ValueError, match=f"^{name} is {value}, which takes [0-9.]* GB; legal here: ") as refused:
             chosen(LLAMA2_7B, gigabytes=66, device=device, **{name: value})
@@ -260,14 +260,14 @@ def test_nothing_is_allocated_for_what_does_not_fit(name: str, value: int) -> No
         LLM(ours(), progress=False, **{name: value})
 
 
-def test_one_line_says_it() -> None:
+def test_one_line_states_the_sizes() -> None:
     assert str(chosen(LLAMA2_7B, gigabytes=66, device="cuda")) == (
         "max_model_len 4096, KV cache 105664 tokens (55.40 GB), max_num_seqs 103, max_num_batched_tokens 8192"
     )
 
 
 def test_what_torch_keeps_of_freed_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given back before the GPU is asked."""
+    """Freed memory returns to the GPU before it is asked how much is free."""
     kept = [3]
     monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 - sum(kept), 10))

@@ -1,4 +1,4 @@
-"""Draws that depend on a request alone, penalties and biases by explicit formulas, log-probabilities of the model."""
+"""Samples depend on their request alone, penalties and biases match explicit formulas, log-probabilities the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.runtime.models import VOCAB, logits_of, ours, prompt_of, running, the
 
 NEW_TOKENS = 12
 PROMPTS = [prompt_of(length, seed=1) for length in (1, 5, 16, 30, 31)]
-# With heat and few filters many tokens are likely, so that equal draws are no accident.
+# With heat and few filters many tokens are likely, so that equal samples are no accident.
 PARAMS = [
     SamplingParams(temperature=3.0, seed=11, max_tokens=NEW_TOKENS),
     SamplingParams(temperature=0.0, seed=11, max_tokens=NEW_TOKENS),
@@ -26,7 +26,7 @@ PARAMS = [
     SamplingParams(temperature=3.0, top_p=0.9, frequency_penalty=1.0, seed=0, max_tokens=NEW_TOKENS),
     SamplingParams(temperature=5.0, min_p=0.01, repetition_penalty=1.2, seed=12, max_tokens=NEW_TOKENS, n=3),
 ]
-AROUND: dict[str, dict[str, Any]] = {
+LIMITS: dict[str, dict[str, Any]] = {
     "one batch": {},
     "chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 4},
     "few pages": {"kv_cache_tokens": 80, "max_model_len": 80},
@@ -54,17 +54,17 @@ def alone() -> list[list[tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_a_seeded_request_draws_the_same_alone_and_in_any_company(
-    around: str, alone: list[list[tuple[int, ...]]]
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_seeded_request_samples_the_same_alone_and_in_any_batch(
+    limits: str, alone: list[list[tuple[int, ...]]]
 ) -> None:
-    with running(ours(), **AROUND[around]) as llm:
+    with running(ours(), **LIMITS[limits]) as llm:
         llm.generate([prompt_of(7), PROMPTS[0]], SamplingParams(max_tokens=3))
         others = [prompt_of(20, seed=4), prompt_of(2, seed=4)]
         mixed = [PROMPTS[4], others[0], PROMPTS[1], PROMPTS[0], others[1], PROMPTS[3], PROMPTS[2]]
         hot = SamplingParams(temperature=2.0, max_tokens=30)
         found = llm.generate(mixed, [PARAMS[4], hot, PARAMS[1], PARAMS[0], hot, PARAMS[3], PARAMS[2]])
-        assert (llm.engine.scheduler.num_preemptions > 0) == (around == "few pages")
+        assert (llm.engine.scheduler.num_preemptions > 0) == (limits == "few pages")
     assert [tokens_of(found[place]) for place in (3, 2, 6, 5, 0)] == alone
 
 
@@ -136,7 +136,7 @@ def test_penalties_and_biases_by_hand(kind: str) -> None:
     changed = replace(plain, **({"logit_bias": FAVOURED} | options))
     bias = biases({} if "logit_bias" in options else FAVOURED)
     wanted = greedy_by_hand(prompt, lambda x, made: formula(x + bias, counts_of(prompt + made), counts_of(made)))
-    with running(ours()) as llm:  # beside rows that want none of it, before and behind
+    with running(ours()) as llm:  # between rows without the option
         found = [list(output.outputs[0].token_ids) for output in llm.generate([prompt] * 3, [plain, changed, plain])]
     usual = greedy_by_hand(prompt, lambda x, made: x + biases(FAVOURED))
     assert wanted != usual, "the option changes nothing here"
@@ -144,7 +144,7 @@ def test_penalties_and_biases_by_hand(kind: str) -> None:
 
 
 class Fixed(LlamaForCausalLM):
-    """A model that wants the same of every token, whatever came before."""
+    """A model with the same logits for every token, whatever came before."""
 
     logits: dict[int, float]  # all others are -20
 
@@ -154,7 +154,7 @@ class Fixed(LlamaForCausalLM):
         return row.expand(batch.logits_rows.shape[0], VOCAB)
 
 
-def draws(logits: dict[int, float], **params: Any) -> list[int]:
+def sampled(logits: dict[int, float], **params: Any) -> list[int]:
     """Tokens that a prompt of [3] is continued with."""
     model = ours(kind=Fixed)
     assert isinstance(model, Fixed)
@@ -175,7 +175,7 @@ def draws(logits: dict[int, float], **params: Any) -> list[int]:
     ],
 )
 def test_penalties_of_fixed_logits(options: dict[str, float], logits: dict[int, float], expected: list[int]) -> None:
-    assert draws(logits, temperature=0, max_tokens=len(expected), **options) == expected
+    assert sampled(logits, temperature=0, max_tokens=len(expected), **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_penalties_of_fixed_logits(options: dict[str, float], logits: dict[int, 
         ({"logit_bias": {7: 1.2, 5: -30.0}}, {6: 0.354, 7: 0.587, 8: 0.059}),
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_are_likely(options: dict[str, Any], expected: dict[int, float]) -> None:
+def test_tokens_are_sampled_as_often_as_they_are_likely(options: dict[str, Any], expected: dict[int, float]) -> None:
     logits = {token_id: math.log(p) for token_id, p in {5: 0.5, 6: 0.3, 7: 0.15, 8: 0.05}.items()}
-    drawn = draws(logits, seed=1, max_tokens=240, **options)
-    assert set(drawn) == set(expected)
+    found = sampled(logits, seed=1, max_tokens=240, **options)
+    assert set(found) == set(expected)
     for token_id, p in expected.items():
-        assert abs(drawn.count(token_id) - 240 * p) < 4 * math.sqrt(240 * p * (1 - p)) + 1
+        assert abs(found.count(token_id) - 240 * p) < 4 * math.sqrt(240 * p * (1 - p)) + 1
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.3, 2.0])
@@ -234,14 +234,14 @@ def test_a_bias_forces_or_bans_a_token() -> None:
     ids=str,
 )
 def test_a_legal_number_that_fp32_cannot_hold_acts_as_its_limit(extreme: dict[str, Any], same: dict[str, Any]) -> None:
-    """Nor does NumPy warn of an overflow, which would be an error here."""
+    """NumPy does not warn of an overflow, which would be an error here."""
     for prompt in PROMPTS[2:4]:
         found, expected = (run(prompt, seed=3, **params).outputs[0] for params in (extreme, same))
         assert (found.token_ids, found.finish_reason) == (expected.token_ids, "length")
 
 
 def check_logprobs(reports: Sequence[TokenLogprob], logits: Tensor, token_ids: Sequence[int], top: int) -> None:
-    """Each report says what log_softmax of its row of transformers' logits says of its token."""
+    """Each report's value for its token is that of log_softmax over its row of transformers' logits."""
     expected = torch.log_softmax(logits, -1)
     assert [report.token_id for report in reports] == list(token_ids)
     chosen = expected[range(len(token_ids)), list(token_ids)]
@@ -278,15 +278,15 @@ def test_rows_of_a_batch_ask_for_different_logprobs() -> None:
             check_logprobs(logprobs, logits[len(PROMPTS[3]) - 1 : -1], output.outputs[0].token_ids, top)
 
 
-@pytest.mark.parametrize("around", ["one batch", "chunks", "few pages"])
-def test_prompt_logprobs_are_those_of_the_model(around: str) -> None:
-    with running(ours(), **AROUND[around]) as llm:
+@pytest.mark.parametrize("limits", ["one batch", "chunks", "few pages"])
+def test_prompt_logprobs_are_those_of_the_model(limits: str) -> None:
+    with running(ours(), **LIMITS[limits]) as llm:
         quiet = SamplingParams(temperature=0, max_tokens=30)
         llm.generate([PROMPTS[4], prompt_of(40)], quiet)  # now their pages are in the prefix cache
         asking = SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=2, logprobs=2)
         params = [asking, quiet, asking, SamplingParams(max_tokens=2, prompt_logprobs=0, n=2)]
         outputs = llm.generate([PROMPTS[4], prompt_of(40), prompt_of(40), PROMPTS[0]], params)
-        assert (llm.engine.scheduler.num_preemptions > 0) == (around == "few pages")
+        assert (llm.engine.scheduler.num_preemptions > 0) == (limits == "few pages")
     assert outputs[1].prompt_logprobs is None
     for output, top in ((outputs[0], 2), (outputs[2], 2), (outputs[3], 0)):
         assert output.prompt_logprobs is not None

@@ -79,7 +79,7 @@ def test_every_launch_that_a_request_can_need_is_met(
     longest = min(sizes.max_model_len, sizes.kv_cache_tokens)
     most = min(sizes.max_num_batched_tokens, longest * sizes.max_num_seqs)
     rows = {power_of_2(len(each.ids)) for each in inputs}
-    assert rows >= {power_of_2(count) for count in range(1, most + 1)}, "rows of products"
+    assert rows >= {power_of_2(count) for count in range(1, most + 1)}, "rows of matmuls"
     assert max(len(each.ids) for each in inputs) <= max(most, power_of_2(sizes.max_num_seqs))
     logits = {power_of_2(len(each.logits_rows)) for each in inputs}
     assert logits >= {power_of_2(count) for count in range(1, min(most, sizes.max_num_seqs) + 1)}, "rows of logits"
@@ -117,7 +117,7 @@ def _penalizes(inputs: Inputs) -> bool:
 
 
 def test_no_smaller_graph_is_captured_before_a_larger_one(run: Callable[..., Recorder]) -> None:
-    """Of all steps: the prompt of one token too is a graph, of one row."""
+    """All steps count: the prompt of one token is a graph too, of one row."""
     recorder = run(SIZES[0], (1, 4))
     rows = [
         bucket(step.num_decodes) * inputs.num_queries
@@ -129,7 +129,7 @@ def test_no_smaller_graph_is_captured_before_a_larger_one(run: Callable[..., Rec
 
 
 def test_it_takes_few_steps(run: Callable[..., Recorder]) -> None:
-    """Of a 7B on an H100: 14 of prompts, 10 of decodes with and without penalties, the mixture, a penalized prompt."""
+    """A 7B's on an H100: 14 of prompts, 10 of decodes with and without penalties, the mixture, a penalized prompt."""
     assert len(run(SIZES[0]).steps) == 14 + 2 * 10 + 2
 
 

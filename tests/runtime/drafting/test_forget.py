@@ -1,4 +1,4 @@
-"""What has ended is forgotten by whatever proposed drafts for it, on every path that a request can take."""
+"""Drafters forget sequences that have ended, on every path that a request can take."""
 
 from __future__ import annotations
 

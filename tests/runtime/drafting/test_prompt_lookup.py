@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last time, and one index of a prompt for all samples of a request."""
+"""Prompt lookup proposes what followed the last time, from one index of a prompt for all samples of a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def samples_of(prompt: list[int], n: int) -> list[Sequence]:
 
 
 def by_hand(token_ids: list[int], count: int) -> tuple[int, ...]:
-    """What followed the latest earlier occurrence of the last tokens, again and again."""
+    """Proposes what followed the latest earlier occurrence of the last tokens, again and again."""
     for size in SIZES:
         end = token_ids[-size:]
         for place in range(len(token_ids) - 1, size - 1, -1):

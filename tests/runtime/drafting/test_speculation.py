@@ -1,4 +1,4 @@
-"""Guesses change what is computed together, never what is drawn; and where they do not pay, they are not made."""
+"""Draft tokens change what is computed together, never what is sampled; where they do not pay, none are proposed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLED = SamplingParams(
     logprobs=2,
 )
 PARAMS = {"greedy": GREEDY, "sampled": SAMPLED}
-AROUND: dict[str, dict[str, Any]] = {
+LIMITS: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 2},
     "one batch": {},
     "seven": {"num_draft_tokens": 7},
@@ -45,16 +45,16 @@ AROUND: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses are verified wherever there are any."""
+    """Draft tokens are verified wherever there are any."""
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
 
 
 def drafter(kind: str) -> str | LlamaForCausalLM:
-    """The model's own guesses, another model's, or the text's."""
+    """Drafts of the model itself, of another model, or of the text."""
     return {"text": lambda: "prompt_lookup", "itself": ours, "another": lambda: ours("mqa")}[kind]()
 
 
-def told(outputs: abc.Sequence[RequestOutput]) -> list[Any]:
+def contents(outputs: abc.Sequence[RequestOutput]) -> list[Any]:
     """All that callers see, log-probabilities as exact as one batch makes them."""
     return [
         [
@@ -66,31 +66,31 @@ def told(outputs: abc.Sequence[RequestOutput]) -> list[Any]:
 
 
 @functools.cache
-def without(around: str, params: str) -> list[Any]:
-    """The answers without guesses."""
-    options = {name: value for name, value in AROUND[around].items() if name != "num_draft_tokens"}
+def without(limits: str, params: str) -> list[Any]:
+    """The answers without drafts."""
+    options = {name: value for name, value in LIMITS[limits].items() if name != "num_draft_tokens"}
     with running(ours(), **options) as llm:
-        return told(llm.generate(PROMPTS, PARAMS[params]))
+        return contents(llm.generate(PROMPTS, PARAMS[params]))
 
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(
-    ("kind", "params", "around"),
+    ("kind", "params", "limits"),
     [
-        *(("text", "greedy", around) for around in AROUND),
-        *(("itself", params, around) for params in PARAMS for around in AROUND),
-        *(("another", "sampled", around) for around in ("one batch", "few pages")),
+        *(("text", "greedy", limits) for limits in LIMITS),
+        *(("itself", params, limits) for params in PARAMS for limits in LIMITS),
+        *(("another", "sampled", limits) for limits in ("one batch", "few pages")),
     ],
 )
-def test_answers_are_those_without_guesses(kind: str, params: str, around: str) -> None:
-    with running(ours(), speculation=drafter(kind), **AROUND[around]) as llm:
-        found = told(llm.generate(PROMPTS, PARAMS[params]))
+def test_answers_are_those_without_drafts(kind: str, params: str, limits: str) -> None:
+    with running(ours(), speculation=drafter(kind), **LIMITS[limits]) as llm:
+        found = contents(llm.generate(PROMPTS, PARAMS[params]))
         assert llm.engine.speculation is not None
         drafted, accepted = llm.engine.speculation.num_drafted, llm.engine.speculation.num_accepted
-    assert found == without(around, params)
+    assert found == without(limits, params)
     assert drafted > 0
-    if kind == "itself" and around != "int8":
-        assert accepted > 0.7 * drafted, "a model draws what it guesses, but for the ends"
+    if kind == "itself" and limits != "int8":
+        assert accepted > 0.7 * drafted, "a model accepts its own drafts, except at the ends"
 
 
 @pytest.mark.usefixtures("always")
@@ -105,17 +105,17 @@ def test_to_the_bit_where_that_is_asked_for(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_draws_follow_the_distribution() -> None:
-    """Chi-square over second and third tokens: 500 draws, expected by the logits of transformers."""
-    prompt, heat, draws = PROMPTS[1], 2.5, 500
-    params = [SamplingParams(temperature=heat, seed=seed, max_tokens=3) for seed in range(draws)]
+def test_samples_follow_the_distribution() -> None:
+    """Chi-square over second and third tokens: 500 samples, expected by the logits of transformers."""
+    prompt, heat, count = PROMPTS[1], 2.5, 500
+    params = [SamplingParams(temperature=heat, seed=seed, max_tokens=3) for seed in range(count)]
     with running(ours(), speculation=ours("mqa"), kv_cache_tokens=4096) as llm:
-        outputs = [output.outputs[0].token_ids for output in llm.generate([prompt] * draws, params)]
+        outputs = [output.outputs[0].token_ids for output in llm.generate([prompt] * count, params)]
         assert llm.engine.speculation is not None
-        assert llm.engine.speculation.num_accepted > draws / 10, "nothing was accepted that could be wrong"
+        assert llm.engine.speculation.num_accepted > count / 10, "nothing was accepted that could be wrong"
     for place in (1, 2):
         seen = Counter(tokens[place] for tokens in outputs)
-        # What precedes is as it was drawn; so the expectation is that of all draws' own distributions.
+        # Earlier tokens are as sampled; so the expectation is that of all samples' own distributions.
         prefixes = Counter(tokens[:place] for tokens in outputs)
         expected = torch.zeros(VOCAB, dtype=torch.float64)
         for prefix, count in prefixes.items():
@@ -135,14 +135,14 @@ def test_one_step_gives_several_tokens() -> None:
             llm.engine.step()
             steps += 1
         metrics = generation.metrics()
-    # The prompt's step draws one, each of the others five.
+    # The prompt's step samples one, each of the others five.
     assert steps == 1 + -(-(NEW_TOKENS - 1) // 5)
     assert (metrics.num_draft_tokens, metrics.num_accepted_tokens) == (16, 15)
 
 
 @pytest.mark.usefixtures("always")
-def test_a_guess_behind_the_end_is_nothing() -> None:
-    """EOS and stop tokens among accepted guesses end the answer there."""
+def test_a_draft_after_the_end_is_discarded() -> None:
+    """EOS and stop tokens among accepted drafts end the answer there."""
     with running(ours()) as llm:
         whole = llm.generate([PROMPTS[1]], GREEDY)[0].outputs[0].token_ids
     for place in range(1, 12):
@@ -164,7 +164,7 @@ def scripted(script: list[int]) -> Scripted:
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("broken", range(18, 28))
 def test_a_broken_logit_counts_when_its_turn_has_come(broken: int) -> None:
-    """Behind guesses that came true it ends the request; behind one that did not, it is nobody's."""
+    """After accepted drafts it ends the request; after a rejected one it is discarded."""
     script = list(range(1, 61))
     spoiled = [*script[:broken], Scripted.BROKEN, *script[broken + 1 :]]
     params = SamplingParams(temperature=0, max_tokens=20)
@@ -181,7 +181,7 @@ def test_a_broken_logit_counts_when_its_turn_has_come(broken: int) -> None:
 
 
 class Wild:
-    """Guesses anything, sometimes nothing."""
+    """Proposes random tokens, sometimes none."""
 
     def __init__(self) -> None:
         self.rng = random.Random(0)
@@ -197,22 +197,24 @@ class Wild:
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("around", ["one batch", "few pages", "to the end"])
-def test_any_guess_is_harmless(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(ours(), speculation="prompt_lookup", **AROUND[around]) as llm:
+@pytest.mark.parametrize("limits", ["one batch", "few pages", "to the end"])
+def test_any_draft_is_harmless(limits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(ours(), speculation="prompt_lookup", **LIMITS[limits]) as llm:
         assert llm.engine.speculation is not None
         monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
-        found = told(llm.generate(PROMPTS, GREEDY))
+        found = contents(llm.generate(PROMPTS, GREEDY))
         assert llm.engine.speculation.num_drafted > 0
-    assert found == without(around, "greedy")
+    assert found == without(limits, "greedy")
 
 
 def failing(*args: Any) -> Any:
-    raise MemoryError("no guess")
+    raise MemoryError("no draft")
 
 
 @pytest.mark.usefixtures("always")
-def test_a_fault_in_guessing_is_no_requests(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_in_drafting_fails_no_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = without("one batch", "greedy")
     with running(ours(), speculation="prompt_lookup") as llm:
         assert llm.engine.speculation is not None
@@ -222,13 +224,13 @@ def test_a_fault_in_guessing_is_no_requests(monkeypatch: pytest.MonkeyPatch, cap
             generations = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
             while llm.engine.has_work:
                 llm.engine.step()
-        assert told([generation.output() for generation in generations]) == expected
+        assert contents([generation.output() for generation in generations]) == expected
         assert "a step runs without draft tokens" in caplog.text
 
 
 @pytest.mark.usefixtures("always")
-def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No request fails for what it never drew."""
+def test_a_step_with_drafts_that_fails_is_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request fails for tokens that were never sampled."""
     expected = without("one batch", "greedy")
     with running(ours(), speculation="prompt_lookup") as llm:
         assert llm.engine.speculation is not None
@@ -237,7 +239,7 @@ def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.Monke
         def trying(step: Step, *before: Any) -> Any:
             if any(chunk.drafts for chunk in step.chunks):
                 failures[0] += 1
-                raise RuntimeError("guesses")
+                raise RuntimeError("drafts")
             return run(step, *before)
 
         monkeypatch.setattr(llm.engine.speculation, "drafter", Wild())
@@ -246,11 +248,11 @@ def test_a_step_with_guesses_that_fails_is_run_without(monkeypatch: pytest.Monke
         while llm.engine.has_work:
             llm.engine.step()
         assert failures[0] > len(PROMPTS)
-        assert told([generation.output() for generation in generations]) == expected
+        assert contents([generation.output() for generation in generations]) == expected
 
 
 def simulate(pace: Pace, steps: int, *, plain: float, drafted: float, accepted: int, num_seqs: int = 4) -> int:
-    """How many steps of so many were extended, where each kind takes its seconds."""
+    """The number of extended steps among so many, where each kind takes its seconds."""
     count = 0
     for _ in range(steps):
         if pace.pays(num_seqs, num_seqs):
@@ -273,7 +275,7 @@ def test_what_wins_later_is_found() -> None:
     assert simulate(pace, 10 * PERIOD + 200, plain=1.0, drafted=1.1, accepted=4) > 150
 
 
-def test_few_guesses_in_a_batch_do_not_pay_for_all() -> None:
+def test_few_drafts_in_a_batch_do_not_pay_for_all() -> None:
     pace = Pace(4)
     simulate(pace, 100, plain=1.0, drafted=1.5, accepted=2, num_seqs=8)
     assert pace.pays(8, 8)
@@ -281,7 +283,7 @@ def test_few_guesses_in_a_batch_do_not_pay_for_all() -> None:
 
 
 def test_an_engine_that_loses_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong guesses cost, by a clock on which each token of a step takes a second."""
+    """Rejected drafts cost, by a clock on which each token of a step takes a second."""
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     with running(ours(), speculation="prompt_lookup") as llm:
         assert llm.engine.speculation is not None

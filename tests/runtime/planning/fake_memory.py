@@ -1,4 +1,4 @@
-"""Drives a scheduler over a fake KV memory, which is written and read back as its steps say."""
+"""Drives a scheduler over a fake KV memory, written and read back as its steps prescribe."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Simulation:
         self._contents: defaultdict[Sequence, list[int]] = defaultdict(list)
 
     def sequences(self, *statuses: Status) -> list[Sequence]:
-        """Those of unfinished requests, oldest first."""
+        """Sequences of unfinished requests, oldest first."""
         return [seq for seq in self.line if seq.status in statuses]
 
     def contents(self, seq: Sequence) -> list[int]:
-        """What the memory must hold at each position of a sequence."""
+        """The expected contents at each position of a sequence."""
         contents = self._contents[seq]
         for token_id in seq.token_ids[len(contents) :]:
             contents.append(hash((contents[-1] if contents else 0, token_id)))
@@ -111,7 +111,7 @@ class Simulation:
             assert 2 * self.num_passing[passed[0].request] <= len(passed[0].token_ids), "too many passed it"
 
     def schedule(self) -> Step | None:
-        """A step, if there is work, with all that can be said about it before it runs."""
+        """A step, if there is work, with every property checked that holds before it runs."""
         before, unfinished = self.sequences(Status.RUNNING), self.sequences(Status.RUNNING, Status.WAITING)
         num_preemptions = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
@@ -139,11 +139,11 @@ class Simulation:
         for seq in preempted:
             del self.num_computed[seq]
         if not preempted and sum(lengths) < self.scheduler.max_num_batched_tokens:
-            self._check_that_nobody_else_fits()
+            self._check_that_no_other_fits()
         return step
 
     def _let_pass(self, admitted: list[Sequence]) -> None:
-        """Those that waited before the last admitted stand behind it, for somebody computes what they begin with."""
+        """Moves sequences that waited before the last admitted one after it: another computes their prefix."""
         if not admitted:
             return
         end = max(map(self.line.index, admitted)) + 1
@@ -155,7 +155,7 @@ class Simulation:
         self.line[:end] = [*ahead, *passed]
 
     def _waits_for(self, seq: Sequence, num_cached: int | None = None) -> bool:
-        """Whether another, which runs, computes a page of its prompt that this one can use, behind those cached."""
+        """Whether a running sequence computes a page of its prompt that this one can use, after those cached."""
         size, usable = self.pool.page_size, self._usable(seq)
         return any(
             other.token_ids[:end] == usable[:end]
@@ -167,13 +167,13 @@ class Simulation:
 
     @staticmethod
     def _usable(seq: Sequence) -> list[int]:
-        """The tokens of which all but the last may come from the cache: no logits of those before are asked for."""
+        """The tokens that may come from the cache, except the last: no logits of earlier positions are needed."""
         scoring, params = seq.request.scoring, seq.request.params
         if scoring is not None:
             return seq.token_ids[: scoring.start]
         return seq.token_ids if params.prompt_logprobs is None or seq.num_prompt_tokens == 1 else []
 
-    def _check_that_nobody_else_fits(self) -> None:
+    def _check_that_no_other_fits(self) -> None:
         running = self.sequences(Status.RUNNING)
         held = {page_id for seq in running for page_id in seq.page_ids}
         for seq in self.sequences(Status.WAITING):
@@ -190,7 +190,7 @@ class Simulation:
         return 1 if len(seq.request.sequences) == seq.request.params.n else seq.request.params.n
 
     def transfer(self, step: Step, fails: bool = False) -> None:
-        """Execute what the step moves between device and host; where that fails, nobody knows what is there."""
+        """Execute the step's transfers between device and host; a failure leaves the destinations undefined."""
         self.num_transfers += len(step.transfers)
         for source, destination in step.transfers:
             assert (source < self.pool.num_pages) != (destination < self.pool.num_pages)
@@ -241,7 +241,7 @@ class Simulation:
         assert held[:end] == self.contents(seq)[:end]
 
     def settle(self, step: Step, rng: random.Random, fails: bool = False) -> None:
-        """What an engine does after a step: each sample ends or gets a token."""
+        """Does what an engine does after a step: each sample ends or gets a token."""
         if fails:
             self.scheduler.rollback()
             self.num_computed.clear()
@@ -286,10 +286,10 @@ class Simulation:
             assert request.finished
 
     def check(self) -> None:
-        """What must hold between steps."""
+        """Invariants between steps."""
         running, waiting = self.sequences(Status.RUNNING), self.sequences(Status.WAITING)
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (len(running), len(waiting))
-        assert [*running, *waiting] == self.sequences(Status.RUNNING, Status.WAITING), "somebody was overtaken"
+        assert [*running, *waiting] == self.sequences(Status.RUNNING, Status.WAITING), "a request was overtaken"
         assert sum(map(self.seats, running)) <= self.scheduler.max_num_seqs
         assert not any(seq.page_ids for seq in self.sequences(Status.WAITING, Status.FINISHED))
         self.line = self.sequences(Status.RUNNING, Status.WAITING)

@@ -1,4 +1,4 @@
-"""A scheduler on a virtual clock: what a step takes follows from its tokens, so latencies are exact and free."""
+"""A scheduler on a virtual clock: a step's duration follows from its tokens, so latencies are exact and free."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Server:
 
     @classmethod
     def seconds(cls, num_tokens: int) -> float:
-        """Of a step of so many tokens."""
+        """Seconds of a step of so many tokens."""
         return cls.FIXED + cls.PER_TOKEN * num_tokens
 
     def serve(self, arrivals: Iterable[Arrival], until: float = float("inf")) -> list[Served]:

@@ -1,4 +1,4 @@
-"""The pool's pages by hand-computed cases: counts, prefix reuse, eviction order, and what our own errors trip over."""
+"""The pool's pages by hand-computed cases: counts, prefix reuse, eviction order, and misuse."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_last_token_is_always_left_to_compute() -> None:
     assert pool.match_prefix([]).page_ids == []
 
 
-def test_tokens_with_equal_hashes_are_told_apart() -> None:
+def test_tokens_with_equal_hashes_are_distinguished() -> None:
     assert hash((-1,)) == hash((-2,)), "CPython: hash(-1) == hash(-2)"
     pool = BlockPool(4, 1)
     filled(pool, [-1, 0])
@@ -286,7 +286,7 @@ def test_what_is_computed_again_replaces_its_copy_on_the_host() -> None:
     pool.check_invariants()
 
 
-def test_what_was_not_copied_is_found_by_nobody() -> None:
+def test_what_was_not_copied_is_never_found() -> None:
     pool = BlockPool(3, 1, num_host_pages=3)
     pool.free(filled(pool, [1, 2]))
     pool.free(filled(pool, [5, 6, 7]))
@@ -329,7 +329,7 @@ def test_forgotten_prefixes_are_matched_no_more() -> None:
     assert pool.num_available == 3
     assert pool.num_evictions == 0, "none had to give way"
     assert [pool.allocate(), pool.allocate(), pool.allocate()] == [0, 1, 2]
-    assert len(pool.take_transfers()) == 1, "of what was moved before: a page that was forgotten leaves nothing behind"
+    assert len(pool.take_transfers()) == 1, "of what was moved before: a forgotten page needs no transfer"
 
 
 def test_what_is_computed_after_prefixes_are_forgotten_is_cached_anew() -> None:
@@ -346,7 +346,7 @@ def test_what_is_computed_after_prefixes_are_forgotten_is_cached_anew() -> None:
 
 @pytest.mark.parametrize("published", [0, 1, 2])
 def test_a_page_held_while_prefixes_are_forgotten_never_offers_its_content(published: int) -> None:
-    """Not the pages published before, nor one that was half full then, nor what is computed from them."""
+    """Neither pages published before, nor one that was half full then, nor pages computed from them are offered."""
     pool, token_ids = BlockPool(8, 2), [1, 2, 3, 4, 5, 6]
     page_ids = pool.acquire(6, pool.match_prefix(token_ids))
     assert page_ids is not None

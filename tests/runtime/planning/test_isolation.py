@@ -1,4 +1,4 @@
-"""A step that fails, in halves: whom the fault follows is found, and everything else is computed as if it were not."""
+"""A step that fails is split in halves: the request at fault is found, and all others go on as if it were not there."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_the_engine_ends_whom_a_fault_follows_alone(budget: int) -> None:
     prompt = prompt_of(25, seed=9)
     params = [HOT, SamplingParams(temperature=3.0, seed=5, n=3, max_tokens=10), HOT, HOT]
     prompts = [PROMPTS[0], PROMPTS[1], [*prompt[:20], CURSED, *prompt[21:]], PROMPTS[2]]
-    # in one prompt alone, and drawn by nobody
+    # in one prompt alone, and never sampled
     own = [
         SamplingParams(temperature=p.temperature, seed=p.seed, n=p.n, max_tokens=10, logit_bias={CURSED: -1000})
         for p in params
@@ -206,16 +206,16 @@ def test_a_memory_for_few_rows_serves_all_the_same(most: int) -> None:
     assert model.num_failures > 10
 
 
-def test_what_breaks_behind_the_logits_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_breaks_after_the_logits_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     three = SamplingParams(temperature=3.0, seed=5, n=3, max_tokens=10)
     with running(ours()) as llm:
         generations = [llm.engine.add_request(*given) for given in zip(PROMPTS, (HOT, three, HOT), strict=True)]
         accept = LiveRequests._accept
 
-        def breaking(requests: LiveRequests, generation: Generation, drawn: SampledToken, now: float) -> None:
-            if generation is generations[1] and drawn.seq.index == 1:
+        def breaking(requests: LiveRequests, generation: Generation, sampled: SampledToken, now: float) -> None:
+            if generation is generations[1] and sampled.seq.index == 1:
                 raise UnicodeError("no text")
-            accept(requests, generation, drawn, now)
+            accept(requests, generation, sampled, now)
 
         monkeypatch.setattr(LiveRequests, "_accept", breaking)
         finish(llm.engine, generations)

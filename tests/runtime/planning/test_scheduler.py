@@ -28,7 +28,7 @@ def add(scheduler: Scheduler, prompt: Iterable[int], **params: Any) -> Request:
 
 
 def run(scheduler: Scheduler) -> Step:
-    """One step, run and committed, nothing drawn from it yet."""
+    """One step, run and committed, without its samples."""
     step = scheduler.schedule()
     assert step is not None
     scheduler.commit(step)
@@ -37,7 +37,7 @@ def run(scheduler: Scheduler) -> Step:
 
 
 def turn(scheduler: Scheduler, token_id: int = 7) -> Step:
-    """One step, run and committed, every sample drawing the same token."""
+    """One step, run and committed, with the same token for every sample."""
     step = run(scheduler)
     for chunk in step.chunks:
         for seq in chunk.samples:
@@ -124,14 +124,14 @@ def test_prompts_share_a_step_oldest_first() -> None:
     scheduler = make(seqs=4, budget=8)
     for start, length in ((0, 3), (10, 4), (20, 5), (30, 3)):
         add(scheduler, range(start, start + length))
-    # The last token of the budget starts the third prompt: a chunk of length 1 that draws nothing.
+    # The last token of the budget starts the third prompt: a chunk of length 1 without a sample.
     step = turn(scheduler)
     assert (spans(step), step.num_decodes) == ([(2, 0, 1), (0, 0, 3), (1, 0, 4)], 1)
     assert [len(chunk.samples) for chunk in step.chunks] == [0, 1, 1]
     assert spans(turn(scheduler)) == [(0, 3, 1), (1, 4, 1), (3, 0, 3), (2, 1, 3)], "the fourth fits into a half of 6"
 
 
-def test_nobody_overtakes_for_want_of_pages() -> None:
+def test_no_request_overtakes_for_want_of_pages() -> None:
     scheduler = make(5, 2)
     for start, length in ((0, 4), (10, 7), (20, 4)):
         add(scheduler, range(start, start + length), max_tokens=2)
@@ -139,7 +139,7 @@ def test_nobody_overtakes_for_want_of_pages() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
 
 
-def test_nobody_overtakes_for_want_of_seats() -> None:
+def test_no_request_overtakes_for_want_of_seats() -> None:
     scheduler = make(seqs=3)
     for start, n in ((0, 2), (10, 2), (20, 1)):
         add(scheduler, range(start, start + 4), n=n)

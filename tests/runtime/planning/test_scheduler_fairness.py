@@ -31,7 +31,7 @@ def test_a_waiting_prompt_lets_half_as_many_tokens_pass_as_it_has() -> None:
     assert order == [(20, 3), (30, 2), (0, 10), (40, 1), (50, 1), (10, 6)]
 
 
-def test_nobody_passes_a_prompt_that_has_begun() -> None:
+def test_no_request_passes_a_prompt_that_has_begun() -> None:
     scheduler = make(6, 2, seqs=3, budget=5)
     add(scheduler, range(4), max_tokens=5)
     preempted = first(add(scheduler, range(10, 18), max_tokens=3))
@@ -89,7 +89,7 @@ def test_a_short_prompt_is_answered_at_once_in_a_flood_of_long_ones(num_pages: i
         step(prompts.scheduler)
     waits = [steps_until_its_first_token(prompts.scheduler, prompts.add(SHORT)) for _ in range(100)]
     assert max(waits) <= 2
-    assert prompts.scheduler.num_waiting > 5, "the flood is over"
+    assert prompts.scheduler.num_waiting > 5, "no long prompt waits any more"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -105,7 +105,7 @@ def test_the_first_token_of_a_short_prompt_takes_two_steps_in_a_flood_of_long_on
         for long in (False, True)
     }
     assert len(waits[False]) == len(short) > 90
-    assert server.scheduler.num_waiting > 10, "the flood is over"
+    assert server.scheduler.num_waiting > 10, "no long prompt waits any more"
     assert percentile(waits[False], 99) <= 2 * full < 10 * full < percentile(waits[True], 50)
     assert max(waits[False]) <= 3 * full
 

@@ -1,4 +1,4 @@
-"""A head of the queue that finds no room is not looked up in the prefix cache again until that could help."""
+"""A waiting request at the head of the queue is looked up in the prefix cache again only when that could help."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_head_that_finds_no_seat_costs_no_lookups() -> None:
 
 
 def test_a_page_published_since_lets_the_head_in() -> None:
-    """What another generates is the head's prompt too: with a page of it, the head has few enough left for the step."""
+    """Tokens that another generates are in the head's prompt: with a page of them, few enough are left for the step."""
     scheduler = make(200, 10, max_num_batched_tokens=40)
     other = first(add(scheduler, [7] * 4))
     turn(scheduler)
@@ -127,7 +127,7 @@ def test_what_is_remembered_changes_no_step() -> None:
         counts["evictions"] += pair[0].pool.num_evictions
         counts["lookups spared"] += lookups(pair[1]) - lookups(pair[0])
     assert len(counts) == 4
-    assert min(counts.values()) > 1000, "the storm was a breeze"
+    assert min(counts.values()) > 1000, "too few events"
 
 
 def storm(scheduler: Scheduler, rng: random.Random, limit: int) -> list[list[tuple[int, int, int]]]:

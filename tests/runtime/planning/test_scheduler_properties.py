@@ -1,4 +1,4 @@
-"""Scheduler and pool under random requests: a fake KV memory is written and read back as the steps say."""
+"""Scheduler and pool under random requests, over a fake KV memory that is written and read back by their steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that are scored: nothing is sampled, pages before the first score are reused, and they end by themselves."""
+"""Scored prompts: nothing is sampled, pages before the first score are reused, and they end by themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastllama.runtime.planning.sequence import Status
 from tests.runtime.planning.test_scheduler import add, first, make, spans, turn
 
 
-def test_a_scored_prompt_draws_nothing_and_ends() -> None:
+def test_a_scored_prompt_samples_nothing_and_ends() -> None:
     scheduler = make(20, 2, budget=4, seqs=4)
     request = add(scheduler, range(6))
     scored = add(scheduler, range(50, 56), start=3)

@@ -1,4 +1,4 @@
-"""A prefix that a running sequence computes is waited for by those that begin with it too, and shared from then on."""
+"""Requests that share a prefix with a running sequence wait for it to be computed, and share its pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_prefix_that_another_computes_is_waited_for() -> None:
 
 
 def test_a_prefix_is_waited_for_page_by_page() -> None:
-    """Of a long prompt in chunks, the others wait for as much as they share."""
+    """A long prompt is computed in chunks: the others wait for as much as they share."""
     scheduler = make(20, 2, budget=8)
     add(scheduler, range(20))
     other = add(scheduler, [*range(9), *range(50, 61)])
@@ -100,8 +100,8 @@ def test_a_page_that_two_hold_is_published_once_whatever_its_prefix_is_called() 
     pool.check_invariants()
 
 
-def test_the_queue_goes_on_behind_those_that_wait() -> None:
-    """As many as are looked at in one step: behind them the queue stands."""
+def test_the_queue_goes_on_after_those_that_wait() -> None:
+    """The scheduler looks at so many in one step; beyond them the queue waits."""
     scheduler = make(10_000, 2, budget=1000, seqs=200, length=1000)
     add(scheduler, range(900))
     waiting = [add(scheduler, range(900)) for _ in range(MOST_PASSED - 1)]

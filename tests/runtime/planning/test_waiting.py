@@ -1,4 +1,4 @@
-"""The queue does what a plain list would, at a cost that hardly depends on how many wait."""
+"""The queue acts as a plain list would, at a cost that hardly depends on the number of waiting requests."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ACTIONS = st.lists(
 @settings(deadline=None)
 @given(ACTIONS, st.sampled_from([1, 2, 3, 64]))
 def test_it_is_the_plain_queue(actions: list[tuple[str, int, int]], least: int) -> None:
-    """Whatever is added, admitted, preempted and aborted: the same order, and who was passed has paid."""
+    """The same order after any additions, admissions, preemptions and aborts, and passed requests lose patience."""
     queue, plain, sequences = WaitingQueue(), PlainQueue(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waiting, "LEAST_BLOCK", least)
@@ -109,7 +109,7 @@ def flood(num_long: int, num_short: int) -> WaitingQueue:
     return queue
 
 
-def shorts_behind_longs(count: int) -> None:
+def shorts_after_longs(count: int) -> None:
     flood(count, count)
 
 
@@ -135,7 +135,7 @@ def adding_equals(queue: WaitingQueue) -> None:
 
 @pytest.mark.parametrize("work", [admitting, aborting_the_last, preempting, adding_equals])
 def test_the_work_for_each_is_at_most_that_of_the_square_root(work: Callable[[WaitingQueue], None]) -> None:
-    """Of lines run: 16 times as many sequences may take 64 times as many, where a plain list takes 256 times."""
+    """In lines run: 16 times as many sequences may take 64 times as many, where a plain list takes 256 times."""
     counts = []
     for num in (250, 4000):
         queue = flood(num // 2, num // 2)
@@ -150,14 +150,14 @@ def test_short_prompts_pass_long_ones_by_blocks() -> None:
     counts = []
     for num in (250, 4000):
         with lines_run(waiting) as count:
-            shorts_behind_longs(num)
+            shorts_after_longs(num)
         counts.append(count[0])
     assert counts[1] <= 1.25 * 64 * counts[0]
     assert counts[1] <= 8000 * 300, "4000 would be passed one by one, 8 million times in all"
 
 
 def test_a_scheduler_takes_its_queue_from_here() -> None:
-    """2000 short prompts behind as many long ones, then all are aborted, from the end."""
+    """2000 short prompts after as many long ones, then all are aborted, from the end."""
     scheduler = make(2000, 16, seqs=1, length=4096)
     with lines_run(waiting) as count:
         requests = [add(scheduler, [0] * (1000 if place < 2000 else 1), max_tokens=1) for place in range(4000)]

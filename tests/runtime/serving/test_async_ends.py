@@ -1,4 +1,4 @@
-"""How requests end: by themselves, a deadline, an abort of any kind, a drain, a shutdown; and what readers are told."""
+"""How requests end: by themselves, a deadline, an abort, a drain, a shutdown; and what their streams then raise."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_shutdown_aborts_and_may_come_twice() -> None:
     run(test())
 
 
-def test_an_abort_by_id_ends_that_one_behind_what_came() -> None:
+def test_an_abort_by_id_ends_that_one_after_its_deltas() -> None:
     async def test() -> None:
         model = gated()
         async with serving(model) as engine:
@@ -127,7 +127,7 @@ def test_an_abort_by_id_ends_that_one_behind_what_came() -> None:
             await until(lambda: not model.gate.is_set())
             engine.abort("mine")
             model.gate.set()
-            engine.abort("nobody's")
+            engine.abort("unknown")
             deltas = await until_it_fails(streams[0], "^request 'mine' was aborted: AsyncEngine.abort was called$")
             (begun,) = ids_of([first, *deltas])
             assert begun == alone(PROMPTS[1], LONG)[0][: len(begun)]
@@ -139,7 +139,7 @@ def test_an_abort_by_id_ends_that_one_behind_what_came() -> None:
     run(test())
 
 
-def test_who_aborts_says_why_and_a_reader_can_tell_it_from_a_failure() -> None:
+def test_an_abort_has_a_reason_and_differs_from_a_failure() -> None:
     async def test() -> None:
         model = gated()
         async with serving(model, max_num_seqs=1) as engine:
@@ -217,7 +217,7 @@ def test_a_stream_has_its_output_when_it_was_read() -> None:
     run(test())
 
 
-def test_who_stops_waiting_for_a_drain_or_a_reset_harms_nobody() -> None:
+def test_a_cancelled_wait_for_a_drain_or_a_reset_harms_no_request() -> None:
     async def test() -> None:
         model = gated()
         async with serving(model) as engine:
@@ -235,7 +235,7 @@ def test_who_stops_waiting_for_a_drain_or_a_reset_harms_nobody() -> None:
     run(test())
 
 
-def test_a_stream_of_an_llm_says_why_it_is_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_an_llm_reports_why_it_ended_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Aborted by its id; ended by what broke into the bookkeeping of its neighbour; and one that ends by itself."""
     letters = Pieces([bytes([97 + n]) for n in range(26)])
     with running(ours(), tokenizer=letters) as llm:

@@ -1,4 +1,4 @@
-"""The asynchronous engine: deltas, ends of every kind, full queues, slow readers, what others get is as ever."""
+"""The asynchronous engine: deltas, ends of every kind, full queues, slow readers, and other requests undisturbed."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_full_queue_rejects_and_queues_nothing() -> None:
     run(test())
 
 
-def test_a_reader_that_never_reads_costs_one_delta_and_stops_nobody() -> None:
+def test_a_reader_that_never_reads_costs_one_delta_and_stops_no_request() -> None:
     async def test() -> None:
         async with serving(ours()) as engine:
             unread = engine.add_request(PROMPTS[1], replace(HOT, n=2, max_tokens=60, logprobs=0))
@@ -256,7 +256,7 @@ def test_a_reader_that_never_reads_costs_one_delta_and_stops_nobody() -> None:
     run(test())
 
 
-def test_a_loop_that_is_gone_stops_nobody() -> None:
+def test_a_loop_that_is_gone_stops_no_request() -> None:
     with running(ours()) as llm:
         engine = AsyncEngine(llm)
 

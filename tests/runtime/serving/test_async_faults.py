@@ -1,4 +1,4 @@
-"""The asynchronous engine among faults: each ends whom it is about, with its cause, and the thread lives."""
+"""The asynchronous engine under faults: each ends the requests it concerns, with its cause, and the thread lives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.runtime.test_engine import PROMPTS
 
 
 async def failure_of(stream: RequestStream) -> RequestError:
-    """What a stream raises, once, behind its last delta."""
+    """The exception of a stream, raised once, after its last delta."""
     with pytest.raises(RequestError) as raised:
         await all_of(stream)
     assert await all_of(stream) == [], "once is enough"

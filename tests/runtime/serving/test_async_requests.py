@@ -137,7 +137,7 @@ def test_a_fork_begins_with_what_came_and_goes_its_own_way() -> None:
     run(test())
 
 
-def test_what_cannot_be_forked_is_said_by_the_stream() -> None:
+def test_what_cannot_be_forked_is_raised_by_the_stream() -> None:
     async def test() -> None:
         async with serving(ours()) as engine:
             ended = engine.add_request(PROMPTS[1], HOT, request_id="mine")

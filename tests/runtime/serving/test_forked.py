@@ -1,4 +1,4 @@
-"""In a forked process every call says so or works, none hangs, whatever was locked at the fork; the parent goes on."""
+"""In a forked process every call raises or works, whatever lock was held at the fork, and the parent goes on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORKED = f"this LLM was made in process {os.getpid()}, from which this one was f
 
 
 def outcomes(make: Callable[[], Calls]) -> dict[str, str]:
-    """What each call raises in a forked child, or "works"; the child must end by itself, and say nothing."""
+    """The exception of each call in a forked child, or "works"; the child must end by itself, and print nothing."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:
@@ -45,7 +45,7 @@ def outcomes(make: Callable[[], Calls]) -> dict[str, str]:
         out.seek(0)
         err.seek(0)
         found = dict(line.split("\t", 1) for line in out.read().splitlines())
-        assert (status, err.read()) == (0, ""), f"hangs or dies behind {list(found)}"
+        assert (status, err.read()) == (0, ""), f"hangs or dies after {list(found)}"
     return found
 
 
@@ -112,7 +112,7 @@ def calls_of(llm: LLM, started: Any, pieces: list[Any]) -> Calls:
         "update_weights": lambda: llm.update_weights({}),
         "reset_prefix_cache": lambda: llm.reset_prefix_cache(),
         "AsyncEngine": lambda: AsyncEngine(llm),
-        "abort by id": lambda: llm.abort("nobody"),
+        "abort by id": lambda: llm.abort("unknown"),
         "encode": lambda: llm.encode("a"),
         "properties": lambda: (llm.config, llm.default_params, llm.chat_format, started.output()),
         "let go": lambda: (pieces.clear(), gc.collect()),
@@ -124,7 +124,7 @@ WORKS = {"abort by id", "encode", "properties", "let go", "close"}
 
 
 @pytest.mark.parametrize("how", ["idle", "locked", "from a thread", "within a step"])
-def test_every_call_of_an_llm_says_so_or_works(how: str) -> None:
+def test_every_call_of_an_llm_raises_or_works(how: str) -> None:
     found: list[dict[str, str]] = []
     options: dict[str, Any] = {"tokenizer": samples.tokenizer("tiny"), "chat_format": "llama2"}
     with running(ours(vocab_size=2048), **options) as llm:
@@ -163,7 +163,7 @@ def test_every_call_of_an_llm_says_so_or_works(how: str) -> None:
 
 
 @pytest.mark.parametrize("locked", [True, False])
-def test_every_call_of_an_asynchronous_engine_says_so_or_works(locked: bool) -> None:
+def test_every_call_of_an_asynchronous_engine_raises_or_works(locked: bool) -> None:
     def stream_calls(engine: AsyncEngine, streams: list[Any]) -> Calls:
         async def each(stream: Any) -> None:
             async for _ in stream:

@@ -1,4 +1,4 @@
-"""What an engine says of itself, and its end where it is beyond repair: all requests get the cause, none is taken."""
+"""An engine's reported health, and its end where it is beyond repair: all requests get the cause, no new one starts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_error_of_the_device_ends_all_with_its_cause(monkeypatch: pytest.Monk
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_ends_by_what_ends_requests_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_ends_by_what_ends_requests_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         bug = AssertionError("a bug")
         model = cursed()

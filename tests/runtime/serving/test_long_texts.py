@@ -1,4 +1,4 @@
-"""Long texts: what cannot fit is refused unread, the rest is tokenized off the event loop, and can be ended there."""
+"""Long texts: those that cannot fit are refused unread; others are tokenized off the event loop, and can be aborted."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_request_ends_at_once_while_it_is_tokenized(how: str) -> None:
     run(test())
 
 
-def test_what_is_wrong_with_a_long_text_its_stream_says() -> None:
+def test_the_stream_of_a_long_text_raises_what_is_wrong_with_it() -> None:
     async def test() -> None:
         async with slowly() as (engine, tokenizer):
             with pytest.raises(RequestError, match=r"the prompt has 50000 tokens; legal: at most 255") as raised:

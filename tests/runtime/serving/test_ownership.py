@@ -1,4 +1,4 @@
-"""Who owns an LLM: one AsyncEngine at a time, until its shutdown, its LLM's end, or nobody holds it any more."""
+"""One AsyncEngine at a time owns an LLM, until its shutdown, its LLM's end, or its garbage collection."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_llm_is_refused_beside_its_engine_and_its_readers_do_not_notice() ->
                 for use in uses:
                     with pytest.raises(RuntimeError, match=SERVES):
                         use()
-                assert llm.encode("a") == tokenizer.encode("a"), "for that nobody needs to own it"
+                assert llm.encode("a") == tokenizer.encode("a"), "which needs no owner"
                 assert ids_of(await all_of(stream)) == tokens_of(right)
             "".join(pieces)
             assert started.finished
@@ -172,7 +172,7 @@ def test_closing_while_another_thread_generates_ends_that_in_a_sentence() -> Non
 
 
 @pytest.mark.parametrize("num_running", [0, 2])
-def test_an_engine_that_nobody_holds_ends_and_frees_all(num_running: int) -> None:
+def test_an_engine_without_references_ends_and_frees_all(num_running: int) -> None:
     async def test() -> None:
         llm = LLM(ours(), **SIZES)
         engine = AsyncEngine(llm)
@@ -193,7 +193,7 @@ def test_an_engine_that_nobody_holds_ends_and_frees_all(num_running: int) -> Non
     run(test())
 
 
-def test_the_llm_can_be_used_again_when_nobody_holds_its_engine() -> None:
+def test_the_llm_can_be_used_again_when_its_engine_has_no_references() -> None:
     with running(ours()) as llm:
         engine = AsyncEngine(llm)
         thread = engine.worker.thread
@@ -207,7 +207,7 @@ def test_a_stream_that_is_held_keeps_its_engine() -> None:
     async def test() -> None:
         def ask() -> tuple[RequestStream, threading.Thread]:
             engine = AsyncEngine(LLM(ours(), **SIZES))
-            engine.add_request(PROMPTS[2], LONG)  # which nobody holds
+            engine.add_request(PROMPTS[2], LONG)  # a stream without a reference
             return engine.add_request(PROMPTS[1], HOT), engine.worker.thread
 
         stream, thread = ask()

@@ -1,4 +1,4 @@
-"""Histograms of plain numbers, and what guesses count as; all else that is counted, test_async_engine.py sees."""
+"""Histograms of plain numbers, and counts of draft tokens; test_async_engine.py checks the other counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.runtime.serving.test_async_engine import all_of, run
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, n=2)
 
 
-def test_a_histogram_puts_a_value_where_its_bound_says() -> None:
+def test_a_histogram_counts_a_value_under_its_bound() -> None:
     histogram = Histogram()
     for value in (0.0005, 0.001, 0.0011, 1000.0):
         histogram.observe(value)
@@ -33,25 +33,25 @@ async def answers(engine: AsyncEngine) -> list[list[RequestDelta]]:
     return await asyncio.gather(*map(all_of, requests))
 
 
-def guesses(found: list[list[RequestDelta]]) -> tuple[int, int]:
+def drafts_of(found: list[list[RequestDelta]]) -> tuple[int, int]:
     """Drafted and accepted tokens, as the requests themselves count them."""
     metrics = [deltas[-1].metrics for deltas in found]
     drafted = sum(each.num_draft_tokens for each in metrics if each is not None)
     return drafted, sum(each.num_accepted_tokens for each in metrics if each is not None)
 
 
-def test_guesses_are_counted_and_each_token_of_a_step_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_counted_and_each_token_of_a_step_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
 
     async def test() -> None:
         with running(ours(), speculation=ours()) as llm:
             llm.generate(prompt_of(9), PARAMS)
-            # What is counted before belongs to nobody.
+            # What is counted before is discarded.
             async with AsyncEngine(llm) as engine:
                 found = await answers(engine)
             counted = engine.statistics()
         metrics = [deltas[-1].metrics for deltas in found]
-        drafted, accepted = guesses(found)
+        drafted, accepted = drafts_of(found)
         assert 0 < accepted <= drafted
         assert (counted.num_draft_tokens, counted.num_accepted_tokens) == (drafted, accepted)
         assert counted.inter_token_seconds.count == 6 * 19
@@ -82,7 +82,7 @@ def test_a_request_is_queued_until_its_prompt_has_a_place_in_a_step() -> None:
     run(test())
 
 
-def test_guesses_are_counted_on_where_the_engine_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_counted_on_where_the_engine_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "pays", lambda *args: True)
 
     def broken(*args: Any) -> None:
@@ -91,15 +91,15 @@ def test_guesses_are_counted_on_where_the_engine_starts_anew(monkeypatch: pytest
     async def test() -> None:
         with running(ours(), speculation=ours()) as llm:
             async with AsyncEngine(llm) as engine:
-                before, scheduler = guesses(await answers(engine)), llm.engine.scheduler
+                before, scheduler = drafts_of(await answers(engine)), llm.engine.scheduler
                 with monkeypatch.context() as patch:
                     patch.setattr(llm.engine.scheduler, "commit", broken)
                     with pytest.raises(RequestError):
                         await all_of(engine.add_request(prompt_of(5), replace(PARAMS, n=1)))
-                after = guesses(await answers(engine))
+                after = drafts_of(await answers(engine))
                 assert llm.engine.scheduler is not scheduler
             counted = engine.statistics()
-        # When requests come together in a step depends on the clock, and with that how many guesses count.
+        # When requests come together in a step depends on the clock, and with that how many drafts count.
         assert counted.num_draft_tokens == before[0] + after[0]
         assert counted.num_accepted_tokens == before[1] + after[1] > before[1] > 0
 
