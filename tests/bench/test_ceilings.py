@@ -1,4 +1,4 @@
-"""The ceilings of a device: what is counted, and that the samples are kept."""
+"""The ceilings of a device: bytes and operations counted by hand, and the samples in the record."""
 
 from __future__ import annotations
 

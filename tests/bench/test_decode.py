@@ -92,7 +92,7 @@ def test_a_quantized_checkpoint_is_measured_as_it_is(tmp_path: Path) -> None:
 
 
 def test_transformers_is_timed_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pass not compiled here, which takes a compiler and half a minute."""
+    """The peer's forward runs uncompiled here: compiling takes a compiler and half a minute."""
     monkeypatch.setattr(static_cache, "compiled", lambda model: model.forward)
     bench = decode._Bench.of(TINY, lambda line: None)
     figures = bench.theirs(bench.build_theirs(), 3, 96)

@@ -53,6 +53,6 @@ def test_the_commit_is_that_of_the_sources_and_of_no_other_repository(
 
 
 def test_it_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its package's metadata leave that out."""
+    """Package metadata leave the variant out."""
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     assert environment.environment(torch.device("cpu"))["torch"] == "2.11.0+cu130"

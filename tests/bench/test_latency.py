@@ -56,7 +56,7 @@ def test_tokens_that_come_together_are_as_many_samples(monkeypatch: pytest.Monke
             return self
 
         async def __aexit__(self, *error: object) -> None:
-            """Nothing to shut down."""
+            """The stand-in has nothing to shut down."""
 
         async def add_request(self, prompt: list[int], params: Any) -> AsyncIterator[Any]:
             for count in (2, 3, 0, 1):

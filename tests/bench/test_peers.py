@@ -35,7 +35,7 @@ class Recorder:
 
 
 class Older(Recorder):
-    """As before 5.4."""
+    """The parameters before transformers 5.4."""
 
     def generate_batch(self, inputs: Prompts, generation_config: Any, progress_bar: bool) -> dict[int, Any]:  # type: ignore[override]
         return super().generate_batch(inputs, None, generation_config, progress_bar)
@@ -60,7 +60,7 @@ class Blocks:
 
 
 def with_config(config: type[Any]) -> SimpleNamespace:
-    """What is used of transformers."""
+    """The part of transformers that the peer uses."""
     return SimpleNamespace(ContinuousBatchingConfig=config, GenerationConfig=transformers.GenerationConfig)
 
 

@@ -66,7 +66,7 @@ def test_every_set_is_met_before_capture(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Device:
-    """A GPU and its host, in seconds of one clock: what is launched runs in order, and the host goes on meanwhile."""
+    """A GPU and its host, in seconds of one clock: launches run in order, and the host goes on meanwhile."""
 
     def __init__(self) -> None:
         self.host, self.free = 0.0, 0.0

@@ -12,7 +12,7 @@ from benchmarks import plan_cost
 
 
 def test_tables_hold_a_number_for_each_page() -> None:
-    """Of three sequences of 100 tokens: 128 columns, the next multiple of 64 tokens; 8 in pages of 16."""
+    """Three sequences of 100 tokens: 128 columns, the next multiple of 64 tokens; 8 in pages of 16."""
     found = [plan_cost.measure(3, 100, page_size, 2) for page_size in (1, 16)]
     assert [each["table_bytes"] for each in found] == [4 * 3 * 128, 4 * 3 * 8]
     assert all(len(seconds) == 2 and min(seconds) > 0 for each in found for seconds in each["seconds"].values())

@@ -18,7 +18,7 @@ DOCUMENTS = [[1, 2, 3, 4, 5, 6, 7, 8]] * 2
 
 
 def test_operations_of_a_block_by_hand() -> None:
-    """Of a 1.1B: q, k, v 2560 x 2048, o 2048 x 2048, gate and up 11264 x 2048, down 2048 x 5632."""
+    """A 1.1B's weights: q, k, v 2560 x 2048, o 2048 x 2048, gate and up 11264 x 2048, down 2048 x 5632."""
     config = shape("1.1b", 64)
     weights = 2560 * 2048 + 2048 * 2048 + 11264 * 2048 + 2048 * 5632
     found = quantize_cost.operations_of(config, 3000, "awq+gptq")

@@ -262,7 +262,7 @@ def prompted() -> list[str]:
 def type_in(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, prompted: list[str]
 ) -> Talk:
-    """What a user types at a terminal: lines, Ctrl-C (KeyboardInterrupt), and in the end Ctrl-D."""
+    """A user's input at a terminal: lines, Ctrl-C (KeyboardInterrupt), and in the end Ctrl-D."""
 
     def run(*lines: str | type[KeyboardInterrupt], options: tuple[str, ...] = ()) -> Done:
         typed: Iterator[Any] = iter(lines)
@@ -332,7 +332,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_text(
 def test_ctrl_c_twice_stops_it_within_a_step(
     type_in: Talk, asked: list[Generation], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the prompt's own step: there is no answer, so the turn is dropped, and the runtime is none the worse."""
+    """Interrupted in the prompt's own step: without an answer the turn is dropped, and the runtime goes on."""
     press_ctrl_c(monkeypatch, at_step=1, times=2)
     done = type_in("tell me", "more")
     assert done.status == 0

@@ -118,9 +118,9 @@ def test_a_checkpoint_that_is_broken_is_the_same_line_as_for_generate(command: C
 
 def test_the_start_logs_what_is_served_where_and_to_whom(tmp_path: Path) -> None:
     with live("--served-model-name", "llama", "--max-num-seqs", "3", "--max-model-len", "100") as server:
-        assert "llama: 4.5 M parameters in bfloat16 on cpu; 100 tokens of context" in server.said
-        assert "3 sequences at once" in server.said
-        assert re.search(r"ready on http://127\.0\.0\.1:\d+; no API key is required", server.said)
+        assert "llama: 4.5 M parameters in bfloat16 on cpu; 100 tokens of context" in server.printed
+        assert "3 sequences at once" in server.printed
+        assert re.search(r"ready on http://127\.0\.0\.1:\d+; no API key is required", server.printed)
         assert server.get("/v1/models").json()["data"][0]["max_model_len"] == 100
         wrong = server.post("/v1/completions", {"model": "gpt-4", "prompt": "a"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
@@ -130,7 +130,7 @@ def test_other_machines_are_served_with_a_key_over_tls(tmp_path: Path) -> None:
     chain, key = certificate(tmp_path)
     options = ("--host", "0.0.0.0", "--ssl-certfile", str(chain), "--ssl-keyfile", str(key))
     with live(*options, env={"FASTLLAMA_API_KEY": "sesame"}) as server:
-        assert "an API key is required" in server.said
+        assert "an API key is required" in server.printed
         url = server.url.replace("0.0.0.0", "127.0.0.1")
         trusted = ssl.create_default_context(cafile=str(chain))
         with httpx.Client(base_url=url, verify=trusted, timeout=LIMIT, trust_env=False) as client:
@@ -138,7 +138,7 @@ def test_other_machines_are_served_with_a_key_over_tls(tmp_path: Path) -> None:
             client.headers["authorization"] = "Bearer sesame"
             body = {"prompt": "Once", "stream": True, "max_tokens": 5}
             assert client.post("/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
-        assert "sesame" not in server.said + server.logged
+        assert "sesame" not in server.printed + server.logged
 
 
 def test_every_option_that_is_shown_has_a_help_text() -> None:

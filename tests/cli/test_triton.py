@@ -79,7 +79,7 @@ def test_generate_writes_what_the_reference_writes(
 
 @pytest.mark.interpreter
 def test_verify_covers_every_op(command: Command, tmp_path: Path, force: Force, ran: set[str]) -> None:
-    """In 16 bits it judges what `generate` cannot: whether tokens that differ are ties. Stock, bf16 fails it."""
+    """In 16 bits verify also judges whether tokens that differ are ties. Stock, bf16 fails it."""
     model = write_model(tmp_path / "model", num_hidden_layers=1)
     force("triton")
     done = command("verify", "--model", model, "--dtype", "bfloat16", "--json")

@@ -35,7 +35,7 @@ def _compiled_anew() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _repaired() -> Iterator[None]:
-    """As a program on Triton's interpreter has it: stock, it rounds bf16 wrongly."""
+    """Patches Triton's interpreter as our programs do: stock, it rounds bf16 wrongly."""
     if not env.triton_interpret():
         yield
         return

@@ -124,7 +124,7 @@ def test_gradients_are_refused() -> None:
 
 @torch.inference_mode()
 def test_one_graph_holds_a_forward() -> None:
-    """In 16 bits: of fp32 transformers warns that flash-attention has none, which breaks the graph."""
+    """In 16 bits, since transformers warns of flash-attention in fp32, which breaks the graph."""
     model = on_ours(llama(torch.bfloat16))
     expected = model(IDS, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -178,7 +178,7 @@ def test_continuous_batching_generates_what_generate_does() -> None:
 
 
 def with_fast_path() -> Any:
-    """generate_batch as on a GPU, where it decodes through a page table: it asks in one function for the device."""
+    """generate_batch as on a GPU, where it decodes through a page table: one function queries the device."""
     from transformers.generation.continuous_batching import initialization
 
     decide = initialization.ensure_decode_fast_path_is_available

@@ -138,7 +138,7 @@ def test_in_16_bits_it_is_as_exact_as_transformers(dtype: torch.dtype) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """At each torch.cat of matrices, how many of the matrices that were fused before still have their old memory."""
+    """Counts, at each torch.cat of matrices, how many of those fused before still have their old memory."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         super().__init__()

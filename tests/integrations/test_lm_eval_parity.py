@@ -233,7 +233,7 @@ def test_a_quantized_model_is_measured_by_its_name(tasks: Path) -> None:
 
 
 def test_the_other_models_of_lm_eval_stay_registered() -> None:
-    """In a process that asks for ours first: lm-eval fills its registry when it is first asked, if it is empty then."""
+    """In a process that imports ours first: lm-eval fills its registry at its first use only if it is empty."""
     code = "import fastllama.integrations.lm_eval as ours, lm_eval.api.registry as all; "
     code += "print(all.get_model('fastllama') is ours.FastLlamaLM, 'hf' in all.model_registry)"
     done = subprocess.run(

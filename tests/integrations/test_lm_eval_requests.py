@@ -106,7 +106,7 @@ def test_the_length_has_lm_evals_names_and_precedence(options: dict[str, int], l
 
 
 def test_a_stop_string_that_is_a_special_token_is_one() -> None:
-    """Its letters never come in an answer, from which special tokens are left out."""
+    """Special tokens are left out of an answer, so their letters never come in one."""
     found = params(until=["</s>", "."])
     assert (found.stop, found.stop_token_ids) == ((".",), (2,))
     assert params(until="</s>").stop_token_ids == (2,)

@@ -69,7 +69,7 @@ def test_memory_is_joined_once_whoever_asks_first(kind: str, first: str) -> None
 
 @pytest.mark.parametrize("kind", ["dense", *KINDS])
 def test_what_is_done_to_one_fused_layer_is_not_done_to_another(kind: str) -> None:
-    """Of one model's weights, as a patched model and a runtime over them have one each."""
+    """Two fused layers over one model's weights, one of a patched model and one of a runtime."""
     model = llama(**TILES | {"attention_bias": True})
     if kind != "dense":
         quantized(model, kind)

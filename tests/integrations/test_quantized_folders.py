@@ -50,7 +50,7 @@ def logits(model: transformers.LlamaForCausalLM) -> Tensor:
 
 
 def saved(path: Path, kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> LlamaForCausalLM:
-    """A model in folder / "saved", and in folder / "dense" what its weights stand for."""
+    """A model in folder / "saved", and its dequantized weights in folder / "dense"."""
     original = random_llama(dtype=dtype, **settings)
     if kind in GROUPS:
         compressed.write(random_llama(dtype=dtype, **settings), path / "original", *GROUPS[kind])
@@ -85,7 +85,7 @@ def test_transformers_computes_what_the_dequantized_model_computes(
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config` or equivalent:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_with_zeros_it_opens_what_it_opens_of_the_packages_own(tmp_path: Path, dtype: torch.dtype) -> None:
-    """By unpacking the weights while loading: compressed-tensors 0.20 itself has a place of another shape for them."""
+    """It unpacks the weights while loading: compressed-tensors 0.20 itself expects another shape."""
     saved(tmp_path, "zeros", dtype, {})
     unpacked = transformers.utils.quantization_config.CompressedTensorsConfig(dequantize=True)
     theirs, ours = (

@@ -47,7 +47,7 @@ def ours() -> list[Any]:
 
 
 def arguments(found: list[Theirs]) -> set[str]:
-    """Those of theirs and of ours."""
+    """Names of our arguments and of theirs."""
     here = {p.name for p in found[0].our_parameters() if p.kind is not p.VAR_KEYWORD}
     return here | {name for each in found for name, *_ in each.signature or ()}
 
@@ -57,7 +57,7 @@ def defaults(each: Theirs) -> dict[str, Any]:
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """Tensors bit by bit, in whatever tuples they stand."""
+    """Assert equality, of tensors bit by bit, in nested tuples too."""
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -80,7 +80,7 @@ def test_positions_and_defaults_are_theirs(each: Theirs) -> None:
 
 @pytest.mark.parametrize("each", cases(FUNCTIONS))
 def test_what_they_take_may_be_given_by_name_at_its_default_and_changes_nothing(each: Theirs) -> None:
-    """Of FlashAttention 3 and 4, too, whose defaults are others."""
+    """FlashAttention 3 and 4 are included, whose defaults differ."""
     call = CALLS[each.name]
     assert_equal(call(**{name: value for name, value in defaults(each).items() if name not in call.arguments}), call())
 

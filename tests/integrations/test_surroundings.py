@@ -75,7 +75,7 @@ def with_buffers_for_angles(model: Any) -> Tensor:
 
 
 def of_narrower_inputs(model: Any) -> Tensor:
-    """Which transformers' norms widen."""
+    """Inputs narrower than the weights, which transformers' norms widen."""
     return model(inputs_embeds=model.model.embed_tokens(IDS).bfloat16()).logits
 
 
@@ -172,7 +172,7 @@ REPLACED = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_function_that_is_replaced_for_all_models(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long contexts, fused kernels and adapters are often brought in."""
+    """The usual way to add long contexts, fused kernels and adapters."""
     owner, attribute, error = REPLACED[name]
     stock, patched = llama(), llama()
     if when == "after":

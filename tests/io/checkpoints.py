@@ -56,7 +56,7 @@ def random_llama(
 
 
 def hf_state(model: transformers.LlamaForCausalLM) -> State:
-    """What a checkpoint of the model must read as: its tensors by Hugging Face name, a tied head left out."""
+    """The tensors that a checkpoint of the model must read as, by Hugging Face name, a tied head left out."""
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -106,7 +106,7 @@ def test_a_tied_model_is_untied_where_its_matrices_part(tmp_path: Path, saved: l
 
 
 def test_a_tied_model_whose_embedding_and_head_were_trained_as_one_stays_tied(tmp_path: Path) -> None:
-    """Also where the one matrix is stored once, which peft does not read."""
+    """The one matrix may be stored once, which peft does not read."""
     base = base_in(tmp_path / "base", tied=True)
     settings = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     adapter = trained(random_llama(tied=True), tmp_path / "adapter", **settings)

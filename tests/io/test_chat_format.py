@@ -36,7 +36,7 @@ OTHER_WORDS = (
 
 @pytest.fixture(scope="module")
 def bare() -> Tokenizer:
-    """A tokenizer.model that lies alone."""
+    """A tokenizer.model without other files."""
     return samples.tokenizer("tiny")
 
 

@@ -52,7 +52,7 @@ def test_a_model_whose_quantization_is_simulated_is_refused(tmp_path: Path, kind
 
 
 def rename(path: Path, name: str | None, before: str = "quantization_config") -> None:
-    """Let the quantization_config have another name, or go."""
+    """Rename or remove the quantization_config."""
     file = path / "config.json"
     content = json.loads(file.read_text())
     quantization = content.pop(before)

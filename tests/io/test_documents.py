@@ -62,7 +62,7 @@ def test_newlines_are_universal(newline: str, per_line: bool) -> None:
 
 @pytest.mark.parametrize("inside", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_a_line_ends_at_newlines_only(inside: str) -> None:
-    """Where str.splitlines sees more."""
+    """str.splitlines would split at more characters."""
     line = f"A cat.{inside}The cat sat."
     (found,) = text_documents(line, TOKENIZER, per_line=True)
     assert found == [TOKENIZER.bos_token_id, *TOKENIZER.encode(line, bos=False), TOKENIZER.eos_token_id]
@@ -74,7 +74,7 @@ def cut(text: str, tokenizer: Tokenizer = TOKENIZER, context: int = 16, samples:
 
 @given(st.integers(2, 40), st.integers(1, 90))
 def test_a_long_text_is_cut_into_windows_that_each_begin_with_bos(context: int, words: int) -> None:
-    """Together they are the text, but for what is left at its end if that is less than half a window."""
+    """Together they are the text, except for an end of less than half a window."""
     ids = TOKENIZER.encode(" ".join(STORY.split()[:words]))
     windows = cut(" ".join(STORY.split()[:words]), context=context)
     assert [window[0] for window in windows] == [BOS] * len(windows)

@@ -95,7 +95,7 @@ def test_discard_deletes_what_this_run_used_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_file_that_put_did_not_write_for_the_key_is_damaged(tmp_path: Path) -> None:
-    """Also where it is a whole safetensors file of tensors that would fit."""
+    """A whole safetensors file of tensors that would fit is refused too."""
     blocks = FinishedBlocks(tmp_path)
     blocks.put("one", TENSORS)
     file = tmp_path / "one.safetensors"

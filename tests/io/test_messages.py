@@ -314,7 +314,7 @@ def test_a_malformed_file_is_reported_in_one_line(tmp_path: Path, name: str) -> 
 
 
 def test_what_may_not_be_read_is_reported(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder and a file; the user of the tests may be root, who may read everything, so that it is planted."""
+    """A folder and a file. Planted errors, since the user of the tests may be root, who may read everything."""
     folder = Path(shutil.copytree(good, tmp_path / "model"))
     is_file, real_open = Path.is_file, Path.open
 

@@ -260,7 +260,7 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
 
 
 def test_who_may_read_other_new_files_may_read_these(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    """What safetensors 0.8 writes, only the owner may read."""
+    """safetensors 0.8 writes files that only the owner may read."""
     save_model(model, tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 

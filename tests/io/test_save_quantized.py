@@ -79,7 +79,7 @@ def test_what_is_saved_is_read_again_bit_by_bit(tmp_path: Path, settings: dict[s
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_each_layer_has_its_scheme_by_the_packages_own_matching(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """And what it decompresses by that scheme, which it checks for contradictions, is the weight."""
+    """The package decompresses each by that scheme, which it checks for contradictions, to the same weight."""
     model = written(tmp_path / "original", **settings)
     save_model(model, tmp_path / "saved")
     written_config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]

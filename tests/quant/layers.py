@@ -1,4 +1,4 @@
-"""Random linear layers with what quantizers need of real ones: correlated inputs, and channels that stand out."""
+"""Random linear layers with what quantizers need of real ones: correlated inputs, and channels of unusual size."""
 
 from __future__ import annotations
 

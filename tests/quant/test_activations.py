@@ -52,7 +52,7 @@ def test_rows_are_sampled_evenly_in_any_batching(sizes: list[int], limit: int, m
 
 @pytest.mark.parametrize("length", [128, 256, 2047, 2048])
 def test_no_position_of_documents_is_sampled_more_than_its_share(length: int) -> None:
-    """At the first position a Llama feeds its layers what it does nowhere else; an eighth of the sample would be it."""
+    """A Llama's inputs at the first position are unlike all others; it would be an eighth of the sample."""
     positions = torch.arange(length).repeat(2**17 // length).float()
     rows = seen(positions[:, None], [len(positions)], hessian=False).rows
     counts = rows.long().flatten().bincount(minlength=length)
@@ -98,7 +98,7 @@ def test_divided_they_are_those_of_a_divided_input(hessian: bool) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("row", [0, 50, 99])
 def test_what_is_not_finite_is_seen(value: float, row: int) -> None:
-    """Though rows that are finite come after it, and it is in none that is kept."""
+    """Finite rows come after it, and it is in none of the kept rows."""
     x = torch.randn(100, 3)
     x[row, 1] = value
     assert not seen(x, [10] * 10, hessian=False).is_finite

@@ -138,7 +138,7 @@ def test_columns_that_are_never_fed_are_rounded_to_nearest() -> None:
 
 @pytest.mark.parametrize(("kind", "symmetric"), [("int4", True), ("int4", False), ("int8", True)])
 def test_groups_of_zeros(kind: str, symmetric: bool) -> None:
-    """Their scale is 0, so they keep the value of 0, whatever the others would have them make up for."""
+    """Groups with scale 0 keep the value 0, whatever error other columns would pass on to them."""
     weight, hessian = fed(128, 600)
     weight *= 1000
     weight[3, 32:64] = 0
@@ -215,7 +215,7 @@ def test_what_is_no_sum_of_squares_is_refused(hessian: list[list[float]]) -> Non
 @pytest.mark.parametrize(("kind", "group_size"), [("int4", 128), ("int4", 32), ("int4", -1), ("int8", -1)])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_output_errs_half_as_much_as_rounded_to_nearest(kind: str, group_size: int, seed: int) -> None:
-    """On rows that it has not seen; 0.2 to 0.35 of it is found. Clipped scales lower it further."""
+    """On unseen rows, 0.2 to 0.35 of the error is left. Clipped scales lower it further."""
     weight, inputs = correlated(48, 256, 1536, seed)
     seen, unseen = inputs[:1024], inputs[1024:]
     nearest = round_to_nearest(weight, kind, group_size)
@@ -228,7 +228,7 @@ def test_the_output_errs_half_as_much_as_rounded_to_nearest(kind: str, group_siz
 
 
 def test_values_are_chosen_under_scales_as_they_are_kept() -> None:
-    """Of bf16: their 8 bits move 127 steps by half a step."""
+    """bf16's 8 bits move 127 steps by half a step."""
     weight, hessian = fed(128, 600)
     for kind in ("int4", "int8"):
         nearest = round_to_nearest(weight, kind, -1)
@@ -255,7 +255,7 @@ def test_nothing_that_is_given_changes_and_the_same_gives_the_same(dtype: torch.
 
 
 def test_memory_is_two_hessians_beside_the_one_that_is_given() -> None:
-    """That of 11008 columns has 485 MB."""
+    """A Hessian of 11008 columns has 485 MB."""
     weight, hessian = fed(640, 700, rows=2)
     start = round_to_nearest(weight, "int4", 32)
     with MemoryWatch() as watch:

@@ -49,7 +49,7 @@ def test_values_are_the_nearest_under_scales_as_they_are_kept(dtype: torch.dtype
 
 
 def test_a_weight_and_its_multiple_are_rounded_alike() -> None:
-    """By powers of two from 2^-40 to 2^40: nothing is meant in a unit."""
+    """Weights are scaled by powers of two from 2^-40 to 2^40: no constant depends on their unit."""
     weight = weight_of()
     expected = hqq(weight, 64, torch.float32)
     for exponent in (-40, -7, 40):

@@ -75,7 +75,7 @@ def sane(method: str, rows: Tensor, scales: Tensor) -> bool:
 @pytest.mark.parametrize("seed", range(4))
 @methods
 def test_the_output_errs_less_than_rounded_without_scales(method: str, seed: int) -> None:
-    """On rows that it has not seen, where 4 channels are 32 times the others: by a tenth at least."""
+    """On unseen rows, where 4 channels are 32 times the others: by a tenth at least."""
     weight, inputs = correlated(96, 256, 768, seed)
     inputs[:, torch.randperm(256)[:4]] *= 32
     seen, unseen = inputs[:512], inputs[512:]
@@ -87,7 +87,7 @@ def test_the_output_errs_less_than_rounded_without_scales(method: str, seed: int
 @pytest.mark.parametrize("seed", range(4))
 @methods
 def test_on_the_sampled_rows_it_errs_no_more_than_without_scales(method: str, seed: int) -> None:
-    """Where scales are of no use: channels are all alike, or it is the weight whose columns stand out."""
+    """Scales do not help where channels are all alike, or where the weight's columns stand out."""
     torch.manual_seed(seed)
     weight, rows = torch.randn(16, 64), torch.randn(48, 64)
     for each in (weight, weight * torch.randn(64).mul(2).exp()):
@@ -97,7 +97,7 @@ def test_on_the_sampled_rows_it_errs_no_more_than_without_scales(method: str, se
 
 
 def assert_best_is_found(method: str, weight: Tensor, rows: Tensor, tried: list[Tensor]) -> None:
-    """Of the scales that are tried, the first of which are none, the method takes those with the least error."""
+    """Among the scales tried, the first of which are none, the method takes those with the least error."""
     losses = [loss(method, weight, rows, each) for each in tried]
     found = METHODS[method][0](weight, rows)
     assert loss(method, weight, rows, found) == pytest.approx(min(losses), rel=1e-4)

@@ -45,5 +45,5 @@ def test_the_index_is_up_to_date() -> None:
 
 
 def test_it_is_of_the_pinned_version() -> None:
-    """Else no run of the pinned set would notice that it is out of date."""
+    """Otherwise no run of the pinned set would find it out of date."""
     assert f"triton=={VERSION};" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")

@@ -114,7 +114,7 @@ def test_text_is_clean_english(teller):
 
 
 def test_facts_speak_of_the_story(stories):
-    """An answer's names and content words stand in the story it is about."""
+    """The names and content words of an answer occur in the story it is about."""
     for told in stories:
         said = set(re.findall(r"\w+", told.text))
         for question, answer in told.facts:

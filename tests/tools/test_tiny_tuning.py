@@ -54,7 +54,7 @@ def test_tags_are_read_and_never_learned(tuned, tokenizer):
 
 
 def test_passages_are_encoded_as_prompts_and_answers_are(tuned, tokenizer):
-    """What is given has the ids of a prompt of its own, and both together those of the whole text."""
+    """The given part has the ids of a prompt of its own, and both together those of the whole text."""
     for seed, (first, *_) in enumerate(tuned[:300]):
         ids = [token if token >= 0 else ~token for token in tuning_ids(tokenizer, seed)]
         given = [tokenizer.bos_id(), *tokenizer.encode(first.given)]

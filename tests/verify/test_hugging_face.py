@@ -93,7 +93,7 @@ def test_a_model_that_is_read_rightly_agrees(folders: Callable[[str], Path], sha
 
 
 def test_frequencies_that_are_rounded_in_another_order_agree(tmp_path: Path) -> None:
-    """YaRN of a low base, where some lie an ulp from ours: twice the bound against the formulas is not enough here."""
+    """YaRN of a low base, where some angles differ by an ulp: twice the bound against the formulas is not enough."""
     path = write(tmp_path / "model", **SHAPES["yarn"], rope_theta=7.0, head_dim=32)
     report, formulas = (check(path, dtype="float32", against=against) for against in ("transformers", "formulas"))
     assert report.ok, report.table()
@@ -103,7 +103,7 @@ def test_frequencies_that_are_rounded_in_another_order_agree(tmp_path: Path) -> 
 
 
 def config_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[LlamaConfig], LlamaConfig]) -> None:
-    """From now on we read a config.json so."""
+    """Change how config.json is read from now on."""
     right = HfCheckpoint._read_config
     monkeypatch.setattr(HfCheckpoint, "_read_config", lambda self, raw: change(right(self, raw)))
 
@@ -132,7 +132,7 @@ MISREAD: dict[str, tuple[str, Callable[[LlamaConfig], LlamaConfig]]] = {
 def test_a_config_that_is_misread_is_found(
     folders: Callable[[str], Path], misread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the first layer already; the formulas in fp64 are given the same config, and see nothing."""
+    """The first layer fails already; the fp64 formulas are given the same config, and agree."""
     shape, change = MISREAD[misread]
     path = folders(shape)
     config_read(monkeypatch, change)
@@ -173,7 +173,7 @@ def test_weights_that_are_taken_for_others_are_found(
 def test_the_bound_does_not_go_by_how_far_transformers_is_off(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the same whatever transformers computed, from twice that against the formulas on; so it is for ties."""
+    """Bounds do not depend on what transformers computed, and are at least twice those against the formulas."""
     path = folders("linear")
     config_read(monkeypatch, lambda config: replace(config, rope_scaling=None))
     formulas, theirs = (check(path, dtype="bfloat16", against=against) for against in ("formulas", "transformers"))
@@ -192,7 +192,7 @@ def test_the_bound_does_not_go_by_how_far_transformers_is_off(
 def test_transformers_computes_in_the_dtype_that_is_asked_for(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in the checkpoint's own."""
+    """The checkpoint has another dtype."""
     forward, seen = TransformersReference.forward, []
 
     def watched(self: TransformersReference, ids: torch.Tensor, length: int) -> list[torch.Tensor]:

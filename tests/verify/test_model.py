@@ -150,7 +150,7 @@ def test_a_wrong_sample_fails_the_tokens_alone(path: Path, monkeypatch: pytest.M
 
 
 def test_logits_that_are_no_numbers_fail_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the fifth token of the answer: the report is made of what there is."""
+    """NaN begins in the fifth token of the answer: the report covers the tokens before."""
     forward, calls = LlamaMLP.forward, 0
 
     def wrong(self: LlamaMLP, hidden: Tensor, norm: RMSNorm, batch: BatchMeta) -> Tensor:
@@ -223,13 +223,13 @@ def answer_row(logits: list[list[float]], answer: tuple[int, ...], bound: float)
 def test_a_token_may_be_another_only_within_a_near_tie(
     answer: tuple[int, ...], bound: float, error: float, case: str
 ) -> None:
-    """Of three rows the last two are the answer's."""
+    """The last two of the three rows are the answer's."""
     row = answer_row([[0.0, 0.0, 9.0], [4.0, 3.5, 0.0], [2.0, 4.0, 0.0]], answer, bound)
     assert (row.error, row.bound, row.case, row.ok) == (error, bound, case, error <= bound)
 
 
 def test_the_oracle_holds_one_matrix_in_fp64_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Casting asks for each matrix by name, and nothing keeps what it gave."""
+    """Each matrix is cast when it is used, and not kept."""
     alive: list[weakref.ref[Tensor]] = []
     linear, most = torch.nn.functional.linear, 0
 

@@ -55,7 +55,7 @@ def test_so_does_the_reference(op: str, bind: Bind) -> None:
 
 
 def spoiled(op: str, spoil: Callable[[Tensor], None], bind: Bind, output: int = 0) -> None:
-    """Let an op be right but for what `spoil` does to one of its outputs, 0 or 1."""
+    """Spoil one output of an op, 0 or 1, by `spoil`."""
     run, first = OPS[op].implementation("cpu").run, OPS[op]._inputs
 
     def wrong(*args: Any) -> None:
@@ -76,7 +76,7 @@ def one_value(out: Tensor) -> None:
 
 
 def a_gap(out: Tensor) -> None:
-    """What a kernel leaves that forgets its last row."""
+    """The output of a kernel that leaves out its last row."""
     out[-1:] = math.nan if out.is_floating_point() else -1
 
 

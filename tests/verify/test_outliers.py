@@ -69,7 +69,7 @@ def test_each_block_is_fed_that_many_outliers() -> None:
 
 
 def test_columns_make_up_for_them() -> None:
-    """And of the four weights of a block nothing else changes, but for the rows of up."""
+    """Nothing else changes in a block's four weights, except for the rows of up."""
     model = decisive("gqa tied", dtype=torch.float32)
     up = model.config.intermediate_size  # the row of gate_up_proj where up begins
     for before, after in zip(model.layers, planted(model).layers, strict=True):

@@ -90,7 +90,7 @@ def test_what_the_engine_has_cached_changes_no_figure() -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_prompts_are_scored_from_the_quantized_cache(kind: str) -> None:
-    """As decoding reads it, token by token: attention of a prompt reads the pages that its step has just written.
+    """Scores read the cache as decoding does: a prompt's attention reads the pages that its step has just written.
 
     Otherwise the perplexity of a model with a quantized cache would be that of one without.
     """

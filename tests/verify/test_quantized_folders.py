@@ -1,4 +1,4 @@
-"""verify of models that are quantized on disk: judged by what their weights stand for."""
+"""verify judges models that are quantized on disk by their dequantized weights."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_report_in_which_all_agree() -> None:
 
 
 def test_a_report_states_what_was_compared_with_another_reference() -> None:
-    """Ops never are."""
+    """Ops are always compared with formulas."""
     found = report(*ROWS, reference="transformers 5.23.0")
     assert found.summary() == (
         "parity: 2 ops agree with formulas in fp64; with transformers 5.23.0: 1 layer, logits and 4 greedy tokens "
@@ -96,7 +96,7 @@ def test_a_report_states_what_was_compared_with_another_reference() -> None:
 
 
 def test_the_table_states_what_16_bits_hide_from_transformers() -> None:
-    """In the table alone; the formulas are given the configuration, and float32 compares most finely already."""
+    """The summary has no such line; formulas are given the configuration, and float32 is the finest comparison."""
     found = report(*ROWS, reference="transformers 5.23.0")
     *_, summary, last = found.table().splitlines()
     assert summary == found.summary() == found.as_json()["summary"]

@@ -115,7 +115,7 @@ def test_what_is_wrong_or_breaks_is_named_and_not_timed() -> None:
 
 
 class Roomy:
-    """A stand-in for a GPU: tensors lie on the CPU, and so many bytes are free."""
+    """Stands for a GPU: its tensors are on the CPU, and so many bytes are free."""
 
     type = "cuda"
 

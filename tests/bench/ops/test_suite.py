@@ -17,7 +17,7 @@ TOY: dict[str, Any] = {"shape": "toy", "device": "cpu", "peers": False}
 
 
 def quiet(line: str) -> None:
-    """In place of progress."""
+    """Discards progress."""
 
 
 def test_all_that_are_for_a_device_are_measured_there() -> None:

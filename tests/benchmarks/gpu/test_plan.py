@@ -29,7 +29,7 @@ def test_the_most_valuable_comes_first(stages: list[Stage]) -> None:
 
 
 def test_the_walk_is_of_the_same_stages() -> None:
-    """But for what only has peers on a GPU."""
+    """Except for the stage that only has peers on a GPU."""
     real, dry = ([stage.name for stage in plan(OUT, cache=None, workers=2, dry=dry)] for dry in (False, True))
     assert [name for name in real if name not in dry] == ["decode, peers"]
     assert [name for name in dry if name not in real] == []

@@ -1,4 +1,4 @@
-"""The report: figures, floors and failures as they stand in the record."""
+"""The report states the record's figures, floors and failures."""
 
 from __future__ import annotations
 

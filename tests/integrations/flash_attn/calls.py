@@ -19,7 +19,7 @@ HINTS = {"num_splits": 3, "pack_gqa": True, "sm_margin": 1}
 
 @dataclass
 class Call:
-    """arguments: by name, in the order of the signature. lse: by which argument it is asked for, if it is.
+    """arguments: by name, in the order of the signature. lse: the argument that requests it, if any.
 
     out, expected_lse: expected, fp64; +inf marks rows without keys, and rows whose `out` is NaN are not compared.
     cache: k_cache and v_cache as they must be afterwards.
@@ -80,7 +80,7 @@ class Maker:
 
 
 def dense_call(seed: int) -> Call:
-    """Of flash_attn_func."""
+    """A random call of flash_attn_func."""
     make = Maker(seed, ("return_attn_probs", "return_lse", "return_softmax_lse"))
     num_seqs, len_q, len_k = make.random.randint(0, 3), make.random.randint(0, 6), make.random.randint(0, 8)
     q = make.tensor(num_seqs, len_q, make.heads, make.head_dim)
@@ -93,7 +93,7 @@ def dense_call(seed: int) -> Call:
 
 
 def varlen_call(seed: int) -> Call:
-    """Of flash_attn_varlen_func: packed or paged keys, some of them unused."""
+    """A random call of flash_attn_varlen_func: packed or paged keys, some of them unused."""
     make = Maker(seed, ("return_attn_probs", "return_lse", "return_softmax_lse"))
     num_seqs = make.random.randint(1, 4)
     lens_q, lens_k = make.lengths(num_seqs, 5), make.lengths(num_seqs, 9)
@@ -131,7 +131,7 @@ def varlen_call(seed: int) -> Call:
 
 
 def kvcache_call(seed: int) -> Call:
-    """Of flash_attn_with_kvcache: rows or pages, new tokens or none, rotated or not, packed queries or not."""
+    """A random call of flash_attn_with_kvcache: rows or pages, new tokens, rotation and packed queries at random."""
     make = Maker(seed, ("return_softmax_lse", "return_lse"))
     num_seqs, room = make.random.randint(1, 3), make.random.randint(6, 14)
     page_size = make.random.randint(1, 5) if make.chance() else room

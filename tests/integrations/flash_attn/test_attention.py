@@ -107,7 +107,7 @@ def test_unused_queries_and_keys_are_as_if_they_were_not_there() -> None:
 
 
 def test_head_major_keys_are_read_as_token_major_ones_are() -> None:
-    """As transformers' caches hold them, [B, H, S, D]; with a last dimension that is not contiguous, too."""
+    """Layouts of transformers' caches, [B, H, S, D]; with a last dimension that is not contiguous, too."""
     q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 16)
     expected = flash_attn.flash_attn_func(q, k, v)
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -117,7 +117,7 @@ def test_head_major_keys_are_read_as_token_major_ones_are() -> None:
 
 
 def test_the_distance_between_heads_does_not_grow_with_the_sequence() -> None:
-    """It is a constant of the Triton kernels, which would be compiled anew for each token of a head-major cache."""
+    """The stride is a constant of the Triton kernels, compiled anew for each token of a head-major cache otherwise."""
     for length in (5, 6):
         by_head = torch.randn(1, 2, length, 16).transpose(1, 2)
         rows = as_rows(by_head)

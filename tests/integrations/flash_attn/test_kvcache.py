@@ -85,7 +85,7 @@ def test_new_tokens_are_appended_to_pages(library: Library) -> None:
 
 
 def test_a_left_padding_hides_tokens_and_leaves_positions_as_they_are(library: Library) -> None:
-    """In flash-attn's kernel too, angles are taken at the place in the cache: csrc/flash_attn/src/block_info.h."""
+    """Angles are taken at the position in the cache, as in flash-attn's csrc/flash_attn/src/block_info.h."""
     lens, hidden = library.ints(5, 3), library.ints(2, 3)
     cos, sin = angles(library, 12)
     cache = library.randn(2, 12, 2, 32), library.randn(2, 12, 2, 32)

@@ -101,7 +101,7 @@ def test_bounds_and_numbers_of_used_keys_may_have_any_strides() -> None:
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("count", [2**32 + 1, 2**40, -1, -(2**32) + 1])
 def test_used_numbers_past_32_bits_give_nan(count: int, which: str, paged: bool) -> None:
-    """Beside bounds in int32, in which 2^32 + 1 would be 1."""
+    """The bounds are int32, in which 2^32 + 1 would be 1."""
     q, k = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
     keys = {"k": k, "v": k, "cu_seqlens_k": bounds}

@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 
 @dataclass
 class Batch:
-    """Sequences of some lengths, whose tokens lie in pages of a pool that is larger; the rest of it holds 100."""
+    """Sequences of given lengths, with tokens in pages of a larger pool; the rest of it holds 100."""
 
     lengths: Sequence[int]
     page_size: int = 4
@@ -68,7 +68,7 @@ class Batch:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Of heads, a head, and a page, in the order of every plan."""
+        """The sizes of heads, of a head, and of a page, in the order of every plan."""
         return self.q_heads, self.kv_heads, self.head_dim, self.page_size
 
     def normal(self, *shape: int) -> Tensor:
@@ -82,7 +82,7 @@ class Batch:
         return self.indices.tolist()[bounds[b] : bounds[b + 1]]
 
     def slots(self, b: int) -> Tensor:
-        """Where each token of a sequence lies in the pool."""
+        """The slot in the pool of each token of a sequence."""
         found = [page * self.page_size + i for page in self.pages(b) for i in range(self.page_size)]
         return torch.tensor(found[: self.lengths[b]], dtype=torch.int64, device=self.device)
 

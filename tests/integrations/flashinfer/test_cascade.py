@@ -116,7 +116,7 @@ def test_illegal_merges_write_nothing() -> None:
 
 
 def test_many_merges_round_once() -> None:
-    """In turn each of 40 merges would round: an error of several units of the last place."""
+    """One by one, each of 40 merges would round: an error of several units of the last place."""
     _, given, _ = parts(40)
     states = torch.stack([v.bfloat16() for v, _ in given], 1), torch.stack([s.float() for _, s in given], 1)
     exact, _ = merge_states(states[0].double(), states[1].double())

@@ -132,7 +132,7 @@ def test_a_run_may_have_another_number_of_queries_than_planned(planned: int) -> 
 @pytest.mark.parametrize("graph", [None, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("wrong", [2**32, -(2**32), 2**62])
 def test_a_page_past_int32_gives_nan(wrong: int, graph: torch.dtype | None) -> None:
-    """It does not become the page of its low 32 bits."""
+    """An index is not truncated to its low 32 bits."""
     batch = Batch([4, 9], index_dtype=torch.int64)
     buffers = [torch.zeros(size, dtype=graph) for size in (3, 9, 2)] if graph else []
     decode = BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD", bool(buffers), False, *buffers)
@@ -251,7 +251,7 @@ def test_a_table_holds_each_sequences_pages_and_nothing_else_is_written() -> Non
 def test_scratch_memory_comes_out_of_the_workspace_where_that_is_large_enough(
     monkeypatch: pytest.MonkeyPatch, bind: Any, room: int, taken: bool
 ) -> None:
-    """As a Triton kernel would have it: 64 numbers for each sequence."""
+    """Fixed-size workspace as a Triton kernel needs it: 64 numbers for each sequence."""
     batch, seen = Batch([7, 3]), []
     q = batch.queries([1, 1])
     monkeypatch.setattr(kernels, "attention_workspace", lambda q, k, table: torch.empty(64, dtype=torch.float32))

@@ -31,7 +31,7 @@ def tensors() -> list[Any]:
 @pytest.mark.parametrize("value", [None, [1.0], 3], ids=["None", "list", "number"])
 @pytest.mark.parametrize(("call", "argument"), tensors())
 def test_what_is_no_tensor_is_refused_by_its_name(call: Call, argument: str, value: Any) -> None:
-    """Of the wrapper that is always in graph mode, by the name that its base has for it."""
+    """Arguments of the wrapper that is always in graph mode are named as its base class names them."""
     with pytest.raises((TypeError, ValueError), match=rf"^(float_|paged_kv_)?{argument} is .*; legal"):
         call.run(**{**call.arguments, argument: value})
 

@@ -24,7 +24,7 @@ def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def assert_norm(found: Tensor, x: Tensor, weight: Tensor, eps: float, roundings: int) -> None:
-    """Each element by so many roundings of its dtype, one after the other; by one step of those that are subnormal."""
+    """Each element within so many roundings of its dtype; subnormal ones within one step."""
     exact, half = exact_norm(x, weight, eps), half_unit(found.dtype)
     relative = (1 + half) ** roundings * (1 + SUMS) - 1
     absolute = torch.finfo(found.dtype).smallest_normal * half * (1 + weight.double().abs())

@@ -197,7 +197,7 @@ def scale_of(batch: Batch, sm_scale: float | None, scales: dict[str, float | Non
 
 
 def check_run(random: Random, q: Tensor, expected: tuple[Tensor, Tensor], run: Any) -> None:
-    """With outputs given or not, in either base and layout."""
+    """With and without output tensors, in either base and layout."""
     heads_first, base = random.random() < 0.5, random.choice(["log2", "ln"])
     shape = q.shape[1::-1] if heads_first else q.shape[:2]
     out, lse = random.choice([None, torch.empty_like(q)]), random.choice([None, torch.empty(shape, dtype=q.dtype)])

@@ -45,7 +45,7 @@ def turned(x: Tensor, angles: Tensor, interleave: bool) -> Tensor:
 
 
 def assert_turned(found: Tensor, x: Tensor, angles: Tensor, interleave: bool, ours: bool = True) -> None:
-    """To one rounding of the dtype and the fp32 angle's own error; FlashInfer's powers are approximate on top."""
+    """Within one rounding of the dtype and the fp32 angle's own error; FlashInfer's powers are approximate on top."""
     exact = turned(x, angles.to(x.device), interleave)
     per_radian = 2.0**-22 if ours else 2.0**-17
     angle = per_radian * float(angles.abs().max() if angles.numel() else 0) + 1e-6

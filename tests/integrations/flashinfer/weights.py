@@ -33,7 +33,7 @@ def filtered(
 
 
 def is_close_call(weights: Tensor, filter_apply_order: str = "top_k_first", **filters: Any) -> bool:
-    """Whether a fraction a thousandth smaller or larger would keep something else: then rounding may decide."""
+    """Whether a filter a thousandth smaller or larger would keep other tokens, so that rounding may decide."""
     cuts = []
     for factor in (0.999, 1.001):
         near = {name: value if name == "top_k" else min(value * factor, 1.0) for name, value in filters.items()}

@@ -153,7 +153,7 @@ def page_calls() -> dict[str, Call]:
 
 
 def stages(wrapper: type, plan: dict[str, Any], run: dict[str, Any]) -> dict[str, Call]:
-    """Of a wrapper's methods: made, planned and run, with other arguments at one of these."""
+    """Calls of a wrapper that is made, planned and run, with other arguments at one of these stages."""
     workspace = torch.zeros(1 << 16, dtype=torch.uint8)
     start = {"float_workspace_buffer": workspace}
 

@@ -143,7 +143,7 @@ ENDS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {  # of generation_config.js
 
 
 @pytest.mark.parametrize(("generation", "config", "expected"), ENDS.values(), ids=ENDS)
-def test_answers_end_where_the_files_say(
+def test_answers_end_by_the_files(
     tmp_path: Path, states: Any, generation: Any, config: Any, expected: tuple[int, ...]
 ) -> None:
     settings, state = states[False]

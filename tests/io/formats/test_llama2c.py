@@ -1,4 +1,4 @@
-"""llama2.c files: versions 0, 1 and 2, tied and not, and what is not one."""
+"""llama2.c files of versions 0, 1 and 2, tied and not, are read, and other files refused."""
 
 from __future__ import annotations
 

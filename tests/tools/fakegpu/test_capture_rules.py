@@ -124,7 +124,7 @@ for joins, more in ((False, False), (True, False), (True, True)):
 
 
 def test_work_beside_the_capture_is_a_violation(program: Program) -> None:
-    """It would run once, and in no replay."""
+    """The call would run once, and in no replay."""
     _, log = program(CUDA + "other = memset(stream()); begin(s); other(); end(s)")
     assert list(log.violations) == ["memset outside of the capture that this thread makes"]
 

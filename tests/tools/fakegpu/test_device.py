@@ -97,7 +97,7 @@ print(kernel.n_regs)
 
 
 def test_a_kernel_that_is_first_launched_in_a_capture(program: Program, kernels: str) -> None:
-    """It would be loaded there."""
+    """Loading the kernel is not allowed during a capture."""
     source = """
 try:
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

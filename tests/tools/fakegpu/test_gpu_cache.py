@@ -24,7 +24,7 @@ rms_norm(x, x[0])
 
 
 def install(archive: Path, folder: Path) -> dict[str, Any]:
-    """As on the GPU machine."""
+    """The setup of the GPU machine."""
     command = ["python", "-m", "tools.gpu_cache", "install", str(archive), str(folder), "--jobs", "1"]
     done = subprocess.run(current().command(command), cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))

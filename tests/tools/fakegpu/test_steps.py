@@ -1,4 +1,4 @@
-"""A replayed decode step that asks for memory or waits is found in any program, by what it asks of the GPU."""
+"""A replayed decode step that allocates or waits is found in any program, by its calls to the GPU."""
 
 from __future__ import annotations
 
