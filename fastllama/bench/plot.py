@@ -14,7 +14,7 @@ PANELS = (("first", "Time to the first token"), ("inter", "Time from one token t
 
 
 def check_plot(path: Path) -> None:
-    """Raise ExtraRequiredError where matplotlib is missing, ValueError for an unsupported file name."""
+    """Raise ExtraRequiredError where matplotlib cannot be imported, ValueError for an unsupported file name."""
     if path.suffix not in KINDS:
         raise ValueError(f"plot is {str(path)!r}; legal: a file that ends in {' or '.join(KINDS)}")
     if why_unusable("matplotlib"):

@@ -127,7 +127,7 @@ def _small_bf12(m: Maker) -> Arguments:
 
 
 def _small_slots(m: Maker, call: Arguments) -> Arguments:
-    """One of the rows is padding."""
+    """A small call with other slots: the second of its three rows is padding."""
     return call | {"slots": m.tensor([0, -1, 7], torch.int64)}
 
 

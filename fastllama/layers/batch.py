@@ -24,8 +24,8 @@ class BatchMeta:
     cu_seqlens_q: [B - num_decodes + 1] int32, bounds of the prefills' tokens, counted from the first of them.
     logits_rows: [R] int64, the tokens whose logits are computed, ascending and distinct.
     workspace: from LlamaForCausalLM.workspace, or None. cos_sin: from LlamaForCausalLM.rotary_cache; None uses the
-    model's own. deterministic: whether what is computed for each token separately is batch-invariant, bit for bit;
-    attention is batch-invariant if all sequences decode.
+    model's own. deterministic: whether all but attention is batch-invariant, bit for bit; attention is
+    batch-invariant if all sequences decode.
     """
 
     positions: Tensor

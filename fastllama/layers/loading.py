@@ -77,7 +77,10 @@ class _Loading:
         self._finish()
 
     def _passes_over(self, name: str, tensor: Tensor | QuantizedWeight) -> bool:
-        """Whether to skip a tensor without a slot, outside of a Llama; False for an undeclared bias of zeros."""
+        """Whether to skip a tensor without a slot: a recomputed table, or one outside of every Llama.
+
+        False for an undeclared bias of zeros. Raises CheckpointError for any other tensor.
+        """
         if is_recomputed(name):
             return True
         if is_foreign(name) and not is_quantized(name):

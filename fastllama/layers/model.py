@@ -101,7 +101,8 @@ class LlamaForCausalLM(nn.Module):
     def workspace(self, num_tokens: int) -> Tensor | None:
         """Scratch memory for the matmuls of steps of up to num_tokens tokens, one step at a time; None if not needed.
 
-        The largest workspace of any layer: 4096 counters, which are 0 between steps, and the splits of split-K.
+        The largest workspace of any layer: 4096 counters, which are 0 between steps, and the partial sums of split-K
+        or, for many rows, a dequantized weight.
         """
         linears = [module for module in self.modules() if isinstance(module, LinearBase)]
         largest = max((linear.workspace(num_tokens, self.dtype) for linear in linears), key=Tensor.numel)

@@ -58,7 +58,7 @@ def resolve(
 
 
 def kind_of(model: LlamaForCausalLM) -> str | None:
-    """The one of quantization.KINDS that the first packed layer is in; None where none is."""
+    """The kind of the first packed layer, one of quantization.KINDS; None if no layer is packed."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             return module.kind
@@ -100,7 +100,7 @@ def pack(model: LlamaForCausalLM, *, progress: bool | None = None) -> None:
 def quantize(model: LlamaForCausalLM, kind: str, *, progress: bool | None = None) -> None:
     """Replace each Linear but the output head by one of `quantized.LINEARS`, rounded to nearest.
 
-    "int4": in groups of 128 columns; of 64, 32 or whole rows if these do not divide the columns. "int8" and "w8a8": in
+    "int4": in groups of 128, 64 or 32 columns, the first that divides them, else in whole rows. "int8" and "w8a8": in
     whole rows; w8a8 also quantizes activations at each call. The head is packed without loss where that `pays`.
     progress: as for `pack`.
     """

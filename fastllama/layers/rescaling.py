@@ -34,7 +34,8 @@ def rescale(block: LlamaBlock, config: LlamaConfig, name: str, scales: Tensor, d
 
     block: of dense layers, in fp32 unless all scales are powers of two, which any dtype divides by without rounding.
     scales: [K], `tied`. dtype: of the norm's weight in the result, to which it is rounded here; the columns compensate
-    for the rounding, and a channel that would under- or overflow is not divided. Returns the factors of columns, fp32.
+    for the rounding, and a channel that would under- or overflow is not divided. Returns the columns' factors, fp32
+    [K].
     """
     columns = scales.float()
     if name == OUT:

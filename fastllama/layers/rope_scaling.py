@@ -70,7 +70,7 @@ class RopeScaling:
 def rope_from_hf(d: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling, as transformers 5 reads the same config.json.
 
-    rope_scaling (transformers 4), unless it is empty, replaces all of rope_parameters (transformers 5). Within it,
+    rope_scaling (transformers 4), unless it is empty, replaces all of rope_parameters (transformers 5). In either,
     rope_type takes precedence over type, and rope_theta and partial_rotary_factor over those at the root; the root's
     original_max_position_embeddings takes precedence. Different values that are unused for this reason are logged.
     Raises ValueError or TypeError that names the key, also for settings that transformers ignores but no Llama of

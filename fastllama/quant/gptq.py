@@ -73,6 +73,6 @@ def feedback_of(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower factor; None where there is none. Whatever is not finite reaches its diagonal."""
+    """The lower Cholesky factor; None if the matrix is not positive definite or not finite: NaN reach the diagonal."""
     lower, trouble = torch.linalg.cholesky_ex(matrix)
     return None if trouble or not lower.diagonal().isfinite().all() else lower

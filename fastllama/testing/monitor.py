@@ -25,7 +25,10 @@ _ADDRESS = np.uint64((1 << TAG) - 1)
 
 
 class CheckError(AssertionError):
-    """An access that is illegal or not deterministic on a GPU; the message names argument, program and line."""
+    """A fault that `checks` found: an illegal access, a race, an overflow or a failed assertion.
+
+    The message names argument, program and line where they are known.
+    """
 
 
 @dataclass

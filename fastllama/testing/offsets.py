@@ -165,9 +165,7 @@ class _Ranges:
             return narrow if given and _inside(narrow, full) else full
         if kind == "arith.select":
             return _hull(bounds[1:])
-        if (
-            kind in ("tt.reduce", "tt.scan") and len(operands) == 2
-        ):  # of one tensor: it, and the result of the combine region
+        if kind in ("tt.reduce", "tt.scan") and len(operands) == 2:  # one tensor, and the combine region's result
             combined = value.operands[1].kind
             if combined == "arith.addi":
                 return min(bounds[0][0], 0) * _MOST, max(bounds[0][1], 0) * _MOST

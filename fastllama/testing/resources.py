@@ -41,7 +41,7 @@ class KernelReport:
     tensor_memory: int = 0  # columns, on Blackwell
     occupancy: Occupancy = _NO_OCCUPANCY
     program: Mix = _NO_CODE
-    loops: tuple[Mix, ...] = ()  # the innermost loops that touch global memory
+    loops: tuple[Mix, ...] = ()  # the innermost loops that access global memory
     warnings: tuple[str, ...] = ()  # from ptxas
 
     @property

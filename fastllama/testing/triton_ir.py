@@ -35,9 +35,8 @@ def triton_ir(launch: Launch) -> str:
         return str(stages["ttir"](module, dict(options.__dict__)))
 
 
-_OPAQUE = re.compile(
-    r"tt\.(load|atomic_\w+|descriptor_\w+)|arith\.cmp[if]|tt\.call"
-)  # values unrelated to their operands
+# Operations whose values are unrelated to their operands.
+_OPAQUE = re.compile(r"tt\.(load|atomic_\w+|descriptor_\w+)|arith\.cmp[if]|tt\.call")
 # Operations with offsets: the index of the first offset operand.
 _ROOTS = {"tt.addptr": 1, "tt.advance": 1, "tt.make_tensor_ptr": 1, "tt.make_tensor_descriptor": 1}
 

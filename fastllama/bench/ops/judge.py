@@ -76,7 +76,7 @@ def judge(op: str, function: Callable[[Arguments], Any], inputs: Arguments) -> t
 
 
 def _judge_sample(function: Callable[[Arguments], Any], inputs: Arguments) -> tuple[float, float]:
-    """The error of the log-probabilities, and its bound; infinite where too many tokens are excluded by the filters.
+    """The error of the log-probabilities and its bound; or the share of excluded tokens and 0.02, where it is larger.
 
     The choice among legal tokens is not compared: peers use other random numbers.
     """

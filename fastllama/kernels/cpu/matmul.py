@@ -16,7 +16,7 @@ from fastllama.kernels.dispatch.checks import as_rows
 from fastllama.kernels.launch.device import runs_natively
 from fastllama.kernels.reference import numerics
 
-ROW_LIMIT = 8  # up to so many rows, a pass over the 16-bit weight for each row beats one pass that widens it
+ROW_LIMIT = 8  # rows up to which a pass over the 16-bit weight for each row beats one pass that widens it
 BLOCK = 1024  # weight rows widened at a time: 8 MB at K = 2048, inside the shared cache
 
 

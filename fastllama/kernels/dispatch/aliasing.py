@@ -68,9 +68,8 @@ class Aliasing:
             (indices[id(args[place])], indices[id(args[other])], -sizes[place], sizes[other])
             for place, other in self._pairs(sizes)
         ]
-        return [
-            each for each in found if each[0] != each[1]
-        ]  # one tensor passed twice is checked once, with its Likeness
+        # One tensor passed twice is checked once, with its Likeness.
+        return [each for each in found if each[0] != each[1]]
 
     def _pairs(self, places: Collection[int]) -> Iterator[tuple[int, int]]:
         """Each pair of positions once, the first of a written tensor."""

@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Implementation:
-    """What runs an op on a device type: backend "triton", "numba", "cpu" or "reference"; reason: why it is chosen."""
+    """An op's implementation on a device type: "triton", "numba", "cpu" or "reference", with the reason."""
 
     backend: str
     run: Function

@@ -215,9 +215,9 @@ def decode_heuristic(device: Device, *, queries: int, head_dim: int, itemsize: i
 def matmul_heuristic(device: Device, *, features: int, size: int, itemsize: int) -> MatmulLaunch:
     """Tiles of 64 rows by 256 bytes, and splits until each multiprocessor has three programs to hide a load's latency.
 
-    Shared memory on sm_90 holds two of them at four stages (80 KiB up to 16 rows of x, 96 up to 32), one with more rows
-    (128 KiB), and three at three stages up to 16 rows (60 KiB). `benchmarks.ops.tune` measures which is faster. 128
-    bytes in fp32: 256 spill 1748 bytes at 64 rows on sm_80 and 8 on sm_90, with Triton 3.9.
+    Shared memory on sm_90 holds two programs at four stages (80 KiB up to 16 rows of x, 96 up to 32), one with more
+    rows (128 KiB), and three at three stages up to 16 rows (60 KiB). `benchmarks.ops.tune` measures which is faster.
+    128 bytes in fp32: 256 spill 1748 bytes at 64 rows on sm_80 and 8 on sm_90, with Triton 3.9.
     """
     columns = 128 if itemsize == 2 else 32
     for stages in (4, 3, 2):
@@ -264,7 +264,7 @@ def w8a8_heuristic(device: Device, *, rows: int, features: int, size: int) -> W8
 
 
 def _splits(wanted: int, programs: int, size: int) -> int:
-    """A power of two: enough for `wanted` programs, of at least 512 columns, as each split writes partial sums, too."""
+    """Splits, a power of two: up to `wanted` programs, of at least 512 columns, since each writes partial sums."""
     splits = 1
     while programs * splits < wanted and 2 * splits * 512 <= size:
         splits *= 2

@@ -140,7 +140,7 @@ def _step(call: KernelCall, kernel: Any, names: Sequence[str], args: Sequence[An
 
 
 def _repeat(run: Function, steps: Sequence[_Step]) -> Function:
-    """A function that launches the steps with the op's arguments; it calls `run` if an address is not aligned."""
+    """A function that launches the steps with the op's arguments, or calls `run` if an address is misaligned."""
     aligned = sorted(set[int]().union(*(step.aligned for step in steps)))
     used = aligned + sorted({source for step in steps for _, source, _ in step.pointers}.difference(aligned))
     plain = [

@@ -1,4 +1,4 @@
-"""Files of tuned launch configurations, strictly checked: a broken or foreign file raises; no kernel gets slow by it.
+"""Files of tuned launch configurations, strictly checked: a broken or foreign file is an error, not a slow kernel.
 
 {"op": "norm", "gpu": "nvidia-h200",
  "provenance": {"fastllama": "0.1.0", "triton": "3.6.0", "command": "...", ...},      every value a string
@@ -70,7 +70,7 @@ def write(path: Path, op: str, gpu: str, provenance: Mapping[str, str], entries:
 
 
 def nearest(entries: Iterable[TunedLaunch], shape: Shape) -> Any | None:
-    """The launch tuned for `shape` at the nearest number of rows (in powers of two); None if nothing else matches."""
+    """The launch tuned for `shape` at the nearest rows (in powers of two); None if no entry has its other sizes."""
     others = {name: value for name, value in shape.items() if name != "rows"}
     fitting = [entry for entry in entries if others.items() <= entry.shape.items()]
     if not fitting:

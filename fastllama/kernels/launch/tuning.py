@@ -147,7 +147,7 @@ def row_counts(most: int) -> Iterator[int]:
 def warm_up(run: Callable[[int], Any], most: int, device: torch.device) -> float:
     """Run `run(rows)` for every number of rows up to `most` at which kernels are launched differently.
 
-    So no request waits for compilation. On a CPU only one row and more rows differ. Returns the seconds it took.
+    So no request waits for compilation. On a CPU launches differ only between one row and more. Returns the seconds.
     """
     start = time.perf_counter()
     for rows in row_counts(most if device.type == "cuda" else min(most, 2)):

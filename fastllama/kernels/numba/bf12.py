@@ -81,7 +81,7 @@ def _dots(builder, codes, rows, blocks):
 
 
 def _total(builder, vectors):
-    """The sum of all lanes of some vectors, a power of two of them."""
+    """The sum of all lanes of vectors, whose number is a power of two."""
     while len(vectors) > 1:
         vectors = [builder.fadd(a, b, flags=_FLAGS) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
     (result,) = vectors

@@ -50,7 +50,7 @@ def fix(context, x, record, rests, parts):
         for each in numbers:
             magnitude = math(builder, "fabs", each)
             largest = builder.select(builder.fcmp_ordered(">", magnitude, largest), magnitude, largest)
-            spoilt = builder.fadd(spoilt, builder.fmul(each, splat(kind, 0.0)))  # NaN of what is not finite
+            spoilt = builder.fadd(spoilt, builder.fmul(each, splat(kind, 0.0)))  # NaN for an infinity or NaN
         halves = [every_second(builder, largest, e) for e in range(2)]
         largest = builder.select(builder.fcmp_ordered(">", *halves), *halves)
         power = builder.and_(builder.bitcast(largest, WORDS), splat(WORDS, 0x7F800000))

@@ -1,4 +1,4 @@
-"""What Numba lacks: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
+"""Extensions of Numba: 16-bit floats, loads and stores by address, an exponential that LLVM can vectorise.
 
 bf16 is carried as uint16, fp16 as int16, float8_e4m3fn as uint8: an argument `like` of that type selects the
 conversion of load and store, so that a kernel has one source for every dtype.
@@ -128,7 +128,7 @@ def prefetch(context, address, index, like):
 
 @intrinsic
 def rounded(context, value, like):
-    """A float32 rounded to an element, as a float32."""
+    """A float32 rounded to the element type of `like`, as a float32."""
 
     def generate(_, builder, signature, args):
         element = signature.args[1]

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 
 from fastllama.kernels.numba.numerics import jit
 
-# The state, in words of 8 bytes; what different threads write is 128 bytes apart.
+# The state, in words of 8 bytes; words that different threads write are 128 bytes apart.
 _LEFT, FINISHED = 0, 16  # the number of the region and, in the low 32 bits, its unclaimed pieces; finished pieces
 _ENTRY, _COUNT, _GRAIN, PIECES, HELPERS, FAILED, _IN_HAND = range(32, 39)
 _ARGS = 48
@@ -190,7 +190,7 @@ def enter(typing, region, args):
 
 @jit
 def proceed(region):
-    """The next iterations for this thread, those before being done; none, first = last, where there are no more."""
+    """Finish this thread's piece and claim the next: its first iteration and its end, equal if there are no more."""
     state, _, _, patience = region
     if state == 0:
         return 0, 0

@@ -27,7 +27,8 @@ from fastllama.kernels.reference.int8 import packed_shape as packed_shape_8
 OPERATIONS = 16  # for a weight
 
 
-# One iteration owns a row of the weight. A group's scale is its largest value, or that one's magnitude, over `divisor`.
+# One iteration owns a row of the weight. A group's scale is its value of largest magnitude over `divisor`, or, unless
+# `signed`, that magnitude over `divisor`.
 @jit
 def quantize_weight_kernel(region, *args):
     (

@@ -220,7 +220,7 @@ def _retire() -> None:
 atexit.register(_retire)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_teams.clear)  # a child does not inherit threads
-    # Nor does a thread that compiles: a child of that moment would find the lock taken, and wait for good.
+    # Forked while another thread compiles, a child would find the compiler's lock taken, and wait forever.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,

@@ -161,9 +161,9 @@ def matmul_int4(
 def matmul_int4_workspace(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """Scratch memory for `matmul_int4` of this x or one of fewer rows, reused from call to call: [S] fp32.
 
-    Where a Triton kernel runs: 4096 zeros as in `matmul_workspace`, then up to 64 rows (16 in fp32) N numbers for each
-    row and each split of K, up to 16 splits in a Llama 2; with more rows, the weight in x's dtype. Empty elsewhere. Not
-    to be shared by overlapping calls.
+    Where a Triton kernel runs: 4096 zeros as in `matmul_workspace`, then for up to 64 rows (16 in fp32) N numbers for
+    each row and each split of K, up to 16 splits in a Llama 2; for more rows, the weight in x's dtype. Empty elsewhere.
+    Not to be shared by overlapping calls.
 
     Example:
         >>> values, scales, zeros = kernels.quantize_int4(torch.ones(2, 32), group_size=32)

@@ -96,7 +96,8 @@ def quantize_rows(x: Tensor, *, out: Tensor | None = None, scales_out: Tensor | 
 
     x: [..., K], any floating dtype, last dimension contiguous, rows at one stride (any on the reference). out: [..., K]
     int8 and scales_out: [...] fp32, both contiguous; allocated when None.
-    A scale is the row's largest magnitude / 127, which becomes 127 or -127; magnitudes under 2^-100 count as 2^-100.
+    A scale is the row's largest magnitude / 127; its element becomes 127 or -127. Magnitudes below 2^-100 count as
+    2^-100.
     Computed in fp32; values are rounded to nearest even. A row that holds an infinity or a NaN becomes zeros with an
     infinite or NaN scale, so that matmuls return NaN for this row alone.
     Raises ValueError for a shape, stride or device, TypeError for a dtype; nothing is written then.

@@ -81,7 +81,7 @@ def _check_below(name: str, numbers: Tensor, end: int) -> None:
     wrong = ((numbers < 0) | (numbers >= end)).nonzero()
     if len(wrong):
         place = tuple(wrong[0].tolist())
-        legal = f"from 0 to {end - 1}" if end else "none, as there are 0 rows to choose from"
+        legal = f"from 0 to {end - 1}" if end else f"none, as the tensor that {name} index is empty"
         raise ValueError(f"{name}{list(place)} is {int(numbers[place])}; legal: {legal}")
 
 

@@ -1,7 +1,7 @@
 """4-bit weights with a scale, and optionally a zero, for each group of a row: layout, rounding, matmul.
 
-weight = (q - zero) * scale, with q from 0 to 15, and zero 8 without a tensor of zeros. A group is 32, 64 or 128
-columns, or a whole row.
+weight = (value - zero) * scale, with values from 0 to 15, and zero 8 without a tensor of zeros. A group is 32, 64 or
+128 columns, or a whole row.
 
 Layout of packed int32 [ceil(N / 64), ceil(K / 128), 2, 128, 4]: tiles of 64 rows and 128 columns, in halves of 64
 columns, each 2 KiB contiguous. It is the order in which the 128 threads of four warps hold the left operand of a
@@ -82,7 +82,7 @@ _ENDS = (("amin", "max"), ("amax", "min"))
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """(q - zero) * scale [N, K], computed in at least fp32 and rounded to scales' dtype."""
+    """(value - zero) * scale [N, K], computed in at least fp32 and rounded to scales' dtype."""
     groups = wide(scales)
     values = codes.to(groups.dtype).unflatten(1, (groups.shape[1], -1))
     values = values - (MIDDLE if zeros is None else zeros.to(groups.dtype)[:, :, None])

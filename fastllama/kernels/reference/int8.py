@@ -1,6 +1,6 @@
 """8-bit weights with a scale for each group of a row: layout, rounding, matmul.
 
-weight = q * scale, with q from -128 to 127. A group is 32, 64 or 128 columns, or a whole row.
+weight = value * scale, with values from -128 to 127. A group is 32, 64 or 128 columns, or a whole row.
 
 Layout of packed int8 [ceil(N / 64), ceil(K / 128), 4, 128, 16]: tiles of 64 rows and 128 columns, in quarters of 32
 columns, each 2 KiB contiguous. It is the order in which the 128 threads of four warps hold the left operand of an
@@ -68,7 +68,7 @@ def quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """q * scale [N, K], computed in at least fp32 and rounded to scales' dtype."""
+    """value * scale [N, K], computed in at least fp32 and rounded to scales' dtype."""
     groups = wide(scales)
     values = codes.to(groups.dtype).unflatten(1, (groups.shape[1], -1))
     return (values * groups[:, :, None]).flatten(1).to(scales.dtype)

@@ -18,7 +18,7 @@ def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     it is read back as NaN and no other head is affected.
     """
     absmax = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX)
-    largest = torch.full_like(absmax, LARGEST_CODE[dtype])  # a tensor: torch rounds the quotient by a number twice
+    largest = torch.full_like(absmax, LARGEST_CODE[dtype])  # a tensor: torch rounds number / tensor twice
     scaled = torch.where(absmax < math.inf, x * (largest / absmax), 0.0)
     codes = scaled.round() if dtype == torch.int8 else scaled
     return codes.to(dtype), (absmax / largest).squeeze(-1)
@@ -30,7 +30,7 @@ def quantize_by(scale: float, x: Tensor, dtype: torch.dtype) -> Tensor:
     Rounded to nearest even. NaN stays NaN in fp8 and becomes 0 in int8.
     """
     largest = LARGEST_CODE[dtype]
-    # A tensor: by a number CUDA would multiply with 1 / scale.
+    # Divided by a tensor: for a number, CUDA would multiply by 1 / scale.
     quotient = x / torch.full((), scale, dtype=x.dtype, device=x.device)
     codes = quotient.clamp(-largest, largest)
     return (codes.round().nan_to_num(0.0) if dtype == torch.int8 else codes).to(dtype)

@@ -56,7 +56,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B] and their log-probabilities [B] under softmax(logits).
 
-    If the temperature is not above 0, as NaN is not, the token is the first of the largest logits. Otherwise it is the
+    If the temperature is 0, negative or NaN, the token is the first of the largest logits. Otherwise the token is the
     first, in vocabulary order, at which the cumulative filtered mass exceeds philox(seed, offset) of its total. An
     infinite temperature makes all tokens equally likely, except for logits of -inf. A row whose largest logit is not
     finite returns token 0 and NaN.

@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634
 
 
 def lse_unit_from_base2(base2: bool) -> float:
-    """The factor from the log-sum-exp to base 2 that kernels compute to the base that the caller wants."""
+    """The factor from the log-sum-exp to base 2, as kernels compute it, to the returned one."""
     return 1.0 if base2 else 1 / LOG2_E
 
 

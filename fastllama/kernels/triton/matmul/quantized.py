@@ -156,7 +156,7 @@ def matmul_quantized_kernel(
     begin = tl.program_id(1) * SPLIT
     release(PDL)
     prefetch(lines(packed_ptr, packed_row_stride, tile, begin, FEATURES, SIZE, TILES, STEP, BITS), PDL)
-    # A row's sector of 32 bytes holds 16 groups, mostly all of a split: else the load of a group waits for memory.
+    # A row's 32-byte sector of scales covers 16 groups, mostly a whole split; loaded group by group, each would wait.
     prefetch(scales_ptr + feature * scales_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)
     if zeros_ptr is not None:
         prefetch(zeros_ptr + feature * zeros_row_stride + tl.minimum(begin // GROUP, GROUPS - 1), PDL)

@@ -1,8 +1,8 @@
 """matmul_w8a8 in Triton: int8 by int8 on the tensor cores, for few rows and for many.
 
 The weight is the left operand, loaded to registers in the order in which it is packed (kernels/reference/int8.py), and
-out is computed transposed. Sums are exact in int32, so that tiles and splits of K may depend on the number of rows and
-results are batch-invariant still.
+out is computed transposed. Sums are exact in int32, so that tiles and splits of K may depend on the number of rows, and
+results are still batch-invariant.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def scaled(sums, x_scale, scale, bias_ptrs, mask):
     return y * scale if bias_ptrs is None else tl.fma(y, scale, bias)
 
 
-# One program owns 128 features and BLOCK_M rows of out, of one split of K: it stores sums if there are more splits.
+# One program owns 128 features and BLOCK_M rows of out, of one split of K. With several splits it stores sums.
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_w8a8_kernel(
     x_ptr,

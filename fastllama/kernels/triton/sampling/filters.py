@@ -44,7 +44,7 @@ def _octave_bounds(counts, masses, top_k, top_p, VOCAB: tl.constexpr, OCTAVES: t
     masses_from = tl.sum(masses, 0) - tl.cumsum(masses, 0) + masses
     by_count = _limits_count(top_k, VOCAB)
     first = tl.max(tl.where(counts_from >= top_k, octave, 0), 0)
-    # What top-k leaves weighs at least what lies above its octave, so top-p ends no higher than this:
+    # Top-k keeps at least all tokens above its octave, whose mass bounds the octave in which top-p can end:
     least = tl.sum(tl.where(by_count & (octave <= first), 0, masses), 0)
     last = tl.max(tl.where(masses_from >= _share(top_p, least), octave, 0), 0)
     last = tl.where(top_p < 1, last, first)
