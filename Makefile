@@ -126,7 +126,7 @@ fuzz: $(STAMP) ## all ops on extreme values and odd shapes against fp64, on all 
 gpu-cache: $(STAMP) ## compile the kernels of `make gpu` for a GPU machine, into one archive, on the fake GPU
 	$(BIN)/python -m tools.gpu_cache make
 
-mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and say which ones no test notices
+mutants: $(STAMP) ## plant faults in the Triton kernels, one at a time, and list those that no test finds
 	$(BIN)/python -m fastllama.testing.mutants tests/kernels/triton/mutants.py --jobs $(WORKERS) $(SHARD:%=--shard %)
 
 mutants-report: $(STAMP) ## write into docs/kernels/testing.md which faults the quick round finds, and which only the full one
