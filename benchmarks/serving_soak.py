@@ -120,9 +120,9 @@ class Soak:
         yield f"{'ratio of p99':14} {self.slowdown:26.2f}\n"
 
 
-async def phase(port: int, drawn: Sequence[Behaviour], at_once: int, rng: random.Random) -> list[Outcome]:
+async def phase(port: int, chosen: Sequence[Behaviour], at_once: int, rng: random.Random) -> list[Outcome]:
     """Run the given clients, at most `at_once` at a time."""
-    calls = iter(drawn)
+    calls = iter(chosen)
 
     async def one_after_another() -> list[Outcome]:
         return [await call(behaviour, port, rng, STALLS) for behaviour in calls]
@@ -155,8 +155,8 @@ def soak(requests: int, seed: int = 0) -> Soak:
     which, rng, found = random.Random(seed), random.Random(seed), Soak()  # two: how many numbers a client uses varies
 
     def run(kinds: Mapping[Behaviour, int], count: int, at_once: int) -> list[float]:
-        drawn = which.choices(list(kinds), weights=list(kinds.values()), k=count)
-        outcomes = asyncio.run(phase(server.port, drawn, at_once, rng))
+        chosen = which.choices(list(kinds), weights=list(kinds.values()), k=count)
+        outcomes = asyncio.run(phase(server.port, chosen, at_once, rng))
         found.outcomes += outcomes
         return gaps_of(outcomes)
 

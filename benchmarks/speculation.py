@@ -209,7 +209,7 @@ def _in_turns(contenders: dict[Any, LLM], take: Callable[[LLM], Record], rounds:
 
 def compared(found: list[Record]) -> str:
     """The table of `compare`."""
-    rows = [("", "drawn", "guesses", "tokens/s", "times off", "drafted", "accepted", "answers differ")]
+    rows = [("", "sampling", "drafts", "tokens/s", "times plain", "drafted", "accepted", "answers differ")]
     for each in found:
         off = next(
             other["tokens_per_second"]

@@ -32,12 +32,12 @@ def plot(path: Path, record: dict[str, Any]) -> None:
         rates = [run["rate"] for run in runs]
         lines = zip(*(percentiles(run[f"{name}_token_seconds"]) for run in runs), strict=True)
         for percent, color, line in zip(PERCENTILES, COLORS, lines, strict=True):
-            told = [(rate, 1000 * value) for rate, value in zip(rates, line, strict=True) if value]
-            if told:
-                axes.plot(*zip(*told, strict=True), "o-", color=color)
-                for place in told:
+            points = [(rate, 1000 * value) for rate, value in zip(rates, line, strict=True) if value]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=color)
+                for place in points:
                     axes.annotate(f"{place[1]:.3g}", place, (0, 6), textcoords="offset points", ha="center", size=8)
-                axes.annotate(f"p{percent}", told[-1], (9, 0), textcoords="offset points", va="center", color=color)
+                axes.annotate(f"p{percent}", points[-1], (9, 0), textcoords="offset points", va="center", color=color)
         axes.set_title(f"{title}\n({counted(len(runs[0][f'{name}_token_seconds']), 'sample')} at each point)", size=10)
         axes.set(xlabel="requests a second, at random (share of the throughput)", ylabel="milliseconds", yscale="log")
         axes.set_xticks(rates, [f"{run['rate']:.3g}\n({run['load']:.0%})" for run in runs])

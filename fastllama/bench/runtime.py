@@ -133,14 +133,14 @@ def report(record: Record) -> str:
     if said["kv_cache_dtype"] != "auto":
         weights += f", keys and values in {said['kv_cache_dtype']}"
     weights += ", deterministic" if said["deterministic"] else ""
-    guesses = (
-        f", {counted(said['num_draft_tokens'], 'guess', 'guesses')} by {said['speculation']}"
+    drafts = (
+        f", {counted(said['num_draft_tokens'], 'draft token', 'draft tokens')} by {said['speculation']}"
         if said["speculation"]
         else ""
     )
     shortest, longest = said["prompt_tokens"]
     heading = (
-        f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}{guesses}: "
+        f"{said['model']}, {said['dtype']}{weights} on {record['environment']['device']}{drafts}: "
         f"prompts of {shortest} to {longest} tokens, {said['tokens']} new ones each"
     )
     parts = [

@@ -47,11 +47,11 @@ def decoder(model: Any, forward: Callable[..., Any], prompts: list[list[int]], c
 
     ids = torch.tensor(prompts, dtype=torch.int64, device=model.device)
     cache = transformers.StaticCache(config=model.config, max_cache_len=context)
-    told = "cache_position" in inspect.signature(model.forward).parameters  # in transformers 4; later caches count
+    legacy = "cache_position" in inspect.signature(model.forward).parameters  # in transformers 4; later caches count
 
     def arguments(first: int, end: int) -> dict[str, Any]:
         positions = torch.arange(first, end, dtype=torch.int64, device=model.device)
-        return {"past_key_values": cache, **({"cache_position": positions} if told else {})}
+        return {"past_key_values": cache, **({"cache_position": positions} if legacy else {})}
 
     length = 0
     for some in ids.split(max(PREFILLED // len(prompts), 1), dim=1):

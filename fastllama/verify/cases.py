@@ -145,8 +145,8 @@ def _sample(m: Maker) -> Iterator[FormulaCase]:
     def view(results: Results) -> Results:
         """Replaces the tokens by their distance from the right ones, see `sampling.miss`."""
         tokens, logprobs = results
-        drawn = zip(tokens.tolist(), torch.tensor(logits, dtype=torch.float64, device="cpu"), draws, strict=True)
-        missed = [miss(*row) for row in drawn]
+        sampled = zip(tokens.tolist(), torch.tensor(logits, dtype=torch.float64, device="cpu"), draws, strict=True)
+        missed = [miss(*row) for row in sampled]
         return torch.tensor(missed, dtype=torch.float32, device=logprobs.device), logprobs
 
     yield FormulaCase("sample", "logits [36, 1000]", call, formula, view=view)

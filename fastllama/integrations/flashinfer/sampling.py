@@ -85,8 +85,8 @@ def sampling_from_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample a token for each row. probs: [rows, V], any floating dtype; tokens of 0 or less are never sampled."""
     _check_rows("probs", probs, check_nan)
-    drawn = _sample(_logits(probs), indices, generator, seed, offset)
-    return drawn if return_valid else drawn[0]
+    sampled = _sample(_logits(probs), indices, generator, seed, offset)
+    return sampled if return_valid else sampled[0]
 
 
 def top_p_sampling_from_probs(
@@ -102,8 +102,8 @@ def top_p_sampling_from_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample among the tokens whose likelier tokens have less than top_p in total."""
     _check_rows("probs", probs, check_nan)
-    drawn = _sample(_logits(probs), indices, generator, seed, offset, top_p=_fractions("top_p", top_p, probs))
-    return drawn if return_valid else drawn[0]
+    sampled = _sample(_logits(probs), indices, generator, seed, offset, top_p=_fractions("top_p", top_p, probs))
+    return sampled if return_valid else sampled[0]
 
 
 def top_k_sampling_from_probs(
@@ -119,8 +119,8 @@ def top_k_sampling_from_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample among the tokens with fewer than top_k likelier tokens."""
     _check_rows("probs", probs, check_nan)
-    drawn = _sample(_logits(probs), indices, generator, seed, offset, top_k=_counts(top_k, probs, "probs"))
-    return drawn if return_valid else drawn[0]
+    sampled = _sample(_logits(probs), indices, generator, seed, offset, top_k=_counts(top_k, probs, "probs"))
+    return sampled if return_valid else sampled[0]
 
 
 def min_p_sampling_from_probs(
@@ -136,8 +136,8 @@ def min_p_sampling_from_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample among the tokens at least min_p times as likely as the likeliest."""
     _check_rows("probs", probs, check_nan)
-    drawn = _sample(_logits(probs), indices, generator, seed, offset, min_p=_fractions("min_p", min_p, probs))
-    return drawn if return_valid else drawn[0]
+    sampled = _sample(_logits(probs), indices, generator, seed, offset, min_p=_fractions("min_p", min_p, probs))
+    return sampled if return_valid else sampled[0]
 
 
 def top_k_top_p_sampling_from_logits(
@@ -187,10 +187,10 @@ def top_k_top_p_sampling_from_probs(
         # The op filters by top-k first. top-p keeps the likeliest tokens, whose top-k ranks do not depend on the
         # others.
         scores = _logits(_nucleus(probs.float(), fractions))
-        drawn = _sample(scores, indices, generator, seed, offset, top_k=counts)
+        sampled = _sample(scores, indices, generator, seed, offset, top_k=counts)
     else:
-        drawn = _sample(_logits(probs), indices, generator, seed, offset, top_k=counts, top_p=fractions)
-    return drawn if return_valid else drawn[0]
+        sampled = _sample(_logits(probs), indices, generator, seed, offset, top_k=counts, top_p=fractions)
+    return sampled if return_valid else sampled[0]
 
 
 def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-// Memory: the device's is addresses alone, which nobody can read or write, so that a model of any size takes no memory of
+// Memory: the device's is addresses alone, which no access reaches, so that a model of any size takes no memory of
 // the host. Nothing is computed, so what the host reads back is zeros: the same in every run, finite, and a legal token,
 // length and index. Only what it has copied there itself, up to 1 MiB, it gets back if it asks for just that.
 #include <stdlib.h>
