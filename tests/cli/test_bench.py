@@ -116,7 +116,8 @@ def test_quantized_weights_are_measured_where_the_options_ask(
     done = command("bench", "runtime", "--model", folder, *rest, *runtime_options)
     assert (done.status, done.err) == (0, "")
     assert (
-        f"float32, weights in int8, keys and values in int8, deterministic on cpu, 2 draft tokens by {folder}: " in done.out
+        f"float32, weights in int8, keys and values in int8, deterministic on cpu, 2 draft tokens by {folder}: "
+        in done.out
     )
     conditions = json.loads(output.read_text(encoding="utf-8"))["conditions"]
     assert (conditions["quantization"], conditions["kv_cache_dtype"]) == ("int8", "int8")
