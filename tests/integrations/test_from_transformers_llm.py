@@ -111,7 +111,7 @@ def test_without_a_generation_config_the_configuration_counts(caplog: pytest.Log
     with caplog.at_level(logging.WARNING), running(theirs) as llm:
         assert llm.sampling_defaults == {"temperature": 0.25}
         assert llm.config.eos_token_ids == (2,)
-    assert "generation_config sets num_beams: without counterpart here" in caplog.text
+    assert "generation_config sets num_beams: no counterpart here" in caplog.text
 
 
 def test_settings_that_are_illegal_are_logged(caplog: pytest.LogCaptureFixture) -> None:

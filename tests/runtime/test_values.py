@@ -45,7 +45,7 @@ def test_stop_strings_come_in_anything_that_holds_them(given: Any) -> None:
 )
 def test_checked_biases_do_not_change(change: Any) -> None:
     params = SamplingParams(logit_bias={5: 1.0})
-    with pytest.raises(TypeError, match=r"^logit_bias of SamplingParams does not change; "):
+    with pytest.raises(TypeError, match=r"^logit_bias of SamplingParams is immutable; "):
         change(params.logit_bias)
     for again in (params, copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
         assert again.logit_bias == {5: 1.0}

@@ -130,7 +130,7 @@ def test_indices_may_be_the_buffer_itself() -> None:
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([4, 4, 4], "indptr has 3 sequences; legal in CUDA-graph mode: the 2 of the buffers"),
+        ([4, 4, 4], "indptr has 3 sequences; legal in CUDA-graph mode: the 2 of the constructor's buffers"),
         ([25, 1], "indptr has 8 pages; legal in CUDA-graph mode: the 7 of the buffer, or fewer"),
         ([16, 1], "indptr has a sequence of 4 pages; legal in CUDA-graph mode: at most 3"),
     ],

@@ -153,7 +153,7 @@ def test_every_call_of_an_llm_raises_or_works(how: str) -> None:
         (calls,) = found
         if how == "within a step":
             assert calls.pop("abort") == "works", "it is noted for the next step, which never comes"
-            assert calls.pop("close").startswith("RuntimeError: this LLM runs a step")
+            assert calls.pop("close").startswith("RuntimeError: this LLM was called from within one of its steps")
             check(calls, WORKS - {"close"})
         else:
             check(calls, WORKS)
