@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import fastllama
-from tools.plots.records import DECODE, day, figures, load, machine
+from tools.plots.records import DECODE, DECODE_AVX512, day, decode_figures, figures, load, machine
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +37,21 @@ def test_figures_are_those_of_the_committed_results() -> None:
         ]
         assert f"| {name} | {' | '.join(cells)} |" in README
     assert f"{machine(record)}, {day(record)}" in PROSE
+    other = load(DECODE_AVX512)
+    ratios = decode_figures(other)
+    ends = [
+        end([value for name, value in ratios.items() if re.fullmatch(rf"{phase}_\w+_over_llama_cpp", name)])
+        for phase in ("decode", "prefill")
+        for end in (min, max)
+    ]
+    assert f"2 threads, {day(other)}" in PROSE
+    assert (
+        "at {:.2f} to {:.2f} times the speed of llama.cpp and read prompts at {:.2f} to {:.2f}".format(*ends) in PROSE
+    )
+    assert (
+        f"reads 4-bit prompts {1 / ratios['prefill_fastllama_int4_over_llama_cpp']:.2f} times as fast on AVX-512"
+        in PROSE
+    )
     busy = [found[f"busy_{family}_{end}"] for family in ("fastllama", "llama_cpp") for end in ("least", "most")]
     assert "at {:.2f} to {:.2f} times the speed of one, llama.cpp at {:.2f} to {:.2f}".format(*busy) in PROSE
 

@@ -16,7 +16,17 @@ from PIL import Image
 
 from tools.plots import style
 from tools.plots.pictures import IMAGES, PICTURES, Picture
-from tools.plots.records import RESULTS, ROOT, day, decode_rates, figures, load, thread_gains
+from tools.plots.records import (
+    DECODE,
+    DECODE_AVX512,
+    RESULTS,
+    ROOT,
+    day,
+    decode_figures,
+    decode_rates,
+    load,
+    thread_gains,
+)
 from tools.plots.rooms import reduced, rows_of
 
 LINK = re.compile(r"!\[([^\]]+)\]\(([^)\s]+)\)")
@@ -121,22 +131,25 @@ def test_a_gain_is_of_medians_beside_the_same_neighbours() -> None:
     assert thread_gains(record) == {"fastllama": {0: 2, 1: 0.75}}
 
 
-def test_a_record_without_a_day_states_it() -> None:
-    assert day({"environment": {"date": "2026-11-30"}}) == "2026-11-30"
+def test_every_record_states_its_day() -> None:
+    days = [day(load(path.name)) for path in sorted(RESULTS.glob("*.json"))]
+    assert days
+    assert all(re.fullmatch(r"2\d{3}-\d\d-\d\d", each) for each in days)
 
 
-def test_figures_are_those_of_the_page() -> None:
-    """docs/measured/cpu.md has a table of them, rounded."""
-    found, page = figures(), (ROOT / "docs" / "measured" / "cpu.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", [DECODE, DECODE_AVX512])
+def test_figures_are_those_of_the_page(name: str) -> None:
+    """docs/measured/cpu.md has a table of each record, rounded, above the name of its file."""
+    found, page = decode_figures(load(name)), (ROOT / "docs" / "measured" / "cpu.md").read_text(encoding="utf-8")
     rows = {
         "fastllama_bf12": '"bf12"', "fastllama": "quantization=None", "fastllama_int8": '"int8"',
         "fastllama_int4": '"int4"', "llama_cpp_bf16": "llama.cpp BF16", "llama_cpp_q8_0": "llama.cpp Q8_0",
         "llama_cpp_q4_0": "llama.cpp Q4_0",
     }  # fmt: skip
-    tables = [line for line in page.splitlines() if line.startswith("| ")]
-    table = tables[tables.index("| | decode tokens/s | prefill tokens/s | times llama.cpp | times transformers |") :]
+    head = "| | decode tokens/s | prefill tokens/s | times llama.cpp | times transformers |\n"
+    (table,) = [each for each in page.split(head)[1:] if name in each.split("\n\n")[1]]
     for key, label in rows.items():
-        cells = next(line for line in table if label in line).split("|")[1:]
+        cells = next(line for line in table.splitlines() if label in line).split("|")[1:]
         rates = [found[f"{phase}_tokens_per_s_{key}"] for phase in ("decode", "prefill")]
         assert [cell.strip() for cell in cells[1:3]] == [f"{rate:.1f}" for rate in rates]
         if key.startswith("fastllama"):

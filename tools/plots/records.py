@@ -16,6 +16,7 @@ Record = dict[str, Any]
 # Of `benchmarks.cpu.decode`: our format, and the llama.cpp format that rounds weights about as much.
 PEERS = {"fastllama bf12": "BF16", "fastllama": "BF16", "fastllama int8": "Q8_0", "fastllama int4": "Q4_0"}
 DECODE = "cpu_decode_bf16.json"
+DECODE_AVX512 = "cpu_decode_bf16_avx512.json"
 # 25 rounds of our formats alone, and 7 of llama.cpp's, for the bundled model's shape.
 BUSY = ("cpu_busy_1.1b.json", "cpu_busy_tiny_25_rounds.json", "cpu_busy_tiny.json")
 
@@ -85,22 +86,28 @@ def gain_range(
 
 
 def figures() -> dict[str, float]:
-    """The numbers that the README quotes, unrounded, by name: medians and their ratios, as docs/measured/cpu.md has.
+    """The numbers that the README quotes, unrounded, by name: `decode_figures` of DECODE, and busy_*.
 
-    *_over_*: times a peer's speed in the same run, at batch 1. busy_*: decode speed of two threads over one beside two
-    programs that never wait, the least and the most over both models and all formats.
+    busy_*: decode speed of two threads over one beside two programs that never wait, the least and the most over both
+    models and all formats.
     """
+    found = decode_figures(load(DECODE))
+    for family in ("fastllama", "llama.cpp"):
+        least, most = gain_range(busy_gains(*map(load, BUSY)), family, [2])
+        found |= {f"busy_{_key(family)}_least": least, f"busy_{_key(family)}_most": most}
+    return found
+
+
+def decode_figures(record: Record) -> dict[str, float]:
+    """Of a `benchmarks.cpu.decode` record: medians by name, and *_over_*, times a peer's speed in the same run."""
     found: dict[str, float] = {}
-    for phase, rates in decode_rates(load(DECODE)).items():
+    for phase, rates in decode_rates(record).items():
         medians = {name: median(taken) for name, taken in rates.items()}
         for name, value in medians.items():
             found[f"{phase}_tokens_per_s_{_key(name)}"] = value
         for name, peer in PEERS.items():
             found[f"{phase}_{_key(name)}_over_transformers"] = medians[name] / medians["transformers"]
             found[f"{phase}_{_key(name)}_over_llama_cpp"] = medians[name] / medians[f"llama.cpp {peer}"]
-    for family in ("fastllama", "llama.cpp"):
-        least, most = gain_range(busy_gains(*map(load, BUSY)), family, [2])
-        found |= {f"busy_{_key(family)}_least": least, f"busy_{_key(family)}_most": most}
     return found
 
 
