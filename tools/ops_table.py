@@ -17,6 +17,7 @@ from fastllama.kernels.dispatch.checks import CODES, KERNEL_FLOATS
 from fastllama.kernels.dispatch.op import OPS
 from fastllama.kernels.numba.table import KERNELS as NUMBA
 from tests.kernels.triton.launches import SHIPPED, SHORT
+from tools.kernels_report import op_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels" / "index.md"
 MARK = "<!-- ops: written by `make docs` -->\n"  # from here on the page is generated
@@ -87,7 +88,7 @@ def _backends(op: str) -> str:
 def _report(op: str) -> str:
     """A link to the page of the family whose launches the op's are."""
     for family, launches in SHIPPED.items():
-        if any(shipped.name.split()[0] == op for shipped in launches):
+        if any(op_of(shipped) == op for shipped in launches):
             return f"[{family}](../reference/kernels/{family}.md)"
     return "-"
 

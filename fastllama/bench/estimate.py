@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -13,8 +13,7 @@ from fastllama.bench import models
 from fastllama.errors import counted
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
-from fastllama.layers.model import LlamaForCausalLM
-from fastllama.layers.packing import PACKED
+from fastllama.layers.packing import expected_bytes
 from fastllama.runtime.device.memory import available_bytes
 
 PATIENCE = 600.0  # most seconds of a benchmark with a default shape
@@ -65,17 +64,16 @@ class Work:
         steps: int,
     ) -> Work:
         """steps: per case. A context's other tokens are its prompt."""
-        model = LlamaForCausalLM(replace(config, num_hidden_layers=1), dtype, "meta")
-        layers = config.num_hidden_layers * sum(weight.numel() for weight in model.layers.parameters())
-        head = model.lm_head.weight.numel()
-        ends = head if model.lm_head.weight is model.embed_tokens.weight else head + model.embed_tokens.weight.numel()
-        each = [layers * PACKED.get(kind, dtype.itemsize) + ends * dtype.itemsize for kind in kinds]
+        each = [expected_bytes(config, dtype, kind) for kind in kinds]
+        multiplied = config.num_parameters  # by a token: all but the embeddings, a row of which is looked up
+        if not config.tie_word_embeddings:
+            multiplied -= config.vocab_size * config.hidden_size
         of_kv = KVCache.bytes_per_token(config, kv_dtype)
         tokens = [(rows, length - steps - 1, length) for rows, length in product(batch, context)]
         width = config.num_attention_heads * config.head_dim
         scores = 4 * config.num_hidden_layers * width  # operations per pair of tokens in attention
         prompts = sum(rows * length for rows, length, _ in tokens)
-        flops = sum(rows * (length + steps) * (2 * (layers + head) + scores * length / 2) for rows, length, _ in tokens)
+        flops = sum(rows * (length + steps) * (2 * multiplied + scores * length / 2) for rows, length, _ in tokens)
         moved = sum(steps * (sum(each) / len(each) + rows * length * of_kv) for rows, _, length in tokens)
         return cls(
             weight_bytes=max(each),
@@ -84,7 +82,7 @@ class Work:
             steps=len(kinds) * len(tokens) * steps,
             flops=len(kinds) * flops,
             moved_bytes=len(kinds) * moved,
-            made=len(kinds) * (layers + ends),
+            made=len(kinds) * config.num_parameters,
         )
 
     def seconds(self, rates: Rates) -> float:

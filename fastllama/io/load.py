@@ -45,25 +45,26 @@ def load_model(
     """
     check_quantization(quantization)
     checkpoint, target = open_model(model, adapter=adapter, dtype=dtype)
-    return load_opened(checkpoint, target, device=device, quantization=quantization, progress=progress)
+    built, kind = meta_model(checkpoint, target, device=torch.device(device), quantization=quantization)
+    return fill(built, checkpoint, kind, device=torch.device(device), progress=progress)
 
 
-def load_opened(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    *,
-    device: str | torch.device,
-    quantization: str | None,
-    progress: bool | None,
+def meta_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, device: torch.device, quantization: str | None
+) -> tuple[LlamaForCausalLM, str | None]:
+    """A checkpoint's model on the meta device, and the kind that `fill` packs its weights into (`packing.resolve`)."""
+    model = LlamaForCausalLM(checkpoint.config, dtype, "meta")
+    return model, packing.resolve(model, quantization, device=device, kept=checkpoint.quantization)
+
+
+def fill(
+    model: LlamaForCausalLM, checkpoint: Checkpoint, kind: str | None, *, device: torch.device, progress: bool | None
 ) -> LlamaForCausalLM:
-    """Loads the weights of a checkpoint that `open_model` returned. The arguments and exceptions are load_model's."""
-    place = torch.device(device)
-    built = LlamaForCausalLM(checkpoint.config, dtype, "meta")
-    kind = packing.resolve(built, quantization, device=place, kept=checkpoint.quantization)
-    pack = packing.packer(built, kind, device=place)
-    tensors = _counted(checkpoint, built, progress)
-    load_weights(built, tensors, file_of=checkpoint.file_of, device=place, pack=pack)
-    return built.eval()
+    """Load a checkpoint's weights into its `meta_model` and pack them. Raises as load_model does."""
+    pack = packing.packer(model, kind, device=device)
+    tensors = _counted(checkpoint, model, progress)
+    load_weights(model, tensors, file_of=checkpoint.file_of, device=device, pack=pack)
+    return model.eval()
 
 
 def open_model(

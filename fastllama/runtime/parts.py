@@ -16,7 +16,7 @@ from fastllama.errors import brief
 from fastllama.io.adapter import locate
 from fastllama.io.companions import find_tokenizer, read_sampling_settings
 from fastllama.io.hub import resolve_model
-from fastllama.io.load import load_model, load_opened, open_model, resolve_device
+from fastllama.io.load import fill, load_model, meta_model, open_model, resolve_device
 from fastllama.io.tokenizer import Tokenizer, as_tokenizer
 from fastllama.kernels.compiling import compiling_announced
 from fastllama.layers import packing
@@ -83,9 +83,10 @@ def load_parts(
         called = str(model)
         settings = _legal_settings(*read_sampling_settings(path), found)
         checkpoint, computed = open_model(path, adapter=merged, dtype=dtype)
-        warn_of_weights(checkpoint, computed, quantization, target)
+        built, kind = meta_model(checkpoint, computed, device=target, quantization=quantization)
+        warn_of_weights(built.config, computed, kind, target, kept=checkpoint.quantization)
         with announcing(target, progress):
-            loaded = load_opened(checkpoint, computed, device=target, quantization=quantization, progress=progress)
+            loaded = fill(built, checkpoint, kind, device=target, progress=progress)
     else:
         raise TypeError(f"model is a {type(model).__name__}; legal: {_MODELS} {_LOADED}")
     if found is not None and found.vocab_size > loaded.config.vocab_size:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from fastllama.arithmetic import ceil_div
-from fastllama.io.formats.base import Checkpoint
 from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import LlamaConfig
@@ -105,14 +104,15 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
                 yield allowed + sum(int(line.split()[1]) for line in stat if line.startswith(cache))
 
 
-def warn_of_weights(checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device) -> None:
+def warn_of_weights(
+    config: LlamaConfig, dtype: torch.dtype, kind: str | None, device: torch.device, *, kept: str | None
+) -> None:
     """Logs a warning if the weights of a model exceed the free memory. No error: with swap they may still load.
 
-    quantization: as for LLM. Linux kills a process that exhausts memory, with no message: this warning is the only one.
+    kind: of the packed weights, None where they stay in dtype; kept: of a checkpoint that is quantized already. Linux
+    kills a process that exhausts memory, with no message: this warning is the only one.
     """
-    config, kept = checkpoint.config, checkpoint.quantization
-    built = LlamaForCausalLM(config, dtype, "meta")
-    kind = kept or packing.resolve(built, quantization, device=device)  # "auto" packs only what is not quantized
+    kind = kept or kind
     needed, free = packing.expected_bytes(config, dtype, kind), available_bytes(device)
     if needed <= free:
         return

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastllama import LLM, LlamaConfig
-from fastllama.io.load import open_model
+from fastllama.io.load import meta_model, open_model
 from fastllama.layers import packing
 from fastllama.layers.batch import KVCache
 from fastllama.layers.config import PRESETS
@@ -89,7 +89,8 @@ def test_weights_that_do_not_fit_are_announced_before_they_load(
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: free)
     checkpoint, dtype = open_model("tiny", dtype="float32")
-    memory.warn_of_weights(checkpoint, dtype, quantization, torch.device("cpu"))
+    model, kind = meta_model(checkpoint, dtype, device=torch.device("cpu"), quantization=quantization)
+    memory.warn_of_weights(model.config, dtype, kind, torch.device("cpu"), kept=None)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (warning is not None)
     assert all(re.match(warning or "", message) for message in messages)
